@@ -1,0 +1,82 @@
+"""Pairs too near (or too near to opposite) for float32 cosines, redone by differences in float64."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightning_hsu.core.kernel import PairTerm, softened_at
+from lightning_hsu.core.sphere import seeded_noise, squared_chords, tangent, unit_rows
+
+NEAR = 0.05
+"""Squared chord below which a pair is redone: there 2 - 2 * cos has lost more than half of float32's digits."""
+
+_COINCIDENT = 1e-7**2  # squared chord: float32 cannot tell such neurons apart
+
+
+class NearPairs:
+    """The correction for the near pairs of one stack of neurons, gathered panel by panel.
+
+    Args:
+        w: Rows of one group, shape (n, d), any positive scale.
+        term: The kernel.
+    """
+
+    def __init__(self, w: Tensor, term: PairTerm) -> None:
+        self.w, self.term = w, term
+        self.energy = torch.zeros((), dtype=torch.float64, device=w.device)
+        self.grad = torch.zeros_like(w, dtype=torch.float64)
+        self.away: Tensor | None = None  # (n, d): directions in which coincident neurons part
+        self.degree: Tensor | None = None  # (n,): coincident partners
+
+    def add_panel(self, mask: Tensor, start: int, with_grad: bool) -> None:
+        """Add the pairs of ``mask`` (rows, n - start): rows start.., columns start.. of the stack."""
+        stop = start + mask.shape[0]
+        rows = mask.any(1).nonzero().squeeze(1)
+        cols = mask.any(0).nonzero().squeeze(1)
+        keep = mask[rows][:, cols]
+        rows, cols = rows + start, cols + start
+        x, y = unit_rows(self.w[rows].double())[0], unit_rows(self.w[cols].double())[0]
+        q, p = squared_chords(x, y)  # (k, m)
+        value, slope, mirrored_slope = self.term.split(q, p)
+        # The block on the diagonal holds each pair twice: half the energy, and rows only in the gradient.
+        outside = cols >= stop
+        self.energy += (value * keep * torch.where(outside, 1.0, 0.5)).sum()
+        if not with_grad:
+            return
+        pull, push = slope * keep, mirrored_slope * keep
+        self._accumulate(self.grad, rows, x, y, pull, push)
+        self._accumulate(self.grad, cols[outside], y[outside], x, pull[:, outside].mT, push[:, outside].mT)
+        same = (q < _COINCIDENT) & keep
+        mirror = (p < _COINCIDENT) & keep & self.term.half_space
+        if bool((same | mirror).any()):
+            self._part(rows, cols, outside, same.double(), mirror.double())
+
+    @staticmethod
+    def _accumulate(grad: Tensor, index: Tensor, x: Tensor, y: Tensor, pull: Tensor, push: Tensor) -> None:
+        """Add 2 * sum_j [pull (x_i - y_j) + push (x_i + y_j)], its tangent part, to the rows ``index`` of grad."""
+        total = (pull + push).sum(1, keepdim=True) * x - (pull - push) @ y
+        grad.index_add_(0, index, tangent(2.0 * total, x))
+
+    def _part(self, rows: Tensor, cols: Tensor, outside: Tensor, same: Tensor, mirror: Tensor) -> None:
+        """Note coincident partners: as if every neuron stood an infinitesimal, seeded step beside itself."""
+        noise = seeded_noise(*self.w.shape, like=self.energy)
+        if self.away is None or self.degree is None:
+            self.away, self.degree = torch.zeros_like(noise), torch.zeros_like(noise[:, 0])
+        for index, partners, a, b in (
+            (rows, cols, same, mirror),
+            (cols[outside], rows, same[:, outside].mT, mirror[:, outside].mT),
+        ):
+            degree = (a + b).sum(1)
+            self.away.index_add_(0, index, degree[:, None] * noise[index] - (a - b) @ noise[partners])
+            self.degree.index_add_(0, index, degree)
+
+    def gradient(self) -> Tensor:
+        """The gathered gradient of the pair sum on the sphere, (n, d) float64."""
+        if self.away is not None and self.degree is not None:
+            x = unit_rows(self.w.double())[0]
+            direction = unit_rows(tangent(self.away, x))[0]
+            knee = self.term.knee
+            slope = softened_at(self.term, knee**2)[1]
+            self.grad = self.grad + 2.0 * slope * knee * self.degree[:, None] * direction
+        return self.grad

@@ -1,0 +1,52 @@
+"""The readable twin of the pair sums: every difference written out, float64, plain autograd, O(n * n * d) memory.
+
+It is what the fast path is tested against, and what second derivatives are taken of, a block of rows at a time.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightning_hsu.core.kernel import PairTerm
+from lightning_hsu.core.precision import exact_arithmetic
+from lightning_hsu.core.sphere import unit_rows
+
+_DIFFERENCES = 2**22  # entries of x_i - x_j held at once by the second derivative
+
+
+def oracle_energy(w: Tensor, term: PairTerm) -> Tensor:
+    """Mean pair energy (...) in float64 of neurons (..., n, d); differentiable any number of times."""
+    x, inverse_norm = unit_rows(w.double())
+    n = w.shape[-2]
+    live = (inverse_norm > 0).sum((-2, -1)).double()
+    total = _row_sums(x, inverse_norm, slice(0, n), term)
+    return (total + term.constant(live)) * term.scale(live)
+
+
+def _row_sums(x: Tensor, inverse_norm: Tensor, rows: slice, term: PairTerm) -> Tensor:
+    """Half the pair sum of ``rows`` against all rows: over all rows each unordered pair counts once."""
+    n = x.shape[-2]
+    a, b = x[..., rows, None, :], x[..., None, :, :]
+    q, p = (a - b).square().sum(-1), (a + b).square().sum(-1)  # (..., k, n)
+    live = (inverse_norm > 0).squeeze(-1)
+    other = ~torch.eye(n, dtype=torch.bool, device=x.device)[rows]
+    pair = other & live[..., rows, None] & live[..., None, :]
+    value, _, _ = term.split(torch.where(pair, q, 2.0), torch.where(pair, p, 2.0))
+    return torch.where(pair, value, 0.0).sum((-2, -1)) / 2
+
+
+def hessian_vector(w: Tensor, v: Tensor, term: PairTerm) -> Tensor:
+    """Second derivative of the summed mean energy applied to v; w and v (b, n, d), the result in the dtype of w."""
+    b, n, d = w.shape
+    block = max(1, _DIFFERENCES // max(1, b * n * d))
+    product = torch.zeros_like(w, dtype=torch.float64)
+    with torch.enable_grad(), exact_arithmetic(w):
+        for start in range(0, n, block):
+            leaf = w.detach().double().requires_grad_()
+            x, inverse_norm = unit_rows(leaf)
+            scale = term.scale((inverse_norm > 0).sum((-2, -1)).double())
+            part = (_row_sums(x, inverse_norm, slice(start, start + block), term) * scale).sum()
+            (grad,) = torch.autograd.grad(part, leaf, create_graph=True)
+            product += torch.autograd.grad((grad * v.double()).sum(), leaf)[0]
+    return product.to(w.dtype)

@@ -1,0 +1,138 @@
+"""Mean pair energy and its gradient in closed form, over symmetric row panels of the Gram matrix.
+
+With unit rows x_i, squared chords q_ij = 2 - 2 x_i.x_j and a kernel F, the gradient of the pair sum is
+
+    d/dw_i = -2 / |w_i| (I - x_i x_i^T) sum_j F'(q_ij) x_j
+
+so one Gram matrix gives both. Only its upper triangle is formed, a panel of rows at a time:
+n*n*d FLOP for the cosines and 2*n*n*d for the gradient, and never more than panel * n entries in memory.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightning_hsu.core.kernel import PairTerm, softened_at
+from lightning_hsu.core.near import NEAR, NearPairs
+from lightning_hsu.core.precision import exact_arithmetic, working_dtype
+from lightning_hsu.core.sphere import tangent, unit_rows
+
+PANEL = 256
+_ENTRIES = 2**22  # Gram entries held at once when several small groups go together
+
+
+def pair_energy(w: Tensor, term: PairTerm, *, with_grad: bool = True) -> tuple[Tensor, Tensor | None]:
+    """Mean energy over unordered pairs of neurons, and its gradient.
+
+    Args:
+        w: Neurons, shape (..., n, d), any floating dtype; rows of any positive norm. Zero and non-finite
+            rows take no part.
+        term: The kernel.
+        with_grad: Also return the gradient.
+
+    Returns:
+        The value (...) in float32 or wider, and the gradient with the shape and dtype of ``w`` (None
+        without ``with_grad``). Both are finite, and the same weights give the same bits.
+    """
+    n, d = w.shape[-2:]
+    stack = w.detach().reshape(-1, n, d)
+    dtype = _wide_enough(term, working_dtype(w.dtype))
+    together = max(1, _ENTRIES // max(1, min(PANEL, n) * n))
+    with torch.no_grad(), exact_arithmetic(w):
+        parts = [_panels(part.to(dtype), term, with_grad, w.dtype) for part in stack.split(together)]
+    value = torch.cat([part[0] for part in parts]).reshape(w.shape[:-2])
+    bound = torch.finfo(working_dtype(w.dtype)).max
+    value = value.clamp(-bound, bound).to(working_dtype(w.dtype))
+    if not with_grad:
+        return value, None
+    return value, torch.cat([part[1] for part in parts]).reshape(w.shape)
+
+
+def _wide_enough(term: PairTerm, dtype: torch.dtype) -> torch.dtype:
+    """Return float64 for a kernel so steep (a Riesz kernel with s above 25 or so) that float32 would overflow."""
+    return torch.float64 if max(abs(part) for part in softened_at(term, NEAR)) > 1e18 else dtype
+
+
+def _panels(w: Tensor, term: PairTerm, with_grad: bool, out: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Value (b,) in float64 and gradient (b, n, d) in ``out`` for a stack w (b, n, d) of float32 or float64."""
+    b, n, _ = w.shape
+    x, inverse_norm = unit_rows(w)
+    near: dict[int, NearPairs] = {}
+    total = torch.zeros(b, dtype=torch.float64, device=w.device)
+    grad = torch.zeros_like(x)
+    for start in range(0, n, PANEL):
+        rows = x[:, start : start + PANEL]  # (b, k, d)
+        q = _squared_chords(rows, x[:, start:])
+        redo = _near(q)
+        if redo is not None:
+            for i in redo.any(2).any(1).nonzero().flatten().tolist():
+                near.setdefault(i, NearPairs(w[i], term)).add_panel(redo[i], start, with_grad)
+        value, slope = _terms(q, term, redo)
+        k = rows.shape[1]
+        # The block on the diagonal holds each pair twice.
+        total += value.sum((-2, -1), dtype=torch.float64) - value[..., :k].sum((-2, -1), dtype=torch.float64) / 2
+        if with_grad:
+            _add_product(grad[:, start : start + k], slope, x[:, start:])
+            _add_product(grad[:, start + k :], slope[..., k:].mT, rows)
+    for i, pairs in near.items():
+        total[i] += pairs.energy
+    live = (inverse_norm > 0).sum((-2, -1)).double()
+    value = _mean(total, live, n, term)
+    return value, _to_weights(grad, x, inverse_norm, near, term.scale(live), out) if with_grad else grad
+
+
+def _squared_chords(rows: Tensor, cols: Tensor) -> Tensor:
+    """Squared chords (b, k, m) of unit rows (b, k, d) to the columns (b, m, d) that begin with them; itself: 2."""
+    q = (rows @ cols.mT).mul_(-2.0).add_(2.0)
+    q[..., : rows.shape[1]].diagonal(dim1=-2, dim2=-1).fill_(2.0)
+    return q
+
+
+def _near(q: Tensor) -> Tensor | None:
+    """The pairs too near, or too near to opposite, for their squared chord in float32; None if there are none."""
+    low, high = q.aminmax()
+    if bool((low >= NEAR) & (high <= 4.0 - NEAR)):
+        return None
+    return (q < NEAR) | (q > 4.0 - NEAR)
+
+
+def _terms(q: Tensor, term: PairTerm, redo: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Energy and slope (b, k, m) at squared chords q, which is overwritten; 0 for a neuron itself and where redone."""
+    value, slope = term.folded(q if redo is None else q.clamp_(NEAR, 4.0 - NEAR), NEAR)
+    for part in (value, slope):
+        part[..., : q.shape[1]].diagonal(dim1=-2, dim2=-1).zero_()
+        if redo is not None:
+            part.masked_fill_(redo, 0.0)
+    return value, slope
+
+
+def _add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """Add a @ b to ``out`` in place; stacks of one go through the plain matrix product, which is faster."""
+    if out.shape[0] == 1:
+        out[0].addmm_(a[0], b[0])
+    else:
+        out.baddbmm_(a, b)
+
+
+def _mean(total: Tensor, live: Tensor, n: int, term: PairTerm) -> Tensor:
+    """Turn pair sums (b,) over n rows, ``live`` of them not zero, into means over the pairs of live rows."""
+    # A dead row is the zero vector: its cosines are exactly 0, its squared chords exactly 2.
+    dead_pairs = n * (n - 1) / 2 - live * (live - 1) / 2
+    folds = 2 if term.half_space else 1
+    total = total - dead_pairs * (folds * softened_at(term, 2.0)[0])
+    return (total + term.constant(live)) * term.scale(live)
+
+
+def _to_weights(
+    grad: Tensor, x: Tensor, inverse_norm: Tensor, near: dict[int, NearPairs], scale: Tensor, out: torch.dtype
+) -> Tensor:
+    """From sum_j F'(q_ij) x_j (b, n, d) to the gradient in the weights: tangent part, near pairs, mean, 1 / |w|."""
+    grad = tangent(grad, x) * (-2.0 * scale[:, None, None]).to(grad.dtype)
+    bound = torch.finfo(grad.dtype).max / 4
+    for i, pairs in near.items():
+        grad[i] += (pairs.gradient() * scale[i]).clamp(-bound, bound).to(grad.dtype)
+    # A row that would overflow is shortened, its direction kept.
+    largest = grad.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(grad.dtype).tiny)
+    room = torch.finfo(out).max / 2 / largest
+    return (grad * torch.minimum(inverse_norm, room)).to(out)

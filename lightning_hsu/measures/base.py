@@ -1,0 +1,122 @@
+"""What a measure is: neurons (..., n, d) in, a value (...) out."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lightning_hsu.core import PairEnergy, PairTerm, pair_energy
+
+
+class Measure(ABC):
+    """A notion of hyperspherical uniformity; subclasses are frozen dataclasses.
+
+    A measure knows tensors only: nothing of modules, trainers or ranks. It does not depend on the norms of
+    the neurons, their order or a common rotation.
+    """
+
+    higher_is_better: ClassVar[bool] = False
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return the natural value (...) of the neurons x (..., n, d)."""
+        penalty = self.penalty(x)
+        return -penalty if self.higher_is_better else penalty
+
+    @abstractmethod
+    def penalty(self, x: Tensor) -> Tensor:
+        """Return what training minimises, (...), differentiable (twice, too)."""
+
+    @abstractmethod
+    def value_and_grad(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the penalty (...) and its gradient (..., n, d) without an autograd graph."""
+
+    @abstractmethod
+    def ratio(self, value: Tensor, reference: float) -> Tensor:
+        """Compare natural values with that of random points: 1 as random, above 1 less uniform."""
+
+
+class PairwiseMeasure(Measure):
+    """A mean over unordered pairs of a kernel of the squared chord.
+
+    A new member needs one method, :meth:`kernel`:
+
+    Example:
+        >>> from dataclasses import dataclass
+        >>> import torch
+        >>> from lightning_hsu.measures import PairwiseMeasure
+        >>> @dataclass(frozen=True)
+        ... class InverseFourth(PairwiseMeasure):
+        ...     def kernel(self, q):
+        ...         return q**-2, -2 * q**-3
+        >>> float(InverseFourth()(torch.eye(3)))
+        0.25
+    """
+
+    half_space: bool = False
+    softening: float = 1e-2
+
+    @abstractmethod
+    def kernel(self, q: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the kernel and its slope at squared chords.
+
+        Args:
+            q: Squared chords ``|x_i - x_j|**2 = 2 - 2 cos``, any shape, in (0, 4].
+
+        Returns:
+            The value and its derivative with respect to q, elementwise, out of place. For second
+            derivatives the value must be differentiable by autograd.
+        """
+
+    def penalty(self, x: Tensor) -> Tensor:
+        """Mean energy over unordered pairs, (...); differentiable, twice too.
+
+        Args:
+            x: Neurons, shape (..., n, d), floating; rows of any positive norm. Zero rows take no part;
+                fewer than two neurons have energy 0.
+
+        Raises:
+            TypeError: if x is not a floating-point tensor.
+            ValueError: if x has fewer than two dimensions.
+        """
+        check_neurons(x)
+        value: Tensor = PairEnergy.apply(x, self._term())  # type: ignore[no-untyped-call]
+        return value
+
+    def value_and_grad(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Penalty (...) and its gradient (..., n, d) in one pass of about 3 n n d FLOP; see :meth:`penalty`."""
+        check_neurons(x)
+        value, grad = pair_energy(x, self._term())
+        assert grad is not None
+        return value, grad
+
+    def ratio(self, value: Tensor, reference: float) -> Tensor:
+        """Energy over the energy of random points."""
+        return value / reference
+
+    def _term(self) -> PairTerm:
+        return PairTerm(self.kernel, self.half_space, self.softening)
+
+
+def check_neurons(x: Tensor) -> None:
+    """Refuse what cannot be rows of neurons."""
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        raise TypeError(f"neurons must be a floating-point tensor, got {getattr(x, 'dtype', type(x).__name__)}; cast with x.float()")
+    if x.ndim < 2:
+        raise ValueError(
+            f"neurons must have shape (..., n, d), one neuron a row, got shape {tuple(x.shape)}; "
+            "flatten a convolution's weight with weight.flatten(1)"
+        )
+
+
+def check_softening(softening: float) -> None:
+    """Refuse a softening that is not a chord."""
+    if not 0.0 <= softening < 2.0:
+        raise ValueError(f"softening is a chord in [0, 2), 0 switches it off; got {softening!r}")
+
+
+def plain_number(value: object) -> bool:
+    """Tell whether value is a finite real number (and not a bool)."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and bool(torch.isfinite(torch.tensor(float(value))))
