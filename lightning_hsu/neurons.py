@@ -63,15 +63,20 @@ def _bilinear(module: nn.Module) -> Tensor:
 
 
 def _convolution(module: nn.Module) -> Tensor:
-    """Kernels (out, in / groups, *k) to one neuron an output channel, apart by group: (groups, out / groups, in / groups * k)."""
-    assert isinstance(module.groups, int)
-    return effective_weight(module, "weight").unflatten(0, (module.groups, -1)).flatten(2)
+    """Kernels (out, in / groups, *k): a neuron is an output channel, (groups, out / groups, in / groups * k)."""
+    return _by_group(module).flatten(2)
 
 
 def _transposed_convolution(module: nn.Module) -> Tensor:
-    """Kernels (in, out / groups, *k) to one neuron an output channel: (groups, out / groups, in / groups * k)."""
+    """Kernels (in, out / groups, *k): a neuron is an output channel, (groups, out / groups, in / groups * k)."""
+    return _by_group(module).transpose(1, 2).flatten(2)
+
+
+def _by_group(module: nn.Module) -> Tensor:
+    """Kernels with their first axis split into (groups, channels / groups)."""
+    weight = effective_weight(module, "weight")
     assert isinstance(module.groups, int)
-    return effective_weight(module, "weight").unflatten(0, (module.groups, -1)).transpose(1, 2).flatten(2)
+    return weight.view(module.groups, -1, *weight.shape[1:])
 
 
 def _attention(module: nn.Module) -> dict[str, Tensor]:
@@ -103,7 +108,7 @@ def _weight_names(module: nn.Module) -> list[str]:
     return ["weight_ih", "weight_hh"]
 
 
-for _kind, _rule in {
+_BUILT_IN: dict[type[nn.Module], Rule] = {
     nn.Linear: _linear,
     nn.Embedding: _linear,
     nn.EmbeddingBag: _linear,
@@ -113,5 +118,6 @@ for _kind, _rule in {
     nn.MultiheadAttention: _attention,
     nn.RNNBase: _recurrent,
     nn.RNNCellBase: _recurrent,
-}.items():
+}
+for _kind, _rule in _BUILT_IN.items():
     register_neurons(_kind, _rule)

@@ -214,7 +214,9 @@ def _find_head(candidates: list[Target], head: str | None) -> str | None:
         return linear[-1] if linear else None
     if head not in [target.name for target in candidates]:
         known = ", ".join(target.name for target in candidates)
-        raise ValueError(f"head {head!r} is no layer of the model; the layers are: {known or 'none'}; head=None switches it off")
+        raise ValueError(
+            f"head {head!r} is no layer of the model; the layers are: {known or 'none'}; head=None switches it off"
+        )
     return head
 
 

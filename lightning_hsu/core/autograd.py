@@ -30,7 +30,7 @@ class PairEnergy(torch.autograd.Function):
         w, grad = ctx.saved_tensors
         outer = grad_outputs[0][..., None, None].to(grad.dtype)
         if torch.is_grad_enabled():
-            grad = _PairGradient.apply(w, grad, ctx.term)
+            grad = _PairGradient.apply(w, grad, ctx.term)  # type: ignore[no-untyped-call]
         return grad * outer, None
 
 

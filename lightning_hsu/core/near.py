@@ -60,7 +60,7 @@ class NearPairs:
 
     def _part(self, rows: Tensor, cols: Tensor, outside: Tensor, same: Tensor, mirror: Tensor) -> None:
         """Note coincident partners: as if every neuron stood an infinitesimal, seeded step beside itself."""
-        noise = seeded_noise(*self.w.shape, like=self.energy)
+        noise = seeded_noise(self.w.shape[0], self.w.shape[1], self.energy)
         if self.away is None or self.degree is None:
             self.away, self.degree = torch.zeros_like(noise), torch.zeros_like(noise[:, 0])
         for index, partners, a, b in (

@@ -40,7 +40,7 @@ def pair_energy(w: Tensor, term: PairTerm, *, with_grad: bool = True) -> tuple[T
     dtype = _wide_enough(term, working_dtype(w.dtype))
     together = max(1, _ENTRIES // max(1, min(PANEL, n) * n))
     with torch.no_grad(), exact_arithmetic(w):
-        parts = [_panels(part.to(dtype), term, with_grad, w.dtype) for part in stack.split(together)]
+        parts = [_panels(part.to(dtype), term, with_grad, w.dtype) for part in torch.split(stack, together)]
     value = torch.cat([part[0] for part in parts]).reshape(w.shape[:-2])
     bound = torch.finfo(working_dtype(w.dtype)).max
     value = value.clamp(-bound, bound).to(working_dtype(w.dtype))

@@ -22,7 +22,10 @@ class Measure(ABC):
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return the natural value (...) of the neurons x (..., n, d)."""
-        penalty = self.penalty(x)
+        return self.natural(self.penalty(x))
+
+    def natural(self, penalty: Tensor) -> Tensor:
+        """Return the natural value that belongs to a penalty."""
         return -penalty if self.higher_is_better else penalty
 
     @abstractmethod
@@ -103,7 +106,9 @@ class PairwiseMeasure(Measure):
 def check_neurons(x: Tensor) -> None:
     """Refuse what cannot be rows of neurons."""
     if not isinstance(x, Tensor) or not x.is_floating_point():
-        raise TypeError(f"neurons must be a floating-point tensor, got {getattr(x, 'dtype', type(x).__name__)}; cast with x.float()")
+        raise TypeError(
+            f"neurons must be a floating-point tensor, got {getattr(x, 'dtype', type(x).__name__)}; cast with x.float()"
+        )
     if x.ndim < 2:
         raise ValueError(
             f"neurons must have shape (..., n, d), one neuron a row, got shape {tuple(x.shape)}; "

@@ -1,0 +1,232 @@
+"""The Lightning callback: thin hooks over the engine."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch.optim import Optimizer
+
+from lightning_hsu.measures import Measure
+from lightning_hsu.monitor import LayerUniformity
+from lightning_hsu.regularizer import GradientNote, UniformityRegularizer
+from lightning_hsu.selection import uninitialized
+
+
+class HypersphericalUniformity(pl.Callback):
+    """Spread the neurons of a LightningModule over the sphere while it trains, and log how spread out they are.
+
+    The objective becomes the task's loss plus ``coefficient`` times the penalty, once per optimizer step,
+    whatever the precision, accumulation or optimisation mode. The gradient is added in
+    ``on_before_optimizer_step``, before clipping; the logged training loss is unchanged.
+
+    On logging steps ``hsu/penalty``, ``hsu/ratio_mean``, ``hsu/ratio_max``, ``hsu/min_angle`` (degrees) and
+    ``hsu/dead`` go through Lightning's log, where EarlyStopping and ModelCheckpoint can watch them; they are
+    also refreshed on the first step and at the end of each epoch. Per layer ``hsu/ratio/<layer>``,
+    ``hsu/energy/<layer>``, ``hsu/min_angle/<layer>`` and ``hsu/gradient_share/<layer>`` go to every logger.
+
+    Args:
+        measure: What to minimise. None is the half-space Riesz energy with s = 2; the class head is measured
+            in full space.
+        coefficient: A number >= 0, a schedule (optimizer steps done -> number), or a mapping of layer
+            patterns to either, of which the first match counts. 0 only monitors and leaves training as it is.
+        apply: How the penalty enters; this release has "gradient".
+        include: Patterns of layer names to take, shell style; None takes all but embeddings, which must be asked for.
+        exclude: Patterns of layer names to leave out.
+        head: The class head: "auto" is the last Linear, a name is that layer, None is no head.
+        head_coefficient: A number or schedule for the head; None uses ``coefficient``.
+        every_n_steps: Apply on every n-th step of each optimizer, at the coefficient's full strength.
+        step_limit: A neuron's penalty gradient times the learning rate is at most this fraction of the neuron's norm, so
+            that no near-duplicate or tiny neuron is thrown away by one step (``hsu/limited`` counts them). None is no limit.
+        prefix: What the logged names begin with; a second callback needs its own.
+        verbose: Print the table of layers at the start of fit.
+
+    Raises:
+        ValueError: for a negative or NaN coefficient, an unknown ``apply``, or at the start of fit a pattern that
+            matches nothing or a model without neurons.
+        NotImplementedError: at the start of fit, for a strategy that shards the weights.
+
+    Reference:
+        Liu et al., "Learning with Hyperspherical Uniformity", AISTATS 2021, arXiv 2103.01649.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> from lightning_hsu import HypersphericalUniformity
+        >>> trainer = Trainer(callbacks=[HypersphericalUniformity(coefficient=0.1)], logger=False, accelerator="cpu")
+    """
+
+    def __init__(
+        self,
+        measure: Measure | None = None,
+        coefficient: float | Callable[[int], float] | Mapping[str, float | Callable[[int], float]] = 1.0,
+        *,
+        apply: Literal["gradient"] = "gradient",
+        include: str | list[str] | None = None,
+        exclude: str | list[str] | None = None,
+        head: str | None = "auto",
+        head_coefficient: float | Callable[[int], float] | None = None,
+        every_n_steps: int = 1,
+        step_limit: float | None = 1.0,
+        prefix: str = "hsu",
+        verbose: bool = True,
+    ) -> None:
+        if apply != "gradient":
+            raise ValueError(f"apply={apply!r} is not in this release; use apply='gradient'")
+        self.regularizer = UniformityRegularizer(
+            measure,
+            coefficient,
+            include=include,
+            exclude=exclude,
+            head=head,
+            head_coefficient=head_coefficient,
+            every_n_steps=every_n_steps,
+            step_limit=step_limit,
+        )
+        self.prefix, self.verbose = prefix, verbose
+        self._notes: dict[str, GradientNote] = {}
+        self._logged_at = -1  # global step of the last measurement
+        self._warned: set[str] = set()
+
+    @property
+    def state_key(self) -> str:
+        """Tells several instances apart; coefficients stay out, so that a changed one finds its state."""
+        own = self.regularizer
+        return self._generate_state_key(prefix=self.prefix, include=own.include, exclude=own.exclude)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the schedules stand."""
+        return self.regularizer.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where a checkpoint was taken."""
+        self.regularizer.load_state_dict(state_dict)
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Start counting anew; a checkpoint's counts are loaded after this."""
+        if stage == "fit":
+            self.regularizer.load_state_dict({"steps": []})
+            self._notes, self._logged_at, self._warned = {}, -1, set()
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Find the neurons; lazy layers have none before their first batch."""
+        _check_strategy(trainer)
+        if not uninitialized(pl_module):
+            self._attach(pl_module)
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
+        """Add the gradient: here it is reduced over ranks, unscaled, complete over accumulated batches and not yet clipped."""
+        self._attach(pl_module)
+        self._notes |= self.regularizer.add_gradients(
+            optimizer,
+            index=_index(trainer, optimizer),
+            grad_scale=_remaining_scale(trainer, optimizer),
+            note=_is_logging_step(trainer),
+        )
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Measure and log after the step, on logging steps only."""
+        if trainer.global_step == self._logged_at or not self.regularizer.layers:
+            return
+        logging_step = _is_logging_step(trainer)
+        if logging_step or self._logged_at < 0 or trainer.is_last_batch:
+            self._log(trainer, pl_module, logging_step)
+            self._logged_at = trainer.global_step
+        self._notes = {}
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Let go of the model."""
+        self.regularizer.detach()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Let go of the model."""
+        self.regularizer.detach()
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Let go of the model."""
+        self.regularizer.detach()
+
+    def _attach(self, pl_module: pl.LightningModule) -> None:
+        if self.regularizer.layers:
+            return
+        self.regularizer.attach(pl_module)
+        if self.verbose:
+            rank_zero_info(f"Hyperspherical uniformity:\n{self.regularizer.table()}")
+
+    def _log(self, trainer: pl.Trainer, pl_module: pl.LightningModule, logging_step: bool) -> None:
+        """Aggregates through Lightning's log; layers to every logger, on logging steps."""
+        measured = self.regularizer.measure_layers()
+        if not trainer.barebones:
+            values = self._aggregates(measured)
+            pl_module.log_dict(values, on_step=True, on_epoch=False, batch_size=1)
+        if logging_step:
+            for layer in measured:
+                self._report_nonfinite(layer)
+            step = trainer.fit_loop.epoch_loop._batches_that_stepped
+            for logger in trainer.loggers:
+                logger.log_metrics(self._per_layer(measured), step=step)
+
+    def _aggregates(self, measured: list[LayerUniformity]) -> dict[str, float]:
+        """Numbers of the whole model, worth watching."""
+        ratios = [layer.ratio for layer in measured if math.isfinite(layer.ratio)]
+        angles = [layer.min_angle for layer in measured if math.isfinite(layer.min_angle)]
+        values = {
+            "penalty": self.regularizer.current_penalty(measured),
+            "ratio_mean": sum(ratios) / len(ratios) if ratios else math.nan,
+            "ratio_max": max(ratios, default=math.nan),
+            "min_angle": min(angles, default=math.nan),
+            "dead": float(sum(layer.dead for layer in measured)),
+        }
+        if self._notes:
+            values["limited"] = float(sum(int(note.limited) for note in self._notes.values()))
+        return {f"{self.prefix}/{key}": value for key, value in values.items()}
+
+    def _per_layer(self, measured: list[LayerUniformity]) -> dict[str, float]:
+        values = {}
+        for layer in measured:
+            values[f"{self.prefix}/ratio/{layer.name}"] = layer.ratio
+            values[f"{self.prefix}/energy/{layer.name}"] = layer.energy
+            values[f"{self.prefix}/min_angle/{layer.name}"] = layer.min_angle
+        return values | {f"{self.prefix}/gradient_share/{name}": float(note.share) for name, note in self._notes.items()}
+
+    def _report_nonfinite(self, layer: LayerUniformity) -> None:
+        if layer.nonfinite and layer.name not in self._warned:
+            self._warned.add(layer.name)
+            rank_zero_warn(
+                f"layer '{layer.name}' ({layer.neurons} x {layer.dimension}) has {layer.nonfinite} neurons with NaN or "
+                "infinite weights; they are left out of the penalty. Lower the learning rate or find the first bad step with "
+                "Trainer(detect_anomaly=True)."
+            )
+
+
+def _check_strategy(trainer: pl.Trainer) -> None:
+    """Refuse strategies that shard weights: a rank that sees some of the neurons would add a wrong gradient."""
+    strategy = trainer.strategy
+    if isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)) and not isinstance(strategy, DeepSpeedStrategy):
+        return
+    raise NotImplementedError(
+        f"HypersphericalUniformity does not support {type(strategy).__name__} in this release: weights may be sharded there. "
+        "Use Trainer(strategy='ddp') or a single device, or take the callback out."
+    )
+
+
+def _is_logging_step(trainer: pl.Trainer) -> bool:
+    return bool(trainer._logger_connector.should_update_logs)
+
+
+def _index(trainer: pl.Trainer, optimizer: Optimizer) -> int | None:
+    """Position of the optimizer among the trainer's, so that a resumed schedule finds its count."""
+    return next((i for i, other in enumerate(trainer.optimizers) if other is optimizer), None)
+
+
+def _remaining_scale(trainer: pl.Trainer, optimizer: Optimizer) -> float:
+    """The GradScaler's factor where Lightning leaves it in the gradients: fused optimizers unscale in their own step."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    if scaler is None or not getattr(optimizer, "_step_supports_amp_scaling", False):
+        return 1.0
+    return float(scaler.get_scale())

@@ -1,0 +1,74 @@
+"""How strong the penalty is: a number, a schedule over optimizer steps, or either by layer pattern."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from lightning_hsu.measures.base import plain_number
+from lightning_hsu.selection import check_patterns, matches
+
+Strength = float | Callable[[int], float]
+"""A number, or a schedule: optimizer steps done so far to a number."""
+
+
+@dataclass(frozen=True)
+class Coefficient:
+    """A checked coefficient.
+
+    Args:
+        given: A number >= 0, a schedule, or a mapping of layer patterns to either, of which the first match
+            counts; layers without a match get 0 and are only monitored.
+        what: What to call it in errors.
+
+    Raises:
+        ValueError: for a negative, infinite or NaN number, or an empty mapping.
+        TypeError: for anything else that is no number, schedule or mapping.
+    """
+
+    given: Strength | Mapping[str, Strength]
+    what: str = "coefficient"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.given, Mapping):
+            if not self.given:
+                raise ValueError(f"{self.what} is an empty mapping; map layer patterns to numbers, e.g. {{'*': 1.0}}")
+            for pattern, strength in self.given.items():
+                _check(strength, f"{self.what}[{pattern!r}]")
+        else:
+            _check(self.given, self.what)
+
+    def check_names(self, names: Sequence[str]) -> None:
+        """Refuse a pattern that matches no layer."""
+        if isinstance(self.given, Mapping):
+            check_patterns(self.what, list(self.given), names)
+
+    def of(self, name: str) -> Strength:
+        """The number or schedule of one layer."""
+        if not isinstance(self.given, Mapping):
+            return self.given
+        return next((strength for pattern, strength in self.given.items() if matches(name, [pattern])), 0.0)
+
+
+def strength_at(strength: Strength, step: int, name: str) -> float:
+    """Evaluate a number or schedule after ``step`` optimizer steps; ``name`` is the layer, for the error."""
+    if not callable(strength):
+        return float(strength)
+    value = strength(step)
+    if not plain_number(value) or value < 0:
+        raise ValueError(
+            f"the coefficient schedule gave {value!r} for layer '{name}' at optimizer step {step}; "
+            "it must return a finite float >= 0"
+        )
+    return float(value)
+
+
+def _check(strength: object, what: str) -> None:
+    """Refuse what is neither a number >= 0 nor a schedule."""
+    if callable(strength):
+        return
+    if isinstance(strength, (int, float)) and not isinstance(strength, bool):
+        if not plain_number(strength) or strength < 0:
+            raise ValueError(f"{what} must be a finite number >= 0 (0 only monitors); got {strength!r}")
+        return
+    raise TypeError(f"{what} must be a number, a schedule step -> number or a mapping pattern -> number; got {strength!r}")

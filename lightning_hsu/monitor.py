@@ -1,0 +1,118 @@
+"""What the monitor knows of a layer, in numbers that have a reference, and the table of what is measured."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor, nn
+
+from lightning_hsu.coefficients import Strength
+from lightning_hsu.core import smallest_angle, unit_rows
+from lightning_hsu.measures import Measure
+from lightning_hsu.reference import random_level
+from lightning_hsu.selection import Skip, Target
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One set of neurons as the engine holds it: where it is, how it is measured and how strongly."""
+
+    target: Target
+    measure: Measure
+    strength: Strength
+    parameters: tuple[nn.Parameter, ...]
+
+
+@dataclass(frozen=True)
+class LayerUniformity:
+    """What the monitor knows of one layer.
+
+    Args:
+        name: Name of the layer.
+        groups: Groups measured apart (a grouped convolution), else 1; the values are means over them.
+        neurons: Neurons a group.
+        dimension: Dimension of a neuron.
+        energy: Natural value of the measure.
+        penalty: What training minimises, before the coefficient.
+        ratio: Energy over that of random neurons: 1 as random, above 1 more redundant. NaN with fewer than
+            two live neurons.
+        min_angle: Smallest angle between two neurons, in degrees; between two lines in half space.
+        dead: Neurons whose weights are all zero; they are left out.
+        nonfinite: Neurons with a NaN or infinite weight; they are left out.
+    """
+
+    name: str
+    groups: int
+    neurons: int
+    dimension: int
+    energy: float
+    penalty: float
+    ratio: float
+    min_angle: float
+    dead: int
+    nonfinite: int
+
+
+@torch.no_grad()
+def measure_layers(layers: Sequence[Layer]) -> list[LayerUniformity]:
+    """Measure layers as they are now; one pass of about n * n * d FLOP each."""
+    return [_measure(layer) for layer in layers]
+
+
+def describe(layers: Sequence[Layer], skips: Sequence[Skip]) -> str:
+    """The table at the start of a fit: what is measured, how strongly, and what is not and why."""
+    rows = [("layer", "neurons x dimension", "measure", "coefficient")]
+    rows += [(layer.target.name, _shape(layer.target.shape), _measure_name(layer), _strength_name(layer)) for layer in layers]
+    widths = [max(len(row[i]) for row in rows) for i in range(4)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    if skips:
+        lines.append(f"not measured ({len(skips)}):")
+        lines += [f"  {skip.name} {'x'.join(map(str, skip.shape))}: {skip.reason}" for skip in skips]
+    return "\n".join(lines)
+
+
+def widened(x: Tensor) -> Tensor:
+    """Half-precision neurons in float32, so that small gradients do not underflow; others as they are."""
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+def _measure(layer: Layer) -> LayerUniformity:
+    x = widened(layer.target.neurons().detach())  # (groups, n, d)
+    groups, n, d = x.shape
+    finite = torch.isfinite(x).all(-1)  # (groups, n)
+    live = (unit_rows(x)[1] > 0).squeeze(-1)
+    penalty = layer.measure.penalty(x).double().mean()
+    angle = smallest_angle(x, half_space=bool(getattr(layer.measure, "half_space", False))).amin().rad2deg()
+    counts = torch.stack([live.sum(-1).amin(), live.sum(), (finite & ~live).sum(), (~finite).sum()])
+    numbers = torch.cat([torch.stack([penalty, angle]), counts.double()]).tolist()
+    fewest, alive, dead, nonfinite = (int(count) for count in numbers[2:])
+    energy = layer.measure.natural(penalty)
+    ratio = float("nan")
+    if fewest > 1:
+        ratio = float(layer.measure.ratio(energy, random_level(layer.measure, round(alive / groups), d)))
+    return LayerUniformity(
+        layer.target.name, groups, n, d, float(energy), numbers[0], ratio, numbers[1], dead=dead, nonfinite=nonfinite
+    )
+
+
+def _shape(shape: tuple[int, int, int]) -> str:
+    groups, n, d = shape
+    return f"{n} x {d}" if groups == 1 else f"{groups} groups of {n} x {d}"
+
+
+def _measure_name(layer: Layer) -> str:
+    """The measure with its first field and those that are not at their default."""
+    own = fields(layer.measure)  # type: ignore[arg-type]
+    values = [(field, getattr(layer.measure, field.name)) for field in own]
+    shown = [f"{field.name}={value!r}" for i, (field, value) in enumerate(values) if i == 0 or value != field.default]
+    return f"{type(layer.measure).__name__}({', '.join(shown)}){' head' if layer.target.head else ''}"
+
+
+def _strength_name(layer: Layer) -> str:
+    text = "schedule" if callable(layer.strength) else f"{layer.strength:g}"
+    if layer.strength == 0:
+        text += " (monitor only)"
+    return f"{text}, frozen until it is unfrozen" if layer.target.frozen else text

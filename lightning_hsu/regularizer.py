@@ -1,0 +1,259 @@
+"""The engine: targets, coefficients, schedule and state. It has no idea of a Trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_hsu.coefficients import Coefficient, Strength, strength_at
+from lightning_hsu.measures import Measure, RieszEnergy
+from lightning_hsu.monitor import Layer, LayerUniformity, describe, measure_layers, widened
+from lightning_hsu.selection import Patterns, Skip, Target, select
+
+
+@dataclass(frozen=True)
+class GradientNote:
+    """What one application did to one layer, on request: tensors, nothing is synchronised.
+
+    Args:
+        share: Norm of the added gradient over the norm of the task's.
+        limited: Neurons whose penalty gradient was shortened by ``step_limit``.
+    """
+
+    share: Tensor
+    limited: Tensor
+
+
+class UniformityRegularizer:
+    """Spread a model's neurons over the sphere in any training loop, with or without Lightning.
+
+    After ``loss.backward()`` and before ``optimizer.step()`` call :meth:`add_gradients`: it adds the gradient of
+    coefficient times penalty, summed over the layers, to the parameters' ``.grad``.
+
+    Args:
+        measure: What to minimise. None is the half-space Riesz energy with s = 2. The class head is
+            measured in full space.
+        coefficient: A number >= 0 (0 only monitors), a schedule (optimizer steps done -> number), or a
+            mapping of layer patterns to either; the first matching pattern counts.
+        include: Patterns of layers to take, shell style; None takes all but embeddings.
+        exclude: Patterns of layers to leave out.
+        head: "auto" (the last Linear), the head's name, or None for no head.
+        head_coefficient: A number or schedule for the head; None uses ``coefficient``.
+        every_n_steps: Apply on every n-th step of each optimizer, at the coefficient's full strength.
+        step_limit: A neuron's penalty gradient, times the learning rate, is at most this fraction of the neuron's
+            norm, so that no near-duplicate or tiny neuron is thrown away by one step. None is no limit.
+
+    Raises:
+        ValueError: for a negative or NaN coefficient, ``every_n_steps`` below 1 or a ``step_limit`` <= 0.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from lightning_hsu import UniformityRegularizer
+        >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> regularizer = UniformityRegularizer(coefficient=0.1).attach(model)
+        >>> loss = model(torch.randn(32, 8)).square().mean()
+        >>> loss.backward()
+        >>> _ = regularizer.add_gradients(optimizer)
+        >>> optimizer.step()
+        >>> [layer.name for layer in regularizer.measure_layers()]
+        ['0', '2']
+    """
+
+    def __init__(
+        self,
+        measure: Measure | None = None,
+        coefficient: Strength | Mapping[str, Strength] = 1.0,
+        *,
+        include: Patterns = None,
+        exclude: Patterns = None,
+        head: str | None = "auto",
+        head_coefficient: Strength | None = None,
+        every_n_steps: int = 1,
+        step_limit: float | None = 1.0,
+    ) -> None:
+        if not isinstance(every_n_steps, int) or every_n_steps < 1:
+            raise ValueError(f"every_n_steps must be an int >= 1; got {every_n_steps!r}")
+        if step_limit is not None and not step_limit > 0:
+            raise ValueError(f"step_limit must be > 0, or None for no limit; got {step_limit!r}")
+        if measure is not None and not isinstance(measure, Measure):
+            raise TypeError(f"measure must be a measure such as RieszEnergy(s=2); got {measure!r}")
+        self.measure = RieszEnergy(s=2.0, half_space=True) if measure is None else measure
+        self.coefficient = Coefficient(coefficient)
+        self.head_coefficient = None if head_coefficient is None else Coefficient(head_coefficient, "head_coefficient")
+        self.include, self.exclude, self.head = include, exclude, head
+        self.every_n_steps, self.step_limit = every_n_steps, step_limit
+        self.layers: list[Layer] = []
+        self.skips: list[Skip] = []
+        self.steps: list[int] = []  # steps done by each optimizer
+        self._seen: list[int] = []  # ids of the optimizers, in the order in which they first stepped
+        self._last: dict[str, float] = {}  # coefficient of each layer at its last step
+
+    def attach(self, model: nn.Module) -> UniformityRegularizer:
+        """Find the model's neurons; returns self.
+
+        Raises:
+            ValueError: if a pattern matches nothing or no layer is left to measure.
+            NotImplementedError: if a weight is sharded (DTensor).
+        """
+        targets, self.skips = select(model, self.include, self.exclude, self.head)
+        self.coefficient.check_names([target.name for target in targets])
+        self.layers = [
+            Layer(target, self._measure_of(target), self._strength_of(target), tuple(target.parameters())) for target in targets
+        ]
+        for layer in self.layers:
+            _refuse_sharded(layer)
+        return self
+
+    def detach(self) -> None:
+        """Let go of the model; the step counts stay."""
+        self.layers, self.skips, self._seen, self._last = [], [], [], {}
+
+    def penalty(self, step: int = 0) -> Tensor:
+        """Coefficient times penalty, summed over the layers: a differentiable scalar for a loss of your own."""
+        self._check_attached()
+        terms = [
+            strength_at(layer.strength, step, layer.target.name) * layer.measure.penalty(widened(layer.target.neurons())).mean()
+            for layer in self.layers
+        ]
+        return torch.stack([term.double() for term in terms]).sum().to(torch.get_default_dtype())
+
+    @torch.no_grad()
+    def add_gradients(
+        self, optimizer: Optimizer, *, index: int | None = None, grad_scale: float = 1.0, note: bool = False
+    ) -> dict[str, GradientNote]:
+        """Add the penalty's gradient to ``.grad`` of the optimizer's own parameters; call it once per optimizer step.
+
+        Parameters that are frozen or have no gradient are left alone.
+
+        Args:
+            optimizer: The optimizer about to step; its learning rates set the step limit.
+            index: Its position where there are several; by default the order in which they first step.
+            grad_scale: Factor that the gradients still carry (a GradScaler's, for optimizers that unscale themselves).
+            note: Also return what was done, by layer.
+
+        Returns:
+            Notes by layer name; empty without ``note``, or on a step that ``every_n_steps`` leaves out.
+        """
+        self._check_attached()
+        step = self._count(optimizer, index)
+        notes: dict[str, GradientNote] = {}
+        if step % self.every_n_steps:
+            return notes
+        if not self.active:
+            return notes
+        own = {id(p): float(group.get("lr", 1.0)) for group in optimizer.param_groups for p in group["params"]}
+        for layer in self.layers:
+            notes |= self._add_layer(layer, step, own, grad_scale, note)
+        return notes
+
+    def measure_layers(self) -> list[LayerUniformity]:
+        """Measure every layer as it is now; one synchronisation at the end."""
+        self._check_attached()
+        return measure_layers(self.layers)
+
+    def current_penalty(self, measured: list[LayerUniformity]) -> float:
+        """Coefficient times penalty, summed over measured layers, at the coefficients last used."""
+        return sum(
+            self._last.get(layer.target.name, strength_at(layer.strength, 0, layer.target.name)) * one.penalty
+            for layer, one in zip(self.layers, measured, strict=True)
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """The steps done by each optimizer: where the schedules stand."""
+        return {"steps": list(self.steps)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where :meth:`state_dict` was taken."""
+        self.steps = list(state["steps"])
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickle and copy the settings and step counts, never the model."""
+        return {**self.__dict__, "layers": [], "skips": [], "_seen": [], "_last": {}}
+
+    def _measure_of(self, target: Target) -> Measure:
+        """Full space for the head, where opposite neurons are right: in half space two antipodal classes coincide."""
+        names = [field.name for field in fields(self.measure)]  # type: ignore[arg-type]
+        return replace(self.measure, half_space=False) if target.head and "half_space" in names else self.measure  # type: ignore[type-var]
+
+    def _strength_of(self, target: Target) -> Strength:
+        own = self.head_coefficient if target.head and self.head_coefficient is not None else self.coefficient
+        return own.of(target.name)
+
+    def _count(self, optimizer: Optimizer, index: int | None) -> int:
+        """Steps done by this optimizer, and one more from now on."""
+        if index is None:
+            if id(optimizer) not in self._seen:
+                self._seen.append(id(optimizer))
+            index = self._seen.index(id(optimizer))
+        self.steps += [0] * (index + 1 - len(self.steps))
+        self.steps[index] += 1
+        return self.steps[index] - 1
+
+    def _add_layer(
+        self, layer: Layer, step: int, own: Mapping[int, float], grad_scale: float, note: bool
+    ) -> dict[str, GradientNote]:
+        """Add one layer's gradient; see :meth:`add_gradients`."""
+        rates = [own[id(p)] for p in layer.parameters if id(p) in own and p.grad is not None and p.requires_grad]
+        if not rates:
+            return {}
+        strength = self._last[layer.target.name] = strength_at(layer.strength, step, layer.target.name)
+        if strength == 0:
+            return {}
+        with torch.enable_grad():
+            x = layer.target.neurons()
+        neurons = widened(x.detach())  # (groups, n, d)
+        grad = layer.measure.value_and_grad(neurons)[1] * (strength / neurons.shape[0])
+        factor = self._shortening(neurons, grad, max(rates), torch.finfo(x.dtype).max)
+        places = list(layer.target.places(x, grad * factor, own))
+        found = {}
+        if note and places:
+            share = _norm([g for _, g in places]) * grad_scale / _norm([task for task, _ in places])
+            found[layer.target.name] = GradientNote(share, (factor < 1).sum())
+        for task, g in places:
+            task.add_(g if grad_scale == 1.0 else g * grad_scale)
+        return found
+
+    def _shortening(self, x: Tensor, grad: Tensor, rate: float, largest: float) -> Tensor:
+        """Factors (groups, n, 1) in (0, 1] that keep a step within the limit and the gradient within its dtype."""
+        length = torch.linalg.vector_norm(grad, dim=-1, keepdim=True)
+        room = torch.full_like(length, largest / 2)
+        if self.step_limit is not None and rate > 0:
+            room = room.minimum(torch.linalg.vector_norm(x, dim=-1, keepdim=True) * (self.step_limit / rate))
+        return torch.where(length > room, room / length, 1.0)
+
+    @property
+    def active(self) -> bool:
+        """Whether any layer has a coefficient other than the number 0: otherwise there is nothing to add, ever."""
+        return any(callable(layer.strength) or layer.strength > 0 for layer in self.layers)
+
+    def table(self) -> str:
+        """Every layer with its shape, measure and coefficient, and every weight left out with the reason."""
+        self._check_attached()
+        return describe(self.layers, self.skips)
+
+    def _check_attached(self) -> None:
+        if not self.layers:
+            raise RuntimeError("the regularizer has no model yet: call attach(model) first")
+
+
+def _norm(parts: list[Tensor]) -> Tensor:
+    """Euclidean norm of several tensors together."""
+    norms = torch.stack([torch.linalg.vector_norm(part, dtype=torch.float64) for part in parts])
+    total: Tensor = torch.linalg.vector_norm(norms)
+    return total
+
+
+def _refuse_sharded(layer: Layer) -> None:
+    """A rank that sees a part of the neurons would compute a wrong gradient without a word."""
+    if any(hasattr(p, "device_mesh") for p in layer.parameters):
+        raise NotImplementedError(
+            f"layer '{layer.target.name}' {layer.target.shape} is sharded over ranks (a DTensor), where the penalty would "
+            f"not see all neurons; use DDP or a single device, or exclude='{layer.target.name}'"
+        )
