@@ -88,7 +88,8 @@ class HypersphericalUniformity(pl.Callback):
         )
         self.prefix, self.verbose = prefix, verbose
         self._notes: dict[str, GradientNote] = {}
-        self._logged_at = -1  # global step of the last measurement
+        self._fresh = True  # nothing measured yet in this fit
+        self._seen_step = 0  # global step at the last batch's end
         self._warned: set[str] = set()
 
     @property
@@ -109,13 +110,17 @@ class HypersphericalUniformity(pl.Callback):
         """Start counting anew; a checkpoint's counts are loaded after this."""
         if stage == "fit":
             self.regularizer.load_state_dict({"steps": []})
-            self._notes, self._logged_at, self._warned = {}, -1, set()
+            self._notes, self._fresh, self._warned = {}, True, set()
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Find the neurons; lazy layers have none before their first batch."""
         _check_strategy(trainer)
         if not uninitialized(pl_module):
             self._attach(pl_module)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Note where a resumed fit stands."""
+        self._seen_step = trainer.global_step
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
         """Add the gradient: here it is reduced over ranks, unscaled, complete over accumulated batches and not yet clipped."""
@@ -131,12 +136,13 @@ class HypersphericalUniformity(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Measure and log after the step, on logging steps only."""
-        if trainer.global_step == self._logged_at or not self.regularizer.layers:
-            return
+        if trainer.global_step == self._seen_step or not self.regularizer.layers:
+            return  # still accumulating
+        self._seen_step = trainer.global_step
         logging_step = _is_logging_step(trainer)
-        if logging_step or self._logged_at < 0 or trainer.is_last_batch:
+        if logging_step or self._fresh or trainer.is_last_batch:
             self._log(trainer, pl_module, logging_step)
-            self._logged_at = trainer.global_step
+            self._fresh = False
         self._notes = {}
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -165,8 +171,7 @@ class HypersphericalUniformity(pl.Callback):
             values = self._aggregates(measured)
             pl_module.log_dict(values, on_step=True, on_epoch=False, batch_size=1)
         if logging_step:
-            for layer in measured:
-                self._report_nonfinite(layer)
+            self._report_nonfinite(measured)
             step = trainer.fit_loop.epoch_loop._batches_that_stepped
             for logger in trainer.loggers:
                 logger.log_metrics(self._per_layer(measured), step=step)
@@ -194,13 +199,15 @@ class HypersphericalUniformity(pl.Callback):
             values[f"{self.prefix}/min_angle/{layer.name}"] = layer.min_angle
         return values | {f"{self.prefix}/gradient_share/{name}": float(note.share) for name, note in self._notes.items()}
 
-    def _report_nonfinite(self, layer: LayerUniformity) -> None:
-        if layer.nonfinite and layer.name not in self._warned:
-            self._warned.add(layer.name)
+    def _report_nonfinite(self, measured: list[LayerUniformity]) -> None:
+        """Warn once of each layer whose weights broke; training is lost, and the user should know where it began."""
+        broken = [layer for layer in measured if layer.nonfinite and layer.name not in self._warned]
+        if broken:
+            self._warned |= {layer.name for layer in broken}
+            named = "; ".join(f"'{x.name}' ({x.neurons} x {x.dimension}): {x.nonfinite} neurons" for x in broken)
             rank_zero_warn(
-                f"layer '{layer.name}' ({layer.neurons} x {layer.dimension}) has {layer.nonfinite} neurons with NaN or "
-                "infinite weights; they are left out of the penalty. Lower the learning rate or find the first bad step with "
-                "Trainer(detect_anomaly=True)."
+                f"NaN or infinite weights in layer {named}. Such neurons are left out of the penalty. Lower the learning "
+                "rate, or find the first bad step with Trainer(detect_anomaly=True)."
             )
 
 

@@ -52,7 +52,7 @@ def random_expectation(measure: Measure, n: int, d: int) -> float:
     pair = _pair_expectation(measure, d)
     if not measure.half_space:
         return pair
-    mirror = float(measure.kernel(torch.tensor(4.0, dtype=torch.float64))[0])
+    mirror = float(measure.kernel(*torch.tensor([4.0, 0.0], dtype=torch.float64))[0])
     return (2 * (n - 1) * pair + mirror) / (2 * n - 1)
 
 
@@ -114,8 +114,8 @@ def _quadrature(measure: PairwiseMeasure, d: int) -> float:
     sine = torch.sin(torch.minimum(angle, rest))
     weight = sine.log() * (d - 2) + (torch.cosh(grid) * angle * rest).log()
     weight = (weight - weight.max()).exp()
-    q = (2.0 * torch.sin(angle / 2.0)).square()
-    value = measure.kernel(q.clamp_min(1e-300))[0]
+    q, p = ((2.0 * torch.sin(part / 2.0)).square().clamp_min(1e-300) for part in (angle, rest))
+    value = measure.kernel(q, p)[0]
     kept = weight > 0
     return float((value[kept] * weight[kept]).sum() / weight.sum())
 

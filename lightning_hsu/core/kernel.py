@@ -9,8 +9,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-Kernel = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""Maps squared chords in (0, 4] to (value, d value / d squared chord), elementwise and out of place."""
+Kernel = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""Maps squared chords q in (0, 4] to another neuron, and p = 4 - q to its mirror image, to (value, d value / d q)."""
 
 FLOOR = 1e-6
 """The smallest softening (a chord): it keeps the energy of coincident neurons finite when softening is off."""
@@ -23,7 +23,7 @@ class PairTerm:
     """A kernel as the pair sums use it.
 
     Args:
-        kernel: Value and slope in the squared chord.
+        kernel: Value and slope at squared chords.
         half_space: Count each neuron together with its mirror image.
         softening: Chord below which the kernel continues as its tangent line in the squared chord.
     """
@@ -37,29 +37,31 @@ class PairTerm:
         """The chord below which the kernel is a line, in (0, 2)."""
         return max(self.softening, FLOOR)
 
-    def softened(self, q: Tensor) -> tuple[Tensor, Tensor]:
-        """Value and slope at the squared chords q; below the knee the tangent line at the knee."""
+    def softened(self, q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+        """Value and slope at the squared chords q, p = 4 - q; below the knee the tangent line at the knee."""
         curved = q.clamp_min(self.knee**2)
-        value, slope = (part.clamp(-_BOUND, _BOUND) for part in self.kernel(curved))
+        bounded = (part.clamp(-_BOUND, _BOUND) for part in self.kernel(curved, p.clamp_max(4.0 - self.knee**2)))
+        value, slope = bounded
         return value + slope * (q - curved), slope
 
     def split(self, q: Tensor, p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Energy of pairs at squared chords q, mirrored chords p; slopes in q and (half space, else 0) in p."""
-        value, slope = self.softened(q)
+        value, slope = self.softened(q, p)
         if not self.half_space:
             return value, slope, torch.zeros_like(slope)
-        mirrored, mirrored_slope = self.softened(p)
+        mirrored, mirrored_slope = self.softened(p, q)
         return value + mirrored, slope, mirrored_slope
 
     def folded(self, q: Tensor, nearest: float = 0.0) -> tuple[Tensor, Tensor]:
         """Energy of pairs and its slope at squared chords q in [nearest, 4 - nearest]."""
+        p = 4.0 - q
         smooth = q.dtype != torch.float64 and self.knee**2 <= nearest  # no knee, no overflow: skip both guards
         if not smooth:
-            value, slope, mirrored_slope = self.split(q, 4.0 - q)
+            value, slope, mirrored_slope = self.split(q, p)
             return value, slope - mirrored_slope
-        value, slope = self.kernel(q)
+        value, slope = self.kernel(q, p)
         if self.half_space:
-            mirrored, mirrored_slope = self.kernel(4.0 - q)
+            mirrored, mirrored_slope = self.kernel(p, q)
             value, slope = value + mirrored, slope - mirrored_slope
         return value, slope
 
@@ -76,5 +78,5 @@ class PairTerm:
 @lru_cache(maxsize=256)
 def softened_at(term: PairTerm, q: float) -> tuple[float, float]:
     """Value and slope of the softened kernel at one squared chord, in float64."""
-    value, slope = term.softened(torch.tensor(q, dtype=torch.float64))
+    value, slope = term.softened(*torch.tensor([q, 4.0 - q], dtype=torch.float64))
     return float(value), float(slope)

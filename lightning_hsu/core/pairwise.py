@@ -36,6 +36,8 @@ def pair_energy(w: Tensor, term: PairTerm, *, with_grad: bool = True) -> tuple[T
         without ``with_grad``). Both are finite, and the same weights give the same bits.
     """
     n, d = w.shape[-2:]
+    if w.numel() == 0:
+        return w.new_zeros(w.shape[:-2], dtype=working_dtype(w.dtype)), torch.zeros_like(w) if with_grad else None
     stack = w.detach().reshape(-1, n, d)
     dtype = _wide_enough(term, working_dtype(w.dtype))
     together = max(1, _ENTRIES // max(1, min(PANEL, n) * n))

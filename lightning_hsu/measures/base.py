@@ -52,7 +52,7 @@ class PairwiseMeasure(Measure):
         >>> from lightning_hsu.measures import PairwiseMeasure
         >>> @dataclass(frozen=True)
         ... class InverseFourth(PairwiseMeasure):
-        ...     def kernel(self, q):
+        ...     def kernel(self, q, p):
         ...         return q**-2, -2 * q**-3
         >>> float(InverseFourth()(torch.eye(3)))
         0.25
@@ -62,11 +62,13 @@ class PairwiseMeasure(Measure):
     softening: float = 1e-2
 
     @abstractmethod
-    def kernel(self, q: Tensor) -> tuple[Tensor, Tensor]:
+    def kernel(self, q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
         """Return the kernel and its slope at squared chords.
 
         Args:
             q: Squared chords ``|x_i - x_j|**2 = 2 - 2 cos``, any shape, in (0, 4].
+            p: Squared chords ``|x_i + x_j|**2 = 4 - q`` to the mirror image, as exact near 0 as q is; most
+                kernels need only q.
 
         Returns:
             The value and its derivative with respect to q, elementwise, out of place. For second

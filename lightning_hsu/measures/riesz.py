@@ -59,15 +59,16 @@ class RieszEnergy(PairwiseMeasure):
             raise ValueError(f"distance must be 'chordal' or 'geodesic'; got {self.distance!r}")
         check_softening(self.softening)
 
-    def kernel(self, q: Tensor) -> tuple[Tensor, Tensor]:
-        """Value and slope in the squared chord q; the geodesic slope is kept finite at the antipode."""
+    def kernel(self, q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+        """Value and slope in the squared chord q; the geodesic slope is kept finite at the antipode, p = 0."""
         if self.distance == "chordal":
             inverse = q.rsqrt() if self.s != 2 else q.reciprocal()
             return _powers(inverse, self.s, squared=self.s == 2)
-        angle = 2.0 * torch.atan2(q.sqrt(), (4.0 - q).clamp_min(1e-12).sqrt())
+        guarded = p.clamp_min(1e-12)
+        angle = 2.0 * torch.atan2(q.sqrt(), torch.where(p < 1e-12, p.detach().sqrt(), guarded.sqrt()))
         value, slope = _powers(angle.reciprocal(), self.s, squared=False)
         # d angle / d q = 1 / (2 sin angle); _powers gives the slope in the squared angle.
-        return value, slope * 2.0 * angle * (q * (4.0 - q).clamp_min(1e-12)).rsqrt()
+        return value, slope * 2.0 * angle * (q * guarded).rsqrt()
 
     def ratio(self, value: Tensor, reference: float) -> Tensor:
         """Energy over the energy of random points; for s = 0 the exponential of the difference, for s < 0 inverted.

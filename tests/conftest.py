@@ -1,0 +1,20 @@
+"""Fixtures shared by the tests."""
+
+import os
+
+import pytest
+import torch
+
+# The tests' matrices are tiny: more threads than one only add noise to their run time.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)

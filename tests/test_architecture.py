@@ -1,0 +1,63 @@
+"""The layers of the package: imports point down only, and third parties appear in their own room."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import lightning_hsu
+
+ROOT = Path(lightning_hsu.__file__).parent
+# From the ground up; a module may import what stands before it, and its own room.
+LAYERS = [
+    {"core"},
+    {"measures"},
+    {"neurons", "selection", "reference"},
+    {"coefficients", "monitor", "regularizer"},
+    {"callback"},
+    {"__init__"},
+]
+FACES = {"lightning": {"callback"}, "torchmetrics": set(), "matplotlib": set()}
+FILES = sorted(ROOT.rglob("*.py"))
+
+
+def room(path):
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+def level(name):
+    return next(i for i, rooms in enumerate(LAYERS) if name in rooms)
+
+
+def imported(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            yield node.module
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_point_down(path):
+    for name in imported(path):
+        package, _, rest = name.partition(".")
+        if package == "lightning_hsu" and rest:
+            assert level(rest.split(".")[0]) <= level(room(path)), f"{path.name} imports {name} from above"
+        elif package in FACES:
+            assert room(path) in FACES[package], f"{path.name} imports {package}"
+        else:
+            assert package in {"__future__", "torch", "abc", "math", "typing"} | STANDARD, f"{path.name} imports {name}"
+
+
+STANDARD = {"collections", "contextlib", "dataclasses", "fnmatch", "functools"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_stay_readable(path):
+    assert len(path.read_text().splitlines()) <= 300
+
+
+def test_no_stand_in_is_left():
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            assert not isinstance(node, ast.Pass), f"{path.name}:{node.lineno}"

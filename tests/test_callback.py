@@ -1,0 +1,327 @@
+"""What a user of the callback sees: metrics, the table, warnings, errors, state; and what Lightning demands."""
+
+import copy
+import csv
+import logging
+import pickle
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from torch import nn
+
+from lightning_hsu import HypersphericalUniformity
+from lightning_hsu.core import smallest_angle
+from lightning_hsu.measures import RieszEnergy
+from lightning_hsu.reference import uniformity_ratio
+from tests.models import Automatic, Manual, batches, loader, trainer, uniformity
+
+AGGREGATES = {"hsu/penalty", "hsu/ratio_mean", "hsu/ratio_max", "hsu/min_angle", "hsu/dead"}
+
+
+def rows_of(logger):
+    """Logged rows by step, empty cells left out."""
+    logger.save()
+    with open(f"{logger.log_dir}/metrics.csv") as file:
+        rows = [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
+    merged = {}
+    for row in rows:
+        merged.setdefault(int(row["step"]), {}).update(row)
+    return merged
+
+
+def test_logged_numbers_are_those_of_the_weights(tmp_path):
+    module, logger = Automatic(), CSVLogger(tmp_path)
+    callback = uniformity(coefficient=0.3)
+    trainer(callback, logger=logger, log_every_n_steps=7, max_epochs=1).fit(module, loader(batches()))
+    rows = rows_of(logger)
+    assert list(rows) == [6]
+    row = rows[6]
+    layers = {"net.0": (0, 1), "net.2": (2, 2), "net.5": (5, 1), "net.7": (7, 1)}
+    penalty, ratios, angles = 0.0, [], []
+    for name, (index, groups) in layers.items():
+        measure = RieszEnergy(s=2, half_space=name != "net.7")
+        neurons = module.net[index].weight.detach().reshape(groups, -1, module.net[index].weight[0].numel())
+        ratio = float(uniformity_ratio(measure, neurons).mean())
+        angle = float(smallest_angle(neurons, half_space=measure.half_space).min().rad2deg())
+        assert row[f"hsu/energy/{name}"] == pytest.approx(float(measure(neurons).mean()), rel=1e-6)
+        assert row[f"hsu/ratio/{name}"] == pytest.approx(ratio, rel=1e-6)
+        assert row[f"hsu/min_angle/{name}"] == pytest.approx(angle, rel=1e-5)
+        assert row[f"hsu/gradient_share/{name}"] > 0
+        penalty += 0.3 * float(measure(neurons).mean())
+        ratios.append(ratio)
+        angles.append(angle)
+    assert row["hsu/penalty"] == pytest.approx(penalty, rel=1e-6)
+    assert row["hsu/ratio_mean"] == pytest.approx(sum(ratios) / 4, rel=1e-6)
+    assert row["hsu/ratio_max"] == pytest.approx(max(ratios), rel=1e-6)
+    assert row["hsu/min_angle"] == pytest.approx(min(angles), rel=1e-5)
+    assert row["hsu/dead"] == row["hsu/limited"] == 0
+
+
+def test_gradient_share_is_the_norm_of_what_was_added_over_the_tasks(tmp_path):
+    module, logger, seen = Automatic(), CSVLogger(tmp_path), {}
+
+    class Before(pl.Callback):
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+            seen["before"] = pl_module.net[5].weight.grad.clone()
+
+    class After(pl.Callback):
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+            seen["after"] = pl_module.net[5].weight.grad.clone()
+
+    chain = (Before(), uniformity(coefficient=0.3), After())
+    trainer(*chain, logger=logger, log_every_n_steps=1, max_steps=1).fit(module, loader(batches()))
+    share = (seen["after"] - seen["before"]).norm() / seen["before"].norm()
+    assert rows_of(logger)[0]["hsu/gradient_share/net.5"] == pytest.approx(float(share), rel=1e-4)
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_layers_are_logged_on_logging_steps_only(tmp_path, accumulate, monkeypatch):
+    callback, logger, measured = uniformity(coefficient=0.1), CSVLogger(tmp_path), []
+    measure = callback.regularizer.measure_layers
+    monkeypatch.setattr(callback.regularizer, "measure_layers", lambda: measured.append(1) or measure())
+    settings = {"logger": logger, "log_every_n_steps": 5, "accumulate_grad_batches": accumulate, "max_epochs": 1}
+    fit = trainer(callback, **settings)
+    fit.fit(Automatic(), loader(batches(count=24)))
+    steps = {step for step, row in rows_of(logger).items() if "hsu/ratio/net.5" in row}
+    assert steps == set(range(4, fit.global_step, 5))
+    assert AGGREGATES <= set(rows_of(logger)[4])
+    # the first step, the logging steps and the end of the epoch; nothing in between
+    assert len(measured) == len({1, *(step + 1 for step in steps), fit.global_step})
+
+
+def test_nothing_happens_off_logging_steps_when_only_monitoring(monkeypatch):
+    """No pass over the weights and no synchronisation: the engine is not even asked for neurons."""
+    callback, calls = uniformity(coefficient=0), []
+    fit = trainer(callback, log_every_n_steps=100, max_epochs=1)
+
+    class Spy(pl.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if batch_idx == 1:
+                for layer in callback.regularizer.layers:
+                    monkeypatch.setattr(type(layer.target), "neurons", lambda self: calls.append(self.name))
+            if batch_idx == 6:
+                monkeypatch.undo()
+
+    fit.callbacks.append(Spy())
+    fit.fit(Automatic(), loader(batches()))
+    assert calls == []
+
+
+@pytest.mark.parametrize("module", [Automatic, Manual])
+def test_early_stopping_and_checkpoints_can_watch_the_aggregates(tmp_path, module):
+    """Also in epochs shorter than log_every_n_steps, Lightning's default of 50."""
+
+    class Validated(module):
+        def validation_step(self, batch, batch_idx):
+            return None
+
+    stop = EarlyStopping("hsu/ratio_mean", patience=100, mode="min", strict=True)
+    save = ModelCheckpoint(tmp_path, monitor="hsu/min_angle", mode="max", filename="{epoch}")
+    data = loader(batches())
+    trainer(uniformity(coefficient=0.1), stop, save, max_epochs=3, enable_checkpointing=True, logger=False).fit(
+        Validated(), data, data
+    )
+    assert float(stop.best_score) > 0
+    assert float(save.best_model_score) > 0
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"barebones": True, "logger": None},
+        {"fast_dev_run": True},
+        {"logger": False, "log_every_n_steps": 0},
+        {"overfit_batches": 1},
+    ],
+    ids=str,
+)
+@pytest.mark.filterwarnings("ignore:.*barebones.*", "ignore:.*overfit.*", "ignore:.*predict.*")
+def test_unusual_trainers(settings):
+    settings = {"enable_checkpointing": False, **settings}
+    if "barebones" in settings:
+        settings |= {"enable_checkpointing": None, "enable_progress_bar": None, "enable_model_summary": None}
+    module = Automatic()
+    before = module.net[5].weight.detach().clone()
+    trainer(uniformity(coefficient=0.1), **settings).fit(module, loader(batches()))
+    assert not torch.equal(before, module.net[5].weight)
+
+
+def test_the_table_at_the_start_of_fit(caplog):
+    with caplog.at_level(logging.INFO):
+        trainer(uniformity(coefficient={"net.5": 0.2}, verbose=True), fast_dev_run=True).fit(Automatic(), loader(batches()))
+    table = next(record.message for record in caplog.records if "Hyperspherical uniformity" in record.message)
+    lines = [line.split() for line in table.splitlines()[3:]]
+    assert lines[0] == ["net.0", "6", "x", "9", "RieszEnergy(s=2.0,", "half_space=True)", "0", "(monitor", "only)"]
+    assert lines[1][:6] == ["net.2", "2", "groups", "of", "4", "x"]
+    assert lines[2][-1] == "0.2"
+    assert lines[3][4:6] == ["RieszEnergy(s=2.0)", "head"]
+
+
+class Lazy(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Flatten(), nn.LazyLinear(8), nn.Tanh(), nn.LazyLinear(3))
+
+    training_step = Automatic.training_step
+    silent = ()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class Configured(Automatic):
+    def __init__(self):
+        super().__init__(net=nn.Identity())
+
+    def configure_model(self):
+        if isinstance(self.net, nn.Identity):
+            self.net = nn.Sequential(nn.Flatten(), nn.Linear(36, 8), nn.Tanh(), nn.Linear(8, 3))
+
+
+@pytest.mark.parametrize("make", [Lazy, Configured])
+@pytest.mark.filterwarnings("ignore:.*[Ll]azy modules.*", "ignore:.*UninitializedParameter.*")
+def test_models_built_late(make):
+    """Lazy layers have no shape before the first batch, configure_model runs after setup: the penalty is there all the same."""
+    seen = []
+
+    class Spy(pl.Callback):
+        def on_train_batch_end(self, trainer, *_):
+            seen.append([layer.target.name for layer in trainer.callbacks[0].regularizer.layers])
+
+    trainer(uniformity(coefficient=0.1), Spy(), max_epochs=1).fit(make(), loader(batches()))
+    assert seen[0] == ["net.1", "net.3"]
+
+
+def test_a_non_finite_weight_is_reported_with_its_layer():
+    module = Automatic()
+
+    class Break(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            if trainer.global_step == 4:
+                with torch.no_grad():
+                    pl_module.net[5].weight[2, 1] = float("nan")
+
+    with pytest.warns(UserWarning, match=r"NaN or infinite weights in layer 'net.5' \(12 x 32\): 1 neurons"):
+        trainer(Break(), uniformity(coefficient=0.1), log_every_n_steps=2, max_steps=4).fit(module, loader(batches()))
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error", "message"),
+    [
+        ({"coefficient": -1}, ValueError, r"coefficient must be a finite number >= 0 \(0 only monitors\); got -1"),
+        ({"coefficient": float("nan")}, ValueError, "coefficient must be a finite number"),
+        ({"coefficient": {"a": 1.0, "b": -2.0}}, ValueError, r"coefficient\['b'\] must be a finite number >= 0"),
+        ({"coefficient": {}}, ValueError, "empty mapping"),
+        ({"coefficient": "strong"}, TypeError, "a number, a schedule step -> number or a mapping"),
+        ({"head_coefficient": -1}, ValueError, "head_coefficient must be"),
+        ({"apply": "later"}, ValueError, "apply='later' is not in this release; use apply='gradient'"),
+        ({"every_n_steps": 0}, ValueError, "every_n_steps must be an int >= 1; got 0"),
+        ({"step_limit": 0}, ValueError, "step_limit must be > 0"),
+        ({"measure": "mhe"}, TypeError, "measure must be a measure such as"),
+    ],
+)
+def test_bad_settings_fail_at_once(kwargs, error, message):
+    with pytest.raises(error, match=message):
+        HypersphericalUniformity(**kwargs)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"s": float("nan")}, "s must be a finite real number"),
+        ({"s": "2"}, "s must be a finite real number"),
+        ({"distance": "cosine"}, "distance must be 'chordal' or 'geodesic'"),
+        ({"softening": 3}, r"softening is a chord in \[0, 2\)"),
+    ],
+)
+def test_bad_measures(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        RieszEnergy(**kwargs)
+
+
+def test_bad_neurons():
+    with pytest.raises(ValueError, match=r"shape \(\.\.\., n, d\).*got shape \(4,\)"):
+        RieszEnergy()(torch.randn(4))
+    with pytest.raises(TypeError, match="floating-point tensor, got torch.int64"):
+        RieszEnergy()(torch.ones(4, 4, dtype=torch.long))
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"include": "conv"}, "include pattern 'conv' matches no layer; the layers are: net.0"),
+        ({"coefficient": {"nets.0": 1.0}}, "coefficient pattern 'nets.0' matches no layer"),
+        ({"coefficient": lambda step: -1.0}, r"gave -1.0 for layer 'net.0' at optimizer step 0"),
+    ],
+)
+def test_bad_settings_for_this_model(kwargs, message):
+    callback = uniformity(**kwargs)
+    with pytest.raises(ValueError, match=message):
+        trainer(callback).fit(Automatic(), loader(batches()))
+    assert callback.regularizer.layers == []  # cleaned up although fit never ended
+
+
+def test_a_strategy_that_shards_is_refused_by_name():
+    from lightning.pytorch.strategies import FSDPStrategy
+
+    fit = trainer()
+    fit.strategy.__class__ = FSDPStrategy
+    with pytest.raises(NotImplementedError, match=r"does not support FSDPStrategy in this release.*strategy='ddp'"):
+        uniformity().on_fit_start(fit, Automatic())
+
+
+@pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint.*")
+def test_schedules_go_on_from_a_checkpoint(tmp_path):
+    used = []
+
+    def schedule(step):
+        used.append(step)
+        return 0.1
+
+    data = loader(batches())
+    save = ModelCheckpoint(tmp_path, save_last=True)
+    settings = {"enable_checkpointing": True, "logger": False}
+    trainer(uniformity(coefficient=schedule, include="net.5"), save, max_epochs=1, **settings).fit(Automatic(), data)
+    assert sorted(set(used)) == list(range(7))
+    used.clear()
+    again = trainer(uniformity(coefficient=schedule, include="net.5"), max_epochs=2)
+    again.fit(Automatic(), data, ckpt_path=tmp_path / "last.ckpt", weights_only=False)
+    assert sorted(set(used) - {0}) == list(range(7, 14))
+
+
+def test_two_instances_have_their_own_keys_and_state(tmp_path):
+    first = uniformity(coefficient=0.1, include="net.0")
+    second = uniformity(coefficient=0.2, include="net.5", prefix="dense")
+    assert first.state_key != second.state_key
+    assert uniformity(coefficient=0.9, include="net.0").state_key == first.state_key
+    fit = trainer(first, second, max_epochs=1)
+    fit.fit(Automatic(), loader(batches()))
+    assert {"hsu/penalty", "dense/penalty"} <= set(fit.callback_metrics)
+
+
+def test_one_instance_serves_two_fits_and_keeps_no_model():
+    callback = uniformity(coefficient=0.1)
+    for module in (Automatic(), Automatic(net=nn.Sequential(nn.Flatten(), nn.Linear(36, 5), nn.Linear(5, 3)))):
+        trainer(callback, max_epochs=1).fit(module, loader(batches()))
+        assert callback.regularizer.layers == []
+    assert callback.state_dict() == {"steps": [7]}
+
+
+def test_copies_and_pickles_leave_the_model_behind():
+    callback = uniformity(coefficient=0.1)
+    callback.regularizer.attach(Automatic())
+    for twin in (copy.deepcopy(callback), pickle.loads(pickle.dumps(callback))):
+        assert twin.regularizer.layers == []
+        assert twin.regularizer.coefficient == callback.regularizer.coefficient
+        trainer(twin, max_epochs=1).fit(Automatic(), loader(batches()))
+
+
+def test_the_command_line_interface_can_configure_it():
+    """LightningCLI reads the signature: every argument has a type hint that it can parse."""
+    import inspect
+
+    for name, parameter in inspect.signature(HypersphericalUniformity).parameters.items():
+        assert parameter.annotation is not inspect.Parameter.empty, name

@@ -1,0 +1,76 @@
+"""The engine without Lightning."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_hsu import UniformityRegularizer
+from lightning_hsu.measures import RieszEnergy
+from tests.models import network
+
+
+def test_adding_gradients_equals_backward_through_the_penalty():
+    net = network()
+    twin = copy.deepcopy(net)
+    for one in (net, twin):
+        one(torch.ones(2, 1, 6, 6)).sum().backward()
+    UniformityRegularizer(coefficient=0.3, step_limit=None).attach(net).add_gradients(torch.optim.SGD(net.parameters(), lr=1.0))
+    UniformityRegularizer(coefficient=0.3).attach(twin).penalty().backward()
+    for p, q in zip(net.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-5, atol=1e-7)
+
+
+def test_only_the_optimizers_own_parameters_with_a_gradient_are_touched():
+    net = network()
+    for p in net.parameters():
+        p.grad = torch.zeros_like(p)
+    net[2].weight.grad = None
+    UniformityRegularizer().attach(net).add_gradients(torch.optim.SGD([net[2].weight, net[5].weight], lr=0.1))
+    assert net[2].weight.grad is None
+    assert net[5].weight.grad.abs().max() > 0
+    assert net[0].weight.grad.abs().max() == net[7].weight.grad.abs().max() == 0
+
+
+def test_gradients_of_another_layout_are_met_all_the_same():
+    layer = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+    plain = nn.Conv2d(3, 4, 3)
+    plain.load_state_dict(layer.state_dict())
+    for one in (layer, plain):
+        one.weight.grad = torch.zeros(4, 3, 3, 3)
+        UniformityRegularizer(head=None).attach(one).add_gradients(torch.optim.SGD(one.parameters(), lr=0.1))
+    torch.testing.assert_close(layer.weight.grad, plain.weight.grad)
+
+
+def test_steps_are_counted_by_optimizer():
+    net = network()
+    seen = []
+    regularizer = UniformityRegularizer(coefficient=lambda step: seen.append(step) or 0.1, include="5").attach(net)
+    one, two = torch.optim.SGD(net.parameters(), lr=0.1), torch.optim.SGD(net.parameters(), lr=0.1)
+    net(torch.ones(2, 1, 6, 6)).sum().backward()
+    for optimizer in (one, two, two, one, two):
+        regularizer.add_gradients(optimizer)
+    assert seen == [0, 0, 1, 1, 2]
+    assert regularizer.state_dict() == {"steps": [2, 3]}
+
+
+def test_measuring():
+    net = network()
+    with torch.no_grad():
+        net[5].weight[3:5] = 0
+        net[5].weight[7, 2] = float("inf")
+    layers = {layer.name: layer for layer in UniformityRegularizer(RieszEnergy(s=1)).attach(net).measure_layers()}
+    assert (layers["5"].dead, layers["5"].nonfinite, layers["5"].neurons) == (2, 1, 12)
+    assert layers["2"].groups == 2
+    live = net[5].weight.detach()[[0, 1, 2, 5, 6, 8, 9, 10, 11]]
+    assert layers["5"].energy == pytest.approx(float(RieszEnergy(s=1)(live)), rel=1e-6)
+    net[7].weight.data[:2] = 0
+    dead = UniformityRegularizer(include="7").attach(net).measure_layers()[0]
+    assert dead.ratio != dead.ratio
+    assert dead.energy == 0
+
+
+def test_it_says_when_it_has_no_model():
+    with pytest.raises(RuntimeError, match=r"call attach\(model\) first"):
+        UniformityRegularizer().penalty()

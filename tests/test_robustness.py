@@ -1,0 +1,209 @@
+"""What no penalty may break: degenerate neurons give finite, useful gradients, and finite training stays finite."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_hsu import UniformityRegularizer
+from lightning_hsu.core import smallest_angle
+from lightning_hsu.measures import RieszEnergy
+from tests.models import Automatic, batches, loader, trainer, uniformity
+
+
+def degenerate(kind):
+    """Rows (8, 16) with one kind of trouble among ordinary ones."""
+    w = torch.randn(8, 16)
+    match kind:
+        case "duplicates":
+            w[1] = w[0]
+            w[2] = 3 * w[0]
+        case "near-duplicates":
+            w[1] = w[0] + 1e-6 * torch.randn(16)
+        case "antipodal":
+            w[1] = -w[0]
+        case "zero rows":
+            w[:3] = 0
+        case "all zero":
+            w.zero_()
+        case "all equal":
+            w[:] = w[0].clone()
+        case "one huge":
+            w[0] *= 1e18
+        case "one tiny":
+            w[0] *= 1e-18
+        case "all huge":
+            w *= 1e18
+        case "all tiny":
+            w *= 1e-18
+        case "subnormal":
+            w[0] *= 1e-40
+    return w
+
+
+KINDS = [
+    "duplicates",
+    "near-duplicates",
+    "antipodal",
+    "zero rows",
+    "all zero",
+    "all equal",
+    "one huge",
+    "one tiny",
+    "all huge",
+    "all tiny",
+    "subnormal",
+]
+MEASURES = [
+    RieszEnergy(s=s, half_space=half, distance=distance, softening=softening)
+    for s in (0, 1, 2, 20)
+    for half in (False, True)
+    for distance in ("chordal", "geodesic")
+    for softening in (1e-2, 0.0)
+]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_values_and_gradients_are_finite(kind, dtype):
+    w = degenerate(kind).clamp(-60000, 60000).to(dtype) if dtype == torch.float16 else degenerate(kind).to(dtype)
+    for measure in MEASURES:
+        value, gradient = measure.value_and_grad(w)
+        assert torch.isfinite(value).all(), measure
+        assert torch.isfinite(gradient).all(), measure
+        assert gradient.dtype == dtype
+        assert value.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+
+
+@pytest.mark.parametrize("shape", [(1, 5), (0, 5), (3, 1), (1, 1), (4, 0, 5)])
+def test_too_few_neurons_have_energy_zero_and_no_gradient(shape):
+    value, gradient = RieszEnergy(half_space=True).value_and_grad(torch.randn(shape))
+    assert value.shape == shape[:-2]
+    if shape[-2] < 2:
+        assert (value == 0).all()
+    assert (gradient == 0).all() or shape == (3, 1)
+    assert torch.isfinite(gradient).all()
+    assert gradient.shape == shape
+
+
+def test_zero_rows_take_no_part():
+    x = torch.randn(9, 6, dtype=torch.float64)
+    with_zeros = torch.cat([x[:4], torch.zeros(300, 6, dtype=torch.float64), x[4:]])
+    for measure in MEASURES:
+        value, gradient = measure.value_and_grad(x)
+        same, its = measure.value_and_grad(with_zeros)
+        torch.testing.assert_close(same, value, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(torch.cat([its[:4], its[304:]]), gradient, rtol=1e-9, atol=1e-12)
+        assert (its[4:304] == 0).all()
+
+
+def test_non_finite_rows_do_not_poison_the_others():
+    x = torch.randn(9, 6)
+    broken = torch.cat([x, torch.full((1, 6), math.nan), torch.full((1, 6), math.inf)])
+    value, gradient = RieszEnergy().value_and_grad(broken)
+    assert float(value) == pytest.approx(float(RieszEnergy()(x)), rel=1e-6)
+    torch.testing.assert_close(gradient[:9], RieszEnergy().value_and_grad(x)[1], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("scale", [1e-18, 1e18])
+def test_huge_and_tiny_norms_change_nothing_but_the_gradients_scale(scale):
+    x = torch.randn(9, 600)
+    value, gradient = RieszEnergy().value_and_grad(x)
+    again, scaled = RieszEnergy().value_and_grad(x * scale)
+    assert float(again) == pytest.approx(float(value), rel=1e-6)
+    torch.testing.assert_close(scaled * scale, gradient, rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("half_space", [False, True])
+@pytest.mark.parametrize("copies", [2, 5, 300])
+def test_exact_duplicates_part(copies, half_space):
+    """Equal rows feel different forces (along a seeded direction), and descent separates them."""
+    w = torch.randn(1, 8).repeat(copies, 1)
+    if half_space:
+        w[::2] *= -1
+    measure = RieszEnergy(s=1, half_space=half_space)
+    _, gradient = measure.value_and_grad(w)
+    assert torch.equal(gradient, measure.value_and_grad(w)[1])
+    assert (gradient.norm(dim=1) > 0).all()
+    for _ in range(3):
+        gradient = measure.value_and_grad(w)[1]
+        w = w - 0.3 * gradient / gradient.norm(dim=1, keepdim=True)
+    assert float(smallest_angle(w, half_space=half_space)) > 1e-3
+
+
+def test_duplicates_on_different_panels_part_from_each_other():
+    w = torch.randn(600, 8, dtype=torch.float64)
+    w[500] = w[3]
+    _, gradient = RieszEnergy().value_and_grad(w)
+    pull = gradient[3] - gradient[500]
+    assert float(pull.norm()) > 100 * float(gradient.norm(dim=1).median())
+    torch.testing.assert_close(gradient[3], -gradient[500], rtol=1e-2, atol=float(pull.norm()) * 1e-2)
+
+
+def test_softening_is_the_tangent_line_in_the_squared_chord():
+    def pair(chord):
+        angle = 2 * math.asin(chord / 2)
+        return torch.tensor([[1.0, 0.0], [math.cos(angle), math.sin(angle)]], dtype=torch.float64)
+
+    measure = RieszEnergy(s=2, softening=0.1)
+    for chord in (0.099, 0.05, 0.001):
+        line = 1 / 0.01 - (chord**2 - 0.01) / 0.01**2
+        assert float(measure(pair(chord))) == pytest.approx(line, rel=1e-9)
+        tangential = measure.value_and_grad(pair(chord))[1][1, 1]
+        assert float(tangential) == pytest.approx(-2 * chord / 0.01**2, rel=chord)
+    assert float(measure(pair(0.11))) == pytest.approx(1 / 0.11**2, rel=1e-9)
+
+
+class Planted(Automatic):
+    """A network whose layers begin in a degenerate state."""
+
+    def __init__(self, kind, **kwargs):
+        net = nn.Sequential(nn.Flatten(), nn.Linear(36, 16), nn.Tanh(), nn.Linear(16, 8), nn.Tanh(), nn.Linear(8, 3))
+        net[3].weight.data = degenerate(kind)
+        super().__init__(net=net, **kwargs)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if "huge" not in kind])
+@pytest.mark.parametrize("optimizer", ["SGD", "Adam"])
+@pytest.mark.parametrize("measure", [RieszEnergy(s=2), RieszEnergy(s=2, half_space=True), RieszEnergy(s=2, softening=0.0)])
+def test_finite_training_stays_finite(kind, optimizer, measure):
+    rate = {"SGD": 0.1, "Adam": 0.01}[optimizer]
+    module = Planted(kind, make_optimizer=lambda p: getattr(torch.optim, optimizer)(p, lr=rate))
+    trainer(uniformity(measure=measure, coefficient=1.0, step_limit=1.0)).fit(module, loader(batches()))
+    assert all(torch.isfinite(p).all() and p.abs().max() < 100 for p in module.parameters())
+
+
+@pytest.mark.parametrize("kind", ["one huge", "all huge"])
+def test_finite_training_stays_finite_at_huge_norms(kind):
+    module = Planted(kind)
+    module.net[5].weight.data.mul_(1e-18)  # so that the task itself is finite
+    module.net[3].weight.data.mul_(1e-3)
+    trainer(uniformity(coefficient=1.0, step_limit=1.0)).fit(module, loader(batches()))
+    assert all(torch.isfinite(p).all() for p in module.parameters())
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
+def test_half_precision_weights_train_and_stay_finite(precision):
+    module = Planted("duplicates", make_optimizer=lambda p: torch.optim.SGD(p, lr=0.01))
+    data = batches(dtype=torch.bfloat16 if precision == "bf16-true" else torch.float16)
+    trainer(uniformity(coefficient=1.0, step_limit=1.0), precision=precision).fit(module, loader(data))
+    assert all(torch.isfinite(p).all() for p in module.parameters())
+    assert float(smallest_angle(module.net[3].weight)) > 0.01
+
+
+def test_the_step_limit_bounds_a_step_and_touches_nothing_else():
+    layer = nn.Linear(16, 8, bias=False)
+    with torch.no_grad():
+        layer.weight[1] = layer.weight[0] + 1e-4
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.5)
+    moved = {}
+    for limit in (None, 1.0):
+        layer.weight.grad = torch.zeros_like(layer.weight)
+        regularizer = UniformityRegularizer(RieszEnergy(s=2), head=None, step_limit=limit).attach(layer)
+        notes = regularizer.add_gradients(optimizer, note=True)
+        moved[limit] = 0.5 * layer.weight.grad.norm(dim=1) / layer.weight.detach().norm(dim=1)
+        assert int(notes["weight"].limited) == (0 if limit is None else 2)
+    assert (moved[None][:2] > 100).all()
+    torch.testing.assert_close(moved[1.0][:2], torch.ones(2))
+    torch.testing.assert_close(moved[1.0][2:], moved[None][2:])
