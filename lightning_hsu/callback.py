@@ -125,6 +125,8 @@ class HypersphericalUniformity(pl.Callback):
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
         """Add the gradient: here it is reduced over ranks, unscaled, complete over accumulated batches and not yet clipped."""
         self._attach(pl_module)
+        if not self.regularizer.active:
+            return
         self._notes |= self.regularizer.add_gradients(
             optimizer,
             index=_index(trainer, optimizer),

@@ -91,6 +91,7 @@ class UniformityRegularizer:
         self.every_n_steps, self.step_limit = every_n_steps, step_limit
         self.layers: list[Layer] = []
         self.skips: list[Skip] = []
+        self.active = False  # whether any layer has a coefficient other than the number 0: else there is nothing to add
         self.steps: list[int] = []  # steps done by each optimizer
         self._seen: list[int] = []  # ids of the optimizers, in the order in which they first stepped
         self._last: dict[str, float] = {}  # coefficient of each layer at its last step
@@ -109,6 +110,7 @@ class UniformityRegularizer:
         ]
         for layer in self.layers:
             _refuse_sharded(layer)
+        self.active = any(callable(layer.strength) or layer.strength > 0 for layer in self.layers)
         return self
 
     def detach(self) -> None:
@@ -227,11 +229,6 @@ class UniformityRegularizer:
         if self.step_limit is not None and rate > 0:
             room = room.minimum(torch.linalg.vector_norm(x, dim=-1, keepdim=True) * (self.step_limit / rate))
         return torch.where(length > room, room / length, 1.0)
-
-    @property
-    def active(self) -> bool:
-        """Whether any layer has a coefficient other than the number 0: otherwise there is nothing to add, ever."""
-        return any(callable(layer.strength) or layer.strength > 0 for layer in self.layers)
 
     def table(self) -> str:
         """Every layer with its shape, measure and coefficient, and every weight left out with the reason."""

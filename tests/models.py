@@ -34,6 +34,10 @@ def loader(data):
     return DataLoader(TensorDataset(x, y), batch_size=len(data[0][0]))
 
 
+def mean_square(output, target):
+    return (output - target).square().mean()
+
+
 class Automatic(pl.LightningModule):
     """Mean squared error in automatic optimisation; returns None on the batches of ``silent``."""
 
@@ -46,7 +50,7 @@ class Automatic(pl.LightningModule):
     def training_step(self, batch, batch_idx):
         if batch_idx in self.silent:
             return None
-        return nn.functional.mse_loss(self.net(batch[0]), batch[1])
+        return mean_square(self.net(batch[0]), batch[1])
 
     def configure_optimizers(self):
         return self.make_optimizer(self.parameters())
@@ -64,7 +68,7 @@ class Manual(Automatic):
         optimizer = self.optimizers()
         optimizer.zero_grad()
         for _ in range(self.parts):
-            self.manual_backward(nn.functional.mse_loss(self.net(batch[0]), batch[1]) / self.parts)
+            self.manual_backward(mean_square(self.net(batch[0]), batch[1]) / self.parts)
         optimizer.step()
 
 
@@ -78,7 +82,7 @@ class Adversarial(pl.LightningModule):
 
     def losses(self, batch):
         made = self.first(batch[0])
-        return nn.functional.mse_loss(made, batch[1]), self.second(made).square().mean()
+        return mean_square(made, batch[1]), self.second(made).square().mean()
 
     def training_step(self, batch, batch_idx):
         for i, optimizer in enumerate(self.optimizers()):

@@ -40,7 +40,7 @@ def fit_on_two_ranks(module, folder, settings=None, **flags):
     callbacks = (uniformity(coefficient=0.5, step_limit=1.0), SaveEachRank(folder))
     settings = {"use_distributed_sampler": False, "strategy": strategy, "devices": 2, **(settings or {})}
     trainer(*callbacks, **settings).fit(module, datamodule=Shards())
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 
 def assert_same_bits(first, second):

@@ -16,7 +16,7 @@ from torch import nn
 
 from lightning_hsu.core import PairTerm, oracle_energy
 from lightning_hsu.measures import RieszEnergy
-from tests.models import Adversarial, Automatic, Manual, batches, loader, trainer, uniformity
+from tests.models import Adversarial, Automatic, Manual, batches, loader, mean_square, trainer, uniformity
 
 TOLERANCE = 1e-6  # measured: at most 1.5e-7 over all cases
 LAYERS = {"0": 1, "2": 2, "5": 1, "7": 1}  # layer of tests.models.network -> groups
@@ -66,7 +66,7 @@ class Case:
     clip: Any = None
     # Batches an epoch; few under fp16, where one weight on a rounding edge makes a last-bit difference grow to 5e-5.
     count: int = 7
-    coefficient: Any = lambda step: 0.5  # noqa: E731 (after that many steps: a number, or layer -> number)
+    coefficient: Any = lambda step: 0.5  # after that many steps: a number, or layer -> number
 
 
 def clip_norm(parameters):
@@ -134,7 +134,7 @@ def plain_loop(case, net, data, epochs):
                     continue
                 for _ in range(parts):
                     with torch.autocast("cpu", case.autocast) if case.autocast else nullcontext():
-                        loss = nn.functional.mse_loss(net(x), y) / case.accumulate / parts
+                        loss = mean_square(net(x), y) / case.accumulate / parts
                     (scale.scale(loss) if scale else loss).backward()
                 ran = True
             fused = scale and getattr(optimizer, "_step_supports_amp_scaling", False)
@@ -210,7 +210,7 @@ def test_a_layer_that_is_unfrozen_later_joins():
             optimizer.add_param_group({"params": list(twin[0].parameters()), "lr": 0.1})
         for x, y in data:
             optimizer.zero_grad()
-            nn.functional.mse_loss(twin(x), y).backward()
+            mean_square(twin(x), y).backward()
             add_penalty(twin, 0.5)
             optimizer.step()
     assert max_difference(module.net, twin) < TOLERANCE

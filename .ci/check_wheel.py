@@ -1,0 +1,18 @@
+"""Run inside an environment that holds nothing but the installed wheel: import it, and use it once."""
+
+from importlib.metadata import version
+from importlib.resources import files
+
+import torch
+from torch import nn
+
+import lightning_hsu
+
+assert files("lightning_hsu").joinpath("py.typed").is_file()
+assert "site-packages" in lightning_hsu.__file__
+assert lightning_hsu.__version__ == version("lightning-hsu")
+model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+model(torch.ones(2, 4)).sum().backward()
+lightning_hsu.UniformityRegularizer().attach(model).add_gradients(torch.optim.SGD(model.parameters(), lr=0.1))
+lightning_hsu.HypersphericalUniformity()
+print(f"lightning-hsu {version('lightning-hsu')} imports and runs from its wheel")

@@ -1,0 +1,38 @@
+# Every target makes its own .venv; a fresh machine needs python3.11 with venv, make and a package index.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+CONSTRAINTS ?= constraints.txt
+DATA ?= digits
+BIN = .venv/bin
+
+.PHONY: demo test lint types wheel bench clean
+
+demo: .venv/installed  ## Train with and without the callback on real data: DATA=digits, fashion-mnist or a folder
+	$(BIN)/python notebooks/demo.py --data "$(DATA)"
+
+test: .venv/installed  ## All tests, slow ones too
+	$(BIN)/python -m pytest --cov --cov-report=term
+
+lint: .venv/installed  ## Style
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: .venv/installed  ## Types, strictly
+	$(BIN)/mypy
+
+wheel: .venv/installed  ## Build the wheel, install it into an empty environment and use it there
+	rm -rf build dist .venv-wheel
+	$(BIN)/python -m build --wheel
+	$(PYTHON) -m venv .venv-wheel
+	.venv-wheel/bin/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) dist/*.whl
+	cd .venv-wheel && bin/python -I ../.ci/check_wheel.py
+
+bench: .venv/installed  ## What monitoring costs a step
+	$(BIN)/python benchmarks/monitor_overhead.py
+
+clean:  ## Remove what the targets made
+	rm -rf .venv .venv-wheel build dist out *.egg-info
+
+.venv/installed: pyproject.toml $(CONSTRAINTS)
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e ".[demo,test,dev]"
+	touch $@
