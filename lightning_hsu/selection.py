@@ -184,10 +184,13 @@ def _candidates(model: nn.Module) -> tuple[list[Target], list[Skip]]:
             continue
         for key, x in found.items():
             full = _join(name, key) or "weight"
-            if x.ndim not in (2, 3) or not x.is_floating_point():
+            if not x.is_floating_point():
+                skips.append(Skip(full, tuple(x.shape), f"its weights are {x.dtype}, not floating-point"))
+                continue
+            if x.ndim not in (2, 3):
                 raise ValueError(
-                    f"the rule for {type(module).__name__} gave {x.dtype} neurons of shape {tuple(x.shape)} for layer "
-                    f"'{full}'; it must give floating-point (n, d) or (groups, n, d)"
+                    f"the rule for {type(module).__name__} gave neurons of shape {tuple(x.shape)} for layer '{full}'; "
+                    "it must give (n, d) or (groups, n, d)"
                 )
             groups, n, d = (1, *x.shape) if x.ndim == 2 else tuple(x.shape)
             targets.append(Target(full, module, key, (groups, n, d)))

@@ -54,11 +54,12 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::UserWarning"
 @pytest.mark.parametrize(
     ("kind", "flags", "settings"),
     [
-        (Automatic, {}, {}),
+        (Automatic, {"static_graph": True}, {}),
         (Automatic, {"find_unused_parameters": True, "gradient_as_bucket_view": True}, {"accumulate_grad_batches": 3}),
-        (Manual, {"static_graph": True}, {}),
+        # not with static_graph: there torch 2.4 does not reduce the gradients of manual_backward, callback or not
+        (Manual, {}, {}),
     ],
-    ids=["automatic", "unused parameters, bucket views, accumulation", "manual, static graph"],
+    ids=["automatic, static graph", "unused parameters, bucket views, accumulation", "manual"],
 )
 def test_two_ranks_equal_one_process_with_the_doubled_batch(tmp_path, kind, flags, settings):
     module = kind(make_optimizer=plain_sgd)

@@ -200,10 +200,12 @@ def test_every_skip_has_its_reason():
             "kept": nn.Linear(5, 4),
             "left": nn.Linear(5, 4),
             "frozen": nn.Linear(5, 4).requires_grad_(False),
+            "quantized": nn.Linear(5, 4),
         }
     )
     model["twin"] = nn.Linear(5, 4)
     model["twin"].weight = model["kept"].weight
+    model["quantized"].weight = nn.Parameter(torch.ones(4, 5, dtype=torch.int8), requires_grad=False)
     targets, _ = select(model, exclude="left")
     assert [target.name for target in targets] == ["kept", "frozen"]
     assert reasons(model, exclude="left") == {
@@ -214,6 +216,7 @@ def test_every_skip_has_its_reason():
         "unknown.matrix": "no rule for Unknown: see register_neurons",
         "left": "excluded by pattern",
         "twin": "tied to kept",
+        "quantized": "its weights are torch.int8, not floating-point",
     }
     table = UniformityRegularizer(exclude="left").attach(model).table()
     for name, reason in reasons(model, exclude="left").items():
@@ -281,7 +284,7 @@ def test_a_model_without_neurons():
 
 def test_a_rule_that_gives_the_wrong_shape():
     register_neurons(Custom, lambda module: module.kernel[0])
-    with pytest.raises(ValueError, match=r"the rule for Custom gave torch.float32 neurons of shape \(7,\) for layer 'weight'"):
+    with pytest.raises(ValueError, match=r"the rule for Custom gave neurons of shape \(7,\) for layer 'weight'"):
         select(Custom())
 
 
