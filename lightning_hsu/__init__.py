@@ -1,9 +1,10 @@
 """Hyperspherical uniformity for PyTorch Lightning: see how redundant a network's neurons are, and spread them out."""
 
 from lightning_hsu.callback import HypersphericalUniformity
+from lightning_hsu.monitor import LayerUniformity
 from lightning_hsu.neurons import register_neurons
 from lightning_hsu.regularizer import UniformityRegularizer
 
 __version__ = "0.1.0"
 
-__all__ = ["HypersphericalUniformity", "UniformityRegularizer", "register_neurons"]
+__all__ = ["HypersphericalUniformity", "LayerUniformity", "UniformityRegularizer", "register_neurons"]

@@ -65,14 +65,19 @@ class PairTerm:
             value, slope = value + mirrored, slope - mirrored_slope
         return value, slope
 
-    def scale(self, live: Tensor) -> Tensor:
+    def scale(self, live: float) -> float:
         """What turns a sum over unordered pairs of ``live`` neurons into the mean; 0 when there is no pair."""
         pairs = live * (2 * live - 1) / 2 if self.half_space else live * (live - 1) / 2
-        return (live > 1).to(pairs.dtype) / pairs.clamp_min(1)
+        return 1.0 / pairs if live > 1 else 0.0
 
-    def constant(self, live: Tensor) -> Tensor:
+    def constant(self, live: float) -> float:
         """The part of the pair sum that no neuron can change: in half space each neuron against its own mirror."""
-        return live * (softened_at(self, 4.0)[0] / 2) if self.half_space else live * 0.0
+        return live * softened_at(self, 4.0)[0] / 2 if self.half_space else 0.0
+
+    def dead(self, n: float, live: float) -> float:
+        """What the pairs with a zero row add to a pair sum: their cosines are exactly 0, their squared chords exactly 2."""
+        pairs = n * (n - 1) / 2 - live * (live - 1) / 2
+        return pairs * softened_at(self, 2.0)[0] * (2 if self.half_space else 1) if pairs else 0.0
 
 
 @lru_cache(maxsize=256)

@@ -18,10 +18,16 @@ _DIFFERENCES = 2**22  # entries of x_i - x_j held at once by the second derivati
 def oracle_energy(w: Tensor, term: PairTerm) -> Tensor:
     """Mean pair energy (...) in float64 of neurons (..., n, d); differentiable any number of times."""
     x, inverse_norm = unit_rows(w.double())
-    n = w.shape[-2]
-    live = (inverse_norm > 0).sum((-2, -1)).double()
-    total = _row_sums(x, inverse_norm, slice(0, n), term)
-    return (total + term.constant(live)) * term.scale(live)
+    offset, scale = _to_mean(inverse_norm, term)
+    return (_row_sums(x, inverse_norm, slice(0, w.shape[-2]), term) + offset) * scale
+
+
+def _to_mean(inverse_norm: Tensor, term: PairTerm) -> tuple[Tensor, Tensor]:
+    """What to add to the pair sums (...) of the live rows, and what to multiply them by, to get means."""
+    live = (inverse_norm > 0).sum((-2, -1))
+    parts = [[term.constant(m), term.scale(m)] for m in live.flatten().tolist()]
+    offset, scale = torch.tensor(parts, dtype=torch.float64, device=live.device).reshape(-1, 2).unbind(1)
+    return offset.reshape(live.shape), scale.reshape(live.shape)
 
 
 def _row_sums(x: Tensor, inverse_norm: Tensor, rows: slice, term: PairTerm) -> Tensor:
@@ -45,7 +51,7 @@ def hessian_vector(w: Tensor, v: Tensor, term: PairTerm) -> Tensor:
         for start in range(0, n, block):
             leaf = w.detach().double().requires_grad_()
             x, inverse_norm = unit_rows(leaf)
-            scale = term.scale((inverse_norm > 0).sum((-2, -1)).double())
+            _, scale = _to_mean(inverse_norm, term)
             part = (_row_sums(x, inverse_norm, slice(start, start + block), term) * scale).sum()
             (grad,) = torch.autograd.grad(part, leaf, create_graph=True)
             product += torch.autograd.grad((grad * v.double()).sum(), leaf)[0]

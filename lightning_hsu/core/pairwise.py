@@ -79,9 +79,11 @@ def _panels(w: Tensor, term: PairTerm, with_grad: bool, out: torch.dtype) -> tup
             _add_product(grad[:, start + k :], slope[..., k:].mT, rows)
     for i, pairs in near.items():
         total[i] += pairs.energy
-    live = (inverse_norm > 0).sum((-2, -1)).double()
-    value = _mean(total, live, n, term)
-    return value, _to_weights(grad, x, inverse_norm, near, term.scale(live), out) if with_grad else grad
+    live: list[int] = (inverse_norm > 0).sum((-2, -1)).tolist()
+    offset = torch.tensor([term.constant(m) - term.dead(n, m) for m in live], dtype=torch.float64, device=w.device)
+    scale = torch.tensor([term.scale(m) for m in live], dtype=torch.float64, device=w.device)
+    value = (total + offset) * scale
+    return value, _to_weights(grad, x, inverse_norm, near, scale, out) if with_grad else grad
 
 
 def _squared_chords(rows: Tensor, cols: Tensor) -> Tensor:
@@ -115,15 +117,6 @@ def _add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
         out[0].addmm_(a[0], b[0])
     else:
         out.baddbmm_(a, b)
-
-
-def _mean(total: Tensor, live: Tensor, n: int, term: PairTerm) -> Tensor:
-    """Turn pair sums (b,) over n rows, ``live`` of them not zero, into means over the pairs of live rows."""
-    # A dead row is the zero vector: its cosines are exactly 0, its squared chords exactly 2.
-    dead_pairs = n * (n - 1) / 2 - live * (live - 1) / 2
-    folds = 2 if term.half_space else 1
-    total = total - dead_pairs * (folds * softened_at(term, 2.0)[0])
-    return (total + term.constant(live)) * term.scale(live)
 
 
 def _to_weights(

@@ -1,0 +1,145 @@
+"""The demo's network, and one fit of it."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from demo_data import Data, Draw, draw
+from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from torch import Tensor, nn
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
+
+from lightning_hsu import HypersphericalUniformity, LayerUniformity, UniformityRegularizer
+
+BATCH = 50
+LOG_EVERY = 10  # steps
+CHATTER = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What all runs on the same data have in common."""
+
+    images: int
+    epochs: int
+    small_scale: float
+    rates: tuple[float, ...]  # tried by the search
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run is trained with; coefficient 0 is the run without the penalty."""
+
+    scale: float  # initial weights are multiplied by it
+    rate: float
+    decay: float
+    coefficient: float = 0.0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run leaves behind."""
+
+    error: float  # test error, %
+    before: list[LayerUniformity]
+    after: list[LayerUniformity]
+    weights: dict[str, tuple[Tensor, Tensor]]  # of each layer, before and after
+    metrics: Path  # what the CSV logger wrote
+
+
+class Network(pl.LightningModule):
+    """A plain ReLU network, d-64-64-classes."""
+
+    def __init__(self, inputs: int, classes: int, settings: Settings, steps: int) -> None:
+        super().__init__()
+        self.hidden1, self.hidden2, self.head = nn.Linear(inputs, 64), nn.Linear(64, 64), nn.Linear(64, classes)
+        self.settings, self.steps = settings, steps
+        with torch.no_grad():
+            for layer in self.children():
+                layer.weight *= settings.scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.hidden2(self.hidden1(x).relu()).relu())
+
+    def training_step(self, batch: list[Tensor], _: int) -> Tensor:
+        images, labels = batch
+        loss = nn.functional.cross_entropy(self(images), labels)
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        own = self.settings
+        optimizer = torch.optim.SGD(self.parameters(), lr=own.rate, momentum=0.9, weight_decay=own.decay)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    @torch.no_grad()
+    def error(self, images: Tensor, labels: Tensor) -> float:
+        """Share of wrong answers, in percent."""
+        return 100 * float((self(images).argmax(1) != labels).float().mean())
+
+
+class Bar(TQDMProgressBar):
+    """Lightning's bar, which says whose bar it is: there are many in a row."""
+
+    def __init__(self, label: str) -> None:
+        super().__init__(refresh_rate=LOG_EVERY)
+        self.label = label
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, *args: Any) -> None:
+        super().on_train_epoch_start(trainer, *args)
+        self.train_progress_bar.set_description(f"{self.label}, epoch {trainer.current_epoch + 1}")
+
+    def get_metrics(self, trainer: pl.Trainer, *args: Any) -> dict[str, Any]:
+        known = trainer.callback_metrics
+        return {name: f"{known[name]:.3g}" for name in ("train/loss", "hsu/ratio_max") if name in known}
+
+
+def prepare(data: Data, plan: Plan, settings: Settings, seed: int) -> tuple[Network, DataLoader[Any], Draw]:
+    """The same seed gives the same images, initial weights and order of batches, whatever the settings."""
+    images = draw(data, seed, plan.images)
+    pl.seed_everything(seed, verbose=False)
+    network = Network(data.pool[0].shape[1], int(data.pool[1].max()) + 1, settings, plan.epochs * (plan.images // BATCH))
+    rows = TensorDataset(*images.train)
+    order = RandomSampler(rows, generator=torch.Generator().manual_seed(seed))
+    return network, DataLoader(rows, sampler=BatchSampler(order, BATCH, drop_last=True), batch_size=None), images
+
+
+def measure(network: nn.Module) -> tuple[list[LayerUniformity], dict[str, Tensor]]:
+    """The layers' uniformity, and a copy of their weights."""
+    weights = {name: layer.weight.detach().clone() for name, layer in network.named_children()}
+    return UniformityRegularizer().attach(network).measure_layers(), weights
+
+
+def fit(data: Data, plan: Plan, settings: Settings, seed: int, folder: Path, label: str, *, first: bool) -> Outcome:
+    """One run with Lightning; the run without the penalty has the callback too, as a monitor."""
+    network, loader, images = prepare(data, plan, settings, seed)
+    before, old = measure(network)
+    run = f"scale-{settings.scale:g}-{'with' if settings.coefficient else 'without'}-seed-{seed}"
+    csv = CSVLogger(folder / "csv", name=run, version="")
+    CHATTER.setLevel(logging.WARNING)
+    trainer = pl.Trainer(
+        max_epochs=plan.epochs,
+        accelerator="cpu",
+        devices=1,
+        logger=[csv, TensorBoardLogger(folder / "tensorboard", name=run, version="", default_hp_metric=False)],
+        callbacks=[HypersphericalUniformity(coefficient=settings.coefficient, verbose=first), Bar(label)],
+        log_every_n_steps=LOG_EVERY,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+    )
+    CHATTER.setLevel(logging.INFO if first else logging.WARNING)  # the callback's table of layers, once
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*does not have many workers")  # the data are in memory
+        warnings.filterwarnings("ignore", ".*LeafSpec")  # Lightning's own, with recent releases of PyTorch
+        trainer.fit(network, loader)
+    after, new = measure(network)
+    weights = {name: (old[name], new[name]) for name in old}
+    return Outcome(network.error(*images.test), before, after, weights, Path(csv.log_dir) / "metrics.csv")

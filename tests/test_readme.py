@@ -1,0 +1,43 @@
+"""What the README and the notebook show runs as it stands there."""
+
+import json
+import re
+import warnings
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
+def test_code_runs(block, capsys):
+    exec(compile(block, "README.md", "exec"), {})
+
+
+def test_the_printed_table_is_what_the_quickstart_prints(caplog):
+    table = re.search(r"```text\n(.*?)```", README, re.DOTALL).group(1)
+    with caplog.at_level("INFO"):
+        exec(compile(BLOCKS[0], "README.md", "exec"), {})
+    assert table.strip() in "\n".join(record.message for record in caplog.records)
+
+
+def test_pictures_and_files_named_are_there():
+    for name in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+        assert (ROOT / name).is_file(), name
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::PendingDeprecationWarning")
+def test_the_notebook_runs(monkeypatch):
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    notebook = json.loads((ROOT / "notebooks" / "see_your_neurons.ipynb").read_text())
+    space = {}
+    with warnings.catch_warnings():  # its own filters end with it
+        for cell in notebook["cells"]:
+            if cell["cell_type"] == "code":
+                exec("".join(cell["source"]), space)
+    without, with_penalty = (ratio[-1] for _, ratio in space["runs"].values())
+    assert with_penalty < 1.1 < without
