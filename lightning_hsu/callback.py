@@ -91,6 +91,7 @@ class HypersphericalUniformity(pl.Callback):
         self._fresh = True  # nothing measured yet in this fit
         self._seen_step = 0  # global step at the last batch's end
         self._warned: set[str] = set()
+        self._unreached: set[str] = set()
 
     @property
     def state_key(self) -> str:
@@ -110,7 +111,7 @@ class HypersphericalUniformity(pl.Callback):
         """Start counting anew; a checkpoint's counts are loaded after this."""
         if stage == "fit":
             self.regularizer.load_state_dict({"steps": []})
-            self._notes, self._fresh, self._warned = {}, True, set()
+            self._notes, self._fresh, self._warned, self._unreached = {}, True, set(), set()
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Find the neurons; lazy layers have none before their first batch."""
@@ -146,6 +147,17 @@ class HypersphericalUniformity(pl.Callback):
             self._log(trainer, pl_module, logging_step)
             self._fresh = False
         self._notes = {}
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Say so, once, where the penalty does not arrive: nothing is worse than one that is silently absent."""
+        names = [name for name in self.regularizer.unreached() if name not in self._unreached]
+        if names:
+            self._unreached |= set(names)
+            rank_zero_warn(
+                f"the penalty has not reached layer {', '.join(map(repr, names))} so far: its weights are in no optimizer that "
+                "steps through Lightning, or got no gradient. With manual optimisation use self.optimizers(), not "
+                "use_pl_optimizer=False; leave out a layer that is not trained with exclude=."
+            )
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Let go of the model."""

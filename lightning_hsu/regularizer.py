@@ -167,6 +167,11 @@ class UniformityRegularizer:
             for layer, one in zip(self.layers, measured, strict=True)
         )
 
+    def unreached(self) -> list[str]:
+        """Names of layers that have a coefficient but got no gradient so far; frozen ones are left out."""
+        waiting = [layer for layer in self.layers if layer.target.name not in self._last]
+        return [layer.target.name for layer in waiting if layer.strength != 0 and not layer.target.frozen]
+
     def state_dict(self) -> dict[str, Any]:
         """The steps done by each optimizer: where the schedules stand."""
         return {"steps": list(self.steps)}

@@ -208,6 +208,25 @@ def test_a_non_finite_weight_is_reported_with_its_layer():
         trainer(Break(), uniformity(coefficient=0.1), log_every_n_steps=2, max_steps=4).fit(module, loader(batches()))
 
 
+class Raw(Manual):
+    """Steps an optimizer behind Lightning's back."""
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers(use_pl_optimizer=False)
+        optimizer.zero_grad()
+        self.manual_backward(self.net(batch[0]).square().mean())
+        optimizer.step()
+
+
+def test_a_penalty_that_does_not_arrive_is_said_once():
+    module = Automatic(make_optimizer=lambda p: torch.optim.SGD(list(p)[2:], lr=0.1))
+    with pytest.warns(UserWarning, match=r"the penalty has not reached layer 'net.0' so far: .*in no optimizer") as caught:
+        trainer(uniformity(coefficient=0.1)).fit(module, loader(batches()))
+    assert sum("has not reached" in str(one.message) for one in caught) == 1
+    with pytest.warns(UserWarning, match=r"layer 'net.0', 'net.2', 'net.5', 'net.7' so far: .*use_pl_optimizer=False"):
+        trainer(uniformity(coefficient=0.1), max_epochs=1).fit(Raw(), loader(batches()))
+
+
 @pytest.mark.parametrize(
     ("kwargs", "error", "message"),
     [
