@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, is_dataclass
 
 import torch
 from torch import Tensor, nn
 
 from lightning_hsu.coefficients import Strength
-from lightning_hsu.core import smallest_angle, unit_rows
+from lightning_hsu.core import smallest_angle, unit_rows, with_float64
 from lightning_hsu.measures import Measure
 from lightning_hsu.reference import random_level
 from lightning_hsu.selection import Skip, Target
@@ -80,7 +80,7 @@ def widened(x: Tensor) -> Tensor:
 
 
 def _measure(layer: Layer) -> LayerUniformity:
-    x = widened(layer.target.neurons().detach())  # (groups, n, d)
+    x = with_float64(widened(layer.target.neurons().detach()))  # (groups, n, d)
     groups, n, d = x.shape
     finite = torch.isfinite(x).all(-1)  # (groups, n)
     live = (unit_rows(x)[1] > 0).squeeze(-1)
@@ -105,7 +105,9 @@ def _shape(shape: tuple[int, int, int]) -> str:
 
 def _measure_name(layer: Layer) -> str:
     """The measure with its first field and those that are not at their default."""
-    own = fields(layer.measure)  # type: ignore[arg-type]
+    if not is_dataclass(layer.measure):
+        return repr(layer.measure)
+    own = fields(layer.measure)
     values = [(field, getattr(layer.measure, field.name)) for field in own]
     shown = [f"{field.name}={value!r}" for i, (field, value) in enumerate(values) if i == 0 or value != field.default]
     return f"{type(layer.measure).__name__}({', '.join(shown)}){' head' if layer.target.head else ''}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -124,7 +124,7 @@ class UniformityRegularizer:
             strength_at(layer.strength, step, layer.target.name) * layer.measure.penalty(widened(layer.target.neurons())).mean()
             for layer in self.layers
         ]
-        return torch.stack([term.double() for term in terms]).sum().to(torch.get_default_dtype())
+        return torch.stack([term.to(terms[0].dtype) for term in terms]).sum()
 
     @torch.no_grad()
     def add_gradients(
@@ -186,8 +186,10 @@ class UniformityRegularizer:
 
     def _measure_of(self, target: Target) -> Measure:
         """Full space for the head, where opposite neurons are right: in half space two antipodal classes coincide."""
-        names = [field.name for field in fields(self.measure)]  # type: ignore[arg-type]
-        return replace(self.measure, half_space=False) if target.head and "half_space" in names else self.measure  # type: ignore[type-var]
+        measure = self.measure
+        if not target.head or not is_dataclass(measure) or "half_space" not in [field.name for field in fields(measure)]:
+            return measure
+        return replace(measure, half_space=False)
 
     def _strength_of(self, target: Target) -> Strength:
         own = self.head_coefficient if target.head and self.head_coefficient is not None else self.coefficient
@@ -247,7 +249,7 @@ class UniformityRegularizer:
 
 def _norm(parts: list[Tensor]) -> Tensor:
     """Euclidean norm of several tensors together."""
-    norms = torch.stack([torch.linalg.vector_norm(part, dtype=torch.float64) for part in parts])
+    norms = torch.stack([torch.linalg.vector_norm(widened(part)) for part in parts])
     total: Tensor = torch.linalg.vector_norm(norms)
     return total
 

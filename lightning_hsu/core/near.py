@@ -26,6 +26,7 @@ class NearPairs:
         self.w, self.term = w, term
         self.energy = torch.zeros((), dtype=torch.float64, device=w.device)
         self.grad = torch.zeros_like(w, dtype=torch.float64)
+        self.noise: Tensor | None = None  # (n, d), drawn when the first coincident neurons are met
         self.away: Tensor | None = None  # (n, d): directions in which coincident neurons part
         self.degree: Tensor | None = None  # (n,): coincident partners
 
@@ -60,9 +61,10 @@ class NearPairs:
 
     def _part(self, rows: Tensor, cols: Tensor, outside: Tensor, same: Tensor, mirror: Tensor) -> None:
         """Note coincident partners: as if every neuron stood an infinitesimal, seeded step beside itself."""
-        noise = seeded_noise(self.w.shape[0], self.w.shape[1], self.energy)
-        if self.away is None or self.degree is None:
-            self.away, self.degree = torch.zeros_like(noise), torch.zeros_like(noise[:, 0])
+        if self.away is None or self.degree is None or self.noise is None:
+            self.noise = seeded_noise(self.w.shape[0], self.w.shape[1], self.energy)
+            self.away, self.degree = torch.zeros_like(self.noise), torch.zeros_like(self.noise[:, 0])
+        noise = self.noise
         for index, partners, a, b in (
             (rows, cols, same, mirror),
             (cols[outside], rows, same[:, outside].mT, mirror[:, outside].mT),

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lightning_hsu.core.near import NEAR
 from lightning_hsu.core.pairwise import PANEL
-from lightning_hsu.core.precision import exact_arithmetic, working_dtype
+from lightning_hsu.core.precision import exact_arithmetic, with_float64, working_dtype
 from lightning_hsu.core.sphere import squared_chords, unit_rows
 
 
@@ -21,8 +21,8 @@ def smallest_angle(w: Tensor, *, half_space: bool = False) -> Tensor:
     Returns:
         Angles (...) in [0, pi] (half space: [0, pi / 2]), float64; NaN where fewer than two neurons are left.
     """
-    stack = w.detach().reshape(-1, *w.shape[-2:])
-    with torch.no_grad(), exact_arithmetic(w):
+    stack = with_float64(w.detach()).reshape(-1, *w.shape[-2:])
+    with torch.no_grad(), exact_arithmetic(stack):
         angles = [_of_group(group.to(working_dtype(w.dtype)), half_space) for group in stack]
     return torch.stack(angles).reshape(w.shape[:-2])
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_hsu.core.kernel import PairTerm
-from lightning_hsu.core.precision import exact_arithmetic
+from lightning_hsu.core.precision import exact_arithmetic, with_float64
 from lightning_hsu.core.sphere import unit_rows
 
 _DIFFERENCES = 2**22  # entries of x_i - x_j held at once by the second derivative
@@ -46,13 +46,14 @@ def hessian_vector(w: Tensor, v: Tensor, term: PairTerm) -> Tensor:
     """Second derivative of the summed mean energy applied to v; w and v (b, n, d), the result in the dtype of w."""
     b, n, d = w.shape
     block = max(1, _DIFFERENCES // max(1, b * n * d))
-    product = torch.zeros_like(w, dtype=torch.float64)
-    with torch.enable_grad(), exact_arithmetic(w):
+    wide, direction = (with_float64(part.detach()).double() for part in (w, v))
+    product = torch.zeros_like(wide)
+    with torch.enable_grad(), exact_arithmetic(wide):
         for start in range(0, n, block):
-            leaf = w.detach().double().requires_grad_()
+            leaf = wide.clone().requires_grad_()
             x, inverse_norm = unit_rows(leaf)
             _, scale = _to_mean(inverse_norm, term)
             part = (_row_sums(x, inverse_norm, slice(start, start + block), term) * scale).sum()
             (grad,) = torch.autograd.grad(part, leaf, create_graph=True)
-            product += torch.autograd.grad((grad * v.double()).sum(), leaf)[0]
-    return product.to(w.dtype)
+            product += torch.autograd.grad((grad * direction).sum(), leaf)[0]
+    return product.to(w.device, w.dtype)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lightning_hsu.core.kernel import PairTerm, softened_at
 from lightning_hsu.core.near import NEAR, NearPairs
-from lightning_hsu.core.precision import exact_arithmetic, working_dtype
+from lightning_hsu.core.precision import exact_arithmetic, with_float64, working_dtype
 from lightning_hsu.core.sphere import tangent, unit_rows
 
 PANEL = 256
@@ -38,17 +38,17 @@ def pair_energy(w: Tensor, term: PairTerm, *, with_grad: bool = True) -> tuple[T
     n, d = w.shape[-2:]
     if w.numel() == 0:
         return w.new_zeros(w.shape[:-2], dtype=working_dtype(w.dtype)), torch.zeros_like(w) if with_grad else None
-    stack = w.detach().reshape(-1, n, d)
+    stack = with_float64(w.detach()).reshape(-1, n, d)
     dtype = _wide_enough(term, working_dtype(w.dtype))
     together = max(1, _ENTRIES // max(1, min(PANEL, n) * n))
-    with torch.no_grad(), exact_arithmetic(w):
+    with torch.no_grad(), exact_arithmetic(stack):
         parts = [_panels(part.to(dtype), term, with_grad, w.dtype) for part in torch.split(stack, together)]
     value = torch.cat([part[0] for part in parts]).reshape(w.shape[:-2])
     bound = torch.finfo(working_dtype(w.dtype)).max
-    value = value.clamp(-bound, bound).to(working_dtype(w.dtype))
+    value = value.clamp(-bound, bound).to(working_dtype(w.dtype)).to(w.device)
     if not with_grad:
         return value, None
-    return value, torch.cat([part[1] for part in parts]).reshape(w.shape)
+    return value, torch.cat([part[1] for part in parts]).reshape(w.shape).to(w.device)
 
 
 def _wide_enough(term: PairTerm, dtype: torch.dtype) -> torch.dtype:

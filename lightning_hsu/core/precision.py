@@ -14,6 +14,11 @@ def working_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def with_float64(x: Tensor) -> Tensor:
+    """Return x where float64 exists: on Apple's MPS it does not, and sums and near pairs go to the CPU."""
+    return x.cpu() if x.device.type == "mps" else x
+
+
 @contextmanager
 def exact_arithmetic(like: Tensor) -> Iterator[None]:
     """Switch off autocast and reduced-precision fp32 products on the device of ``like``.
