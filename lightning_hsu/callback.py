@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Literal
 
 import lightning.pytorch as pl
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 
@@ -21,8 +20,10 @@ class HypersphericalUniformity(pl.Callback):
     """Spread the neurons of a LightningModule over the sphere while it trains, and log how spread out they are.
 
     The objective becomes the task's loss plus ``coefficient`` times the penalty, once per optimizer step,
-    whatever the precision, accumulation or optimisation mode. The gradient is added in
-    ``on_before_optimizer_step``, before clipping; the logged training loss is unchanged.
+    whatever the precision, accumulation or optimisation mode; only where one step would move a neuron by more
+    than its own norm the penalty's gradient is shortened (``step_limit``). The gradient is added in
+    ``on_before_optimizer_step``: before Lightning's clipping in automatic optimisation, after your own in manual
+    optimisation. The logged training loss is unchanged.
 
     On logging steps ``hsu/penalty``, ``hsu/ratio_mean``, ``hsu/ratio_max``, ``hsu/min_angle`` (degrees) and
     ``hsu/dead`` go through Lightning's log, where EarlyStopping and ModelCheckpoint can watch them; they are
@@ -42,12 +43,13 @@ class HypersphericalUniformity(pl.Callback):
         every_n_steps: Apply on every n-th step of each optimizer, at the coefficient's full strength.
         step_limit: A neuron's penalty gradient times the learning rate is at most this fraction of the neuron's norm, so
             that no near-duplicate or tiny neuron is thrown away by one step (``hsu/limited`` counts them). None is no limit.
-        prefix: What the logged names begin with; a second callback needs its own.
+        prefix: What the logged names begin with, and what tells several callbacks apart: each needs its own.
         verbose: Print the table of layers at the start of fit.
 
     Raises:
         ValueError: for a negative or NaN coefficient, an unknown ``apply``, or at the start of fit a pattern that
             matches nothing or a model without neurons.
+        TypeError: for a measure or a coefficient of the wrong kind.
         NotImplementedError: at the start of fit, for a strategy that shards the weights.
 
     Reference:
@@ -62,7 +64,7 @@ class HypersphericalUniformity(pl.Callback):
     def __init__(
         self,
         measure: Measure | None = None,
-        coefficient: float | Callable[[int], float] | Mapping[str, float | Callable[[int], float]] = 1.0,
+        coefficient: float | Callable[[int], float] | dict[str, float | Callable[[int], float]] = 1.0,
         *,
         apply: Literal["gradient"] = "gradient",
         include: str | list[str] | None = None,
@@ -86,18 +88,20 @@ class HypersphericalUniformity(pl.Callback):
             every_n_steps=every_n_steps,
             step_limit=step_limit,
         )
+        if not isinstance(prefix, str) or not prefix or prefix.endswith("/"):
+            raise ValueError(f"prefix must be a name such as 'hsu', without a slash at its end; got {prefix!r}")
         self.prefix, self.verbose = prefix, verbose
         self._notes: dict[str, GradientNote] = {}
         self._fresh = True  # nothing measured yet in this fit
         self._seen_step = 0  # global step at the last batch's end
         self._warned: set[str] = set()
         self._unreached: set[str] = set()
+        self._counted: tuple[int | None, int] = (None, -1)  # optimizer and global step of the last application
 
     @property
     def state_key(self) -> str:
-        """Tells several instances apart; coefficients stay out, so that a changed one finds its state."""
-        own = self.regularizer
-        return self._generate_state_key(prefix=self.prefix, include=own.include, exclude=own.exclude)
+        """Tells several instances apart; all else stays out, so that a changed setting still finds its state."""
+        return self._generate_state_key(prefix=self.prefix)
 
     def state_dict(self) -> dict[str, Any]:
         """Where the schedules stand."""
@@ -108,9 +112,10 @@ class HypersphericalUniformity(pl.Callback):
         self.regularizer.load_state_dict(state_dict)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Start counting anew; a checkpoint's counts are loaded after this."""
+        """Start counting anew with a new trainer; a checkpoint's counts are loaded after this."""
         if stage == "fit":
-            self.regularizer.load_state_dict({"steps": []})
+            if trainer.global_step == 0:
+                self.regularizer.load_state_dict({"steps": []})
             self._notes, self._fresh, self._warned, self._unreached = {}, True, set(), set()
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -128,12 +133,16 @@ class HypersphericalUniformity(pl.Callback):
         self._attach(pl_module)
         if not self.regularizer.active:
             return
+        index = _index(trainer, optimizer)
         self._notes |= self.regularizer.add_gradients(
             optimizer,
-            index=_index(trainer, optimizer),
+            index=index,
             grad_scale=_remaining_scale(trainer, optimizer),
-            note=_is_logging_step(trainer),
+            note=self._will_measure(trainer),
+            again=self._counted == (index, trainer.global_step),
         )
+        self._counted = index, trainer.global_step
+        self._warn_of_line_search(optimizer)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -142,14 +151,14 @@ class HypersphericalUniformity(pl.Callback):
         if trainer.global_step == self._seen_step or not self.regularizer.layers:
             return  # still accumulating
         self._seen_step = trainer.global_step
-        logging_step = _is_logging_step(trainer)
-        if logging_step or self._fresh or trainer.is_last_batch:
-            self._log(trainer, pl_module, logging_step)
+        if self._will_measure(trainer):
+            self._log(trainer, pl_module)
             self._fresh = False
         self._notes = {}
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say so, once, where the penalty does not arrive: nothing is worse than one that is silently absent."""
+        self._attach(pl_module)  # lazy layers, and no optimizer step that Lightning saw
         names = [name for name in self.regularizer.unreached() if name not in self._unreached]
         if names:
             self._unreached |= set(names)
@@ -178,13 +187,17 @@ class HypersphericalUniformity(pl.Callback):
         if self.verbose:
             rank_zero_info(f"Hyperspherical uniformity:\n{self.regularizer.table()}")
 
-    def _log(self, trainer: pl.Trainer, pl_module: pl.LightningModule, logging_step: bool) -> None:
+    def _will_measure(self, trainer: pl.Trainer) -> bool:
+        """Whether this batch ends with a measurement: a logging step, the first of a fit, the last of an epoch."""
+        return self._fresh or trainer.is_last_batch or _is_logging_step(trainer)
+
+    def _log(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Aggregates through Lightning's log; layers to every logger, on logging steps."""
         measured = self.regularizer.measure_layers()
         if not trainer.barebones:
             values = self._aggregates(measured)
             pl_module.log_dict(values, on_step=True, on_epoch=False, batch_size=1)
-        if logging_step:
+        if _is_logging_step(trainer):
             self._report_nonfinite(measured)
             step = trainer.fit_loop.epoch_loop._batches_that_stepped
             for logger in trainer.loggers:
@@ -213,6 +226,14 @@ class HypersphericalUniformity(pl.Callback):
             values[f"{self.prefix}/min_angle/{layer.name}"] = layer.min_angle
         return values | {f"{self.prefix}/gradient_share/{name}": float(note.share) for name, note in self._notes.items()}
 
+    def _warn_of_line_search(self, optimizer: Optimizer) -> None:
+        if getattr(optimizer, "defaults", {}).get("line_search_fn") and "line search" not in self._warned:
+            self._warned.add("line search")
+            rank_zero_warn(
+                f"{type(optimizer).__name__} with a line search: the gradient has the penalty, the loss that the search "
+                "compares has not. Use line_search_fn=None."
+            )
+
     def _report_nonfinite(self, measured: list[LayerUniformity]) -> None:
         """Warn once of each layer whose weights broke; training is lost, and the user should know where it began."""
         broken = [layer for layer in measured if layer.nonfinite and layer.name not in self._warned]
@@ -227,16 +248,18 @@ class HypersphericalUniformity(pl.Callback):
 
 def _check_strategy(trainer: pl.Trainer) -> None:
     """Refuse strategies that shard weights: a rank that sees some of the neurons would add a wrong gradient."""
-    strategy = trainer.strategy
-    if isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)) and not isinstance(strategy, DeepSpeedStrategy):
+    # By name: pytorch_lightning has classes of its own under the same names.
+    names = {kind.__name__ for kind in type(trainer.strategy).__mro__}
+    if names & {"SingleDeviceStrategy", "DDPStrategy"} and "DeepSpeedStrategy" not in names:
         return
     raise NotImplementedError(
-        f"HypersphericalUniformity does not support {type(strategy).__name__} in this release: weights may be sharded there. "
+        f"HypersphericalUniformity does not support {type(trainer.strategy).__name__} in this release: it may shard weights. "
         "Use Trainer(strategy='ddp') or a single device, or take the callback out."
     )
 
 
 def _is_logging_step(trainer: pl.Trainer) -> bool:
+    # The same private property that Lightning's own LearningRateMonitor asks; it knows log_every_n_steps=0.
     return bool(trainer._logger_connector.should_update_logs)
 
 

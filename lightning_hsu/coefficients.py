@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -54,13 +55,17 @@ def strength_at(strength: Strength, step: int, name: str) -> float:
     """Evaluate a number or schedule after ``step`` optimizer steps; ``name`` is the layer, for the error."""
     if not callable(strength):
         return float(strength)
-    value = strength(step)
-    if not plain_number(value) or value < 0:
+    given = strength(step)
+    try:
+        value = float(given)  # a one-element tensor will do
+    except (TypeError, ValueError):
+        value = math.nan
+    if not math.isfinite(value) or value < 0:
         raise ValueError(
-            f"the coefficient schedule gave {value!r} for layer '{name}' at optimizer step {step}; "
-            "it must return a finite float >= 0"
+            f"the coefficient schedule gave {given!r} for layer '{name}' at optimizer step {step}; "
+            "it must return a finite number >= 0"
         )
-    return float(value)
+    return value
 
 
 def _check(strength: object, what: str) -> None:

@@ -12,7 +12,8 @@ from lightning_hsu.coefficients import Strength
 from lightning_hsu.core import smallest_angle, unit_rows, with_float64
 from lightning_hsu.measures import Measure
 from lightning_hsu.reference import random_level
-from lightning_hsu.selection import Skip, Target
+from lightning_hsu.selection import NOT_INCLUDED, Skip
+from lightning_hsu.targets import Target
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,10 @@ def describe(layers: Sequence[Layer], skips: Sequence[Skip]) -> str:
     lines.insert(1, "  ".join("-" * width for width in widths))
     if skips:
         lines.append(f"not measured ({len(skips)}):")
-        lines += [f"  {skip.name} {'x'.join(map(str, skip.shape))}: {skip.reason}" for skip in skips]
+        named = [skip for skip in skips if skip.reason != NOT_INCLUDED]
+        lines += [f"  {skip.name} {'x'.join(map(str, skip.shape))}: {skip.reason}" for skip in named]
+    if others := [skip.name for skip in skips if skip.reason == NOT_INCLUDED]:
+        lines.append(f"  {NOT_INCLUDED}: {', '.join(others)}")
     return "\n".join(lines)
 
 

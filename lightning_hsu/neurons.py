@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+import torch
 from torch import Tensor, nn
+from torch.nn.utils.prune import BasePruningMethod
 
 Rule = Callable[[nn.Module], "Tensor | Mapping[str, Tensor]"]
 """Maps a module to its neurons (n, d) or (groups, n, d), or to several sets of them by name, as views where it can."""
@@ -20,6 +22,9 @@ def register_neurons(kind: type[nn.Module], rule: Rule) -> None:
         rule: Takes the module and returns its neurons, a tensor (n, d) or (groups, n, d) computed
             differentiably from the module's parameters, or a mapping of names to such tensors.
 
+    Raises:
+        TypeError: if ``kind`` is not a class of modules.
+
     Example:
         >>> import torch
         >>> from torch import nn
@@ -31,21 +36,27 @@ def register_neurons(kind: type[nn.Module], rule: Rule) -> None:
         >>> neurons_of(Dictionary())[""].shape
         torch.Size([64, 16])
     """
+    if not isinstance(kind, type) or not issubclass(kind, nn.Module):
+        raise TypeError(f"register_neurons takes the class of a layer, not {kind!r}; use type(layer)")
     _RULES[kind] = rule
 
 
-def neurons_of(module: nn.Module) -> dict[str, Tensor] | None:
-    """Return the neurons of a module by name ("" for a single set), or None where no rule knows its class."""
-    for kind in type(module).__mro__:
-        if kind in _RULES:
-            found = _RULES[kind](module)
-            return dict(found) if isinstance(found, Mapping) else {"": found}
-    return None
+def has_rule(module: nn.Module) -> bool:
+    """Whether a rule knows the class of this module, or one it inherits from."""
+    return any(kind in _RULES for kind in type(module).__mro__)
+
+
+def neurons_of(module: nn.Module) -> dict[str, Tensor]:
+    """Return the neurons of a module that has a rule, by name; "" where there is a single set."""
+    found = next(_RULES[kind] for kind in type(module).__mro__ if kind in _RULES)(module)
+    return dict(found) if isinstance(found, Mapping) else {"": found}
 
 
 def effective_weight(module: nn.Module, name: str) -> Tensor:
-    """Return the weight as the forward pass uses it, also under the older hook-based weight and spectral norm."""
+    """Return the weight as the forward pass uses it, also where a hook computes it: pruning, the older norms."""
     for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, BasePruningMethod) and hook._tensor_name == name:
+            return hook.apply_mask(module)  # type: ignore[no-any-return, no-untyped-call]
         if getattr(hook, "name", None) == name and hasattr(hook, "compute_weight"):
             if hasattr(hook, "n_power_iterations"):
                 return hook.compute_weight(module, do_power_iteration=False)  # type: ignore[no-any-return]
@@ -56,6 +67,16 @@ def effective_weight(module: nn.Module, name: str) -> Tensor:
 
 def _linear(module: nn.Module) -> Tensor:
     return effective_weight(module, "weight")
+
+
+def _embedding(module: nn.Module) -> Tensor:
+    """Every row but that of the padding, which does not train."""
+    weight, padding = effective_weight(module, "weight"), module.padding_idx
+    if padding is None:
+        return weight
+    assert isinstance(padding, int)
+    rest = [part for part in (weight[:padding], weight[padding + 1 :]) if len(part)]
+    return rest[0] if len(rest) == 1 else torch.cat(rest)
 
 
 def _bilinear(module: nn.Module) -> Tensor:
@@ -110,8 +131,8 @@ def _weight_names(module: nn.Module) -> list[str]:
 
 _BUILT_IN: dict[type[nn.Module], Rule] = {
     nn.Linear: _linear,
-    nn.Embedding: _linear,
-    nn.EmbeddingBag: _linear,
+    nn.Embedding: _embedding,
+    nn.EmbeddingBag: _embedding,
     nn.Bilinear: _bilinear,
     nn.modules.conv._ConvNd: _convolution,
     nn.modules.conv._ConvTransposeNd: _transposed_convolution,

@@ -13,7 +13,8 @@ from torch.optim import Optimizer
 from lightning_hsu.coefficients import Coefficient, Strength, strength_at
 from lightning_hsu.measures import Measure, RieszEnergy
 from lightning_hsu.monitor import Layer, LayerUniformity, describe, measure_layers, widened
-from lightning_hsu.selection import Patterns, Skip, Target, select
+from lightning_hsu.selection import Patterns, Skip, select
+from lightning_hsu.targets import Target
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class UniformityRegularizer:
 
     Raises:
         ValueError: for a negative or NaN coefficient, ``every_n_steps`` below 1 or a ``step_limit`` <= 0.
+        TypeError: for a measure or a coefficient of the wrong kind.
 
     Example:
         >>> import torch
@@ -78,7 +80,7 @@ class UniformityRegularizer:
         every_n_steps: int = 1,
         step_limit: float | None = 1.0,
     ) -> None:
-        if not isinstance(every_n_steps, int) or every_n_steps < 1:
+        if not isinstance(every_n_steps, int) or isinstance(every_n_steps, bool) or every_n_steps < 1:
             raise ValueError(f"every_n_steps must be an int >= 1; got {every_n_steps!r}")
         if step_limit is not None and not step_limit > 0:
             raise ValueError(f"step_limit must be > 0, or None for no limit; got {step_limit!r}")
@@ -95,16 +97,23 @@ class UniformityRegularizer:
         self.steps: list[int] = []  # steps done by each optimizer
         self._seen: list[int] = []  # ids of the optimizers, in the order in which they first stepped
         self._last: dict[str, float] = {}  # coefficient of each layer at its last step
+        self._reached: set[str] = set()  # layers whose gradient had a place to go
+        self._waiting = False  # steps were counted, but none yet that every_n_steps applies on
 
     def attach(self, model: nn.Module) -> UniformityRegularizer:
         """Find the model's neurons; returns self.
 
         Raises:
-            ValueError: if a pattern matches nothing or no layer is left to measure.
+            ValueError: if a pattern matches nothing, no layer is left to measure, or ``head_coefficient`` has no head.
             NotImplementedError: if a weight is sharded (DTensor).
         """
         targets, self.skips = select(model, self.include, self.exclude, self.head)
         self.coefficient.check_names([target.name for target in targets])
+        if self.head_coefficient is not None and not any(target.head for target in targets):
+            raise ValueError(
+                "head_coefficient is given, but no head is measured: name it with head='...', or drop head_coefficient; the "
+                f"layers are: {', '.join(target.name for target in targets)}"
+            )
         self.layers = [
             Layer(target, self._measure_of(target), self._strength_of(target), tuple(target.parameters())) for target in targets
         ]
@@ -115,7 +124,7 @@ class UniformityRegularizer:
 
     def detach(self) -> None:
         """Let go of the model; the step counts stay."""
-        self.layers, self.skips, self._seen, self._last = [], [], [], {}
+        self.__dict__ |= self._without_model()
 
     def penalty(self, step: int = 0) -> Tensor:
         """Coefficient times penalty, summed over the layers: a differentiable scalar for a loss of your own."""
@@ -124,11 +133,17 @@ class UniformityRegularizer:
             strength_at(layer.strength, step, layer.target.name) * layer.measure.penalty(widened(layer.target.neurons())).mean()
             for layer in self.layers
         ]
-        return torch.stack([term.to(terms[0].dtype) for term in terms]).sum()
+        return torch.stack([term.to(terms[0]) for term in terms]).sum()
 
     @torch.no_grad()
     def add_gradients(
-        self, optimizer: Optimizer, *, index: int | None = None, grad_scale: float = 1.0, note: bool = False
+        self,
+        optimizer: Optimizer,
+        *,
+        index: int | None = None,
+        grad_scale: float = 1.0,
+        note: bool = False,
+        again: bool = False,
     ) -> dict[str, GradientNote]:
         """Add the penalty's gradient to ``.grad`` of the optimizer's own parameters; call it once per optimizer step.
 
@@ -139,38 +154,38 @@ class UniformityRegularizer:
             index: Its position where there are several; by default the order in which they first step.
             grad_scale: Factor that the gradients still carry (a GradScaler's, for optimizers that unscale themselves).
             note: Also return what was done, by layer.
+            again: The optimizer evaluates its closure again within the same step (LBFGS): do not count it.
 
         Returns:
             Notes by layer name; empty without ``note``, or on a step that ``every_n_steps`` leaves out.
         """
         self._check_attached()
-        step = self._count(optimizer, index)
+        step = self._count(optimizer, index, again)
         notes: dict[str, GradientNote] = {}
         if step % self.every_n_steps:
+            self._waiting = not self._reached
             return notes
-        if not self.active:
-            return notes
+        self._waiting = False
         own = {id(p): float(group.get("lr", 1.0)) for group in optimizer.param_groups for p in group["params"]}
         for layer in self.layers:
             notes |= self._add_layer(layer, step, own, grad_scale, note)
         return notes
 
     def measure_layers(self) -> list[LayerUniformity]:
-        """Measure every layer as it is now; one synchronisation at the end."""
+        """Measure every layer as it is now, in the model's order."""
         self._check_attached()
         return measure_layers(self.layers)
 
     def current_penalty(self, measured: list[LayerUniformity]) -> float:
         """Coefficient times penalty, summed over measured layers, at the coefficients last used."""
-        return sum(
-            self._last.get(layer.target.name, strength_at(layer.strength, 0, layer.target.name)) * one.penalty
-            for layer, one in zip(self.layers, measured, strict=True)
-        )
+        return sum(self._last_strength(layer) * one.penalty for layer, one in zip(self.layers, measured, strict=True))
 
     def unreached(self) -> list[str]:
         """Names of layers that have a coefficient but got no gradient so far; frozen ones are left out."""
-        waiting = [layer for layer in self.layers if layer.target.name not in self._last]
-        return [layer.target.name for layer in waiting if layer.strength != 0 and not layer.target.frozen]
+        if self._waiting:
+            return []
+        missing = [layer for layer in self.layers if layer.strength != 0 and layer.target.name not in self._reached]
+        return [layer.target.name for layer in missing if not layer.target.frozen]
 
     def state_dict(self) -> dict[str, Any]:
         """The steps done by each optimizer: where the schedules stand."""
@@ -182,7 +197,11 @@ class UniformityRegularizer:
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle and copy the settings and step counts, never the model."""
-        return {**self.__dict__, "layers": [], "skips": [], "_seen": [], "_last": {}}
+        return self.__dict__ | self._without_model()
+
+    @staticmethod
+    def _without_model() -> dict[str, Any]:
+        return {"layers": [], "skips": [], "active": False, "_seen": [], "_last": {}, "_reached": set(), "_waiting": False}
 
     def _measure_of(self, target: Target) -> Measure:
         """Full space for the head, where opposite neurons are right: in half space two antipodal classes coincide."""
@@ -195,15 +214,20 @@ class UniformityRegularizer:
         own = self.head_coefficient if target.head and self.head_coefficient is not None else self.coefficient
         return own.of(target.name)
 
-    def _count(self, optimizer: Optimizer, index: int | None) -> int:
-        """Steps done by this optimizer, and one more from now on."""
+    def _last_strength(self, layer: Layer) -> float:
+        """Coefficient of a layer at its last step; before that what it begins with."""
+        name = layer.target.name
+        return self._last[name] if name in self._last else strength_at(layer.strength, 0, name)
+
+    def _count(self, optimizer: Optimizer, index: int | None, again: bool) -> int:
+        """Steps done by this optimizer before the present one, and one more from now on."""
         if index is None:
             if id(optimizer) not in self._seen:
                 self._seen.append(id(optimizer))
             index = self._seen.index(id(optimizer))
         self.steps += [0] * (index + 1 - len(self.steps))
-        self.steps[index] += 1
-        return self.steps[index] - 1
+        self.steps[index] += 0 if again else 1
+        return max(self.steps[index] - 1, 0)
 
     def _add_layer(
         self, layer: Layer, step: int, own: Mapping[int, float], grad_scale: float, note: bool
@@ -212,6 +236,7 @@ class UniformityRegularizer:
         rates = [own[id(p)] for p in layer.parameters if id(p) in own and p.grad is not None and p.requires_grad]
         if not rates:
             return {}
+        _refuse_sparse(layer)
         strength = self._last[layer.target.name] = strength_at(layer.strength, step, layer.target.name)
         if strength == 0:
             return {}
@@ -221,6 +246,8 @@ class UniformityRegularizer:
         grad = layer.measure.value_and_grad(neurons)[1] * (strength / neurons.shape[0])
         factor = self._shortening(neurons, grad, max(rates), torch.finfo(x.dtype).max)
         places = list(layer.target.places(x, grad * factor, own))
+        if places:
+            self._reached.add(layer.target.name)
         found = {}
         if note and places:
             share = _norm([g for _, g in places]) * grad_scale / _norm([task for task, _ in places])
@@ -240,7 +267,8 @@ class UniformityRegularizer:
     def table(self) -> str:
         """Every layer with its shape, measure and coefficient, and every weight left out with the reason."""
         self._check_attached()
-        return describe(self.layers, self.skips)
+        every = "" if self.every_n_steps == 1 else f"\napplied on every {self.every_n_steps}th step of each optimizer"
+        return describe(self.layers, self.skips) + every
 
     def _check_attached(self) -> None:
         if not self.layers:
@@ -252,6 +280,15 @@ def _norm(parts: list[Tensor]) -> Tensor:
     norms = torch.stack([torch.linalg.vector_norm(widened(part)) for part in parts])
     total: Tensor = torch.linalg.vector_norm(norms)
     return total
+
+
+def _refuse_sparse(layer: Layer) -> None:
+    """A sparse gradient has no room for the rows that the batch did not touch."""
+    if any(p.grad is not None and p.grad.is_sparse for p in layer.parameters):
+        raise NotImplementedError(
+            f"layer '{layer.target.name}' {layer.target.shape} has sparse gradients, which cannot hold the penalty's; use "
+            f"sparse=False, a coefficient of 0 for it, or exclude='{layer.target.name}'"
+        )
 
 
 def _refuse_sharded(layer: Layer) -> None:

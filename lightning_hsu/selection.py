@@ -2,77 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
+from torch.nn.utils.parametrize import ParametrizationList
 
-from lightning_hsu.neurons import neurons_of
+from lightning_hsu.neurons import has_rule, neurons_of
+from lightning_hsu.targets import Target, parameter_behind, without_side_effects
 
 Patterns = str | Sequence[str] | None
 
+NOT_INCLUDED = "not in include"
+
 _WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
-
-
-@dataclass(frozen=True, eq=False)
-class Target:
-    """One set of neurons of one module: (groups, n, d), addressed by module and key, never by parameter name.
-
-    Args:
-        name: Name of the layer in the model, with the key behind a dot where a module has several sets.
-        module: The module.
-        key: Which of the module's sets; "" where there is one.
-        shape: (groups, n, d).
-        head: Whether this is the class head.
-    """
-
-    name: str
-    module: nn.Module
-    key: str
-    shape: tuple[int, int, int]
-    head: bool = False
-
-    def neurons(self) -> Tensor:
-        """The effective neurons (groups, n, d) as they are now; differentiable where gradients are recorded."""
-        with _without_side_effects(self.module):
-            found = neurons_of(self.module)
-        assert found is not None
-        x = found[self.key]
-        return x.unsqueeze(0) if x.ndim == 2 else x
-
-    @property
-    def frozen(self) -> bool:
-        """Whether no gradient reaches these neurons."""
-        with torch.enable_grad():
-            return not self.neurons().requires_grad
-
-    def places(self, x: Tensor, grad: Tensor, own: Mapping[int, float]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Where the gradient of the neurons goes: pairs (part of some ``.grad``, what to add to it).
-
-        Args:
-            x: ``self.neurons()``, taken while gradients were recorded.
-            grad: Gradient in the neurons, (groups, n, d).
-            own: ids of the parameters that may be touched. One without a gradient is left without.
-        """
-        parameter = _parameter_behind(x)
-        if parameter is not None and parameter.grad is not None and parameter.grad.stride() == parameter.stride():
-            if id(parameter) in own:
-                offset = x.storage_offset() - parameter.storage_offset() + parameter.grad.storage_offset()
-                yield parameter.grad.as_strided(x.shape, x.stride(), offset), grad
-            return
-        leaves = [p for p in self.module.parameters() if p.requires_grad and p.grad is not None and id(p) in own]
-        if leaves and x.requires_grad:
-            pulled = torch.autograd.grad(x, leaves, grad.to(x.dtype), allow_unused=True)
-            yield from ((p.grad, g) for p, g in zip(leaves, pulled, strict=True) if p.grad is not None and g is not None)
-
-    def parameters(self) -> list[nn.Parameter]:
-        """The parameters that the neurons may depend on."""
-        parameter = _parameter_behind(self.neurons())
-        return list(self.module.parameters()) if parameter is None else [parameter]
 
 
 @dataclass(frozen=True)
@@ -115,24 +60,24 @@ def select(
     names = [target.name for target in candidates]
     head_name = _find_head(candidates, head)
     include, exclude = _patterns("include", include, names), _patterns("exclude", exclude, names)
-    chosen: list[Target] = []
+    reasons: dict[str, str] = {}
     seen: dict[tuple[object, ...], str] = {}
-    for target in candidates:
+    for target in sorted(candidates, key=lambda target: target.name != head_name):  # of tied weights the head counts
         is_head = target.name == head_name
         asked = None if include is None else matches(target.name, include)
         reason = None
         if exclude is not None and matches(target.name, exclude):
             reason = "excluded by pattern"
         elif asked is False and not (is_head and head != "auto"):
-            reason = "not in include"
+            reason = NOT_INCLUDED
         elif asked is None and isinstance(target.module, (nn.Embedding, nn.EmbeddingBag)):
             reason = f"an embedding, measured only when asked for: include='{target.name}'"
         else:
             reason = _too_small(target) or _tied(target, seen)
-        if reason is None:
-            chosen.append(Target(target.name, target.module, target.key, target.shape, is_head))
-        else:
-            skips.append(Skip(target.name, target.shape, reason))
+        if reason is not None:
+            reasons[target.name] = reason
+    skips += [Skip(target.name, target.shape, reasons[target.name]) for target in candidates if target.name in reasons]
+    chosen = [replace(target, head=target.name == head_name) for target in candidates if target.name not in reasons]
     if not chosen:
         raise ValueError(_nothing_matched(model, skips))
     return chosen, skips
@@ -159,7 +104,9 @@ def _patterns(what: str, patterns: Patterns, names: list[str]) -> Sequence[str] 
     """Normalise patterns to a sequence and refuse one that matches no layer."""
     if patterns is None:
         return None
-    patterns = [patterns] if isinstance(patterns, str) else list(patterns)
+    patterns = [patterns] if isinstance(patterns, str) else list(patterns) if isinstance(patterns, Sequence) else [patterns]
+    if not all(isinstance(pattern, str) for pattern in patterns):
+        raise TypeError(f"{what} takes a pattern or a list of patterns such as 'encoder.*'; got {patterns!r}")
     check_patterns(what, patterns, names)
     return patterns
 
@@ -173,28 +120,40 @@ def _candidates(model: nn.Module) -> tuple[list[Target], list[Skip]]:
         if module in inside:
             continue
         name = _clean(path)
-        with torch.no_grad(), _without_side_effects(module):
-            found = neurons_of(module)
-        if found is None:
+        if not has_rule(module):
             skips += [
                 Skip(_join(name, key), tuple(p.shape), f"no rule for {type(module).__name__}: see register_neurons")
                 for key, p in module.named_parameters(recurse=False)
                 if p.ndim >= 2
             ]
             continue
+        with torch.enable_grad(), without_side_effects(module):
+            found = neurons_of(module)
         for key, x in found.items():
+            _check_rule(module, _join(name, key) or "weight", x)
             full = _join(name, key) or "weight"
             if not x.is_floating_point():
                 skips.append(Skip(full, tuple(x.shape), f"its weights are {x.dtype}, not floating-point"))
                 continue
-            if x.ndim not in (2, 3):
-                raise ValueError(
-                    f"the rule for {type(module).__name__} gave neurons of shape {tuple(x.shape)} for layer '{full}'; "
-                    "it must give (n, d) or (groups, n, d)"
-                )
             groups, n, d = (1, *x.shape) if x.ndim == 2 else tuple(x.shape)
             targets.append(Target(full, module, key, (groups, n, d)))
     return targets, skips
+
+
+def _check_rule(module: nn.Module, name: str, x: object) -> None:
+    """Refuse what a user's rule must not give."""
+    rule = f"the rule for {type(module).__name__} gave"
+    if not isinstance(x, Tensor):
+        raise TypeError(
+            f"{rule} {type(x).__name__} for layer '{name}'; it must give a tensor, or a mapping of names to tensors"
+        )
+    if x.ndim not in (2, 3):
+        raise ValueError(f"{rule} neurons of shape {tuple(x.shape)} for layer '{name}'; it must give (n, d) or (groups, n, d)")
+    trains = all(p.requires_grad for p in module.parameters())
+    if trains and x.is_floating_point() and parameter_behind(x) is None and not x.requires_grad:
+        raise ValueError(
+            f"{rule} detached neurons for layer '{name}': no gradient would reach its parameters; drop .detach() or .data"
+        )
 
 
 def _clean(path: str) -> str:
@@ -237,7 +196,7 @@ def _too_small(target: Target) -> str | None:
 def _tied(target: Target, seen: dict[tuple[object, ...], str]) -> str | None:
     """Why a target is a second name of one already taken."""
     x = target.neurons()
-    parameter = _parameter_behind(x)
+    parameter = parameter_behind(x)
     key: tuple[object, ...] = (id(target.module), target.key)
     if parameter is not None:
         key = (id(parameter), x.storage_offset(), x.stride(), x.shape)
@@ -248,27 +207,9 @@ def _tied(target: Target, seen: dict[tuple[object, ...], str]) -> str | None:
 def _nothing_matched(model: nn.Module, skips: list[Skip]) -> str:
     """The error when no target is left, with everything there was."""
     if not skips:
-        return f"no neurons found in {type(model).__name__}: it has no weight matrix; was it built yet?"
+        return (
+            f"no neurons found in {type(model).__name__}: it has no weight matrix. If it is built later, attach "
+            "then; if a layer of your own holds neurons, say where with register_neurons"
+        )
     lines = "\n".join(f"  {skip.name} {tuple(skip.shape)}: {skip.reason}" for skip in skips)
     return f"no layer of {type(model).__name__} is left to measure; change include, exclude or the model:\n{lines}"
-
-
-def _parameter_behind(x: Tensor) -> nn.Parameter | None:
-    """The parameter that x is, or is a view of; None if it was computed."""
-    base = x._base if x._is_view() else x
-    return base if isinstance(base, nn.Parameter) else None
-
-
-@contextmanager
-def _without_side_effects(module: nn.Module) -> Iterator[None]:
-    """Read parametrized weights without changing state: a spectral norm in training mode iterates at each access."""
-    lists: list[nn.Module] = []
-    if is_parametrized(module):
-        lists = [m for m in module.parametrizations.modules() if m.training]  # type: ignore[union-attr]
-    for part in lists:
-        part.training = False
-    try:
-        yield
-    finally:
-        for part in lists:
-            part.training = True

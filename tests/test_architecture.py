@@ -12,7 +12,7 @@ ROOT = Path(lightning_hsu.__file__).parent
 LAYERS = [
     {"core"},
     {"measures"},
-    {"neurons", "selection", "reference"},
+    {"neurons", "targets", "selection", "reference"},
     {"coefficients", "monitor", "regularizer"},
     {"callback"},
     {"__init__"},

@@ -4,12 +4,14 @@ import copy
 import csv
 import logging
 import pickle
+from contextlib import nullcontext
 
 import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from packaging.version import Version
 from torch import nn
 
 from lightning_hsu import HypersphericalUniformity
@@ -18,7 +20,7 @@ from lightning_hsu.measures import RieszEnergy
 from lightning_hsu.reference import uniformity_ratio
 from tests.models import Automatic, Manual, batches, loader, trainer, uniformity
 
-AGGREGATES = {"hsu/penalty", "hsu/ratio_mean", "hsu/ratio_max", "hsu/min_angle", "hsu/dead"}
+AGGREGATES = {"hsu/penalty", "hsu/ratio_mean", "hsu/ratio_max", "hsu/min_angle", "hsu/dead", "hsu/limited"}
 
 
 def rows_of(logger):
@@ -120,8 +122,9 @@ def test_early_stopping_and_checkpoints_can_watch_the_aggregates(tmp_path, modul
 
     stop = EarlyStopping("hsu/ratio_mean", patience=100, mode="min", strict=True)
     save = ModelCheckpoint(tmp_path, monitor="hsu/min_angle", mode="max", filename="{epoch}")
+    limited = EarlyStopping("hsu/limited", patience=100, strict=True)
     data = loader(batches())
-    trainer(uniformity(coefficient=0.1), stop, save, max_epochs=3, enable_checkpointing=True, logger=False).fit(
+    trainer(uniformity(coefficient=0.1), stop, limited, save, max_epochs=3, enable_checkpointing=True, logger=False).fit(
         Validated(), data, data
     )
     assert float(stop.best_score) > 0
@@ -239,6 +242,8 @@ def test_a_penalty_that_does_not_arrive_is_said_once():
         ({"apply": "later"}, ValueError, "apply='later' is not in this release; use apply='gradient'"),
         ({"every_n_steps": 0}, ValueError, "every_n_steps must be an int >= 1; got 0"),
         ({"step_limit": 0}, ValueError, "step_limit must be > 0"),
+        ({"prefix": ""}, ValueError, "prefix must be a name such as 'hsu'"),
+        ({"prefix": "a/"}, ValueError, "without a slash at its end; got 'a/'"),
         ({"measure": "mhe"}, TypeError, "measure must be a measure such as"),
     ],
 )
@@ -253,6 +258,7 @@ def test_bad_settings_fail_at_once(kwargs, error, message):
         ({"s": float("nan")}, "s must be a finite real number"),
         ({"s": "2"}, "s must be a finite real number"),
         ({"distance": "cosine"}, "distance must be 'chordal' or 'geodesic'"),
+        ({"half_space": "yes"}, "half_space must be True or False; got 'yes'"),
         ({"softening": 3}, r"softening is a chord in \[0, 2\)"),
     ],
 )
@@ -308,14 +314,16 @@ def test_schedules_go_on_from_a_checkpoint(tmp_path):
     used.clear()
     again = trainer(uniformity(coefficient=schedule, include="net.5"), max_epochs=2)
     again.fit(Automatic(), data, ckpt_path=tmp_path / "last.ckpt")
-    assert sorted(set(used) - {0}) == list(range(7, 14))
+    assert sorted(set(used)) == list(range(7, 14))
 
 
-def test_two_instances_have_their_own_keys_and_state(tmp_path):
+def test_two_instances_have_their_own_keys_and_state():
     first = uniformity(coefficient=0.1, include="net.0")
     second = uniformity(coefficient=0.2, include="net.5", prefix="dense")
     assert first.state_key != second.state_key
-    assert uniformity(coefficient=0.9, include="net.0").state_key == first.state_key
+    assert uniformity(coefficient=0.9, include=["net.*"]).state_key == first.state_key
+    with pytest.raises(RuntimeError, match="state_key"):
+        trainer(first, uniformity(include="net.5"))
     fit = trainer(first, second, max_epochs=1)
     fit.fit(Automatic(), loader(batches()))
     assert {"hsu/penalty", "dense/penalty"} <= set(fit.callback_metrics)
@@ -326,6 +334,49 @@ def test_one_instance_serves_two_fits_and_keeps_no_model():
     for module in (Automatic(), Automatic(net=nn.Sequential(nn.Flatten(), nn.Linear(36, 5), nn.Linear(5, 3)))):
         trainer(callback, max_epochs=1).fit(module, loader(batches()))
         assert callback.regularizer.layers == []
+    assert callback.state_dict() == {"steps": [7]}
+
+
+def test_a_second_fit_of_the_same_trainer_goes_on_counting():
+    callback, data, module = uniformity(coefficient=0.1), loader(batches()), Automatic()
+    fit = trainer(callback, max_epochs=1)
+    fit.fit(module, data)
+    fit.fit_loop.max_epochs = 2
+    fit.fit(module, data)
+    assert callback.state_dict() == {"steps": [fit.global_step]} == {"steps": [14]}
+
+
+@pytest.mark.parametrize("search", [None, "strong_wolfe"])
+def test_closures_evaluated_again_count_once(search):
+    """LBFGS asks for the gradient several times a step; a schedule counts steps, and a line search is warned of."""
+    seen = []
+    callback = uniformity(coefficient=lambda step: seen.append(step) or 0.1, include="net.5")
+    module = Automatic(make_optimizer=lambda p: torch.optim.LBFGS(p, lr=0.1, max_iter=4, line_search_fn=search))
+    fit = trainer(callback, max_epochs=1)
+    with pytest.warns(UserWarning, match="LBFGS with a line search") if search else nullcontext():
+        fit.fit(module, loader(batches()))
+    assert callback.state_dict() == {"steps": [fit.global_step]}
+    assert len(seen) > 2 * fit.global_step
+    assert sorted(set(seen)) == list(range(fit.global_step))
+
+
+@pytest.mark.skipif(Version(pl.__version__) < Version("2.6"), reason="before 2.6 the two packages' callbacks do not mix")
+def test_a_trainer_of_pytorch_lightning():
+    other = pytest.importorskip("pytorch_lightning", reason="pytorch_lightning is not installed")
+
+    class Module(other.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net, self.silent = nn.Sequential(nn.Flatten(), nn.Linear(36, 5), nn.Linear(5, 3)), ()
+
+        training_step = Automatic.training_step
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    callback = uniformity(coefficient=0.1)
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    other.Trainer(accelerator="cpu", max_epochs=1, callbacks=[callback], **quiet).fit(Module(), loader(batches()))
     assert callback.state_dict() == {"steps": [7]}
 
 

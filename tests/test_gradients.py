@@ -111,6 +111,22 @@ def test_gradcheck_and_gradgradcheck(s, half_space, distance):
     assert torch.autograd.gradgradcheck(measure.penalty, (x,))
 
 
+@pytest.mark.parametrize("half_space", [False, True])
+def test_second_derivatives_equal_those_of_the_oracle(half_space):
+    """Also beyond one block of rows, between near neurons, and across the kink at the antipode."""
+    measure = RieszEnergy(s=1, half_space=half_space, distance="geodesic")
+    x, v = torch.randn(2, 270, 4, dtype=torch.float64)
+    x[1] = x[0] + 1e-3 * x[1]
+    if not half_space:
+        x[3] = -2 * x[2]
+    x.requires_grad_()
+    products = []
+    for energy in (measure.penalty, lambda y: oracle_energy(y, term_of(measure))):
+        (first,) = torch.autograd.grad(energy(x), x, create_graph=True)
+        products.append(torch.autograd.grad((first * v).sum(), x)[0])
+    torch.testing.assert_close(*products, rtol=1e-6, atol=1e-6 * float(products[1].abs().max()))
+
+
 def test_a_third_derivative_is_refused_and_not_wrong():
     x = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
     (first,) = torch.autograd.grad(RieszEnergy().penalty(x), x, create_graph=True)
@@ -164,6 +180,19 @@ def test_memory_stays_far_below_the_gram_matrix(monkeypatch):
     with Watch():
         pair_energy(x, term_of(RieszEnergy()))
     assert largest <= 256 * 2000 * 4 < 2000 * 2000 * 4 / 7
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="setting of torch 2.9 and later")
+def test_the_newer_precision_setting_is_met_and_put_back():
+    """Once a user has chosen it, asking for the older one raises."""
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        value = RieszEnergy()(torch.eye(4))
+        assert torch.backends.cuda.matmul.fp32_precision == "tf32"
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+    assert float(value) == 0.5
 
 
 @pytest.mark.parametrize("setting", ["autocast", "medium"])

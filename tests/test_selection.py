@@ -174,14 +174,51 @@ def test_the_older_hook_based_norms():
         assert any(not torch.equal(p.grad, b) for p, b in zip(layer.parameters(), before, strict=True))
 
 
-def test_reading_a_spectral_norm_changes_no_state():
-    layer = parametrizations.spectral_norm(nn.Linear(5, 4))
+class Container(nn.Module):
+    """A layer of one's own around another."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = parametrizations.spectral_norm(nn.Linear(5, 4))
+
+
+@pytest.mark.parametrize("make", [lambda: parametrizations.spectral_norm(nn.Linear(5, 4)), Container])
+def test_reading_a_spectral_norm_changes_no_state(make):
+    register_neurons(Container, lambda module: module.inner.weight)
+    layer = make()
     before = {k: v.clone() for k, v in layer.state_dict().items()}
     regularizer = UniformityRegularizer().attach(layer)
     regularizer.measure_layers()
     assert all(torch.equal(v, before[k]) for k, v in layer.state_dict().items())
-    assert layer.training
     assert all(m.training for m in layer.modules())
+    del _RULES[Container]
+
+
+def test_pruned_weights_are_read_with_their_mask():
+    layer = nn.utils.prune.l1_unstructured(nn.Linear(5, 4), "weight", amount=0.5)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    regularizer = UniformityRegularizer(RieszEnergy(s=1), head=None).attach(layer)
+    for _ in range(2):  # the graph behind layer.weight is freed by each backward
+        optimizer.zero_grad()
+        layer(torch.randn(2, 5)).square().sum().backward()
+        regularizer.add_gradients(optimizer)
+        optimizer.step()
+    assert torch.equal(regularizer.layers[0].target.neurons()[0], layer.weight_orig * layer.weight_mask)
+    assert (layer.weight_orig.grad[layer.weight_mask == 0] == 0).all()
+
+
+def test_parametrized_weights_are_read_without_autocast():
+    layer = parametrizations.orthogonal(nn.Linear(6, 6))
+    (target,), _ = select(layer)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = target.neurons()
+    assert torch.equal(inside, target.neurons())
+    assert inside.dtype == torch.float32
+
+
+def test_a_head_coefficient_needs_a_head():
+    with pytest.raises(ValueError, match="head_coefficient is given, but no head is measured"):
+        UniformityRegularizer(head_coefficient=1.0, exclude="decoder").attach(nested())
 
 
 def reasons(model, **kwargs):
@@ -207,7 +244,7 @@ def test_every_skip_has_its_reason():
     model["twin"].weight = model["kept"].weight
     model["quantized"].weight = nn.Parameter(torch.ones(4, 5, dtype=torch.int8), requires_grad=False)
     targets, _ = select(model, exclude="left")
-    assert [target.name for target in targets] == ["kept", "frozen"]
+    assert [target.name for target in targets] == ["frozen", "twin"]
     assert reasons(model, exclude="left") == {
         "one": "a single neuron",
         "line": "its neurons have dimension 1: on a line there is nothing to spread",
@@ -215,7 +252,7 @@ def test_every_skip_has_its_reason():
         "words": "an embedding, measured only when asked for: include='words'",
         "unknown.matrix": "no rule for Unknown: see register_neurons",
         "left": "excluded by pattern",
-        "twin": "tied to kept",
+        "kept": "tied to twin",  # the last Linear is the head, and counts
         "quantized": "its weights are torch.int8, not floating-point",
     }
     table = UniformityRegularizer(exclude="left").attach(model).table()
@@ -229,8 +266,9 @@ def test_tied_embedding_and_head_count_once():
     model = nn.ModuleDict({"words": nn.Embedding(10, 4), "body": nn.Linear(4, 4), "head": nn.Linear(4, 10, bias=False)})
     model["head"].weight = model["words"].weight
     targets, skips = select(model, include="*")
-    assert [target.name for target in targets] == ["words", "body"]
-    assert [(skip.name, skip.reason) for skip in skips] == [("head", "tied to words")]
+    assert [(target.name, target.head) for target in targets] == [("body", False), ("head", True)]
+    assert [(skip.name, skip.reason) for skip in skips] == [("words", "tied to head")]
+    assert [target.name for target in select(model, include="*", exclude="head", head=None)[0]] == ["words", "body"]
     assert [target.name for target in select(model)[0]] == ["body", "head"]
 
 
@@ -256,7 +294,7 @@ def test_patterns(kwargs, names):
 
 @pytest.mark.parametrize(("head", "expected"), [("auto", "decoder"), ("encoder.0", "encoder.0"), (None, None)])
 def test_head(head, expected):
-    layers = UniformityRegularizer(head=head, head_coefficient=3.0).attach(nested()).layers
+    layers = UniformityRegularizer(head=head, head_coefficient=3.0 if head else None).attach(nested()).layers
     assert [layer.target.name for layer in layers if layer.target.head] == ([expected] if expected else [])
     for layer in layers:
         assert layer.measure.half_space != layer.target.head
@@ -269,17 +307,56 @@ def test_head(head, expected):
         ({"include": "conv*"}, r"include pattern 'conv\*' matches no layer; the layers are: encoder.0, encoder.1, decoder"),
         ({"exclude": ["decoder", "x"]}, r"exclude pattern 'x' matches no layer"),
         ({"head": "classifier"}, r"head 'classifier' is no layer of the model; .*head=None switches it off"),
+        ({"include": 5}, "include takes a pattern or a list of patterns"),
         ({"exclude": "*"}, r"(?s)no layer of ModuleDict is left to measure; .*encoder.0 \(1, 5, 4\): excluded by pattern"),
     ],
 )
 def test_errors_say_what_where_and_the_way_out(kwargs, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         select(nested(), **kwargs)
 
 
 def test_a_model_without_neurons():
     with pytest.raises(ValueError, match="no neurons found in Sequential: it has no weight matrix"):
         select(nn.Sequential(nn.ReLU()))
+
+
+@pytest.mark.parametrize(
+    ("rule", "error", "message"),
+    [
+        (lambda module: 3, TypeError, "the rule for Custom gave int for layer 'weight'; it must give a tensor"),
+        (lambda module: module.kernel.detach(), ValueError, "the rule for Custom gave detached neurons for layer 'weight'"),
+    ],
+)
+def test_a_rule_that_gives_no_neurons(rule, error, message):
+    register_neurons(Custom, rule)
+    with pytest.raises(error, match=message):
+        select(Custom())
+
+
+def test_a_rule_is_for_a_class():
+    with pytest.raises(TypeError, match="takes the class of a layer"):
+        register_neurons(Custom(), lambda module: module.kernel)
+
+
+def test_the_padding_row_is_no_neuron():
+    for padding, rows in ((0, [1, 2, 3, 4]), (4, [0, 1, 2, 3]), (2, [0, 1, 3, 4])):
+        layer = nn.Embedding(5, 6, padding_idx=padding)
+        nn.init.normal_(layer.weight)
+        (target,), _ = select(layer, include="*")
+        assert torch.equal(target.neurons()[0], layer.weight[rows])
+        layer.weight.grad = torch.zeros_like(layer.weight)
+        UniformityRegularizer(include="*").attach(layer).add_gradients(torch.optim.SGD(layer.parameters(), lr=0.1))
+        assert (layer.weight.grad[padding] == 0).all()
+        assert (layer.weight.grad[rows] != 0).any()
+
+
+def test_sparse_gradients_are_refused_with_the_way_out():
+    layer = nn.Embedding(5, 6, sparse=True)
+    layer(torch.tensor([1, 2])).sum().backward()
+    regularizer = UniformityRegularizer(include="*").attach(layer)
+    with pytest.raises(NotImplementedError, match=r"layer 'weight' \(1, 5, 6\) has sparse gradients.*use sparse=False"):
+        regularizer.add_gradients(torch.optim.SGD(layer.parameters(), lr=0.1))
 
 
 def test_a_rule_that_gives_the_wrong_shape():

@@ -85,8 +85,12 @@ def test_smallest_angles():
     assert float(smallest_angle(c.cross_polytope(5), half_space=True)) == 0.0
 
 
-def test_a_tiny_angle_is_right_in_float32():
-    x = torch.eye(300, 300)
-    x[299] = x[0]
-    x[299, 1] = 1e-5
-    assert float(smallest_angle(x)) == pytest.approx(1e-5, rel=1e-6)
+@pytest.mark.parametrize("half_space", [False, True])
+@pytest.mark.parametrize("chord", [1e-3, 1e-5])
+def test_a_tiny_angle_is_right_in_float32(chord, half_space):
+    x = torch.randn(300, 64)
+    x[299] = x[3] + chord * torch.randn(64)
+    a, b = x[3].double(), x[299].double()
+    expected = 2 * torch.atan2((a / a.norm() - b / b.norm()).norm(), (a / a.norm() + b / b.norm()).norm())
+    x[3] *= -1 if half_space else 1
+    assert float(smallest_angle(x, half_space=half_space)) == pytest.approx(float(expected), rel=1e-9)

@@ -74,11 +74,6 @@ class PairTerm:
         """The part of the pair sum that no neuron can change: in half space each neuron against its own mirror."""
         return live * softened_at(self, 4.0)[0] / 2 if self.half_space else 0.0
 
-    def dead(self, n: float, live: float) -> float:
-        """What the pairs with a zero row add to a pair sum: their cosines are exactly 0, their squared chords exactly 2."""
-        pairs = n * (n - 1) / 2 - live * (live - 1) / 2
-        return pairs * softened_at(self, 2.0)[0] * (2 if self.half_space else 1) if pairs else 0.0
-
 
 @lru_cache(maxsize=256)
 def softened_at(term: PairTerm, q: float) -> tuple[float, float]:

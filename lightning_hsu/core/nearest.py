@@ -30,7 +30,8 @@ def smallest_angle(w: Tensor, *, half_space: bool = False) -> Tensor:
 def _of_group(w: Tensor, half_space: bool) -> Tensor:
     """Smallest angle () of one group w (n, d)."""
     x, inverse_norm = unit_rows(w)
-    x = x[inverse_norm.squeeze(-1) > 0]
+    alive = inverse_norm.squeeze(-1) > 0
+    w, x = w[alive], x[alive]
     smallest = torch.full((), float("inf"), dtype=torch.float64, device=w.device)  # squared chord
     if x.shape[0] < 2:
         return smallest.fill_(float("nan"))
@@ -43,7 +44,7 @@ def _of_group(w: Tensor, half_space: bool) -> Tensor:
         near = cosine > 1.0 - NEAR / 2
         if bool(near.any()):
             r, c = near.any(1).nonzero().squeeze(1), near.any(0).nonzero().squeeze(1)
-            q, p = squared_chords(*(unit_rows(part.double())[0] for part in (rows[r], cols[c])))
+            q, p = squared_chords(*(unit_rows(w[start + index].double())[0] for index in (r, c)))
             q = torch.minimum(q, p) if half_space else q
             smallest = torch.minimum(smallest, q[near[r][:, c]].amin())
         else:

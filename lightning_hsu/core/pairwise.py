@@ -63,6 +63,8 @@ def _panels(w: Tensor, term: PairTerm, with_grad: bool, out: torch.dtype) -> tup
     near: dict[int, NearPairs] = {}
     total = torch.zeros(b, dtype=torch.float64, device=w.device)
     grad = torch.zeros_like(x)
+    alive = inverse_norm > 0  # (b, n, 1)
+    live: list[int] = alive.sum((-2, -1)).tolist()
     for start in range(0, n, PANEL):
         rows = x[:, start : start + PANEL]  # (b, k, d)
         q = _squared_chords(rows, x[:, start:])
@@ -71,6 +73,8 @@ def _panels(w: Tensor, term: PairTerm, with_grad: bool, out: torch.dtype) -> tup
             for i in redo.any(2).any(1).nonzero().flatten().tolist():
                 near.setdefault(i, NearPairs(w[i], term)).add_panel(redo[i], start, with_grad)
         value, slope = _terms(q, term, redo)
+        if min(live) < n:  # a zero row has cosine 0 with all: no pull on the others, but a value
+            value *= alive[:, start : start + PANEL] & alive[:, start:].mT
         k = rows.shape[1]
         # The block on the diagonal holds each pair twice.
         total += value.sum((-2, -1), dtype=torch.float64) - value[..., :k].sum((-2, -1), dtype=torch.float64) / 2
@@ -79,8 +83,7 @@ def _panels(w: Tensor, term: PairTerm, with_grad: bool, out: torch.dtype) -> tup
             _add_product(grad[:, start + k :], slope[..., k:].mT, rows)
     for i, pairs in near.items():
         total[i] += pairs.energy
-    live: list[int] = (inverse_norm > 0).sum((-2, -1)).tolist()
-    offset = torch.tensor([term.constant(m) - term.dead(n, m) for m in live], dtype=torch.float64, device=w.device)
+    offset = torch.tensor([term.constant(m) for m in live], dtype=torch.float64, device=w.device)
     scale = torch.tensor([term.scale(m) for m in live], dtype=torch.float64, device=w.device)
     value = (total + offset) * scale
     return value, _to_weights(grad, x, inverse_norm, near, scale, out) if with_grad else grad

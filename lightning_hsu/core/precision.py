@@ -23,14 +23,34 @@ def with_float64(x: Tensor) -> Tensor:
 def exact_arithmetic(like: Tensor) -> Iterator[None]:
     """Switch off autocast and reduced-precision fp32 products on the device of ``like``.
 
-    ``torch.set_float32_matmul_precision`` is process-global, so it is put back on the way out.
+    The precision of products is a setting of the whole process, so it is put back on the way out.
     """
-    before = torch.get_float32_matmul_precision()
-    if before != "highest":
-        torch.set_float32_matmul_precision("highest")
+    before = _lowered()
+    for backend in before:
+        _set(backend, "ieee")
     try:
         with torch.autocast(like.device.type, enabled=False):
             yield
     finally:
-        if before != "highest":
-            torch.set_float32_matmul_precision(before)
+        for backend, value in before.items():
+            _set(backend, value)
+
+
+# Since torch 2.9 each backend has a setting; asking the older, common one then raises where a user mixes the two.
+_BACKENDS = ("cuda", "mkldnn") if hasattr(torch.backends.cuda.matmul, "fp32_precision") else ()
+
+
+def _lowered() -> dict[str, str]:
+    """Settings other than full precision, by backend; the older torch has one for all, under the name ""."""
+    if not _BACKENDS:
+        common = torch.get_float32_matmul_precision()
+        return {} if common == "highest" else {"": common}
+    found = {name: getattr(torch.backends, name).matmul.fp32_precision for name in _BACKENDS}
+    return {name: value for name, value in found.items() if value != "ieee"}
+
+
+def _set(backend: str, value: str) -> None:
+    if backend:
+        getattr(torch.backends, backend).matmul.fp32_precision = value
+    else:
+        torch.set_float32_matmul_precision("highest" if value == "ieee" else value)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
+from functools import lru_cache
 from typing import ClassVar
 
 import torch
@@ -102,7 +104,30 @@ class PairwiseMeasure(Measure):
         return value / reference
 
     def _term(self) -> PairTerm:
+        if type(self).__hash__ is None:
+            raise TypeError(f"a measure must be hashable: decorate {type(self).__name__} with @dataclass(frozen=True)")
+        _check_kernel(self)
         return PairTerm(self.kernel, self.half_space, self.softening)
+
+
+@lru_cache(maxsize=256)
+def _check_kernel(measure: PairwiseMeasure) -> None:
+    """Refuse, once a measure, a kernel whose slope is not the derivative of its value: training would go astray unseen."""
+    name = f"{type(measure).__name__}.kernel"
+    q = torch.tensor([0.3, 1.0, 2.0, 3.5], dtype=torch.float64, requires_grad=True)
+    with torch.enable_grad():
+        found = measure.kernel(q, 4.0 - q)
+        if not isinstance(found, tuple) or len(found) != 2:
+            raise TypeError(
+                f"{name} must return (value, slope), the slope being the derivative with respect to q; got {found!r}"
+            )
+        value, slope = found
+        expected = torch.autograd.grad(value.sum(), q)[0] if value.requires_grad else None
+    if expected is not None and not torch.allclose(slope.detach(), expected, rtol=1e-6, atol=1e-9):
+        raise ValueError(
+            f"the slope of {name} is not the derivative of its value with respect to q: at q = {q.tolist()} the slope is "
+            f"{slope.tolist()}, the derivative {expected.tolist()}"
+        )
 
 
 def check_neurons(x: Tensor) -> None:
@@ -120,10 +145,13 @@ def check_neurons(x: Tensor) -> None:
 
 def check_softening(softening: float) -> None:
     """Refuse a softening that is not a chord."""
-    if not 0.0 <= softening < 2.0:
+    if not plain_number(softening) or not 0.0 <= softening < 2.0:
         raise ValueError(f"softening is a chord in [0, 2), 0 switches it off; got {softening!r}")
 
 
 def plain_number(value: object) -> bool:
     """Tell whether value is a finite real number (and not a bool)."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and bool(torch.isfinite(torch.tensor(float(value))))
+    try:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # an int beyond float64
+        return False

@@ -57,6 +57,8 @@ class RieszEnergy(PairwiseMeasure):
             raise ValueError(f"s must be a finite real number such as 0, 1 or 2 (0 is the logarithmic energy); got {self.s!r}")
         if self.distance not in ("chordal", "geodesic"):
             raise ValueError(f"distance must be 'chordal' or 'geodesic'; got {self.distance!r}")
+        if not isinstance(self.half_space, bool):
+            raise ValueError(f"half_space must be True or False; got {self.half_space!r}")
         check_softening(self.softening)
 
     def kernel(self, q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,65 @@
+"""A pairwise measure of one's own: one dataclass with one method, used everywhere, and told where it is wrong."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from lightning_hsu.measures import PairwiseMeasure, RieszEnergy
+from tests.models import Automatic, batches, loader, trainer, uniformity
+
+
+@dataclass(frozen=True)
+class InverseSquare(PairwiseMeasure):
+    half_space: bool = False
+
+    def kernel(self, q, p):
+        return 1 / q, -1 / q**2
+
+
+@pytest.mark.parametrize("half_space", [False, True])
+def test_it_is_the_same_as_the_built_in_one(half_space):
+    x = torch.randn(40, 9)
+    for own, known in zip(
+        InverseSquare(half_space).value_and_grad(x), RieszEnergy(s=2, half_space=half_space).value_and_grad(x), strict=True
+    ):
+        torch.testing.assert_close(own, known, rtol=1e-6, atol=1e-8)
+
+
+def test_it_trains_in_the_callback():
+    ends = []
+    for measure in (InverseSquare(half_space=True), RieszEnergy(s=2, half_space=True)):
+        torch.manual_seed(0)
+        module = Automatic()
+        trainer(uniformity(measure=measure, coefficient=0.3), max_epochs=1).fit(module, loader(batches()))
+        ends.append(module.net[5].weight.detach())
+    torch.testing.assert_close(*ends, rtol=0, atol=1e-6)
+
+
+def test_a_measure_that_is_no_dataclass_will_do():
+    class Plain(PairwiseMeasure):
+        def kernel(self, q, p):
+            return -q, -torch.ones_like(q)
+
+    trainer(uniformity(measure=Plain(), coefficient=0.3), fast_dev_run=True).fit(Automatic(), loader(batches()))
+
+
+def kernel_of(function):
+    return dataclass(frozen=True)(type("Wrong", (PairwiseMeasure,), {"kernel": lambda self, q, p: function(q)}))()
+
+
+@pytest.mark.parametrize(
+    ("measure", "error", "message"),
+    [
+        (kernel_of(lambda q: 1 / q), TypeError, r"Wrong.kernel must return \(value, slope\)"),
+        (kernel_of(lambda q: (1 / q, 1 / q**2)), ValueError, "slope of Wrong.kernel is not the derivative of its value"),
+        (
+            dataclass(type("Mutable", (PairwiseMeasure,), {"kernel": InverseSquare.kernel}))(),
+            TypeError,
+            r"decorate Mutable with @dataclass\(frozen=True\)",
+        ),
+    ],
+)
+def test_mistakes_are_told(measure, error, message):
+    with pytest.raises(error, match=message):
+        measure(torch.randn(4, 4))
