@@ -110,4 +110,4 @@ def trainer(*callbacks, **kwargs):
 
 
 def uniformity(**kwargs):
-    return HypersphericalUniformity(**{"verbose": False, "step_limit": None, **kwargs})
+    return HypersphericalUniformity(**{"verbose": False, **kwargs})

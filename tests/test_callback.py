@@ -9,8 +9,10 @@ from contextlib import nullcontext
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch import strategies
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.plugins import MixedPrecision
 from packaging.version import Version
 from torch import nn
 
@@ -77,6 +79,28 @@ def test_gradient_share_is_the_norm_of_what_was_added_over_the_tasks(tmp_path):
     trainer(*chain, logger=logger, log_every_n_steps=1, max_steps=1).fit(module, loader(batches()))
     share = (seen["after"] - seen["before"]).norm() / seen["before"].norm()
     assert rows_of(logger)[0]["hsu/gradient_share/net.5"] == pytest.approx(float(share), rel=1e-4)
+
+
+def test_the_share_is_that_of_unscaled_gradients_and_absent_where_nothing_was_added(tmp_path):
+    shares = []
+    for plugins in ([], [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=1024.0))]):
+        logger = CSVLogger(tmp_path, version=len(shares))
+        torch.manual_seed(0)
+        module = Automatic(make_optimizer=lambda p: torch.optim.Adam(p, fused=True))
+        settings = {"logger": logger, "log_every_n_steps": 1, "max_steps": 2, "plugins": plugins}
+        trainer(uniformity(coefficient=0.3, every_n_steps=2), **settings).fit(module, loader(batches()))
+        rows = rows_of(logger)
+        assert "hsu/gradient_share/net.5" not in rows[1]
+        shares.append(rows[0]["hsu/gradient_share/net.5"])
+    assert shares[0] == pytest.approx(shares[1], rel=1e-2)  # float16 forward
+
+
+def test_off_logging_steps_nothing_is_noted(monkeypatch):
+    callback, asked = uniformity(coefficient=0.1), []
+    add = callback.regularizer.add_gradients
+    monkeypatch.setattr(callback.regularizer, "add_gradients", lambda *a, **k: asked.append(k["note"]) or add(*a, **k))
+    trainer(callback, log_every_n_steps=4, max_epochs=1).fit(Automatic(), loader(batches()))
+    assert asked == [True, False, False, True, False, False, True]
 
 
 @pytest.mark.parametrize("accumulate", [1, 3])
@@ -289,13 +313,30 @@ def test_bad_settings_for_this_model(kwargs, message):
     assert callback.regularizer.layers == []  # cleaned up although fit never ended
 
 
-def test_a_strategy_that_shards_is_refused_by_name():
-    from lightning.pytorch.strategies import FSDPStrategy
-
+@pytest.mark.parametrize("name", ["FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"])
+def test_a_strategy_that_shards_is_refused_by_name(name):
     fit = trainer()
-    fit.strategy.__class__ = FSDPStrategy
-    with pytest.raises(NotImplementedError, match=r"does not support FSDPStrategy in this release.*strategy='ddp'"):
+    fit.strategy.__class__ = getattr(strategies, name)  # they do not start on a CPU
+    with pytest.raises(NotImplementedError, match=rf"does not support {name} in this release.*strategy='ddp'"):
         uniformity().on_fit_start(fit, Automatic())
+
+
+def test_sharded_weights_are_refused_by_layer():
+    layer = nn.Linear(4, 3)
+    layer.weight.device_mesh = "as a DTensor has"
+    with pytest.raises(NotImplementedError, match=r"layer 'weight' \(1, 3, 4\) is sharded over ranks .*exclude='weight'"):
+        uniformity().regularizer.attach(layer)
+
+
+def test_a_resumed_schedule_finds_its_optimizer_whichever_steps_first():
+    callback = uniformity(coefficient=0.1)
+    callback.load_state_dict({"steps": [5, 9]})
+    module, fit = Automatic(), trainer()
+    one, two = (torch.optim.SGD(module.parameters(), lr=0.1) for _ in range(2))
+    fit.strategy.optimizers = [one, two]
+    callback.regularizer.attach(module)
+    callback.on_before_optimizer_step(fit, module, two)
+    assert callback.state_dict() == {"steps": [5, 10]}
 
 
 @pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint.*")

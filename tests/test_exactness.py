@@ -77,8 +77,9 @@ def clip_value(parameters):
     nn.utils.clip_grad_value_(parameters, 0.02)
 
 
-def scaler():
-    return torch.amp.GradScaler("cpu", init_scale=256.0)
+def scaler(overflow=False):
+    """With ``overflow`` the first step is skipped: its scaled gradients are beyond float16."""
+    return torch.amp.GradScaler("cpu", init_scale=2.0**22 if overflow else 256.0, backoff_factor=2.0**-14)
 
 
 CASES = [
@@ -96,6 +97,16 @@ CASES = [
         scaled=True,
         accumulate=3,
     ),
+    Case("scaler, steps that overflow", trainer={"precision": "overflow"}, autocast=torch.float16, scaled=True, count=2),
+    Case(
+        "scaler, steps that overflow, fused Adam",
+        trainer={"precision": "overflow"},
+        autocast=torch.float16,
+        scaled=True,
+        optimizer=adam,
+        count=2,
+    ),
+    Case("without the step limit", callback={"step_limit": None}),
     Case("clip by norm", trainer={"gradient_clip_val": 0.3}, clip=clip_norm),
     Case("clip by value", trainer={"gradient_clip_val": 0.02, "gradient_clip_algorithm": "value"}, clip=clip_value),
     Case("training_step returns None", settings={"silent": (1, 4)}),
@@ -122,7 +133,7 @@ CASES = [
 def plain_loop(case, net, data, epochs):
     """Train ``net`` without Lightning; the penalty enters once an optimizer step."""
     optimizer = case.optimizer(net.parameters())
-    scale = scaler() if case.scaled else None
+    scale = scaler(case.trainer["precision"] == "overflow") if case.scaled else None
     parts = case.settings.get("parts", 1)
     steps = 0
     for _ in range(epochs):
@@ -158,9 +169,8 @@ def test_equals_a_plain_loop(case):
     module = case.module(make_optimizer=case.optimizer, **case.settings)
     twin = copy.deepcopy(module.net).to(case.dtype)
     settings = dict(case.trainer)
-    if settings.get("precision") == "scaler":
-        settings["plugins"] = [MixedPrecision("16-mixed", "cpu", scaler())]
-        del settings["precision"]
+    if case.scaled:
+        settings["plugins"] = [MixedPrecision("16-mixed", "cpu", scaler(settings.pop("precision") == "overflow"))]
     before = copy.deepcopy(module.net)
     trainer(uniformity(**{"coefficient": 0.5, **case.callback}), **settings).fit(module, loader(data))
     plain_loop(case, twin, data, epochs=2)

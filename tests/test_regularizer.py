@@ -33,6 +33,32 @@ def test_only_the_optimizers_own_parameters_with_a_gradient_are_touched():
     assert net[0].weight.grad.abs().max() == net[7].weight.grad.abs().max() == 0
 
 
+def test_a_parameter_frozen_with_a_gradient_left_is_not_touched():
+    net = network()
+    net(torch.ones(2, 1, 6, 6)).sum().backward()
+    net[5].requires_grad_(False)
+    before = net[5].weight.grad.clone()
+    regularizer = UniformityRegularizer().attach(net)
+    regularizer.add_gradients(torch.optim.SGD(net.parameters(), lr=0.1))
+    assert torch.equal(net[5].weight.grad, before)
+    assert regularizer.unreached() == []
+
+
+def test_the_step_limit_follows_the_larger_learning_rate():
+    """A weight_norm's two parameters in groups of their own: the limit holds for the faster."""
+    layer = nn.utils.parametrizations.weight_norm(nn.Linear(6, 4, bias=False))
+    direction, size = layer.parametrizations.weight.original1, layer.parametrizations.weight.original0
+    with torch.no_grad():
+        direction[1] = direction[0]
+    added = []
+    for rates in ((1.0, 1e-6), (1e-6, 1.0)):
+        optimizer = torch.optim.SGD([{"params": [direction], "lr": rates[0]}, {"params": [size], "lr": rates[1]}])
+        direction.grad, size.grad = torch.zeros_like(direction), torch.zeros_like(size)
+        UniformityRegularizer(head=None).attach(layer).add_gradients(optimizer)
+        added.append(direction.grad.clone())
+    torch.testing.assert_close(added[0], added[1])
+
+
 def test_gradients_of_another_layout_are_met_all_the_same():
     layer = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
     plain = nn.Conv2d(3, 4, 3)

@@ -202,7 +202,7 @@ class Planted(Automatic):
 def test_finite_training_stays_finite(kind, optimizer, measure):
     rate = {"SGD": 0.1, "Adam": 0.01}[optimizer]
     module = Planted(kind, make_optimizer=lambda p: getattr(torch.optim, optimizer)(p, lr=rate))
-    trainer(uniformity(measure=measure, coefficient=1.0, step_limit=1.0)).fit(module, loader(batches()))
+    trainer(uniformity(measure=measure, coefficient=1.0)).fit(module, loader(batches()))
     assert all(torch.isfinite(p).all() and p.abs().max() < 100 for p in module.parameters())
 
 
@@ -211,7 +211,7 @@ def test_finite_training_stays_finite_at_huge_norms(kind):
     module = Planted(kind)
     module.net[5].weight.data.mul_(1e-18)  # so that the task itself is finite
     module.net[3].weight.data.mul_(1e-3)
-    trainer(uniformity(coefficient=1.0, step_limit=1.0)).fit(module, loader(batches()))
+    trainer(uniformity(coefficient=1.0)).fit(module, loader(batches()))
     assert all(torch.isfinite(p).all() for p in module.parameters())
 
 
@@ -219,7 +219,7 @@ def test_finite_training_stays_finite_at_huge_norms(kind):
 def test_half_precision_weights_train_and_stay_finite(precision):
     module = Planted("duplicates", make_optimizer=lambda p: torch.optim.SGD(p, lr=0.01))
     data = batches(dtype=torch.bfloat16 if precision == "bf16-true" else torch.float16)
-    trainer(uniformity(coefficient=1.0, step_limit=1.0), precision=precision).fit(module, loader(data))
+    trainer(uniformity(coefficient=1.0), precision=precision).fit(module, loader(data))
     assert all(torch.isfinite(p).all() for p in module.parameters())
     assert float(smallest_angle(module.net[3].weight)) > 0.01
 
