@@ -26,8 +26,8 @@ wheel: .venv/installed  ## Build the wheel, install it into an empty environment
 	.venv-wheel/bin/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) dist/*.whl
 	cd .venv-wheel && bin/python -I ../.ci/check_wheel.py
 
-bench: .venv/installed  ## What monitoring costs a step
-	$(BIN)/python benchmarks/monitor_overhead.py
+bench: .venv/installed  ## What the callback costs a step
+	$(BIN)/python benchmarks/overhead.py
 
 clean:  ## Remove what the targets made
 	rm -rf .venv .venv-wheel build dist out *.egg-info

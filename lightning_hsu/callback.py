@@ -10,9 +10,10 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 
+from lightning_hsu.applying import GradientNote
 from lightning_hsu.measures import Measure
 from lightning_hsu.monitor import LayerUniformity
-from lightning_hsu.regularizer import GradientNote, UniformityRegularizer
+from lightning_hsu.regularizer import UniformityRegularizer
 from lightning_hsu.selection import uninitialized
 
 

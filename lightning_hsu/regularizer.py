@@ -3,31 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_hsu.applying import Application, GradientNote, penalty_gradients, refuse_sparse
 from lightning_hsu.coefficients import Coefficient, Strength, strength_at
 from lightning_hsu.measures import Measure, RieszEnergy
 from lightning_hsu.monitor import Layer, LayerUniformity, describe, measure_layers, widened
 from lightning_hsu.selection import Patterns, Skip, select
 from lightning_hsu.targets import Target
-
-
-@dataclass(frozen=True)
-class GradientNote:
-    """What one application did to one layer, on request: tensors, nothing is synchronised.
-
-    Args:
-        share: Norm of the added gradient over the norm of the task's.
-        limited: Neurons whose penalty gradient was shortened by ``step_limit``.
-    """
-
-    share: Tensor
-    limited: Tensor
 
 
 class UniformityRegularizer:
@@ -167,8 +155,11 @@ class UniformityRegularizer:
             return notes
         self._waiting = False
         own = {id(p): float(group.get("lr", 1.0)) for group in optimizer.param_groups for p in group["params"]}
-        for layer in self.layers:
-            notes |= self._add_layer(layer, step, own, grad_scale, note)
+        ready = [one for layer in self.layers if (one := self._application(layer, step, own)) is not None]
+        for one, grad in zip(ready, penalty_gradients(ready), strict=True):
+            arrived, found = one.add(grad, own, step_limit=self.step_limit, grad_scale=grad_scale, note=note)
+            self._reached |= {one.layer.target.name} if arrived else set()
+            notes |= {one.layer.target.name: found} if found else {}
         return notes
 
     def measure_layers(self) -> list[LayerUniformity]:
@@ -229,40 +220,17 @@ class UniformityRegularizer:
         self.steps[index] += 0 if again else 1
         return max(self.steps[index] - 1, 0)
 
-    def _add_layer(
-        self, layer: Layer, step: int, own: Mapping[int, float], grad_scale: float, note: bool
-    ) -> dict[str, GradientNote]:
-        """Add one layer's gradient; see :meth:`add_gradients`."""
+    def _application(self, layer: Layer, step: int, own: Mapping[int, float]) -> Application | None:
+        """What to add to one layer at this step; None where nothing is to be added."""
         rates = [own[id(p)] for p in layer.parameters if id(p) in own and p.grad is not None and p.requires_grad]
         if not rates:
-            return {}
-        _refuse_sparse(layer)
+            return None
         strength = self._last[layer.target.name] = strength_at(layer.strength, step, layer.target.name)
         if strength == 0:
-            return {}
+            return None
+        refuse_sparse(layer)
         with torch.enable_grad():
-            x = layer.target.neurons()
-        neurons = widened(x.detach())  # (groups, n, d)
-        grad = layer.measure.value_and_grad(neurons)[1] * (strength / neurons.shape[0])
-        factor = self._shortening(neurons, grad, max(rates), torch.finfo(x.dtype).max)
-        places = list(layer.target.places(x, grad * factor, own))
-        if places:
-            self._reached.add(layer.target.name)
-        found = {}
-        if note and places:
-            share = _norm([g for _, g in places]) * grad_scale / _norm([task for task, _ in places])
-            found[layer.target.name] = GradientNote(share, (factor < 1).sum())
-        for task, g in places:
-            task.add_(g if grad_scale == 1.0 else g * grad_scale)
-        return found
-
-    def _shortening(self, x: Tensor, grad: Tensor, rate: float, largest: float) -> Tensor:
-        """Factors (groups, n, 1) in (0, 1] that keep a step within the limit and the gradient within its dtype."""
-        length = torch.linalg.vector_norm(grad, dim=-1, keepdim=True)
-        room = torch.full_like(length, largest / 2)
-        if self.step_limit is not None and rate > 0:
-            room = room.minimum(torch.linalg.vector_norm(x, dim=-1, keepdim=True) * (self.step_limit / rate))
-        return torch.where(length > room, room / length, 1.0)
+            return Application(layer, strength, max(rates), layer.target.neurons())
 
     def table(self) -> str:
         """Every layer with its shape, measure and coefficient, and every weight left out with the reason."""
@@ -273,22 +241,6 @@ class UniformityRegularizer:
     def _check_attached(self) -> None:
         if not self.layers:
             raise RuntimeError("the regularizer has no model yet: call attach(model) first")
-
-
-def _norm(parts: list[Tensor]) -> Tensor:
-    """Euclidean norm of several tensors together."""
-    norms = torch.stack([torch.linalg.vector_norm(widened(part)) for part in parts])
-    total: Tensor = torch.linalg.vector_norm(norms)
-    return total
-
-
-def _refuse_sparse(layer: Layer) -> None:
-    """A sparse gradient has no room for the rows that the batch did not touch."""
-    if any(p.grad is not None and p.grad.is_sparse for p in layer.parameters):
-        raise NotImplementedError(
-            f"layer '{layer.target.name}' {layer.target.shape} has sparse gradients, which cannot hold the penalty's; use "
-            f"sparse=False, a coefficient of 0 for it, or exclude='{layer.target.name}'"
-        )
 
 
 def _refuse_sharded(layer: Layer) -> None:

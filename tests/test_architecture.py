@@ -13,7 +13,7 @@ LAYERS = [
     {"core"},
     {"measures"},
     {"neurons", "targets", "selection", "reference"},
-    {"coefficients", "monitor", "regularizer"},
+    {"coefficients", "monitor", "applying", "regularizer"},
     {"callback"},
     {"__init__"},
 ]

@@ -84,6 +84,33 @@ def test_small_gradients_do_not_underflow_in_half_precision():
     assert float(error) < 1e-3  # float16 itself rounds by 5e-4; measured 3e-4
 
 
+def test_layers_of_equal_shape_go_together_and_get_the_same_as_alone(monkeypatch):
+    net = nn.Sequential(
+        *(nn.Linear(6, 6) for _ in range(5)), nn.Linear(6, 4), nn.Conv2d(12, 12, 1, groups=2), nn.Linear(600, 600)
+    )
+    calls = []
+    value_and_grad = RieszEnergy.value_and_grad
+    monkeypatch.setattr(RieszEnergy, "value_and_grad", lambda m, x: calls.append(tuple(x.shape)) or value_and_grad(m, x))
+    together, alone = {}, {}
+    for found, parts in ((together, [None]), (alone, [str(i) for i in range(8)])):
+        for p in net.parameters():
+            p.grad = torch.zeros_like(p)
+        calls.clear()
+        for include in parts:
+            regularizer = UniformityRegularizer(
+                include=include, head=None, coefficient={"0": 2.0, "*": 0.5} if not include else 0.5
+            )
+            regularizer.coefficient = (
+                UniformityRegularizer(coefficient=2.0).coefficient if include == "0" else regularizer.coefficient
+            )
+            regularizer.attach(net).add_gradients(torch.optim.SGD(net.parameters(), lr=0.1))
+        found |= {name: p.grad.clone() for name, p in net.named_parameters()}
+        if include is None:
+            assert calls == [(5, 6, 6), (1, 4, 6), (2, 6, 6), (1, 600, 600)]
+    for name, grad in alone.items():
+        torch.testing.assert_close(together[name], grad, rtol=1e-5, atol=1e-8)
+
+
 def test_steps_are_counted_by_optimizer():
     net = network()
     seen = []

@@ -46,7 +46,9 @@ def _lowered() -> dict[str, str]:
         common = torch.get_float32_matmul_precision()
         return {} if common == "highest" else {"": common}
     found = {name: getattr(torch.backends, name).matmul.fp32_precision for name in _BACKENDS}
-    return {name: value for name, value in found.items() if value != "ieee"}
+    common = getattr(torch.backends, "fp32_precision", "none")
+    full = {"ieee", "none"} if common in ("ieee", "none") else {"ieee"}  # "none" follows the common one
+    return {name: value for name, value in found.items() if value not in full}
 
 
 def _set(backend: str, value: str) -> None:
