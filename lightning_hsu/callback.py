@@ -65,7 +65,8 @@ class HypersphericalUniformity(pl.Callback):
     def __init__(
         self,
         measure: Measure | None = None,
-        coefficient: float | Callable[[int], float] | dict[str, float | Callable[[int], float]] = 1.0,
+        # the mapping before the schedule: in this order a LightningCLI can write it into a config and read it again
+        coefficient: float | dict[str, float | Callable[[int], float]] | Callable[[int], float] = 1.0,
         *,
         apply: Literal["gradient"] = "gradient",
         include: str | list[str] | None = None,

@@ -93,49 +93,56 @@ def _train(data: Data, known: str, folder: Path) -> list[Comparison]:
 
 
 def _report(data: Data, known: str, comparisons: list[Comparison]) -> None:
+    """One table of both scales, and what its columns mean."""
     plan, first = PLANS[known], comparisons[0].without[0].before
     sizes = "-".join(str(n) for n in (first[0].dimension, *(layer.neurons for layer in first)))
     print(f"\n{data.title}: a ReLU network {sizes}, {plan.images} training images, {len(data.test[1])} test images,")
     print(f"{plan.epochs} epochs, {len(SEEDS)} seeds; both runs of a seed see the same images in the same order from the same")
-    print("initial weights. Without the penalty the callback only measures (coefficient 0).")
+    print("initial weights.\n")
+    print("                                     ratio to random             smallest angle")
+    print("                                 before     after                 after")
+    print("layer    neurons x dimension             without    with    without    with")
     for comparison in comparisons:
-        _print_layers(comparison)
-        _print_errors(comparison)
+        scale = comparison.settings[0].scale
+        where = "PyTorch's default" if scale == 1 else f"{scale:g} x PyTorch's, where neurons condense onto few directions"
+        print(f"-- initial scale {where} ".ljust(80, "-"))
+        for row in (*_layer_rows(comparison), *_error_rows(comparison)):
+            print(row)
     print("\nratio: energy of a layer's neurons over that of random ones; 1 = as random, above 1 = more redundant.")
     print("angle: smallest between two neurons of the layer (in hidden layers between their lines). Medians over seeds.")
+    print("without: the callback only measures (coefficient 0); it leaves training as it is.")
     origin = "" if data.name == known else f", and on {known}, not on these data"
     print("Each run's settings are the best of 12 by validation error, on seeds not used here (--tune)" + origin + ":")
     print("without, 4 learning rates x 3 weight decays; with, 2 x 2 of those around the best and 3 coefficients.")
 
 
-def _print_layers(comparison: Comparison) -> None:
-    scale = comparison.settings[0].scale
-    where = "PyTorch's default" if scale == 1 else f"{scale:g} times PyTorch's: neurons condense onto few directions"
-    print(f"\nInitial scale {where}")
-    print("                                  ratio to random           smallest angle")
-    print("layer    neurons x dimension     start  without   with     without     with")
+def _layer_rows(comparison: Comparison) -> list[str]:
+    """A row a layer: its shape, its ratio before and after, its smallest angle after; medians over the seeds."""
+    rows = []
     for i, layer in enumerate(comparison.without[0].before):
-        start = median(run.before[i].ratio for run in comparison.without)
+        before = median(run.before[i].ratio for run in comparison.without)
         ratios = [median(run.after[i].ratio for run in runs) for runs in (comparison.without, comparison.penalised)]
         angles = [median(run.after[i].min_angle for run in runs) for runs in (comparison.without, comparison.penalised)]
         shape = f"{layer.neurons} x {layer.dimension}"
-        print(
-            f"{layer.name:<8} {shape:<20} {start:8.2f} {ratios[0]:8.2f} {ratios[1]:6.2f} {angles[0]:10.1f}° {angles[1]:7.1f}°"
-        )
+        cells = f"{before:8.2f} {ratios[0]:9.2f} {ratios[1]:7.2f} {angles[0]:9.1f}° {angles[1]:6.1f}°"
+        rows.append(f"{layer.name:<8} {shape:<21} {cells}")
+    return rows
 
 
-def _print_errors(comparison: Comparison) -> None:
+def _error_rows(comparison: Comparison) -> list[str]:
+    """Test error of both runs over the seeds, their paired difference, and what each was trained with."""
     runs, count = (comparison.without, comparison.penalised), len(SEEDS)
-    for name, outcomes, own in zip(("without", "with"), runs, comparison.settings, strict=True):
-        errors = [run.error for run in outcomes]
-        penalty = f", coefficient {own.coefficient:g}" if own.coefficient else ""
-        chosen = f"learning rate {own.rate:g}, weight decay {own.decay:g}{penalty}"
-        print(f"test error {name + ':':<8} {mean(errors):5.2f} % ± {_sem(errors):.2f}  ({chosen})")
-    differences = [b.error - a.error for a, b in zip(*runs, strict=True)]
+    errors = [[run.error for run in outcomes] for outcomes in runs]
+    differences = [b - a for a, b in zip(*errors, strict=True)]
     change, sem = mean(differences), _sem(differences)
     verdict = "null" if abs(change) < 2 * sem or change == 0 else "gain" if change < 0 else "worse"
     wins = sum(difference < 0 for difference in differences)
-    print(f"with - without:     {change:+5.2f}   ± {sem:.2f}  lower on {wins} of {count} seeds: {verdict}")
+    rows = []
+    for name, values, own in zip(("without", "with"), errors, comparison.settings, strict=True):
+        penalty = f", coefficient {own.coefficient:g}" if own.coefficient else ""
+        chosen = f"learning rate {own.rate:g}, weight decay {own.decay:g}{penalty}"
+        rows.append(f"test error {name + ',':<8} {count} seeds {mean(values):8.2f} % ± {_sem(values):.2f}   ({chosen})")
+    return [*rows, f"with - without              {change:+8.2f}   ± {sem:.2f}   lower on {wins} of {count} seeds: {verdict}"]
 
 
 def _sem(values: list[float]) -> float:
