@@ -26,9 +26,9 @@ class HypersphericalUniformity(pl.Callback):
     ``on_before_optimizer_step``: before Lightning's clipping in automatic optimisation, after your own in manual
     optimisation. The logged training loss is unchanged.
 
-    On logging steps ``hsu/penalty``, ``hsu/ratio_mean``, ``hsu/ratio_max``, ``hsu/min_angle`` (degrees) and
-    ``hsu/dead`` go through Lightning's log, where EarlyStopping and ModelCheckpoint can watch them; they are
-    also refreshed on the first step and at the end of each epoch. Per layer ``hsu/ratio/<layer>``,
+    On logging steps ``hsu/penalty``, ``hsu/ratio_mean``, ``hsu/ratio_max``, ``hsu/min_angle`` (degrees),
+    ``hsu/dead`` and ``hsu/limited`` go through Lightning's log, where EarlyStopping and ModelCheckpoint can watch
+    them; they are also refreshed on the first step and at the end of each epoch. Per layer ``hsu/ratio/<layer>``,
     ``hsu/energy/<layer>``, ``hsu/min_angle/<layer>`` and ``hsu/gradient_share/<layer>`` go to every logger.
 
     Args:
@@ -201,7 +201,7 @@ class HypersphericalUniformity(pl.Callback):
             pl_module.log_dict(values, on_step=True, on_epoch=False, batch_size=1)
         if _is_logging_step(trainer):
             self._report_nonfinite(measured)
-            step = trainer.fit_loop.epoch_loop._batches_that_stepped
+            step = trainer.fit_loop.epoch_loop._batches_that_stepped  # the step under which Lightning logs its own
             for logger in trainer.loggers:
                 logger.log_metrics(self._per_layer(measured), step=step)
 

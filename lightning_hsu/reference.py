@@ -60,6 +60,25 @@ def random_level(measure: Measure, n: int, d: int) -> float:
     """The value to compare a layer with: the expectation, or where that is infinite the median of random layers.
 
     The median is over 101 simulated layers (at most 1024 neurons each) from a fixed seed, and cached.
+
+    Args:
+        measure: A pairwise measure.
+        n: Neurons, at least 2.
+        d: Dimension, at least 2.
+
+    Returns:
+        A finite value.
+
+    Raises:
+        ValueError: if n or d is below 2.
+        TypeError: for a measure that is not pairwise.
+
+    Example:
+        >>> from lightning_hsu.measures import RieszEnergy
+        >>> round(random_level(RieszEnergy(s=2), n=32, d=4), 9)  # the expectation, (d - 2) / (2 (d - 3))
+        1.0
+        >>> 1 < random_level(RieszEnergy(s=2), n=32, d=3) < 10  # no expectation: the median
+        True
     """
     expectation = random_expectation(measure, n, d)
     return expectation if math.isfinite(expectation) else _random_median(measure, min(n, _MOST), d)
@@ -76,6 +95,10 @@ def uniformity_ratio(measure: Measure, x: Tensor) -> Tensor:
 
     Returns:
         The ratio, shape (...).
+
+    Raises:
+        ValueError: for fewer than 2 neurons or dimensions.
+        TypeError: for a measure that is not pairwise.
 
     Example:
         >>> import torch

@@ -180,6 +180,12 @@ def test_memory_stays_far_below_the_gram_matrix(monkeypatch):
     with Watch():
         pair_energy(x, term_of(RieszEnergy()))
     assert largest <= 256 * 2000 * 4 < 2000 * 2000 * 4 / 7
+    x[::2] = x[1::2] + 1e-3 * torch.randn(1000, 16)  # near pairs, in float64
+    x.requires_grad_()
+    with Watch():
+        (first,) = torch.autograd.grad(RieszEnergy().penalty(x), x, create_graph=True)
+        first.square().sum().backward()
+    assert largest <= 256 * 2000 * 8
 
 
 @pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="setting of torch 2.9 and later")

@@ -1,4 +1,4 @@
-"""Pairs too near (or too near to opposite) for float32 cosines, redone by differences in float64."""
+"""Pairs too near (or too near to opposite) for float32 cosines, redone in float64, the nearest by differences."""
 
 from __future__ import annotations
 
