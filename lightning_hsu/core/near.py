@@ -38,7 +38,7 @@ class NearPairs:
         keep = mask[rows][:, cols]
         rows, cols = rows + start, cols + start
         x, y = unit_rows(self.w[rows].double())[0], unit_rows(self.w[cols].double())[0]
-        q, p = squared_chords(x, y)  # (k, m)
+        q, p = squared_chords(x, y, keep)  # (k, m)
         value, slope, mirrored_slope = self.term.split(q, p)
         # The block on the diagonal holds each pair twice: half the energy, and rows only in the gradient.
         outside = cols >= stop

@@ -44,9 +44,11 @@ def _of_group(w: Tensor, half_space: bool) -> Tensor:
         near = cosine > 1.0 - NEAR / 2
         if bool(near.any()):
             r, c = near.any(1).nonzero().squeeze(1), near.any(0).nonzero().squeeze(1)
-            q, p = squared_chords(*(unit_rows(w[start + index].double())[0] for index in (r, c)))
+            wanted = near[r][:, c]
+            rows64, cols64 = (unit_rows(w[start + index].double())[0] for index in (r, c))
+            q, p = squared_chords(rows64, cols64, wanted)
             q = torch.minimum(q, p) if half_space else q
-            smallest = torch.minimum(smallest, q[near[r][:, c]].amin())
+            smallest = torch.minimum(smallest, q[wanted].amin())
         else:
             smallest = torch.minimum(smallest, 2.0 - 2.0 * cosine.amax().double())
     return 2.0 * torch.atan2(smallest.sqrt(), (4.0 - smallest).clamp_min(0.0).sqrt())

@@ -71,7 +71,9 @@ def _panels(w: Tensor, term: PairTerm, with_grad: bool, out: torch.dtype) -> tup
         redo = _near(q)
         if redo is not None:
             for i in redo.any(2).any(1).nonzero().flatten().tolist():
-                near.setdefault(i, NearPairs(w[i], term)).add_panel(redo[i], start, with_grad)
+                if i not in near:
+                    near[i] = NearPairs(w[i], term)
+                near[i].add_panel(redo[i], start, with_grad)
         value, slope = _terms(q, term, redo)
         if min(live) < n:  # a zero row has cosine 0 with all: no pull on the others, but a value
             value *= alive[:, start : start + PANEL] & alive[:, start:].mT

@@ -29,22 +29,22 @@ def tangent(v: Tensor, x: Tensor) -> Tensor:
     return v - (v * x).sum(-1, keepdim=True) * x
 
 
-def squared_chords(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Squared chords from the float64 unit rows of x (k, d) to those of y and of -y (m, d): two (k, m), good to 1e-9.
+def squared_chords(x: Tensor, y: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """Squared chords from the float64 unit rows of x (k, d) to those of y and of -y (m, d): two (k, m).
 
-    In float64 ``2 - 2 * cos`` is off by 4e-16 or so: enough down to a chord of 1e-3. Nearer pairs are redone by
-    differences, which keep what the cosine cancels away.
+    Where ``wanted`` (k, m) they are good to 1e-9. In float64 ``2 - 2 * cos`` is off by 4e-16 or so: enough down
+    to a chord of 1e-3. Nearer pairs are redone by differences, which keep what the cosine cancels away.
     """
     cosine = x @ y.mT
     q, p = (2.0 - 2.0 * cosine).clamp_min_(0.0), (2.0 + 2.0 * cosine).clamp_min_(0.0)
-    _redo_by_differences(q, x, y)
-    _redo_by_differences(p, x, -y)
+    _redo_by_differences(q, x, y, wanted)
+    _redo_by_differences(p, x, -y, wanted)
     return q, p
 
 
-def _redo_by_differences(q: Tensor, x: Tensor, y: Tensor) -> None:
-    """Replace the squared chords q (k, m) of the rows and columns that hold a pair nearer than 1e-3."""
-    tight = q < 1e-6
+def _redo_by_differences(q: Tensor, x: Tensor, y: Tensor, wanted: Tensor) -> None:
+    """Replace the squared chords q (k, m) of the rows and columns that hold a wanted pair nearer than 1e-3."""
+    tight = (q < 1e-6) & wanted
     rows, cols = tight.any(1).nonzero().squeeze(1), tight.any(0).nonzero().squeeze(1)
     if len(rows):
         chord = torch.cdist(x[rows], y[cols], compute_mode="donot_use_mm_for_euclid_dist")
