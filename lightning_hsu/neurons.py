@@ -76,7 +76,7 @@ def _embedding(module: nn.Module) -> Tensor:
         return weight
     assert isinstance(padding, int)
     rest = [part for part in (weight[:padding], weight[padding + 1 :]) if len(part)]
-    return rest[0] if len(rest) == 1 else torch.cat(rest)
+    return torch.cat(rest) if len(rest) == 2 else rest[0] if rest else weight[:0]
 
 
 def _bilinear(module: nn.Module) -> Tensor:

@@ -127,6 +127,9 @@ def _candidates(model: nn.Module) -> tuple[list[Target], list[Skip]]:
                 if p.ndim >= 2
             ]
             continue
+        if lazy := [key for key, p in module.named_parameters(recurse=False) if nn.parameter.is_lazy(p)]:
+            skips.append(Skip(_join(name, lazy[0]), (), "a lazy layer that has seen no batch: it has no shape yet"))
+            continue
         with torch.enable_grad(), without_side_effects(module):
             found = neurons_of(module)
         for key, x in found.items():

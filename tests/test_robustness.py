@@ -118,6 +118,26 @@ def test_coincident_neurons_feel_the_force_of_a_pair_at_the_softening_chord(soft
     torch.testing.assert_close(force[0], -force[1])
 
 
+@pytest.mark.parametrize("half_space", [False, True])
+@pytest.mark.parametrize("softening", [0.22, 0.23, 0.5, 1.5])
+def test_a_wide_softening_in_float32_too(softening, half_space):
+    """Wider than the chord below which pairs are redone in float64: the knee is then in the float32 panels."""
+    x = torch.randn(40, 5)
+    measure = RieszEnergy(s=2, half_space=half_space, softening=softening)
+    value, gradient = measure.value_and_grad(x)
+    expected, reference = measure.value_and_grad(x.double())
+    assert float(value) == pytest.approx(float(expected), rel=1e-5)
+    torch.testing.assert_close(gradient.double(), reference, rtol=1e-4, atol=1e-5 * float(reference.abs().max()))
+
+
+@pytest.mark.parametrize("half_space", [False, True])
+@pytest.mark.parametrize("s", [-60, -130, -200])
+def test_large_negative_exponents_stay_finite_in_float32(s, half_space):
+    value, gradient = RieszEnergy(s=s, half_space=half_space).value_and_grad(degenerate("antipodal"))
+    assert torch.isfinite(value).all()
+    assert torch.isfinite(gradient).all()
+
+
 @pytest.mark.parametrize("s", [30, 60, 300])
 def test_steep_kernels_do_not_overflow_in_float32(s):
     x = torch.randn(40, 30)

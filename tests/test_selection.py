@@ -351,6 +351,16 @@ def test_the_padding_row_is_no_neuron():
         assert (layer.weight.grad[rows] != 0).any()
 
 
+def test_what_has_no_rows_or_no_shape_is_left_out_with_a_reason():
+    model = nn.Sequential(nn.Embedding(1, 4, padding_idx=0), nn.LazyLinear(4), nn.Linear(4, 4))
+    targets, skips = select(model, include="*")
+    assert [target.name for target in targets] == ["2"]
+    assert {skip.name: skip.reason for skip in skips} == {
+        "0": "a single neuron",
+        "1.weight": "a lazy layer that has seen no batch: it has no shape yet",
+    }
+
+
 def test_sparse_gradients_are_refused_with_the_way_out():
     layer = nn.Embedding(5, 6, sparse=True)
     layer(torch.tensor([1, 2])).sum().backward()

@@ -15,7 +15,8 @@ Kernel = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 FLOOR = 1e-6
 """The smallest softening (a chord): it keeps the energy of coincident neurons finite when softening is off."""
 
-_BOUND = 1e150  # kernel values and slopes in float64 stay below this, so that no later product is inf * 0
+# Softened kernel values and slopes stay below this, so that no later product is inf * 0.
+_BOUND = {torch.float64: 1e150, torch.float32: 1e18}
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,8 @@ class PairTerm:
     def softened(self, q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
         """Value and slope at the squared chords q, p = 4 - q; below the knee the tangent line at the knee."""
         curved = q.clamp_min(self.knee**2)
-        bounded = (part.clamp(-_BOUND, _BOUND) for part in self.kernel(curved, p.clamp_max(4.0 - self.knee**2)))
+        bound = _BOUND[q.dtype]
+        bounded = (part.clamp(-bound, bound) for part in self.kernel(curved, p.clamp_max(4.0 - self.knee**2)))
         value, slope = bounded
         return value + slope * (q - curved), slope
 

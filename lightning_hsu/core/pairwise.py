@@ -52,8 +52,9 @@ def pair_energy(w: Tensor, term: PairTerm, *, with_grad: bool = True) -> tuple[T
 
 
 def _wide_enough(term: PairTerm, dtype: torch.dtype) -> torch.dtype:
-    """Return float64 for a kernel so steep (a Riesz kernel with s above 25 or so) that float32 would overflow."""
-    return torch.float64 if max(abs(part) for part in softened_at(term, NEAR)) > 1e18 else dtype
+    """Return float64 for a kernel so steep (a Riesz kernel with s above 25 or below -100) that float32 would overflow."""
+    extremes = (*softened_at(term, NEAR), *softened_at(term, 4.0))
+    return torch.float64 if max(abs(part) for part in extremes) > 1e18 else dtype
 
 
 def _panels(w: Tensor, term: PairTerm, with_grad: bool, out: torch.dtype) -> tuple[Tensor, Tensor]:
