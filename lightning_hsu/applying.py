@@ -49,8 +49,8 @@ class Application:
 
     def add(
         self, grad: Tensor, own: Mapping[int, float], *, step_limit: float | None, grad_scale: float, note: bool
-    ) -> tuple[bool, GradientNote | None]:
-        """Add coefficient times the gradient (groups, n, d) to ``.grad``; whether it had a place to go, and a note."""
+    ) -> GradientNote | None:
+        """Add coefficient times the gradient (groups, n, d) to ``.grad``; a note where asked for."""
         grad = grad * (self.strength / grad.shape[0])
         factor = self._shortening(grad, step_limit)
         places = list(self.layer.target.places(self.x, grad * factor, own))
@@ -60,7 +60,7 @@ class Application:
             found = GradientNote(share, (factor < 1).sum())
         for task, g in places:
             task.add_(g if grad_scale == 1.0 else g * grad_scale)
-        return bool(places), found
+        return found
 
     def _shortening(self, grad: Tensor, step_limit: float | None) -> Tensor:
         """Factors (groups, n, 1) in (0, 1] that keep a step within the limit and the gradient within its dtype."""

@@ -119,6 +119,7 @@ class HypersphericalUniformity(pl.Callback):
             if trainer.global_step == 0:
                 self.regularizer.load_state_dict({"steps": []})
             self._notes, self._fresh, self._warned, self._unreached = {}, True, set(), set()
+            self._counted = None, -1
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Find the neurons; lazy layers have none before their first batch."""

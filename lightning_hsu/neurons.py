@@ -110,8 +110,8 @@ def _attention(module: nn.Module) -> dict[str, Tensor]:
 
 def _recurrent(module: nn.Module) -> dict[str, Tensor]:
     """Each gate's rows apart, in torch's order: LSTM i, f, g, o; GRU r, z, n; a plain RNN has none."""
-    kind = str(getattr(module, "mode", type(module).__name__)).upper()
-    gates = "ifgo" if kind.startswith("LSTM") else "rzn" if kind.startswith("GRU") else ""
+    lstm, gru = isinstance(module, (nn.LSTM, nn.LSTMCell)), isinstance(module, (nn.GRU, nn.GRUCell))
+    gates = "ifgo" if lstm else "rzn" if gru else ""
     found = {}
     for name in _weight_names(module):
         weight = effective_weight(module, name)

@@ -76,6 +76,8 @@ class UniformityRegularizer:
             raise TypeError(f"measure must be a measure such as RieszEnergy(s=2); got {measure!r}")
         self.measure = RieszEnergy(s=2.0, half_space=True) if measure is None else measure
         self.coefficient = Coefficient(coefficient)
+        if isinstance(head_coefficient, Mapping):
+            raise TypeError(f"head_coefficient is a number or a schedule, not a mapping; got {head_coefficient!r}")
         self.head_coefficient = None if head_coefficient is None else Coefficient(head_coefficient, "head_coefficient")
         self.include, self.exclude, self.head = include, exclude, head
         self.every_n_steps, self.step_limit = every_n_steps, step_limit
@@ -85,8 +87,7 @@ class UniformityRegularizer:
         self.steps: list[int] = []  # steps done by each optimizer
         self._seen: list[int] = []  # ids of the optimizers, in the order in which they first stepped
         self._last: dict[str, float] = {}  # coefficient of each layer at its last step
-        self._reached: set[str] = set()  # layers whose gradient had a place to go
-        self._waiting = False  # steps were counted, but none yet that every_n_steps applies on
+        self._reached: set[str] = set()  # layers whose weights some optimizer was about to step with a gradient
 
     def attach(self, model: nn.Module) -> UniformityRegularizer:
         """Find the model's neurons; returns self.
@@ -151,14 +152,14 @@ class UniformityRegularizer:
         step = self._count(optimizer, index, again)
         notes: dict[str, GradientNote] = {}
         if step % self.every_n_steps:
-            self._waiting = not self._reached
+            if len(self._reached) < len(self.layers):
+                own = _learning_rates(optimizer)
+                self._reached |= {layer.target.name for layer in self.layers if _rates(layer, own)}
             return notes
-        self._waiting = False
-        own = {id(p): float(group.get("lr", 1.0)) for group in optimizer.param_groups for p in group["params"]}
+        own = _learning_rates(optimizer)
         ready = [one for layer in self.layers if (one := self._application(layer, step, own)) is not None]
         for one, grad in zip(ready, penalty_gradients(ready), strict=True):
-            arrived, found = one.add(grad, own, step_limit=self.step_limit, grad_scale=grad_scale, note=note)
-            self._reached |= {one.layer.target.name} if arrived else set()
+            found = one.add(grad, own, step_limit=self.step_limit, grad_scale=grad_scale, note=note)
             notes |= {one.layer.target.name: found} if found else {}
         return notes
 
@@ -173,8 +174,6 @@ class UniformityRegularizer:
 
     def unreached(self) -> list[str]:
         """Names of layers that have a coefficient but got no gradient so far; frozen ones are left out."""
-        if self._waiting:
-            return []
         missing = [layer for layer in self.layers if layer.strength != 0 and layer.target.name not in self._reached]
         return [layer.target.name for layer in missing if not layer.target.frozen]
 
@@ -192,7 +191,7 @@ class UniformityRegularizer:
 
     @staticmethod
     def _without_model() -> dict[str, Any]:
-        return {"layers": [], "skips": [], "active": False, "_seen": [], "_last": {}, "_reached": set(), "_waiting": False}
+        return {"layers": [], "skips": [], "active": False, "_seen": [], "_last": {}, "_reached": set()}
 
     def _measure_of(self, target: Target) -> Measure:
         """Full space for the head, where opposite neurons are right: in half space two antipodal classes coincide."""
@@ -222,9 +221,10 @@ class UniformityRegularizer:
 
     def _application(self, layer: Layer, step: int, own: Mapping[int, float]) -> Application | None:
         """What to add to one layer at this step; None where nothing is to be added."""
-        rates = [own[id(p)] for p in layer.parameters if id(p) in own and p.grad is not None and p.requires_grad]
+        rates = _rates(layer, own)
         if not rates:
             return None
+        self._reached.add(layer.target.name)
         strength = self._last[layer.target.name] = strength_at(layer.strength, step, layer.target.name)
         if strength == 0:
             return None
@@ -241,6 +241,16 @@ class UniformityRegularizer:
     def _check_attached(self) -> None:
         if not self.layers:
             raise RuntimeError("the regularizer has no model yet: call attach(model) first")
+
+
+def _learning_rates(optimizer: Optimizer) -> dict[int, float]:
+    """Learning rates of the optimizer's parameters, by id."""
+    return {id(p): float(group.get("lr", 1.0)) for group in optimizer.param_groups for p in group["params"]}
+
+
+def _rates(layer: Layer, own: Mapping[int, float]) -> list[float]:
+    """Learning rates of the layer's parameters that are about to move; none where there is nothing to add to."""
+    return [own[id(p)] for p in layer.parameters if id(p) in own and p.grad is not None and p.requires_grad]
 
 
 def _refuse_sharded(layer: Layer) -> None:

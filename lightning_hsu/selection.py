@@ -35,7 +35,7 @@ def select(
     """Find the neurons of a model.
 
     Args:
-        model: Any module; uninitialised lazy layers are refused.
+        model: Any module; lazy layers that have seen no batch are skipped.
         include: Patterns of layer names to take (shell style; a pattern also takes what lies below the
             name it matches). None takes everything except embeddings, which must be asked for by name.
         exclude: Patterns of layer names to leave out.
@@ -199,6 +199,8 @@ def _too_small(target: Target) -> str | None:
 def _tied(target: Target, seen: dict[tuple[object, ...], str]) -> str | None:
     """Why a target is a second name of one already taken."""
     x = target.neurons()
+    if isinstance(target.module, (nn.Embedding, nn.EmbeddingBag)):
+        x = target.module.weight.unsqueeze(0)  # whole, the padding's row too: a tied head has it
     parameter = parameter_behind(x)
     key: tuple[object, ...] = (id(target.module), target.key)
     if parameter is not None:

@@ -264,6 +264,7 @@ def test_a_penalty_that_does_not_arrive_is_said_once():
         ({"coefficient": {}}, ValueError, "empty mapping"),
         ({"coefficient": "strong"}, TypeError, "a number, a schedule step -> number or a mapping"),
         ({"head_coefficient": -1}, ValueError, "head_coefficient must be"),
+        ({"head_coefficient": {"a": 1.0}}, TypeError, "head_coefficient is a number or a schedule, not a mapping"),
         ({"apply": "later"}, ValueError, "apply='later' is not in this release; use apply='gradient'"),
         ({"every_n_steps": 0}, ValueError, "every_n_steps must be an int >= 1; got 0"),
         ({"step_limit": 0}, ValueError, "step_limit must be > 0"),
@@ -386,6 +387,25 @@ def test_a_second_fit_of_the_same_trainer_goes_on_counting():
     fit.fit_loop.max_epochs = 2
     fit.fit(module, data)
     assert callback.state_dict() == {"steps": [fit.global_step]} == {"steps": [14]}
+
+
+def test_a_new_trainer_counts_from_zero_after_a_fit_of_one_step():
+    seen = []
+    callback, data = uniformity(coefficient=lambda step: seen.append(step) or 0.1, include="net.5"), loader(batches())
+    trainer(callback, fast_dev_run=True).fit(Automatic(), data)
+    seen.clear()
+    trainer(callback, max_epochs=1).fit(Automatic(), data)
+    assert sorted(set(seen)) == list(range(7))
+    assert callback.state_dict() == {"steps": [7]}
+
+
+@pytest.mark.parametrize("kwargs", [{"coefficient": lambda step: 0.0}, {"every_n_steps": 5}])
+def test_no_false_alarm_where_the_penalty_only_waits(kwargs):
+    """Warnings are errors here: a warm-up at 0, and a resumed epoch that every_n_steps leaves out."""
+    callback = uniformity(**kwargs)
+    fit = trainer(callback, max_steps=2, max_epochs=-1)
+    callback.setup = lambda *_, **__: callback.regularizer.load_state_dict({"steps": [1]})
+    fit.fit(Automatic(), loader(batches(count=2)))
 
 
 @pytest.mark.parametrize("search", [None, "strong_wolfe"])

@@ -201,6 +201,19 @@ def test_the_newer_precision_setting_is_met_and_put_back():
     assert float(value) == 0.5
 
 
+@pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason="setting of torch 2.9 and later")
+def test_a_backend_that_follows_the_common_setting_follows_it_afterwards():
+    before = torch.backends.fp32_precision, torch.backends.cuda.matmul.fp32_precision
+    try:
+        torch.backends.cuda.matmul.fp32_precision = "none"
+        torch.backends.fp32_precision = "tf32"
+        RieszEnergy()(torch.eye(4))
+        torch.backends.fp32_precision = "ieee"
+        assert torch.backends.cuda.matmul.fp32_precision == "ieee"
+    finally:
+        torch.backends.fp32_precision, torch.backends.cuda.matmul.fp32_precision = before
+
+
 @pytest.mark.parametrize("setting", ["autocast", "medium"])
 def test_ambient_precision_does_not_matter(setting):
     x = torch.randn(100, 40)

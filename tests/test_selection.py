@@ -361,6 +361,31 @@ def test_what_has_no_rows_or_no_shape_is_left_out_with_a_reason():
     }
 
 
+@pytest.mark.parametrize("padding", [None, 0, 2, 9])
+def test_a_tied_embedding_with_padding_counts_once(padding):
+    model = nn.ModuleDict({"words": nn.Embedding(10, 4, padding_idx=padding), "head": nn.Linear(4, 10, bias=False)})
+    model["head"].weight = model["words"].weight
+    targets, skips = select(model, include="*")
+    assert [target.name for target in targets] == ["head"]
+    assert skips[0].reason == "tied to head"
+
+
+class OwnCell(nn.LSTMCell):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("make", "gates"),
+    [
+        (lambda: parametrizations.weight_norm(nn.LSTMCell(5, 4), "weight_hh"), "ifgo"),
+        (lambda: parametrizations.weight_norm(nn.GRUCell(5, 4), "weight_hh"), "rzn"),
+        (lambda: OwnCell(5, 4), "ifgo"),
+    ],
+)
+def test_parametrized_and_derived_cells_keep_their_gates(make, gates):
+    assert [t.name for t in select(make())[0]] == [f"weight_{k}.{g}" for k in ("ih", "hh") for g in gates]
+
+
 def test_sparse_gradients_are_refused_with_the_way_out():
     layer = nn.Embedding(5, 6, sparse=True)
     layer(torch.tensor([1, 2])).sum().backward()

@@ -53,6 +53,9 @@ def _lowered() -> dict[str, str]:
 
 def _set(backend: str, value: str) -> None:
     if backend:
-        getattr(torch.backends, backend).matmul.fp32_precision = value
+        matmul = getattr(torch.backends, backend).matmul
+        matmul.fp32_precision = "none"  # follow the common setting again where that is what it did
+        if matmul.fp32_precision != value:
+            matmul.fp32_precision = value
     else:
         torch.set_float32_matmul_precision("highest" if value == "ieee" else value)
