@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_hsu.coefficients import Strength
-from lightning_hsu.core import smallest_angle, unit_rows, with_float64
+from lightning_hsu.core import smallest_angle, unit_rows, with_float64, working_dtype
 from lightning_hsu.measures import Measure
 from lightning_hsu.reference import random_level
 from lightning_hsu.selection import NOT_INCLUDED, Skip
@@ -80,7 +80,7 @@ def describe(layers: Sequence[Layer], skips: Sequence[Skip]) -> str:
 
 def widened(x: Tensor) -> Tensor:
     """Half-precision neurons in float32, so that small gradients do not underflow; others as they are."""
-    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+    return x.to(working_dtype(x.dtype))
 
 
 def _measure(layer: Layer) -> LayerUniformity:

@@ -133,8 +133,8 @@ def _candidates(model: nn.Module) -> tuple[list[Target], list[Skip]]:
         with torch.enable_grad(), without_side_effects(module):
             found = neurons_of(module)
         for key, x in found.items():
-            _check_rule(module, _join(name, key) or "weight", x)
             full = _join(name, key) or "weight"
+            _check_rule(module, full, x)
             if not x.is_floating_point():
                 skips.append(Skip(full, tuple(x.shape), f"its weights are {x.dtype}, not floating-point"))
                 continue

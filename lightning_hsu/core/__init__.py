@@ -5,7 +5,7 @@ from lightning_hsu.core.kernel import FLOOR, Kernel, PairTerm
 from lightning_hsu.core.nearest import smallest_angle
 from lightning_hsu.core.oracle import oracle_energy
 from lightning_hsu.core.pairwise import pair_energy
-from lightning_hsu.core.precision import with_float64
+from lightning_hsu.core.precision import with_float64, working_dtype
 from lightning_hsu.core.sphere import unit_rows
 
 __all__ = [
@@ -18,4 +18,5 @@ __all__ = [
     "smallest_angle",
     "unit_rows",
     "with_float64",
+    "working_dtype",
 ]
