@@ -5,17 +5,20 @@ from lightning_hsu.core.kernel import FLOOR, Kernel, PairTerm
 from lightning_hsu.core.nearest import smallest_angle
 from lightning_hsu.core.oracle import oracle_energy
 from lightning_hsu.core.pairwise import pair_energy
-from lightning_hsu.core.precision import with_float64, working_dtype
-from lightning_hsu.core.sphere import unit_rows
+from lightning_hsu.core.precision import exact_arithmetic, with_float64, working_dtype
+from lightning_hsu.core.sphere import tangent, to_weights, unit_rows
 
 __all__ = [
     "FLOOR",
     "Kernel",
     "PairEnergy",
     "PairTerm",
+    "exact_arithmetic",
     "oracle_energy",
     "pair_energy",
     "smallest_angle",
+    "tangent",
+    "to_weights",
     "unit_rows",
     "with_float64",
     "working_dtype",

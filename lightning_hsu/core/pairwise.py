@@ -16,7 +16,7 @@ from torch import Tensor
 from lightning_hsu.core.kernel import PairTerm, softened_at
 from lightning_hsu.core.near import NEAR, NearPairs
 from lightning_hsu.core.precision import exact_arithmetic, with_float64, working_dtype
-from lightning_hsu.core.sphere import tangent, unit_rows
+from lightning_hsu.core.sphere import tangent, to_weights, unit_rows
 
 PANEL = 256
 _ENTRIES = 2**22  # Gram entries held at once when several small groups go together
@@ -89,7 +89,9 @@ def _panels(w: Tensor, term: PairTerm, with_grad: bool, out: torch.dtype) -> tup
     offset = torch.tensor([term.constant(m) for m in live], dtype=torch.float64, device=w.device)
     scale = torch.tensor([term.scale(m) for m in live], dtype=torch.float64, device=w.device)
     value = (total + offset) * scale
-    return value, _to_weights(grad, x, inverse_norm, near, scale, out) if with_grad else grad
+    if with_grad:
+        grad = to_weights(_sphere_gradient(grad, x, near, scale), inverse_norm, out)
+    return value, grad
 
 
 def _squared_chords(rows: Tensor, cols: Tensor) -> Tensor:
@@ -125,15 +127,10 @@ def _add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
         out.baddbmm_(a, b)
 
 
-def _to_weights(
-    grad: Tensor, x: Tensor, inverse_norm: Tensor, near: dict[int, NearPairs], scale: Tensor, out: torch.dtype
-) -> Tensor:
-    """From sum_j F'(q_ij) x_j (b, n, d) to the gradient in the weights: tangent part, near pairs, mean, 1 / |w|."""
+def _sphere_gradient(grad: Tensor, x: Tensor, near: dict[int, NearPairs], scale: Tensor) -> Tensor:
+    """From sum_j F'(q_ij) x_j (b, n, d) to the gradient on the sphere: tangent part, near pairs, mean over pairs."""
     grad = tangent(grad, x) * (-2.0 * scale[:, None, None]).to(grad.dtype)
     bound = torch.finfo(grad.dtype).max / 4
     for i, pairs in near.items():
         grad[i] += (pairs.gradient() * scale[i]).clamp(-bound, bound).to(grad.dtype)
-    # A row that would overflow is shortened, its direction kept.
-    largest = grad.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(grad.dtype).tiny)
-    room = torch.finfo(out).max / 2 / largest
-    return (grad * torch.minimum(inverse_norm, room)).to(out)
+    return grad

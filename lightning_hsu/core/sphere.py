@@ -16,12 +16,22 @@ def unit_rows(w: Tensor) -> tuple[Tensor, Tensor]:
         Unit rows (..., n, d) and the inverse norms (..., n, 1). A zero, subnormal or non-finite row
         becomes the zero vector with inverse norm 0: it takes no part.
     """
-    largest = torch.linalg.vector_norm(w, ord=float("inf"), dim=-1, keepdim=True)  # (..., n, 1)
+    largest = torch.linalg.vector_norm(w.detach(), ord=float("inf"), dim=-1, keepdim=True)  # (..., n, 1)
     usable = torch.isfinite(largest) & (largest >= torch.finfo(w.dtype).tiny)
     largest = torch.where(usable, largest, 1.0)
     x = torch.where(usable, w / largest, 0.0)  # entries in [-1, 1]: squares neither overflow nor vanish
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(torch.finfo(w.dtype).tiny)
     return x / length, torch.where(usable, 1.0 / length / largest, 0.0)
+
+
+def to_weights(grad: Tensor, inverse_norm: Tensor, out: torch.dtype) -> Tensor:
+    """From a tangent gradient at unit rows (..., n, d) to that in the weights: over their norm, in ``out``.
+
+    A row that would overflow ``out`` is shortened, its direction kept.
+    """
+    largest = grad.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(grad.dtype).tiny)
+    room = torch.finfo(out).max / 2 / largest
+    return (grad * torch.minimum(inverse_norm, room)).to(out)
 
 
 def tangent(v: Tensor, x: Tensor) -> Tensor:

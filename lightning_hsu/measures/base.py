@@ -4,130 +4,156 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from functools import lru_cache
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from lightning_hsu.core import PairEnergy, PairTerm, pair_energy
+from lightning_hsu.core import exact_arithmetic, tangent, to_weights, unit_rows, with_float64, working_dtype
+
+State = dict[str, Tensor]
+"""What a measure carries from step to step: tensors by name, the first dimension of each counts the groups."""
 
 
 class Measure(ABC):
     """A notion of hyperspherical uniformity; subclasses are frozen dataclasses.
 
     A measure knows tensors only: nothing of modules, trainers or ranks. It does not depend on the norms of
-    the neurons, their order or a common rotation.
+    the neurons, their order or a common rotation. It has no memory either: one with an inner problem or with
+    random draws gets what it needs from :meth:`prepare`, and whoever trains keeps that from step to step.
     """
 
     higher_is_better: ClassVar[bool] = False
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, state: State | None = None) -> Tensor:
         """Return the natural value (...) of the neurons x (..., n, d)."""
-        return self.natural(self.penalty(x))
+        return self.natural(self.penalty(x, state))
 
     def natural(self, penalty: Tensor) -> Tensor:
         """Return the natural value that belongs to a penalty."""
         return -penalty if self.higher_is_better else penalty
 
-    @abstractmethod
-    def penalty(self, x: Tensor) -> Tensor:
-        """Return what training minimises, (...), differentiable (twice, too)."""
+    def prepare(self, x: Tensor, state: State | None = None) -> State | None:
+        """Return what an evaluation at x (..., n, d) needs besides x, carried on from the last step's ``state``.
+
+        None for most measures. A state that does not fit x, one of another model, is replaced by a fresh one. The
+        same x and state give the same bits, on every rank.
+        """
+        return None
 
     @abstractmethod
-    def value_and_grad(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def penalty(self, x: Tensor, state: State | None = None) -> Tensor:
+        """Return what training minimises, (...), differentiable (twice, too); ``state`` comes from :meth:`prepare`."""
+
+    @abstractmethod
+    def value_and_grad(self, x: Tensor, state: State | None = None) -> tuple[Tensor, Tensor]:
         """Return the penalty (...) and its gradient (..., n, d) without an autograd graph."""
 
-    @abstractmethod
     def ratio(self, value: Tensor, reference: float) -> Tensor:
         """Compare natural values with that of random points: 1 as random, above 1 less uniform."""
+        return reference / value if self.higher_is_better else value / reference
+
+    def expectation(self, n: int, d: int) -> float | None:
+        """Exact expected value of n independent uniform neurons in d dimensions, ``inf`` included; None if not known."""
+        return None
+
+    def best(self, n: int, d: int) -> float | None:
+        """A natural value that no n neurons in d dimensions can beat; None if none is known."""
+        return None
 
 
-class PairwiseMeasure(Measure):
-    """A mean over unordered pairs of a kernel of the squared chord.
+class SphereMeasure(Measure):
+    """A measure written as a plain differentiable function of unit rows, :meth:`on_sphere`.
 
-    A new member needs one method, :meth:`kernel`:
-
-    Example:
-        >>> from dataclasses import dataclass
-        >>> import torch
-        >>> from lightning_hsu.measures import PairwiseMeasure
-        >>> @dataclass(frozen=True)
-        ... class InverseFourth(PairwiseMeasure):
-        ...     def kernel(self, q, p):
-        ...         return q**-2, -2 * q**-3
-        >>> float(InverseFourth()(torch.eye(3)))
-        0.25
+    Normalising, zero rows, precision and the step from the sphere to the weights are done here. A member with a
+    faster way to its gradient overrides :meth:`value_and_grad`; :meth:`on_sphere` then stays as its readable twin
+    and gives the second derivative.
     """
 
-    half_space: bool = False
-    softening: float = 1e-2
+    wide: ClassVar[bool] = False  # compute in float64
 
     @abstractmethod
-    def kernel(self, q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the kernel and its slope at squared chords.
+    def on_sphere(self, x: Tensor, state: State | None) -> Tensor:
+        """Return the penalty (b,) of unit rows x (b, n, d), n >= 2, float32 or wider; plain differentiable torch."""
+
+    def penalty(self, x: Tensor, state: State | None = None) -> Tensor:
+        """Penalty (...); differentiable, twice too.
 
         Args:
-            q: Squared chords ``|x_i - x_j|**2 = 2 - 2 cos``, any shape, in (0, 4].
-            p: Squared chords ``|x_i + x_j|**2 = 4 - q`` to the mirror image, as exact near 0 as q is; most
-                kernels need only q.
-
-        Returns:
-            The value and its derivative with respect to q, elementwise, out of place. For second
-            derivatives the value must be differentiable by autograd.
-        """
-
-    def penalty(self, x: Tensor) -> Tensor:
-        """Mean energy over unordered pairs, (...); differentiable, twice too.
-
-        Args:
-            x: Neurons, shape (..., n, d), floating; rows of any positive norm. Zero rows take no part;
-                fewer than two neurons have energy 0.
+            x: Neurons, shape (..., n, d), floating; rows of any positive norm. Zero rows take no part; fewer than
+                two neurons have penalty 0.
+            state: From :meth:`prepare`; None prepares afresh.
 
         Raises:
             TypeError: if x is not a floating-point tensor.
             ValueError: if x has fewer than two dimensions.
         """
         check_neurons(x)
-        value: Tensor = PairEnergy.apply(x, self._term())  # type: ignore[no-untyped-call]
+        value: Tensor = _Evaluation.apply(x, self, self._prepared(x, state))  # type: ignore[no-untyped-call]
         return value
 
-    def value_and_grad(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Penalty (...) and its gradient (..., n, d) in one pass of about 3 n n d FLOP; see :meth:`penalty`."""
+    def value_and_grad(self, x: Tensor, state: State | None = None) -> tuple[Tensor, Tensor]:
+        """Penalty (...) and its gradient (..., n, d) without an autograd graph; see :meth:`penalty`."""
         check_neurons(x)
-        value, grad = pair_energy(x, self._term())
-        assert grad is not None
-        return value, grad
+        state = self._prepared(x, state)
+        unit, inverse_norm = self._unit(x.detach())
+        with torch.enable_grad():
+            leaf = unit.requires_grad_()
+            value = self._by_group(leaf, inverse_norm, state)
+            grad = torch.autograd.grad(value.sum(), leaf)[0] if value.requires_grad else torch.zeros_like(leaf)
+        with torch.no_grad():
+            grad = to_weights(tangent(grad, unit), inverse_norm, x.dtype)
+        return self._shaped(value.detach(), x), grad.reshape(x.shape).to(x.device)
 
-    def ratio(self, value: Tensor, reference: float) -> Tensor:
-        """Energy over the energy of random points."""
-        return value / reference
+    def recorded(self, x: Tensor, state: State | None) -> Tensor:
+        """The penalty (...) of x (..., n, d) by autograd alone: any derivative, with a graph as large as it gets."""
+        unit, inverse_norm = self._unit(x)
+        return self._shaped(self._by_group(unit, inverse_norm, state), x)
 
-    def _term(self) -> PairTerm:
-        if type(self).__hash__ is None:
-            raise TypeError(f"a measure must be hashable: decorate {type(self).__name__} with @dataclass(frozen=True)")
-        _check_kernel(self)
-        return PairTerm(self.kernel, self.half_space, self.softening)
+    def _prepared(self, x: Tensor, state: State | None) -> State | None:
+        return self.prepare(x, None) if state is None else state
+
+    def _unit(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Unit rows (b, n, d) and inverse norms (b, n, 1) in the precision of this measure."""
+        stack = with_float64(x).reshape(-1, *x.shape[-2:])
+        return unit_rows(stack.double() if self.wide else stack.to(working_dtype(x.dtype)))
+
+    @staticmethod
+    def _shaped(value: Tensor, x: Tensor) -> Tensor:
+        return value.reshape(x.shape[:-2]).to(x.device, working_dtype(x.dtype))
+
+    def _by_group(self, unit: Tensor, inverse_norm: Tensor, state: State | None) -> Tensor:
+        """Penalty (b,); groups with zero rows, which are left out, one at a time."""
+        alive = inverse_norm.squeeze(-1) > 0  # (b, n)
+        with exact_arithmetic(unit):
+            if alive.shape[-1] > 1 and bool(alive.all()) and unit.numel():
+                return self.on_sphere(unit, state)
+            zero = unit.sum() * 0.0
+            parts = [zero] * len(unit)
+            for i, rows in enumerate(alive):
+                if int(rows.sum()) > 1:
+                    own = None if state is None else {name: part[i : i + 1] for name, part in state.items()}
+                    parts[i] = self.on_sphere(unit[i : i + 1, rows], own).squeeze(0)
+            return torch.stack(parts) if parts else unit.new_zeros(0)
 
 
-@lru_cache(maxsize=256)
-def _check_kernel(measure: PairwiseMeasure) -> None:
-    """Refuse, once a measure, a kernel whose slope is not the derivative of its value: training would go astray unseen."""
-    name = f"{type(measure).__name__}.kernel"
-    q = torch.tensor([0.3, 1.0, 2.0, 3.5], dtype=torch.float64, requires_grad=True)
-    with torch.enable_grad():
-        found = measure.kernel(q, 4.0 - q)
-        if not isinstance(found, tuple) or len(found) != 2:
-            raise TypeError(
-                f"{name} must return (value, slope), the slope being the derivative with respect to q; got {found!r}"
-            )
-        value, slope = found
-        expected = torch.autograd.grad(value.sum(), q)[0] if value.requires_grad else None
-    if expected is not None and not torch.allclose(slope.detach(), expected, rtol=1e-6, atol=1e-9):
-        raise ValueError(
-            f"the slope of {name} is not the derivative of its value with respect to q: at q = {q.tolist()} the slope is "
-            f"{slope.tolist()}, the derivative {expected.tolist()}"
-        )
+class _Evaluation(torch.autograd.Function):
+    """A penalty whose gradient is computed at once; backward is a product, and under ``create_graph`` recorded anew."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, measure: SphereMeasure, state: State | None) -> Tensor:
+        value, grad = measure.value_and_grad(x, state)
+        ctx.measure, ctx.state = measure, state
+        ctx.save_for_backward(x, grad)
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
+        x, grad = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            value = ctx.measure.recorded(x, ctx.state)
+            return torch.autograd.grad(value, x, grad_outputs[0], create_graph=True)[0], None, None
+        return grad * grad_outputs[0][..., None, None].to(grad.dtype), None, None
 
 
 def check_neurons(x: Tensor) -> None:

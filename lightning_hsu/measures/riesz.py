@@ -8,7 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_hsu.measures.base import PairwiseMeasure, check_softening, plain_number
+from lightning_hsu.measures.base import check_softening, plain_number
+from lightning_hsu.measures.pairwise import PairwiseMeasure
 
 
 @dataclass(frozen=True)

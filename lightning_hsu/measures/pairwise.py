@@ -1,0 +1,100 @@
+"""Means over pairs of neurons of a kernel of their distance."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from lightning_hsu.core import PairEnergy, PairTerm, pair_energy
+from lightning_hsu.measures.base import Measure, State, check_neurons
+
+
+class PairwiseMeasure(Measure):
+    """A mean over unordered pairs of a kernel of the squared chord.
+
+    A new member needs one method, :meth:`kernel`:
+
+    Example:
+        >>> from dataclasses import dataclass
+        >>> import torch
+        >>> from lightning_hsu.measures import PairwiseMeasure
+        >>> @dataclass(frozen=True)
+        ... class InverseFourth(PairwiseMeasure):
+        ...     def kernel(self, q, p):
+        ...         return q**-2, -2 * q**-3
+        >>> float(InverseFourth()(torch.eye(3)))
+        0.25
+    """
+
+    half_space: bool = False
+    softening: float = 1e-2
+
+    @abstractmethod
+    def kernel(self, q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the kernel and its slope at squared chords.
+
+        Args:
+            q: Squared chords ``|x_i - x_j|**2 = 2 - 2 cos``, any shape, in (0, 4].
+            p: Squared chords ``|x_i + x_j|**2 = 4 - q`` to the mirror image, as exact near 0 as q is; most
+                kernels need only q.
+
+        Returns:
+            The value and its derivative with respect to q, elementwise, out of place. For second
+            derivatives the value must be differentiable by autograd.
+        """
+
+    def penalty(self, x: Tensor, state: State | None = None) -> Tensor:
+        """Mean energy over unordered pairs, (...); differentiable, twice too.
+
+        Args:
+            x: Neurons, shape (..., n, d), floating; rows of any positive norm. Zero rows take no part;
+                fewer than two neurons have energy 0.
+            state: Not used; a kernel needs no memory.
+
+        Raises:
+            TypeError: if x is not a floating-point tensor.
+            ValueError: if x has fewer than two dimensions.
+        """
+        check_neurons(x)
+        value: Tensor = PairEnergy.apply(x, self._term())  # type: ignore[no-untyped-call]
+        return value
+
+    def value_and_grad(self, x: Tensor, state: State | None = None) -> tuple[Tensor, Tensor]:
+        """Penalty (...) and its gradient (..., n, d) in one pass of about 3 n n d FLOP; see :meth:`penalty`."""
+        check_neurons(x)
+        value, grad = pair_energy(x, self._term())
+        assert grad is not None
+        return value, grad
+
+    def ratio(self, value: Tensor, reference: float) -> Tensor:
+        """Energy over the energy of random points."""
+        return value / reference
+
+    def _term(self) -> PairTerm:
+        if type(self).__hash__ is None:
+            raise TypeError(f"a measure must be hashable: decorate {type(self).__name__} with @dataclass(frozen=True)")
+        _check_kernel(self)
+        return PairTerm(self.kernel, self.half_space, self.softening)
+
+
+@lru_cache(maxsize=256)
+def _check_kernel(measure: PairwiseMeasure) -> None:
+    """Refuse, once a measure, a kernel whose slope is not the derivative of its value: training would go astray unseen."""
+    name = f"{type(measure).__name__}.kernel"
+    q = torch.tensor([0.3, 1.0, 2.0, 3.5], dtype=torch.float64, requires_grad=True)
+    with torch.enable_grad():
+        found = measure.kernel(q, 4.0 - q)
+        if not isinstance(found, tuple) or len(found) != 2:
+            raise TypeError(
+                f"{name} must return (value, slope), the slope being the derivative with respect to q; got {found!r}"
+            )
+        value, slope = found
+        expected = torch.autograd.grad(value.sum(), q)[0] if value.requires_grad else None
+    if expected is not None and not torch.allclose(slope.detach(), expected, rtol=1e-6, atol=1e-9):
+        raise ValueError(
+            f"the slope of {name} is not the derivative of its value with respect to q: at q = {q.tolist()} the slope is "
+            f"{slope.tolist()}, the derivative {expected.tolist()}"
+        )
