@@ -1,12 +1,14 @@
 """Numerics: pair sums over the sphere in closed form. Knows tensors only."""
 
 from lightning_hsu.core.autograd import PairEnergy
+from lightning_hsu.core.bounds import pair_bound
+from lightning_hsu.core.expectation import pair_expectation
 from lightning_hsu.core.kernel import FLOOR, Kernel, PairTerm
 from lightning_hsu.core.nearest import smallest_angle
 from lightning_hsu.core.oracle import oracle_energy
 from lightning_hsu.core.pairwise import pair_energy
 from lightning_hsu.core.precision import exact_arithmetic, with_float64, working_dtype
-from lightning_hsu.core.sphere import tangent, to_weights, unit_rows
+from lightning_hsu.core.sphere import parted, seeded_noise, tangent, to_weights, unit_rows
 
 __all__ = [
     "FLOOR",
@@ -15,7 +17,11 @@ __all__ = [
     "PairTerm",
     "exact_arithmetic",
     "oracle_energy",
+    "pair_bound",
     "pair_energy",
+    "pair_expectation",
+    "parted",
+    "seeded_noise",
     "smallest_angle",
     "tangent",
     "to_weights",

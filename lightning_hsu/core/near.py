@@ -62,7 +62,7 @@ class NearPairs:
     def _part(self, rows: Tensor, cols: Tensor, outside: Tensor, same: Tensor, mirror: Tensor) -> None:
         """Note coincident partners: as if every neuron stood an infinitesimal, seeded step beside itself."""
         if self.away is None or self.degree is None or self.noise is None:
-            self.noise = seeded_noise(self.w.shape[0], self.w.shape[1], self.energy)
+            self.noise = seeded_noise(*self.w.shape, like=self.energy)
             self.away, self.degree = torch.zeros_like(self.noise), torch.zeros_like(self.noise[:, 0])
         noise = self.noise
         for index, partners, a, b in (

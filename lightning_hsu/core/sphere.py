@@ -29,7 +29,7 @@ def to_weights(grad: Tensor, inverse_norm: Tensor, out: torch.dtype) -> Tensor:
 
     A row that would overflow ``out`` is shortened, its direction kept.
     """
-    largest = grad.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(grad.dtype).tiny)
+    largest = torch.linalg.vector_norm(grad, ord=float("inf"), dim=-1, keepdim=True).clamp_min(torch.finfo(grad.dtype).tiny)
     room = torch.finfo(out).max / 2 / largest
     return (grad * torch.minimum(inverse_norm, room)).to(out)
 
@@ -61,7 +61,33 @@ def _redo_by_differences(q: Tensor, x: Tensor, y: Tensor, wanted: Tensor) -> Non
         q[rows[:, None], cols] = chord.square()
 
 
-def seeded_noise(n: int, d: int, like: Tensor) -> Tensor:
-    """Gaussian rows (n, d) that are the same on every rank, device and call; the global generator is not touched."""
-    generator = torch.Generator("cpu").manual_seed(20210415)
-    return torch.randn(n, d, generator=generator, dtype=torch.float64).to(like.device, like.dtype)
+def seeded_noise(*shape: int, like: Tensor, draw: int = 0) -> Tensor:
+    """Gaussian numbers that are the same on every rank and device; the global generator is not touched.
+
+    Args:
+        shape: Shape of the result.
+        like: A tensor of the wanted device and dtype.
+        draw: Another draw for each other number.
+    """
+    generator = torch.Generator("cpu").manual_seed(20210415 + draw)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(like.device, like.dtype)
+
+
+def parted(x: Tensor, chord: float, *, half_space: bool = False) -> Tensor:
+    """Move exactly coincident rows apart by about a chord, each along its own seeded direction; others stay.
+
+    Args:
+        x: Unit rows, shape (b, n, d), float64; gradients pass through.
+        chord: How far a row is moved.
+        half_space: Rows that are each other's mirror image coincide, too.
+    """
+    with torch.no_grad():
+        cosine = x @ x.mT
+        cosine = cosine.abs() if half_space else cosine
+        same = (cosine > 1.0 - 1e-14) & ~torch.eye(x.shape[-2], dtype=torch.bool, device=x.device)
+        which = same.any(-1, keepdim=True)  # (b, n, 1)
+    if not bool(which.any()):
+        return x
+    noise = tangent(seeded_noise(*x.shape[-2:], like=x.detach()).expand_as(x), x)
+    moved = x + chord * unit_rows(noise)[0].detach()
+    return torch.where(which, unit_rows(moved)[0], x)
