@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass, replace
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -24,6 +26,7 @@ class Measure(ABC):
     """
 
     higher_is_better: ClassVar[bool] = False
+    simulations: ClassVar[int] = 101  # random layers drawn where no exact expectation is known
 
     def __call__(self, x: Tensor, state: State | None = None) -> Tensor:
         """Return the natural value (...) of the neurons x (..., n, d)."""
@@ -51,7 +54,18 @@ class Measure(ABC):
 
     def ratio(self, value: Tensor, reference: float) -> Tensor:
         """Compare natural values with that of random points: 1 as random, above 1 less uniform."""
-        return reference / value if self.higher_is_better else value / reference
+        return reference / value.clamp_min(1e-9) if self.higher_is_better else value / reference
+
+    def is_exact(self, state: State | None) -> bool:
+        """Tell whether values under this state are exact, not merely the best that an inner search has found."""
+        return all(bool(part.all()) for name, part in (state or {}).items() if name.endswith("exact"))
+
+    def for_head(self) -> Measure:
+        """Return the measure for a class head: in full space, where two antipodal classes are right."""
+        measure: Measure = self
+        if not is_dataclass(measure) or "half_space" not in [field.name for field in fields(measure)]:
+            return measure
+        return replace(measure, half_space=False)
 
     def expectation(self, n: int, d: int) -> float | None:
         """Exact expected value of n independent uniform neurons in d dimensions, ``inf`` included; None if not known."""
@@ -111,11 +125,11 @@ class SphereMeasure(Measure):
         return self._shaped(self._by_group(unit, inverse_norm, state), x)
 
     def _prepared(self, x: Tensor, state: State | None) -> State | None:
-        return self.prepare(x, None) if state is None else state
+        return self.prepare(x, None) if state is None and x.numel() else state
 
     def _unit(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Unit rows (b, n, d) and inverse norms (b, n, 1) in the precision of this measure."""
-        stack = with_float64(x).reshape(-1, *x.shape[-2:])
+        stack = with_float64(x).reshape(x.shape[:-2].numel(), *x.shape[-2:])
         return unit_rows(stack.double() if self.wide else stack.to(working_dtype(x.dtype)))
 
     @staticmethod
@@ -126,7 +140,7 @@ class SphereMeasure(Measure):
         """Penalty (b,); groups with zero rows, which are left out, one at a time."""
         alive = inverse_norm.squeeze(-1) > 0  # (b, n)
         with exact_arithmetic(unit):
-            if alive.shape[-1] > 1 and bool(alive.all()) and unit.numel():
+            if alive.shape[-1] > 1 and unit.numel() and bool(alive.all()):
                 return self.on_sphere(unit, state)
             zero = unit.sum() * 0.0
             parts = [zero] * len(unit)
@@ -156,6 +170,18 @@ class _Evaluation(torch.autograd.Function):
         return grad * grad_outputs[0][..., None, None].to(grad.dtype), None, None
 
 
+def next_draw(x: Tensor, state: State | None) -> State:
+    """Count the draws of a random measure of neurons x (..., n, d), one number for each group."""
+    groups = x.shape[:-2].numel()
+    fits = state is not None and state.get("draw", torch.empty(0)).shape == (groups,)
+    return {"draw": state["draw"] + 1 if state is not None and fits else torch.zeros(groups, dtype=torch.int64)}
+
+
+def draw_of(state: State | None) -> int:
+    """The number of the draw that a state stands for."""
+    return int(state["draw"][0]) if state else 0
+
+
 def check_neurons(x: Tensor) -> None:
     """Refuse what cannot be rows of neurons."""
     if not isinstance(x, Tensor) or not x.is_floating_point():
@@ -171,8 +197,25 @@ def check_neurons(x: Tensor) -> None:
 
 def check_softening(softening: float) -> None:
     """Refuse a softening that is not a chord."""
-    if not plain_number(softening) or not 0.0 <= softening < 2.0:
-        raise ValueError(f"softening is a chord in [0, 2), 0 switches it off; got {softening!r}")
+    check_number("softening", softening, "a chord in [0, 2), 0 switches it off", lambda chord: 0.0 <= chord < 2.0)
+
+
+def check_number(name: str, value: object, what: str, fits: Callable[[float], bool]) -> None:
+    """Refuse a setting that is no real number or out of its range, which ``what`` describes."""
+    if not plain_number(value) or not fits(cast(float, value)):
+        raise ValueError(f"{name} must be {what}; got {value!r}")
+
+
+def check_flag(name: str, value: object) -> None:
+    """Refuse a setting that is neither True nor False."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False; got {value!r}")
+
+
+def check_count(name: str, value: object, least: int = 1) -> None:
+    """Refuse a setting that is no int, or too small."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name} must be an int >= {least}; got {value!r}")
 
 
 def plain_number(value: object) -> bool:

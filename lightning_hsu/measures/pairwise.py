@@ -8,7 +8,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from lightning_hsu.core import PairEnergy, PairTerm, pair_energy
+from lightning_hsu.core import PairEnergy, PairTerm, pair_bound, pair_energy, pair_expectation
 from lightning_hsu.measures.base import Measure, State, check_neurons
 
 
@@ -31,6 +31,9 @@ class PairwiseMeasure(Measure):
 
     half_space: bool = False
     softening: float = 1e-2
+    absolutely_monotone: bool = False
+    """Whether the kernel, as a function of the cosine, and all its derivatives are >= 0, apart from a constant: then the
+    universal lower bound holds."""
 
     @abstractmethod
     def kernel(self, q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
@@ -69,15 +72,37 @@ class PairwiseMeasure(Measure):
         assert grad is not None
         return value, grad
 
-    def ratio(self, value: Tensor, reference: float) -> Tensor:
-        """Energy over the energy of random points."""
-        return value / reference
+    def expectation(self, n: int, d: int) -> float:
+        """Exact but for softening, by quadrature; in half space each neuron also meets its own mirror image."""
+        pair = self._pair_expectation(d)
+        if not self.half_space:
+            return pair
+        mirror = float(self.kernel(*torch.tensor([4.0, 0.0], dtype=torch.float64))[0])
+        return (2 * (n - 1) * pair + mirror) / (2 * n - 1)
+
+    def best(self, n: int, d: int) -> float:
+        """By the kernel's convex envelope, and where it is absolutely monotone the universal bound."""
+        return _bound(self, n, d)
+
+    def _pair_expectation(self, d: int) -> float:
+        """Expected kernel of one random pair."""
+        return _quadrature(self, d)
 
     def _term(self) -> PairTerm:
         if type(self).__hash__ is None:
             raise TypeError(f"a measure must be hashable: decorate {type(self).__name__} with @dataclass(frozen=True)")
         _check_kernel(self)
         return PairTerm(self.kernel, self.half_space, self.softening)
+
+
+@lru_cache(maxsize=4096)
+def _quadrature(measure: PairwiseMeasure, d: int) -> float:
+    return pair_expectation(measure.kernel, d)
+
+
+@lru_cache(maxsize=4096)
+def _bound(measure: PairwiseMeasure, n: int, d: int) -> float:
+    return pair_bound(measure._term(), n, d, absolutely_monotone=measure.absolutely_monotone)
 
 
 @lru_cache(maxsize=256)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from lightning_hsu.measures.base import check_softening, plain_number
+from lightning_hsu.measures.base import check_flag, check_number, check_softening
 from lightning_hsu.measures.pairwise import PairwiseMeasure
 
 
@@ -54,12 +55,10 @@ class RieszEnergy(PairwiseMeasure):
     softening: float = 1e-2
 
     def __post_init__(self) -> None:
-        if not plain_number(self.s):
-            raise ValueError(f"s must be a finite real number such as 0, 1 or 2 (0 is the logarithmic energy); got {self.s!r}")
+        check_number("s", self.s, "a finite real number such as 0, 1 or 2 (0 is the logarithmic energy)", lambda s: True)
         if self.distance not in ("chordal", "geodesic"):
             raise ValueError(f"distance must be 'chordal' or 'geodesic'; got {self.distance!r}")
-        if not isinstance(self.half_space, bool):
-            raise ValueError(f"half_space must be True or False; got {self.half_space!r}")
+        check_flag("half_space", self.half_space)
         check_softening(self.softening)
 
     def kernel(self, q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
@@ -73,6 +72,11 @@ class RieszEnergy(PairwiseMeasure):
         # d angle / d q = 1 / (2 sin angle); _powers gives the slope in the squared angle.
         return value, slope * 2.0 * angle * (q * guarded).rsqrt()
 
+    @property
+    def absolutely_monotone(self) -> bool:  # type: ignore[override]
+        """Chordal kernels are from s = -2 on; the angle to a power is not."""
+        return self.distance == "chordal" and self.s >= -2
+
     def ratio(self, value: Tensor, reference: float) -> Tensor:
         """Energy over the energy of random points; for s = 0 the exponential of the difference, for s < 0 inverted.
 
@@ -81,6 +85,11 @@ class RieszEnergy(PairwiseMeasure):
         if self.s == 0:
             return (value - reference).exp()
         return value / reference if self.s > 0 else reference / value
+
+    def _pair_expectation(self, d: int) -> float:
+        if self.s >= d - 1:
+            return math.inf
+        return _random_pair(self.s, d) if self.distance == "chordal" else super()._pair_expectation(d)
 
 
 def _powers(inverse: Tensor, s: float, *, squared: bool) -> tuple[Tensor, Tensor]:
@@ -97,3 +106,12 @@ def _powers(inverse: Tensor, s: float, *, squared: bool) -> tuple[Tensor, Tensor
     else:
         value = inverse.pow(s)
     return (value, (-0.5 * s) * value * square) if s > 0 else (-value, (0.5 * s) * value * square)
+
+
+def _random_pair(s: float, d: int) -> float:
+    """Expected chordal kernel of two random points, for s < d - 1."""
+    if s == 0:
+        psi = torch.digamma(torch.tensor([d - 1.0, (d - 1.0) / 2.0], dtype=torch.float64))
+        return -math.log(2.0) + float(psi[0] - psi[1]) / 2.0
+    log = (d - 2 - s) * math.log(2.0) + math.lgamma(d / 2) + math.lgamma((d - 1 - s) / 2)
+    return math.copysign(math.exp(log - math.lgamma(d - 1 - s / 2) - math.log(math.pi) / 2), s)

@@ -1,0 +1,71 @@
+"""Gaussian potential: the uniformity loss of Wang and Isola."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_hsu.core import to_weights, working_dtype
+from lightning_hsu.measures.base import State, check_flag, check_number
+from lightning_hsu.measures.pairwise import PairwiseMeasure
+
+
+@dataclass(frozen=True)
+class GaussianPotential(PairwiseMeasure):
+    r"""Mean over unordered pairs of ``exp(-t |x - y|**2)``; what training minimises is its logarithm.
+
+    The logarithm is the published uniformity loss. It keeps the gradient's size where the mean is tiny: ``exp(-2 t)``
+    or so in high dimension.
+
+    Args:
+        t: Inverse squared width in (0, 150]; 2 as published. Larger t looks at near neurons only.
+        half_space: Measure the 2n points ``x`` and ``-x`` instead.
+
+    Shape:
+        Neurons (..., n, d), rows of any positive norm, to a value (...) in (0, 1].
+
+    Raises:
+        ValueError: for a t outside (0, 150] or a half_space that is no bool.
+
+    Reference:
+        Wang & Isola, "Understanding Contrastive Representation Learning through Alignment and Uniformity on the
+        Hypersphere", ICML 2020, arXiv 2005.10242; Cohn & Kumar, "Universally optimal distribution of points on
+        spheres", 2007.
+
+    Example:
+        >>> import torch
+        >>> from lightning_hsu.measures import GaussianPotential
+        >>> measure = GaussianPotential(t=2)
+        >>> print(f"{measure(torch.eye(3)):.6f} {measure.penalty(torch.eye(3)):.6f}")  # squared chord 2: exp(-4)
+        0.018316 -4.000000
+    """
+
+    t: float = 2.0
+    half_space: bool = False
+    absolutely_monotone = True
+
+    def __post_init__(self) -> None:
+        check_number("t", self.t, "in (0, 150]", lambda t: 0 < t <= 150)
+        check_flag("half_space", self.half_space)
+
+    def kernel(self, q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+        """``exp(-t q)`` and its slope."""
+        value = (-self.t * q).exp()
+        return value, -self.t * value
+
+    def natural(self, penalty: Tensor) -> Tensor:
+        """The mean potential that belongs to its logarithm."""
+        return penalty.exp()
+
+    def penalty(self, x: Tensor, state: State | None = None) -> Tensor:
+        """Logarithm of the mean potential, (...); 0 with fewer than two neurons."""
+        mean = super().penalty(x)
+        return torch.where(mean > 0, mean, 1.0).log()
+
+    def value_and_grad(self, x: Tensor, state: State | None = None) -> tuple[Tensor, Tensor]:
+        """The penalty (...) and its gradient (..., n, d) in one pass."""
+        mean, grad = super().value_and_grad(x.to(working_dtype(x.dtype)))
+        mean = torch.where(mean > 0, mean, 1.0)
+        return mean.log(), to_weights(grad, 1.0 / mean[..., None, None], x.dtype)

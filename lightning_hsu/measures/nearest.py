@@ -1,0 +1,249 @@
+"""Measures of nearest neighbours: separation (MHS), mean minimal angle (MMA) and KoLeo."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lightning_hsu.core import FLOOR, PairTerm, working_dtype
+from lightning_hsu.core.levenshtein import cap_angle, largest_cosine
+from lightning_hsu.core.near import NEAR
+from lightning_hsu.core.nearest import COINCIDENT, NearestTerm, nearer, nearest_energy, parting, tie_tolerance
+from lightning_hsu.core.sphere import seeded_noise
+from lightning_hsu.measures.base import SphereMeasure, State, check_flag, check_neurons, check_softening
+
+
+class NearestMeasure(SphereMeasure):
+    """A kernel of the distance to the nearest: at the nearest pair, or its mean over neurons at their nearest other.
+
+    A new member needs one method, :meth:`kernel`. Neighbours whose squared chords agree to 64 roundings of float32, or
+    to 1e-9 for float64 neurons, are tied: value and gradient are the means over them. So a regular simplex stays
+    where it is. Exactly coincident neurons part along a seeded direction, with the force that the kernel has at a chord
+    of ``softening``, or of 1e-6 if that is smaller.
+
+    Attributes:
+        half_space: Distances to the nearer of a neuron and its mirror image: between lines.
+        every_neuron: The mean over neurons; else the nearest pair alone counts.
+        softening: A chord, see above; a kernel that softens itself below it says so here.
+    """
+
+    wide: ClassVar[bool] = True
+    every_neuron: ClassVar[bool] = False
+    half_space: bool = False
+    softening: float = 0.0
+
+    @abstractmethod
+    def kernel(self, q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the penalty of a neuron and its nearest, and its slope; finite for coincident and opposite ones, too.
+
+        Args:
+            q: Squared chords ``|x_i - x_j|**2 = 2 - 2 cos``, any shape, in [0, 4]; in half space in [0, 2].
+            p: Squared chords ``|x_i + x_j|**2 = 4 - q``, as exact near 0 as q is.
+
+        Returns:
+            The value and its derivative with respect to q, elementwise, out of place. For second derivatives the
+            value must be differentiable by autograd.
+        """
+
+    def value_and_grad(self, x: Tensor, state: State | None = None) -> tuple[Tensor, Tensor]:
+        """Penalty (...) and its gradient (..., n, d) in one pass of about n n d FLOP; see :meth:`penalty`."""
+        check_neurons(x)
+        return nearest_energy(x, self._term())
+
+    def recorded(self, x: Tensor, state: State | None = None) -> Tensor:
+        """The penalty (...) of x (..., n, d) by autograd alone, in O(n n) memory."""
+        unit, inverse_norm = self._unit(x)
+        tie = unit.new_full(unit.shape[:1], tie_tolerance(working_dtype(x.dtype)))
+        return self._shaped(self._by_group(unit, inverse_norm, {"tie": tie}), x)
+
+    def on_sphere(self, x: Tensor, state: State | None) -> Tensor:
+        """Penalty (b,) of unit rows x (b, n, d); the state may hold the tolerance of ties, ``tie`` (b,)."""
+        tie = tie_tolerance(x.dtype) if state is None else float(state["tie"].amax())
+        x = x.double()
+        near, far, sign = nearer(_chords(x, x), _chords(x, -x), self.half_space, tie)
+        itself = torch.eye(x.shape[1], dtype=torch.bool, device=x.device)
+        distance = near.detach().masked_fill(itself, float("inf"))
+        limit = distance.amin(-1, keepdim=True) if self.every_neuron else distance.amin((-2, -1), keepdim=True)
+        tied = distance <= limit * (1.0 + tie)
+        weight = tied / tied.sum(-1 if self.every_neuron else (-2, -1), keepdim=True, dtype=torch.float64)
+        if self.every_neuron:
+            weight = weight / x.shape[1]
+        value, _ = self.kernel(torch.where(tied, near, 2.0), torch.where(tied, far, 2.0))
+        return (weight * value).sum((-2, -1)) + self._push(x, weight * sign * (distance < COINCIDENT))
+
+    def _push(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Zero (b,), with the gradient that parts the coincident neurons of x (b, n, d), of signed weights (b, n, n)."""
+        weight = weight + weight.mT
+        noise = seeded_noise(*x.shape[1:], like=x.detach())
+        tangents = parting(x.detach(), -weight @ noise, weight.abs().sum(-1, keepdim=True), noise)
+        return self._term().force() * (tangents * (x - x.detach())).sum((-2, -1))
+
+    def _term(self) -> NearestTerm:
+        return NearestTerm(self.kernel, self.half_space, self.every_neuron, max(self.softening, FLOOR))
+
+
+@dataclass(frozen=True)
+class Separation(NearestMeasure):
+    r"""Smallest angle between two neurons, in radians (MHS); large when no two are alike.
+
+    Its gradient moves the nearest two neurons only; where several pairs are tied, all of them, each by its share.
+
+    Args:
+        half_space: True or False. Measure the angle between lines, in [0, pi / 2]: opposite neurons coincide.
+
+    Shape:
+        Neurons (..., n, d), rows of any positive norm, to a value (...) in [0, pi]. Zero rows take no part; fewer than
+        two neurons have the value 0.
+
+    Raises:
+        ValueError: for a half_space that is neither True nor False.
+
+    Reference:
+        Liu et al., "Learning with Hyperspherical Uniformity", AISTATS 2021, arXiv 2103.01649.
+
+    Example:
+        >>> import torch
+        >>> from lightning_hsu.measures import Separation
+        >>> round(float(Separation()(torch.eye(4)).rad2deg()), 4)
+        90.0
+    """
+
+    higher_is_better: ClassVar[bool] = True
+
+    half_space: bool = False
+
+    def __post_init__(self) -> None:
+        check_flag("half_space", self.half_space)
+
+    def kernel(self, q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+        """Minus the angle, and its slope."""
+        return _minus_angle(q, p)
+
+    def best(self, n: int, d: int) -> float | None:
+        """Levenshtein's bound; for lines also Welch's. None below 2 neurons or dimensions."""
+        if n < 2 or d < 2:
+            return None
+        if not self.half_space:
+            return math.acos(largest_cosine(n, d))
+        if n <= d:
+            return math.pi / 2
+        return math.acos(max(math.sqrt((n - d) / (d * (n - 1))), largest_cosine(2 * n, d)))
+
+
+@dataclass(frozen=True)
+class MinimalAngle(NearestMeasure):
+    r"""Mean over neurons of the angle to the nearest other, in radians (MMA); large when all keep their distance.
+
+    Where several neighbours are equally near, their mean is the gradient.
+
+    Shape:
+        Neurons (..., n, d), rows of any positive norm, to a value (...) in [0, pi]. Zero rows take no part; fewer than
+        two neurons have the value 0.
+
+    Reference:
+        Wang et al., "MMA Regularization: Decorrelating Weights of Neural Networks by Maximizing the Minimal Angles",
+        NeurIPS 2020, arXiv 2006.06527.
+
+    Example:
+        >>> import torch
+        >>> from lightning_hsu.measures import MinimalAngle
+        >>> neurons = torch.tensor([[1.0, 0.0], [0.0, 2.0], [-1.0, 0.0], [-3.0, 0.0]])  # 90, 90, 0 and 0 degrees
+        >>> round(float(MinimalAngle()(neurons).rad2deg()), 4)
+        45.0
+    """
+
+    higher_is_better: ClassVar[bool] = True
+    every_neuron: ClassVar[bool] = True
+
+    def kernel(self, q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+        """Minus the angle, and its slope."""
+        return _minus_angle(q, p)
+
+    def best(self, n: int, d: int) -> float | None:
+        """Caps of half the nearest angle around each neuron do not overlap. None below 2 neurons or dimensions."""
+        return min(math.pi, 2.0 * cap_angle(1.0 / n, d)) if n > 1 and d > 1 else None
+
+
+@dataclass(frozen=True)
+class KoLeo(NearestMeasure):
+    r"""Mean over neurons of ``-log`` of the chord to the nearest other; small when all keep their distance.
+
+    The Kozachenko-Leonenko estimate of the entropy, up to sign and constants; without the original's factor n in the
+    logarithm, as in DINOv2. Where several neighbours are equally near, their mean is the gradient.
+
+    Args:
+        softening: Chord in [0, 2) below which the logarithm continues as its tangent line in the squared chord.
+            Exactly equal neurons feel the force at that chord along a seeded direction. 0 switches it off down to
+            a chord of 1e-6.
+
+    Shape:
+        Neurons (..., n, d), rows of any positive norm, to a value (...) >= -log(2). Zero rows take no part; fewer than
+        two neurons have the value 0.
+
+    Raises:
+        ValueError: for a softening outside [0, 2).
+
+    Reference:
+        Sablayrolles et al., "Spreading vectors for similarity search", ICLR 2019, arXiv 1806.03198; Oquab et al.,
+        "DINOv2: Learning Robust Visual Features without Supervision", TMLR 2024, arXiv 2304.07193.
+
+    Example:
+        >>> import torch
+        >>> from lightning_hsu.measures import KoLeo
+        >>> round(float(KoLeo()(torch.eye(4))), 4)  # chord sqrt(2)
+        -0.3466
+    """
+
+    every_neuron: ClassVar[bool] = True
+
+    softening: float = 1e-2
+
+    def __post_init__(self) -> None:
+        check_softening(self.softening)
+
+    def kernel(self, q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+        """Minus the logarithm of the chord, softened, and its slope."""
+        return PairTerm(_minus_log, softening=self.softening).softened(q, p)
+
+    def ratio(self, value: Tensor, reference: float) -> Tensor:
+        """Geometric mean chord of random neurons over that of these: 1 as random, above 1 less uniform."""
+        return (value - reference).exp()
+
+    def best(self, n: int, d: int) -> float | None:
+        """From the mean squared chord, at most 2 + 2 / (n - 1), and from the mean angle; None below 2 neurons or dimensions."""
+        if n < 2 or d < 2:
+            return None
+        chord = 2.0 * math.sin(cap_angle(1.0 / n, d))
+        by_square = -0.5 * math.log(2.0 + 2.0 / (n - 1))
+        # Below the softening the value is not convex in the angle; its tangent there at this angle must stay below.
+        by_angle = -math.log(chord) if chord >= math.e * self.softening else by_square
+        return max(by_square, by_angle)
+
+
+def _chords(x: Tensor, y: Tensor) -> Tensor:
+    """Squared chords (b, n, n) from unit rows x to unit rows y, both (b, n, d) float64, differentiable twice.
+
+    From cosines, in O(n n) memory; the near ones, where those are off, by differences.
+    """
+    q = 2.0 - 2.0 * x @ y.mT
+    group, i, j = (q.detach() < NEAR).nonzero(as_tuple=True)
+    return q.index_put((group, i, j), (x[group, i] - y[group, j]).square().sum(-1))
+
+
+def _minus_angle(q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+    """Minus the angle, and its slope, which is finite at 0 and at pi."""
+    return -2.0 * torch.atan2(_root(q), _root(p)), -(q.clamp_min(COINCIDENT) * p.clamp_min(COINCIDENT)).rsqrt()
+
+
+def _root(q: Tensor) -> Tensor:
+    """Square root, constant for autograd where its slope would have no bound."""
+    return torch.where(q < COINCIDENT, q.detach().sqrt(), q.clamp_min(COINCIDENT).sqrt())
+
+
+def _minus_log(q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+    return -0.5 * q.log(), -0.5 / q

@@ -1,0 +1,7 @@
+"""Measures of projected neurons: compressive minimum hyperspherical energy (CoMHE), with any measure inside."""
+
+from lightning_hsu.projections.kinds import GroupProjection, Projection, RandomProjection
+from lightning_hsu.projections.learned import Adversarial, AnglePreserving
+from lightning_hsu.projections.projected import Projected
+
+__all__ = ["Adversarial", "AnglePreserving", "GroupProjection", "Projected", "Projection", "RandomProjection"]

@@ -1,0 +1,82 @@
+"""Linear maps of neurons to fewer dimensions, drawn anew each step."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from lightning_hsu.core import seeded_noise
+from lightning_hsu.measures import Measure, State
+from lightning_hsu.measures.base import check_count, draw_of, next_draw
+
+
+class Projection(ABC):
+    """Linear maps to ``dim`` dimensions; subclasses are frozen dataclasses."""
+
+    dim: int
+
+    @abstractmethod
+    def prepare(self, x: Tensor, measure: Measure, state: State | None) -> State:
+        """Return the projections for unit rows x (b, n, d) as a state, carried on from the last step's."""
+
+    @abstractmethod
+    def project(self, x: Tensor, state: State) -> Tensor:
+        """Project unit rows x (b, n, d) to (b, count, n, dim), differentiably."""
+
+
+@dataclass(frozen=True)
+class RandomProjection(Projection):
+    """Gaussian projections, drawn anew each step from a seed that all ranks share.
+
+    Args:
+        dim: Dimension to project to, at least 2; 30 to 40 as published.
+        count: Projections to average over, at least 1.
+
+    Raises:
+        ValueError: for a dim or a count that is too small.
+    """
+
+    dim: int = 30
+    count: int = 1
+
+    def __post_init__(self) -> None:
+        check_count("dim", self.dim, 2)
+        check_count("count", self.count)
+
+    def prepare(self, x: Tensor, measure: Measure, state: State | None) -> State:
+        """The number of the draw."""
+        return next_draw(x, state)
+
+    def project(self, x: Tensor, state: State) -> Tensor:
+        """Project with each matrix of the draw."""
+        matrices = seeded_noise(self.count, self.dim, x.shape[-1], like=x.detach(), draw=draw_of(state))
+        return x[:, None] @ matrices.mT
+
+
+@dataclass(frozen=True)
+class GroupProjection(Projection):
+    """Coordinates in groups of ``dim``, shuffled anew each step; what is left over sits out until the next shuffle.
+
+    Args:
+        dim: Coordinates in a group, at least 2.
+
+    Raises:
+        ValueError: for a dim below 2.
+    """
+
+    dim: int = 30
+
+    def __post_init__(self) -> None:
+        check_count("dim", self.dim, 2)
+
+    def prepare(self, x: Tensor, measure: Measure, state: State | None) -> State:
+        """The number of the draw."""
+        return next_draw(x, state)
+
+    def project(self, x: Tensor, state: State) -> Tensor:
+        """Take the coordinates group by group."""
+        d = x.shape[-1]
+        shuffled = seeded_noise(d, like=x.detach(), draw=draw_of(state)).argsort()[: d - d % self.dim]
+        return x[..., shuffled].reshape(*x.shape[:-1], -1, self.dim).movedim(-2, 1)

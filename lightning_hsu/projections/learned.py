@@ -1,0 +1,133 @@
+"""Projections that are learned along the way, one matrix for each group of neurons."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lightning_hsu.core import seeded_noise, unit_rows
+from lightning_hsu.measures import Measure, State
+from lightning_hsu.measures.base import check_count
+from lightning_hsu.projections.kinds import Projection
+
+_SAMPLE = 512  # neurons that a projection is learned from
+
+
+class _Learned(Projection):
+    """One matrix (dim, d) for each group, refined by some steps of descent at each training step; kept in checkpoints."""
+
+    steps: int
+    fresh: ClassVar[int]  # steps where it starts afresh, if more
+
+    def prepare(self, x: Tensor, measure: Measure, state: State | None) -> State:
+        """The matrices, and the step length that worked last."""
+        x = x[:, :: math.ceil(x.shape[1] / _SAMPLE)]
+        shape = (len(x), self.dim, x.shape[-1])
+        fits = state is not None and state["matrix"].shape == shape and bool(state["matrix"].isfinite().all())
+        if state is not None and fits:
+            matrix, length, steps = state["matrix"].to(x), state["length"].to(x), self.steps
+        else:
+            matrix = seeded_noise(*shape[1:], like=x).expand(shape)
+            length, steps = x.new_full(shape[:1], 0.1), max(self.fresh, self.steps)
+        matrix, length = _descend(lambda m: self.loss(x, m, measure), self.retract(matrix), length, steps, self.retract)
+        return {"matrix": matrix, "length": length}
+
+    def project(self, x: Tensor, state: State) -> Tensor:
+        """Project with the learned matrix."""
+        return (x @ state["matrix"].to(x).mT)[:, None]
+
+    @abstractmethod
+    def loss(self, x: Tensor, matrix: Tensor, measure: Measure) -> Tensor:
+        """What the matrices (b, dim, d) minimise, (b,)."""
+
+    @abstractmethod
+    def retract(self, matrix: Tensor) -> Tensor:
+        """Scale of the matrices that the loss does not see, fixed."""
+
+
+@dataclass(frozen=True)
+class AnglePreserving(_Learned):
+    """The projection that keeps the neurons' cosines best, in the mean square, learned along the way.
+
+    Args:
+        dim: Dimension to project to, at least 2; 30 as published.
+        steps: Steps of descent at each training step, at least 1; 1 as published.
+
+    Raises:
+        ValueError: for a dim or steps that are too small.
+    """
+
+    fresh: ClassVar[int] = 50
+    dim: int = 30
+    steps: int = 1
+
+    def __post_init__(self) -> None:
+        check_count("dim", self.dim, 2)
+        check_count("steps", self.steps)
+
+    def loss(self, x: Tensor, matrix: Tensor, measure: Measure) -> Tensor:
+        """Mean squared change of the cosines."""
+        y = unit_rows(x @ matrix.mT)[0]
+        return (y @ y.mT - x @ x.mT).square().mean((-2, -1))
+
+    def retract(self, matrix: Tensor) -> Tensor:
+        """Cosines do not see the scale."""
+        scaled: Tensor = matrix / torch.linalg.matrix_norm(matrix, keepdim=True)
+        return scaled
+
+
+@dataclass(frozen=True)
+class Adversarial(_Learned):
+    """A subspace in which the neurons are bad, learned along the way: training then mends what is bad there.
+
+    Its rows are orthonormal: else the projection would shrink to one direction, in which all neurons coincide. Few steps
+    are meant: followed to its end the search finds a subspace in which two neurons coincide, and all it says is which.
+
+    Args:
+        dim: Dimension to project to, at least 2; 30 as published.
+        steps: Steps of ascent at each training step, at least 1; 10 as published.
+
+    Raises:
+        ValueError: for a dim or steps that are too small.
+    """
+
+    fresh: ClassVar[int] = 1
+    dim: int = 30
+    steps: int = 10
+
+    def __post_init__(self) -> None:
+        check_count("dim", self.dim, 2)
+        check_count("steps", self.steps)
+
+    def loss(self, x: Tensor, matrix: Tensor, measure: Measure) -> Tensor:
+        """The negative penalty of the projected neurons."""
+        return -measure.penalty(x @ matrix.mT)
+
+    def retract(self, matrix: Tensor) -> Tensor:
+        """The nearest rows in the same order that are orthonormal."""
+        basis, triangle = torch.linalg.qr(matrix.mT)
+        nearest: Tensor = (basis * triangle.diagonal(dim1=-2, dim2=-1).sign()[..., None, :]).mT
+        return nearest
+
+
+def _descend(
+    loss: Callable[[Tensor], Tensor], matrix: Tensor, length: Tensor, steps: int, retract: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Steps along the normalised gradient, kept for each matrix (b, dim, d) where its loss falls, halved where not."""
+    for _ in range(steps):
+        with torch.enable_grad():
+            leaf = matrix.detach().requires_grad_()
+            before = loss(leaf)
+            (grad,) = torch.autograd.grad(before.sum(), leaf)
+        scale = torch.linalg.matrix_norm(matrix) / torch.linalg.matrix_norm(grad).clamp_min(torch.finfo(grad.dtype).tiny)
+        tried = retract(matrix - (length * scale)[:, None, None] * grad)
+        better = loss(tried) < before.detach()
+        matrix = torch.where(better[:, None, None], tried, matrix)
+        length = torch.where(better, length * 1.5, length * 0.5).clamp(1e-6, 1.0)
+    return matrix.detach(), length
