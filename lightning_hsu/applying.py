@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_hsu.measures import State
 from lightning_hsu.monitor import Layer, widened
 
 _SMALL = 2**16  # entries of a layer up to which equal shapes are stacked: their cost is the number of operations
@@ -35,12 +36,14 @@ class Application:
         strength: Its coefficient at this step.
         rate: The learning rate that its neurons will move with.
         x: Its neurons (groups, n, d), taken while gradients were recorded.
+        state: What its measure carries from step to step, prepared for x.
     """
 
     layer: Layer
     strength: float
     rate: float
     x: Tensor
+    state: State | None = None
 
     @property
     def neurons(self) -> Tensor:
@@ -76,12 +79,13 @@ def penalty_gradients(applications: Sequence[Application]) -> list[Tensor]:
     stacks: dict[object, list[int]] = {}
     for i, one in enumerate(applications):
         x = one.x
-        alike = (one.layer.measure, x.shape, x.dtype, x.device) if x.numel() <= _SMALL else i
+        alike = (one.layer.measure, x.shape, x.dtype, x.device) if one.state is None and x.numel() <= _SMALL else i
         stacks.setdefault(alike, []).append(i)
     found: dict[int, Tensor] = {}
     for members in stacks.values():
         stack = [applications[i].neurons for i in members]
-        grad = applications[members[0]].layer.measure.value_and_grad(torch.cat(stack) if len(stack) > 1 else stack[0])[1]
+        first = applications[members[0]]
+        grad = first.layer.measure.value_and_grad(torch.cat(stack) if len(stack) > 1 else stack[0], first.state)[1]
         found |= dict(zip(members, torch.split(grad, stack[0].shape[0]), strict=True))
     return [found[i] for i in range(len(applications))]
 

@@ -29,7 +29,8 @@ class HypersphericalUniformity(pl.Callback):
     On logging steps ``hsu/penalty``, ``hsu/ratio_mean``, ``hsu/ratio_max``, ``hsu/min_angle`` (degrees),
     ``hsu/dead`` and ``hsu/limited`` go through Lightning's log, where EarlyStopping and ModelCheckpoint can watch
     them; they are also refreshed on the first step and at the end of each epoch. Per layer ``hsu/ratio/<layer>``,
-    ``hsu/energy/<layer>``, ``hsu/min_angle/<layer>`` and ``hsu/gradient_share/<layer>`` go to every logger.
+    ``hsu/score/<layer>`` (0 as random, 1 the best there can be), ``hsu/energy/<layer>``, ``hsu/min_angle/<layer>`` and
+    ``hsu/gradient_share/<layer>`` go to every logger.
 
     Args:
         measure: What to minimise. None is the half-space Riesz energy with s = 2; the class head is measured
@@ -225,6 +226,8 @@ class HypersphericalUniformity(pl.Callback):
         values = {}
         for layer in measured:
             values[f"{self.prefix}/ratio/{layer.name}"] = layer.ratio
+            if not math.isnan(layer.score):
+                values[f"{self.prefix}/score/{layer.name}"] = layer.score
             values[f"{self.prefix}/energy/{layer.name}"] = layer.energy
             values[f"{self.prefix}/min_angle/{layer.name}"] = layer.min_angle
         return values | {f"{self.prefix}/gradient_share/{name}": float(note.share) for name, note in self._notes.items()}

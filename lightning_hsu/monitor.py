@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 
 import torch
@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from lightning_hsu.coefficients import Strength
 from lightning_hsu.core import smallest_angle, unit_rows, with_float64, working_dtype
-from lightning_hsu.measures import Measure
-from lightning_hsu.reference import random_level
+from lightning_hsu.measures import Measure, State
+from lightning_hsu.reference import random_level, score
 from lightning_hsu.selection import NOT_INCLUDED, Skip
 from lightning_hsu.targets import Target
 
@@ -39,9 +39,12 @@ class LayerUniformity:
         penalty: What training minimises, before the coefficient.
         ratio: Energy over that of random neurons: 1 as random, above 1 more redundant. NaN with fewer than
             two live neurons.
+        score: Where the energy stands between that of random neurons, 0, and a bound that none can beat, 1; below 0 it is
+            worse than random. NaN where no bound is known.
         min_angle: Smallest angle between two neurons, in degrees; between two lines in half space.
         dead: Neurons whose weights are all zero; they are left out.
         nonfinite: Neurons with a NaN or infinite weight; they are left out.
+        exact: Whether the energy is exact; of a measure with an inner problem it may be a bound, the best that was found.
     """
 
     name: str
@@ -51,15 +54,22 @@ class LayerUniformity:
     energy: float
     penalty: float
     ratio: float
+    score: float
     min_angle: float
     dead: int
     nonfinite: int
+    exact: bool
 
 
 @torch.no_grad()
-def measure_layers(layers: Sequence[Layer]) -> list[LayerUniformity]:
-    """Measure layers as they are now; one pass of about n * n * d FLOP each."""
-    return [_measure(layer) for layer in layers]
+def measure_layers(layers: Sequence[Layer], prepared: Callable[[Layer, Tensor], State | None]) -> list[LayerUniformity]:
+    """Measure layers as they are now; one pass of about n * n * d FLOP each.
+
+    Args:
+        layers: The layers.
+        prepared: Gives the state of a layer's measure for its neurons (groups, n, d).
+    """
+    return [_measure(layer, prepared) for layer in layers]
 
 
 def describe(layers: Sequence[Layer], skips: Sequence[Skip]) -> str:
@@ -83,22 +93,36 @@ def widened(x: Tensor) -> Tensor:
     return x.to(working_dtype(x.dtype))
 
 
-def _measure(layer: Layer) -> LayerUniformity:
+def _measure(layer: Layer, prepared: Callable[[Layer, Tensor], State | None]) -> LayerUniformity:
     x = with_float64(widened(layer.target.neurons().detach()))  # (groups, n, d)
     groups, n, d = x.shape
     finite = torch.isfinite(x).all(-1)  # (groups, n)
     live = (unit_rows(x)[1] > 0).squeeze(-1)
-    penalty = layer.measure.penalty(x).double().mean()
+    state = prepared(layer, x)
+    penalties = layer.measure.penalty(x, state).double()
+    penalty, energy = penalties.mean(), layer.measure.natural(penalties).mean()
     angle = smallest_angle(x, half_space=bool(getattr(layer.measure, "half_space", False))).amin().rad2deg()
     counts = torch.stack([live.sum(-1).amin(), live.sum(), (finite & ~live).sum(), (~finite).sum()])
-    numbers = torch.cat([torch.stack([penalty, angle]), counts.double()]).tolist()
-    fewest, alive, dead, nonfinite = (int(count) for count in numbers[2:])
-    energy = layer.measure.natural(penalty)
-    ratio = float("nan")
+    numbers = torch.cat([torch.stack([penalty, energy, angle]), counts.double()]).tolist()
+    fewest, alive, dead, nonfinite = (int(count) for count in numbers[3:])
+    ratio = standing = float("nan")
     if fewest > 1:
-        ratio = float(layer.measure.ratio(energy, random_level(layer.measure, round(alive / groups), d)))
+        each = round(alive / groups)
+        ratio = float(layer.measure.ratio(energy, random_level(layer.measure, each, d)))
+        standing = float(score(layer.measure, energy, each, d))
     return LayerUniformity(
-        layer.target.name, groups, n, d, float(energy), numbers[0], ratio, numbers[1], dead=dead, nonfinite=nonfinite
+        name=layer.target.name,
+        groups=groups,
+        neurons=n,
+        dimension=d,
+        energy=numbers[1],
+        penalty=numbers[0],
+        ratio=ratio,
+        score=standing,
+        min_angle=numbers[2],
+        dead=dead,
+        nonfinite=nonfinite,
+        exact=layer.measure.is_exact(state),
     )
 
 

@@ -1,4 +1,4 @@
-"""What a value means: the energy of uniformly random neurons, and the ratio of a layer to it."""
+"""What a value means: that of uniformly random neurons, one that no neurons can beat, and where a layer stands."""
 
 from __future__ import annotations
 
@@ -8,89 +8,150 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from lightning_hsu.measures import Measure, PairwiseMeasure, RieszEnergy
+from lightning_hsu.measures import Measure
 
-_DRAWS = 101  # simulated layers for a median
-_MOST = 1024  # neurons of a simulated layer; the median of a mean over pairs hardly moves beyond
+_WORK = 2e11  # FLOP or so for all simulated layers together
 
 
-def random_expectation(measure: Measure, n: int, d: int) -> float:
-    r"""Expected value of a pairwise measure for independent, uniformly random neurons.
-
-    For the chordal Riesz energy the closed form
-    ``2**(d-2-s) G(d/2) G((d-1-s)/2) / (sqrt(pi) G(d-1-s/2))`` (G the gamma function), for s = 0
-    ``-log 2 + (psi(d-1) - psi((d-1)/2)) / 2``; any other pairwise measure by quadrature of its kernel
-    against the density ``sin(t)**(d-2)`` of the angle, to about 1e-10. Softening is not counted in.
+class Level(float):
+    """A reference value: a float that knows where it comes from.
 
     Args:
-        measure: A pairwise measure.
-        n: Neurons, at least 2. Matters in half space only, where each neuron also meets its own mirror image.
+        value: The value.
+        standard_error: Its standard error; 0 where it is exact.
+        source: "exact", "simulated mean" or "simulated median".
+    """
+
+    standard_error: float
+    source: str
+
+    def __new__(cls, value: float, standard_error: float = 0.0, source: str = "exact") -> Level:
+        """Make the float and note the rest."""
+        level = super().__new__(cls, value)
+        level.standard_error, level.source = standard_error, source
+        return level
+
+    def __reduce__(self) -> tuple[type[Level], tuple[float, float, str]]:
+        return Level, (float(self), self.standard_error, self.source)
+
+
+def random_expectation(measure: Measure, n: int, d: int) -> Level:
+    r"""Expected value of a measure for independent, uniformly random neurons.
+
+    Exact where the measure knows it: the chordal Riesz energy has the closed form
+    ``2**(d-2-s) G(d/2) G((d-1-s)/2) / (sqrt(pi) G(d-1-s/2))`` (G the gamma function), for s = 0
+    ``-log 2 + (psi(d-1) - psi((d-1)/2)) / 2``; other pairwise measures go by quadrature of their kernel against the density
+    ``sin(t)**(d-2)`` of the angle, to about 1e-10, softening not counted in. Otherwise the mean over simulated layers
+    from a fixed seed, cached, with its standard error: 101 of them, fewer where n and d are large or the measure is slow.
+
+    Args:
+        measure: A measure.
+        n: Neurons, at least 2.
         d: Dimension, at least 2.
 
     Returns:
-        The expectation; ``inf`` where it does not exist (Riesz energy with s >= d - 1).
+        The expectation, a float with a ``standard_error`` and a ``source``; ``inf`` where it is infinite (Riesz energy with
+        s >= d - 1; :func:`random_level` then gives the median).
 
     Raises:
         ValueError: if n or d is below 2.
-        TypeError: for a measure that is not pairwise.
 
     Reference:
         Brauchart, Hardin & Saff, "The next-order term for optimal Riesz and logarithmic energy asymptotics on
         the sphere", 2012, for the continuous energies.
 
     Example:
-        >>> from lightning_hsu.measures import RieszEnergy
+        >>> from lightning_hsu.measures import GramDeterminant, RieszEnergy
         >>> round(random_expectation(RieszEnergy(s=2), n=256, d=2304), 5)
         0.50022
         >>> random_expectation(RieszEnergy(s=2), n=64, d=3)
         inf
+        >>> level = random_expectation(GramDeterminant(), n=8, d=16)
+        >>> level.source, 0 < level.standard_error < 0.1
+        ('simulated mean', True)
     """
-    if n < 2 or d < 2:
-        raise ValueError(f"a random layer needs at least 2 neurons of dimension 2; got n={n}, d={d}")
-    if not isinstance(measure, PairwiseMeasure):
-        raise TypeError(f"no expectation is known for {measure!r}; it must be a pairwise measure")
-    pair = _pair_expectation(measure, d)
-    if not measure.half_space:
-        return pair
-    mirror = float(measure.kernel(*torch.tensor([4.0, 0.0], dtype=torch.float64))[0])
-    return (2 * (n - 1) * pair + mirror) / (2 * n - 1)
+    _check_size(n, d)
+    exact = measure.expectation(n, d)
+    if exact is not None:
+        return Level(exact)
+    values = _simulated(measure, n, d)
+    return Level(float(values.mean()), float(values.std()) / math.sqrt(len(values)), "simulated mean")
 
 
-def random_level(measure: Measure, n: int, d: int) -> float:
+def random_level(measure: Measure, n: int, d: int) -> Level:
     """The value to compare a layer with: the expectation, or where that is infinite the median of random layers.
 
-    The median is over 101 simulated layers (at most 1024 neurons each) from a fixed seed, and cached.
-
     Args:
-        measure: A pairwise measure.
+        measure: A measure.
         n: Neurons, at least 2.
         d: Dimension, at least 2.
 
     Returns:
-        A finite value.
+        A finite value with a ``standard_error`` and a ``source``.
 
     Raises:
         ValueError: if n or d is below 2.
-        TypeError: for a measure that is not pairwise.
 
     Example:
         >>> from lightning_hsu.measures import RieszEnergy
         >>> round(random_level(RieszEnergy(s=2), n=32, d=4), 9)  # the expectation, (d - 2) / (2 (d - 3))
         1.0
-        >>> 1 < random_level(RieszEnergy(s=2), n=32, d=3) < 10  # no expectation: the median
-        True
+        >>> level = random_level(RieszEnergy(s=2), n=32, d=3)  # no expectation: the median
+        >>> 1 < level < 10, level.source
+        (True, 'simulated median')
     """
-    expectation = random_expectation(measure, n, d)
-    return expectation if math.isfinite(expectation) else _random_median(measure, min(n, _MOST), d)
+    level = random_expectation(measure, n, d)
+    if math.isfinite(level):
+        return level
+    values = _simulated(measure, n, d)
+    # Asymptotic standard error of a median, the density from the quartiles of a normal distribution.
+    low, middle, high = (float(values.quantile(p)) for p in (0.25, 0.5, 0.75))
+    return Level(middle, 0.93 * (high - low) / math.sqrt(len(values)), "simulated median")
+
+
+def lower_bound(measure: Measure, n: int, d: int) -> float:
+    """A natural value that no n neurons in d dimensions can beat: none is lower, or none higher where higher is better.
+
+    For energies the simplex and Welch bounds and the universal bound by Levenshtein's quadrature, which sharp
+    configurations attain: the simplex, the cross-polytope, the icosahedron, the roots of E8. For the smallest angle
+    the bounds of Rankin, Welch and Levenshtein. In half space the 2n points x and -x count.
+
+    Args:
+        measure: A measure.
+        n: Neurons, at least 2.
+        d: Dimension, at least 2.
+
+    Returns:
+        The bound; NaN where none is known.
+
+    Raises:
+        ValueError: if n or d is below 2.
+
+    Reference:
+        Boyvalenkov, Dragnev, Hardin, Saff & Stoyanova, "Universal lower bounds for potential energy of spherical codes",
+        Constructive Approximation, 2016; Levenshtein, "Universal bounds for codes and designs", 1998; Welch, "Lower bounds
+        on the maximum cross correlation of signals", 1974.
+
+    Example:
+        >>> from lightning_hsu.measures import RieszEnergy, Separation
+        >>> round(lower_bound(RieszEnergy(s=2), n=12, d=3), 9)  # the icosahedron: 39 / 66
+        0.590909091
+        >>> round(lower_bound(Separation(), n=6, d=3), 6)  # the octahedron: a right angle
+        1.570796
+    """
+    _check_size(n, d)
+    best = measure.best(n, d)
+    return math.nan if best is None else best
 
 
 def uniformity_ratio(measure: Measure, x: Tensor) -> Tensor:
     """Value of the neurons over that of random ones: 1 as random, above 1 more redundant, below 1 more uniform.
 
-    For s = 0 the exponential of the difference, for s < 0 the inverse; see :meth:`RieszEnergy.ratio`.
+    Where higher is better the inverse; for a Riesz energy with s = 0 the exponential of the difference, for s < 0 the
+    inverse; see the measure's ``ratio``.
 
     Args:
-        measure: A pairwise measure.
+        measure: A measure.
         x: Neurons, shape (..., n, d).
 
     Returns:
@@ -98,7 +159,6 @@ def uniformity_ratio(measure: Measure, x: Tensor) -> Tensor:
 
     Raises:
         ValueError: for fewer than 2 neurons or dimensions.
-        TypeError: for a measure that is not pairwise.
 
     Example:
         >>> import torch
@@ -110,42 +170,43 @@ def uniformity_ratio(measure: Measure, x: Tensor) -> Tensor:
     return measure.ratio(measure(x), random_level(measure, *x.shape[-2:]))
 
 
-@lru_cache(maxsize=4096)
-def _pair_expectation(measure: PairwiseMeasure, d: int) -> float:
-    """Expected kernel of one random pair."""
-    if not isinstance(measure, RieszEnergy):
-        return _quadrature(measure, d)
-    s = measure.s
-    if s >= d - 1:
-        return math.inf
-    if measure.distance == "geodesic":
-        return _quadrature(measure, d)
-    if s == 0:
-        psi = torch.digamma(torch.tensor([d - 1.0, (d - 1.0) / 2.0], dtype=torch.float64))
-        return -math.log(2.0) + float(psi[0] - psi[1]) / 2.0
-    log = (d - 2 - s) * math.log(2.0) + math.lgamma(d / 2) + math.lgamma((d - 1 - s) / 2)
-    return math.copysign(math.exp(log - math.lgamma(d - 1 - s / 2) - math.log(math.pi) / 2), s)
+def uniformity_score(measure: Measure, x: Tensor) -> Tensor:
+    """Where the neurons stand between random ones, 0, and the bound that none can beat, 1; below 0 worse than random.
+
+    Args:
+        measure: A measure.
+        x: Neurons, shape (..., n, d).
+
+    Returns:
+        The score, shape (...), at most 1; NaN where no bound is known.
+
+    Raises:
+        ValueError: for fewer than 2 neurons or dimensions.
+
+    Example:
+        >>> import torch
+        >>> from lightning_hsu.measures import RieszEnergy
+        >>> cross_polytope = torch.cat([torch.eye(4), -torch.eye(4)])
+        >>> round(float(uniformity_score(RieszEnergy(s=2), cross_polytope)), 6)
+        1.0
+    """
+    return score(measure, measure(x), *x.shape[-2:])
 
 
-def _quadrature(measure: PairwiseMeasure, d: int) -> float:
-    """Mean kernel over the angle's density sin(t)**(d-2), by the tanh-sinh rule: endpoint singularities are harmless."""
-    step = min(2.0**-7, 0.2 / math.sqrt(d))
-    grid = torch.arange(-4.5, 4.5 + step, step, dtype=torch.float64)
-    # t = pi / (1 + exp(-pi sinh u)) covers (0, pi); both ends are kept to full relative precision.
-    log_odds = math.pi * torch.sinh(grid)
-    angle, rest = math.pi * torch.sigmoid(log_odds), math.pi * torch.sigmoid(-log_odds)
-    sine = torch.sin(torch.minimum(angle, rest))
-    weight = sine.log() * (d - 2) + (torch.cosh(grid) * angle * rest).log()
-    weight = (weight - weight.max()).exp()
-    q, p = ((2.0 * torch.sin(part / 2.0)).square().clamp_min(1e-300) for part in (angle, rest))
-    value = measure.kernel(q, p)[0]
-    kept = weight > 0
-    return float((value[kept] * weight[kept]).sum() / weight.sum())
+def score(measure: Measure, value: Tensor, n: int, d: int) -> Tensor:
+    """The score of natural values (...) of n neurons in d dimensions; see :func:`uniformity_score`."""
+    level = random_level(measure, n, d)
+    return (value - level) / (lower_bound(measure, n, d) - level)
 
 
 @lru_cache(maxsize=256)
-def _random_median(measure: Measure, n: int, d: int) -> float:
-    """Median value of random layers (n, d) from a fixed seed."""
+def _simulated(measure: Measure, n: int, d: int) -> Tensor:
+    """Values of random layers (n, d) from a fixed seed, float64."""
+    draws = int(min(measure.simulations, max(3, _WORK / (2.0 * n * n * max(d, 64)))))
     generator = torch.Generator().manual_seed(n * 65537 + d)
-    draws = [measure(torch.randn(n, d, generator=generator)) for _ in range(_DRAWS)]
-    return float(torch.stack(draws).median())
+    return torch.stack([measure(torch.randn(n, d, generator=generator)).double() for _ in range(draws)])
+
+
+def _check_size(n: int, d: int) -> None:
+    if n < 2 or d < 2:
+        raise ValueError(f"a random layer needs at least 2 neurons of dimension 2; got n={n}, d={d}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -12,7 +11,8 @@ from torch.optim import Optimizer
 
 from lightning_hsu.applying import Application, GradientNote, penalty_gradients, refuse_sparse
 from lightning_hsu.coefficients import Coefficient, Strength, strength_at
-from lightning_hsu.measures import Measure, RieszEnergy
+from lightning_hsu.measures import Measure, RieszEnergy, State
+from lightning_hsu.memory import Memory
 from lightning_hsu.monitor import Layer, LayerUniformity, describe, measure_layers, widened
 from lightning_hsu.selection import Patterns, Skip, select
 from lightning_hsu.targets import Target
@@ -85,6 +85,7 @@ class UniformityRegularizer:
         self.skips: list[Skip] = []
         self.active = False  # whether any layer has a coefficient other than the number 0: else there is nothing to add
         self.steps: list[int] = []  # steps done by each optimizer
+        self.memory = Memory()
         self._seen: list[int] = []  # ids of the optimizers, in the order in which they first stepped
         self._last: dict[str, float] = {}  # coefficient of each layer at its last step
         self._reached: set[str] = set()  # layers whose weights some optimizer was about to step with a gradient
@@ -97,31 +98,34 @@ class UniformityRegularizer:
             NotImplementedError: if a weight is sharded (DTensor).
         """
         targets, self.skips = select(model, self.include, self.exclude, self.head)
+        self.memory.attach(model)
         self.coefficient.check_names([target.name for target in targets])
         if self.head_coefficient is not None and not any(target.head for target in targets):
             raise ValueError(
                 "head_coefficient is given, but no head is measured: name it with head='...', or drop head_coefficient; the "
                 f"layers are: {', '.join(target.name for target in targets)}"
             )
-        self.layers = [
-            Layer(target, self._measure_of(target), self._strength_of(target), tuple(target.parameters())) for target in targets
-        ]
+        self.layers = [self._layer(target) for target in targets]
         for layer in self.layers:
             _refuse_sharded(layer)
         self.active = any(callable(layer.strength) or layer.strength > 0 for layer in self.layers)
         return self
 
     def detach(self) -> None:
-        """Let go of the model; the step counts stay."""
+        """Let go of the model; the step counts and the measures' states stay."""
         self.__dict__ |= self._without_model()
 
     def penalty(self, step: int = 0) -> Tensor:
-        """Coefficient times penalty, summed over the layers: a differentiable scalar for a loss of your own."""
+        """Coefficient times penalty, summed over the layers: a differentiable scalar for a loss of your own.
+
+        Measures that carry a state, such as :class:`~lightning_hsu.measures.Covering`, take it one step on.
+        """
         self._check_attached()
-        terms = [
-            strength_at(layer.strength, step, layer.target.name) * layer.measure.penalty(widened(layer.target.neurons())).mean()
-            for layer in self.layers
-        ]
+        terms = []
+        for layer in self.layers:
+            x = widened(layer.target.neurons())
+            penalty = layer.measure.penalty(x, self.memory.next(layer, x)).mean()
+            terms.append(strength_at(layer.strength, step, layer.target.name) * penalty)
         return torch.stack([term.to(terms[0]) for term in terms]).sum()
 
     @torch.no_grad()
@@ -157,7 +161,7 @@ class UniformityRegularizer:
                 self._reached |= {layer.target.name for layer in self.layers if _rates(layer, own)}
             return notes
         own = _learning_rates(optimizer)
-        ready = [one for layer in self.layers if (one := self._application(layer, step, own)) is not None]
+        ready = [one for layer in self.layers if (one := self._application(layer, step, own, again)) is not None]
         for one, grad in zip(ready, penalty_gradients(ready), strict=True):
             found = one.add(grad, own, step_limit=self.step_limit, grad_scale=grad_scale, note=note)
             notes |= {one.layer.target.name: found} if found else {}
@@ -166,7 +170,7 @@ class UniformityRegularizer:
     def measure_layers(self) -> list[LayerUniformity]:
         """Measure every layer as it is now, in the model's order."""
         self._check_attached()
-        return measure_layers(self.layers)
+        return measure_layers(self.layers, self._remembered)
 
     def current_penalty(self, measured: list[LayerUniformity]) -> float:
         """Coefficient times penalty, summed over measured layers, at the coefficients last used."""
@@ -178,27 +182,30 @@ class UniformityRegularizer:
         return [layer.target.name for layer in missing if not layer.target.frozen]
 
     def state_dict(self) -> dict[str, Any]:
-        """The steps done by each optimizer: where the schedules stand."""
-        return {"steps": list(self.steps)}
+        """The steps done by each optimizer, where the schedules stand, and what the measures carry on, by layer."""
+        states = self.memory.state_dict()
+        return {"steps": list(self.steps)} | ({"states": states} if states else {})
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where :meth:`state_dict` was taken."""
         self.steps = list(state["steps"])
+        self.memory.load_state_dict(state.get("states", {}))
 
     def __getstate__(self) -> dict[str, Any]:
-        """Pickle and copy the settings and step counts, never the model."""
+        """Pickle and copy the settings, the step counts and the measures' states, never the model."""
         return self.__dict__ | self._without_model()
 
     @staticmethod
     def _without_model() -> dict[str, Any]:
         return {"layers": [], "skips": [], "active": False, "_seen": [], "_last": {}, "_reached": set()}
 
-    def _measure_of(self, target: Target) -> Measure:
-        """Full space for the head, where opposite neurons are right: in half space two antipodal classes coincide."""
-        measure = self.measure
-        if not target.head or not is_dataclass(measure) or "half_space" not in [field.name for field in fields(measure)]:
-            return measure
-        return replace(measure, half_space=False)
+    def _layer(self, target: Target) -> Layer:
+        measure = self.measure.for_head() if target.head else self.measure
+        return Layer(target, measure, self._strength_of(target), tuple(target.parameters()))
+
+    def _remembered(self, layer: Layer, x: Tensor) -> State | None:
+        """A measure's state for looking at x; only where nothing is trained with it is it carried on."""
+        return self.memory.next(layer, x) if layer.strength == 0 else self.memory.peek(layer, x)
 
     def _strength_of(self, target: Target) -> Strength:
         own = self.head_coefficient if target.head and self.head_coefficient is not None else self.coefficient
@@ -219,7 +226,7 @@ class UniformityRegularizer:
         self.steps[index] += 0 if again else 1
         return max(self.steps[index] - 1, 0)
 
-    def _application(self, layer: Layer, step: int, own: Mapping[int, float]) -> Application | None:
+    def _application(self, layer: Layer, step: int, own: Mapping[int, float], again: bool) -> Application | None:
         """What to add to one layer at this step; None where nothing is to be added."""
         rates = _rates(layer, own)
         if not rates:
@@ -230,7 +237,11 @@ class UniformityRegularizer:
             return None
         refuse_sparse(layer)
         with torch.enable_grad():
-            return Application(layer, strength, max(rates), layer.target.neurons())
+            x = layer.target.neurons()
+        # Within one step all evaluations are of one function: no new draw.
+        known = self.memory.states.get(layer.target.name) if again else None
+        state = self.memory.next(layer, widened(x)) if known is None else known
+        return Application(layer, strength, max(rates), x, state)
 
     def table(self) -> str:
         """Every layer with its shape, measure and coefficient, and every weight left out with the reason."""

@@ -12,12 +12,13 @@ ROOT = Path(lightning_hsu.__file__).parent
 LAYERS = [
     {"core"},
     {"measures"},
-    {"neurons", "targets", "selection", "reference"},
-    {"coefficients", "monitor", "applying", "regularizer"},
+    {"neurons", "targets", "selection", "reference", "projections"},
+    {"coefficients", "monitor", "memory", "applying", "regularizer"},
     {"callback"},
+    {"presets"},
     {"__init__"},
 ]
-FACES = {"lightning": {"callback"}, "torchmetrics": set(), "matplotlib": set()}
+FACES = {"lightning": {"callback"}, "scipy": {"core"}, "torchmetrics": set(), "matplotlib": set()}
 FILES = sorted(ROOT.rglob("*.py"))
 
 
@@ -49,7 +50,7 @@ def test_imports_point_down(path):
             assert package in {"__future__", "torch", "abc", "math", "typing"} | STANDARD, f"{path.name} imports {name}"
 
 
-STANDARD = {"collections", "contextlib", "dataclasses", "fnmatch", "functools"}
+STANDARD = {"collections", "contextlib", "dataclasses", "fnmatch", "functools", "itertools", "weakref"}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))

@@ -285,7 +285,7 @@ def test_bad_settings_fail_at_once(kwargs, error, message):
         ({"s": "2"}, "s must be a finite real number"),
         ({"distance": "cosine"}, "distance must be 'chordal' or 'geodesic'"),
         ({"half_space": "yes"}, "half_space must be True or False; got 'yes'"),
-        ({"softening": 3}, r"softening is a chord in \[0, 2\)"),
+        ({"softening": 3}, r"softening must be a chord in \[0, 2\)"),
     ],
 )
 def test_bad_measures(kwargs, message):

@@ -90,7 +90,9 @@ def test_layers_of_equal_shape_go_together_and_get_the_same_as_alone(monkeypatch
     )
     calls = []
     value_and_grad = RieszEnergy.value_and_grad
-    monkeypatch.setattr(RieszEnergy, "value_and_grad", lambda m, x: calls.append(tuple(x.shape)) or value_and_grad(m, x))
+    monkeypatch.setattr(
+        RieszEnergy, "value_and_grad", lambda m, x, _=None: calls.append(tuple(x.shape)) or value_and_grad(m, x)
+    )
     together, alone = {}, {}
     for found, parts in ((together, [None]), (alone, [str(i) for i in range(8)])):
         for p in net.parameters():
