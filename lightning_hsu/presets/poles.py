@@ -1,0 +1,154 @@
+"""The published formulas of polarization and covering, with a pole that is trained along the way, and the relaxed one."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lightning_hsu.core import seeded_noise
+from lightning_hsu.measures.base import State, check_count, check_flag, check_number
+from lightning_hsu.presets.base import MOMENTUM, WEIGHT_DECAY, OfficialMeasure, has_shapes, kept, normalised, wide
+
+
+@dataclass(frozen=True)
+class PoledMeasure(OfficialMeasure):
+    """A measure at one pole (d,) for each group, which starts as N(0, 1) and follows the neurons by momentum SGD."""
+
+    coefficients: ClassVar[tuple[float, float]]  # of hidden layers and of the head: the pole feels them, too
+    half_space: bool = True
+    inner_lr: float = 0.1
+    inner_steps: int = 10
+
+    def __post_init__(self) -> None:
+        check_flag("half_space", self.half_space)
+        check_number("inner_lr", self.inner_lr, "a learning rate > 0", lambda rate: rate > 0)
+        check_count("inner_steps", self.inner_steps)
+
+    @abstractmethod
+    def at_pole(self, unit: Tensor, pole: Tensor) -> Tensor:
+        """Return the penalty (b,) of twice normalised rows (b, n, d) at poles (b, d)."""
+
+    def prepare(self, x: Tensor, state: State | None = None) -> State:
+        """Train the poles (b, d), which raise what the neurons lower; their velocity is part of the state."""
+        unit = normalised(normalised(wide(x.detach())))
+        shape = (unit.shape[0], unit.shape[2])
+        if state is not None and has_shapes(state, pole=shape, velocity=shape):
+            pole, velocity = state["pole"].to(unit), state["velocity"].to(unit)
+        else:
+            pole, velocity = seeded_noise(shape[1], like=unit).expand(shape), unit.new_zeros(shape)
+        coefficient = self.coefficients[0 if self.half_space else 1]
+
+        def loss(pole: Tensor) -> Tensor:
+            return WEIGHT_DECAY / 2 * pole.square().sum() - coefficient * self.at_pole(unit, pole).sum()
+
+        for _ in range(self.inner_steps):
+            velocity = MOMENTUM * velocity + torch.func.grad(loss)(pole)
+            pole = pole - self.inner_lr * velocity
+        return kept(x, pole=pole, velocity=velocity)
+
+    def formula(self, w: Tensor, state: State) -> Tensor:
+        """The penalty at the present pole, which is held fixed."""
+        return self.at_pole(normalised(normalised(w)), state["pole"].to(w))
+
+    def _squared_chords(self, unit: Tensor, pole: Tensor) -> Tensor:
+        """From the neurons, in half space also from the negated ones, to the pole."""
+        cosine = (unit @ normalised(pole)[..., None]).squeeze(-1)
+        return 2.0 - 2.0 * (torch.cat([cosine, -cosine], -1) if self.half_space else cosine)
+
+
+@dataclass(frozen=True)
+class OfficialMHP(PoledMeasure):
+    """Polarization as ``wy1iu/Sphere-Uniformity`` computes it (mhp/architecture.py, mhp/train.py).
+
+    Training maximises the mean of ``1 / D``, D the squared chord from a neuron to the pole, while the pole takes ten
+    steps of SGD with momentum 0.9 down the same, times the coefficient and with weight decay 5e-4, before each step of
+    the network. Rows are normalised twice.
+
+    ``Polarization`` of :mod:`lightning_hsu.measures` looks for the pole where the potential is lowest, from several
+    starts; a single pole that is carried along stays in one basin. With fewer neurons than dimensions it ends up
+    orthogonal to all of them, where the half-space penalty has no gradient any more.
+
+    Args:
+        half_space: Measure the 2n neurons ``w`` and ``-w``.
+        inner_lr: Learning rate of the pole: that of the network as published.
+        inner_steps: Steps of the pole before each step of the network.
+
+    Raises:
+        ValueError: for a setting out of range.
+
+    Example:
+        >>> import torch
+        >>> measure, x = OfficialMHP(), torch.randn(32, 16)
+        >>> state = measure.prepare(x)  # and at the next step measure.prepare(x, state)
+        >>> measure.penalty(x, state).shape, state["pole"].shape
+        (torch.Size([]), torch.Size([1, 16]))
+    """
+
+    higher_is_better: ClassVar[bool] = True
+    coefficients: ClassVar[tuple[float, float]] = (1.0, 10.0)
+
+    def at_pole(self, unit: Tensor, pole: Tensor) -> Tensor:
+        """Minus the mean inverse squared chord."""
+        return -self._squared_chords(unit, pole).reciprocal().mean(-1)
+
+
+@dataclass(frozen=True)
+class OfficialMHC(PoledMeasure):
+    """Covering as ``wy1iu/Sphere-Uniformity`` computes it (mhc/architecture.py, mhc/train.py).
+
+    Training minimises the soft minimum ``-log(mean(exp(-10 D))) / 10``, D the squared chord from a neuron to the pole,
+    while the pole takes ten steps of SGD with momentum 0.9 up the same, times the coefficient and with weight decay
+    5e-4, before each step of the network. Rows are normalised twice.
+
+    ``Covering`` of :mod:`lightning_hsu.measures` is the angle from the deepest hole that it finds, from several starts,
+    to the nearest neuron; a single pole that is carried along stays in one basin. With fewer neurons than dimensions
+    it ends up orthogonal to all of them, where the half-space penalty has no gradient any more.
+
+    Args:
+        half_space: Measure the 2n neurons ``w`` and ``-w``.
+        inner_lr: Learning rate of the pole: that of the network as published.
+        inner_steps: Steps of the pole before each step of the network.
+
+    Raises:
+        ValueError: for a setting out of range.
+
+    Example:
+        >>> import torch
+        >>> bool(0 < OfficialMHC()(torch.randn(32, 16)) < 4)
+        True
+    """
+
+    coefficients: ClassVar[tuple[float, float]] = (0.01, 0.1)
+
+    def at_pole(self, unit: Tensor, pole: Tensor) -> Tensor:
+        """The soft minimum of the squared chords."""
+        squared = self._squared_chords(unit, pole)
+        return (math.log(squared.shape[-1]) - torch.logsumexp(-10.0 * squared, -1)) / 10.0
+
+
+@dataclass(frozen=True)
+class OfficialRMHP(OfficialMeasure):
+    """Relaxed polarization as ``wy1iu/Sphere-Uniformity`` computes it (r_mhp/architecture.py).
+
+    The length of the sum of the neurons as they are, not normalised and never in half space, so that shorter neurons
+    are better, too. ``ResultantLength`` of :mod:`lightning_hsu.measures` is that of the unit neurons.
+
+    Example:
+        >>> import torch
+        >>> float(OfficialRMHP()(2 * torch.ones(5, 1)))
+        10.0
+    """
+
+    def formula(self, w: Tensor, state: State) -> Tensor:
+        """Length of the sum."""
+        length: Tensor = torch.linalg.vector_norm(w.sum(1), dim=-1)
+        return length
+
+    def ratio(self, value: Tensor, reference: float) -> Tensor:
+        """NaN: the value goes with the norms, so that random neurons are no reference."""
+        return torch.full_like(value, math.nan)
