@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from lightning_hsu.measures.base import plain_number
+from lightning_hsu.measures.checks import plain_number
 from lightning_hsu.selection import check_patterns, matches
 
 Strength = float | Callable[[int], float]

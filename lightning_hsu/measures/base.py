@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import fields, is_dataclass, replace
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from lightning_hsu.core import exact_arithmetic, tangent, to_weights, unit_rows, with_float64, working_dtype
+from lightning_hsu.measures.checks import check_neurons
 
 State = dict[str, Tensor]
 """What a measure carries from step to step: tensors by name, the first dimension of each counts the groups."""
@@ -180,47 +179,3 @@ def next_draw(x: Tensor, state: State | None) -> State:
 def draw_of(state: State | None) -> int:
     """The number of the draw that a state stands for."""
     return int(state["draw"][0]) if state else 0
-
-
-def check_neurons(x: Tensor) -> None:
-    """Refuse what cannot be rows of neurons."""
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        raise TypeError(
-            f"neurons must be a floating-point tensor, got {getattr(x, 'dtype', type(x).__name__)}; cast with x.float()"
-        )
-    if x.ndim < 2:
-        raise ValueError(
-            f"neurons must have shape (..., n, d), one neuron a row, got shape {tuple(x.shape)}; "
-            "flatten a convolution's weight with weight.flatten(1)"
-        )
-
-
-def check_softening(softening: float) -> None:
-    """Refuse a softening that is not a chord."""
-    check_number("softening", softening, "a chord in [0, 2), 0 switches it off", lambda chord: 0.0 <= chord < 2.0)
-
-
-def check_number(name: str, value: object, what: str, fits: Callable[[float], bool]) -> None:
-    """Refuse a setting that is no real number or out of its range, which ``what`` describes."""
-    if not plain_number(value) or not fits(cast(float, value)):
-        raise ValueError(f"{name} must be {what}; got {value!r}")
-
-
-def check_flag(name: str, value: object) -> None:
-    """Refuse a setting that is neither True nor False."""
-    if not isinstance(value, bool):
-        raise ValueError(f"{name} must be True or False; got {value!r}")
-
-
-def check_count(name: str, value: object, least: int = 1) -> None:
-    """Refuse a setting that is no int, or too small."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name} must be an int >= {least}; got {value!r}")
-
-
-def plain_number(value: object) -> bool:
-    """Tell whether value is a finite real number (and not a bool)."""
-    try:
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    except OverflowError:  # an int beyond float64
-        return False

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from lightning_hsu.core import FLOOR, parted
-from lightning_hsu.measures.base import SphereMeasure, State, check_flag, check_number
+from lightning_hsu.measures.base import SphereMeasure, State
+from lightning_hsu.measures.checks import check_flag, check_number
 from lightning_hsu.measures.gaussian import GaussianPotential
 
 

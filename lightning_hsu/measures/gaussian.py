@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from lightning_hsu.core import to_weights, working_dtype
-from lightning_hsu.measures.base import State, check_flag, check_number
+from lightning_hsu.measures.base import State
+from lightning_hsu.measures.checks import check_flag, check_number
 from lightning_hsu.measures.pairwise import PairwiseMeasure
 
 

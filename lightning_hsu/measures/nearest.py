@@ -15,7 +15,8 @@ from lightning_hsu.core.levenshtein import cap_angle, largest_cosine
 from lightning_hsu.core.near import NEAR
 from lightning_hsu.core.nearest import COINCIDENT, NearestTerm, nearer, nearest_energy, parting, tie_tolerance
 from lightning_hsu.core.sphere import seeded_noise
-from lightning_hsu.measures.base import SphereMeasure, State, check_flag, check_neurons, check_softening
+from lightning_hsu.measures.base import SphereMeasure, State
+from lightning_hsu.measures.checks import check_flag, check_kernel, check_neurons, check_softening
 
 
 class NearestMeasure(SphereMeasure):
@@ -84,6 +85,7 @@ class NearestMeasure(SphereMeasure):
         return self._term().force() * (tangents * (x - x.detach())).sum((-2, -1))
 
     def _term(self) -> NearestTerm:
+        check_kernel(self)
         return NearestTerm(self.kernel, self.half_space, self.every_neuron, max(self.softening, FLOOR))
 
 

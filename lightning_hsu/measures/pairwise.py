@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from lightning_hsu.core import PairEnergy, PairTerm, pair_bound, pair_energy, pair_expectation
-from lightning_hsu.measures.base import Measure, State, check_neurons
+from lightning_hsu.measures.base import Measure, State
+from lightning_hsu.measures.checks import check_kernel, check_neurons
 
 
 class PairwiseMeasure(Measure):
@@ -89,9 +90,7 @@ class PairwiseMeasure(Measure):
         return _quadrature(self, d)
 
     def _term(self) -> PairTerm:
-        if type(self).__hash__ is None:
-            raise TypeError(f"a measure must be hashable: decorate {type(self).__name__} with @dataclass(frozen=True)")
-        _check_kernel(self)
+        check_kernel(self)
         return PairTerm(self.kernel, self.half_space, self.softening)
 
 
@@ -103,23 +102,3 @@ def _quadrature(measure: PairwiseMeasure, d: int) -> float:
 @lru_cache(maxsize=4096)
 def _bound(measure: PairwiseMeasure, n: int, d: int) -> float:
     return pair_bound(measure._term(), n, d, absolutely_monotone=measure.absolutely_monotone)
-
-
-@lru_cache(maxsize=256)
-def _check_kernel(measure: PairwiseMeasure) -> None:
-    """Refuse, once a measure, a kernel whose slope is not the derivative of its value: training would go astray unseen."""
-    name = f"{type(measure).__name__}.kernel"
-    q = torch.tensor([0.3, 1.0, 2.0, 3.5], dtype=torch.float64, requires_grad=True)
-    with torch.enable_grad():
-        found = measure.kernel(q, 4.0 - q)
-        if not isinstance(found, tuple) or len(found) != 2:
-            raise TypeError(
-                f"{name} must return (value, slope), the slope being the derivative with respect to q; got {found!r}"
-            )
-        value, slope = found
-        expected = torch.autograd.grad(value.sum(), q)[0] if value.requires_grad else None
-    if expected is not None and not torch.allclose(slope.detach(), expected, rtol=1e-6, atol=1e-9):
-        raise ValueError(
-            f"the slope of {name} is not the derivative of its value with respect to q: at q = {q.tolist()} the slope is "
-            f"{slope.tolist()}, the derivative {expected.tolist()}"
-        )

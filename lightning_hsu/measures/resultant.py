@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from lightning_hsu.core import FLOOR
-from lightning_hsu.measures.base import SphereMeasure, State, check_number
+from lightning_hsu.measures.base import SphereMeasure, State
+from lightning_hsu.measures.checks import check_number
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from lightning_hsu.core import seeded_noise, tangent, unit_rows
-from lightning_hsu.measures.base import SphereMeasure, State, check_count, draw_of, next_draw
+from lightning_hsu.measures.base import SphereMeasure, State, draw_of, next_draw
+from lightning_hsu.measures.checks import check_count
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from lightning_hsu.core import exact_arithmetic
 from lightning_hsu.core.holes import SHARED, certain, deepest_holes, height, multipliers, settle, sink
 from lightning_hsu.core.levenshtein import cap_angle
 from lightning_hsu.core.witness import descend, first_witnesses, lowest_on_circle, orthogonal_to, random_witnesses, shares
-from lightning_hsu.measures.base import SphereMeasure, State, check_count, check_flag, check_neurons, check_number
+from lightning_hsu.measures.base import SphereMeasure, State
+from lightning_hsu.measures.checks import check_count, check_flag, check_neurons, check_number
 from lightning_hsu.measures.riesz import RieszEnergy
 
 _AFRESH = 20  # times as many steps without a state
@@ -29,6 +30,7 @@ class _WitnessMeasure(SphereMeasure):
     """A weighted sum of a kernel between a few witnesses and the points; the state holds the witnesses and the weights."""
 
     wide: ClassVar[bool] = True
+    simulations: ClassVar[int] = 15
     half_space: bool
     witnesses: int
     steps: int

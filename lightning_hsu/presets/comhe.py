@@ -10,7 +10,8 @@ from torch import Tensor
 
 from lightning_hsu.core import seeded_noise
 from lightning_hsu.measures import Measure
-from lightning_hsu.measures.base import State, check_count, check_number, draw_of, next_draw
+from lightning_hsu.measures.base import State, draw_of, next_draw
+from lightning_hsu.measures.checks import check_count, check_number
 from lightning_hsu.presets.base import WEIGHT_DECAY, OfficialMeasure, has_shapes, kept, normalised, pair_cosines, wide
 from lightning_hsu.presets.pairs import OfficialMHE
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from lightning_hsu.core import seeded_noise
-from lightning_hsu.measures.base import State, check_count, check_flag, check_number
+from lightning_hsu.measures.base import State
+from lightning_hsu.measures.checks import check_count, check_flag, check_number
 from lightning_hsu.presets.base import MOMENTUM, WEIGHT_DECAY, OfficialMeasure, has_shapes, kept, normalised, wide
 
 

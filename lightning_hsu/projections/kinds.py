@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
 from lightning_hsu.core import seeded_noise
 from lightning_hsu.measures import Measure, State
-from lightning_hsu.measures.base import check_count, draw_of, next_draw
+from lightning_hsu.measures.base import draw_of, next_draw
+from lightning_hsu.measures.checks import check_count
 
 
 class Projection(ABC):
     """Linear maps to ``dim`` dimensions; subclasses are frozen dataclasses."""
 
+    simulations: ClassVar[int] = 101  # at most as many random layers are drawn for a reference value
     dim: int
 
     @abstractmethod

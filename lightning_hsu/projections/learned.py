@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_hsu.core import seeded_noise, unit_rows
 from lightning_hsu.measures import Measure, State
-from lightning_hsu.measures.base import check_count
+from lightning_hsu.measures.checks import check_count
 from lightning_hsu.projections.kinds import Projection
 
 _SAMPLE = 512  # neurons that a projection is learned from
@@ -22,6 +22,7 @@ _SAMPLE = 512  # neurons that a projection is learned from
 class _Learned(Projection):
     """One matrix (dim, d) for each group, refined by some steps of descent at each training step; kept in checkpoints."""
 
+    simulations: ClassVar[int] = 15
     steps: int
     fresh: ClassVar[int]  # steps where it starts afresh, if more
 

@@ -79,6 +79,11 @@ class Projected(SphereMeasure):
         return self.measure.penalty(self.projection.project(x, state), _of_inner(state)).mean(-1)
 
     @property
+    def simulations(self) -> int:  # type: ignore[override]
+        """The fewer of what the measure and the projection can afford."""
+        return min(self.measure.simulations, self.projection.simulations)
+
+    @property
     def half_space(self) -> bool:
         """Whether the measure is one of lines."""
         return bool(getattr(self.measure, "half_space", False))

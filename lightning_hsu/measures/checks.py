@@ -1,0 +1,87 @@
+"""Errors that a user of a measure can act on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable
+from functools import lru_cache
+from typing import Protocol, cast
+
+import torch
+from torch import Tensor
+
+
+class _HasKernel(Hashable, Protocol):
+    """A measure with a kernel of the squared chords q and p = 4 - q."""
+
+    def kernel(self, q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]: ...
+
+
+def check_kernel(measure: _HasKernel) -> None:
+    """Refuse, once a measure, a kernel whose slope is not the derivative of its value: training would go astray unseen."""
+    if type(measure).__hash__ is None:
+        raise TypeError(f"a measure must be hashable: decorate {type(measure).__name__} with @dataclass(frozen=True)")
+    _check_slope(measure)
+
+
+@lru_cache(maxsize=256)
+def _check_slope(measure: _HasKernel) -> None:
+    name = f"{type(measure).__name__}.kernel"
+    q = torch.tensor([0.3, 1.0, 2.0, 3.5], dtype=torch.float64, requires_grad=True)
+    with torch.enable_grad():
+        found = measure.kernel(q, 4.0 - q)
+        if not isinstance(found, tuple) or len(found) != 2:
+            raise TypeError(
+                f"{name} must return (value, slope), the slope being the derivative with respect to q; got {found!r}"
+            )
+        value, slope = found
+        expected = torch.autograd.grad(value.sum(), q)[0] if value.requires_grad else None
+    if expected is not None and not torch.allclose(slope.detach(), expected, rtol=1e-6, atol=1e-9):
+        raise ValueError(
+            f"the slope of {name} is not the derivative of its value with respect to q: at q = {q.tolist()} the slope is "
+            f"{slope.tolist()}, the derivative {expected.tolist()}"
+        )
+
+
+def check_neurons(x: Tensor) -> None:
+    """Refuse what cannot be rows of neurons."""
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        raise TypeError(
+            f"neurons must be a floating-point tensor, got {getattr(x, 'dtype', type(x).__name__)}; cast with x.float()"
+        )
+    if x.ndim < 2:
+        raise ValueError(
+            f"neurons must have shape (..., n, d), one neuron a row, got shape {tuple(x.shape)}; "
+            "flatten a convolution's weight with weight.flatten(1)"
+        )
+
+
+def check_softening(softening: float) -> None:
+    """Refuse a softening that is not a chord."""
+    check_number("softening", softening, "a chord in [0, 2), 0 switches it off", lambda chord: 0.0 <= chord < 2.0)
+
+
+def check_number(name: str, value: object, what: str, fits: Callable[[float], bool]) -> None:
+    """Refuse a setting that is no real number or out of its range, which ``what`` describes."""
+    if not plain_number(value) or not fits(cast(float, value)):
+        raise ValueError(f"{name} must be {what}; got {value!r}")
+
+
+def check_flag(name: str, value: object) -> None:
+    """Refuse a setting that is neither True nor False."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False; got {value!r}")
+
+
+def check_count(name: str, value: object, least: int = 1) -> None:
+    """Refuse a setting that is no int, or too small."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name} must be an int >= {least}; got {value!r}")
+
+
+def plain_number(value: object) -> bool:
+    """Tell whether value is a finite real number (and not a bool)."""
+    try:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # an int beyond float64
+        return False

@@ -1,0 +1,169 @@
+"""What measures carry from step to step: kept in checkpoints, forgotten with the model, never moved by looking."""
+
+import copy
+
+import pytest
+import torch
+
+from lightning_hsu import UniformityRegularizer
+from lightning_hsu.measures import Covering, Polarization, RieszEnergy, SlicedWasserstein
+from lightning_hsu.presets import sphere_uniformity
+from lightning_hsu.projections import Adversarial, AnglePreserving, GroupProjection, Projected, RandomProjection
+from tests.models import Automatic, batches, loader, network, trainer, uniformity
+
+CARRYING = [
+    Covering(witnesses=3),
+    Polarization(s=1),
+    SlicedWasserstein(circles=8),
+    Projected(RieszEnergy(s=1), RandomProjection(dim=4)),
+    Projected(projection=AnglePreserving(dim=4)),
+    Projected(projection=Adversarial(dim=4, steps=2)),
+    Projected(Covering(), GroupProjection(dim=3)),
+]
+every_one = pytest.mark.parametrize("measure", CARRYING, ids=repr)
+
+
+def fitted(callback, epochs, seed=3, **kwargs):
+    torch.manual_seed(seed)
+    module = Automatic()
+    one = trainer(callback, max_epochs=epochs)
+    one.fit(module, loader(batches()), **kwargs)
+    return one, [p.detach().clone() for p in module.parameters()]
+
+
+def same_bits(first, second):
+    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@every_one
+def test_a_resumed_fit_is_the_uninterrupted_one_bit_for_bit(measure, tmp_path):
+    whole = fitted(uniformity(measure=measure), 2)[1]
+    first, half = fitted(uniformity(measure=measure), 1)
+    first.save_checkpoint(tmp_path / "half.ckpt")
+    saved = torch.load(tmp_path / "half.ckpt", weights_only=True)["callbacks"]
+    assert any("states" in state for state in saved.values())
+    resumed = fitted(uniformity(measure=measure), 2, seed=4, ckpt_path=tmp_path / "half.ckpt")[1]
+    assert same_bits(resumed, whole)
+    assert not same_bits(half, whole)
+    without = fitted(uniformity(measure=measure, coefficient=0), 2)[1]
+    assert not same_bits(without, whole)
+
+
+def test_a_published_pole_is_kept_as_well(tmp_path):
+    whole = fitted(sphere_uniformity("mhp", verbose=False), 2)[1]
+    first, _ = fitted(sphere_uniformity("mhp", verbose=False), 1)
+    first.save_checkpoint(tmp_path / "half.ckpt")
+    assert same_bits(fitted(sphere_uniformity("mhp", verbose=False), 2, ckpt_path=tmp_path / "half.ckpt")[1], whole)
+
+
+@every_one
+def test_looking_changes_nothing(measure):
+    """Training is the same whether layers are measured or not, and without a coefficient as without us."""
+    assert same_bits(fitted(uniformity(measure=measure), 1)[1], fitted_unwatched(measure))
+    torch.manual_seed(3)
+    plain = Automatic()
+    trainer(max_epochs=1).fit(plain, loader(batches()))
+    assert same_bits(fitted(uniformity(measure=measure, coefficient=0), 1)[1], [p.detach() for p in plain.parameters()])
+
+
+def fitted_unwatched(measure):
+    """The same steps through the engine alone, which never measures."""
+    torch.manual_seed(3)
+    module = Automatic()
+    optimizer = module.configure_optimizers()
+    regularizer = UniformityRegularizer(measure).attach(module)
+    for x, y in batches():
+        optimizer.zero_grad()
+        (module.net(x) - y).square().mean().backward()
+        regularizer.add_gradients(optimizer)
+        optimizer.step()
+    return [p.detach() for p in module.parameters()]
+
+
+def stepped(regularizer, net, steps=1):
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        net(torch.ones(2, 1, 6, 6)).sum().backward()
+        regularizer.add_gradients(optimizer)
+    return regularizer
+
+
+def test_each_step_has_its_own_draw_and_its_own_gradient():
+    net, regularizer = network(), UniformityRegularizer(Projected(projection=RandomProjection(dim=4)), include="5", head=None)
+    regularizer.attach(net)
+    gradients = []
+    for _ in range(2):
+        net[5].weight.grad = torch.zeros_like(net[5].weight)
+        regularizer.add_gradients(torch.optim.SGD(net.parameters(), lr=0.1))
+        gradients.append(net[5].weight.grad)
+    assert not torch.allclose(*gradients)
+    assert int(regularizer.memory.states["5"]["draw"]) == 1
+    regularizer.add_gradients(torch.optim.SGD(net.parameters(), lr=0.1), again=True)
+    assert int(regularizer.memory.states["5"]["draw"]) == 1  # within one step the function stays the same
+
+
+def test_steps_left_out_draw_nothing():
+    net = network()
+    regularizer = UniformityRegularizer(SlicedWasserstein(), include="5", head=None, every_n_steps=3).attach(net)
+    stepped(regularizer, net, 7)
+    assert int(regularizer.memory.states["5"]["draw"]) == 2  # steps 0, 3 and 6
+
+
+def test_another_model_begins_afresh_and_the_same_one_goes_on():
+    net, other = network(), network()
+    regularizer = stepped(UniformityRegularizer(Covering(), include="5", head=None).attach(net), net, 3)
+    assert int(regularizer.memory.states["5"]["step"]) == 2
+    regularizer.detach()
+    assert int(stepped(regularizer.attach(net), net).memory.states["5"]["step"]) == 3
+    assert int(stepped(regularizer.attach(other), other).memory.states["5"]["step"]) == 0
+
+
+def test_loaded_states_serve_the_next_model_if_they_fit():
+    net, other, wider = network(), network(), network()
+    wider[5] = torch.nn.Linear(32, 13)
+    saved = copy.deepcopy(stepped(UniformityRegularizer(Covering(), include="5", head=None).attach(net), net, 3).state_dict())
+    for model, step in ((other, 3), (wider, 3)):
+        regularizer = UniformityRegularizer(Covering(), include="5", head=None)
+        regularizer.load_state_dict(saved)
+        model[7] = torch.nn.Linear(model[5].out_features, 3)
+        assert int(stepped(regularizer.attach(model), model).memory.states["5"]["step"]) == step
+    narrow = torch.nn.Sequential(*[torch.nn.Flatten()] * 5, torch.nn.Linear(36, 9))
+    regularizer.load_state_dict(saved)
+    assert int(stepped(regularizer.attach(narrow), narrow).memory.states["5"]["step"]) == 0
+
+
+def test_copies_carry_the_states_and_no_model():
+    net = network()
+    regularizer = stepped(UniformityRegularizer(Covering(), include="5", head=None).attach(net), net)
+    twin = copy.deepcopy(regularizer)
+    assert int(twin.memory.states["5"]["step"]) == 0
+    assert not twin.layers
+
+
+def test_the_differentiable_penalty_goes_on_step_by_step():
+    net = network()
+    regularizer = UniformityRegularizer(SlicedWasserstein(), include="5", head=None).attach(net)
+    first, second = regularizer.penalty(), regularizer.penalty()
+    second.backward()
+    assert not torch.equal(first, second)
+    assert net[5].weight.grad.abs().sum() > 0
+
+
+def test_measured_layers_say_whether_they_are_exact_and_where_they_stand():
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(20, 8), torch.nn.Linear(8, 60))
+    for measure, exact in ((Covering(), [True, False]), (RieszEnergy(), [True, True])):
+        layers = UniformityRegularizer(measure, head=None).attach(net).measure_layers()
+        assert [layer.exact for layer in layers] == exact
+        assert all(-5 < layer.score < 1 for layer in layers)
+    with torch.no_grad():
+        net[1].weight.copy_(torch.cat([torch.eye(8), -torch.eye(8)])[torch.arange(60) % 16])
+    assert UniformityRegularizer(head=None).attach(net).measure_layers()[1].score < 0
+
+
+def test_the_head_is_measured_in_full_space_and_not_projected():
+    regularizer = UniformityRegularizer(Projected(RieszEnergy(s=1, half_space=True), RandomProjection(dim=4))).attach(network())
+    measures = {layer.target.name: layer.measure for layer in regularizer.layers}
+    assert measures["7"] == RieszEnergy(s=1)
+    assert measures["5"] == Projected(RieszEnergy(s=1, half_space=True), RandomProjection(dim=4))
