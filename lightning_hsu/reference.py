@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_hsu.measures import Measure
 
-_WORK = 2e11  # FLOP or so for all simulated layers together
+_WORK = 2e10  # FLOP or so for all simulated layers together
 
 
 class Level(float):
@@ -202,7 +202,7 @@ def score(measure: Measure, value: Tensor, n: int, d: int) -> Tensor:
 @lru_cache(maxsize=256)
 def _simulated(measure: Measure, n: int, d: int) -> Tensor:
     """Values of random layers (n, d) from a fixed seed, float64."""
-    draws = int(min(measure.simulations, max(3, _WORK / (2.0 * n * n * max(d, 64)))))
+    draws = int(min(measure.simulations, max(5, _WORK / (2.0 * n * n * max(d, 64)))))
     generator = torch.Generator().manual_seed(n * 65537 + d)
     return torch.stack([measure(torch.randn(n, d, generator=generator)).double() for _ in range(draws)])
 

@@ -202,6 +202,19 @@ def test_zero_and_broken_rows_take_no_part(measure):
 
 
 @every_member
+@pytest.mark.parametrize(("n", "d"), [(2, 64), (2, 2), (40, 3), (64, 512)])
+def test_float32_agrees_with_float64_on_layers_of_all_kinds(measure, n, d):
+    x = torch.randn(n, d)
+    if n == 2:
+        x[1] = -x[0] + 0.1 * x[1]
+    state = measure.prepare(x.double())
+    value, grad = measure.value_and_grad(x, state)
+    wide, its = measure.value_and_grad(x.double(), state)
+    assert float(value) == pytest.approx(float(wide), rel=1e-4, abs=1e-5)
+    assert float((grad - its).norm()) <= 1e-3 * float(its.norm()) + 1e-7
+
+
+@every_member
 @pytest.mark.parametrize("shape", [(1, 5), (0, 5), (2, 1, 4), (0, 3, 4)])
 def test_too_few_neurons_have_penalty_zero(measure, shape):
     x = torch.randn(shape)

@@ -1,14 +1,26 @@
 """Random expectations: known values, quadrature against closed form, formula against simulation; and the ratio."""
 
 import math
+import pickle
 from dataclasses import dataclass
 
 import pytest
 import torch
 
 from lightning_hsu.core import pair_expectation
-from lightning_hsu.measures import PairwiseMeasure, RieszEnergy
-from lightning_hsu.reference import random_expectation, random_level, uniformity_ratio
+from lightning_hsu.measures import (
+    GaussianPotential,
+    GramDeterminant,
+    Orthogonality,
+    PairwiseMeasure,
+    ResultantLength,
+    RieszEnergy,
+    Separation,
+    SlicedWasserstein,
+    SphereMeasure,
+)
+from lightning_hsu.reference import lower_bound, random_expectation, random_level, uniformity_ratio, uniformity_score
+from tests import configurations as c
 
 # d -> expectations of log(1 / rho), 1 / rho and 1 / rho**2 for two random points, to the digits published
 KNOWN = {
@@ -28,6 +40,106 @@ KNOWN = {
 def test_known_values(d):
     for s, value in zip((0, 1, 2), KNOWN[d], strict=True):
         assert random_expectation(RieszEnergy(s=s), n=5, d=d) == pytest.approx(value, abs=1e-10)
+
+
+# d -> expectations of exp(-rho**2) and exp(-2 rho**2)
+GAUSSIAN = {
+    2: (0.3085083226, 0.2070019212),
+    3: (0.2454210903, 0.1249580672),
+    4: (0.2152692892, 0.0893754198),
+    5: (0.1978025469, 0.0703518120),
+    8: (0.1727473358, 0.0458432535),
+    16: (0.1532240736, 0.0298062720),
+    64: (0.1396292228, 0.0207494489),
+    256: (0.1363966988, 0.0188969682),
+    1024: (0.1355998678, 0.0184592891),
+}
+
+
+@pytest.mark.parametrize("d", GAUSSIAN)
+def test_known_gaussian_potentials(d):
+    for t, value in zip((1, 2), GAUSSIAN[d], strict=True):
+        assert random_expectation(GaussianPotential(t=t), n=5, d=d) == pytest.approx(value, abs=1e-10)
+
+
+@pytest.mark.parametrize(
+    "measure",
+    [
+        RieszEnergy(s=0),
+        RieszEnergy(s=1),
+        RieszEnergy(s=2),
+        RieszEnergy(s=-1, distance="geodesic"),  # minus the angle: -pi / 2
+        GaussianPotential(t=1),
+        GaussianPotential(t=2, half_space=True),
+        Orthogonality("so"),
+        Orthogonality("dso"),
+        SlicedWasserstein(circles=4),
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize("d", [4, 5, 8, 16, 64, 256, 1024])
+def test_formulas_against_simulation_from_4_to_1024_dimensions(measure, d):
+    values = measure(torch.randn(1500, 10, d, dtype=torch.float64))
+    error = float(values.std()) / math.sqrt(1500)
+    level = random_expectation(measure, 10, d)
+    assert (level.source, level.standard_error) == ("exact", 0.0)
+    assert float(values.mean()) == pytest.approx(level, abs=4 * error)
+
+
+@pytest.mark.parametrize("d", [4, 64, 1024])
+def test_the_squared_resultant_of_n_random_neurons_is_n_in_the_mean(d):
+    squares = ResultantLength()(torch.randn(1500, 12, d)).square()
+    assert float(squares.mean()) == pytest.approx(12, abs=4 * float(squares.std()) / math.sqrt(1500))
+
+
+@pytest.mark.parametrize("measure", [Separation(), GramDeterminant(), ResultantLength(), Orthogonality("srip")], ids=repr)
+def test_a_simulated_mean_is_as_good_as_it_says(measure):
+    level = random_expectation(measure, 16, 6)
+    values = measure(torch.randn(600, 16, 6)).double()
+    assert level.source == "simulated mean"
+    assert level.standard_error == pytest.approx(float(values.std()) / math.sqrt(101), rel=0.35)
+    assert level == pytest.approx(float(values.mean()), abs=4 * level.standard_error)
+    assert random_expectation(measure, 16, 6) == level
+    assert pickle.loads(pickle.dumps(level)).source == "simulated mean"
+
+
+def test_the_score_is_0_as_random_and_1_at_the_bound():
+    for measure in (RieszEnergy(s=0), RieszEnergy(s=2), GaussianPotential(), Separation(), GramDeterminant(jitter=0)):
+        assert float(uniformity_score(measure, c.simplex(9, 8))) == pytest.approx(1, abs=1e-6)
+        assert abs(float(uniformity_score(measure, torch.randn(200, 9, 8)).mean())) < 0.1
+    for measure in (RieszEnergy(s=2, half_space=True), Orthogonality("so"), Orthogonality("srip")):
+        assert float(uniformity_score(measure, c.orthonormal(8, 8))) == pytest.approx(1, abs=1e-6)
+    assert math.isnan(uniformity_score(InverseOfNothing(), torch.randn(5, 4)))
+
+
+@dataclass(frozen=True)
+class InverseOfNothing(SphereMeasure):
+    """A measure that knows no bound."""
+
+    def on_sphere(self, x, state):
+        return x.square().sum((-2, -1)) + x[..., 0].sum(-1)
+
+
+def test_a_kernel_of_any_shape_has_a_bound_that_holds():
+    """One that is neither convex nor monotone, from outside the package: the bound is below all that is tried."""
+
+    @dataclass(frozen=True)
+    class Wavy(PairwiseMeasure):
+        half_space: bool = False
+
+        def kernel(self, q, p):
+            return (3 * q).cos() + q, 1 - 3 * (3 * q).sin()
+
+    for half_space in (False, True):
+        for n, d in ((2, 2), (3, 2), (5, 3), (9, 4)):
+            measure = Wavy(half_space)
+            bound = lower_bound(measure, n, d)
+            x = torch.randn(30, n, d, dtype=torch.float64)
+            for _ in range(60):
+                x = torch.nn.functional.normalize(x - 0.05 * n * measure.value_and_grad(x)[1], dim=-1)
+            lowest = float(measure(x).min())
+            assert bound <= lowest + 1e-9
+            assert bound > lowest - 1.5
 
 
 def test_geodesic_s1_in_three_dimensions_is_half_the_sine_integral():

@@ -70,8 +70,11 @@ class GramDeterminant(SphereMeasure):
         return -self._log_det(near + mirrored) - self._log_det(near - mirrored)
 
     def ratio(self, value: Tensor, reference: float) -> Tensor:
-        """Value over that of random points: both are negative, and the less uniform is further from 0."""
-        return value / reference
+        """Value over that of random points: both are negative, and the less uniform is further from 0.
+
+        Both are shifted down by 0.01: neurons so far apart that jitter alone is left compare as equal.
+        """
+        return (value - 0.01) / (reference - 0.01)
 
     def best(self, n: int, d: int) -> float | None:
         """What follows from the mean of the kernel: given that, the determinant is largest where all entries are equal."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_hsu.core import to_weights, working_dtype
+from lightning_hsu.core import to_weights, with_float64, working_dtype
 from lightning_hsu.measures.base import State
 from lightning_hsu.measures.checks import check_flag, check_number
 from lightning_hsu.measures.pairwise import PairwiseMeasure
@@ -62,11 +62,16 @@ class GaussianPotential(PairwiseMeasure):
 
     def penalty(self, x: Tensor, state: State | None = None) -> Tensor:
         """Logarithm of the mean potential, (...); 0 with fewer than two neurons."""
-        mean = super().penalty(x)
-        return torch.where(mean > 0, mean, 1.0).log()
+        mean = super().penalty(self._widened(x))
+        return torch.where(mean > 0, mean, 1.0).log().to(working_dtype(x.dtype))
 
     def value_and_grad(self, x: Tensor, state: State | None = None) -> tuple[Tensor, Tensor]:
         """The penalty (...) and its gradient (..., n, d) in one pass."""
-        mean, grad = super().value_and_grad(x.to(working_dtype(x.dtype)))
+        mean, grad = super().value_and_grad(self._widened(x))
         mean = torch.where(mean > 0, mean, 1.0)
-        return mean.log(), to_weights(grad, 1.0 / mean[..., None, None], x.dtype)
+        grad = to_weights(grad, 1.0 / mean[..., None, None], x.dtype)
+        return mean.log().to(x.device, working_dtype(x.dtype)), grad.to(x.device)
+
+    def _widened(self, x: Tensor) -> Tensor:
+        """In float64 where exp(-4 t) is below what float32 can divide by."""
+        return with_float64(x).double() if self.t > 15 else x.to(working_dtype(x.dtype))
