@@ -10,7 +10,8 @@ from torch import Tensor
 
 from lightning_hsu.measures import Measure
 
-_WORK = 2e10  # FLOP or so for all simulated layers together
+_DRAWS, _FEWEST = 101, 5  # simulated layers
+_WORK = 2e10  # FLOP or so for all of them together
 
 
 class Level(float):
@@ -42,7 +43,7 @@ def random_expectation(measure: Measure, n: int, d: int) -> Level:
     ``2**(d-2-s) G(d/2) G((d-1-s)/2) / (sqrt(pi) G(d-1-s/2))`` (G the gamma function), for s = 0
     ``-log 2 + (psi(d-1) - psi((d-1)/2)) / 2``; other pairwise measures go by quadrature of their kernel against the density
     ``sin(t)**(d-2)`` of the angle, to about 1e-10, softening not counted in. Otherwise the mean over simulated layers
-    from a fixed seed, cached, with its standard error: 101 of them, fewer where n and d are large or the measure is slow.
+    from a fixed seed, cached, with its standard error: 101 of them, down to 5 where one is much work.
 
     Args:
         measure: A measure.
@@ -178,7 +179,7 @@ def uniformity_score(measure: Measure, x: Tensor) -> Tensor:
         x: Neurons, shape (..., n, d).
 
     Returns:
-        The score, shape (...), at most 1; NaN where no bound is known.
+        The score, shape (...), at most 1; NaN where no bound is known, or none can be better than random.
 
     Raises:
         ValueError: for fewer than 2 neurons or dimensions.
@@ -195,14 +196,15 @@ def uniformity_score(measure: Measure, x: Tensor) -> Tensor:
 
 def score(measure: Measure, value: Tensor, n: int, d: int) -> Tensor:
     """The score of natural values (...) of n neurons in d dimensions; see :func:`uniformity_score`."""
-    level = random_level(measure, n, d)
-    return (value - level) / (lower_bound(measure, n, d) - level)
+    level, bound = random_level(measure, n, d), lower_bound(measure, n, d)
+    room = bound - level if abs(bound - level) > 1e-6 * max(1.0, abs(level)) else math.nan
+    return (value - level) / room
 
 
 @lru_cache(maxsize=256)
 def _simulated(measure: Measure, n: int, d: int) -> Tensor:
     """Values of random layers (n, d) from a fixed seed, float64."""
-    draws = int(min(measure.simulations, max(5, _WORK / (2.0 * n * n * max(d, 64)))))
+    draws = int(min(_DRAWS, max(_FEWEST, _WORK / (measure.work(n, d) + 400.0 * n * d))))
     generator = torch.Generator().manual_seed(n * 65537 + d)
     return torch.stack([measure(torch.randn(n, d, generator=generator)).double() for _ in range(draws)])
 

@@ -85,7 +85,7 @@ class UniformityRegularizer:
         self.skips: list[Skip] = []
         self.active = False  # whether any layer has a coefficient other than the number 0: else there is nothing to add
         self.steps: list[int] = []  # steps done by each optimizer
-        self.memory = Memory()
+        self.memory, self._looking = Memory(), Memory()
         self._seen: list[int] = []  # ids of the optimizers, in the order in which they first stepped
         self._last: dict[str, float] = {}  # coefficient of each layer at its last step
         self._reached: set[str] = set()  # layers whose weights some optimizer was about to step with a gradient
@@ -99,6 +99,7 @@ class UniformityRegularizer:
         """
         targets, self.skips = select(model, self.include, self.exclude, self.head)
         self.memory.attach(model)
+        self._looking.attach(model)
         self.coefficient.check_names([target.name for target in targets])
         if self.head_coefficient is not None and not any(target.head for target in targets):
             raise ValueError(
@@ -204,8 +205,8 @@ class UniformityRegularizer:
         return Layer(target, measure, self._strength_of(target), tuple(target.parameters()))
 
     def _remembered(self, layer: Layer, x: Tensor) -> State | None:
-        """A measure's state for looking at x; only where nothing is trained with it is it carried on."""
-        return self.memory.next(layer, x) if layer.strength == 0 else self.memory.peek(layer, x)
+        """A measure's state for looking at x: from where training stands, else from the last look; training does not see it."""
+        return self.memory.peek(layer, x) if layer.target.name in self.memory.states else self._looking.next(layer, x)
 
     def _strength_of(self, target: Target) -> Strength:
         own = self.head_coefficient if target.head and self.head_coefficient is not None else self.coefficient

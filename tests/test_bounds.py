@@ -1,6 +1,7 @@
 """Lower bounds on the sphere: met by sharp configurations, never undercut; exact as a quadrature; caps in closed form."""
 
 import math
+from dataclasses import replace
 from functools import partial
 from itertools import combinations, product
 
@@ -8,8 +9,8 @@ import pytest
 import torch
 
 from lightning_hsu.core.levenshtein import cap_angle, cap_fraction, largest_cosine, universal_quadrature
-from lightning_hsu.measures import RieszEnergy
-from lightning_hsu.reference import random_expectation
+from lightning_hsu.measures import GaussianPotential, RieszEnergy, Separation
+from lightning_hsu.reference import lower_bound, random_expectation
 from tests import configurations as c
 
 # kernels of the cosine, and what random points have on average
@@ -37,6 +38,12 @@ def neighbours(x, cosine):
     near = x[((x @ x[0]) - cosine).abs() < 1e-9]
     complement = torch.linalg.qr(torch.cat([x[:1], torch.eye(x.shape[1], dtype=x.dtype)]).T).Q[:, 1:]
     return torch.nn.functional.normalize(near @ complement, dim=-1)
+
+
+def upper(x):
+    """One of each two opposite points."""
+    signs = x @ torch.arange(1, x.shape[1] + 1, dtype=x.dtype).sqrt()
+    return x[signs > 0]
 
 
 def half_cube():
@@ -261,3 +268,38 @@ def test_what_makes_no_sense_is_refused():
             function(value, 3)
     with pytest.raises(ValueError, match="a cap needs"):
         cap_angle(0.5, 1)
+
+
+MEASURES = [RieszEnergy(s=0), RieszEnergy(s=1), RieszEnergy(s=2), RieszEnergy(s=3.5), RieszEnergy(s=-1), GaussianPotential(t=2)]
+
+
+@pytest.mark.parametrize("measure", MEASURES, ids=repr)
+@pytest.mark.parametrize("name", SHARP)
+def test_the_lower_bound_of_a_measure_is_attained(name, measure):
+    points, n, d = SHARP[name]
+    measure = replace(measure, softening=0.0) if isinstance(measure, RieszEnergy) else measure
+    assert float(measure(points)) == pytest.approx(lower_bound(measure, n, d), rel=1e-9)
+    assert float(Separation()(points)) == pytest.approx(lower_bound(Separation(), n, d), abs=1e-7)
+
+
+LINES = {
+    **{f"{d} axes": (c.orthonormal(d, d), d, d) for d in (2, 3, 8, 24)},
+    "3 axes of 7": (c.orthonormal(3, 7), 3, 7),
+    "3 lines in the plane": (c.polygon(6)[:3], 3, 2),
+    "50 lines in the plane": (c.polygon(100)[:50], 50, 2),
+    "icosahedron": (c.icosahedron()[:6], 6, 3),
+    "28 lines in d = 7": (upper(neighbours(e8_roots(), 1 / 2)), 28, 7),
+    "120 lines in d = 8": (upper(e8_roots()), 120, 8),
+}
+
+
+@pytest.mark.parametrize("measure", MEASURES, ids=repr)
+@pytest.mark.parametrize("name", LINES)
+def test_the_lower_bound_in_half_space_is_attained_by_sharp_lines(name, measure):
+    points, n, d = LINES[name]
+    assert points.shape == (n, d)
+    measure = replace(measure, half_space=True)
+    measure = replace(measure, softening=0.0) if isinstance(measure, RieszEnergy) else measure
+    assert float(measure(points)) == pytest.approx(lower_bound(measure, n, d), rel=1e-9)
+    lines = Separation(half_space=True)
+    assert float(lines(points)) == pytest.approx(lower_bound(lines, n, d), abs=1e-7)

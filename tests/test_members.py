@@ -213,9 +213,9 @@ def test_a_large_layer_learns_its_projection_from_some_of_its_neurons():
     seen = []
 
     class Watching(AnglePreserving):
-        def loss(self, x, matrix, measure):
+        def objective(self, x, measure):
             seen.append(x.shape[1])
-            return super().loss(x, matrix, measure)
+            return super().objective(x, measure)
 
     Projected(RieszEnergy(), Watching(dim=4)).prepare(torch.randn(1300, 9))
     assert set(seen) == {434}  # every third
@@ -225,7 +225,7 @@ def test_a_large_layer_learns_its_projection_from_some_of_its_neurons():
     ("make", "message"),
     [
         (lambda: GaussianPotential(t=0), r"t must be in \(0, 150\]; got 0"),
-        (lambda: GramDeterminant(bandwidth=-1), r"bandwidth must be a chord in \(0, 10\]; got -1"),
+        (lambda: GramDeterminant(bandwidth=-1), r"bandwidth must be a chord in \[0.01, 10\]; got -1"),
         (lambda: GramDeterminant(jitter=2), r"jitter must be in \[0, 1\]; got 2"),
         (lambda: Separation(half_space="yes"), "half_space must be True or False; got 'yes'"),
         (lambda: Orthogonality("hard"), "kind must be 'so', 'dso', 'mc' or 'srip'; got 'hard'"),

@@ -167,3 +167,35 @@ def test_the_head_is_measured_in_full_space_and_not_projected():
     measures = {layer.target.name: layer.measure for layer in regularizer.layers}
     assert measures["7"] == RieszEnergy(s=1)
     assert measures["5"] == Projected(RieszEnergy(s=1, half_space=True), RandomProjection(dim=4))
+
+
+@every_one
+def test_a_state_of_another_kind_is_replaced_in_training_and_refused_by_hand(measure):
+    x = torch.randn(3, 8, 12)
+    fitting = measure.prepare(x)
+    assert measure.fits(x, fitting)
+    foreign = [other.prepare(x) for other in CARRYING if repr(other) != repr(measure)]
+    for state in [*foreign, measure.prepare(x[:1]), measure.prepare(x[0])]:
+        if not measure.fits(x, state):
+            with pytest.raises(ValueError, match=r"the state is not one of .* for neurons of shape \(3, 8, 12\)"):
+                measure.penalty(x, state)
+        new = measure.prepare(x, state)
+        assert measure.fits(x, new)
+        assert torch.isfinite(measure.penalty(x, new)).all()
+    with pytest.raises(ValueError, match="the state is not one of"):
+        measure.value_and_grad(x, measure.prepare(x[:1]))
+
+
+def test_witnesses_of_other_neurons_are_a_start_but_no_state():
+    x, measure = torch.randn(8, 6), Polarization()
+    state = measure.prepare(x)
+    with pytest.raises(ValueError, match="take it from prepare"):
+        measure.penalty(x[:5], state)
+    assert int(measure.prepare(x[:5], state)["step"]) == 1
+
+
+def test_a_changed_measure_resumes_with_a_fresh_state(tmp_path):
+    first, _ = fitted(uniformity(measure=CARRYING[3]), 1)
+    first.save_checkpoint(tmp_path / "half.ckpt")
+    for measure in (CARRYING[0], CARRYING[4], RieszEnergy()):
+        fitted(uniformity(measure=measure), 2, ckpt_path=tmp_path / "half.ckpt")

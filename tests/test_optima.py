@@ -7,11 +7,14 @@ import torch
 from scipy.optimize import linprog
 
 from lightning_hsu.measures import (
+    Covering,
     GaussianPotential,
     GramDeterminant,
     KoLeo,
+    Measure,
     MinimalAngle,
     Orthogonality,
+    Polarization,
     ResultantLength,
     RieszEnergy,
     Separation,
@@ -183,19 +186,30 @@ def test_nearest_neighbour_members_reach_the_simplex(n, d):
     assert spread(start(n, d, 3), half_space=False) == pytest.approx(math.acos(-1 / (n - 1)), abs=1e-6)
 
 
+SIMPLEX, CROSS_POLYTOPE, BASIS = (lambda d: c.simplex(d + 1, d)), c.cross_polytope, (lambda d: c.orthonormal(d, d))
+
+
+@pytest.mark.parametrize("d", [2, 3, 4, 8, 16])
 @pytest.mark.parametrize(
-    ("measure", "points"),
+    ("measure", "points_in"),
     [
-        (Separation(), c.cross_polytope(8)),
-        (Separation(half_space=True), c.orthonormal(8, 8)),
-        (Orthogonality("mc"), c.orthonormal(8, 8)),
-        (Orthogonality("mc"), c.icosahedron()[:6]),
-        (Orthogonality("srip"), c.orthonormal(8, 8)),
-        (Orthogonality("srip"), c.simplex(9, 8)),
-        (ResultantLength(), c.cross_polytope(4)),
+        (Covering(), SIMPLEX),
+        (Polarization(s=2), SIMPLEX),
+        (Separation(), CROSS_POLYTOPE),
+        (Separation(half_space=True), BASIS),
+        (ResultantLength(), SIMPLEX),
+        (ResultantLength(), CROSS_POLYTOPE),
+        (Orthogonality("mc"), BASIS),
+        (Orthogonality("srip"), SIMPLEX),
+        (Orthogonality("srip"), CROSS_POLYTOPE),
+        (Orthogonality("srip"), BASIS),
     ],
-    ids=repr,
+    ids=lambda one: repr(one) if isinstance(one, Measure) else "",
 )
-def test_kinked_optima_are_reached(measure, points):
-    target = float(measure.penalty(points))
-    assert follow(measure, start(*points.shape, 4), target) == pytest.approx(target, abs=1e-4)
+def test_kinked_optima_are_reached(measure, points_in, d):
+    points = points_in(d)
+    x, target = start(*points.shape, 4), float(measure.penalty(points))
+    if d == 16:  # there a single nearest pair or eigenvector at a time takes too long from afar: a smooth relative first
+        smooth = {Separation(): RieszEnergy(s=8), Orthogonality("srip"): Orthogonality("so")}.get(measure)
+        x = x if smooth is None else descend(smooth, x, steps=60)
+    assert follow(measure, x, target, tolerance=1e-3) == pytest.approx(target, abs=1e-3)

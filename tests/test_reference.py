@@ -9,10 +9,12 @@ import torch
 
 from lightning_hsu.core import pair_expectation
 from lightning_hsu.measures import (
+    Covering,
     GaussianPotential,
     GramDeterminant,
     Orthogonality,
     PairwiseMeasure,
+    Polarization,
     ResultantLength,
     RieszEnergy,
     Separation,
@@ -118,6 +120,49 @@ class InverseOfNothing(SphereMeasure):
 
     def on_sphere(self, x, state):
         return x.square().sum((-2, -1)) + x[..., 0].sum(-1)
+
+
+@dataclass(frozen=True)
+class FromTheMirror(PairwiseMeasure):
+    def kernel(self, q, p):
+        return 1 / p, 1 / p**2
+
+
+def test_an_infinite_expectation_of_a_kernel_of_ones_own_is_told():
+    """chord**-4 has a finite mean from six dimensions on, 1 / (chord to the mirror image)**2 from four."""
+    for d in (2, 3, 4, 5):
+        assert random_expectation(InverseFourth(), 8, d) == math.inf
+    assert random_expectation(InverseFourth(), 8, 6) == pytest.approx(random_expectation(RieszEnergy(s=4), 8, 6), rel=1e-9)
+    assert random_expectation(FromTheMirror(), 8, 3) == math.inf
+    assert random_expectation(FromTheMirror(), 8, 4) == pytest.approx(1, rel=1e-9)
+    assert random_level(InverseFourth(), 8, 4).source == "simulated median"
+
+
+@dataclass(frozen=True)
+class Negative(PairwiseMeasure):
+    def kernel(self, q, p):
+        return -q, -torch.ones_like(q)
+
+
+def test_the_ratio_grows_with_redundancy_where_values_are_negative_too():
+    for measure in (Negative(), RieszEnergy(s=-1), RieszEnergy(s=0), GramDeterminant(), Polarization(s=0)):
+        even, crowded = c.simplex(5, 4), torch.ones(5, 4) + 0.3 * torch.eye(5, 4)
+        assert float(uniformity_ratio(measure, even)) < 1 < float(uniformity_ratio(measure, crowded)), measure
+
+
+def test_there_is_no_score_where_nothing_can_be_better_than_random():
+    assert math.isnan(uniformity_score(RieszEnergy(s=-2, half_space=True), torch.randn(4, 8)))
+    assert math.isnan(uniformity_score(Covering(half_space=True), torch.randn(4, 8)))
+
+
+def test_a_wide_softening_does_not_break_the_bound():
+    """There the kernel is a line, and the polynomial of the universal bound may lie above it."""
+    x = torch.randn(40, 6, 4, dtype=torch.float64)
+    measure = RieszEnergy(s=2, half_space=True, softening=1.2)
+    for _ in range(300):
+        x = torch.nn.functional.normalize(x - 3 * measure.value_and_grad(x)[1], dim=-1)
+    assert lower_bound(measure, 6, 4) <= float(measure(x).min())
+    assert lower_bound(RieszEnergy(s=2, half_space=True), 6, 4) > lower_bound(measure, 6, 4)
 
 
 def test_a_kernel_of_any_shape_has_a_bound_that_holds():

@@ -285,7 +285,7 @@ def test_some_reach_the_best():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"s": -2.0}, "s must be a finite number >= 0"),
+        ({"s": -2.0}, r"s must be a number in \[0, 100\]"),
         ({"witnesses": 0}, "witnesses must be"),
         ({"half_space": 1}, "half_space must"),
     ],

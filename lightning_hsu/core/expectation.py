@@ -13,8 +13,11 @@ def pair_expectation(kernel: Kernel, d: int) -> float:
     """Mean of a kernel of the squared chord over two independent uniform points of the sphere in d dimensions.
 
     Against the density sin(t)**(d-2) of their angle, by the tanh-sinh rule: endpoint singularities are harmless, and the
-    error is about 1e-10. A mean that does not exist comes out as some number.
+    error is about 1e-10. Infinite where the kernel grows too fast towards coincident or opposite points: from the power
+    of the squared chord that it goes with there.
     """
+    if diverging := _diverging(kernel, d):
+        return diverging
     step = min(2.0**-7, 0.2 / math.sqrt(d))
     grid = torch.arange(-4.5, 4.5 + step, step, dtype=torch.float64)
     # t = pi / (1 + exp(-pi sinh u)) covers (0, pi); both ends are kept to full relative precision.
@@ -27,3 +30,15 @@ def pair_expectation(kernel: Kernel, d: int) -> float:
     value = kernel(q, p)[0]
     kept = weight > 0
     return float((value[kept] * weight[kept]).sum() / weight.sum())
+
+
+def _diverging(kernel: Kernel, d: int) -> float:
+    """Infinity with the sign of the kernel at an end where its mean has no bound; 0 where there is none."""
+    near, far = torch.tensor([1e-20, 1e-19], dtype=torch.float64), torch.tensor([4.0, 4.0], dtype=torch.float64)
+    for q, p in ((near, far), (far, near)):
+        value = kernel(q, p)[0]
+        # Near an end the density of the squared chord goes with its (d - 3) / 2-th power.
+        power = -math.log10(float((value[1] / value[0]).abs().clamp_min(1e-300))) if float(value[0]) else 0.0
+        if power >= (d - 1) / 2 - 1e-6:
+            return math.copysign(math.inf, float(value[0]))
+    return 0.0

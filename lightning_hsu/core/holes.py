@@ -18,6 +18,7 @@ SHARED = 1e-6
 _SUBSETS, _SUBSET_FLOP = 20000, 1e8  # up to here every subset of d points is tried
 _HULL = 4  # up to this dimension the convex hull is asked, where scipy is there
 _DENSE = 2048  # up to this many points the n x n system of the hemisphere is solved
+_PIVOTS = 40  # rounds after which a guess of the positive weights is left as it is: the certificate will tell
 _KEPT = 512  # holes of equal depth that are kept
 
 
@@ -148,7 +149,7 @@ def _pivoted(gram: Tensor, positive: Tensor) -> Tensor:
     one at a time where that does not help.
     """
     fewest, patience = len(gram) + 1, 3
-    for _ in range(len(gram) + 20):
+    for _ in range(min(len(gram) + 20, _PIVOTS)):
         weights = _solved(gram, positive)
         wrong = torch.where(positive, weights < 0, gram @ weights < 1.0 - 1e-11)
         count = int(wrong.sum())

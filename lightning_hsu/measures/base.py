@@ -25,7 +25,6 @@ class Measure(ABC):
     """
 
     higher_is_better: ClassVar[bool] = False
-    simulations: ClassVar[int] = 101  # random layers drawn where no exact expectation is known
 
     def __call__(self, x: Tensor, state: State | None = None) -> Tensor:
         """Return the natural value (...) of the neurons x (..., n, d)."""
@@ -43,6 +42,10 @@ class Measure(ABC):
         """
         return None
 
+    def fits(self, x: Tensor, state: State) -> bool:
+        """Tell whether a state is one of this measure for neurons of the shape of x (..., n, d)."""
+        return all(part.shape[:1] == (x.shape[:-2].numel(),) for part in state.values())
+
     @abstractmethod
     def penalty(self, x: Tensor, state: State | None = None) -> Tensor:
         """Return what training minimises, (...), differentiable (twice, too); ``state`` comes from :meth:`prepare`."""
@@ -52,8 +55,13 @@ class Measure(ABC):
         """Return the penalty (...) and its gradient (..., n, d) without an autograd graph."""
 
     def ratio(self, value: Tensor, reference: float) -> Tensor:
-        """Compare natural values with that of random points: 1 as random, above 1 less uniform."""
-        return reference / value.clamp_min(1e-9) if self.higher_is_better else value / reference
+        """Compare natural values with that of random points: 1 as random, above 1 less uniform.
+
+        Their quotient, or the exponential of their difference where the value of random points is not positive.
+        """
+        if reference <= 0:
+            return ((reference - value) if self.higher_is_better else (value - reference)).exp()
+        return reference / value.clamp_min(1e-9 * reference) if self.higher_is_better else value / reference
 
     def is_exact(self, state: State | None) -> bool:
         """Tell whether values under this state are exact, not merely the best that an inner search has found."""
@@ -65,6 +73,10 @@ class Measure(ABC):
         if not is_dataclass(measure) or "half_space" not in [field.name for field in fields(measure)]:
             return measure
         return replace(measure, half_space=False)
+
+    def work(self, n: int, d: int) -> float:
+        """FLOP or so of one value from scratch; more work means fewer random layers for a reference value."""
+        return 2.0 * n * n * max(d, 64)
 
     def expectation(self, n: int, d: int) -> float | None:
         """Exact expected value of n independent uniform neurons in d dimensions, ``inf`` included; None if not known."""
@@ -99,7 +111,7 @@ class SphereMeasure(Measure):
 
         Raises:
             TypeError: if x is not a floating-point tensor.
-            ValueError: if x has fewer than two dimensions.
+            ValueError: if x has fewer than two dimensions, or the state is one of another measure or shape.
         """
         check_neurons(x)
         value: Tensor = _Evaluation.apply(x, self, self._prepared(x, state))  # type: ignore[no-untyped-call]
@@ -124,7 +136,14 @@ class SphereMeasure(Measure):
         return self._shaped(self._by_group(unit, inverse_norm, state), x)
 
     def _prepared(self, x: Tensor, state: State | None) -> State | None:
-        return self.prepare(x, None) if state is None and x.numel() else state
+        if state is None or not x.numel():
+            return self.prepare(x, None) if x.numel() else None
+        if not self.fits(x, state):
+            raise ValueError(
+                f"the state is not one of {self!r} for neurons of shape {tuple(x.shape)}: take it from prepare(x, state), "
+                "which replaces one that does not fit"
+            )
+        return state
 
     def _unit(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Unit rows (b, n, d) and inverse norms (b, n, 1) in the precision of this measure."""
@@ -171,9 +190,14 @@ class _Evaluation(torch.autograd.Function):
 
 def next_draw(x: Tensor, state: State | None) -> State:
     """Count the draws of a random measure of neurons x (..., n, d), one number for each group."""
-    groups = x.shape[:-2].numel()
-    fits = state is not None and state.get("draw", torch.empty(0)).shape == (groups,)
-    return {"draw": state["draw"] + 1 if state is not None and fits else torch.zeros(groups, dtype=torch.int64)}
+    if state is not None and counts_draws(x, state):
+        return {"draw": state["draw"] + 1}
+    return {"draw": torch.zeros(x.shape[:-2].numel(), dtype=torch.int64)}
+
+
+def counts_draws(x: Tensor, state: State) -> bool:
+    """Tell whether a state counts draws for the groups of neurons x (..., n, d)."""
+    return set(state) == {"draw"} and state["draw"].shape == (x.shape[:-2].numel(),)
 
 
 def draw_of(state: State | None) -> int:

@@ -23,7 +23,7 @@ class GramDeterminant(SphereMeasure):
     negative. It grows with the number of neurons, as published. In float64, O(n**3) time and O(n**2) memory.
 
     Args:
-        bandwidth: Width of the kernel, a chord in (0, 10]; 1 as published.
+        bandwidth: Width of the kernel, a chord in [0.01, 10]; 1 as published.
         half_space: Measure the 2n points ``x`` and ``-x`` instead, by two n x n determinants.
         jitter: Added to the diagonal, in [0, 1]; 1e-6 as published. It bounds what coincident neurons cost, about
             ``log(2 jitter)`` a pair, and the force between near ones, which is largest at a chord of
@@ -53,7 +53,7 @@ class GramDeterminant(SphereMeasure):
     jitter: float = 1e-6
 
     def __post_init__(self) -> None:
-        check_number("bandwidth", self.bandwidth, "a chord in (0, 10]", lambda chord: 0 < chord <= 10)
+        check_number("bandwidth", self.bandwidth, "a chord in [0.01, 10]", lambda chord: 0.01 <= chord <= 10)
         check_number("jitter", self.jitter, "in [0, 1]", lambda jitter: 0 <= jitter <= 1)
         check_flag("half_space", self.half_space)
 
@@ -75,6 +75,10 @@ class GramDeterminant(SphereMeasure):
         Both are shifted down by 0.01: neurons so far apart that jitter alone is left compare as equal.
         """
         return (value - 0.01) / (reference - 0.01)
+
+    def work(self, n: int, d: int) -> float:
+        """Gram matrix, factor and, since values come with their gradients, inverse."""
+        return super().work(n, d) * 4 + 4.0 * n**3
 
     def best(self, n: int, d: int) -> float | None:
         """What follows from the mean of the kernel: given that, the determinant is largest where all entries are equal."""
@@ -99,7 +103,7 @@ class _LogDet(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gram: Tensor, jitter: float) -> Tensor:
         factor, info = torch.linalg.cholesky_ex(_with_diagonal(gram, jitter))
-        while bool(info.any()):
+        while bool(info.any()) and jitter < 1.0:
             jitter = max(10.0 * jitter, 1e-14)
             factor, info = torch.linalg.cholesky_ex(_with_diagonal(gram, jitter))
         ctx.jitter = jitter

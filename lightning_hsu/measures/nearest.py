@@ -167,8 +167,15 @@ class MinimalAngle(NearestMeasure):
         return _minus_angle(q, p)
 
     def best(self, n: int, d: int) -> float | None:
-        """Caps of half the nearest angle around each neuron do not overlap. None below 2 neurons or dimensions."""
-        return min(math.pi, 2.0 * cap_angle(1.0 / n, d)) if n > 1 and d > 1 else None
+        """The smaller of two bounds, which only two neurons attain; None below 2 neurons or dimensions.
+
+        Caps of half the nearest angle around each neuron do not overlap; and the mean cosine of the nearest angles is at
+        least -1 / (n - 1), so that the mean angle lies below the concave envelope of arccos there.
+        """
+        if n < 2 or d < 2:
+            return None
+        slope = 1.3800  # of the line from (-1, pi) that touches arccos, rounded towards 0: the envelope up to there
+        return min(2.0 * cap_angle(1.0 / n, d), math.pi - slope * (1.0 - 1.0 / (n - 1)))
 
 
 @dataclass(frozen=True)

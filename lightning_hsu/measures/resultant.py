@@ -57,6 +57,10 @@ class ResultantLength(SphereMeasure):
         bend = 2.0 * bent / knee - (bent * torch.where(square > 0, bent, 1.0).sqrt()) / knee**2
         return torch.where(square < knee**2, bend, length)
 
+    def work(self, n: int, d: int) -> float:
+        """A sum."""
+        return 8.0 * n * d
+
     def best(self, n: int, d: int) -> float:
         """A balanced set has length 0."""
         return 0.0

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_hsu.core import seeded_noise, tangent, unit_rows
-from lightning_hsu.measures.base import SphereMeasure, State, draw_of, next_draw
+from lightning_hsu.measures.base import SphereMeasure, State, counts_draws, draw_of, next_draw
 from lightning_hsu.measures.checks import check_count
 
 
@@ -54,6 +54,10 @@ class SlicedWasserstein(SphereMeasure):
     def prepare(self, x: Tensor, state: State | None = None) -> State:
         """The number of the draw: 0, then one more each step."""
         return next_draw(x, state)
+
+    def fits(self, x: Tensor, state: State) -> bool:
+        """Whether the state counts draws."""
+        return counts_draws(x, state)
 
     def on_sphere(self, x: Tensor, state: State | None) -> Tensor:
         """Squared distance (b,) of unit rows x (b, n, d), mean over the circles."""

@@ -30,7 +30,6 @@ class _WitnessMeasure(SphereMeasure):
     """A weighted sum of a kernel between a few witnesses and the points; the state holds the witnesses and the weights."""
 
     wide: ClassVar[bool] = True
-    simulations: ClassVar[int] = 15
     half_space: bool
     witnesses: int
     steps: int
@@ -60,7 +59,7 @@ class _WitnessMeasure(SphereMeasure):
         with torch.no_grad():
             unit, inverse_norm = self._unit(x)
             alive = inverse_norm.squeeze(-1) > 0
-            known = state if state is not None and self._fits(state, unit) else None
+            known = state if state is not None and self._goes_on(state, unit) else None
             with exact_arithmetic(unit):
                 found = [self._of_group(rows[alive[i]], i, known) for i, rows in enumerate(unit)]
             step = torch.zeros(len(unit), dtype=torch.int64) if known is None else known["step"].cpu() + 1
@@ -80,10 +79,23 @@ class _WitnessMeasure(SphereMeasure):
         cosine = points[:, used] @ self._mirrored(x).mT  # (b, k, m)
         return (weights[:, used, : cosine.shape[2]] * self._kernel(cosine)).sum((1, 2))
 
-    def _fits(self, state: State, x: Tensor) -> bool:
-        points, step, exact = (state.get(name, torch.empty(0)) for name in ("points", "step", "exact"))
+    def fits(self, x: Tensor, state: State) -> bool:
+        """Whether the state has witnesses and weights for all neurons of x (..., n, d)."""
+        if set(state) != {"points", "weights", "exact", "step"} or not super().fits(x, state):
+            return False
+        b, n, d = x.shape[:-2].numel(), *x.shape[-2:]
+        k, m = state["points"].shape[1], 2 * n if self.half_space else n
+        return state["points"].shape == (b, k, d) and state["weights"].shape == (b, k, m)
+
+    def work(self, n: int, d: int) -> float:
+        """A fresh search, and the systems that exact solutions take."""
+        return 4.0 * _AFRESH * self.steps * self.witnesses * n * d + 20.0 * n * n * max(min(n, 3 * d), d)
+
+    def _goes_on(self, state: State, x: Tensor) -> bool:
+        """Whether the search can start from the witnesses of a state, even of other neurons or another number of them."""
+        points, step = (state.get(name, torch.empty(0)) for name in ("points", "step"))
         same = points.ndim == 3 and points.shape[::2] == x.shape[::2] and points.shape[1] >= self.witnesses
-        return same and step.shape == exact.shape == x.shape[:1] and bool(points.isfinite().all())
+        return same and step.shape == x.shape[:1] and bool(points.isfinite().all())
 
     def _of_group(self, x: Tensor, group: int, known: State | None) -> Solution:
         """The solution for live unit rows x (n, d) of one group."""
@@ -125,7 +137,7 @@ class Polarization(_WitnessMeasure):
     Evaluate with the state prepared at the same x. A second derivative is that with the witnesses fixed.
 
     Args:
-        s: A finite number >= 0. Larger s weighs near neurons more; s = 0, 1, 2 are the published choices.
+        s: A number in [0, 100]. Larger s weighs near neurons more; s = 0, 1, 2 are the published choices.
         half_space: Measure the 2n points ``x`` and ``-x`` instead.
         witnesses: How many witnesses look for the minimum, >= 1.
         steps: Steps of each witness in each training step, >= 1; a fresh start takes 20 times as many.
@@ -135,7 +147,7 @@ class Polarization(_WitnessMeasure):
         neurons have the value 0.
 
     Raises:
-        ValueError: for an s that is negative or not a finite number, a half_space that is no bool, or witnesses or steps
+        ValueError: for an s out of range, a half_space that is no bool, or witnesses or steps
             that are no int >= 1.
 
     Reference:
@@ -156,7 +168,7 @@ class Polarization(_WitnessMeasure):
     steps: int = 10
 
     def __post_init__(self) -> None:
-        check_number("s", self.s, "a finite number >= 0 such as 0, 1 or 2 (0 is the logarithm)", lambda s: s >= 0)
+        check_number("s", self.s, "a number in [0, 100] such as 0, 1 or 2 (0 is the logarithm)", lambda s: 0 <= s <= 100)
         _check(self)
 
     def best(self, n: int, d: int) -> float | None:

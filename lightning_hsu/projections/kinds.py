@@ -4,25 +4,35 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
 
 from lightning_hsu.core import seeded_noise
 from lightning_hsu.measures import Measure, State
-from lightning_hsu.measures.base import draw_of, next_draw
+from lightning_hsu.measures.base import counts_draws, draw_of, next_draw
 from lightning_hsu.measures.checks import check_count
 
 
 class Projection(ABC):
     """Linear maps to ``dim`` dimensions; subclasses are frozen dataclasses."""
 
-    simulations: ClassVar[int] = 101  # at most as many random layers are drawn for a reference value
     dim: int
 
     @abstractmethod
     def prepare(self, x: Tensor, measure: Measure, state: State | None) -> State:
         """Return the projections for unit rows x (b, n, d) as a state, carried on from the last step's."""
+
+    def copies(self, d: int) -> int:
+        """How many projections are made at once."""
+        return 1
+
+    def work(self, n: int, d: int) -> float:
+        """FLOP or so of a fresh :meth:`prepare`."""
+        return 0.0
+
+    @abstractmethod
+    def fits(self, x: Tensor, state: State) -> bool:
+        """Tell whether a state is one of this projection for unit rows of the shape of x (b, n, d)."""
 
     @abstractmethod
     def project(self, x: Tensor, state: State) -> Tensor:
@@ -48,9 +58,17 @@ class RandomProjection(Projection):
         check_count("dim", self.dim, 2)
         check_count("count", self.count)
 
+    def copies(self, d: int) -> int:
+        """The count."""
+        return self.count
+
     def prepare(self, x: Tensor, measure: Measure, state: State | None) -> State:
         """The number of the draw."""
         return next_draw(x, state)
+
+    def fits(self, x: Tensor, state: State) -> bool:
+        """Whether the state counts draws."""
+        return counts_draws(x, state)
 
     def project(self, x: Tensor, state: State) -> Tensor:
         """Project with each matrix of the draw."""
@@ -74,9 +92,17 @@ class GroupProjection(Projection):
     def __post_init__(self) -> None:
         check_count("dim", self.dim, 2)
 
+    def copies(self, d: int) -> int:
+        """The groups."""
+        return d // self.dim
+
     def prepare(self, x: Tensor, measure: Measure, state: State | None) -> State:
         """The number of the draw."""
         return next_draw(x, state)
+
+    def fits(self, x: Tensor, state: State) -> bool:
+        """Whether the state counts draws."""
+        return counts_draws(x, state)
 
     def project(self, x: Tensor, state: State) -> Tensor:
         """Take the coordinates group by group."""

@@ -22,7 +22,6 @@ _SAMPLE = 512  # neurons that a projection is learned from
 class _Learned(Projection):
     """One matrix (dim, d) for each group, refined by some steps of descent at each training step; kept in checkpoints."""
 
-    simulations: ClassVar[int] = 15
     steps: int
     fresh: ClassVar[int]  # steps where it starts afresh, if more
 
@@ -30,22 +29,31 @@ class _Learned(Projection):
         """The matrices, and the step length that worked last."""
         x = x[:, :: math.ceil(x.shape[1] / _SAMPLE)]
         shape = (len(x), self.dim, x.shape[-1])
-        fits = state is not None and state["matrix"].shape == shape and bool(state["matrix"].isfinite().all())
-        if state is not None and fits:
+        if state is not None:
             matrix, length, steps = state["matrix"].to(x), state["length"].to(x), self.steps
         else:
             matrix = seeded_noise(*shape[1:], like=x).expand(shape)
             length, steps = x.new_full(shape[:1], 0.1), max(self.fresh, self.steps)
-        matrix, length = _descend(lambda m: self.loss(x, m, measure), self.retract(matrix), length, steps, self.retract)
+        matrix, length = _descend(self.objective(x, measure), self.retract(matrix), length, steps, self.retract)
         return {"matrix": matrix, "length": length}
+
+    def fits(self, x: Tensor, state: State) -> bool:
+        """Whether the state has finite matrices of the right shape."""
+        if set(state) != {"matrix", "length"} or state["length"].shape != x.shape[:1]:
+            return False
+        return state["matrix"].shape == (len(x), self.dim, x.shape[-1]) and bool(state["matrix"].isfinite().all())
 
     def project(self, x: Tensor, state: State) -> Tensor:
         """Project with the learned matrix."""
         return (x @ state["matrix"].to(x).mT)[:, None]
 
+    def work(self, n: int, d: int) -> float:
+        """A fresh start: each step a forward and a backward product, and the measure of its sample, twice."""
+        return 8.0 * max(self.fresh, self.steps) * min(n, _SAMPLE) * self.dim * (d + min(n, _SAMPLE))
+
     @abstractmethod
-    def loss(self, x: Tensor, matrix: Tensor, measure: Measure) -> Tensor:
-        """What the matrices (b, dim, d) minimise, (b,)."""
+    def objective(self, x: Tensor, measure: Measure) -> Callable[[Tensor], Tensor]:
+        """Return what the matrices (b, dim, d) minimise for unit rows x (b, n, d), a function of them to (b,)."""
 
     @abstractmethod
     def retract(self, matrix: Tensor) -> Tensor:
@@ -72,10 +80,15 @@ class AnglePreserving(_Learned):
         check_count("dim", self.dim, 2)
         check_count("steps", self.steps)
 
-    def loss(self, x: Tensor, matrix: Tensor, measure: Measure) -> Tensor:
+    def objective(self, x: Tensor, measure: Measure) -> Callable[[Tensor], Tensor]:
         """Mean squared change of the cosines."""
-        y = unit_rows(x @ matrix.mT)[0]
-        return (y @ y.mT - x @ x.mT).square().mean((-2, -1))
+        cosine = x @ x.mT
+
+        def change(matrix: Tensor) -> Tensor:
+            y = unit_rows(x @ matrix.mT)[0]
+            return (y @ y.mT - cosine).square().mean((-2, -1))
+
+        return change
 
     def retract(self, matrix: Tensor) -> Tensor:
         """Cosines do not see the scale."""
@@ -106,9 +119,9 @@ class Adversarial(_Learned):
         check_count("dim", self.dim, 2)
         check_count("steps", self.steps)
 
-    def loss(self, x: Tensor, matrix: Tensor, measure: Measure) -> Tensor:
+    def objective(self, x: Tensor, measure: Measure) -> Callable[[Tensor], Tensor]:
         """The negative penalty of the projected neurons."""
-        return -measure.penalty(x @ matrix.mT)
+        return lambda matrix: -measure.penalty(x @ matrix.mT)
 
     def retract(self, matrix: Tensor) -> Tensor:
         """The nearest rows in the same order that are orthonormal."""

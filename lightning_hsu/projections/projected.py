@@ -66,10 +66,14 @@ class Projected(SphereMeasure):
             unit = self._unit(x.detach())[0]
             if self._as_it_is(unit):
                 return _inner(self.measure.prepare(unit, _of_inner(state)), len(unit))
-            own = None if state is None else {name: part for name, part in state.items() if not name.startswith("inner.")}
-            new = self.projection.prepare(unit, self.measure, own or None)
+            own = _of_projection(state)
+            new = self.projection.prepare(unit, self.measure, own if own and self.projection.fits(unit, own) else None)
             inner = self.measure.prepare(self.projection.project(unit, new), _of_inner(state))
         return new | _inner(inner, len(unit))
+
+    def fits(self, x: Tensor, state: State) -> bool:
+        """Whether the state is one of the projection, and if there is one of the measure, too."""
+        return self._as_it_is(x) or self.projection.fits(x.reshape(-1, *x.shape[-2:]), _of_projection(state))
 
     def on_sphere(self, x: Tensor, state: State | None) -> Tensor:
         """Mean penalty (b,) of the projections of unit rows x (b, n, d)."""
@@ -77,11 +81,6 @@ class Projected(SphereMeasure):
         if self._as_it_is(x):
             return self.measure.penalty(x, _of_inner(state))
         return self.measure.penalty(self.projection.project(x, state), _of_inner(state)).mean(-1)
-
-    @property
-    def simulations(self) -> int:  # type: ignore[override]
-        """The fewer of what the measure and the projection can afford."""
-        return min(self.measure.simulations, self.projection.simulations)
 
     @property
     def half_space(self) -> bool:
@@ -100,12 +99,24 @@ class Projected(SphereMeasure):
         """The measure's bound in the dimension projected to."""
         return self.measure.best(n, min(d, self.projection.dim))
 
+    def work(self, n: int, d: int) -> float:
+        """Learning a projection, projecting, and the measure of what comes out."""
+        if d <= self.projection.dim:
+            return self.measure.work(n, d)
+        once = 2.0 * n * d * self.projection.dim + self.measure.work(n, self.projection.dim)
+        return self.projection.work(n, d) + self.projection.copies(d) * once
+
     def for_head(self) -> Measure:
         """The head is not projected, as published."""
         return self.measure.for_head()
 
     def _as_it_is(self, x: Tensor) -> bool:
         return x.shape[-1] <= self.projection.dim
+
+
+def _of_projection(state: State | None) -> State:
+    """The projection's part of a state."""
+    return {name: part for name, part in (state or {}).items() if not name.startswith("inner.")}
 
 
 def _of_inner(state: State | None) -> State | None:
