@@ -192,7 +192,7 @@ def test_zero_and_broken_rows_take_no_part(measure):
     broken[1, 1] = float("nan")
     state = measure.prepare(x)
     value, grad = measure.value_and_grad(x, state)
-    again, its = measure.value_and_grad(broken, state)
+    again, its = measure.value_and_grad(broken, state if state and measure.fits(broken, state) else None)
     torch.testing.assert_close(again, value, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(its[0, :6], grad[0], rtol=1e-7, atol=1e-9)
     torch.testing.assert_close(its[1, [0, 2, 3, 4, 6, 7]], grad[1], rtol=1e-7, atol=1e-9)

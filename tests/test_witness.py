@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lightning_hsu.core.sphere import unit_rows
-from lightning_hsu.measures.witness import Covering, Polarization
+from lightning_hsu.measures import Covering, Polarization
 from tests import configurations as c
 
 MEASURES = [Covering(), Covering(half_space=True), *(Polarization(s=s, half_space=h) for s in (0, 1, 2) for h in (False, True))]

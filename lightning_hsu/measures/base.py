@@ -96,6 +96,7 @@ class SphereMeasure(Measure):
     """
 
     wide: ClassVar[bool] = False  # compute in float64
+    sees_zero_rows: ClassVar[bool] = False  # on_sphere leaves out zero rows itself
 
     @abstractmethod
     def on_sphere(self, x: Tensor, state: State | None) -> Tensor:
@@ -158,7 +159,7 @@ class SphereMeasure(Measure):
         """Penalty (b,); groups with zero rows, which are left out, one at a time."""
         alive = inverse_norm.squeeze(-1) > 0  # (b, n)
         with exact_arithmetic(unit):
-            if alive.shape[-1] > 1 and unit.numel() and bool(alive.all()):
+            if alive.shape[-1] > 1 and unit.numel() and (self.sees_zero_rows or bool(alive.all())):
                 return self.on_sphere(unit, state)
             zero = unit.sum() * 0.0
             parts = [zero] * len(unit)

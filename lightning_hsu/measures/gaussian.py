@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_hsu.core import to_weights, with_float64, working_dtype
 from lightning_hsu.measures.base import State
-from lightning_hsu.measures.checks import check_flag, check_number
+from lightning_hsu.measures.checks import check_flag, check_neurons, check_number
 from lightning_hsu.measures.pairwise import PairwiseMeasure
 
 
@@ -74,4 +74,5 @@ class GaussianPotential(PairwiseMeasure):
 
     def _widened(self, x: Tensor) -> Tensor:
         """In float64 where exp(-4 t) is below what float32 can divide by."""
+        check_neurons(x)
         return with_float64(x).double() if self.t > 15 else x.to(working_dtype(x.dtype))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -46,6 +47,7 @@ class Projected(SphereMeasure):
         torch.Size([16, 64])
     """
 
+    sees_zero_rows: ClassVar[bool] = True  # they stay zero, and the measure leaves them out
     measure: Measure = _MHE
     projection: Projection = _RANDOM
 
@@ -73,7 +75,13 @@ class Projected(SphereMeasure):
 
     def fits(self, x: Tensor, state: State) -> bool:
         """Whether the state is one of the projection, and if there is one of the measure, too."""
-        return self._as_it_is(x) or self.projection.fits(x.reshape(-1, *x.shape[-2:]), _of_projection(state))
+        (groups, n, d), inner = (x.shape[:-2].numel(), *x.shape[-2:]), _of_inner(state)
+        if self._as_it_is(x):
+            return self.measure.fits(x, inner or {})
+        if not self.projection.fits(torch.empty(groups, n, d, device="meta"), _of_projection(state)):
+            return False
+        projected = torch.empty(groups * self.projection.copies(d), n, self.projection.dim, device="meta")
+        return inner is None or self.measure.fits(projected, inner)
 
     def on_sphere(self, x: Tensor, state: State | None) -> Tensor:
         """Mean penalty (b,) of the projections of unit rows x (b, n, d)."""

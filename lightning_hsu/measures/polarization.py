@@ -1,0 +1,114 @@
+"""Maximum hyperspherical polarization (MHP): how the neurons look from the loneliest point of the sphere."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from lightning_hsu.core.holes import SHARED
+from lightning_hsu.core.witness import descend, lowest_on_circle, orthogonal_to, shares
+from lightning_hsu.measures.checks import check_number
+from lightning_hsu.measures.riesz import RieszEnergy
+from lightning_hsu.measures.witness import Solution, WitnessMeasure
+
+_NEAREST = 1e-12  # squared chord below which the kernel stays constant: a witness flees from neurons
+_LARGEST = 1e150  # kernels and slopes stay below, so that no product is inf * 0
+
+
+@dataclass(frozen=True)
+class Polarization(WitnessMeasure):
+    r"""Mean kernel between the neurons and the point of the sphere where it is smallest (MHP); large when no place is lonely.
+
+    The value is the minimum over unit vectors v of the mean over neurons of K(x_i, v), with ``rho`` the chord from x_i
+    to v and ``K = rho**-s`` for s > 0, ``log(1 / rho)`` for s = 0. Higher is better; the penalty is minus the value.
+
+    The minimum is found by :meth:`prepare`, from several witnesses at once, and its gradient is that of the mean
+    kernel at the best witness (witnesses that tie share it), held fixed. The value is exact, to 1e-6 or so, where it can
+    be proven: in two dimensions, where each arc between neighbours holds one minimum; where the kernel, being
+    convex in the cosine, shows that no v is lower, as for most layers with n <= d; in half space with n < d, where some v
+    is orthogonal to all neurons and the gradient is zero. Else it is an upper bound of the minimum, tight if one of
+    the witnesses found the right hole::
+
+        state = measure.prepare(x)
+        value, exact = measure(x, state), state["exact"]
+
+    Evaluate with the state prepared at the same x. A second derivative is that with the witnesses fixed.
+
+    Args:
+        s: A number in [0, 100]. Larger s weighs near neurons more; s = 0, 1, 2 are the published choices.
+        half_space: Measure the 2n points ``x`` and ``-x`` instead.
+        witnesses: How many witnesses look for the minimum, >= 1.
+        steps: Steps of each witness in each training step, >= 1; a fresh start takes 20 times as many.
+
+    Shape:
+        Neurons (..., n, d), rows of any positive norm, to a value (...). Zero rows take no part; fewer than two
+        neurons have the value 0.
+
+    Raises:
+        ValueError: for an s out of range, a half_space that is no bool, or witnesses or steps
+            that are no int >= 1.
+
+    Reference:
+        Liu et al., "Learning with Hyperspherical Uniformity", AISTATS 2021, arXiv 2103.01649.
+
+    Example:
+        >>> import torch
+        >>> from lightning_hsu.measures import Polarization
+        >>> round(float(Polarization(s=2)(torch.eye(4))), 6)  # the witness is opposite the mean: 1 / (2 + 2 / sqrt(4))
+        0.333333
+    """
+
+    higher_is_better: ClassVar[bool] = True
+
+    s: float = 2.0
+    half_space: bool = False
+    witnesses: int = 8
+    steps: int = 10
+
+    def __post_init__(self) -> None:
+        check_number("s", self.s, "a number in [0, 100] such as 0, 1 or 2 (0 is the logarithm)", lambda s: 0 <= s <= 100)
+        super().__post_init__()
+
+    def best(self, n: int, d: int) -> float | None:
+        """The mean kernel of two random points, as the minimum over v is below the mean over v; None if that is infinite."""
+        mean = RieszEnergy(s=self.s).expectation(2, d)
+        return mean if math.isfinite(mean) else None
+
+    def ratio(self, value: Tensor, reference: float) -> Tensor:
+        """Polarization of random points over this; for s = 0 the exponential of the difference."""
+        return (reference - value).exp() if self.s == 0 else super().ratio(value, reference)
+
+    def _kernel(self, cosine: Tensor) -> Tensor:
+        q = (2.0 - 2.0 * cosine).clamp_min(_NEAREST)
+        return 0.5 * q.log() if self.s == 0 else -q.pow(-0.5 * self.s).clamp_max(_LARGEST)
+
+    def _solve(self, x: Tensor, start: Tensor, steps: int) -> Solution:
+        def mean(v: Tensor) -> tuple[Tensor, Tensor]:
+            cosine = v @ x.T
+            value = -self._kernel(cosine)
+            slope = (self.s * value if self.s else 1.0) / (2.0 - 2.0 * cosine).clamp_min(_NEAREST)
+            return value.mean(1), slope.clamp_max(_LARGEST) @ x / len(x)
+
+        points = lowest_on_circle(x, mean) if x.shape[1] == 2 else self._left_out(x)
+        exact = points is not None
+        if points is None:
+            points = descend(mean, start, steps)
+        value, pull = mean(points)
+        scale = 1.0 if self.s == 0 else float(value.min())
+        share = shares(points, value, SHARED * scale)
+        # The kernel is convex in the cosine: no other v lies below the value by more than this.
+        best = int(value.argmin())
+        gap = float(pull[best].norm() + pull[best] @ points[best])
+        weights = share[:, None].expand(-1, len(x)) / len(x)
+        return points, weights, exact or gap <= 1e-9 * scale
+
+    def _left_out(self, x: Tensor) -> Tensor | None:
+        """In half space a direction (1, d) orthogonal to all neurons has the smallest mean of all; None if there is none."""
+        v = orthogonal_to(x[: len(x) // 2]) if self.half_space else None
+        return None if v is None else v[None]
+
+    def _heights(self, x: Tensor, v: Tensor) -> Tensor:
+        return -self._kernel(v @ x.T).mean(1)
