@@ -10,7 +10,7 @@ demo: .venv/installed  ## Train with and without the callback on real data: DATA
 	$(BIN)/python notebooks/demo.py --data "$(DATA)"
 
 test: .venv/installed  ## All tests, slow ones too
-	$(BIN)/python -m pytest --cov --cov-report=term
+	$(BIN)/python -m pytest -n auto --dist worksteal --cov --cov-report=term
 
 lint: .venv/installed  ## Style
 	$(BIN)/ruff check .

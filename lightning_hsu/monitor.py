@@ -132,13 +132,16 @@ def _shape(shape: tuple[int, int, int]) -> str:
 
 
 def _measure_name(layer: Layer) -> str:
-    """The measure with its first field and those that are not at their default."""
-    if not is_dataclass(layer.measure):
-        return repr(layer.measure)
-    own = fields(layer.measure)
-    values = [(field, getattr(layer.measure, field.name)) for field in own]
-    shown = [f"{field.name}={value!r}" for i, (field, value) in enumerate(values) if i == 0 or value != field.default]
-    return f"{type(layer.measure).__name__}({', '.join(shown)}){' head' if layer.target.head else ''}"
+    return f"{_short(layer.measure)}{' head' if layer.target.head else ''}"
+
+
+def _short(value: object) -> str:
+    """A measure with its first setting and those that are not at their default."""
+    if not is_dataclass(value):
+        return repr(value)
+    own = [(field, getattr(value, field.name)) for field in fields(value)]
+    shown = [f"{field.name}={_short(given)}" for i, (field, given) in enumerate(own) if i == 0 or given != field.default]
+    return f"{type(value).__name__}({', '.join(shown)})"
 
 
 def _strength_name(layer: Layer) -> str:

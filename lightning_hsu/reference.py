@@ -8,7 +8,10 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from lightning_hsu.core import unit_rows
 from lightning_hsu.measures import Measure
+from lightning_hsu.measures.base import check_measure
+from lightning_hsu.measures.checks import check_neurons
 
 _DRAWS, _FEWEST = 101, 5  # simulated layers
 _WORK = 2e10  # FLOP or so for all of them together
@@ -71,7 +74,7 @@ def random_expectation(measure: Measure, n: int, d: int) -> Level:
         >>> level.source, 0 < level.standard_error < 0.1
         ('simulated mean', True)
     """
-    _check_size(n, d)
+    _check(measure, n, d)
     exact = measure.expectation(n, d)
     if exact is not None:
         return Level(exact)
@@ -88,7 +91,7 @@ def random_level(measure: Measure, n: int, d: int) -> Level:
         d: Dimension, at least 2.
 
     Returns:
-        A finite value with a ``standard_error`` and a ``source``.
+        A finite value with a ``standard_error`` and a ``source``; NaN where there is no reference.
 
     Raises:
         ValueError: if n or d is below 2.
@@ -102,7 +105,7 @@ def random_level(measure: Measure, n: int, d: int) -> Level:
         (True, 'simulated median')
     """
     level = random_expectation(measure, n, d)
-    if math.isfinite(level):
+    if not math.isinf(level):
         return level
     values = _simulated(measure, n, d)
     # Asymptotic standard error of a median, the density from the quartiles of a normal distribution.
@@ -140,7 +143,7 @@ def lower_bound(measure: Measure, n: int, d: int) -> float:
         >>> round(lower_bound(Separation(), n=6, d=3), 6)  # the octahedron: a right angle
         1.570796
     """
-    _check_size(n, d)
+    _check(measure, n, d)
     best = measure.best(n, d)
     return math.nan if best is None else best
 
@@ -156,7 +159,7 @@ def uniformity_ratio(measure: Measure, x: Tensor) -> Tensor:
         x: Neurons, shape (..., n, d).
 
     Returns:
-        The ratio, shape (...).
+        The ratio, shape (...); NaN where fewer than two rows are neither zero nor NaN.
 
     Raises:
         ValueError: for fewer than 2 neurons or dimensions.
@@ -168,7 +171,9 @@ def uniformity_ratio(measure: Measure, x: Tensor) -> Tensor:
         >>> bool(uniformity_ratio(RieszEnergy(s=1), same) > 2)
         True
     """
-    return measure.ratio(measure(x), random_level(measure, *x.shape[-2:]))
+    _check_pair(measure, x)
+    ratio = measure.ratio(measure(x), random_level(measure, *x.shape[-2:]))
+    return torch.where(_enough(x), ratio, math.nan)
 
 
 def uniformity_score(measure: Measure, x: Tensor) -> Tensor:
@@ -179,7 +184,8 @@ def uniformity_score(measure: Measure, x: Tensor) -> Tensor:
         x: Neurons, shape (..., n, d).
 
     Returns:
-        The score, shape (...), at most 1; NaN where no bound is known, or none can be better than random.
+        The score, shape (...), at most 1; NaN where no bound is known, or none can be better than random, or fewer than two
+        rows are neither zero nor NaN.
 
     Raises:
         ValueError: for fewer than 2 neurons or dimensions.
@@ -191,7 +197,8 @@ def uniformity_score(measure: Measure, x: Tensor) -> Tensor:
         >>> round(float(uniformity_score(RieszEnergy(s=2), cross_polytope)), 6)
         1.0
     """
-    return score(measure, measure(x), *x.shape[-2:])
+    _check_pair(measure, x)
+    return torch.where(_enough(x), score(measure, measure(x), *x.shape[-2:]), math.nan)
 
 
 def score(measure: Measure, value: Tensor, n: int, d: int) -> Tensor:
@@ -209,6 +216,19 @@ def _simulated(measure: Measure, n: int, d: int) -> Tensor:
     return torch.stack([measure(torch.randn(n, d, generator=generator)).double() for _ in range(draws)])
 
 
-def _check_size(n: int, d: int) -> None:
+def _check(measure: Measure, n: int, d: int) -> None:
+    check_measure(measure)
+    if not isinstance(n, int) or not isinstance(d, int):
+        raise TypeError(f"n and d must be ints, the number of neurons and their dimension; got n={n!r}, d={d!r}")
     if n < 2 or d < 2:
         raise ValueError(f"a random layer needs at least 2 neurons of dimension 2; got n={n}, d={d}")
+
+
+def _check_pair(measure: Measure, x: Tensor) -> None:
+    check_measure(measure)
+    check_neurons(x)
+
+
+def _enough(x: Tensor) -> Tensor:
+    """Where there are two neurons or more, (...)."""
+    return (unit_rows(x.double())[1] > 0).sum((-2, -1)) > 1

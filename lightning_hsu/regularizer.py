@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from lightning_hsu.applying import Application, GradientNote, penalty_gradients, refuse_sparse
 from lightning_hsu.coefficients import Coefficient, Strength, strength_at
 from lightning_hsu.measures import Measure, RieszEnergy, State
+from lightning_hsu.measures.base import check_measure
 from lightning_hsu.memory import Memory
 from lightning_hsu.monitor import Layer, LayerUniformity, describe, measure_layers, widened
 from lightning_hsu.selection import Patterns, Skip, select
@@ -72,8 +73,8 @@ class UniformityRegularizer:
             raise ValueError(f"every_n_steps must be an int >= 1; got {every_n_steps!r}")
         if step_limit is not None and not step_limit > 0:
             raise ValueError(f"step_limit must be > 0, or None for no limit; got {step_limit!r}")
-        if measure is not None and not isinstance(measure, Measure):
-            raise TypeError(f"measure must be a measure such as RieszEnergy(s=2); got {measure!r}")
+        if measure is not None:
+            check_measure(measure)
         self.measure = RieszEnergy(s=2.0, half_space=True) if measure is None else measure
         self.coefficient = Coefficient(coefficient)
         if isinstance(head_coefficient, Mapping):

@@ -117,7 +117,8 @@ def loneliest(measure: Measure, x: Tensor) -> Tensor:
     state = measure.prepare(x) or {}
     if "points" not in state:
         return x[:0]
-    return state["points"][0, (state["weights"][0] != 0).any(1)]
+    weights = state.get("shares", state.get("multipliers"))
+    return state["points"][0, (weights[0] != 0).any(1)]
 
 
 def guide(measure: Measure, x: Tensor) -> Tensor:

@@ -6,17 +6,21 @@ from itertools import pairwise
 import pytest
 import torch
 
+from lightning_hsu import UniformityRegularizer
 from lightning_hsu.measures import (
     Covering,
     GaussianPotential,
     GramDeterminant,
     Orthogonality,
+    Polarization,
     ResultantLength,
     RieszEnergy,
     Separation,
     SlicedWasserstein,
+    SphereMeasure,
 )
 from lightning_hsu.projections import Adversarial, AnglePreserving, GroupProjection, Projected, RandomProjection
+from lightning_hsu.reference import lower_bound, random_expectation, uniformity_ratio, uniformity_score
 from tests import configurations as c
 
 # Log-determinants of exp(-chord**2) without jitter: of the simplex of d + 1, a basis, the cross-polytope
@@ -247,3 +251,56 @@ def test_bad_parts_of_a_projected_measure_are_told():
         Projected("mhe")
     with pytest.raises(TypeError, match=r"projection must be a projection such as RandomProjection\(dim=30\)"):
         Projected(RieszEnergy(), 30)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: random_expectation(RieszEnergy, 4, 4), TypeError, r"measure must be an instance: write RieszEnergy\(\)"),
+        (lambda: UniformityRegularizer(RieszEnergy), TypeError, r"measure must be an instance: write RieszEnergy\(\)"),
+        (lambda: lower_bound("mhe", 4, 4), TypeError, "measure must be a measure such as"),
+        (lambda: lower_bound(RieszEnergy(), 4, 4.5), TypeError, "n and d must be ints"),
+        (lambda: uniformity_ratio(torch.eye(3), RieszEnergy()), TypeError, "measure must be a measure such as"),
+        (
+            lambda: uniformity_score(RieszEnergy(), torch.eye(3).numpy()),
+            TypeError,
+            "got ndarray; make one with torch.as_tensor",
+        ),
+        (lambda: GaussianPotential()(torch.eye(3).int()), TypeError, r"got torch.int32; cast with x.float\(\)"),
+        (lambda: Total()(torch.eye(3)), ValueError, r"Total.on_sphere must return one value a group, shape \(1,\)"),
+        (
+            lambda: Covering()(torch.eye(3), Polarization().prepare(torch.eye(3))),
+            ValueError,
+            "the state is not one of Covering",
+        ),
+    ],
+)
+def test_mistakes_are_told_with_the_way_out(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+class Total(SphereMeasure):
+    def on_sphere(self, x, state):
+        return x.sum()
+
+
+def test_a_layer_without_live_neurons_has_no_ratio_and_no_score():
+    for x in (torch.zeros(4, 3), torch.full((4, 3), float("nan")), torch.eye(4, 3)[[0, 3, 3, 3]]):
+        for measure in (RieszEnergy(), Separation(), Covering(), GramDeterminant()):
+            assert math.isnan(uniformity_ratio(measure, x))
+            assert math.isnan(uniformity_score(measure, x))
+
+
+def test_a_search_that_goes_on_has_no_random_reference():
+    x, measure = torch.randn(20, 40), Projected(RieszEnergy(s=1), Adversarial(dim=8))
+    assert math.isnan(uniformity_ratio(measure, x))
+    assert math.isnan(uniformity_score(measure, x))
+    assert not math.isnan(uniformity_ratio(measure, x[:, :8]))  # not projected
+
+
+def test_the_table_names_nested_measures_shortly():
+    net = torch.nn.Sequential(torch.nn.Linear(40, 9), torch.nn.Linear(9, 2))
+    table = UniformityRegularizer(Projected(Covering(half_space=True), RandomProjection(dim=8, count=2))).attach(net).table()
+    assert "Projected(measure=Covering(half_space=True), projection=RandomProjection(dim=8, count=2))" in table
+    assert "Covering(half_space=False) head" in table

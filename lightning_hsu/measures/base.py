@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_hsu.core import exact_arithmetic, tangent, to_weights, unit_rows, with_float64, working_dtype
-from lightning_hsu.measures.checks import check_neurons
+from lightning_hsu.measures.checks import check_hashable, check_neurons
 
 State = dict[str, Tensor]
 """What a measure carries from step to step: tensors by name, the first dimension of each counts the groups."""
@@ -32,7 +32,7 @@ class Measure(ABC):
 
     def natural(self, penalty: Tensor) -> Tensor:
         """Return the natural value that belongs to a penalty."""
-        return -penalty if self.higher_is_better else penalty
+        return 0.0 - penalty if self.higher_is_better else penalty
 
     def prepare(self, x: Tensor, state: State | None = None) -> State | None:
         """Return what an evaluation at x (..., n, d) needs besides x, carried on from the last step's ``state``.
@@ -160,14 +160,22 @@ class SphereMeasure(Measure):
         alive = inverse_norm.squeeze(-1) > 0  # (b, n)
         with exact_arithmetic(unit):
             if alive.shape[-1] > 1 and unit.numel() and (self.sees_zero_rows or bool(alive.all())):
-                return self.on_sphere(unit, state)
+                return self._checked(self.on_sphere(unit, state), unit)
             zero = unit.sum() * 0.0
             parts = [zero] * len(unit)
             for i, rows in enumerate(alive):
                 if int(rows.sum()) > 1:
                     own = None if state is None else {name: part[i : i + 1] for name, part in state.items()}
-                    parts[i] = self.on_sphere(unit[i : i + 1, rows], own).squeeze(0)
+                    parts[i] = self._checked(self.on_sphere(unit[i : i + 1, rows], own), unit[:1]).squeeze(0)
             return torch.stack(parts) if parts else unit.new_zeros(0)
+
+    def _checked(self, value: Tensor, unit: Tensor) -> Tensor:
+        if value.shape != unit.shape[:1]:
+            raise ValueError(
+                f"{type(self).__name__}.on_sphere must return one value a group, shape ({len(unit)},), for unit rows of shape "
+                f"{tuple(unit.shape)}; got shape {tuple(value.shape)}: sum over the last two dimensions only"
+            )
+        return value
 
 
 class _Evaluation(torch.autograd.Function):
@@ -187,6 +195,15 @@ class _Evaluation(torch.autograd.Function):
             value = ctx.measure.recorded(x, ctx.state)
             return torch.autograd.grad(value, x, grad_outputs[0], create_graph=True)[0], None, None
         return grad * grad_outputs[0][..., None, None].to(grad.dtype), None, None
+
+
+def check_measure(measure: object) -> None:
+    """Refuse what is no measure: a name, a class instead of an instance, a dataclass that is not frozen."""
+    if isinstance(measure, type) and issubclass(measure, Measure):
+        raise TypeError(f"measure must be an instance: write {measure.__name__}(), with its settings in the brackets")
+    if not isinstance(measure, Measure):
+        raise TypeError(f"measure must be a measure such as RieszEnergy(s=2); got {measure!r}")
+    check_hashable(measure)
 
 
 def next_draw(x: Tensor, state: State | None) -> State:

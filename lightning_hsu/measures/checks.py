@@ -19,9 +19,14 @@ class _HasKernel(Hashable, Protocol):
 
 def check_kernel(measure: _HasKernel) -> None:
     """Refuse, once a measure, a kernel whose slope is not the derivative of its value: training would go astray unseen."""
+    check_hashable(measure)
+    _check_slope(measure)
+
+
+def check_hashable(measure: object) -> None:
+    """Refuse a measure that cannot be looked up."""
     if type(measure).__hash__ is None:
         raise TypeError(f"a measure must be hashable: decorate {type(measure).__name__} with @dataclass(frozen=True)")
-    _check_slope(measure)
 
 
 @lru_cache(maxsize=256)
@@ -45,10 +50,10 @@ def _check_slope(measure: _HasKernel) -> None:
 
 def check_neurons(x: Tensor) -> None:
     """Refuse what cannot be rows of neurons."""
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        raise TypeError(
-            f"neurons must be a floating-point tensor, got {getattr(x, 'dtype', type(x).__name__)}; cast with x.float()"
-        )
+    if not isinstance(x, Tensor):
+        raise TypeError(f"neurons must be a floating-point tensor, got {type(x).__name__}; make one with torch.as_tensor")
+    if not x.is_floating_point():
+        raise TypeError(f"neurons must be a floating-point tensor, got {x.dtype}; cast with x.float()")
     if x.ndim < 2:
         raise ValueError(
             f"neurons must have shape (..., n, d), one neuron a row, got shape {tuple(x.shape)}; "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -58,6 +59,8 @@ class Covering(WitnessMeasure):
         >>> Covering().prepare(x)["exact"]
         tensor([True])
     """
+
+    weights_name: ClassVar[str] = "multipliers"
 
     half_space: bool = False
     witnesses: int = 8

@@ -75,6 +75,7 @@ class PairwiseMeasure(Measure):
 
     def expectation(self, n: int, d: int) -> float:
         """Exact but for softening, by quadrature; in half space each neuron also meets its own mirror image."""
+        check_kernel(self)
         pair = self._pair_expectation(d)
         if not self.half_space:
             return pair

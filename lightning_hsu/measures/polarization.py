@@ -62,6 +62,7 @@ class Polarization(WitnessMeasure):
     """
 
     higher_is_better: ClassVar[bool] = True
+    weights_name: ClassVar[str] = "shares"
 
     s: float = 2.0
     half_space: bool = False

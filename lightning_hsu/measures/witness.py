@@ -23,6 +23,7 @@ class WitnessMeasure(SphereMeasure):
     """A weighted sum of a kernel between a few witnesses and the points; the state holds the witnesses and the weights."""
 
     wide: ClassVar[bool] = True
+    weights_name: ClassVar[str]  # in the state, so that one member's is not taken for another's
     half_space: bool
     witnesses: int
     steps: int
@@ -49,9 +50,10 @@ class WitnessMeasure(SphereMeasure):
                 new place. One that does not fit is replaced by a fresh start, with 20 times as many steps.
 
         Returns:
-            ``points`` (b, k, d), the witnesses of the b groups; ``weights`` (b, k, m), the part of each witness and
-            point in the penalty; ``exact`` (b,), whether the value is proven to be that of the definition; ``step``
-            (b,), how many calls came before. The value at x is that of x with these witnesses held fixed.
+            ``points`` (b, k, d), the witnesses of the b groups; ``shares`` (polarization) or ``multipliers``
+            (covering) (b, k, m), the part of each witness and point in the penalty; ``exact`` (b,), whether the value is
+            proven to be that of the definition; ``step`` (b,), how many calls came before. The value at x is that of
+            x with these witnesses held fixed.
         """
         check_neurons(x)
         with torch.no_grad():
@@ -67,23 +69,23 @@ class WitnessMeasure(SphereMeasure):
             for i, (own, its, _) in enumerate(found):
                 points[i, : len(own)] = own
                 weights[i, : len(own), : its.shape[1]] = its
-        return {"points": points, "weights": weights, "exact": torch.tensor([e for _, _, e in found]), "step": step}
+        return {"points": points, self.weights_name: weights, "exact": torch.tensor([e for _, _, e in found]), "step": step}
 
     def on_sphere(self, x: Tensor, state: State | None) -> Tensor:
         """Penalty (b,) of unit rows x (b, n, d): a sum over witnesses and points, the witnesses held fixed."""
         assert state is not None
-        points, weights = state["points"].to(x.device), state["weights"].to(x.device)
+        points, weights = state["points"].to(x.device), state[self.weights_name].to(x.device)
         used = (weights != 0).any(2).any(0)
         cosine = points[:, used] @ self._mirrored(x).mT  # (b, k, m)
         return (weights[:, used, : cosine.shape[2]] * self._kernel(cosine)).sum((1, 2))
 
     def fits(self, x: Tensor, state: State) -> bool:
         """Whether the state has witnesses and weights for all neurons of x (..., n, d)."""
-        if set(state) != {"points", "weights", "exact", "step"} or not super().fits(x, state):
+        if set(state) != {"points", self.weights_name, "exact", "step"} or not super().fits(x, state):
             return False
         b, n, d = x.shape[:-2].numel(), *x.shape[-2:]
         k, m = state["points"].shape[1], 2 * n if self.half_space else n
-        return state["points"].shape == (b, k, d) and state["weights"].shape == (b, k, m)
+        return state["points"].shape == (b, k, d) and state[self.weights_name].shape == (b, k, m)
 
     def work(self, n: int, d: int) -> float:
         """A fresh search, and the systems that exact solutions take."""

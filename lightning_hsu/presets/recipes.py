@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from lightning_hsu.callback import HypersphericalUniformity
+from lightning_hsu.measures.checks import check_number
 from lightning_hsu.presets.base import OfficialMeasure
 from lightning_hsu.presets.comhe import OfficialAdversarialCoMHE, OfficialAngleCoMHE, OfficialRandomCoMHE, TrainedCoMHE
 from lightning_hsu.presets.pairs import OfficialMGD, OfficialMHE, OfficialMHS, Power
@@ -73,7 +74,8 @@ def sphere_uniformity(
 
     The formulas keep the quirks of the official code, 1e-4 inside the norms among them; each measure's own docstring says
     what they are and what the package's own member does instead. For new work take that one. Random starts and draws are
-    seeded, but are not the numbers of the official runs. Poles and projections keep the learning rate ``inner_lr``,
+    seeded, but are not the numbers of the official runs. No bound is known for these formulas, so there is no score; and r_mhp,
+    whose value goes with the norms, has no ratio either. Poles and projections keep the learning rate ``inner_lr``,
     while in the official code it falls with that of the network.
 
     The rest of the recipe is yours to set. The official network has nine convolutions with batch normalisation (64, 128
@@ -114,6 +116,7 @@ def sphere_uniformity(
     if name not in _RECIPES:
         raise ValueError(f"there is no preset {name!r}; the presets are: {', '.join(PRESETS)}")
     measure, (coefficient, head_coefficient) = _RECIPES[name]
+    check_number("inner_lr", inner_lr, "a learning rate > 0", lambda rate: rate > 0)
     if isinstance(measure, PoledMeasure | TrainedCoMHE):
         measure = replace(measure, inner_lr=inner_lr)
     return HypersphericalUniformity(

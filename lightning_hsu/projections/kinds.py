@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -16,6 +17,7 @@ from lightning_hsu.measures.checks import check_count
 class Projection(ABC):
     """Linear maps to ``dim`` dimensions; subclasses are frozen dataclasses."""
 
+    comparable: ClassVar[bool] = True  # whether random neurons, looked at once, are a reference
     dim: int
 
     @abstractmethod

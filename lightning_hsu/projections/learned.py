@@ -101,7 +101,10 @@ class Adversarial(_Learned):
     """A subspace in which the neurons are bad, learned along the way: training then mends what is bad there.
 
     Its rows are orthonormal: else the projection would shrink to one direction, in which all neurons coincide. Few steps
-    are meant: followed to its end the search finds a subspace in which two neurons coincide, and all it says is which.
+    are meant: followed to its end the search finds a subspace in which two neurons coincide, and all it says is which. The
+    longer it goes on the worse what it finds, so there is no random reference: ratio and score are NaN. Each step takes the
+    measure twice, from scratch: not for Polarization and Covering, which search themselves. Begin with a coefficient of
+    0.01 or so.
 
     Args:
         dim: Dimension to project to, at least 2; 30 as published.
@@ -111,6 +114,7 @@ class Adversarial(_Learned):
         ValueError: for a dim or steps that are too small.
     """
 
+    comparable: ClassVar[bool] = False
     fresh: ClassVar[int] = 1
     dim: int = 30
     steps: int = 10

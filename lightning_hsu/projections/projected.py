@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_hsu.measures import Measure, RieszEnergy, SphereMeasure, State
+from lightning_hsu.measures.base import check_measure
 from lightning_hsu.projections.kinds import Projection, RandomProjection
 
 _MHE, _RANDOM = RieszEnergy(s=2.0, half_space=True), RandomProjection()
@@ -57,8 +59,7 @@ class Projected(SphereMeasure):
         return self.measure.higher_is_better
 
     def __post_init__(self) -> None:
-        if not isinstance(self.measure, Measure):
-            raise TypeError(f"measure must be a measure such as RieszEnergy(s=2); got {self.measure!r}")
+        check_measure(self.measure)
         if not isinstance(self.projection, Projection):
             raise TypeError(f"projection must be a projection such as RandomProjection(dim=30); got {self.projection!r}")
 
@@ -102,6 +103,12 @@ class Projected(SphereMeasure):
     def ratio(self, value: Tensor, reference: float) -> Tensor:
         """As the measure has it."""
         return self.measure.ratio(value, reference)
+
+    def expectation(self, n: int, d: int) -> float | None:
+        """The measure's own where nothing is projected; NaN for a search that random neurons would have to last as long."""
+        if d <= self.projection.dim:
+            return self.measure.expectation(n, d)
+        return None if self.projection.comparable else math.nan
 
     def best(self, n: int, d: int) -> float | None:
         """The measure's bound in the dimension projected to."""
