@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
+from lightning_hsu import UniformityRegularizer
 from lightning_hsu.measures import PairwiseMeasure, RieszEnergy
 from tests.models import Automatic, batches, loader, trainer, uniformity
 
@@ -34,6 +35,23 @@ def test_it_trains_in_the_callback():
         trainer(uniformity(measure=measure, coefficient=0.3), max_epochs=1).fit(module, loader(batches()))
         ends.append(module.net[5].weight.detach())
     torch.testing.assert_close(*ends, rtol=0, atol=1e-6)
+
+
+def test_it_is_monitored_with_a_ratio_and_a_score():
+    measure = InverseSquare(half_space=True)
+    one = trainer(uniformity(measure=measure, coefficient=0), max_epochs=1)
+    module = Automatic()
+    one.fit(module, loader(batches()))
+    assert 0.8 < float(one.callback_metrics["hsu/ratio_mean"]) < 1.3
+    for own, known in zip(measured(module, measure), measured(module, RieszEnergy(s=2, half_space=True)), strict=True):
+        assert own.ratio == pytest.approx(known.ratio, rel=1e-5)
+        assert (
+            abs(own.score) <= abs(known.score) + 1e-6
+        )  # that its kernel is absolutely monotone we do not know: a weaker bound
+
+
+def measured(module, measure):
+    return UniformityRegularizer(measure, head=None).attach(module).measure_layers()
 
 
 def test_a_measure_that_is_no_dataclass_will_do():
