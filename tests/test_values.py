@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lightning_hsu.core import smallest_angle
-from lightning_hsu.measures import RieszEnergy
+from lightning_hsu.measures import Covering, MinimalAngle, RieszEnergy, Separation
 from tests import configurations as c
 
 # Points, and the cosine of a pair with the number of unordered pairs that have it.
@@ -94,3 +94,31 @@ def test_a_tiny_angle_is_right_in_float32(chord, half_space):
     expected = 2 * torch.atan2((a / a.norm() - b / b.norm()).norm(), (a / a.norm() + b / b.norm()).norm())
     x[3] *= -1 if half_space else 1
     assert float(smallest_angle(x, half_space=half_space)) == pytest.approx(float(expected), rel=1e-9)
+
+
+@pytest.mark.parametrize("n", [2, 3, 5, 8, 31])
+def test_regular_polygons(n):
+    """Sums over pairs of the optimal set on the circle; its angles and its covering radius."""
+    x, pairs = c.polygon(n), n * (n - 1) / 2
+    assert float(RieszEnergy(s=0)(x)) * pairs == pytest.approx(-n / 2 * math.log(n), rel=1e-12)
+    assert float(RieszEnergy(s=1)(x)) * pairs == pytest.approx(n / 4 * sum(1 / math.sin(math.pi * k / n) for k in range(1, n)))
+    assert float(RieszEnergy(s=2)(x)) * pairs == pytest.approx(n * (n * n - 1) / 24, rel=1e-12)
+    for measure in (Separation(), MinimalAngle()):
+        assert float(measure(x)) == pytest.approx(2 * math.pi / n, rel=1e-9)
+        assert measure.best(n, 2) >= 2 * math.pi / n - 1e-9
+    assert float(Covering()(x)) == pytest.approx(math.pi / n, rel=1e-9)
+    assert Covering().best(n, 2) == pytest.approx(math.pi / n, rel=1e-9)
+
+
+@pytest.mark.parametrize("points", [c.simplex(4, 3), c.cross_polytope(3), c.icosahedron(), c.simplex(3, 3)], ids=len)
+def test_fejes_toths_bounds_are_met_by_the_regular_ones(points):
+    """Packing and covering on the sphere in three dimensions, with equality for 3, 4, 6 and 12 points."""
+    omega = len(points) * math.pi / (6 * (len(points) - 2))
+    packing = math.acos((1 / math.tan(omega) ** 2 - 1) / 2)
+    assert float(Separation()(points)) == pytest.approx(packing, abs=1e-9)
+    covering = math.acos(1 / (math.tan(omega) * math.sqrt(3)))
+    assert float(Covering()(points)) == pytest.approx(covering, abs=1e-9)
+    for _ in range(20):
+        x = torch.randn(len(points), 3, dtype=torch.float64)
+        assert float(Separation()(x)) <= packing + 1e-9
+        assert float(Covering()(x)) >= covering - 1e-9
