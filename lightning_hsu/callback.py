@@ -188,6 +188,9 @@ class HypersphericalUniformity(pl.Callback):
         if self.regularizer.layers:
             return
         self.regularizer.attach(pl_module)
+        if idle := self.regularizer.idle():
+            reasons = "; ".join(f"'{name}': {reason}" for name, reason in idle.items())
+            rank_zero_warn(f"the penalty does nothing in layer {reasons}")
         if self.verbose:
             rank_zero_info(f"Hyperspherical uniformity:\n{self.regularizer.table()}")
 

@@ -148,4 +148,11 @@ def _strength_name(layer: Layer) -> str:
     text = "schedule" if callable(layer.strength) else f"{layer.strength:g}"
     if layer.strength == 0:
         text += " (monitor only)"
+    idle = idle_reason(layer)
+    text += f", {idle}" if idle else ""
     return f"{text}, frozen until it is unfrozen" if layer.target.frozen else text
+
+
+def idle_reason(layer: Layer) -> str | None:
+    """Why a layer with a coefficient would feel nothing of its penalty; None where all is well."""
+    return layer.measure.idle(*layer.target.shape[1:]) if layer.strength != 0 else None

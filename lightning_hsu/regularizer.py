@@ -14,7 +14,7 @@ from lightning_hsu.coefficients import Coefficient, Strength, strength_at
 from lightning_hsu.measures import Measure, RieszEnergy, State
 from lightning_hsu.measures.base import check_measure
 from lightning_hsu.memory import Memory
-from lightning_hsu.monitor import Layer, LayerUniformity, describe, measure_layers, widened
+from lightning_hsu.monitor import Layer, LayerUniformity, describe, idle_reason, measure_layers, widened
 from lightning_hsu.selection import Patterns, Skip, select
 from lightning_hsu.targets import Target
 
@@ -182,6 +182,10 @@ class UniformityRegularizer:
         """Names of layers that have a coefficient but got no gradient so far; frozen ones are left out."""
         missing = [layer for layer in self.layers if layer.strength != 0 and layer.target.name not in self._reached]
         return [layer.target.name for layer in missing if not layer.target.frozen]
+
+    def idle(self) -> dict[str, str]:
+        """Layers that have a coefficient but feel no force, whatever their weights, with the reason and the way out."""
+        return {layer.target.name: reason for layer in self.layers if (reason := idle_reason(layer))}
 
     def state_dict(self) -> dict[str, Any]:
         """The steps done by each optimizer, where the schedules stand, and what the measures carry on, by layer."""

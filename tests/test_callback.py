@@ -17,9 +17,9 @@ from lightning.pytorch.plugins import MixedPrecision
 from packaging.version import Version
 from torch import nn
 
-from lightning_hsu import HypersphericalUniformity
+from lightning_hsu import HypersphericalUniformity, UniformityRegularizer
 from lightning_hsu.core import smallest_angle
-from lightning_hsu.measures import RieszEnergy
+from lightning_hsu.measures import Covering, RieszEnergy
 from lightning_hsu.reference import uniformity_ratio
 from tests.models import Automatic, Manual, batches, loader, trainer, uniformity
 
@@ -466,3 +466,17 @@ def test_the_command_line_interface_can_write_and_read_it(coefficient):
     assert callback.regularizer.coefficient.given == coefficient
     assert callback.regularizer.include == ["net.0", "net.5"]
     assert callback.regularizer.head is None
+
+
+def test_a_penalty_without_a_force_is_told_at_the_start():
+    """In half space a search finds a point orthogonal to fewer neurons than dimensions: nothing to push."""
+    callback = uniformity(measure=Covering(half_space=True))
+    with pytest.warns(
+        UserWarning, match=r"does nothing in layer 'net.0': .*use half_space=False; .*'net.5': no force"
+    ) as caught:
+        trainer(callback, fast_dev_run=True).fit(Automatic(), loader(batches()))
+    assert not any("'net.7'" in str(one.message) for one in caught)  # the head is in full space
+    trainer(uniformity(measure=Covering(half_space=True), coefficient=0), fast_dev_run=True).fit(Automatic(), loader(batches()))
+    regularizer = UniformityRegularizer(Covering(half_space=True)).attach(Automatic().net)
+    assert regularizer.table().count("1, no force in half space with fewer neurons than dimensions: use half_space=False") == 3
+    assert set(regularizer.idle()) == {"0", "2", "5"}

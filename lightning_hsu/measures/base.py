@@ -74,6 +74,10 @@ class Measure(ABC):
             return measure
         return replace(measure, half_space=False)
 
+    def idle(self, n: int, d: int) -> str | None:
+        """Say why n neurons in d dimensions would feel no force whatever they are, and the way out; None if they do."""
+        return None
+
     def work(self, n: int, d: int) -> float:
         """FLOP or so of one value from scratch; more work means fewer random layers for a reference value."""
         return 2.0 * n * n * max(d, 64)

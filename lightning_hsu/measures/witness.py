@@ -87,6 +87,14 @@ class WitnessMeasure(SphereMeasure):
         k, m = state["points"].shape[1], 2 * n if self.half_space else n
         return state["points"].shape == (b, k, d) and state[self.weights_name].shape == (b, k, m)
 
+    def idle(self, n: int, d: int) -> str | None:
+        """In half space fewer neurons than dimensions leave out a direction, whatever they are."""
+        return (
+            "no force in half space with fewer neurons than dimensions: use half_space=False"
+            if self.half_space and n < d
+            else None
+        )
+
     def work(self, n: int, d: int) -> float:
         """A fresh search, and the systems that exact solutions take."""
         return 4.0 * AFRESH * self.steps * self.witnesses * n * d + 20.0 * n * n * max(min(n, 3 * d), d)

@@ -114,6 +114,10 @@ class Projected(SphereMeasure):
         """The measure's bound in the dimension projected to."""
         return self.measure.best(n, min(d, self.projection.dim))
 
+    def idle(self, n: int, d: int) -> str | None:
+        """As the measure has it in the dimension projected to."""
+        return self.measure.idle(n, min(d, self.projection.dim))
+
     def work(self, n: int, d: int) -> float:
         """Learning a projection, projecting, and the measure of what comes out."""
         if d <= self.projection.dim:
