@@ -23,6 +23,7 @@ from lightning_hsu.measures import (
 )
 from lightning_hsu.reference import lower_bound, random_expectation, random_level, uniformity_ratio, uniformity_score
 from tests import configurations as c
+from tests.members import InverseFourth
 
 # d -> expectations of log(1 / rho), 1 / rho and 1 / rho**2 for two random points, to the digits published
 KNOWN = {
@@ -230,12 +231,6 @@ def test_the_ratio_is_one_for_random_neurons_and_grows_with_redundancy(s):
         < float(uniformity_ratio(measure, x))
         < 0.99 * float(uniformity_ratio(measure, bunched))
     )
-
-
-@dataclass(frozen=True)
-class InverseFourth(PairwiseMeasure):
-    def kernel(self, q, p):
-        return q**-2, -2 * q**-3
 
 
 def test_a_pairwise_measure_from_outside_has_an_expectation():

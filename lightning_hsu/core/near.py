@@ -11,7 +11,8 @@ from lightning_hsu.core.sphere import seeded_noise, squared_chords, tangent, uni
 NEAR = 0.05
 """Squared chord below which a pair is redone: there 2 - 2 * cos has lost more than half of float32's digits."""
 
-_COINCIDENT = 1e-7**2  # squared chord: float32 cannot tell such neurons apart
+COINCIDENT = 1e-7**2
+"""Squared chord below which float32 cannot tell two neurons apart: they part along a seeded direction."""
 
 
 class NearPairs:
@@ -48,8 +49,8 @@ class NearPairs:
         pull, push = slope * keep, mirrored_slope * keep
         self._accumulate(self.grad, rows, x, y, pull, push)
         self._accumulate(self.grad, cols[outside], y[outside], x, pull[:, outside].mT, push[:, outside].mT)
-        same = (q < _COINCIDENT) & keep
-        mirror = (p < _COINCIDENT) & keep & self.term.half_space
+        same = (q < COINCIDENT) & keep
+        mirror = (p < COINCIDENT) & keep & self.term.half_space
         if bool((same | mirror).any()):
             self._part(rows, cols, outside, same.double(), mirror.double())
 

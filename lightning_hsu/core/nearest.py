@@ -14,13 +14,10 @@ import torch
 from torch import Tensor
 
 from lightning_hsu.core.kernel import Kernel
-from lightning_hsu.core.near import NEAR
+from lightning_hsu.core.near import COINCIDENT, NEAR
 from lightning_hsu.core.pairwise import PANEL
 from lightning_hsu.core.precision import exact_arithmetic, with_float64, working_dtype
 from lightning_hsu.core.sphere import seeded_noise, squared_chords, tangent, to_weights, unit_rows
-
-COINCIDENT = 1e-7**2
-"""Squared chord below which two neurons stand in one place and part along a seeded direction."""
 
 _ENTRIES = 2**22  # Gram entries held at once when several small groups go together
 _NONE = float("-inf")  # the cosine of no neuron

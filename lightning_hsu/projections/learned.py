@@ -25,6 +25,10 @@ class _Learned(Projection):
     steps: int
     fresh: ClassVar[int]  # steps where it starts afresh, if more
 
+    def __post_init__(self) -> None:
+        check_count("dim", self.dim, 2)
+        check_count("steps", self.steps)
+
     def prepare(self, x: Tensor, measure: Measure, state: State | None) -> State:
         """The matrices, and the step length that worked last."""
         x = x[:, :: math.ceil(x.shape[1] / _SAMPLE)]
@@ -76,10 +80,6 @@ class AnglePreserving(_Learned):
     dim: int = 30
     steps: int = 1
 
-    def __post_init__(self) -> None:
-        check_count("dim", self.dim, 2)
-        check_count("steps", self.steps)
-
     def objective(self, x: Tensor, measure: Measure) -> Callable[[Tensor], Tensor]:
         """Mean squared change of the cosines."""
         cosine = x @ x.mT
@@ -118,10 +118,6 @@ class Adversarial(_Learned):
     fresh: ClassVar[int] = 1
     dim: int = 30
     steps: int = 10
-
-    def __post_init__(self) -> None:
-        check_count("dim", self.dim, 2)
-        check_count("steps", self.steps)
 
     def objective(self, x: Tensor, measure: Measure) -> Callable[[Tensor], Tensor]:
         """The negative penalty of the projected neurons."""
