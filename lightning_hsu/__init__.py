@@ -4,7 +4,17 @@ from lightning_hsu.callback import HypersphericalUniformity
 from lightning_hsu.monitor import LayerUniformity
 from lightning_hsu.neurons import register_neurons
 from lightning_hsu.regularizer import UniformityRegularizer
+from lightning_hsu.schedules import CosineSchedule, LinearSchedule
+from lightning_hsu.share import Share
 
 __version__ = "0.1.0"
 
-__all__ = ["HypersphericalUniformity", "LayerUniformity", "UniformityRegularizer", "register_neurons"]
+__all__ = [
+    "CosineSchedule",
+    "HypersphericalUniformity",
+    "LayerUniformity",
+    "LinearSchedule",
+    "Share",
+    "UniformityRegularizer",
+    "register_neurons",
+]

@@ -1,4 +1,4 @@
-"""From a layer's neurons to its parameters' ``.grad``: compute, shorten where a step would be too long, add."""
+"""From a layer's neurons to its parameters: compute, shorten where a step would be too long, add or move."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from lightning_hsu.distributed import Reading, Replicas, any_holder, norm_of, sum_over_ranks
 from lightning_hsu.measures import State
 from lightning_hsu.monitor import Layer, widened
+from lightning_hsu.share import Share, ShareMeans
 
 _SMALL = 2**16  # entries of a layer up to which equal shapes are stacked: their cost is the number of operations
 
@@ -21,86 +23,134 @@ class GradientNote:
     Args:
         share: Norm of the added gradient over the norm of the task's.
         limited: Neurons whose penalty gradient was shortened by the step limit.
+        coefficient: The coefficient.
     """
 
     share: Tensor
     limited: Tensor
+    coefficient: Tensor | float
 
 
 @dataclass(frozen=True, eq=False)
 class Application:
-    """One layer about to get its gradient.
+    """One layer about to get its gradient, or about to move.
 
     Args:
         layer: The layer.
-        strength: Its coefficient at this step.
+        own: Learning rates of the parameters that may be touched, by id.
         rate: The learning rate that its neurons will move with.
-        x: Its neurons (groups, n, d), taken while gradients were recorded.
-        state: What its measure carries from step to step, prepared for x.
+        reading: Its neurons, taken while gradients were recorded.
+        state: What its measure carries from step to step, prepared for them.
+        grad_scale: Factor that the task's gradients still carry.
     """
 
     layer: Layer
-    strength: float
+    own: Mapping[int, float]
     rate: float
-    x: Tensor
+    reading: Reading
     state: State | None = None
+    grad_scale: float = 1.0
 
     @property
     def neurons(self) -> Tensor:
-        """The neurons without a graph, in float32 or wider."""
-        return widened(self.x.detach())
+        """The neurons (groups, n, d) without a graph, in float32 or wider."""
+        return widened(self.reading.x.detach())
 
-    def add(
-        self, grad: Tensor, own: Mapping[int, float], *, step_limit: float | None, grad_scale: float, note: bool
-    ) -> GradientNote | None:
-        """Add coefficient times the gradient (groups, n, d) to ``.grad``; a note where asked for."""
-        grad = grad * (self.strength / grad.shape[0])
-        factor = self._shortening(grad, step_limit)
-        places = list(self.layer.target.places(self.x, grad * factor, own))
-        found = None
-        if note and places:
-            share = _norm([g for _, g in places]) * grad_scale / _norm([task for task, _ in places])
-            found = GradientNote(share, (factor < 1).sum())
-        for task, g in places:
-            task.add_(g if grad_scale == 1.0 else g * grad_scale)
+    def follow(self, grad: Tensor, means: ShareMeans) -> None:
+        """Let the means of a share take in this step, of which ``grad`` (groups, n, d) is the penalty's gradient."""
+        share = self.layer.strength
+        if isinstance(share, Share) and (places := self._places(grad / grad.shape[0])):
+            task, penalty = norm_of([task for _, task, _ in places]), norm_of([part for _, _, part in places])
+            means.update(self.layer.target.name, share, task / self.grad_scale, penalty)
+
+    def add(self, grad: Tensor, coefficient: Tensor | float, step_limit: float | None, *, note: bool) -> GradientNote | None:
+        """Add coefficient times the gradient (groups, n, d), meaned over groups, to ``.grad``; a note where asked for."""
+        grad = grad * (coefficient / grad.shape[0])
+        factor = self.shortening(grad, step_limit)
+        places = self._places(grad * factor)
+        found = self._note(places, factor, coefficient) if note and places else None
+        for _, task, part in places:
+            task.add_(part if self.grad_scale == 1.0 else part * self.grad_scale)
         return found
 
-    def _shortening(self, grad: Tensor, step_limit: float | None) -> Tensor:
+    def move(self, grad: Tensor, coefficient: Tensor | float, step_limit: float | None, *, note: bool) -> GradientNote | None:
+        """Move by learning rate times coefficient times the gradient, along the sphere; a note where asked for.
+
+        Neurons that are a parameter's entries keep their norms. Where they are computed from parameters these move by
+        the gradient pulled back.
+        """
+        grad = grad * (coefficient / grad.shape[0])
+        factor = self.shortening(grad, step_limit)
+        grad = grad * factor
+        places = self._places(grad) if note else []
+        found = self._note(places, factor, coefficient) if places else None
+        plain = self.reading.parameter is not None
+        change = self._along_the_sphere(grad) if plain else -grad
+        for p, value, part in list(self.layer.target.places(self.reading, change, self.own, values=True)):
+            value.add_(part if plain else part * self.own[id(p)])
+        return found
+
+    def shortening(self, grad: Tensor, step_limit: float | None) -> Tensor:
         """Factors (groups, n, 1) in (0, 1] that keep a step within the limit and the gradient within its dtype."""
         length = torch.linalg.vector_norm(grad, dim=-1, keepdim=True)
-        room = torch.full_like(length, torch.finfo(self.x.dtype).max / 2)
+        room = torch.full_like(length, torch.finfo(self.reading.x.dtype).max / 2)
         if step_limit is not None and self.rate > 0:
             room = room.minimum(torch.linalg.vector_norm(self.neurons, dim=-1, keepdim=True) * (step_limit / self.rate))
         return torch.where(length > room, room / length, 1.0)
 
+    def _along_the_sphere(self, grad: Tensor) -> Tensor:
+        """The change (groups, n, d) of a step against a tangent gradient that keeps each neuron's norm."""
+        x = self.neurons
+        moved = x - self.rate * grad
+        before, after = (torch.linalg.vector_norm(rows, dim=-1, keepdim=True) for rows in (x, moved))
+        return torch.where(before > 0, moved * (before / after) - x, 0.0)
 
-def penalty_gradients(applications: Sequence[Application]) -> list[Tensor]:
-    """Gradient (groups, n, d) of each layer's penalty, summed over its groups; small layers of equal shape together."""
+    def _places(self, grad: Tensor) -> list[tuple[nn.Parameter, Tensor, Tensor]]:
+        """Triples (parameter, part of its ``.grad``, part of the gradient that belongs there)."""
+        return list(self.layer.target.places(self.reading, grad, self.own))
+
+    def _note(
+        self, places: list[tuple[nn.Parameter, Tensor, Tensor]], factor: Tensor, coefficient: Tensor | float
+    ) -> GradientNote:
+        share = norm_of([part for _, _, part in places]) * self.grad_scale / norm_of([task for _, task, _ in places])
+        return GradientNote(share, any_holder(factor < 1, places[0][0]).sum(), coefficient)
+
+
+def penalty_gradients(applications: Sequence[Application], replicas: Replicas | None = None) -> list[Tensor]:
+    """Gradient (groups, n, d) of each layer's penalty, summed over its groups.
+
+    Small layers of equal shape are computed together, large ones each by all replicas together. Of a sharded layer only the
+    rows that this rank holds are computed, against all; the others are zero.
+    """
+    found = {} if replicas is None else _together(applications, replicas)
     stacks: dict[object, list[int]] = {}
     for i, one in enumerate(applications):
-        x = one.x
-        alike = (one.layer.measure, x.shape, x.dtype, x.device) if one.state is None and x.numel() <= _SMALL else i
-        stacks.setdefault(alike, []).append(i)
-    found: dict[int, Tensor] = {}
+        x, plain = one.reading.x, one.state is None and one.layer.rows is None
+        alike = (one.layer.measure, x.shape, x.dtype, x.device) if plain and x.numel() <= _SMALL else i
+        if i not in found:
+            stacks.setdefault(alike, []).append(i)
     for members in stacks.values():
         stack = [applications[i].neurons for i in members]
         first = applications[members[0]]
-        grad = first.layer.measure.value_and_grad(torch.cat(stack) if len(stack) > 1 else stack[0], first.state)[1]
+        x, rows, measure = torch.cat(stack) if len(stack) > 1 else stack[0], first.layer.rows, first.layer.measure
+        grad = measure.value_and_grad(x, first.state)[1] if rows is None else measure.gradient_rows(x, rows, first.state)
         found |= dict(zip(members, torch.split(grad, stack[0].shape[0]), strict=True))
     return [found[i] for i in range(len(applications))]
 
 
-def refuse_sparse(layer: Layer) -> None:
-    """A sparse gradient has no room for the rows that the batch did not touch."""
-    if any(p.grad is not None and p.grad.is_sparse for p in layer.parameters):
-        raise NotImplementedError(
-            f"layer '{layer.target.name}' {layer.target.shape} has sparse gradients, which cannot hold the penalty's; use "
-            f"sparse=False, a coefficient of 0 for it, or exclude='{layer.target.name}'"
-        )
-
-
-def _norm(parts: list[Tensor]) -> Tensor:
-    """Euclidean norm of several tensors together."""
-    norms = torch.stack([torch.linalg.vector_norm(widened(part)) for part in parts])
-    total: Tensor = torch.linalg.vector_norm(norms)
-    return total
+def _together(applications: Sequence[Application], replicas: Replicas) -> dict[int, Tensor]:
+    """Gradients of the large layers that can be split: each replica computes its part of the pairs."""
+    parts: dict[int, tuple[Tensor, Tensor]] = {}
+    for i, one in enumerate(applications):
+        if one.state is None and one.layer.rows is None and one.reading.x.shape[1] >= replicas.split_above:
+            part = one.layer.measure.gradient_part(one.neurons, replicas.rank, replicas.size)
+            parts |= {} if part is None else {i: part}
+    if not parts:
+        return {}
+    summed = sum_over_ranks([part for pair in parts.values() for part in pair], replicas.group)
+    found = {}
+    for i, grad, apart in zip(parts, summed[::2], summed[1::2], strict=True):
+        one = applications[i]
+        # Coincident neurons part along a direction that is no sum over pairs.
+        found[i] = one.layer.measure.value_and_grad(one.neurons)[1] if float(apart) > 0 else grad
+    return found

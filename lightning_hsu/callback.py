@@ -2,49 +2,67 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_hsu.applying import GradientNote
 from lightning_hsu.measures import Measure
-from lightning_hsu.monitor import LayerUniformity
+from lightning_hsu.monitor import LayerUniformity, aggregates, by_layer
 from lightning_hsu.regularizer import UniformityRegularizer
 from lightning_hsu.selection import uninitialized
+from lightning_hsu.share import Share
+from lightning_hsu.trainers import (
+    AfterStep,
+    check_training,
+    check_used,
+    is_logging_step,
+    loss_factor,
+    position,
+    remaining_scale,
+    replicas_of,
+)
+
+_LOGGING = ("log", "log_dict")  # bound methods of the model, which Lightning hangs onto callbacks
 
 
 class HypersphericalUniformity(pl.Callback):
     """Spread the neurons of a LightningModule over the sphere while it trains, and log how spread out they are.
 
     The objective becomes the task's loss plus ``coefficient`` times the penalty, once per optimizer step,
-    whatever the precision, accumulation or optimisation mode; only where one step would move a neuron by more
-    than its own norm the penalty's gradient is shortened (``step_limit``). The gradient is added in
-    ``on_before_optimizer_step``: before Lightning's clipping in automatic optimisation, after your own in manual
-    optimisation. The logged training loss is unchanged.
+    whatever the precision, accumulation, strategy or optimisation mode; only where one step would move a neuron by more
+    than its own norm the penalty's gradient is shortened (``step_limit``). The logged training loss is unchanged.
 
     On logging steps ``hsu/penalty``, ``hsu/ratio_mean``, ``hsu/ratio_max``, ``hsu/min_angle`` (degrees),
     ``hsu/dead`` and ``hsu/limited`` go through Lightning's log, where EarlyStopping and ModelCheckpoint can watch
     them; they are also refreshed on the first step and at the end of each epoch. Per layer ``hsu/ratio/<layer>``,
     ``hsu/score/<layer>`` (0 as random, 1 the best there can be), ``hsu/energy/<layer>``, ``hsu/min_angle/<layer>`` and
-    ``hsu/gradient_share/<layer>`` go to every logger.
+    ``hsu/gradient_share/<layer>`` go to every logger, and of a schedule or a share ``hsu/coefficient/<layer>``.
 
     Args:
         measure: What to minimise. None is the half-space Riesz energy with s = 2; the class head is measured
             in full space.
-        coefficient: A number >= 0, a schedule (optimizer steps done -> number), or a mapping of layer
-            patterns to either, of which the first match counts. 0 only monitors and leaves training as it is.
-        apply: How the penalty enters; this release has "gradient".
+        coefficient: A number >= 0, a schedule (optimizer steps done -> number), a share of the task's gradient
+            (:class:`~lightning_hsu.Share`), or a mapping of layer patterns to these, of which the first match counts. 0 only
+            monitors and leaves training as it is.
+        apply: How the penalty enters. "gradient": its gradient is added before each optimizer step, before Lightning's
+            clipping, after your own in manual optimisation. "loss": it is added to the loss before each backward, divided by
+            ``accumulate_grad_batches``; automatic optimisation only. "decoupled": after each step the neurons move along the
+            sphere by learning rate times coefficient times gradient and keep their norms, past the optimizer and clipping.
         include: Patterns of layer names to take, shell style; None takes all but embeddings, which must be asked for.
         exclude: Patterns of layer names to leave out.
         head: The class head: "auto" is the last Linear, a name is that layer, None is no head.
-        head_coefficient: A number or schedule for the head; None uses ``coefficient``.
+        head_coefficient: A number, schedule or share for the head; None uses ``coefficient``.
         every_n_steps: Apply on every n-th step of each optimizer, at the coefficient's full strength.
         step_limit: A neuron's penalty gradient times the learning rate is at most this fraction of the neuron's norm, so
             that no near-duplicate or tiny neuron is thrown away by one step (``hsu/limited`` counts them). None is no limit.
+        split_above: Under DDP, layers of at least so many neurons are computed by all ranks together, each its part of the
+            pairs; None computes every layer on every rank.
         prefix: What the logged names begin with, and what tells several callbacks apart: each needs its own.
         verbose: Print the table of layers at the start of fit.
 
@@ -52,7 +70,8 @@ class HypersphericalUniformity(pl.Callback):
         ValueError: for a negative or NaN coefficient, an unknown ``apply``, or at the start of fit a pattern that
             matches nothing or a model without neurons.
         TypeError: for a measure or a coefficient of the wrong kind.
-        NotImplementedError: at the start of fit, for a strategy that shards the weights.
+        NotImplementedError: at the start of fit, where the penalty could not be right: DeepSpeed and strategies that are not
+            known, ``apply="loss"`` with manual optimisation or FSDP.
 
     Reference:
         Liu et al., "Learning with Hyperspherical Uniformity", AISTATS 2021, arXiv 2103.01649.
@@ -67,20 +86,21 @@ class HypersphericalUniformity(pl.Callback):
         self,
         measure: Measure | None = None,
         # the mapping before the schedule: in this order a LightningCLI can write it into a config and read it again
-        coefficient: float | dict[str, float | Callable[[int], float]] | Callable[[int], float] = 1.0,
+        coefficient: float | Share | dict[str, float | Share | Callable[[int], float]] | Callable[[int], float] = 1.0,
         *,
-        apply: Literal["gradient"] = "gradient",
+        apply: Literal["gradient", "loss", "decoupled"] = "gradient",
         include: str | list[str] | None = None,
         exclude: str | list[str] | None = None,
         head: str | None = "auto",
-        head_coefficient: float | Callable[[int], float] | None = None,
+        head_coefficient: float | Share | Callable[[int], float] | None = None,
         every_n_steps: int = 1,
         step_limit: float | None = 1.0,
+        split_above: int | None = 2048,
         prefix: str = "hsu",
         verbose: bool = True,
     ) -> None:
-        if apply != "gradient":
-            raise ValueError(f"apply={apply!r} is not in this release; use apply='gradient'")
+        if apply not in ("gradient", "loss", "decoupled"):
+            raise ValueError(f"apply must be 'gradient', 'loss' or 'decoupled'; got {apply!r}")
         self.regularizer = UniformityRegularizer(
             measure,
             coefficient,
@@ -93,7 +113,13 @@ class HypersphericalUniformity(pl.Callback):
         )
         if not isinstance(prefix, str) or not prefix or prefix.endswith("/"):
             raise ValueError(f"prefix must be a name such as 'hsu', without a slash at its end; got {prefix!r}")
-        self.prefix, self.verbose = prefix, verbose
+        if split_above is not None and (not isinstance(split_above, int) or split_above < 0):
+            raise ValueError(f"split_above must be a number of neurons, or None; got {split_above!r}")
+        coefficients = [self.regularizer.coefficient, self.regularizer.head_coefficient]
+        if apply == "loss" and any(one is not None and one.has_share for one in coefficients):
+            raise ValueError("a Share needs the task's gradient apart from the loss: use apply='gradient' or 'decoupled'")
+        self.apply, self.split_above, self.prefix, self.verbose = apply, split_above, prefix, verbose
+        self._hooks: list[AfterStep] = []
         self._notes: dict[str, GradientNote] = {}
         self._fresh = True  # nothing measured yet in this fit
         self._seen_step = 0  # global step at the last batch's end
@@ -124,36 +150,61 @@ class HypersphericalUniformity(pl.Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Find the neurons; lazy layers have none before their first batch."""
-        _check_strategy(trainer)
+        check_training(trainer, pl_module, self.apply)
         if not uninitialized(pl_module):
-            self._attach(pl_module)
+            self._attach(trainer, pl_module)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Note where a resumed fit stands."""
+        """Note where a resumed fit stands; move neurons after each step, where they are moved."""
         self._seen_step = trainer.global_step
+        if self.apply == "decoupled":
+            self._hooks = [AfterStep(one, partial(self._after_step, trainer, pl_module)) for one in trainer.optimizers]
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+        """No step is under way, even if the last one raised an error that you caught."""
+        for hook in self._hooks:
+            hook.settle()
+
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
+        """Add the term to the loss: here it is divided by the accumulated batches and scaled."""
+        if self.apply != "loss":
+            return
+        self._attach(trainer, pl_module)
+        if self.regularizer.active:
+            check_used(trainer, loss, self.regularizer.layers)
+            again = self._counted == (0, trainer.global_step)
+            optimizer, factor = trainer.optimizers[0], loss_factor(trainer, loss)
+            self.regularizer.add_to_loss(loss, optimizer, index=0, factor=factor, again=again)
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
         """Add the gradient: here it is reduced over ranks, unscaled, complete over accumulated batches and not yet clipped."""
-        self._attach(pl_module)
-        if not self.regularizer.active:
+        self._attach(trainer, pl_module)
+        if not self.regularizer.active or self.apply == "decoupled":
             return
-        index = _index(trainer, optimizer)
-        self._notes |= self.regularizer.add_gradients(
-            optimizer,
-            index=index,
-            grad_scale=_remaining_scale(trainer, optimizer),
-            note=self._will_measure(trainer),
-            again=self._counted == (index, trainer.global_step),
-        )
+        index = position(trainer, optimizer)
+        again = self._counted == (index, trainer.global_step)
         self._counted = index, trainer.global_step
         self._warn_of_line_search(optimizer)
+        if self.apply == "loss":
+            self.regularizer.count_step(optimizer, index=index, again=again)
+            return
+        scale, note = remaining_scale(trainer, optimizer), self._will_measure(trainer)
+        self._notes |= self.regularizer.add_gradients(optimizer, index=index, grad_scale=scale, note=note, again=again)
+
+    def _after_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
+        """Move the neurons after a real step; a step that a GradScaler skips does not come here."""
+        self._attach(trainer, pl_module)
+        if self.regularizer.active:
+            index, note = position(trainer, optimizer), self._will_measure(trainer)
+            self._notes |= self.regularizer.move(optimizer, index=index, note=note)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Measure and log after the step, on logging steps only."""
-        if trainer.global_step == self._seen_step or not self.regularizer.layers:
-            return  # still accumulating
+        accumulating = trainer.global_step == self._seen_step and pl_module.automatic_optimization
+        if accumulating or not self.regularizer.layers:
+            return
         self._seen_step = trainer.global_step
         if self._will_measure(trainer):
             self._log(trainer, pl_module)
@@ -162,7 +213,7 @@ class HypersphericalUniformity(pl.Callback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say so, once, where the penalty does not arrive: nothing is worse than one that is silently absent."""
-        self._attach(pl_module)  # lazy layers, and no optimizer step that Lightning saw
+        self._attach(trainer, pl_module)  # lazy layers, and no optimizer step that Lightning saw
         names = [name for name in self.regularizer.unreached() if name not in self._unreached]
         if names:
             self._unreached |= set(names)
@@ -173,21 +224,33 @@ class HypersphericalUniformity(pl.Callback):
             )
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Let go of the model."""
-        self.regularizer.detach()
+        """Let go of the model and the optimizers."""
+        self._release()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Let go of the model."""
-        self.regularizer.detach()
+        """Let go of the model and the optimizers."""
+        self._release()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Let go of the model."""
+        """Let go of the model and the optimizers."""
+        self._release()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickle and copy the settings and where training stands, never the model nor a hook."""
+        kept = {name: value for name, value in self.__dict__.items() if name not in _LOGGING}
+        return kept | {"_hooks": [], "_notes": {}}
+
+    def _release(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self.__dict__ = self.__getstate__()
         self.regularizer.detach()
 
-    def _attach(self, pl_module: pl.LightningModule) -> None:
+    def _attach(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.regularizer.layers:
             return
-        self.regularizer.attach(pl_module)
+        replicas = replicas_of(trainer, self.split_above)
+        self.regularizer.attach(pl_module, wrapped=trainer.strategy.model, replicas=replicas)
         if idle := self.regularizer.idle():
             reasons = "; ".join(f"'{name}': {reason}" for name, reason in idle.items())
             rank_zero_warn(f"the penalty does nothing in layer {reasons}")
@@ -196,44 +259,25 @@ class HypersphericalUniformity(pl.Callback):
 
     def _will_measure(self, trainer: pl.Trainer) -> bool:
         """Whether this batch ends with a measurement: a logging step, the first of a fit, the last of an epoch."""
-        return self._fresh or trainer.is_last_batch or _is_logging_step(trainer)
+        return self._fresh or trainer.is_last_batch or is_logging_step(trainer)
 
     def _log(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Aggregates through Lightning's log; layers to every logger, on logging steps."""
         measured = self.regularizer.measure_layers()
         if not trainer.barebones:
-            values = self._aggregates(measured)
-            pl_module.log_dict(values, on_step=True, on_epoch=False, batch_size=1)
-        if _is_logging_step(trainer):
+            limited = sum(int(note.limited) for note in self._notes.values()) if self._notes else None
+            values = aggregates(measured, self.regularizer.current_penalty(measured), limited)
+            pl_module.log_dict(self._prefixed(values), on_step=True, on_epoch=False, batch_size=1)
+        if is_logging_step(trainer):
             self._report_nonfinite(measured)
             step = trainer.fit_loop.epoch_loop._batches_that_stepped  # the step under which Lightning logs its own
+            shares = {name: float(note.share) for name, note in self._notes.items()}
+            varying = self.regularizer.progress.varying(self.regularizer.layers)
             for logger in trainer.loggers:
-                logger.log_metrics(self._per_layer(measured), step=step)
+                logger.log_metrics(self._prefixed(by_layer(measured, varying, shares)), step=step)
 
-    def _aggregates(self, measured: list[LayerUniformity]) -> dict[str, float]:
-        """Numbers of the whole model, worth watching."""
-        ratios = [layer.ratio for layer in measured if math.isfinite(layer.ratio)]
-        angles = [layer.min_angle for layer in measured if math.isfinite(layer.min_angle)]
-        values = {
-            "penalty": self.regularizer.current_penalty(measured),
-            "ratio_mean": sum(ratios) / len(ratios) if ratios else math.nan,
-            "ratio_max": max(ratios, default=math.nan),
-            "min_angle": min(angles, default=math.nan),
-            "dead": float(sum(layer.dead for layer in measured)),
-        }
-        if self._notes:
-            values["limited"] = float(sum(int(note.limited) for note in self._notes.values()))
-        return {f"{self.prefix}/{key}": value for key, value in values.items()}
-
-    def _per_layer(self, measured: list[LayerUniformity]) -> dict[str, float]:
-        values = {}
-        for layer in measured:
-            values[f"{self.prefix}/ratio/{layer.name}"] = layer.ratio
-            if not math.isnan(layer.score):
-                values[f"{self.prefix}/score/{layer.name}"] = layer.score
-            values[f"{self.prefix}/energy/{layer.name}"] = layer.energy
-            values[f"{self.prefix}/min_angle/{layer.name}"] = layer.min_angle
-        return values | {f"{self.prefix}/gradient_share/{name}": float(note.share) for name, note in self._notes.items()}
+    def _prefixed(self, values: dict[str, float]) -> dict[str, float]:
+        return {f"{self.prefix}/{name}": value for name, value in values.items()}
 
     def _warn_of_line_search(self, optimizer: Optimizer) -> None:
         if getattr(optimizer, "defaults", {}).get("line_search_fn") and "line search" not in self._warned:
@@ -253,33 +297,3 @@ class HypersphericalUniformity(pl.Callback):
                 f"NaN or infinite weights in layer {named}. Such neurons are left out of the penalty. Lower the learning "
                 "rate, or find the first bad step with Trainer(detect_anomaly=True)."
             )
-
-
-def _check_strategy(trainer: pl.Trainer) -> None:
-    """Refuse strategies that shard weights: a rank that sees some of the neurons would add a wrong gradient."""
-    # By name: pytorch_lightning has classes of its own under the same names.
-    names = {kind.__name__ for kind in type(trainer.strategy).__mro__}
-    if names & {"SingleDeviceStrategy", "DDPStrategy"} and "DeepSpeedStrategy" not in names:
-        return
-    raise NotImplementedError(
-        f"HypersphericalUniformity does not support {type(trainer.strategy).__name__} in this release: it may shard weights. "
-        "Use Trainer(strategy='ddp') or a single device, or take the callback out."
-    )
-
-
-def _is_logging_step(trainer: pl.Trainer) -> bool:
-    # The same private property that Lightning's own LearningRateMonitor asks; it knows log_every_n_steps=0.
-    return bool(trainer._logger_connector.should_update_logs)
-
-
-def _index(trainer: pl.Trainer, optimizer: Optimizer) -> int | None:
-    """Position of the optimizer among the trainer's, so that a resumed schedule finds its count."""
-    return next((i for i, other in enumerate(trainer.optimizers) if other is optimizer), None)
-
-
-def _remaining_scale(trainer: pl.Trainer, optimizer: Optimizer) -> float:
-    """The GradScaler's factor where Lightning leaves it in the gradients: fused optimizers unscale in their own step."""
-    scaler = getattr(trainer.precision_plugin, "scaler", None)
-    if scaler is None or not getattr(optimizer, "_step_supports_amp_scaling", False):
-        return 1.0
-    return float(scaler.get_scale())

@@ -1,4 +1,4 @@
-"""How strong the penalty is: a number, a schedule over optimizer steps, or either by layer pattern."""
+"""How strong the penalty is: a number, a schedule over optimizer steps, a share of the task's gradient, or these by layer."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 from lightning_hsu.measures.checks import plain_number
 from lightning_hsu.selection import check_patterns, matches
+from lightning_hsu.share import Share
 
-Strength = float | Callable[[int], float]
-"""A number, or a schedule: optimizer steps done so far to a number."""
+Strength = float | Share | Callable[[int], float]
+"""A number, a share, or a schedule: optimizer steps done so far to a number."""
 
 
 @dataclass(frozen=True)
@@ -18,13 +19,13 @@ class Coefficient:
     """A checked coefficient.
 
     Args:
-        given: A number >= 0, a schedule, or a mapping of layer patterns to either, of which the first match
+        given: A number >= 0, a schedule, a share, or a mapping of layer patterns to these, of which the first match
             counts; layers without a match get 0 and are only monitored.
         what: What to call it in errors.
 
     Raises:
         ValueError: for a negative, infinite or NaN number, or an empty mapping.
-        TypeError: for anything else that is no number, schedule or mapping.
+        TypeError: for anything else that is no number, schedule, share or mapping.
     """
 
     given: Strength | Mapping[str, Strength]
@@ -39,19 +40,25 @@ class Coefficient:
         else:
             _check(self.given, self.what)
 
+    @property
+    def has_share(self) -> bool:
+        """Whether it is, or holds, a share of the task's gradient."""
+        parts = self.given.values() if isinstance(self.given, Mapping) else [self.given]
+        return any(isinstance(part, Share) for part in parts)
+
     def check_names(self, names: Sequence[str]) -> None:
         """Refuse a pattern that matches no layer."""
         if isinstance(self.given, Mapping):
             check_patterns(self.what, list(self.given), names)
 
     def of(self, name: str) -> Strength:
-        """The number or schedule of one layer."""
+        """The number, schedule or share of one layer."""
         if not isinstance(self.given, Mapping):
             return self.given
         return next((strength for pattern, strength in self.given.items() if matches(name, [pattern])), 0.0)
 
 
-def strength_at(strength: Strength, step: int, name: str) -> float:
+def strength_at(strength: float | Callable[[int], float], step: int, name: str) -> float:
     """Evaluate a number or schedule after ``step`` optimizer steps; ``name`` is the layer, for the error."""
     if not callable(strength):
         return float(strength)
@@ -69,11 +76,15 @@ def strength_at(strength: Strength, step: int, name: str) -> float:
 
 
 def _check(strength: object, what: str) -> None:
-    """Refuse what is neither a number >= 0 nor a schedule."""
-    if callable(strength):
+    """Refuse what is neither a number >= 0 nor a schedule nor a share."""
+    if isinstance(strength, type):
+        raise TypeError(f"{what} must be an instance: write {strength.__name__}(...), with its settings in the brackets")
+    if callable(strength) or isinstance(strength, Share):
         return
     if isinstance(strength, (int, float)) and not isinstance(strength, bool):
         if not plain_number(strength) or strength < 0:
             raise ValueError(f"{what} must be a finite number >= 0 (0 only monitors); got {strength!r}")
         return
-    raise TypeError(f"{what} must be a number, a schedule step -> number or a mapping pattern -> number; got {strength!r}")
+    raise TypeError(
+        f"{what} must be a number, a schedule step -> number, a Share or a mapping of patterns to these; got {strength!r}"
+    )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 
 import torch
@@ -10,20 +11,40 @@ from torch import Tensor, nn
 
 from lightning_hsu.coefficients import Strength
 from lightning_hsu.core import smallest_angle, unit_rows, with_float64, working_dtype
+from lightning_hsu.distributed import is_sharded
 from lightning_hsu.measures import Measure, State
 from lightning_hsu.reference import random_level, score
 from lightning_hsu.selection import NOT_INCLUDED, Skip
+from lightning_hsu.share import Share
 from lightning_hsu.targets import Target
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One set of neurons as the engine holds it: where it is, how it is measured and how strongly."""
+    """One set of neurons as the engine holds it: where it is, how it is measured and how strongly.
+
+    Args:
+        target: Where it is.
+        measure: How it is measured.
+        strength: Its coefficient.
+        parameters: What it may depend on.
+        rows: Neurons (groups, n) of which this rank holds some part; None where it needs the gradient of all.
+    """
 
     target: Target
     measure: Measure
     strength: Strength
     parameters: tuple[nn.Parameter, ...]
+    rows: Tensor | None = None
+
+    def rates(self, own: Mapping[int, float]) -> list[float]:
+        """Of learning rates by parameter id, those of its parameters with a gradient; none where there is nothing to add to."""
+        return [own[id(p)] for p in self.parameters if id(p) in own and p.grad is not None and p.requires_grad]
+
+    @property
+    def sharded(self) -> bool:
+        """Whether ranks hold parts of its parameters."""
+        return any(is_sharded(p) for p in self.parameters)
 
 
 @dataclass(frozen=True)
@@ -70,6 +91,47 @@ def measure_layers(layers: Sequence[Layer], prepared: Callable[[Layer, Tensor], 
         prepared: Gives the state of a layer's measure for its neurons (groups, n, d).
     """
     return [_measure(layer, prepared) for layer in layers]
+
+
+def aggregates(measured: Sequence[LayerUniformity], penalty: float, limited: int | None) -> dict[str, float]:
+    """Numbers of the whole model, worth watching, by name.
+
+    Args:
+        measured: The layers.
+        penalty: Coefficient times penalty, summed over them.
+        limited: Neurons whose penalty gradient was shortened; None where that is not known.
+    """
+    ratios = [layer.ratio for layer in measured if math.isfinite(layer.ratio)]
+    angles = [layer.min_angle for layer in measured if math.isfinite(layer.min_angle)]
+    values = {
+        "penalty": penalty,
+        "ratio_mean": sum(ratios) / len(ratios) if ratios else math.nan,
+        "ratio_max": max(ratios, default=math.nan),
+        "min_angle": min(angles, default=math.nan),
+        "dead": float(sum(layer.dead for layer in measured)),
+    }
+    return values if limited is None else values | {"limited": float(limited)}
+
+
+def by_layer(
+    measured: Sequence[LayerUniformity], coefficients: Mapping[str, float], shares: Mapping[str, float]
+) -> dict[str, float]:
+    """Numbers of each layer, by kind and layer.
+
+    Args:
+        measured: The layers.
+        coefficients: Those that change over time, by layer.
+        shares: Norms of the added gradients over those of the task's, by layer.
+    """
+    values = {}
+    for layer in measured:
+        values[f"ratio/{layer.name}"] = layer.ratio
+        if not math.isnan(layer.score):
+            values[f"score/{layer.name}"] = layer.score
+        values[f"energy/{layer.name}"] = layer.energy
+        values[f"min_angle/{layer.name}"] = layer.min_angle
+    values |= {f"coefficient/{name}": value for name, value in coefficients.items()}
+    return values | {f"gradient_share/{name}": value for name, value in shares.items()}
 
 
 def describe(layers: Sequence[Layer], skips: Sequence[Skip]) -> str:
@@ -145,7 +207,10 @@ def _short(value: object) -> str:
 
 
 def _strength_name(layer: Layer) -> str:
-    text = "schedule" if callable(layer.strength) else f"{layer.strength:g}"
+    if isinstance(layer.strength, Share):
+        text = f"share {layer.strength.fraction:g}"
+    else:
+        text = "schedule" if callable(layer.strength) else f"{layer.strength:g}"
     if layer.strength == 0:
         text += " (monitor only)"
     idle = idle_reason(layer)

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_hsu.applying import Application, GradientNote, penalty_gradients, refuse_sparse
-from lightning_hsu.coefficients import Coefficient, Strength, strength_at
+from lightning_hsu.applying import Application, GradientNote
+from lightning_hsu.coefficients import Coefficient, Strength
+from lightning_hsu.distributed import Replicas, flat_sharded, whole_parameters
 from lightning_hsu.measures import Measure, RieszEnergy, State
 from lightning_hsu.measures.base import check_measure
 from lightning_hsu.memory import Memory
-from lightning_hsu.monitor import Layer, LayerUniformity, describe, idle_reason, measure_layers, widened
+from lightning_hsu.monitor import Layer, LayerUniformity, describe, idle_reason, measure_layers
+from lightning_hsu.progress import Progress
 from lightning_hsu.selection import Patterns, Skip, select
+from lightning_hsu.stepping import Use, applications, learning_rates, loss_term
 from lightning_hsu.targets import Target
 
 
@@ -23,17 +26,18 @@ class UniformityRegularizer:
     """Spread a model's neurons over the sphere in any training loop, with or without Lightning.
 
     After ``loss.backward()`` and before ``optimizer.step()`` call :meth:`add_gradients`: it adds the gradient of
-    coefficient times penalty, summed over the layers, to the parameters' ``.grad``.
+    coefficient times penalty, summed over the layers, to the parameters' ``.grad``. Or after each ``optimizer.step()``
+    call :meth:`move`: it moves the neurons along the sphere, past the optimizer. Or add :meth:`penalty` to the loss.
 
     Args:
         measure: What to minimise. None is the half-space Riesz energy with s = 2. The class head is
             measured in full space.
-        coefficient: A number >= 0 (0 only monitors), a schedule (optimizer steps done -> number), or a
-            mapping of layer patterns to either; the first matching pattern counts.
+        coefficient: A number >= 0 (0 only monitors), a schedule (optimizer steps done -> number), a
+            :class:`~lightning_hsu.Share`, or a mapping of layer patterns to these; the first matching pattern counts.
         include: Patterns of layers to take, shell style; None takes all but embeddings.
         exclude: Patterns of layers to leave out.
         head: "auto" (the last Linear), the head's name, or None for no head.
-        head_coefficient: A number or schedule for the head; None uses ``coefficient``.
+        head_coefficient: A number, schedule or share for the head; None uses ``coefficient``.
         every_n_steps: Apply on every n-th step of each optimizer, at the coefficient's full strength.
         step_limit: A neuron's penalty gradient, times the learning rate, is at most this fraction of the neuron's
             norm, so that no near-duplicate or tiny neuron is thrown away by one step. None is no limit.
@@ -85,50 +89,81 @@ class UniformityRegularizer:
         self.layers: list[Layer] = []
         self.skips: list[Skip] = []
         self.active = False  # whether any layer has a coefficient other than the number 0: else there is nothing to add
-        self.steps: list[int] = []  # steps done by each optimizer
-        self.memory, self._looking = Memory(), Memory()
-        self._seen: list[int] = []  # ids of the optimizers, in the order in which they first stepped
-        self._last: dict[str, float] = {}  # coefficient of each layer at its last step
-        self._reached: set[str] = set()  # layers whose weights some optimizer was about to step with a gradient
+        self.replicas: Replicas | None = None
+        self.progress, self._looking = Progress(), Memory()
+        self._root: nn.Module | None = None  # the model as FSDP1 wraps it
 
-    def attach(self, model: nn.Module) -> UniformityRegularizer:
-        """Find the model's neurons; returns self.
+    def attach(
+        self, model: nn.Module, *, wrapped: nn.Module | None = None, replicas: Replicas | None = None
+    ) -> UniformityRegularizer:
+        """Find the model's neurons; returns self. Where ranks share the weights, all must call it.
+
+        Args:
+            model: The model.
+            wrapped: The same model within FSDP1, where that wraps it from outside.
+            replicas: The ranks that train this model by DDP, to compute large layers together; None computes all on each.
 
         Raises:
             ValueError: if a pattern matches nothing, no layer is left to measure, or ``head_coefficient`` has no head.
-            NotImplementedError: if a weight is sharded (DTensor).
+            NotImplementedError: if FSDP1 does not keep the original parameters.
         """
-        targets, self.skips = select(model, self.include, self.exclude, self.head)
-        self.memory.attach(model)
+        outside = model if wrapped is None else wrapped
+        self._root, self.replicas = outside if flat_sharded(outside) else None, replicas
+        with whole_parameters(self._root, with_grads=False):
+            targets, self.skips = select(model, self.include, self.exclude, self.head)
+            self.coefficient.check_names([target.name for target in targets])
+            if self.head_coefficient is not None and not any(target.head for target in targets):
+                names = ", ".join(target.name for target in targets)
+                raise ValueError(f"head_coefficient is given, but no head is measured: name one of {names} with head='...'")
+            self.layers = [self._layer(target) for target in targets]
+        self.progress.memory.attach(model)
         self._looking.attach(model)
-        self.coefficient.check_names([target.name for target in targets])
-        if self.head_coefficient is not None and not any(target.head for target in targets):
-            raise ValueError(
-                "head_coefficient is given, but no head is measured: name it with head='...', or drop head_coefficient; the "
-                f"layers are: {', '.join(target.name for target in targets)}"
-            )
-        self.layers = [self._layer(target) for target in targets]
-        for layer in self.layers:
-            _refuse_sharded(layer)
-        self.active = any(callable(layer.strength) or layer.strength > 0 for layer in self.layers)
+        self.active = any(not isinstance(layer.strength, (int, float)) or layer.strength > 0 for layer in self.layers)
         return self
 
     def detach(self) -> None:
-        """Let go of the model; the step counts and the measures' states stay."""
+        """Let go of the model; the step counts, the measures' states and the means of shares stay."""
+        self.progress.forget_model()
         self.__dict__ |= self._without_model()
 
     def penalty(self, step: int = 0) -> Tensor:
         """Coefficient times penalty, summed over the layers: a differentiable scalar for a loss of your own.
 
         Measures that carry a state, such as :class:`~lightning_hsu.measures.Covering`, take it one step on.
+
+        Args:
+            step: Optimizer steps done, for schedules.
+
+        Raises:
+            ValueError: for a :class:`~lightning_hsu.Share`, which needs the task's gradient apart.
         """
         self._check_attached()
-        terms = []
-        for layer in self.layers:
-            x = widened(layer.target.neurons())
-            penalty = layer.measure.penalty(x, self.memory.next(layer, x)).mean()
-            terms.append(strength_at(layer.strength, step, layer.target.name) * penalty)
-        return torch.stack([term.to(terms[0]) for term in terms]).sum()
+        self.progress.loss_step = None
+        return self._penalty(step, {}, 1.0)
+
+    def add_to_loss(
+        self, loss: Tensor, optimizer: Optimizer, *, index: int | None = None, factor: Tensor | float = 1.0, again: bool = False
+    ) -> None:
+        """Add coefficient times penalty to a loss in place, before its backward; :meth:`count_step` once a step.
+
+        Args:
+            loss: A scalar that its own graph does not need.
+            optimizer: The optimizer that will step; its learning rates set the step limit.
+            index: Its position where there are several; by default the order in which they first step.
+            factor: Of the loss: a GradScaler's, over the number of accumulated batches.
+            again: The step is counted already: the optimizer evaluates its closure again (LBFGS).
+        """
+        self._check_attached()
+        step = self.progress.counter.before(optimizer, index) - (1 if again else 0)
+        if step % self.every_n_steps == 0:
+            with torch.enable_grad():
+                term = self._penalty(step, learning_rates(optimizer), factor) * factor
+                loss.add_(term.to(loss))
+
+    def count_step(self, optimizer: Optimizer, *, index: int | None = None, again: bool = False) -> None:
+        """Count a step of an optimizer whose loss has the penalty."""
+        self.progress.counter.count(optimizer, index, again=again)
+        self.progress.note_reached(self.layers, learning_rates(optimizer))
 
     @torch.no_grad()
     def add_gradients(
@@ -154,126 +189,112 @@ class UniformityRegularizer:
         Returns:
             Notes by layer name; empty without ``note``, or on a step that ``every_n_steps`` leaves out.
         """
-        self._check_attached()
-        step = self._count(optimizer, index, again)
-        notes: dict[str, GradientNote] = {}
-        if step % self.every_n_steps:
-            if len(self._reached) < len(self.layers):
-                own = _learning_rates(optimizer)
-                self._reached |= {layer.target.name for layer in self.layers if _rates(layer, own)}
-            return notes
-        own = _learning_rates(optimizer)
-        ready = [one for layer in self.layers if (one := self._application(layer, step, own, again)) is not None]
-        for one, grad in zip(ready, penalty_gradients(ready), strict=True):
-            found = one.add(grad, own, step_limit=self.step_limit, grad_scale=grad_scale, note=note)
-            notes |= {one.layer.target.name: found} if found else {}
-        return notes
+        return self._apply(Application.add, optimizer, index, grad_scale, note, again)
+
+    @torch.no_grad()
+    def move(self, optimizer: Optimizer, *, index: int | None = None, note: bool = False) -> dict[str, GradientNote]:
+        """Move the neurons along the sphere by learning rate times coefficient times gradient; call it after each step.
+
+        Their norms stay. Parameters that are frozen or have no gradient are left alone. Neurons that are computed from
+        parameters (weight_norm, pruning) follow these.
+
+        Args:
+            optimizer: The optimizer that has stepped; each parameter moves with its own group's learning rate.
+            index: Its position where there are several; by default the order in which they first step.
+            note: Also return what was done, by layer.
+
+        Returns:
+            Notes by layer name; empty without ``note``, or on a step that ``every_n_steps`` leaves out.
+        """
+        if (found_inf := getattr(optimizer, "found_inf", None)) is not None and bool(found_inf):
+            return {}  # a fused optimizer under a GradScaler that has skipped this step in its kernel
+        return self._apply(Application.move, optimizer, index, 1.0, note, False)
 
     def measure_layers(self) -> list[LayerUniformity]:
-        """Measure every layer as it is now, in the model's order."""
+        """Measure every layer as it is now, in the model's order; where ranks share the weights, all must call it."""
         self._check_attached()
-        return measure_layers(self.layers, self._remembered)
+        with whole_parameters(self._root, with_grads=False):
+            return measure_layers(self.layers, self._remembered)
 
     def current_penalty(self, measured: list[LayerUniformity]) -> float:
         """Coefficient times penalty, summed over measured layers, at the coefficients last used."""
-        return sum(self._last_strength(layer) * one.penalty for layer, one in zip(self.layers, measured, strict=True))
+        pairs = zip(self.layers, measured, strict=True)
+        return sum(self.progress.last_coefficient(layer) * one.penalty for layer, one in pairs)
 
     def unreached(self) -> list[str]:
         """Names of layers that have a coefficient but got no gradient so far; frozen ones are left out."""
-        missing = [layer for layer in self.layers if layer.strength != 0 and layer.target.name not in self._reached]
-        return [layer.target.name for layer in missing if not layer.target.frozen]
+        missing = [layer for layer in self.layers if layer.strength != 0 and layer.target.name not in self.progress.reached]
+        with whole_parameters(self._root if missing else None, with_grads=False):
+            return [layer.target.name for layer in missing if not layer.target.frozen]
 
     def idle(self) -> dict[str, str]:
         """Layers that have a coefficient but feel no force, whatever their weights, with the reason and the way out."""
         return {layer.target.name: reason for layer in self.layers if (reason := idle_reason(layer))}
 
     def state_dict(self) -> dict[str, Any]:
-        """The steps done by each optimizer, where the schedules stand, and what the measures carry on, by layer."""
-        states = self.memory.state_dict()
-        return {"steps": list(self.steps)} | ({"states": states} if states else {})
+        """The steps done by each optimizer, where the schedules stand, and what the measures and shares carry on, by layer."""
+        return self.progress.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where :meth:`state_dict` was taken."""
-        self.steps = list(state["steps"])
-        self.memory.load_state_dict(state.get("states", {}))
+        self.progress.load_state_dict(state)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Pickle and copy the settings, the step counts and the measures' states, never the model."""
+        """Pickle and copy the settings and where training stands, never the model."""
         return self.__dict__ | self._without_model()
 
     @staticmethod
     def _without_model() -> dict[str, Any]:
-        return {"layers": [], "skips": [], "active": False, "_seen": [], "_last": {}, "_reached": set()}
+        return {"layers": [], "skips": [], "active": False, "replicas": None, "_root": None}
 
     def _layer(self, target: Target) -> Layer:
         measure = self.measure.for_head() if target.head else self.measure
-        return Layer(target, measure, self._strength_of(target), tuple(target.parameters()))
+        own = self.head_coefficient if target.head and self.head_coefficient is not None else self.coefficient
+        return Layer(target, measure, own.of(target.name), tuple(target.parameters()), target.own_rows())
 
     def _remembered(self, layer: Layer, x: Tensor) -> State | None:
         """A measure's state for looking at x: from where training stands, else from the last look; training does not see it."""
-        return self.memory.peek(layer, x) if layer.target.name in self.memory.states else self._looking.next(layer, x)
+        memory = self.progress.memory
+        return memory.peek(layer, x) if layer.target.name in memory.states else self._looking.next(layer, x)
 
-    def _strength_of(self, target: Target) -> Strength:
-        own = self.head_coefficient if target.head and self.head_coefficient is not None else self.coefficient
-        return own.of(target.name)
+    def _apply(
+        self,
+        act: Callable[..., GradientNote | None],
+        optimizer: Optimizer,
+        index: int | None,
+        grad_scale: float,
+        note: bool,
+        again: bool,
+    ) -> dict[str, GradientNote]:
+        """Let every layer of the optimizer's parameters act on its penalty's gradient; notes by layer."""
+        self._check_attached()
+        step = self.progress.counter.count(optimizer, index, again=again)
+        use = Use(step, learning_rates(optimizer), grad_scale, again)
+        self.progress.note_reached(self.layers, use.own)
+        notes: dict[str, GradientNote] = {}
+        if step % self.every_n_steps:
+            return notes
+        with whole_parameters(self._root, with_grads=True):
+            for one, grad, coefficient in applications(self.layers, self.progress, use, self.replicas):
+                found = act(one, grad, coefficient, self.step_limit, note=note)
+                notes |= {one.layer.target.name: found} if found else {}
+        return notes
 
-    def _last_strength(self, layer: Layer) -> float:
-        """Coefficient of a layer at its last step; before that what it begins with."""
-        name = layer.target.name
-        return self._last[name] if name in self._last else strength_at(layer.strength, 0, name)
-
-    def _count(self, optimizer: Optimizer, index: int | None, again: bool) -> int:
-        """Steps done by this optimizer before the present one, and one more from now on."""
-        if index is None:
-            if id(optimizer) not in self._seen:
-                self._seen.append(id(optimizer))
-            index = self._seen.index(id(optimizer))
-        self.steps += [0] * (index + 1 - len(self.steps))
-        self.steps[index] += 0 if again else 1
-        return max(self.steps[index] - 1, 0)
-
-    def _application(self, layer: Layer, step: int, own: Mapping[int, float], again: bool) -> Application | None:
-        """What to add to one layer at this step; None where nothing is to be added."""
-        rates = _rates(layer, own)
-        if not rates:
-            return None
-        self._reached.add(layer.target.name)
-        strength = self._last[layer.target.name] = strength_at(layer.strength, step, layer.target.name)
-        if strength == 0:
-            return None
-        refuse_sparse(layer)
-        with torch.enable_grad():
-            x = layer.target.neurons()
-        # Within one step all evaluations are of one function: no new draw.
-        known = self.memory.states.get(layer.target.name) if again else None
-        state = self.memory.next(layer, widened(x)) if known is None else known
-        return Application(layer, strength, max(rates), x, state)
+    def _penalty(self, step: int, own: Mapping[int, float], factor: Tensor | float) -> Tensor:
+        """Coefficient times penalty, summed over the layers; ``own`` are learning rates, for the step limit."""
+        use = Use(step, own, factor, again=self.progress.loss_step == step)
+        terms = [loss_term(layer, self.progress, use, self.step_limit) for layer in self.layers]
+        self.progress.loss_step = step
+        return torch.stack([term.to(terms[0]) for term in terms]).sum()
 
     def table(self) -> str:
         """Every layer with its shape, measure and coefficient, and every weight left out with the reason."""
         self._check_attached()
+        with whole_parameters(self._root, with_grads=False):
+            text = describe(self.layers, self.skips)
         every = "" if self.every_n_steps == 1 else f"\napplied on every {self.every_n_steps}th step of each optimizer"
-        return describe(self.layers, self.skips) + every
+        return text + every
 
     def _check_attached(self) -> None:
         if not self.layers:
             raise RuntimeError("the regularizer has no model yet: call attach(model) first")
-
-
-def _learning_rates(optimizer: Optimizer) -> dict[int, float]:
-    """Learning rates of the optimizer's parameters, by id."""
-    return {id(p): float(group.get("lr", 1.0)) for group in optimizer.param_groups for p in group["params"]}
-
-
-def _rates(layer: Layer, own: Mapping[int, float]) -> list[float]:
-    """Learning rates of the layer's parameters that are about to move; none where there is nothing to add to."""
-    return [own[id(p)] for p in layer.parameters if id(p) in own and p.grad is not None and p.requires_grad]
-
-
-def _refuse_sharded(layer: Layer) -> None:
-    """A rank that sees a part of the neurons would compute a wrong gradient without a word."""
-    if any(hasattr(p, "device_mesh") for p in layer.parameters):
-        raise NotImplementedError(
-            f"layer '{layer.target.name}' {layer.target.shape} is sharded over ranks (a DTensor), where the penalty would "
-            f"not see all neurons; use DDP or a single device, or exclude='{layer.target.name}'"
-        )

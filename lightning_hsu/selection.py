@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
-from lightning_hsu.neurons import has_rule, neurons_of
-from lightning_hsu.targets import Target, parameter_behind, without_side_effects
+from lightning_hsu.distributed import Reading, read_neurons
+from lightning_hsu.neurons import has_rule
+from lightning_hsu.targets import Target, without_side_effects
 
 Patterns = str | Sequence[str] | None
 
@@ -131,10 +132,10 @@ def _candidates(model: nn.Module) -> tuple[list[Target], list[Skip]]:
             skips.append(Skip(_join(name, lazy[0]), (), "a lazy layer that has seen no batch: it has no shape yet"))
             continue
         with torch.enable_grad(), without_side_effects(module):
-            found = neurons_of(module)
-        for key, x in found.items():
-            full = _join(name, key) or "weight"
-            _check_rule(module, full, x)
+            found = read_neurons(module)
+        for key, reading in found.items():
+            full, x = _join(name, key) or "weight", reading.x
+            _check_rule(module, full, reading)
             if not x.is_floating_point():
                 skips.append(Skip(full, tuple(x.shape), f"its weights are {x.dtype}, not floating-point"))
                 continue
@@ -143,8 +144,9 @@ def _candidates(model: nn.Module) -> tuple[list[Target], list[Skip]]:
     return targets, skips
 
 
-def _check_rule(module: nn.Module, name: str, x: object) -> None:
+def _check_rule(module: nn.Module, name: str, reading: Reading) -> None:
     """Refuse what a user's rule must not give."""
+    x: object = reading.x
     rule = f"the rule for {type(module).__name__} gave"
     if not isinstance(x, Tensor):
         raise TypeError(
@@ -153,7 +155,7 @@ def _check_rule(module: nn.Module, name: str, x: object) -> None:
     if x.ndim not in (2, 3):
         raise ValueError(f"{rule} neurons of shape {tuple(x.shape)} for layer '{name}'; it must give (n, d) or (groups, n, d)")
     trains = all(p.requires_grad for p in module.parameters())
-    if trains and x.is_floating_point() and parameter_behind(x) is None and not x.requires_grad:
+    if trains and x.is_floating_point() and reading.parameter is None and not x.requires_grad:
         raise ValueError(
             f"{rule} detached neurons for layer '{name}': no gradient would reach its parameters; drop .detach() or .data"
         )
@@ -198,13 +200,14 @@ def _too_small(target: Target) -> str | None:
 
 def _tied(target: Target, seen: dict[tuple[object, ...], str]) -> str | None:
     """Why a target is a second name of one already taken."""
-    x = target.neurons()
+    reading = target.read()
     if isinstance(target.module, (nn.Embedding, nn.EmbeddingBag)):
-        x = target.module.weight.unsqueeze(0)  # whole, the padding's row too: a tied head has it
-    parameter = parameter_behind(x)
+        weight = target.module.weight  # whole, the padding's row too: a tied head has it
+        reading = Reading(weight.unsqueeze(0), weight if isinstance(weight, nn.Parameter) else None)
+    x = reading.x
     key: tuple[object, ...] = (id(target.module), target.key)
-    if parameter is not None:
-        key = (id(parameter), x.storage_offset(), x.stride(), x.shape)
+    if reading.parameter is not None:
+        key = (id(reading.parameter), x.storage_offset(), x.stride(), x.shape)
     first = seen.setdefault(key, target.name)
     return None if first == target.name else f"tied to {first}"
 

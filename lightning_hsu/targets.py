@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
-from lightning_hsu.neurons import neurons_of
+from lightning_hsu.distributed import Gathered, Reading, is_sharded, own_rows, read_neurons
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,46 +31,65 @@ class Target:
     shape: tuple[int, int, int]
     head: bool = False
 
+    def read(self, gathered: Gathered | None = None) -> Reading:
+        """The effective neurons as they are now, whole on every rank: a collective call where the weights are sharded.
+
+        Args:
+            gathered: Whole parameters that earlier reads of this use have gathered, and where to keep more.
+        """
+        with without_side_effects(self.module):
+            reading = read_neurons(self.module, gathered)[self.key]
+        return replace(reading, x=reading.x.unsqueeze(0)) if reading.x.ndim == 2 else reading
+
     def neurons(self) -> Tensor:
         """The effective neurons (groups, n, d) as they are now; differentiable where gradients are recorded."""
-        with without_side_effects(self.module):
-            x = neurons_of(self.module)[self.key]
-        return x.unsqueeze(0) if x.ndim == 2 else x
+        return self.read().x
 
     @property
     def frozen(self) -> bool:
         """Whether no gradient reaches these neurons."""
+        if any(is_sharded(p) for p in self.module.parameters()):
+            return not any(p.requires_grad for p in self.module.parameters())  # without a collective call
         with torch.enable_grad():
             return not self.neurons().requires_grad
 
-    def places(self, x: Tensor, grad: Tensor, own: Mapping[int, float]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Where the gradient of the neurons goes: pairs (part of some ``.grad``, what to add to it).
+    def own_rows(self) -> Tensor | None:
+        """Neurons (groups, n) of which this rank holds some part; None where it needs the gradient of all."""
+        with without_side_effects(self.module), torch.no_grad():
+            rows = own_rows(self.module, self.key)
+        return rows.unsqueeze(0) if rows is not None and rows.ndim == 1 else rows
+
+    def places(
+        self, reading: Reading, change: Tensor, own: Mapping[int, float], *, values: bool = False
+    ) -> Iterator[tuple[nn.Parameter, Tensor, Tensor]]:
+        """Where a change of the neurons goes: triples (parameter, part of its ``.grad`` or of itself, what to add to it).
 
         Args:
-            x: ``self.neurons()``, taken while gradients were recorded.
-            grad: Gradient in the neurons, (groups, n, d).
+            reading: ``self.read()``, taken while gradients were recorded.
+            change: In the neurons, (groups, n, d).
             own: ids of the parameters that may be touched. One without a gradient is left without.
+            values: The parts are of the parameters, not of their gradients.
         """
-        parameter = parameter_behind(x)
-        if parameter is not None and parameter.grad is not None and parameter.grad.stride() == parameter.stride():
-            offset = x.storage_offset() - parameter.storage_offset() + parameter.grad.storage_offset()
-            yield parameter.grad.as_strided(x.shape, x.stride(), offset), grad
+        x, parameter = reading.x, reading.parameter
+        if parameter is not None and id(parameter) not in own:
             return
+        if parameter is not None and parameter.grad is not None and not is_sharded(parameter):
+            whole = parameter.detach() if values else parameter.grad
+            if whole.stride() == parameter.stride():
+                offset = x.storage_offset() - parameter.storage_offset() + whole.storage_offset()
+                yield parameter, whole.as_strided(x.shape, x.stride(), offset), change
+                return
         leaves = [p for p in self.module.parameters() if p.requires_grad and p.grad is not None and id(p) in own]
         if leaves and x.requires_grad:
-            pulled = torch.autograd.grad(x, leaves, grad.to(x.dtype), allow_unused=True)
-            yield from ((p.grad, g) for p, g in zip(leaves, pulled, strict=True) if p.grad is not None and g is not None)
+            pulled = torch.autograd.grad(x, leaves, change.to(x.dtype), allow_unused=True, retain_graph=True)
+            for p, part in zip(leaves, pulled, strict=True):
+                if p.grad is not None and part is not None:
+                    yield p, p.detach() if values else p.grad, part
 
     def parameters(self) -> list[nn.Parameter]:
         """The parameters that the neurons may depend on."""
-        parameter = parameter_behind(self.neurons())
+        parameter = self.read().parameter
         return list(self.module.parameters()) if parameter is None else [parameter]
-
-
-def parameter_behind(x: Tensor) -> nn.Parameter | None:
-    """The parameter that x is, or is a view of; None if it was computed."""
-    base = x._base if x._is_view() else x
-    return base if isinstance(base, nn.Parameter) else None
 
 
 @contextmanager

@@ -12,13 +12,13 @@ ROOT = Path(lightning_hsu.__file__).parent
 LAYERS = [
     {"core"},
     {"measures"},
-    {"neurons", "targets", "selection", "reference", "projections"},
-    {"coefficients", "monitor", "memory", "applying", "regularizer"},
-    {"callback"},
+    {"neurons", "distributed", "targets", "selection", "reference", "projections"},
+    {"share", "coefficients", "schedules", "monitor", "memory", "progress", "applying", "stepping", "regularizer"},
+    {"trainers", "callback"},
     {"presets"},
     {"__init__"},
 ]
-FACES = {"lightning": {"callback"}, "scipy": {"core"}, "torchmetrics": set(), "matplotlib": set()}
+FACES = {"lightning": {"trainers", "callback"}, "scipy": {"core"}, "torchmetrics": set(), "matplotlib": set()}
 FILES = sorted(ROOT.rglob("*.py"))
 
 

@@ -17,7 +17,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from packaging.version import Version
 from torch import nn
 
-from lightning_hsu import HypersphericalUniformity, UniformityRegularizer
+from lightning_hsu import HypersphericalUniformity, Share, UniformityRegularizer
 from lightning_hsu.core import smallest_angle
 from lightning_hsu.measures import Covering, RieszEnergy
 from lightning_hsu.reference import uniformity_ratio
@@ -262,10 +262,10 @@ def test_a_penalty_that_does_not_arrive_is_said_once():
         ({"coefficient": float("nan")}, ValueError, "coefficient must be a finite number"),
         ({"coefficient": {"a": 1.0, "b": -2.0}}, ValueError, r"coefficient\['b'\] must be a finite number >= 0"),
         ({"coefficient": {}}, ValueError, "empty mapping"),
-        ({"coefficient": "strong"}, TypeError, "a number, a schedule step -> number or a mapping"),
+        ({"coefficient": "strong"}, TypeError, "a number, a schedule step -> number, a Share or a mapping"),
         ({"head_coefficient": -1}, ValueError, "head_coefficient must be"),
         ({"head_coefficient": {"a": 1.0}}, TypeError, "head_coefficient is a number or a schedule, not a mapping"),
-        ({"apply": "later"}, ValueError, "apply='later' is not in this release; use apply='gradient'"),
+        ({"apply": "later"}, ValueError, "apply must be 'gradient', 'loss' or 'decoupled'; got 'later'"),
         ({"every_n_steps": 0}, ValueError, "every_n_steps must be an int >= 1; got 0"),
         ({"step_limit": 0}, ValueError, "step_limit must be > 0"),
         ({"prefix": ""}, ValueError, "prefix must be a name such as 'hsu'"),
@@ -315,19 +315,17 @@ def test_bad_settings_for_this_model(kwargs, message):
     assert callback.regularizer.layers == []  # cleaned up although fit never ended
 
 
-@pytest.mark.parametrize("name", ["FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"])
-def test_a_strategy_that_shards_is_refused_by_name(name):
+def test_a_strategy_that_hides_weights_is_refused_by_name():
     fit = trainer()
-    fit.strategy.__class__ = getattr(strategies, name)  # they do not start on a CPU
-    with pytest.raises(NotImplementedError, match=rf"does not support {name} in this release.*strategy='ddp'"):
+    fit.strategy.__class__ = strategies.DeepSpeedStrategy  # it does not start on a CPU
+    with pytest.raises(NotImplementedError, match=r"does not support DeepSpeedStrategy: .*Use 'ddp', 'fsdp'"):
         uniformity().on_fit_start(fit, Automatic())
 
 
-def test_sharded_weights_are_refused_by_layer():
-    layer = nn.Linear(4, 3)
-    layer.weight.device_mesh = "as a DTensor has"
-    with pytest.raises(NotImplementedError, match=r"layer 'weight' \(1, 3, 4\) is sharded over ranks .*exclude='weight'"):
-        uniformity().regularizer.attach(layer)
+def test_a_share_needs_the_tasks_gradient_apart():
+    for kwargs in ({"coefficient": Share()}, {"coefficient": {"*": Share()}}, {"head_coefficient": Share(0.1)}):
+        with pytest.raises(ValueError, match="Share needs the task's gradient apart from the loss: use apply='gradient'"):
+            HypersphericalUniformity(apply="loss", **kwargs)
 
 
 def test_a_resumed_schedule_finds_its_optimizer_whichever_steps_first():

@@ -1,72 +1,139 @@
-"""After several steps the parameters equal those of a plain torch loop that adds the penalty's gradient once a step.
+"""What the callback does to training, situation by situation: the README's table, each row a test.
 
-The loop below knows nothing of the engine: it differentiates the float64 oracle and adds the result.
+After several steps the parameters equal those of a plain torch loop (tests/plain.py), which knows nothing of the engine.
+``python -m tests.compatibility`` prints the table.
 """
 
+import ast
 import copy
+import math
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import BaseFinetuning
+from lightning.pytorch import callbacks
 from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
+from torch.optim import LBFGS, SGD, Adam, AdamW
 
-from lightning_hsu.core import PairTerm, oracle_energy
-from lightning_hsu.measures import RieszEnergy
-from tests.models import Adversarial, Automatic, Manual, batches, loader, mean_square, trainer, uniformity
+from lightning_hsu import CosineSchedule, LinearSchedule, Share
+from tests import models, plain
+from tests.compatibility import MODES, split_readme, table
+from tests.models import Adversarial, Automatic, Manual, batches, loader, trainer, uniformity
 
-TOLERANCE = 1e-6  # measured: at most 1.5e-7 over all cases
-LAYERS = {"0": 1, "2": 2, "5": 1, "7": 1}  # layer of tests.models.network -> groups
-HEAD = "7"
-
-
-def penalty_gradients(net, coefficient):
-    """Gradients of coefficient times penalty in the weights of ``net``, by autograd through the oracle."""
-    found = {}
-    for name, groups in LAYERS.items():
-        weight = net[int(name)].weight.detach().double().requires_grad_()
-        measure = RieszEnergy(s=2.0, half_space=name != HEAD)
-        term = PairTerm(measure.kernel, measure.half_space, measure.softening)
-        strength = coefficient(name) if callable(coefficient) else coefficient
-        energy = strength * oracle_energy(weight.reshape(groups, -1, weight[0].numel()), term).mean()
-        found[name] = torch.autograd.grad(energy, weight)[0]
-    return found
+TOLERANCE = 1e-6  # measured: at most 1.5e-7
+HALF_TOLERANCE = 5e-5  # a weight on a rounding edge of float16 or bfloat16 lets a last bit grow; measured: 8.3e-6
 
 
-def add_penalty(net, coefficient, scale=1.0):
-    for name, gradient in penalty_gradients(net, coefficient).items():
-        weight = net[int(name)].weight
-        if weight.grad is not None and weight.requires_grad:
-            weight.grad += (scale * gradient).to(weight.dtype)
+@dataclass(frozen=True)
+class Outcome:
+    """What the README says of one mode, and what the test holds: an error, or parameters as in the plain loop."""
+
+    cell: str = "exact"
+    error: tuple[type[Exception], ...] = ()
+    message: str = ""  # of the error, or of a warning
+    mode: str | None = None  # that of the plain loop, where it is another
 
 
 def sgd(parameters):
-    return torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
+    return SGD(parameters, lr=0.1, momentum=0.9)
 
 
-def adam(parameters):
-    return torch.optim.Adam(parameters, lr=0.01, fused=True)
+def half(step, layer):
+    """The coefficient of most rows."""
+    return 0.5
 
 
-@dataclass
-class Case:
+@dataclass(frozen=True)
+class Situation:
+    """One row.
+
+    Args:
+        text: What the README calls it; rows with the same text are one there, those without are left out.
+        name: What the test calls it.
+        gradient: What happens with ``apply="gradient"``; ``loss`` and ``decoupled`` alike.
+        trainer: Settings of the Trainer.
+        callback: Settings of the callback; a tuple of them is as many callbacks.
+        module: Makes the module, given the factory of its optimizer, which is ``optimizer``.
+        beside: Makes other callbacks, which go first.
+        prepare: Takes the callback before it is used.
+        compiled: Takes the module after its twin was made.
+        fit: Takes Trainer, module and data.
+        scaler: Settings of a GradScaler; the forward pass is then in float16.
+        dtype: That of parameters and data.
+        count: Batches an epoch.
+        loop: The plain loop; ``settings`` are its own.
+        layers: Those of the plain loop, by its module.
+        strength: The plain loop's coefficient after that many steps, by layer; ``every`` is its ``every_n_steps``.
+        where: The test that holds this row, ``tests/test_file.py::test_name``, if it is another.
+    """
+
+    text: str | None
     name: str
+    gradient: Outcome = Outcome()
+    loss: Outcome = Outcome()
+    decoupled: Outcome = Outcome()
     trainer: dict[str, Any] = field(default_factory=dict)
-    callback: dict[str, Any] = field(default_factory=dict)
-    module: Any = Automatic
-    settings: dict[str, Any] = field(default_factory=dict)
-    optimizer: Any = sgd
-    autocast: Any = None
-    scaled: bool = False
+    callback: dict[str, Any] | tuple[dict[str, Any], ...] = field(default_factory=dict)
+    module: Callable[..., Any] = Automatic
+    optimizer: Callable[..., Any] = sgd
+    beside: Callable[[], list[Any]] = list
+    prepare: Callable[[Any], Any] = lambda callback: callback
+    compiled: Callable[[Any], Any] = lambda module: module
+    fit: Callable[..., Any] = lambda trainer, module, data: trainer.fit(module, loader(data))
+    scaler: dict[str, float] | None = None
     dtype: torch.dtype = torch.float32
-    accumulate: int = 1
-    clip: Any = None
-    # Batches an epoch; few under fp16, where one weight on a rounding edge makes a last-bit difference grow to 5e-5.
-    count: int = 7
-    coefficient: Any = lambda step: 0.5  # after that many steps: a number, or layer -> number
+    count: int = 5
+    loop: Callable[..., Any] = plain.train
+    settings: dict[str, Any] = field(default_factory=dict)
+    layers: Callable[..., list[plain.Layer]] = lambda module: plain.layers(module.net)
+    strength: Callable[[int, str], Any] = half
+    every: int = 1
+    where: str | None = None
+
+    @property
+    def tolerance(self) -> float:
+        return HALF_TOLERANCE if self.scaler or "autocast" in self.settings else TOLERANCE
+
+
+def exact(note, **kwargs):
+    return Outcome(f"exact, {note}", **kwargs)
+
+
+def refused(message):
+    return Outcome("error: use gradient", (NotImplementedError, ValueError), message)
+
+
+def by_layer(default, **own):
+    """A strength for the plain loop: ``net_5=0.3`` is that of net.5, a number or a function of the step."""
+
+    def strength(step, layer):
+        given = own.get(layer.replace(".", "_"), default)
+        return given(step) if callable(given) else given
+
+    return strength
+
+
+def rising(step, layer=None):
+    return 0.1 * step
+
+
+def thawed(parameters):
+    return SGD([p for p in parameters if p.requires_grad], lr=0.1)
+
+
+def in_two_groups(parameters):
+    first, *rest = parameters
+    return SGD([{"params": first, "lr": 0.05}, {"params": rest}], lr=0.1, momentum=0.9)
+
+
+def with_net(make):
+    return lambda make_optimizer: Automatic(make_optimizer, net=make())
 
 
 def clip_norm(parameters):
@@ -77,161 +144,297 @@ def clip_value(parameters):
     nn.utils.clip_grad_value_(parameters, 0.02)
 
 
-def scaler(overflow=False):
-    """With ``overflow`` the first step is skipped: its scaled gradients are beyond float16."""
-    return torch.amp.GradScaler("cpu", init_scale=2.0**22 if overflow else 256.0, backoff_factor=2.0**-14)
+PRECISION = "fp32, bf16-mixed, 64-true; SGD, Adam, AdamW, fused too"
+SCALER = "16-mixed with a GradScaler, fused optimizers and steps that overflow too"
+ACCUMULATION = "`accumulate_grad_batches=N`, also with a short last window"
+CLIP = "`gradient_clip_val`, by norm or by value"
+MANUAL = "manual optimisation, any number of `manual_backward` calls and of batches a step"
+GAN = "two optimizers, with and without `toggle_optimizer`: each with its own parameters"
+CLOSURE = "optimizers that call their closure twice (LBFGS, SAM), or without recording gradients"
+FROZEN = "frozen layers, also unfrozen later (BaseFinetuning, BackboneFinetuning)"
+COMPUTED = "ModelPruning; `weight_norm` and other computed weights"
+AVERAGE = "StochasticWeightAveraging, EMAWeightAveraging"
+COMPILE = "`torch.compile` of a part, or of the LightningModule"
+STRENGTH = "`every_n_steps`, schedules, a coefficient by layer or for the head"
+SHARE = "`coefficient=Share(...)`"
+TRAINER = "`fast_dev_run`, `overfit_batches`, `barebones`, no logger, `log_every_n_steps=0`"
+INSTANCES = "two callbacks; one used twice, copied, unpickled, resumed from a checkpoint"
 
+clipped, unclipped = exact("clipped with the rest"), exact("never clipped")
+not_manual = refused(r"apply='loss'.*manual optimi[sz]ation.*apply='gradient'")
+not_share = refused(r"Share.*apply='gradient'")
+short = exact("1/N of it in every micro-batch")
+computed = exact("the parameters behind move")
+searched = exact("but the search does not see it: a warning", message="LBFGS with a line search")
+alone = Outcome("left alone, with a warning", message="the penalty has not reached layer 'net.5'")
+absent = Outcome("absent, with a warning", message="the penalty has not reached layer", mode="none")
+identical = Outcome("bit for bit as without")
+untested = Outcome("not tested")
 
-CASES = [
-    Case("fp32"),
-    Case("fp32, Adam", optimizer=adam),
-    Case("bf16-mixed", trainer={"precision": "bf16-mixed"}, autocast=torch.bfloat16),
-    Case("16-mixed, scaler", trainer={"precision": "scaler"}, autocast=torch.float16, scaled=True, count=2),
-    Case("16-mixed, scaler, fused Adam", trainer={"precision": "scaler"}, autocast=torch.float16, scaled=True, optimizer=adam),
-    Case("64-true", trainer={"precision": "64-true"}, dtype=torch.float64),
-    Case("accumulate 3 of 7 batches: a short last window", trainer={"accumulate_grad_batches": 3}, accumulate=3),
-    Case(
-        "scaler, accumulate 3 of 7",
-        trainer={"precision": "scaler", "accumulate_grad_batches": 3},
-        autocast=torch.float16,
-        scaled=True,
-        accumulate=3,
+fused = partial(Adam, lr=0.01, fused=True)
+steady = {"scaler": {"init_scale": 256.0}, "count": 2}
+overflow = {"scaler": {"init_scale": 2.0**22, "backoff_factor": 2.0**-14}, "count": 2}  # the first step's gradients do
+bf16 = {"trainer": {"precision": "bf16-mixed"}, "settings": {"autocast": torch.bfloat16}, "count": 3}
+three = {"trainer": {"accumulate_grad_batches": 3}, "settings": {"accumulate": 3}}
+by_norm = {"trainer": {"gradient_clip_val": 0.3}, "settings": {"clip": clip_norm}}
+by_value = {
+    "trainer": {"gradient_clip_val": 0.02, "gradient_clip_algorithm": "value"},
+    "settings": {"clip": clip_value},
+}
+barebones = {"barebones": True} | dict.fromkeys(
+    ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+)
+schedule = {"callback": {"coefficient": rising}, "strength": rising}
+double = {"trainer": {"precision": "64-true"}, "dtype": torch.float64}
+in_closure = {"loop": plain.train_with_closure}
+plain_gan = {"loop": plain.train_adversarial, "layers": plain.adversarial_layers}
+searching = partial(LBFGS, lr=0.1, max_iter=3, line_search_fn="strong_wolfe")
+share = Share(0.3)
+
+SITUATIONS = [
+    Situation(PRECISION, "fp32"),
+    Situation(PRECISION, "Adam", optimizer=partial(Adam, lr=0.01)),
+    Situation(PRECISION, "fused Adam", optimizer=fused),
+    Situation(PRECISION, "AdamW", optimizer=partial(AdamW, lr=0.01, weight_decay=0.1)),
+    Situation(PRECISION, "bf16-mixed", **bf16),
+    Situation(PRECISION, "64-true", **double),
+    Situation(SCALER, "scaler", **steady),
+    Situation(SCALER, "scaler, fused", **steady, optimizer=fused),
+    Situation(SCALER, "scaler, overflow, schedule", **overflow, **schedule),
+    Situation(SCALER, "scaler, overflow, schedule, fused", **overflow, **schedule, optimizer=fused),
+    Situation(ACCUMULATION, "accumulate 3 of 5", loss=short, **three),
+    Situation(ACCUMULATION, "scaler, accumulate 3 of 4", loss=short, **three, **steady | {"count": 4}),
+    Situation(CLIP, "clip by norm", clipped, clipped, unclipped, **by_norm),
+    Situation(CLIP, "clip by value", clipped, clipped, unclipped, **by_value),
+    Situation(CLIP, "scaler, clip by norm", clipped, clipped, unclipped, **by_norm, **steady),
+    Situation(
+        "a `training_step` that returns None",
+        "silent",
+        module=partial(Automatic, silent=(1, 4)),
+        settings={"silent": (1, 4)},
     ),
-    Case("scaler, steps that overflow", trainer={"precision": "overflow"}, autocast=torch.float16, scaled=True, count=2),
-    Case(
-        "scaler, steps that overflow, fused Adam",
-        trainer={"precision": "overflow"},
-        autocast=torch.float16,
-        scaled=True,
-        optimizer=adam,
-        count=2,
+    Situation(MANUAL, "manual", loss=not_manual, module=Manual),
+    Situation(MANUAL, "three parts", loss=not_manual, module=partial(Manual, parts=3), settings={"parts": 3}),
+    Situation(
+        MANUAL, "manual accumulation", loss=not_manual, module=partial(Manual, every=2), count=6, settings={"accumulate": 2}
     ),
-    Case("without the step limit", callback={"step_limit": None}),
-    Case("clip by norm", trainer={"gradient_clip_val": 0.3}, clip=clip_norm),
-    Case("clip by value", trainer={"gradient_clip_val": 0.02, "gradient_clip_algorithm": "value"}, clip=clip_value),
-    Case("training_step returns None", settings={"silent": (1, 4)}),
-    Case("manual", module=Manual),
-    Case("manual, three manual_backward", module=Manual, settings={"parts": 3}),
-    Case("manual, bf16-mixed", trainer={"precision": "bf16-mixed"}, module=Manual, autocast=torch.bfloat16),
-    Case("manual, scaler", trainer={"precision": "scaler"}, module=Manual, autocast=torch.float16, scaled=True, count=2),
-    Case("every second step", callback={"every_n_steps": 2}, coefficient=lambda step: 0.5 * (step % 2 == 0)),
-    Case("schedule", callback={"coefficient": lambda step: 0.1 * step}, coefficient=lambda step: 0.1 * step),
-    Case(
-        "by pattern, schedule inside, none for the rest",
-        callback={"coefficient": {"net.5": lambda step: 0.1 * step, "net.[02]": 0.3}},
-        coefficient=lambda step: lambda name: {"5": 0.1 * step, "7": 0.0}.get(name, 0.3),
+    Situation(MANUAL, "zero_grad after the step", loss=not_manual, module=partial(Manual, zero_after=True)),
+    Situation(MANUAL, "manual, bf16-mixed", loss=not_manual, module=Manual, **bf16),
+    Situation(MANUAL, "manual, scaler", loss=not_manual, module=Manual, **steady),
+    Situation(MANUAL, "manual, scaler, overflow", loss=not_manual, module=Manual, **overflow, **schedule),
+    Situation(
+        "your own clipping in manual optimisation",
+        "manual, clipped",
+        exact("added after yours, unclipped"),
+        not_manual,
+        unclipped,
+        module=partial(Manual, clip=0.3),
+        settings={"clip_first": clip_norm},
     ),
-    Case(
-        "the head apart",
-        callback={"head_coefficient": 2.0},
-        coefficient=lambda step: lambda name: 2.0 if name == HEAD else 0.5,
+    Situation(GAN, "GAN", loss=not_manual, module=lambda **_: Adversarial(), **plain_gan),
+    Situation(GAN, "GAN, toggled", loss=not_manual, module=lambda **_: Adversarial(toggle=True), **plain_gan),
+    Situation("`optimizers(use_pl_optimizer=False)`", "raw", absent, not_manual, module=partial(Manual, raw=True)),
+    Situation(CLOSURE, "LBFGS", optimizer=partial(LBFGS, lr=0.1, max_iter=4), **double, **in_closure, **schedule),
+    Situation(CLOSURE, "SAM", optimizer=models.SharpnessAware, **in_closure, **schedule),
+    Situation(CLOSURE, "no recording", optimizer=models.WithoutRecording, **in_closure),
+    Situation("LBFGS with a line search", "search", searched, searched, optimizer=searching, **double, **in_closure, count=2),
+    Situation(None, "a step that calls its parent's", optimizer=partial(models.StepsThroughItsParent, lr=0.1), **schedule),
+    Situation(None, "a learning rate schedule", module=models.Scheduled, loop=plain.train_scheduled),
+    Situation("parameter groups with their own learning rates", "two groups", optimizer=in_two_groups),
+    Situation(FROZEN, "frozen", module=with_net(models.partly_frozen_network)),
+    Situation(
+        FROZEN,
+        "BaseFinetuning",
+        optimizer=thawed,
+        beside=lambda: [models.UnfreezeLater()],
+        loop=partial(plain.train_unfreezing, part=1, rate=0.1),
     ),
-    Case("monitor only", callback={"coefficient": 0.0}, coefficient=lambda step: 0.0),
+    Situation(
+        FROZEN,
+        "BackboneFinetuning",
+        module=models.WithBackbone,
+        optimizer=thawed,
+        beside=lambda: [callbacks.BackboneFinetuning(1, backbone_initial_lr=0.05)],
+        loop=partial(plain.train_unfreezing, part=3, rate=0.05),
+    ),
+    Situation(
+        "a layer that the loss does not reach",
+        "detour",
+        alone,
+        exact("the penalty alone moves it"),
+        alone,
+        module=with_net(lambda: models.Detour(*models.network())),
+    ),
+    Situation(COMPUTED, "ModelPruning", decoupled=computed, beside=lambda: [models.PruneTwo()], loop=plain.train_pruning),
+    Situation(COMPUTED, "weight_norm", decoupled=computed, module=with_net(models.weight_normed_network)),
+    Situation(
+        AVERAGE,
+        "StochasticWeightAveraging",
+        beside=lambda: [callbacks.StochasticWeightAveraging(0.05, 1, 1, "linear"), models.KeepRun()],
+        loop=plain.train_averaging,
+    ),
+    Situation(
+        AVERAGE,
+        "EMAWeightAveraging",
+        beside=lambda: [callbacks.EMAWeightAveraging(decay=0.9), models.KeepRun()],
+        loop=plain.train_averaging_exponentially,
+    ),
+    Situation(COMPILE, "a compiled part", compiled=models.compile_net),
+    Situation(COMPILE, "all compiled", compiled=models.compile_all),
+    Situation(STRENGTH, "every second step", callback={"every_n_steps": 2}, every=2),
+    Situation(STRENGTH, "a schedule", **schedule),
+    Situation(
+        STRENGTH,
+        "LinearSchedule",
+        callback={"coefficient": LinearSchedule(0.6, warmup=2, end=6)},
+        strength=lambda step, layer: [0.2, 0.4, 0.6, 0.45, 0.3, 0.15, 0.0, 0.0, 0.0, 0.0][step],
+    ),
+    Situation(
+        STRENGTH,
+        "CosineSchedule, every second step",
+        callback={"coefficient": CosineSchedule(0.5, end=6, final=0.1), "every_n_steps": 2},
+        strength=lambda step, layer: 0.1 + 0.2 * (1 + math.cos(math.pi * min(step / 6, 1))),
+        every=2,
+    ),
+    Situation(
+        STRENGTH,
+        "by layer, a schedule inside, none for the rest",
+        callback={"coefficient": {"net.5": rising, "net.[02]": 0.3}},
+        strength=by_layer(0.3, net_5=rising, net_7=0.0),
+    ),
+    Situation(STRENGTH, "the head apart", callback={"head_coefficient": 2.0}, strength=by_layer(0.5, net_7=2.0)),
+    Situation(SHARE, "Share", loss=not_share, callback={"coefficient": share}, strength=by_layer(share)),
+    Situation(
+        SHARE,
+        "Share for a layer, clipped, every second step",
+        loss=not_share,
+        callback={"coefficient": {"net.5": Share(0.5, smoothing=0.5), "*": 0.2}, "every_n_steps": 2},
+        strength=by_layer(0.2, net_5=Share(0.5, smoothing=0.5)),
+        every=2,
+        **by_norm,
+    ),
+    Situation(
+        SHARE,
+        "Share, overflow, fused",
+        loss=not_share,
+        callback={"coefficient": share},
+        strength=by_layer(share),
+        optimizer=partial(fused, eps=1e-3),  # else Adam makes of a gradient near zero, and of its rounding error, a full step
+        **overflow,
+    ),
+    Situation(None, "no step limit", callback={"step_limit": None}),
+    Situation(TRAINER, "fast_dev_run", trainer={"fast_dev_run": True}, count=1, settings={"epochs": 1}),
+    Situation(TRAINER, "overfit_batches", trainer={"overfit_batches": 2}, loop=plain.train_on_two_batches),
+    Situation(TRAINER, "barebones", trainer=barebones),
+    Situation(TRAINER, "log_every_n_steps=0", trainer={"log_every_n_steps": 0}),
+    Situation(TRAINER, "log_every_n_steps=2", trainer={"log_every_n_steps": 2}),
+    Situation(
+        INSTANCES,
+        "two callbacks",
+        callback=(
+            {"coefficient": 0.3, "include": ["net.0", "net.2"]},
+            {"coefficient": rising, "include": ["net.5", "net.7"], "prefix": "dense"},
+        ),
+        strength=by_layer(0.3, net_5=rising, net_7=rising),
+    ),
+    Situation(INSTANCES, "used before", prepare=models.used_before, **schedule),
+    Situation(INSTANCES, "copied", prepare=copy.deepcopy, **schedule),
+    Situation(INSTANCES, "used before, unpickled", prepare=models.used_before_and_unpickled, **schedule),
+    Situation(INSTANCES, "fit twice", fit=models.fit_twice, optimizer=partial(SGD, lr=0.1), **schedule),
+    Situation(INSTANCES, "resumed", fit=models.fit_and_resume, **schedule),
+    Situation(
+        "`coefficient=0`: only monitoring",
+        "monitoring",
+        identical,
+        identical,
+        identical,
+        where="tests/test_exactness.py::test_monitoring_alone_leaves_training_bit_identical",
+    ),
+    Situation(
+        "DDP (2 processes, gloo)",
+        "DDP",
+        exact("ranks bit-identical"),
+        untested,
+        untested,
+        where="tests/test_distributed.py::test_two_ranks_equal_one_process_with_the_doubled_batch",
+    ),
 ]
+HERE = [row for row in SITUATIONS if row.where is None]
 
 
-def plain_loop(case, net, data, epochs):
-    """Train ``net`` without Lightning; the penalty enters once an optimizer step."""
-    optimizer = case.optimizer(net.parameters())
-    scale = scaler(case.trainer["precision"] == "overflow") if case.scaled else None
-    parts = case.settings.get("parts", 1)
-    steps = 0
-    for _ in range(epochs):
-        for start in range(0, len(data), case.accumulate):
-            optimizer.zero_grad()
-            ran = False
-            for i, (x, y) in enumerate(data[start : start + case.accumulate], start):
-                if i in case.settings.get("silent", ()):
-                    continue
-                for _ in range(parts):
-                    with torch.autocast("cpu", case.autocast) if case.autocast else nullcontext():
-                        loss = mean_square(net(x), y) / case.accumulate / parts
-                    (scale.scale(loss) if scale else loss).backward()
-                ran = True
-            fused = scale and getattr(optimizer, "_step_supports_amp_scaling", False)
-            if scale and not fused:
-                scale.unscale_(optimizer)
-            if ran:
-                add_penalty(net, case.coefficient(steps), scale.get_scale() if fused else 1.0)
-            steps += 1
-            if case.clip:
-                case.clip(net.parameters())
-            if scale:
-                scale.step(optimizer)
-                scale.update()
-            else:
-                optimizer.step()
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("row", HERE, ids=lambda row: row.name)
+@pytest.mark.filterwarnings("ignore:.*barebones.*", "ignore:.*overfit.*")
+def test_trains_as_a_plain_loop_does(row, mode):
+    outcome = getattr(row, mode)
+    module = row.module(make_optimizer=row.optimizer)
+    twin, before = (copy.deepcopy(module).to(row.dtype) for _ in range(2))
+    data = batches(row.count, dtype=row.dtype)
+    with expected(outcome):
+        fit_with_lightning(row, mode, module, data)
+    if outcome.error:
+        assert max_difference(module, before) == 0
+        return
+    penalty = fit_plainly(row, outcome.mode or mode, twin, data)
+    assert max_difference(twin, module) < row.tolerance
+    assert max_difference(before, twin) > 1e-3
+    assert penalty.applied > 0 or outcome.mode
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_equals_a_plain_loop(case):
-    data = batches(case.count, dtype=case.dtype)
-    module = case.module(make_optimizer=case.optimizer, **case.settings)
-    twin = copy.deepcopy(module.net).to(case.dtype)
-    settings = dict(case.trainer)
-    if case.scaled:
-        settings["plugins"] = [MixedPrecision("16-mixed", "cpu", scaler(settings.pop("precision") == "overflow"))]
-    before = copy.deepcopy(module.net)
-    trainer(uniformity(**{"coefficient": 0.5, **case.callback}), **settings).fit(module, loader(data))
-    plain_loop(case, twin, data, epochs=2)
-    assert max_difference(module.net, twin) < TOLERANCE
-    assert max_difference(before.to(case.dtype), twin) > 1e-3  # it did train
+def expected(outcome):
+    if outcome.error:
+        return pytest.raises(outcome.error, match=outcome.message)
+    return pytest.warns(UserWarning, match=outcome.message) if outcome.message else nullcontext()
+
+
+def fit_with_lightning(row, mode, module, data):
+    given = row.callback if isinstance(row.callback, tuple) else (row.callback,)
+    ours = [row.prepare(uniformity(**{"coefficient": 0.5, "apply": mode, **settings})) for settings in given]
+    settings = dict(row.trainer)
+    if row.scaler:
+        settings["plugins"] = [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", **row.scaler))]
+    row.fit(trainer(*row.beside(), *ours, **settings), row.compiled(module), data)
+
+
+def fit_plainly(row, mode, module, data):
+    penalty = plain.Penalty(row.layers(module), mode, row.strength, row.every, row.settings.get("accumulate", 1))
+    settings = dict(row.settings)
+    if row.scaler:
+        settings |= {"autocast": torch.float16, "scaler": torch.amp.GradScaler("cpu", **row.scaler)}
+    row.loop(module, data, penalty, **settings)
+    return penalty
 
 
 def max_difference(a, b):
-    return max(float((p - q).detach().abs().max()) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+    """Over the parameters of a, under the names that pruning and compiling leave them."""
+    mine, others = named(a), named(b)
+    return max(float((p - others[name]).detach().abs().max()) for name, p in mine.items())
 
 
-def test_two_optimizers_each_get_the_penalty_of_their_own_parameters():
-    data, module = batches(), Adversarial()
-    twin = copy.deepcopy(module)
-    trainer(uniformity(coefficient=0.5, head="first.7", exclude="second")).fit(module, loader(data))
-    optimizers = twin.configure_optimizers()
-    for _ in range(2):
-        for batch in data:
-            for i, optimizer in enumerate(optimizers):
-                twin.zero_grad()
-                twin.losses(batch)[i].backward()
-                if i == 0:
-                    add_penalty(twin.first, 0.5)
-                optimizer.step()
-    assert max_difference(module, twin) < TOLERANCE
+def named(module):
+    return {name.replace("_orig_mod.", "").replace("weight_orig", "weight"): p for name, p in module.named_parameters()}
 
 
-class UnfreezeInTheSecondEpoch(BaseFinetuning):
-    def freeze_before_training(self, pl_module):
-        self.freeze(pl_module.net[0], train_bn=False)
-
-    def finetune_function(self, pl_module, epoch, optimizer):
-        if epoch == 1:
-            self.unfreeze_and_add_param_group(pl_module.net[0], optimizer, lr=0.1)
-
-
-def test_a_layer_that_is_unfrozen_later_joins():
-    data = batches()
-    module = Automatic(make_optimizer=lambda p: torch.optim.SGD([q for q in p if q.requires_grad], lr=0.1))
-    twin = copy.deepcopy(module.net)
-    trainer(UnfreezeInTheSecondEpoch(), uniformity(coefficient=0.5)).fit(module, loader(data))
-    optimizer = torch.optim.SGD(list(twin.parameters())[2:], lr=0.1)
-    twin[0].requires_grad_(False)
-    for epoch in range(2):
-        if epoch == 1:
-            twin[0].requires_grad_(True)
-            optimizer.add_param_group({"params": list(twin[0].parameters()), "lr": 0.1})
-        for x, y in data:
-            optimizer.zero_grad()
-            mean_square(twin(x), y).backward()
-            add_penalty(twin, 0.5)
-            optimizer.step()
-    assert max_difference(module.net, twin) < TOLERANCE
-
-
-def test_monitoring_alone_leaves_training_bit_identical():
+@pytest.mark.parametrize("mode", MODES)
+def test_monitoring_alone_leaves_training_bit_identical(mode):
     data, module = batches(), Automatic()
     twin = copy.deepcopy(module)
-    for one, callbacks in ((module, [uniformity(coefficient=0)]), (twin, [])):
+    for one, chain in ((module, [uniformity(coefficient=0, apply=mode)]), (twin, [])):
         torch.manual_seed(3)
-        trainer(*callbacks, log_every_n_steps=1).fit(one, loader(data))
+        trainer(*chain, log_every_n_steps=1).fit(one, loader(data))
         one.after = torch.rand(1)  # and the random stream
     assert torch.equal(module.after, twin.after)
     assert all(torch.equal(p, q) for p, q in zip(module.parameters(), twin.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("row", [row for row in SITUATIONS if row.where], ids=lambda row: row.name)
+def test_what_another_test_holds_is_there(row):
+    file, _, name = row.where.partition("::")
+    tree = ast.parse((Path(__file__).parents[1] / file).read_text())
+    assert name in [part.name for part in tree.body if isinstance(part, ast.FunctionDef)]
+
+
+def test_the_readme_has_this_table():
+    """After a change: python -m tests.compatibility --write."""
+    assert split_readme() is not None, "README.md lacks the marks of the table"
+    assert split_readme()[1] == table(SITUATIONS)

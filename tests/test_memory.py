@@ -98,25 +98,25 @@ def test_each_step_has_its_own_draw_and_its_own_gradient():
         regularizer.add_gradients(torch.optim.SGD(net.parameters(), lr=0.1))
         gradients.append(net[5].weight.grad)
     assert not torch.allclose(*gradients)
-    assert int(regularizer.memory.states["5"]["draw"]) == 1
+    assert int(regularizer.progress.memory.states["5"]["draw"]) == 1
     regularizer.add_gradients(torch.optim.SGD(net.parameters(), lr=0.1), again=True)
-    assert int(regularizer.memory.states["5"]["draw"]) == 1  # within one step the function stays the same
+    assert int(regularizer.progress.memory.states["5"]["draw"]) == 1  # within one step the function stays the same
 
 
 def test_steps_left_out_draw_nothing():
     net = network()
     regularizer = UniformityRegularizer(SlicedWasserstein(), include="5", head=None, every_n_steps=3).attach(net)
     stepped(regularizer, net, 7)
-    assert int(regularizer.memory.states["5"]["draw"]) == 2  # steps 0, 3 and 6
+    assert int(regularizer.progress.memory.states["5"]["draw"]) == 2  # steps 0, 3 and 6
 
 
 def test_another_model_begins_afresh_and_the_same_one_goes_on():
     net, other = network(), network()
     regularizer = stepped(UniformityRegularizer(Covering(), include="5", head=None).attach(net), net, 3)
-    assert int(regularizer.memory.states["5"]["step"]) == 2
+    assert int(regularizer.progress.memory.states["5"]["step"]) == 2
     regularizer.detach()
-    assert int(stepped(regularizer.attach(net), net).memory.states["5"]["step"]) == 3
-    assert int(stepped(regularizer.attach(other), other).memory.states["5"]["step"]) == 0
+    assert int(stepped(regularizer.attach(net), net).progress.memory.states["5"]["step"]) == 3
+    assert int(stepped(regularizer.attach(other), other).progress.memory.states["5"]["step"]) == 0
 
 
 def test_loaded_states_serve_the_next_model_if_they_fit():
@@ -127,17 +127,17 @@ def test_loaded_states_serve_the_next_model_if_they_fit():
         regularizer = UniformityRegularizer(Covering(), include="5", head=None)
         regularizer.load_state_dict(saved)
         model[7] = torch.nn.Linear(model[5].out_features, 3)
-        assert int(stepped(regularizer.attach(model), model).memory.states["5"]["step"]) == step
+        assert int(stepped(regularizer.attach(model), model).progress.memory.states["5"]["step"]) == step
     narrow = torch.nn.Sequential(*[torch.nn.Flatten()] * 5, torch.nn.Linear(36, 9))
     regularizer.load_state_dict(saved)
-    assert int(stepped(regularizer.attach(narrow), narrow).memory.states["5"]["step"]) == 0
+    assert int(stepped(regularizer.attach(narrow), narrow).progress.memory.states["5"]["step"]) == 0
 
 
 def test_copies_carry_the_states_and_no_model():
     net = network()
     regularizer = stepped(UniformityRegularizer(Covering(), include="5", head=None).attach(net), net)
     twin = copy.deepcopy(regularizer)
-    assert int(twin.memory.states["5"]["step"]) == 0
+    assert int(twin.progress.memory.states["5"]["step"]) == 0
     assert not twin.layers
 
 

@@ -6,7 +6,7 @@ from lightning_hsu.core.expectation import pair_expectation
 from lightning_hsu.core.kernel import FLOOR, Kernel, PairTerm
 from lightning_hsu.core.nearest import smallest_angle
 from lightning_hsu.core.oracle import oracle_energy
-from lightning_hsu.core.pairwise import pair_energy
+from lightning_hsu.core.pairwise import pair_energy, pair_part, pair_rows
 from lightning_hsu.core.precision import exact_arithmetic, with_float64, working_dtype
 from lightning_hsu.core.sphere import parted, seeded_noise, tangent, to_weights, unit_rows
 
@@ -20,6 +20,8 @@ __all__ = [
     "pair_bound",
     "pair_energy",
     "pair_expectation",
+    "pair_part",
+    "pair_rows",
     "parted",
     "seeded_noise",
     "smallest_angle",

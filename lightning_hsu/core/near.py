@@ -31,18 +31,23 @@ class NearPairs:
         self.away: Tensor | None = None  # (n, d): directions in which coincident neurons part
         self.degree: Tensor | None = None  # (n,): coincident partners
 
-    def add_panel(self, mask: Tensor, start: int, with_grad: bool) -> None:
-        """Add the pairs of ``mask`` (rows, n - start): rows start.., columns start.. of the stack."""
-        stop = start + mask.shape[0]
-        rows = mask.any(1).nonzero().squeeze(1)
-        cols = mask.any(0).nonzero().squeeze(1)
-        keep = mask[rows][:, cols]
-        rows, cols = rows + start, cols + start
+    def add_panel(self, mask: Tensor, rows: Tensor, cols: Tensor, seam: int, *, with_grad: bool) -> None:
+        """Add the pairs of a panel that are too near.
+
+        Args:
+            mask: The pairs to add, bool, shape (k, m).
+            rows: Which rows of the stack the panel has, shape (k,).
+            cols: Which columns, shape (m,).
+            seam: Columns from this one on, in [0, m], stand for their transposed pairs, too: the panel holds their
+                pairs once, and they gather a gradient as the rows do. Pairs before it are held twice.
+            with_grad: Gather the gradient, not the energy alone.
+        """
+        at, across = (mask.any(dim).nonzero().squeeze(1) for dim in (1, 0))
+        keep, outside = mask[at][:, across], across >= seam
+        rows, cols = rows[at], cols[across]
         x, y = unit_rows(self.w[rows].double())[0], unit_rows(self.w[cols].double())[0]
         q, p = squared_chords(x, y, keep)  # (k, m)
         value, slope, mirrored_slope = self.term.split(q, p)
-        # The block on the diagonal holds each pair twice: half the energy, and rows only in the gradient.
-        outside = cols >= stop
         self.energy += (value * keep * torch.where(outside, 1.0, 0.5)).sum()
         if not with_grad:
             return
@@ -52,7 +57,7 @@ class NearPairs:
         same = (q < COINCIDENT) & keep
         mirror = (p < COINCIDENT) & keep & self.term.half_space
         if bool((same | mirror).any()):
-            self._part(rows, cols, outside, same.double(), mirror.double())
+            self._separate(rows, cols, outside, same.double(), mirror.double())
 
     @staticmethod
     def _accumulate(grad: Tensor, index: Tensor, x: Tensor, y: Tensor, pull: Tensor, push: Tensor) -> None:
@@ -60,7 +65,7 @@ class NearPairs:
         total = (pull + push).sum(1, keepdim=True) * x - (pull - push) @ y
         grad.index_add_(0, index, tangent(2.0 * total, x))
 
-    def _part(self, rows: Tensor, cols: Tensor, outside: Tensor, same: Tensor, mirror: Tensor) -> None:
+    def _separate(self, rows: Tensor, cols: Tensor, outside: Tensor, same: Tensor, mirror: Tensor) -> None:
         """Note coincident partners: as if every neuron stood an infinitesimal, seeded step beside itself."""
         if self.away is None or self.degree is None or self.noise is None:
             self.noise = seeded_noise(*self.w.shape, like=self.energy)

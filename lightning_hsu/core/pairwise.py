@@ -1,4 +1,4 @@
-"""Mean pair energy and its gradient in closed form, over symmetric row panels of the Gram matrix.
+"""Mean pair energy and its gradient in closed form, over row panels of the Gram matrix.
 
 With unit rows x_i, squared chords q_ij = 2 - 2 x_i.x_j and a kernel F, the gradient of the pair sum is
 
@@ -6,9 +6,15 @@ With unit rows x_i, squared chords q_ij = 2 - 2 x_i.x_j and a kernel F, the grad
 
 so one Gram matrix gives both. Only its upper triangle is formed, a panel of rows at a time:
 n*n*d FLOP for the cosines and 2*n*n*d for the gradient, and never more than panel * n entries in memory.
+
+The gradient can be shared out in two ways: by parts of the triangle that cost the same and add up to it, or by
+rows, each against all others, k of them for 4*k*n*d FLOP.
 """
 
 from __future__ import annotations
+
+import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -19,6 +25,7 @@ from lightning_hsu.core.precision import exact_arithmetic, with_float64, working
 from lightning_hsu.core.sphere import tangent, to_weights, unit_rows
 
 PANEL = 256
+_PART_PANEL = PANEL // 2  # the block on the diagonal is formed whole: smaller ones keep the parts equal
 _ENTRIES = 2**22  # Gram entries held at once when several small groups go together
 
 
@@ -35,20 +42,87 @@ def pair_energy(w: Tensor, term: PairTerm, *, with_grad: bool = True) -> tuple[T
         The value (...) in float32 or wider, and the gradient with the shape and dtype of ``w`` (None
         without ``with_grad``). Both are finite, and the same weights give the same bits.
     """
-    n, d = w.shape[-2:]
+    n = w.shape[-2]
     if w.numel() == 0:
         return w.new_zeros(w.shape[:-2], dtype=working_dtype(w.dtype)), torch.zeros_like(w) if with_grad else None
-    stack = with_float64(w.detach()).reshape(-1, n, d)
-    dtype = _wide_enough(term, working_dtype(w.dtype))
-    together = max(1, _ENTRIES // max(1, min(PANEL, n) * n))
+    stack, dtype = _stack(w, term)
+    values, grads = [], []
     with torch.no_grad(), exact_arithmetic(stack):
-        parts = [_panels(part.to(dtype), term, with_grad, w.dtype) for part in torch.split(stack, together)]
-    value = torch.cat([part[0] for part in parts]).reshape(w.shape[:-2])
+        for some in torch.split(stack, _together(n, n)):
+            sums = _PairSums(some.to(dtype), term)
+            sums.add(0, n, PANEL, with_grad=with_grad)
+            values.append(sums.value())
+            grads += [sums.gradient(w.dtype)] if with_grad else []
+    value = torch.cat(values).reshape(w.shape[:-2])
     bound = torch.finfo(working_dtype(w.dtype)).max
     value = value.clamp(-bound, bound).to(working_dtype(w.dtype)).to(w.device)
-    if not with_grad:
-        return value, None
-    return value, torch.cat([part[1] for part in parts]).reshape(w.shape).to(w.device)
+    return value, torch.cat(grads).reshape(w.shape).to(w.device) if with_grad else None
+
+
+def pair_rows(w: Tensor, term: PairTerm, rows: Tensor) -> Tensor:
+    """The gradient of :func:`pair_energy` in some rows, without the work for the others.
+
+    Args:
+        w: Neurons, shape (..., n, d), as there.
+        term: The kernel.
+        rows: The wanted rows, bool, shape (..., n). A group with k of them costs 4 * k * n * d FLOP.
+
+    Returns:
+        The gradient with the shape and dtype of ``w``, 0 in the other rows; finite, and the same inputs give the
+        same bits.
+    """
+    if w.numel() == 0:
+        return torch.zeros_like(w)
+    stack, dtype = _stack(w, term)
+    wanted = rows.to(stack.device).reshape(stack.shape[:-1])
+    grad, count = torch.zeros_like(stack), wanted.sum(-1)
+    with torch.no_grad(), exact_arithmetic(stack):
+        for k in sorted(set(count.tolist()) - {0}):  # groups with as many rows go together
+            for some in torch.split((count == k).nonzero().squeeze(1), _together(k, w.shape[-2])):
+                index = wanted[some].nonzero()[:, 1].reshape(-1, k)
+                sums = _PairSums(stack[some].to(dtype), term, index)
+                sums.add(0, k, PANEL)
+                grad[some[:, None], index] = sums.gradient(w.dtype)
+    return grad.reshape(w.shape).to(w.device)
+
+
+def pair_part(w: Tensor, term: PairTerm, part: int, parts: int) -> tuple[Tensor, Tensor]:
+    """One of ``parts`` summands of the gradient of :func:`pair_energy`, each about as much work.
+
+    Args:
+        w: Neurons, shape (..., n, d), as there.
+        term: The kernel.
+        part: Which one, from 0 to ``parts`` - 1.
+        parts: How many there are, 1 or more.
+
+    Returns:
+        The summand with the shape and dtype of ``w``, and a number, shape () in float32: > 0 if this part met
+        coincident neurons or pulls beyond its range; then the summands may not add up to the gradient. They and
+        their sum are finite, and the same inputs give the same bits.
+
+    Raises:
+        ValueError: if there is no such part.
+    """
+    if not 0 <= part < parts:
+        raise ValueError(f"part must be one of 0 to parts - 1; got part {part} of {parts}")
+    if w.numel() == 0:
+        return torch.zeros_like(w), torch.zeros((), device=w.device)
+    n = w.shape[-2]
+    first, last = (round(n * (1.0 - math.sqrt(1.0 - r / parts))) for r in (part, part + 1))
+    stack, dtype = _stack(w, term)
+    grads, additive = [], True
+    with torch.no_grad(), exact_arithmetic(stack):
+        for some in torch.split(stack, _together(n, n)):
+            sums = _PairSums(some.to(dtype), term)
+            sums.add(first, last, _PART_PANEL)
+            grads.append(sums.share(w.dtype, parts))
+            additive &= sums.additive
+    return torch.cat(grads).reshape(w.shape).to(w.device), torch.tensor(float(not additive), device=w.device)
+
+
+def _stack(w: Tensor, term: PairTerm) -> tuple[Tensor, torch.dtype]:
+    """The neurons w as one stack of groups (b, n, d), and the dtype to compute in."""
+    return with_float64(w.detach()).reshape(-1, *w.shape[-2:]), _wide_enough(term, working_dtype(w.dtype))
 
 
 def _wide_enough(term: PairTerm, dtype: torch.dtype) -> torch.dtype:
@@ -57,48 +131,102 @@ def _wide_enough(term: PairTerm, dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if max(abs(part) for part in extremes) > 1e18 else dtype
 
 
-def _panels(w: Tensor, term: PairTerm, with_grad: bool, out: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Value (b,) in float64 and gradient (b, n, d) in ``out`` for a stack w (b, n, d) of float32 or float64."""
-    b, n, _ = w.shape
-    x, inverse_norm = unit_rows(w)
-    near: dict[int, NearPairs] = {}
-    total = torch.zeros(b, dtype=torch.float64, device=w.device)
-    grad = torch.zeros_like(x)
-    alive = inverse_norm > 0  # (b, n, 1)
-    live: list[int] = alive.sum((-2, -1)).tolist()
-    for start in range(0, n, PANEL):
-        rows = x[:, start : start + PANEL]  # (b, k, d)
-        q = _squared_chords(rows, x[:, start:])
+def _together(k: int, n: int) -> int:
+    """How many groups go together where k rows of each meet n columns."""
+    return max(1, _ENTRIES // max(1, min(PANEL, k) * n))
+
+
+class _PairSums:
+    """Sums over the pairs of a stack of neurons, gathered a panel of rows at a time.
+
+    Args:
+        w: Neurons, shape (b, n, d), float32 or float64.
+        term: The kernel.
+        index: Rows (b, k) that meet all rows and alone gather a gradient; None for the triangle: row i of all meets
+            row i and those after it, which gather their share of the gradient, too.
+    """
+
+    def __init__(self, w: Tensor, term: PairTerm, index: Tensor | None = None) -> None:
+        self.w, self.term, self.triangle = w, term, index is None
+        self.x, inverse_norm = unit_rows(w)
+        self.alive = inverse_norm > 0  # (b, n, 1)
+        self.live: list[int] = self.alive.sum((-2, -1)).tolist()
+        self.index = torch.arange(w.shape[1], device=w.device).expand(w.shape[:2]) if index is None else index
+        self.rows, self.inverse_norm = self.x, inverse_norm
+        if index is not None:
+            self.rows, self.inverse_norm = (torch.take_along_dim(a, index[..., None], 1) for a in (self.x, inverse_norm))
+        self.near: dict[int, NearPairs] = {}
+        self.total = torch.zeros(len(w), dtype=torch.float64, device=w.device)
+        self.grad = torch.zeros_like(self.rows)
+        self.scale = self._by_group(term.scale)
+        self.additive = True  # whether the gradient, once taken, is a sum over pairs
+
+    def _by_group(self, function: Callable[[float], float]) -> Tensor:
+        return torch.tensor([function(m) for m in self.live], dtype=torch.float64, device=self.w.device)
+
+    def add(self, first: int, last: int, height: int, *, with_grad: bool = True) -> None:
+        """Add the pairs of the rows from ``first`` to before ``last``, in panels of so many rows."""
+        for start in range(first, last, height):
+            self._add_panel(start, min(start + height, last), with_grad)
+
+    def _add_panel(self, start: int, stop: int, with_grad: bool) -> None:
+        rows, left = self.rows[:, start:stop], start if self.triangle else 0
+        cols, own = self.x[:, left:], self.index[:, start:stop, None] - left  # (b, m, d), (b, k, 1)
+        seam = stop - left if self.triangle else cols.shape[1]  # columns before it hold each pair twice
+        q = _squared_chords(rows, cols, own)
         redo = _near(q)
         if redo is not None:
-            for i in redo.any(2).any(1).nonzero().flatten().tolist():
-                if i not in near:
-                    near[i] = NearPairs(w[i], term)
-                near[i].add_panel(redo[i], start, with_grad)
-        value, slope = _terms(q, term, redo)
-        if min(live) < n:  # a zero row has cosine 0 with all: no pull on the others, but a value
-            value *= alive[:, start : start + PANEL] & alive[:, start:].mT
-        k = rows.shape[1]
-        # The block on the diagonal holds each pair twice.
-        total += value.sum((-2, -1), dtype=torch.float64) - value[..., :k].sum((-2, -1), dtype=torch.float64) / 2
+            self._redo(redo, own + left, left, seam, with_grad)
+        value, slope = _terms(q, own, self.term, redo)
+        if min(self.live) < self.alive.shape[1]:  # a zero row has cosine 0 with all: no pull on the others, but a value
+            value *= (self.inverse_norm[:, start:stop] > 0) & self.alive[:, left:].mT
+        self.total += value.sum((-2, -1), dtype=torch.float64) - value[..., :seam].sum((-2, -1), dtype=torch.float64) / 2
         if with_grad:
-            _add_product(grad[:, start : start + k], slope, x[:, start:])
-            _add_product(grad[:, start + k :], slope[..., k:].mT, rows)
-    for i, pairs in near.items():
-        total[i] += pairs.energy
-    offset = torch.tensor([term.constant(m) for m in live], dtype=torch.float64, device=w.device)
-    scale = torch.tensor([term.scale(m) for m in live], dtype=torch.float64, device=w.device)
-    value = (total + offset) * scale
-    if with_grad:
-        grad = to_weights(_sphere_gradient(grad, x, near, scale), inverse_norm, out)
-    return value, grad
+            _add_product(self.grad[:, start:stop], slope, cols)
+        if with_grad and self.triangle:
+            _add_product(self.grad[:, stop:], slope[..., seam:].mT, rows)
+
+    def _redo(self, mask: Tensor, rows: Tensor, left: int, seam: int, with_grad: bool) -> None:
+        """Add the pairs of ``mask`` (b, k, m): rows (b, k, 1), columns left.. of each group."""
+        cols = torch.arange(left, self.x.shape[1], device=mask.device)
+        for i in mask.any(2).any(1).nonzero().flatten().tolist():
+            if i not in self.near:
+                self.near[i] = NearPairs(self.w[i], self.term)
+            self.near[i].add_panel(mask[i], rows[i, :, 0], cols, seam, with_grad=with_grad)
+
+    def value(self) -> Tensor:
+        """Mean energy (b,) in float64."""
+        total = self.total.clone()
+        for i, pairs in self.near.items():
+            total[i] += pairs.energy
+        return (total + self._by_group(self.term.constant)) * self.scale
+
+    def gradient(self, out: torch.dtype) -> Tensor:
+        """Gradient of the mean energy in the rows, (b, k, d) in ``out``."""
+        return to_weights(self._on_sphere(), self.inverse_norm, out)
+
+    def share(self, out: torch.dtype, parts: int) -> Tensor:
+        """The same, with rows so short that ``parts`` such tensors have a finite sum."""
+        grad = self._on_sphere()
+        largest = torch.linalg.vector_norm(grad, ord=float("inf"), dim=-1, keepdim=True)
+        room = torch.finfo(out).max / 2 / parts / largest.clamp_min(torch.finfo(grad.dtype).tiny)
+        self.additive &= not bool((self.inverse_norm > room).any())
+        return to_weights(grad, torch.minimum(self.inverse_norm, room), out)
+
+    def _on_sphere(self) -> Tensor:
+        """From sum_j F'(q_ij) x_j (b, k, d) to the gradient on the sphere: tangent part, near pairs, mean over pairs."""
+        grad = tangent(self.grad, self.rows) * (-2.0 * self.scale[:, None, None]).to(self.grad.dtype)
+        bound = torch.finfo(grad.dtype).max / 4
+        for i, pairs in self.near.items():
+            near = pairs.gradient()[self.index[i]] * self.scale[i]
+            self.additive &= pairs.away is None and not bool((near.abs() > bound).any())
+            grad[i] += near.clamp(-bound, bound).to(grad.dtype)
+        return grad
 
 
-def _squared_chords(rows: Tensor, cols: Tensor) -> Tensor:
-    """Squared chords (b, k, m) of unit rows (b, k, d) to the columns (b, m, d) that begin with them; itself: 2."""
-    q = (rows @ cols.mT).mul_(-2.0).add_(2.0)
-    q[..., : rows.shape[1]].diagonal(dim1=-2, dim2=-1).fill_(2.0)
-    return q
+def _squared_chords(rows: Tensor, cols: Tensor, own: Tensor) -> Tensor:
+    """Squared chords (b, k, m) of unit rows (b, k, d) to columns (b, m, d); to itself, at ``own`` (b, k, 1): 2."""
+    return (rows @ cols.mT).mul_(-2.0).add_(2.0).scatter_(2, own, 2.0)
 
 
 def _near(q: Tensor) -> Tensor | None:
@@ -109,11 +237,11 @@ def _near(q: Tensor) -> Tensor | None:
     return (q < NEAR) | (q > 4.0 - NEAR)
 
 
-def _terms(q: Tensor, term: PairTerm, redo: Tensor | None) -> tuple[Tensor, Tensor]:
+def _terms(q: Tensor, own: Tensor, term: PairTerm, redo: Tensor | None) -> tuple[Tensor, Tensor]:
     """Energy and slope (b, k, m) at squared chords q, which is overwritten; 0 for a neuron itself and where redone."""
     value, slope = term.folded(q if redo is None else q.clamp_(NEAR, 4.0 - NEAR), NEAR)
     for part in (value, slope):
-        part[..., : q.shape[1]].diagonal(dim1=-2, dim2=-1).zero_()
+        part.scatter_(2, own, 0.0)
         if redo is not None:
             part.masked_fill_(redo, 0.0)
     return value, slope
@@ -125,12 +253,3 @@ def _add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
         out[0].addmm_(a[0], b[0])
     else:
         out.baddbmm_(a, b)
-
-
-def _sphere_gradient(grad: Tensor, x: Tensor, near: dict[int, NearPairs], scale: Tensor) -> Tensor:
-    """From sum_j F'(q_ij) x_j (b, n, d) to the gradient on the sphere: tangent part, near pairs, mean over pairs."""
-    grad = tangent(grad, x) * (-2.0 * scale[:, None, None]).to(grad.dtype)
-    bound = torch.finfo(grad.dtype).max / 4
-    for i, pairs in near.items():
-        grad[i] += (pairs.gradient() * scale[i]).clamp(-bound, bound).to(grad.dtype)
-    return grad

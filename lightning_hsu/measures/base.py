@@ -54,6 +54,47 @@ class Measure(ABC):
     def value_and_grad(self, x: Tensor, state: State | None = None) -> tuple[Tensor, Tensor]:
         """Return the penalty (...) and its gradient (..., n, d) without an autograd graph."""
 
+    def gradient_rows(self, x: Tensor, rows: Tensor, state: State | None = None) -> Tensor:
+        """Return the gradient that :meth:`value_and_grad` gives in some rows, and 0 in the others.
+
+        Args:
+            x: Neurons, shape (..., n, d), floating; all of them, whichever rows are wanted.
+            rows: The wanted rows, bool, shape (..., n).
+            state: From :meth:`prepare`.
+
+        Returns:
+            The gradient of the penalty, summed over the groups, with the shape and dtype of x. A measure without a
+            cheaper way computes the whole.
+
+        Raises:
+            TypeError: if x is not a floating-point tensor.
+            ValueError: if x has fewer than two dimensions, or rows is no bool tensor of the shape (..., n).
+
+        Example:
+            >>> from lightning_hsu.measures import Separation
+            >>> grad = Separation().gradient_rows(torch.eye(3, 4), torch.tensor([False, True, False]))
+            >>> grad.any(-1)
+            tensor([False,  True, False])
+        """
+        check_rows(x, rows)
+        grad = self.value_and_grad(x, state)[1]
+        return grad.masked_fill(~rows.to(grad.device)[..., None], 0.0)
+
+    def gradient_part(self, x: Tensor, part: int, parts: int) -> tuple[Tensor, Tensor] | None:
+        """Return one of several summands of the gradient that :meth:`value_and_grad` gives, each about as much work.
+
+        Args:
+            x: Neurons, shape (..., n, d), floating.
+            part: Which summand, from 0 to ``parts`` - 1.
+            parts: How many there are, 1 or more.
+
+        Returns:
+            None where the gradient cannot be split, whatever x is. Otherwise the summand with the shape and dtype of x,
+            and a number, shape () in float32, that is 0 in every part if they add up to the gradient. Where one is
+            positive they may not, and the whole is to be computed instead. The sum is finite in either case.
+        """
+        return None
+
     def ratio(self, value: Tensor, reference: float) -> Tensor:
         """Compare natural values with that of random points: 1 as random, above 1 less uniform.
 
@@ -208,6 +249,14 @@ def check_measure(measure: object) -> None:
     if not isinstance(measure, Measure):
         raise TypeError(f"measure must be a measure such as RieszEnergy(s=2); got {measure!r}")
     check_hashable(measure)
+
+
+def check_rows(x: Tensor, rows: Tensor) -> None:
+    """Refuse neurons x (..., n, d) that are none, and rows that do not mark some of them."""
+    check_neurons(x)
+    if not isinstance(rows, Tensor) or rows.dtype != torch.bool or rows.shape != x.shape[:-1]:
+        got = f"{rows.dtype} of shape {tuple(rows.shape)}" if isinstance(rows, Tensor) else repr(rows)
+        raise ValueError(f"rows must be a bool tensor of shape {tuple(x.shape[:-1])}, one entry a neuron; got {got}")
 
 
 def next_draw(x: Tensor, state: State | None) -> State:

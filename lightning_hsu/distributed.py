@@ -1,0 +1,205 @@
+"""Weights and work that ranks share: whole neurons from shards, the rows a rank owns, one reduction for all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from lightning_hsu.neurons import neurons_of
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+Gathered = dict[int, Tensor]
+"""Whole parameters by the id of the sharded one: within one use each is gathered once."""
+
+
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """The neurons of one target at one time.
+
+    Args:
+        x: The effective neurons, (n, d) or (groups, n, d), whole on every rank; differentiable where gradients are recorded.
+        parameter: The parameter of which x is a view; None if x is computed.
+    """
+
+    x: Tensor
+    parameter: nn.Parameter | None
+
+
+@dataclass(frozen=True, eq=False)
+class Replicas:
+    """The ranks that hold the same model and train it alike.
+
+    Args:
+        group: Their process group.
+        split_above: Layers of at least so many neurons are computed by all of them together.
+    """
+
+    group: ProcessGroup
+    split_above: int
+
+    @property
+    def rank(self) -> int:
+        """Number of this rank in the group."""
+        return torch.distributed.get_rank(self.group)
+
+    @property
+    def size(self) -> int:
+        """How many ranks there are."""
+        return torch.distributed.get_world_size(self.group)
+
+
+def is_sharded(p: Tensor) -> bool:
+    """Whether a tensor is a DTensor: a rank holds a part, or a copy, of it."""
+    return hasattr(p, "full_tensor")
+
+
+def read_neurons(module: nn.Module, gathered: Gathered | None = None) -> dict[str, Reading]:
+    """Read a module's neurons, by name, whole on every rank: a collective call where its parameters are sharded."""
+    gathered = {} if gathered is None else gathered
+    sharded: dict[str, Any] = {f"module.{name}": p for name, p in module.named_parameters() if is_sharded(p)}
+    for p in sharded.values():
+        if id(p) not in gathered:
+            gathered[id(p)] = p.full_tensor()
+    if not sharded:
+        found = neurons_of(module)
+    else:
+        found = functional_call(_Rule(module), {name: gathered[id(p)] for name, p in sharded.items()})
+    origins = {id(_base(gathered[id(p)])): p for p in sharded.values()}
+    return {key: Reading(x, _origin(x, origins)) for key, x in found.items()}
+
+
+def own_rows(module: nn.Module, key: str) -> Tensor | None:
+    """Neurons of which this rank holds some part, a mask (n) or (groups, n); None where it needs the gradient of all.
+
+    Every rank's parts are marked with its number and gathered; the rule then says where they go.
+    """
+    sharded = [p for p in module.parameters() if is_sharded(p)]
+    if not sharded or read_neurons(module)[key].parameter is None:
+        return None
+    rank = torch.distributed.get_rank()
+    marks: Gathered = {id(p): _marked(p, rank) for p in sharded}
+    return (read_neurons(module, marks)[key].x == rank).any(-1)
+
+
+@contextmanager
+def whole_parameters(root: nn.Module | None, *, with_grads: bool) -> Iterator[None]:
+    """Under FSDP1 every rank holds all parameters, and gradients where asked for, and writes its own part back."""
+    if root is None:
+        yield
+        return
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    with FullyShardedDataParallel.summon_full_params(root, with_grads=with_grads, writeback=with_grads):
+        yield
+
+
+def flat_sharded(model: nn.Module) -> bool:
+    """Whether FSDP1 holds parts of the model in flat pieces.
+
+    Raises:
+        NotImplementedError: if it was not told to keep the original parameters.
+    """
+    if not torch.distributed.is_available():
+        return False
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    if not any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+        return False
+    if any(type(p).__name__ == "FlatParameter" for p in model.parameters()):
+        raise NotImplementedError(
+            "FSDP has flattened the weights of this model into pieces without rows, where no neuron can be found: use "
+            "FSDPStrategy(use_orig_params=True), or ModelParallelStrategy"
+        )
+    return True
+
+
+def sum_over_ranks(parts: Sequence[Tensor], group: ProcessGroup) -> list[Tensor]:
+    """Sum tensors over ranks in one reduction for each device and dtype; every rank gets the same bits."""
+    kinds: dict[Any, list[int]] = {}
+    for i, part in enumerate(parts):
+        kinds.setdefault((part.device, part.dtype), []).append(i)
+    found: dict[int, Tensor] = {}
+    for members in kinds.values():
+        flat = torch.cat([parts[i].flatten() for i in members])
+        torch.distributed.all_reduce(flat, group=group)
+        pieces = torch.split(flat, [parts[i].numel() for i in members])
+        found |= {i: piece.view(parts[i].shape) for i, piece in zip(members, pieces, strict=True)}
+    return [found[i] for i in range(len(parts))]
+
+
+def norm_of(parts: Sequence[Tensor]) -> Tensor:
+    """Euclidean norm of several tensors together, shards included: a collective call where there are some."""
+    norms: list[Any] = [torch.linalg.vector_norm(part, dtype=_working(part)) for part in parts]
+    whole = [norm.full_tensor() if is_sharded(norm) else norm for norm in norms]
+    total: Tensor = torch.linalg.vector_norm(torch.stack(whole))
+    return total
+
+
+def any_holder(mask: Tensor, p: Any) -> Tensor:
+    """Whether any of the ranks that hold a sharded parameter p says so, entry by entry; a collective call then."""
+    if not is_sharded(p):
+        return mask
+    found = mask.to(torch.uint8)
+    for axis in range(p.device_mesh.ndim):
+        torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX, group=p.device_mesh.get_group(axis))
+    return found.bool()
+
+
+def missing_from_graph(loss: Tensor, parameters: Sequence[nn.Parameter]) -> list[nn.Parameter]:
+    """The parameters on which a loss does not depend."""
+    reached, waiting = set[Any](), [loss.grad_fn]
+    leaves = set[int]()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in reached:
+            continue
+        reached.add(node)
+        if (variable := getattr(node, "variable", None)) is not None:
+            leaves.add(id(variable))
+        waiting += [parent for parent, _ in node.next_functions]
+    return [p for p in parameters if id(p) not in leaves]
+
+
+class _Rule(nn.Module):
+    """A module's rule as a forward, so that ``functional_call`` can put whole parameters in the place of shards."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self) -> dict[str, Tensor]:
+        return neurons_of(self.module)
+
+
+def _base(x: Tensor) -> Tensor:
+    base = x._base if x._is_view() else x
+    assert base is not None
+    return base
+
+
+def _origin(x: object, origins: dict[int, nn.Parameter]) -> nn.Parameter | None:
+    """The parameter that x is, or is a view of; None if it was computed."""
+    if not isinstance(x, Tensor):
+        return None  # a rule gone wrong
+    base = _base(x)
+    return base if isinstance(base, nn.Parameter) else origins.get(id(base))
+
+
+def _marked(p: Any, rank: int) -> Tensor:
+    """A whole tensor of the shape of a sharded p whose entries are the numbers of the ranks that hold them."""
+    local = torch.full_like(p.to_local(), rank, dtype=torch.float32, requires_grad=False)
+    marked = type(p).from_local(local, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride())
+    whole: Tensor = marked.full_tensor()
+    return whole
+
+
+def _working(part: Tensor) -> torch.dtype:
+    return torch.promote_types(part.dtype, torch.float32)

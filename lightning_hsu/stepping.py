@@ -1,0 +1,96 @@
+"""One optimizer step over the layers: which of them act, on which gradients, or with which terms in the loss."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_hsu.applying import Application, penalty_gradients
+from lightning_hsu.distributed import Gathered, Replicas
+from lightning_hsu.monitor import Layer, widened
+from lightning_hsu.progress import Progress
+from lightning_hsu.share import Share
+
+
+@dataclass(frozen=True)
+class Use:
+    """One use of the penalty.
+
+    Args:
+        step: Steps that the optimizer has done before.
+        own: Learning rates of its parameters, by id; empty where they are not known.
+        factor: What the task's gradients, or its loss, are multiplied by.
+        again: Another evaluation within the same step.
+    """
+
+    step: int
+    own: Mapping[int, float]
+    factor: Tensor | float
+    again: bool
+
+
+def applications(
+    layers: Sequence[Layer], progress: Progress, use: Use, replicas: Replicas | None
+) -> Iterator[tuple[Application, Tensor, Tensor | float]]:
+    """Layers about to act, with their penalties' gradients and coefficients; sharded modules are whole one at a time."""
+    for _, together in groupby(layers, lambda layer: id(layer.target.module) if layer.sharded else None):
+        gathered: Gathered = {}
+        found = (_application(layer, progress, use, gathered) for layer in together)
+        ready = [one for one in found if one is not None]
+        for one, grad in zip(ready, penalty_gradients(ready, replicas), strict=True):
+            if isinstance(one.layer.strength, Share):
+                if not use.again:
+                    one.follow(grad, progress.shares)
+                progress.coefficient(one.layer, use.step)
+            yield one, grad, progress.coefficients[one.layer.target.name]
+
+
+def loss_term(layer: Layer, progress: Progress, use: Use, step_limit: float | None) -> Tensor:
+    """Coefficient times penalty of one layer, differentiable; the gradient that comes back obeys the step limit."""
+    name = layer.target.name
+    if isinstance(layer.strength, Share):
+        raise ValueError(
+            f"the coefficient of layer '{name}' is a Share, which needs the task's gradient by itself: use "
+            "add_gradients or move (apply='gradient' or 'decoupled')"
+        )
+    coefficient = progress.coefficient(layer, use.step)
+    if coefficient == 0:
+        return torch.zeros((), device=layer.parameters[0].device)
+    reading = layer.target.read()
+    x, rates = reading.x, [use.own[id(p)] for p in layer.parameters if id(p) in use.own]
+    if rates and x.requires_grad:
+        one = Application(layer, use.own, max(rates), reading)
+        x = x.view_as(x)  # not the parameter itself, which would keep the hook
+        x.register_hook(lambda grad: grad * one.shortening(grad / use.factor, step_limit))  # type: ignore[no-untyped-call]
+    return coefficient * layer.measure.penalty(widened(x), progress.state(layer, x, keep=use.again)).mean()
+
+
+def learning_rates(optimizer: Optimizer) -> dict[int, float]:
+    """Learning rates of the optimizer's parameters, by id."""
+    return {id(p): float(group.get("lr", 1.0)) for group in optimizer.param_groups for p in group["params"]}
+
+
+def _application(layer: Layer, progress: Progress, use: Use, gathered: Gathered) -> Application | None:
+    """What to do to one layer at this step; None where nothing is to be done."""
+    rates = layer.rates(use.own)
+    if not rates or (not isinstance(layer.strength, Share) and progress.coefficient(layer, use.step) == 0):
+        return None
+    _refuse_sparse(layer)
+    with torch.enable_grad():
+        reading = layer.target.read(gathered)
+    state = progress.state(layer, reading.x, keep=use.again)
+    return Application(layer, use.own, max(rates), reading, state, float(use.factor))
+
+
+def _refuse_sparse(layer: Layer) -> None:
+    """A sparse gradient has no room for the rows that the batch did not touch."""
+    if any(p.grad is not None and p.grad.is_sparse for p in layer.parameters):
+        raise NotImplementedError(
+            f"layer '{layer.target.name}' {layer.target.shape} has sparse gradients, which cannot hold the penalty's; use "
+            f"sparse=False, a coefficient of 0 for it, or exclude='{layer.target.name}'"
+        )

@@ -1,0 +1,116 @@
+"""What the callback asks of a Trainer: its strategy, its optimizers, its scaler, its logging steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from lightning_hsu.distributed import Replicas, missing_from_graph
+from lightning_hsu.monitor import Layer
+
+_KNOWN = {"SingleDeviceStrategy", "DDPStrategy", "FSDPStrategy", "ModelParallelStrategy"}
+
+
+class AfterStep:
+    """Calls ``act(optimizer)`` after each real step, once: an optimizer whose step calls its parent's runs its hooks twice."""
+
+    def __init__(self, optimizer: Optimizer, act: Callable[[Optimizer], None]) -> None:
+        self._act, self._depth = act, 0
+        self._handles = optimizer.register_step_pre_hook(self._before), optimizer.register_step_post_hook(self._after)
+
+    def settle(self) -> None:
+        """No step is under way, even if the last one raised an error that somebody caught."""
+        self._depth = 0
+
+    def remove(self) -> None:
+        """Take the hooks off the optimizer."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _before(self, *_: Any) -> None:
+        self._depth += 1
+
+    def _after(self, optimizer: Optimizer, *_: Any) -> None:
+        self._depth -= 1
+        if self._depth == 0:
+            self._act(optimizer)
+
+
+def check_training(trainer: pl.Trainer, pl_module: pl.LightningModule, apply: str) -> None:
+    """Refuse what cannot be right: strategies that are not known, and a term in losses that are not ours to change."""
+    # By name: pytorch_lightning has classes of its own under the same names.
+    names, strategy = {kind.__name__ for kind in type(trainer.strategy).__mro__}, type(trainer.strategy).__name__
+    if not names & _KNOWN or "DeepSpeedStrategy" in names:
+        raise NotImplementedError(
+            f"HypersphericalUniformity does not support {strategy}: it may keep weights or gradients where the penalty cannot "
+            "see them. Use 'ddp', 'fsdp', ModelParallelStrategy or a single device, or take the callback out."
+        )
+    if apply != "loss":
+        return
+    if not pl_module.automatic_optimization:
+        raise NotImplementedError(
+            "apply='loss' adds the penalty at each backward, and manual optimisation may call any number of them: use "
+            "apply='gradient' or 'decoupled', which count optimizer steps, or add UniformityRegularizer.penalty() to your loss"
+        )
+    if "FSDPStrategy" in names:
+        raise NotImplementedError(
+            f"apply='loss' does not reach the flat pieces in which {strategy} keeps the weights: use apply='gradient' or "
+            "'decoupled', or ModelParallelStrategy"
+        )
+
+
+def check_used(trainer: pl.Trainer, loss: Tensor, layers: list[Layer]) -> None:
+    """Refuse a term for parameters that DDP's find_unused_parameters has settled without a gradient."""
+    model = trainer.strategy.model
+    if not (isinstance(model, DistributedDataParallel) and model.find_unused_parameters):
+        return
+    for layer in layers:
+        own = [p for p in layer.parameters if p.requires_grad]
+        if layer.strength != 0 and len(missing_from_graph(loss, own)) == len(own) > 0:
+            name = layer.target.name
+            raise RuntimeError(
+                f"layer '{name}' {layer.target.shape} took no part in this batch's loss, and DDP with "
+                "find_unused_parameters=True has closed its gradient before apply='loss' could add the penalty: use "
+                f"apply='gradient', or exclude='{name}'"
+            )
+
+
+def replicas_of(trainer: pl.Trainer, split_above: int | None) -> Replicas | None:
+    """The ranks that train the same weights by DDP, where large layers are to be split over them."""
+    if split_above is None or trainer.world_size == 1 or not isinstance(trainer.strategy.model, DistributedDataParallel):
+        return None
+    return Replicas(trainer.strategy.model.process_group, split_above)
+
+
+def is_logging_step(trainer: pl.Trainer) -> bool:
+    """Whether Lightning logs at this batch."""
+    # The same private property that Lightning's own LearningRateMonitor asks; it knows log_every_n_steps=0.
+    return bool(trainer._logger_connector.should_update_logs)
+
+
+def position(trainer: pl.Trainer, optimizer: Optimizer) -> int | None:
+    """Position of the optimizer among the trainer's, so that a resumed schedule finds its count."""
+    return next((i for i, other in enumerate(trainer.optimizers) if other is optimizer), None)
+
+
+def remaining_scale(trainer: pl.Trainer, optimizer: Optimizer) -> float:
+    """The GradScaler's factor where Lightning leaves it in the gradients: fused optimizers unscale in their own step."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    if scaler is None or not getattr(optimizer, "_step_supports_amp_scaling", False):
+        return 1.0
+    return float(scaler.get_scale())
+
+
+def loss_factor(trainer: pl.Trainer, loss: Tensor) -> Tensor | float:
+    """What the loss before backward is multiplied by: the GradScaler's factor over the number of accumulated batches."""
+    scaler, share = getattr(trainer.precision_plugin, "scaler", None), 1.0 / trainer.accumulate_grad_batches
+    if scaler is None:
+        return share
+    scaled: Tensor = scaler.scale(torch.full((), share, device=loss.device))
+    return scaled

@@ -1,0 +1,287 @@
+"""The training loop that the callback is compared with: plain torch, which knows nothing of the engine.
+
+The penalty is differentiated by autograd through the float64 oracle, and enters in one of three ways.
+"""
+
+import math
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.utils import prune
+from torch.optim.swa_utils import SWALR, AveragedModel, get_ema_avg_fn
+
+from lightning_hsu import Share
+from lightning_hsu.core import PairTerm, oracle_energy
+from lightning_hsu.measures import GaussianPotential, Measure, PairwiseMeasure, RieszEnergy
+from tests.models import mean_square
+
+HALF_SPACE, FULL_SPACE = RieszEnergy(s=2.0, half_space=True), RieszEnergy(s=2.0)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer with the name that the callback gives it."""
+
+    name: str
+    module: nn.Module
+    groups: int = 1
+    measure: Measure = HALF_SPACE
+
+    def parameters(self):
+        return [p for name, p in self.module.named_parameters() if "bias" not in name]
+
+    def energy(self):
+        """Mean over the groups of the penalty, float64."""
+        module = self.module
+        pruned = hasattr(module, "weight_orig")
+        weight = (module.weight_orig * module.weight_mask if pruned else module.weight).double()
+        return energy(self.measure, weight.reshape(self.groups, -1, weight[0].numel())).mean()
+
+    def gradients(self, owned):
+        """Pairs of a parameter and the energy's gradient in it, of those that are about to move."""
+        moving = [p for p in self.parameters() if id(p) in owned and p.requires_grad and p.grad is not None]
+        return list(zip(moving, torch.autograd.grad(self.energy(), moving), strict=True)) if moving else []
+
+
+def energy(measure, neurons):
+    """The penalty (groups,) of neurons (groups, n, d); pairwise ones with every difference written out."""
+    if not isinstance(measure, PairwiseMeasure):
+        return measure.penalty(neurons)  # held against closed forms elsewhere
+    value = oracle_energy(neurons, PairTerm(measure.kernel, measure.half_space, measure.softening))
+    return value.log() if isinstance(measure, GaussianPotential) else value
+
+
+def layers(net, prefix="net.", measure=HALF_SPACE, head=True):
+    """Those of ``tests.models.network``; the last is the head, in full space."""
+    last = measure.for_head() if head else measure
+    groups = {0: 1, 2: 2, 5: 1, 7: 1}
+    return [Layer(f"{prefix}{i}", net[i], groups[i], last if i == 7 else measure) for i in groups]
+
+
+def adversarial_layers(module):
+    return [*layers(module.first, "first.", head=False), Layer("second", module.second, measure=FULL_SPACE)]
+
+
+class Penalty:
+    """Coefficient times energy of several layers: ``term`` in the loss, ``before_step`` and ``after_step``.
+
+    Each does nothing unless ``mode`` is its own. ``coefficient`` takes the optimizer steps done and a layer's name.
+    """
+
+    def __init__(self, layers, mode, coefficient, every=1, accumulate=1):
+        self.layers, self.mode, self.coefficient, self.every = layers, mode, coefficient, every
+        self.accumulate = accumulate
+        self.steps: dict[int, int] = {}  # by optimizer
+        self.means: dict[str, list[float]] = {}  # of the gradients' norms, the task's and the penalty's, by layer
+        self.applied = 0
+
+    def term(self, optimizer):
+        """What is added to the loss of one micro-batch."""
+        step = self.steps.get(id(optimizer), 0)
+        if self.mode != "loss" or step % self.every:
+            return 0.0
+        self.applied += 1
+        live = [layer for layer in self.layers if any(p.requires_grad for p in layer.parameters())]
+        return sum(self.coefficient(step, layer.name) * layer.energy() for layer in live) / self.accumulate
+
+    def before_step(self, optimizer, scale=1.0):
+        """Add to the gradients, which may still carry a GradScaler's factor."""
+        if self.mode == "gradient":
+            for _, strength, found in self._due(optimizer, scale):
+                for p, gradient in found:
+                    p.grad += (strength * scale * gradient).to(p.dtype)
+
+    @torch.no_grad()
+    def after_step(self, optimizer, skipped=False):
+        """Move the neurons and count the step; one that the GradScaler skipped does not count where neurons are moved."""
+        if self.mode == "decoupled":
+            if skipped:
+                return
+            rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+            for layer, strength, found in self._due(optimizer):
+                for p, gradient in found:
+                    move(p, rates[id(p)] * strength * gradient, keep_norms=p is layer.module._parameters.get("weight"))
+        self.steps[id(optimizer)] = self.steps.get(id(optimizer), 0) + 1
+
+    @torch.enable_grad()
+    def _due(self, optimizer, scale=1.0):
+        """Triples of a layer, its coefficient and its gradients, for what this optimizer is about to move."""
+        step = self.steps.get(id(optimizer), 0)
+        owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        due = [(layer, layer.gradients(owned)) for layer in self.layers if step % self.every == 0]
+        self.applied += len(due)
+        return [(layer, self._strength(layer, step, found, scale), found) for layer, found in due if found]
+
+    def _strength(self, layer, step, found, scale):
+        given = self.coefficient(step, layer.name)
+        if not isinstance(given, Share):
+            return given
+        norms = norm([p.grad for p, _ in found]) / scale, norm([gradient for _, gradient in found])
+        means = self.means.setdefault(layer.name, [0.0, 0.0])
+        if all(math.isfinite(one) for one in norms):
+            means[:] = (given.smoothing * m + (1 - given.smoothing) * one for m, one in zip(means, norms, strict=True))
+        return min(given.fraction * means[0] / means[1], given.maximum) if means[1] else 0.0
+
+
+def norm(parts):
+    return float(torch.stack([part.double().norm() for part in parts]).norm())
+
+
+def move(p, way, keep_norms):
+    """``p - way``; where rows of p are the neurons, they keep their norms."""
+    rows = p.double().flatten(1)
+    moved = rows - way.double().flatten(1)
+    if keep_norms:
+        moved *= rows.norm(dim=1, keepdim=True) / moved.norm(dim=1, keepdim=True)
+    p.copy_(moved.view_as(p))
+
+
+def nothing(*_: Any):
+    """What happens at a place where nothing is asked for."""
+
+
+def train(
+    module,
+    data,
+    penalty,
+    epochs=2,
+    accumulate=1,
+    parts=1,
+    silent=(),
+    autocast=None,
+    scaler=None,
+    clip=nothing,
+    clip_first=nothing,
+    at_epoch_start=nothing,
+    after_step=nothing,
+    at_epoch_end=nothing,
+):
+    """Train ``module.net`` with the optimizer of its ``configure_optimizers``.
+
+    Args:
+        accumulate: Micro-batches a step.
+        parts: Backward passes a micro-batch, of that part of its loss each.
+        silent: Batches that are left out.
+        autocast: Dtype of the forward pass.
+        scaler: A GradScaler.
+        clip: Takes the parameters, after the penalty was added; ``clip_first`` before.
+        at_epoch_start: Takes module, optimizer and epoch; ``at_epoch_end``, and ``after_step`` alike.
+    """
+    net, optimizer = module.net, module.configure_optimizers()
+    fused = scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False)
+    for epoch in range(epochs):
+        at_epoch_start(module, optimizer, epoch)
+        for start in range(0, len(data), accumulate):
+            optimizer.zero_grad()
+            window = [(x, y) for i, (x, y) in enumerate(data) if start <= i < start + accumulate and i not in silent]
+            for x, y in window:
+                for _ in range(parts):
+                    with torch.autocast("cpu", autocast) if autocast else nullcontext():
+                        loss = mean_square(net(x), y) / accumulate / parts
+                    loss = loss + penalty.term(optimizer)
+                    (scaler.scale(loss) if scaler else loss).backward()
+            scale = scaler.get_scale() if fused else 1.0
+            if scaler and window and not fused:
+                scaler.unscale_(optimizer)
+            clip_first(net.parameters())
+            penalty.before_step(optimizer, scale)
+            clip(net.parameters())
+            skipped = step(optimizer, scaler) if window else False
+            penalty.after_step(optimizer, skipped)
+            after_step(module, optimizer, epoch)
+        at_epoch_end(module, optimizer, epoch)
+
+
+def step(optimizer, scaler):
+    """Step, unless gradients overflowed; tells whether they did."""
+    if scaler is None:
+        optimizer.step()
+        return False
+    scaler.step(optimizer)
+    before = scaler.get_scale()
+    scaler.update()
+    return scaler.get_scale() < before
+
+
+def train_with_closure(module, data, penalty, epochs=2):
+    """For optimizers that ask for the gradient several times a step; the loss that they compare is the task's."""
+    optimizer = module.configure_optimizers()
+
+    def closure(x, y):
+        with torch.enable_grad():
+            optimizer.zero_grad()
+            loss = mean_square(module.net(x), y)
+            (loss + penalty.term(optimizer)).backward()
+            penalty.before_step(optimizer)
+        return loss.detach()
+
+    for x, y in data * epochs:
+        optimizer.step(lambda: closure(x, y))  # noqa: B023
+        penalty.after_step(optimizer)
+
+
+def train_adversarial(module, data, penalty, epochs=2):
+    """Two optimizers in turn; gradients that the other's loss leaves are of no use."""
+    optimizers = module.configure_optimizers()
+    for batch in data * epochs:
+        for i, optimizer in enumerate(optimizers):
+            module.zero_grad()
+            module.losses(batch)[i].backward()
+            penalty.before_step(optimizer)
+            optimizer.step()
+            penalty.after_step(optimizer)
+
+
+def train_unfreezing(module, data, penalty, part, rate):
+    """In the second epoch ``net[:part]`` joins with a rate of its own."""
+    late = module.net[:part].requires_grad_(False)
+
+    def at_epoch_start(module, optimizer, epoch):
+        if epoch == 1:
+            late.requires_grad_(True)
+            optimizer.add_param_group({"params": list(late.parameters()), "lr": rate})
+
+    train(module, data, penalty, at_epoch_start=at_epoch_start)
+
+
+def train_pruning(module, data, penalty):
+    """Two layers are pruned after each epoch."""
+
+    def at_epoch_end(module, optimizer, epoch):
+        for i in (0, 5):
+            prune.l1_unstructured(module.net[i], "weight", 0.3)
+
+    train(module, data, penalty, at_epoch_end=at_epoch_end)
+
+
+def train_scheduled(module, data, penalty):
+    """With the learning rate schedule of the module, after each step."""
+    (optimizer,), (schedule,) = module.configure_optimizers()
+    module.configure_optimizers = lambda: optimizer
+    train(module, data, penalty, after_step=lambda *_: schedule["scheduler"].step())
+
+
+def train_averaging(module, data, penalty):
+    """Lightning's stochastic average is taken at the start of each epoch; its rate anneals after each."""
+    average, schedules = AveragedModel(module.net), []
+
+    def at_epoch_start(module, optimizer, epoch):
+        average.update_parameters(module.net)
+        if epoch == 0:
+            schedules.append(SWALR(optimizer, 0.05, anneal_epochs=1, anneal_strategy="linear"))
+
+    train(module, data, penalty, at_epoch_start=at_epoch_start, at_epoch_end=lambda *_: schedules[0].step())
+    module.run, module.net = module.net, average.module
+
+
+def train_averaging_exponentially(module, data, penalty):
+    average = AveragedModel(module.net, avg_fn=get_ema_avg_fn(0.9), use_buffers=True)
+    train(module, data, penalty, after_step=lambda *_: average.update_parameters(module.net))
+    module.run, module.net = module.net, average.module
+
+
+def train_on_two_batches(module, data, penalty):
+    train(module, data[:2], penalty)
