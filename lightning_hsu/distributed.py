@@ -56,6 +56,16 @@ class Replicas:
         return torch.distributed.get_world_size(self.group)
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside what Fabric and DDP put around it."""
+    inner: Any = model
+    if type(model).__name__ == "_FabricModule":
+        inner = model._forward_module
+    elif isinstance(model, nn.parallel.DistributedDataParallel):
+        inner = model.module
+    return model if inner is model else unwrapped(inner)
+
+
 def is_sharded(p: Tensor) -> bool:
     """Whether a tensor is a DTensor: a rank holds a part, or a copy, of it."""
     return hasattr(p, "full_tensor")

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from lightning_hsu.applying import Application, GradientNote
 from lightning_hsu.coefficients import Coefficient, Strength
-from lightning_hsu.distributed import Replicas, flat_sharded, whole_parameters
+from lightning_hsu.distributed import Replicas, flat_sharded, unwrapped, whole_parameters
 from lightning_hsu.measures import Measure, RieszEnergy, State
 from lightning_hsu.measures.base import check_measure
 from lightning_hsu.memory import Memory
@@ -99,7 +99,7 @@ class UniformityRegularizer:
         """Find the model's neurons; returns self. Where ranks share the weights, all must call it.
 
         Args:
-            model: The model.
+            model: The model, also as DDP, FSDP or Fabric wrap it.
             wrapped: The same model within FSDP1, where that wraps it from outside.
             replicas: The ranks that train this model by DDP, to compute large layers together; None computes all on each.
 
@@ -107,7 +107,7 @@ class UniformityRegularizer:
             ValueError: if a pattern matches nothing, no layer is left to measure, or ``head_coefficient`` has no head.
             NotImplementedError: if FSDP1 does not keep the original parameters.
         """
-        outside = model if wrapped is None else wrapped
+        model, outside = unwrapped(model), unwrapped(model if wrapped is None else wrapped)
         self._root, self.replicas = outside if flat_sharded(outside) else None, replicas
         with whole_parameters(self._root, with_grads=False):
             targets, self.skips = select(model, self.include, self.exclude, self.head)
