@@ -62,12 +62,12 @@ def loss_term(layer: Layer, progress: Progress, use: Use, step_limit: float | No
     if coefficient == 0:
         return torch.zeros((), device=layer.parameters[0].device)
     reading = layer.target.read()
-    x, rates = reading.x, [use.own[id(p)] for p in layer.parameters if id(p) in use.own]
+    x, rates = widened(reading.x), [use.own[id(p)] for p in layer.parameters if id(p) in use.own]
     if rates and x.requires_grad:
         one = Application(layer, use.own, max(rates), reading)
         x = x.view_as(x)  # not the parameter itself, which would keep the hook
         x.register_hook(lambda grad: grad * one.shortening(grad / use.factor, step_limit))  # type: ignore[no-untyped-call]
-    return coefficient * layer.measure.penalty(widened(x), progress.state(layer, x, keep=use.again)).mean()
+    return coefficient * layer.measure.penalty(x, progress.state(layer, x, keep=use.again)).mean()
 
 
 def learning_rates(optimizer: Optimizer) -> dict[int, float]:

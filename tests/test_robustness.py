@@ -1,9 +1,11 @@
 """What no penalty may break: degenerate neurons give finite, useful gradients, and finite training stays finite."""
 
+import copy
 import math
 
 import pytest
 import torch
+from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 
 from lightning_hsu import UniformityRegularizer
@@ -235,13 +237,35 @@ def test_finite_training_stays_finite_at_huge_norms(kind):
     assert all(torch.isfinite(p).all() for p in module.parameters())
 
 
+@pytest.mark.parametrize("apply", ["gradient", "loss", "decoupled"])
 @pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
-def test_half_precision_weights_train_and_stay_finite(precision):
+def test_half_precision_weights_train_and_stay_finite(precision, apply):
     module = Planted("duplicates", make_optimizer=lambda p: torch.optim.SGD(p, lr=0.01))
     data = batches(dtype=torch.bfloat16 if precision == "bf16-true" else torch.float16)
-    trainer(uniformity(coefficient=1.0), precision=precision).fit(module, loader(data))
+    trainer(uniformity(coefficient=1.0, apply=apply), precision=precision).fit(module, loader(data))
     assert all(torch.isfinite(p).all() for p in module.parameters())
     assert float(smallest_angle(module.net[3].weight)) > 0.01
+
+
+@pytest.mark.parametrize("apply", ["loss", "decoupled"])
+def test_the_step_limit_holds_in_every_mode(apply):
+    """A near-duplicate pair goes at most its own norm in a step, and in the loss the scaler's factor is seen through."""
+    module = Automatic(make_optimizer=lambda p: torch.optim.SGD(p, lr=0.5))
+    with torch.no_grad():
+        module.net[5].weight[1] = module.net[5].weight[0] + 1e-4
+    before = module.net[5].weight.detach().clone()
+    plain = copy.deepcopy(module)
+    data, settings = loader(batches(count=1)), {"max_epochs": 1}
+    plugins = [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=256.0))]
+    settings |= {"plugins": plugins} if apply == "loss" else {}
+    trainer(**settings).fit(plain, data)
+    trainer(uniformity(coefficient=1.0, apply=apply), **settings).fit(module, data)
+    moved = (module.net[5].weight - plain.net[5].weight).detach().norm(dim=1) / before.norm(dim=1)
+    if apply == "loss":
+        torch.testing.assert_close(moved[:2], torch.ones(2), rtol=1e-3, atol=0)  # float16 forward
+    else:
+        assert (moved[:2] > 0.5).all()  # one norm along the tangent, and back onto the sphere
+        assert (moved[:2] < 1.01).all()
 
 
 def test_the_step_limit_bounds_a_step_and_touches_nothing_else():

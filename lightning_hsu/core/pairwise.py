@@ -211,7 +211,7 @@ class _PairSums:
         largest = torch.linalg.vector_norm(grad, ord=float("inf"), dim=-1, keepdim=True)
         room = torch.finfo(out).max / 2 / parts / largest.clamp_min(torch.finfo(grad.dtype).tiny)
         self.additive &= not bool((self.inverse_norm > room).any())
-        return to_weights(grad, torch.minimum(self.inverse_norm, room), out)
+        return (grad * torch.minimum(self.inverse_norm, room)).to(out)
 
     def _on_sphere(self) -> Tensor:
         """From sum_j F'(q_ij) x_j (b, k, d) to the gradient on the sphere: tangent part, near pairs, mean over pairs."""
