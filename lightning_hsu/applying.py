@@ -60,7 +60,7 @@ class Application:
         """Let the means of a share take in this step, of which ``grad`` (groups, n, d) is the penalty's gradient."""
         share = self.layer.strength
         if isinstance(share, Share) and (places := self._places(grad / grad.shape[0])):
-            task, penalty = norm_of([task for _, task, _ in places]), norm_of([part for _, _, part in places])
+            task, penalty = self._norms(places)
             means.update(self.layer.target.name, share, task / self.grad_scale, penalty)
 
     def add(self, grad: Tensor, coefficient: Tensor | float, step_limit: float | None, *, note: bool) -> GradientNote | None:
@@ -112,8 +112,13 @@ class Application:
     def _note(
         self, places: list[tuple[nn.Parameter, Tensor, Tensor]], factor: Tensor, coefficient: Tensor | float
     ) -> GradientNote:
-        share = norm_of([part for _, _, part in places]) * self.grad_scale / norm_of([task for _, task, _ in places])
-        return GradientNote(share, any_holder(factor < 1, places[0][0]).sum(), coefficient)
+        task, penalty = self._norms(places)
+        return GradientNote(penalty * self.grad_scale / task, any_holder(factor < 1, places[0][0]).sum(), coefficient)
+
+    def _norms(self, places: list[tuple[nn.Parameter, Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """Norms of the task's gradient, as it is in ``.grad``, and of the penalty's."""
+        tasks = [self.layer.target.own_part(self.reading, p, task) for p, task, _ in places]
+        return norm_of(tasks), norm_of([part for _, _, part in places])
 
 
 def penalty_gradients(applications: Sequence[Application], replicas: Replicas | None = None) -> list[Tensor]:

@@ -19,6 +19,7 @@ from lightning_hsu.selection import uninitialized
 from lightning_hsu.share import Share
 from lightning_hsu.trainers import (
     AfterStep,
+    EveryCallback,
     check_training,
     check_used,
     is_logging_step,
@@ -31,7 +32,7 @@ from lightning_hsu.trainers import (
 _LOGGING = ("log", "log_dict")  # bound methods of the model, which Lightning hangs onto callbacks
 
 
-class HypersphericalUniformity(pl.Callback):
+class HypersphericalUniformity(EveryCallback):
     """Spread the neurons of a LightningModule over the sphere while it trains, and log how spread out they are.
 
     The objective becomes the task's loss plus ``coefficient`` times the penalty, once per optimizer step,

@@ -86,6 +86,12 @@ class Target:
                 if p.grad is not None and part is not None:
                     yield p, p.detach() if values else p.grad, part
 
+    def own_part(self, reading: Reading, parameter: nn.Parameter, part: Tensor) -> Tensor:
+        """Of a part that :meth:`places` gives, the entries that belong to these neurons: a packed shard has others, too."""
+        if reading.parameter is None or not is_sharded(parameter):
+            return part
+        return part * torch.autograd.grad(reading.x, parameter, torch.ones_like(reading.x), retain_graph=True)[0]
+
     def parameters(self) -> list[nn.Parameter]:
         """The parameters that the neurons may depend on."""
         parameter = self.read().parameter

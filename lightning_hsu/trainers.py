@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from importlib import import_module
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 import torch
@@ -15,6 +17,19 @@ from lightning_hsu.distributed import Replicas, missing_from_graph
 from lightning_hsu.monitor import Layer
 
 _KNOWN = {"SingleDeviceStrategy", "DDPStrategy", "FSDPStrategy", "ModelParallelStrategy"}
+
+
+def _bases() -> tuple[type, ...]:
+    """Callback, of lightning and, where it is installed too, of pytorch_lightning: the same code under two names."""
+    if find_spec("pytorch_lightning") is None:
+        return (pl.Callback,)
+    return pl.Callback, import_module("pytorch_lightning").Callback
+
+
+if TYPE_CHECKING:
+    EveryCallback = pl.Callback
+else:
+    EveryCallback = type("EveryCallback", _bases(), {"__doc__": "A callback for Trainers of either package."})
 
 
 class AfterStep:

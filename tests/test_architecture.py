@@ -50,7 +50,7 @@ def test_imports_point_down(path):
             assert package in {"__future__", "torch", "abc", "math", "typing"} | STANDARD, f"{path.name} imports {name}"
 
 
-STANDARD = {"collections", "contextlib", "dataclasses", "fnmatch", "functools", "itertools", "weakref"}
+STANDARD = {"collections", "contextlib", "dataclasses", "fnmatch", "functools", "importlib", "itertools", "weakref"}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
