@@ -123,7 +123,7 @@ def flat_sharded(model: nn.Module) -> bool:
 
     if not any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
         return False
-    if any(type(p).__name__ == "FlatParameter" for p in model.parameters()):
+    if any(getattr(p, "_is_flat_param", False) for p in model.parameters()):  # as torch's isinstance asks
         raise NotImplementedError(
             "FSDP has flattened the weights of this model into pieces without rows, where no neuron can be found: use "
             "FSDPStrategy(use_orig_params=True), or ModelParallelStrategy"

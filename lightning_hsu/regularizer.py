@@ -124,7 +124,7 @@ class UniformityRegularizer:
     def detach(self) -> None:
         """Let go of the model; the step counts, the measures' states and the means of shares stay."""
         self.progress.forget_model()
-        self.__dict__ |= self._without_model()
+        self.__dict__ |= self.__getstate__()
 
     def penalty(self, step: int = 0) -> Tensor:
         """Coefficient times penalty, summed over the layers: a differentiable scalar for a loss of your own.
@@ -224,7 +224,7 @@ class UniformityRegularizer:
     def unreached(self) -> list[str]:
         """Names of layers that have a coefficient but got no gradient so far; frozen ones are left out."""
         missing = [layer for layer in self.layers if layer.strength != 0 and layer.target.name not in self.progress.reached]
-        with whole_parameters(self._root if missing else None, with_grads=False):
+        with whole_parameters(self._root, with_grads=False):
             return [layer.target.name for layer in missing if not layer.target.frozen]
 
     def idle(self) -> dict[str, str]:
@@ -241,11 +241,7 @@ class UniformityRegularizer:
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle and copy the settings and where training stands, never the model."""
-        return self.__dict__ | self._without_model()
-
-    @staticmethod
-    def _without_model() -> dict[str, Any]:
-        return {"layers": [], "skips": [], "active": False, "replicas": None, "_root": None}
+        return self.__dict__ | {"layers": [], "skips": [], "active": False, "replicas": None, "_root": None}
 
     def _layer(self, target: Target) -> Layer:
         measure = self.measure.for_head() if target.head else self.measure
@@ -270,11 +266,12 @@ class UniformityRegularizer:
         self._check_attached()
         step = self.progress.counter.count(optimizer, index, again=again)
         use = Use(step, learning_rates(optimizer), grad_scale, again)
-        self.progress.note_reached(self.layers, use.own)
         notes: dict[str, GradientNote] = {}
         if step % self.every_n_steps:
+            self.progress.note_reached(self.layers, use.own)
             return notes
         with whole_parameters(self._root, with_grads=True):
+            self.progress.note_reached(self.layers, use.own)
             for one, grad, coefficient in applications(self.layers, self.progress, use, self.replicas):
                 found = act(one, grad, coefficient, self.step_limit, note=note)
                 notes |= {one.layer.target.name: found} if found else {}
