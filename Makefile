@@ -4,13 +4,16 @@ CONSTRAINTS ?= constraints.txt
 DATA ?= digits
 BIN = .venv/bin
 
-.PHONY: demo test lint types wheel bench clean
+.PHONY: demo test versions lint types wheel bench clean
 
 demo: .venv/installed  ## Train with and without the callback on real data: DATA=digits, fashion-mnist or a folder
 	$(BIN)/python notebooks/demo.py --data "$(DATA)"
 
 test: .venv/installed  ## All tests, slow ones too
-	$(BIN)/python -m pytest -n auto --dist worksteal --cov --cov-report=term
+	$(BIN)/python -m pytest -n auto --dist worksteal --cov --cov-report=term -m "not versions"
+
+versions: .venv/installed  ## Exactness with Lightning 2.4, 2.5 and 2.6; needs a package index
+	$(BIN)/python -m pytest -n auto --dist worksteal -m versions tests/test_versions.py
 
 lint: .venv/installed  ## Style
 	$(BIN)/ruff check .

@@ -84,10 +84,10 @@ class Application:
         grad = grad * factor
         places = self._places(grad) if note else []
         found = self._note(places, factor, coefficient) if places else None
-        plain = self.reading.parameter is not None
-        change = self._along_the_sphere(grad) if plain else -grad
+        entries = self.layer.target.rearranges(self.reading)
+        change = self._along_the_sphere(grad) if entries else -grad
         for p, value, part in list(self.layer.target.places(self.reading, change, self.own, values=True)):
-            value.add_(part if plain else part * self.own[id(p)])
+            value.add_(part if entries else part * self.own[id(p)])
         return found
 
     def shortening(self, grad: Tensor, step_limit: float | None) -> Tensor:

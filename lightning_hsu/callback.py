@@ -11,28 +11,19 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_hsu import trainers
 from lightning_hsu.applying import GradientNote
 from lightning_hsu.measures import Measure
 from lightning_hsu.monitor import LayerUniformity, aggregates, by_layer
 from lightning_hsu.regularizer import UniformityRegularizer
 from lightning_hsu.selection import uninitialized
 from lightning_hsu.share import Share
-from lightning_hsu.trainers import (
-    AfterStep,
-    EveryCallback,
-    check_training,
-    check_used,
-    is_logging_step,
-    loss_factor,
-    position,
-    remaining_scale,
-    replicas_of,
-)
+from lightning_hsu.stepping import learning_rates
 
 _LOGGING = ("log", "log_dict")  # bound methods of the model, which Lightning hangs onto callbacks
 
 
-class HypersphericalUniformity(EveryCallback):
+class HypersphericalUniformity(trainers.EveryCallback):
     """Spread the neurons of a LightningModule over the sphere while it trains, and log how spread out they are.
 
     The objective becomes the task's loss plus ``coefficient`` times the penalty, once per optimizer step,
@@ -120,7 +111,7 @@ class HypersphericalUniformity(EveryCallback):
         if apply == "loss" and any(one is not None and one.has_share for one in coefficients):
             raise ValueError("a Share needs the task's gradient apart from the loss: use apply='gradient' or 'decoupled'")
         self.apply, self.split_above, self.prefix, self.verbose = apply, split_above, prefix, verbose
-        self._hooks: list[AfterStep] = []
+        self._hooks: list[trainers.AfterStep] = []
         self._notes: dict[str, GradientNote] = {}
         self._fresh = True  # nothing measured yet in this fit
         self._seen_step = 0  # global step at the last batch's end
@@ -151,7 +142,7 @@ class HypersphericalUniformity(EveryCallback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Find the neurons; lazy layers have none before their first batch."""
-        check_training(trainer, pl_module, self.apply)
+        trainers.check_training(trainer, pl_module, self.apply)
         if not uninitialized(pl_module):
             self._attach(trainer, pl_module)
 
@@ -159,7 +150,7 @@ class HypersphericalUniformity(EveryCallback):
         """Note where a resumed fit stands; move neurons after each step, where they are moved."""
         self._seen_step = trainer.global_step
         if self.apply == "decoupled":
-            self._hooks = [AfterStep(one, partial(self._after_step, trainer, pl_module)) for one in trainer.optimizers]
+            self._hooks = [trainers.AfterStep(one, partial(self._after_step, trainer, pl_module)) for one in trainer.optimizers]
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         """No step is under way, even if the last one raised an error that you caught."""
@@ -172,31 +163,34 @@ class HypersphericalUniformity(EveryCallback):
             return
         self._attach(trainer, pl_module)
         if self.regularizer.active:
-            check_used(trainer, loss, self.regularizer.layers)
+            trainers.check_used(trainer, loss, self.regularizer.layers)
             again = self._counted == (0, trainer.global_step)
-            optimizer, factor = trainer.optimizers[0], loss_factor(trainer, loss)
+            optimizer, factor = trainer.optimizers[0], trainers.loss_factor(trainer, loss)
             self.regularizer.add_to_loss(loss, optimizer, index=0, factor=factor, again=again)
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
         """Add the gradient: here it is reduced over ranks, unscaled, complete over accumulated batches and not yet clipped."""
         self._attach(trainer, pl_module)
-        if not self.regularizer.active or self.apply == "decoupled":
+        if not self.regularizer.active:
             return
-        index = position(trainer, optimizer)
+        if self.apply == "decoupled":  # a GradScaler may skip the step, and that is no reason for a warning
+            self.regularizer.progress.note_reached(self.regularizer.layers, learning_rates(optimizer))
+            return
+        index = trainers.position(trainer, optimizer)
         again = self._counted == (index, trainer.global_step)
         self._counted = index, trainer.global_step
         self._warn_of_line_search(optimizer)
         if self.apply == "loss":
             self.regularizer.count_step(optimizer, index=index, again=again)
             return
-        scale, note = remaining_scale(trainer, optimizer), self._will_measure(trainer)
+        scale, note = trainers.remaining_scale(trainer, optimizer), self._will_measure(trainer)
         self._notes |= self.regularizer.add_gradients(optimizer, index=index, grad_scale=scale, note=note, again=again)
 
     def _after_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
         """Move the neurons after a real step; a step that a GradScaler skips does not come here."""
         self._attach(trainer, pl_module)
         if self.regularizer.active:
-            index, note = position(trainer, optimizer), self._will_measure(trainer)
+            index, note = trainers.position(trainer, optimizer), self._will_measure(trainer)
             self._notes |= self.regularizer.move(optimizer, index=index, note=note)
 
     def on_train_batch_end(
@@ -250,7 +244,7 @@ class HypersphericalUniformity(EveryCallback):
     def _attach(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.regularizer.layers:
             return
-        replicas = replicas_of(trainer, self.split_above)
+        replicas = trainers.replicas_of(trainer, self.split_above)
         self.regularizer.attach(pl_module, wrapped=trainer.strategy.model, replicas=replicas)
         if idle := self.regularizer.idle():
             reasons = "; ".join(f"'{name}': {reason}" for name, reason in idle.items())
@@ -260,7 +254,7 @@ class HypersphericalUniformity(EveryCallback):
 
     def _will_measure(self, trainer: pl.Trainer) -> bool:
         """Whether this batch ends with a measurement: a logging step, the first of a fit, the last of an epoch."""
-        return self._fresh or trainer.is_last_batch or is_logging_step(trainer)
+        return self._fresh or trainer.is_last_batch or trainers.is_logging_step(trainer)
 
     def _log(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Aggregates through Lightning's log; layers to every logger, on logging steps."""
@@ -269,7 +263,7 @@ class HypersphericalUniformity(EveryCallback):
             limited = sum(int(note.limited) for note in self._notes.values()) if self._notes else None
             values = aggregates(measured, self.regularizer.current_penalty(measured), limited)
             pl_module.log_dict(self._prefixed(values), on_step=True, on_epoch=False, batch_size=1)
-        if is_logging_step(trainer):
+        if trainers.is_logging_step(trainer):
             self._report_nonfinite(measured)
             step = trainer.fit_loop.epoch_loop._batches_that_stepped  # the step under which Lightning logs its own
             shares = {name: float(note.share) for name, note in self._notes.items()}

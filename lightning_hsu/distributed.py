@@ -71,6 +71,18 @@ def is_sharded(p: Tensor) -> bool:
     return hasattr(p, "full_tensor")
 
 
+def whole(x: Any) -> Tensor:
+    """All of a tensor, gathered where it is sharded: a collective call then."""
+    found: Tensor = x.full_tensor() if is_sharded(x) else x
+    return found
+
+
+def local(x: Any) -> Tensor:
+    """The part of a tensor that this rank holds."""
+    found: Tensor = x.to_local() if is_sharded(x) else x
+    return found
+
+
 def read_neurons(module: nn.Module, gathered: Gathered | None = None) -> dict[str, Reading]:
     """Read a module's neurons, by name, whole on every rank: a collective call where its parameters are sharded."""
     gathered = {} if gathered is None else gathered
@@ -147,9 +159,8 @@ def sum_over_ranks(parts: Sequence[Tensor], group: ProcessGroup) -> list[Tensor]
 
 def norm_of(parts: Sequence[Tensor]) -> Tensor:
     """Euclidean norm of several tensors together, shards included: a collective call where there are some."""
-    norms: list[Any] = [torch.linalg.vector_norm(part, dtype=_working(part)) for part in parts]
-    whole = [norm.full_tensor() if is_sharded(norm) else norm for norm in norms]
-    total: Tensor = torch.linalg.vector_norm(torch.stack(whole))
+    norms = [whole(torch.linalg.vector_norm(part, dtype=_working(part))) for part in parts]
+    total: Tensor = torch.linalg.vector_norm(torch.stack(norms))
     return total
 
 
@@ -205,10 +216,9 @@ def _origin(x: object, origins: dict[int, nn.Parameter]) -> nn.Parameter | None:
 
 def _marked(p: Any, rank: int) -> Tensor:
     """A whole tensor of the shape of a sharded p whose entries are the numbers of the ranks that hold them."""
-    local = torch.full_like(p.to_local(), rank, dtype=torch.float32, requires_grad=False)
-    marked = type(p).from_local(local, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride())
-    whole: Tensor = marked.full_tensor()
-    return whole
+    held = torch.full_like(p.to_local(), rank, dtype=torch.float32, requires_grad=False)
+    marked = type(p).from_local(held, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride())
+    return whole(marked)
 
 
 def _working(part: Tensor) -> torch.dtype:

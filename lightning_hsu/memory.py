@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
+from lightning_hsu.core import exact_arithmetic
 from lightning_hsu.measures import State
 from lightning_hsu.monitor import Layer
 
@@ -39,7 +40,8 @@ class Memory:
         known = self.states.get(layer.target.name)
         if known is not None:
             known = {name: part.to(x.device) if part.is_floating_point() else part for name, part in known.items()}
-        return layer.measure.prepare(x.detach(), known)
+        with exact_arithmetic(x):  # whatever autocast a hook runs in
+            return layer.measure.prepare(x.detach(), known)
 
     def state_dict(self) -> dict[str, State]:
         """The states by layer."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
-from lightning_hsu.distributed import Gathered, Reading, is_sharded, own_rows, read_neurons
+from lightning_hsu.distributed import Gathered, Reading, is_sharded, local, own_rows, read_neurons, whole
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,6 +91,20 @@ class Target:
         if reading.parameter is None or not is_sharded(parameter):
             return part
         return part * torch.autograd.grad(reading.x, parameter, torch.ones_like(reading.x), retain_graph=True)[0]
+
+    def rearranges(self, reading: Reading) -> bool:
+        """Whether the neurons are entries of one parameter, in whatever order: then a change of theirs is one of it."""
+        x = reading.x
+        leaves = [p for p in self.module.parameters() if p.requires_grad]
+        if reading.parameter is not None or not leaves or not x.requires_grad:
+            return reading.parameter is not None
+        counts = torch.autograd.grad(x, leaves, torch.ones_like(x), allow_unused=True, retain_graph=True)
+        back = torch.autograd.grad(x, leaves, x.detach(), allow_unused=True, retain_graph=True)
+        found = [(p, count, part) for p, count, part in zip(leaves, counts, back, strict=True) if count is not None]
+        if len(found) != 1 or int(whole(found[0][1].sum())) != x.numel():
+            return False
+        p, count, part = (local(one.detach()) for one in found[0])
+        return bool(((count == 0) | (count == 1)).all()) and torch.equal(part, p * count)
 
     def parameters(self) -> list[nn.Parameter]:
         """The parameters that the neurons may depend on."""

@@ -44,6 +44,34 @@ class Detour(nn.Sequential):
         return x
 
 
+def image_network():
+    """Neurons that do not lie in one piece: a transposed convolution, all in the memory format channels_last."""
+    net = nn.Sequential(
+        nn.Conv2d(1, 6, 3),
+        nn.Tanh(),
+        nn.Conv2d(6, 8, 3, groups=2),
+        nn.Tanh(),
+        nn.ConvTranspose2d(8, 4, 2, groups=2),
+        nn.Tanh(),
+        nn.Flatten(),
+        nn.Linear(36, 3),
+    )
+    return net.to(memory_format=torch.channels_last)
+
+
+class SequenceNetwork(nn.Module):
+    """Several sets of neurons in one weight: an LSTM and attention over the rows of the image."""
+
+    def __init__(self):
+        super().__init__()
+        self.lstm, self.attention = nn.LSTM(6, 4, batch_first=True), nn.MultiheadAttention(4, 2, batch_first=True)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x):
+        x = self.lstm(x.squeeze(1))[0]
+        return self.head(self.attention(x, x, x, need_weights=False)[0][:, -1])
+
+
 def partly_frozen_network():
     net = network()
     net[0].requires_grad_(False)

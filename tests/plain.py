@@ -4,8 +4,10 @@ The penalty is differentiated by autograd through the float64 oracle, and enters
 """
 
 import math
+from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,46 +25,87 @@ HALF_SPACE, FULL_SPACE = RieszEnergy(s=2.0, half_space=True), RieszEnergy(s=2.0)
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer with the name that the callback gives it."""
+    """One set of neurons with the name that the callback gives it: ``rows`` takes the weight to (groups, n, d)."""
 
     name: str
     module: nn.Module
-    groups: int = 1
     measure: Measure = HALF_SPACE
+    rows: Callable[[torch.Tensor], torch.Tensor] = lambda weight: weight.flatten(1)[None]
+    key: str = "weight"
 
     def parameters(self):
-        return [p for name, p in self.module.named_parameters() if "bias" not in name]
+        return [p for name, p in self.module.named_parameters(recurse=self.key == "weight") if self.key in name]
 
     def energy(self):
-        """Mean over the groups of the penalty, float64."""
-        module = self.module
-        pruned = hasattr(module, "weight_orig")
-        weight = (module.weight_orig * module.weight_mask if pruned else module.weight).double()
-        return energy(self.measure, weight.reshape(self.groups, -1, weight[0].numel())).mean()
+        """Mean over the groups of the penalty."""
+        pruned = hasattr(self.module, "weight_orig")
+        weight = self.module.weight_orig * self.module.weight_mask if pruned else getattr(self.module, self.key)
+        return energy(self.measure, self.rows(weight)).mean()
 
     def gradients(self, owned):
         """Pairs of a parameter and the energy's gradient in it, of those that are about to move."""
         moving = [p for p in self.parameters() if id(p) in owned and p.requires_grad and p.grad is not None]
         return list(zip(moving, torch.autograd.grad(self.energy(), moving), strict=True)) if moving else []
 
+    def move(self, p, way):
+        """``p - way``; where the neurons are entries of p, they keep their norms."""
+        old, moved = p.double().flatten(), (p.double() - way.double()).flatten()
+        if p is self.module._parameters.get(self.key):
+            entries = self.rows(torch.arange(p.numel()).view(p.shape))
+            moved[entries] *= old[entries].norm(dim=-1, keepdim=True) / moved[entries].norm(dim=-1, keepdim=True)
+        p.copy_(moved.view(p.shape))
+
 
 def energy(measure, neurons):
-    """The penalty (groups,) of neurons (groups, n, d); pairwise ones with every difference written out."""
+    """The penalty (groups,) of neurons (groups, n, d); pairwise ones in float64 with every difference written out.
+
+    The others, which are held against closed forms elsewhere, in the precision of the neurons: two neighbours that are
+    equally near in float32 share a gradient, in float64 the nearer one takes it all.
+    """
     if not isinstance(measure, PairwiseMeasure):
-        return measure.penalty(neurons)  # held against closed forms elsewhere
+        return measure.penalty(neurons)
     value = oracle_energy(neurons, PairTerm(measure.kernel, measure.half_space, measure.softening))
     return value.log() if isinstance(measure, GaussianPotential) else value
 
 
+def in_groups(weight):
+    return weight.reshape(2, -1, weight[0].numel())
+
+
+def transposed_in_groups(weight):
+    return weight.reshape(2, -1, *weight.shape[1:]).transpose(1, 2).flatten(2)
+
+
 def layers(net, prefix="net.", measure=HALF_SPACE, head=True):
     """Those of ``tests.models.network``; the last is the head, in full space."""
-    last = measure.for_head() if head else measure
-    groups = {0: 1, 2: 2, 5: 1, 7: 1}
-    return [Layer(f"{prefix}{i}", net[i], groups[i], last if i == 7 else measure) for i in groups]
+    found = [Layer(f"{prefix}{i}", net[i], measure) for i in (0, 2, 5, 7)]
+    found[1] = replace(found[1], rows=in_groups)
+    return [*found[:3], replace(found[3], measure=measure.for_head())] if head else found
 
 
 def adversarial_layers(module):
-    return [*layers(module.first, "first.", head=False), Layer("second", module.second, measure=FULL_SPACE)]
+    return [*layers(module.first, "first.", head=False), Layer("second", module.second, FULL_SPACE)]
+
+
+def image_layers(module):
+    """Those of ``tests.models.image_network``."""
+    net = module.net
+    found = [Layer("net.0", net[0]), Layer("net.2", net[2], rows=in_groups), Layer("net.4", net[4], rows=transposed_in_groups)]
+    return [*found, Layer("net.7", net[7], FULL_SPACE)]
+
+
+def sequence_layers(module):
+    """Those of ``tests.models.SequenceNetwork``: gates, queries, keys and values apart."""
+    lstm, attention = module.net.lstm, module.net.attention
+    gates = [(f"net.lstm.{key}.{gate}", key, i) for key in ("weight_ih_l0", "weight_hh_l0") for i, gate in enumerate("ifgo")]
+    found = [Layer(name, lstm, rows=partial(chunk, i=i, of=4), key=key) for name, key, i in gates]
+    for i, part in enumerate("qkv"):
+        found.append(Layer(f"net.attention.{part}", attention, rows=partial(chunk, i=i, of=3), key="in_proj_weight"))
+    return [*found, Layer("net.attention.out_proj", attention.out_proj), Layer("net.head", module.net.head, FULL_SPACE)]
+
+
+def chunk(weight, i, of):
+    return weight.chunk(of)[i][None]
 
 
 class Penalty:
@@ -103,7 +146,7 @@ class Penalty:
             rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
             for layer, strength, found in self._due(optimizer):
                 for p, gradient in found:
-                    move(p, rates[id(p)] * strength * gradient, keep_norms=p is layer.module._parameters.get("weight"))
+                    layer.move(p, rates[id(p)] * strength * gradient)
         self.steps[id(optimizer)] = self.steps.get(id(optimizer), 0) + 1
 
     @torch.enable_grad()
@@ -128,15 +171,6 @@ class Penalty:
 
 def norm(parts):
     return float(torch.stack([part.double().norm() for part in parts]).norm())
-
-
-def move(p, way, keep_norms):
-    """``p - way``; where rows of p are the neurons, they keep their norms."""
-    rows = p.double().flatten(1)
-    moved = rows - way.double().flatten(1)
-    if keep_norms:
-        moved *= rows.norm(dim=1, keepdim=True) / moved.norm(dim=1, keepdim=True)
-    p.copy_(moved.view_as(p))
 
 
 def nothing(*_: Any):
@@ -189,7 +223,8 @@ def train(
             clip_first(net.parameters())
             penalty.before_step(optimizer, scale)
             clip(net.parameters())
-            skipped = step(optimizer, scaler) if window else False
+            # A window without a loss: Lightning steps without gradients all the same, but not with a GradScaler.
+            skipped = step(optimizer, scaler) if window else scaler is not None
             penalty.after_step(optimizer, skipped)
             after_step(module, optimizer, epoch)
         at_epoch_end(module, optimizer, epoch)

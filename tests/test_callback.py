@@ -14,7 +14,6 @@ from lightning.pytorch import strategies
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import MixedPrecision
-from packaging.version import Version
 from torch import nn
 
 from lightning_hsu import HypersphericalUniformity, Share, UniformityRegularizer
@@ -420,7 +419,6 @@ def test_closures_evaluated_again_count_once(search):
     assert sorted(set(seen)) == list(range(fit.global_step))
 
 
-@pytest.mark.skipif(Version(pl.__version__) < Version("2.6"), reason="before 2.6 the two packages' callbacks do not mix")
 def test_a_trainer_of_pytorch_lightning():
     other = pytest.importorskip("pytorch_lightning", reason="pytorch_lightning is not installed")
 

@@ -166,14 +166,15 @@ class SphereMeasure(Measure):
     def value_and_grad(self, x: Tensor, state: State | None = None) -> tuple[Tensor, Tensor]:
         """Penalty (...) and its gradient (..., n, d) without an autograd graph; see :meth:`penalty`."""
         check_neurons(x)
-        state = self._prepared(x, state)
-        unit, inverse_norm = self._unit(x.detach())
-        with torch.enable_grad():
-            leaf = unit.requires_grad_()
-            value = self._by_group(leaf, inverse_norm, state)
-            grad = torch.autograd.grad(value.sum(), leaf)[0] if value.requires_grad else torch.zeros_like(leaf)
-        with torch.no_grad():
-            grad = to_weights(tangent(grad, unit), inverse_norm, x.dtype)
+        with exact_arithmetic(x):
+            state = self._prepared(x, state)
+            unit, inverse_norm = self._unit(x.detach())
+            with torch.enable_grad():
+                leaf = unit.requires_grad_()
+                value = self._by_group(leaf, inverse_norm, state)
+                grad = torch.autograd.grad(value.sum(), leaf)[0] if value.requires_grad else torch.zeros_like(leaf)
+            with torch.no_grad():
+                grad = to_weights(tangent(grad, unit), inverse_norm, x.dtype)
         return self._shaped(value.detach(), x), grad.reshape(x.shape).to(x.device)
 
     def recorded(self, x: Tensor, state: State | None) -> Tensor:
