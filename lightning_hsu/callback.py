@@ -113,10 +113,10 @@ class HypersphericalUniformity(trainers.EveryCallback):
         self.apply, self.split_above, self.prefix, self.verbose = apply, split_above, prefix, verbose
         self._hooks: list[trainers.AfterStep] = []
         self._notes: dict[str, GradientNote] = {}
-        self._fresh = True  # nothing measured yet in this fit
+        self._under_way = trainers.StepUnderWay()
+        self._fresh, self._ran = True, False  # nothing measured, no batch done yet in this fit
         self._seen_step = 0  # global step at the last batch's end
-        self._warned: set[str] = set()
-        self._unreached: set[str] = set()
+        self._warned, self._unreached = set[str](), set[str]()
         self._counted: tuple[int | None, int] = (None, -1)  # optimizer and global step of the last application
 
     @property
@@ -125,8 +125,9 @@ class HypersphericalUniformity(trainers.EveryCallback):
         return self._generate_state_key(prefix=self.prefix)
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the schedules stand."""
-        return self.regularizer.state_dict()
+        """Where training stands: after the last complete step, for one that is interrupted will be done again."""
+        before = self._under_way.state()
+        return self.regularizer.state_dict() if before is None else before
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where a checkpoint was taken."""
@@ -138,7 +139,7 @@ class HypersphericalUniformity(trainers.EveryCallback):
             if trainer.global_step == 0:
                 self.regularizer.load_state_dict({"steps": []})
             self._notes, self._fresh, self._warned, self._unreached = {}, True, set(), set()
-            self._counted = None, -1
+            self._counted, self._ran, self._under_way = (None, -1), False, trainers.StepUnderWay()
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Find the neurons; lazy layers have none before their first batch."""
@@ -165,6 +166,7 @@ class HypersphericalUniformity(trainers.EveryCallback):
         if self.regularizer.active:
             trainers.check_used(trainer, loss, self.regularizer.layers)
             again = self._counted == (0, trainer.global_step)
+            self._under_way.begin(trainer, self.regularizer.state_dict)
             optimizer, factor = trainer.optimizers[0], trainers.loss_factor(trainer, loss)
             self.regularizer.add_to_loss(loss, optimizer, index=0, factor=factor, again=again)
 
@@ -178,6 +180,7 @@ class HypersphericalUniformity(trainers.EveryCallback):
             return
         index = trainers.position(trainer, optimizer)
         again = self._counted == (index, trainer.global_step)
+        self._under_way.begin(trainer, self.regularizer.state_dict)
         self._counted = index, trainer.global_step
         self._warn_of_line_search(optimizer)
         if self.apply == "loss":
@@ -197,6 +200,7 @@ class HypersphericalUniformity(trainers.EveryCallback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Measure and log after the step, on logging steps only."""
+        self._ran = True
         accumulating = trainer.global_step == self._seen_step and pl_module.automatic_optimization
         if accumulating or not self.regularizer.layers:
             return
@@ -208,6 +212,8 @@ class HypersphericalUniformity(trainers.EveryCallback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say so, once, where the penalty does not arrive: nothing is worse than one that is silently absent."""
+        if not self._ran:
+            return  # a fit that resumes where an epoch ends
         self._attach(trainer, pl_module)  # lazy layers, and no optimizer step that Lightning saw
         names = [name for name in self.regularizer.unreached() if name not in self._unreached]
         if names:
@@ -233,12 +239,12 @@ class HypersphericalUniformity(trainers.EveryCallback):
     def __getstate__(self) -> dict[str, Any]:
         """Pickle and copy the settings and where training stands, never the model nor a hook."""
         kept = {name: value for name, value in self.__dict__.items() if name not in _LOGGING}
-        return kept | {"_hooks": [], "_notes": {}}
+        return kept | {"_hooks": [], "_notes": {}, "_under_way": trainers.StepUnderWay()}
 
     def _release(self) -> None:
         for hook in self._hooks:
             hook.remove()
-        self.__dict__ = self.__getstate__()
+        self.__dict__ = self.__getstate__() | {"_under_way": self._under_way}
         self.regularizer.detach()
 
     def _attach(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

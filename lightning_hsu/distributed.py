@@ -93,7 +93,7 @@ def read_neurons(module: nn.Module, gathered: Gathered | None = None) -> dict[st
     if not sharded:
         found = neurons_of(module)
     else:
-        found = functional_call(_Rule(module), {name: gathered[id(p)] for name, p in sharded.items()})
+        found = functional_call(_Rule(module), {name: gathered[id(p)] for name, p in sharded.items()}, ())
     origins = {id(_base(gathered[id(p)])): p for p in sharded.values()}
     return {key: Reading(x, _origin(x, origins)) for key, x in found.items()}
 

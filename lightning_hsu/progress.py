@@ -48,6 +48,9 @@ class StepCounter:
 class Progress:
     """Where training stands; the same on all ranks.
 
+    Args:
+        every_n_steps: The penalty is applied on every so many steps of each optimizer.
+
     Attributes:
         counter: Steps done by each optimizer: schedules and ``every_n_steps`` count in them.
         memory: States of the measures.
@@ -57,7 +60,8 @@ class Progress:
         loss_step: The step of the last penalty in a loss; None if it has no number.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, every_n_steps: int = 1) -> None:
+        self._every = every_n_steps
         self.counter, self.memory, self.shares = StepCounter(), Memory(), ShareMeans()
         self.forget_model()
 
@@ -78,9 +82,11 @@ class Progress:
         return self.coefficients[name]
 
     def last_coefficient(self, layer: Layer) -> float:
-        """Return the coefficient of a layer at its last step; before that what it begins with."""
-        known = self.coefficients.get(layer.target.name)
-        return float(self.coefficient(layer, 0) if known is None else known)
+        """Return the coefficient of a layer at its last step, also after a resume; before any what it begins with."""
+        if layer.target.name not in self.coefficients:
+            before = max([0, *(done - 1 for done in self.counter.done)])
+            self.coefficient(layer, before - before % self._every)
+        return float(self.coefficients[layer.target.name])
 
     def varying(self, layers: Sequence[Layer]) -> dict[str, float]:
         """Return the last coefficients of the layers where they change over time."""

@@ -90,7 +90,7 @@ class UniformityRegularizer:
         self.skips: list[Skip] = []
         self.active = False  # whether any layer has a coefficient other than the number 0: else there is nothing to add
         self.replicas: Replicas | None = None
-        self.progress, self._looking = Progress(), Memory()
+        self.progress, self._looking = Progress(every_n_steps), Memory()
         self._root: nn.Module | None = None  # the model as FSDP1 wraps it
 
     def attach(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
@@ -55,6 +56,24 @@ class AfterStep:
         self._depth -= 1
         if self._depth == 0:
             self._act(optimizer)
+
+
+class StepUnderWay:
+    """The state from before an optimizer step that is not complete: interrupted, it will be done again."""
+
+    def __init__(self) -> None:
+        self._trainer: weakref.ref[pl.Trainer] | None = None
+        self._step, self._before = -1, dict[str, Any]()
+
+    def begin(self, trainer: pl.Trainer, state: Callable[[], dict[str, Any]]) -> None:
+        """Keep the state, unless it is that of the same step."""
+        if self._trainer is None or self._step != trainer.global_step:
+            self._trainer, self._step, self._before = weakref.ref(trainer), trainer.global_step, state()
+
+    def state(self) -> dict[str, Any] | None:
+        """The state from before; None if no step is under way."""
+        trainer = None if self._trainer is None else self._trainer()
+        return self._before if trainer is not None and self._step == trainer.global_step else None
 
 
 def check_training(trainer: pl.Trainer, pl_module: pl.LightningModule, apply: str) -> None:

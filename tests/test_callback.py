@@ -8,6 +8,7 @@ from contextlib import nullcontext
 
 import lightning.pytorch as pl
 import pytest
+import pytorch_lightning as other
 import torch
 from jsonargparse import ArgumentParser
 from lightning.pytorch import strategies
@@ -335,7 +336,7 @@ def test_a_resumed_schedule_finds_its_optimizer_whichever_steps_first():
     fit.strategy.optimizers = [one, two]
     callback.regularizer.attach(module)
     callback.on_before_optimizer_step(fit, module, two)
-    assert callback.state_dict() == {"steps": [5, 10]}
+    assert callback.regularizer.state_dict() == {"steps": [5, 10]}
 
 
 @pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint.*")
@@ -419,9 +420,8 @@ def test_closures_evaluated_again_count_once(search):
     assert sorted(set(seen)) == list(range(fit.global_step))
 
 
-def test_a_trainer_of_pytorch_lightning():
-    other = pytest.importorskip("pytorch_lightning", reason="pytorch_lightning is not installed")
-
+@pytest.mark.parametrize("apply", ["gradient", "loss", "decoupled"])
+def test_a_trainer_of_pytorch_lightning(apply):
     class Module(other.LightningModule):
         def __init__(self):
             super().__init__()
@@ -432,7 +432,9 @@ def test_a_trainer_of_pytorch_lightning():
         def configure_optimizers(self):
             return torch.optim.SGD(self.parameters(), lr=0.1)
 
-    callback = uniformity(coefficient=0.1)
+    callback = uniformity(coefficient=0.1, apply=apply)
+    assert isinstance(callback, pl.Callback)
+    assert isinstance(callback, other.Callback)
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
     other.Trainer(accelerator="cpu", max_epochs=1, callbacks=[callback], **quiet).fit(Module(), loader(batches()))
     assert callback.state_dict() == {"steps": [7]}
