@@ -200,7 +200,7 @@ class HypersphericalUniformity(trainers.EveryCallback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Measure and log after the step, on logging steps only."""
-        self._ran = True
+        self._ran |= batch_idx == 0 or trainer.global_step != self._seen_step
         accumulating = trainer.global_step == self._seen_step and pl_module.automatic_optimization
         if accumulating or not self.regularizer.layers:
             return
@@ -213,7 +213,7 @@ class HypersphericalUniformity(trainers.EveryCallback):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say so, once, where the penalty does not arrive: nothing is worse than one that is silently absent."""
         if not self._ran:
-            return  # a fit that resumes where an epoch ends
+            return  # resumed so late in an epoch that there was no step in it
         self._attach(trainer, pl_module)  # lazy layers, and no optimizer step that Lightning saw
         names = [name for name in self.regularizer.unreached() if name not in self._unreached]
         if names:
