@@ -110,9 +110,6 @@ share = {"callback": {"coefficient": Share(0.3)}, "modes": apart}
 named = {"callback": {"include": "net"}}  # embeddings are measured only where they are asked for
 shared_by_name = {"callback": {"include": "net", "coefficient": Share(0.3)}, "modes": apart}
 searched = {"tolerance": 1e-4, "modes": one}  # a search, or a steep energy in few dimensions, amplifies rounding: 2e-5
-    "tolerance": 1e-4,
-    "modes": one,
-}  # a search, or a steep energy in few dimensions, amplifies rounding; measured: 2e-5
 pieces = {"pieces": {"auto_wrap_policy": {nn.Linear, nn.Conv2d}}}
 
 CASES = [
