@@ -310,7 +310,7 @@ def train_and_die(folder):
 def test_killed_between_checkpoints(tmp_path):
     child = multiprocessing.get_context("spawn").Process(target=train_and_die, args=(tmp_path,))
     child.start()
-    child.join(timeout=120)
+    child.join(timeout=300)
     exitcode = child.exitcode
     child.kill()
     assert exitcode == -signal.SIGKILL
