@@ -33,7 +33,8 @@ def level(name):
 def imported(path):
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom):
-            yield node.module
+            own = node.module == "lightning_hsu"  # from lightning_hsu import trainers
+            yield from (f"lightning_hsu.{alias.name}" for alias in node.names) if own else [node.module]
         elif isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
 
