@@ -4,7 +4,7 @@ from lightning_hsu.callback import HypersphericalUniformity
 from lightning_hsu.monitor import LayerUniformity
 from lightning_hsu.neurons import register_neurons
 from lightning_hsu.regularizer import UniformityRegularizer
-from lightning_hsu.schedules import CosineSchedule, LinearSchedule
+from lightning_hsu.schedules import CosineSchedule, LinearSchedule, Schedule
 from lightning_hsu.share import Share
 
 __version__ = "0.1.0"
@@ -14,6 +14,7 @@ __all__ = [
     "HypersphericalUniformity",
     "LayerUniformity",
     "LinearSchedule",
+    "Schedule",
     "Share",
     "UniformityRegularizer",
     "register_neurons",

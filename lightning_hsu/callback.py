@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
 
@@ -13,11 +12,11 @@ from torch.optim import Optimizer
 
 from lightning_hsu import trainers
 from lightning_hsu.applying import GradientNote
+from lightning_hsu.coefficients import Strength, Strengths
 from lightning_hsu.measures import Measure
 from lightning_hsu.monitor import LayerUniformity, aggregates, by_layer
 from lightning_hsu.regularizer import UniformityRegularizer
 from lightning_hsu.selection import uninitialized
-from lightning_hsu.share import Share
 from lightning_hsu.stepping import learning_rates
 
 _LOGGING = ("log", "log_dict")  # bound methods of the model, which Lightning hangs onto callbacks
@@ -40,7 +39,7 @@ class HypersphericalUniformity(trainers.EveryCallback):
         measure: What to minimise. None is the half-space Riesz energy with s = 2; the class head is measured
             in full space.
         coefficient: A number >= 0, a schedule (optimizer steps done -> number), a share of the task's gradient
-            (:class:`~lightning_hsu.Share`), or a mapping of layer patterns to these, of which the first match counts. 0 only
+            (``Share``), or a mapping of layer patterns to these, of which the first match counts. 0 only
             monitors and leaves training as it is.
         apply: How the penalty enters. "gradient": its gradient is added before each optimizer step, before Lightning's
             clipping, after your own in manual optimisation. "loss": it is added to the loss before each backward, divided by
@@ -77,14 +76,13 @@ class HypersphericalUniformity(trainers.EveryCallback):
     def __init__(
         self,
         measure: Measure | None = None,
-        # the mapping before the schedule: in this order a LightningCLI can write it into a config and read it again
-        coefficient: float | Share | dict[str, float | Share | Callable[[int], float]] | Callable[[int], float] = 1.0,
+        coefficient: Strengths = 1.0,
         *,
         apply: Literal["gradient", "loss", "decoupled"] = "gradient",
         include: str | list[str] | None = None,
         exclude: str | list[str] | None = None,
         head: str | None = "auto",
-        head_coefficient: float | Share | Callable[[int], float] | None = None,
+        head_coefficient: Strength | None = None,
         every_n_steps: int = 1,
         step_limit: float | None = 1.0,
         split_above: int | None = 2048,

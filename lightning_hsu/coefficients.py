@@ -5,13 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from lightning_hsu.measures.checks import plain_number
+from lightning_hsu.schedules import Varying
 from lightning_hsu.selection import check_patterns, matches
 from lightning_hsu.share import Share
 
-Strength = float | Share | Callable[[int], float]
+Strength = float | Varying | Callable[[int], float]
 """A number, a share, or a schedule: optimizer steps done so far to a number."""
+
+# In this order a LightningCLI writes it into a config and reads it again: classes, the mapping, any function.
+Strengths = float | Varying | dict[str, Strength] | Callable[[int], float]
+"""One for all layers, or by layer pattern."""
 
 
 @dataclass(frozen=True)
@@ -58,11 +64,9 @@ class Coefficient:
         return next((strength for pattern, strength in self.given.items() if matches(name, [pattern])), 0.0)
 
 
-def strength_at(strength: float | Callable[[int], float], step: int, name: str) -> float:
+def strength_at(strength: Strength, step: int, name: str) -> float:
     """Evaluate a number or schedule after ``step`` optimizer steps; ``name`` is the layer, for the error."""
-    if not callable(strength):
-        return float(strength)
-    given = strength(step)
+    given: Any = strength(step) if callable(strength) else strength
     try:
         value = float(given)  # a one-element tensor will do
     except (TypeError, ValueError):

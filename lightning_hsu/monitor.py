@@ -14,8 +14,8 @@ from lightning_hsu.core import smallest_angle, unit_rows, with_float64, working_
 from lightning_hsu.distributed import is_sharded
 from lightning_hsu.measures import Measure, State
 from lightning_hsu.reference import random_level, score
+from lightning_hsu.schedules import Varying
 from lightning_hsu.selection import NOT_INCLUDED, Skip
-from lightning_hsu.share import Share
 from lightning_hsu.targets import Target
 
 
@@ -207,8 +207,8 @@ def _short(value: object) -> str:
 
 
 def _strength_name(layer: Layer) -> str:
-    if isinstance(layer.strength, Share):
-        text = f"share {layer.strength.fraction:g}"
+    if isinstance(layer.strength, Varying):
+        text = layer.strength.label()
     else:
         text = "schedule" if callable(layer.strength) else f"{layer.strength:g}"
     if layer.strength == 0:

@@ -9,8 +9,31 @@ from dataclasses import dataclass
 from lightning_hsu.measures.checks import plain_number
 
 
+class Varying(ABC):
+    """A coefficient that changes while training: the classes that the config of a LightningCLI may name.
+
+    It is abstract, and no dataclass, so that a CLI takes a mapping of layer patterns for what it is.
+    """
+
+    @abstractmethod
+    def label(self) -> str:
+        """Say in a word or two what it is, for the table of layers."""
+
+
+class Schedule(Varying):
+    """A coefficient over optimizer steps. In Python any function will do; one that a config names derives from this."""
+
+    def label(self) -> str:
+        """The word schedule."""
+        return "schedule"
+
+    @abstractmethod
+    def __call__(self, step: int) -> float:
+        """Return the coefficient, >= 0, after ``step`` steps of the optimizer."""
+
+
 @dataclass(frozen=True)
-class _Schedule(ABC):
+class _WarmedUp(Schedule):
     value: float
     warmup: int = 0
     end: int | None = None
@@ -43,7 +66,7 @@ class _Schedule(ABC):
 
 
 @dataclass(frozen=True)
-class LinearSchedule(_Schedule):
+class LinearSchedule(_WarmedUp):
     """A coefficient that warms up, and then goes along a line to its final value.
 
     Args:
@@ -67,7 +90,7 @@ class LinearSchedule(_Schedule):
 
 
 @dataclass(frozen=True)
-class CosineSchedule(_Schedule):
+class CosineSchedule(_WarmedUp):
     """A coefficient that warms up along a line, and then follows half a cosine to its final value.
 
     Args:

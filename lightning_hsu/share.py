@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from lightning_hsu.measures.checks import plain_number
+from lightning_hsu.schedules import Varying
 
 
 @dataclass(frozen=True)
-class Share:
+class Share(Varying):
     r"""A coefficient that keeps the penalty's gradient at a fraction of the task's, layer by layer.
 
     With running means of the two gradients' norms over the steps, ``mean <- smoothing * mean + (1 - smoothing) * norm``,
@@ -45,6 +46,10 @@ class Share:
                 raise ValueError(f"Share's {name} must be a finite number > 0; got {value!r}")
         if not plain_number(self.smoothing) or not 0 <= self.smoothing < 1:
             raise ValueError(f"Share's smoothing must be in [0, 1); got {self.smoothing!r}")
+
+    def label(self) -> str:
+        """The fraction."""
+        return f"share {self.fraction:g}"
 
 
 class ShareMeans:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from importlib import import_module
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 import torch
+from lightning_utilities.core import rank_zero
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -21,10 +21,14 @@ _KNOWN = {"SingleDeviceStrategy", "DDPStrategy", "FSDPStrategy", "ModelParallelS
 
 
 def _bases() -> tuple[type, ...]:
-    """Callback, of lightning and, where it is installed too, of pytorch_lightning: the same code under two names."""
-    if find_spec("pytorch_lightning") is None:
+    """Callback, of lightning and, where it can be imported too, of pytorch_lightning: the same code under two names."""
+    log, category = rank_zero.log, rank_zero.rank_zero_deprecation_category
+    try:
+        return pl.Callback, import_module("pytorch_lightning").Callback
+    except Exception:  # not installed, or broken: then nobody has a Trainer of it
         return (pl.Callback,)
-    return pl.Callback, import_module("pytorch_lightning").Callback
+    finally:  # either package, imported, makes its own logger that of all messages; the user may have silenced the other
+        rank_zero.log, rank_zero.rank_zero_deprecation_category = log, category
 
 
 if TYPE_CHECKING:

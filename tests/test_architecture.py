@@ -18,7 +18,13 @@ LAYERS = [
     {"presets"},
     {"__init__"},
 ]
-FACES = {"lightning": {"trainers", "callback"}, "scipy": {"core"}, "torchmetrics": set(), "matplotlib": set()}
+FACES = {
+    "lightning": {"trainers", "callback"},
+    "lightning_utilities": {"trainers"},
+    "scipy": {"core"},
+    "torchmetrics": set(),
+    "matplotlib": set(),
+}
 FILES = sorted(ROOT.rglob("*.py"))
 
 

@@ -10,7 +10,6 @@ import lightning.pytorch as pl
 import pytest
 import pytorch_lightning as other
 import torch
-from jsonargparse import ArgumentParser
 from lightning.pytorch import strategies
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
@@ -447,23 +446,6 @@ def test_copies_and_pickles_leave_the_model_behind():
         assert twin.regularizer.layers == []
         assert twin.regularizer.coefficient == callback.regularizer.coefficient
         trainer(twin, max_epochs=1).fit(Automatic(), loader(batches()))
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # jsonargparse's, of calls that older releases need
-@pytest.mark.parametrize("coefficient", [0.5, {"net.0": 0.3, "*": 0.1}])
-def test_the_command_line_interface_can_write_and_read_it(coefficient):
-    """LightningCLI builds callbacks from their signature by jsonargparse, and saves what it built from."""
-    parser = ArgumentParser()
-    parser.add_subclass_arguments(pl.Callback, "callback")
-    measure = {"class_path": "lightning_hsu.measures.RieszEnergy", "init_args": {"s": 1.0, "half_space": True}}
-    settings = {"measure": measure, "coefficient": coefficient, "include": ["net.0", "net.5"], "head": None}
-    given = {"class_path": "lightning_hsu.HypersphericalUniformity", "init_args": settings}
-    saved = parser.dump(parser.parse_object({"callback": given}), skip_none=False)  # as LightningCLI saves
-    callback = parser.instantiate_classes(parser.parse_string(saved)).callback
-    assert callback.regularizer.measure == RieszEnergy(s=1.0, half_space=True)
-    assert callback.regularizer.coefficient.given == coefficient
-    assert callback.regularizer.include == ["net.0", "net.5"]
-    assert callback.regularizer.head is None
 
 
 def test_a_penalty_without_a_force_is_told_at_the_start():

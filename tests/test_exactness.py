@@ -384,13 +384,13 @@ SITUATIONS = [
     Situation(
         "FSDP2, tensor parallel, both (ModelParallelStrategy); uneven and empty shards",
         "sharded",
-        where="tests/test_sharded.py::test_shards_train_as_one_process_does",
+        where="tests/test_sharded.py::test_ranks_train_as_one_process_does",
     ),
     Situation(
         "FSDP1 (FSDPStrategy with `use_orig_params=True`, Lightning's default)",
         "FSDP1",
         loss=Outcome("error: use gradient"),
-        where="tests/test_sharded.py::test_flat_pieces_train_as_one_process_does",
+        where="tests/test_sharded.py::test_ranks_train_as_one_process_does",
     ),
     Situation(
         "FSDP1 with `use_orig_params=False`; DeepSpeed and strategies not named here",

@@ -1,4 +1,4 @@
-"""The exactness and callback tests with each minor of Lightning that is supported, every one in a process of its own.
+"""Exactness, callback and command line with each minor of Lightning that is supported, each in a process of its own.
 
 The callback leans on when Lightning calls its hooks, which no release promises to the next. `.ci/lowest.txt` runs the oldest
 release with the oldest torch; here every release meets the torch that is installed, as with a user who upgrades only that.
@@ -66,7 +66,7 @@ def test_exactness_and_callback_with_lightning(release, tmp_path):
     install(release, packages)
     # A basetemp of its own: else the child's runs would push out those of which pytest keeps the last three for the user.
     options = ["-q", "-x", "-p", "no:cacheprovider", "-m", "not slow", f"--basetemp={tmp_path / 'runs'}"]
-    tests = ["tests/test_exactness.py", "tests/test_callback.py"]
+    tests = ["tests/test_exactness.py", "tests/test_callback.py", "tests/test_cli.py"]
     try:
         done = subprocess.run(
             [sys.executable, "-c", CHILD, release, packages, ROOT, *options, *tests],

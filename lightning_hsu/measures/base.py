@@ -1,6 +1,6 @@
 """What a measure is: neurons (..., n, d) in, a value (...) out."""
 
-from __future__ import annotations
+# No postponed annotations here: jsonargparse 4.45 to 4.50 evaluates a base class's where its subclass stands.
 
 from abc import ABC, abstractmethod
 from dataclasses import fields, is_dataclass, replace
@@ -108,7 +108,7 @@ class Measure(ABC):
         """Tell whether values under this state are exact, not merely the best that an inner search has found."""
         return all(bool(part.all()) for name, part in (state or {}).items() if name.endswith("exact"))
 
-    def for_head(self) -> Measure:
+    def for_head(self) -> "Measure":
         """Return the measure for a class head: in full space, where two antipodal classes are right."""
         measure: Measure = self
         if not is_dataclass(measure) or "half_space" not in [field.name for field in fields(measure)]:
