@@ -17,7 +17,6 @@ from lightning_hsu.measures import Measure
 from lightning_hsu.monitor import LayerUniformity, aggregates, by_layer
 from lightning_hsu.regularizer import UniformityRegularizer
 from lightning_hsu.selection import uninitialized
-from lightning_hsu.stepping import learning_rates
 
 _LOGGING = ("log", "log_dict")  # bound methods of the model, which Lightning hangs onto callbacks
 
@@ -174,7 +173,7 @@ class HypersphericalUniformity(trainers.EveryCallback):
         if not self.regularizer.active:
             return
         if self.apply == "decoupled":  # a GradScaler may skip the step, and that is no reason for a warning
-            self.regularizer.progress.note_reached(self.regularizer.layers, learning_rates(optimizer))
+            self.regularizer.note_reached(optimizer)
             return
         index = trainers.position(trainer, optimizer)
         again = self._counted == (index, trainer.global_step)

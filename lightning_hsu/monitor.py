@@ -46,6 +46,14 @@ class Layer:
         """Whether ranks hold parts of its parameters."""
         return any(is_sharded(p) for p in self.parameters)
 
+    @property
+    def frozen(self) -> bool:
+        """Whether no gradient reaches its neurons."""
+        if self.sharded:
+            return not any(p.requires_grad for p in self.parameters)  # without a collective call
+        with torch.enable_grad():
+            return not self.target.neurons().requires_grad
+
 
 @dataclass(frozen=True)
 class LayerUniformity:
@@ -215,7 +223,7 @@ def _strength_name(layer: Layer) -> str:
         text += " (monitor only)"
     idle = idle_reason(layer)
     text += f", {idle}" if idle else ""
-    return f"{text}, frozen until it is unfrozen" if layer.target.frozen else text
+    return f"{text}, frozen until it is unfrozen" if layer.frozen else text
 
 
 def idle_reason(layer: Layer) -> str | None:

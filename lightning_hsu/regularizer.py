@@ -30,8 +30,7 @@ class UniformityRegularizer:
     call :meth:`move`: it moves the neurons along the sphere, past the optimizer. Or add :meth:`penalty` to the loss.
 
     Args:
-        measure: What to minimise. None is the half-space Riesz energy with s = 2. The class head is
-            measured in full space.
+        measure: What to minimise. None is the half-space Riesz energy with s = 2. The class head is measured in full space.
         coefficient: A number >= 0 (0 only monitors), a schedule (optimizer steps done -> number), a
             :class:`~lightning_hsu.Share`, or a mapping of layer patterns to these; the first matching pattern counts.
         include: Patterns of layers to take, shell style; None takes all but embeddings.
@@ -77,9 +76,8 @@ class UniformityRegularizer:
             raise ValueError(f"every_n_steps must be an int >= 1; got {every_n_steps!r}")
         if step_limit is not None and not step_limit > 0:
             raise ValueError(f"step_limit must be > 0, or None for no limit; got {step_limit!r}")
-        if measure is not None:
-            check_measure(measure)
         self.measure = RieszEnergy(s=2.0, half_space=True) if measure is None else measure
+        check_measure(self.measure)
         self.coefficient = Coefficient(coefficient)
         if isinstance(head_coefficient, Mapping):
             raise TypeError(f"head_coefficient is a number or a schedule, not a mapping; got {head_coefficient!r}")
@@ -157,13 +155,18 @@ class UniformityRegularizer:
         step = self.progress.counter.before(optimizer, index) - (1 if again else 0)
         if step % self.every_n_steps == 0:
             with torch.enable_grad():
-                term = self._penalty(step, learning_rates(optimizer), factor) * factor
-                loss.add_(term.to(loss))
+                loss.add_((self._penalty(step, learning_rates(optimizer), factor) * factor).to(loss))
 
     def count_step(self, optimizer: Optimizer, *, index: int | None = None, again: bool = False) -> None:
         """Count a step of an optimizer whose loss has the penalty."""
         self.progress.counter.count(optimizer, index, again=again)
-        self.progress.note_reached(self.layers, learning_rates(optimizer))
+        self.note_reached(optimizer)
+
+    def note_reached(self, optimizer: Optimizer) -> None:
+        """Note the layers that an optimizer reaches at a step without an application; :meth:`unreached` has the others."""
+        # Under FSDP1 all ranks gather the model for this, so only until some layer is reached; then all ranks know one.
+        with whole_parameters(None if self.progress.reached else self._root, with_grads=True):
+            self.progress.note_reached(self.layers, learning_rates(optimizer))
 
     @torch.no_grad()
     def add_gradients(
@@ -225,7 +228,7 @@ class UniformityRegularizer:
         """Names of layers that have a coefficient but got no gradient so far; frozen ones are left out."""
         missing = [layer for layer in self.layers if layer.strength != 0 and layer.target.name not in self.progress.reached]
         with whole_parameters(self._root, with_grads=False):
-            return [layer.target.name for layer in missing if not layer.target.frozen]
+            return [layer.target.name for layer in missing if not layer.frozen]
 
     def idle(self) -> dict[str, str]:
         """Layers that have a coefficient but feel no force, whatever their weights, with the reason and the way out."""
@@ -268,7 +271,7 @@ class UniformityRegularizer:
         use = Use(step, learning_rates(optimizer), grad_scale, again)
         notes: dict[str, GradientNote] = {}
         if step % self.every_n_steps:
-            self.progress.note_reached(self.layers, use.own)
+            self.note_reached(optimizer)
             return notes
         with whole_parameters(self._root, with_grads=True):
             self.progress.note_reached(self.layers, use.own)

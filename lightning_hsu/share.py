@@ -21,7 +21,8 @@ class Share(Varying):
         coefficient = fraction * mean |task's gradient| / mean |penalty's gradient|, at most ``maximum``.
 
     The norms are those that the optimizer would see: reduced over ranks, without a GradScaler's factor, before the step limit.
-    Steps whose gradients are not finite leave the means as they are. The means are saved in checkpoints.
+    Steps whose gradients are not finite leave the means as they are. The means are saved in checkpoints; those of another
+    measure, where you change it on resuming, fade as all do.
 
     Args:
         fraction: Norm of the penalty's gradient over that of the task's, > 0.

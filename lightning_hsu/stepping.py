@@ -42,11 +42,13 @@ def applications(
         gathered: Gathered = {}
         found = (_application(layer, progress, use, gathered) for layer in together)
         ready = [one for one in found if one is not None]
-        for one, grad in zip(ready, penalty_gradients(ready, replicas), strict=True):
+        pairs = list(zip(ready, penalty_gradients(ready, replicas), strict=True))
+        for one, grad in pairs:  # before any is added: several sets of neurons may be computed from one parameter
             if isinstance(one.layer.strength, Share):
                 if not use.again:
                     one.follow(grad, progress.shares)
                 progress.coefficient(one.layer, use.step)
+        for one, grad in pairs:
             yield one, grad, progress.coefficients[one.layer.target.name]
 
 

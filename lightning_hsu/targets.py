@@ -45,14 +45,6 @@ class Target:
         """The effective neurons (groups, n, d) as they are now; differentiable where gradients are recorded."""
         return self.read().x
 
-    @property
-    def frozen(self) -> bool:
-        """Whether no gradient reaches these neurons."""
-        if any(is_sharded(p) for p in self.module.parameters()):
-            return not any(p.requires_grad for p in self.module.parameters())  # without a collective call
-        with torch.enable_grad():
-            return not self.neurons().requires_grad
-
     def own_rows(self) -> Tensor | None:
         """Neurons (groups, n) of which this rank holds some part; None where it needs the gradient of all."""
         with without_side_effects(self.module), torch.no_grad():

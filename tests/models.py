@@ -72,6 +72,13 @@ class SequenceNetwork(nn.Module):
         return self.head(self.attention(x, x, x, need_weights=False)[0][:, -1])
 
 
+def network_of_trained_biases():
+    net = network()
+    net[2].weight.requires_grad_(False)
+    net[5].weight.requires_grad_(False)
+    return net
+
+
 def partly_frozen_network():
     net = network()
     net[0].requires_grad_(False)

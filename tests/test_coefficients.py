@@ -7,6 +7,7 @@ import pickle
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
+from torch import nn
 
 from lightning_hsu import CosineSchedule, LinearSchedule, Share, UniformityRegularizer
 from lightning_hsu.measures import PairwiseMeasure, RieszEnergy
@@ -134,6 +135,19 @@ def test_a_step_that_is_not_finite_leaves_the_means(broken):
     means.update("a", share, torch.tensor(2.0), torch.tensor(4.0))
     means.update("a", share, torch.tensor(2.0), torch.tensor(broken))
     assert float(means.coefficient("a", share)) == pytest.approx(0.05)
+
+
+def test_a_share_is_of_the_tasks_gradient_where_layers_have_one_parameter():
+    """The gates of a weight-normed LSTM are four sets of neurons computed from the same two parameters."""
+    net = nn.utils.parametrizations.weight_norm(nn.LSTM(5, 3), "weight_hh_l0")
+    regularizer = UniformityRegularizer(coefficient=Share(0.5, smoothing=0.0), include="*hh*", head=None).attach(net)
+    net(torch.randn(7, 2, 5))[0].square().sum().backward()
+    originals = [p for name, p in net.named_parameters() if "original" in name]
+    task = float(torch.cat([p.grad.flatten() for p in originals]).norm())
+    regularizer.add_gradients(torch.optim.SGD(net.parameters(), lr=1e-3))
+    means = regularizer.progress.shares.means
+    assert len(means) == 4
+    assert all(float(of_task) == pytest.approx(task, rel=1e-5) for of_task, _ in means.values())
 
 
 def test_a_share_stays_finite_where_a_gradient_vanishes():

@@ -128,6 +128,7 @@ CASES = [
     Case("vocabulary over ranks", sharding.vocabulary, (1, 2), Untied, **named),
     Case("weight_norm", net=models.weight_normed_network),
     Case("frozen", net=models.partly_frozen_network, modes=apart),
+    Case("frozen weights, biases train", net=models.network_of_trained_biases, modes=apart),
     Case("manual", manual=True, modes=apart),
     Case("Covering", callback={"measure": Covering()}),
     Case("Polarization", callback={"measure": Polarization(s=1)}, **searched),
@@ -228,6 +229,18 @@ def test_a_resumed_fit_goes_on_where_it_was(make, strategy, mode, tmp_path):
     callback = {"apply": mode, **carried}
     ends = world(2).run(ranks.fit_in_two, make, callback, strategy, {}, tmp_path / "checkpoint")
     alone = ranks.fit_alone(CASES[0].module(False), callback, {})
+    for end in ends:
+        assert max_difference(end, alone) < TOLERANCE
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:torch.*", "ignore::FutureWarning")  # torch's, of what Lightning calls
+@pytest.mark.parametrize("mode", apart)
+def test_flat_pieces_that_nothing_was_applied_to_are_no_alarm(mode, tmp_path):
+    """Resumed after three of six steps; the penalty is applied before the first and would be before the eighth."""
+    callback = {"apply": mode, "coefficient": 0.5, "every_n_steps": 7}
+    make, strategy = CASES[0].module(False), partial(FSDPOnTheCPU, state_dict_type="sharded")
+    ends = world(2).run(ranks.fit_in_two, make, callback, strategy, {}, tmp_path / "checkpoint")
+    alone = ranks.fit_alone(make, callback, {})
     for end in ends:
         assert max_difference(end, alone) < TOLERANCE
 
