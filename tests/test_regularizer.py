@@ -184,6 +184,6 @@ def test_norms_are_kept_to_rounding_over_many_moves():
     for _ in range(200):
         regularizer.move(optimizer)
     for i, norms in zip((0, 2, 5, 7), before, strict=True):
-        # measured: 4e-7 after 200 moves
-        torch.testing.assert_close(net[i].weight.flatten(1).norm(dim=1).double(), norms, rtol=3e-6, atol=0)
+        # measured after 200 moves: 4e-7, and 3e-6 with torch 2.4
+        torch.testing.assert_close(net[i].weight.flatten(1).norm(dim=1).double(), norms, rtol=1e-5, atol=0)
     assert all(layer.ratio < 1.0 for layer in regularizer.measure_layers() if layer.neurons < layer.dimension)
