@@ -18,10 +18,10 @@ _SMALL = 2**16  # entries of a layer up to which equal shapes are stacked: their
 
 @dataclass(frozen=True)
 class GradientNote:
-    """What one application did to one layer, on request: tensors, nothing is synchronised.
+    """What one application does to one layer, on request: tensors, nothing is synchronised.
 
     Args:
-        share: Norm of the added gradient over the norm of the task's.
+        share: Norm of the added gradient over the norm of the task's; not finite where the task's is 0 or not finite.
         limited: Neurons whose penalty gradient was shortened by the step limit.
         coefficient: The coefficient.
     """
@@ -63,32 +63,34 @@ class Application:
             task, penalty = self._norms(places)
             means.update(self.layer.target.name, share, task / self.grad_scale, penalty)
 
-    def add(self, grad: Tensor, coefficient: Tensor | float, step_limit: float | None, *, note: bool) -> GradientNote | None:
-        """Add coefficient times the gradient (groups, n, d), meaned over groups, to ``.grad``; a note where asked for."""
+    def weighted(
+        self, grad: Tensor, coefficient: Tensor | float, step_limit: float | None, *, note: bool
+    ) -> tuple[Tensor, GradientNote | None]:
+        """Coefficient times the gradient (groups, n, d), meaned over groups, within the limit; a note where asked for."""
         grad = grad * (coefficient / grad.shape[0])
         factor = self.shortening(grad, step_limit)
-        places = self._places(grad * factor)
-        found = self._note(places, factor, coefficient) if note and places else None
-        for _, task, part in places:
-            task.add_(part if self.grad_scale == 1.0 else part * self.grad_scale)
-        return found
+        grad = grad * factor
+        if not note or not (places := self._places(grad)):
+            return grad, None
+        task, penalty = self._norms(places)
+        limited = any_holder(factor < 1, places[0][0]).sum()
+        return grad, GradientNote(penalty * self.grad_scale / task, limited, coefficient)
 
-    def move(self, grad: Tensor, coefficient: Tensor | float, step_limit: float | None, *, note: bool) -> GradientNote | None:
-        """Move by learning rate times coefficient times the gradient, along the sphere; a note where asked for.
+    def add(self, grad: Tensor) -> None:
+        """Add a weighted gradient (groups, n, d) to ``.grad``."""
+        for _, task, part in self._places(grad):
+            task.add_(part if self.grad_scale == 1.0 else part * self.grad_scale)
+
+    def move(self, grad: Tensor) -> None:
+        """Move by learning rate times a weighted gradient (groups, n, d), along the sphere.
 
         Neurons that are a parameter's entries keep their norms. Where they are computed from parameters these move by
         the gradient pulled back.
         """
-        grad = grad * (coefficient / grad.shape[0])
-        factor = self.shortening(grad, step_limit)
-        grad = grad * factor
-        places = self._places(grad) if note else []
-        found = self._note(places, factor, coefficient) if places else None
         entries = self.layer.target.rearranges(self.reading)
         change = self._along_the_sphere(grad) if entries else -grad
         for p, value, part in list(self.layer.target.places(self.reading, change, self.own, values=True)):
             value.add_(part if entries else part * self.own[id(p)])
-        return found
 
     def shortening(self, grad: Tensor, step_limit: float | None) -> Tensor:
         """Factors (groups, n, 1) in (0, 1] that keep a step within the limit and the gradient within its dtype."""
@@ -108,12 +110,6 @@ class Application:
     def _places(self, grad: Tensor) -> list[tuple[nn.Parameter, Tensor, Tensor]]:
         """Triples (parameter, part of its ``.grad``, part of the gradient that belongs there)."""
         return list(self.layer.target.places(self.reading, grad, self.own))
-
-    def _note(
-        self, places: list[tuple[nn.Parameter, Tensor, Tensor]], factor: Tensor, coefficient: Tensor | float
-    ) -> GradientNote:
-        task, penalty = self._norms(places)
-        return GradientNote(penalty * self.grad_scale / task, any_holder(factor < 1, places[0][0]).sum(), coefficient)
 
     def _norms(self, places: list[tuple[nn.Parameter, Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         """Norms of the task's gradient, as it is in ``.grad``, and of the penalty's."""

@@ -133,8 +133,9 @@ class HypersphericalUniformity(trainers.EveryCallback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Start counting anew with a new trainer; a checkpoint's counts are loaded after this."""
         if stage == "fit":
-            if trainer.global_step == 0:
-                self.regularizer.load_state_dict({"steps": []})
+            before = {"steps": []} if trainer.global_step == 0 else self._under_way.state()
+            if before is not None:  # a new training, or one that was broken off within a step, which is done again
+                self.regularizer.load_state_dict(before)
             self._notes, self._fresh, self._warned, self._unreached = {}, True, set(), set()
             self._counted, self._ran, self._under_way = (None, -1), False, trainers.StepUnderWay()
 
@@ -145,15 +146,9 @@ class HypersphericalUniformity(trainers.EveryCallback):
             self._attach(trainer, pl_module)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Note where a resumed fit stands; move neurons after each step, where they are moved."""
+        """Note where a resumed fit stands, and whenever an optimizer has stepped."""
         self._seen_step = trainer.global_step
-        if self.apply == "decoupled":
-            self._hooks = [trainers.AfterStep(one, partial(self._after_step, trainer, pl_module)) for one in trainer.optimizers]
-
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
-        """No step is under way, even if the last one raised an error that you caught."""
-        for hook in self._hooks:
-            hook.settle()
+        self._hooks = [trainers.AfterStep(one, partial(self._after_step, trainer, pl_module)) for one in trainer.optimizers]
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         """Add the term to the loss: here it is divided by the accumulated batches and scaled."""
@@ -187,7 +182,11 @@ class HypersphericalUniformity(trainers.EveryCallback):
         self._notes |= self.regularizer.add_gradients(optimizer, index=index, grad_scale=scale, note=note, again=again)
 
     def _after_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
-        """Move the neurons after a real step; a step that a GradScaler skips does not come here."""
+        """The step is complete, and may be the time to move the neurons; one that a GradScaler skips does not come here."""
+        self._counted = None, -1
+        self._under_way.end()
+        if self.apply != "decoupled":
+            return
         self._attach(trainer, pl_module)
         if self.regularizer.active:
             index, note = trainers.position(trainer, optimizer), self._will_measure(trainer)
@@ -269,7 +268,7 @@ class HypersphericalUniformity(trainers.EveryCallback):
         if trainers.is_logging_step(trainer):
             self._report_nonfinite(measured)
             step = trainer.fit_loop.epoch_loop._batches_that_stepped  # the step under which Lightning logs its own
-            shares = {name: float(note.share) for name, note in self._notes.items()}
+            shares = {name: float(note.share) for name, note in self._notes.items() if note.share.isfinite()}
             varying = self.regularizer.progress.varying(self.regularizer.layers)
             for logger in trainer.loggers:
                 logger.log_metrics(self._prefixed(by_layer(measured, varying, shares)), step=step)

@@ -86,16 +86,25 @@ def local(x: Any) -> Tensor:
 def read_neurons(module: nn.Module, gathered: Gathered | None = None) -> dict[str, Reading]:
     """Read a module's neurons, by name, whole on every rank: a collective call where its parameters are sharded."""
     gathered = {} if gathered is None else gathered
-    sharded: dict[str, Any] = {f"module.{name}": p for name, p in module.named_parameters() if is_sharded(p)}
+    sharded: dict[str, Any] = {name: p for name, p in module.named_parameters() if is_sharded(p)}
     for p in sharded.values():
         if id(p) not in gathered:
             gathered[id(p)] = p.full_tensor()
-    if not sharded:
-        found = neurons_of(module)
-    else:
-        found = functional_call(_Rule(module), {name: gathered[id(p)] for name, p in sharded.items()}, ())
+    found = _with_parameters(module, {name: gathered[id(p)] for name, p in sharded.items()})
     origins = {id(_base(gathered[id(p)])): p for p in sharded.values()}
     return {key: Reading(x, _origin(x, origins)) for key, x in found.items()}
+
+
+def parameters_behind(module: nn.Module, key: str) -> list[nn.Parameter]:
+    """The parameters of a module from which its neurons are computed, trained or frozen: collective where they are sharded."""
+    named = {name: p for name, p in module.named_parameters() if p.is_floating_point()}
+    with torch.enable_grad():
+        leaves = {name: whole(p.detach()).requires_grad_() for name, p in named.items()}
+        x = _with_parameters(module, leaves)[key]
+        if not x.requires_grad:
+            return []
+        found = torch.autograd.grad(x, list(leaves.values()), torch.ones_like(x), allow_unused=True)
+    return [p for p, part in zip(named.values(), found, strict=True) if part is not None]
 
 
 def own_rows(module: nn.Module, key: str) -> Tensor | None:
@@ -108,7 +117,8 @@ def own_rows(module: nn.Module, key: str) -> Tensor | None:
         return None
     rank = torch.distributed.get_rank()
     marks: Gathered = {id(p): _marked(p, rank) for p in sharded}
-    return (read_neurons(module, marks)[key].x == rank).any(-1)
+    rows = (read_neurons(module, marks)[key].x == rank).any(-1)
+    return None if bool(rows.all()) else rows
 
 
 @contextmanager
@@ -174,8 +184,8 @@ def any_holder(mask: Tensor, p: Any) -> Tensor:
     return found.bool()
 
 
-def missing_from_graph(loss: Tensor, parameters: Sequence[nn.Parameter]) -> list[nn.Parameter]:
-    """The parameters on which a loss does not depend."""
+def leaves_of(loss: Tensor) -> set[int]:
+    """Ids of the parameters on which a loss depends."""
     reached, waiting = set[Any](), [loss.grad_fn]
     leaves = set[int]()
     while waiting:
@@ -186,7 +196,22 @@ def missing_from_graph(loss: Tensor, parameters: Sequence[nn.Parameter]) -> list
         if (variable := getattr(node, "variable", None)) is not None:
             leaves.add(id(variable))
         waiting += [parent for parent, _ in node.next_functions]
-    return [p for p in parameters if id(p) not in leaves]
+    return leaves
+
+
+def reshard(model: nn.Module) -> None:
+    """Let FSDP2 take back the weights that it left whole after the forward pass, in the precision of that."""
+    for module in model.modules():
+        if (take_back := getattr(type(module), "reshard", None)) is not None:
+            take_back(module)
+
+
+def _with_parameters(module: nn.Module, given: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A module's neurons where tensors stand in the place of some parameters."""
+    if not given:
+        return neurons_of(module)
+    found: dict[str, Tensor] = functional_call(_Rule(module), {f"module.{name}": x for name, x in given.items()}, ())
+    return found
 
 
 class _Rule(nn.Module):

@@ -22,11 +22,13 @@ class Memory:
         self.states: dict[str, State] = {}
         self._model: weakref.ref[nn.Module] | None = None
 
-    def attach(self, model: nn.Module) -> None:
-        """Forget another model's states; those just loaded belong to the first model that comes."""
-        if self._model is not None and self._model() is not model:
+    def attach(self, model: nn.Module) -> bool:
+        """Forget another model's states, and tell so; those just loaded belong to the first model that comes."""
+        another = self._model is not None and self._model() is not model
+        if another:
             self.states = {}
         self._model = weakref.ref(model)
+        return another
 
     def next(self, layer: Layer, x: Tensor) -> State | None:
         """Prepare the layer's measure for neurons x (groups, n, d), and keep what it will carry on from."""

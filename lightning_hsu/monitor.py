@@ -47,6 +47,11 @@ class Layer:
         return any(is_sharded(p) for p in self.parameters)
 
     @property
+    def lowered(self) -> bool:
+        """Whether FSDP2 shows its parameters whole, in the lower precision of the forward pass."""
+        return self.sharded and next(self.target.module.parameters()).dtype != self.parameters[0].dtype
+
+    @property
     def frozen(self) -> bool:
         """Whether no gradient reaches its neurons."""
         if self.sharded:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_hsu.coefficients import strength_at
@@ -65,6 +65,11 @@ class Progress:
         self.counter, self.memory, self.shares = StepCounter(), Memory(), ShareMeans()
         self.forget_model()
 
+    def attach(self, model: nn.Module) -> None:
+        """Forget another model's states and means; those just loaded belong to the first model that comes."""
+        if self.memory.attach(model):
+            self.shares = ShareMeans()
+
     def forget_model(self) -> None:
         """Let go of the model and its optimizers; counts, states and means stay."""
         self.counter.forget_optimizers()
@@ -95,8 +100,7 @@ class Progress:
 
     def note_reached(self, layers: Sequence[Layer], own: Mapping[int, float]) -> None:
         """Note the layers that an optimizer reaches, of whose parameters ``own`` has the learning rates by id."""
-        if len(self.reached) < len(layers):
-            self.reached |= {layer.target.name for layer in layers if layer.rates(own)}
+        self.reached |= {layer.target.name for layer in layers if layer.rates(own)}
 
     def state(self, layer: Layer, x: Tensor, *, keep: bool) -> State | None:
         """Return the measure's state for neurons x (groups, n, d); ``keep`` that of the step under way: no new draw."""

@@ -11,14 +11,16 @@ from torch.optim import Optimizer
 
 from lightning_hsu.applying import Application, GradientNote
 from lightning_hsu.coefficients import Coefficient, Strength
-from lightning_hsu.distributed import Replicas, flat_sharded, unwrapped, whole_parameters
+from lightning_hsu.core import exact_arithmetic
+from lightning_hsu.distributed import Replicas, flat_sharded, is_sharded, reshard, unwrapped, whole_parameters
 from lightning_hsu.measures import Measure, RieszEnergy, State
 from lightning_hsu.measures.base import check_measure
+from lightning_hsu.measures.checks import check_count, check_number
 from lightning_hsu.memory import Memory
 from lightning_hsu.monitor import Layer, LayerUniformity, describe, idle_reason, measure_layers
 from lightning_hsu.progress import Progress
 from lightning_hsu.selection import Patterns, Skip, select
-from lightning_hsu.stepping import Use, applications, learning_rates, loss_term
+from lightning_hsu.stepping import Use, applications, learning_rates, loss_terms
 from lightning_hsu.targets import Target
 
 
@@ -72,10 +74,9 @@ class UniformityRegularizer:
         every_n_steps: int = 1,
         step_limit: float | None = 1.0,
     ) -> None:
-        if not isinstance(every_n_steps, int) or isinstance(every_n_steps, bool) or every_n_steps < 1:
-            raise ValueError(f"every_n_steps must be an int >= 1; got {every_n_steps!r}")
-        if step_limit is not None and not step_limit > 0:
-            raise ValueError(f"step_limit must be > 0, or None for no limit; got {step_limit!r}")
+        check_count("every_n_steps", every_n_steps)
+        if step_limit is not None:
+            check_number("step_limit", step_limit, "> 0, or None for no limit", lambda limit: limit > 0)
         self.measure = RieszEnergy(s=2.0, half_space=True) if measure is None else measure
         check_measure(self.measure)
         self.coefficient = Coefficient(coefficient)
@@ -89,6 +90,7 @@ class UniformityRegularizer:
         self.active = False  # whether any layer has a coefficient other than the number 0: else there is nothing to add
         self.replicas: Replicas | None = None
         self.progress, self._looking = Progress(every_n_steps), Memory()
+        self._model: nn.Module | None = None
         self._root: nn.Module | None = None  # the model as FSDP1 wraps it
 
     def attach(
@@ -106,7 +108,7 @@ class UniformityRegularizer:
             NotImplementedError: if FSDP1 does not keep the original parameters.
         """
         model, outside = unwrapped(model), unwrapped(model if wrapped is None else wrapped)
-        self._root, self.replicas = outside if flat_sharded(outside) else None, replicas
+        self._model, self._root, self.replicas = model, outside if flat_sharded(outside) else None, replicas
         with whole_parameters(self._root, with_grads=False):
             targets, self.skips = select(model, self.include, self.exclude, self.head)
             self.coefficient.check_names([target.name for target in targets])
@@ -114,7 +116,7 @@ class UniformityRegularizer:
                 names = ", ".join(target.name for target in targets)
                 raise ValueError(f"head_coefficient is given, but no head is measured: name one of {names} with head='...'")
             self.layers = [self._layer(target) for target in targets]
-        self.progress.memory.attach(model)
+        self.progress.attach(model)
         self._looking.attach(model)
         self.active = any(not isinstance(layer.strength, (int, float)) or layer.strength > 0 for layer in self.layers)
         return self
@@ -152,6 +154,8 @@ class UniformityRegularizer:
             again: The step is counted already: the optimizer evaluates its closure again (LBFGS).
         """
         self._check_attached()
+        if is_sharded(loss):
+            raise NotImplementedError("the loss is a DTensor: add the penalty to its gradients, or return loss.full_tensor()")
         step = self.progress.counter.before(optimizer, index) - (1 if again else 0)
         if step % self.every_n_steps == 0:
             with torch.enable_grad():
@@ -164,6 +168,8 @@ class UniformityRegularizer:
 
     def note_reached(self, optimizer: Optimizer) -> None:
         """Note the layers that an optimizer reaches at a step without an application; :meth:`unreached` has the others."""
+        if len(self.progress.reached) == len(self.layers):
+            return
         # Under FSDP1 all ranks gather the model for this, so only until some layer is reached; then all ranks know one.
         with whole_parameters(None if self.progress.reached else self._root, with_grads=True):
             self.progress.note_reached(self.layers, learning_rates(optimizer))
@@ -244,7 +250,7 @@ class UniformityRegularizer:
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle and copy the settings and where training stands, never the model."""
-        return self.__dict__ | {"layers": [], "skips": [], "active": False, "replicas": None, "_root": None}
+        return self.__dict__ | {"layers": [], "skips": [], "active": False, "replicas": None, "_model": None, "_root": None}
 
     def _layer(self, target: Target) -> Layer:
         measure = self.measure.for_head() if target.head else self.measure
@@ -257,35 +263,29 @@ class UniformityRegularizer:
         return memory.peek(layer, x) if layer.target.name in memory.states else self._looking.next(layer, x)
 
     def _apply(
-        self,
-        act: Callable[..., GradientNote | None],
-        optimizer: Optimizer,
-        index: int | None,
-        grad_scale: float,
-        note: bool,
-        again: bool,
+        self, act: Callable[..., None], optimizer: Optimizer, index: int | None, grad_scale: float, note: bool, again: bool
     ) -> dict[str, GradientNote]:
         """Let every layer of the optimizer's parameters act on its penalty's gradient; notes by layer."""
         self._check_attached()
         step = self.progress.counter.count(optimizer, index, again=again)
-        use = Use(step, learning_rates(optimizer), grad_scale, again)
         notes: dict[str, GradientNote] = {}
         if step % self.every_n_steps:
             self.note_reached(optimizer)
             return notes
-        with whole_parameters(self._root, with_grads=True):
+        use = Use(step, learning_rates(optimizer), grad_scale, again, self.step_limit, note)
+        with whole_parameters(self._root, with_grads=True), exact_arithmetic(self.layers[0].parameters[0]):
             self.progress.note_reached(self.layers, use.own)
-            for one, grad, coefficient in applications(self.layers, self.progress, use, self.replicas):
-                found = act(one, grad, coefficient, self.step_limit, note=note)
-                notes |= {one.layer.target.name: found} if found else {}
+            for one, grad, told in applications(self.layers, self.progress, use, self.replicas):
+                act(one, grad)
+                notes |= {one.layer.target.name: told} if told else {}
         return notes
 
     def _penalty(self, step: int, own: Mapping[int, float], factor: Tensor | float) -> Tensor:
         """Coefficient times penalty, summed over the layers; ``own`` are learning rates, for the step limit."""
-        use = Use(step, own, factor, again=self.progress.loss_step == step)
-        terms = [loss_term(layer, self.progress, use, self.step_limit) for layer in self.layers]
-        self.progress.loss_step = step
-        return torch.stack([term.to(terms[0]) for term in terms]).sum()
+        if self._model is not None and any(layer.lowered for layer in self.layers):
+            reshard(self._model)
+        again = self.progress.loss_step == step
+        return loss_terms(self.layers, self.progress, Use(step, own, factor, again, self.step_limit))
 
     def table(self) -> str:
         """Every layer with its shape, measure and coefficient, and every weight left out with the reason."""

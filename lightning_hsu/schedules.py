@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
-from lightning_hsu.measures.checks import plain_number
+from lightning_hsu.measures.checks import check_number
 
 
 class Varying(ABC):
@@ -42,8 +42,7 @@ class _WarmedUp(Schedule):
     def __post_init__(self) -> None:
         name = type(self).__name__
         for what, number in (("value", self.value), ("final", self.final)):
-            if not plain_number(number) or number < 0:
-                raise ValueError(f"{name}'s {what} must be a finite number >= 0; got {number!r}")
+            check_number(f"{name}'s {what}", number, "a finite number >= 0", lambda number: number >= 0)
         for what, step in (("warmup", self.warmup), ("end", 0 if self.end is None else self.end)):
             if not isinstance(step, int) or isinstance(step, bool) or step < 0:
                 raise ValueError(f"{name}'s {what} counts optimizer steps, an int >= 0; got {step!r}")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_hsu.measures.checks import plain_number
+from lightning_hsu.measures.checks import check_number
 from lightning_hsu.schedules import Varying
 
 
@@ -20,7 +20,8 @@ class Share(Varying):
 
         coefficient = fraction * mean |task's gradient| / mean |penalty's gradient|, at most ``maximum``.
 
-    The norms are those that the optimizer would see: reduced over ranks, without a GradScaler's factor, before the step limit.
+    The norms are reduced over ranks, without a GradScaler's factor and before the step limit; with ``apply="gradient"`` before
+    Lightning's clipping, with ``"decoupled"``, after the step, behind it.
     Steps whose gradients are not finite leave the means as they are. The means are saved in checkpoints; those of another
     measure, where you change it on resuming, fade as all do.
 
@@ -43,10 +44,8 @@ class Share(Varying):
 
     def __post_init__(self) -> None:
         for name, value in (("fraction", self.fraction), ("maximum", self.maximum)):
-            if not plain_number(value) or not value > 0:
-                raise ValueError(f"Share's {name} must be a finite number > 0; got {value!r}")
-        if not plain_number(self.smoothing) or not 0 <= self.smoothing < 1:
-            raise ValueError(f"Share's smoothing must be in [0, 1); got {self.smoothing!r}")
+            check_number(f"Share's {name}", value, "a finite number > 0", lambda number: number > 0)
+        check_number("Share's smoothing", self.smoothing, "in [0, 1)", lambda smoothing: 0 <= smoothing < 1)
 
     def label(self) -> str:
         """The fraction."""

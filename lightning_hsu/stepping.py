@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_hsu.applying import Application, penalty_gradients
+from lightning_hsu.applying import Application, GradientNote, penalty_gradients
 from lightning_hsu.distributed import Gathered, Replicas
 from lightning_hsu.monitor import Layer, widened
 from lightning_hsu.progress import Progress
@@ -26,34 +26,70 @@ class Use:
         own: Learning rates of its parameters, by id; empty where they are not known.
         factor: What the task's gradients, or its loss, are multiplied by.
         again: Another evaluation within the same step.
+        step_limit: The fraction of its norm by which a step moves a neuron at most; None is no limit.
+        note: Tell what is done.
     """
 
     step: int
     own: Mapping[int, float]
     factor: Tensor | float
     again: bool
+    step_limit: float | None
+    note: bool = False
 
 
 def applications(
     layers: Sequence[Layer], progress: Progress, use: Use, replicas: Replicas | None
-) -> Iterator[tuple[Application, Tensor, Tensor | float]]:
-    """Layers about to act, with their penalties' gradients and coefficients; sharded modules are whole one at a time."""
+) -> Iterator[tuple[Application, Tensor, GradientNote | None]]:
+    """Layers about to act, with weighted gradients of their penalties, and notes; sharded modules are whole one at a time."""
     for _, together in groupby(layers, lambda layer: id(layer.target.module) if layer.sharded else None):
         gathered: Gathered = {}
         found = (_application(layer, progress, use, gathered) for layer in together)
         ready = [one for one in found if one is not None]
-        pairs = list(zip(ready, penalty_gradients(ready, replicas), strict=True))
-        for one, grad in pairs:  # before any is added: several sets of neurons may be computed from one parameter
-            if isinstance(one.layer.strength, Share):
-                if not use.again:
-                    one.follow(grad, progress.shares)
-                progress.coefficient(one.layer, use.step)
-        for one, grad in pairs:
-            yield one, grad, progress.coefficients[one.layer.target.name]
+        grads = penalty_gradients(ready, replicas)
+        # All norms before any gradient is added: several sets of neurons may be computed from one parameter.
+        notes: list[GradientNote | None] = []
+        for i, one in enumerate(ready):
+            grads[i], note = _weighted(one, grads[i], progress, use)
+            notes.append(note)
+        yield from zip(ready, grads, notes, strict=True)
 
 
-def loss_term(layer: Layer, progress: Progress, use: Use, step_limit: float | None) -> Tensor:
-    """Coefficient times penalty of one layer, differentiable; the gradient that comes back obeys the step limit."""
+def loss_terms(layers: Sequence[Layer], progress: Progress, use: Use) -> Tensor:
+    """Coefficient times penalty, summed over layers, differentiable; the gradients that come back obey the step limit."""
+    terms = [_loss_term(layer, progress, use) for layer in layers]
+    progress.loss_step = use.step
+    return torch.stack([term.to(terms[0]) for term in terms]).sum()
+
+
+def learning_rates(optimizer: Optimizer) -> dict[int, float]:
+    """Learning rates of the optimizer's parameters, by id."""
+    rates = [(group["params"], float(group.get("lr", 1.0))) for group in optimizer.param_groups]
+    return {id(p): rate for parameters, rate in rates for p in parameters}
+
+
+def _application(layer: Layer, progress: Progress, use: Use, gathered: Gathered) -> Application | None:
+    """What to do to one layer at this step; None where nothing is to be done."""
+    rates = layer.rates(use.own)
+    if not rates or (not isinstance(layer.strength, Share) and progress.coefficient(layer, use.step) == 0):
+        return None
+    _refuse_sparse(layer)
+    with torch.enable_grad():
+        reading = layer.target.read(gathered)
+    state = progress.state(layer, reading.x, keep=use.again)
+    return Application(layer, use.own, max(rates), reading, state, float(use.factor))
+
+
+def _weighted(one: Application, grad: Tensor, progress: Progress, use: Use) -> tuple[Tensor, GradientNote | None]:
+    """The gradient as it will act, with what to tell of it."""
+    if isinstance(one.layer.strength, Share):
+        if not use.again:
+            one.follow(grad, progress.shares)
+        progress.coefficient(one.layer, use.step)
+    return one.weighted(grad, progress.coefficients[one.layer.target.name], use.step_limit, note=use.note)
+
+
+def _loss_term(layer: Layer, progress: Progress, use: Use) -> Tensor:
     name = layer.target.name
     if isinstance(layer.strength, Share):
         raise ValueError(
@@ -68,25 +104,8 @@ def loss_term(layer: Layer, progress: Progress, use: Use, step_limit: float | No
     if rates and x.requires_grad:
         one = Application(layer, use.own, max(rates), reading)
         x = x.view_as(x)  # not the parameter itself, which would keep the hook
-        x.register_hook(lambda grad: grad * one.shortening(grad / use.factor, step_limit))  # type: ignore[no-untyped-call]
+        x.register_hook(lambda grad: grad * one.shortening(grad / use.factor, use.step_limit))  # type: ignore[no-untyped-call]
     return coefficient * layer.measure.penalty(x, progress.state(layer, x, keep=use.again)).mean()
-
-
-def learning_rates(optimizer: Optimizer) -> dict[int, float]:
-    """Learning rates of the optimizer's parameters, by id."""
-    return {id(p): float(group.get("lr", 1.0)) for group in optimizer.param_groups for p in group["params"]}
-
-
-def _application(layer: Layer, progress: Progress, use: Use, gathered: Gathered) -> Application | None:
-    """What to do to one layer at this step; None where nothing is to be done."""
-    rates = layer.rates(use.own)
-    if not rates or (not isinstance(layer.strength, Share) and progress.coefficient(layer, use.step) == 0):
-        return None
-    _refuse_sparse(layer)
-    with torch.enable_grad():
-        reading = layer.target.read(gathered)
-    state = progress.state(layer, reading.x, keep=use.again)
-    return Application(layer, use.own, max(rates), reading, state, float(use.factor))
 
 
 def _refuse_sparse(layer: Layer) -> None:

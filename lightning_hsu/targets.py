@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
-from lightning_hsu.distributed import Gathered, Reading, is_sharded, local, own_rows, read_neurons, whole
+from lightning_hsu.distributed import Gathered, Reading, is_sharded, local, own_rows, parameters_behind, read_neurons, whole
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,6 +30,7 @@ class Target:
     key: str
     shape: tuple[int, int, int]
     head: bool = False
+    _rearranged: dict[tuple[str, ...], bool] = field(default_factory=dict, repr=False)
 
     def read(self, gathered: Gathered | None = None) -> Reading:
         """The effective neurons as they are now, whole on every rank: a collective call where the weights are sharded.
@@ -86,22 +87,32 @@ class Target:
 
     def rearranges(self, reading: Reading) -> bool:
         """Whether the neurons are entries of one parameter, in whatever order: then a change of theirs is one of it."""
-        x = reading.x
-        leaves = [p for p in self.module.parameters() if p.requires_grad]
-        if reading.parameter is not None or not leaves or not x.requires_grad:
+        named = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+        if reading.parameter is not None or not named or not reading.x.requires_grad:
             return reading.parameter is not None
-        counts = torch.autograd.grad(x, leaves, torch.ones_like(x), allow_unused=True, retain_graph=True)
-        back = torch.autograd.grad(x, leaves, x.detach(), allow_unused=True, retain_graph=True)
-        found = [(p, count, part) for p, count, part in zip(leaves, counts, back, strict=True) if count is not None]
-        if len(found) != 1 or int(whole(found[0][1].sum())) != x.numel():
-            return False
-        p, count, part = (local(one.detach()) for one in found[0])
-        return bool(((count == 0) | (count == 1)).all()) and torch.equal(part, p * count)
+        key = tuple(named)  # pruning and parametrizing, also in the midst of training, change the names
+        if key not in self._rearranged:
+            self._rearranged[key] = _rearranges(reading.x, list(named.values()))
+        return self._rearranged[key]
 
     def parameters(self) -> list[nn.Parameter]:
-        """The parameters that the neurons may depend on."""
+        """The parameters that the neurons depend on."""
         parameter = self.read().parameter
-        return list(self.module.parameters()) if parameter is None else [parameter]
+        if parameter is not None:
+            return [parameter]
+        with without_side_effects(self.module):
+            return parameters_behind(self.module, self.key) or list(self.module.parameters())
+
+
+def _rearranges(x: Tensor, leaves: list[nn.Parameter]) -> bool:
+    """Whether x has entries of one of its leaves, each once at most."""
+    counts = torch.autograd.grad(x, leaves, torch.ones_like(x), allow_unused=True, retain_graph=True)
+    back = torch.autograd.grad(x, leaves, x.detach(), allow_unused=True, retain_graph=True)
+    found = [(p, count, part) for p, count, part in zip(leaves, counts, back, strict=True) if count is not None]
+    if len(found) != 1 or int(whole(found[0][1].sum())) != x.numel():
+        return False
+    p, count, part = (local(one.detach()).nan_to_num() for one in found[0])
+    return bool(((count == 0) | (count == 1)).all()) and torch.equal(part, p * count)
 
 
 @contextmanager

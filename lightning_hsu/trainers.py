@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable
 from importlib import import_module
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 import torch
 from lightning_utilities.core import rank_zero
 from torch import Tensor
+from torch.amp.grad_scaler import OptState
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from lightning_hsu.distributed import Replicas, missing_from_graph
+from lightning_hsu.distributed import Replicas, leaves_of
 from lightning_hsu.monitor import Layer
 
 _KNOWN = {"SingleDeviceStrategy", "DDPStrategy", "FSDPStrategy", "ModelParallelStrategy"}
@@ -41,12 +44,9 @@ class AfterStep:
     """Calls ``act(optimizer)`` after each real step, once: an optimizer whose step calls its parent's runs its hooks twice."""
 
     def __init__(self, optimizer: Optimizer, act: Callable[[Optimizer], None]) -> None:
-        self._act, self._depth = act, 0
+        self._act = act
+        self._outermost: FrameType | None = None
         self._handles = optimizer.register_step_pre_hook(self._before), optimizer.register_step_post_hook(self._after)
-
-    def settle(self) -> None:
-        """No step is under way, even if the last one raised an error that somebody caught."""
-        self._depth = 0
 
     def remove(self) -> None:
         """Take the hooks off the optimizer."""
@@ -54,12 +54,23 @@ class AfterStep:
             handle.remove()
 
     def _before(self, *_: Any) -> None:
-        self._depth += 1
+        step = sys._getframe(1)  # torch's, around this call of step
+        if not _is_within(step, self._outermost):  # else it is a parent's; a step that raised an error is not around this one
+            self._outermost = step
 
     def _after(self, optimizer: Optimizer, *_: Any) -> None:
-        self._depth -= 1
-        if self._depth == 0:
+        if sys._getframe(1) is self._outermost:
+            self._outermost = None
             self._act(optimizer)
+
+
+def _is_within(frame: FrameType | None, outer: FrameType | None) -> bool:
+    """Whether a frame was called, however indirectly, by another."""
+    while outer is not None and frame is not None:
+        if frame is outer:
+            return True
+        frame = frame.f_back
+    return False
 
 
 class StepUnderWay:
@@ -74,6 +85,10 @@ class StepUnderWay:
         if self._trainer is None or self._step != trainer.global_step:
             self._trainer, self._step, self._before = weakref.ref(trainer), trainer.global_step, state()
 
+    def end(self) -> None:
+        """The step is complete, whether or not Lightning counts it."""
+        self._trainer = None
+
     def state(self) -> dict[str, Any] | None:
         """The state from before; None if no step is under way."""
         trainer = None if self._trainer is None else self._trainer()
@@ -83,8 +98,9 @@ class StepUnderWay:
 def check_training(trainer: pl.Trainer, pl_module: pl.LightningModule, apply: str) -> None:
     """Refuse what cannot be right: strategies that are not known, and a term in losses that are not ours to change."""
     # By name: pytorch_lightning has classes of its own under the same names.
-    names, strategy = {kind.__name__ for kind in type(trainer.strategy).__mro__}, type(trainer.strategy).__name__
-    if not names & _KNOWN or "DeepSpeedStrategy" in names:
+    kinds, strategy = type(trainer.strategy).__mro__, type(trainer.strategy).__name__
+    known = next((kind.__name__ for kind in kinds if kind.__module__.startswith(("lightning.", "pytorch_lightning."))), "")
+    if known not in _KNOWN:
         raise NotImplementedError(
             f"HypersphericalUniformity does not support {strategy}: it may keep weights or gradients where the penalty cannot "
             "see them. Use 'ddp', 'fsdp', ModelParallelStrategy or a single device, or take the callback out."
@@ -96,7 +112,7 @@ def check_training(trainer: pl.Trainer, pl_module: pl.LightningModule, apply: st
             "apply='loss' adds the penalty at each backward, and manual optimisation may call any number of them: use "
             "apply='gradient' or 'decoupled', which count optimizer steps, or add UniformityRegularizer.penalty() to your loss"
         )
-    if "FSDPStrategy" in names:
+    if known == "FSDPStrategy":
         raise NotImplementedError(
             f"apply='loss' does not reach the flat pieces in which {strategy} keeps the weights: use apply='gradient' or "
             "'decoupled', or ModelParallelStrategy"
@@ -108,9 +124,10 @@ def check_used(trainer: pl.Trainer, loss: Tensor, layers: list[Layer]) -> None:
     model = trainer.strategy.model
     if not (isinstance(model, DistributedDataParallel) and model.find_unused_parameters):
         return
+    used = leaves_of(loss)
     for layer in layers:
-        own = [p for p in layer.parameters if p.requires_grad]
-        if layer.strength != 0 and len(missing_from_graph(loss, own)) == len(own) > 0:
+        own = {id(p) for p in layer.parameters if p.requires_grad}
+        if layer.strength != 0 and own and not own & used:
             name = layer.target.name
             raise RuntimeError(
                 f"layer '{name}' {layer.target.shape} took no part in this batch's loss, and DDP with "
@@ -123,6 +140,8 @@ def replicas_of(trainer: pl.Trainer, split_above: int | None) -> Replicas | None
     """The ranks that train the same weights by DDP, where large layers are to be split over them."""
     if split_above is None or trainer.world_size == 1 or not isinstance(trainer.strategy.model, DistributedDataParallel):
         return None
+    if getattr(trainer.strategy, "_model_averager", None) is not None:
+        return None  # local SGD: between averages each rank has weights of its own
     return Replicas(trainer.strategy.model.process_group, split_above)
 
 
@@ -142,7 +161,9 @@ def remaining_scale(trainer: pl.Trainer, optimizer: Optimizer) -> float:
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     if scaler is None or not getattr(optimizer, "_step_supports_amp_scaling", False):
         return 1.0
-    return float(scaler.get_scale())
+    # Its step asks the same: in manual optimisation you may have unscaled the gradients, to clip them.
+    state = scaler._per_optimizer_states.get(id(optimizer))
+    return 1.0 if state is not None and state["stage"] is not OptState.READY else float(scaler.get_scale())
 
 
 def loss_factor(trainer: pl.Trainer, loss: Tensor) -> Tensor | float:

@@ -161,6 +161,18 @@ class Manual(Automatic):
                 optimizer.zero_grad()
 
 
+class UnscalesAndClips(Manual):
+    """Lightning's clipping refuses fused optimizers, so gradients are unscaled and clipped by hand."""
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(mean_square(self.net(batch[0]), batch[1]))
+        self.trainer.precision_plugin.scaler.unscale_(optimizer.optimizer)
+        nn.utils.clip_grad_norm_(self.parameters(), 0.3)
+        optimizer.step()
+
+
 class Adversarial(pl.LightningModule):
     """Two networks with an optimizer each; the second's loss leaves gradients in the first, unless toggled."""
 

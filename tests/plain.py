@@ -119,14 +119,13 @@ class Penalty:
         self.accumulate = accumulate
         self.steps: dict[int, int] = {}  # by optimizer
         self.means: dict[str, list[float]] = {}  # of the gradients' norms, the task's and the penalty's, by layer
-        self.applied = 0
+        self.again = False  # another evaluation within the same step
 
     def term(self, optimizer):
         """What is added to the loss of one micro-batch."""
         step = self.steps.get(id(optimizer), 0)
         if self.mode != "loss" or step % self.every:
             return 0.0
-        self.applied += 1
         live = [layer for layer in self.layers if any(p.requires_grad for p in layer.parameters())]
         return sum(self.coefficient(step, layer.name) * layer.energy() for layer in live) / self.accumulate
 
@@ -136,10 +135,12 @@ class Penalty:
             for _, strength, found in self._due(optimizer, scale):
                 for p, gradient in found:
                     p.grad += (strength * scale * gradient).to(p.dtype)
+            self.again = True
 
     @torch.no_grad()
     def after_step(self, optimizer, skipped=False):
         """Move the neurons and count the step; one that the GradScaler skipped does not count where neurons are moved."""
+        self.again = False
         if self.mode == "decoupled":
             if skipped:
                 return
@@ -155,7 +156,6 @@ class Penalty:
         step = self.steps.get(id(optimizer), 0)
         owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
         due = [(layer, layer.gradients(owned)) for layer in self.layers if step % self.every == 0]
-        self.applied += len(due)
         return [(layer, self._strength(layer, step, found, scale), found) for layer, found in due if found]
 
     def _strength(self, layer, step, found, scale):
@@ -164,7 +164,7 @@ class Penalty:
             return given
         norms = norm([p.grad for p, _ in found]) / scale, norm([gradient for _, gradient in found])
         means = self.means.setdefault(layer.name, [0.0, 0.0])
-        if all(math.isfinite(one) for one in norms):
+        if all(math.isfinite(one) for one in norms) and not self.again:
             means[:] = (given.smoothing * m + (1 - given.smoothing) * one for m, one in zip(means, norms, strict=True))
         return min(given.fraction * means[0] / means[1], given.maximum) if means[1] else 0.0
 
@@ -189,6 +189,7 @@ def train(
     scaler=None,
     clip=nothing,
     clip_first=nothing,
+    unscales=False,
     at_epoch_start=nothing,
     after_step=nothing,
     at_epoch_end=nothing,
@@ -202,10 +203,11 @@ def train(
         autocast: Dtype of the forward pass.
         scaler: A GradScaler.
         clip: Takes the parameters, after the penalty was added; ``clip_first`` before.
+        unscales: Whether gradients are unscaled also for an optimizer that does so itself.
         at_epoch_start: Takes module, optimizer and epoch; ``at_epoch_end``, and ``after_step`` alike.
     """
     net, optimizer = module.net, module.configure_optimizers()
-    fused = scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False)
+    fused = scaler is not None and not unscales and getattr(optimizer, "_step_supports_amp_scaling", False)
     for epoch in range(epochs):
         at_epoch_start(module, optimizer, epoch)
         for start in range(0, len(data), accumulate):

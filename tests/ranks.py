@@ -118,11 +118,21 @@ class Save(pl.Callback):
 
 def fit_in_two(make, callback, strategy, settings, path):
     """Train for one epoch, save a checkpoint and go on with another model, another callback and another Trainer."""
+    fit_first_epoch(make, callback, strategy, settings, path)
+    return fit_from(make, callback, strategy, settings, path)
+
+
+def fit_first_epoch(make, callback, strategy, settings, path):
+    """Train for one epoch and save a checkpoint."""
     shared = {"strategy": strategy(), "devices": distributed.get_world_size(), "use_distributed_sampler": False}
     first = trainer(uniformity(**callback), **{**shared, **settings, "max_epochs": 1})
     with mock.patch.object(reference, "_simulated", few_random_layers):
         first.fit(make(), datamodule=Shared())
     first.save_checkpoint(path)
+
+
+def fit_from(make, callback, strategy, settings, path):
+    """Go on from a checkpoint."""
     return fit(make, callback, strategy, settings, ckpt_path=path)
 
 

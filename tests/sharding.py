@@ -13,9 +13,9 @@ from tests.ranks import Shared, data
 
 try:
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-    from torch.distributed.tensor import Replicate
+    from torch.distributed.tensor import Replicate, distribute_tensor
 except ImportError:  # before torch 2.6 FSDP2 is not public, and asks for a GPU
-    from torch.distributed._tensor import Replicate
+    from torch.distributed._tensor import Replicate, distribute_tensor
 
     fully_shard = None
 
@@ -35,6 +35,11 @@ class ParallelManual(Parallel, Manual):
     """The same in manual optimisation."""
 
 
+def replicated(x, mesh):
+    """A DTensor of which every rank has all."""
+    return distribute_tensor(x, mesh, [Replicate()])
+
+
 def layer_by_layer(net, mesh, **policy):
     """FSDP2, each layer by itself."""
     for part in net.children():
@@ -51,6 +56,15 @@ def as_a_whole(net, mesh, **policy):
 def in_bfloat16(net, mesh):
     """FSDP2 that computes in bfloat16, and keeps and reduces in float32."""
     layer_by_layer(net, mesh, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32))
+
+
+def in_bfloat16_but_for_the_head(net, mesh):
+    """The same, the head with the root: that stays whole, in bfloat16, from the forward pass to the backward pass."""
+    policy = {"mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)}
+    for part in list(net.children())[:-1]:
+        if list(part.parameters()):
+            fully_shard(part, mesh=mesh["data_parallel"], **policy)
+    as_a_whole(net, mesh, **policy)
 
 
 def columns_and_rows(net, mesh):

@@ -57,7 +57,18 @@ def test_imports_point_down(path):
             assert package in {"__future__", "torch", "abc", "math", "typing"} | STANDARD, f"{path.name} imports {name}"
 
 
-STANDARD = {"collections", "contextlib", "dataclasses", "fnmatch", "functools", "importlib", "itertools", "weakref"}
+STANDARD = {
+    "collections",
+    "contextlib",
+    "dataclasses",
+    "fnmatch",
+    "functools",
+    "importlib",
+    "itertools",
+    "sys",
+    "types",
+    "weakref",
+}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))

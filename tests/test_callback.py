@@ -15,12 +15,13 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 
 from lightning_hsu import HypersphericalUniformity, Share, UniformityRegularizer
 from lightning_hsu.core import smallest_angle
 from lightning_hsu.measures import Covering, RieszEnergy
 from lightning_hsu.reference import uniformity_ratio
-from tests.models import Automatic, Manual, batches, loader, trainer, uniformity
+from tests.models import Adversarial, Automatic, Manual, batches, loader, trainer, uniformity
 
 AGGREGATES = {"hsu/penalty", "hsu/ratio_mean", "hsu/ratio_max", "hsu/min_angle", "hsu/dead", "hsu/limited"}
 
@@ -267,6 +268,7 @@ def test_a_penalty_that_does_not_arrive_is_said_once():
         ({"apply": "later"}, ValueError, "apply must be 'gradient', 'loss' or 'decoupled'; got 'later'"),
         ({"every_n_steps": 0}, ValueError, "every_n_steps must be an int >= 1; got 0"),
         ({"step_limit": 0}, ValueError, "step_limit must be > 0"),
+        ({"step_limit": "a"}, ValueError, "step_limit must be > 0, or None for no limit; got 'a'"),
         ({"prefix": ""}, ValueError, "prefix must be a name such as 'hsu'"),
         ({"prefix": "a/"}, ValueError, "without a slash at its end; got 'a/'"),
         ({"measure": "mhe"}, TypeError, "measure must be a measure such as"),
@@ -314,11 +316,75 @@ def test_bad_settings_for_this_model(kwargs, message):
     assert callback.regularizer.layers == []  # cleaned up although fit never ended
 
 
-def test_a_strategy_that_hides_weights_is_refused_by_name():
+class OwnXLA(strategies.XLAStrategy):
+    """Derived, as its parent is from that of DDP, from one that is not known."""
+
+
+@pytest.mark.parametrize("apply", ["gradient", "loss", "decoupled"])
+@pytest.mark.parametrize("kind", [strategies.DeepSpeedStrategy, strategies.XLAStrategy, OwnXLA])
+def test_a_strategy_that_hides_weights_is_refused_by_name(kind, apply):
     fit = trainer()
-    fit.strategy.__class__ = strategies.DeepSpeedStrategy  # it does not start on a CPU
-    with pytest.raises(NotImplementedError, match=r"does not support DeepSpeedStrategy: .*Use 'ddp', 'fsdp'"):
-        uniformity().on_fit_start(fit, Automatic())
+    fit.strategy.__class__ = kind  # they do not start on a CPU
+    with pytest.raises(NotImplementedError, match=rf"does not support {kind.__name__}: .*Use 'ddp', 'fsdp'"):
+        uniformity(apply=apply).on_fit_start(fit, Automatic())
+
+
+@pytest.mark.parametrize("apply", ["gradient", "loss", "decoupled"])
+def test_the_logged_loss_is_that_of_the_task(apply, tmp_path):
+    class Logged(Automatic):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            self.log("train_loss", loss)
+            return loss
+
+        def on_train_batch_end(self, outputs, batch, batch_idx):
+            self.returned = outputs["loss"].clone()
+
+    module = Logged()
+    twin, kept = copy.deepcopy(module), []
+    for one, ours in ((module, [uniformity(coefficient=10.0, apply=apply)]), (twin, [])):
+        fit = trainer(*ours, max_steps=1, log_every_n_steps=1, logger=CSVLogger(tmp_path))
+        fit.fit(one, loader(batches()))
+        kept.append((fit.logged_metrics["train_loss"], one.returned))
+    assert kept[0] == kept[1]
+    assert not torch.equal(module.net[5].weight, twin.net[5].weight)
+
+
+@pytest.mark.parametrize("apply", ["gradient", "decoupled"])
+def test_steps_that_lightning_does_not_count_are_counted(apply):
+    """A recipe for two optimizers silences what counts the steps of one, so that ``global_step`` counts batches."""
+
+    class Silenced(Adversarial):
+        def training_step(self, batch, batch_idx):
+            first, second = self.optimizers()
+            second._on_before_step = second._on_after_step = lambda: None
+            self.zero_grad()
+            self.manual_backward(self.losses(batch)[0])
+            first.step()
+            for _ in range(3):
+                self.zero_grad()
+                self.manual_backward(self.losses(batch)[1])
+                second.step()
+
+    states = []
+
+    class Look(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            states.append(list(callback.state_dict()["steps"]))
+
+    callback = uniformity(apply=apply)
+    trainer(callback, Look(), max_epochs=1).fit(Silenced(), loader(batches(4)))
+    assert states == [[k, 3 * k] for k in range(1, 5)]
+
+
+@pytest.mark.parametrize("layer", [nn.Conv2d(1, 4, 3), nn.ConvTranspose2d(1, 4, 3), weight_norm(nn.Conv2d(1, 4, 3))])
+def test_an_optimizer_of_biases_does_not_reach_the_neurons(layer):
+    regularizer = UniformityRegularizer(head=None).attach(layer)
+    layer(torch.ones(1, 1, 6, 6)).sum().backward()
+    regularizer.add_gradients(torch.optim.SGD([layer.bias], lr=0.1))
+    assert len(regularizer.unreached()) == 1
+    regularizer.add_gradients(torch.optim.SGD(layer.parameters(), lr=0.1))
+    assert regularizer.unreached() == []
 
 
 def test_a_share_needs_the_tasks_gradient_apart():

@@ -78,9 +78,9 @@ class Draw:
         return f"draw{self.number:03d}-{self.mode}{manual}-{self.precision}-{self.optimizer}-{type(self.measure).__name__}"
 
 
-def draw(number):
+def draw(number, attempt=0):
     """What is refused, or has no meaning of its own, is drawn around."""
-    dice = random.Random(f"{BASE} {number}")
+    dice = random.Random(f"{BASE} {number} {attempt}")
     mode = dice.choice(["gradient", "loss", "decoupled"])
     manual = mode != "loss" and dice.random() < 0.3
     precision = dice.choice(["fp32", "fp32", "64-true", "bf16-mixed", "scaler", "overflow"])
@@ -106,7 +106,7 @@ def draw(number):
         short=0 if manual else dice.randrange(accumulate),
         clip=clip,
         silent=(1,) if silent and dice.random() < 0.3 else (),
-        every=dice.choice([1, 1, 2, 3]),
+        every=1 if precision == "overflow" else dice.choice([1, 1, 2, 3]),  # the step left out may be the one that is skipped
         frozen=tuple(dice.sample([0, 2, 5], k=dice.choice([0, 0, 1, 2]))),
         step_limit=dice.choice([1.0, None]),
         seed=dice.randrange(2**31),
@@ -168,20 +168,25 @@ def situation(one):
     )
 
 
-@pytest.mark.parametrize("one", [draw(number) for number in range(COUNT)], ids=str)
-def test_any_combination_trains_as_a_plain_loop_does(one):
-    print(f"{one}\nCHAOS_SEED={BASE} python -m pytest tests/test_chaos.py -k draw{one.number:03d}")
-    difference, applied = differ(one)
-    assert applied > 0
-    assert difference < TOLERANCE[one.precision]
+@pytest.mark.parametrize("number", range(COUNT), ids="draw{:03d}".format)
+def test_any_combination_trains_as_a_plain_loop_does(number):
+    """Where the penalty's effect is too small to be missed, other settings are drawn."""
+    for one in (draw(number, attempt) for attempt in range(10)):
+        print(f"{one}\nCHAOS_SEED={BASE} python -m pytest tests/test_chaos.py -k draw{number:03d}")
+        difference, effect = differ(one)
+        assert difference < TOLERANCE[one.precision]
+        if effect > 5 * TOLERANCE[one.precision]:
+            return
+    pytest.fail("the penalty had no visible effect in ten draws")
 
 
 def differ(one):
-    """Largest difference between the two loops' parameters, and how often the plain one applied the penalty."""
+    """Largest difference between the two loops' parameters, and that which the penalty makes in the plain one."""
     torch.manual_seed(one.seed)
     row = situation(one)
     module, data = row.module(make_optimizer=row.optimizer), batches(row.count, dtype=row.dtype)
-    twin = copy.deepcopy(module).to(row.dtype)
+    twin, without = (copy.deepcopy(module).to(row.dtype) for _ in range(2))
     fit_with_lightning(row, one.mode, module, data)
-    penalty = fit_plainly(row, one.mode, twin, data)
-    return max_difference(twin, module), penalty.applied
+    fit_plainly(row, one.mode, twin, data)
+    fit_plainly(row, "none", without, data)
+    return max_difference(twin, module), max_difference(twin, without)

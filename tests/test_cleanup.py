@@ -163,8 +163,9 @@ def test_a_callback_can_be_pickled_in_the_middle_of_a_fit(kwargs):
     assert copies[3].regularizer.layers == [] == copies[3]._hooks
 
 
-def test_the_next_step_of_an_optimizer_whose_error_was_caught_moves_again():
-    """In manual optimisation a user may catch what a step raises; the count of nested steps starts anew."""
+@pytest.mark.parametrize("again", [False, True])
+def test_the_next_step_of_an_optimizer_whose_error_was_caught_moves_again(again):
+    """In manual optimisation a user may catch what a step raises, and step ``again`` at once or with the next batch."""
 
     class Careful(pl.LightningModule):
         def __init__(self):
@@ -178,11 +179,28 @@ def test_the_next_step_of_an_optimizer_whose_error_was_caught_moves_again():
             try:
                 optimizer.step(lambda: (_ for _ in ()).throw(StopError()) if batch_idx == 2 else None)
             except StopError:
-                return
+                if again:
+                    optimizer.step()
 
         def configure_optimizers(self):
             return torch.optim.SGD(self.parameters(), lr=0.1)
 
     callback = uniformity(coefficient=0.1, apply="decoupled")
     trainer(callback, max_epochs=1).fit(Careful(), loader(batches()))
-    assert callback.state_dict()["steps"] == [6]
+    assert callback.state_dict()["steps"] == [7 if again else 6]
+
+
+@pytest.mark.parametrize("end", ["on_fit_end", "teardown", "on_exception"])
+def test_each_end_takes_the_hooks_off_by_itself(end):
+    callback, seen = uniformity(apply="decoupled"), []
+
+    class End(pl.Callback):
+        def on_train_end(self, trainer, pl_module):
+            (optimizer,) = trainer.optimizers
+            before = len(optimizer._optimizer_step_post_hooks)
+            arguments = {"on_fit_end": (), "teardown": ("fit",), "on_exception": (StopError(),)}[end]
+            getattr(callback, end)(trainer, pl_module, *arguments)
+            seen.append((before, len(optimizer._optimizer_step_post_hooks), len(optimizer._optimizer_step_pre_hooks)))
+
+    trainer(callback, End(), max_epochs=1).fit(Automatic(), loader(batches(2)))
+    assert seen == [(1, 0, 0)]

@@ -144,10 +144,32 @@ def test_a_share_is_of_the_tasks_gradient_where_layers_have_one_parameter():
     net(torch.randn(7, 2, 5))[0].square().sum().backward()
     originals = [p for name, p in net.named_parameters() if "original" in name]
     task = float(torch.cat([p.grad.flatten() for p in originals]).norm())
-    regularizer.add_gradients(torch.optim.SGD(net.parameters(), lr=1e-3))
+    notes = regularizer.add_gradients(torch.optim.SGD(net.parameters(), lr=1e-3), note=True)
     means = regularizer.progress.shares.means
     assert len(means) == 4
     assert all(float(of_task) == pytest.approx(task, rel=1e-5) for of_task, _ in means.values())
+    assert all(float(note.share) == pytest.approx(0.5, rel=1e-5) for note in notes.values())
+
+
+def test_another_model_begins_without_means():
+    used, fresh, gradients = UniformityRegularizer(coefficient=Share(0.1)), UniformityRegularizer(coefficient=Share(0.1)), []
+    for regularizer in (used, used, fresh):
+        torch.manual_seed(0)
+        net = stepped(network())
+        regularizer.attach(net).add_gradients(torch.optim.SGD(net.parameters(), lr=0.1))
+        gradients.append(net[5].weight.grad)
+    assert torch.equal(gradients[1], gradients[2])
+
+
+def test_a_share_of_nothing_is_not_logged(tmp_path):
+    class Still(Automatic):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx) * 0.0
+
+    logger = CSVLogger(tmp_path)
+    fit = trainer(uniformity(coefficient=0.1), logger=logger, log_every_n_steps=1, max_epochs=1)
+    fit.fit(Still(), loader(batches()))
+    assert not any("gradient_share" in name for row in rows_of(logger).values() for name in row)
 
 
 def test_a_share_stays_finite_where_a_gradient_vanishes():

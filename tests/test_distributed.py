@@ -1,5 +1,6 @@
 """DDP over gloo: ranks bit-identical to each other, and equal to one process with the whole batches; work that they share."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -82,10 +83,12 @@ def test_two_ranks_equal_one_process_with_the_doubled_batch(name, mode):
     assert same_bits(ends)
     torch.manual_seed(0)
     alone = make()
-    penalty = plain.Penalty(plain.layers(alone.net), mode, lambda *_: case.coefficient, **case.loop)
-    plain.train(alone, ranks.data(), penalty, **case.loop)
-    assert penalty.applied > 0
+    without = copy.deepcopy(alone)
+    for module, kind in ((alone, mode), (without, "none")):
+        penalty = plain.Penalty(plain.layers(module.net), kind, lambda *_: case.coefficient, **case.loop)
+        plain.train(module, ranks.data(), penalty, **case.loop)
     assert max_difference(ends[0], End(ranks.whole_tensors(alone))) < TOLERANCE
+    assert max_difference(ends[0], End(ranks.whole_tensors(without))) > 10 * TOLERANCE
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # a process forks that has threads

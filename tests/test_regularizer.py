@@ -61,6 +61,34 @@ def test_the_step_limit_follows_the_larger_learning_rate():
     torch.testing.assert_close(added[0], added[1])
 
 
+class LowRank(nn.Module):
+    """A weight that is a product."""
+
+    def __init__(self):
+        super().__init__()
+        self.left = nn.Parameter(torch.randn(6, 3))
+
+    def forward(self, weight):
+        return weight + self.left @ torch.ones(3, weight.shape[1])
+
+
+@pytest.mark.parametrize("apply", ["add_gradients", "move"])
+def test_an_autocast_around_changes_nothing_of_computed_weights(apply):
+    """The hooks of manual optimisation run in that of the training step."""
+    layer = nn.utils.parametrize.register_parametrization
+    ends = []
+    for autocast in (False, True):
+        torch.manual_seed(0)
+        net = nn.Linear(5, 6)
+        layer(net, "weight", LowRank())
+        for p in net.parameters():
+            p.grad = torch.zeros_like(p)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            getattr(UniformityRegularizer(head=None).attach(net), apply)(torch.optim.SGD(net.parameters(), lr=0.1))
+        ends.append([part for p in net.parameters() for part in (p.detach(), p.grad)])
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+
+
 def test_gradients_of_another_layout_are_met_all_the_same():
     layer = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
     plain = nn.Conv2d(3, 4, 3)

@@ -394,6 +394,25 @@ def test_the_same_callback_goes_on_after_an_exception(mode, hook, tmp_path):
     assert not differing(resumed, fitted([uniformity(**settings)] if mode else []))
 
 
+@pytest.mark.parametrize("hook", ["on_before_backward", "on_before_optimizer_step"])
+@pytest.mark.parametrize("mode", MODES)
+def test_the_same_trainer_goes_on_after_an_exception(mode, hook):
+    """A cell of a notebook that is run again: the step that was broken off is done again, and counts once."""
+    callback, seen = uniformity(measure=DRAWN, coefficient=lambda step: seen.append(step) or 0.1, apply=mode), []
+    module, fit = Automatic(), trainer(callback)
+    failing = In(hook, fail, 3)
+    fit.callbacks.append(failing)
+    with pytest.raises(RuntimeError, match="broken off"):
+        fit.fit(module, loader(DATA))
+    fit.callbacks.remove(failing)
+    seen.clear()
+    fit.fit(module, loader(DATA))
+    steps = fit.global_step
+    assert callback.state_dict()["steps"] == [steps]
+    assert min(seen) == 2
+    assert {int(draw) for state in callback.state_dict()["states"].values() for draw in state["draw"]} == {steps - 1}
+
+
 class Parts(pl.LightningDataModule):
     """Each rank gets its part of every batch, in order."""
 

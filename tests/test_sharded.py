@@ -189,6 +189,35 @@ def assert_all_end_as(alone, ends, tolerance=TOLERANCE):
 
 
 @needs_fsdp2
+@pytest.mark.parametrize("distributed_checkpoint", [True, False], ids=["a folder", "a file"])
+@pytest.mark.parametrize(("first", "second"), [(2, 3), (3, 1)])
+@pytest.mark.filterwarnings("ignore::UserWarning:torch.*", "ignore::FutureWarning")  # torch's, of what Lightning calls
+def test_resumed_on_another_number_of_ranks(first, second, distributed_checkpoint, tmp_path):
+    callback, path = {"apply": "gradient", **carried}, tmp_path / "checkpoint"
+    for size, run in ((first, ranks.fit_first_epoch), (second, ranks.fit_from)):
+        case = Case("", mesh=(size, 1))
+        strategy = partial(case.strategy, save_distributed_checkpoint=distributed_checkpoint)
+        ends = world(size).run(run, case.module(True), callback, strategy, {}, path)
+    alone = ranks.fit_alone(CASES[0].module(False), callback, {})
+    for end in ends:
+        assert max_difference(end, alone) < TOLERANCE
+
+
+def add_to_sharded_loss():
+    """A loss as loss_parallel leaves it."""
+    net = plain_network(8)
+    regularizer = UniformityRegularizer(head=None).attach(net)
+    loss = sharding.replicated(torch.ones(()), init_device_mesh("cpu", (2,)))
+    regularizer.add_to_loss(loss, torch.optim.SGD(net.parameters(), lr=0.1))
+
+
+def test_a_loss_over_ranks_is_refused_with_the_way_out():
+    for said in world(2).run(ranks.error_of, add_to_sharded_loss):
+        assert said.startswith("NotImplementedError: the loss is a DTensor")
+        assert "full_tensor()" in said
+
+
+@needs_fsdp2
 @pytest.mark.parametrize("mode", MODES)
 def test_validation_in_between_changes_nothing(mode):
     case, callback = Case("", sharding.as_a_whole), {"coefficient": 0.5, "apply": mode}
@@ -247,7 +276,13 @@ def test_flat_pieces_that_nothing_was_applied_to_are_no_alarm(mode, tmp_path):
 
 @needs_fsdp2
 @pytest.mark.parametrize(
-    ("cut", "settings"), [(sharding.in_bfloat16, {}), (layer_by_layer, {"precision": "bf16-mixed"})], ids=["policy", "autocast"]
+    ("cut", "settings"),
+    [
+        (sharding.in_bfloat16, {}),
+        (sharding.in_bfloat16_but_for_the_head, {}),
+        (layer_by_layer, {"precision": "bf16-mixed"}),
+    ],
+    ids=["policy", "policy, the head with the root", "autocast"],
 )
 @pytest.mark.parametrize("mode", ["gradient", "loss"])
 def test_the_penalty_is_in_float32_where_the_task_is_computed_in_bfloat16(cut, settings, mode):
