@@ -1,5 +1,6 @@
 """Hyperspherical uniformity for PyTorch Lightning: see how redundant a network's neurons are, and spread them out."""
 
+from lightning_hsu import measures, presets, projections, reference
 from lightning_hsu.callback import HypersphericalUniformity
 from lightning_hsu.monitor import LayerUniformity
 from lightning_hsu.neurons import register_neurons
@@ -17,5 +18,9 @@ __all__ = [
     "Schedule",
     "Share",
     "UniformityRegularizer",
+    "measures",
+    "presets",
+    "projections",
+    "reference",
     "register_neurons",
 ]

@@ -133,6 +133,7 @@ class HypersphericalUniformity(trainers.EveryCallback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Start counting anew with a new trainer; a checkpoint's counts are loaded after this."""
         if stage == "fit":
+            self._release()  # from a fit whose end Lightning could not tell, since another callback failed at that
             before = {"steps": []} if trainer.global_step == 0 else self._under_way.state()
             if before is not None:  # a new training, or one that was broken off within a step, which is done again
                 self.regularizer.load_state_dict(before)
@@ -215,8 +216,8 @@ class HypersphericalUniformity(trainers.EveryCallback):
         if names:
             self._unreached |= set(names)
             rank_zero_warn(
-                f"the penalty has not reached layer {', '.join(map(repr, names))} so far: its weights are in no optimizer that "
-                "steps through Lightning, or got no gradient. With manual optimisation use self.optimizers(), not "
+                f"the penalty has not reached layer {', '.join(map(repr, names))} so far: these weights are in no optimizer "
+                "that steps through Lightning, or got no gradient. With manual optimisation use self.optimizers(), not "
                 "use_pl_optimizer=False; leave out a layer that is not trained with exclude=."
             )
 

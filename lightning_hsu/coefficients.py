@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 from lightning_hsu.measures.checks import plain_number
@@ -59,9 +60,10 @@ class Coefficient:
 
     def of(self, name: str) -> Strength:
         """The number, schedule or share of one layer."""
-        if not isinstance(self.given, Mapping):
-            return self.given
-        return next((strength for pattern, strength in self.given.items() if matches(name, [pattern])), 0.0)
+        strength = self.given
+        if isinstance(strength, Mapping):
+            strength = next((one for pattern, one in strength.items() if matches(name, [pattern])), 0.0)
+        return float(strength) if isinstance(strength, Real) else strength  # one of numpy, too
 
 
 def strength_at(strength: Strength, step: int, name: str) -> float:
@@ -85,7 +87,7 @@ def _check(strength: object, what: str) -> None:
         raise TypeError(f"{what} must be an instance: write {strength.__name__}(...), with its settings in the brackets")
     if callable(strength) or isinstance(strength, Share):
         return
-    if isinstance(strength, (int, float)) and not isinstance(strength, bool):
+    if isinstance(strength, Real) and not isinstance(strength, bool):
         if not plain_number(strength) or strength < 0:
             raise ValueError(f"{what} must be a finite number >= 0 (0 only monitors); got {strength!r}")
         return

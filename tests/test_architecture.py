@@ -65,6 +65,7 @@ STANDARD = {
     "functools",
     "importlib",
     "itertools",
+    "numbers",
     "sys",
     "types",
     "weakref",

@@ -7,6 +7,7 @@ import pickle
 from contextlib import nullcontext
 
 import lightning.pytorch as pl
+import numpy as np
 import pytest
 import pytorch_lightning as other
 import torch
@@ -253,6 +254,13 @@ def test_a_penalty_that_does_not_arrive_is_said_once():
     assert sum("has not reached" in str(one.message) for one in caught) == 1
     with pytest.warns(UserWarning, match=r"layer 'net.0', 'net.2', 'net.5', 'net.7' so far: .*use_pl_optimizer=False"):
         trainer(uniformity(coefficient=0.1), max_epochs=1).fit(Raw(), loader(batches()))
+
+
+def test_numbers_of_numpy_are_numbers():
+    for given in (np.float32(0.5), np.int64(2)):
+        regularizer = UniformityRegularizer(RieszEnergy(s=given), {"net.0": given}, step_limit=given).attach(Automatic())
+        assert regularizer.layers[0].strength == float(given)
+        assert regularizer.measure_layers()[0].ratio > 0
 
 
 @pytest.mark.parametrize(

@@ -150,6 +150,25 @@ def test_a_callback_goes_on_after_an_exception(apply):
         assert torch.equal(p, q)
 
 
+class FailingEnd(pl.Callback):
+    def on_exception(self, trainer, pl_module, exception):
+        raise StopError
+
+
+@pytest.mark.parametrize("apply", MODES)
+def test_a_callback_that_was_not_told_of_the_end_begins_anew(apply):
+    """Another callback fails in its own on_exception, and Lightning calls no further."""
+    callback, data, ends = uniformity(coefficient=0.1, apply=apply), loader(batches()), []
+    with pytest.raises(StopError):
+        trainer(FailingEnd(), callback).fit(FailingStep(), data)
+    for ours in (callback, uniformity(coefficient=0.1, apply=apply)):
+        torch.manual_seed(0)
+        module = Automatic()
+        trainer(ours).fit(module, data)
+        ends.append(nn.utils.parameters_to_vector(module.parameters()))
+    assert torch.equal(*ends)
+
+
 @pytest.mark.parametrize("kwargs", [{"apply": "decoupled"}, {"coefficient": Share(0.05)}, {"apply": "loss"}], ids=str)
 def test_a_callback_can_be_pickled_in_the_middle_of_a_fit(kwargs):
     callback, copies = uniformity(**kwargs), []

@@ -191,6 +191,7 @@ def test_help_is_the_docstring(package, capsys):
         assert " ".join(text.split()).rstrip(".") in shown, name
     assert "lightning_hsu.measures.RieszEnergy" in shown  # the classes to choose from
     assert "lightning_hsu.CosineSchedule" in shown
+    assert "lightning_hsu.projections.Projected" in shown
 
 
 @pytest.mark.parametrize(

@@ -170,7 +170,7 @@ COMPILE = "`torch.compile` of a part, or of the LightningModule"
 STRENGTH = "`every_n_steps`, schedules, a coefficient by layer or for the head"
 SHARE = "`coefficient=Share(...)`"
 TRAINER = "`fast_dev_run`, `overfit_batches`, `barebones`, no logger, `log_every_n_steps=0`"
-INSTANCES = "two callbacks; one used twice, copied, unpickled, resumed from a checkpoint"
+INSTANCES = "two callbacks, each with its own `prefix`; one used twice, copied, unpickled, resumed from a checkpoint"
 
 clipped, unclipped = exact("clipped with the rest"), exact("never clipped")
 not_manual = refused(r"apply='loss'.*manual optimi[sz]ation.*apply='gradient'")

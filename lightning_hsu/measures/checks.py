@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable
 from functools import lru_cache
+from numbers import Real
 from typing import Protocol, cast
 
 import torch
@@ -87,6 +88,6 @@ def check_count(name: str, value: object, least: int = 1) -> None:
 def plain_number(value: object) -> bool:
     """Tell whether value is a finite real number (and not a bool)."""
     try:
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
     except OverflowError:  # an int beyond float64
         return False
