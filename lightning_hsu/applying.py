@@ -13,7 +13,8 @@ from lightning_hsu.measures import State
 from lightning_hsu.monitor import Layer, widened
 from lightning_hsu.share import Share, ShareMeans
 
-_SMALL = 2**16  # entries of a layer up to which equal shapes are stacked: their cost is the number of operations
+SMALL = 2**16
+"""Entries of a layer up to which equal shapes are stacked: their cost is the number of operations."""
 
 
 @dataclass(frozen=True)
@@ -66,10 +67,10 @@ class Application:
     def weighted(
         self, grad: Tensor, coefficient: Tensor | float, step_limit: float | None, *, note: bool
     ) -> tuple[Tensor, GradientNote | None]:
-        """Coefficient times the gradient (groups, n, d), meaned over groups, within the limit; a note where asked for."""
-        grad = grad * (coefficient / grad.shape[0])
-        factor = self.shortening(grad, step_limit)
-        grad = grad * factor
+        """Make a gradient (groups, n, d) coefficient times its mean over groups, within the limit; a note where asked for."""
+        scale = coefficient / grad.shape[0]
+        factor = self.shortening(grad, step_limit, scale)
+        grad = grad.mul_(factor * scale)
         if not note or not (places := self._places(grad)):
             return grad, None
         task, penalty = self._norms(places)
@@ -92,9 +93,9 @@ class Application:
         for p, value, part in list(self.layer.target.places(self.reading, change, self.own, values=True)):
             value.add_(part if entries else part * self.own[id(p)])
 
-    def shortening(self, grad: Tensor, step_limit: float | None) -> Tensor:
-        """Factors (groups, n, 1) in (0, 1] that keep a step within the limit and the gradient within its dtype."""
-        length = torch.linalg.vector_norm(grad, dim=-1, keepdim=True)
+    def shortening(self, grad: Tensor, step_limit: float | None, scale: Tensor | float = 1.0) -> Tensor:
+        """Factors (groups, n, 1) in (0, 1] that keep a step by ``scale * grad`` within the limit and its dtype's range."""
+        length = torch.linalg.vector_norm(grad, dim=-1, keepdim=True) * scale
         room = torch.full_like(length, torch.finfo(self.reading.x.dtype).max / 2)
         if step_limit is not None and self.rate > 0:
             room = room.minimum(torch.linalg.vector_norm(self.neurons, dim=-1, keepdim=True) * (step_limit / self.rate))
@@ -127,7 +128,7 @@ def penalty_gradients(applications: Sequence[Application], replicas: Replicas | 
     stacks: dict[object, list[int]] = {}
     for i, one in enumerate(applications):
         x, plain = one.reading.x, one.state is None and one.layer.rows is None
-        alike = (one.layer.measure, x.shape, x.dtype, x.device) if plain and x.numel() <= _SMALL else i
+        alike = (one.layer.measure, x.shape, x.dtype, x.device) if plain and x.numel() <= SMALL else i
         if i not in found:
             stacks.setdefault(alike, []).append(i)
     for members in stacks.values():

@@ -147,7 +147,7 @@ def by_layer(
     return values | {f"gradient_share/{name}": value for name, value in shares.items()}
 
 
-def describe(layers: Sequence[Layer], skips: Sequence[Skip]) -> str:
+def describe(layers: Sequence[Layer], skips: Sequence[Skip], every_n_steps: int = 1) -> str:
     """The table at the start of a fit: what is measured, how strongly, and what is not and why."""
     rows = [("layer", "neurons x dimension", "measure", "coefficient")]
     rows += [(layer.target.name, _shape(layer.target.shape), _measure_name(layer), _strength_name(layer)) for layer in layers]
@@ -160,6 +160,8 @@ def describe(layers: Sequence[Layer], skips: Sequence[Skip]) -> str:
         lines += [f"  {skip.name} {'x'.join(map(str, skip.shape))}: {skip.reason}" for skip in named]
     if others := [skip.name for skip in skips if skip.reason == NOT_INCLUDED]:
         lines.append(f"  {NOT_INCLUDED}: {', '.join(others)}")
+    if every_n_steps > 1:
+        lines.append(f"applied on every {every_n_steps}th step of each optimizer")
     return "\n".join(lines)
 
 

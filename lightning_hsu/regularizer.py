@@ -20,7 +20,7 @@ from lightning_hsu.memory import Memory
 from lightning_hsu.monitor import Layer, LayerUniformity, describe, idle_reason, measure_layers
 from lightning_hsu.progress import Progress
 from lightning_hsu.selection import Patterns, Skip, select
-from lightning_hsu.stepping import Use, applications, learning_rates, loss_terms
+from lightning_hsu.stepping import Use, applications, learning_rates, loss_terms, lots
 from lightning_hsu.targets import Target
 
 
@@ -90,6 +90,7 @@ class UniformityRegularizer:
         self.active = False  # whether any layer has a coefficient other than the number 0: else there is nothing to add
         self.replicas: Replicas | None = None
         self.progress, self._looking = Progress(every_n_steps), Memory()
+        self._lots: list[list[Layer]] = []
         self._model: nn.Module | None = None
         self._root: nn.Module | None = None  # the model as FSDP1 wraps it
 
@@ -116,6 +117,7 @@ class UniformityRegularizer:
                 names = ", ".join(target.name for target in targets)
                 raise ValueError(f"head_coefficient is given, but no head is measured: name one of {names} with head='...'")
             self.layers = [self._layer(target) for target in targets]
+        self._lots = lots(self.layers, None if replicas is None else replicas.split_above)
         self.progress.attach(model)
         self._looking.attach(model)
         self.active = any(not isinstance(layer.strength, (int, float)) or layer.strength > 0 for layer in self.layers)
@@ -250,7 +252,8 @@ class UniformityRegularizer:
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle and copy the settings and where training stands, never the model."""
-        return self.__dict__ | {"layers": [], "skips": [], "active": False, "replicas": None, "_model": None, "_root": None}
+        gone = {"layers": [], "skips": [], "_lots": [], "active": False, "replicas": None, "_model": None, "_root": None}
+        return self.__dict__ | gone
 
     def _layer(self, target: Target) -> Layer:
         measure = self.measure.for_head() if target.head else self.measure
@@ -275,7 +278,7 @@ class UniformityRegularizer:
         use = Use(step, learning_rates(optimizer), grad_scale, again, self.step_limit, note)
         with whole_parameters(self._root, with_grads=True), exact_arithmetic(self.layers[0].parameters[0]):
             self.progress.note_reached(self.layers, use.own)
-            for one, grad, told in applications(self.layers, self.progress, use, self.replicas):
+            for one, grad, told in applications(self._lots, self.progress, use, self.replicas):
                 act(one, grad)
                 notes |= {one.layer.target.name: told} if told else {}
         return notes
@@ -284,16 +287,13 @@ class UniformityRegularizer:
         """Coefficient times penalty, summed over the layers; ``own`` are learning rates, for the step limit."""
         if self._model is not None and any(layer.lowered for layer in self.layers):
             reshard(self._model)
-        again = self.progress.loss_step == step
-        return loss_terms(self.layers, self.progress, Use(step, own, factor, again, self.step_limit))
+        return loss_terms(self.layers, self.progress, Use(step, own, factor, self.progress.loss_step == step, self.step_limit))
 
     def table(self) -> str:
         """Every layer with its shape, measure and coefficient, and every weight left out with the reason."""
         self._check_attached()
         with whole_parameters(self._root, with_grads=False):
-            text = describe(self.layers, self.skips)
-        every = "" if self.every_n_steps == 1 else f"\napplied on every {self.every_n_steps}th step of each optimizer"
-        return text + every
+            return describe(self.layers, self.skips, self.every_n_steps)
 
     def _check_attached(self) -> None:
         if not self.layers:

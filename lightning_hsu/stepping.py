@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_hsu.applying import Application, GradientNote, penalty_gradients
+from lightning_hsu.applying import SMALL, Application, GradientNote, penalty_gradients
 from lightning_hsu.distributed import Gathered, Replicas
 from lightning_hsu.monitor import Layer, widened
 from lightning_hsu.progress import Progress
@@ -38,11 +38,26 @@ class Use:
     note: bool = False
 
 
+def lots(layers: Sequence[Layer], split_above: int | None) -> list[list[Layer]]:
+    """Layers that go together, and no more of them than must, for a lot's gradients are in memory at once.
+
+    They share a parameter or a sharded module, are small and of one shape, or are split over ranks.
+    """
+    found: list[tuple[set[object], list[Layer]]] = []
+    for layer in layers:
+        labels, members = _labels(layer, split_above), [layer]
+        for known in [one for one in found if one[0] & labels]:
+            found.remove(known)
+            labels, members = labels | known[0], known[1] + members
+        found.append((labels, members))
+    return [members for _, members in found]
+
+
 def applications(
-    layers: Sequence[Layer], progress: Progress, use: Use, replicas: Replicas | None
+    lots: Sequence[Sequence[Layer]], progress: Progress, use: Use, replicas: Replicas | None
 ) -> Iterator[tuple[Application, Tensor, GradientNote | None]]:
-    """Layers about to act, with weighted gradients of their penalties, and notes; sharded modules are whole one at a time."""
-    for _, together in groupby(layers, lambda layer: id(layer.target.module) if layer.sharded else None):
+    """Layers about to act, lot by lot, with weighted gradients of their penalties, and notes."""
+    for together in lots:
         gathered: Gathered = {}
         found = (_application(layer, progress, use, gathered) for layer in together)
         ready = [one for one in found if one is not None]
@@ -66,6 +81,14 @@ def learning_rates(optimizer: Optimizer) -> dict[int, float]:
     """Learning rates of the optimizer's parameters, by id."""
     rates = [(group["params"], float(group.get("lr", 1.0))) for group in optimizer.param_groups]
     return {id(p): rate for parameters, rate in rates for p in parameters}
+
+
+def _labels(layer: Layer, split_above: int | None) -> set[object]:
+    if layer.sharded:
+        return {id(layer.target.module)}
+    shape, found = layer.target.shape, set[object](map(id, layer.parameters))
+    found |= {(layer.measure, shape)} if math.prod(shape) <= SMALL else set()
+    return found | ({"split"} if split_above is not None and shape[1] >= split_above else set())
 
 
 def _application(layer: Layer, progress: Progress, use: Use, gathered: Gathered) -> Application | None:

@@ -89,7 +89,8 @@ def test_too_few_neurons_have_energy_zero_and_no_gradient(shape):
     assert gradient.shape == shape
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-5)])
+# in float32 s = 20 multiplies the rounding of a cosine; measured: 8e-5
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 2e-4)])
 def test_zero_rows_take_no_part(dtype, tolerance):
     x = torch.randn(9, 6, dtype=dtype)
     with_zeros = torch.cat([x[:4], torch.zeros(1000, 6, dtype=dtype), x[4:]])

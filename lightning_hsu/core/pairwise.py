@@ -22,7 +22,7 @@ from torch import Tensor
 from lightning_hsu.core.kernel import PairTerm, softened_at
 from lightning_hsu.core.near import NEAR, NearPairs
 from lightning_hsu.core.precision import exact_arithmetic, with_float64, working_dtype
-from lightning_hsu.core.sphere import tangent, to_weights, unit_rows
+from lightning_hsu.core.sphere import largest_entries, to_weights, unit_rows
 
 PANEL = 256
 _PART_PANEL = PANEL // 2  # the block on the diagonal is formed whole: smaller ones keep the parts equal
@@ -50,13 +50,12 @@ def pair_energy(w: Tensor, term: PairTerm, *, with_grad: bool = True) -> tuple[T
     with torch.no_grad(), exact_arithmetic(stack):
         for some in torch.split(stack, _together(n, n)):
             sums = _PairSums(some.to(dtype), term)
-            sums.add(0, n, PANEL, with_grad=with_grad)
+            sums.add(0, n, _height(n), with_grad=with_grad)
             values.append(sums.value())
             grads += [sums.gradient(w.dtype)] if with_grad else []
-    value = torch.cat(values).reshape(w.shape[:-2])
     bound = torch.finfo(working_dtype(w.dtype)).max
-    value = value.clamp(-bound, bound).to(working_dtype(w.dtype)).to(w.device)
-    return value, torch.cat(grads).reshape(w.shape).to(w.device) if with_grad else None
+    value = _joined(values).reshape(w.shape[:-2]).clamp(-bound, bound).to(w.device, working_dtype(w.dtype))
+    return value, _joined(grads).reshape(w.shape).to(w.device) if with_grad else None
 
 
 def pair_rows(w: Tensor, term: PairTerm, rows: Tensor) -> Tensor:
@@ -117,7 +116,7 @@ def pair_part(w: Tensor, term: PairTerm, part: int, parts: int) -> tuple[Tensor,
             sums.add(first, last, _PART_PANEL)
             grads.append(sums.share(w.dtype, parts))
             additive &= sums.additive
-    return torch.cat(grads).reshape(w.shape).to(w.device), torch.tensor(float(not additive), device=w.device)
+    return _joined(grads).reshape(w.shape).to(w.device), torch.tensor(float(not additive), device=w.device)
 
 
 def _stack(w: Tensor, term: PairTerm) -> tuple[Tensor, torch.dtype]:
@@ -129,6 +128,15 @@ def _wide_enough(term: PairTerm, dtype: torch.dtype) -> torch.dtype:
     """Return float64 for a kernel so steep (a Riesz kernel with s above 25 or below -100) that float32 would overflow."""
     extremes = (*softened_at(term, NEAR), *softened_at(term, 4.0))
     return torch.float64 if max(abs(part) for part in extremes) > 1e18 else dtype
+
+
+def _height(n: int) -> int:
+    """Rows of a panel: fewer where the block on the diagonal, which is formed whole, weighs more, or a row is long."""
+    return PANEL if 640 < n <= 16384 else PANEL // 2
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _together(k: int, n: int) -> int:
@@ -147,86 +155,121 @@ class _PairSums:
     """
 
     def __init__(self, w: Tensor, term: PairTerm, index: Tensor | None = None) -> None:
-        self.w, self.term, self.triangle = w, term, index is None
+        self.w, self.term, self.index = w, term, index
         self.x, inverse_norm = unit_rows(w)
-        self.alive = inverse_norm > 0  # (b, n, 1)
-        self.live: list[int] = self.alive.sum((-2, -1)).tolist()
-        self.index = torch.arange(w.shape[1], device=w.device).expand(w.shape[:2]) if index is None else index
+        low, high = inverse_norm.aminmax()
+        self.alive = None if bool(low > 0) else inverse_norm > 0  # (b, n, 1); None if all are
+        self.live: list[int] = [w.shape[1]] * len(w) if self.alive is None else self.alive.sum((-2, -1)).tolist()
+        self.in_range = bool(high < 1e15)  # then no gradient over a norm overflows, if it is not one of near pairs
         self.rows, self.inverse_norm = self.x, inverse_norm
         if index is not None:
             self.rows, self.inverse_norm = (torch.take_along_dim(a, index[..., None], 1) for a in (self.x, inverse_norm))
         self.near: dict[int, NearPairs] = {}
         self.total = torch.zeros(len(w), dtype=torch.float64, device=w.device)
-        self.grad = torch.zeros_like(self.rows)
-        self.scale = self._by_group(term.scale)
+        self.grad = self.rows  # (b, k, d), that of the pairs that are not near, before anything is multiplied or projected
+        self.radial = torch.zeros(self.rows.shape[:2], dtype=w.dtype, device=w.device)  # its products with the unit rows
+        self.two = torch.tensor(2.0, dtype=w.dtype)
         self.additive = True  # whether the gradient, once taken, is a sum over pairs
 
-    def _by_group(self, function: Callable[[float], float]) -> Tensor:
+    def _by_group(self, function: Callable[[float], float]) -> Tensor | float:
+        """A number (b,) for each group; one where they are equal."""
+        if self.alive is None:
+            return function(self.w.shape[1])
         return torch.tensor([function(m) for m in self.live], dtype=torch.float64, device=self.w.device)
 
     def add(self, first: int, last: int, height: int, *, with_grad: bool = True) -> None:
         """Add the pairs of the rows from ``first`` to before ``last``, in panels of so many rows."""
+        if with_grad:
+            self.grad = (torch.empty_like if first == 0 < last else torch.zeros_like)(self.rows)
         for start in range(first, last, height):
             self._add_panel(start, min(start + height, last), with_grad)
 
     def _add_panel(self, start: int, stop: int, with_grad: bool) -> None:
-        rows, left = self.rows[:, start:stop], start if self.triangle else 0
-        cols, own = self.x[:, left:], self.index[:, start:stop, None] - left  # (b, m, d), (b, k, 1)
-        seam = stop - left if self.triangle else cols.shape[1]  # columns before it hold each pair twice
-        q = _squared_chords(rows, cols, own)
+        left = start if self.index is None else 0
+        rows, cols = self.rows[:, start:stop], self.x[:, left:]  # (b, k, d), (b, m, d)
+        seam = stop - left if self.index is None else cols.shape[1]  # columns before it hold each pair twice
+        cosine = _product(rows, cols.mT)
+        q = torch.add(self.two, cosine, alpha=-2.0)
+        self._fill_own(q, start, 2.0)
         redo = _near(q)
         if redo is not None:
-            self._redo(redo, own + left, left, seam, with_grad)
-        value, slope = _terms(q, own, self.term, redo)
-        if min(self.live) < self.alive.shape[1]:  # a zero row has cosine 0 with all: no pull on the others, but a value
+            self._redo(redo, start, stop, left, seam, with_grad)
+            q.clamp_(NEAR, 4.0 - NEAR)
+        value, slope = self.term.folded(q, NEAR)
+        for part in (value, slope):
+            self._fill_own(part, start, 0.0)
+            if redo is not None:
+                part.masked_fill_(redo, 0.0)
+        if self.alive is not None:  # a zero row has cosine 0 with all: no pull on the others, but a value
             value *= (self.inverse_norm[:, start:stop] > 0) & self.alive[:, left:].mT
-        self.total += value.sum((-2, -1), dtype=torch.float64) - value[..., :seam].sum((-2, -1), dtype=torch.float64) / 2
+        twice = value[..., :seam].sum((-2, -1), dtype=torch.float64)
+        self.total += twice * 0.5
+        if seam < cols.shape[1]:
+            self.total += value[..., seam:].sum((-2, -1), dtype=torch.float64)
         if with_grad:
-            _add_product(self.grad[:, start:stop], slope, cols)
-        if with_grad and self.triangle:
-            _add_product(self.grad[:, stop:], slope[..., seam:].mT, rows)
+            fresh = start == 0 or self.index is not None  # then nothing was there before
+            radial = cosine.mul_(slope)
+            self.radial[:, start:stop] += radial.sum(-1)
+            _add_product(self.grad[:, start:stop], slope, cols, fresh)
+        if with_grad and seam < cols.shape[1]:
+            self.radial[:, stop:] += radial[..., seam:].sum(-2)
+            _add_product(self.grad[:, stop:], slope[..., seam:].mT, rows, fresh)
 
-    def _redo(self, mask: Tensor, rows: Tensor, left: int, seam: int, with_grad: bool) -> None:
-        """Add the pairs of ``mask`` (b, k, m): rows (b, k, 1), columns left.. of each group."""
+    def _fill_own(self, part: Tensor, start: int, value: float) -> None:
+        """Fill in where the rows from ``start`` on of a panel (b, k, m) meet themselves."""
+        if self.index is None:
+            part.diagonal(dim1=1, dim2=2).fill_(value)
+        else:
+            part.scatter_(2, self.index[:, start : start + part.shape[1], None], value)
+
+    def _redo(self, mask: Tensor, start: int, stop: int, left: int, seam: int, with_grad: bool) -> None:
+        """Add the pairs of ``mask`` (b, k, m): rows from ``start`` to before ``stop``, columns from ``left`` on."""
         cols = torch.arange(left, self.x.shape[1], device=mask.device)
         for i in mask.any(2).any(1).nonzero().flatten().tolist():
             if i not in self.near:
                 self.near[i] = NearPairs(self.w[i], self.term)
-            self.near[i].add_panel(mask[i], rows[i, :, 0], cols, seam, with_grad=with_grad)
+            rows = cols[: stop - start] if self.index is None else self.index[i, start:stop]
+            self.near[i].add_panel(mask[i], rows, cols, seam, with_grad=with_grad)
 
     def value(self) -> Tensor:
         """Mean energy (b,) in float64."""
         total = self.total.clone()
         for i, pairs in self.near.items():
             total[i] += pairs.energy
-        return (total + self._by_group(self.term.constant)) * self.scale
+        return (total + self._by_group(self.term.constant)) * self._by_group(self.term.scale)
 
     def gradient(self, out: torch.dtype) -> Tensor:
-        """Gradient of the mean energy in the rows, (b, k, d) in ``out``."""
+        """Gradient of the mean energy in the rows, (b, k, d) in ``out``; to be called once."""
+        if self.in_range and not self.near and out == self.grad.dtype:
+            return self._tangent().mul_(self.inverse_norm * self._mean())
         return to_weights(self._on_sphere(), self.inverse_norm, out)
 
     def share(self, out: torch.dtype, parts: int) -> Tensor:
         """The same, with rows so short that ``parts`` such tensors have a finite sum."""
         grad = self._on_sphere()
-        largest = torch.linalg.vector_norm(grad, ord=float("inf"), dim=-1, keepdim=True)
-        room = torch.finfo(out).max / 2 / parts / largest.clamp_min(torch.finfo(grad.dtype).tiny)
+        room = torch.finfo(out).max / 2 / parts / largest_entries(grad).clamp_min(torch.finfo(grad.dtype).tiny)
         self.additive &= not bool((self.inverse_norm > room).any())
         return (grad * torch.minimum(self.inverse_norm, room)).to(out)
 
     def _on_sphere(self) -> Tensor:
         """From sum_j F'(q_ij) x_j (b, k, d) to the gradient on the sphere: tangent part, near pairs, mean over pairs."""
-        grad = tangent(self.grad, self.rows) * (-2.0 * self.scale[:, None, None]).to(self.grad.dtype)
+        grad = self._tangent().mul_(self._mean())
         bound = torch.finfo(grad.dtype).max / 4
         for i, pairs in self.near.items():
-            near = pairs.gradient()[self.index[i]] * self.scale[i]
+            near = pairs.gradient() if self.index is None else pairs.gradient()[self.index[i]]
+            near = near * self.term.scale(self.live[i])
             self.additive &= pairs.away is None and not bool((near.abs() > bound).any())
             grad[i] += near.clamp(-bound, bound).to(grad.dtype)
         return grad
 
+    def _tangent(self) -> Tensor:
+        """What is tangent of sum_j F'(q_ij) x_j (b, k, d)."""
+        return self.grad.addcmul_(self.rows, self.radial[..., None], value=-1.0)
 
-def _squared_chords(rows: Tensor, cols: Tensor, own: Tensor) -> Tensor:
-    """Squared chords (b, k, m) of unit rows (b, k, d) to columns (b, m, d); to itself, at ``own`` (b, k, 1): 2."""
-    return (rows @ cols.mT).mul_(-2.0).add_(2.0).scatter_(2, own, 2.0)
+    def _mean(self) -> Tensor | float:
+        """What makes of that the gradient of a mean, a number or (b, 1, 1)."""
+        scale = self._by_group(self.term.scale)
+        return -2.0 * (scale[:, None, None].to(self.grad.dtype) if isinstance(scale, Tensor) else scale)
 
 
 def _near(q: Tensor) -> Tensor | None:
@@ -237,19 +280,15 @@ def _near(q: Tensor) -> Tensor | None:
     return (q < NEAR) | (q > 4.0 - NEAR)
 
 
-def _terms(q: Tensor, own: Tensor, term: PairTerm, redo: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Energy and slope (b, k, m) at squared chords q, which is overwritten; 0 for a neuron itself and where redone."""
-    value, slope = term.folded(q if redo is None else q.clamp_(NEAR, 4.0 - NEAR), NEAR)
-    for part in (value, slope):
-        part.scatter_(2, own, 0.0)
-        if redo is not None:
-            part.masked_fill_(redo, 0.0)
-    return value, slope
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b``; stacks of one go through the plain matrix product, which is faster."""
+    return torch.mm(a[0], b[0])[None] if len(a) == 1 else torch.bmm(a, b)
 
 
-def _add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """Add a @ b to ``out`` in place; stacks of one go through the plain matrix product, which is faster."""
-    if out.shape[0] == 1:
-        out[0].addmm_(a[0], b[0])
+def _add_product(out: Tensor, a: Tensor, b: Tensor, fresh: bool) -> None:
+    """Add a @ b to ``out`` in place, or put it there where that is ``fresh``."""
+    beta = 0.0 if fresh else 1.0
+    if len(a) == 1:
+        out[0].addmm_(a[0], b[0], beta=beta)
     else:
-        out.baddbmm_(a, b)
+        out.baddbmm_(a, b, beta=beta)

@@ -52,7 +52,7 @@ class Measure(ABC):
 
     @abstractmethod
     def value_and_grad(self, x: Tensor, state: State | None = None) -> tuple[Tensor, Tensor]:
-        """Return the penalty (...) and its gradient (..., n, d) without an autograd graph."""
+        """Return the penalty (...) and its gradient (..., n, d), which the caller may overwrite, without an autograd graph."""
 
     def gradient_rows(self, x: Tensor, rows: Tensor, state: State | None = None) -> Tensor:
         """Return the gradient that :meth:`value_and_grad` gives in some rows, and 0 in the others.

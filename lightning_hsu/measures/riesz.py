@@ -105,7 +105,8 @@ def _powers(inverse: Tensor, s: float, *, squared: bool) -> tuple[Tensor, Tensor
         value = inverse if s == 1 else inverse * square if s == 3 else square * square
     else:
         value = inverse.pow(s)
-    return (value, (-0.5 * s) * value * square) if s > 0 else (-value, (0.5 * s) * value * square)
+    slope = (value * square).mul_(-0.5 * abs(s))
+    return (value if s > 0 else -value), slope
 
 
 def _random_pair(s: float, d: int) -> float:

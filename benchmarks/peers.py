@@ -1,0 +1,47 @@
+"""Other ways to the same energy, written plainly from their description: what the measures here are timed against.
+
+Each takes neurons (n, d) that require a gradient and gives the mean energy; autograd does the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+
+def wo(w: Tensor) -> Tensor:
+    """Riesz energy, s = 2: normalise, one matrix product, the reciprocal with an epsilon, a mask without the diagonal."""
+    x = w / w.norm(dim=1, keepdim=True)
+    pairs = 1.0 / (2.0 * (1.0 - x @ x.T) + 1e-8) * (1.0 - torch.eye(len(w)))
+    return pairs.sum() / (len(w) * (len(w) - 1))
+
+
+def user(w: Tensor) -> Tensor:
+    """Riesz energy, s = 2, as users write it: F.normalize, clamp, a power, masked_fill."""
+    x = nn.functional.normalize(w)
+    q = (2.0 - 2.0 * x @ x.T).clamp_min(1e-6)
+    pairs = q.pow(-1.0).masked_fill(torch.eye(len(w), dtype=torch.bool), 0.0)
+    return pairs.sum() / (len(w) * (len(w) - 1))
+
+
+def half_mhe(w: Tensor) -> Tensor:
+    """Riesz energy, s = 2, in half space: the neurons and their mirror images in one list of 2n, the strict lower triangle."""
+    both = torch.cat([w, -w])
+    x = both / (both.norm(dim=1, keepdim=True) + 1e-4)
+    inner = x @ x.T
+    q = 2.0 - 2.0 * inner + torch.eye(len(both))
+    pairs = torch.tril(q.pow(-1.0), diagonal=-1)
+    return pairs.sum() / (len(both) * (len(both) - 1) / 2)
+
+
+def pdist(w: Tensor) -> Tensor:
+    """The logarithm of the mean Gaussian potential, t = 2, from torch.pdist."""
+    return torch.pdist(nn.functional.normalize(w)).square().mul(-2.0).exp().mean().log()
+
+
+def gradient(peer: Callable[[Tensor], Tensor], w: Tensor) -> Tensor:
+    """The gradient of a peer's energy."""
+    leaf = w.detach().requires_grad_()
+    return torch.autograd.grad(peer(leaf), leaf)[0]
