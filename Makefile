@@ -29,8 +29,9 @@ wheel: .venv/installed  ## Build the wheel, install it into an empty environment
 	.venv-wheel/bin/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) dist/*.whl
 	cd .venv-wheel && bin/python -I ../.ci/check_wheel.py
 
-bench: .venv/installed  ## What the callback costs a step
-	$(BIN)/python benchmarks/overhead.py
+bench: .venv/installed  ## What the penalty costs; QUICK=--quick runs all of it in miniature
+	$(BIN)/python -m benchmarks.core $(QUICK)
+	$(BIN)/python -m benchmarks.overhead $(QUICK)
 
 clean:  ## Remove what the targets made
 	rm -rf .venv .venv-wheel build dist out *.egg-info

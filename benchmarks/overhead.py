@@ -10,19 +10,17 @@ neurons have condensed onto four directions, so that a quarter of the pairs is r
 from __future__ import annotations
 
 import argparse
-import json
 import logging
-import platform
 import statistics
 import time
 import warnings
-from pathlib import Path
 
 import lightning.pytorch as pl
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from benchmarks.timing import machine, save, spread
 from lightning_hsu import HypersphericalUniformity
 from lightning_hsu.measures import RieszEnergy
 
@@ -135,24 +133,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--quick", action="store_true", help="in miniature, to see that it runs")
     arguments = parser.parse_args()
+    if arguments.quick:
+        arguments.steps, arguments.rounds = 100, 1
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     rounds = [one_round(arguments.steps) for _ in range(arguments.rounds)]
-    machine = f"{platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}, 1 thread"
-    result = {"machine": machine, "layers": 60, "goal_ms": GOAL_MS}
+    result: dict[str, object] = {"machine": machine(), "layers": 60, "goal_ms": GOAL_MS}
     result |= {key: spread([one[key] for one in rounds]) for key in rounds[0]}
     for key, value in result.items():
         print(f"{key:24s} {value}")
-    target = Path(__file__).parent / "results" / "overhead.json"
-    target.parent.mkdir(exist_ok=True)
-    target.write_text(json.dumps(result, indent=2) + "\n")
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    """Smallest, median and largest."""
-    return {"min": round(min(values), 4), "median": round(statistics.median(values), 4), "max": round(max(values), 4)}
+    if not arguments.quick:
+        save("overhead", result)
 
 
 if __name__ == "__main__":

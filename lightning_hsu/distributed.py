@@ -85,6 +85,8 @@ def local(x: Any) -> Tensor:
 
 def read_neurons(module: nn.Module, gathered: Gathered | None = None) -> dict[str, Reading]:
     """Read a module's neurons, by name, whole on every rank: a collective call where its parameters are sharded."""
+    if not any(map(is_sharded, module.parameters())):
+        return {key: Reading(x, _origin(x, {})) for key, x in neurons_of(module).items()}
     gathered = {} if gathered is None else gathered
     sharded: dict[str, Any] = {name: p for name, p in module.named_parameters() if is_sharded(p)}
     for p in sharded.values():
@@ -208,8 +210,6 @@ def reshard(model: nn.Module) -> None:
 
 def _with_parameters(module: nn.Module, given: dict[str, Tensor]) -> dict[str, Tensor]:
     """A module's neurons where tensors stand in the place of some parameters."""
-    if not given:
-        return neurons_of(module)
     found: dict[str, Tensor] = functional_call(_Rule(module), {f"module.{name}": x for name, x in given.items()}, ())
     return found
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from lightning_hsu.core import exact_arithmetic
-from lightning_hsu.measures import State
+from lightning_hsu.measures import Measure, State
 from lightning_hsu.monitor import Layer
 
 
@@ -39,6 +39,8 @@ class Memory:
 
     def peek(self, layer: Layer, x: Tensor) -> State | None:
         """The same without keeping it."""
+        if type(layer.measure).prepare is Measure.prepare:
+            return None  # as of most measures
         known = self.states.get(layer.target.name)
         if known is not None:
             known = {name: part.to(x.device) if part.is_floating_point() else part for name, part in known.items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -118,13 +118,13 @@ def _rearranges(x: Tensor, leaves: list[nn.Parameter]) -> bool:
 @contextmanager
 def without_side_effects(module: nn.Module) -> Iterator[None]:
     """Read weights without changing state (a spectral norm iterates at each access in training) and without autocast."""
-    lists = [m for m in module.modules() if isinstance(m, ParametrizationList)]
+    lists = [m for m in module.modules() if isinstance(m, ParametrizationList)] if module._modules else []
     switched = [part for one in lists for part in one.modules() if part.training]
     device = next((p.device.type for p in module.parameters()), "cpu")
     for part in switched:
         part.training = False
     try:
-        with torch.autocast(device, enabled=False):
+        with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
             yield
     finally:
         for part in switched:
