@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from lightning_hsu.memory import Memory
 from lightning_hsu.monitor import Layer, LayerUniformity, describe, idle_reason, measure_layers
 from lightning_hsu.progress import Progress
 from lightning_hsu.selection import Patterns, Skip, select
-from lightning_hsu.stepping import Use, applications, learning_rates, loss_terms, lots
+from lightning_hsu.stepping import Act, Use, act_on, learning_rates, loss_terms, lots
 from lightning_hsu.targets import Target
 
 
@@ -266,7 +266,7 @@ class UniformityRegularizer:
         return memory.peek(layer, x) if layer.target.name in memory.states else self._looking.next(layer, x)
 
     def _apply(
-        self, act: Callable[..., None], optimizer: Optimizer, index: int | None, grad_scale: float, note: bool, again: bool
+        self, act: Act, optimizer: Optimizer, index: int | None, grad_scale: float, note: bool, again: bool
     ) -> dict[str, GradientNote]:
         """Let every layer of the optimizer's parameters act on its penalty's gradient; notes by layer."""
         self._check_attached()
@@ -278,9 +278,8 @@ class UniformityRegularizer:
         use = Use(step, learning_rates(optimizer), grad_scale, again, self.step_limit, note)
         with whole_parameters(self._root, with_grads=True), exact_arithmetic(self.layers[0].parameters[0]):
             self.progress.note_reached(self.layers, use.own)
-            for one, grad, told in applications(self._lots, self.progress, use, self.replicas):
-                act(one, grad)
-                notes |= {one.layer.target.name: told} if told else {}
+            for lot in self._lots:
+                notes |= act_on(lot, act, self.progress, use, self.replicas)
         return notes
 
     def _penalty(self, step: int, own: Mapping[int, float], factor: Tensor | float) -> Tensor:

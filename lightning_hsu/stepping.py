@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -53,21 +53,24 @@ def lots(layers: Sequence[Layer], split_above: int | None) -> list[list[Layer]]:
     return [members for _, members in found]
 
 
-def applications(
-    lots: Sequence[Sequence[Layer]], progress: Progress, use: Use, replicas: Replicas | None
-) -> Iterator[tuple[Application, Tensor, GradientNote | None]]:
-    """Layers about to act, lot by lot, with weighted gradients of their penalties, and notes."""
-    for together in lots:
-        gathered: Gathered = {}
-        found = (_application(layer, progress, use, gathered) for layer in together)
-        ready = [one for one in found if one is not None]
-        grads = penalty_gradients(ready, replicas)
-        # All norms before any gradient is added: several sets of neurons may be computed from one parameter.
-        notes: list[GradientNote | None] = []
-        for i, one in enumerate(ready):
-            grads[i], note = _weighted(one, grads[i], progress, use)
-            notes.append(note)
-        yield from zip(ready, grads, notes, strict=True)
+Act = Callable[[Application, Tensor], None]
+"""What is done with a layer's weighted gradient: :meth:`Application.add` or :meth:`Application.move`."""
+
+
+def act_on(
+    together: Sequence[Layer], act: Act, progress: Progress, use: Use, replicas: Replicas | None
+) -> dict[str, GradientNote]:
+    """Let a lot of layers act on the weighted gradients of their penalties; notes by layer, where asked for."""
+    gathered: Gathered = {}
+    found = (_application(layer, progress, use, gathered) for layer in together)
+    ready = [one for one in found if one is not None]
+    grads, notes = penalty_gradients(ready, replicas), dict[str, GradientNote]()
+    for i, one in enumerate(ready):  # all norms before any gradient is added: layers may be computed from one parameter
+        grads[i], note = _weighted(one, grads[i], progress, use)
+        notes |= {one.layer.target.name: note} if note else {}
+    for one, grad in zip(ready, grads, strict=True):
+        act(one, grad)
+    return notes
 
 
 def loss_terms(layers: Sequence[Layer], progress: Progress, use: Use) -> Tensor:

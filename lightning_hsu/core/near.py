@@ -26,7 +26,8 @@ class NearPairs:
     def __init__(self, w: Tensor, term: PairTerm) -> None:
         self.w, self.term = w, term
         self.energy = torch.zeros((), dtype=torch.float64, device=w.device)
-        self.grad = torch.zeros_like(w, dtype=torch.float64)
+        self.met = torch.zeros(len(w), dtype=torch.bool, device=w.device)  # rows with a near neighbour
+        self.grad = torch.empty_like(w, dtype=torch.float64)  # of these, the others hold nothing
         self.noise: Tensor | None = None  # (n, d), drawn when the first coincident neurons are met
         self.away: Tensor | None = None  # (n, d): directions in which coincident neurons part
         self.degree: Tensor | None = None  # (n,): coincident partners
@@ -52,18 +53,19 @@ class NearPairs:
         if not with_grad:
             return
         pull, push = slope * keep, mirrored_slope * keep
-        self._accumulate(self.grad, rows, x, y, pull, push)
-        self._accumulate(self.grad, cols[outside], y[outside], x, pull[:, outside].mT, push[:, outside].mT)
+        self._accumulate(rows, x, y, pull, push)
+        self._accumulate(cols[outside], y[outside], x, pull[:, outside].mT, push[:, outside].mT)
         same = (q < COINCIDENT) & keep
         mirror = (p < COINCIDENT) & keep & self.term.half_space
         if bool((same | mirror).any()):
             self._separate(rows, cols, outside, same.double(), mirror.double())
 
-    @staticmethod
-    def _accumulate(grad: Tensor, index: Tensor, x: Tensor, y: Tensor, pull: Tensor, push: Tensor) -> None:
-        """Add 2 * sum_j [pull (x_i - y_j) + push (x_i + y_j)], its tangent part, to the rows ``index`` of grad."""
+    def _accumulate(self, index: Tensor, x: Tensor, y: Tensor, pull: Tensor, push: Tensor) -> None:
+        """Add 2 * sum_j [pull (x_i - y_j) + push (x_i + y_j)], its tangent part, to the rows ``index`` of the gradient."""
         total = (pull + push).sum(1, keepdim=True) * x - (pull - push) @ y
-        grad.index_add_(0, index, tangent(2.0 * total, x))
+        self.grad[index[~self.met[index]]] = 0.0
+        self.met[index] = True
+        self.grad.index_add_(0, index, tangent(2.0 * total, x))
 
     def _separate(self, rows: Tensor, cols: Tensor, outside: Tensor, same: Tensor, mirror: Tensor) -> None:
         """Note coincident partners: as if every neuron stood an infinitesimal, seeded step beside itself."""
@@ -79,12 +81,14 @@ class NearPairs:
             self.away.index_add_(0, index, degree[:, None] * noise[index] - (a - b) @ noise[partners])
             self.degree.index_add_(0, index, degree)
 
-    def gradient(self) -> Tensor:
-        """The gathered gradient of the pair sum on the sphere, (n, d) float64."""
+    def gradient(self) -> tuple[Tensor, Tensor]:
+        """Rows (m,) with a near neighbour, and their part of the gradient of the pair sum on the sphere, (m, d) float64."""
+        rows = self.met.nonzero().squeeze(1)
+        grad = self.grad[rows]
         if self.away is not None and self.degree is not None:
-            x = unit_rows(self.w.double())[0]
-            direction = unit_rows(tangent(self.away, x))[0]
+            x = unit_rows(self.w[rows].double())[0]
+            direction = unit_rows(tangent(self.away[rows], x))[0]
             knee = self.term.knee
             slope = softened_at(self.term, knee**2)[1]
-            self.grad = self.grad + 2.0 * slope * knee * self.degree[:, None] * direction
-        return self.grad
+            grad += 2.0 * slope * knee * self.degree[rows, None] * direction
+        return rows, grad

@@ -256,10 +256,16 @@ class _PairSums:
         grad = self._tangent().mul_(self._mean())
         bound = torch.finfo(grad.dtype).max / 4
         for i, pairs in self.near.items():
-            near = pairs.gradient() if self.index is None else pairs.gradient()[self.index[i]]
-            near = near * self.term.scale(self.live[i])
+            rows, near = pairs.gradient()
+            near *= self.term.scale(self.live[i])
             self.additive &= pairs.away is None and not bool((near.abs() > bound).any())
-            grad[i] += near.clamp(-bound, bound).to(grad.dtype)
+            near = near.clamp_(-bound, bound).to(grad.dtype)
+            if self.index is not None:  # from rows of all to places in the index; rows that are not in it go beyond its end
+                place = torch.full((self.x.shape[1],), len(grad[i]), device=rows.device)
+                place[self.index[i]] = torch.arange(len(grad[i]), device=rows.device)
+                wanted = place[rows] < len(grad[i])
+                rows, near = place[rows][wanted], near[wanted]
+            grad[i].index_add_(0, rows, near)
         return grad
 
     def _tangent(self) -> Tensor:
