@@ -14,13 +14,14 @@ import logging
 import statistics
 import time
 import warnings
+from functools import partial
 
 import lightning.pytorch as pl
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from benchmarks.timing import machine, save, spread
+from benchmarks.timing import machine, quotient, rounds_of, save, spread
 from lightning_hsu import HypersphericalUniformity
 from lightning_hsu.measures import RieszEnergy
 
@@ -114,18 +115,12 @@ def one_round(steps: int) -> dict[str, float]:
 
 
 def condensed_over_random() -> float:
-    """Time of a condensed layer over that of a random one, each the median of five."""
+    """Time of a condensed layer over that of a random one, the median of five rounds."""
     measure, random = RieszEnergy(s=2.0, half_space=True), torch.randn(512, 512)
     condensed = torch.randn(4, 512).repeat(128, 1) + 0.1 * random
-    medians = []
-    for x in (condensed, random):
-        times = []
-        for _ in range(5):
-            start = time.perf_counter()
-            measure.value_and_grad(x)
-            times.append(time.perf_counter() - start)
-        medians.append(statistics.median(times))
-    return medians[0] / medians[1]
+    layers = {"condensed": condensed, "random": random}
+    times = rounds_of({name: partial(measure.value_and_grad, x) for name, x in layers.items()}, 5)
+    return quotient(times, "condensed", "random")["median"]
 
 
 def main() -> None:

@@ -8,21 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 def wo(w: Tensor) -> Tensor:
     """Riesz energy, s = 2: normalise, one matrix product, the reciprocal with an epsilon, a mask without the diagonal."""
     x = w / w.norm(dim=1, keepdim=True)
     pairs = 1.0 / (2.0 * (1.0 - x @ x.T) + 1e-8) * (1.0 - torch.eye(len(w)))
-    return pairs.sum() / (len(w) * (len(w) - 1))
-
-
-def user(w: Tensor) -> Tensor:
-    """Riesz energy, s = 2, as users write it: F.normalize, clamp, a power, masked_fill."""
-    x = nn.functional.normalize(w)
-    q = (2.0 - 2.0 * x @ x.T).clamp_min(1e-6)
-    pairs = q.pow(-1.0).masked_fill(torch.eye(len(w), dtype=torch.bool), 0.0)
     return pairs.sum() / (len(w) * (len(w) - 1))
 
 
@@ -34,11 +26,6 @@ def half_mhe(w: Tensor) -> Tensor:
     q = 2.0 - 2.0 * inner + torch.eye(len(both))
     pairs = torch.tril(q.pow(-1.0), diagonal=-1)
     return pairs.sum() / (len(both) * (len(both) - 1) / 2)
-
-
-def pdist(w: Tensor) -> Tensor:
-    """The logarithm of the mean Gaussian potential, t = 2, from torch.pdist."""
-    return torch.pdist(nn.functional.normalize(w)).square().mul(-2.0).exp().mean().log()
 
 
 def gradient(peer: Callable[[Tensor], Tensor], w: Tensor) -> Tensor:

@@ -87,9 +87,11 @@ class Target:
 
     def rearranges(self, reading: Reading) -> bool:
         """Whether the neurons are entries of one parameter, in whatever order: then a change of theirs is one of it."""
+        if reading.parameter is not None:
+            return True
         named = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
-        if reading.parameter is not None or not named or not reading.x.requires_grad:
-            return reading.parameter is not None
+        if not named or not reading.x.requires_grad:
+            return False
         key = tuple(named)  # pruning and parametrizing, also in the midst of training, change the names
         if key not in self._rearranged:
             self._rearranged[key] = _rearranges(reading.x, list(named.values()))

@@ -166,7 +166,7 @@ class _PairSums:
             self.rows, self.inverse_norm = (torch.take_along_dim(a, index[..., None], 1) for a in (self.x, inverse_norm))
         self.near: dict[int, NearPairs] = {}
         self.total = torch.zeros(len(w), dtype=torch.float64, device=w.device)
-        self.grad = self.rows  # (b, k, d), that of the pairs that are not near, before anything is multiplied or projected
+        self.grad = w.new_empty(0)  # (b, k, d), that of the pairs that are not near, before anything is multiplied or projected
         self.radial = torch.zeros(self.rows.shape[:2], dtype=w.dtype, device=w.device)  # its products with the unit rows
         self.two = torch.tensor(2.0, dtype=w.dtype)
         self.additive = True  # whether the gradient, once taken, is a sum over pairs
