@@ -8,13 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lightning_hsu.core.grouped import SMALL, Addition, add_pair_gradients, shortening
 from lightning_hsu.distributed import Reading, Replicas, any_holder, norm_of, sum_over_ranks
-from lightning_hsu.measures import State
+from lightning_hsu.measures import Measure, State
 from lightning_hsu.monitor import Layer, widened
 from lightning_hsu.share import Share, ShareMeans
-
-SMALL = 2**16
-"""Entries of a layer up to which equal shapes are stacked: their cost is the number of operations."""
 
 
 @dataclass(frozen=True)
@@ -95,11 +93,21 @@ class Application:
 
     def shortening(self, grad: Tensor, step_limit: float | None, scale: Tensor | float = 1.0) -> Tensor:
         """Factors (groups, n, 1) in (0, 1] that keep a step by ``scale * grad`` within the limit and its dtype's range."""
-        length = torch.linalg.vector_norm(grad, dim=-1, keepdim=True) * scale
-        room = torch.full_like(length, torch.finfo(self.reading.x.dtype).max / 2)
-        if step_limit is not None and self.rate > 0:
-            room = room.minimum(torch.linalg.vector_norm(self.neurons, dim=-1, keepdim=True) * (step_limit / self.rate))
-        return torch.where(length > room, room / length, 1.0)
+        return shortening(grad, self.neurons, scale, self._limit(step_limit), torch.finfo(self.reading.x.dtype).max / 2)
+
+    def addition(self, coefficient: Tensor | float, step_limit: float | None) -> Addition | None:
+        """What to add to ``.grad``, if all there is to know of it are numbers; None if not."""
+        x, parameter = self.reading.x.detach(), self.reading.parameter
+        if parameter is None or isinstance(coefficient, Tensor):
+            return None
+        places = self._places(x)
+        if len(places) != 1 or places[0][2] is not x or places[0][1].dtype != x.dtype:
+            return None  # it has to be pulled back to the parameters
+        return Addition(x, places[0][1], coefficient / x.shape[0], self._limit(step_limit), self.grad_scale)
+
+    def _limit(self, step_limit: float | None) -> float | None:
+        """Largest length of a neuron's gradient over its norm."""
+        return None if step_limit is None or self.rate <= 0 else step_limit / self.rate
 
     def _along_the_sphere(self, grad: Tensor) -> Tensor:
         """The change (groups, n, d) of a step against a tangent gradient that keeps each neuron's norm."""
@@ -138,6 +146,16 @@ def penalty_gradients(applications: Sequence[Application], replicas: Replicas | 
         grad = measure.value_and_grad(x, first.state)[1] if rows is None else measure.gradient_rows(x, rows, first.state)
         found |= dict(zip(members, torch.split(grad, stack[0].shape[0]), strict=True))
     return [found[i] for i in range(len(applications))]
+
+
+def add_together(additions: Mapping[Application, Addition]) -> None:
+    """Add to many layers at once, those of one measure together."""
+    found: dict[Measure, list[Addition]] = {}
+    for one, addition in additions.items():
+        found.setdefault(one.layer.measure, []).append(addition)
+    for measure, members in found.items():
+        if (term := measure.pair_term()) is not None:
+            add_pair_gradients(members, term)
 
 
 def _together(applications: Sequence[Application], replicas: Replicas) -> dict[int, Tensor]:

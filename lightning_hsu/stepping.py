@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_hsu.applying import SMALL, Application, GradientNote, penalty_gradients
+from lightning_hsu.applying import Application, GradientNote, add_together, penalty_gradients
+from lightning_hsu.core.grouped import SMALL, Addition
 from lightning_hsu.distributed import Gathered, Replicas
 from lightning_hsu.monitor import Layer, widened
 from lightning_hsu.progress import Progress
@@ -64,10 +65,13 @@ def act_on(
     gathered: Gathered = {}
     found = (_application(layer, progress, use, gathered) for layer in together)
     ready = [one for one in found if one is not None]
+    plain = _plain(ready, progress, use, replicas) if act is Application.add and not use.note else {}
+    ready = [one for one in ready if one not in plain]
     grads, notes = penalty_gradients(ready, replicas), dict[str, GradientNote]()
     for i, one in enumerate(ready):  # all norms before any gradient is added: layers may be computed from one parameter
         grads[i], note = _weighted(one, grads[i], progress, use)
         notes |= {one.layer.target.name: note} if note else {}
+    add_together(plain)
     for one, grad in zip(ready, grads, strict=True):
         act(one, grad)
     return notes
@@ -104,6 +108,26 @@ def _application(layer: Layer, progress: Progress, use: Use, gathered: Gathered)
         reading = layer.target.read(gathered)
     state = progress.state(layer, reading.x, keep=use.again)
     return Application(layer, use.own, max(rates), reading, state, float(use.factor))
+
+
+def _plain(
+    ready: Sequence[Application], progress: Progress, use: Use, replicas: Replicas | None
+) -> dict[Application, Addition]:
+    """What is a mean pair energy with a number for a coefficient, in a parameter that this rank holds alone."""
+    found: dict[Application, Addition] = {}
+    for one in ready:
+        split = replicas is not None and one.layer.target.shape[1] >= replicas.split_above
+        share = isinstance(one.layer.strength, Share)
+        if (
+            not split
+            and not share
+            and one.state is None
+            and one.layer.rows is None
+            and one.layer.measure.pair_term() is not None
+        ):
+            addition = one.addition(progress.coefficients[one.layer.target.name], use.step_limit)
+            found |= {one: addition} if addition else {}
+    return found
 
 
 def _weighted(one: Application, grad: Tensor, progress: Progress, use: Use) -> tuple[Tensor, GradientNote | None]:

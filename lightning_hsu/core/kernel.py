@@ -27,11 +27,15 @@ class PairTerm:
         kernel: Value and slope at squared chords.
         half_space: Count each neuron together with its mirror image.
         softening: Chord below which the kernel continues as its tangent line in the squared chord.
+        formula: The kernel by a name that compiled kernels know and its one number, such as ("chordal", 2.0); None for others.
+        logarithm: What training minimises is the logarithm of the mean.
     """
 
     kernel: Kernel
     half_space: bool = False
     softening: float = 0.0
+    formula: tuple[str, float] | None = None
+    logarithm: bool = False
 
     @property
     def knee(self) -> float:

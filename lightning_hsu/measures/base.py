@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lightning_hsu.core import exact_arithmetic, tangent, to_weights, unit_rows, with_float64, working_dtype
+from lightning_hsu.core import PairTerm, exact_arithmetic, tangent, to_weights, unit_rows, with_float64, working_dtype
 from lightning_hsu.measures.checks import check_hashable, check_neurons
 
 State = dict[str, Tensor]
@@ -93,6 +93,10 @@ class Measure(ABC):
             and a number, shape () in float32, that is 0 in every part if they add up to the gradient. Where one is
             positive they may not, and the whole is to be computed instead. The sum is finite in either case.
         """
+        return None
+
+    def pair_term(self) -> PairTerm | None:
+        """The kernel whose mean over pairs, or whose logarithm, the penalty is; None where it is something else."""
         return None
 
     def ratio(self, value: Tensor, reference: float) -> Tensor:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from lightning_hsu.core import to_weights, with_float64, working_dtype
+from lightning_hsu.core import PairTerm, to_weights, with_float64, working_dtype
 from lightning_hsu.measures.base import State
 from lightning_hsu.measures.checks import check_flag, check_neurons, check_number
 from lightning_hsu.measures.pairwise import PairwiseMeasure
+
+_NARROW = 15.0  # above this t the mean potential may be below what float32 can divide by
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,15 @@ class GaussianPotential(PairwiseMeasure):
         value = (-self.t * q).exp()
         return value, -self.t * value
 
+    @property
+    def formula(self) -> tuple[str, float]:
+        """The Gaussian and its inverse squared width."""
+        return "gaussian", float(self.t)
+
+    def pair_term(self) -> PairTerm | None:
+        """The kernel, to be minimised by its logarithm; None where that takes float64."""
+        return replace(self._term(), logarithm=True) if self.t <= _NARROW else None
+
     def natural(self, penalty: Tensor) -> Tensor:
         """The mean potential that belongs to its logarithm."""
         return penalty.exp()
@@ -75,4 +86,4 @@ class GaussianPotential(PairwiseMeasure):
     def _widened(self, x: Tensor) -> Tensor:
         """In float64 where exp(-4 t) is below what float32 can divide by."""
         check_neurons(x)
-        return with_float64(x).double() if self.t > 15 else x.to(working_dtype(x.dtype))
+        return with_float64(x).double() if self.t > _NARROW else x.to(working_dtype(x.dtype))

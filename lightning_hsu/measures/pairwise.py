@@ -36,6 +36,11 @@ class PairwiseMeasure(Measure):
     """Whether the kernel, as a function of the cosine, and all its derivatives are >= 0, apart from a constant: then the
     universal lower bound holds."""
 
+    @property
+    def formula(self) -> tuple[str, float] | None:
+        """The kernel by a name that compiled kernels know, and its one number; None for your own."""
+        return None
+
     @abstractmethod
     def kernel(self, q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
         """Return the kernel and its slope at squared chords.
@@ -125,13 +130,17 @@ class PairwiseMeasure(Measure):
         """Expected kernel of one random pair."""
         return _quadrature(self, d)
 
+    def pair_term(self) -> PairTerm | None:
+        """The kernel, where the penalty is the mean itself."""
+        return self._term() if self._is_mean() else None
+
     def _is_mean(self) -> bool:
         """Whether the penalty is the mean itself, not a function of it with a gradient of its own."""
         return type(self).value_and_grad is PairwiseMeasure.value_and_grad
 
     def _term(self) -> PairTerm:
         check_kernel(self)
-        return PairTerm(self.kernel, self.half_space, self.softening)
+        return PairTerm(self.kernel, self.half_space, self.softening, self.formula)
 
 
 @lru_cache(maxsize=4096)

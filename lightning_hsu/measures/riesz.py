@@ -73,6 +73,11 @@ class RieszEnergy(PairwiseMeasure):
         return value, slope * 2.0 * angle * (q * guarded).rsqrt()
 
     @property
+    def formula(self) -> tuple[str, float]:
+        """The distance and the exponent."""
+        return self.distance, float(self.s)
+
+    @property
     def absolutely_monotone(self) -> bool:  # type: ignore[override]
         """Chordal kernels are from s = -2 on; the angle to a power is not."""
         return self.distance == "chordal" and self.s >= -2

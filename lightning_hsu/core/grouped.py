@@ -1,0 +1,82 @@
+"""The gradients of many layers at once, weighted and added where they belong: one branch chooses who computes them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_hsu.core.kernel import PairTerm
+from lightning_hsu.core.pairwise import pair_energy
+from lightning_hsu.core.precision import working_dtype
+
+SMALL = 2**16
+"""Entries of a layer up to which equal shapes are stacked: their cost is the number of operations."""
+
+
+@dataclass(frozen=True, eq=False)
+class Addition:
+    """What one layer gets: ``out += grad_scale * shortened(scale * gradient)``.
+
+    Args:
+        w: Neurons, shape (b, n, d), any strides, without a graph.
+        out: Where to add, shape (b, n, d), any strides; of the dtype of ``w``.
+        scale: What the gradient of the groups' summed energies is multiplied by.
+        limit: Largest length of a row of ``scale * gradient`` over that of its neuron; None is no limit.
+        grad_scale: What the rest of ``out`` still carries.
+    """
+
+    w: Tensor
+    out: Tensor
+    scale: float
+    limit: float | None = None
+    grad_scale: float = 1.0
+
+
+def add_pair_gradients(additions: Sequence[Addition], term: PairTerm) -> None:
+    """Add the gradients of mean pair energies, many layers at once.
+
+    Args:
+        additions: The layers; no two of them add to the same entries.
+        term: The kernel.
+    """
+    stacks: dict[object, list[Addition]] = {}
+    for i, one in enumerate(additions):
+        alike = (one.w.shape, one.w.dtype, one.w.device, one.scale, one.limit, one.grad_scale)
+        stacks.setdefault(alike if one.w.numel() <= SMALL else i, []).append(one)
+    for members in stacks.values():
+        _add_stack(members, term)
+
+
+def _add_stack(members: Sequence[Addition], term: PairTerm) -> None:
+    """Add to layers of one shape and weight, stacked where there are several."""
+    first = members[0]
+    stack = [one.w for one in members]
+    w = (torch.cat(stack) if len(stack) > 1 else stack[0]).to(working_dtype(first.w.dtype))
+    value, grad = pair_energy(w, term)
+    assert grad is not None
+    if term.logarithm:
+        grad /= torch.where(value > 0, value, 1.0)[..., None, None]
+    bound = torch.finfo(first.w.dtype).max / 2
+    weight = shortening(grad, w, first.scale, first.limit, bound).mul_(first.scale * first.grad_scale)
+    parts = torch.split(grad.mul_(weight), first.w.shape[0])
+    torch._foreach_add_([one.out for one in members], list(parts))
+
+
+def shortening(grad: Tensor, w: Tensor, scale: Tensor | float, limit: float | None, bound: float) -> Tensor:
+    """Factors (..., n, 1) in (0, 1] that keep the rows of ``scale * grad`` within a limit.
+
+    Args:
+        grad: Gradient, shape (..., n, d).
+        w: Neurons, shape (..., n, d).
+        scale: What the gradient is multiplied by.
+        limit: Largest length of a row over that of its neuron; None is no limit.
+        bound: Largest length of a row in any case.
+    """
+    length = torch.linalg.vector_norm(grad, dim=-1, keepdim=True) * scale
+    room = torch.full_like(length, bound)
+    if limit is not None:
+        room = room.minimum(torch.linalg.vector_norm(w, dim=-1, keepdim=True) * limit)
+    return torch.where(length > room, room / length, 1.0)
