@@ -30,7 +30,7 @@ from lightning_hsu.measures import (
 )
 
 FULL, HALF = RieszEnergy(s=2.0), RieszEnergy(s=2.0, half_space=True)
-GOALS = {"ResNet-18": 2.0, "ResNet-50": 2.5, "ViT-B/16": 3.0, "GPT-2 small": 3.0}
+GOALS = {"ResNet-18": (2.0, 3.0), "ResNet-50": (2.5, 4.5), "ViT-B/16": (3.0, 6.0), "GPT-2 small": (3.0, 6.0)}
 WORKSPACE = {"ResNet-50": 24.0, "GPT-2 small": 128.0, "an embedding of 50257 x 768": 512.0}
 Row = tuple[str, dict[str, float], str]  # what, the quotients, the goal
 
@@ -84,7 +84,9 @@ def models(quick: bool) -> Iterator[Row]:
     """Every layer of a model, from the weights to the sum in `.grad`; the peer layer by layer, each freed before the next."""
     for name, shapes in MODELS.items():
         times = rounds_of(of_a_model(Layers(shapes()[:4] if quick else shapes())), 1 if quick else 5)
-        yield f"{name}, `wo` over ours", quotient(times, "peer", "ours"), f">= {GOALS[name]:g}"
+        exact, lowered = GOALS[name]
+        yield f"{name}, `wo` over ours", quotient(times, "peer", "ours"), f">= {exact:g}"
+        yield f"{name}, `wo` over ours, bfloat16 products", quotient(times, "peer", "lowered"), f">= {lowered:g}"
         yield f"{name}, `wo` over ours in half space", quotient(times, "peer", "half"), ""
         yield f"{name}, over the floor", quotient(times, "ours", "product", 1.5), ""
 
@@ -93,9 +95,11 @@ def of_a_model(model: Layers) -> dict[str, Callable[[], object]]:
     """The engine with both kinds of space, the peer and the products."""
     optimizer, weights = torch.optim.SGD(model.parameters(), lr=1e-9), list(model.parameters())
     full, half = (UniformityRegularizer(measure, head=None).attach(model) for measure in (FULL, HALF))
+    lowered = UniformityRegularizer(FULL, head=None, matmul_precision="medium").attach(model)
     return {
         "ours": lambda: full.add_gradients(optimizer),
         "half": lambda: half.add_gradients(optimizer),
+        "lowered": lambda: lowered.add_gradients(optimizer),
         "peer": lambda: [peers.wo(w).backward() for w in weights],
         "product": lambda: products([w.detach() for w in weights]),
     }

@@ -14,6 +14,7 @@ from lightning_hsu import trainers
 from lightning_hsu.applying import GradientNote
 from lightning_hsu.coefficients import Strength, Strengths
 from lightning_hsu.measures import Measure
+from lightning_hsu.measures.checks import check_choice
 from lightning_hsu.monitor import LayerUniformity, aggregates, by_layer
 from lightning_hsu.regularizer import UniformityRegularizer
 from lightning_hsu.selection import uninitialized
@@ -51,9 +52,11 @@ class HypersphericalUniformity(trainers.EveryCallback):
         every_n_steps: Apply on every n-th step of each optimizer, at the coefficient's full strength.
         step_limit: A neuron's penalty gradient times the learning rate is at most this fraction of the neuron's norm, so
             that no near-duplicate or tiny neuron is thrown away by one step (``hsu/limited`` counts them). None is no limit.
+        matmul_precision: "medium" multiplies pair energies in bfloat16: gradients to about 2e-3, in half space 1e-2.
+        sample_above: Energies of more neurons are estimated (:class:`~lightning_hsu.measures.Sampled`); None computes them.
         split_above: Under DDP, layers of at least so many neurons are computed by all ranks together, each its part of the
             pairs; None computes every layer on every rank.
-        prefix: What the logged names begin with, and what tells several callbacks apart: each needs its own.
+        prefix: What the logged names begin with; several callbacks need one each.
         verbose: Print the table of layers at the start of fit.
 
     Raises:
@@ -84,12 +87,13 @@ class HypersphericalUniformity(trainers.EveryCallback):
         head_coefficient: Strength | None = None,
         every_n_steps: int = 1,
         step_limit: float | None = 1.0,
+        matmul_precision: Literal["highest", "medium"] = "highest",
+        sample_above: int | None = 16384,
         split_above: int | None = 2048,
         prefix: str = "hsu",
         verbose: bool = True,
     ) -> None:
-        if apply not in ("gradient", "loss", "decoupled"):
-            raise ValueError(f"apply must be 'gradient', 'loss' or 'decoupled'; got {apply!r}")
+        check_choice("apply", apply, "gradient", "loss", "decoupled")
         self.regularizer = UniformityRegularizer(
             measure,
             coefficient,
@@ -99,11 +103,10 @@ class HypersphericalUniformity(trainers.EveryCallback):
             head_coefficient=head_coefficient,
             every_n_steps=every_n_steps,
             step_limit=step_limit,
+            matmul_precision=matmul_precision,
+            sample_above=sample_above,
         )
-        if not isinstance(prefix, str) or not prefix or prefix.endswith("/"):
-            raise ValueError(f"prefix must be a name such as 'hsu', without a slash at its end; got {prefix!r}")
-        if split_above is not None and (not isinstance(split_above, int) or split_above < 0):
-            raise ValueError(f"split_above must be a number of neurons, or None; got {split_above!r}")
+        trainers.check_settings(prefix, split_above)
         coefficients = [self.regularizer.coefficient, self.regularizer.head_coefficient]
         if apply == "loss" and any(one is not None and one.has_share for one in coefficients):
             raise ValueError("a Share needs the task's gradient apart from the loss: use apply='gradient' or 'decoupled'")

@@ -47,6 +47,13 @@ class Coefficient:
         else:
             _check(self.given, self.what)
 
+    @classmethod
+    def of_head(cls, given: Strength) -> Coefficient:
+        """That of the head alone, which is no mapping."""
+        if isinstance(given, Mapping):
+            raise TypeError(f"head_coefficient is a number or a schedule, not a mapping; got {given!r}")
+        return cls(given, "head_coefficient")
+
     @property
     def has_share(self) -> bool:
         """Whether it is, or holds, a share of the task's gradient."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lightning_hsu.coefficients import Strength
 from lightning_hsu.core import smallest_angle, unit_rows, with_float64, working_dtype
 from lightning_hsu.distributed import is_sharded
-from lightning_hsu.measures import Measure, State
+from lightning_hsu.measures import Measure, Sampled, State
 from lightning_hsu.reference import random_level, score
 from lightning_hsu.schedules import Varying
 from lightning_hsu.selection import NOT_INCLUDED, Skip
@@ -75,10 +75,14 @@ class LayerUniformity:
             two live neurons.
         score: Where the energy stands between that of random neurons, 0, and a bound that none can beat, 1; below 0 it is
             worse than random. NaN where no bound is known.
-        min_angle: Smallest angle between two neurons, in degrees; between two lines in half space.
+        min_angle: Smallest angle between two neurons, in degrees; between two lines in half space, and within the blocks of a
+            sampled energy.
         dead: Neurons whose weights are all zero; they are left out.
         nonfinite: Neurons with a NaN or infinite weight; they are left out.
-        exact: Whether the energy is exact; of a measure with an inner problem it may be a bound, the best that was found.
+        exact: Whether the energy is exact; of a measure with an inner problem it may be a bound, the best that was found, of a
+            sampled one it is an estimate.
+        standard_error: Of the energy, if it is an estimate; else 0.
+        gradient_error: Standard error of a sampled gradient over its norm; else 0.
     """
 
     name: str
@@ -93,6 +97,8 @@ class LayerUniformity:
     dead: int
     nonfinite: int
     exact: bool
+    standard_error: float = 0.0
+    gradient_error: float = 0.0
 
 
 @torch.no_grad()
@@ -142,6 +148,9 @@ def by_layer(
         if not math.isnan(layer.score):
             values[f"score/{layer.name}"] = layer.score
         values[f"energy/{layer.name}"] = layer.energy
+        if layer.standard_error > 0:
+            values[f"standard_error/{layer.name}"] = layer.standard_error
+            values[f"gradient_error/{layer.name}"] = layer.gradient_error
         values[f"min_angle/{layer.name}"] = layer.min_angle
     values |= {f"coefficient/{name}": value for name, value in coefficients.items()}
     return values | {f"gradient_share/{name}": value for name, value in shares.items()}
@@ -149,11 +158,15 @@ def by_layer(
 
 def describe(layers: Sequence[Layer], skips: Sequence[Skip], every_n_steps: int = 1) -> str:
     """The table at the start of a fit: what is measured, how strongly, and what is not and why."""
-    rows = [("layer", "neurons x dimension", "measure", "coefficient")]
-    rows += [(layer.target.name, _shape(layer.target.shape), _measure_name(layer), _strength_name(layer)) for layer in layers]
-    widths = [max(len(row[i]) for row in rows) for i in range(4)]
+    work = [_giga_flop(layer) / every_n_steps for layer in layers]
+    rows = [("layer", "neurons x dimension", "measure", "GFLOP/step", "coefficient")]
+    for layer, giga in zip(layers, work, strict=True):
+        shape = _shape(layer.target.shape)
+        rows.append((layer.target.name, shape, _measure_name(layer), _short_number(giga), _strength_name(layer)))
+    widths = [max(len(row[i]) for row in rows) for i in range(5)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     lines.insert(1, "  ".join("-" * width for width in widths))
+    lines.append(f"{_short_number(sum(work))} GFLOP/step in all")
     if skips:
         lines.append(f"not measured ({len(skips)}):")
         named = [skip for skip in skips if skip.reason != NOT_INCLUDED]
@@ -178,7 +191,11 @@ def _measure(layer: Layer, prepared: Callable[[Layer, Tensor], State | None]) ->
     state = prepared(layer, x)
     penalties = layer.measure.penalty(x, state).double()
     penalty, energy = penalties.mean(), layer.measure.natural(penalties).mean()
-    angle = smallest_angle(x, half_space=bool(getattr(layer.measure, "half_space", False))).amin().rad2deg()
+    sampled = layer.measure if isinstance(layer.measure, Sampled) and not layer.measure.is_exact(state) else None
+    seen = sampled.sample(x, state) if sampled else [x]
+    half_space = bool(getattr(layer.measure, "half_space", False))
+    angle = torch.stack([smallest_angle(part, half_space=half_space).amin() for part in seen]).amin().rad2deg()
+    errors = [float(torch.linalg.vector_norm(error)) / groups for error in sampled.error(x, state)] if sampled else [0.0, 0.0]
     counts = torch.stack([live.sum(-1).amin(), live.sum(), (finite & ~live).sum(), (~finite).sum()])
     numbers = torch.cat([torch.stack([penalty, energy, angle]), counts.double()]).tolist()
     fewest, alive, dead, nonfinite = (int(count) for count in numbers[3:])
@@ -200,7 +217,19 @@ def _measure(layer: Layer, prepared: Callable[[Layer, Tensor], State | None]) ->
         dead=dead,
         nonfinite=nonfinite,
         exact=layer.measure.is_exact(state),
+        standard_error=errors[0],
+        gradient_error=errors[1],
     )
+
+
+def _giga_flop(layer: Layer) -> float:
+    """Arithmetic of one penalty gradient in 1e9 FLOP; none where the coefficient is the number 0."""
+    groups, n, d = layer.target.shape
+    return groups * layer.measure.flop(n, d) / 1e9 if layer.strength != 0 else 0.0
+
+
+def _short_number(x: float) -> str:
+    return "<0.001" if 0 < x < 1e-3 else f"{x:.2g}" if x < 100 else f"{x:,.0f}"
 
 
 def _shape(shape: tuple[int, int, int]) -> str:
@@ -209,7 +238,11 @@ def _shape(shape: tuple[int, int, int]) -> str:
 
 
 def _measure_name(layer: Layer) -> str:
-    return f"{_short(layer.measure)}{' head' if layer.target.head else ''}"
+    measure, n, note = layer.measure, layer.target.shape[1], ""
+    if isinstance(measure, Sampled) and measure.blocks(n) > 1:
+        note = f", sampled in {measure.blocks(n)} blocks of {n // measure.blocks(n)}"
+        measure = measure.measure
+    return f"{_short(measure)}{' head' if layer.target.head else ''}{note}"
 
 
 def _short(value: object) -> str:

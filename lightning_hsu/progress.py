@@ -63,10 +63,12 @@ class Progress:
     def __init__(self, every_n_steps: int = 1) -> None:
         self._every = every_n_steps
         self.counter, self.memory, self.shares = StepCounter(), Memory(), ShareMeans()
+        self._looking = Memory()
         self.forget_model()
 
     def attach(self, model: nn.Module) -> None:
         """Forget another model's states and means; those just loaded belong to the first model that comes."""
+        self._looking.attach(model)
         if self.memory.attach(model):
             self.shares = ShareMeans()
 
@@ -106,6 +108,10 @@ class Progress:
         """Return the measure's state for neurons x (groups, n, d); ``keep`` that of the step under way: no new draw."""
         known = self.memory.states.get(layer.target.name) if keep else None
         return self.memory.next(layer, widened(x)) if known is None else known
+
+    def look(self, layer: Layer, x: Tensor) -> State | None:
+        """A state for looking at x: from where training stands, else from the last look; training does not see it."""
+        return self.memory.peek(layer, x) if layer.target.name in self.memory.states else self._looking.next(layer, x)
 
     def state_dict(self) -> dict[str, Any]:
         """Counts, and where there are some states and means, by layer."""

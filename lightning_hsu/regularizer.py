@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -11,15 +11,15 @@ from torch.optim import Optimizer
 
 from lightning_hsu.applying import Application, GradientNote
 from lightning_hsu.coefficients import Coefficient, Strength
-from lightning_hsu.core import exact_arithmetic
+from lightning_hsu.core import exact_arithmetic, lowered_products
 from lightning_hsu.distributed import Replicas, flat_sharded, is_sharded, reshard, unwrapped, whole_parameters
-from lightning_hsu.measures import Measure, RieszEnergy, State
+from lightning_hsu.measures import Measure, RieszEnergy
 from lightning_hsu.measures.base import check_measure
-from lightning_hsu.measures.checks import check_count, check_number
-from lightning_hsu.memory import Memory
+from lightning_hsu.measures.checks import check_choice, check_count, check_number
+from lightning_hsu.measures.sampled import sampled_above
 from lightning_hsu.monitor import Layer, LayerUniformity, describe, idle_reason, measure_layers
 from lightning_hsu.progress import Progress
-from lightning_hsu.selection import Patterns, Skip, select
+from lightning_hsu.selection import Patterns, Skip, check_head, select
 from lightning_hsu.stepping import Act, Use, act_on, learning_rates, loss_terms, lots
 from lightning_hsu.targets import Target
 
@@ -41,10 +41,12 @@ class UniformityRegularizer:
         head_coefficient: A number, schedule or share for the head; None uses ``coefficient``.
         every_n_steps: Apply on every n-th step of each optimizer, at the coefficient's full strength.
         step_limit: A neuron's penalty gradient, times the learning rate, is at most this fraction of the neuron's
-            norm, so that no near-duplicate or tiny neuron is thrown away by one step. None is no limit.
+            norm, so that no near-duplicate or tiny one is thrown away. None is no limit.
+        matmul_precision: "medium" multiplies in bfloat16 (see the callback); the monitor's numbers stay exact.
+        sample_above: Energies of more neurons are estimated (:class:`~lightning_hsu.measures.Sampled`); None computes them.
 
     Raises:
-        ValueError: for a negative or NaN coefficient, ``every_n_steps`` below 1 or a ``step_limit`` <= 0.
+        ValueError: for a negative or NaN coefficient, ``every_n_steps`` or ``sample_above`` below 1 or a ``step_limit`` <= 0.
         TypeError: for a measure or a coefficient of the wrong kind.
 
     Example:
@@ -73,23 +75,25 @@ class UniformityRegularizer:
         head_coefficient: Strength | None = None,
         every_n_steps: int = 1,
         step_limit: float | None = 1.0,
+        matmul_precision: Literal["highest", "medium"] = "highest",
+        sample_above: int | None = 16384,
     ) -> None:
         check_count("every_n_steps", every_n_steps)
+        check_count("sample_above", 1 if sample_above is None else sample_above)
         if step_limit is not None:
             check_number("step_limit", step_limit, "> 0, or None for no limit", lambda limit: limit > 0)
         self.measure = RieszEnergy(s=2.0, half_space=True) if measure is None else measure
         check_measure(self.measure)
         self.coefficient = Coefficient(coefficient)
-        if isinstance(head_coefficient, Mapping):
-            raise TypeError(f"head_coefficient is a number or a schedule, not a mapping; got {head_coefficient!r}")
-        self.head_coefficient = None if head_coefficient is None else Coefficient(head_coefficient, "head_coefficient")
+        self.head_coefficient = None if head_coefficient is None else Coefficient.of_head(head_coefficient)
         self.include, self.exclude, self.head = include, exclude, head
-        self.every_n_steps, self.step_limit = every_n_steps, step_limit
+        self.matmul_precision = check_choice("matmul_precision", matmul_precision, "highest", "medium")
+        self.every_n_steps, self.step_limit, self.sample_above = every_n_steps, step_limit, sample_above
         self.layers: list[Layer] = []
         self.skips: list[Skip] = []
         self.active = False  # whether any layer has a coefficient other than the number 0: else there is nothing to add
         self.replicas: Replicas | None = None
-        self.progress, self._looking = Progress(every_n_steps), Memory()
+        self.progress = Progress(every_n_steps)
         self._lots: list[list[Layer]] = []
         self._model: nn.Module | None = None
         self._root: nn.Module | None = None  # the model as FSDP1 wraps it
@@ -113,13 +117,11 @@ class UniformityRegularizer:
         with whole_parameters(self._root, with_grads=False):
             targets, self.skips = select(model, self.include, self.exclude, self.head)
             self.coefficient.check_names([target.name for target in targets])
-            if self.head_coefficient is not None and not any(target.head for target in targets):
-                names = ", ".join(target.name for target in targets)
-                raise ValueError(f"head_coefficient is given, but no head is measured: name one of {names} with head='...'")
+            if self.head_coefficient is not None:
+                check_head(targets)
             self.layers = [self._layer(target) for target in targets]
         self._lots = lots(self.layers, None if replicas is None else replicas.split_above)
         self.progress.attach(model)
-        self._looking.attach(model)
         self.active = any(not isinstance(layer.strength, (int, float)) or layer.strength > 0 for layer in self.layers)
         return self
 
@@ -225,7 +227,7 @@ class UniformityRegularizer:
         """Measure every layer as it is now, in the model's order; where ranks share the weights, all must call it."""
         self._check_attached()
         with whole_parameters(self._root, with_grads=False):
-            return measure_layers(self.layers, self._remembered)
+            return measure_layers(self.layers, self.progress.look)
 
     def current_penalty(self, measured: list[LayerUniformity]) -> float:
         """Coefficient times penalty, summed over measured layers, at the coefficients last used."""
@@ -256,14 +258,9 @@ class UniformityRegularizer:
         return self.__dict__ | gone
 
     def _layer(self, target: Target) -> Layer:
-        measure = self.measure.for_head() if target.head else self.measure
+        measure = sampled_above(self.measure.for_head() if target.head else self.measure, target.shape[1], self.sample_above)
         own = self.head_coefficient if target.head and self.head_coefficient is not None else self.coefficient
         return Layer(target, measure, own.of(target.name), tuple(target.parameters()), target.own_rows())
-
-    def _remembered(self, layer: Layer, x: Tensor) -> State | None:
-        """A measure's state for looking at x: from where training stands, else from the last look; training does not see it."""
-        memory = self.progress.memory
-        return memory.peek(layer, x) if layer.target.name in memory.states else self._looking.next(layer, x)
 
     def _apply(
         self, act: Act, optimizer: Optimizer, index: int | None, grad_scale: float, note: bool, again: bool
@@ -276,7 +273,8 @@ class UniformityRegularizer:
             self.note_reached(optimizer)
             return notes
         use = Use(step, learning_rates(optimizer), grad_scale, again, self.step_limit, note)
-        with whole_parameters(self._root, with_grads=True), exact_arithmetic(self.layers[0].parameters[0]):
+        lowered, first = lowered_products(self.matmul_precision == "medium"), self.layers[0].parameters[0]
+        with whole_parameters(self._root, with_grads=True), lowered, exact_arithmetic(first):
             self.progress.note_reached(self.layers, use.own)
             for lot in self._lots:
                 notes |= act_on(lot, act, self.progress, use, self.replicas)
@@ -286,7 +284,9 @@ class UniformityRegularizer:
         """Coefficient times penalty, summed over the layers; ``own`` are learning rates, for the step limit."""
         if self._model is not None and any(layer.lowered for layer in self.layers):
             reshard(self._model)
-        return loss_terms(self.layers, self.progress, Use(step, own, factor, self.progress.loss_step == step, self.step_limit))
+        use = Use(step, own, factor, self.progress.loss_step == step, self.step_limit)
+        with lowered_products(self.matmul_precision == "medium"):
+            return loss_terms(self.layers, self.progress, use)
 
     def table(self) -> str:
         """Every layer with its shape, measure and coefficient, and every weight left out with the reason."""

@@ -221,3 +221,10 @@ def _nothing_matched(model: nn.Module, skips: list[Skip]) -> str:
         )
     lines = "\n".join(f"  {skip.name} {tuple(skip.shape)}: {skip.reason}" for skip in skips)
     return f"no layer of {type(model).__name__} is left to measure; change include, exclude or the model:\n{lines}"
+
+
+def check_head(targets: list[Target]) -> None:
+    """Refuse a head's coefficient where no head is among the targets."""
+    if not any(target.head for target in targets):
+        names = ", ".join(target.name for target in targets)
+        raise ValueError(f"head_coefficient is given, but no head is measured: name one of {names} with head='...'")

@@ -95,6 +95,14 @@ class StepUnderWay:
         return self._before if trainer is not None and self._step == trainer.global_step else None
 
 
+def check_settings(prefix: object, split_above: object) -> None:
+    """Refuse a prefix that is no name, and a limit that is no number of neurons."""
+    if not isinstance(prefix, str) or not prefix or prefix.endswith("/"):
+        raise ValueError(f"prefix must be a name such as 'hsu', without a slash at its end; got {prefix!r}")
+    if split_above is not None and (not isinstance(split_above, int) or split_above < 0):
+        raise ValueError(f"split_above must be a number of neurons, or None; got {split_above!r}")
+
+
 def check_training(trainer: pl.Trainer, pl_module: pl.LightningModule, apply: str) -> None:
     """Refuse what cannot be right: strategies that are not known, and a term in losses that are not ours to change."""
     # By name: pytorch_lightning has classes of its own under the same names.

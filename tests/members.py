@@ -13,6 +13,7 @@ from lightning_hsu.measures import (
     Polarization,
     ResultantLength,
     RieszEnergy,
+    Sampled,
     Separation,
     SlicedWasserstein,
 )
@@ -40,6 +41,7 @@ FAMILY = [
     GaussianPotential(),
     GaussianPotential(t=30, half_space=True),
     InverseFourth(),
+    Sampled(RieszEnergy(s=1)),
     Separation(),
     Separation(half_space=True),
     MinimalAngle(),

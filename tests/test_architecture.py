@@ -60,6 +60,7 @@ def test_imports_point_down(path):
 STANDARD = {
     "collections",
     "contextlib",
+    "contextvars",
     "dataclasses",
     "fnmatch",
     "functools",

@@ -183,7 +183,7 @@ def test_the_table_at_the_start_of_fit(caplog):
         trainer(uniformity(coefficient={"net.5": 0.2}, verbose=True), fast_dev_run=True).fit(Automatic(), loader(batches()))
     table = next(record.message for record in caplog.records if "Hyperspherical uniformity" in record.message)
     lines = [line.split() for line in table.splitlines()[3:]]
-    assert lines[0] == ["net.0", "6", "x", "9", "RieszEnergy(s=2.0,", "half_space=True)", "0", "(monitor", "only)"]
+    assert lines[0] == ["net.0", "6", "x", "9", "RieszEnergy(s=2.0,", "half_space=True)", "0", "0", "(monitor", "only)"]
     assert lines[1][:6] == ["net.2", "2", "groups", "of", "4", "x"]
     assert lines[2][-1] == "0.2"
     assert lines[3][4:6] == ["RieszEnergy(s=2.0)", "head"]

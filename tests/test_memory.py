@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lightning_hsu import UniformityRegularizer
-from lightning_hsu.measures import Covering, Polarization, RieszEnergy, SlicedWasserstein
+from lightning_hsu.measures import Covering, Polarization, RieszEnergy, Sampled, SlicedWasserstein
 from lightning_hsu.presets import sphere_uniformity
 from lightning_hsu.projections import Adversarial, AnglePreserving, GroupProjection, Projected, RandomProjection
 from tests.models import Automatic, batches, loader, network, trainer, uniformity
@@ -15,6 +15,7 @@ CARRYING = [
     Covering(witnesses=3),
     Polarization(s=1),
     SlicedWasserstein(circles=8),
+    Sampled(RieszEnergy(s=1), block=4),
     Projected(RieszEnergy(s=1), RandomProjection(dim=4)),
     Projected(projection=AnglePreserving(dim=4)),
     Projected(projection=Adversarial(dim=4, steps=2)),

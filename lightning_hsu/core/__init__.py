@@ -7,8 +7,8 @@ from lightning_hsu.core.kernel import FLOOR, Kernel, PairTerm
 from lightning_hsu.core.nearest import smallest_angle
 from lightning_hsu.core.oracle import oracle_energy
 from lightning_hsu.core.pairwise import pair_energy, pair_part, pair_rows
-from lightning_hsu.core.precision import exact_arithmetic, with_float64, working_dtype
-from lightning_hsu.core.sphere import parted, seeded_noise, tangent, to_weights, unit_rows
+from lightning_hsu.core.precision import exact_arithmetic, lowered_products, with_float64, working_dtype
+from lightning_hsu.core.sphere import parted, seeded_noise, takes_part, tangent, to_weights, unit_rows
 
 __all__ = [
     "FLOOR",
@@ -16,6 +16,7 @@ __all__ = [
     "PairEnergy",
     "PairTerm",
     "exact_arithmetic",
+    "lowered_products",
     "oracle_energy",
     "pair_bound",
     "pair_energy",
@@ -25,6 +26,7 @@ __all__ = [
     "parted",
     "seeded_noise",
     "smallest_angle",
+    "takes_part",
     "tangent",
     "to_weights",
     "unit_rows",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor
@@ -34,6 +35,24 @@ def exact_arithmetic(like: Tensor) -> Iterator[None]:
     finally:
         for backend, value in before.items():
             _set(backend, value)
+
+
+_LOWERED = ContextVar("lowered", default=False)
+
+
+@contextmanager
+def lowered_products(on: bool) -> Iterator[None]:
+    """Let the gradients of pair energies multiply in bfloat16, if ``on``."""
+    before = _LOWERED.set(on)
+    try:
+        yield
+    finally:
+        _LOWERED.reset(before)
+
+
+def products_are_lowered() -> bool:
+    """Whether the gradients of pair energies may multiply in bfloat16 here."""
+    return _LOWERED.get()
 
 
 # Since torch 2.9 each backend has a setting; asking the older, common one then raises where a user mixes the two.

@@ -27,6 +27,12 @@ def unit_rows(w: Tensor) -> tuple[Tensor, Tensor]:
     return x / length, torch.where(usable, 1.0 / length / largest, 0.0)
 
 
+def takes_part(w: Tensor) -> Tensor:
+    """Which rows of w (n, d) are neither zero nor subnormal nor non-finite, bool (n,)."""
+    length = torch.linalg.vector_norm(w, dim=-1, keepdim=True)
+    return torch.ones_like(w[:, 0], dtype=torch.bool) if _ordinary(length) else unit_rows(w)[1].squeeze(-1) > 0
+
+
 def _ordinary(length: Tensor) -> bool:
     """Whether norms are such that no square of an entry overflowed, nor vanished where it counts; not so if one is NaN."""
     if not length.numel():

@@ -10,6 +10,7 @@ from lightning_hsu.measures.pairwise import PairwiseMeasure
 from lightning_hsu.measures.polarization import Polarization
 from lightning_hsu.measures.resultant import ResultantLength
 from lightning_hsu.measures.riesz import RieszEnergy
+from lightning_hsu.measures.sampled import Sampled
 from lightning_hsu.measures.sliced import SlicedWasserstein
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "Polarization",
     "ResultantLength",
     "RieszEnergy",
+    "Sampled",
     "Separation",
     "SlicedWasserstein",
     "SphereMeasure",

@@ -127,6 +127,10 @@ class Measure(ABC):
         """FLOP or so of one value from scratch; more work means fewer random layers for a reference value."""
         return 2.0 * n * n * max(d, 64)
 
+    def flop(self, n: int, d: int) -> float:
+        """FLOP or so of one gradient of n neurons in d dimensions: a value and twice that for autograd."""
+        return 3.0 * self.work(n, d)
+
     def expectation(self, n: int, d: int) -> float | None:
         """Exact expected value of n independent uniform neurons in d dimensions, ``inf`` included; None if not known."""
         return None
@@ -189,11 +193,7 @@ class SphereMeasure(Measure):
     def _prepared(self, x: Tensor, state: State | None) -> State | None:
         if state is None or not x.numel():
             return self.prepare(x, None) if x.numel() else None
-        if not self.fits(x, state):
-            raise ValueError(
-                f"the state is not one of {self!r} for neurons of shape {tuple(x.shape)}: take it from prepare(x, state), "
-                "which replaces one that does not fit"
-            )
+        check_state(self, x, state)
         return state
 
     def _unit(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -254,6 +254,15 @@ def check_measure(measure: object) -> None:
     if not isinstance(measure, Measure):
         raise TypeError(f"measure must be a measure such as RieszEnergy(s=2); got {measure!r}")
     check_hashable(measure)
+
+
+def check_state(measure: Measure, x: Tensor, state: State) -> None:
+    """Refuse a state of another measure, or for neurons of another shape than x (..., n, d)."""
+    if not measure.fits(x, state):
+        raise ValueError(
+            f"the state is not one of {measure!r} for neurons of shape {tuple(x.shape)}: take it from prepare(x, state), "
+            "which replaces one that does not fit"
+        )
 
 
 def check_rows(x: Tensor, rows: Tensor) -> None:

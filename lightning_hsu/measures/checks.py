@@ -79,6 +79,13 @@ def check_flag(name: str, value: object) -> None:
         raise ValueError(f"{name} must be True or False; got {value!r}")
 
 
+def check_choice(name: str, value: str, *choices: str) -> str:
+    """Refuse a setting that is none of the choices, and return it."""
+    if value not in choices:
+        raise ValueError(f"{name} must be {', '.join(map(repr, choices[:-1]))} or {choices[-1]!r}; got {value!r}")
+    return value
+
+
 def check_count(name: str, value: object, least: int = 1) -> None:
     """Refuse a setting that is no int, or too small."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:

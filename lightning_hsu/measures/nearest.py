@@ -84,6 +84,10 @@ class NearestMeasure(SphereMeasure):
         tangents = parting(x.detach(), -weight @ noise, weight.abs().sum(-1, keepdim=True), noise)
         return self._term().force() * (tangents * (x - x.detach())).sum((-2, -1))
 
+    def flop(self, n: int, d: int) -> float:
+        """The upper triangle of the cosines."""
+        return 1.0 * n * n * d
+
     def _term(self) -> NearestTerm:
         check_kernel(self)
         return NearestTerm(self.kernel, self.half_space, self.every_neuron, max(self.softening, FLOOR))

@@ -113,6 +113,10 @@ class PairwiseMeasure(Measure):
         check_neurons(x)
         return pair_part(x, self._term(), part, parts) if self._is_mean() else None
 
+    def flop(self, n: int, d: int) -> float:
+        """The upper triangle of the cosines, and twice that for the gradient."""
+        return 3.0 * n * n * d
+
     def expectation(self, n: int, d: int) -> float:
         """Exact but for softening, by quadrature; in half space each neuron also meets its own mirror image."""
         check_kernel(self)
