@@ -85,7 +85,7 @@ def local(x: Any) -> Tensor:
 
 def read_neurons(module: nn.Module, gathered: Gathered | None = None) -> dict[str, Reading]:
     """Read a module's neurons, by name, whole on every rank: a collective call where its parameters are sharded."""
-    if not any(map(is_sharded, module.parameters())):
+    if not (_many_ranks() and any(map(is_sharded, module.parameters()))):
         return {key: Reading(x, _origin(x, {})) for key, x in neurons_of(module).items()}
     gathered = {} if gathered is None else gathered
     sharded: dict[str, Any] = {name: p for name, p in module.named_parameters() if is_sharded(p)}
@@ -206,6 +206,11 @@ def reshard(model: nn.Module) -> None:
     for module in model.modules():
         if (take_back := getattr(type(module), "reshard", None)) is not None:
             take_back(module)
+
+
+def _many_ranks() -> bool:
+    """Whether this process is one of several, or may be."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def _with_parameters(module: nn.Module, given: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ from lightning_hsu.measures.sampled import sampled_above
 from lightning_hsu.monitor import Layer, LayerUniformity, describe, idle_reason, measure_layers
 from lightning_hsu.progress import Progress
 from lightning_hsu.selection import Patterns, Skip, check_head, select
-from lightning_hsu.stepping import Act, Use, act_on, learning_rates, loss_terms, lots
+from lightning_hsu.stepping import Act, Use, act_on_all, learning_rates, loss_terms, lots
 from lightning_hsu.targets import Target
 
 
@@ -268,17 +268,14 @@ class UniformityRegularizer:
         """Let every layer of the optimizer's parameters act on its penalty's gradient; notes by layer."""
         self._check_attached()
         step = self.progress.counter.count(optimizer, index, again=again)
-        notes: dict[str, GradientNote] = {}
         if step % self.every_n_steps:
             self.note_reached(optimizer)
-            return notes
+            return {}
         use = Use(step, learning_rates(optimizer), grad_scale, again, self.step_limit, note)
         lowered, first = lowered_products(self.matmul_precision == "medium"), self.layers[0].parameters[0]
         with whole_parameters(self._root, with_grads=True), lowered, exact_arithmetic(first):
             self.progress.note_reached(self.layers, use.own)
-            for lot in self._lots:
-                notes |= act_on(lot, act, self.progress, use, self.replicas)
-        return notes
+            return act_on_all(self._lots, act, self.progress, use, self.replicas)
 
     def _penalty(self, step: int, own: Mapping[int, float], factor: Tensor | float) -> Tensor:
         """Coefficient times penalty, summed over the layers; ``own`` are learning rates, for the step limit."""

@@ -58,14 +58,36 @@ Act = Callable[[Application, Tensor], None]
 """What is done with a layer's weighted gradient: :meth:`Application.add` or :meth:`Application.move`."""
 
 
-def act_on(
-    together: Sequence[Layer], act: Act, progress: Progress, use: Use, replicas: Replicas | None
+def act_on_all(
+    lots: Sequence[Sequence[Layer]], act: Act, progress: Progress, use: Use, replicas: Replicas | None
 ) -> dict[str, GradientNote]:
-    """Let a lot of layers act on the weighted gradients of their penalties; notes by layer, where asked for."""
+    """Let lots of layers act on the weighted gradients of their penalties; notes by layer, where asked for.
+
+    Lots of which nothing but numbers need to be known come last, all at once.
+    """
+    notes, later = dict[str, GradientNote](), dict[Application, Addition]()
+    for together in lots:
+        notes |= _act_on(together, act, progress, use, replicas, later)
+    add_together(later)
+    return notes
+
+
+def _act_on(
+    together: Sequence[Layer],
+    act: Act,
+    progress: Progress,
+    use: Use,
+    replicas: Replicas | None,
+    later: dict[Application, Addition],
+) -> dict[str, GradientNote]:
+    """Let a lot of layers act, or leave all of it for ``later``; notes by layer, where asked for."""
     gathered: Gathered = {}
     found = (_application(layer, progress, use, gathered) for layer in together)
     ready = [one for one in found if one is not None]
     plain = _plain(ready, progress, use, replicas) if act is Application.add and not use.note else {}
+    if len(plain) == len(ready):
+        later.update(plain)
+        return {}
     ready = [one for one in ready if one not in plain]
     grads, notes = penalty_gradients(ready, replicas), dict[str, GradientNote]()
     for i, one in enumerate(ready):  # all norms before any gradient is added: layers may be computed from one parameter

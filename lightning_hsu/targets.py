@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -122,7 +123,8 @@ def without_side_effects(module: nn.Module) -> Iterator[None]:
     """Read weights without changing state (a spectral norm iterates at each access in training) and without autocast."""
     lists = [m for m in module.modules() if isinstance(m, ParametrizationList)] if module._modules else []
     switched = [part for one in lists for part in one.modules() if part.training]
-    device = next((p.device.type for p in module.parameters()), "cpu")
+    own = (p for p in module._parameters.values() if p is not None)  # most layers have some: walking modules takes longer
+    device = next((p.device.type for p in chain(own, module.parameters())), "cpu")
     for part in switched:
         part.training = False
     try:
