@@ -8,8 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_hsu.core.kernel import PairTerm
-from lightning_hsu.core.pairwise import pair_energy
+from lightning_hsu.core.backend import DTYPES, compiled
+from lightning_hsu.core.kernel import FORMULAS, PairTerm
+from lightning_hsu.core.near import NEAR
+from lightning_hsu.core.pairwise import pair_energy, too_steep
 from lightning_hsu.core.precision import working_dtype
 
 SMALL = 2**16
@@ -42,12 +44,27 @@ def add_pair_gradients(additions: Sequence[Addition], term: PairTerm) -> None:
         additions: The layers; no two of them add to the same entries.
         term: The kernel.
     """
+    quick = [_compiled(one, term) for one in additions]
+    if any(quick):
+        from lightning_hsu.core.kernels import launch
+
+        launch.add_pair_gradients([one for one, fits in zip(additions, quick, strict=True) if fits], term)
     stacks: dict[object, list[Addition]] = {}
     for i, one in enumerate(additions):
+        if quick[i]:
+            continue
         alike = (one.w.shape, one.w.dtype, one.w.device, one.scale, one.limit, one.grad_scale)
         stacks.setdefault(alike if one.w.numel() <= SMALL else i, []).append(one)
     for members in stacks.values():
         _add_stack(members, term)
+
+
+def _compiled(one: Addition, term: PairTerm) -> bool:
+    """Whether compiled kernels are asked for, and take such a layer and kernel."""
+    if not compiled(one.w) or one.out.dtype not in DTYPES or one.out.device != one.w.device:
+        return False
+    smooth = term.knee**2 <= NEAR and not too_steep(term)
+    return smooth and term.formula is not None and term.formula[0] in FORMULAS
 
 
 def _add_stack(members: Sequence[Addition], term: PairTerm) -> None:

@@ -15,6 +15,9 @@ Kernel = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 FLOOR = 1e-6
 """The smallest softening (a chord): it keeps the energy of coincident neurons finite when softening is off."""
 
+FORMULAS = ("chordal", "geodesic", "gaussian")
+"""Names of kernels that compiled loops know; others go through torch."""
+
 # Softened kernel values and slopes stay below this, so that no later product is inf * 0.
 _BOUND = {torch.float64: 1e150, torch.float32: 1e18}
 

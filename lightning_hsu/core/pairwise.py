@@ -121,13 +121,12 @@ def pair_part(w: Tensor, term: PairTerm, part: int, parts: int) -> tuple[Tensor,
 
 def _stack(w: Tensor, term: PairTerm) -> tuple[Tensor, torch.dtype]:
     """The neurons w as one stack of groups (b, n, d), and the dtype to compute in."""
-    return with_float64(w.detach()).reshape(-1, *w.shape[-2:]), _wide_enough(term, working_dtype(w.dtype))
+    return with_float64(w.detach()).reshape(-1, *w.shape[-2:]), torch.float64 if too_steep(term) else working_dtype(w.dtype)
 
 
-def _wide_enough(term: PairTerm, dtype: torch.dtype) -> torch.dtype:
-    """Return float64 for a kernel so steep (a Riesz kernel with s above 25 or below -100) that float32 would overflow."""
-    extremes = (*softened_at(term, NEAR), *softened_at(term, 4.0))
-    return torch.float64 if max(abs(part) for part in extremes) > 1e18 else dtype
+def too_steep(term: PairTerm) -> bool:
+    """Whether a kernel is so steep (a Riesz kernel with s above 25 or below -100) that float32 would overflow."""
+    return max(abs(part) for part in (*softened_at(term, NEAR), *softened_at(term, 4.0))) > 1e18
 
 
 def _height(n: int) -> int:

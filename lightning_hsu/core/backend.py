@@ -1,0 +1,68 @@
+"""Who computes: plain torch, or compiled kernels where they are asked for and can."""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+VARIABLE = "LIGHTNING_HSU_BACKEND"
+PRECISIONS = ("tf32x3", "tf32", "bf16", "ieee")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def interpreted() -> bool:
+    """Whether Triton runs its kernels in Python, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def compiled(w: Tensor) -> bool:
+    """Whether kernels of Triton are asked for and take such a tensor.
+
+    Args:
+        w: Neurons. Those in float64 or on another device than the kernels' go through torch all the same.
+
+    Raises:
+        ValueError: if the environment variable LIGHTNING_HSU_BACKEND is neither "torch" nor "triton".
+        RuntimeError: if it is "triton", and this machine has no Triton or nothing to run it on.
+    """
+    backend = os.environ.get(VARIABLE, "torch")
+    if backend not in ("torch", "triton"):
+        raise ValueError(f"the environment variable {VARIABLE} must be 'torch' or 'triton'; got {backend!r}")
+    if backend == "torch":
+        return False
+    _check_machine()
+    return w.dtype in DTYPES and w.device.type == ("cpu" if interpreted() else "cuda") and _capable(w)
+
+
+def precision() -> str:
+    """How products of float32 numbers are taken: three TF32 products, as good as float32, unless less is asked for.
+
+    Raises:
+        ValueError: if the environment variable LIGHTNING_HSU_PRECISION is no such way.
+    """
+    chosen = os.environ.get("LIGHTNING_HSU_PRECISION", exact_precision())
+    if chosen not in PRECISIONS:
+        raise ValueError(f"the environment variable LIGHTNING_HSU_PRECISION must be one of {PRECISIONS}; got {chosen!r}")
+    return chosen
+
+
+def exact_precision() -> str:
+    """The way that is as good as float32."""
+    return "ieee" if interpreted() else "tf32x3"
+
+
+def _check_machine() -> None:
+    way_out = f"install it, or unset {VARIABLE}"
+    if find_spec("triton") is None:
+        raise RuntimeError(f"{VARIABLE} is 'triton', which is not installed; pip install 'lightning-hsu[triton]', or unset it")
+    if not interpreted() and not torch.cuda.is_available():
+        raise RuntimeError(f"{VARIABLE} is 'triton', but torch sees no CUDA device; {way_out}")
+
+
+def _capable(w: Tensor) -> bool:
+    if w.device.type == "cuda" and (found := torch.cuda.get_device_capability(w.device)) < (8, 0):
+        raise RuntimeError(f"{VARIABLE} is 'triton', whose kernels need compute capability 8.0; {w.device} has {found}; unset it")
+    return True

@@ -1,0 +1,251 @@
+"""Gradients of pair energies of many layers in four launches: unit rows, slopes of pairs, their products, additions.
+
+A program knows its layer and tile from tables, so that one launch serves layers of any shapes. Rows are padded to whole
+tiles with zeros and columns likewise: no load or product needs a mask. Nothing is added atomically.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# Columns of the table of groups, one int64 row each; ``launch`` fills them in this order.
+W = tl.constexpr(0)  # address of the weights, and strides
+W_ROW = tl.constexpr(1)
+W_COL = tl.constexpr(2)
+OUT = tl.constexpr(3)  # where to add, and strides
+OUT_ROW = tl.constexpr(4)
+OUT_COL = tl.constexpr(5)
+N = tl.constexpr(6)  # neurons, and padded
+N_PAD = tl.constexpr(7)
+D = tl.constexpr(8)  # dimension, and padded
+D_PAD = tl.constexpr(9)
+ROW = tl.constexpr(10)  # first row among those of all groups
+X = tl.constexpr(11)  # first entry among the unit rows of all groups
+FIRST = tl.constexpr(12)  # the panel of rows: [first, last), columns from first on
+LAST = tl.constexpr(13)
+PANEL = tl.constexpr(14)  # first entry of the panel among the slopes; rows are N_PAD - first long
+BELOW = tl.constexpr(15)  # first entry of its mirror image from row last on; rows are last - first long
+FIELDS = tl.constexpr(16)
+
+# Columns of the table of numbers, one float64 row for each group.
+FACTOR = tl.constexpr(0)  # from sums of pulls to the gradient of the mean
+SCALE = tl.constexpr(1)
+LIMIT = tl.constexpr(2)
+GRAD_SCALE = tl.constexpr(3)
+BOUND = tl.constexpr(4)
+NUMBERS = tl.constexpr(5)
+
+LARGEST = tl.constexpr(3.4028234663852886e38)  # of float32
+TINY = tl.constexpr(1.1754943508222875e-38)
+HELD = tl.constexpr(2.0**-125)
+"""Stands among the slopes for a pair that is too near: as a number it pulls at nothing, and adding it is no error."""
+
+
+@triton.jit
+def unit_rows(groups, blocks, x, inverse_norm, alive, DTYPE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Rows over their norms, of any finite positive norm, the inverse norms, and how many rows of a block are alive.
+
+    Rows that are zero, subnormal or not finite become 0 with inverse norm 0.
+    """
+    block = tl.program_id(0)
+    group = groups + tl.load(blocks + 2 * block) * FIELDS
+    row = tl.load(blocks + 2 * block + 1) * ROWS + tl.arange(0, ROWS)
+    d, width = tl.load(group + D).to(tl.int32), tl.load(group + D_PAD).to(tl.int32)
+    inside = row < tl.load(group + N)
+    source = tl.load(group + W).to(tl.pointer_type(DTYPE)) + (row * tl.load(group + W_ROW))[:, None]
+    stride = tl.load(group + W_COL)
+    target = x + tl.load(group + X) + (row.to(tl.int64) * width)[:, None]
+
+    most = tl.zeros((ROWS, COLS), tl.float32)
+    for start in range(0, width, COLS):
+        col = start + tl.arange(0, COLS)
+        w = tl.load(source + (col * stride)[None, :], mask=inside[:, None] & (col < d)[None, :], other=0.0).to(tl.float32)
+        most = tl.maximum(most, tl.where(tl.abs(w) <= LARGEST, tl.abs(w), float("inf")))
+    largest = tl.max(most, 1)
+    usable = (largest >= TINY) & (largest <= LARGEST)
+    largest = tl.where(usable, largest, 1.0)
+
+    square = tl.zeros((ROWS, COLS), tl.float32)
+    for start in range(0, width, COLS):
+        col = start + tl.arange(0, COLS)
+        w = tl.load(source + (col * stride)[None, :], mask=usable[:, None] & (col < d)[None, :], other=0.0).to(tl.float32)
+        entry = tl.div_rn(w, tl.broadcast_to(largest[:, None], w.shape))
+        square += entry * entry
+    length = tl.where(usable, tl.sqrt_rn(tl.sum(square, 1)), 1.0)
+
+    for start in range(0, width, COLS):
+        col = start + tl.arange(0, COLS)
+        w = tl.load(source + (col * stride)[None, :], mask=usable[:, None] & (col < d)[None, :], other=0.0).to(tl.float32)
+        entry = tl.div_rn(w, tl.broadcast_to(largest[:, None], w.shape))
+        tl.store(target + col[None, :], tl.div_rn(entry, tl.broadcast_to(length[:, None], w.shape)), mask=(col < width)[None, :])
+    # A subnormal might be flushed to 0, which would mean a dead row.
+    inverse = tl.maximum(tl.div_rn(tl.div_rn(1.0 + tl.zeros_like(length), length), largest), TINY)
+    tl.store(inverse_norm + tl.load(group + ROW) + row, tl.where(usable, inverse, 0.0))
+    tl.store(alive + block, tl.sum(usable.to(tl.int32), 0))
+
+
+@triton.jit
+def pair_slopes(
+    groups,
+    tiles,
+    x,
+    inverse_norm,
+    slopes,
+    near_tiles,
+    energies,
+    number,
+    KERNEL: tl.constexpr,
+    HALF_SPACE: tl.constexpr,
+    ENERGY: tl.constexpr,
+    NEAR: tl.constexpr,
+    PRECISION: tl.constexpr,
+    TILE: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    """Slopes of the kernel in the squared chord for a tile of pairs on or above the diagonal, and its mirror image.
+
+    Pairs too near (or too near to opposite) for float32 are held back: ``HELD`` stands in their place, and the tile is noted.
+    """
+    program = tl.program_id(0)
+    group = groups + tl.load(tiles + 3 * program) * FIELDS
+    i, j = tl.load(tiles + 3 * program + 1), tl.load(tiles + 3 * program + 2)
+    row, col = i * TILE + tl.arange(0, TILE), j * TILE + tl.arange(0, TILE)
+    n, width = tl.load(group + N).to(tl.int32), tl.load(group + D_PAD).to(tl.int32)
+    base, depth = x + tl.load(group + X), tl.arange(0, DEPTH)
+    left = base + (row.to(tl.int64) * width)[:, None] + depth[None, :]
+    right = base + (col.to(tl.int64) * width)[None, :] + depth[:, None]
+
+    cosine = tl.zeros((TILE, TILE), tl.float32)
+    for start in range(0, width, DEPTH):
+        a, b = tl.load(left + start), tl.load(right + start)
+        if PRECISION == "bf16":
+            cosine = tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16), cosine)
+        else:
+            cosine = tl.dot(a, b, cosine, input_precision=PRECISION)
+
+    q = 2.0 - 2.0 * cosine
+    pair = (row[:, None] != col[None, :]) & (row < n)[:, None] & (col < n)[None, :]
+    near = pair & ((q < NEAR) | (q > 4.0 - NEAR))
+    counts = pair & (near == 0)
+    q = tl.where(counts, q, 2.0)
+    value, slope = KERNEL(q, 4.0 - q, number)
+    if HALF_SPACE:
+        mirrored, mirrored_slope = KERNEL(4.0 - q, q, number)
+        value, slope = value + mirrored, slope - mirrored_slope
+    slope = tl.where(near, HELD, tl.where(counts, slope, 0.0)).to(slopes.dtype.element_ty)
+    tl.store(near_tiles + program, tl.max(tl.max(near.to(tl.int32), 1), 0))
+    if ENERGY:  # a zero row has cosine 0 with all: no pull on the others, but a value
+        norms = inverse_norm + tl.load(group + ROW)
+        counts = counts & (tl.load(norms + row) > 0.0)[:, None] & (tl.load(norms + col) > 0.0)[None, :]
+        total = tl.sum(tl.sum(tl.where(counts, value, 0.0), 1), 0)
+        tl.store(energies + program, tl.where(i == j, 0.5, 1.0) * total)
+
+    first, last = tl.load(group + FIRST).to(tl.int32), tl.load(group + LAST).to(tl.int32)
+    long, short = tl.load(group + N_PAD) - first, tl.load(group + LAST) - first
+    panel = slopes + tl.load(group + PANEL)
+    tl.store(panel + ((row - first) * long)[:, None] + (col - first)[None, :], slope)
+    if j > i:
+        if j * TILE >= last:
+            panel, long = slopes + tl.load(group + BELOW), short
+        top = tl.where(j * TILE < last, first, last)
+        tl.store(panel + ((col - top) * long)[:, None] + (row - first)[None, :], tl.trans(slope))
+
+
+@triton.jit
+def products(
+    groups,
+    tiles,
+    x,
+    slopes,
+    pulls,
+    PRECISION: tl.constexpr,
+    TILE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    """A tile of the sums ``sum_j F'(q_ij) x_j`` over the pairs of a panel, added to those of the panels before."""
+    program = tl.program_id(0)
+    group = groups + tl.load(tiles + 3 * program) * FIELDS
+    row = tl.load(tiles + 3 * program + 1) * TILE + tl.arange(0, TILE)
+    col = tl.load(tiles + 3 * program + 2) * WIDTH + tl.arange(0, WIDTH)
+    width, first = tl.load(group + D_PAD).to(tl.int32), tl.load(group + FIRST).to(tl.int32)
+    last, depth = tl.load(group + LAST).to(tl.int32), tl.arange(0, DEPTH)
+    # Rows of the panel meet all columns from its first on; those below meet the panel's rows.
+    below = tl.load(tiles + 3 * program + 1) * TILE >= last
+    count = tl.where(below, last, tl.load(group + N_PAD).to(tl.int32)) - first
+    start_of = tl.load(group + tl.where(below, BELOW, PANEL))
+    top = tl.where(below, last, first)
+    left = slopes + start_of + ((row - top).to(tl.int64) * count)[:, None] + depth[None, :]
+    base = x + tl.load(group + X)
+    right = base + ((first + depth).to(tl.int64) * width)[:, None] + col[None, :]
+
+    total = tl.zeros((TILE, WIDTH), tl.float32)
+    for _ in range(0, count, DEPTH):
+        a, b = tl.load(left), tl.load(right)
+        if PRECISION == "bf16":
+            total = tl.dot(a, b.to(tl.bfloat16), total)
+        else:
+            total = tl.dot(a, b, total, input_precision=PRECISION)
+        left += DEPTH
+        right += DEPTH * width
+    target = pulls + tl.load(group + X) + (row.to(tl.int64) * width)[:, None] + col[None, :]
+    if first > 0:
+        total += tl.load(target)
+    tl.store(target, total)
+
+
+@triton.jit
+def additions(groups, numbers, blocks, x, inverse_norm, pulls, DTYPE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """From pulls to ``out``: the tangent part, over the norm, weighted, within the limit. Norms of rows never overflow."""
+    block = tl.program_id(0)
+    index = tl.load(blocks + 2 * block)
+    group, number = groups + index * FIELDS, numbers + index * NUMBERS
+    row = tl.load(blocks + 2 * block + 1) * ROWS + tl.arange(0, ROWS)
+    d, width = tl.load(group + D).to(tl.int32), tl.load(group + D_PAD).to(tl.int32)
+    offset = tl.load(group + X) + (row.to(tl.int64) * width)[:, None]
+    inverse = tl.load(inverse_norm + tl.load(group + ROW) + row).to(tl.float64)
+
+    most = tl.zeros((ROWS, COLS), tl.float32)
+    for start in range(0, width, COLS):
+        col = start + tl.arange(0, COLS)
+        most = tl.maximum(most, tl.abs(tl.load(pulls + offset + col[None, :], mask=(col < width)[None, :], other=0.0)))
+    largest = tl.max(most, 1)
+    largest = tl.where(largest > 1e-30, largest, 1.0)
+    shrink = (1.0 / largest)[:, None]
+
+    product = tl.zeros((ROWS, COLS), tl.float32)
+    for start in range(0, width, COLS):
+        col = start + tl.arange(0, COLS)
+        pull = tl.load(pulls + offset + col[None, :], mask=(col < width)[None, :], other=0.0) * shrink
+        product += pull * tl.load(x + offset + col[None, :], mask=(col < width)[None, :], other=0.0)
+    radial = tl.sum(product, 1)[:, None]
+
+    square, most = tl.zeros((ROWS, COLS), tl.float32), tl.zeros((ROWS, COLS), tl.float32)
+    for start in range(0, width, COLS):
+        col = start + tl.arange(0, COLS)
+        pull = tl.load(pulls + offset + col[None, :], mask=(col < width)[None, :], other=0.0) * shrink
+        along = pull - radial * tl.load(x + offset + col[None, :], mask=(col < width)[None, :], other=0.0)
+        square += along * along
+        most = tl.maximum(most, tl.abs(along))
+
+    # What ``along`` is multiplied by; on the way float32 must not overflow, nor the dtype of ``out`` at the end.
+    reach = tl.load(number + FACTOR) * largest.to(tl.float64)
+    most = tl.maximum(tl.abs(reach) * tl.max(most, 1).to(tl.float64), TINY)
+    weight = reach * tl.minimum(inverse, 0.5 * LARGEST / most)
+    scale = tl.load(number + SCALE)
+    length = tl.sqrt(tl.sum(square, 1).to(tl.float64)) * tl.abs(weight) * scale
+    room = tl.minimum(tl.load(number + BOUND), tl.load(number + LIMIT) / tl.maximum(inverse, TINY))
+    weight *= tl.where(length > room, room / tl.where(length > room, length, 1.0), 1.0) * scale * tl.load(number + GRAD_SCALE)
+    weight = tl.minimum(tl.maximum(weight, -1e38), 1e38).to(tl.float32)
+
+    stride = tl.load(group + OUT_COL)
+    out = tl.load(group + OUT).to(tl.pointer_type(DTYPE)) + (row * tl.load(group + OUT_ROW))[:, None]
+    inside = (row < tl.load(group + N))[:, None]
+    for start in range(0, width, COLS):
+        col = start + tl.arange(0, COLS)
+        pull = tl.load(pulls + offset + col[None, :], mask=(col < width)[None, :], other=0.0) * shrink
+        unit = tl.load(x + offset + col[None, :], mask=(col < width)[None, :], other=0.0)
+        place, wanted = out + (col * stride)[None, :], inside & (col < d)[None, :]
+        added = tl.load(place, mask=wanted, other=0.0).to(tl.float32) + (pull - radial * unit) * weight[:, None]
+        tl.store(place, added.to(DTYPE), mask=wanted)
