@@ -67,6 +67,7 @@ STANDARD = {
     "importlib",
     "itertools",
     "numbers",
+    "os",
     "sys",
     "types",
     "weakref",

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lightning_hsu.core import batched, pair_energy
+from lightning_hsu.core import batched, grouped, pair_energy
 from lightning_hsu.core.batched import unasked_gradients
+from lightning_hsu.core.grouped import Addition, add_pair_gradients
 from lightning_hsu.measures import GaussianPotential, RieszEnergy
 from tests.members import InverseFourth
 
@@ -56,3 +57,60 @@ def test_nothing_is_asked():
             assert [part.shape for part in unasked_gradients(w, term)] == [(4,), (4, 70, 30), (4,)]
             with pytest.raises(Exception, match=r"data.dependent|_local_scalar_dense"):
                 pair_energy(w, term)
+
+
+def layers(device="cpu"):
+    """Of one shape and of others; groups, a near pair, a dead row, one neuron, half precision, views with strides."""
+    crowded = neurons(2, 20, 16)
+    crowded[1, 3], crowded[0, 5] = crowded[1, 9] * 1.001, 0.0
+    found = [neurons(1, 20, 16), 2.0 * neurons(1, 20, 16), crowded, neurons(1, 1, 9), neurons(1, 40, 12).bfloat16()]
+    return [part.to(device) for part in [*found, neurons(1, 16, 30).mT]]
+
+
+def added(measure, device="cpu"):
+    """What the layers' places hold afterwards, which held ones before."""
+    ws = layers(device)
+    places = [torch.ones_like(w) for w in ws]
+    settings = [
+        {"scale": 0.5},
+        {"scale": 0.5},
+        {"scale": 50.0, "limit": 0.1},
+        {"scale": 1.0},
+        {"scale": 3.0, "grad_scale": 8.0},
+    ]
+    additions = [Addition(w, out, **kw) for w, out, kw in zip(ws, places, [*settings, {"scale": 1.0}], strict=True)]
+    add_pair_gradients(additions, measure.pair_term())
+    return [out.cpu() for out in places]
+
+
+def same(first, second):
+    for a, b in zip(first, second, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-6, atol=2e-6)  # measured: 5e-7
+        assert a.shape[1] == 1 or not torch.equal(a, torch.ones_like(a))
+
+
+@pytest.mark.parametrize("measure", KERNELS, ids=repr)
+@pytest.mark.parametrize("large", [2**26, 1])  # all of one shape together, or one by one
+def test_what_waits_for_no_answer_adds_the_same(measure, large, monkeypatch):
+    exact = added(measure)
+    monkeypatch.setattr(grouped, "_waits", lambda w: w.shape[1] > 1)
+    monkeypatch.setattr(grouped, "_LARGE", large)
+    same(added(measure), exact)
+
+
+def test_a_wrong_backend_and_one_that_cannot_be_are_refused(monkeypatch):
+    monkeypatch.setenv("LIGHTNING_HSU_BACKEND", "jax")
+    with pytest.raises(ValueError, match="must be one of torch, cudagraph, triton; got 'jax'"):
+        added(RieszEnergy())
+    if not torch.cuda.is_available():
+        monkeypatch.setenv("LIGHTNING_HSU_BACKEND", "cudagraph")
+        with pytest.raises(RuntimeError, match="no CUDA device; unset it"):
+            added(RieszEnergy())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a CUDA device")
+@pytest.mark.parametrize("backend", ["torch", "cudagraph"])
+def test_on_a_gpu(backend, monkeypatch):
+    monkeypatch.setenv("LIGHTNING_HSU_BACKEND", backend)
+    for _ in range(3):  # a graph is captured, then replayed
+        same(added(RieszEnergy(s=2, half_space=True), "cuda"), added(RieszEnergy(s=2, half_space=True)))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 VARIABLE = "LIGHTNING_HSU_BACKEND"
+BACKENDS = ("torch", "cudagraph", "triton")
 PRECISIONS = ("tf32x3", "tf32", "bf16", "ieee")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -25,16 +26,27 @@ def compiled(w: Tensor) -> bool:
         w: Neurons. Those in float64 or on another device than the kernels' go through torch all the same.
 
     Raises:
-        ValueError: if the environment variable LIGHTNING_HSU_BACKEND is neither "torch" nor "triton".
+        ValueError: if the environment variable LIGHTNING_HSU_BACKEND names no backend.
         RuntimeError: if it is "triton", and this machine has no Triton or nothing to run it on.
     """
-    backend = os.environ.get(VARIABLE, "torch")
-    if backend not in ("torch", "triton"):
-        raise ValueError(f"the environment variable {VARIABLE} must be 'torch' or 'triton'; got {backend!r}")
-    if backend == "torch":
+    if _chosen() != "triton":
         return False
     _check_machine()
     return w.dtype in DTYPES and w.device.type == ("cpu" if interpreted() else "cuda") and _capable(w)
+
+
+def replays() -> bool:
+    """Whether what torch computes on a GPU is to be replayed as one CUDA graph: weights have to stay where they are."""
+    return _chosen() == "cudagraph"
+
+
+def _chosen() -> str:
+    backend = os.environ.get(VARIABLE, "torch")
+    if backend not in BACKENDS:
+        raise ValueError(f"the environment variable {VARIABLE} must be one of {', '.join(BACKENDS)}; got {backend!r}")
+    if backend == "cudagraph" and not torch.cuda.is_available():
+        raise RuntimeError(f"{VARIABLE} is 'cudagraph', but torch sees no CUDA device; unset it")
+    return backend
 
 
 def precision() -> str:
@@ -64,5 +76,7 @@ def _check_machine() -> None:
 
 def _capable(w: Tensor) -> bool:
     if w.device.type == "cuda" and (found := torch.cuda.get_device_capability(w.device)) < (8, 0):
-        raise RuntimeError(f"{VARIABLE} is 'triton', whose kernels need compute capability 8.0; {w.device} has {found}; unset it")
+        raise RuntimeError(
+            f"{VARIABLE} is 'triton', whose kernels need compute capability 8.0; {w.device} has {found}; unset it"
+        )
     return True

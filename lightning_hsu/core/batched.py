@@ -6,14 +6,67 @@ these reads all of them at once and computes again, exactly, the groups that had
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 import torch
 from torch import Tensor
 
+from lightning_hsu.core.backend import replays
 from lightning_hsu.core.kernel import PairTerm
 from lightning_hsu.core.near import NEAR
+from lightning_hsu.core.precision import exact_arithmetic, working_dtype
 
 _ENTRIES = 2**26
 """Gram entries held at once: 256 MiB in float32."""
+
+_KEPT = 4
+"""CUDA graphs kept, with their results: one for each measure of a model, or its optimizers in turn."""
+
+Found = tuple[Tensor, Tensor, Tensor]
+"""What :func:`unasked_gradients` returns."""
+
+_graphs: dict[object, tuple[torch.cuda.CUDAGraph, list[Found]]] = {}
+
+
+def stacked(parts: Sequence[Tensor]) -> Tensor:
+    """Neurons of layers of one shape (b, n, d) as one stack, in float32 or wider."""
+    return (torch.cat(list(parts)) if len(parts) > 1 else parts[0]).to(working_dtype(parts[0].dtype))
+
+
+def unasked(stacks: Sequence[Sequence[Tensor]], term: PairTerm) -> Iterator[Found]:
+    """:func:`unasked_gradients` of stacks of layers of one shape each, one after the other, or replayed all at once."""
+    if stacks and replays():
+        yield from _replayed(stacks, term)
+    else:
+        for parts in stacks:
+            with exact_arithmetic(parts[0]):
+                found = unasked_gradients(stacked(parts), term)
+            yield found
+
+
+def _replayed(stacks: Sequence[Sequence[Tensor]], term: PairTerm) -> list[Found]:
+    """The same from one CUDA graph, captured when these weights first come and kept for the next steps.
+
+    What it returns is overwritten by the next replay.
+    """
+    key = (term, tuple((w.data_ptr(), w.shape, w.stride(), w.dtype) for parts in stacks for w in parts))
+    if key not in _graphs:
+        while len(_graphs) >= _KEPT:
+            del _graphs[next(iter(_graphs))]
+        with exact_arithmetic(stacks[0][0]):
+            aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            aside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(aside):  # what libraries set up at their first call is not to be captured
+                for parts in stacks:
+                    unasked_gradients(stacked(parts), term)
+            torch.cuda.current_stream().wait_stream(aside)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                found = [unasked_gradients(stacked(parts), term) for parts in stacks]
+        _graphs[key] = graph, found
+    graph, found = _graphs[key]
+    graph.replay()
+    return found
 
 
 def unasked_gradients(w: Tensor, term: PairTerm) -> tuple[Tensor, Tensor, Tensor]:

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from lightning_hsu.core.backend import DTYPES, compiled
+from lightning_hsu.core.batched import stacked, unasked
 from lightning_hsu.core.kernel import FORMULAS, PairTerm
 from lightning_hsu.core.near import NEAR
 from lightning_hsu.core.pairwise import pair_energy, too_steep
-from lightning_hsu.core.precision import working_dtype
+from lightning_hsu.core.precision import products_are_lowered
 
 SMALL = 2**16
 """Entries of a layer up to which equal shapes are stacked: their cost is the number of operations."""
+
+_LARGE = 2**26
+"""Entries of layers of one shape that go together on a GPU."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,12 +55,39 @@ def add_pair_gradients(additions: Sequence[Addition], term: PairTerm) -> None:
         launch.add_pair_gradients([one for one, fits in zip(additions, quick, strict=True) if fits], term)
     stacks: dict[object, list[Addition]] = {}
     for i, one in enumerate(additions):
-        if quick[i]:
-            continue
-        alike = (one.w.shape, one.w.dtype, one.w.device, one.scale, one.limit, one.grad_scale)
-        stacks.setdefault(alike if one.w.numel() <= SMALL else i, []).append(one)
+        if not quick[i]:
+            alike = (one.w.shape, one.w.dtype, one.w.device, one.scale, one.limit, one.grad_scale)
+            stacks.setdefault(alike if one.w.numel() <= SMALL or _waits(one.w) else i, []).append(one)
+    waiting = []
     for members in stacks.values():
-        _add_stack(members, term)
+        if _waits(members[0].w):
+            count = max(1, _LARGE // members[0].w.numel())
+            waiting += [members[start : start + count] for start in range(0, len(members), count)]
+        else:
+            w = _joined(members)
+            _add(members, term, w, *pair_energy(w, term))
+    _add_unasked(waiting, term)
+
+
+def _add_unasked(stacks: Sequence[Sequence[Addition]], term: PairTerm) -> None:
+    """Add to stacks on devices that every question would keep waiting: they are asked at the end."""
+    answers = []
+    for members, (value, grad, holds) in zip(
+        stacks, unasked([[one.w for one in members] for members in stacks], term), strict=True
+    ):
+        _add(members, term, _joined(members), value, torch.where(holds[:, None, None], grad, 0.0))
+        answers.append(holds)
+    for members, holds in zip(stacks, answers, strict=True):
+        groups = [replace(one, w=one.w[i, None], out=one.out[i, None]) for one in members for i in range(len(one.w))]
+        for group, well in zip(groups, holds.tolist(), strict=True):
+            if not well:
+                w = _joined([group])
+                _add([group], term, w, *pair_energy(w, term))
+
+
+def _waits(w: Tensor) -> bool:
+    """Whether the host would wait for the device at every question; bfloat16 products cannot do without any."""
+    return w.is_cuda and w.shape[1] > 1 and not products_are_lowered()
 
 
 def _compiled(one: Addition, term: PairTerm) -> bool:
@@ -67,15 +98,17 @@ def _compiled(one: Addition, term: PairTerm) -> bool:
     return smooth and term.formula is not None and term.formula[0] in FORMULAS
 
 
-def _add_stack(members: Sequence[Addition], term: PairTerm) -> None:
-    """Add to layers of one shape and weight, stacked where there are several."""
-    first = members[0]
-    stack = [one.w for one in members]
-    w = (torch.cat(stack) if len(stack) > 1 else stack[0]).to(working_dtype(first.w.dtype))
-    value, grad = pair_energy(w, term)
+def _joined(members: Sequence[Addition]) -> Tensor:
+    """The neurons of layers of one shape as one stack, in float32 or wider."""
+    return stacked([one.w for one in members])
+
+
+def _add(members: Sequence[Addition], term: PairTerm, w: Tensor, value: Tensor, grad: Tensor | None) -> None:
+    """Add to layers of one shape and weight what their stack w (b, n, d) has: values (b,) and gradients (b, n, d)."""
     assert grad is not None
+    first = members[0]
     if term.logarithm:
-        grad /= torch.where(value > 0, value, 1.0)[..., None, None]
+        grad = grad / torch.where(value > 0, value, 1.0)[:, None, None].to(grad.dtype)
     bound = torch.finfo(first.w.dtype).max / 2
     weight = shortening(grad, w, first.scale, first.limit, bound).mul_(first.scale * first.grad_scale)
     parts = torch.split(grad.mul_(weight), first.w.shape[0])

@@ -78,7 +78,9 @@ def unit_rows(groups, blocks, x, inverse_norm, alive, DTYPE: tl.constexpr, ROWS:
         col = start + tl.arange(0, COLS)
         w = tl.load(source + (col * stride)[None, :], mask=usable[:, None] & (col < d)[None, :], other=0.0).to(tl.float32)
         entry = tl.div_rn(w, tl.broadcast_to(largest[:, None], w.shape))
-        tl.store(target + col[None, :], tl.div_rn(entry, tl.broadcast_to(length[:, None], w.shape)), mask=(col < width)[None, :])
+        tl.store(
+            target + col[None, :], tl.div_rn(entry, tl.broadcast_to(length[:, None], w.shape)), mask=(col < width)[None, :]
+        )
     # A subnormal might be flushed to 0, which would mean a dead row.
     inverse = tl.maximum(tl.div_rn(tl.div_rn(1.0 + tl.zeros_like(length), length), largest), TINY)
     tl.store(inverse_norm + tl.load(group + ROW) + row, tl.where(usable, inverse, 0.0))
