@@ -154,7 +154,7 @@ def measure_workspace(name: str) -> None:
     shapes = MODELS[name]() if name in MODELS else [(50257, 768)]
     model = Layers(shapes)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-9)
-    regularizer = UniformityRegularizer(FULL, head=None).attach(model)
+    regularizer = UniformityRegularizer(FULL, head=None, sample_above=None).attach(model)
     small = nn.Linear(64, 64)
     small.weight.grad = torch.zeros_like(small.weight)
     UniformityRegularizer(FULL, head=None).attach(small).add_gradients(torch.optim.SGD(small.parameters(), lr=1e-9))
