@@ -25,8 +25,9 @@ if TYPE_CHECKING:
 WORKSPACE = 2**30
 """Bytes in use at once: unit rows, their pulls, and slopes of pairs. Layers go in several rounds where they need more."""
 
-TILE, DEPTH = 64, 32
+TILE, DEPTH = 64, 16  # of what is measured by `make kernels`, the deepest that spills on no chip
 ROWS, COLS = 4, 512
+WARPS = 4
 HEIGHT = 4  # tiles of rows whose near pairs are redone together
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -135,14 +136,15 @@ class _Pass:
             if i == 0:
                 dtype = DTYPES[self.groups[0].to.w.dtype]
                 pairs.unit_rows[(len(self.blocks),)](
-                    groups, self.blocks, self.x, self.inverse_norm, self.alive, dtype, ROWS, COLS
+                    groups, self.blocks, self.x, self.inverse_norm, self.alive, dtype, ROWS, COLS, num_warps=WARPS
                 )
                 live = _download(self.alive)
             self._add(panels, table, groups, slopes)
         numbers = _upload(self._numbers(live()), self.device)
         self._repair()
+        dtype = DTYPES[self.groups[0].to.out.dtype]
         pairs.additions[(len(self.blocks),)](
-            groups, numbers, self.blocks, self.x, self.inverse_norm, self.pulls, DTYPES[self.groups[0].to.out.dtype], ROWS, COLS
+            groups, numbers, self.blocks, self.x, self.inverse_norm, self.pulls, dtype, ROWS, COLS, num_warps=WARPS
         )
 
     def _rounds(self) -> list[list[Panel]]:
@@ -173,7 +175,7 @@ class _Pass:
         near = torch.empty(len(tiles), dtype=torch.int32, device=self.device)
         energies = torch.empty(len(tiles) if self.term.logarithm else 1, device=self.device)
         scalar, number = scalar_of(self.term), self.term.formula[1] if self.term.formula else 0.0
-        kernel = {"PRECISION": self.precision, "TILE": TILE, "DEPTH": DEPTH}
+        kernel = {"PRECISION": self.precision, "TILE": TILE, "DEPTH": DEPTH, "num_warps": WARPS}
         pairs.pair_slopes[(len(tiles),)](
             groups, tiles, self.x, self.inverse_norm, slopes, near, energies, number,
             KERNEL=scalar, HALF_SPACE=self.term.half_space, ENERGY=self.term.logarithm, NEAR=NEAR, **kernel,
