@@ -78,7 +78,10 @@ def main() -> int:
             registers, spilled, shared = resources(kernel, constants, warps, chip)
             fits = not spilled and shared <= most
             bad += not fits
-            print(f"{label:46s} sm_{chip} {warps:5d} {registers:10d} {spilled:8d} {shared:11.1f} {'' if fits else 'TOO MUCH'}", flush=True)
+            print(
+                f"{label:46s} sm_{chip} {warps:5d} {registers:10d} {spilled:8d} {shared:11.1f} {'' if fits else 'TOO MUCH'}",
+                flush=True,
+            )
     return int(bad > 0)
 
 

@@ -223,7 +223,7 @@ def test_rounds_and_row_panels(launch, monkeypatch):
     ws[1][0, 200] = ws[1][0, 201] + 1e-3 * neurons(9)
     for measure in (RieszEnergy(s=2), GaussianPotential(t=5)):
         term = measure.pair_term()
-        for room, height, launches in ((2**30, 4, 4), (900_000, 4, 14), (100_000, 1, 32)):
+        for room, height, launches in ((2**30, 4, 4), (900_000, 4, 12), (100_000, 1, 40)):
             monkeypatch.setattr(launch, "WORKSPACE", room)
             monkeypatch.setattr(launch, "HEIGHT", height)
             with monkeypatch.context() as patch:

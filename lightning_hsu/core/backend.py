@@ -46,7 +46,7 @@ def precision() -> str:
     chosen = os.environ.get("LIGHTNING_HSU_PRECISION", exact_precision())
     if chosen not in PRECISIONS:
         raise ValueError(f"the environment variable LIGHTNING_HSU_PRECISION must be one of {PRECISIONS}; got {chosen!r}")
-    return chosen
+    return "bf16 values" if chosen == "bf16" and interpreted() else chosen
 
 
 def exact_precision() -> str:
@@ -64,5 +64,7 @@ def _check_machine() -> None:
 
 def _capable(w: Tensor) -> bool:
     if w.device.type == "cuda" and (found := torch.cuda.get_device_capability(w.device)) < (8, 0):
-        raise RuntimeError(f"{VARIABLE} is 'triton', whose kernels need compute capability 8.0; {w.device} has {found}; unset it")
+        raise RuntimeError(
+            f"{VARIABLE} is 'triton', whose kernels need compute capability 8.0; {w.device} has {found}; unset it"
+        )
     return True

@@ -8,7 +8,6 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -50,12 +49,12 @@ class Group:
     @property
     def tiles(self) -> int:
         """Tiles of rows."""
-        return triton.cdiv(self.n, TILE)
+        return -(-self.n // TILE)
 
     @property
     def width(self) -> int:
         """Padded dimension."""
-        return triton.cdiv(self.d, TILE) * TILE
+        return -(-self.d // TILE) * TILE
 
     @property
     def entries(self) -> int:
@@ -88,7 +87,7 @@ def add_pair_gradients(additions: Sequence[Addition], term: PairTerm) -> None:
         first = lot[0].w
         groups = [Group(one, i) for one in lot for i in range(len(one.w)) if one.w.shape[1] > 1 and one.w.shape[2] > 0]
         with torch.no_grad(), exact_arithmetic(first), torch.cuda.device_of(first):
-            for some in _together(groups, 2 if precision() == "bf16" else 4):
+            for some in _together(groups, 2 if "bf16" in precision() else 4):
                 _Pass(some, term).run()
 
 
@@ -118,7 +117,7 @@ class _Pass:
     def __init__(self, groups: list[Group], term: PairTerm) -> None:
         self.groups, self.term = groups, term
         self.device, self.precision = groups[0].to.w.device, precision()
-        self.slope_dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
+        self.slope_dtype = torch.bfloat16 if "bf16" in self.precision else torch.float32
         rows, entries = (sum(sizes) for sizes in zip(*((g.tiles * TILE, g.entries) for g in groups), strict=True))
         self.x, self.pulls = torch.empty(2, entries, device=self.device)
         self.inverse_norm = torch.empty(rows, device=self.device)
