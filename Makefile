@@ -3,8 +3,10 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 CONSTRAINTS ?= constraints.txt
 DATA ?= digits
 BIN = .venv/bin
+EXTRAS = demo,test,dev$(if $(filter Linux,$(shell uname -s)),$(COMMA)triton)
+COMMA = ,
 
-.PHONY: demo test versions lint types wheel bench clean
+.PHONY: demo test versions lint types wheel kernels bench bench-gpu clean
 
 demo: .venv/installed  ## Train with and without the callback on real data: DATA=digits, fashion-mnist or a folder
 	$(BIN)/python notebooks/demo.py --data "$(DATA)"
@@ -33,10 +35,16 @@ bench: .venv/installed  ## What the penalty costs; QUICK=--quick runs all of it 
 	$(BIN)/python -m benchmarks.core $(QUICK)
 	$(BIN)/python -m benchmarks.overhead $(QUICK)
 
+kernels: .venv/installed  ## Compile the kernels for their chips, which need not be there: registers, spills, shared memory
+	$(BIN)/python .ci/compile_kernels.py
+
+bench-gpu:  ## What the penalty costs on the GPU of this machine; needs torch, triton and lightning, and makes no .venv
+	$(PYTHON) -m benchmarks.gpu
+
 clean:  ## Remove what the targets made
 	rm -rf .venv .venv-wheel build dist out *.egg-info
 
 .venv/installed: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e ".[demo,test,dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e ".[$(EXTRAS)]"
 	touch $@

@@ -5,6 +5,9 @@ import os
 import pytest
 import torch
 
+# Triton reads it when it is imported, which Lightning does: without a GPU its kernels run in its interpreter.
+os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
+
 # The tests' matrices are tiny: more threads than one only add noise to their run time.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)

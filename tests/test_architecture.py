@@ -22,6 +22,7 @@ FACES = {
     "lightning": {"trainers", "callback"},
     "lightning_utilities": {"trainers"},
     "scipy": {"core"},
+    "triton": {"core"},
     "torchmetrics": set(),
     "matplotlib": set(),
 }
@@ -77,6 +78,12 @@ STANDARD = {
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_files_stay_readable(path):
     assert len(path.read_text().splitlines()) <= 300
+
+
+def test_triton_is_imported_in_its_own_room_only():
+    for path in FILES:
+        if path.parent != ROOT / "core" / "kernels":
+            assert "triton" not in {name.partition(".")[0] for name in imported(path)}, path.name
 
 
 def test_no_stand_in_is_left():

@@ -58,7 +58,7 @@ def precision() -> str:
     chosen = os.environ.get("LIGHTNING_HSU_PRECISION", exact_precision())
     if chosen not in PRECISIONS:
         raise ValueError(f"the environment variable LIGHTNING_HSU_PRECISION must be one of {PRECISIONS}; got {chosen!r}")
-    return chosen
+    return "bf16 values" if chosen == "bf16" and interpreted() else chosen
 
 
 def exact_precision() -> str:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_hsu.core.backend import compiled
 from lightning_hsu.core.kernel import Kernel
 from lightning_hsu.core.near import COINCIDENT, NEAR
 from lightning_hsu.core.pairwise import PANEL
@@ -210,6 +211,10 @@ class _Nearest:
 
     def _scan(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Largest cosine of every row of x (b, n, d), its column, and the second largest cosine; (b, n) each."""
+        if compiled(x):
+            from lightning_hsu.core.kernels.nearest import scan
+
+            return scan(x, self.alive, half_space=self.half_space, every=self.every)
         n = x.shape[1]
         found = torch.full_like(x[..., 0], _NONE), torch.zeros_like(x[..., 0]).long(), torch.full_like(x[..., 0], _NONE)
         whole = bool(self.alive.all())

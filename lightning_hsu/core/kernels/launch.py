@@ -8,7 +8,6 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -25,8 +24,9 @@ if TYPE_CHECKING:
 WORKSPACE = 2**30
 """Bytes in use at once: unit rows, their pulls, and slopes of pairs. Layers go in several rounds where they need more."""
 
-TILE, DEPTH = 64, 32
+TILE, DEPTH = 64, 16  # of what is measured by `make kernels`, the deepest that spills on no chip
 ROWS, COLS = 4, 512
+WARPS = 4
 HEIGHT = 4  # tiles of rows whose near pairs are redone together
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -49,12 +49,12 @@ class Group:
     @property
     def tiles(self) -> int:
         """Tiles of rows."""
-        return triton.cdiv(self.n, TILE)
+        return -(-self.n // TILE)
 
     @property
     def width(self) -> int:
         """Padded dimension."""
-        return triton.cdiv(self.d, TILE) * TILE
+        return -(-self.d // TILE) * TILE
 
     @property
     def entries(self) -> int:
@@ -87,7 +87,7 @@ def add_pair_gradients(additions: Sequence[Addition], term: PairTerm) -> None:
         first = lot[0].w
         groups = [Group(one, i) for one in lot for i in range(len(one.w)) if one.w.shape[1] > 1 and one.w.shape[2] > 0]
         with torch.no_grad(), exact_arithmetic(first), torch.cuda.device_of(first):
-            for some in _together(groups, 2 if precision() == "bf16" else 4):
+            for some in _together(groups, 2 if "bf16" in precision() else 4):
                 _Pass(some, term).run()
 
 
@@ -117,7 +117,7 @@ class _Pass:
     def __init__(self, groups: list[Group], term: PairTerm) -> None:
         self.groups, self.term = groups, term
         self.device, self.precision = groups[0].to.w.device, precision()
-        self.slope_dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
+        self.slope_dtype = torch.bfloat16 if "bf16" in self.precision else torch.float32
         rows, entries = (sum(sizes) for sizes in zip(*((g.tiles * TILE, g.entries) for g in groups), strict=True))
         self.x, self.pulls = torch.empty(2, entries, device=self.device)
         self.inverse_norm = torch.empty(rows, device=self.device)
@@ -135,14 +135,15 @@ class _Pass:
             if i == 0:
                 dtype = DTYPES[self.groups[0].to.w.dtype]
                 pairs.unit_rows[(len(self.blocks),)](
-                    groups, self.blocks, self.x, self.inverse_norm, self.alive, dtype, ROWS, COLS
+                    groups, self.blocks, self.x, self.inverse_norm, self.alive, dtype, ROWS, COLS, num_warps=WARPS
                 )
                 live = _download(self.alive)
             self._add(panels, table, groups, slopes)
         numbers = _upload(self._numbers(live()), self.device)
         self._repair()
+        dtype = DTYPES[self.groups[0].to.out.dtype]
         pairs.additions[(len(self.blocks),)](
-            groups, numbers, self.blocks, self.x, self.inverse_norm, self.pulls, DTYPES[self.groups[0].to.out.dtype], ROWS, COLS
+            groups, numbers, self.blocks, self.x, self.inverse_norm, self.pulls, dtype, ROWS, COLS, num_warps=WARPS
         )
 
     def _rounds(self) -> list[list[Panel]]:
@@ -173,7 +174,7 @@ class _Pass:
         near = torch.empty(len(tiles), dtype=torch.int32, device=self.device)
         energies = torch.empty(len(tiles) if self.term.logarithm else 1, device=self.device)
         scalar, number = scalar_of(self.term), self.term.formula[1] if self.term.formula else 0.0
-        kernel = {"PRECISION": self.precision, "TILE": TILE, "DEPTH": DEPTH}
+        kernel = {"PRECISION": self.precision, "TILE": TILE, "DEPTH": DEPTH, "num_warps": WARPS}
         pairs.pair_slopes[(len(tiles),)](
             groups, tiles, self.x, self.inverse_norm, slopes, near, energies, number,
             KERNEL=scalar, HALF_SPACE=self.term.half_space, ENERGY=self.term.logarithm, NEAR=NEAR, **kernel,

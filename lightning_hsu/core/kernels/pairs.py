@@ -88,6 +88,17 @@ def unit_rows(groups, blocks, x, inverse_norm, alive, DTYPE: tl.constexpr, ROWS:
 
 
 @triton.jit
+def product(a, b, total, PRECISION: tl.constexpr):
+    """``total + a @ b``. Triton's interpreter has no product of bf16 numbers, but one of their float32 values."""
+    if PRECISION == "bf16":
+        return tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16), total)
+    elif PRECISION == "bf16 values":
+        return tl.dot(a.to(tl.bfloat16).to(tl.float32), b.to(tl.bfloat16).to(tl.float32), total, input_precision="ieee")
+    else:
+        return tl.dot(a, b, total, input_precision=PRECISION)
+
+
+@triton.jit
 def pair_slopes(
     groups,
     tiles,
@@ -120,11 +131,7 @@ def pair_slopes(
 
     cosine = tl.zeros((TILE, TILE), tl.float32)
     for start in range(0, width, DEPTH):
-        a, b = tl.load(left + start), tl.load(right + start)
-        if PRECISION == "bf16":
-            cosine = tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16), cosine)
-        else:
-            cosine = tl.dot(a, b, cosine, input_precision=PRECISION)
+        cosine = product(tl.load(left + start), tl.load(right + start), cosine, PRECISION)
 
     q = 2.0 - 2.0 * cosine
     pair = (row[:, None] != col[None, :]) & (row < n)[:, None] & (col < n)[None, :]
@@ -184,11 +191,7 @@ def products(
 
     total = tl.zeros((TILE, WIDTH), tl.float32)
     for _ in range(0, count, DEPTH):
-        a, b = tl.load(left), tl.load(right)
-        if PRECISION == "bf16":
-            total = tl.dot(a, b.to(tl.bfloat16), total)
-        else:
-            total = tl.dot(a, b, total, input_precision=PRECISION)
+        total = product(tl.load(left), tl.load(right), total, PRECISION)
         left += DEPTH
         right += DEPTH * width
     target = pulls + tl.load(group + X) + (row.to(tl.int64) * width)[:, None] + col[None, :]

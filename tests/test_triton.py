@@ -1,0 +1,298 @@
+"""Two back ends, one meaning: plain torch and the compiled kernels against differences in float64."""
+
+import os
+
+import pytest
+import torch
+
+from lightning_hsu.core import oracle_energy
+from lightning_hsu.core.grouped import Addition, add_pair_gradients
+from lightning_hsu.core.nearest import _Nearest
+from lightning_hsu.measures import GaussianPotential, RieszEnergy
+from tests.members import InverseFourth
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # without one Triton's interpreter runs the kernels; see conftest.py
+BACKENDS = ["torch", "triton"]
+CLOSE = 3e-6  # measured: at most 2.2e-6 for either back end, where five neurons in the plane nearly balance
+MEASURES = [
+    *(RieszEnergy(s=s, half_space=half) for s in (0, 1, 2, 2.5, -1) for half in (False, True)),
+    *(RieszEnergy(s=s, distance="geodesic", half_space=half) for s in (0, 1, -0.5) for half in (False, True)),
+    *(GaussianPotential(t=t, half_space=half) for t in (2.0, 10.0) for half in (False, True)),
+]
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request, monkeypatch):
+    """Which back end; in the interpreter with row blocks that suit it."""
+    choose(request.param, monkeypatch)
+    return request.param
+
+
+@pytest.fixture
+def launch(monkeypatch):
+    """The module that launches, of the compiled back end alone."""
+    return choose("triton", monkeypatch)
+
+
+def choose(name, monkeypatch):
+    if name == "triton":
+        pytest.importorskip("triton", reason="triton, an optional extra, is not installed")
+    monkeypatch.setenv("LIGHTNING_HSU_BACKEND", name)
+    if name == "triton":
+        from lightning_hsu.core.kernels import launch
+
+        if DEVICE == "cpu":
+            monkeypatch.setattr(launch, "ROWS", 32)
+            monkeypatch.setattr(launch, "COLS", 64)
+        return launch
+    return None
+
+
+def neurons(*shape, dtype=torch.float32):
+    return torch.randn(shape, device=DEVICE).to(dtype)
+
+
+def exact(w, term):
+    """The gradient by differences and autograd, in float64."""
+    x = w.detach().double().requires_grad_()
+    value = oracle_energy(x, term)
+    if term.logarithm:
+        value = torch.where(value > 0, value, 1.0).log()
+    return torch.autograd.grad(value.sum(), x)[0]
+
+
+def relative_error(a, b):
+    return float((a.double() - b).norm() / b.norm().clamp_min(1e-300))
+
+
+def added(ws, term, scale=1.0, **options):
+    """What is added to each layer beside what was there: zeros."""
+    outs = [torch.zeros_like(w) for w in ws]
+    add_pair_gradients([Addition(w, out, scale, **options) for w, out in zip(ws, outs, strict=True)], term)
+    return outs
+
+
+def counted(launch, monkeypatch):
+    """Kernels launched from here on, by name."""
+    names = []
+    for name in ("unit_rows", "pair_slopes", "products", "additions"):
+        monkeypatch.setattr(launch.pairs, name, Watched(name, getattr(launch.pairs, name), names))
+    return names
+
+
+class Watched:
+    """A kernel that notes when it is launched."""
+
+    def __init__(self, name, kernel, names):
+        self.name, self.kernel, self.names = name, kernel, names
+
+    def __getitem__(self, grid):
+        self.names.append(self.name)
+        return self.kernel[grid]
+
+
+@pytest.mark.parametrize("measure", MEASURES, ids=repr)
+def test_all_formulas(backend, measure):
+    ws = [neurons(1, 9, 7), neurons(2, 5, 2)]
+    for w, out in zip(ws, added(ws, measure.pair_term()), strict=True):
+        far = relative_error(out, exact(w, measure.pair_term()))
+        assert far < 2e-5  # measured: 1e-5 for both where five neurons in the plane nearly balance
+
+
+@pytest.mark.parametrize("measure", [RieszEnergy(s=2), GaussianPotential(half_space=True)], ids=repr)
+def test_odd_shapes_together(backend, measure):
+    shapes = [(1, 1, 5), (1, 2, 2), (2, 3, 70), (1, 63, 5), (1, 65, 70), (2, 130, 5), (3, 2, 2)]
+    ws = [neurons(*shape) for shape in shapes]
+    for w, out in zip(ws, added(ws, measure.pair_term()), strict=True):
+        assert relative_error(out, exact(w, measure.pair_term())) < 5e-6 or float(out.abs().max()) < 1e-5
+
+
+def test_views_of_any_strides(backend):
+    term = RieszEnergy(s=1).pair_term()
+    packed, conv, plain = neurons(3 * 17, 12), neurons(6, 4, 3, 3), neurons(21, 19)
+    ws = [plain.T[None], packed.reshape(3, 17, 12)[1:2], conv.reshape(2, 3, 36), conv.movedim(1, 0).flatten(1)[None]]
+    outs = [torch.ones(19, 21, device=DEVICE)[None], torch.ones(12, 17, device=DEVICE).T[None]]
+    outs += [torch.ones(2, 3, 72, device=DEVICE)[..., ::2], torch.ones(1, 4, 54, device=DEVICE)]
+    add_pair_gradients([Addition(w, out, 0.5) for w, out in zip(ws, outs, strict=True)], term)
+    for w, out in zip(ws, outs, strict=True):
+        torch.testing.assert_close(out.double(), 1 + 0.5 * exact(w, term), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("chord", [1e-4, 1e-3, 1e-2])
+@pytest.mark.parametrize("half", [False, True])
+def test_near_pairs(backend, chord, half):
+    term = RieszEnergy(s=2, half_space=half, softening=0.0).pair_term()
+    w = neurons(2, 130, 11)
+    w[0, 100] = w[0, 7] * 3 + chord * 3 * w[0, 7].norm() * neurons(11) / 3
+    w[0, 8] = w[0, 7] + chord * w[0, 7].norm() * neurons(11) / 3
+    w[1, 70] = -w[1, 66] + chord * w[1, 66].norm() * neurons(11) / 3
+    w[1, 129] = -2 * w[1, 3]
+    w[1, 5] *= 0.0
+    other = neurons(1, 3, 4)
+    outs = added([other, w], term)
+    assert relative_error(outs[0], exact(other, term)) < 1e-5
+    expected = exact(w, term)
+    if half:  # exactly opposite neurons are one point: they part along a seeded direction that differences cannot see
+        expected[1, [3, 129]] = outs[1][1, [3, 129]].double()
+    assert relative_error(outs[1][0], expected[0]) < 1e-6
+    assert relative_error(outs[1][1], expected[1]) < 1e-6
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_coincident_neurons_part_in_the_same_way(monkeypatch, half):
+    term, w = RieszEnergy(s=1, half_space=half).pair_term(), neurons(1, 70, 6)
+    w[0, 66], w[0, 67], w[0, 3] = w[0, 2], 5 * w[0, 2], -w[0, 9]
+    choose("torch", monkeypatch)
+    (expected,) = added([w], term)
+    choose("triton", monkeypatch)
+    (out,) = added([w], term)
+    assert float(out[0, 66].norm()) > 0
+    assert relative_error(out, expected.double()) < 1e-6
+
+
+def test_a_collapsed_layer(backend):
+    term = RieszEnergy(s=1).pair_term()
+    w = neurons(1, 1, 6) + 1e-2 * neurons(1, 300, 6)
+    assert relative_error(added([w], term)[0], exact(w, term)) < 1e-6
+
+
+def test_dead_rows_and_any_norm(backend):
+    for measure in (RieszEnergy(s=2, half_space=True), GaussianPotential()):
+        term, w = measure.pair_term(), neurons(2, 67, 5)
+        clean = w.clone()
+        w[0, 3], w[0, 65] = 0.0, float("nan")
+        w[0, 66, 2], w[1, 1] = float("inf"), 1e-40
+        clean[0, [3, 65, 66]], clean[1, 1] = 0.0, 0.0
+        factor = torch.ones(2, 67, 1, device=DEVICE)
+        factor[:, 5], factor[:, 6], factor[:, 64], factor[:, 7] = 1e-18, 1e18, 1e-8, 1e30
+        (out,) = added([w * factor], term)
+        expected = exact(clean, term)
+        assert bool(out.isfinite().all())
+        torch.testing.assert_close(out.double() * factor.double(), expected, rtol=1e-5, atol=2e-6)
+        assert not out[0, [3, 65, 66]].any()
+        assert not out[1, 1].any()
+
+
+@pytest.mark.parametrize(("dtype", "close"), [(torch.bfloat16, 5e-3), (torch.float16, 1e-3)])
+def test_half_precision_weights(backend, dtype, close):
+    term, w, single = RieszEnergy(s=2).pair_term(), neurons(1, 65, 33, dtype=dtype), neurons(1, 9, 4)
+    out, plain = added([w, single], term, scale=64.0)
+    assert out.dtype == dtype
+    assert relative_error(out, 64 * exact(w, term)) < close  # half a unit in the last place: 2e-3 and 2e-4
+    assert relative_error(plain, 64 * exact(single, term)) < 5e-6
+
+
+def test_the_step_limit_and_what_the_gradient_carries(backend):
+    term = RieszEnergy(s=2).pair_term()
+    w = neurons(2, 33, 4)
+    expected = 3.0 * exact(w, term)
+    for limit in (1e-3, 1e-2, 1e9):
+        (out,) = added([w], term, scale=3.0, limit=limit, grad_scale=8.0)
+        room = limit * w.double().norm(dim=-1, keepdim=True)
+        length = expected.norm(dim=-1, keepdim=True)
+        shortened = expected * torch.where(length > room, room / length, 1.0)
+        assert relative_error(out, 8.0 * shortened) < 5e-6
+    tiny = neurons(1, 5, 3, dtype=torch.float16) * 1e-5
+    assert bool(added([tiny], term, scale=1e5)[0].isfinite().all())
+    steep = RieszEnergy(s=12, softening=0.0).pair_term()
+    w[0, 1] = w[0, 0] * (1 + 1e-6)
+    w[0, 3] = w[0, 2] + 1e-6 * neurons(4)
+    assert bool(added([w * 1e-20], steep)[0].isfinite().all())
+    assert bool(added([w * 1e-20], steep, limit=0.1)[0].isfinite().all())
+
+
+def test_layers_the_kernels_do_not_know_go_through_torch(launch, monkeypatch):
+    names = counted(launch, monkeypatch)
+    wide, own = neurons(1, 5, 3, dtype=torch.float64), InverseFourth().pair_term()
+    assert relative_error(added([wide], RieszEnergy(s=1).pair_term())[0], exact(wide, RieszEnergy(s=1).pair_term())) < 1e-12
+    soft, steep = RieszEnergy(s=1, softening=0.5).pair_term(), RieszEnergy(s=40).pair_term()
+    for term in (own, soft, steep):
+        w = neurons(1, 5, 3)
+        assert relative_error(added([w], term)[0], exact(w, term)) < 1e-5
+    assert not names
+    one, two = added([wide, neurons(1, 5, 3)], RieszEnergy(s=1).pair_term())
+    assert float(one.norm()) > 0
+    assert float(two.norm()) > 0
+    assert names == ["unit_rows", "pair_slopes", "products", "additions"]
+
+
+def test_rounds_and_row_panels(launch, monkeypatch):
+    """In little room layers go one after the other, and a large one in panels, with near pairs across their seams."""
+    ws = [neurons(1, 65, 5), neurons(1, 330, 9), neurons(2, 130, 5), neurons(1, 30, 3)]
+    ws[1][0, 300] = 2 * ws[1][0, 10] + 1e-3 * neurons(9)
+    ws[1][0, 200] = ws[1][0, 201] + 1e-3 * neurons(9)
+    for measure in (RieszEnergy(s=2), GaussianPotential(t=5)):
+        term = measure.pair_term()
+        for room, height, launches in ((2**30, 4, 4), (900_000, 4, 12), (100_000, 1, 40)):
+            monkeypatch.setattr(launch, "WORKSPACE", room)
+            monkeypatch.setattr(launch, "HEIGHT", height)
+            with monkeypatch.context() as patch:
+                names = counted(launch, patch)
+                outs = added(ws, term)
+            assert len(names) == launches
+            for w, out in zip(ws, outs, strict=True):
+                assert relative_error(out, exact(w, term)) < CLOSE
+
+
+def test_a_model_takes_four_launches_and_the_same_bits_again(launch, monkeypatch):
+    names = counted(launch, monkeypatch)
+    shapes = [(8, 27), *[(8, 72)] * 4, (16, 72), (16, 144), (16, 8), (64, 36), (64, 72), (100, 64)]
+    ws, term = [neurons(1, n, d) for n, d in shapes], RieszEnergy(s=1).pair_term()
+    ws[-1][0, 70] = ws[-1][0, 4]
+    first, again = added(ws, term), added(ws, term)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert names == ["unit_rows", "pair_slopes", "products", "additions"] * 2
+    alone = added(ws[3:4], term)[0]
+    assert torch.equal(alone, first[3])
+
+
+def test_lower_precision_is_good_enough_for_a_penalty(launch, monkeypatch):
+    monkeypatch.setenv("LIGHTNING_HSU_PRECISION", "bf16")
+    term, w = RieszEnergy(s=2).pair_term(), neurons(1, 65, 64)
+    w[0, 1] = w[0, 0] + 1e-3 * neurons(64)
+    assert relative_error(added([w], term)[0], exact(w, term)) < 1e-2  # measured: 2e-6, the near pair outweighs all
+    assert relative_error(added([w[:, 1:]], term)[0], exact(w[:, 1:], term)) < 2e-2  # measured: 1e-2
+    monkeypatch.setenv("LIGHTNING_HSU_PRECISION", "fp8")
+    with pytest.raises(ValueError, match="LIGHTNING_HSU_PRECISION must be one of"):
+        added([w], term)
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("every", [False, True])
+def test_the_nearest(launch, monkeypatch, half, every):
+    for shape in ((1, 1, 3), (2, 2, 2), (1, 65, 70), (3, 130, 5), (1, 200, 17)):
+        w = neurons(*shape)
+        if shape[1] > 100:
+            w[0, 3], w[0, 100], w[0, 5] = 0.0, w[0, 7], -2 * w[0, 99]
+        monkeypatch.setenv("LIGHTNING_HSU_BACKEND", "triton")
+        x = torch.nn.functional.normalize(w, dim=-1)
+        found = _Nearest(w, half, every)
+        first, index, second = found._scan(x)
+        monkeypatch.setenv("LIGHTNING_HSU_BACKEND", "torch")
+        plain = _Nearest(w, half, every)
+        its_first, its_index, its_second = plain._scan(x)
+        torch.testing.assert_close(first, its_first, rtol=0, atol=1e-6)
+        torch.testing.assert_close(second, its_second, rtol=0, atol=1e-6)
+        sure = its_first > its_second + 1e-5
+        assert torch.equal(index[sure], its_index[sure])
+        torch.testing.assert_close(found.smallest(), plain.smallest(), rtol=1e-9, atol=1e-18)
+
+
+def test_a_backend_that_is_none(monkeypatch):
+    term = RieszEnergy(s=1).pair_term()
+    monkeypatch.setenv("LIGHTNING_HSU_BACKEND", "cuda")
+    with pytest.raises(ValueError, match="LIGHTNING_HSU_BACKEND must be one of torch, cudagraph, triton; got 'cuda'"):
+        added([neurons(1, 3, 2)], term)
+
+
+def test_a_machine_that_cannot(monkeypatch):
+    term = RieszEnergy(s=1).pair_term()
+    monkeypatch.setenv("LIGHTNING_HSU_BACKEND", "triton")
+    monkeypatch.setattr("lightning_hsu.core.backend.find_spec", lambda name: None)
+    with pytest.raises(RuntimeError, match="not installed"):
+        added([neurons(1, 3, 2)], term)
+    monkeypatch.setattr("lightning_hsu.core.backend.find_spec", lambda name: os)
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(RuntimeError, match="no CUDA device"):
+        added([neurons(1, 3, 2)], term)
