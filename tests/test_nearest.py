@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lightning_hsu.core import smallest_angle
+from lightning_hsu.core.largest import largest_two
 from lightning_hsu.measures.nearest import KoLeo, MinimalAngle, NearestMeasure, Separation
 from tests import configurations as c
 
@@ -124,6 +125,36 @@ def test_panels_join_without_a_seam(n, measure):
         its_value, its_gradient = twin(measure, x)
         torch.testing.assert_close(value, its_value, rtol=1e-6, atol=0)
         assert relative_error(gradient, its_gradient.double()) < 1e-6
+
+
+@pytest.mark.parametrize("n", [2, 17, 64, 192, 400, 576])
+@pytest.mark.parametrize("every", [True, False])
+@pytest.mark.parametrize("half_space", [True, False])
+def test_the_largest_two_cosines_are_those_of_the_gram_matrix(n, every, half_space):
+    x = nn.functional.normalize(torch.randn(2, n, 7, dtype=torch.float64), dim=-1)
+    alive = torch.rand(2, n) > 0.1
+    gram = (x @ x.mT).abs() if half_space else x @ x.mT
+    other = ~torch.eye(n, dtype=torch.bool) if every else torch.ones(n, n, dtype=torch.bool).triu(1)
+    gram = gram.masked_fill(~(other & alive[:, :, None] & alive[:, None]), -math.inf)
+    first, index, second = largest_two(x, alive, half_space=half_space, every=every)
+    expected, places = gram.topk(2, -1)
+    torch.testing.assert_close(torch.stack([first, second], -1), expected, rtol=1e-12, atol=1e-15)
+    assert torch.equal(index[first > -1], places[..., 0][first > -1])
+
+
+@pytest.mark.parametrize("measure", [*EVERY, MeanCosine()])
+def test_a_few_ties_among_many_neurons_are_shared(measure):
+    """Rows with several nearest neighbours up to rounding, listed one by one, in float32 and in half of a stack."""
+    x = nn.functional.normalize(torch.randn(2, 300, 20, dtype=torch.float64), dim=-1)
+    for i in range(0, 30, 3):  # the first of three neurons is as far from the second as from the third
+        step = 1e-2 * nn.functional.normalize(torch.randn(20, dtype=torch.float64), dim=0)
+        x[0, i + 1], x[0, i + 2] = x[0, i] + step, x[0, i] - step + 2 * (x[0, i] @ step) * x[0, i]
+    x = nn.functional.normalize(x, dim=-1)
+    for neurons, exact in ((x, 1e-9), (x.float(), 1e-6)):
+        value, gradient = measure.value_and_grad(neurons)
+        its_value, its_gradient = twin(measure, neurons)
+        torch.testing.assert_close(value, its_value, rtol=exact, atol=0)
+        assert relative_error(gradient, its_gradient.double()) < exact
 
 
 @pytest.mark.parametrize("measure", EVERY)

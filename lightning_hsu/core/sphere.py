@@ -43,7 +43,7 @@ def _ordinary(length: Tensor) -> bool:
 
 def largest_entries(x: Tensor) -> Tensor:
     """The largest absolute entry of each row, (..., n, 1)."""
-    return x.abs().amax(-1, keepdim=True)  # vector_norm(ord=inf) is twenty times as slow on a CPU
+    return torch.maximum(x.amax(-1, keepdim=True), -x.amin(-1, keepdim=True))  # vector_norm(ord=inf) is far slower on a CPU
 
 
 def to_weights(grad: Tensor, inverse_norm: Tensor, out: torch.dtype) -> Tensor:

@@ -13,7 +13,8 @@ from torch import Tensor
 from lightning_hsu.core import FLOOR, PairTerm, working_dtype
 from lightning_hsu.core.levenshtein import cap_angle, largest_cosine
 from lightning_hsu.core.near import COINCIDENT, NEAR
-from lightning_hsu.core.nearest import NearestTerm, nearer, nearest_energy, parting, tie_tolerance
+from lightning_hsu.core.nearest import NearestTerm, nearest_energy, parting
+from lightning_hsu.core.neighbours import nearer, tie_tolerance
 from lightning_hsu.core.sphere import seeded_noise
 from lightning_hsu.measures.base import SphereMeasure, State
 from lightning_hsu.measures.checks import check_flag, check_kernel, check_neurons, check_softening
