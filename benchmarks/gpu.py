@@ -48,7 +48,7 @@ def rows_of(name: str, n: int, d: int) -> int:
         return TOKENS[name]
     if n == 1000:
         return 256
-    width = n // 4 if d < n else n  # the last convolution of a bottleneck is four times as wide
+    width = n // 4 if name == "ResNet-50" and d < n else n  # the last convolution of a bottleneck is four times as wide
     side = 112 if d == 147 else 56 * 64 // width
     return 256 * side * side
 
