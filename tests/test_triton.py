@@ -5,7 +5,6 @@ import os
 import pytest
 import torch
 
-from benchmarks import gpu
 from lightning_hsu.core import oracle_energy
 from lightning_hsu.core.grouped import Addition, add_pair_gradients
 from lightning_hsu.core.nearest import _Nearest
@@ -297,17 +296,3 @@ def test_a_machine_that_cannot(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(RuntimeError, match="no CUDA device"):
         added([neurons(1, 3, 2)], term)
-
-
-def test_the_benchmark_says_what_it_lacks(monkeypatch, capsys):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr("sys.argv", ["gpu"])
-    assert gpu.main() == 2
-    assert "needs a CUDA device" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(("name", "giga"), [("ResNet-18", 1.81), ("ResNet-50", 4.1)])
-def test_the_stand_in_for_a_step_has_the_model_s_flop(name, giga):
-    """Products of one image: the published multiplications and additions of these networks are 1.81 and 4.1 billion."""
-    found = sum(gpu.rows_of(name, n, d) / 256 * n * d for n, d in gpu.MODELS[name]())
-    assert found == pytest.approx(giga * 1e9, rel=0.06)
