@@ -14,7 +14,7 @@ from torch import Tensor
 def wo(w: Tensor) -> Tensor:
     """Riesz energy, s = 2: normalise, one matrix product, the reciprocal with an epsilon, a mask without the diagonal."""
     x = w / w.norm(dim=1, keepdim=True)
-    pairs = 1.0 / (2.0 * (1.0 - x @ x.T) + 1e-8) * (1.0 - torch.eye(len(w)))
+    pairs = 1.0 / (2.0 * (1.0 - x @ x.T) + 1e-8) * (1.0 - torch.eye(len(w), device=w.device))
     return pairs.sum() / (len(w) * (len(w) - 1))
 
 
@@ -23,7 +23,7 @@ def half_mhe(w: Tensor) -> Tensor:
     both = torch.cat([w, -w])
     x = both / (both.norm(dim=1, keepdim=True) + 1e-4)
     inner = x @ x.T
-    q = 2.0 - 2.0 * inner + torch.eye(len(both))
+    q = 2.0 - 2.0 * inner + torch.eye(len(both), device=w.device)
     pairs = torch.tril(q.pow(-1.0), diagonal=-1)
     return pairs.sum() / (len(both) * (len(both) - 1) / 2)
 

@@ -37,7 +37,7 @@ def launch(monkeypatch):
 
 def choose(name, monkeypatch):
     if name == "triton":
-        pytest.importorskip("triton", reason="triton, an optional extra, is not installed")
+        pytest.importorskip("triton", minversion="3.2", reason="triton >= 3.2, an optional extra, is not installed")
     monkeypatch.setenv("LIGHTNING_HSU_BACKEND", name)
     if name == "triton":
         from lightning_hsu.core.kernels import launch
