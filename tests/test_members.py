@@ -33,6 +33,8 @@ DETERMINANTS = {
 CLOSED = [
     ResultantLength(),
     ResultantLength(softening=0),
+    Orthogonality("so"),
+    Orthogonality("dso"),
 ]
 
 
