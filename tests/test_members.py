@@ -30,6 +30,14 @@ DETERMINANTS = {
 }
 
 
+CLOSED = [
+    ResultantLength(),
+    ResultantLength(softening=0),
+    Orthogonality("so"),
+    Orthogonality("dso"),
+]
+
+
 @pytest.mark.parametrize("d", DETERMINANTS)
 def test_published_determinants(d):
     sets = (c.simplex(d + 1, d), c.orthonormal(d, d), c.cross_polytope(d))
@@ -119,6 +127,41 @@ def test_a_balanced_set_has_no_resultant_and_copies_add_up():
     unit = torch.nn.functional.normalize(x, dim=1)
     assert float(ResultantLength()(x)) == pytest.approx(float(unit.sum(0).norm()), rel=1e-12)
     assert float(ResultantLength(softening=0)(x)) == pytest.approx(float(unit.sum(0).norm()), rel=1e-12)
+
+
+def by_autograd(measure, x):
+    """Value and gradient of the readable twin in float64."""
+    x = x.detach().double().requires_grad_()
+    value = measure.recorded(x, None)
+    return value.detach(), torch.autograd.grad(value.sum(), x)[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("trouble", ["none", "zero row", "duplicates", "balanced", "small", "huge", "tiny"])
+@pytest.mark.parametrize("measure", CLOSED, ids=str)
+def test_closed_gradients_equal_those_of_autograd(measure, trouble, dtype):
+    for shape in ((2, 3, 12, 5), (1, 6, 9), (1, 300, 11), (2, 7, 7)):
+        x = torch.randn(shape, dtype=torch.float64)
+        match trouble:
+            case "zero row":
+                x[0, ..., 1, :] = 0.0
+            case "duplicates":
+                x[..., 1, :] = x[..., 0, :]
+            case "balanced" if measure != ResultantLength(softening=0):  # whose slope there is that of rounding
+                x[..., 1::2, :] = -x[..., : shape[-2] - shape[-2] % 2 : 2, :]
+            case "small":  # a short sum
+                x[..., -1, :] -= torch.nn.functional.normalize(x, dim=-1).sum(-2)
+            case "huge" | "tiny" if dtype != torch.float16:
+                x[..., 0, :] *= 1e18 if trouble == "huge" else 1e-18
+        x = x.to(dtype)
+        value, gradient = measure.value_and_grad(x)
+        expected, its_gradient = by_autograd(measure, x)
+        exact = {torch.float64: 1e-10, torch.float32: 2e-6}.get(dtype, 1e-2)
+        torch.testing.assert_close(value.double(), expected, rtol=min(exact, 2e-6), atol=min(exact, 2e-6) * shape[-2])
+        rows = its_gradient * x.double().norm(dim=-1, keepdim=True)  # on the sphere
+        assert gradient.dtype == dtype
+        error = (gradient.double() * x.double().norm(dim=-1, keepdim=True) - rows).norm()
+        assert float(error) <= exact * float(rows.norm()) + 10 * exact * 1e-3
 
 
 @pytest.mark.parametrize("n", [2, 3, 8, 101])

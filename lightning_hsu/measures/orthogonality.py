@@ -9,7 +9,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lightning_hsu.core import exact_arithmetic, tangent, to_weights
 from lightning_hsu.measures.base import SphereMeasure, State
+from lightning_hsu.measures.checks import check_neurons
 from lightning_hsu.measures.nearest import NearestMeasure
 
 
@@ -67,19 +69,36 @@ class Orthogonality(SphereMeasure):
         """Penalty (b,) of unit rows x (b, n, d)."""
         if self.kind == "mc":
             return _Coherence().on_sphere(x, state)
-        n, d = x.shape[-2:]
-        gram = x @ x.mT if n <= d else x.mT @ x
-        off = gram - torch.eye(min(n, d), dtype=x.dtype, device=x.device)
+        off = self._off(x)
         if self.kind == "srip":
             return _spectral_norm(off.double(), 64 * torch.finfo(x.dtype).eps).to(x.dtype)
-        # |X X^T|_F = |X^T X|_F, and both traces are n: the larger Gram matrix minus I has |n - d| more.
-        square = off.square().sum((-2, -1), dtype=torch.float64)
-        value = square + max(n - d, 0) if self.kind == "so" else 2.0 * square + abs(n - d)
-        return value.to(x.dtype)
+        return self._frobenius(off, *x.shape[-2:]).to(x.dtype)
 
     def value_and_grad(self, x: Tensor, state: State | None = None) -> tuple[Tensor, Tensor]:
-        """Penalty (...) and its gradient (..., n, d) without an autograd graph."""
-        return _Coherence().value_and_grad(x) if self.kind == "mc" else super().value_and_grad(x)
+        """Penalty (...) and its gradient (..., n, d) without an autograd graph; of so and dso in 4 n d min(n, d) FLOP."""
+        check_neurons(x)
+        if self.kind == "mc":
+            return _Coherence().value_and_grad(x)
+        with torch.no_grad(), exact_arithmetic(x):
+            unit, inverse_norm = self._unit(x.detach())
+            if self.kind == "srip" or x.shape[-2] < 2 or not bool((inverse_norm > 0).all()):
+                return super().value_and_grad(x, state)
+            off = self._off(unit)
+            value, times = self._frobenius(off, *x.shape[-2:]), 4.0 if self.kind == "so" else 8.0
+            grad = tangent(off @ unit if x.shape[-2] <= x.shape[-1] else unit @ off, unit).mul_(times)
+            return self._shaped(value, x), to_weights(grad, inverse_norm, x.dtype).reshape(x.shape).to(x.device)
+
+    @staticmethod
+    def _off(x: Tensor) -> Tensor:
+        """The smaller Gram matrix of unit rows x (b, n, d), minus I."""
+        n, d = x.shape[-2:]
+        return (x @ x.mT if n <= d else x.mT @ x) - torch.eye(min(n, d), dtype=x.dtype, device=x.device)
+
+    def _frobenius(self, off: Tensor, n: int, d: int) -> Tensor:
+        """Penalty (b,) in float64 of what :meth:`_off` returns, for so and dso."""
+        square = off.square().sum((-2, -1), dtype=torch.float64)
+        # |X X^T|_F = |X^T X|_F, and both traces are n: the larger Gram matrix minus I has |n - d| more.
+        return square + max(n - d, 0) if self.kind == "so" else 2.0 * square + abs(n - d)
 
     def work(self, n: int, d: int) -> float:
         """The Gram matrix, and for srip its eigenvalues."""
