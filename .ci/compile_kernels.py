@@ -38,7 +38,7 @@ def cases() -> Iterator[Case]:
         for dtype in launch.DTYPES.values():
             yield f"{kernel.__name__} {dtype}", kernel, {"DTYPE": dtype, **rows}, launch.WARPS
     tile = {"TILE": launch.TILE, "DEPTH": launch.DEPTH}
-    for precision in ("tf32x3", "tf32", "bf16"):
+    for precision in ("tf32x3", "tf32"):
         ways = {"PRECISION": precision, "WIDTH": launch.TILE, **tile}
         yield f"products {precision}", pairs.products, ways, launch.WARPS
         for scalar in FORMULAS if precision == "tf32x3" else [scalars.chordal_two]:
@@ -53,9 +53,7 @@ def cases() -> Iterator[Case]:
 
 def resources(kernel: Any, constants: dict[str, Any], warps: int, chip: int) -> tuple[int, int, float]:
     """Registers of a thread, bytes of its stack (what is spilled lies there), KiB of shared memory."""
-    low = "*bf16" if constants.get("PRECISION") == "bf16" else "*fp32"
-    pointers = {**POINTERS, "slopes": low}
-    signature = {name: "constexpr" if name in constants else pointers.get(name, "*fp32") for name in kernel.arg_names}
+    signature = {name: "constexpr" if name in constants else POINTERS.get(name, "*fp32") for name in kernel.arg_names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind.startswith("*")}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
     done = triton.compile(source, target=GPUTarget("cuda", chip, 32), options={"num_warps": warps})

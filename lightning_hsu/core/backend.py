@@ -8,9 +8,10 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from lightning_hsu.core.precision import products_are_lowered
+
 VARIABLE = "LIGHTNING_HSU_BACKEND"
 BACKENDS = ("torch", "cudagraph", "triton")
-PRECISIONS = ("tf32x3", "tf32", "bf16", "ieee")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -50,15 +51,8 @@ def _chosen() -> str:
 
 
 def precision() -> str:
-    """How products of float32 numbers are taken: three TF32 products, as good as float32, unless less is asked for.
-
-    Raises:
-        ValueError: if the environment variable LIGHTNING_HSU_PRECISION is no such way.
-    """
-    chosen = os.environ.get("LIGHTNING_HSU_PRECISION", exact_precision())
-    if chosen not in PRECISIONS:
-        raise ValueError(f"the environment variable LIGHTNING_HSU_PRECISION must be one of {PRECISIONS}; got {chosen!r}")
-    return "bf16 values" if chosen == "bf16" and interpreted() else chosen
+    """How compiled kernels take products: as three in TF32, as good as float32, or where lower ones are allowed as one."""
+    return "tf32" if products_are_lowered() and not interpreted() else exact_precision()
 
 
 def exact_precision() -> str:

@@ -87,16 +87,16 @@ def add_pair_gradients(additions: Sequence[Addition], term: PairTerm) -> None:
         first = lot[0].w
         groups = [Group(one, i) for one in lot for i in range(len(one.w)) if one.w.shape[1] > 1 and one.w.shape[2] > 0]
         with torch.no_grad(), exact_arithmetic(first), torch.cuda.device_of(first):
-            for some in _together(groups, 2 if "bf16" in precision() else 4):
+            for some in _together(groups):
                 _Pass(some, term).run()
 
 
-def _together(groups: list[Group], size: int) -> Iterator[list[Group]]:
-    """Groups in lots that fit the workspace, with slopes of ``size`` bytes; one that does not fit alone is a lot, too."""
+def _together(groups: list[Group]) -> Iterator[list[Group]]:
+    """Groups in lots that fit the workspace; one that does not fit alone is a lot, too."""
     some: list[Group] = []
     used = 0
     for group in groups:
-        need = 8 * group.entries + size * (group.tiles * TILE) ** 2
+        need = 8 * group.entries + 4 * (group.tiles * TILE) ** 2
         if some and used + need > WORKSPACE:
             yield some
             some, used = [], 0
@@ -117,7 +117,6 @@ class _Pass:
     def __init__(self, groups: list[Group], term: PairTerm) -> None:
         self.groups, self.term = groups, term
         self.device, self.precision = groups[0].to.w.device, precision()
-        self.slope_dtype = torch.bfloat16 if "bf16" in self.precision else torch.float32
         rows, entries = (sum(sizes) for sizes in zip(*((g.tiles * TILE, g.entries) for g in groups), strict=True))
         self.x, self.pulls = torch.empty(2, entries, device=self.device)
         self.inverse_norm = torch.empty(rows, device=self.device)
@@ -128,7 +127,7 @@ class _Pass:
         """Do all of it."""
         rounds = self._rounds()
         size = max(sum(_sizes(g, panel)[0] for g, panel in zip(self.groups, panels, strict=True)) for panels in rounds)
-        slopes = torch.empty(size, dtype=self.slope_dtype, device=self.device)
+        slopes = torch.empty(size, device=self.device)
         for i, panels in enumerate(rounds):
             table = self._table(panels)
             groups = _upload(torch.tensor(table, dtype=torch.int64), self.device)
@@ -149,11 +148,10 @@ class _Pass:
     def _rounds(self) -> list[list[Panel]]:
         """Panels that fit the workspace: whole triangles, or those of one large group one after the other."""
         first = self.groups[0]
-        size = 2 if self.slope_dtype == torch.bfloat16 else 4
-        whole, room = (first.tiles * TILE) ** 2 * size, WORKSPACE - 8 * first.entries
+        whole, room = 4 * (first.tiles * TILE) ** 2, WORKSPACE - 8 * first.entries
         if len(self.groups) > 1 or whole <= room:
             return [[Panel(0, g.tiles) for g in self.groups]]
-        height = max(HEIGHT, room // (2 * first.tiles * TILE**2 * size))
+        height = max(HEIGHT, room // (8 * first.tiles * TILE**2))
         return [[Panel(start, min(start + height, first.tiles))] for start in range(0, first.tiles, height)]
 
     def _table(self, panels: list[Panel]) -> list[list[int]]:

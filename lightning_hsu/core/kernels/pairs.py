@@ -88,17 +88,6 @@ def unit_rows(groups, blocks, x, inverse_norm, alive, DTYPE: tl.constexpr, ROWS:
 
 
 @triton.jit
-def product(a, b, total, PRECISION: tl.constexpr):
-    """``total + a @ b``. Triton's interpreter has no product of bf16 numbers, but one of their float32 values."""
-    if PRECISION == "bf16":
-        return tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16), total)
-    elif PRECISION == "bf16 values":
-        return tl.dot(a.to(tl.bfloat16).to(tl.float32), b.to(tl.bfloat16).to(tl.float32), total, input_precision="ieee")
-    else:
-        return tl.dot(a, b, total, input_precision=PRECISION)
-
-
-@triton.jit
 def pair_slopes(
     groups,
     tiles,
@@ -131,7 +120,7 @@ def pair_slopes(
 
     cosine = tl.zeros((TILE, TILE), tl.float32)
     for start in range(0, width, DEPTH):
-        cosine = product(tl.load(left + start), tl.load(right + start), cosine, PRECISION)
+        cosine = tl.dot(tl.load(left + start), tl.load(right + start), cosine, input_precision=PRECISION)
 
     q = 2.0 - 2.0 * cosine
     pair = (row[:, None] != col[None, :]) & (row < n)[:, None] & (col < n)[None, :]
@@ -142,7 +131,7 @@ def pair_slopes(
     if HALF_SPACE:
         mirrored, mirrored_slope = KERNEL(4.0 - q, q, number)
         value, slope = value + mirrored, slope - mirrored_slope
-    slope = tl.where(near, HELD, tl.where(counts, slope, 0.0)).to(slopes.dtype.element_ty)
+    slope = tl.where(near, HELD, tl.where(counts, slope, 0.0))
     tl.store(near_tiles + program, tl.max(tl.max(near.to(tl.int32), 1), 0))
     if ENERGY:  # a zero row has cosine 0 with all: no pull on the others, but a value
         norms = inverse_norm + tl.load(group + ROW)
@@ -191,7 +180,7 @@ def products(
 
     total = tl.zeros((TILE, WIDTH), tl.float32)
     for _ in range(0, count, DEPTH):
-        total = product(tl.load(left), tl.load(right), total, PRECISION)
+        total = tl.dot(tl.load(left), tl.load(right), total, input_precision=PRECISION)
         left += DEPTH
         right += DEPTH * width
     target = pulls + tl.load(group + X) + (row.to(tl.int64) * width)[:, None] + col[None, :]
