@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from lightning_hsu.core import PairTerm, oracle_energy, pair_energy
-from lightning_hsu.measures import RieszEnergy
+from lightning_hsu.core import PairTerm, autograd, oracle_energy, pair_energy
+from lightning_hsu.measures import GaussianPotential, RieszEnergy
 
 # Best-known energies of N points on the sphere S^2, sums of 1 / r over pairs (Thomson's problem).
 THOMSON = {
@@ -147,6 +147,23 @@ def test_near_duplicates_in_float32(s, chord, n):
     value, gradient = measure.value_and_grad(x)
     assert relative_error(gradient, oracle_gradient(x, measure)) < 1e-6  # measured: 7e-8; without the repair 1e-2 to 3
     assert float(value) == pytest.approx(float(oracle_energy(x, term_of(measure))), rel=1e-6)
+
+
+@pytest.mark.parametrize("measure", [RieszEnergy(s=2), GaussianPotential()])
+def test_a_value_without_a_graph_costs_no_gradient(measure, monkeypatch):
+    asked = []
+
+    def watched(w, term, *, with_grad=True):
+        asked.append(with_grad)
+        return pair_energy(w, term, with_grad=with_grad)
+
+    monkeypatch.setattr(autograd, "pair_energy", watched)
+    w = nn.Parameter(torch.randn(40, 8))
+    with torch.no_grad():
+        value = measure.penalty(w)
+    assert torch.equal(value, measure.penalty(w.detach()))
+    assert torch.equal(value, measure.penalty(w))
+    assert asked == [False, False, True]
 
 
 def test_half_space_repairs_near_opposite_pairs_too():

@@ -35,6 +35,8 @@ CLOSED = [
     ResultantLength(softening=0),
     Orthogonality("so"),
     Orthogonality("dso"),
+    GramDeterminant(),
+    GramDeterminant(bandwidth=0.5, half_space=True),
 ]
 
 

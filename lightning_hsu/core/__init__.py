@@ -8,13 +8,14 @@ from lightning_hsu.core.nearest import smallest_angle
 from lightning_hsu.core.oracle import oracle_energy
 from lightning_hsu.core.pairwise import pair_energy, pair_part, pair_rows
 from lightning_hsu.core.precision import exact_arithmetic, lowered_products, with_float64, working_dtype
-from lightning_hsu.core.sphere import parted, seeded_noise, takes_part, tangent, to_weights, unit_rows
+from lightning_hsu.core.sphere import coincident, parted, seeded_noise, takes_part, tangent, to_weights, unit_rows
 
 __all__ = [
     "FLOOR",
     "Kernel",
     "PairEnergy",
     "PairTerm",
+    "coincident",
     "exact_arithmetic",
     "lowered_products",
     "oracle_energy",

@@ -94,6 +94,13 @@ def seeded_noise(*shape: int, like: Tensor, draw: int = 0) -> Tensor:
     return torch.randn(*shape, generator=generator, dtype=torch.float64).to(like.device, like.dtype)
 
 
+def coincident(cosine: Tensor, *, half_space: bool = False) -> Tensor:
+    """Tell which rows coincide with another, (b, n, 1), from float64 cosines (b, n, n)."""
+    same = (cosine.abs() if half_space else cosine) > 1.0 - 1e-14
+    same.diagonal(dim1=-2, dim2=-1).zero_()
+    return same.any(-1, keepdim=True)
+
+
 def parted(x: Tensor, chord: float, *, half_space: bool = False) -> Tensor:
     """Move exactly coincident rows apart by about a chord, each along its own seeded direction; others stay.
 
@@ -103,10 +110,7 @@ def parted(x: Tensor, chord: float, *, half_space: bool = False) -> Tensor:
         half_space: Rows that are each other's mirror image coincide, too.
     """
     with torch.no_grad():
-        cosine = x @ x.mT
-        cosine = cosine.abs() if half_space else cosine
-        same = (cosine > 1.0 - 1e-14) & ~torch.eye(x.shape[-2], dtype=torch.bool, device=x.device)
-        which = same.any(-1, keepdim=True)  # (b, n, 1)
+        which = coincident(x @ x.mT, half_space=half_space)
     if not bool(which.any()):
         return x
     noise = tangent(seeded_noise(*x.shape[-2:], like=x.detach()).expand_as(x), x)

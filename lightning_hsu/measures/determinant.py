@@ -9,9 +9,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lightning_hsu.core import FLOOR, parted
+from lightning_hsu.core import FLOOR, coincident, exact_arithmetic, parted, tangent, to_weights
+from lightning_hsu.core.pairwise import PANEL
 from lightning_hsu.measures.base import SphereMeasure, State
-from lightning_hsu.measures.checks import check_flag, check_number
+from lightning_hsu.measures.checks import check_flag, check_neurons, check_number
 from lightning_hsu.measures.gaussian import GaussianPotential
 
 
@@ -69,6 +70,41 @@ class GramDeterminant(SphereMeasure):
         mirrored = self._kernel(torch.where(own > 0, 4.0, (2.0 + 2.0 * cosine).clamp_min(0.0)))
         return -self._log_det(near + mirrored) - self._log_det(near - mirrored)
 
+    def value_and_grad(self, x: Tensor, state: State | None = None) -> tuple[Tensor, Tensor]:
+        """Penalty (...) and its gradient (..., n, d) from one Cholesky factor and its inverse; see :meth:`penalty`."""
+        check_neurons(x)
+        with torch.no_grad(), exact_arithmetic(x):
+            unit, inverse_norm = self._unit(x.detach())
+            if x.shape[-2] < 2 or not bool((inverse_norm > 0).all()):
+                return super().value_and_grad(x, state)
+            cosine = _cosines(unit)
+            if bool(coincident(cosine, half_space=self.half_space).any()):  # they are parted first
+                return super().value_and_grad(x, state)
+            blocks = self._blocks(cosine)
+            factors = [_factor(block, self.jitter)[0] for block in blocks]
+            value = -torch.stack([_log_det_of(factor) for factor in factors]).sum(0)
+            slope = torch.cholesky_inverse(factors[0]).mul_(blocks[-1])
+            if self.half_space:
+                slope.addcmul_(torch.cholesky_inverse(factors[1]), blocks[0])
+            slope.diagonal(dim1=-2, dim2=-1).zero_()
+            grad = tangent((slope @ unit).mul_(-4.0 / self.bandwidth**2), unit)
+            return self._shaped(value, x), to_weights(grad, inverse_norm, x.dtype).reshape(x.shape).to(x.device)
+
+    def _blocks(self, cosine: Tensor) -> list[Tensor]:
+        """The kernel matrix (b, n, n), in half space its even and its odd block, of cosines, which are overwritten.
+
+        The slope of the log-determinant in the cosines is 2 / bandwidth**2 times the inverse of the one times the other,
+        elementwise, summed over both blocks.
+        """
+        mirrored = self._kernel_of(-cosine, -1.0) if self.half_space else None
+        near = self._kernel_of(cosine, 1.0)
+        return [near] if mirrored is None else [near + mirrored, near - mirrored]
+
+    def _kernel_of(self, cosine: Tensor, own: float) -> Tensor:
+        """The kernel at cosines (b, n, n), in place; ``own`` is that of a neuron with itself."""
+        cosine.diagonal(dim1=-2, dim2=-1).fill_(own)
+        return cosine.clamp_(-1.0, 1.0).sub_(1.0).mul_(2.0 / self.bandwidth**2).exp_()
+
     def ratio(self, value: Tensor, reference: float) -> Tensor:
         """Value over that of random points: both are negative, and the less uniform is further from 0.
 
@@ -102,14 +138,9 @@ class _LogDet(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, gram: Tensor, jitter: float) -> Tensor:
-        factor, info = torch.linalg.cholesky_ex(_with_diagonal(gram, jitter))
-        while bool(info.any()) and jitter < 1.0:
-            jitter = max(10.0 * jitter, 1e-14)
-            factor, info = torch.linalg.cholesky_ex(_with_diagonal(gram, jitter))
-        ctx.jitter = jitter
+        factor, ctx.jitter = _factor(gram, jitter)
         ctx.save_for_backward(gram, factor)
-        value: Tensor = 2.0 * factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-        return value
+        return _log_det_of(factor)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
@@ -121,5 +152,32 @@ class _LogDet(torch.autograd.Function):
         return inverse * grad_outputs[0][:, None, None], None
 
 
+def _cosines(x: Tensor) -> Tensor:
+    """Cosines (b, n, n) of unit rows x (b, n, d), of which only one triangle is computed, in panels."""
+    cosine = x.new_empty(*x.shape[:2], x.shape[1])
+    for start in range(0, x.shape[1], PANEL):
+        rows = slice(start, start + PANEL)
+        cosine[:, rows, : start + PANEL] = x[:, rows] @ x[:, : start + PANEL].mT
+        cosine[:, :start, rows] = cosine[:, rows, :start].mT
+    return cosine
+
+
+def _factor(gram: Tensor, jitter: float) -> tuple[Tensor, float]:
+    """Cholesky factor of positive definite matrices (b, n, n) with jitter on the diagonal, and the jitter that it took."""
+    factor, info = torch.linalg.cholesky_ex(_with_diagonal(gram, jitter))
+    while bool(info.any()) and jitter < 1.0:
+        jitter = max(10.0 * jitter, 1e-14)
+        factor, info = torch.linalg.cholesky_ex(_with_diagonal(gram, jitter))
+    return factor, jitter
+
+
+def _log_det_of(factor: Tensor) -> Tensor:
+    """Log-determinant (b,) of matrices with these Cholesky factors."""
+    value: Tensor = 2.0 * factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+    return value
+
+
 def _with_diagonal(gram: Tensor, jitter: float) -> Tensor:
-    return gram + jitter * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    raised = gram.clone()
+    raised.diagonal(dim1=-2, dim2=-1).add_(jitter)
+    return raised

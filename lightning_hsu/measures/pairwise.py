@@ -68,6 +68,7 @@ class PairwiseMeasure(Measure):
             ValueError: if x has fewer than two dimensions.
         """
         check_neurons(x)
+        x = x if torch.is_grad_enabled() else x.detach()  # else the gradient would be computed for nothing
         value: Tensor = PairEnergy.apply(x, self._term())  # type: ignore[no-untyped-call]
         return value
 
