@@ -11,10 +11,12 @@ from lightning_hsu.measures import (
     Covering,
     GaussianPotential,
     GramDeterminant,
+    KoLeo,
     Orthogonality,
     Polarization,
     ResultantLength,
     RieszEnergy,
+    Sampled,
     Separation,
     SlicedWasserstein,
     SphereMeasure,
@@ -349,3 +351,22 @@ def test_the_table_names_nested_measures_shortly():
     table = UniformityRegularizer(Projected(Covering(half_space=True), RandomProjection(dim=8, count=2))).attach(net).table()
     assert "Projected(measure=Covering(half_space=True), projection=RandomProjection(dim=8, count=2))" in table
     assert "Covering(half_space=False) head" in table
+
+
+@pytest.mark.parametrize(
+    ("measure", "n", "d", "flop"),
+    [
+        (RieszEnergy(), 100, 20, 3 * 100 * 100 * 20),
+        (KoLeo(), 100, 20, 100 * 100 * 20),
+        (Orthogonality("so"), 100, 20, 4 * 100 * 20 * 20),
+        (Orthogonality("so"), 20, 100, 4 * 20 * 100 * 20),
+        (GramDeterminant(), 100, 20, 4 * 100 * 100 * 20 + 100**3),
+        (Sampled(RieszEnergy(), block=10), 100, 20, 10 * 3 * 10 * 10 * 20),
+        (Sampled(RieszEnergy(), block=60), 100, 20, 3 * 100 * 100 * 20),
+        (Projected(RieszEnergy(), RandomProjection(dim=5, count=2)), 100, 20, 2 * (6 * 100 * 20 * 5 + 3 * 100 * 100 * 5)),
+        (Projected(RieszEnergy(), RandomProjection(dim=30)), 100, 20, 3 * 100 * 100 * 20),
+    ],
+    ids=repr,
+)
+def test_the_arithmetic_that_the_table_states(measure, n, d, flop):
+    assert measure.flop(n, d) == flop

@@ -116,6 +116,10 @@ class GramDeterminant(SphereMeasure):
         """Gram matrix, factor and, since values come with their gradients, inverse."""
         return super().work(n, d) * 4 + 4.0 * n**3
 
+    def flop(self, n: int, d: int) -> float:
+        """Gram matrix, factor, inverse and its product with the neurons."""
+        return 4.0 * n * n * d + 1.0 * n**3
+
     def best(self, n: int, d: int) -> float | None:
         """What follows from the mean of the kernel: given that, the determinant is largest where all entries are equal."""
         potential = GaussianPotential(self.bandwidth**-2, self.half_space) if self.bandwidth**-2 <= 150 else None

@@ -105,6 +105,12 @@ class Orthogonality(SphereMeasure):
         least = min(n, d)
         return super().work(n, d) * 2 + (20.0 * least**3 if self.kind == "srip" else 0.0)
 
+    def flop(self, n: int, d: int) -> float:
+        """The smaller Gram matrix and its product with the neurons; for srip its eigenvalues, by autograd."""
+        least = min(n, d)
+        gram = 4.0 * n * d * least
+        return {"mc": 1.0 * n * n * d, "srip": 1.5 * gram + 20.0 * least**3}.get(self.kind, gram)
+
     def expectation(self, n: int, d: int) -> float | None:
         """Exact for so and dso: a squared cosine has mean 1 / d."""
         pairs = n * (n - 1) / d

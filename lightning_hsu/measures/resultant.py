@@ -86,6 +86,10 @@ class ResultantLength(SphereMeasure):
         """A sum."""
         return 8.0 * n * d
 
+    def flop(self, n: int, d: int) -> float:
+        """A sum and what of it is tangent."""
+        return self.work(n, d)
+
     def best(self, n: int, d: int) -> float:
         """A balanced set has length 0."""
         return 0.0

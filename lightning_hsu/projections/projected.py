@@ -125,6 +125,13 @@ class Projected(SphereMeasure):
         once = 2.0 * n * d * self.projection.dim + self.measure.work(n, self.projection.dim)
         return self.projection.work(n, d) + self.projection.copies(d) * once
 
+    def flop(self, n: int, d: int) -> float:
+        """Learning a projection; projecting, the measure's gradient of what comes out, and that back."""
+        if d <= self.projection.dim:
+            return self.measure.flop(n, d)
+        once = 6.0 * n * d * self.projection.dim + self.measure.flop(n, self.projection.dim)
+        return self.projection.work(n, d) + self.projection.copies(d) * once
+
     def for_head(self) -> Measure:
         """The head is not projected, as published."""
         return self.measure.for_head()
