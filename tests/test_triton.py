@@ -1,12 +1,13 @@
 """Two back ends, one meaning: plain torch and the compiled kernels against differences in float64."""
 
-import os
+from functools import partial
+from importlib.metadata import PackageNotFoundError
 
 import pytest
 import torch
 
 from lightning_hsu.core import lowered_products, oracle_energy
-from lightning_hsu.core.backend import exact_precision, precision
+from lightning_hsu.core.backend import _new_enough, exact_precision, precision
 from lightning_hsu.core.grouped import Addition, add_pair_gradients
 from lightning_hsu.core.largest import largest_two
 from lightning_hsu.core.neighbours import Nearest
@@ -297,14 +298,24 @@ def test_a_backend_that_is_none(monkeypatch):
         added([neurons(1, 3, 2)], term)
 
 
+def version_of(found, name):
+    if found is None:
+        raise PackageNotFoundError(name)
+    return found
+
+
 def test_a_machine_that_cannot(monkeypatch):
     term = RieszEnergy(s=1).pair_term()
     monkeypatch.setenv("LIGHTNING_HSU_BACKEND", "triton")
-    monkeypatch.setattr("lightning_hsu.core.backend.find_spec", lambda name: None)
-    with pytest.raises(RuntimeError, match="not installed"):
-        added([neurons(1, 3, 2)], term)
-    monkeypatch.setattr("lightning_hsu.core.backend.find_spec", lambda name: os)
+    for found in ("3.1.0", None):
+        _new_enough.cache_clear()
+        monkeypatch.setattr("lightning_hsu.core.backend.version", partial(version_of, found))
+        with pytest.raises(RuntimeError, match=r"missing or older than 3\.2; pip install"):
+            added([neurons(1, 3, 2)], term)
+    _new_enough.cache_clear()
+    monkeypatch.setattr("lightning_hsu.core.backend.version", partial(version_of, "3.10.0"))
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(RuntimeError, match="no CUDA device"):
         added([neurons(1, 3, 2)], term)
+    _new_enough.cache_clear()

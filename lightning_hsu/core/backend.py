@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from importlib.util import find_spec
+from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
 
 import torch
 from torch import Tensor
@@ -61,11 +62,21 @@ def exact_precision() -> str:
 
 
 def _check_machine() -> None:
-    way_out = f"install it, or unset {VARIABLE}"
-    if find_spec("triton") is None:
-        raise RuntimeError(f"{VARIABLE} is 'triton', which is not installed; pip install 'lightning-hsu[triton]', or unset it")
+    if not _new_enough():
+        raise RuntimeError(
+            f"{VARIABLE} is 'triton', which is missing or older than 3.2; pip install 'lightning-hsu[triton]', or unset it"
+        )
     if not interpreted() and not torch.cuda.is_available():
-        raise RuntimeError(f"{VARIABLE} is 'triton', but torch sees no CUDA device; {way_out}")
+        raise RuntimeError(f"{VARIABLE} is 'triton', but torch sees no CUDA device; unset it")
+
+
+@lru_cache(maxsize=1)
+def _new_enough() -> bool:
+    """Whether a Triton is installed that the kernels are written for."""
+    try:
+        return tuple(int(part) for part in version("triton").split(".")[:2]) >= (3, 2)
+    except PackageNotFoundError:
+        return False
 
 
 def _capable(w: Tensor) -> bool:
