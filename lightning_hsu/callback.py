@@ -52,7 +52,7 @@ class HypersphericalUniformity(trainers.EveryCallback):
         every_n_steps: Apply on every n-th step of each optimizer, at the coefficient's full strength.
         step_limit: A neuron's penalty gradient times the learning rate is at most this fraction of the neuron's norm, so
             that no near-duplicate or tiny neuron is thrown away by one step (``hsu/limited`` counts them). None is no limit.
-        matmul_precision: "medium" multiplies pair energies in bfloat16: gradients to about 2e-3, in half space 1e-2.
+        matmul_precision: "medium" multiplies pair energies in bfloat16: gradients to 2e-3 for s <= 2, 2e-2 at most.
         sample_above: Energies of more neurons are estimated (:class:`~lightning_hsu.measures.Sampled`); None computes them.
         split_above: Under DDP, layers of at least so many neurons are computed by all ranks together, each its part of the
             pairs; None computes every layer on every rank.

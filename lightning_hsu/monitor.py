@@ -195,7 +195,7 @@ def _measure(layer: Layer, prepared: Callable[[Layer, Tensor], State | None]) ->
     seen = sampled.sample(x, state) if sampled else [x]
     half_space = bool(getattr(layer.measure, "half_space", False))
     angle = torch.stack([smallest_angle(part, half_space=half_space).amin() for part in seen]).amin().rad2deg()
-    errors = [float(torch.linalg.vector_norm(error)) / groups for error in sampled.error(x, state)] if sampled else [0.0, 0.0]
+    errors = sampled.error(x, state) if sampled else torch.zeros(2, groups)
     counts = torch.stack([live.sum(-1).amin(), live.sum(), (finite & ~live).sum(), (~finite).sum()])
     numbers = torch.cat([torch.stack([penalty, energy, angle]), counts.double()]).tolist()
     fewest, alive, dead, nonfinite = (int(count) for count in numbers[3:])
@@ -217,8 +217,8 @@ def _measure(layer: Layer, prepared: Callable[[Layer, Tensor], State | None]) ->
         dead=dead,
         nonfinite=nonfinite,
         exact=layer.measure.is_exact(state),
-        standard_error=errors[0],
-        gradient_error=errors[1],
+        standard_error=float(torch.linalg.vector_norm(errors[0])) / groups,
+        gradient_error=float(errors[1].square().mean().sqrt()),
     )
 
 

@@ -149,6 +149,8 @@ def _plain(
         ):
             addition = one.addition(progress.coefficients[one.layer.target.name], use.step_limit)
             found |= {one: addition} if addition else {}
+    if len({id(one.reading.parameter) for one in found}) < len(found):  # several sets in one parameter
+        found = {one: addition for one, addition in found.items() if not any(map(addition.overlaps, found.values()))}
     return found
 
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from lightning_hsu import UniformityRegularizer
-from lightning_hsu.measures import PairwiseMeasure, RieszEnergy
+from lightning_hsu import UniformityRegularizer, register_neurons
+from lightning_hsu.measures import GaussianPotential, PairwiseMeasure, RieszEnergy
 from tests.models import Automatic, batches, loader, trainer, uniformity
 
 
@@ -81,3 +81,36 @@ def kernel_of(function):
 def test_mistakes_are_told(measure, error, message):
     with pytest.raises(error, match=message):
         measure(torch.randn(4, 4))
+
+
+@dataclass(frozen=True)
+class TenTimes(GaussianPotential):
+    def value_and_grad(self, x, state=None):
+        value, grad = super().value_and_grad(x, state)
+        return value, 10 * grad
+
+
+class Twice(torch.nn.Module):
+    """One parameter whose rows are one set of neurons and whose columns are another."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.randn(6, 5))
+
+
+register_neurons(Twice, lambda module: {"rows": module.weight, "columns": module.weight.T})
+
+
+@pytest.mark.parametrize("measure", [TenTimes(), RieszEnergy(s=1)], ids=repr)
+@pytest.mark.parametrize("make", [lambda: torch.nn.Linear(8, 12), Twice])
+def test_what_is_noted_and_what_is_not_act_alike(measure, make):
+    """Logging steps tell what they do; all others take the shorter way."""
+    torch.manual_seed(0)
+    module, grads = make(), []
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    for note in (False, True):
+        module.weight.grad = torch.zeros_like(module.weight)
+        UniformityRegularizer(measure, head=None).attach(module).add_gradients(optimizer, note=note)
+        grads.append(module.weight.grad)
+    torch.testing.assert_close(*grads)
+    assert grads[0].abs().sum() > 0

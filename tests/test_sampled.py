@@ -73,6 +73,24 @@ def test_few_neurons_are_computed_exactly():
     assert sampled.error(x) == (0.0, 0.0)
 
 
+def test_groups_have_an_error_each_and_empty_ones_none():
+    x, sampled = torch.stack([neurons("as random"), neurons("a cone")]), Sampled(RieszEnergy(s=2), block=50)
+    state = sampled.prepare(x, sampled.prepare(x))
+    apart = [sampled.error(group, draw(1)) for group in x]
+    for together, alone in zip(sampled.error(x, state), zip(*apart, strict=True), strict=True):
+        torch.testing.assert_close(together, torch.stack(alone))
+    for shape in ((2, 0, 4), (0, 4), (0, 200, 4)):
+        value, grad = sampled.value_and_grad(torch.zeros(shape))
+        assert (
+            value.shape
+            == sampled.penalty(torch.zeros(shape)).shape
+            == sampled.error(torch.zeros(shape)).value.shape
+            == shape[:-2]
+        )
+        assert grad.shape == shape
+    assert sampled.error(torch.randn(200, 1)).gradient.isnan()  # on two points there is no gradient to compare with
+
+
 def test_what_cannot_be_sampled_is_refused():
     with pytest.raises(TypeError, match="only a mean over pairs"):
         Sampled(KoLeo())
@@ -126,6 +144,15 @@ class TestInTheEngine:
         third = step(regularizer, model, optimizer)
         resumed.load_state_dict(state)
         assert torch.equal(step(resumed.attach(model), model, optimizer), third)
+
+    def test_errors_of_groups(self):
+        torch.manual_seed(0)
+        layer = torch.nn.Conv1d(64, 400, 1, groups=4)
+        regularizer = UniformityRegularizer(Sampled(RieszEnergy(s=2), block=20), head=None).attach(layer)
+        (measured,) = regularizer.measure_layers()
+        value, gradient = Sampled(RieszEnergy(s=2), block=20).error(layer.weight.view(4, 100, 16))
+        assert measured.standard_error == pytest.approx(float(value.square().sum().sqrt()) / 4)
+        assert measured.gradient_error == pytest.approx(float(gradient.square().mean().sqrt()))
 
     def test_what_is_logged(self, monkeypatch):
         model, _ = self.model()

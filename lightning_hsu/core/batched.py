@@ -35,7 +35,8 @@ def stacked(parts: Sequence[Tensor]) -> Tensor:
 
 def unasked(stacks: Sequence[Sequence[Tensor]], term: PairTerm) -> Iterator[Found]:
     """:func:`unasked_gradients` of stacks of layers of one shape each, one after the other, or replayed all at once."""
-    if stacks and replays():
+    devices = {parts[0].device for parts in stacks}
+    if len(devices) == 1 and replays():  # a graph is one of one device
         yield from _replayed(stacks, term)
     else:
         for parts in stacks:
@@ -53,7 +54,7 @@ def _replayed(stacks: Sequence[Sequence[Tensor]], term: PairTerm) -> list[Found]
     if key not in _graphs:
         while len(_graphs) >= _KEPT:
             del _graphs[next(iter(_graphs))]
-        with exact_arithmetic(stacks[0][0]):
+        with exact_arithmetic(stacks[0][0]), torch.cuda.device(stacks[0][0].device):
             aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
             aside.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(aside):  # what libraries set up at their first call is not to be captured

@@ -63,7 +63,7 @@ class LoweredPairSums(PairSums):
         self._fill_own(cosine, start, 0.0)
         low, high = cosine.aminmax()
         redo = None if bool((low >= -_FAR) & (high <= _FAR)) else cosine.abs() > _FAR
-        if not with_grad or (redo is not None and _extent(redo) > _FEW * redo.numel()):
+        if redo is not None and _extent(redo) > _FEW * redo.numel():
             super()._add_panel(start, stop, with_grad)
             self._pass(start, stop)
             return

@@ -73,9 +73,11 @@ class GramDeterminant(SphereMeasure):
     def value_and_grad(self, x: Tensor, state: State | None = None) -> tuple[Tensor, Tensor]:
         """Penalty (...) and its gradient (..., n, d) from one Cholesky factor and its inverse; see :meth:`penalty`."""
         check_neurons(x)
+        self._prepared(x, state)
         with torch.no_grad(), exact_arithmetic(x):
             unit, inverse_norm = self._unit(x.detach())
-            if x.shape[-2] < 2 or not bool((inverse_norm > 0).all()):
+            other = type(self).on_sphere is not GramDeterminant.on_sphere
+            if other or x.shape[-2] < 2 or not bool((inverse_norm > 0).all()):
                 return super().value_and_grad(x, state)
             cosine = _cosines(unit)
             if bool(coincident(cosine, half_space=self.half_space).any()):  # they are parted first

@@ -65,7 +65,8 @@ class GaussianPotential(PairwiseMeasure):
 
     def pair_term(self) -> PairTerm | None:
         """The kernel, to be minimised by its logarithm; None where that takes float64."""
-        return replace(self._term(), logarithm=True) if self.t <= _NARROW else None
+        own = type(self).value_and_grad is GaussianPotential.value_and_grad
+        return replace(self._term(), logarithm=True) if own and self.t <= _NARROW else None
 
     def natural(self, penalty: Tensor) -> Tensor:
         """The mean potential that belongs to its logarithm."""

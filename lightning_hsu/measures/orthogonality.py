@@ -77,11 +77,13 @@ class Orthogonality(SphereMeasure):
     def value_and_grad(self, x: Tensor, state: State | None = None) -> tuple[Tensor, Tensor]:
         """Penalty (...) and its gradient (..., n, d) without an autograd graph; of so and dso in 4 n d min(n, d) FLOP."""
         check_neurons(x)
+        self._prepared(x, state)
         if self.kind == "mc":
             return _Coherence().value_and_grad(x)
         with torch.no_grad(), exact_arithmetic(x):
             unit, inverse_norm = self._unit(x.detach())
-            if self.kind == "srip" or x.shape[-2] < 2 or not bool((inverse_norm > 0).all()):
+            other = self.kind == "srip" or type(self).on_sphere is not Orthogonality.on_sphere
+            if other or x.shape[-2] < 2 or not bool((inverse_norm > 0).all()):
                 return super().value_and_grad(x, state)
             off = self._off(unit)
             value, times = self._frobenius(off, *x.shape[-2:]), 4.0 if self.kind == "so" else 8.0

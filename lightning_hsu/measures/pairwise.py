@@ -145,7 +145,10 @@ class PairwiseMeasure(Measure):
 
     def _term(self) -> PairTerm:
         check_kernel(self)
-        return PairTerm(self.kernel, self.half_space, self.softening, self.formula)
+        kinds = type(self).__mro__
+        named, own = (next(i for i, kind in enumerate(kinds) if name in vars(kind)) for name in ("formula", "kernel"))
+        formula = self.formula if named <= own else None  # else a subclass has another kernel than the name says
+        return PairTerm(self.kernel, self.half_space, self.softening, formula)
 
 
 @lru_cache(maxsize=4096)

@@ -59,11 +59,13 @@ class ResultantLength(SphereMeasure):
     def value_and_grad(self, x: Tensor, state: State | None = None) -> tuple[Tensor, Tensor]:
         """Penalty (...) and its gradient (..., n, d): one direction for all neurons, made tangent, in six passes."""
         check_neurons(x)
+        self._prepared(x, state)
         with torch.no_grad(), exact_arithmetic(x):
             w = with_float64(x.detach()).reshape(x.shape[:-2].numel(), *x.shape[-2:]).to(working_dtype(x.dtype))
             length = torch.linalg.vector_norm(w, dim=-1, keepdim=True)
             low, high = length.aminmax() if x.shape[-2] > 1 and x.numel() else (torch.zeros(()), torch.zeros(()))
-            if not (float(low) > 1e-15 and float(high) < 1e15):  # zero rows, or more than the products below can take
+            other = type(self).on_sphere is not ResultantLength.on_sphere
+            if other or not (float(low) > 1e-15 and float(high) < 1e15):  # zero rows, or more than the products below can take
                 return super().value_and_grad(x, state)
             inverse_norm = length.reciprocal()
             blocks = zip(torch.split(w, 1024, 1), torch.split(inverse_norm, 1024, 1), strict=True)

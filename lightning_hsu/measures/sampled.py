@@ -97,7 +97,7 @@ class Sampled(Measure):
             ValueError: if x has fewer than two dimensions.
         """
         self._check(x, state)
-        if self.blocks(x.shape[-2]) == 1:
+        if self.blocks(x.shape[-2]) == 1 or not x.numel():
             return self.measure.penalty(x)
         found = []
         for group in x.reshape(-1, *x.shape[-2:]):
@@ -109,22 +109,26 @@ class Sampled(Measure):
     def value_and_grad(self, x: Tensor, state: State | None = None) -> tuple[Tensor, Tensor]:
         """Penalty (...) and its gradient (..., n, d), a block at a time, without an autograd graph; see :meth:`penalty`."""
         self._check(x, state)
-        if self.blocks(x.shape[-2]) == 1:
+        if self.blocks(x.shape[-2]) == 1 or not x.numel():
             return self.measure.value_and_grad(x)
-        values, grads = [], torch.zeros_like(x).reshape(-1, *x.shape[-2:])
-        for group, grad in zip(x.detach().reshape(grads.shape), grads, strict=True):
-            blocks, n = self._drawn(group, state)
-            factor = of_all_pairs(self._term, n, blocks.shape[1])[0] / len(blocks)
-            energies = []
-            for block in blocks:
-                energy, part = pair_energy(group[block], self._term)
-                assert part is not None
-                energies.append(energy)
-                grad[block] = part.mul_(factor)
-            values.append(self._whole(torch.stack(energies).mean(), n, blocks.shape[1]))
-            if self._term.logarithm:
-                grad /= values[-1].exp()
+        grads = torch.zeros_like(x).reshape(-1, *x.shape[-2:])
+        groups = zip(x.detach().reshape(grads.shape), grads, strict=True)
+        values = [self._add_gradient(group, grad, *self._drawn(group, state)) for group, grad in groups]
         return torch.stack(values).reshape(x.shape[:-2]).to(working_dtype(x.dtype)), grads.reshape(x.shape)
+
+    def _add_gradient(self, x: Tensor, grad: Tensor, blocks: Tensor, n: int) -> Tensor:
+        """Put the gradient of neurons x (n, d) into ``grad``, which holds zeros; returns the penalty."""
+        factor = of_all_pairs(self._term, n, blocks.shape[1])[0] / len(blocks)
+        energies = []
+        for block in blocks:
+            energy, part = pair_energy(x[block], self._term)
+            assert part is not None
+            energies.append(energy)
+            grad[block] = part.mul_(factor)
+        penalty = self._whole(torch.stack(energies).mean(), n, blocks.shape[1])
+        if self._term.logarithm:
+            grad /= penalty.exp()
+        return penalty
 
     @torch.no_grad()
     def error(self, x: Tensor, state: State | None = None) -> SamplingError:
@@ -135,7 +139,7 @@ class Sampled(Measure):
             state: From :meth:`prepare`.
 
         Returns:
-            That of the natural value (...), and that of the gradient over the norm of the gradient (...).
+            That of the natural value (...), and that of the gradient over the norm of the gradient (...), NaN where that is 0.
 
         Raises:
             TypeError: if x is not a floating-point tensor.
@@ -144,18 +148,20 @@ class Sampled(Measure):
         self._check(x, state)
         found = torch.zeros(x.shape[:-2].numel(), 2, dtype=torch.float64)
         with exact_arithmetic(x):
-            for group, errors in zip(with_float64(x).reshape(-1, *x.shape[-2:]), found, strict=True):
+            for group, errors in zip(with_float64(x).reshape(len(found), *x.shape[-2:]), found, strict=True):
                 blocks, n = self._drawn(group, state)
                 if len(blocks) > 1:
-                    penalty, grad = self.value_and_grad(group, state)
+                    grad = torch.zeros_like(group)
+                    penalty = self._add_gradient(group, grad, blocks, n)
                     value, distance = block_spread(group, blocks, self._term, n)
                     distance /= float(self.natural(penalty)) if self._term.logarithm else 1.0
-                    errors[:] = torch.tensor([value, distance / float(torch.linalg.vector_norm(grad.double()))])
+                    length = torch.linalg.vector_norm(grad.double()).cpu()
+                    errors[:] = torch.stack([torch.tensor(value, dtype=torch.float64), distance / length])
         return SamplingError(*found.reshape(*x.shape[:-2], 2).unbind(-1))
 
     def sample(self, x: Tensor, state: State | None = None) -> list[Tensor]:
         """The blocks (k, m, d) of each group of neurons x (..., n, d) under a state."""
-        return [group[self._drawn(group, state)[0]] for group in x.reshape(-1, *x.shape[-2:])]
+        return [group[self._drawn(group, state)[0]] for group in x.reshape(x.shape[:-2].numel(), *x.shape[-2:])]
 
     def is_exact(self, state: State | None) -> bool:
         """Only where all pairs are counted."""
