@@ -17,6 +17,7 @@ from benchmarks import peers
 from benchmarks.shapes import MODELS, Shapes
 from benchmarks.timing import machine, peak_mib, quotient, resident_mib, rounds_of, save
 from lightning_hsu import UniformityRegularizer
+from lightning_hsu.core import lowered_products
 from lightning_hsu.measures import (
     GaussianPotential,
     GramDeterminant,
@@ -113,6 +114,30 @@ def near_pairs(quick: bool) -> Iterator[Row]:
     near[-64:] = far[:64] + 1e-3 * torch.randn(64, d)
     times = rounds_of({"far": gradient_of(FULL, far), "near": gradient_of(FULL, near)}, 3 if quick else 15)
     yield f"{n} x {d}, 64 near pairs over none", quotient(times, "near", "far"), "<= 1.03"
+    asked = torch.randn(min(256, n), n)
+    times = rounds_of({"far": gradient_of(FULL, far), "look": lambda: asked.aminmax()}, 3 if quick else 15)
+    looks = -(-n // 256) / 2  # panels of the upper triangle, each half as long as the first on average
+    yield f"{n} x {d}, looking for near pairs where none is, share", quotient(times, "look", "far", 1.0 / looks), "<= 0.01"
+
+
+def accuracy(quick: bool) -> Iterator[Row]:
+    """Relative error of the gradient against float64, of a layer with 64 near pairs, and with bfloat16 products."""
+    n, d = (256, 128) if quick else (1024, 768)
+    w = torch.randn(n, d)
+    for chord in (1e-2, 1e-3, 1e-4):
+        near, aside = w.clone(), torch.nn.functional.normalize(torch.randn(64, d), dim=1)
+        near[-64:] = torch.nn.functional.normalize(w[:64], dim=1) + chord * aside
+        yield f"{n} x {d}, 64 pairs at a chord of {chord:g}, error", error_of(FULL, near), "<= 1e-6"
+    with lowered_products(True):
+        for measure, space in ((FULL, "full"), (HALF, "half")):
+            yield f"{n} x {d}, bfloat16 products, {space} space, error", error_of(measure, w), "<= 2e-3"
+
+
+def error_of(measure: Measure, w: Tensor) -> dict[str, float]:
+    """Relative error of the gradient; one number, for it is the same each time."""
+    exact = measure.value_and_grad(w.double())[1]
+    error = float((measure.value_and_grad(w)[1] - exact).norm() / exact.norm())
+    return {"min": error, "median": error, "max": error}
 
 
 def members(quick: bool) -> Iterator[Row]:
@@ -176,7 +201,7 @@ def measure_workspace(name: str) -> None:
     print(round(resident_mib() - before, 1))
 
 
-SECTIONS = [single_layers, models, small_layers, near_pairs, members, workspace]
+SECTIONS = [single_layers, models, small_layers, near_pairs, accuracy, members, workspace]
 
 
 def met(values: dict[str, float], goal: str) -> str:
@@ -205,7 +230,7 @@ def main() -> None:
         for what, values, goal in section(arguments.quick):
             verdict = "" if arguments.quick else met(values, goal)  # miniatures have no goals
             print(
-                f"{what:58s} {values['median']:8.2f}  ({values['min']:.2f} to {values['max']:.2f})  {goal:8s} {verdict}",
+                f"{what:62s} {values['median']:8.3g}  ({values['min']:.3g} to {values['max']:.3g})  {goal:8s} {verdict}",
                 flush=True,
             )
             rows.append({"what": what, **values, "goal": goal, "verdict": verdict})
