@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_hsu.core.kernel import PairTerm
-from lightning_hsu.core.sphere import unit_rows
+from lightning_hsu.core.sphere import seeded, unit_rows
 
 
 class Spread(NamedTuple):
@@ -36,8 +36,7 @@ def random_blocks(live: Tensor, size: int, draw: int) -> Tensor:
     """
     index = live.nonzero().squeeze(1)
     count = max(1, len(index) // size)
-    generator = torch.Generator("cpu").manual_seed(20210415 + draw)
-    order = torch.randperm(len(index), generator=generator)[: len(index) // count * count]
+    order = torch.randperm(len(index), generator=seeded(draw))[: len(index) // count * count]
     return index[order.to(index.device)].view(count, -1)
 
 

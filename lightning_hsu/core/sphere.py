@@ -82,6 +82,11 @@ def _redo_by_differences(q: Tensor, x: Tensor, y: Tensor, wanted: Tensor) -> Non
         q[rows[:, None], cols] = chord.square()
 
 
+def seeded(draw: int = 0) -> torch.Generator:
+    """A generator that gives the same on every rank, another one for each other number."""
+    return torch.Generator("cpu").manual_seed(20210415 + draw)
+
+
 def seeded_noise(*shape: int, like: Tensor, draw: int = 0) -> Tensor:
     """Gaussian numbers that are the same on every rank and device; the global generator is not touched.
 
@@ -90,8 +95,7 @@ def seeded_noise(*shape: int, like: Tensor, draw: int = 0) -> Tensor:
         like: A tensor of the wanted device and dtype.
         draw: Another draw for each other number.
     """
-    generator = torch.Generator("cpu").manual_seed(20210415 + draw)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(like.device, like.dtype)
+    return torch.randn(*shape, generator=seeded(draw), dtype=torch.float64).to(like.device, like.dtype)
 
 
 def coincident(cosine: Tensor, *, half_space: bool = False) -> Tensor:
