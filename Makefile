@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 CONSTRAINTS ?= constraints.txt
 DATA ?= digits
 BIN = .venv/bin
-EXTRAS = demo,test,dev$(if $(shell uname -s | grep -q Linux && grep '^triton' $(CONSTRAINTS)),$(COMMA)triton)
+EXTRAS = report,figures,demo,test,dev$(if $(shell uname -s | grep -q Linux && grep '^triton' $(CONSTRAINTS)),$(COMMA)triton)
 COMMA = ,
 
 .PHONY: demo test versions lint types wheel kernels bench bench-gpu clean

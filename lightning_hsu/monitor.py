@@ -183,17 +183,24 @@ def widened(x: Tensor) -> Tensor:
     return x.to(working_dtype(x.dtype))
 
 
-def _measure(layer: Layer, prepared: Callable[[Layer, Tensor], State | None]) -> LayerUniformity:
-    x = with_float64(widened(layer.target.neurons().detach()))  # (groups, n, d)
+def measure_neurons(name: str, x: Tensor, measure: Measure, state: State | None = None) -> LayerUniformity:
+    """Measure one set of neurons.
+
+    Args:
+        name: What to call it.
+        x: Neurons, shape (groups, n, d), any floating dtype.
+        measure: How.
+        state: What the measure carries on, from its ``prepare``.
+    """
+    x = with_float64(widened(x.detach()))
     groups, n, d = x.shape
     finite = torch.isfinite(x).all(-1)  # (groups, n)
     live = (unit_rows(x)[1] > 0).squeeze(-1)
-    state = prepared(layer, x)
-    penalties = layer.measure.penalty(x, state).double()
-    penalty, energy = penalties.mean(), layer.measure.natural(penalties).mean()
-    sampled = layer.measure if isinstance(layer.measure, Sampled) and not layer.measure.is_exact(state) else None
+    penalties = measure.penalty(x, state).double()
+    penalty, energy = penalties.mean(), measure.natural(penalties).mean()
+    sampled = measure if isinstance(measure, Sampled) and not measure.is_exact(state) else None
     seen = sampled.sample(x, state) if sampled else [x]
-    half_space = bool(getattr(layer.measure, "half_space", False))
+    half_space = in_half_space(measure)
     angle = torch.stack([smallest_angle(part, half_space=half_space).amin() for part in seen]).amin().rad2deg()
     errors = sampled.error(x, state) if sampled else torch.zeros(2, groups)
     counts = torch.stack([live.sum(-1).amin(), live.sum(), (finite & ~live).sum(), (~finite).sum()])
@@ -202,10 +209,10 @@ def _measure(layer: Layer, prepared: Callable[[Layer, Tensor], State | None]) ->
     ratio = standing = float("nan")
     if fewest > 1:
         each = round(alive / groups)
-        ratio = float(layer.measure.ratio(energy, random_level(layer.measure, each, d)))
-        standing = float(score(layer.measure, energy, each, d))
+        ratio = float(measure.ratio(energy, random_level(measure, each, d)))
+        standing = float(score(measure, energy, each, d))
     return LayerUniformity(
-        name=layer.target.name,
+        name=name,
         groups=groups,
         neurons=n,
         dimension=d,
@@ -216,10 +223,20 @@ def _measure(layer: Layer, prepared: Callable[[Layer, Tensor], State | None]) ->
         min_angle=numbers[2],
         dead=dead,
         nonfinite=nonfinite,
-        exact=layer.measure.is_exact(state),
+        exact=measure.is_exact(state),
         standard_error=float(torch.linalg.vector_norm(errors[0])) / groups,
         gradient_error=float(errors[1].square().mean().sqrt()),
     )
+
+
+def in_half_space(measure: Measure) -> bool:
+    """Whether a measure sees lines: opposite neurons coincide."""
+    return bool(getattr(measure, "half_space", False))
+
+
+def _measure(layer: Layer, prepared: Callable[[Layer, Tensor], State | None]) -> LayerUniformity:
+    x = with_float64(widened(layer.target.neurons().detach()))  # (groups, n, d)
+    return measure_neurons(layer.target.name, x, layer.measure, prepared(layer, x))
 
 
 def _giga_flop(layer: Layer) -> float:

@@ -113,6 +113,37 @@ def random_level(measure: Measure, n: int, d: int) -> Level:
     return Level(middle, 0.93 * (high - low) / math.sqrt(len(values)), "simulated median")
 
 
+def random_range(measure: Measure, n: int, d: int) -> tuple[float, float]:
+    """Natural values that random layers have: what lies outside is not chance.
+
+    Three standard deviations around the mean for means over pairs, exact but for softening: pairs of random neurons are
+    independent two by two. For other measures, and where the deviation is infinite, the extremes of simulated layers.
+
+    Args:
+        measure: A measure.
+        n: Neurons, at least 2.
+        d: Dimension, at least 2.
+
+    Returns:
+        The lowest and the highest; NaN where random layers have no finite value.
+
+    Raises:
+        ValueError: if n or d is below 2.
+
+    Example:
+        >>> from lightning_hsu.measures import RieszEnergy
+        >>> low, high = random_range(RieszEnergy(s=2), n=10, d=64)
+        >>> low < random_expectation(RieszEnergy(s=2), n=10, d=64) < high, high / low < 1.2
+        (True, True)
+    """
+    _check(measure, n, d)
+    deviation, mean = measure.deviation(n, d), measure.expectation(n, d)
+    if deviation is not None and mean is not None and math.isfinite(deviation) and math.isfinite(mean):
+        return mean - 3.0 * deviation, mean + 3.0 * deviation
+    values = _simulated(measure, n, d)
+    return float(values.amin()), float(values.amax())
+
+
 def lower_bound(measure: Measure, n: int, d: int) -> float:
     """A natural value that no n neurons in d dimensions can beat: none is lower, or none higher where higher is better.
 

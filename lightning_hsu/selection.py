@@ -31,7 +31,12 @@ class Skip:
 
 
 def select(
-    model: nn.Module, include: Patterns = None, exclude: Patterns = None, head: str | None = "auto"
+    model: nn.Module,
+    include: Patterns = None,
+    exclude: Patterns = None,
+    head: str | None = "auto",
+    *,
+    everything: bool = False,
 ) -> tuple[list[Target], list[Skip]]:
     """Find the neurons of a model.
 
@@ -41,6 +46,8 @@ def select(
             name it matches). None takes everything except embeddings, which must be asked for by name.
         exclude: Patterns of layer names to leave out.
         head: The class head: "auto" is the last Linear of the model, a name is that layer, None is no head.
+        everything: For looking, not for training: take embeddings unasked, and depthwise convolutions as one set of
+            neurons over all their channels.
 
     Returns:
         Targets in the model's order, and every weight that was skipped, with the reason.
@@ -58,6 +65,8 @@ def select(
         'depthwise: each of its 16 groups has one neuron'
     """
     candidates, skips = _candidates(model)
+    if everything:
+        candidates = [_merged(target) for target in candidates]
     names = [target.name for target in candidates]
     head_name = _find_head(candidates, head)
     include, exclude = _patterns("include", include, names), _patterns("exclude", exclude, names)
@@ -71,7 +80,7 @@ def select(
             reason = "excluded by pattern"
         elif asked is False and not (is_head and head != "auto"):
             reason = NOT_INCLUDED
-        elif asked is None and isinstance(target.module, (nn.Embedding, nn.EmbeddingBag)):
+        elif asked is None and not everything and isinstance(target.module, (nn.Embedding, nn.EmbeddingBag)):
             reason = f"an embedding, measured only when asked for: include='{target.name}'"
         else:
             reason = _too_small(target) or _tied(target, seen)
@@ -186,6 +195,12 @@ def _find_head(candidates: list[Target], head: str | None) -> str | None:
             f"head {head!r} is no layer of the model; the layers are: {known or 'none'}; head=None switches it off"
         )
     return head
+
+
+def _merged(target: Target) -> Target:
+    """Several groups of one neuron each as one group of several neurons; other targets as they are."""
+    groups, n, d = target.shape
+    return replace(target, shape=(1, groups, d), merged=True) if n == 1 < groups else target
 
 
 def _too_small(target: Target) -> str | None:

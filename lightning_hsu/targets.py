@@ -24,6 +24,7 @@ class Target:
         key: Which of the module's sets; "" where there is one.
         shape: (groups, n, d).
         head: Whether this is the class head.
+        merged: Whether the groups of the module, one neuron each, are seen as one.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Target:
     key: str
     shape: tuple[int, int, int]
     head: bool = False
+    merged: bool = False
     _rearranged: dict[tuple[str, ...], bool] = field(default_factory=dict, repr=False)
 
     def read(self, gathered: Gathered | None = None) -> Reading:
@@ -41,6 +43,8 @@ class Target:
         """
         with without_side_effects(self.module):
             reading = read_neurons(self.module, gathered)[self.key]
+        if self.merged:
+            return replace(reading, x=reading.x.transpose(0, 1))
         return replace(reading, x=reading.x.unsqueeze(0)) if reading.x.ndim == 2 else reading
 
     def neurons(self) -> Tensor:

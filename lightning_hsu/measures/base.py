@@ -135,6 +135,10 @@ class Measure(ABC):
         """Exact expected value of n independent uniform neurons in d dimensions, ``inf`` included; None if not known."""
         return None
 
+    def deviation(self, n: int, d: int) -> float | None:
+        """Standard deviation of the value of n independent uniform neurons, ``inf`` included; None if not known."""
+        return None
+
     def best(self, n: int, d: int) -> float | None:
         """A natural value that no n neurons in d dimensions can beat; None if none is known."""
         return None

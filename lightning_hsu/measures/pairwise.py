@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from functools import lru_cache
 
@@ -127,6 +128,12 @@ class PairwiseMeasure(Measure):
         mirror = float(self.kernel(*torch.tensor([4.0, 0.0], dtype=torch.float64))[0])
         return (2 * (n - 1) * pair + mirror) / (2 * n - 1)
 
+    def deviation(self, n: int, d: int) -> float:
+        """Exact but for softening, by quadrature: the pairs of random neurons are independent two by two."""
+        check_kernel(self)
+        pairs = n * (n - 1) / 2
+        return _deviation(self, d) * (2.0 * math.sqrt(pairs) / (n * (2 * n - 1)) if self.half_space else pairs**-0.5)
+
     def best(self, n: int, d: int) -> float:
         """By the kernel's convex envelope, and where it is absolutely monotone the universal bound."""
         return _bound(self, n, d)
@@ -154,6 +161,19 @@ class PairwiseMeasure(Measure):
 @lru_cache(maxsize=4096)
 def _quadrature(measure: PairwiseMeasure, d: int) -> float:
     return pair_expectation(measure.kernel, d)
+
+
+@lru_cache(maxsize=4096)
+def _deviation(measure: PairwiseMeasure, d: int) -> float:
+    """Standard deviation of the kernel of one random pair; in half space of the kernels at both chords together."""
+
+    def value(q: Tensor, p: Tensor) -> Tensor:
+        own = measure.kernel(q, p)[0]
+        return own + measure.kernel(p, q)[0] if measure.half_space else own
+
+    mean = pair_expectation(lambda q, p: (value(q, p), q), d)
+    square = pair_expectation(lambda q, p: (value(q, p).square(), q), d)
+    return math.inf if math.isinf(square) else math.sqrt(max(square - mean * mean, 0.0))
 
 
 @lru_cache(maxsize=4096)

@@ -179,6 +179,10 @@ class Sampled(Measure):
         """As the measure has it."""
         return self.measure.expectation(n, d)
 
+    def deviation(self, n: int, d: int) -> float | None:
+        """As the measure has it; what sampling adds is in :meth:`error`."""
+        return self.measure.deviation(n, d)
+
     def best(self, n: int, d: int) -> float | None:
         """As the measure has it: the bound is one of all pairs."""
         return self.measure.best(n, d)

@@ -1,0 +1,51 @@
+"""What the numbers of a layer say, in words: facts beside random neurons, no advice."""
+
+from __future__ import annotations
+
+import math
+
+from lightning_hsu.measures import Measure
+from lightning_hsu.monitor import LayerUniformity
+from lightning_hsu.reference import random_range
+
+_CLOSE = 0.01  # difference of a ratio from 1 that is none, however many neurons there are
+
+
+def finding(layer: LayerUniformity, measure: Measure, *, dead: int | None = None, similar: int = 0) -> str:
+    """Say in words how a layer stands beside random neurons.
+
+    Args:
+        layer: Its numbers.
+        measure: How it was measured.
+        dead: Its neurons that do nothing; None takes those that are all zero.
+        similar: Its near-duplicate pairs, where they were counted.
+
+    Returns:
+        Such as "1.42x random, 11 near-duplicate pairs, 3 dead"; "as random" where the ratio is within 1 % of 1 or what random
+        layers of this shape have themselves.
+    """
+    words = [_standing(layer, measure)]
+    if similar:
+        words.append(f"{similar:,} near-duplicate pair{'s' if similar > 1 else ''}")
+    if dead := layer.dead if dead is None else dead:
+        words.append(f"{dead:,} dead")
+    if layer.nonfinite:
+        words.append(f"{layer.nonfinite:,} NaN or infinite")
+    return ", ".join(words)
+
+
+def _standing(layer: LayerUniformity, measure: Measure) -> str:
+    if not math.isfinite(layer.ratio):
+        alive = layer.groups * layer.neurons - layer.dead - layer.nonfinite
+        return "no random reference" if alive > layer.groups else "fewer than two live neurons"
+    if abs(layer.ratio - 1.0) <= _CLOSE or _within_random(layer, measure):
+        return "as random"
+    times = f"{layer.ratio:.2f}x random" if layer.ratio < 100 else f"{layer.ratio:,.0f}x random"
+    return times if layer.ratio > 1.0 else f"more even than random ({layer.ratio:.2f}x)"
+
+
+def _within_random(layer: LayerUniformity, measure: Measure) -> bool:
+    """Whether random layers of this shape have such energies themselves."""
+    alive = round(layer.neurons - (layer.dead + layer.nonfinite) / layer.groups)
+    low, high = random_range(measure, alive, layer.dimension)
+    return low <= layer.energy <= high

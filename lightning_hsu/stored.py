@@ -1,0 +1,192 @@
+"""State dicts without their model: where the neurons are, by the names, shapes and biases of what is stored."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from lightning_hsu.neurons import register_neurons
+from lightning_hsu.selection import Skip, matches
+
+_NAMES = ("weight", "kernel", "embedding")  # what the last part of a neuron's name has in it
+_TABLES = ("embed", "wte", "wpe")  # what the name of a look-up table has in it
+_WRAPPERS = ("module.", "_orig_mod.")  # what every name begins with where a wrapped model was saved
+_GATES = {3: "rzn", 4: "ifgo"}
+
+
+class Stored(nn.Module):
+    """One layer of a state dict: sets of neurons (n, d) or (groups, n, d) by name, each with the parameter it views."""
+
+    def __init__(self, sets: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self._sets = list(sets)
+        for i, x in enumerate(sets.values()):
+            self.register_parameter(f"stored{i}", _frozen(x))
+
+    def neurons(self) -> dict[str, Tensor]:
+        """The sets by name."""
+        return dict(zip(self._sets, self.parameters(), strict=False))  # children, of which the root may have some, come last
+
+
+register_neurons(Stored, lambda module: cast(Stored, module).neurons())
+
+
+def stand_in(state: Mapping[str, Tensor], asked: Sequence[str] = ()) -> tuple[nn.Module, list[Skip]]:
+    """A module whose layers hold the weights of a state dict, so that :func:`~lightning_hsu.selection.select` can read it.
+
+    A matrix named ``weight`` is a Linear, or an Embedding where its name says so; other weights are flattened to one
+    neuron an output channel. Weights of attention and recurrent layers are parted; of weight norm, spectral norm and pruning
+    the effective directions are taken. A weight whose bias has the length of its second axis holds its neurons there
+    (transposed convolutions, the Conv1D of GPT-2); without a bias, or where both axes are as long, the first is taken.
+
+    Args:
+        state: Tensors by name.
+        asked: Patterns of names to take although they are named like no weight.
+
+    Returns:
+        The module, and the tensors of two and more dimensions that are not taken.
+
+    Raises:
+        TypeError: if the mapping holds no tensors by name.
+
+    Example:
+        >>> from lightning_hsu.selection import select
+        >>> model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3, groups=16), nn.Linear(16, 10))
+        >>> [(target.name, target.shape, target.head) for target in select(stand_in(model.state_dict())[0])[0]]
+        [('0', (1, 16, 27), False), ('1', (1, 16, 9), False), ('2', (1, 10, 16), True)]
+    """
+    tensors = {name: x for name, x in state.items() if isinstance(name, str) and isinstance(x, Tensor)}
+    if not tensors:
+        raise TypeError(f"a state dict maps names to tensors; got {_described(state)}")
+    layers: dict[str, dict[str, Tensor]] = {}
+    for name, x in _unwrapped(tensors).items():
+        path, leaf = _parted(name)
+        layers.setdefault(path, {})[leaf] = x
+    skips, seen = [], dict[tuple[object, ...], nn.Parameter]()
+    found = {}
+    for path, leaves in layers.items():
+        sets, left_out = _neurons(path, leaves, asked)
+        skips += left_out
+        if sets:
+            found[path] = _layer(path, sets, seen)
+    root = found.pop("", nn.Module())
+    for path, layer in found.items():
+        _place(root, path.split("."), layer)
+    return root, skips
+
+
+def _described(state: object) -> str:
+    return f"{len(state)} entries, none a tensor" if isinstance(state, Mapping) else type(state).__name__
+
+
+def _unwrapped(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Names without what a wrapper put before all of them."""
+    for prefix in _WRAPPERS:
+        if all(name.startswith(prefix) for name in tensors):
+            return _unwrapped({name.removeprefix(prefix): x for name, x in tensors.items()})
+    return tensors
+
+
+def _parted(name: str) -> tuple[str, str]:
+    """The path of a layer and the name within it; of ``a.parametrizations.weight.original1`` these are a and the rest."""
+    path, mark, rest = name.rpartition("parametrizations.")
+    if mark:
+        return path.rstrip("."), mark + rest
+    path, _, leaf = name.rpartition(".")
+    return path, leaf
+
+
+def _neurons(path: str, leaves: dict[str, Tensor], asked: Sequence[str]) -> tuple[dict[str, Tensor], list[Skip]]:
+    """The sets of neurons of a layer by name, and what is left out."""
+    sets: dict[str, Tensor] = {}
+    skips = []
+    for leaf, x in leaves.items():
+        name = f"{path}.{leaf}".strip(".")
+        if x.ndim < 2 or leaf in ("weight_mask", "weight_g", "parametrizations.weight.original0"):
+            continue  # norms and masks of weights that are read below
+        wanted = any(part in leaf.lower() for part in _NAMES) or matches(name, asked)
+        if not wanted:
+            skips.append(Skip(name, tuple(x.shape), f"not named like a weight, measured only when asked for: include='{name}'"))
+        elif reason := _not_effective(leaf, leaves):
+            skips.append(Skip(name, tuple(x.shape), reason))
+        else:
+            sets |= _sets(leaf, x, leaves)
+    return sets, skips
+
+
+def _not_effective(leaf: str, leaves: dict[str, Tensor]) -> str | None:
+    """Why the effective weight is not to be had from what is stored; None if it is, but for the lengths of neurons."""
+    if not leaf.startswith("parametrizations."):
+        return None
+    _, kind, part = leaf.split(".", 2)
+    others = [other for other in leaves if other.startswith(f"parametrizations.{kind}.") and other != leaf]
+    weight_norm = part == "original1" and others == [f"parametrizations.{kind}.original0"]
+    spectral_norm = part == "original" and sorted(other.rpartition(".")[2] for other in others) == ["_u", "_v"]
+    if weight_norm or spectral_norm:
+        return None
+    return "computed by a parametrization that is not stored with it: report the model itself"
+
+
+def _sets(leaf: str, x: Tensor, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Sets of neurons in one stored weight, by name."""
+    if leaf == "in_proj_weight":
+        return dict(zip("qkv", x.chunk(3), strict=True))
+    if leaf.endswith("_proj_weight"):
+        return {leaf[0]: x}
+    if leaf.startswith(("weight_ih", "weight_hh")):
+        return _gates(leaf, x, leaves)
+    if leaf.startswith("weight_hr"):
+        return {leaf: x}
+    if leaf.endswith("_orig"):
+        mask = leaves.get(leaf.removesuffix("_orig") + "_mask")
+        leaf, x = leaf.removesuffix("_orig"), x if mask is None else x * mask
+    elif leaf == "weight_v" or leaf.startswith("parametrizations."):
+        leaf = "weight" if leaf == "weight_v" else leaf.split(".")[1]
+    bias = leaves.get("bias")
+    return {"" if leaf == "weight" else leaf: _by_output(x, len(bias) if bias is not None and bias.ndim == 1 else 0)}
+
+
+def _gates(leaf: str, x: Tensor, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The gates of a recurrent weight, of which the hidden state's length tells how many there are."""
+    hidden = leaves.get(leaf.replace("weight_ih", "weight_hh"))
+    projected = leaves.get(leaf.replace("weight_ih", "weight_hr").replace("weight_hh", "weight_hr"))
+    length = projected if projected is not None else hidden
+    count = len(x) // length.shape[1] if length is not None else 1
+    names = _GATES.get(count, "")
+    return {f"{leaf}.{gate}": rows for gate, rows in zip(names, x.chunk(count), strict=True)} if names else {leaf: x}
+
+
+def _by_output(x: Tensor, outputs: int) -> Tensor:
+    """Neurons (n, d) or (groups, n, d) of a weight whose layer has so many outputs; 0 where that is not known."""
+    if outputs in (0, len(x)) or outputs % x.shape[1] or len(x) % (outputs // x.shape[1]):
+        return x.flatten(1)
+    groups = outputs // x.shape[1]
+    return x.view(groups, -1, *x.shape[1:]).transpose(1, 2).flatten(2).squeeze(0)
+
+
+def _layer(path: str, sets: dict[str, Tensor], seen: dict[tuple[object, ...], nn.Parameter]) -> nn.Module:
+    x = sets.get("")
+    if len(sets) > 1 or x is None or x.ndim != 2 or not x.is_floating_point():
+        return Stored(sets)
+    table = any(part in path.rpartition(".")[2].lower() for part in _TABLES)
+    with torch.device("meta"):
+        layer = nn.Embedding(*x.shape) if table else nn.Linear(x.shape[1], x.shape[0], bias=False)
+    layer.weight = seen.setdefault((x.data_ptr(), x.shape, x.stride()), _frozen(x))  # tied weights stay tied
+    return layer
+
+
+def _frozen(x: Tensor) -> nn.Parameter:
+    return nn.Parameter(x.detach(), requires_grad=False)
+
+
+def _place(root: nn.Module, path: list[str], layer: nn.Module) -> None:
+    for part in path[:-1]:
+        if part not in root._modules:
+            root.add_module(part, nn.Module())
+        root = root.get_submodule(part)
+    for name, child in root._modules[path[-1]].named_children() if path[-1] in root._modules else ():
+        layer.add_module(name, child)
+    root.add_module(path[-1], layer)
