@@ -117,7 +117,8 @@ def random_range(measure: Measure, n: int, d: int) -> tuple[float, float]:
     """Natural values that random layers have: what lies outside is not chance.
 
     Three standard deviations around the mean for means over pairs, exact but for softening: pairs of random neurons are
-    independent two by two. For other measures, and where the deviation is infinite, the extremes of simulated layers.
+    independent two by two. For other measures, and where the deviation is infinite, that of simulated layers, or their extremes
+    if these are wider.
 
     Args:
         measure: A measure.
@@ -141,7 +142,8 @@ def random_range(measure: Measure, n: int, d: int) -> tuple[float, float]:
     if deviation is not None and mean is not None and math.isfinite(deviation) and math.isfinite(mean):
         return mean - 3.0 * deviation, mean + 3.0 * deviation
     values = _simulated(measure, n, d)
-    return float(values.amin()), float(values.amax())
+    middle, spread = float(values.mean()), 3.0 * float(values.std())
+    return min(middle - spread, float(values.amin())), max(middle + spread, float(values.amax()))
 
 
 def lower_bound(measure: Measure, n: int, d: int) -> float:

@@ -58,7 +58,8 @@ def stand_in(state: Mapping[str, Tensor], asked: Sequence[str] = ()) -> tuple[nn
         >>> [(target.name, target.shape, target.head) for target in select(stand_in(model.state_dict())[0])[0]]
         [('0', (1, 16, 27), False), ('1', (1, 16, 9), False), ('2', (1, 10, 16), True)]
     """
-    tensors = {name: x for name, x in state.items() if isinstance(name, str) and isinstance(x, Tensor)}
+    items = state.items() if isinstance(state, Mapping) else ()
+    tensors = {name: x for name, x in items if isinstance(name, str) and isinstance(x, Tensor)}
     if not tensors:
         raise TypeError(f"a state dict maps names to tensors; got {_described(state)}")
     layers: dict[str, dict[str, Tensor]] = {}
@@ -187,6 +188,7 @@ def _place(root: nn.Module, path: list[str], layer: nn.Module) -> None:
         if part not in root._modules:
             root.add_module(part, nn.Module())
         root = root.get_submodule(part)
-    for name, child in root._modules[path[-1]].named_children() if path[-1] in root._modules else ():
+    before = root._modules.get(path[-1]) or nn.Module()  # made for the layers below it
+    for name, child in list(before.named_children()):
         layer.add_module(name, child)
     root.add_module(path[-1], layer)

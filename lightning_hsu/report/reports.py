@@ -18,7 +18,7 @@ from lightning_hsu.measures.checks import check_number
 from lightning_hsu.report.analysis import LayerReport, look_at
 from lightning_hsu.report.files import read_weights
 from lightning_hsu.report.page import report_page
-from lightning_hsu.report.tables import plain_table, report_rows
+from lightning_hsu.report.tables import plain, report_table
 from lightning_hsu.selection import Patterns, Skip, select
 from lightning_hsu.stored import stand_in
 from lightning_hsu.targets import Target
@@ -53,7 +53,7 @@ class Report:
 
     def __str__(self) -> str:
         """The table, in plain text."""
-        return plain_table(report_rows(self))
+        return plain(report_table(self))
 
     def to_dict(self) -> dict[str, Any]:
         """All of it but the heat maps, of lists, numbers, strings and None (for NaN) only."""
@@ -87,6 +87,7 @@ def report(
     head: str | None = "auto",
     similar_above: float = 0.95,
     keep: int = 100,
+    key: str | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """Look at the neurons of every layer of a network.
@@ -104,6 +105,7 @@ def report(
         head: The class head: "auto" is the last Linear, a name is that layer, None is no head.
         similar_above: Cosine from which two neurons are near-duplicates, in (0, 1).
         keep: How many of a layer's near-duplicate pairs to list.
+        key: Where in a file the state dict is; None finds it.
         progress: Called with the layer's name and the fraction of the work that is done.
 
     Raises:
@@ -125,7 +127,7 @@ def report(
     measure = RieszEnergy(s=2.0, half_space=True) if measure is None else measure
     check_measure(measure)
     check_number("similar_above", similar_above, "in (0, 1)", lambda x: 0 < x < 1)
-    name, targets, skips = _targets(source, include, exclude, head)
+    name, targets, skips = find_targets(source, include, exclude, head, key)
     work = [target.shape[0] * target.shape[1] ** 2 * target.shape[2] for target in targets]
     layers, before = [], 0
     for target, own in zip(targets, work, strict=True):
@@ -143,13 +145,15 @@ def report(
     return Report(name, measure, similar_above, tuple(layers), tuple(skips))
 
 
-def _targets(source: Source, include: Patterns, exclude: Patterns, head: str | None) -> tuple[str, list[Target], list[Skip]]:
-    """What the source is called, its sets of neurons, and what is left out."""
+def find_targets(
+    source: Source, include: Patterns, exclude: Patterns, head: str | None, key: str | None
+) -> tuple[str, list[Target], list[Skip]]:
+    """What the source is called, its sets of neurons, and what is left out; arguments as of :func:`report`."""
     if isinstance(source, nn.Module):
         model = unwrapped(source)
         return type(model).__name__, *select(model, include, exclude, head, everything=True)
     if isinstance(source, (str, Path)):
-        name, source = str(source), read_weights(source)
+        name, source = str(source), read_weights(source, key)
     elif isinstance(source, Mapping):
         name = "state dict"
     else:

@@ -1,0 +1,148 @@
+"""The command line: ``lightning-hsu report`` and ``lightning-hsu compare``."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from lightning_hsu import measures
+from lightning_hsu.measures import Measure
+from lightning_hsu.report.comparison import compare
+from lightning_hsu.report.reports import Progress, report
+from lightning_hsu.report.tables import comparison_table, pair_lines, report_table, show
+
+_FAILED, _BROKEN = 1, 2  # exit codes
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns its exit code: 0, 1 where ``--fail-above`` says so, 2 for what cannot be read or understood."""
+    given = _parser().parse_args(arguments)
+    try:
+        return int(given.run(given))
+    except (OSError, ValueError, TypeError, ModuleNotFoundError) as error:
+        print(f"lightning-hsu: {error}", file=sys.stderr)
+        return _BROKEN
+    except KeyboardInterrupt:
+        return 130
+
+
+def parse_measure(text: str) -> Measure:
+    """A measure from what its name and settings look like in Python, such as ``RieszEnergy(s=1, half_space=True)``.
+
+    Raises:
+        ValueError: for anything else than a measure of this library with plain numbers, strings and flags.
+
+    Example:
+        >>> parse_measure("KoLeo"), parse_measure("GaussianPotential(t=3)")
+        (KoLeo(softening=0.01), GaussianPotential(t=3, half_space=False))
+    """
+    try:
+        tree = ast.parse(text.strip(), mode="eval").body
+        call = tree if isinstance(tree, ast.Call) else ast.Call(tree, [], [])
+        name = call.func.id if isinstance(call.func, ast.Name) else ""
+        settings = {str(one.arg): ast.literal_eval(one.value) for one in call.keywords}
+        kind = getattr(measures, name) if name in measures.__all__ else None
+        if kind is None or call.args or not issubclass(kind, Measure):
+            raise ValueError(f"it is no measure with settings by name; there are {', '.join(_names())}")
+        found: Measure = kind(**settings)
+    except (SyntaxError, ValueError, TypeError) as error:
+        raise ValueError(f"cannot make a measure of {text!r}, such as 'RieszEnergy(s=1, half_space=True)': {error}") from error
+    return found
+
+
+def _names() -> list[str]:
+    """The measures that can be made as they are."""
+    kinds = [getattr(measures, name) for name in measures.__all__ if name != "State"]
+    return [kind.__name__ for kind in kinds if not getattr(kind, "__abstractmethods__", None)]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="lightning-hsu", description="See which layers of a network are redundant.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    one = commands.add_parser("report", help="every layer of a checkpoint beside random neurons")
+    one.add_argument("checkpoint", help=".ckpt, .pt, .pth, .safetensors or TorchScript; no code in it is run")
+    one.add_argument("--html", metavar="FILE", help="write a page with the figures of each layer")
+    one.add_argument("--pairs", metavar="N", type=int, default=0, help="list the N nearest near-duplicate pairs of each layer")
+    one.add_argument("--key", help="where in the file the state dict is, such as 'ema'")
+    one.add_argument("--fail-above", metavar="RATIO", type=float, help="exit with 1 if a layer's ratio is above this")
+    one.set_defaults(run=_report)
+    two = commands.add_parser("compare", help="what moved between two checkpoints")
+    two.add_argument("before")
+    two.add_argument("after")
+    two.set_defaults(run=_compare)
+    for command in (one, two):
+        _add_common(command)
+    return parser
+
+
+def _add_common(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--json", metavar="FILE", help="write all numbers")
+    command.add_argument("--measure", metavar="MEASURE", help="such as 'KoLeo' or 'RieszEnergy(s=1, half_space=True)'")
+    command.add_argument("--include", metavar="PATTERN", nargs="+", help="layers to take, shell style")
+    command.add_argument("--exclude", metavar="PATTERN", nargs="+", help="layers to leave out")
+    command.add_argument("--head", default="auto", help="the class head: a layer's name, or 'none'; by default the last Linear")
+    command.add_argument(
+        "--similar-above",
+        metavar="COSINE",
+        type=float,
+        default=0.95,
+        help="cosine from which neurons are near-duplicates (0.95)",
+    )
+
+
+def _settings(given: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "measure": None if given.measure is None else parse_measure(given.measure),
+        "include": given.include,
+        "exclude": given.exclude,
+        "head": None if given.head.lower() == "none" else given.head,
+        "similar_above": given.similar_above,
+    }
+
+
+def _report(given: argparse.Namespace) -> int:
+    with _progress() as progress:
+        found = report(given.checkpoint, **_settings(given), keep=max(100, given.pairs), key=given.key, progress=progress)
+    show(report_table(found))
+    if given.pairs > 0:
+        print("\n".join(pair_lines(found, given.pairs)))
+    if given.html:
+        found.write_html(given.html)
+    if given.json:
+        found.write_json(given.json)
+    if given.fail_above is not None and found.worst_ratio > given.fail_above:
+        worst = max(found.layers, key=lambda one: one.uniformity.ratio if one.uniformity.ratio > 0 else 0.0)
+        print(f"lightning-hsu: ratio {found.worst_ratio:.3f} of {worst.name} is above {given.fail_above:g}", file=sys.stderr)
+        return _FAILED
+    return 0
+
+
+def _compare(given: argparse.Namespace) -> int:
+    with _progress() as progress:
+        found = compare(given.before, given.after, **_settings(given), progress=progress)
+    show(comparison_table(found))
+    if given.json:
+        found.write_json(given.json)
+    return 0
+
+
+@contextmanager
+def _progress() -> Iterator[Progress | None]:
+    """A bar in a terminal, by rich; gone when the work is done."""
+    try:
+        from rich.console import Console
+        from rich.progress import Progress as Bars
+    except ModuleNotFoundError:
+        yield None
+        return
+    with Bars(console=Console(stderr=True), transient=True) as bars:
+        task = bars.add_task("reading", total=1.0)
+        yield lambda name, part: bars.update(task, description=name, completed=part)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

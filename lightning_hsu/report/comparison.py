@@ -1,0 +1,134 @@
+"""Two reports on the same network at different times: what moved."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_hsu.core import unit_rows, with_float64
+from lightning_hsu.measures import Measure
+from lightning_hsu.report.analysis import LayerReport
+from lightning_hsu.report.reports import Progress, Report, Source, find_targets, report
+from lightning_hsu.report.tables import comparison_table, plain
+from lightning_hsu.selection import Patterns
+
+
+@dataclass(frozen=True, eq=False)
+class LayerComparison:
+    """One layer before and after.
+
+    Args:
+        before: The earlier report on it.
+        after: The later one.
+        moved: Median angle between a neuron before and after, in degrees; NaN where the shapes differ.
+    """
+
+    before: LayerReport
+    after: LayerReport
+    moved: float
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """What moved between two networks; print it, or write it as JSON.
+
+    Args:
+        before: The report on the first.
+        after: The report on the second.
+        layers: The layers that both have, in the order of the second.
+        only_before: Names of layers that only the first has.
+        only_after: Names of layers that only the second has.
+    """
+
+    before: Report
+    after: Report
+    layers: tuple[LayerComparison, ...]
+    only_before: tuple[str, ...]
+    only_after: tuple[str, ...]
+
+    def __str__(self) -> str:
+        """The table, in plain text."""
+        return plain(comparison_table(self))
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it, of lists, numbers, strings and None (for NaN) only."""
+        return {
+            "before": self.before.to_dict(),
+            "after": self.after.to_dict(),
+            "moved": {one.after.name: None if math.isnan(one.moved) else one.moved for one in self.layers},
+            "only_before": list(self.only_before),
+            "only_after": list(self.only_after),
+        }
+
+    def write_json(self, path: str | Path) -> None:
+        """Write :meth:`to_dict` to a file."""
+        Path(path).write_text(json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def compare(
+    before: Source,
+    after: Source,
+    measure: Measure | None = None,
+    *,
+    include: Patterns = None,
+    exclude: Patterns = None,
+    head: str | None = "auto",
+    similar_above: float = 0.95,
+    progress: Progress | None = None,
+) -> Comparison:
+    """Look at two networks, or one at two times, layer by layer; arguments as of :func:`~lightning_hsu.report.report`.
+
+    Layers are matched by name, and neurons by index.
+
+    Raises:
+        ValueError: if the two have no layer of the same name.
+
+    Example:
+        >>> from torch import nn
+        >>> before, after = nn.Sequential(nn.Linear(8, 4)), nn.Sequential(nn.Linear(8, 4))
+        >>> _ = after.load_state_dict(before.state_dict())
+        >>> round(compare(before, after).layers[0].moved, 3)
+        0.0
+    """
+    reports = [
+        report(
+            source,
+            measure,
+            include=include,
+            exclude=exclude,
+            head=head,
+            similar_above=similar_above,
+            progress=None if progress is None else lambda name, part, i=i: progress(name, (i + part) / 2),  # type: ignore[misc]
+        )
+        for i, source in enumerate((before, after))
+    ]
+    targets = [{one.name: one for one in find_targets(source, include, exclude, head, None)[1]} for source in (before, after)]
+    earlier = {one.name: one for one in reports[0].layers}
+    layers = tuple(
+        LayerComparison(earlier[one.name], one, _moved(*(found[one.name].neurons() for found in targets)))
+        for one in reports[1].layers
+        if one.name in earlier
+    )
+    if not layers:
+        first, second = (", ".join(list(found)[:5]) for found in targets)
+        raise ValueError(f"no layer has the same name in both: {first}, ... and {second}, ...")
+    names = [{one.name for one in found.layers} for found in reports]
+    only = [tuple(one.name for one in reports[i].layers if one.name not in names[1 - i]) for i in (0, 1)]
+    return Comparison(reports[0], reports[1], layers, only[0], only[1])
+
+
+@torch.no_grad()
+def _moved(before: Tensor, after: Tensor) -> float:
+    """Median angle in degrees between the neurons of two sets (groups, n, d), index by index."""
+    if before.shape != after.shape:
+        return math.nan
+    (x, x_inverse), (y, y_inverse) = (unit_rows(with_float64(one.cpu()).double()) for one in (before, after))
+    live = ((x_inverse > 0) & (y_inverse > 0)).squeeze(-1)
+    apart, together = (torch.linalg.vector_norm(x + sign * y, dim=-1)[live] for sign in (-1.0, 1.0))
+    return float((2.0 * torch.atan2(apart, together)).rad2deg().median()) if bool(live.any()) else math.nan

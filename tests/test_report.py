@@ -1,0 +1,347 @@
+"""Reports on models, state dicts and files; their words, their tables, the command line."""
+
+import datetime
+import functools
+import json
+import math
+import os
+import sys
+import types
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.demos.boring_classes import BoringModel
+from torch import nn
+
+from lightning_hsu import UniformityRegularizer
+from lightning_hsu.findings import finding
+from lightning_hsu.measures import GaussianPotential, KoLeo, RieszEnergy
+from lightning_hsu.monitor import measure_neurons
+from lightning_hsu.report import compare, report
+from lightning_hsu.report.cli import main, parse_measure
+from lightning_hsu.report.files import read_weights
+
+ENERGY = RieszEnergy(s=2.0, half_space=True)
+
+
+def network():
+    """Two hidden layers with what a report is to find, a depthwise convolution, a head."""
+    torch.manual_seed(3)
+    model = nn.Sequential(
+        nn.Conv2d(3, 24, 3), nn.Conv2d(24, 24, 3, groups=24), nn.Flatten(), nn.Linear(40, 64), nn.Linear(64, 10)
+    )
+    with torch.no_grad():
+        model[0].weight[5] = 2.0 * model[0].weight[3]
+        model[3].weight[7] = -3.0 * model[3].weight[11]
+        model[3].weight[20] = 0.0
+        model[3].weight[21] *= 1e-6
+    return model
+
+
+def test_numbers_are_those_of_the_monitor():
+    model = network()
+    found = report(model)
+    wanted = {one.name: one for one in UniformityRegularizer(coefficient=0.0).attach(model).measure_layers()}
+    assert [one.name for one in found.layers] == ["0", "1", "3", "4"]  # the depthwise one, too
+    for one in found.layers:
+        if one.name != "1":
+            assert one.uniformity == wanted[one.name]
+
+
+def test_what_it_finds():
+    first, depthwise, second, head = report(network()).layers
+    assert [(pair.first, pair.second) for pair in first.pairs] == [(3, 5)]
+    assert first.finding.endswith("1 near-duplicate pair")
+    assert (depthwise.uniformity.groups, depthwise.uniformity.neurons, depthwise.uniformity.dimension) == (1, 24, 9)
+    assert (second.similar, second.opposite) == (1, 1)
+    assert second.pairs[0][:3] == (0, 7, 11)
+    assert second.pairs[0].angle == pytest.approx(180.0)
+    assert (second.dead, second.dead_rows, second.uniformity.dead) == (2, (20, 21), 1)
+    assert second.finding.endswith("1 near-duplicate pair, 2 dead")
+    assert head.finding == "as random"
+    assert head.full_space
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's, of TorchScript
+def test_a_model_its_state_dict_and_its_files_agree(tmp_path):
+    model = network()
+    torch.save(model.state_dict(), tmp_path / "a.pt")
+    from safetensors.torch import save_file
+
+    save_file(model.state_dict(), tmp_path / "a.safetensors")
+    with torch.jit.optimized_execution(True):
+        traced = torch.jit.trace(model[3:], torch.randn(1, 40)) if sys.version_info < (3, 14) else None
+    wanted = [(one.name, one.finding, one.uniformity.energy) for one in report(model).layers]
+    for source in (model.state_dict(), tmp_path / "a.pt", str(tmp_path / "a.safetensors"), tmp_path):
+        assert [(one.name, one.finding, one.uniformity.energy) for one in report(source).layers] == wanted
+    if traced is not None:
+        traced.save(str(tmp_path / "b.pt"))
+        assert [one.finding for one in report(tmp_path / "b.pt").layers] == [words for _, words, _ in wanted[2:]]
+
+
+def test_a_checkpoint_of_lightning(tmp_path):
+    class Model(BoringModel):
+        def __init__(self, width, settings):
+            super().__init__()
+            self.save_hyperparameters()
+            self.layer = nn.Sequential(nn.Linear(32, width), nn.Linear(width, 2))
+
+    model = Model(48, settings={"when": datetime.date(2020, 1, 1), "path": Path("x"), "call": functools.partial(print, 1)})
+    trainer = Trainer(
+        max_steps=1, logger=False, default_root_dir=tmp_path, enable_progress_bar=False, enable_model_summary=False
+    )
+    trainer.fit(model)
+    path = tmp_path / "last.ckpt"
+    trainer.save_checkpoint(path)
+    found = report(path)
+    assert [one.name for one in found.layers] == ["layer.0", "layer.1"]
+    assert found.layers[0].uniformity.energy == report(model).layers[0].uniformity.energy
+
+
+class Hostile:
+    """Runs a command when it is unpickled the usual way."""
+
+    def __init__(self, target, kind):
+        self.target, self.kind = target, kind
+
+    def __reduce__(self):
+        if self.kind == "command":
+            return os.system, (f"touch {self.target}",)
+        return eval, (f"open({str(self.target)!r}, 'w')",)
+
+
+@pytest.mark.parametrize("kind", ["command", "eval"])
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_hostile_file_does_not_run(tmp_path, kind, legacy):
+    torch.save(
+        {"w": torch.eye(3), "x": Hostile(tmp_path / "run", kind)}, tmp_path / "a.pt", _use_new_zipfile_serialization=not legacy
+    )
+    with suppress(ValueError):  # it is refused, or what it would run is left out
+        assert torch.equal(read_weights(tmp_path / "a.pt")["w"], torch.eye(3))
+    assert not (tmp_path / "run").exists()
+
+
+def test_objects_of_other_projects_are_left_empty(tmp_path, monkeypatch):
+    class Settings(dict):
+        pass
+
+    class State:
+        def __init__(self):
+            self.value = 1
+
+    other = types.ModuleType("another_project")
+    for kind in (Settings, State):
+        kind.__module__, kind.__qualname__ = "another_project", kind.__name__
+        setattr(other, kind.__name__, kind)
+    monkeypatch.setitem(sys.modules, "another_project", other)
+    for extra in (Settings(a=1), State()):
+        torch.save({"state_dict": {"a.weight": torch.eye(3)}, "extra": extra}, tmp_path / "a.ckpt")
+        if hasattr(torch.serialization, "get_unsafe_globals_in_checkpoint"):
+            assert list(read_weights(tmp_path / "a.ckpt")) == ["a.weight"]
+        else:
+            with pytest.raises(ValueError, match="without running code"):
+                read_weights(tmp_path / "a.ckpt")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"epoch": 1}, "no state dict; it holds 'epoch'"),
+        ({"one": {"w": torch.eye(2)}, "two": {"w": torch.eye(2)}}, "several state dicts; it holds 'one', 'two'; --key"),
+        ([torch.eye(2)], "no state dict; it holds list"),
+    ],
+)
+def test_files_without_weights(tmp_path, content, message):
+    torch.save(content, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match=message):
+        read_weights(tmp_path / "a.pt")
+
+
+def test_broken_files(tmp_path):
+    (tmp_path / "text.pt").write_text("hello")
+    (tmp_path / "empty.pt").touch()
+    (tmp_path / "text.safetensors").write_text("hello")
+    for name in ("text.pt", "empty.pt", "text.safetensors"):
+        with pytest.raises(ValueError, match=name):
+            read_weights(tmp_path / name)
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        read_weights(tmp_path / "none.pt")
+    (tmp_path / "sharded.ckpt").mkdir()
+    (tmp_path / "sharded.ckpt" / ".metadata").touch()
+    with pytest.raises(ValueError, match="consolidate_checkpoint"):
+        read_weights(tmp_path / "sharded.ckpt")
+
+
+def test_a_key_names_the_state_dict(tmp_path):
+    torch.save({"model": {"w.weight": torch.eye(3)}, "ema": {"v.weight": torch.eye(4)}}, tmp_path / "a.pt")
+    assert list(read_weights(tmp_path / "a.pt")) == ["w.weight"]
+    assert list(read_weights(tmp_path / "a.pt", "ema")) == ["v.weight"]
+    with pytest.raises(ValueError, match="no state dict under 'none'"):
+        read_weights(tmp_path / "a.pt", "none")
+
+
+def test_heads_come_last_whatever_order_a_file_has(tmp_path):
+    from safetensors.torch import save_file
+
+    state = {f"{name}.weight": torch.randn(6, 8) for name in ("classifier", "layer.10", "layer.9", "layer.2")}
+    save_file(state, tmp_path / "a.safetensors")
+    found = report(tmp_path / "a.safetensors")
+    assert [(one.name, one.full_space) for one in found.layers] == [
+        ("layer.2", False),
+        ("layer.9", False),
+        ("layer.10", False),
+        ("classifier", True),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("neurons", "words"),
+    [
+        (torch.randn(64, 32, generator=torch.Generator().manual_seed(0)), "as random"),
+        (torch.randn(4, 256, generator=torch.Generator().manual_seed(0)), "as random"),  # 4 % above, as random ones may be
+        (torch.eye(32), "more even than random"),
+        (torch.ones(8, 16) + 0.3 * torch.eye(8, 16), "x random"),
+        (torch.zeros(4, 8), "fewer than two live neurons, 4 dead"),
+        (torch.cat([torch.zeros(3, 8), torch.ones(1, 8)]), "fewer than two live neurons, 3 dead"),
+        (torch.cat([torch.full((1, 32), math.nan), torch.eye(32)]), "1 NaN or infinite"),
+    ],
+)
+def test_words(neurons, words):
+    assert words in finding(measure_neurons("a", neurons[None], ENERGY), ENERGY)
+
+
+@pytest.mark.parametrize("measure", [ENERGY, RieszEnergy(s=1), GaussianPotential(t=2), KoLeo()])
+@pytest.mark.parametrize(("n", "d"), [(4, 64), (10, 16), (40, 9)])
+def test_random_layers_are_as_random(measure, n, d):
+    generator = torch.Generator().manual_seed(7)
+    draws = [measure_neurons("a", torch.randn(1, n, d, generator=generator), measure) for _ in range(100)]
+    as_random = sum(finding(one, measure) == "as random" for one in draws)
+    assert as_random >= 95  # three standard deviations of a skewed law, or the extremes of a hundred: 1 to 2 % lie outside
+
+
+def test_random_deviations_are_what_they_say():
+    for measure in (ENERGY, RieszEnergy(s=1), RieszEnergy(s=0), GaussianPotential(t=2)):
+        values = measure(torch.randn(4000, 8, 16, generator=torch.Generator().manual_seed(0)))
+        assert float(values.std()) == pytest.approx(measure.deviation(8, 16), rel=0.05)
+
+
+def test_more_than_one_group_and_one_that_is_empty():
+    model = nn.Conv2d(8, 12, 3, groups=2)
+    with torch.no_grad():
+        model.weight[6:] = 0.0
+        model.weight[2] = model.weight[1]
+    (one,) = report(model).layers
+    assert one.uniformity.groups == 2
+    assert one.pairs[0][:3] == (0, 1, 2)
+    assert one.dead == 6
+    assert len(one.shown) == 6
+    assert one.finding.startswith("fewer than two live neurons, 1 near-duplicate pair")
+
+
+def test_singular_values_and_heat_map():
+    x = torch.randn(200, 50, generator=torch.Generator().manual_seed(0))
+    x[10] = x[150]
+    (one,) = report({"a.weight": x}).layers
+    wanted = torch.linalg.svdvals(nn.functional.normalize(x.double(), dim=1))
+    assert one.singular_values == pytest.approx(wanted.tolist(), rel=1e-9)
+    low, high = one.edges
+    assert (low, high) == (1.0, 3.0)
+    assert one.singular_values[-1] == pytest.approx(low, abs=0.1)
+    assert one.singular_values[0] == pytest.approx(high, abs=0.1)
+    assert {10, 150} <= set(one.shown)
+    assert abs(one.shown.index(10) - one.shown.index(150)) == 1
+    unit = nn.functional.normalize(x[list(one.shown)], dim=1)
+    torch.testing.assert_close(one.cosines, unit @ unit.T, rtol=0, atol=1e-5)
+
+
+def test_json_has_no_nan(tmp_path):
+    found = report({"a.weight": torch.zeros(4, 8), "b.weight": torch.randn(4, 8), "table": torch.randn(4, 4)})
+    found.write_json(tmp_path / "a.json")
+    read = json.loads((tmp_path / "a.json").read_text())
+    assert read["layers"][0]["ratio"] is None
+    assert read["layers"][1]["ratio"] == found.layers[1].uniformity.ratio
+    assert sum(read["layers"][1]["angles"]) == 6
+    assert read["skipped"][0]["name"] == "table"
+
+
+def test_the_printed_table():
+    lines = str(report(network())).splitlines()
+    assert lines[0].split() == ["layer", "neurons", "x", "dim", "energy", "ratio", "score", "angle", "pairs", "dead", "finding"]
+    assert lines[2].split()[:4] == ["0", "24", "x", "27"]
+    assert lines[4].endswith("1 near-duplicate pair, 2 dead")
+    assert lines[5].startswith("4 *")
+    assert "2 near-duplicate pairs (cosine from 0.95); 2 dead neurons" in lines[6]
+
+
+def test_progress_is_told_by_layer():
+    told = []
+    report(network(), progress=lambda name, part: told.append((name, part)))
+    assert [part for _, part in told] == sorted(part for _, part in told)
+    assert [name for name, part in told if part == 1.0][-1] == "4"
+
+
+def test_compare_sees_what_moved(tmp_path):
+    before, after = network(), network()
+    with torch.no_grad():
+        after[3].weight.copy_(before[3].weight.roll(1, 1) * 5.0)
+        after[4].weight *= 3.0
+    found = compare(before, {**after.state_dict(), "new.weight": torch.eye(4)})
+    moved = {one.after.name: one.moved for one in found.layers}
+    assert (moved["0"], moved["4"]) == pytest.approx((0.0, 0.0), abs=1e-5)
+    assert 60 < moved["3"] < 120
+    assert (found.only_before, found.only_after) == ((), ("new",))
+    assert "only in state dict: new" in str(found)
+    found.write_json(tmp_path / "a.json")
+    assert json.loads((tmp_path / "a.json").read_text())["moved"]["3"] == moved["3"]
+    with pytest.raises(ValueError, match="no layer has the same name in both: 0, 1, 3, 4, "):
+        compare(before, {"other.weight": torch.randn(4, 4)})
+
+
+def test_command_line(tmp_path, capsys):
+    path = tmp_path / "a.pt"
+    torch.save(network().state_dict(), path)
+    page, numbers = tmp_path / "a.html", tmp_path / "a.json"
+    assert main(["report", str(path), "--html", str(page), "--json", str(numbers), "--pairs", "1"]) == 0
+    shown = capsys.readouterr().out
+    assert "1 near-duplicate pair, 2 dead" in shown
+    assert "3: 7 and 11, 180.00 degrees" in shown
+    assert page.read_text().startswith("<!")
+    assert len(json.loads(numbers.read_text())["layers"]) == 4
+    assert main(["report", str(path), "--include", "3", "--fail-above", "1.0"]) == 1
+    assert "of 3 is above 1" in capsys.readouterr().err
+    assert main(["report", str(path), "--exclude", "0", "3", "--measure", "RieszEnergy(s=1)", "--fail-above", "2"]) == 0
+    assert main(["compare", str(path), str(path), "--json", str(numbers)]) == 0
+    assert "moved" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["none.pt"], "no such file"),
+        (["FILE", "--measure", "Foo"], "there are Covering, GaussianPotential"),
+        (["FILE", "--measure", "RieszEnergy(t=1)"], "cannot make a measure"),
+        (["FILE", "--measure", "__import__('os').system('true')"], "cannot make a measure"),
+        (["FILE", "--include", "nothing"], "matches no layer"),
+        (["FILE", "--similar-above", "1.5"], "similar_above"),
+        (["FILE", "--head", "nothing"], "is no layer of the model"),
+    ],
+)
+def test_command_line_errors(tmp_path, capsys, arguments, message):
+    torch.save(network().state_dict(), tmp_path / "a.pt")
+    assert main(["report", *(str(tmp_path / "a.pt") if word == "FILE" else word for word in arguments)]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_measures_by_their_name():
+    assert parse_measure("RieszEnergy(s=-1, half_space=True)") == RieszEnergy(s=-1, half_space=True)
+    assert parse_measure("KoLeo") == KoLeo()
+
+
+def test_wrong_kinds():
+    with pytest.raises(TypeError, match="a model, a state dict or a file; got int"):
+        report(3)
+    with pytest.raises(TypeError, match="measure must be"):
+        report(network(), "mhe")

@@ -1,0 +1,113 @@
+"""State dicts without their model give the neurons that the model gives, as far as names and shapes tell."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations, prune
+
+from lightning_hsu.selection import select
+from lightning_hsu.stored import stand_in
+
+
+class HuggingFaceConv1D(nn.Module):
+    """The transposed Linear of GPT-2."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(6, 18)), nn.Parameter(torch.zeros(18))
+
+
+def pruned():
+    layer = nn.Linear(6, 4)
+    prune.l1_unstructured(layer, "weight", amount=0.5)
+    return layer
+
+
+SAME = {
+    "linear": lambda: nn.Linear(6, 4),
+    "convolution": lambda: nn.Conv2d(3, 8, 3),
+    "convolution in one dimension": lambda: nn.Conv1d(3, 8, 3),
+    "depthwise": lambda: nn.Conv2d(8, 8, 3, groups=8),
+    "transposed": lambda: nn.ConvTranspose2d(3, 8, 3),
+    "transposed, grouped": lambda: nn.ConvTranspose2d(6, 8, 3, groups=2),
+    "attention": lambda: nn.MultiheadAttention(8, 2),
+    "attention of other widths": lambda: nn.MultiheadAttention(8, 2, kdim=6, vdim=4),
+    "LSTM": lambda: nn.LSTM(5, 8, num_layers=2, bidirectional=True),
+    "LSTM with a projection": lambda: nn.LSTM(5, 8, proj_size=4),
+    "GRU": lambda: nn.GRU(5, 8),
+    "RNN": lambda: nn.RNN(5, 8),
+    "LSTMCell": lambda: nn.LSTMCell(5, 8),
+    "embedding": lambda: nn.Embedding(9, 4),
+    "bilinear": lambda: nn.Bilinear(3, 4, 8),
+    "pruned": pruned,
+}
+
+
+@pytest.mark.parametrize("kind", SAME)
+def test_as_the_model(kind):
+    model = nn.Sequential(SAME[kind](), nn.BatchNorm1d(8), nn.Linear(8, 5))
+    wanted = {one.name: one.neurons() for one in select(model, everything=True)[0]}
+    found = {one.name: one.neurons() for one in select(stand_in(model.state_dict())[0], everything=True)[0]}
+    assert list(found) == list(wanted)
+    for name, x in wanted.items():
+        torch.testing.assert_close(found[name], x.detach(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: parametrizations.weight_norm(nn.Linear(6, 4)),
+        lambda: parametrizations.spectral_norm(nn.Linear(6, 4)),
+        pytest.param(lambda: nn.utils.weight_norm(nn.Linear(6, 4)), marks=pytest.mark.filterwarnings("ignore::FutureWarning")),
+    ],
+)
+def test_directions_where_lengths_are_stored_apart(make):
+    model = nn.Sequential(make()).eval()
+    with torch.no_grad():
+        model(torch.randn(2, 6))
+    (found,) = select(stand_in(model.state_dict())[0])[0]
+    cosine = nn.functional.cosine_similarity(found.neurons()[0], model[0].weight, dim=1)
+    torch.testing.assert_close(cosine, torch.ones(4))
+
+
+def test_what_is_computed_is_left_out_with_the_way_out():
+    model = nn.Sequential(parametrizations.orthogonal(nn.Linear(6, 4)), nn.Linear(4, 3))
+    layers, skips = stand_in(model.state_dict())
+    assert [one.name for one in select(layers)[0]] == ["1"]
+    assert any("report the model itself" in skip.reason for skip in skips)
+
+
+def test_a_bias_tells_which_axis_holds_the_outputs():
+    model = nn.Sequential(HuggingFaceConv1D(), nn.Linear(18, 2))
+    first = select(stand_in(model.state_dict())[0])[0][0]
+    assert first.shape == (1, 18, 6)
+    assert torch.equal(first.neurons()[0], model[0].weight.T)
+
+
+def test_wrappers_names_and_ties():
+    model = nn.ModuleDict({"wte": nn.Embedding(20, 8), "body": nn.Linear(8, 8), "lm_head": nn.Linear(8, 20, bias=False)})
+    model["lm_head"].weight = model["wte"].weight
+    state = {f"module._orig_mod.{name}": x for name, x in model.state_dict().items()}
+    targets, skips = select(stand_in(state)[0], everything=True)
+    assert [(one.name, one.head) for one in targets] == [("body", False), ("lm_head", True)]
+    assert [(skip.name, skip.reason) for skip in skips] == [("wte", "tied to lm_head")]
+
+
+def test_what_is_named_like_no_weight_is_taken_when_asked_for():
+    state = {"fc.weight": torch.randn(3, 4), "tokens": torch.randn(7, 4), "count": torch.tensor(3)}
+    layers, skips = stand_in(state)
+    assert [skip.name for skip in skips] == ["tokens"]
+    layers, skips = stand_in(state, asked=["tokens"])
+    assert not skips
+    assert {one.name: one.shape for one in select(layers)[0]} == {"fc": (1, 3, 4), "tokens": (1, 7, 4)}
+
+
+def test_integers_are_left_out_with_the_reason():
+    state = {"a.weight": torch.randn(4, 4), "b.weight": torch.zeros(4, 4, dtype=torch.int8)}
+    assert "torch.int8, not floating-point" in select(stand_in(state)[0])[1][0].reason
+
+
+@pytest.mark.parametrize("wrong", [{}, {"epoch": 3}, [1]])
+def test_no_state_dict(wrong):
+    with pytest.raises(TypeError, match="maps names to tensors"):
+        stand_in(wrong)
