@@ -37,7 +37,8 @@ def finding(layer: LayerUniformity, measure: Measure, *, dead: int | None = None
 def _standing(layer: LayerUniformity, measure: Measure) -> str:
     if not math.isfinite(layer.ratio):
         alive = layer.groups * layer.neurons - layer.dead - layer.nonfinite
-        return "no random reference" if alive > layer.groups else "fewer than two live neurons"
+        few = "fewer than two live neurons"
+        return few if alive <= layer.groups else "no random reference" if layer.groups == 1 else f"a group with {few}"
     if abs(layer.ratio - 1.0) <= _CLOSE or _within_random(layer, measure):
         return "as random"
     times = f"{layer.ratio:.2f}x random" if layer.ratio < 100 else f"{layer.ratio:,.0f}x random"

@@ -238,7 +238,7 @@ def test_more_than_one_group_and_one_that_is_empty():
     assert one.pairs[0][:3] == (0, 1, 2)
     assert one.dead == 6
     assert len(one.shown) == 6
-    assert one.finding.startswith("fewer than two live neurons, 1 near-duplicate pair")
+    assert one.finding.startswith("a group with fewer than two live neurons, 1 near-duplicate pair")
 
 
 def test_singular_values_and_heat_map():
@@ -249,8 +249,8 @@ def test_singular_values_and_heat_map():
     assert one.singular_values == pytest.approx(wanted.tolist(), rel=1e-9)
     low, high = one.edges
     assert (low, high) == (1.0, 3.0)
-    assert one.singular_values[-1] == pytest.approx(low, abs=0.1)
-    assert one.singular_values[0] == pytest.approx(high, abs=0.1)
+    assert one.singular_values[-1] == pytest.approx(low, abs=0.2)
+    assert one.singular_values[0] == pytest.approx(high, abs=0.2)
     assert {10, 150} <= set(one.shown)
     assert abs(one.shown.index(10) - one.shown.index(150)) == 1
     unit = nn.functional.normalize(x[list(one.shown)], dim=1)
