@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from lightning_hsu.monitor import in_half_space
 from lightning_hsu.report.analysis import LayerReport
 from lightning_hsu.report.charts import ratio_chart
-from lightning_hsu.report.sections import layer_section
+from lightning_hsu.report.sections import breakable, layer_section
 from lightning_hsu.report.style import STYLE
 from lightning_hsu.report.tables import number, shape_of
 
@@ -102,7 +102,7 @@ def _row(i: int, layer: LayerReport) -> str:
     one = layer.uniformity
     angle = number(one.min_angle, 1)
     cells = (
-        f'<a href="#layer-{i}">{escape(layer.name)}</a>' + (" *" if layer.full_space else ""),
+        f'<a href="#layer-{i}">{breakable(layer.name)}</a>' + (" *" if layer.full_space else ""),
         shape_of(one),
         number(one.ratio, 3),
         number(one.score, 2),
@@ -122,7 +122,7 @@ def _sections(found: Report) -> str:
     ratios = [one.uniformity.ratio for one in found.layers]
     worst = max(range(len(ratios)), key=lambda i: -math.inf if math.isnan(ratios[i]) else ratios[i])
     return "<h2>Layer by layer</h2>\n" + "".join(
-        layer_section(i, layer, found.similar_above, unfolded=i == worst) for i, layer in enumerate(found.layers)
+        layer_section(i, layer, found, unfolded=i == worst) for i, layer in enumerate(found.layers)
     )
 
 
@@ -131,7 +131,7 @@ def _skipped(found: Report) -> str:
     if not found.skips:
         return ""
     rows = "".join(
-        f"<tr><td>{escape(skip.name)}</td><td>{' x '.join(map(str, skip.shape))}</td><td>{escape(skip.reason)}</td></tr>\n"
+        f"<tr><td>{breakable(skip.name)}</td><td>{' x '.join(map(str, skip.shape))}</td><td>{escape(skip.reason)}</td></tr>\n"
         for skip in found.skips
     )
     return (

@@ -3,30 +3,39 @@
 from __future__ import annotations
 
 from html import escape
+from typing import TYPE_CHECKING
 
 from lightning_hsu.report.analysis import LayerReport, SimilarPair
 from lightning_hsu.report.charts import angle_chart, singular_chart
 from lightning_hsu.report.heatmap import data_address, heat_map_png
 from lightning_hsu.report.tables import number, shape_of
 
+if TYPE_CHECKING:
+    from lightning_hsu.report.reports import Report
+
 _LISTED = 20  # pairs, and dead neurons
 
 
-def layer_section(i: int, layer: LayerReport, similar_above: float, *, unfolded: bool) -> str:
+def layer_section(i: int, layer: LayerReport, found: Report, *, unfolded: bool) -> str:
     """All of layer i, folded unless said otherwise."""
     one = layer.uniformity
-    space = "in full space" if layer.full_space else "as lines: opposite neurons are the same"
+    other = f" Measured by {layer.measure!r}." if repr(layer.measure) != repr(found.measure) else ""
     facts = (
         f"{shape_of(one)}, energy {number(one.energy, 4)}, ratio {number(one.ratio, 3)}, score {number(one.score, 2)}, "
-        f"smallest angle {_degrees(one.min_angle)}. Measured by {layer.measure!r}, {space}."
+        f"smallest angle {_degrees(one.min_angle)}.{other}"
     )
     figures = "".join(_figure(*each) for each in (_angles(layer), _singular_values(layer), _heat_map(layer)))
     return (
         f'<details class="layer"{" open" if unfolded else ""}>'
-        f"<summary><b>{escape(layer.name)}</b> <span class=soft>{escape(layer.finding)}</span></summary>"
+        f"<summary><b>{breakable(layer.name)}</b> <span class=soft>{escape(layer.finding)}</span></summary>"
         f'<div class="inside" id="layer-{i}"><p class="soft">{escape(facts)}</p><div class="charts">{figures}</div>'
-        f"{_similar(layer, similar_above)}{_dead(layer)}</div></details>\n"
+        f"{_similar(layer, found.similar_above)}{_dead(layer)}</div></details>\n"
     )
+
+
+def breakable(name: str) -> str:
+    """A name, escaped, that may go to the next line after a dot or an underscore."""
+    return escape(name).replace(".", ".<wbr>").replace("_", "_<wbr>")
 
 
 def _degrees(angle: float) -> str:

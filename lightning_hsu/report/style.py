@@ -50,11 +50,13 @@ svg *{vector-effect:non-scaling-stroke}
 .halo{fill:var(--text);paint-order:stroke;stroke:var(--page);stroke-width:4px;stroke-linejoin:round}
 svg a:hover circle,svg a:focus circle{stroke:var(--text);stroke-width:3}
 .heat{height:auto;max-width:300px;image-rendering:pixelated;border:1px solid var(--rule);background:var(--page);
-margin:0 0 8px 44px;width:calc(100% - 44px)}
+margin:0 0 8px}
 .pairs{columns:15em auto;column-gap:28px;margin:0 0 10px;padding:0;list-style:none;font-size:.87rem;
 font-variant-numeric:tabular-nums;max-width:76ch}
-.pairs li{display:flex;justify-content:space-between;border-bottom:1px solid var(--rule);padding:1px 0;break-inside:avoid;white-space:nowrap}
-@media(max-width:640px){.minor{display:none}th,td{padding-right:10px}td:first-child{white-space:normal;overflow-wrap:anywhere;min-width:9em}.heat{margin-left:0;width:100%}}
+.pairs li{display:flex;justify-content:space-between;border-bottom:1px solid var(--rule);padding:1px 0;
+break-inside:avoid;white-space:nowrap}
+@media(max-width:640px){.minor{display:none}th,td{padding-right:10px}td:first-child{white-space:normal;overflow-wrap:anywhere;
+min-width:9em}}
 @media print{body{max-width:none;padding:0;font-size:12px}figure{break-inside:avoid}.minor{display:table-cell}
 details::details-content{content-visibility:visible;block-size:auto}*{print-color-adjust:exact}}
 """
