@@ -92,12 +92,9 @@ def angle_chart(layer: LayerReport) -> str:
 
 
 def _bars(counts: Sequence[int], x: Axis, y: Axis, width: float) -> str:
-    steps = "".join(
-        f"M{place(x(i * width))},{place(_BOTTOM)}V{place(y(count))}H{place(x((i + 1) * width))}V{place(_BOTTOM)}"
-        for i, count in enumerate(counts)
-        if count
-    )
-    return f'<path d="{steps}" class="bars"/>'
+    """Bars side by side, as one outline."""
+    steps = "".join(f"V{place(y(count))}H{place(x((i + 1) * width))}" for i, count in enumerate(counts))
+    return f'<path d="M{place(_LEFT)},{place(_BOTTOM)}{steps}V{place(_BOTTOM)}" class="bars"/>'
 
 
 def singular_chart(layer: LayerReport) -> str:
@@ -108,12 +105,13 @@ def singular_chart(layer: LayerReport) -> str:
     y = Axis(0.0, max(high, values[0]) * 1.08, _BOTTOM, _TOP)
     chances = [1.0 - (i + 0.5) / len(values) for i in chosen]
     law = random_singular_values(layer.live, layer.uniformity.dimension, chances)
+    below = y(low) + 12  # where no value is, for the first is large
     marks = _grid(y, "singular value")
     marks += [line(_LEFT, y(edge), _RIGHT, y(edge), "edge") for edge in (low, high)]
     marks.append(path([(x(i + 0.5), y(value)) for i, value in zip(chosen, law, strict=True)], "curve"))
     marks.append(_values([(x(i + 0.5), y(values[i])) for i in chosen]))
     marks.append(text(_RIGHT, y(high) - 4, f"upper edge {high:.2f}", end="end", kind="halo"))
-    marks.append(text(_LEFT + 4, y(low) - 4, f"lower edge {low:.2f}", kind="halo"))
+    marks.append(text(_LEFT + 4, below if below < _BOTTOM else y(low) - 4, f"lower edge {low:.2f}", kind="halo"))
     marks += [text(x(rank - 0.5), _BOTTOM + 15, f"{rank:,}", end="middle") for rank in {1, len(values)}]
     marks.append(text((_LEFT + _RIGHT) / 2, _HEIGHT - 4, "rank", end="middle"))
     marks += _key(bars=False)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
-from itertools import accumulate
+
+import torch
 
 _PARTS = 32  # points at which a bin of angles is looked at
 _STEPS = 2000  # points at which the law of singular values is
@@ -34,7 +34,9 @@ def random_singular_values(vectors: float, dimension: int, chances: list[float])
     """
     ratio = vectors / dimension
     # Squares are 1 + ratio + 2 sqrt(ratio) cos(t); in t their density sin(t)^2 / square has no pole at the edges.
-    turns = [math.pi * (1.0 - (i + 0.5) / _STEPS) for i in range(_STEPS)]  # squares rise
-    squares = [1.0 + ratio + 2.0 * math.sqrt(ratio) * math.cos(turn) for turn in turns]
-    mass = list(accumulate(math.sin(turn) ** 2 / square for turn, square in zip(turns, squares, strict=True)))
-    return [math.sqrt(squares[min(bisect_left(mass, chance * mass[-1]), _STEPS - 1)]) for chance in chances]
+    turns = math.pi * (1.0 - (torch.arange(_STEPS, dtype=torch.float64) + 0.5) / _STEPS)  # squares rise
+    squares = 1.0 + ratio + 2.0 * math.sqrt(ratio) * turns.cos()
+    mass = (turns.sin().square() / squares).cumsum(0)
+    at = torch.searchsorted(mass, mass[-1] * torch.tensor(chances, dtype=torch.float64)).clamp_max_(_STEPS - 1)
+    values: list[float] = squares[at].sqrt().tolist()
+    return values

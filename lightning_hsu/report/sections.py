@@ -93,7 +93,7 @@ def _which(layer: LayerReport) -> str:
     whose = " of the group with the most near-duplicate pairs" if one.groups > 1 else ""
     every = one.neurons if one.groups > 1 else round(layer.live)
     if shown < 128 or shown == every:
-        return f"All {shown} live neurons{whose}"
+        return f"All {shown} neurons{whose} that are not zero"
     return f"The {shown} neurons{whose} that are nearest to another, of {every:,}"
 
 
@@ -125,7 +125,7 @@ def _dead(layer: LayerReport) -> str:
     names = [str(row) if one.groups == 1 else f"{row % one.neurons} of group {row // one.neurons}" for row in rows]
     more = layer.dead - len(rows)
     rest = f" and {more:,} more" if more else ""
-    return f'<p class="soft">{_counted(layer.dead, "dead neuron")}, which do nothing: {", ".join(names)}{rest}.</p>'
+    return f'<p class="soft">{_counted(layer.dead, "dead neuron")}, zero or next to nothing: {", ".join(names)}{rest}.</p>'
 
 
 def _counted(count: int, noun: str) -> str:

@@ -55,6 +55,7 @@ margin:0 0 8px}
 font-variant-numeric:tabular-nums;max-width:76ch}
 .pairs li{display:flex;justify-content:space-between;border-bottom:1px solid var(--rule);padding:1px 0;
 break-inside:avoid;white-space:nowrap}
+@media(min-width:641px){td wbr{display:none}}
 @media(max-width:640px){.minor{display:none}th,td{padding-right:10px}td:first-child{white-space:normal;overflow-wrap:anywhere;
 min-width:9em}}
 @media print{body{max-width:none;padding:0;font-size:12px}figure{break-inside:avoid}.minor{display:table-cell}
