@@ -122,7 +122,8 @@ def test_the_worst_layer_is_unfolded(found):
     layers = [replace(one, uniformity=replace(one.uniformity, ratio=r)) for one, r in zip(found.layers, ratios, strict=True)]
     tags = read(replace(found, layers=tuple(layers)).to_html())
     assert ["open" in one for one in tags.all("details") if one.get("class") == "layer"] == [False, True, False, False]
-    assert "2 of 3 layers are above random by more than 2 %. 1 more has no ratio." in words(tags)
+    assert "2 of 3 layers are above random by more than 2 %." in words(tags)
+    assert "1 more has no ratio." in words(tags)
 
 
 def test_names_are_escaped(found):
@@ -321,3 +322,11 @@ def test_labels_are_short():
     assert [short(x) for x in (0.0, 0.5, 1500.0, 20_000.0, 3e6)] == ["0", "0.5", "1500", "20k", "3M"]
     assert shortened("a" * 50, 28) == "a" * 14 + "…" + "a" * 13
     assert shortened("a" * 28, 28) == "a" * 28
+
+
+def test_layers_within_what_random_ones_have_are_counted_apart(found):
+    layers = [strange(found, uniformity={"ratio": ratio}, finding=said) for ratio, said in ((1.2, "as random"), (1.3, "1.30x"))]
+    said = words(read(replace(found, layers=tuple(layers)).to_html()))
+    assert (
+        "2 of 2 layers are above random by more than 2 %. Of these, 1 is within what random layers of the shape have." in said
+    )

@@ -64,8 +64,8 @@ def _names_of_highest(layers: Sequence[LayerReport], ratios: list[tuple[int, flo
         if ratio <= 1.02 or any(abs(height - other) < 15 for other in taken):
             continue
         taken.append(height)
-        end = "start" if part < 0.5 else "end"
-        words = f"{shortened(layers[i].name, 28)} {ratio:,.2f}"
+        end = "start" if part < 0.3 else "middle" if part < 0.7 else "end"  # within a phone
+        words = f"{shortened(layers[i].name, 24)} {ratio:,.2f}"
         marks.append(text(f"{100 * part:.2f}%", height, words, end=end, kind="halo"))
     return marks
 

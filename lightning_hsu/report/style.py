@@ -35,7 +35,7 @@ figure{margin:0;max-width:440px}
 svg,img{display:block;width:100%}
 svg{overflow:visible;fill:var(--soft);font:11px system-ui,sans-serif;font-variant-numeric:tabular-nums}
 svg *{vector-effect:non-scaling-stroke}
-.ratios{margin:16px 0 24px;padding-left:44px}
+.ratios{margin:16px 0 24px;padding-left:44px;overflow:hidden}
 .wide{font-size:12px}
 .grid{stroke:var(--rule)}
 .random{stroke:var(--text);stroke-width:1.5}
