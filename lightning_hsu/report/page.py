@@ -66,6 +66,9 @@ def _standing(found: Report) -> str:
     words = (
         f"{above or 'None'} of {_counted(len(known), 'layer')} {'is' if above < 2 else 'are'} above random by more than 2 %."
     )
+    within = sum(one.uniformity.ratio > _ABOVE and one.finding.startswith("as random") for one in found.layers)
+    if within:
+        words += f" Of these, {within} {'is' if within == 1 else 'are'} within what random layers of the shape have."
     if missing := len(ratios) - len(known):
         words += f" {missing} more {'has' if missing == 1 else 'have'} no ratio."
     return words

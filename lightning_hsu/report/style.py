@@ -35,7 +35,7 @@ figure{margin:0;max-width:440px}
 svg,img{display:block;width:100%}
 svg{overflow:visible;fill:var(--soft);font:11px system-ui,sans-serif;font-variant-numeric:tabular-nums}
 svg *{vector-effect:non-scaling-stroke}
-.ratios{margin:16px 0 24px;padding-left:44px;overflow:hidden}
+.ratios{margin:16px 0 24px;padding:0 6px 0 44px;overflow:hidden}
 .wide{font-size:12px}
 .grid{stroke:var(--rule)}
 .random{stroke:var(--text);stroke-width:1.5}
@@ -55,8 +55,8 @@ margin:0 0 8px}
 font-variant-numeric:tabular-nums;max-width:76ch}
 .pairs li{display:flex;justify-content:space-between;border-bottom:1px solid var(--rule);padding:1px 0;
 break-inside:avoid;white-space:nowrap}
-@media(min-width:641px){td wbr{display:none}}
-@media(max-width:640px){.minor{display:none}th,td{padding-right:10px}td:first-child{white-space:normal;overflow-wrap:anywhere;
+@media(min-width:900px){td wbr{display:none}}
+@media(max-width:760px){.minor{display:none}th,td{padding-right:10px}td:first-child{white-space:normal;overflow-wrap:anywhere;
 min-width:9em}}
 @media print{body{max-width:none;padding:0;font-size:12px}figure{break-inside:avoid}.minor{display:table-cell}
 details::details-content{content-visibility:visible;block-size:auto}*{print-color-adjust:exact}}
