@@ -1,7 +1,9 @@
 """Reports on networks that others trained, from packages that ship their weights; needs a package index."""
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 from statistics import median
 
 import pytest
@@ -76,6 +78,13 @@ def test_heads_of_two_classes_are_antipodal_and_right_in_full_space(folder):
         x = read_weights(next(path for path in files(folder, "facenet-pytorch") if path.name == file))[f"{layer}.weight"]
         half = RieszEnergy(s=2, half_space=True, softening=0)(x.double())
         assert float(half) == pytest.approx(energy, abs=0.1)  # their lines coincide
+
+
+def test_the_readme_shows_what_is_printed(folder):
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    shown = re.search(r"\$ lightning-hsu report onet.pt.*?\n(.*?)```", readme, re.DOTALL).group(1)
+    path = next(path for path in files(folder, "facenet-pytorch") if path.name == "onet.pt")
+    assert str(report(path)).strip() == shown.strip()
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
