@@ -121,7 +121,7 @@ class FeatureUniformity(UniformityMetric):
             raise ValueError(
                 f"only samples of the same capacity can be merged: this one has {self.capacity}, the other {capacity}"
             )
-        mine, theirs = (*self._kept(whole=True), self.seen), _other(state, self.device)
+        mine, theirs = _seen_by(self.metric_state, self.device), _seen_by(state, self.device)
         if not bool(torch.isin(theirs[1], mine[1]).any()):
             self.rows, self.priorities, self.seen = [mine[0], theirs[0]], [mine[1], theirs[1]], mine[2] + theirs[2]
             self._shrink()
@@ -171,10 +171,10 @@ class FeatureUniformity(UniformityMetric):
             rows, priorities = self._kept()
             self.rows, self.priorities = [rows], [priorities]
 
-    def _kept(self, *, whole: bool = False) -> tuple[Tensor, Tensor]:
-        """Rows (n, d) and their priorities (n,), falling in priority; ``whole`` also those not yet dropped."""
+    def _kept(self) -> tuple[Tensor, Tensor]:
+        """The sample (n, d) and its priorities (n,), those that go first at the front."""
         rows, priorities = _joined(parts_of(self.rows)), _joined(parts_of(self.priorities)).flatten().long()
-        order = priorities.argsort()[: None if whole else self.capacity]
+        order = priorities.argsort()[: self.capacity]
         return rows[order], priorities[order]
 
     def _place(self) -> tuple[int, int]:
@@ -190,9 +190,9 @@ class FeatureUniformity(UniformityMetric):
         super()._sync_dist(dist_sync_fn, process_group)
 
 
-def _other(state: dict[str, Any], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows, priorities and their number seen, of another metric."""
-    rows, priorities = _joined(parts_of(state["rows"])), _joined(parts_of(state["priorities"]))
+def _seen_by(state: dict[str, Any], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """The rows that a metric holds, in the order they came if none was dropped, their priorities, and how many it has seen."""
+    rows, priorities = _joined(parts_of(state["rows"])), _joined(parts_of(state["priorities"])).flatten()
     return rows.to(device), priorities.to(device, torch.int64), state["seen"].to(device)
 
 
