@@ -1,6 +1,7 @@
 """Metrics against measures and the callback; batches, ranks, samples, and torchmetrics' own machinery."""
 
 import copy
+import csv
 import math
 import pickle
 import warnings
@@ -328,11 +329,10 @@ def test_weights_are_measured_as_the_callback_does(net, tmp_path):
 
 
 def read(logger):
-    """The last row of the log."""
+    """What the log ends with."""
     logger.save()
     with open(f"{logger.log_dir}/metrics.csv") as file:
-        names, *_, last = [line.strip().split(",") for line in file]
-    return {name.removeprefix("hsu/"): float(x) for name, x in zip(names, last, strict=True) if x}
+        return {k.removeprefix("hsu/"): float(v) for row in csv.DictReader(file) for k, v in row.items() if v}
 
 
 @pytest.mark.parametrize("quantity", QUANTITIES)
