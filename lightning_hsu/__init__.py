@@ -1,6 +1,6 @@
 """Hyperspherical uniformity for PyTorch Lightning: see how redundant a network's neurons are, and spread them out."""
 
-from lightning_hsu import measures, presets, projections, reference
+from lightning_hsu import measures, metrics, presets, projections, reference
 from lightning_hsu.callback import HypersphericalUniformity
 from lightning_hsu.monitor import LayerUniformity
 from lightning_hsu.neurons import register_neurons
@@ -19,6 +19,7 @@ __all__ = [
     "Share",
     "UniformityRegularizer",
     "measures",
+    "metrics",
     "presets",
     "projections",
     "reference",
