@@ -17,6 +17,8 @@ from torch import Tensor
 
 from lightning_hsu.history import Angles, Curve
 
+__all__ = ["Figure", "expected_pairs", "of_angles", "over_time", "pixels"]
+
 INK, QUIET, FAINT, OTHERS = "#222222", "#6B6B6B", "#C9C9C9", "#B4B4B4"
 NEURONS, RANDOM = "#0072B2", "#D55E00"  # told apart by colour-blind readers too
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#B5508A", "#8C6D00", "#2F9BD8", "#7A3E9D", "#8B4513", "#B2182B", "#4D4D4D")
@@ -24,7 +26,7 @@ HIGHLIGHTED = 5  # of more layers than there are colours
 _WIDTH, _HEIGHT, _TOP, _BOTTOM = 7.4, 4.2, 0.84, 0.12  # inches, and fractions of the height
 _GAP = 0.054  # between labels, a fraction of the axes' height
 _FEWEST = 0.5  # pairs in a part, where an axis of pairs begins
-_PARTS = 60  # of a panel of angles
+_PARTS = (8, 60)  # of a panel of angles, with few pairs and with many
 
 
 def over_time(curves: Mapping[str, Curve], *, title: str, detail: str, reference: tuple[float, str] | None = None) -> Figure:
@@ -55,7 +57,9 @@ def over_time(curves: Mapping[str, Curve], *, title: str, detail: str, reference
         labels.append((reference[0], reference[1], INK))
     _label_ends(ax, labels)
     ax.set_xlabel("optimizer steps", size=8, color=QUIET)
-    ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    steps = [step for curve in finite.values() for step, _ in curve]
+    ax.set_xlim(min(steps, default=0), max([*steps, min(steps, default=0) + 1]))
+    ax.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
     ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
     return figure
 
@@ -66,15 +70,15 @@ def of_angles(layers: Sequence[Angles]) -> Figure:
     Args:
         layers: One panel each.
     """
-    columns = min(3, len(layers))
+    columns = 3 if len(layers) in (3, 5, 6) else 2
     rows = math.ceil(len(layers) / columns)
     height = 0.85 + 2.25 * rows
     figure = _canvas(
         height, "Angles between neurons", "pairs by angle, on a logarithmic scale; layers furthest above random first"
     )
-    for x, text, color in ((0.86, "these neurons", NEURONS), (0.985, "random ones", RANDOM)):
+    for x, text, color in ((0.85, "these neurons", NEURONS), (0.975, "random ones", RANDOM)):
         figure.text(x, 1 - 0.2 / height, text, size=8, weight="bold", color=color, va="center", ha="right")
-    edges = {"left": 0.075, "right": 0.985, "top": 1 - 0.95 / height, "bottom": 0.32 / height, "wspace": 0.24, "hspace": 0.5}
+    edges = {"left": 0.075, "right": 0.975, "top": 1 - 0.95 / height, "bottom": 0.32 / height, "wspace": 0.24, "hspace": 0.5}
     panels = figure.subplots(rows, columns, squeeze=False, gridspec_kw=edges).flatten()
     for ax, layer in zip(panels, layers, strict=False):
         _draw_angles(ax, layer)
@@ -135,7 +139,7 @@ def _scale(ax: Axes, values: list[float], reference: tuple[float, str] | None) -
         low, high = min(shown, default=0.0), max(shown, default=1.0)
         room = 0.06 * (high - low) or 0.1 * abs(high) or 0.1
         ax.set_ylim(low - room, high + room)
-        ax.yaxis.set_major_locator(MaxNLocator(6))
+        ax.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
     ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
 
 
@@ -148,7 +152,9 @@ def _draw_lines(ax: Axes, curves: Mapping[str, Curve]) -> list[tuple[float, str,
         steps, values = zip(*curve, strict=True)
         color, front = colors.get(name, OTHERS), name in named
         marker = "o" if len(curve) == 1 else None
-        ax.plot(steps, values, color=color, lw=1.6 if front else 0.8, marker=marker, ms=3.5, zorder=3 if front else 2)
+        ax.plot(
+            steps, values, color=color, lw=1.6 if front else 0.8, marker=marker, ms=3.5, zorder=3 if front else 2, clip_on=False
+        )
     labels = [(curves[name][-1][1], _short(name), color) for name, color in colors.items()]
     if others := [curves[name][-1][1] for name in curves if name not in named]:
         labels.append((median(others), f"{len(others)} other layers", QUIET))
@@ -186,7 +192,8 @@ def _draw_angles(ax: Axes, layer: Angles) -> None:
     reached = ((counts > 0) | (expected >= _FEWEST)).nonzero()
     middle, total = len(counts) // 2, len(counts)
     half = max([total // 18, *(int(max(middle - i, i + 1 - middle)) for i in reached.flatten().tolist())])
-    merged = max(1, math.ceil(2 * half / _PARTS))
+    parts = min(max(_PARTS[0], int(counts.sum()) // 8), _PARTS[1])
+    merged = max(1, math.ceil(2 * half / parts))
     half = min(math.ceil(half / merged) * merged, middle // merged * merged)
     shown = [one[middle - half : middle + half].reshape(-1, merged).sum(1) for one in (counts, expected)]
     edges = 90.0 + torch.arange(-half, half + 1, merged) * (180.0 / total)
@@ -196,14 +203,21 @@ def _draw_angles(ax: Axes, layer: Angles) -> None:
     _plain_axes(ax)
     ax.set_yscale("log")
     ax.set_ylim(_FEWEST, 2.0 * max(1.0, *(float(one.max()) for one in shown)))
-    ax.yaxis.set_major_locator(LogLocator(numticks=5))
-    ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,.0f}" if y < 1e6 else f"{y / 1e6:,.0f}M"))
+    few = max(float(one.max()) for one in shown) < 100
+    ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if few else (1.0,), numticks=8 if few else 5))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: "" if y < 1 else f"{y:,.0f}" if y < 1e6 else f"{y / 1e6:,.0f}M"))
     ax.yaxis.set_minor_locator(NullLocator())
     ax.set_xlim(float(edges[0]), float(edges[-1]))
     ax.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 1.5, 3, 4.5, 5, 10]))
     ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}°"))
-    ax.text(0, 1.17, _short(layer.name), size=8.5, color=INK, transform=ax.transAxes, parse_math=False)
-    ax.text(0, 1.05, layer.note, size=7, color=QUIET, transform=ax.transAxes)
+    for text, size, color, height in ((_short(layer.name), 8.5, INK, 18), (layer.note, 7, QUIET, 7)):
+        above: dict[str, Any] = {
+            "xy": (0, 1),
+            "xycoords": "axes fraction",
+            "xytext": (0, height),
+            "textcoords": "offset points",
+        }
+        ax.annotate(text, **above, size=size, color=color, parse_math=False)
 
 
 def _short(name: str, longest: int = 26) -> str:

@@ -18,7 +18,7 @@ from lightning_hsu.regularizer import UniformityRegularizer
 from lightning_hsu.senders import save_png, way_to
 
 if TYPE_CHECKING:  # matplotlib is imported only when something is drawn
-    from matplotlib.figure import Figure
+    from lightning_hsu.figures import Figure
 
 PANELS = 6
 """Layers whose angles are shown."""
@@ -97,7 +97,8 @@ class Gallery:
         """What there is to draw, by tag."""
         from lightning_hsu import figures
 
-        ratios, shares, found = self.history.ratios(), self.history.shares(), dict[str, Callable[[], Figure]]()
+        ratios, shares = self.history.ratios(), self.history.shares()
+        found: dict[str, Callable[[], Figure]] = {}
         if angles:  # some layer has a ratio
             found["ratio"] = lambda: figures.over_time(ratios, **_RATIO)
             found["angles"] = lambda: figures.of_angles(angles)
@@ -116,7 +117,7 @@ class Gallery:
             else:
                 with self._guarded(f"logger {i}, {name},", "it goes without figures where that happens"):
                     way(logger, tag, figure, step)
-        if not ways or any(way is None for _, way in ways):
+        if any(way is None for _, way in ways) or not (ways or trainer.fast_dev_run):
             with self._guarded(f"writing into {folder}", "there are no figures"):
                 save_png(folder, tag, figure, step)
 

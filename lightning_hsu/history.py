@@ -103,8 +103,9 @@ def angles_of(layer: Layer, x: Tensor, ratio: float) -> Angles:
     counts = torch.stack([survey_pairs(group, keep=1, bins=BINS).angles for group in seen]).sum(0)
     times = f"{ratio:.2f}× random" if ratio < 100 else f"{ratio:,.0f}× random"
     size = f"{n:,} × {d:,}" if groups == 1 else f"{groups:,} groups of {n:,} × {d:,}"
-    part = "" if seen.shape == x.shape else f", sample of {seen.shape[0] * seen.shape[1]:,} neurons"
-    return Angles(layer.target.name, tuple(counts.tolist()), d, f"{times}, {size}{part}")
+    if seen.shape != x.shape:
+        size = f"{seen.shape[0] * seen.shape[1]:,} of {groups * n:,} × {d:,}"
+    return Angles(layer.target.name, tuple(counts.tolist()), d, f"{times}, {size}")
 
 
 def _sampled(x: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from lightning.fabric.utilities.cloud_io import get_filesystem
 
 if TYPE_CHECKING:  # matplotlib is imported only when something is drawn
-    from matplotlib.figure import Figure
+    from lightning_hsu.figures import Figure
 
 Way = Callable[[Any, str, "Figure", int], None]
 """Takes a logger, a figure's name, the figure and the optimizer steps done."""

@@ -51,12 +51,16 @@ class Verdict:
         return (
             after.name,
             size if after.groups == 1 else f"{after.groups} of {size}",
-            f"{_number(before.ratio, 3)} -> {_number(after.ratio, 3)}",
+            f"{_ratio(before.ratio)} -> {_ratio(after.ratio)}",
             _number(after.score, 2),
             f"{_number(before.min_angle, 1)} -> {_number(after.min_angle, 1)}",
             f"{after.dead:,}",
             finding(after, layer.measure),
         )
+
+
+def _ratio(x: float) -> str:
+    return _number(x, 3 if x < 10 else 1)
 
 
 def _number(x: float, digits: int) -> str:
