@@ -117,7 +117,7 @@ class Gallery:
             else:
                 with self._guarded(f"logger {i}, {name},", "it goes without figures where that happens"):
                     way(logger, tag, figure, step)
-        if any(way is None for _, way in ways) or not (ways or trainer.fast_dev_run):
+        if any(way is None for _, way in ways) or not (ways or getattr(trainer, "fast_dev_run", False)):
             with self._guarded(f"writing into {folder}", "there are no figures"):
                 save_png(folder, tag, figure, step)
 

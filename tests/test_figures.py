@@ -8,6 +8,7 @@ import pickle
 import subprocess
 import sys
 import warnings
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.loggers.logger import DummyLogger, Logger
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from PIL import Image
 from torch import nn
 
@@ -25,8 +27,11 @@ from lightning_hsu import HypersphericalUniformity, Share, gallery, verdict
 from lightning_hsu.figures import expected_pairs, of_angles, over_time, pixels
 from lightning_hsu.history import BINS, Angles, History, Record, angles_of
 from lightning_hsu.senders import way_to
-from tests import test_callback
-from tests.models import Automatic, Manual, batches, loader, trainer, uniformity
+from tests import sharding, test_callback
+from tests.models import Automatic, Manual, batches, loader, network, trainer, uniformity
+from tests.processes import world
+from tests.ranks import fit, make_module
+from tests.sharding import FSDPOnTheCPU
 
 NAMES = ["ratio", "angles", "gradient_share"]
 
@@ -463,3 +468,38 @@ def test_after_is_what_other_callbacks_leave(caplog):
         trainer(uniformity(verbose=True), stop, Zero(), max_epochs=1).fit(Automatic(), loader(batches()))
     row = table_of(caplog)[5].split()
     assert row[-8:] == ["12", "fewer", "than", "two", "live", "neurons,", "12", "dead"]
+
+
+# Ranks
+
+CASES = {
+    "DDP": (partial(make_module, Automatic, network), partial(DDPStrategy, process_group_backend="gloo")),
+    "FSDP1": (partial(make_module, Automatic, network), FSDPOnTheCPU),
+    "FSDP2": (
+        partial(make_module, sharding.Parallel, network, cut=sharding.layer_by_layer),
+        partial(ModelParallelStrategy, process_group_backend="gloo", data_parallel_size=2, tensor_parallel_size=1),
+    ),
+    "tensor parallel": (
+        partial(make_module, sharding.Parallel, network, cut=sharding.columns_and_rows),
+        partial(ModelParallelStrategy, process_group_backend="gloo", data_parallel_size=1, tensor_parallel_size=2),
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .* returned a view tensor")
+@pytest.mark.filterwarnings("ignore:DTensor random operators may not have complete support")
+@pytest.mark.parametrize("case", CASES)
+def test_ranks_measure_together_and_one_draws(case, tmp_path):
+    if case == "FSDP2" and sharding.fully_shard is None:
+        pytest.skip("FSDP2 before torch 2.6 asks for a GPU")
+    make, strategy = CASES[case]
+    trainer_settings = {"logger": False, "default_root_dir": str(tmp_path)}
+    ends = []
+    for callback in ({}, {"figures_every_n_steps": 2, "verbose": True}):
+        ends.append(world(2).run(fit, make, {"coefficient": 0.1} | callback, strategy, trainer_settings))
+    for plain, drawn in zip(*ends, strict=True):
+        for name, p in plain.parameters.items():
+            assert torch.equal(p, drawn.parameters[name])
+    found = {file.name for file in (tmp_path / "hsu_figures").iterdir()}
+    assert {f"hsu_{name}-{step}.png" for name in ("ratio", "angles") for step in (2, 4, 6)} <= found
