@@ -99,8 +99,9 @@ class Gallery:
 
         ratios, shares = self.history.ratios(), self.history.shares()
         found: dict[str, Callable[[], Figure]] = {}
-        if angles:  # some layer has a ratio
+        if self.history.worst(1):  # some layer has a ratio
             found["ratio"] = lambda: figures.over_time(ratios, **_RATIO)
+        if angles:
             found["angles"] = lambda: figures.of_angles(angles)
         if shares:
             found["gradient_share"] = lambda: figures.over_time(shares, **_SHARE)
