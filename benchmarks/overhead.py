@@ -4,7 +4,8 @@ The model has 60 small Linear layers, the worst case: nothing but overhead. With
 callback, one that does nothing (Lightning's own price of a callback), the monitor, the penalty; so a drift of the machine's
 speed hits all alike. Printed are the differences of the medians over the rounds, and the time inside the monitor's hooks.
 The goal is below 0.1 ms a step for the monitor. Last, how many times the time of a random 512 x 512 layer one takes whose
-neurons have condensed onto four directions, so that a quarter of the pairs is redone in float64.
+neurons have condensed onto four directions, so that a quarter of the pairs is redone in float64; and what one set of figures
+costs, drawn and written, for ten layers.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ from __future__ import annotations
 import argparse
 import logging
 import statistics
+import tempfile
 import time
 import warnings
+from collections.abc import Callable
 from functools import partial
 
 import lightning.pytorch as pl
@@ -111,6 +114,7 @@ def one_round(steps: int) -> dict[str, float]:
         "inside_the_hooks_ms": inside,
         "penalty_adds_ms": penalised["penalty"] - penalised["without"],
         "condensed_over_random": condensed_over_random(),
+        "figures_ms_a_set": one_set_of_figures(),
     }
 
 
@@ -121,6 +125,45 @@ def condensed_over_random() -> float:
     layers = {"condensed": condensed, "random": random}
     times = rounds_of({name: partial(measure.value_and_grad, x) for name, x in layers.items()}, 5)
     return quotient(times, "condensed", "random")["median"]
+
+
+class Drawing:
+    """Ten layers of 256 neurons and, after each step, a set of figures, timed: three PNG files."""
+
+    def __init__(self, folder: str) -> None:
+        self.drawn = HypersphericalUniformity(coefficient=1e-3, figures_every_n_steps=1, verbose=False)
+        self.folder, self.times = folder, list[float]()
+        show = self.drawn._chronicle.gallery.show
+        self.drawn._chronicle.gallery.show = partial(self.timed, show)
+
+    def timed(self, show: Callable[..., None], *args: object) -> None:
+        """Draw with a stopwatch."""
+        start = time.perf_counter()
+        show(*args)
+        self.times.append(1e3 * (time.perf_counter() - start))
+
+    def train(self, steps: int) -> None:
+        """Draw so many sets."""
+        model = Deep()
+        model.net = nn.Sequential(*(nn.Linear(256, 256) for _ in range(10)))
+        settings = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+        trainer = pl.Trainer(
+            accelerator="cpu",
+            max_steps=steps,
+            callbacks=[self.drawn],
+            default_root_dir=self.folder,
+            log_every_n_steps=1,
+            **settings,
+        )
+        trainer.fit(model, DataLoader(TensorDataset(torch.randn(16 * steps, 256)), batch_size=16))
+
+
+def one_set_of_figures(sets: int = 8) -> float:
+    """Milliseconds, the median of all sets but the first, which loads fonts."""
+    with tempfile.TemporaryDirectory() as folder:
+        drawing = Drawing(folder)
+        drawing.train(sets)
+        return statistics.median([one for one in drawing.times if one > 1][1:])  # the end of fit finds its set drawn
 
 
 def main() -> None:

@@ -6,13 +6,16 @@ from functools import partial
 from typing import Any, Literal
 
 import lightning.pytorch as pl
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_hsu import trainers
+from lightning_hsu.alarms import Alarms
 from lightning_hsu.applying import GradientNote
+from lightning_hsu.chronicle import Chronicle
 from lightning_hsu.coefficients import Strength, Strengths
+from lightning_hsu.gallery import Gallery
 from lightning_hsu.measures import Measure
 from lightning_hsu.measures.checks import check_choice
 from lightning_hsu.monitor import LayerUniformity, aggregates, by_layer
@@ -56,10 +59,13 @@ class HypersphericalUniformity(trainers.EveryCallback):
         sample_above: Energies of more neurons are estimated (:class:`~lightning_hsu.measures.Sampled`); None computes them.
         split_above: Under DDP, layers of at least so many neurons are computed by all ranks together, each its part of the
             pairs; None computes every layer on every rank.
+        figures_every_n_steps: Optimizer steps between figures for every logger: ratios over time, the worst layers' angles,
+            gradient shares; also at the end of fit. Without a logger that takes figures, PNG files. None draws nothing.
         prefix: What the logged names begin with; several callbacks need one each.
-        verbose: Print the table of layers at the start of fit.
+        verbose: Print the table of layers at the start of fit, and at its end how each stood before and stands after.
 
     Raises:
+        ImportError: for figures without matplotlib.
         ValueError: for a negative or NaN coefficient, an unknown ``apply``, or at the start of fit a pattern that
             matches nothing or a model without neurons.
         TypeError: for a measure or a coefficient of the wrong kind.
@@ -90,6 +96,7 @@ class HypersphericalUniformity(trainers.EveryCallback):
         matmul_precision: Literal["highest", "medium"] = "highest",
         sample_above: int | None = 16384,
         split_above: int | None = 2048,
+        figures_every_n_steps: int | None = None,
         prefix: str = "hsu",
         verbose: bool = True,
     ) -> None:
@@ -116,7 +123,7 @@ class HypersphericalUniformity(trainers.EveryCallback):
         self._under_way = trainers.StepUnderWay()
         self._fresh, self._ran = True, False  # nothing measured, no batch done yet in this fit
         self._seen_step = 0  # global step at the last batch's end
-        self._warned, self._unreached = set[str](), set[str]()
+        self._alarms, self._chronicle = Alarms(), Chronicle(Gallery(prefix, figures_every_n_steps))
         self._counted: tuple[int | None, int] = (None, -1)  # optimizer and global step of the last application
 
     @property
@@ -140,7 +147,8 @@ class HypersphericalUniformity(trainers.EveryCallback):
             before = {"steps": []} if trainer.global_step == 0 else self._under_way.state()
             if before is not None:  # a new training, or one that was broken off within a step, which is done again
                 self.regularizer.load_state_dict(before)
-            self._notes, self._fresh, self._warned, self._unreached = {}, True, set(), set()
+            self._notes, self._fresh, self._alarms = {}, True, Alarms()
+            self._chronicle.begin()
             self._counted, self._ran, self._under_way = (None, -1), False, trainers.StepUnderWay()
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -153,6 +161,7 @@ class HypersphericalUniformity(trainers.EveryCallback):
         """Note where a resumed fit stands, and whenever an optimizer has stepped."""
         self._seen_step = trainer.global_step
         self._hooks = [trainers.AfterStep(one, partial(self._after_step, trainer, pl_module)) for one in trainer.optimizers]
+        self._chronicle.start(trainer, self.regularizer, self.verbose)
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         """Add the term to the loss: here it is divided by the accumulated batches and scaled."""
@@ -178,7 +187,7 @@ class HypersphericalUniformity(trainers.EveryCallback):
         again = self._counted == (index, trainer.global_step)
         self._under_way.begin(trainer, self.regularizer.state_dict)
         self._counted = index, trainer.global_step
-        self._warn_of_line_search(optimizer)
+        self._alarms.line_search(optimizer)
         if self.apply == "loss":
             self.regularizer.count_step(optimizer, index=index, again=again)
             return
@@ -204,10 +213,16 @@ class HypersphericalUniformity(trainers.EveryCallback):
         accumulating = trainer.global_step == self._seen_step and pl_module.automatic_optimization
         if accumulating or not self.regularizer.layers:
             return
+        logs, draws = self._will_measure(trainer), self._chronicle.gallery.due(trainer, self._seen_step)
         self._seen_step = trainer.global_step
-        if self._will_measure(trainer):
-            self._log(trainer, pl_module)
-            self._fresh = False
+        if logs or draws:
+            measured = self.regularizer.measure_layers()
+            self._chronicle.note(trainer, measured, self._shares())
+            if logs:
+                self._log(trainer, pl_module, measured)
+                self._fresh = False
+            if draws:
+                self._chronicle.gallery.show(trainer, self.regularizer)
         self._notes = {}
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -215,18 +230,15 @@ class HypersphericalUniformity(trainers.EveryCallback):
         if not self._ran:
             return  # resumed so late in an epoch that there was no step in it
         self._attach(trainer, pl_module)  # lazy layers, and no optimizer step that Lightning saw
-        names = [name for name in self.regularizer.unreached() if name not in self._unreached]
-        if names:
-            self._unreached |= set(names)
-            rank_zero_warn(
-                f"the penalty has not reached layer {', '.join(map(repr, names))} so far: these weights are in no optimizer "
-                "that steps through Lightning, or got no gradient. With manual optimisation use self.optimizers(), not "
-                "use_pl_optimizer=False; leave out a layer that is not trained with exclude=."
-            )
+        self._alarms.unreached(self.regularizer.unreached())
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Let go of the model and the optimizers."""
-        self._release()
+        """Look back at the fit, and let go of the model and the optimizers."""
+        try:
+            if self._ran:
+                self._chronicle.conclude(trainer, self.regularizer, self.verbose)
+        finally:
+            self._release()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Let go of the model and the optimizers."""
@@ -252,9 +264,7 @@ class HypersphericalUniformity(trainers.EveryCallback):
             return
         replicas = trainers.replicas_of(trainer, self.split_above)
         self.regularizer.attach(pl_module, wrapped=trainer.strategy.model, replicas=replicas)
-        if idle := self.regularizer.idle():
-            reasons = "; ".join(f"'{name}': {reason}" for name, reason in idle.items())
-            rank_zero_warn(f"the penalty does nothing in layer {reasons}")
+        self._alarms.idle(self.regularizer.idle())
         if self.verbose:
             rank_zero_info(f"Hyperspherical uniformity:\n{self.regularizer.table()}")
 
@@ -262,39 +272,21 @@ class HypersphericalUniformity(trainers.EveryCallback):
         """Whether this batch ends with a measurement: a logging step, the first of a fit, the last of an epoch."""
         return self._fresh or trainer.is_last_batch or trainers.is_logging_step(trainer)
 
-    def _log(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def _shares(self) -> dict[str, float]:
+        return {name: float(note.share) for name, note in self._notes.items() if note.share.isfinite()}
+
+    def _log(self, trainer: pl.Trainer, pl_module: pl.LightningModule, measured: list[LayerUniformity]) -> None:
         """Aggregates through Lightning's log; layers to every logger, on logging steps."""
-        measured = self.regularizer.measure_layers()
         if not trainer.barebones:
             limited = sum(int(note.limited) for note in self._notes.values()) if self._notes else None
             values = aggregates(measured, self.regularizer.current_penalty(measured), limited)
             pl_module.log_dict(self._prefixed(values), on_step=True, on_epoch=False, batch_size=1)
         if trainers.is_logging_step(trainer):
-            self._report_nonfinite(measured)
+            self._alarms.nonfinite(measured)
             step = trainer.fit_loop.epoch_loop._batches_that_stepped  # the step under which Lightning logs its own
-            shares = {name: float(note.share) for name, note in self._notes.items() if note.share.isfinite()}
             varying = self.regularizer.progress.varying(self.regularizer.layers)
             for logger in trainer.loggers:
-                logger.log_metrics(self._prefixed(by_layer(measured, varying, shares)), step=step)
+                logger.log_metrics(self._prefixed(by_layer(measured, varying, self._shares())), step=step)
 
     def _prefixed(self, values: dict[str, float]) -> dict[str, float]:
         return {f"{self.prefix}/{name}": value for name, value in values.items()}
-
-    def _warn_of_line_search(self, optimizer: Optimizer) -> None:
-        if getattr(optimizer, "defaults", {}).get("line_search_fn") and "line search" not in self._warned:
-            self._warned.add("line search")
-            rank_zero_warn(
-                f"{type(optimizer).__name__} with a line search: the gradient has the penalty, the loss that the search "
-                "compares has not. Use line_search_fn=None."
-            )
-
-    def _report_nonfinite(self, measured: list[LayerUniformity]) -> None:
-        """Warn once of each layer whose weights broke; training is lost, and the user should know where it began."""
-        broken = [layer for layer in measured if layer.nonfinite and layer.name not in self._warned]
-        if broken:
-            self._warned |= {layer.name for layer in broken}
-            named = "; ".join(f"'{x.name}' ({x.neurons} x {x.dimension}): {x.nonfinite} neurons" for x in broken)
-            rank_zero_warn(
-                f"NaN or infinite weights in layer {named}. Such neurons are left out of the penalty. Lower the learning "
-                "rate, or find the first bad step with Trainer(detect_anomaly=True)."
-            )

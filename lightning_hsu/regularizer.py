@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 import torch
@@ -40,8 +41,7 @@ class UniformityRegularizer:
         head: "auto" (the last Linear), the head's name, or None for no head.
         head_coefficient: A number, schedule or share for the head; None uses ``coefficient``.
         every_n_steps: Apply on every n-th step of each optimizer, at the coefficient's full strength.
-        step_limit: A neuron's penalty gradient, times the learning rate, is at most this fraction of the neuron's
-            norm, so that no near-duplicate or tiny one is thrown away. None is no limit.
+        step_limit: The penalty's part of a step moves a neuron by at most this fraction of its norm. None is no limit.
         matmul_precision: "medium" multiplies in bfloat16 (see the callback); the monitor's numbers stay exact.
         sample_above: Energies of more neurons are estimated (:class:`~lightning_hsu.measures.Sampled`); None computes them.
 
@@ -226,8 +226,12 @@ class UniformityRegularizer:
     def measure_layers(self) -> list[LayerUniformity]:
         """Measure every layer as it is now, in the model's order; where ranks share the weights, all must call it."""
         self._check_attached()
-        with whole_parameters(self._root, with_grads=False):
+        with self.gathered():
             return measure_layers(self.layers, self.progress.look)
+
+    def gathered(self) -> AbstractContextManager[None]:
+        """While the neurons of ``layers`` are read: under FSDP1 ranks hold them whole; all that share weights must call it."""
+        return whole_parameters(self._root, with_grads=False)
 
     def current_penalty(self, measured: list[LayerUniformity]) -> float:
         """Coefficient times penalty, summed over measured layers, at the coefficients last used."""
@@ -237,7 +241,7 @@ class UniformityRegularizer:
     def unreached(self) -> list[str]:
         """Names of layers that have a coefficient but got no gradient so far; frozen ones are left out."""
         missing = [layer for layer in self.layers if layer.strength != 0 and layer.target.name not in self.progress.reached]
-        with whole_parameters(self._root, with_grads=False):
+        with self.gathered():
             return [layer.target.name for layer in missing if not layer.frozen]
 
     def idle(self) -> dict[str, str]:
@@ -288,7 +292,7 @@ class UniformityRegularizer:
     def table(self) -> str:
         """Every layer with its shape, measure and coefficient, and every weight left out with the reason."""
         self._check_attached()
-        with whole_parameters(self._root, with_grads=False):
+        with self.gathered():
             return describe(self.layers, self.skips, self.every_n_steps)
 
     def _check_attached(self) -> None:
