@@ -3,16 +3,23 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 CONSTRAINTS ?= constraints.txt
 DATA ?= digits
 BIN = .venv/bin
-EXTRAS = report,figures,demo,test,dev$(if $(shell uname -s | grep -q Linux && grep '^triton' $(CONSTRAINTS)),$(COMMA)triton)
+EXTRAS = report,figures,demo,evidence,test,dev$(if $(shell uname -s | grep -q Linux && grep '^triton' $(CONSTRAINTS)),$(COMMA)triton)
+JOBS ?= 2
 COMMA = ,
 
-.PHONY: demo test versions pretrained notebooks lint types wheel kernels bench bench-gpu clean
+.PHONY: demo test coverage evidence versions pretrained notebooks lint types wheel kernels bench bench-gpu clean
 
 demo: .venv/installed  ## Train with and without the callback on real data: DATA=digits, fashion-mnist or a folder
-	$(BIN)/python notebooks/demo.py --data "$(DATA)"
+	PYTHONPATH=. $(BIN)/python notebooks/demo.py --data "$(DATA)"
 
 test: .venv/installed  ## All tests, slow ones too
-	$(BIN)/python -m pytest -n auto --dist worksteal --cov --cov-report=term -m "not versions and not pretrained"
+	$(BIN)/python -m pytest -n auto --dist worksteal -m "not versions and not pretrained"
+
+coverage: .venv/installed  ## The fast tests, and which lines they reach
+	$(BIN)/python -m pytest -n auto --dist worksteal --cov --cov-report=term -m "not slow and not versions and not pretrained"
+
+evidence: .venv/installed  ## Does it help, and where: the whole plan, or QUICK=--quick; goes on where it was ended
+	$(BIN)/python -m evidence --jobs $(JOBS) $(QUICK)
 
 versions: .venv/installed  ## Exactness with Lightning 2.4, 2.5 and 2.6; needs a package index
 	$(BIN)/python -m pytest -n auto --dist worksteal -m versions tests/test_versions.py

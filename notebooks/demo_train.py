@@ -10,12 +10,12 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from demo_data import Data, Draw, draw
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
+from evidence.data import Data, Draw, draw
 from lightning_hsu import HypersphericalUniformity, LayerUniformity, UniformityRegularizer
 
 BATCH = 50

@@ -5,10 +5,10 @@ from __future__ import annotations
 import statistics
 from itertools import product
 
-from demo_data import Data
 from demo_train import Plan, Settings, prepare
 from torch import nn
 
+from evidence.data import Data
 from lightning_hsu import UniformityRegularizer
 
 SEEDS = range(100, 108)

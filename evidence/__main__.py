@@ -1,0 +1,114 @@
+"""``python -m evidence``: run the plan, or what is left of it, and write the tables."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
+from pathlib import Path
+
+from tqdm import tqdm
+
+from evidence import cells as running
+from evidence.data import MissingDataError
+from evidence.methods import CORE, METHODS
+from evidence.plan import SCALES, TEST_SEEDS, TUNING_SEEDS, Cell, Setting, cells
+from evidence.tables import write
+
+RESULTS = Path(__file__).parent / "results"
+OUT = Path("out/evidence")
+
+
+def main() -> int:
+    """Run what is left of the plan and write the tables of all that is there."""
+    args = _arguments()
+    try:
+        plan, tuning, testing = _plan(args)
+        wanted = {cell: running.asked(cell, tuning, testing) for cell in sorted(plan, key=lambda cell: cell.setting.data)}
+    except MissingDataError as error:
+        print(error, file=sys.stderr)
+        return 2
+    if args.list:
+        print("\n".join(cell.name for cell in plan))
+        print(f"{len({cell.setting for cell in plan})} settings, {len(plan)} cells")
+        return 0
+    folder = Path(args.out) / "cells"
+    if args.resume_committed:
+        _unpack(folder)
+    left = [cell for cell in plan if not running.kept(folder, cell, wanted[cell])]
+    print(f"{len(plan)} cells, {len(plan) - len(left)} done before; results in {folder}")
+    _run(left, tuning, testing, folder, args.jobs, args.minutes)
+    done = [json.loads((folder / f"{cell.name}.json").read_text()) for cell in plan if running.kept(folder, cell, wanted[cell])]
+    target = RESULTS if args.commit else Path(args.out)
+    if done:
+        write(done, len(plan), target)
+        print(f"\n{len(done)} of {len(plan)} cells; tables: {target / 'tables.md'}, picture: {target / 'ratio.png'}")
+    return 0 if len(done) == len(plan) else 3
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m evidence", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="a few tiny cells, to see that all of it works")
+    parser.add_argument("--data", help="compare on data of yours: a folder with idx files or one .npz")
+    parser.add_argument("--only", help="cells whose names contain this")
+    parser.add_argument("--list", action="store_true", help="print the cells and stop")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes, one core each")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no cell after so long")
+    parser.add_argument("--commit", action="store_true", help="write into evidence/results, which the README quotes")
+    parser.add_argument("--resume-committed", action="store_true", help="take cells from evidence/results/cells.json, too")
+    parser.add_argument("--out", help="folder for results; the same folder goes on where a run was ended")
+    args = parser.parse_args()
+    args.out = args.out or str(
+        OUT if not (args.quick or args.data) else OUT.with_name("evidence-quick" if args.quick else "evidence-own")
+    )
+    return args
+
+
+def _plan(args: argparse.Namespace) -> tuple[list[Cell], Sequence[int], Sequence[int]]:
+    """The cells, the seeds to tune on and the seeds to test on."""
+    if args.quick:
+        base = Setting("digits", 200, 4, held_out=200)
+        settings = [base, replace(base, scale=0.3), replace(base, depth=4), replace(base, imbalance=20.0)]
+        names = ("decay", "half_mhe_2", "orthogonality", "share")
+        return [Cell(one, METHODS[name]) for one in settings for name in names], TUNING_SEEDS[:2], TEST_SEEDS[:3]
+    if args.data:
+        pool = len(running.data_of(Cell(Setting(args.data, 0, 0), METHODS["decay"])).pool[1])
+        base = Setting(args.data, min(1000, pool // 2), 30, held_out=min(2000, pool // 4))
+        found = [Cell(replace(base, scale=scale), METHODS[name]) for scale in SCALES for name in CORE]
+    else:
+        found = cells()
+    return [cell for cell in found if not args.only or args.only in cell.name], TUNING_SEEDS, TEST_SEEDS
+
+
+def _run(left: Sequence[Cell], tuning: Sequence[int], testing: Sequence[int], folder: Path, jobs: int, minutes: float) -> None:
+    """Run cells, each on one core, and save each as it ends."""
+    start, waiting = time.monotonic(), list(left)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, mp_context=context) as pool, tqdm(total=len(left), unit="cell", smoothing=0.05) as bar:
+        pending = {pool.submit(running.run, waiting.pop(0), tuning, testing) for _ in range(min(jobs, len(waiting)))}
+        while pending:
+            future = next(as_completed(pending))
+            pending.remove(future)
+            result = future.result()
+            running.save(result, folder)
+            bar.set_postfix_str(result["name"])
+            bar.update()
+            if waiting and time.monotonic() - start < 60 * minutes:
+                pending.add(pool.submit(running.run, waiting.pop(0), tuning, testing))
+
+
+def _unpack(folder: Path) -> None:
+    """Lay the committed results where a run looks for its own."""
+    for result in json.loads((RESULTS / "cells.json").read_text()):
+        if not (folder / f"{result['name']}.json").exists():
+            running.save(result, folder)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

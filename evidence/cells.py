@@ -1,0 +1,100 @@
+"""Run one cell: twelve trials on the tuning seeds, then the best of them on the test seeds."""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import lightning_hsu
+from evidence.data import Data, load
+from evidence.plan import Cell, Trial
+from evidence.training import Trained, train
+
+Result = dict[str, Any]
+"""What JSON holds of a cell: what was asked, and what was found."""
+
+_load = lru_cache(maxsize=1)(load)
+
+
+def asked(cell: Cell, tuning: Sequence[int], testing: Sequence[int]) -> Result:
+    """What decides the numbers of a cell; a result that was asked otherwise is not its result."""
+    trials = [asdict(trial) for trial in cell.trials(_load(cell.setting.data))]
+    setting = asdict(cell.setting) | {"data": cell.setting.data.rstrip("/").split("/")[-1]}
+    measure = repr(cell.method.measure) if cell.method.measure else None
+    method = {"name": cell.method.name, "measure": measure, "apply": cell.method.apply, "share": repr(cell.method.share)}
+    return {"setting": setting, "method": method, "trials": trials, "tuning": list(tuning), "testing": list(testing)}
+
+
+def run(cell: Cell, tuning: Sequence[int], testing: Sequence[int]) -> Result:
+    """Tune and test one cell on one core."""
+    torch.set_num_threads(1)
+    start, data = time.perf_counter(), _load(cell.setting.data)
+    trials = cell.trials(data)
+    tuned = train(data, cell.setting, cell.method, trials, tuning, test=False)
+    chosen = int(tuned.error.mean(1).argmin())
+    tested = train(data, cell.setting, cell.method, [trials[chosen]], testing, test=True)
+    return {
+        "name": cell.name,
+        "asked": asked(cell, tuning, testing),
+        "validation_error": _rounded(tuned.error),
+        "tuning_nonfinite": int((~tuned.finite).sum()),
+        "chosen": asdict(trials[chosen]),
+        "edges": edges(trials, trials[chosen]),
+        **_told(tested),
+        "seconds": round(time.perf_counter() - start, 1),
+        "versions": {"lightning_hsu": lightning_hsu.__version__, "torch": torch.__version__.split("+")[0]},
+        "machine": platform.machine(),
+    }
+
+
+def edges(trials: Sequence[Trial], chosen: Trial) -> list[str]:
+    """Of what the chosen trial takes the smallest or largest value that was tried."""
+    found = []
+    for name in ("rate", "decay", "strength"):
+        values, own = sorted({getattr(trial, name) for trial in trials}), getattr(chosen, name)
+        if len(values) > 1 and own in (values[0], values[-1]):
+            found.append(f"{'smallest' if own == values[0] else 'largest'} {name}")
+    return found
+
+
+def save(result: Mapping[str, Any], folder: Path) -> None:
+    """Write a cell's result whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{result['name']}.json"
+    path.with_suffix(".part").write_text(json.dumps(result))
+    path.with_suffix(".part").replace(path)
+
+
+def kept(folder: Path, cell: Cell, wanted: Result) -> bool:
+    """Whether a folder has the result of a cell as it is asked now."""
+    try:
+        found: Result = json.loads((folder / f"{cell.name}.json").read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return False
+    return bool(found.get("asked") == json.loads(json.dumps(wanted)))
+
+
+def data_of(cell: Cell) -> Data:
+    """The data of a cell, read once."""
+    return _load(cell.setting.data)
+
+
+def _told(tested: Trained) -> Result:
+    ratio = {"ratio_before": tested.before[0], "ratio_after": tested.after[0]}
+    return {
+        "test_error": _rounded(tested.error[0]),
+        "train_error": _rounded(tested.train_error[0]),
+        "nonfinite": int((~tested.finite).sum()),
+    } | {name: _rounded(values, 5) for name, values in ratio.items()}
+
+
+def _rounded(values: torch.Tensor, digits: int = 3) -> Any:
+    return torch.round(values.double(), decimals=digits).tolist()

@@ -1,0 +1,236 @@
+"""Real data that is on the machine already, or in a folder of yours."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import math
+import pickle
+import zlib
+from argparse import Namespace
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
+IDX_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
+NPZ_NAMES = (("x_train", "y_train", "x_test", "y_test"), ("train_images", "train_labels", "test_images", "test_labels"))
+
+
+class MissingDataError(Exception):
+    """The data asked for is not there; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """A pool to draw training images from, and test images that are never trained on or chosen by."""
+
+    name: str  # in file names
+    title: str
+    pool: tuple[Tensor, Tensor]  # images (m, d), labels (m,)
+    test: tuple[Tensor, Tensor]
+    shape: tuple[int, ...] = ()  # of an image: channels, height, width; d is their product
+
+    @property
+    def classes(self) -> int:
+        """How many classes there are."""
+        return int(torch.cat([self.pool[1], self.test[1]]).max()) + 1
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One seed's training images, with held-out and test images standardised as these are."""
+
+    data: Data
+    images: Tensor  # as they are in the pool
+    labels: Tensor  # some of them wrong, where noise was asked for
+    held: Tensor  # which of the pool are held out
+
+    @property
+    def train(self) -> tuple[Tensor, Tensor]:
+        """Images (n, d), labels (n,)."""
+        return self.standardised(self.images), self.labels
+
+    @property
+    def held_out(self) -> tuple[Tensor, Tensor]:
+        """The same of those to validate on."""
+        return self.standardised(self.data.pool[0][self.held]), self.data.pool[1][self.held]
+
+    @property
+    def test(self) -> tuple[Tensor, Tensor]:
+        """The same of the test images."""
+        return self.standardised(self.data.test[0]), self.data.test[1]
+
+    def standardised(self, images: Tensor) -> Tensor:
+        """Images less the mean of all training pixels, over their standard deviation."""
+        return (images - self.images.mean()) / self.images.std()
+
+
+def load(source: str) -> Data:
+    """The data by name (digits, fashion-mnist, mnist1d), or from a folder.
+
+    A folder holds four idx files, gzipped or plain; or one .npz with x_train, y_train, x_test, y_test (or train_images,
+    train_labels, test_images, test_labels); or CIFAR-100's files train and test, as its authors pickled them.
+
+    Raises:
+        MissingDataError: if the data is not there or not whole; the message says what to do.
+    """
+    if source == "digits":
+        return _digits()
+    if source == "fashion-mnist":
+        return _idx(DEBIAN_FOLDER, "fashion-mnist", "Fashion-MNIST")
+    if source == "mnist1d":
+        return _mnist1d()
+    folder = Path(source).expanduser()
+    name = folder.resolve().name
+    if archives := sorted(folder.glob("*.npz")):
+        return _npz(archives[0], name)
+    if all((folder / part).is_file() for part in ("train", "test", "meta")):
+        return _cifar100(folder, name)
+    return _idx(folder, name, name)
+
+
+def draw(data: Data, seed: int, count: int, held_out: int = 2000, *, noise: float = 0.0, imbalance: float = 1.0) -> Draw:
+    """Training images at random from the pool, and others of the pool to validate on.
+
+    Args:
+        data: The data.
+        seed: Decides which images, which labels are wrong, and which classes are rare.
+        count: Training images.
+        held_out: Images to validate on, clean and as frequent as in the pool.
+        noise: Fraction of the training labels that are replaced by another class.
+        imbalance: How many times the most frequent class is as frequent as the rarest; those between decay geometrically.
+    """
+    chance = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(data.pool[1]), generator=chance)
+    if imbalance == 1.0:
+        chosen, held = order[: count + held_out].tensor_split([count])
+    else:
+        held, rest = order.tensor_split([held_out])
+        chosen = rest[_long_tail(data.pool[1][rest], data.classes, count, imbalance, chance)]
+    images, labels = (part[chosen] for part in data.pool)
+    if noise:
+        wrong = torch.rand(len(labels), generator=chance) < noise
+        shift = torch.randint(1, data.classes, labels.shape, generator=chance)
+        labels = torch.where(wrong, (labels + shift) % data.classes, labels)
+    return Draw(data, images, labels, held)
+
+
+def _long_tail(labels: Tensor, classes: int, count: int, imbalance: float, chance: torch.Generator) -> Tensor:
+    """Indices of about ``count`` labels, classes in random order ever rarer."""
+    rank = torch.randperm(classes, generator=chance)
+    wanted = imbalance ** (-rank.double() / (classes - 1))
+    wanted = (wanted * count / wanted.sum()).round().long()
+    return torch.cat([(labels == k).nonzero().flatten()[: wanted[k]] for k in range(classes)])
+
+
+def _digits() -> Data:
+    from sklearn.datasets import load_digits
+
+    images, labels = (torch.from_numpy(array) for array in load_digits(return_X_y=True))
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    images, labels = images[order].float(), labels[order].long()
+    return Data("digits", "scikit-learn's digits", (images[:1000], labels[:1000]), (images[1000:], labels[1000:]), (1, 8, 8))
+
+
+def _mnist1d() -> Data:
+    try:
+        from mnist1d.data import get_dataset_args, make_dataset
+    except ImportError:
+        raise MissingDataError("MNIST1D needs a package: pip install mnist1d") from None
+    made = make_dataset(Namespace(**vars(get_dataset_args()) | {"num_samples": 15_000, "train_split": 2 / 3, "seed": 42}))
+    x, y, test_x, test_y = (torch.as_tensor(made[part]) for part in ("x", "y", "x_test", "y_test"))
+    return Data("mnist1d", "MNIST1D", (x.float(), y.long()), (test_x.float(), test_y.long()), (1, 1, x.shape[1]))
+
+
+def _idx(folder: Path, name: str, title: str) -> Data:
+    paths = [next((p for p in (folder / f"{file}.gz", folder / file) if p.is_file()), None) for file in IDX_FILES]
+    missing = [file for file, path in zip(IDX_FILES, paths, strict=True) if path is None]
+    if missing:
+        raise MissingDataError(_ways_out(folder, missing))
+    return _made(name, title, *(_read(path) for path in paths if path is not None))
+
+
+def _npz(path: Path, name: str) -> Data:
+    import numpy as np
+
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            names = next((one for one in NPZ_NAMES if set(one) <= set(archive.files)), None)
+            found = [torch.as_tensor(archive[part]) for part in names or ()]
+    except (OSError, ValueError, zlib.error) as error:
+        raise MissingDataError(f"{path} cannot be read: {error}") from None
+    if not found:
+        wanted = " or ".join(", ".join(one) for one in NPZ_NAMES)
+        raise MissingDataError(f"{path} has {', '.join(archive.files)}; it needs {wanted}.")
+    return _made(name, name, *found, channels_last=True)
+
+
+def _made(name: str, title: str, *arrays: Tensor, channels_last: bool = False) -> Data:
+    """Data from images (m, h, w), (m, channels, h, w) or, where so said, (m, h, w, channels), or rows (m, d), and labels."""
+    images, labels, test_images, test_labels = arrays
+    for what, one, answers in (("training", images, labels), ("test", test_images, test_labels)):
+        if len(one) != answers.numel():
+            raise MissingDataError(f"{title} has {len(one)} {what} images and {answers.numel()} labels.")
+    if images.ndim == 4 and channels_last:
+        images, test_images = images.permute(0, 3, 1, 2), test_images.permute(0, 3, 1, 2)
+    size = tuple(images.shape[1:])
+    shape = (1,) * (3 - len(size)) + size
+    pool, test = ((x.flatten(1).float(), y.flatten().long()) for x, y in ((images, labels), (test_images, test_labels)))
+    return Data(name, title, pool, test, shape)
+
+
+def _cifar100(folder: Path, name: str) -> Data:
+    """The "python version" of CIFAR-100: pickles of a dict with the pixels (m, 3072) and the fine labels."""
+    parts = [_unpickled(folder / part) for part in ("train", "test")]
+    arrays = [torch.as_tensor(part[key]) for part in parts for key in ("data", "fine_labels")]
+    return _made(name, "CIFAR-100", *(one.view(-1, 3, 32, 32) if one.ndim == 2 else one for one in arrays))
+
+
+class _ArraysOnly(pickle.Unpickler):
+    """Unpickles arrays and plain containers, and nothing that could run."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module.removeprefix("numpy.").startswith(("core.multiarray", "_core.multiarray")) and name == "_reconstruct":
+            return super().find_class("numpy._core.multiarray", name)
+        if (module, name) in (("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode")):
+            return super().find_class(module, name)
+        raise MissingDataError(f"a data file asks for {module}.{name}; only arrays are read.")
+
+
+def _unpickled(path: Path) -> Mapping[str, Any]:
+    try:
+        found = _ArraysOnly(io.BytesIO(path.read_bytes()), encoding="latin1").load()
+    except (pickle.UnpicklingError, EOFError, ValueError) as error:
+        raise MissingDataError(f"{path} cannot be read: {error}") from None
+    if not isinstance(found, Mapping) or not {"data", "fine_labels"} <= set(found):
+        raise MissingDataError(f"{path} has no data and fine_labels: is it a file of CIFAR-100's python version?")
+    return found
+
+
+def _read(path: Path) -> Tensor:
+    """An idx file of bytes: two zeros, the type 8, the number of axes, their lengths, the values."""
+    try:
+        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (EOFError, OSError, zlib.error):
+        raw = b""
+    axes = raw[3] if len(raw) > 3 else 0
+    shape = [int.from_bytes(raw[4 + 4 * i : 8 + 4 * i], "big") for i in range(axes)]
+    if raw[:3] != b"\0\0\x08" or len(raw) != 4 + 4 * axes + math.prod(shape):
+        raise MissingDataError(f"{path} is not an idx file of bytes, or is incomplete.")
+    return torch.frombuffer(bytearray(raw), dtype=torch.uint8, offset=4 + 4 * axes).view(shape)
+
+
+def _ways_out(folder: Path, missing: list[str]) -> str:
+    lines = [
+        f"No data in {folder}: missing {', '.join(missing)} (each plain or with .gz).",
+        "Ways out:",
+        "  apt-get install dataset-fashion-mnist   on Debian and Ubuntu, then  make demo DATA=fashion-mnist",
+        "  make demo DATA=/your/folder             a folder that holds these four idx files, or one .npz",
+        "  make demo                               scikit-learn's bundled digits, nothing to install",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,149 @@
+"""Which cells are run: the settings, the methods compared in each, and the budget that every method gets."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Literal
+
+from evidence.data import Data
+from evidence.methods import CORE, METHODS, Method, unit_coefficient
+from evidence.networks import Architecture
+
+TUNING_SEEDS = tuple(range(1000, 1005))
+TEST_SEEDS = tuple(range(20))
+RATES = {"digits": (0.04, 0.08, 0.16, 0.32), "mnist1d": (0.04, 0.08, 0.16, 0.32), "adamw": (3e-4, 1e-3, 3e-3, 1e-2)}
+USUAL_RATES = (0.02, 0.04, 0.08, 0.16)
+DECAYS = {"sgd": (1e-3, 3e-3, 1e-2), "adamw": (0.01, 0.1, 1.0)}
+STRENGTHS = (3e-3, 1.2e-2, 5e-2)
+"""In units of :func:`~evidence.methods.unit_coefficient`."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all methods of one comparison have in common.
+
+    Args:
+        data: Name or folder of the data.
+        images: Training images.
+        epochs: Over them, batches of 50.
+        held_out: Images to validate on.
+        network: A plain ReLU network, or two convolutions without and with batch norm.
+        depth: Hidden layers of the plain network.
+        scale: Factor of the initial weights.
+        optimizer: SGD with momentum 0.9, or AdamW; the learning rate falls to 0 as a cosine.
+        noise: Fraction of wrong training labels.
+        imbalance: How many times as frequent the most frequent class is as the rarest.
+    """
+
+    data: str
+    images: int
+    epochs: int
+    held_out: int = 2000
+    network: Literal["plain", "convolutions", "batch norm"] = "plain"
+    depth: int = 2
+    scale: float = 1.0
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    noise: float = 0.0
+    imbalance: float = 1.0
+
+    @property
+    def name(self) -> str:
+        """A name for files, which says what is not as usual."""
+        parts = [self.data.rstrip("/").split("/")[-1], f"n{self.images}", f"e{self.epochs}"]
+        parts += [self.network.replace(" ", "")] if self.network != "plain" else [f"depth{self.depth}"]
+        parts += [f"scale{self.scale:g}"]
+        parts += [self.optimizer] * (self.optimizer != "sgd")
+        parts += [f"noise{self.noise:g}"] * bool(self.noise)
+        parts += [f"tail{self.imbalance:g}"] * (self.imbalance != 1.0)
+        return "-".join(parts)
+
+    def architecture(self, data: Data) -> Architecture:
+        """One network."""
+        convolutions = self.network != "plain"
+        return Architecture(data.shape, data.classes, self.depth, convolutions, self.network == "batch norm", self.scale)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What is tuned."""
+
+    rate: float
+    decay: float
+    strength: float = 0.0
+    coefficient: float = 0.0  # what the strength comes to
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One method in one setting."""
+
+    setting: Setting
+    method: Method
+
+    @property
+    def name(self) -> str:
+        """A name for files."""
+        return f"{self.setting.name}--{self.method.name}"
+
+    def trials(self, data: Data) -> list[Trial]:
+        """Twelve of them for every method: four learning rates times three decays, or three strengths at the middle decay."""
+        decays = DECAYS[self.setting.optimizer]
+        rates = RATES.get("adamw" if self.setting.optimizer == "adamw" else self.setting.data, USUAL_RATES)
+        if self.method.measure is None or self.method.share is not None:
+            return [Trial(rate, decay) for rate, decay in product(rates, decays)]
+        n, *rest = self.setting.architecture(data).weights()[0]
+        unit = unit_coefficient(self.method.measure, n, math.prod(rest))
+        return [Trial(rate, decays[1], strength, strength * unit) for rate, strength in product(rates, STRENGTHS)]
+
+
+SCALES = (0.03, 0.1, 0.3, 1.0)
+
+
+def _settings() -> Iterator[Setting]:
+    """The base of each data set, and what is varied around it."""
+    usual = {
+        "fashion-mnist": Setting("fashion-mnist", 1000, 30),
+        "mnist1d": Setting("mnist1d", 1000, 60),
+        "digits": Setting("digits", 500, 60, held_out=400),
+    }
+    for base in usual.values():
+        yield from (_with(base, scale=scale) for scale in SCALES)
+        yield from (_with(base, depth=4, scale=scale) for scale in SCALES[2:])  # with smaller ones nothing trains
+        for scale in (0.1, 1.0):
+            yield _with(base, scale=scale, noise=0.2)
+            yield _with(base, scale=scale, images=200 if base.data == "digits" else base.images, imbalance=20.0)
+            yield _with(base, scale=scale, optimizer="adamw")
+    for scale in (0.1, 1.0):
+        yield _with(usual["fashion-mnist"], scale=scale, images=5000, epochs=10)
+        yield _with(usual["fashion-mnist"], scale=scale, epochs=100)  # to convergence
+        yield _with(usual["mnist1d"], scale=scale, depth=4, images=5000, epochs=20)
+        yield _with(usual["mnist1d"], scale=scale, depth=4, images=5000, epochs=60)  # to convergence
+        for network in ("convolutions", "batch norm"):
+            yield _with(usual["fashion-mnist"], scale=scale, network=network, epochs=20)
+
+
+def _with(base: Setting, **changes: object) -> Setting:
+    return replace(base, **changes)  # type: ignore[arg-type]
+
+
+SETTINGS = tuple(_settings())
+FAMILY = (
+    Setting("fashion-mnist", 1000, 30, scale=0.1),
+    Setting("mnist1d", 1000, 60, depth=4, scale=1.0),
+    Setting("digits", 500, 60, held_out=400, scale=0.1),
+)
+"""Where every method is compared."""
+
+MODES = tuple(one for one in SETTINGS if one.optimizer == "adamw" and one.data != "digits")
+"""Where the ways of applying are compared, too."""
+
+
+def cells() -> list[Cell]:
+    """All of them, in the order in which they are run."""
+    found = [Cell(setting, METHODS[name]) for setting in SETTINGS for name in CORE]
+    found += [Cell(setting, METHODS[name]) for setting in MODES for name in ("loss", "decoupled")]
+    found += [Cell(setting, method) for setting in FAMILY for method in METHODS.values() if method.name not in CORE]
+    return found

@@ -1,0 +1,170 @@
+"""Train all networks of some trials and seeds at once, through the library's own engine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.optim.lr_scheduler import CosineAnnealingLR
+
+from evidence.data import Data, Draw, draw
+from evidence.methods import HALF_MHE, Method
+from evidence.networks import Networks
+from evidence.plan import Setting, Trial
+from lightning_hsu import UniformityRegularizer
+from lightning_hsu.reference import uniformity_ratio
+
+BATCH = 50
+CHUNK = 500
+"""Images evaluated at once."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What training leaves behind, each of shape (trials, seeds).
+
+    Args:
+        error: On the held-out or the test images, in percent.
+        train_error: On the training images, as labelled.
+        finite: Whether all weights are.
+        before: Ratios of the hidden layers' half-space energy, s = 2, to that of random neurons, mean over layers.
+        after: The same at the end.
+    """
+
+    error: Tensor
+    train_error: Tensor
+    finite: Tensor
+    before: Tensor
+    after: Tensor
+
+
+def train(
+    data: Data, setting: Setting, method: Method, trials: Sequence[Trial], seeds: Sequence[int], *, test: bool
+) -> Trained:
+    """Train len(trials) * len(seeds) networks; those of a seed see the same images in the same order.
+
+    Args:
+        data: The data of the setting.
+        setting: What is trained.
+        method: The penalty.
+        trials: What to train with.
+        seeds: Of the images, the initial weights and the order of the batches.
+        test: Tell the errors on the test images, else on the held-out ones.
+    """
+    draws = [_draw(data, setting, seed) for seed in seeds]
+    networks = Networks(setting.architecture(data), len(trials), seeds, apart=method.share is not None)
+    optimizer = _optimizer(networks, setting, trials)
+    penalties = _penalties(networks, method, trials)
+    before = _ratios(networks)
+    _fit(networks, optimizer, penalties, method, setting, draws, seeds)
+    networks.eval()
+    judged = [data.test if test else (data.pool[0][one.held], data.pool[1][one.held]) for one in draws]
+    return Trained(
+        _error(networks, draws, judged),
+        _error(networks, draws, [(one.images, one.labels) for one in draws]),
+        _finite(networks),
+        before,
+        _ratios(networks),
+    )
+
+
+def _draw(data: Data, setting: Setting, seed: int) -> Draw:
+    return draw(data, seed, setting.images, setting.held_out, noise=setting.noise, imbalance=setting.imbalance)
+
+
+def _optimizer(networks: Networks, setting: Setting, trials: Sequence[Trial]) -> torch.optim.Optimizer:
+    groups = [
+        {"params": networks.trial_parameters(i), "lr": trial.rate, "weight_decay": trial.decay}
+        for i, trial in enumerate(trials)
+    ]
+    if setting.optimizer == "adamw":
+        return torch.optim.AdamW(groups, fused=True)
+    return torch.optim.SGD(groups, momentum=0.9, fused=True)
+
+
+def _penalties(networks: Networks, method: Method, trials: Sequence[Trial]) -> list[UniformityRegularizer]:
+    """The engine for the hidden layers and, in full space, for the heads: a layer is that of a trial, with its coefficient.
+
+    The engine takes the mean over the networks of a layer, hence their number as a factor.
+    """
+    if method.measure is None:
+        return []
+    each = 1 if method.share is not None else networks.seeds
+    found = []
+    for measure, side, include in ((method.measure, "hidden.*.", "hidden.*"), (method.measure.for_head(), "head.", "head.*")):
+        strength = method.share or {
+            f"{side}{i}": trial.coefficient * each for i, trial in enumerate(trials) if trial.coefficient
+        }
+        found.append(UniformityRegularizer(measure, strength, include=include, head=None).attach(networks))
+    return found
+
+
+def _fit(
+    networks: Networks,
+    optimizer: torch.optim.Optimizer,
+    penalties: Sequence[UniformityRegularizer],
+    method: Method,
+    setting: Setting,
+    draws: Sequence[Draw],
+    seeds: Sequence[int],
+) -> None:
+    images, labels = (torch.stack(part) for part in zip(*(one.train for one in draws), strict=True))
+    chances = [torch.Generator().manual_seed(seed) for seed in seeds]
+    per_epoch = images.shape[1] // BATCH
+    schedule = CosineAnnealingLR(optimizer, setting.epochs * per_epoch)
+    rows = torch.arange(len(seeds)).unsqueeze(1)
+    for _ in range(setting.epochs):
+        order = torch.stack([torch.randperm(images.shape[1], generator=chance) for chance in chances])
+        for i in range(per_epoch):
+            chosen = order[:, i * BATCH : (i + 1) * BATCH]
+            optimizer.zero_grad()
+            loss = _loss(networks(images[rows, chosen]), labels[rows, chosen])
+            if method.apply == "loss":
+                for penalty in penalties:
+                    penalty.add_to_loss(loss, optimizer)
+            loss.backward()
+            if method.apply == "gradient":
+                for penalty in penalties:
+                    penalty.add_gradients(optimizer)
+            optimizer.step()
+            for penalty in penalties:
+                if method.apply == "decoupled":
+                    penalty.move(optimizer)
+                elif method.apply == "loss":
+                    penalty.count_step(optimizer)
+            schedule.step()
+
+
+def _loss(scores: Tensor, labels: Tensor) -> Tensor:
+    """Each network's mean cross entropy, summed over networks."""
+    _seeds, trials, batch, _ = scores.shape
+    each = functional.cross_entropy(scores.flatten(0, 2), labels.unsqueeze(1).expand(-1, trials, -1).flatten(), reduction="sum")
+    return each / batch
+
+
+@torch.no_grad()
+def _error(networks: Networks, draws: Sequence[Draw], judged: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """Share of wrong answers (trials, seeds), in percent."""
+    wrong, count = torch.zeros(len(draws), networks.trials), len(judged[0][1])
+    for start in range(0, count, CHUNK):
+        part = slice(start, start + CHUNK)
+        images = torch.stack([one.standardised(x[part]) for one, (x, _) in zip(draws, judged, strict=True)])
+        labels = torch.stack([y[part] for _, y in judged])
+        wrong += (networks(images).argmax(-1) != labels.unsqueeze(1)).sum(-1)
+    return (100.0 * wrong / count).T
+
+
+def _finite(networks: Networks) -> Tensor:
+    """Whether all weights and biases of a network are (trials, seeds)."""
+    parts = [side.joined(name) for side in (*networks.hidden, networks.head) for name in ("weight", "bias")]
+    return torch.stack([part.isfinite().flatten(2).all(-1) for part in parts]).all(0).T
+
+
+def _ratios(networks: Networks) -> Tensor:
+    """Mean ratio over hidden layers (trials, seeds)."""
+    sides = [side.joined("weight").detach().flatten(0, 1).flatten(2) for side in networks.hidden]
+    each = torch.stack([uniformity_ratio(HALF_MHE, side.nan_to_num()) for side in sides])
+    return each.mean(0).view(networks.seeds, networks.trials).T

@@ -1,0 +1,309 @@
+"""The harness of `make evidence`: its networks are ordinary ones, its protocol is what it says, it goes on after a kill."""
+
+import json
+import math
+import pickle
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from evidence import cells as running
+from evidence.data import MissingDataError, draw, load
+from evidence.methods import METHODS, unit_coefficient
+from evidence.networks import Architecture, Networks
+from evidence.plan import FAMILY, SETTINGS, TEST_SEEDS, TUNING_SEEDS, Cell, Setting, Trial, cells
+from evidence.statistics import holm, paired, rank_correlation
+from evidence.tables import compare, hypothesis, write
+from evidence.training import BATCH, _finite, train
+from lightning_hsu import UniformityRegularizer
+
+ROOT = Path(__file__).parents[1]
+TINY = Setting("digits", 200, 2, held_out=200)
+
+
+def plain(network: Networks, trial: int, seed: int) -> nn.Sequential:
+    """One of the networks, in PyTorch's own layers."""
+    architecture, layers = network.architecture, []
+    for side in (*network.hidden, network.head):
+        weight, bias = (side.joined(name)[seed, trial].detach().clone() for name in ("weight", "bias"))
+        if weight.ndim == 4:
+            layer = nn.Conv2d(weight.shape[1], weight.shape[0], 3, stride=2, padding=1, bias=not architecture.norm)
+        else:
+            layer = nn.Linear(weight.shape[1], weight.shape[0])
+        layer.weight = nn.Parameter(weight)
+        norm = weight.ndim == 4 and architecture.norm
+        if not norm:
+            layer.bias = nn.Parameter(bias)
+        layers += [layer, *([nn.BatchNorm2d(weight.shape[0])] if norm else []), nn.ReLU()]
+        if norm:
+            layers[-2].bias = nn.Parameter(bias)
+    flat = [nn.Flatten()] if architecture.convolutions else []
+    return nn.Sequential(*layers[:-2], *flat, layers[-2])
+
+
+@pytest.mark.parametrize("apply", ["gradient", "loss", "decoupled"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("network", ["plain", "convolutions", "batch norm"])
+def test_a_network_among_many_trains_as_one_alone(network, optimizer, apply):
+    data = load("digits")
+    setting = replace(TINY, network=network, optimizer=optimizer, scale=0.1, noise=0.2)
+    method = replace(METHODS["half_mhe_2"], apply=apply)
+    rate = 0.05 if optimizer == "sgd" else 3e-3
+    c = 200.0 if (optimizer, apply) == ("adamw", "decoupled") else 20.0
+    trials = [Trial(rate, 1e-3, 0.0, c), Trial(rate / 2, 1e-2, 0.0, 3 * c), Trial(rate, 1e-3), Trial(rate / 2, 1e-2)]
+    seeds = (3, 4, 5)
+    many = train(data, setting, method, trials, seeds, test=True)
+    assert (abs(many.after[:2] - many.after[2:]) > 0.01).all()  # ten tolerances
+    begin = Networks(setting.architecture(data), 4, seeds)
+    for t, s in ((0, 1), (1, 2)):
+        alone = plain(begin, t, s)
+        kept = draw(data, seeds[s], setting.images, setting.held_out, noise=0.2)
+        (images, labels), trial = kept.train, trials[t]
+        images = images.view(-1, *data.shape) if network != "plain" else images
+        kind = torch.optim.SGD if optimizer == "sgd" else torch.optim.AdamW
+        own = {"momentum": 0.9} if optimizer == "sgd" else {}
+        steps = kind(alone.parameters(), lr=trial.rate, weight_decay=trial.decay, **own)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(steps, 2 * (200 // BATCH))
+        engine = UniformityRegularizer(method.measure, trial.coefficient).attach(alone)
+        chance = torch.Generator().manual_seed(seeds[s])
+        for _ in range(2):
+            order = torch.randperm(200, generator=chance)
+            for i in range(200 // BATCH):
+                chosen = order[i * BATCH : (i + 1) * BATCH]
+                steps.zero_grad()
+                loss = nn.functional.cross_entropy(alone(images[chosen]), labels[chosen])
+                if apply == "loss":
+                    engine.add_to_loss(loss, steps)
+                    engine.count_step(steps)
+                loss.backward()
+                if apply == "gradient":
+                    engine.add_gradients(steps)
+                steps.step()
+                if apply == "decoupled":
+                    engine.move(steps)
+                schedule.step()
+        alone.eval()
+        test, answers = kept.test
+        test = test.view(-1, *data.shape) if network != "plain" else test
+        error = 100 * float((alone(test).argmax(1) != answers).float().mean())
+        assert abs(error - float(many.error[t, s])) <= 0.3  # two of 797 images, by rounding
+        hidden = [layer for layer in engine.measure_layers() if layer.name != list(dict(alone.named_children()))[-1]]
+        assert math.isclose(sum(one.ratio for one in hidden) / len(hidden), float(many.after[t, s]), rel_tol=1e-3)
+
+
+def test_a_share_acts_on_each_network_by_itself():
+    data, trials = load("digits"), [Trial(0.2, 1e-3), Trial(0.3, 1e-3)]
+    setting = replace(TINY, scale=0.1, epochs=30)
+    many = train(data, setting, METHODS["share"], trials, (0, 1), test=False)
+    without = train(data, setting, METHODS["decay"], trials, (0, 1), test=False)
+    assert (many.after < without.after - 5e-3).all()
+    for t, s in ((0, 1), (1, 0)):
+        alone = train(data, setting, METHODS["share"], [trials[t]], (s,), test=False)
+        assert math.isclose(float(alone.after[0, 0]), float(many.after[t, s]), rel_tol=1e-3)
+
+
+def test_a_network_that_diverges_leaves_the_others_alone():
+    data, rates = load("digits"), (0.05, 1e4)
+    both = train(data, TINY, METHODS["half_mhe_2"], [Trial(rate, 1e-3, 0.0, 1.0) for rate in rates], (0, 1), test=False)
+    alone = train(data, TINY, METHODS["half_mhe_2"], [Trial(0.05, 1e-3, 0.0, 1.0)], (0, 1), test=False)
+    assert both.finite.tolist()[0] == [True, True]
+    assert torch.allclose(both.error[0], alone.error[0], atol=0.5)
+    assert (both.error[1] > 50).all()
+
+
+def test_finite_is_told_network_by_network():
+    networks = Networks(Architecture((1, 8, 8), 10), 3, (0, 1))
+    with torch.no_grad():
+        networks.hidden[1][2].weight[1, 0, 0] = math.nan
+        networks.head[0].bias[0, 0] = math.inf
+    assert _finite(networks).tolist() == [[False, True], [True, True], [True, False]]
+
+
+def test_every_method_has_the_same_budget_and_seeds_are_apart():
+    assert len(SETTINGS) == len(set(SETTINGS)) >= 40
+    assert not set(TUNING_SEEDS) & set(TEST_SEEDS)
+    names = [cell.name for cell in cells()]
+    assert len(names) == len(set(names))
+    data = load("digits")
+    for method in METHODS.values():
+        trials = Cell(TINY, method).trials(data)
+        assert len(set(trials)) == 12
+        assert len({trial.rate for trial in trials}) == 4
+    assert set(FAMILY) <= set(SETTINGS)
+
+
+def test_a_unit_of_strength_is_a_unit_gradient_in_a_cone():
+    for name in ("half_mhe_2", "mgd", "orthogonality", "koleo"):
+        chance = torch.Generator().manual_seed(0)
+        axis, x = (nn.functional.normalize(torch.randn(rows, 40, generator=chance), dim=-1) for rows in (1, 64))
+        x = nn.functional.normalize(axis + x, dim=-1).double().requires_grad_()
+        measure = METHODS[name].measure
+        (grad,) = torch.autograd.grad(unit_coefficient(measure, 64, 40) * measure.penalty(x), x)
+        assert math.isclose(float(grad.square().sum(-1).mean()), 1.0, rel_tol=1e-3)
+
+
+def test_draws_repeat_and_do_not_overlap():
+    data = load("digits")
+    one, again, other = (draw(data, seed, 300, 400) for seed in (5, 5, 6))
+    assert torch.equal(one.images, again.images)
+    assert not torch.equal(one.images, other.images)
+    assert abs(float(one.train[0].mean())) < 1e-5
+    assert math.isclose(float(one.train[0].std()), 1.0, rel_tol=1e-5)
+    for imbalance in (1.0, 20.0):
+        part = draw(data, 5, 200, 400, imbalance=imbalance)
+        rows = {tuple(row) for row in data.pool[0][part.held].tolist()}
+        assert len([row for row in part.images.tolist() if tuple(row) in rows]) <= 2  # images that are twice in the data
+
+
+def test_noise_and_long_tails():
+    data = load("mnist1d")
+    clean, noisy = (draw(data, 1, 2000, noise=noise) for noise in (0.0, 0.2))
+    wrong = (clean.labels != noisy.labels).double().mean()
+    assert 0.17 < float(wrong) < 0.23
+    assert torch.equal(clean.images, noisy.images)
+    counts = draw(data, 1, 1000, imbalance=20.0).labels.bincount().sort().values
+    assert abs(int(counts.sum()) - 1000) <= 5
+    assert 15 < int(counts[-1]) / int(counts[0]) < 25
+    ratios = counts[1:] / counts[:-1]
+    assert (abs(ratios - 20 ** (1 / 9)) < 0.2).all()
+
+
+def pixels(*shape):
+    return np.arange(math.prod(shape), dtype=np.uint8).reshape(shape)
+
+
+def test_folders_of_ones_own(tmp_path):
+    names = ("x_train", "y_train", "x_test", "y_test")
+    made = dict(zip(names, (pixels(30, 4, 4, 3), np.arange(30) % 5, pixels(6, 4, 4, 3), np.arange(6) % 5), strict=True))
+    np.savez(tmp_path / "mine.npz", **made)
+    data = load(str(tmp_path))
+    assert (data.shape, data.classes, len(data.pool[1]), len(data.test[1])) == ((3, 4, 4), 5, 30, 6)
+    assert data.pool[0][1].view(3, 4, 4)[2, 1, 3] == made["x_train"][1, 1, 3, 2]
+    np.savez(tmp_path / "mine.npz", **made | {"y_test": np.arange(5)})
+    with pytest.raises(MissingDataError, match="6 test images and 5 labels"):
+        load(str(tmp_path))
+    np.savez(tmp_path / "mine.npz", x_train=made["x_train"])
+    with pytest.raises(MissingDataError, match="it needs x_train, y_train"):
+        load(str(tmp_path))
+    (tmp_path / "mine.npz").write_bytes(b"no archive")
+    with pytest.raises(MissingDataError, match="cannot be read"):
+        load(str(tmp_path))
+
+
+def test_cifar_as_its_authors_pickled_it(tmp_path):
+    for part, count in (("train", 20), ("test", 10), ("meta", 1)):
+        found = {"data": np.zeros((count, 3072), np.uint8), "fine_labels": list(range(count)), "coarse_labels": [0] * count}
+        (tmp_path / part).write_bytes(pickle.dumps(found, protocol=2))
+    assert load(str(tmp_path)).shape == (3, 32, 32)
+
+
+class Hostile:
+    def __reduce__(self):
+        return (Path.touch, (Path("touched"),))
+
+
+def test_a_hostile_pickle_does_not_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for part in ("train", "test", "meta"):
+        (tmp_path / part).write_bytes(pickle.dumps(Hostile()))
+    with pytest.raises(MissingDataError, match="only arrays are read"):
+        load(str(tmp_path))
+    assert not (tmp_path / "touched").exists()
+
+
+def test_statistics_against_numbers_known_by_hand():
+    found = paired([1.0, 2.0, 3.0, 2.0], [2.0, 2.5, 3.0, 4.0])
+    assert (found.mean, found.wins, found.seeds) == (-0.875, 3, 4)
+    assert math.isclose(found.error, 0.426956, rel_tol=1e-5)
+    assert math.isclose(found.p, 0.132747, rel_tol=1e-3)
+    assert paired([1.0, 2.0], [1.0, 2.0]).p == 1.0
+    assert holm([0.01, 0.04, 0.03]) == [0.03, 0.06, 0.06]
+    x = list(range(20))
+    assert math.isclose(rank_correlation(x, [i**3 for i in x], 200).low, 1.0)
+    chance = np.random.default_rng(1)
+    none = rank_correlation(chance.normal(size=50), chance.normal(size=50), 2000)
+    assert none.low < 0 < none.high
+
+
+def evidence(*arguments, cwd):
+    command = [sys.executable, "-m", "evidence", *arguments]
+    return subprocess.run(command, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=120)
+
+
+def environment():
+    import os
+
+    return os.environ | {"PYTHONPATH": str(ROOT)}
+
+
+@pytest.mark.slow
+def test_goes_on_where_it_was_ended(tmp_path):
+    first = evidence("--quick", "--minutes", "0", "--jobs", "1", cwd=tmp_path)
+    assert first.returncode == 3, first.stderr  # some cells are left
+    folder = tmp_path / "out/evidence-quick/cells"
+    known = {path: path.stat().st_mtime_ns for path in folder.glob("*.json")}
+    assert len(known) == 1
+    second = evidence("--quick", "--jobs", "2", cwd=tmp_path)
+    assert second.returncode == 0, second.stderr
+    assert "1 done before" in second.stdout
+    assert all(path.stat().st_mtime_ns == when for path, when in known.items())
+    tables = (tmp_path / "out/evidence-quick/tables.md").read_text()
+    assert "16 of 16 cells, 12 comparisons" in tables
+    assert len(json.loads((tmp_path / "out/evidence-quick/cells.json").read_text())) == 16
+
+
+def test_missing_data_has_a_way_out(tmp_path):
+    found = evidence("--data", "/nowhere", cwd=tmp_path)
+    assert found.returncode == 2
+    assert "Ways out" in found.stderr
+
+
+def results(gains, ratios):
+    """Cells with known gains."""
+    found = []
+    for i, (gain, ratio) in enumerate(zip(gains, ratios, strict=True)):
+        setting = {"data": "digits", "images": i, "epochs": 1, "network": "plain", "depth": 2, "scale": 1.0}
+        setting |= {"optimizer": "sgd", "noise": 0.0, "imbalance": 1.0}
+        for name, change in (("decay", 0.0), ("half_mhe_2", -gain)):
+            asked = {"setting": setting, "method": {"name": name}}
+            own = {"asked": asked, "name": f"{i}-{name}", "nonfinite": 0}
+            errors = [10.0 + seed + change + 0.01 * seed * (name != "decay") for seed in range(5)]
+            found.append(
+                own
+                | {"test_error": errors, "ratio_before": [1.0 + i] * 5, "ratio_after": [ratio] * 5, "edges": [], "seconds": 1.0}
+            )
+    return found
+
+
+def test_tables_say_gain_null_and_worse(tmp_path):
+    found = results([3.0, 2.0, 1.0, 0.02, -1.0, 0.5], [5.0, 4.0, 3.0, 1.1, 1.0, 2.0])
+    comparisons = compare(found)
+    assert [one.verdict for one in comparisons] == ["gain", "gain", "gain", "null", "worse", "gain"]
+    assert [one.failed for one in comparisons] == [False] * 4 + [True, False]
+    assert hypothesis(comparisons, "half_mhe_2").rho == 1.0
+    write(found, 12, tmp_path)
+    assert "| half-space MHE, s = 2 | 6 | 4 | 1 | 1 |" in (tmp_path / "tables.md").read_text()
+    assert (tmp_path / "ratio.png").stat().st_size > 10_000
+
+
+def test_a_result_asked_otherwise_is_not_taken(tmp_path):
+    cell = Cell(TINY, METHODS["decay"])
+    wanted = running.asked(cell, (1, 2), (3, 4))
+    running.save({"name": cell.name, "asked": wanted}, tmp_path)
+    assert running.kept(tmp_path, cell, wanted)
+    assert not running.kept(tmp_path, cell, running.asked(cell, (1, 2), (3, 5)))
+    (tmp_path / f"{cell.name}.json").write_text("{")
+    assert not running.kept(tmp_path, cell, wanted)
+
+
+def test_edges_are_flagged():
+    trials = Cell(TINY, METHODS["half_mhe_2"]).trials(load("digits"))
+    assert running.edges(trials, trials[0]) == ["smallest rate", "smallest strength"]
+    assert running.edges(trials, trials[4]) == []
+    assert running.edges(trials, trials[-1]) == ["largest rate", "largest strength"]
