@@ -32,7 +32,7 @@ class HypersphericalUniformity(trainers.EveryCallback):
     whatever the precision, accumulation, strategy or optimisation mode; only where one step would move a neuron by more
     than its own norm the penalty's gradient is shortened (``step_limit``). The logged training loss is unchanged.
 
-    On logging steps ``hsu/penalty``, ``hsu/ratio_mean``, ``hsu/ratio_max``, ``hsu/min_angle`` (degrees),
+    On logging steps ``hsu/penalty``, ``hsu/ratio_mean``, ``hsu/ratio_max``, ``hsu/angle_min`` (degrees),
     ``hsu/dead`` and ``hsu/limited`` go through Lightning's log, where EarlyStopping and ModelCheckpoint can watch
     them; they are also refreshed on the first step and at the end of each epoch. Per layer ``hsu/ratio/<layer>``,
     ``hsu/score/<layer>`` (0 as random, 1 the best there can be), ``hsu/energy/<layer>``, ``hsu/min_angle/<layer>`` and

@@ -9,6 +9,9 @@ from lightning_hsu.monitor import LayerUniformity
 from lightning_hsu.reference import random_range
 
 _CLOSE = 0.01  # difference of a ratio from 1 that is none, however many neurons there are
+_SPREAD = (
+    0.5  # score from which neurons are more even than random, however close to 1 the ratio is: in many dimensions it always is
+)
 
 
 def finding(layer: LayerUniformity, measure: Measure, *, dead: int | None = None, similar: int = 0) -> str:
@@ -39,10 +42,13 @@ def _standing(layer: LayerUniformity, measure: Measure) -> str:
         alive = layer.groups * layer.neurons - layer.dead - layer.nonfinite
         few = "fewer than two live neurons"
         return few if alive <= layer.groups else "no random reference" if layer.groups == 1 else f"a group with {few}"
-    if abs(layer.ratio - 1.0) <= _CLOSE or _within_random(layer, measure):
+    close = abs(layer.ratio - 1.0) <= _CLOSE and not layer.score >= _SPREAD
+    if close or _within_random(layer, measure):
         return "as random"
     times = f"{layer.ratio:.2f}x random" if layer.ratio < 100 else f"{layer.ratio:,.0f}x random"
-    return times if layer.ratio > 1.0 else f"more even than random ({layer.ratio:.2f}x)"
+    if layer.ratio > 1.0:
+        return times
+    return f"more even than random ({layer.ratio:.2f}x{f', score {layer.score:.2f}' if layer.score >= _SPREAD else ''})"
 
 
 def _within_random(layer: LayerUniformity, measure: Measure) -> bool:

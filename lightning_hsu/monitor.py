@@ -126,7 +126,7 @@ def aggregates(measured: Sequence[LayerUniformity], penalty: float, limited: int
         "penalty": penalty,
         "ratio_mean": sum(ratios) / len(ratios) if ratios else math.nan,
         "ratio_max": max(ratios, default=math.nan),
-        "min_angle": min(angles, default=math.nan),
+        "angle_min": min(angles, default=math.nan),
         "dead": float(sum(layer.dead for layer in measured)),
     }
     return values if limited is None else values | {"limited": float(limited)}

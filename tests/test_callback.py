@@ -24,7 +24,7 @@ from lightning_hsu.measures import Covering, RieszEnergy
 from lightning_hsu.reference import uniformity_ratio
 from tests.models import Adversarial, Automatic, Manual, batches, loader, trainer, uniformity
 
-AGGREGATES = {"hsu/penalty", "hsu/ratio_mean", "hsu/ratio_max", "hsu/min_angle", "hsu/dead", "hsu/limited"}
+AGGREGATES = {"hsu/penalty", "hsu/ratio_mean", "hsu/ratio_max", "hsu/angle_min", "hsu/dead", "hsu/limited"}
 
 
 def rows_of(logger):
@@ -62,7 +62,7 @@ def test_logged_numbers_are_those_of_the_weights(tmp_path):
     assert row["hsu/penalty"] == pytest.approx(penalty, rel=1e-6)
     assert row["hsu/ratio_mean"] == pytest.approx(sum(ratios) / 4, rel=1e-6)
     assert row["hsu/ratio_max"] == pytest.approx(max(ratios), rel=1e-6)
-    assert row["hsu/min_angle"] == pytest.approx(min(angles), rel=1e-5)
+    assert row["hsu/angle_min"] == pytest.approx(min(angles), rel=1e-5)
     assert row["hsu/dead"] == row["hsu/limited"] == 0
 
 
@@ -120,6 +120,15 @@ def test_layers_are_logged_on_logging_steps_only(tmp_path, accumulate, monkeypat
     assert len(measured) == len({1, *(step + 1 for step in steps), fit.global_step})
 
 
+def test_no_logged_name_is_a_folder_of_another(tmp_path):
+    """MLflow's file store keeps a metric a file, and a name with a slash in a folder."""
+    logger = CSVLogger(tmp_path)
+    trainer(uniformity(), logger=logger, log_every_n_steps=1, max_epochs=1).fit(Automatic(), loader(batches()))
+    names = set().union(*rows_of(logger).values())
+    assert len(names) > len(AGGREGATES)
+    assert not [(one, two) for one in names for two in names if two.startswith(f"{one}/")]
+
+
 def test_nothing_happens_off_logging_steps_when_only_monitoring(monkeypatch):
     """No pass over the weights and no synchronisation: the engine is not even asked for neurons."""
     callback, calls = uniformity(coefficient=0), []
@@ -147,7 +156,7 @@ def test_early_stopping_and_checkpoints_can_watch_the_aggregates(tmp_path, modul
             return None
 
     stop = EarlyStopping("hsu/ratio_mean", patience=100, mode="min", strict=True)
-    save = ModelCheckpoint(tmp_path, monitor="hsu/min_angle", mode="max", filename="{epoch}")
+    save = ModelCheckpoint(tmp_path, monitor="hsu/angle_min", mode="max", filename="{epoch}")
     limited = EarlyStopping("hsu/limited", patience=100, strict=True)
     data = loader(batches())
     trainer(uniformity(coefficient=0.1), stop, limited, save, max_epochs=3, enable_checkpointing=True, logger=False).fit(
