@@ -3,8 +3,10 @@
 import json
 import math
 import pickle
+import re
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +16,7 @@ import torch
 from torch import nn
 
 from evidence import cells as running
+from evidence.cnn9 import CNN9, _moved
 from evidence.data import MissingDataError, draw, load
 from evidence.methods import METHODS, unit_coefficient
 from evidence.networks import Architecture, Networks
@@ -307,3 +310,51 @@ def test_edges_are_flagged():
     assert running.edges(trials, trials[0]) == ["smallest rate", "smallest strength"]
     assert running.edges(trials, trials[4]) == []
     assert running.edges(trials, trials[-1]) == ["largest rate", "largest strength"]
+
+
+def test_images_move_by_four_pixels_and_flip():
+    images = torch.arange(2 * 12 * 12).view(1, 2, 12, 12).expand(400, -1, -1, -1)
+    padded = np.pad(images[0].numpy(), ((0, 0), (4, 4), (4, 4)), mode="symmetric")
+    crops = {padded[:, i : i + 12, j : j + 12].tobytes(): (i, j) for i in range(9) for j in range(9)}
+    found = [
+        (one.tobytes() in crops, np.ascontiguousarray(one[..., ::-1]).tobytes() in crops) for one in _moved(images).numpy()
+    ]
+    assert all(a != b for a, b in found)
+    assert 150 < sum(a for a, _ in found) < 250
+
+
+def test_the_network_is_the_published_one():
+    network = CNN9((3, 32, 32), 100, 75_000)
+    neurons = [(layer.neurons, layer.dimension) for layer in UniformityRegularizer().attach(network).measure_layers()]
+    expected = [(64, 27), (64, 576), (64, 576), (128, 576), (128, 1152), (128, 1152), (256, 1152), (256, 2304), (256, 2304)]
+    assert neurons == [*expected, (256, 4096), (100, 256)]
+    schedule = network.configure_optimizers()["lr_scheduler"]["scheduler"]
+    assert sorted(schedule.milestones) == [30_000, 50_000, 65_000]
+    with torch.no_grad():
+        assert network(torch.zeros(2, 3, 32, 32, dtype=torch.uint8)).shape == (2, 100)
+
+
+@pytest.mark.slow
+def test_cnn9_goes_on_from_its_last_checkpoint(tmp_path):
+    arguments = (
+        "--data fashion-mnist --images 512 --presets none half_mhe_2 --seeds 0 1 --width 4 --test-every 2 --accelerator cpu"
+    )
+    arguments = f"{arguments} --devices 1 --steps 6".split()
+    command = [sys.executable, "-m", "evidence.cnn9", *arguments]
+    folder = tmp_path / "out/cnn9/fashion-mnist-width4-steps6/n512"
+    with subprocess.Popen(
+        command, cwd=tmp_path, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as run:
+        for _ in range(1200):
+            if (folder / "none-0/last.ckpt").exists():
+                break
+            time.sleep(0.05)
+        run.kill()
+    assert not (folder / "half_mhe_2-1.json").exists()
+    done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"\| half_mhe_2 \| \d+\.\d\d \(\d+\.\d\d\) \|", done.stdout)
+    for preset in ("none", "half_mhe_2"):
+        assert len(json.loads((folder / f"{preset}-0.json").read_text())["errors"]) == 3
+    again = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=60)
+    assert again.stdout.strip().splitlines()[-4:] == done.stdout.strip().splitlines()[-4:]

@@ -1,0 +1,236 @@
+"""``python -m evidence.cnn9``: the published recipes on the paper's CNN-9; resumes, and reports like the harness.
+
+CIFAR-100 as its authors publish it ("python version") lies in a folder:
+
+    python -m evidence.cnn9 --data cifar-100-python --presets none half_mhe_2 mgd --seeds 0 1 2 --devices 1
+
+The recipe is that of the official code (github.com/wy1iu/Sphere-Uniformity): three times three 3 x 3 convolutions of 64, 128
+and 256 channels with batch norm and ReLU, a pooling after each three, a convolution over all that is left to 256, the head.
+SGD with momentum 0.9, weight decay 5e-4, batches of 128 over all devices, learning rate 0.1, a tenth of it after 0.4, 2/3 and
+13/15 of 75000 steps, label smoothing 0.01, padding by 4, crops and flips. Pixels are bytes, 0 to 255. There is no tuning here:
+one set of numbers for all, as published. On several devices a few test images may count twice.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from evidence.data import Data, MissingDataError, load
+from evidence.statistics import paired
+from evidence.tables import error_cell, markdown
+from lightning_hsu import UniformityRegularizer
+from lightning_hsu.presets import PRESETS, sphere_uniformity
+
+BATCH, RATE, DECAY, SMOOTHING = 128, 0.1, 5e-4, 0.01
+DROPS = (0.4, 2 / 3, 13 / 15)
+"""Of all steps, where the learning rate falls to a tenth."""
+
+
+class CNN9(pl.LightningModule):
+    """The network of the papers, on images of any size from 8 x 8.
+
+    Args:
+        shape: Channels, height, width of an image.
+        classes: How many.
+        steps: Of training, for the schedule.
+        width: Channels of the first block; the published network has 64.
+    """
+
+    def __init__(self, shape: Sequence[int], classes: int, steps: int, width: int = 64) -> None:
+        super().__init__()
+        self.steps, self.history = steps, list[float]()
+        channels, height, sides = shape[0], shape[1], shape[2]
+        layers: list[nn.Module] = []
+        for block in (width, 2 * width, 4 * width):
+            for _ in range(3):
+                layers += [nn.Conv2d(channels, block, 3, padding=1), nn.BatchNorm2d(block), nn.ReLU()]
+                channels = block
+            layers, height, sides = [*layers, nn.MaxPool2d(2)], height // 2, sides // 2
+        self.features = nn.Sequential(*layers)
+        self.fc6 = nn.Conv2d(channels, 4 * width, (height, sides))
+        self.score = nn.Linear(4 * width, classes)
+        for layer in self.modules():
+            if isinstance(layer, nn.Conv2d | nn.Linear):
+                nn.init.normal_(layer.weight, std=(2.0 / layer.weight[0].numel()) ** 0.5)
+                nn.init.zeros_(layer.bias)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Scores (batch, classes) of images (batch, channels, height, width) of bytes."""
+        x = (images.float() - 127.5) / 128.0
+        return self.score(self.fc6(self.features(x)).flatten(1))
+
+    def training_step(self, batch: list[Tensor], _: int) -> Tensor:
+        """Cross entropy with smoothed labels, of images moved and flipped at random."""
+        images, labels = batch
+        return nn.functional.cross_entropy(self(_moved(images)), labels, label_smoothing=SMOOTHING)
+
+    def validation_step(self, batch: list[Tensor], _: int) -> None:
+        """Count wrong answers on the test images."""
+        images, labels = batch
+        wrong = (self(images).argmax(1) != labels).float()
+        self.log("test/error", 100.0 * wrong.mean(), on_epoch=True, sync_dist=True, prog_bar=True)
+
+    def on_validation_epoch_end(self) -> None:
+        """Keep the error: the papers report the best over training."""
+        if not self.trainer.sanity_checking:
+            self.history.append(float(self.trainer.callback_metrics["test/error"]))
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Errors so far go with the checkpoint."""
+        checkpoint["history"] = self.history
+
+    def on_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
+        """Go on with them."""
+        self.history = list(checkpoint["history"])
+
+    def configure_optimizers(self) -> Any:
+        """SGD, and three drops of its rate."""
+        optimizer = torch.optim.SGD(self.parameters(), lr=RATE, momentum=0.9, weight_decay=DECAY)
+        schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [round(part * self.steps) for part in DROPS])
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def _moved(images: Tensor) -> Tensor:
+    """Each image moved by up to 4 pixels each way, its edges mirrored, and flipped or not."""
+    batch, _, height, width = images.shape
+    down, right = (torch.randint(-4, 5, (batch, 1), device=images.device) for _ in range(2))
+    rows, cols = (
+        _mirrored(by + torch.arange(size, device=images.device), size) for by, size in ((down, height), (right, width))
+    )
+    cols = torch.where(torch.rand(batch, 1, device=images.device) < 0.5, cols.flip(1), cols)
+    every = torch.arange(batch, device=images.device)[:, None, None]
+    return images[every, :, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2)
+
+
+def _mirrored(index: Tensor, size: int) -> Tensor:
+    """Indices beyond the edges fold back: -1 is 0, -2 is 1."""
+    index = torch.where(index < 0, -1 - index, index)
+    return torch.where(index >= size, 2 * size - 1 - index, index)
+
+
+def main() -> int:
+    """Train every preset with every seed, or what is left of that, and print the table."""
+    args = _arguments()
+    try:
+        data = load(args.data)
+    except MissingDataError as error:
+        print(error, file=sys.stderr)
+        return 2
+    folder = Path(args.out) / f"{data.name}-width{args.width}-steps{args.steps}" / (f"n{args.images}" if args.images else "all")
+    for seed in args.seeds:
+        for preset in args.presets:
+            path = folder / f"{preset}-{seed}.json"
+            if not path.exists():
+                _train(data, preset, seed, args, path)
+    if rank_zero_only.rank:
+        return 0
+    print(f"\n{data.title}, {args.steps} steps, width {args.width}, {args.images or len(data.pool[1])} images\n")
+    print(table(folder, args.presets, args.seeds))
+    return 0
+
+
+def _train(data: Data, preset: str, seed: int, args: argparse.Namespace, path: Path) -> None:
+    """One run; ended and begun again, it goes on from its last checkpoint."""
+    pl.seed_everything(seed, verbose=False)
+    kept = torch.randperm(len(data.pool[1]), generator=torch.Generator().manual_seed(seed))[: args.images or None]
+    train, test = ((x.view(-1, *data.shape).byte(), y) for x, y in ((data.pool[0][kept], data.pool[1][kept]), data.test))
+    network = CNN9(data.shape, data.classes, args.steps, args.width)
+    checkpoints = path.with_suffix("")
+    start = time.perf_counter()
+    before = _ratios(network)
+    trainer = pl.Trainer(
+        max_steps=args.steps,
+        max_epochs=-1,
+        accelerator=args.accelerator,
+        devices=args.devices,
+        precision=args.precision,
+        val_check_interval=args.test_every,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        logger=pl.loggers.CSVLogger(checkpoints, name="log"),
+        callbacks=[
+            ModelCheckpoint(checkpoints, save_last=True, save_on_train_epoch_end=False),  # after each test
+            *([] if preset == "none" else [sphere_uniformity(preset, verbose=False)]),
+        ],
+        enable_model_summary=False,
+    )
+    loader = DataLoader(TensorDataset(*train), BATCH // trainer.world_size, shuffle=True, drop_last=True)
+    last = checkpoints / "last.ckpt"
+    trainer.fit(
+        network, loader, DataLoader(TensorDataset(*test), 500), ckpt_path=last if last.exists() else None, weights_only=False
+    )
+    if trainer.is_global_zero:
+        found = {
+            "preset": preset,
+            "seed": seed,
+            "errors": network.history,
+            "best": min(network.history),
+            "finite": all(bool(p.isfinite().all()) for p in network.parameters()),
+            "ratio_before": before,
+            "ratio_after": _ratios(network),
+            "seconds": round(time.perf_counter() - start),
+            "asked": {name: str(value) for name, value in vars(args).items()},
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(found))
+    trainer.strategy.barrier()  # all ranks see the file before they look for it
+
+
+def _ratios(network: nn.Module) -> dict[str, float]:
+    """Half-space ratios of all layers."""
+    return {layer.name: round(layer.ratio, 4) for layer in UniformityRegularizer().attach(network).measure_layers()}
+
+
+def table(folder: Path, presets: Sequence[str], seeds: Sequence[int]) -> str:
+    """A row a preset: the last and the best test error, the change from none, the largest ratio after training."""
+    runs = {(preset, seed): json.loads((folder / f"{preset}-{seed}.json").read_text()) for preset in presets for seed in seeds}
+    rows = []
+    for preset in presets:
+        own = [runs[preset, seed] for seed in seeds]
+        last = {"test_error": [one["errors"][-1] for one in own]}
+        change = "" if len(seeds) < 2 or preset == "none" or "none" not in presets else _change(own, runs, seeds)
+        cell = error_cell(last) if len(seeds) > 1 else f"{last['test_error'][0]:.2f}"
+        best = sum(one["best"] for one in own) / len(own)
+        ratio = sum(max(one["ratio_after"].values()) for one in own) / len(own)
+        rows.append([preset, cell, f"{best:.2f}", change, f"{ratio:.2f}", sum(not one["finite"] for one in own)])
+    return markdown(["preset", "last error", "best error", "change of the last", "largest ratio", "not finite"], rows)
+
+
+def _change(own: Sequence[Mapping[str, Any]], runs: Mapping[tuple[str, int], Mapping[str, Any]], seeds: Sequence[int]) -> str:
+    found = paired([one["errors"][-1] for one in own], [runs["none", seed]["errors"][-1] for seed in seeds])
+    return f"{found.mean:+.2f} ({found.error:.2f}), {found.wins}/{found.seeds}, p = {found.p:.2g}"
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m evidence.cnn9", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", required=True, help="CIFAR-100's folder, any folder the harness reads, or fashion-mnist")
+    parser.add_argument("--presets", nargs="+", default=["none", "half_mhe_2"], choices=["none", *PRESETS], metavar="PRESET")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=75_000)
+    parser.add_argument("--width", type=int, default=64, help="channels of the first block; published: 64")
+    parser.add_argument("--images", type=int, default=0, help="training images; 0 takes all")
+    parser.add_argument("--test-every", type=int, default=500, help="steps between tests and checkpoints")
+    parser.add_argument("--accelerator", default="auto")
+    parser.add_argument("--devices", default="auto")
+    parser.add_argument("--precision", default="32-true")
+    parser.add_argument("--out", default="out/cnn9")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
