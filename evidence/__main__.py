@@ -19,9 +19,10 @@ from evidence import cells as running
 from evidence.data import MissingDataError
 from evidence.methods import CORE, METHODS
 from evidence.plan import SCALES, TEST_SEEDS, TUNING_SEEDS, Cell, Setting, cells
-from evidence.tables import write
+from evidence.tables import quoted, readme, write
 
 RESULTS = Path(__file__).parent / "results"
+README = Path(__file__).parents[1] / "README.md"
 OUT = Path("out/evidence")
 
 
@@ -43,11 +44,14 @@ def main() -> int:
         _unpack(folder)
     left = [cell for cell in plan if not running.kept(folder, cell, wanted[cell])]
     print(f"{len(plan)} cells, {len(plan) - len(left)} done before; results in {folder}")
-    _run(left, tuning, testing, folder, args.jobs, args.minutes)
+    if not args.tables:
+        _run(left, tuning, testing, folder, args.jobs, args.minutes)
     done = [json.loads((folder / f"{cell.name}.json").read_text()) for cell in plan if running.kept(folder, cell, wanted[cell])]
     target = RESULTS if args.commit else Path(args.out)
     if done:
         write(done, len(plan), target)
+        if args.commit:
+            README.write_text(quoted(README.read_text(), readme(done)))
         print(f"\n{len(done)} of {len(plan)} cells; tables: {target / 'tables.md'}, picture: {target / 'ratio.png'}")
     return 0 if len(done) == len(plan) else 3
 
@@ -56,11 +60,12 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m evidence", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="a few tiny cells, to see that all of it works")
     parser.add_argument("--data", help="compare on data of yours: a folder with idx files or one .npz")
+    parser.add_argument("--tables", action="store_true", help="run nothing, write the tables of what is there")
     parser.add_argument("--only", help="cells whose names contain this")
     parser.add_argument("--list", action="store_true", help="print the cells and stop")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes, one core each")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no cell after so long")
-    parser.add_argument("--commit", action="store_true", help="write into evidence/results, which the README quotes")
+    parser.add_argument("--commit", action="store_true", help="write into evidence/results and the README")
     parser.add_argument("--resume-committed", action="store_true", help="take cells from evidence/results/cells.json, too")
     parser.add_argument("--out", help="folder for results; the same folder goes on where a run was ended")
     args = parser.parse_args()

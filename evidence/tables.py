@@ -3,77 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import mean, median, stdev
-from typing import Any
 
+from evidence.comparisons import LEVEL, TITLES, Comparison, Result, compare, hypothesis
 from evidence.methods import CORE, METHODS
-from evidence.statistics import Correlation, Paired, holm, paired, rank_correlation
+from evidence.pictures import ratio_and_gain_figure
+from evidence.statistics import holm, paired
 
-Result = Mapping[str, Any]
-TITLES = {"fashion-mnist": "Fashion-MNIST", "mnist1d": "MNIST1D", "digits": "digits"}
-LEVEL = 0.05
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """One method against weight decay in one setting."""
-
-    result: Result
-    baseline: Result
-    paired: Paired
-    corrected: float  # p, for the number of all comparisons
-
-    @property
-    def method(self) -> str:
-        """The method's name."""
-        return str(self.result["asked"]["method"]["name"])
-
-    @property
-    def setting(self) -> str:
-        """The setting, in words."""
-        return setting_title(self.result)
-
-    @property
-    def verdict(self) -> str:
-        """Gain or worse, where the corrected p says so; else null."""
-        return "null" if self.corrected >= LEVEL else "gain" if self.paired.mean < 0 else "worse"
-
-    @property
-    def failed(self) -> bool:
-        """Weights that are not finite, or worse than weight decay by two standard errors."""
-        return bool(self.result["nonfinite"]) or self.paired.worse
-
-
-def setting_title(result: Result) -> str:
-    """The setting of a cell in words."""
-    one = result["asked"]["setting"]
-    network = f"{one['depth']} x 64" if one["network"] == "plain" else f"2 conv{' + BN' * (one['network'] == 'batch norm')}"
-    parts = [TITLES.get(one["data"], one["data"]), network, f"n = {one['images']}", f"{one['epochs']} epochs"]
-    parts += [f"scale {one['scale']:g}"]
-    parts += ["AdamW"] * (one["optimizer"] == "adamw") + ["20 % noise"] * (one["noise"] == 0.2)
-    parts += [f"tail {one['imbalance']:g}:1"] * (one["imbalance"] != 1)
-    return ", ".join(parts)
-
-
-def compare(results: Iterable[Result]) -> list[Comparison]:
-    """Every method against weight decay in its setting, where both are there; p corrected for all of them."""
-    results = list(results)
-    baselines = {_key(one): one for one in results if one["asked"]["method"]["name"] == "decay"}
-    rest = [one for one in results if one["asked"]["method"]["name"] != "decay" and _key(one) in baselines]
-    found = [paired(one["test_error"], baselines[_key(one)]["test_error"]) for one in rest]
-    corrected = holm([one.p for one in found])
-    return [Comparison(one, baselines[_key(one)], *both) for one, *both in zip(rest, found, corrected, strict=True)]
-
-
-def hypothesis(
-    comparisons: Sequence[Comparison], method: str, *, ratio: str = "ratio_after", relative: bool = False
-) -> Correlation:
-    """Does the ratio of the tuned network without a penalty go with what the penalty gains? Over settings."""
-    x, y = _ratio_and_gain(comparisons, method, ratio, relative)
-    return rank_correlation(x, y)
+MARKS = ("<!-- evidence: written by `python -m evidence --commit` -->", "<!-- end of evidence -->")
+"""What stands before and after the tables in the main README."""
 
 
 def write(results: Sequence[Result], planned: int, folder: Path) -> None:
@@ -83,7 +23,33 @@ def write(results: Sequence[Result], planned: int, folder: Path) -> None:
     (folder / "cells.json").write_text(f"[\n{lines}\n]\n")
     comparisons = compare(results)
     (folder / "tables.md").write_text("\n\n".join(_sections(results, comparisons, planned)) + "\n")
-    picture(comparisons, folder / "ratio.png")
+    if len({one.setting for one in comparisons}) >= 5:
+        ratio_and_gain_figure(comparisons).savefig(folder / "ratio.png", dpi=130)
+
+
+def readme(results: Sequence[Result]) -> str:
+    """What the main README quotes: the methods, the hypothesis and, folded, every setting."""
+    comparisons = compare(results)
+    settings = settings_table(comparisons, [name for name in CORE if name != "decay"])
+    seeds, count = len(results[0]["test_error"]), len({one.setting for one in comparisons})
+    legend = (
+        "Test error in %, mean (standard error); for a method its difference in points (standard error), the seeds on which it "
+        f"is lower, \\*\\* where p < 0.05 after correction for all {len(comparisons)} comparisons, \\* where only "
+        "the uncorrected p is."
+    )
+    return "\n\n".join(
+        [
+            summary(comparisons),
+            hypothesis_table(comparisons),
+            f"<details>\n<summary>All {count} settings, {seeds} seeds each</summary>\n\n{legend}\n\n{settings}\n\n</details>",
+        ]
+    )
+
+
+def quoted(text: str, block: str) -> str:
+    """A README's text with the block between its two marks renewed."""
+    before, rest = text.split(MARKS[0])
+    return before + MARKS[0] + "\n\n" + block + "\n\n" + MARKS[1] + rest.split(MARKS[1])[1]
 
 
 def _sections(results: Sequence[Result], comparisons: Sequence[Comparison], planned: int) -> list[str]:
@@ -229,31 +195,6 @@ def edges_table(results: Sequence[Result]) -> str:
     return markdown(head, rows)
 
 
-def picture(comparisons: Sequence[Comparison], path: Path) -> None:
-    """The ratio without a penalty against the gain from it, a point a setting; nothing with fewer than five."""
-    methods = [name for name in ("half_mhe_2", "orthogonality") if sum(one.method == name for one in comparisons) >= 5]
-    if not methods:
-        return
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5 * len(methods), 4), layout="constrained")
-    for axes, method in zip(figure.subplots(1, len(methods), squeeze=False, sharey=True)[0], methods, strict=True):
-        for (data, title), colour in zip(TITLES.items(), ("#0072B2", "#D55E00", "#009E73"), strict=True):
-            own = [one for one in comparisons if one.result["asked"]["setting"]["data"] == data]
-            x, y = _ratio_and_gain(own, method, "ratio_after", relative=False)
-            errors = [2 * one.paired.error for one in own if one.method == method]
-            axes.errorbar(x, y, errors, fmt="o", color=colour, markersize=4, linewidth=0.8, label=title)
-        found = hypothesis(comparisons, method)
-        axes.axhline(0, color="0.6", linewidth=0.8)
-        axes.set(xscale="log", xlabel="ratio of the tuned network without a penalty")
-        axes.set_yscale("symlog", linthresh=1)
-        axes.set_title(f"{METHODS[method].title}: rho = {found.rho:+.2f} ({found.low:+.2f} to {found.high:+.2f})", fontsize=10)
-        axes.set_ylabel("points gained over weight decay ± 2 standard errors" if axes.get_subplotspec().is_first_col() else "")
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=130)
-
-
 def markdown(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """A table, or a word where there is nothing to tell."""
     rows = list(rows)
@@ -274,16 +215,3 @@ def change_cell(one: Comparison) -> str:
     return f"{one.paired.mean:+.2f} ({one.paired.error:.2f}), {one.paired.wins}/{one.paired.seeds}{star}{bad}".replace(
         "*", "\\*"
     )
-
-
-def _ratio_and_gain(
-    comparisons: Sequence[Comparison], method: str, ratio: str, relative: bool
-) -> tuple[list[float], list[float]]:
-    own = [one for one in comparisons if one.method == method]
-    x = [mean(one.baseline[ratio]) for one in own]
-    scale = [mean(one.baseline["test_error"]) if relative else 1.0 for one in own]
-    return x, [-one.paired.mean / size for one, size in zip(own, scale, strict=True)]
-
-
-def _key(result: Result) -> str:
-    return json.dumps(result["asked"]["setting"], sort_keys=True)

@@ -17,12 +17,13 @@ from torch import nn
 
 from evidence import cells as running
 from evidence.cnn9 import CNN9, _moved
+from evidence.comparisons import compare, hypothesis
 from evidence.data import MissingDataError, draw, load
 from evidence.methods import METHODS, unit_coefficient
 from evidence.networks import Architecture, Networks
 from evidence.plan import FAMILY, SETTINGS, TEST_SEEDS, TUNING_SEEDS, Cell, Setting, Trial, cells
 from evidence.statistics import holm, paired, rank_correlation
-from evidence.tables import compare, hypothesis, write
+from evidence.tables import write
 from evidence.training import BATCH, _finite, train
 from lightning_hsu import UniformityRegularizer
 
