@@ -1,4 +1,4 @@
-"""Run one cell: twelve trials on the tuning seeds, then the best of them on the test seeds."""
+"""Run one cell: sixteen trials on the tuning seeds, then the best of them on the test seeds."""
 
 from __future__ import annotations
 

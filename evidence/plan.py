@@ -13,11 +13,11 @@ from evidence.methods import CORE, METHODS, Method, unit_coefficient
 from evidence.networks import Architecture
 
 TUNING_SEEDS = tuple(range(1000, 1004))
-TEST_SEEDS = tuple(range(20))
+TEST_SEEDS = tuple(range(20, 40))
 RATES = {"digits": (0.04, 0.08, 0.16, 0.32), "mnist1d": (0.04, 0.08, 0.16, 0.32), "adamw": (3e-4, 1e-3, 3e-3, 1e-2)}
 USUAL_RATES = (0.02, 0.04, 0.08, 0.16)
-DECAYS = {"sgd": (1e-3, 3e-3, 1e-2), "adamw": (0.01, 0.1, 1.0)}
-STRENGTHS = (3e-3, 1.2e-2, 5e-2)
+DECAYS = {"sgd": (1e-3, 3e-3, 1e-2, 3e-2), "adamw": (0.03, 0.1, 0.3, 1.0)}
+STRENGTHS = (3e-3, 1.2e-2, 5e-2, 0.2)
 """In units of :func:`~evidence.methods.unit_coefficient`."""
 
 
@@ -89,14 +89,19 @@ class Cell:
         return f"{self.setting.name}--{self.method.name}"
 
     def trials(self, data: Data) -> list[Trial]:
-        """Twelve of them for every method: four learning rates times three decays, or three strengths at the middle decay."""
+        """Sixteen of them for every method: four learning rates times four decays, and on them strengths as a Latin square.
+
+        So every strength meets every learning rate once and every decay once.
+        """
         decays = DECAYS[self.setting.optimizer]
         rates = RATES.get("adamw" if self.setting.optimizer == "adamw" else self.setting.data, USUAL_RATES)
+        pairs = list(product(enumerate(rates), enumerate(decays)))
         if self.method.measure is None or self.method.share is not None:
-            return [Trial(rate, decay) for rate, decay in product(rates, decays)]
+            return [Trial(rate, decay) for (_, rate), (_, decay) in pairs]
         n, *rest = self.setting.architecture(data).weights()[0]
         unit = unit_coefficient(self.method.measure, n, math.prod(rest))
-        return [Trial(rate, decays[1], strength, strength * unit) for rate, strength in product(rates, STRENGTHS)]
+        strengths = [STRENGTHS[(i + j) % len(STRENGTHS)] for (i, _), (j, _) in pairs]
+        return [Trial(rate, decay, own, own * unit) for own, ((_, rate), (_, decay)) in zip(strengths, pairs, strict=True)]
 
 
 SCALES = (0.03, 0.1, 0.3, 1.0)

@@ -150,7 +150,7 @@ def share_table(comparisons: Sequence[Comparison]) -> str:
             sum(bool(one.result["nonfinite"]) for one in side),
             f"{median(one.paired.mean for one in side):+.2f}",
         ]
-        for title, side in (("Share(0.05)", [a for a, _ in pairs]), ("best of three coefficients", [b for _, b in pairs]))
+        for title, side in (("Share(0.05)", [a for a, _ in pairs]), ("best coefficient of the setting", [b for _, b in pairs]))
     ]
     head = ["coefficient", "settings", "gain", "failures", "of them not finite", "median change"]
     told = f"Share against the best fixed coefficient, in {len(pairs)} settings (Holm): better in {better}, worse in {worse}; "

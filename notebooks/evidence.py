@@ -12,7 +12,7 @@
 # # Evidence: does it help, and where?
 #
 # What `make evidence` measured, read from the committed results: every method against weight decay alone, each with the same
-# twelve trials, on real data; test seeds apart from tuning seeds; nulls beside gains. The protocol, `evidence/README.md`, was
+# sixteen trials, on real data; test seeds apart from tuning seeds; nulls beside gains. The protocol, `evidence/README.md`, was
 # committed before the results. The last cell runs all of it again in miniature.
 
 # %%

@@ -137,8 +137,10 @@ def test_every_method_has_the_same_budget_and_seeds_are_apart():
     data = load("digits")
     for method in METHODS.values():
         trials = Cell(TINY, method).trials(data)
-        assert len(set(trials)) == 12
-        assert len({trial.rate for trial in trials}) == 4
+        assert len({(trial.rate, trial.decay) for trial in trials}) == 16
+        if method.measure and not method.share:
+            assert len({(trial.rate, trial.strength) for trial in trials}) == 16
+            assert len({(trial.decay, trial.strength) for trial in trials}) == 16
     assert set(FAMILY) <= set(SETTINGS)
 
 
@@ -308,9 +310,9 @@ def test_a_result_asked_otherwise_is_not_taken(tmp_path):
 
 def test_edges_are_flagged():
     trials = Cell(TINY, METHODS["half_mhe_2"]).trials(load("digits"))
-    assert running.edges(trials, trials[0]) == ["smallest rate", "smallest strength"]
-    assert running.edges(trials, trials[4]) == []
-    assert running.edges(trials, trials[-1]) == ["largest rate", "largest strength"]
+    assert running.edges(trials, trials[0]) == ["smallest rate", "smallest decay", "smallest strength"]
+    assert running.edges(trials, trials[5]) == []
+    assert running.edges(trials, trials[7]) == ["largest decay", "smallest strength"]
 
 
 def test_images_move_by_four_pixels_and_flip():
