@@ -95,7 +95,10 @@ def _run(left: Sequence[Cell], tuning: Sequence[int], testing: Sequence[int], fo
     """Run cells, each on one core, and save each as it ends."""
     start, waiting = time.monotonic(), list(left)
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=context) as pool, tqdm(total=len(left), unit="cell", smoothing=0.05) as bar:
+    with (
+        ProcessPoolExecutor(jobs, context, running.end_with, (os.getpid(),)) as pool,
+        tqdm(total=len(left), unit="cell", smoothing=0.05) as bar,
+    ):
         pending = {pool.submit(running.run, waiting.pop(0), tuning, testing) for _ in range(min(jobs, len(waiting)))}
         while pending:
             future = next(as_completed(pending))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -80,6 +82,17 @@ def kept(folder: Path, cell: Cell, wanted: Result) -> bool:
     except (FileNotFoundError, json.JSONDecodeError):
         return False
     return bool(found.get("asked") == json.loads(json.dumps(wanted)))
+
+
+def end_with(parent: int) -> None:
+    """End this process when its parent has ended, also when that was killed."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def data_of(cell: Cell) -> Data:
