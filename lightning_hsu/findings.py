@@ -42,13 +42,12 @@ def _standing(layer: LayerUniformity, measure: Measure) -> str:
         alive = layer.groups * layer.neurons - layer.dead - layer.nonfinite
         few = "fewer than two live neurons"
         return few if alive <= layer.groups else "no random reference" if layer.groups == 1 else f"a group with {few}"
-    close = abs(layer.ratio - 1.0) <= _CLOSE and not layer.score >= _SPREAD
-    if close or _within_random(layer, measure):
+    close = abs(layer.ratio - 1.0) <= _CLOSE
+    if (close and not layer.score >= _SPREAD) or _within_random(layer, measure):
         return "as random"
-    times = f"{layer.ratio:.2f}x random" if layer.ratio < 100 else f"{layer.ratio:,.0f}x random"
     if layer.ratio > 1.0:
-        return times
-    return f"more even than random ({layer.ratio:.2f}x{f', score {layer.score:.2f}' if layer.score >= _SPREAD else ''})"
+        return f"{layer.ratio:.2f}x random" if layer.ratio < 100 else f"{layer.ratio:,.0f}x random"
+    return f"more even than random ({f'score {layer.score:.2f}' if close else f'{layer.ratio:.2f}x'})"
 
 
 def _within_random(layer: LayerUniformity, measure: Measure) -> bool:

@@ -2,6 +2,11 @@
 # jupyter:
 #   jupytext:
 #     formats: ipynb,py:percent
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#       format_version: '1.3'
+#       jupytext_version: 1.19.6
 #   kernelspec:
 #     display_name: Python 3
 #     language: python
@@ -78,7 +83,7 @@ ratios = {one.name: one.uniformity.ratio for one in lite.layers}
 print(f"{sum(one.similar for one in lite.layers):,} near-duplicate pairs, {sum(one.dead for one in lite.layers)} dead filters")
 above = sum(ratio > 1.02 for ratio in ratios.values())
 print(f"{above} of {len(ratios)} layers more than 2 % above random, up to {max(ratios.values()):.1f}x")
-assert sum(ratio > 1.02 for ratio in ratios.values()) == 21
+assert above == 21
 assert max(ratios, key=ratios.get) == "_blocks.15._depthwise_conv"
 
 # %% [markdown]

@@ -387,6 +387,8 @@ def test_several_updates_give_their_mean():
     for net in nets[1:]:
         second.update(net)
     first.compute()
+    if not hasattr(first, "merge_state"):
+        return  # torchmetrics before 1.5
     first.merge_state(second)
     assert all(torch.allclose(x, metric.compute()[name]) for name, x in first.compute().items())
 

@@ -96,6 +96,10 @@ def test_a_checkpoint_of_lightning(tmp_path):
     trainer.fit(model)
     path = tmp_path / "last.ckpt"
     trainer.save_checkpoint(path)
+    if not hasattr(torch.serialization, "get_unsafe_globals_in_checkpoint"):
+        with pytest.raises(ValueError, match=r"cannot be read without running code from it.*report"):
+            report(path)  # before torch 2.6 objects in a file cannot be left empty
+        return
     found = report(path)
     assert [one.name for one in found.layers] == ["layer.0", "layer.1"]
     assert found.layers[0].uniformity.energy == report(model).layers[0].uniformity.energy
@@ -203,7 +207,7 @@ def test_heads_come_last_whatever_order_a_file_has(tmp_path):
         (torch.randn(64, 32, generator=torch.Generator().manual_seed(0)), "as random"),
         (torch.randn(4, 256, generator=torch.Generator().manual_seed(0)), "as random"),  # 4 % above, as random ones may be
         (torch.eye(32), "more even than random"),
-        (torch.eye(256, 2304), "more even than random (1.00x, score 1.00)"),  # the optimum, 0.4 % below random
+        (torch.eye(256, 2304), "more even than random (score 1.00)"),  # the optimum, 0.4 % below random
         (torch.ones(8, 16) + 0.3 * torch.eye(8, 16), "x random"),
         (torch.zeros(4, 8), "fewer than two live neurons, 4 dead"),
         (torch.cat([torch.zeros(3, 8), torch.ones(1, 8)]), "fewer than two live neurons, 3 dead"),

@@ -27,7 +27,8 @@ def read_weights(path: str | Path, key: str | None = None) -> dict[str, Tensor]:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it holds no weights that can be read without running code.
+        ValueError: if it holds no weights that can be read without running code: before torch 2.6 also where it holds
+            objects beside them (hyperparameters of other types than numbers and strings).
         ModuleNotFoundError: for .safetensors without that package.
 
     Example:
