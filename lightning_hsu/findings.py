@@ -29,7 +29,7 @@ def finding(layer: LayerUniformity, measure: Measure, *, dead: int | None = None
     """
     words = [_standing(layer, measure)]
     if similar:
-        words.append(f"{similar:,} near-duplicate pair{'s' if similar > 1 else ''}")
+        words.append(counted(similar, "near-duplicate pair"))
     if dead := layer.dead if dead is None else dead:
         words.append(f"{dead:,} dead")
     if layer.nonfinite:
@@ -55,3 +55,8 @@ def _within_random(layer: LayerUniformity, measure: Measure) -> bool:
     alive = round(layer.neurons - (layer.dead + layer.nonfinite) / layer.groups)
     low, high = random_range(measure, alive, layer.dimension)
     return low <= layer.energy <= high
+
+
+def counted(number: int, what: str) -> str:
+    """A number of things, such as "2 pairs"."""
+    return f"{number:,} {what}{'s' * (number != 1)}"

@@ -16,7 +16,7 @@ from lightning_hsu.targets import Target, without_side_effects
 
 Patterns = str | Sequence[str] | None
 
-NOT_INCLUDED = "not in include"
+NOT_INCLUDED, EXCLUDED = "not in include", "excluded by pattern"
 
 _WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 
@@ -77,7 +77,7 @@ def select(
         asked = None if include is None else matches(target.name, include)
         reason = None
         if exclude is not None and matches(target.name, exclude):
-            reason = "excluded by pattern"
+            reason = EXCLUDED
         elif asked is False and not (is_head and head != "auto"):
             reason = NOT_INCLUDED
         elif asked is None and not everything and isinstance(target.module, (nn.Embedding, nn.EmbeddingBag)):

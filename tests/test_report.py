@@ -318,8 +318,12 @@ def test_command_line(tmp_path, capsys):
     assert main(["report", str(path), "--include", "3", "--fail-above", "1.0"]) == 1
     assert "of 3 is above 1" in capsys.readouterr().err
     assert main(["report", str(path), "--exclude", "0", "3", "--measure", "RieszEnergy(s=1)", "--fail-above", "2"]) == 0
+    assert "  2 excluded by pattern" in capsys.readouterr().out
     assert main(["compare", str(path), str(path), "--json", str(numbers)]) == 0
     assert "moved" in capsys.readouterr().out
+    for command in (["report", str(path)], ["compare", str(path), str(path)]):
+        assert main([*command, "--json", "-"]) == 0
+        assert len(json.loads(capsys.readouterr().out)["layers" if command[0] == "report" else "moved"]) == 4
 
 
 @pytest.mark.parametrize(

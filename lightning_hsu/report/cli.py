@@ -11,8 +11,8 @@ from typing import Any
 
 from lightning_hsu import measures
 from lightning_hsu.measures import Measure
-from lightning_hsu.report.comparison import compare
-from lightning_hsu.report.reports import Progress, report
+from lightning_hsu.report.comparison import Comparison, compare
+from lightning_hsu.report.reports import Progress, Report, report
 from lightning_hsu.report.tables import comparison_table, pair_lines, report_table, show
 
 _FAILED, _BROKEN = 1, 2  # exit codes
@@ -80,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_common(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--json", metavar="FILE", help="write all numbers")
+    command.add_argument("--json", metavar="FILE", help="write all numbers; - prints them instead of the table")
     command.add_argument("--measure", metavar="MEASURE", help="such as 'KoLeo' or 'RieszEnergy(s=1, half_space=True)'")
     command.add_argument("--include", metavar="PATTERN", nargs="+", help="layers to take, shell style")
     command.add_argument("--exclude", metavar="PATTERN", nargs="+", help="layers to leave out")
@@ -107,13 +107,13 @@ def _settings(given: argparse.Namespace) -> dict[str, Any]:
 def _report(given: argparse.Namespace) -> int:
     with _progress() as progress:
         found = report(given.checkpoint, **_settings(given), keep=max(100, given.pairs), key=given.key, progress=progress)
-    show(report_table(found))
-    if given.pairs > 0:
-        print("\n".join(pair_lines(found, given.pairs)))
+    if given.json != "-":
+        show(report_table(found))
+        if given.pairs > 0:
+            print("\n".join(pair_lines(found, given.pairs)))
     if given.html:
         found.write_html(given.html)
-    if given.json:
-        found.write_json(given.json)
+    _write_json(found, given.json)
     if given.fail_above is not None and found.worst_ratio > given.fail_above:
         worst = max(found.layers, key=lambda one: one.uniformity.ratio if one.uniformity.ratio > 0 else 0.0)
         print(f"lightning-hsu: ratio {found.worst_ratio:.3f} of {worst.name} is above {given.fail_above:g}", file=sys.stderr)
@@ -124,10 +124,17 @@ def _report(given: argparse.Namespace) -> int:
 def _compare(given: argparse.Namespace) -> int:
     with _progress() as progress:
         found = compare(given.before, given.after, **_settings(given), progress=progress)
-    show(comparison_table(found))
-    if given.json:
-        found.write_json(given.json)
+    if given.json != "-":
+        show(comparison_table(found))
+    _write_json(found, given.json)
     return 0
+
+
+def _write_json(found: Report | Comparison, path: str | None) -> None:
+    if path == "-":
+        print(found.to_json())
+    elif path:
+        found.write_json(path)
 
 
 @contextmanager

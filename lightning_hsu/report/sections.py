@@ -5,6 +5,7 @@ from __future__ import annotations
 from html import escape
 from typing import TYPE_CHECKING
 
+from lightning_hsu.findings import counted
 from lightning_hsu.report.analysis import LayerReport, SimilarPair
 from lightning_hsu.report.charts import angle_chart, singular_chart
 from lightning_hsu.report.heatmap import data_address, heat_map_png
@@ -52,7 +53,7 @@ def _angles(layer: LayerReport) -> tuple[str, str, str]:
     if not pairs:
         return title, "", "No pairs: no group has two live neurons."
     within = " within the groups" if layer.uniformity.groups > 1 else ""
-    caption = f"{_counted(pairs, 'pair')}{within}, in parts of {180 / len(layer.angles):g}°; the axis of counts is logarithmic."
+    caption = f"{counted(pairs, 'pair')}{within}, in parts of {180 / len(layer.angles):g}°; the axis of counts is logarithmic."
     return title, angle_chart(layer), caption
 
 
@@ -107,7 +108,7 @@ def _similar(layer: LayerReport, similar_above: float) -> str:
     opposite = f"; {layer.opposite:,} of them point opposite ways" if layer.opposite else ""
     more = layer.similar - len(shown)
     rest = f'<p class="soft">and {more:,} more</p>' if more else ""
-    title = f"{_counted(layer.similar, 'near-duplicate pair')} ({cosine}){opposite}"
+    title = f"{counted(layer.similar, 'near-duplicate pair')} ({cosine}){opposite}"
     return f"<h3>{title}</h3><ul class=pairs>{items}</ul>{rest}"
 
 
@@ -125,8 +126,4 @@ def _dead(layer: LayerReport) -> str:
     names = [str(row) if one.groups == 1 else f"{row % one.neurons} of group {row // one.neurons}" for row in rows]
     more = layer.dead - len(rows)
     rest = f" and {more:,} more" if more else ""
-    return f'<p class="soft">{_counted(layer.dead, "dead neuron")}, zero or next to nothing: {", ".join(names)}{rest}.</p>'
-
-
-def _counted(count: int, noun: str) -> str:
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+    return f'<p class="soft">{counted(layer.dead, "dead neuron")}, zero or next to nothing: {", ".join(names)}{rest}.</p>'

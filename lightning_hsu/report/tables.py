@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from lightning_hsu.findings import counted
 from lightning_hsu.monitor import LayerUniformity
+from lightning_hsu.selection import EXCLUDED, NOT_INCLUDED
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -72,8 +74,8 @@ def _below(found: Report) -> list[str]:
     above = sum(one.uniformity.ratio > 1.02 for one in found.layers)
     pairs = sum(one.similar for one in found.layers)
     lines = [
-        f"{above} of {len(found.layers)} layers more than 2 % above random; {pairs:,} near-duplicate pairs "
-        f"(cosine from {found.similar_above:g}); {sum(one.dead for one in found.layers):,} dead neurons",
+        f"{above} of {counted(len(found.layers), 'layer')} more than 2 % above random; {counted(pairs, 'near-duplicate pair')} "
+        f"(cosine from {found.similar_above:g}); {counted(sum(one.dead for one in found.layers), 'dead neuron')}",
         "ratio: energy over that of random neurons; angle: the smallest between two neurons, in degrees",
     ]
     if _mixed(found):
@@ -82,9 +84,11 @@ def _below(found: Report) -> list[str]:
 
 
 def skipped_lines(found: Report) -> list[str]:
-    """What was left out, and why."""
-    lines = [f"  {skip.name} {'x'.join(map(str, skip.shape))}: {skip.reason}" for skip in found.skips]
-    return [f"not measured ({len(lines)}):", *lines] if lines else []
+    """What was left out, and why; what the caller's patterns leave out is only counted."""
+    own = {reason: sum(skip.reason == reason for skip in found.skips) for reason in (NOT_INCLUDED, EXCLUDED)}
+    counts = [f"  {count} {reason}" for reason, count in own.items() if count]
+    lines = [f"  {skip.name} {'x'.join(map(str, skip.shape))}: {skip.reason}" for skip in found.skips if skip.reason not in own]
+    return [f"not measured ({len(found.skips)}):", *lines, *counts] if found.skips else []
 
 
 def pair_lines(found: Report, most: int) -> list[str]:
