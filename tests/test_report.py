@@ -354,3 +354,13 @@ def test_wrong_kinds():
         report(3)
     with pytest.raises(TypeError, match="measure must be"):
         report(network(), "mhe")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"", "is empty"), (b"junk" * 50, "is no file of weights"), (b"\x80\x02junk" * 9, "cannot be read without running code")],
+)
+def test_what_is_no_checkpoint(tmp_path, content, message):
+    (tmp_path / "a.pt").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        report(tmp_path / "a.pt")

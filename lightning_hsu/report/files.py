@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tarfile
 import warnings
 import zipfile
 from collections import OrderedDict
@@ -52,6 +53,8 @@ def read_weights(path: str | Path, key: str | None = None) -> dict[str, Tensor]:
             warnings.simplefilter("ignore", DeprecationWarning)  # files of this kind go on to exist
             module = torch.jit.load(str(path), map_location="cpu")  # type: ignore[no-untyped-call]
             return dict(module.state_dict())
+    if not (zipfile.is_zipfile(path) or tarfile.is_tarfile(path) or _begins(path, b"\x80")):
+        raise ValueError(f"{path} is no file of weights: neither torch.save, torch.jit.save nor safetensors writes such files")
     return _state_dict(_loaded(path), path, key)
 
 
@@ -87,6 +90,11 @@ def _ordered(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         return head, [(int(part), "") if part.isdigit() else (-1, part) for part in parts]
 
     return {name: tensors[name] for name in sorted(tensors, key=place)}
+
+
+def _begins(path: Path, with_: bytes) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(with_)) == with_
 
 
 def _is_torchscript(path: Path) -> bool:
