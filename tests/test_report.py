@@ -168,8 +168,15 @@ def test_broken_files(tmp_path):
     (tmp_path / "text.pt").write_text("hello")
     (tmp_path / "empty.pt").touch()
     (tmp_path / "text.safetensors").write_text("hello")
-    for name in ("text.pt", "empty.pt", "text.safetensors"):
-        with pytest.raises(ValueError, match=name):
+    (tmp_path / "cut.pt").write_bytes(b"\x80\x02 and no more")
+    words = {
+        "text.pt": "no file of weights",
+        "empty.pt": "empty",
+        "text.safetensors": "no .safetensors",
+        "cut.pt": "running code",
+    }
+    for name, message in words.items():
+        with pytest.raises(ValueError, match=f"{name} .*{message}"):
             read_weights(tmp_path / name)
     with pytest.raises(FileNotFoundError, match="no such file"):
         read_weights(tmp_path / "none.pt")
@@ -354,13 +361,3 @@ def test_wrong_kinds():
         report(3)
     with pytest.raises(TypeError, match="measure must be"):
         report(network(), "mhe")
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [(b"", "is empty"), (b"junk" * 50, "is no file of weights"), (b"\x80\x02junk" * 9, "cannot be read without running code")],
-)
-def test_what_is_no_checkpoint(tmp_path, content, message):
-    (tmp_path / "a.pt").write_bytes(content)
-    with pytest.raises(ValueError, match=message):
-        report(tmp_path / "a.pt")
