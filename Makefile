@@ -10,7 +10,7 @@ COMMA = ,
 .PHONY: demo test coverage evidence versions pretrained notebooks lint types wheel kernels bench bench-gpu clean
 
 demo: .venv/installed  ## Train with and without the callback on real data: DATA=digits, fashion-mnist or a folder
-	PYTHONPATH=. $(BIN)/python notebooks/demo.py --data "$(DATA)"
+	$(BIN)/python -m notebooks.demo --data "$(DATA)"
 
 test: .venv/installed  ## All tests, slow ones too
 	$(BIN)/python -m pytest -n auto --dist worksteal -m "not versions and not pretrained"

@@ -12,11 +12,11 @@ from pathlib import Path
 from statistics import mean, median, stdev
 
 import torch
-from demo_picture import draw_picture
-from demo_train import Outcome, Plan, Settings, fit
-from demo_tune import tune
 
 from evidence.data import Data, MissingDataError, load
+from notebooks.demo_picture import draw_picture
+from notebooks.demo_train import Outcome, Plan, Settings, fit
+from notebooks.demo_tune import tune
 
 OUT = Path("out/demo")
 SEEDS = range(10, 18)  # looked at only after the settings below were fixed

@@ -9,13 +9,14 @@ from statistics import median
 from typing import Any
 
 import torch
-from demo_train import Outcome
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator, NullLocator
 from torch import Tensor
+
+from notebooks.demo_train import Outcome
 
 WITHOUT, WITH = "#D55E00", "#0072B2"  # told apart by colour-blind readers too
 INK, QUIET, FAINT = "#222222", "#6B6B6B", "#C9C9C9"

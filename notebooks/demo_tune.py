@@ -5,11 +5,11 @@ from __future__ import annotations
 import statistics
 from itertools import product
 
-from demo_train import Plan, Settings, prepare
 from torch import nn
 
 from evidence.data import Data
 from lightning_hsu import UniformityRegularizer
+from notebooks.demo_train import Plan, Settings, prepare
 
 SEEDS = range(100, 108)
 DECAYS = (3e-4, 1e-3, 3e-3)

@@ -97,6 +97,7 @@ STANDARD = {
     "statistics",
     "struct",
     "sys",
+    "tarfile",
     "types",
     "warnings",
     "weakref",

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 
-NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 ROW = r"{} +{} x {} +1\.\d\d +\d+\.\d\d +\d+\.\d\d +\d+\.\d° +\d+\.\d°"
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::PendingDeprecationWarning")]
@@ -18,8 +17,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::DeprecationW
 
 @pytest.fixture
 def demo(monkeypatch):
-    monkeypatch.syspath_prepend(str(NOTEBOOKS))
-    import demo
+    from notebooks import demo
 
     monkeypatch.setattr(demo, "SEEDS", range(2))
     monkeypatch.setattr(demo, "PLANS", {name: replace(plan, epochs=2) for name, plan in demo.PLANS.items()})
@@ -27,8 +25,6 @@ def demo(monkeypatch):
     level = chatter.level
     yield demo
     chatter.setLevel(level)
-    for name in [name for name in sys.modules if name.startswith("demo")]:
-        del sys.modules[name]
 
 
 def run(demo, monkeypatch, *arguments):
