@@ -9,7 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from pathlib import Path
 
@@ -92,23 +92,30 @@ def _plan(args: argparse.Namespace) -> tuple[list[Cell], Sequence[int], Sequence
 
 
 def _run(left: Sequence[Cell], tuning: Sequence[int], testing: Sequence[int], folder: Path, jobs: int, minutes: float) -> None:
-    """Run cells, each on one core, and save each as it ends."""
+    """Run cells, each on one core, and save each as it ends; one that fails is told and does not end the others."""
     start, waiting = time.monotonic(), list(left)
     context = multiprocessing.get_context("spawn")
     with (
         ProcessPoolExecutor(jobs, context, running.end_with, (os.getpid(),)) as pool,
         tqdm(total=len(left), unit="cell", smoothing=0.05) as bar,
     ):
-        pending = {pool.submit(running.run, waiting.pop(0), tuning, testing) for _ in range(min(jobs, len(waiting)))}
-        while pending:
+        pending: dict[Future[running.Result], Cell] = {}
+        while pending or waiting:
+            while waiting and len(pending) < jobs and time.monotonic() - start < 60 * minutes:
+                cell = waiting.pop(0)
+                pending[pool.submit(running.run, cell, tuning, testing)] = cell
+            if not pending:
+                break
             future = next(as_completed(pending))
-            pending.remove(future)
-            result = future.result()
-            running.save(result, folder)
-            bar.set_postfix_str(result["name"])
+            cell = pending.pop(future)
+            bar.set_postfix_str(cell.name)
             bar.update()
-            if waiting and time.monotonic() - start < 60 * minutes:
-                pending.add(pool.submit(running.run, waiting.pop(0), tuning, testing))
+            if (error := future.exception()) is None:
+                running.save(future.result(), folder)
+            elif isinstance(error, BrokenExecutor):
+                raise error
+            else:
+                bar.write(f"{cell.name} failed: {error}", file=sys.stderr)
 
 
 def _unpack(folder: Path) -> None:

@@ -105,6 +105,10 @@ def draw(data: Data, seed: int, count: int, held_out: int = 2000, *, noise: floa
         noise: Fraction of the training labels that are replaced by another class.
         imbalance: How many times the most frequent class is as frequent as the rarest; those between decay geometrically.
     """
+    if count + held_out > len(data.pool[1]):
+        raise ValueError(
+            f"{count} images to train on and {held_out} to validate on are more than the {len(data.pool[1])} there are"
+        )
     chance = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(data.pool[1]), generator=chance)
     if imbalance == 1.0:
@@ -121,10 +125,11 @@ def draw(data: Data, seed: int, count: int, held_out: int = 2000, *, noise: floa
 
 
 def _long_tail(labels: Tensor, classes: int, count: int, imbalance: float, chance: torch.Generator) -> Tensor:
-    """Indices of about ``count`` labels, classes in random order ever rarer."""
+    """Indices of ``count`` labels, classes in random order ever rarer; what rounding leaves goes to the most frequent."""
     rank = torch.randperm(classes, generator=chance)
     wanted = imbalance ** (-rank.double() / (classes - 1))
     wanted = (wanted * count / wanted.sum()).round().long()
+    wanted[rank == 0] += count - wanted.sum()
     return torch.cat([(labels == k).nonzero().flatten()[: wanted[k]] for k in range(classes)])
 
 

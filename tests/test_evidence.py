@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from evidence import cells as running
+from evidence.__main__ import _run
 from evidence.cnn9 import CNN9, _moved
 from evidence.comparisons import compare, hypothesis
 from evidence.data import MissingDataError, draw, load
@@ -173,8 +174,9 @@ def test_noise_and_long_tails():
     wrong = (clean.labels != noisy.labels).double().mean()
     assert 0.17 < float(wrong) < 0.23
     assert torch.equal(clean.images, noisy.images)
+    for count, seed in [(200, 1), (200, 2), (1000, 1), (1000, 2)]:  # networks side by side need equally many
+        assert len(draw(data, seed, count, imbalance=20.0).labels) == count
     counts = draw(data, 1, 1000, imbalance=20.0).labels.bincount().sort().values
-    assert abs(int(counts.sum()) - 1000) <= 5
     assert 15 < int(counts[-1]) / int(counts[0]) < 25
     ratios = counts[1:] / counts[:-1]
     assert (abs(ratios - 20 ** (1 / 9)) < 0.2).all()
@@ -272,6 +274,13 @@ def test_goes_on_where_it_was_killed(tmp_path):
     assert (
         evidence("--quick", "--only", "decay", "--minutes", "0", "--jobs", "1", "--out", "other", cwd=tmp_path).returncode == 3
     )
+
+
+def test_a_cell_that_fails_is_told_and_does_not_end_the_others(tmp_path, capsys):
+    bad, good = (Cell(replace(TINY, images=images), METHODS["decay"]) for images in (100_000, 200))
+    _run([bad, good], [1], [2], tmp_path, 1, 60.0)
+    assert f"{bad.name} failed: " in capsys.readouterr().err
+    assert [path.stem for path in tmp_path.iterdir()] == [good.name]
 
 
 def test_missing_data_has_a_way_out(tmp_path):
