@@ -125,12 +125,18 @@ def draw(data: Data, seed: int, count: int, held_out: int = 2000, *, noise: floa
 
 
 def _long_tail(labels: Tensor, classes: int, count: int, imbalance: float, chance: torch.Generator) -> Tensor:
-    """Indices of ``count`` labels, classes in random order ever rarer; what rounding leaves goes to the most frequent."""
+    """Indices of ``count`` labels, classes in random order ever rarer.
+
+    What rounding leaves, and what a class has too few images for, goes to the most frequent classes.
+    """
     rank = torch.randperm(classes, generator=chance)
     wanted = imbalance ** (-rank.double() / (classes - 1))
     wanted = (wanted * count / wanted.sum()).round().long()
     wanted[rank == 0] += count - wanted.sum()
-    return torch.cat([(labels == k).nonzero().flatten()[: wanted[k]] for k in range(classes)])
+    of_class = [(labels == k).nonzero().flatten() for k in range(classes)]
+    chosen = [of_class[k][: wanted[k]] for k in range(classes)]
+    spare = [of_class[k][wanted[k] :] for k in rank.argsort()]
+    return torch.cat([*chosen, *spare])[:count]
 
 
 def _digits() -> Data:

@@ -104,7 +104,7 @@ class Bar(TQDMProgressBar):
 
 def prepare(data: Data, plan: Plan, settings: Settings, seed: int) -> tuple[Network, DataLoader[Any], Draw]:
     """The same seed gives the same images, initial weights and order of batches, whatever the settings."""
-    images = draw(data, seed, plan.images)
+    images = draw(data, seed, plan.images, held_out=max(0, min(2000, len(data.pool[1]) - plan.images)))
     pl.seed_everything(seed, verbose=False)
     network = Network(data.pool[0].shape[1], int(data.pool[1].max()) + 1, settings, plan.epochs * (plan.images // BATCH))
     rows = TensorDataset(*images.train)

@@ -176,6 +176,11 @@ def test_noise_and_long_tails():
     assert torch.equal(clean.images, noisy.images)
     for count, seed in [(200, 1), (200, 2), (1000, 1), (1000, 2)]:  # networks side by side need equally many
         assert len(draw(data, seed, count, imbalance=20.0).labels) == count
+    digits = load("digits")  # the most frequent class is at times short of images
+    for seed in (*range(20, 40), *range(1000, 1004)):
+        kept = draw(digits, seed, 200, 400, imbalance=20.0)
+        assert len(kept.labels) == 200
+        assert len({tuple(row) for row in kept.images.tolist()}) >= 198  # two images are twice in the data
     counts = draw(data, 1, 1000, imbalance=20.0).labels.bincount().sort().values
     assert 15 < int(counts[-1]) / int(counts[0]) < 25
     ratios = counts[1:] / counts[:-1]
