@@ -17,9 +17,9 @@ from tqdm import tqdm
 
 from evidence import cells as running
 from evidence.data import MissingDataError
+from evidence.documents import quoted, readme, write
 from evidence.methods import CORE, METHODS
 from evidence.plan import SCALES, TEST_SEEDS, TUNING_SEEDS, Cell, Setting, cells
-from evidence.tables import quoted, readme, write
 
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parents[1] / "README.md"

@@ -15,9 +15,7 @@ SHOWN = ("half_mhe_2", "orthogonality")
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
 
 
-def ratio_and_gain_figure(
-    comparisons: Sequence[Comparison], methods: Sequence[str] = ("half_mhe_2", "orthogonality")
-) -> Figure:
+def ratio_and_gain_figure(comparisons: Sequence[Comparison]) -> Figure:
     """A panel a method, a point a setting, a colour a data set; bars are two standard errors."""
     from matplotlib.figure import Figure
 

@@ -62,7 +62,7 @@ class Correlation:
 
 def rank_correlation(x: Sequence[float], y: Sequence[float], resamples: int = 10_000) -> Correlation:
     """Spearman's rho of x and y, resampled in pairs with a fixed seed; percentiles."""
-    pairs, chance = np.asarray([x, y]), np.random.default_rng(0)
+    pairs, chance = np.asarray(sorted(zip(x, y, strict=True))).T, np.random.default_rng(0)  # in whatever order they came
     drawn = (pairs[:, chance.integers(0, pairs.shape[1], pairs.shape[1])] for _ in range(resamples))
     found = [_spearman(*one) for one in drawn if (np.ptp(one, axis=1) > 0).all()]
     low, high = np.percentile(found, [2.5, 97.5])

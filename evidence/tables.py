@@ -1,87 +1,49 @@
-"""Tables and picture of the cells that are there."""
+"""Tables of the cells that are there."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import mean, median, stdev
+from typing import Any
 
-from evidence.comparisons import LEVEL, TITLES, Comparison, Result, compare, hypothesis
+from evidence.comparisons import LEVEL, TITLES, Comparison, Result, hypothesis
 from evidence.methods import CORE, METHODS
-from evidence.pictures import ratio_and_gain_figure
-from evidence.statistics import holm, paired
+from evidence.statistics import Paired, holm, paired
 
-MARKS = ("<!-- evidence: written by `python -m evidence --commit` -->", "<!-- end of evidence -->")
-"""What stands before and after the tables in the main README."""
+CONDITIONS: Mapping[str, Callable[[Mapping[str, Any]], bool]] = {
+    "initial scale 0.03": lambda one: one["scale"] == 0.03,
+    "initial scale 0.1": lambda one: one["scale"] == 0.1,
+    "initial scale 0.3": lambda one: one["scale"] == 0.3,
+    "PyTorch's initial scale": lambda one: one["scale"] == 1.0,
+    "four hidden layers": lambda one: one["network"] == "plain" and one["depth"] == 4,
+    "convolutions": lambda one: one["network"] == "convolutions",
+    "convolutions with batch norm": lambda one: one["network"] == "batch norm",
+    "AdamW": lambda one: one["optimizer"] == "adamw",
+    "20 % wrong labels": lambda one: one["noise"] > 0,
+    "long-tailed classes": lambda one: one["imbalance"] > 1,
+    "5000 images": lambda one: one["images"] == 5000,
+    "to convergence": lambda one: (one["data"], one["epochs"]) in (("fashion-mnist", 100), ("mnist1d", 30)),
+}
+"""Settings that have something in common; one setting may be in several."""
 
+UNTRAINED = 85.0
+"""From this test error on, in percent, a network has hardly trained."""
 
-def write(results: Sequence[Result], planned: int, folder: Path) -> None:
-    """Write cells.json, tables.md and, where there are settings enough, ratio.png."""
-    folder.mkdir(parents=True, exist_ok=True)
-    lines = ",\n".join(json.dumps(one) for one in sorted(results, key=lambda one: one["name"]))
-    (folder / "cells.json").write_text(f"[\n{lines}\n]\n")
-    comparisons = compare(results)
-    (folder / "tables.md").write_text("\n\n".join(_sections(results, comparisons, planned)) + "\n")
-    if len({one.setting for one in comparisons}) >= 5:
-        ratio_and_gain_figure(comparisons).savefig(folder / "ratio.png", dpi=130)
-
-
-def readme(results: Sequence[Result]) -> str:
-    """What the main README quotes: the methods, the hypothesis and, folded, every setting."""
-    comparisons = compare(results)
-    settings = settings_table(comparisons, [name for name in CORE if name != "decay"])
-    seeds, count = len(results[0]["test_error"]), len({one.setting for one in comparisons})
-    legend = (
-        "Test error in %, mean (standard error); for a method its difference in points (standard error), the seeds on which it "
-        f"is lower, \\*\\* where p < 0.05 after correction for all {len(comparisons)} comparisons, \\* where only "
-        "the uncorrected p is."
-    )
-    return "\n\n".join(
-        [
-            summary(comparisons),
-            hypothesis_table(comparisons),
-            f"<details>\n<summary>All {count} settings, {seeds} seeds each</summary>\n\n{legend}\n\n{settings}\n\n</details>",
-        ]
-    )
+RIVALS = (("half_mhe_2", "orthogonality"), ("mgd", "orthogonality"), ("mgd", "half_mhe_2"), ("share", "half_mhe_2"))
+"""Compared with each other, too, and not only with weight decay."""
 
 
-def quoted(text: str, block: str) -> str:
-    """A README's text with the block between its two marks renewed."""
-    before, rest = text.split(MARKS[0])
-    return before + MARKS[0] + "\n\n" + block + "\n\n" + MARKS[1] + rest.split(MARKS[1])[1]
+def beside_decay(methods: Sequence[str]) -> list[str]:
+    """Methods that are compared with weight decay."""
+    return [name for name in methods if name != "decay"]
 
 
-def _sections(results: Sequence[Result], comparisons: Sequence[Comparison], planned: int) -> list[str]:
-    hours = sum(one["seconds"] for one in results) / 3600
-    seeds = sorted({len(one["test_error"]) for one in results})
-    intro = (
-        f"{len(results)} of {planned} cells, {len(comparisons)} comparisons, {'/'.join(map(str, seeds))} test seeds, "
-        f"{hours:.1f} core hours. Test error in %, mean (standard error); for a method its difference from weight decay "
-        "only in points (standard error), seeds on which it is lower, and ** where p < 0.05 after Holm's correction for all "
-        f"{len(comparisons)} comparisons, * where only the uncorrected p is. Ratio: energy of the hidden layers over that of "
-        "random neurons, of the tuned network without a penalty, after training."
-    )
-    return [
-        "# Does the penalty help, and where",
-        "Made by `make evidence`; the protocol is in [README.md](../README.md).",
-        intro,
-        "## By method\n\n" + summary(comparisons),
-        "## By setting\n\n" + settings_table(comparisons, [name for name in CORE if name != "decay"]),
-        "## Ways of applying\n\n" + settings_table(comparisons, ["half_mhe_2", "loss", "decoupled"], needed="loss"),
-        "## The whole family\n\n" + family_table(comparisons),
-        "## One share for all, against the best coefficient of each setting\n\n" + share_table(comparisons),
-        "## Does the ratio predict the gain?\n\n" + hypothesis_table(comparisons),
-        "## Choices on an edge of their grid\n\n" + edges_table(results),
-    ]
-
-
-def summary(comparisons: Sequence[Comparison]) -> str:
-    """A row a method: in how many settings it helps."""
+def summary(comparisons: Sequence[Comparison], least: int = 1) -> str:
+    """A row a method, of those compared in so many settings at least: in how many of them it helps."""
     rows = []
     for name in METHODS:
         own = [one for one in comparisons if one.method == name]
-        if own:
+        if len(own) >= least:
             verdicts = [one.verdict for one in own]
             change = [one.paired.mean for one in own]
             rows.append(
@@ -99,6 +61,52 @@ def summary(comparisons: Sequence[Comparison]) -> str:
     return markdown(head, rows) + "\n\nFailures: weights that are not finite, or worse by two standard errors (uncorrected)."
 
 
+def conditions_table(comparisons: Sequence[Comparison]) -> str:
+    """A row a condition: gains, nulls and losses of each method over its settings, and the median change."""
+    methods = [name for name in beside_decay(CORE) if any(one.method == name for one in comparisons)]
+    trained = [one for one in comparisons if mean(one.baseline["test_error"]) < UNTRAINED]
+    groups = {"weight decay alone trains": trained} | {
+        name: [one for one in trained if holds(one.result["asked"]["setting"])] for name, holds in CONDITIONS.items()
+    }
+    groups["weight decay alone hardly trains"] = [one for one in comparisons if one not in trained]
+    rows = [
+        [name, len({one.setting for one in group}), *(_tally([one for one in group if one.method == m]) for m in methods)]
+        for name, group in groups.items()
+        if group
+    ]
+    told = "Gains–nulls–losses, and the median change of the test error in points. Of settings in which weight decay alone "
+    told += f"trains (test error below {UNTRAINED:g} %), but the last row."
+    return markdown(["where", "settings", *(METHODS[name].title for name in methods)], rows) + f"\n\n{told}"
+
+
+def _tally(own: Sequence[Comparison]) -> str:
+    verdicts = [one.verdict for one in own]
+    counts = "–".join(str(verdicts.count(kind)) for kind in ("gain", "null", "worse"))
+    return f"{counts}, {median(one.paired.mean for one in own):+.2f}" if own else ""
+
+
+def rivals_table(comparisons: Sequence[Comparison]) -> str:
+    """Methods against each other, setting by setting, each tuned by itself; p corrected for the settings."""
+    rows = []
+    for name, rival in RIVALS:
+        changes = [change for _, _, change in against(comparisons, name, rival)]
+        if changes:
+            corrected = holm([one.p for one in changes])
+            better, worse = (
+                sum(p < LEVEL and sign * one.mean < 0 for one, p in zip(changes, corrected, strict=True)) for sign in (1, -1)
+            )
+            titles = (METHODS[name].title, METHODS[rival].title)
+            rows.append([*titles, len(changes), better, worse, f"{median(one.mean for one in changes):+.2f}"])
+    return markdown(["method", "against", "settings", "better", "worse", "median difference"], rows)
+
+
+def against(comparisons: Sequence[Comparison], name: str, rival: str) -> list[tuple[Comparison, Comparison, Paired]]:
+    """Two methods in the settings that have both, and the first's paired difference from the second."""
+    own = {(one.method, one.setting): one for one in comparisons}
+    pairs = [(one, own[rival, one.setting]) for one in comparisons if one.method == name and (rival, one.setting) in own]
+    return [(a, b, paired(a.result["test_error"], b.result["test_error"])) for a, b in pairs]
+
+
 def settings_table(comparisons: Sequence[Comparison], methods: Sequence[str], needed: str | None = None) -> str:
     """A row a setting: weight decay's error and each method's difference."""
     rows = []
@@ -106,7 +114,7 @@ def settings_table(comparisons: Sequence[Comparison], methods: Sequence[str], ne
         own = {one.method: one for one in comparisons if one.setting == setting}
         base = next(iter(own.values())).baseline
         rows.append(
-            [setting, f"{mean(base['ratio_after']):.2f}", error_cell(base)]
+            [setting, f"{mean(base['ratio_after']):.2f}", error_cell(base) + edge_marks(base)]
             + [change_cell(own[name]) if name in own else "" for name in methods]
         )
     return markdown(["setting", "ratio", "weight decay only", *(METHODS[name].title for name in methods)], rows)
@@ -128,19 +136,9 @@ def family_table(comparisons: Sequence[Comparison]) -> str:
 
 def share_table(comparisons: Sequence[Comparison]) -> str:
     """One value of Share for all settings, against the fixed coefficient tuned for each."""
-    own = {(one.method, one.setting): one for one in comparisons}
-    pairs = [
-        (one, own["half_mhe_2", one.setting])
-        for one in comparisons
-        if ("half_mhe_2", one.setting) in own and one.method == "share"
-    ]
+    pairs = against(comparisons, "share", "half_mhe_2")
     if not pairs:
         return markdown([], [])
-    against = [paired(share.result["test_error"], fixed.result["test_error"]) for share, fixed in pairs]
-    corrected = holm([one.p for one in against])
-    better, worse = (
-        sum(p < LEVEL and sign * one.mean < 0 for one, p in zip(against, corrected, strict=True)) for sign in (1, -1)
-    )
     rows = [
         [
             title,
@@ -150,11 +148,13 @@ def share_table(comparisons: Sequence[Comparison]) -> str:
             sum(bool(one.result["nonfinite"]) for one in side),
             f"{median(one.paired.mean for one in side):+.2f}",
         ]
-        for title, side in (("Share(0.05)", [a for a, _ in pairs]), ("best coefficient of the setting", [b for _, b in pairs]))
+        for title, side in (
+            ("Share(0.05)", [a for a, _, _ in pairs]),
+            ("best coefficient of the setting", [b for _, b, _ in pairs]),
+        )
     ]
     head = ["coefficient", "settings", "gain", "failures", "of them not finite", "median change"]
-    told = f"Share against the best fixed coefficient, in {len(pairs)} settings (Holm): better in {better}, worse in {worse}; "
-    return markdown(head, rows) + f"\n\n{told}median difference {median(one.mean for one in against):+.2f} points."
+    return markdown(head, rows)
 
 
 def hypothesis_table(comparisons: Sequence[Comparison]) -> str:
@@ -212,6 +212,11 @@ def change_cell(one: Comparison) -> str:
     """Difference, its standard error, wins, stars."""
     star = " **" if one.corrected < LEVEL else " *" if one.paired.p < LEVEL else ""
     bad = f", {one.result['nonfinite']} not finite" if one.result["nonfinite"] else ""
-    return f"{one.paired.mean:+.2f} ({one.paired.error:.2f}), {one.paired.wins}/{one.paired.seeds}{star}{bad}".replace(
-        "*", "\\*"
-    )
+    text = f"{one.paired.mean:+.2f} ({one.paired.error:.2f}), {one.paired.wins}/{one.paired.seeds}{star}{bad}"
+    return (text + edge_marks(one.result)).replace("*", "\\*")
+
+
+def edge_marks(result: Result) -> str:
+    """Which of learning rate, decay and strength lie on an edge of their grid, and on which."""
+    marks = [f"{what[0]}{'↑' if end == 'largest' else '↓'}" for end, what in map(str.split, result["edges"])]
+    return f" {' '.join(marks)}" if marks else ""

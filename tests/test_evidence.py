@@ -17,14 +17,14 @@ from torch import nn
 
 from evidence import cells as running
 from evidence.__main__ import _run
-from evidence.cnn9 import CNN9, _moved
+from evidence.cnn9 import CNN9, _bytes, _moved, bounded_cross_entropy
 from evidence.comparisons import compare, hypothesis
 from evidence.data import MissingDataError, draw, load
+from evidence.documents import quoted, readme, write
 from evidence.methods import METHODS, unit_coefficient
 from evidence.networks import Architecture, Networks
 from evidence.plan import FAMILY, SETTINGS, TEST_SEEDS, TUNING_SEEDS, Cell, Setting, Trial, cells
 from evidence.statistics import holm, paired, rank_correlation
-from evidence.tables import write
 from evidence.training import BATCH, _finite, train
 from lightning_hsu import UniformityRegularizer
 
@@ -322,6 +322,37 @@ def test_tables_say_gain_null_and_worse(tmp_path):
     assert (tmp_path / "ratio.png").stat().st_size > 10_000
 
 
+def test_tables_say_where_and_against_whom(tmp_path):
+    found = results([3.0, 2.0, 1.0, 0.02, -1.0, 0.5], [5.0, 4.0, 3.0, 1.1, 1.0, 2.0])
+    for one in found[:2]:  # weight decay alone hardly trains there
+        one["test_error"] = [80.0 + error for error in one["test_error"]]
+    rivals = [json.loads(json.dumps(one)) for one in found if one["asked"]["method"]["name"] == "half_mhe_2"]
+    for one in rivals:
+        one["asked"]["method"]["name"] = "orthogonality"
+        one["test_error"] = [error + 1.0 + 0.01 * seed for seed, error in enumerate(one["test_error"])]
+    found[1]["edges"] = ["largest rate", "smallest strength"]
+    write(found + rivals, 18, tmp_path)
+    said = (tmp_path / "tables.md").read_text()
+    assert "| weight decay alone trains | 5 | 3–1–1, -0.48 | 1–1–3, +0.54 |" in said
+    assert "| PyTorch's initial scale | 5 |" in said
+    assert "| weight decay alone hardly trains | 1 | 1–0–0, -2.98 | 1–0–0, -1.96 |" in said
+    assert "| half-space MHE, s = 2 | orthogonality | 6 | 6 | 0 | -1.02 |" in said
+    assert said.count("r↑ s↓") == 1
+    assert "initial scale 0.03" not in said
+
+
+def test_the_readme_quotes_the_committed_results():
+    committed = json.loads((ROOT / "evidence/results/cells.json").read_text())
+    text = (ROOT / "README.md").read_text()
+    assert quoted(text, readme(committed)) == text
+
+
+def test_intervals_do_not_depend_on_the_order_of_settings():
+    chance = np.random.default_rng(2)
+    x, y = chance.normal(size=(2, 20))
+    assert rank_correlation(x, y, 500) == rank_correlation(x[::-1], y[::-1], 500)
+
+
 def test_a_result_asked_otherwise_is_not_taken(tmp_path):
     cell = Cell(TINY, METHODS["decay"])
     wanted = running.asked(cell, (1, 2), (3, 4))
@@ -361,14 +392,27 @@ def test_the_network_is_the_published_one():
         assert network(torch.zeros(2, 3, 32, 32, dtype=torch.uint8)).shape == (2, 100)
 
 
+def test_the_loss_is_the_published_one():
+    scores, labels = torch.randn(7, 10, dtype=torch.float64) * 3, torch.arange(7)
+    wanted = 0.99 * nn.functional.one_hot(labels, 10) + 0.001
+    expected = -(wanted * (scores.softmax(1) + 1e-4).log()).sum(1).mean()
+    assert math.isclose(float(bounded_cross_entropy(scores, labels)), float(expected), rel_tol=1e-6)
+    saturated = bounded_cross_entropy(1e4 * torch.eye(10)[1:], torch.zeros(9, dtype=torch.long))
+    assert float(saturated) < 9.22
+
+
+def test_pixels_that_are_not_bytes_are_refused():
+    assert _bytes(load("digits"))
+    with pytest.raises(MissingDataError, match="takes whole numbers from 0 to 255"):
+        _bytes(load("mnist1d"))
+
+
 @pytest.mark.slow
 def test_cnn9_goes_on_from_its_last_checkpoint(tmp_path):
-    arguments = (
-        "--data fashion-mnist --images 512 --presets none half_mhe_2 --seeds 0 1 --width 4 --test-every 2 --accelerator cpu"
-    )
+    arguments = "--data digits --images 512 --presets none half_mhe_2 --seeds 0 1 --width 4 --test-every 2 --accelerator cpu"
     arguments = f"{arguments} --devices 1 --steps 6".split()
     command = [sys.executable, "-m", "evidence.cnn9", *arguments]
-    folder = tmp_path / "out/cnn9/fashion-mnist-width4-steps6/n512"
+    folder = tmp_path / "out/cnn9/digits-width4-steps6/n512"
     with subprocess.Popen(
         command, cwd=tmp_path, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     ) as run:

@@ -114,7 +114,7 @@ def test_page_states_the_numbers(found):
     assert "1 dead neuron, zero or next to nothing: 2 of group 1." in said
     above = sum(one.uniformity.ratio > 1.02 for one in found.layers)
     assert f"{above or 'None'} of 4 layers {'is' if above < 2 else 'are'} above random by more than 2 %." in said
-    assert "open question" in said
+    assert "a fact, not advice" in said
 
 
 def test_the_worst_layer_is_unfolded(found):

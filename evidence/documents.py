@@ -1,0 +1,83 @@
+"""Tables, picture and the main README's block of the cells that are there."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from evidence import tables
+from evidence.comparisons import Comparison, Result, compare
+from evidence.methods import CORE
+from evidence.pictures import ratio_and_gain_figure
+
+MARKS = ("<!-- evidence: written by `python -m evidence --commit` -->", "<!-- end of evidence -->")
+"""What stands before and after the tables in the main README."""
+
+
+def write(results: Sequence[Result], planned: int, folder: Path) -> None:
+    """Write cells.json, tables.md and, where there are settings enough, ratio.png."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = ",\n".join(json.dumps(one) for one in results)
+    (folder / "cells.json").write_text(f"[\n{lines}\n]\n")
+    comparisons = compare(results)
+    (folder / "tables.md").write_text("\n\n".join(_sections(results, comparisons, planned)) + "\n")
+    if len({one.setting for one in comparisons}) >= 5:
+        ratio_and_gain_figure(comparisons).savefig(folder / "ratio.png", dpi=130)
+
+
+def readme(results: Sequence[Result]) -> str:
+    """What the main README quotes: the methods, where they help, against each other, and, folded, every setting."""
+    comparisons = compare(results)
+    settings = tables.settings_table(comparisons, tables.beside_decay(CORE))
+    seeds, count = len(results[0]["test_error"]), len({one.setting for one in comparisons})
+    return "\n\n".join(
+        [
+            tables.summary(comparisons, least=5),
+            tables.conditions_table(comparisons),
+            tables.rivals_table(comparisons),
+            tables.hypothesis_table(comparisons),
+            f"<details>\n<summary>All {count} settings, {seeds} seeds each</summary>\n\n{legend(comparisons)}\n\n"
+            f"{settings}\n\n</details>",
+        ]
+    )
+
+
+def quoted(text: str, block: str) -> str:
+    """A README's text with the block between its two marks renewed."""
+    before, rest = text.split(MARKS[0])
+    return before + MARKS[0] + "\n\n" + block + "\n\n" + MARKS[1] + rest.split(MARKS[1])[1]
+
+
+def _sections(results: Sequence[Result], comparisons: Sequence[Comparison], planned: int) -> list[str]:
+    hours = sum(one["seconds"] for one in results) / 3600
+    seeds = sorted({len(one["test_error"]) for one in results})
+    intro = (
+        f"{len(results)} of {planned} cells, {len(comparisons)} comparisons with weight decay, {'/'.join(map(str, seeds))} "
+        f"test seeds, {hours:.1f} core hours. {legend(comparisons)}"
+    )
+    return [
+        "# Does the penalty help, and where",
+        "Made by `make evidence`; the protocol is in [README.md](../README.md).",
+        intro,
+        "## By method\n\n" + tables.summary(comparisons),
+        "## Where\n\n" + tables.conditions_table(comparisons),
+        "## Against each other\n\n" + tables.rivals_table(comparisons),
+        "## By setting\n\n" + tables.settings_table(comparisons, tables.beside_decay(CORE)),
+        "## Ways of applying\n\n" + tables.settings_table(comparisons, ["half_mhe_2", "loss", "decoupled"], needed="loss"),
+        "## The whole family\n\n" + tables.family_table(comparisons),
+        "## One share for all, against the best coefficient of each setting\n\n" + tables.share_table(comparisons),
+        "## Does the ratio predict the gain?\n\n" + tables.hypothesis_table(comparisons),
+        "## Choices on an edge of their grid\n\n" + tables.edges_table(results),
+    ]
+
+
+def legend(comparisons: Sequence[Comparison]) -> str:
+    """What the tables of settings show."""
+    return (
+        "Test error in %, mean (standard error); for a method its difference from weight decay only in points (standard "
+        f"error), seeds on which it is lower, \\*\\* where p < 0.05 after Holm's correction for all {len(comparisons)} "
+        "comparisons, \\* where only the uncorrected p is. ↑ and ↓: the best learning rate (r), weight decay (d) or strength "
+        "(s) is the largest or the smallest that was tried. Ratio: energy of the hidden layers over that of random neurons, "
+        "of the tuned network without a penalty, after training."
+    )
