@@ -21,6 +21,7 @@ BINS = 90
 
 _NOTHING = 1e-4  # length over the median from which on a neuron does something
 _HEAT = 128  # neurons in a heat map
+_MEASURED, _SURVEYED = 0.4, 0.4  # about what of the time goes into these; the rest into singular values and heat map
 _WIDEST = 4096  # the smaller side of a weight up to which its singular values are computed
 
 
@@ -105,7 +106,7 @@ def look_at(
     """Look at neurons x (groups, n, d); ``done`` is told the fraction of the work that is done."""
     x = with_float64(x.detach().to(working_dtype(x.dtype)))
     uniformity = measure_neurons(name, x, measure, measure.prepare(x))
-    done(0.5)
+    done(_MEASURED)
     surveys = [
         survey_pairs(
             group,
@@ -113,7 +114,7 @@ def look_at(
             half_space=in_half_space(measure),
             keep=keep,
             bins=BINS,
-            done=lambda part, i=i: done(0.5 + 0.5 * (i + part) / len(x)),  # type: ignore[misc]
+            done=lambda part, i=i: done(_MEASURED + _SURVEYED * (i + part) / len(x)),  # type: ignore[misc]
         )
         for i, group in enumerate(x)
     ]

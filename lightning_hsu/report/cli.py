@@ -139,14 +139,16 @@ def _write_json(found: Report | Comparison, path: str | None) -> None:
 
 @contextmanager
 def _progress() -> Iterator[Progress | None]:
-    """A bar in a terminal, by rich; gone when the work is done."""
+    """A bar in a terminal, by rich, with the time it took: within one layer the bar may stand; gone when the work is done."""
     try:
         from rich.console import Console
         from rich.progress import Progress as Bars
+        from rich.progress import SpinnerColumn, TimeElapsedColumn
     except ModuleNotFoundError:
         yield None
         return
-    with Bars(console=Console(stderr=True), transient=True) as bars:
+    columns = (SpinnerColumn(), *Bars.get_default_columns(), TimeElapsedColumn())
+    with Bars(*columns, console=Console(stderr=True), transient=True) as bars:
         task = bars.add_task("reading", total=1.0)
         yield lambda name, part: bars.update(task, description=name, completed=part)
 
