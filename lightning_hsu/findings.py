@@ -46,7 +46,7 @@ def _standing(layer: LayerUniformity, measure: Measure) -> str:
     if (close and not layer.score >= _SPREAD) or _within_random(layer, measure):
         return "as random"
     if layer.ratio > 1.0:
-        return f"{layer.ratio:.2f}x random" if layer.ratio < 100 else f"{layer.ratio:,.0f}x random"
+        return f"{number(layer.ratio, 2 if layer.ratio < 100 else 0)}x random"
     return f"more even than random ({f'score {layer.score:.2f}' if close else f'{layer.ratio:.2f}x'})"
 
 
@@ -60,3 +60,15 @@ def _within_random(layer: LayerUniformity, measure: Measure) -> bool:
 def counted(number: int, what: str) -> str:
     """A number of things, such as "2 pairs"."""
     return f"{number:,} {what}{'s' * (number != 1)}"
+
+
+def number(x: float, digits: int) -> str:
+    """A number for a cell, short also where it is huge; a dash for NaN.
+
+    Example:
+        >>> number(1.2345, 2), number(12345.0, 2), number(1e30, 2), number(float("nan"), 2)
+        ('1.23', '12,345', '1.0e+30', '-')
+    """
+    if math.isnan(x):
+        return "-"
+    return f"{x:.{digits}f}" if abs(x) < 1000 else f"{x:,.0f}" if abs(x) < 1e6 else f"{x:.1e}"

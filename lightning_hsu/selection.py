@@ -64,6 +64,8 @@ def select(
         >>> skips[0].reason
         'depthwise: each of its 16 groups has one neuron'
     """
+    if empty := next((name for name, p in model.named_parameters() if p.is_meta), None):
+        raise ValueError(f"{empty} holds no numbers yet (device meta): load the weights, or let the model make them, first")
     candidates, skips = _candidates(model)
     if everything:
         candidates = [_merged(target) for target in candidates]

@@ -31,16 +31,21 @@ class Stored(nn.Module):
         return dict(zip(self._sets, self.parameters(), strict=False))  # children, of which the root may have some, come last
 
 
+class StateDict(nn.Module):
+    """The layers of a state dict."""
+
+
 register_neurons(Stored, lambda module: cast(Stored, module).neurons())
 
 
 def stand_in(state: Mapping[str, Tensor], asked: Sequence[str] = ()) -> tuple[nn.Module, list[Skip]]:
     """A module whose layers hold the weights of a state dict, so that :func:`~lightning_hsu.selection.select` can read it.
 
-    A matrix named ``weight`` is a Linear, or an Embedding where its name says so; other weights are flattened to one
-    neuron an output channel. Weights of attention and recurrent layers are parted; of weight norm, spectral norm and pruning
-    the effective directions are taken. A weight whose bias has the length of its second axis holds its neurons there
-    (transposed convolutions, the Conv1D of GPT-2); without a bias, or where both axes are as long, the first is taken.
+    A matrix named ``weight`` is a Linear, or an Embedding where its name says so; other weights are flattened to one neuron
+    an output channel. Weights of attention and recurrent layers are parted; of weight norm, spectral norm and pruning the
+    effective weights are taken, of spectral norm up to a factor. A weight whose bias has the length of its second axis
+    holds its neurons there (transposed convolutions, the Conv1D of GPT-2); without a bias, or where both axes are as long,
+    the first is taken.
 
     Args:
         state: Tensors by name.
@@ -72,8 +77,9 @@ def stand_in(state: Mapping[str, Tensor], asked: Sequence[str] = ()) -> tuple[nn
         sets, left_out = _neurons(path, leaves, asked)
         skips += left_out
         if sets:
-            found[path] = _layer(path, sets, seen)
-    root = found.pop("", nn.Module())
+            matrices = all(x.ndim <= 2 for x in leaves.values())
+            found[path] = _layer(path, sets, seen) if matrices else Stored(sets)
+    root = found.pop("", StateDict())
     for path, layer in found.items():
         _place(root, path.split("."), layer)
     return root, skips
@@ -104,53 +110,79 @@ def _neurons(path: str, leaves: dict[str, Tensor], asked: Sequence[str]) -> tupl
     """The sets of neurons of a layer by name, and what is left out."""
     sets: dict[str, Tensor] = {}
     skips = []
+    effective, unknown = _effective({leaf: x for leaf, x in leaves.items() if not x.is_meta and x.layout == torch.strided})
     for leaf, x in leaves.items():
         name = f"{path}.{leaf}".strip(".")
-        if x.ndim < 2 or leaf in ("weight_mask", "weight_g", "parametrizations.weight.original0"):
-            continue  # norms and masks of weights that are read below
-        wanted = any(part in leaf.lower() for part in _NAMES) or matches(name, asked)
-        if not wanted:
-            skips.append(Skip(name, tuple(x.shape), f"not named like a weight, measured only when asked for: include='{name}'"))
-        elif reason := _not_effective(leaf, leaves):
-            skips.append(Skip(name, tuple(x.shape), reason))
+        if reason := unknown.get(leaf) or _unread(x):
+            skips += [Skip(name, tuple(x.shape), reason)] if x.ndim > 1 else []
+    for leaf, x in effective.items():
+        name = f"{path}.{leaf}".strip(".")
+        if x.ndim < 2:
+            continue
+        if any(part in leaf.lower() for part in _NAMES) or matches(name, asked):
+            sets |= _sets(leaf, x, effective)
         else:
-            sets |= _sets(leaf, x, leaves)
+            skips.append(Skip(name, tuple(x.shape), f"not named like a weight, measured only when asked for: include='{name}'"))
     return sets, skips
 
 
-def _not_effective(leaf: str, leaves: dict[str, Tensor]) -> str | None:
-    """Why the effective weight is not to be had from what is stored; None if it is, but for the lengths of neurons."""
-    if not leaf.startswith("parametrizations."):
-        return None
-    _, kind, part = leaf.split(".", 2)
-    others = [other for other in leaves if other.startswith(f"parametrizations.{kind}.") and other != leaf]
-    weight_norm = part == "original1" and others == [f"parametrizations.{kind}.original0"]
-    spectral_norm = part == "original" and sorted(other.rpartition(".")[2] for other in others) == ["_u", "_v"]
-    if weight_norm or spectral_norm:
-        return None
-    return "computed by a parametrization that is not stored with it: report the model itself"
+def _unread(x: Tensor) -> str | None:
+    """Why a tensor cannot be read; None if it can."""
+    if x.is_meta:
+        return "it holds no numbers (device meta)"
+    return None if x.layout == torch.strided else f"it is sparse ({x.layout}): store its to_dense()"
 
 
-def _sets(leaf: str, x: Tensor, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Sets of neurons in one stored weight, by name."""
+def _effective(leaves: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a layer as its forward pass has them, and of the others why that is not known.
+
+    Weight norm and pruning are computed from their parts; of spectral norm the weight is known up to a factor.
+    """
+    found, unknown = dict[str, Tensor](), dict[str, str]()
+    for leaf, x in leaves.items():
+        kind, _, mark = leaf.rpartition("_")
+        if leaf.startswith("parametrizations."):
+            _, kind, part = leaf.split(".", 2)
+            above = f"parametrizations.{kind}."
+            others = sorted(other.removeprefix(above) for other in leaves if other.startswith(above) and other != leaf)
+            if part == "original1" and others == ["original0"]:
+                found[kind] = _with_norms(x, leaves[f"{above}original0"])
+            elif part == "original" and others == ["0._u", "0._v"]:
+                found[kind] = x
+            elif (part, others) != ("original0", ["original1"]):
+                unknown[leaf] = "computed by a parametrization that is not stored with it: report the model itself"
+        elif mark == "orig":
+            found[kind] = x * leaves[f"{kind}_mask"] if f"{kind}_mask" in leaves else x
+        elif mark == "v" and f"{kind}_g" in leaves:
+            found[kind] = _with_norms(x, leaves[f"{kind}_g"])
+        elif not (mark == "mask" and f"{kind}_orig" in leaves) and not (mark == "g" and f"{kind}_v" in leaves):
+            found[leaf] = x
+    return found, unknown
+
+
+def _with_norms(x: Tensor, norms: Tensor) -> Tensor:
+    """Weight norm: x with the norms (.., 1, ..) over the axes where these have length 1."""
+    axes = [i for i, size in enumerate(norms.shape) if size == 1] or None  # none of a single norm for all
+    length = torch.linalg.vector_norm(x, dim=axes, keepdim=True)
+    weight: Tensor = x * (norms / length.clamp_min(torch.finfo(length.dtype).tiny)).to(x.dtype)
+    return weight
+
+
+def _sets(leaf: str, x: Tensor, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Sets of neurons in one effective weight, by name."""
     if leaf == "in_proj_weight":
         return dict(zip("qkv", x.chunk(3), strict=True))
-    if leaf.endswith("_proj_weight"):
+    if leaf in ("q_proj_weight", "k_proj_weight", "v_proj_weight"):
         return {leaf[0]: x}
     if leaf.startswith(("weight_ih", "weight_hh")):
         return _gates(leaf, x, leaves)
     if leaf.startswith("weight_hr"):
         return {leaf: x}
-    if leaf.endswith("_orig"):
-        mask = leaves.get(leaf.removesuffix("_orig") + "_mask")
-        leaf, x = leaf.removesuffix("_orig"), x if mask is None else x * mask
-    elif leaf == "weight_v" or leaf.startswith("parametrizations."):
-        leaf = "weight" if leaf == "weight_v" else leaf.split(".")[1]
     bias = leaves.get("bias")
     return {"" if leaf == "weight" else leaf: _by_output(x, len(bias) if bias is not None and bias.ndim == 1 else 0)}
 
 
-def _gates(leaf: str, x: Tensor, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
+def _gates(leaf: str, x: Tensor, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The gates of a recurrent weight, of which the hidden state's length tells how many there are."""
     hidden = leaves.get(leaf.replace("weight_ih", "weight_hh"))
     projected = leaves.get(leaf.replace("weight_ih", "weight_hr").replace("weight_hh", "weight_hr"))
@@ -162,7 +194,7 @@ def _gates(leaf: str, x: Tensor, leaves: dict[str, Tensor]) -> dict[str, Tensor]
 
 def _by_output(x: Tensor, outputs: int) -> Tensor:
     """Neurons (n, d) or (groups, n, d) of a weight whose layer has so many outputs; 0 where that is not known."""
-    if outputs in (0, len(x)) or outputs % x.shape[1] or len(x) % (outputs // x.shape[1]):
+    if outputs in (0, len(x)) or not x.numel() or outputs % x.shape[1] or len(x) % (outputs // x.shape[1]):
         return x.flatten(1)
     groups = outputs // x.shape[1]
     return x.view(groups, -1, *x.shape[1:]).transpose(1, 2).flatten(2).squeeze(0)
@@ -170,7 +202,7 @@ def _by_output(x: Tensor, outputs: int) -> Tensor:
 
 def _layer(path: str, sets: dict[str, Tensor], seen: dict[tuple[object, ...], nn.Parameter]) -> nn.Module:
     x = sets.get("")
-    if len(sets) > 1 or x is None or x.ndim != 2 or not x.is_floating_point():
+    if len(sets) > 1 or x is None or x.ndim != 2 or not x.is_floating_point() or not x.numel():
         return Stored(sets)
     table = any(part in path.rpartition(".")[2].lower() for part in _TABLES)
     with torch.device("meta"):
@@ -184,11 +216,11 @@ def _frozen(x: Tensor) -> nn.Parameter:
 
 
 def _place(root: nn.Module, path: list[str], layer: nn.Module) -> None:
+    """Put a layer under its path, whose parts may be names that ``add_module`` refuses: ``type``, or none at all."""
     for part in path[:-1]:
         if part not in root._modules:
-            root.add_module(part, nn.Module())
-        root = root.get_submodule(part)
-    before = root._modules.get(path[-1]) or nn.Module()  # made for the layers below it
-    for name, child in list(before.named_children()):
-        layer.add_module(name, child)
-    root.add_module(path[-1], layer)
+            root._modules[part] = nn.Module()
+        root = cast(nn.Module, root._modules[part])
+    before = root._modules.get(path[-1])  # made for the layers below it
+    layer._modules.update(before._modules if before is not None else {})
+    root._modules[path[-1]] = layer

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
-from lightning_hsu.findings import finding
+from lightning_hsu.findings import finding, number
 from lightning_hsu.monitor import Layer, LayerUniformity
 
 _COLUMNS = ("layer", "neurons x dim", "ratio", "score after", "smallest angle", "dead", "finding")
@@ -52,20 +51,15 @@ class Verdict:
             after.name,
             size if after.groups == 1 else f"{after.groups} of {size}",
             f"{_ratio(before.ratio)} -> {_ratio(after.ratio)}",
-            _number(after.score, 2),
-            f"{_number(before.min_angle, 1)} -> {_number(after.min_angle, 1)}",
+            number(after.score, 2),
+            f"{number(before.min_angle, 1)} -> {number(after.min_angle, 1)}",
             f"{after.dead:,}",
             finding(after, layer.measure),
         )
 
 
 def _ratio(x: float) -> str:
-    return _number(x, 3 if x < 10 else 1)
-
-
-def _number(x: float, digits: int) -> str:
-    """A number for a cell; a dash for NaN."""
-    return "-" if math.isnan(x) else f"{x:,.0f}" if abs(x) >= 1000 else f"{x:.{digits}f}"
+    return number(x, 3 if x < 10 else 1)
 
 
 def _line(row: Sequence[str], widths: Sequence[int]) -> str:

@@ -2,12 +2,11 @@
 
 import datetime
 import functools
+import io
 import json
 import math
-import os
+import subprocess
 import sys
-import types
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -22,7 +21,7 @@ from lightning_hsu.measures import GaussianPotential, KoLeo, RieszEnergy
 from lightning_hsu.monitor import measure_neurons
 from lightning_hsu.report import compare, report
 from lightning_hsu.report.cli import main, parse_measure
-from lightning_hsu.report.files import read_weights
+from lightning_hsu.report.tables import report_table, show
 
 ENERGY = RieszEnergy(s=2.0, half_space=True)
 
@@ -103,109 +102,6 @@ def test_a_checkpoint_of_lightning(tmp_path):
     found = report(path)
     assert [one.name for one in found.layers] == ["layer.0", "layer.1"]
     assert found.layers[0].uniformity.energy == report(model).layers[0].uniformity.energy
-
-
-class Hostile:
-    """Runs a command when it is unpickled the usual way."""
-
-    def __init__(self, target, kind):
-        self.target, self.kind = target, kind
-
-    def __reduce__(self):
-        if self.kind == "command":
-            return os.system, (f"touch {self.target}",)
-        return eval, (f"open({str(self.target)!r}, 'w')",)
-
-
-@pytest.mark.parametrize("kind", ["command", "eval"])
-@pytest.mark.parametrize("legacy", [False, True])
-def test_a_hostile_file_does_not_run(tmp_path, kind, legacy):
-    torch.save(
-        {"w": torch.eye(3), "x": Hostile(tmp_path / "run", kind)}, tmp_path / "a.pt", _use_new_zipfile_serialization=not legacy
-    )
-    with suppress(ValueError):  # it is refused, or what it would run is left out
-        assert torch.equal(read_weights(tmp_path / "a.pt")["w"], torch.eye(3))
-    assert not (tmp_path / "run").exists()
-
-
-def test_objects_of_other_projects_are_left_empty(tmp_path, monkeypatch):
-    class Settings(dict):
-        pass
-
-    class State:
-        def __init__(self):
-            self.value = 1
-
-    other = types.ModuleType("another_project")
-    for kind in (Settings, State):
-        kind.__module__, kind.__qualname__ = "another_project", kind.__name__
-        setattr(other, kind.__name__, kind)
-    monkeypatch.setitem(sys.modules, "another_project", other)
-    for extra in (Settings(a=1), State()):
-        torch.save({"state_dict": {"a.weight": torch.eye(3)}, "extra": extra}, tmp_path / "a.ckpt")
-        if hasattr(torch.serialization, "get_unsafe_globals_in_checkpoint"):
-            assert list(read_weights(tmp_path / "a.ckpt")) == ["a.weight"]
-        else:
-            with pytest.raises(ValueError, match="without running code"):
-                read_weights(tmp_path / "a.ckpt")
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ({"epoch": 1}, "no state dict; it holds 'epoch'"),
-        ({"one": {"w": torch.eye(2)}, "two": {"w": torch.eye(2)}}, "several state dicts; it holds 'one', 'two'; --key"),
-        ([torch.eye(2)], "no state dict; it holds list"),
-    ],
-)
-def test_files_without_weights(tmp_path, content, message):
-    torch.save(content, tmp_path / "a.pt")
-    with pytest.raises(ValueError, match=message):
-        read_weights(tmp_path / "a.pt")
-
-
-def test_broken_files(tmp_path):
-    (tmp_path / "text.pt").write_text("hello")
-    (tmp_path / "empty.pt").touch()
-    (tmp_path / "text.safetensors").write_text("hello")
-    (tmp_path / "cut.pt").write_bytes(b"\x80\x02 and no more")
-    words = {
-        "text.pt": "no file of weights",
-        "empty.pt": "empty",
-        "text.safetensors": "no .safetensors",
-        "cut.pt": "running code",
-    }
-    for name, message in words.items():
-        with pytest.raises(ValueError, match=f"{name} .*{message}"):
-            read_weights(tmp_path / name)
-    with pytest.raises(FileNotFoundError, match="no such file"):
-        read_weights(tmp_path / "none.pt")
-    (tmp_path / "sharded.ckpt").mkdir()
-    (tmp_path / "sharded.ckpt" / ".metadata").touch()
-    with pytest.raises(ValueError, match="consolidate_checkpoint"):
-        read_weights(tmp_path / "sharded.ckpt")
-
-
-def test_a_key_names_the_state_dict(tmp_path):
-    torch.save({"model": {"w.weight": torch.eye(3)}, "ema": {"v.weight": torch.eye(4)}}, tmp_path / "a.pt")
-    assert list(read_weights(tmp_path / "a.pt")) == ["w.weight"]
-    assert list(read_weights(tmp_path / "a.pt", "ema")) == ["v.weight"]
-    with pytest.raises(ValueError, match="no state dict under 'none'"):
-        read_weights(tmp_path / "a.pt", "none")
-
-
-def test_heads_come_last_whatever_order_a_file_has(tmp_path):
-    from safetensors.torch import save_file
-
-    state = {f"{name}.weight": torch.randn(6, 8) for name in ("classifier", "layer.10", "layer.9", "layer.2")}
-    save_file(state, tmp_path / "a.safetensors")
-    found = report(tmp_path / "a.safetensors")
-    assert [(one.name, one.full_space) for one in found.layers] == [
-        ("layer.2", False),
-        ("layer.9", False),
-        ("layer.10", False),
-        ("classifier", True),
-    ]
 
 
 @pytest.mark.parametrize(
@@ -295,6 +191,76 @@ def test_progress_is_told_by_layer():
     assert [name for name, part in told if part == 1.0][-1] == "4"
 
 
+def test_a_convolution_is_no_head():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 32, 3))
+    with torch.no_grad():
+        model[1].weight[1] = -model[1].weight[0]
+    for source in (model, model.state_dict()):
+        found = report(source)
+        assert [one.full_space for one in found.layers] == [False, False]
+        assert found.layers[1].similar == 1
+
+
+def test_the_table_says_what_is_by_chance():
+    torch.manual_seed(0)
+    made = (report({"weight": torch.randn(10, 8)}, head=None) for _ in range(200))
+    small = next(found for found in made if found.layers[0].above and found.layers[0].as_random)
+    assert "1 of 1 layer more than 2 % above random, 1 of them as random layers may be; 0 near" in str(small)
+
+
+def test_in_a_narrow_terminal(monkeypatch):
+    from rich.console import Console
+
+    table = report_table(report(network()))
+    console = Console(width=80, record=True, file=io.StringIO(), force_terminal=True)
+    monkeypatch.setattr("rich.console.Console", lambda *args, **kwargs: console)
+    show(table)
+    lines = console.export_text().splitlines()
+    assert all(len(line) <= 80 for line in lines)
+    assert lines[0].split() == ["layer", "neurons", "x", "dim", "ratio", "angle", "finding"]
+    assert "1 near-duplicate pair, 2 dead" in "\n".join(lines)
+    assert "left out of this narrow table: energy, score, pairs, dead" in "\n".join(lines)
+    console = Console(width=200, record=True, file=io.StringIO(), force_terminal=True)
+    show(table)
+    text = console.export_text()
+    assert "left out" not in text
+    assert "energy" in text
+
+
+def test_huge_numbers_are_short():
+    with torch.no_grad():
+        model = nn.Sequential(nn.Linear(8, 6))
+        model[0].weight[1] = model[0].weight[0]
+    assert all(len(cell) < 9 for cell in report_table(report(model, RieszEnergy(s=200), head=None)).rows[0][1:-1])
+
+
+def test_compare_measures_both_alike():
+    torch.manual_seed(0)
+    before = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 64))
+    with torch.no_grad():
+        before[2].weight[1] = -before[2].weight[0]
+    after = nn.Sequential(*before, nn.Linear(64, 10))
+    one = compare(before, after).layers[1]
+    assert (one.moved, one.before.uniformity.ratio) == (0.0, one.after.uniformity.ratio)
+    assert (one.before.similar, one.after.similar) == (1, 1)
+    assert [layer.full_space for layer in compare(after, after).after.layers] == [False, False, True]
+
+
+def test_compare_tells_what_is_broken_and_what_is_left_out(tmp_path, capsys):
+    before, after = network(), network()
+    with torch.no_grad():
+        after[3].weight[5] = math.nan
+    torch.save({"g": before.state_dict(), "d": before.state_dict()}, tmp_path / "a.pt")
+    torch.save({"g": after.state_dict() | {"h.weight": torch.ones(3, 3, dtype=torch.int8)}, "d": {}}, tmp_path / "b.pt")
+    said = str(compare(tmp_path / "a.pt", tmp_path / "b.pt", key="g"))
+    assert "1 NaN or infinite" in said
+    assert "4 *" in said
+    assert "not floating-point" in said
+    assert main(["compare", str(tmp_path / "a.pt"), str(tmp_path / "b.pt"), "--key", "g"]) == 0
+    assert main(["compare", str(tmp_path / "a.pt"), str(tmp_path / "b.pt")]) == 2
+
+
 def test_compare_sees_what_moved(tmp_path):
     before, after = network(), network()
     with torch.no_grad():
@@ -349,6 +315,47 @@ def test_command_line_errors(tmp_path, capsys, arguments, message):
     torch.save(network().state_dict(), tmp_path / "a.pt")
     assert main(["report", *(str(tmp_path / "a.pt") if word == "FILE" else word for word in arguments)]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_what_cannot_be_judged_fails(tmp_path, capsys):
+    state = network().state_dict()
+    for name, value in (("nan.pt", math.nan), ("zero.pt", 0.0)):
+        torch.save({key: torch.full_like(x, value) for key, x in state.items()}, tmp_path / name)
+        assert main(["report", str(tmp_path / name), "--fail-above", "1e9"]) == 1
+        assert "cannot be judged: fewer than two live neurons" in capsys.readouterr().err
+    state["3.weight"][5, 0] = math.nan
+    torch.save(state, tmp_path / "row.pt")
+    assert main(["report", str(tmp_path / "row.pt"), "--include", "3", "--fail-above", "1e9"]) == 1
+    assert main(["report", str(tmp_path / "row.pt"), "--include", "0", "--fail-above", "1e9"]) == 0
+
+
+@pytest.mark.parametrize("wrong", [["--fail-above", "nan"], ["--fail-above", "-1"], ["--pairs", "-1"]])
+def test_limits_that_are_none(tmp_path, wrong):
+    with pytest.raises(SystemExit, match="2"):
+        main(["report", str(tmp_path / "a.pt"), *wrong])
+
+
+def test_files_that_cannot_be_written_are_told_before_the_work(tmp_path, capsys):
+    torch.save(network().state_dict(), tmp_path / "a.pt")
+    for option in ("--html", "--json"):
+        for path in (tmp_path / "none" / "a", tmp_path):
+            assert main(["report", str(tmp_path / "a.pt"), option, str(path)]) == 2
+            found = capsys.readouterr()
+            assert "cannot write" in found.err
+            assert not found.out
+
+
+def test_a_fault_of_our_own_is_no_verdict(monkeypatch, capsys):
+    monkeypatch.setattr("lightning_hsu.report.cli.report", lambda *args, **kwargs: 1 / 0)
+    assert main(["report", "a.pt"]) == 2
+    assert "ZeroDivisionError" in capsys.readouterr().err
+
+
+def test_a_reader_that_has_had_enough(tmp_path):
+    torch.save(network().state_dict(), tmp_path / "a.pt")
+    command = f"{sys.executable} -m lightning_hsu.report.cli report {tmp_path / 'a.pt'} --json - | head -1"
+    found = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
+    assert (found.stdout, found.stderr) == ("{\n", "")
 
 
 def test_measures_by_their_name():

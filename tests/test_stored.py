@@ -1,5 +1,7 @@
 """State dicts without their model give the neurons that the model gives, as far as names and shapes tell."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -23,6 +25,24 @@ def pruned():
     return layer
 
 
+def pruned_all(layer, *names):
+    for name in names:
+        prune.l1_unstructured(layer, name, amount=0.3)
+    return layer
+
+
+def normed(layer, *names, norm=parametrizations.weight_norm):
+    """Weight norm as it is in training: lengths are not those of the stored directions."""
+    torch.manual_seed(0)
+    for name in names or ("weight",):
+        layer = norm(layer, name)
+    with torch.no_grad():
+        for name, p in layer.named_parameters():
+            if name.endswith(("original0", "_g")):
+                p *= torch.randn_like(p).mul(2.0).exp()
+    return layer
+
+
 SAME = {
     "linear": lambda: nn.Linear(6, 4),
     "convolution": lambda: nn.Conv2d(3, 8, 3),
@@ -40,17 +60,34 @@ SAME = {
     "embedding": lambda: nn.Embedding(9, 4),
     "bilinear": lambda: nn.Bilinear(3, 4, 8),
     "pruned": pruned,
+    "pruned attention": lambda: pruned_all(nn.MultiheadAttention(8, 2), "in_proj_weight"),
+    "pruned LSTM": lambda: pruned_all(nn.LSTM(5, 8), "weight_ih_l0", "weight_hh_l0"),
+    "weight norm": lambda: normed(nn.Linear(6, 4)),
+    "weight norm of a convolution": lambda: normed(nn.Conv1d(3, 8, 3)),
+    "weight norm of a transposed convolution": lambda: normed(nn.ConvTranspose1d(3, 8, 3)),
+    "weight norm of an LSTM": lambda: normed(nn.LSTM(5, 8), "weight_ih_l0", "weight_hh_l0"),
+    "older weight norm of a transposed convolution": lambda: normed(nn.ConvTranspose1d(3, 8, 3), norm=nn.utils.weight_norm),
+    "weight norm with one length": lambda: normed(
+        nn.Linear(6, 4), norm=lambda x, name: nn.utils.weight_norm(x, name, dim=None)
+    ),
 }
 
 
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+@pytest.mark.parametrize("last", [nn.Linear(8, 5), nn.Conv1d(8, 5, 1)], ids=["Linear", "Conv1d"])
 @pytest.mark.parametrize("kind", SAME)
-def test_as_the_model(kind):
-    model = nn.Sequential(SAME[kind](), nn.BatchNorm1d(8), nn.Linear(8, 5))
-    wanted = {one.name: one.neurons() for one in select(model, everything=True)[0]}
-    found = {one.name: one.neurons() for one in select(stand_in(model.state_dict())[0], everything=True)[0]}
+def test_as_the_model(kind, last):
+    model = nn.Sequential(SAME[kind](), nn.BatchNorm1d(8), last)
+    if kind == "embedding":  # which is one by its name only
+        model = nn.ModuleDict({"embed": model[0], "norm": model[1], "last": last})
+    wanted = {(one.name, one.head): one.neurons() for one in select(model, everything=True)[0]}
+    targets = select(stand_in(model.state_dict())[0], everything=True)[0]
+    found = {(one.name, one.head): one.neurons() for one in targets}
     assert list(found) == list(wanted)
+    exact = "norm" not in kind  # of which the parts are multiplied in another order
     for name, x in wanted.items():
-        torch.testing.assert_close(found[name], x.detach(), rtol=0, atol=0)
+        torch.testing.assert_close(found[name], x.detach(), **({"rtol": 0, "atol": 0} if exact else {}))
+    assert not stand_in(model.state_dict())[1]
 
 
 @pytest.mark.parametrize(

@@ -82,6 +82,16 @@ class LayerReport:
         return self.uniformity.name
 
     @property
+    def above(self) -> bool:
+        """Whether the ratio is more than 2 % above that of random neurons."""
+        return self.uniformity.ratio > 1.02
+
+    @property
+    def as_random(self) -> bool:
+        """Whether random neurons may well have such a ratio, in however few dimensions."""
+        return self.finding.startswith("as random")
+
+    @property
     def full_space(self) -> bool:
         """Whether opposite neurons are far apart, not the same line."""
         return not in_half_space(self.measure)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from html import escape
 
+from lightning_hsu.findings import number
 from lightning_hsu.report.analysis import LayerReport
 from lightning_hsu.report.axes import Axis, figure, line, path, place, short, text
 from lightning_hsu.report.curves import expected_angles, random_singular_values
@@ -15,6 +16,7 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 44.0, 352.0, 28.0, 204.0
 _POINTS = 200  # singular values that are drawn
 _TALL = 210  # of the chart of ratios, in pixels
 _NAMED = 3  # of the highest ratios
+_WORDS = 0.6  # of the width that a name and its neighbour may want on a phone
 
 
 def ratio_chart(layers: Sequence[LayerReport]) -> str:
@@ -29,7 +31,7 @@ def ratio_chart(layers: Sequence[LayerReport]) -> str:
     marks.append(line("0", axis(1.0), "100%", axis(1.0), "random"))
     places = {i: f"{100 * (i + 0.5) / len(layers):.2f}%" for i, _ in ratios}
     size = 4.5 if len(layers) <= 60 else 3.0
-    marks += [_dot(i, layers[i].name, ratio, places[i], axis, size) for i, ratio in ratios]
+    marks += [_dot(i, layers[i], places[i], axis, size) for i, _ in ratios]
     marks.append(text("100%", axis(1.0) + 17, "as random", end="end", kind="halo"))
     marks += _names_of_highest(layers, ratios, axis)
     label = escape(f"Ratio of {len(ratios)} layers in the model's order; 1 is as random")
@@ -47,9 +49,10 @@ def _ratio_axis(ratios: list[float]) -> Axis:
     return Axis(low - room, high + room, _TALL - 24, 24)
 
 
-def _dot(i: int, name: str, ratio: float, at: str, axis: Axis, size: float) -> str:
-    kind = "above" if ratio > 1.02 else "below" if ratio < 0.98 else "even"
-    label = escape(f"{name}: {ratio:,.3f}")
+def _dot(i: int, layer: LayerReport, at: str, axis: Axis, size: float) -> str:
+    ratio = layer.uniformity.ratio
+    kind = "even" if layer.as_random else "above" if layer.above else "below" if ratio < 0.98 else "even"
+    label = escape(f"{layer.name}: {number(ratio, 3)}")
     stem = line(at, axis(1.0), at, axis(ratio), f"stem {kind}")
     dot = f'<circle cx="{at}" cy="{place(axis(ratio))}" r="{size}" class="{kind}"/>'
     return f'<a href="#layer-{i}" tabindex="-1" aria-label="{label}"><title>{label}</title>{stem}{dot}</a>'
@@ -58,14 +61,15 @@ def _dot(i: int, name: str, ratio: float, at: str, axis: Axis, size: float) -> s
 def _names_of_highest(layers: Sequence[LayerReport], ratios: list[tuple[int, float]], axis: Axis) -> list[str]:
     """Names at the highest ratios, where they do not cover each other."""
     marks: list[str] = []
-    taken: list[float] = []
+    taken: list[tuple[float, float]] = []
     for i, ratio in sorted(ratios, key=lambda one: -one[1])[:_NAMED]:
         height, part = axis(ratio) - 9, (i + 0.5) / len(layers)
-        if ratio <= 1.02 or any(abs(height - other) < 15 for other in taken):
+        covers = any(abs(height - other) < 15 and abs(part - place) < _WORDS for place, other in taken)
+        if not layers[i].above or covers:
             continue
-        taken.append(height)
+        taken.append((part, height))
         end = "start" if part < 0.3 else "middle" if part < 0.7 else "end"  # within a phone
-        words = f"{shortened(layers[i].name, 24)} {ratio:,.2f}"
+        words = f"{shortened(layers[i].name, 24)} {number(ratio, 2)}"
         marks.append(text(f"{100 * part:.2f}%", height, words, end=end, kind="halo"))
     return marks
 

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import argparse
 import ast
+import math
+import os
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from lightning_hsu import measures
@@ -23,11 +27,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = _parser().parse_args(arguments)
     try:
         return int(given.run(given))
+    except BrokenPipeError:  # the reader of a pipe, such as head, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + 13
     except (OSError, ValueError, TypeError, ModuleNotFoundError) as error:
         print(f"lightning-hsu: {error}", file=sys.stderr)
         return _BROKEN
     except KeyboardInterrupt:
         return 130
+    except Exception:  # not 1, which is --fail-above's
+        traceback.print_exc()
+        return _BROKEN
 
 
 def parse_measure(text: str) -> Measure:
@@ -66,9 +76,12 @@ def _parser() -> argparse.ArgumentParser:
     one = commands.add_parser("report", help="every layer of a checkpoint beside random neurons")
     one.add_argument("checkpoint", help=".ckpt, .pt, .pth, .safetensors or TorchScript; no code in it is run")
     one.add_argument("--html", metavar="FILE", help="write a page with the figures of each layer")
-    one.add_argument("--pairs", metavar="N", type=int, default=0, help="list the N nearest near-duplicate pairs of each layer")
-    one.add_argument("--key", help="where in the file the state dict is, such as 'ema'")
-    one.add_argument("--fail-above", metavar="RATIO", type=float, help="exit with 1 if a layer's ratio is above this")
+    one.add_argument(
+        "--pairs", metavar="N", type=_count, default=0, help="list the N nearest near-duplicate pairs of each layer"
+    )
+    one.add_argument(
+        "--fail-above", metavar="RATIO", type=_limit, help="exit with 1 if a layer's ratio is above this, or if one has none"
+    )
     one.set_defaults(run=_report)
     two = commands.add_parser("compare", help="what moved between two checkpoints")
     two.add_argument("before")
@@ -82,7 +95,8 @@ def _parser() -> argparse.ArgumentParser:
 def _add_common(command: argparse.ArgumentParser) -> None:
     command.add_argument("--json", metavar="FILE", help="write all numbers; - prints them instead of the table")
     command.add_argument("--measure", metavar="MEASURE", help="such as 'KoLeo' or 'RieszEnergy(s=1, half_space=True)'")
-    command.add_argument("--include", metavar="PATTERN", nargs="+", help="layers to take, shell style")
+    command.add_argument("--key", help="where in the file the state dict is, such as 'ema' or 'model.inner'")
+    command.add_argument("--include", metavar="PATTERN", nargs="+", help="layers to take, shell style; after the files")
     command.add_argument("--exclude", metavar="PATTERN", nargs="+", help="layers to leave out")
     command.add_argument("--head", default="auto", help="the class head: a layer's name, or 'none'; by default the last Linear")
     command.add_argument(
@@ -101,33 +115,67 @@ def _settings(given: argparse.Namespace) -> dict[str, Any]:
         "exclude": given.exclude,
         "head": None if given.head.lower() == "none" else given.head,
         "similar_above": given.similar_above,
+        "key": given.key,
     }
 
 
+def _count(text: str) -> int:
+    if (count := int(text)) < 0:
+        raise argparse.ArgumentTypeError(f"a number of pairs is 0 or more; got {text}")
+    return count
+
+
+def _limit(text: str) -> float:
+    if not (limit := float(text)) > 0:
+        raise argparse.ArgumentTypeError(f"a ratio is above 0; got {text}")
+    return limit
+
+
 def _report(given: argparse.Namespace) -> int:
+    _check_writable(given.html, given.json)
     with _progress() as progress:
-        found = report(given.checkpoint, **_settings(given), keep=max(100, given.pairs), key=given.key, progress=progress)
+        found = report(given.checkpoint, **_settings(given), keep=max(100, given.pairs), progress=progress)
     if given.json != "-":
         show(report_table(found))
         if given.pairs > 0:
             print("\n".join(pair_lines(found, given.pairs)))
+    _write_json(found, given.json)
     if given.html:
         found.write_html(given.html)
-    _write_json(found, given.json)
-    if given.fail_above is not None and found.worst_ratio > given.fail_above:
-        worst = max(found.layers, key=lambda one: one.uniformity.ratio if one.uniformity.ratio > 0 else 0.0)
-        print(f"lightning-hsu: ratio {found.worst_ratio:.3f} of {worst.name} is above {given.fail_above:g}", file=sys.stderr)
-        return _FAILED
-    return 0
+    return 0 if given.fail_above is None else _judged(found, given.fail_above)
+
+
+def _judged(found: Report, limit: float) -> int:
+    """The exit code for a limit on ratios: a layer without a ratio, or with weights that are not finite, fails, too."""
+    broken = [one for one in found.layers if math.isnan(one.uniformity.ratio) or one.uniformity.nonfinite]
+    above = [one for one in found.layers if one.uniformity.ratio > limit]
+    for one in broken:
+        print(f"lightning-hsu: {one.name} cannot be judged: {one.finding}", file=sys.stderr)
+    if above:
+        worst = max(above, key=lambda one: one.uniformity.ratio)
+        print(f"lightning-hsu: ratio {worst.uniformity.ratio:.3f} of {worst.name} is above {limit:g}", file=sys.stderr)
+    return _FAILED if broken or above else 0
 
 
 def _compare(given: argparse.Namespace) -> int:
+    _check_writable(given.json)
     with _progress() as progress:
         found = compare(given.before, given.after, **_settings(given), progress=progress)
     if given.json != "-":
         show(comparison_table(found))
     _write_json(found, given.json)
     return 0
+
+
+def _check_writable(*paths: str | None) -> None:
+    """Refuse, before the work, files that cannot be written after it."""
+    for path in paths:
+        if path and path != "-":
+            place = Path(path) if Path(path).exists() else Path(path).parent
+            if not place.exists():
+                raise FileNotFoundError(f"cannot write {path}: there is no folder {place}")
+            if Path(path).is_dir() or not os.access(place, os.W_OK):
+                raise PermissionError(f"cannot write {path}")
 
 
 def _write_json(found: Report | Comparison, path: str | None) -> None:
@@ -147,8 +195,11 @@ def _progress() -> Iterator[Progress | None]:
     except ModuleNotFoundError:
         yield None
         return
-    columns = (SpinnerColumn(), *Bars.get_default_columns(), TimeElapsedColumn())
-    with Bars(*columns, console=Console(stderr=True), transient=True) as bars:
+    console, columns = Console(stderr=True), (SpinnerColumn(), *Bars.get_default_columns(), TimeElapsedColumn())
+    if not console.is_terminal:
+        yield None
+        return
+    with Bars(*columns, console=console, transient=True) as bars:
         task = bars.add_task("reading", total=1.0)
         yield lambda name, part: bars.update(task, description=name, completed=part)
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from lightning_hsu.core import unit_rows, with_float64
 from lightning_hsu.measures import Measure
 from lightning_hsu.report.analysis import LayerReport
-from lightning_hsu.report.reports import Progress, Report, Source, find_targets, report
+from lightning_hsu.report.reports import Found, Progress, Report, Source, find_targets, look_at_all
 from lightning_hsu.report.tables import comparison_table, plain
 from lightning_hsu.selection import Patterns
 
@@ -84,11 +85,13 @@ def compare(
     exclude: Patterns = None,
     head: str | None = "auto",
     similar_above: float = 0.95,
+    key: str | None = None,
     progress: Progress | None = None,
 ) -> Comparison:
     """Look at two networks, or one at two times, layer by layer; arguments as of :func:`~lightning_hsu.report.report`.
 
-    Layers are matched by name, and neurons by index.
+    Layers are matched by name, and neurons by index. A layer that both have is the class head only if it is so in both: the
+    last layer of a network without its head is none.
 
     Raises:
         ValueError: if the two have no layer of the same name.
@@ -100,19 +103,17 @@ def compare(
         >>> round(compare(before, after).layers[0].moved, 3)
         0.0
     """
+    both = _same_heads([find_targets(source, include, exclude, head, key) for source in (before, after)])
     reports = [
-        report(
-            source,
+        look_at_all(
+            found,
             measure,
-            include=include,
-            exclude=exclude,
-            head=head,
-            similar_above=similar_above,
+            similar_above,
             progress=None if progress is None else lambda name, part, i=i: progress(name, (i + part) / 2),  # type: ignore[misc]
         )
-        for i, source in enumerate((before, after))
+        for i, found in enumerate(both)
     ]
-    targets = [{one.name: one for one in find_targets(source, include, exclude, head, None)[1]} for source in (before, after)]
+    targets = [{one.name: one for one in found.targets} for found in both]
     earlier = {one.name: one for one in reports[0].layers}
     layers = tuple(
         LayerComparison(earlier[one.name], one, _moved(*(found[one.name].neurons() for found in targets)))
@@ -125,6 +126,15 @@ def compare(
     names = [{one.name for one in found.layers} for found in reports]
     only = [tuple(one.name for one in reports[i].layers if one.name not in names[1 - i]) for i in (0, 1)]
     return Comparison(reports[0], reports[1], layers, only[0], only[1])
+
+
+def _same_heads(both: Sequence[Found]) -> list[Found]:
+    """The same, without a head that only one of two takes for it."""
+    heads = [{one.name: one.head for one in found.targets} for found in both]
+    return [
+        found._replace(targets=[replace(one, head=one.head and other.get(one.name, True)) for one in found.targets])
+        for found, other in zip(both, reversed(heads), strict=True)
+    ]
 
 
 @torch.no_grad()

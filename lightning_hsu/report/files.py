@@ -6,14 +6,14 @@ import re
 import tarfile
 import warnings
 import zipfile
-from collections import OrderedDict
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from lightning_hsu.report.pickles import Left, unpickled
 
 _KEYS = ("state_dict", "model_state_dict", "model", "module", "net", "network", "weights", "params", "ema")
 _HEADS = ("head", "classifier", "fc", "lm_head", "score", "logits")  # modules that come last, whatever order a file has
@@ -45,27 +45,37 @@ def read_weights(path: str | Path, key: str | None = None) -> dict[str, Tensor]:
     if path.is_dir():
         return _from_folder(path)
     if path.suffix == ".safetensors":
-        return _ordered(_safetensors(path))
+        return _printable(_ordered(_safetensors(path)))
     if path.stat().st_size == 0:
         raise ValueError(f"{path} is empty")
     if _is_torchscript(path):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # files of this kind go on to exist
-            module = torch.jit.load(str(path), map_location="cpu")  # type: ignore[no-untyped-call]
-            return dict(module.state_dict())
+        return _printable(_torchscript(path))
     if not (zipfile.is_zipfile(path) or tarfile.is_tarfile(path) or _begins(path, b"\x80")):
-        raise ValueError(f"{path} is no file of weights: neither torch.save, torch.jit.save nor safetensors writes such files")
-    return _state_dict(_loaded(path), path, key)
+        cut = _begins(path, b"PK")
+        told = (
+            "is cut short"
+            if cut
+            else "is no file of weights: neither torch.save, torch.jit.save nor safetensors writes such files"
+        )
+        raise ValueError(f"{path} {told}")
+    return _printable(_state_dict(unpickled(path), path, key))
 
 
 def _from_folder(path: Path) -> dict[str, Tensor]:
     files = sorted(path.glob("*.safetensors"))
     if files:
-        return _ordered({name: x for file in files for name, x in _safetensors(file).items()})
+        found: dict[str, Tensor] = {}
+        for file in files:
+            tensors = _safetensors(file)
+            if twice := next((name for name in tensors if name in found), None):
+                raise ValueError(f"{path} holds more than one set of weights ({twice} is in {file.name}, too): name one file")
+            found |= tensors
+        return _printable(_ordered(found))
     if (path / ".metadata").exists():
         raise ValueError(
             f"{path} is a sharded checkpoint: make one file of it with "
-            f"`python -m lightning.pytorch.utilities.consolidate_checkpoint {path}`"
+            f"`python -m lightning.pytorch.utilities.consolidate_checkpoint {path}` or, where Lightning did not write it, "
+            f"`python -m torch.distributed.checkpoint.format_utils dcp_to_torch {path} FILE`"
         )
     raise ValueError(f"{path} is a folder without .safetensors files: name the checkpoint in it")
 
@@ -104,70 +114,61 @@ def _is_torchscript(path: Path) -> bool:
         return any(name.endswith("/constants.pkl") for name in archive.namelist())
 
 
-def _loaded(path: Path) -> Any:
-    """What a pickle holds, tensors and plain values only: other objects are left empty, and no code of theirs is run."""
-    for stand_in in (_Left, _LeftMapping):  # torch fills nothing but its own kinds of mappings
-        try:
-            with _others_empty(path, stand_in):
-                return torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # of many types: whatever a broken file makes torch's reader stumble over
-            last = error
-    raise ValueError(
-        f"{path} cannot be read without running code from it, which is not done ({type(last).__name__}: {_reason(last)}). "
-        "If you trust it, load it yourself and give the model or its state_dict() to lightning_hsu.report.report, or save "
-        "that as .safetensors"
-    ) from last
+def _torchscript(path: Path) -> dict[str, Tensor]:
+    """The weights of TorchScript. Its loader runs methods by which classes restore themselves: what has such is refused."""
+    try:
+        reader = torch._C.PyTorchFileReader(str(path))  # that of the loader, which thus sees the same
+        records = [name for name in reader.get_all_records() if not name.startswith(("data/", "constants/", "tensors/"))]
+        runs = "model.json" in records or any(b"__setstate__" in reader.get_record(name) for name in records)
+    except RuntimeError as error:
+        raise ValueError(f"{path} is no TorchScript that can be read: {error}") from error
+    if runs:
+        raise ValueError(
+            f"{path} is TorchScript that runs code of its own when it is loaded, which is not done. If you trust it, load it "
+            "yourself and give its state_dict() to lightning_hsu.report.report"
+        )
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # files of this kind go on to exist
+            return dict(torch.jit.load(str(path), map_location="cpu").state_dict())  # type: ignore[no-untyped-call]
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"{path} is no TorchScript that can be read: {error}") from error
 
 
-def _reason(error: Exception) -> str:
-    """What torch says, without its advice."""
-    text = re.split(r"WeightsUnpickler error:|from a trusted source\.", str(error))[-1]
-    return re.sub(r"\s+", " ", text.partition("Check the documentation")[0])[:300].strip()
-
-
-def _others_empty(path: Path, stand_in: type) -> AbstractContextManager[Any]:
-    """While a file is read, stand-ins for the classes in it that are not torch's: hyperparameters, states of callbacks."""
-    find = getattr(torch.serialization, "get_unsafe_globals_in_checkpoint", None)  # from torch 2.6 on
-    if find is None or not zipfile.is_zipfile(path):
-        return nullcontext()
-    known = {"builtins.list": list, "builtins.dict": dict, "builtins.set": set, "builtins.tuple": tuple}
-    return torch.serialization.safe_globals([(known.get(name, type("Left", (stand_in,), {})), name) for name in find(path)])
-
-
-class _Left:
-    """What stands for an object that is not looked at."""
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> _Left:
-        return super().__new__(cls)
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """Take anything."""
-
-    def __setstate__(self, state: Any) -> None:
-        """Keep nothing."""
-
-
-class _LeftMapping:
-    """What stands for one where some are mappings: torch's reader fills an OrderedDict, and gives it attributes."""
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        return OrderedDict()
+def _printable(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same with names that do nothing to a terminal: control characters are spelled out."""
+    return {"".join(c if c.isprintable() else ascii(c)[1:-1] for c in name): x for name, x in tensors.items()}
 
 
 def _state_dict(found: Any, path: Path, key: str | None) -> dict[str, Tensor]:
-    """The state dict in what a file holds."""
+    """The state dict in what a file holds; a key may be a path with dots."""
+    held = {"": found} if _holds_weights(found) else _inside(found, depth=1) or _inside(found, depth=4)
     if key is not None:
-        inner = found.get(key) if isinstance(found, Mapping) else None
-        if not isinstance(inner, Mapping) or not _holds_weights(inner):
-            raise ValueError(f"{path} has no state dict under {key!r}; {_contents(found)}")
+        inner = _at(found, key)
+        if not _holds_weights(inner):
+            raise ValueError(f"{path} has no state dict under {key!r}; {_contents(found, held)}")
         return _tensors(inner)
-    if _holds_weights(found):
-        return _tensors(found)
-    held = {name: one for name, one in found.items() if _holds_weights(one)} if isinstance(found, Mapping) else {}
     names = [name for name in _KEYS if name in held] or list(held)
     if not names or (len(names) > 1 and names[0] not in _KEYS):
-        raise ValueError(f"{path} has {'several state dicts' if names else 'no state dict'}; {_contents(found)}")
+        raise ValueError(f"{path} has {'several state dicts' if names else 'no state dict'}; {_contents(found, held)}")
     return _tensors(held[names[0]])
+
+
+def _inside(found: Any, above: str = "", *, depth: int) -> dict[str, Any]:
+    """The state dicts within mappings nested so deeply, by their path; an optimizer's state has numbers for names."""
+    held: dict[str, Any] = {}
+    for name, one in found.items() if isinstance(found, Mapping) and depth else ():
+        if isinstance(name, str):
+            held |= {above + name: one} if _holds_weights(one) else _inside(one, f"{above}{name}.", depth=depth - 1)
+    return held
+
+
+def _at(found: Any, key: str) -> Any:
+    """What stands in nested mappings under a key, or a path of keys with dots; None where nothing does."""
+    if not isinstance(found, Mapping) or key in found:
+        return found.get(key) if isinstance(found, Mapping) else None
+    first, _, rest = key.partition(".")
+    return _at(found.get(first), rest) if rest else None
 
 
 def _holds_weights(found: Any) -> bool:
@@ -178,9 +179,10 @@ def _tensors(found: Mapping[str, Any]) -> dict[str, Tensor]:
     return {str(name): x for name, x in found.items() if isinstance(x, Tensor)}
 
 
-def _contents(found: Any) -> str:
-    if isinstance(found, _Left):
+def _contents(found: Any, held: Mapping[str, Any]) -> str:
+    if isinstance(found, Left):
         return "it holds one object, such as a whole model: save its state_dict() instead"
     if not isinstance(found, Mapping):
         return f"it holds {type(found).__name__}"
-    return f"it holds {', '.join(repr(name) for name in list(found)[:20])}; --key or key= names the one to read"
+    names = ", ".join(repr(name) for name in list(held or found)[:20])
+    return f"it holds {names or 'nothing'}" + ("; --key or key= names the one to read" if held else "")

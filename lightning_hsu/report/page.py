@@ -6,17 +6,17 @@ import math
 from html import escape
 from typing import TYPE_CHECKING
 
+from lightning_hsu.findings import number
 from lightning_hsu.monitor import in_half_space
 from lightning_hsu.report.analysis import LayerReport
 from lightning_hsu.report.charts import ratio_chart
 from lightning_hsu.report.sections import breakable, layer_section
 from lightning_hsu.report.style import STYLE
-from lightning_hsu.report.tables import number, shape_of
+from lightning_hsu.report.tables import shape_of
 
 if TYPE_CHECKING:
     from lightning_hsu.report.reports import Report
 
-_ABOVE = 1.02  # ratio from which the head of the page counts a layer as above random
 _COLUMNS = (  # name, classes; what is minor is left out on a phone
     ("layer", ""),
     ("neurons x dimension", "number minor"),
@@ -62,11 +62,11 @@ def _standing(found: Report) -> str:
     known = [ratio for ratio in ratios if not math.isnan(ratio)]
     if not known:
         return "No layer has a ratio."
-    above = sum(ratio > _ABOVE for ratio in known)
+    above = sum(one.above for one in found.layers)
     words = (
         f"{above or 'None'} of {_counted(len(known), 'layer')} {'is' if above < 2 else 'are'} above random by more than 2 %."
     )
-    within = sum(one.uniformity.ratio > _ABOVE and one.finding.startswith("as random") for one in found.layers)
+    within = sum(one.above and one.as_random for one in found.layers)
     if within:
         words += f" Of these, {within} {'is' if within == 1 else 'are'} within what random layers of the shape have."
     if missing := len(ratios) - len(known):

@@ -7,8 +7,9 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from lightning_hsu.distributed import unwrapped
@@ -128,13 +129,19 @@ def report(
         >>> found.layers[0].pairs
         (SimilarPair(group=0, first=3, second=7, angle=0.0),)
     """
+    return look_at_all(find_targets(source, include, exclude, head, key), measure, similar_above, keep, progress)
+
+
+def look_at_all(
+    found: Found, measure: Measure | None, similar_above: float, keep: int = 100, progress: Progress | None = None
+) -> Report:
+    """The report on what :func:`find_targets` found; other arguments as of :func:`report`."""
     measure = RieszEnergy(s=2.0, half_space=True) if measure is None else measure
     check_measure(measure)
     check_number("similar_above", similar_above, "in (0, 1)", lambda x: 0 < x < 1)
-    name, targets, skips = find_targets(source, include, exclude, head, key)
-    work = [target.shape[0] * target.shape[1] ** 2 * target.shape[2] for target in targets]
+    work = [target.shape[0] * target.shape[1] ** 2 * target.shape[2] for target in found.targets]
     layers, before = [], 0
-    for target, own in zip(targets, work, strict=True):
+    for target, own in zip(found.targets, work, strict=True):
 
         def done(part: float, name: str = target.name, before: int = before, own: int = own) -> None:
             if progress is not None:
@@ -146,17 +153,31 @@ def report(
         layers.append(look_at(target.name, target.neurons(), chosen, similar_above=similar_above, keep=keep, done=done))
         done(1.0)
         before += own
-    return Report(name, measure, similar_above, tuple(layers), tuple(skips))
+    return Report(found.source, measure, similar_above, tuple(layers), tuple(found.skips))
 
 
-def find_targets(
-    source: Source, include: Patterns, exclude: Patterns, head: str | None, key: str | None
-) -> tuple[str, list[Target], list[Skip]]:
-    """What the source is called, its sets of neurons, and what is left out; arguments as of :func:`report`."""
-    if isinstance(source, nn.Module):
+class Found(NamedTuple):
+    """Where the neurons of a source are.
+
+    Args:
+        source: What it is called.
+        targets: Its sets of neurons.
+        skips: Weights that are left out, with the reason.
+    """
+
+    source: str
+    targets: list[Target]
+    skips: list[Skip]
+
+
+def find_targets(source: Source, include: Patterns, exclude: Patterns, head: str | None, key: str | None) -> Found:
+    """Where the neurons of a source are; arguments as of :func:`report`."""
+    if isinstance(source, nn.Module) and not isinstance(source, torch.jit.ScriptModule):
         model = unwrapped(source)
-        return type(model).__name__, *select(model, include, exclude, head, everything=True)
-    if isinstance(source, (str, Path)):
+        return Found(type(model).__name__, *select(model, include, exclude, head, everything=True))
+    if isinstance(source, nn.Module):
+        name, source = type(source).__name__, source.state_dict()
+    elif isinstance(source, (str, Path)):
         name, source = str(source), read_weights(source, key)
     elif isinstance(source, Mapping):
         name = "state dict"
@@ -164,8 +185,12 @@ def find_targets(
         raise TypeError(f"a report is on a model, a state dict or a file; got {type(source).__name__}")
     asked = [include] if isinstance(include, str) else include
     model, unnamed = stand_in(source, asked or ())
-    targets, skips = select(model, include, exclude, head, everything=True)
-    return name, targets, [*skips, *unnamed]
+    try:
+        targets, skips = select(model, include, exclude, head, everything=True)
+    except ValueError as error:
+        left_out = "".join(f"\n  {skip.name} {tuple(skip.shape)}: {skip.reason}" for skip in unnamed)
+        raise ValueError(f"{name}: {error}{left_out}") from error
+    return Found(name, targets, [*skips, *unnamed])
 
 
 def _plain(layer: LayerReport) -> dict[str, Any]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from html import escape
 from typing import TYPE_CHECKING
 
-from lightning_hsu.findings import counted
+from lightning_hsu.findings import counted, number
 from lightning_hsu.report.analysis import LayerReport, SimilarPair
 from lightning_hsu.report.charts import angle_chart, singular_chart
 from lightning_hsu.report.heatmap import data_address, heat_map_png
-from lightning_hsu.report.tables import number, shape_of
+from lightning_hsu.report.tables import shape_of
 
 if TYPE_CHECKING:
     from lightning_hsu.report.reports import Report

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from lightning_hsu.findings import counted
+from lightning_hsu.findings import counted, number
 from lightning_hsu.monitor import LayerUniformity
 from lightning_hsu.selection import EXCLUDED, NOT_INCLUDED
 
@@ -66,21 +65,27 @@ def _mixed(found: Report) -> bool:
 def _report_row(layer: LayerReport, mixed: bool) -> tuple[str, ...]:
     one = layer.uniformity
     numbers = (number(one.energy, 4), number(one.ratio, 3), number(one.score, 2), number(one.min_angle, 1))
-    name = one.name + (" *" if mixed and layer.full_space else "")
-    return (name, shape_of(one), *numbers, f"{layer.similar:,}", f"{layer.dead:,}", layer.finding)
+    return (_named(layer, mixed), shape_of(one), *numbers, f"{layer.similar:,}", f"{layer.dead:,}", layer.finding)
+
+
+def _named(layer: LayerReport, mixed: bool) -> str:
+    return layer.name + (" *" if mixed and layer.full_space else "")
 
 
 def _below(found: Report) -> list[str]:
-    above = sum(one.uniformity.ratio > 1.02 for one in found.layers)
-    pairs = sum(one.similar for one in found.layers)
+    above, pairs = [one for one in found.layers if one.above], sum(one.similar for one in found.layers)
+    chance = sum(one.as_random for one in above)
     lines = [
-        f"{above} of {counted(len(found.layers), 'layer')} more than 2 % above random; {counted(pairs, 'near-duplicate pair')} "
+        f"{len(above)} of {counted(len(found.layers), 'layer')} more than 2 % above random"
+        f"{f', {chance} of them as random layers may be' if chance else ''}; {counted(pairs, 'near-duplicate pair')} "
         f"(cosine from {found.similar_above:g}); {counted(sum(one.dead for one in found.layers), 'dead neuron')}",
         "ratio: energy over that of random neurons; angle: the smallest between two neurons, in degrees",
     ]
-    if _mixed(found):
-        lines.append("* in full space, where opposite neurons are far apart")
-    return lines + skipped_lines(found)
+    return [*lines, *_starred(found), *skipped_lines(found)]
+
+
+def _starred(found: Report) -> list[str]:
+    return ["* in full space, where opposite neurons are far apart"] if _mixed(found) else []
 
 
 def skipped_lines(found: Report) -> list[str]:
@@ -105,27 +110,29 @@ def pair_lines(found: Report, most: int) -> list[str]:
 
 def comparison_table(found: Comparison) -> Table:
     """The table of a comparison."""
-    columns = ("layer", ">neurons x dim", ">moved", ">ratio", ">angle", ">pairs", ">dead")
+    columns = ("layer", ">neurons x dim", ">moved", ">ratio", "?>angle", "?>pairs", "?>dead", "finding after")
     only = [
         f"only in {source}: {', '.join(names)}"
         for source, names in ((found.before.source, found.only_before), (found.after.source, found.only_after))
         if names
     ]
     moved = "moved: median angle between a neuron before and after, in degrees; angle: smallest between two neurons"
-    return Table(columns, [_comparison_row(one) for one in found.layers], (moved, *only))
+    rows = [_comparison_row(one, _mixed(found.after)) for one in found.layers]
+    return Table(columns, rows, (moved, *_starred(found.after), *only, *skipped_lines(found.after)))
 
 
-def _comparison_row(one: LayerComparison) -> tuple[str, ...]:
+def _comparison_row(one: LayerComparison, mixed: bool) -> tuple[str, ...]:
     before, after = one.before.uniformity, one.after.uniformity
     shape = shape_of(after) if shape_of(before) == shape_of(after) else change(shape_of(before), shape_of(after))
     return (
-        after.name,
+        _named(one.after, mixed),
         shape,
         number(one.moved, 1),
         change(number(before.ratio, 3), number(after.ratio, 3)),
         change(number(before.min_angle, 1), number(after.min_angle, 1)),
         change(f"{one.before.similar:,}", f"{one.after.similar:,}"),
         change(f"{one.before.dead:,}", f"{one.after.dead:,}"),
+        one.after.finding,
     )
 
 
@@ -138,11 +145,6 @@ def shape_of(one: LayerUniformity) -> str:
     """Shape of a layer, as a user writes it."""
     size = f"{one.neurons} x {one.dimension}"
     return size if one.groups == 1 else f"{one.groups} of {size}"
-
-
-def number(x: float, digits: int) -> str:
-    """A number for a cell; a dash for NaN."""
-    return "-" if math.isnan(x) else f"{x:,.0f}" if abs(x) >= 1000 else f"{x:.{digits}f}"
 
 
 def plain(table: Table) -> str:

@@ -1,0 +1,263 @@
+"""Weights from files of every kind: nothing in them is run, and what cannot be read says why."""
+
+import collections
+import os
+import sys
+import types
+import zipfile
+from contextlib import suppress
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_hsu.report import report
+from lightning_hsu.report.cli import main
+from lightning_hsu.report.files import read_weights
+
+
+class Hostile:
+    """Runs a command when it is unpickled the usual way."""
+
+    def __init__(self, target, kind):
+        self.target, self.kind = target, kind
+
+    def __reduce__(self):
+        if self.kind == "command":
+            return os.system, (f"touch {self.target}",)
+        return eval, (f"open({str(self.target)!r}, 'w')",)
+
+
+@pytest.mark.parametrize("kind", ["command", "eval"])
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_hostile_file_does_not_run(tmp_path, kind, legacy):
+    torch.save(
+        {"w": torch.eye(3), "x": Hostile(tmp_path / "run", kind)}, tmp_path / "a.pt", _use_new_zipfile_serialization=not legacy
+    )
+    with suppress(ValueError):  # it is refused, or what it would run is left out
+        assert torch.equal(read_weights(tmp_path / "a.pt")["w"], torch.eye(3))
+    assert not (tmp_path / "run").exists()
+
+
+def test_objects_of_other_projects_are_left_empty(tmp_path, monkeypatch):
+    class Settings(dict):
+        pass
+
+    class State:
+        def __init__(self):
+            self.value = 1
+
+    other = types.ModuleType("another_project")
+
+    class Names(list):
+        pass
+
+    class Both(dict):
+        pass
+
+    for kind in (Settings, State, Names, Both):
+        kind.__module__, kind.__qualname__ = "another_project", kind.__name__
+        setattr(other, kind.__name__, kind)
+    monkeypatch.setitem(sys.modules, "another_project", other)
+    both = Both(a=Names([State()]))
+    both.notes = [Settings(a=1)]
+    for extra in (
+        Settings(a=1),
+        State(),
+        Names([1, 2]),
+        collections.deque([1, 2]),
+        both,
+        [Names([Settings(a=State())]), State()],
+    ):
+        torch.save({"state_dict": {"a.weight": torch.eye(3)}, "extra": extra}, tmp_path / "a.ckpt")
+        if hasattr(torch.serialization, "get_unsafe_globals_in_checkpoint"):
+            assert list(read_weights(tmp_path / "a.ckpt")) == ["a.weight"]
+        else:
+            with pytest.raises(ValueError, match="without running code"):
+                read_weights(tmp_path / "a.ckpt")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"epoch": 1}, "no state dict; it holds 'epoch'"),
+        ({"one": {"w": torch.eye(2)}, "two": {"w": torch.eye(2)}}, "several state dicts; it holds 'one', 'two'; --key"),
+        ([torch.eye(2)], "no state dict; it holds list"),
+    ],
+)
+def test_files_without_weights(tmp_path, content, message):
+    torch.save(content, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match=message):
+        read_weights(tmp_path / "a.pt")
+
+
+def test_broken_files(tmp_path):
+    (tmp_path / "text.pt").write_text("hello")
+    (tmp_path / "empty.pt").touch()
+    (tmp_path / "text.safetensors").write_text("hello")
+    (tmp_path / "cut.pt").write_bytes(b"\x80\x02 and no more")
+    words = {
+        "text.pt": "no file of weights",
+        "empty.pt": "empty",
+        "text.safetensors": "no .safetensors",
+        "cut.pt": "running code",
+        "cut_zip.pt": "is cut short",
+        "script.pt": "no TorchScript that can be read",
+    }
+    torch.save({"w": torch.eye(30)}, tmp_path / "whole.pt")
+    (tmp_path / "cut_zip.pt").write_bytes((tmp_path / "whole.pt").read_bytes()[:500])
+    with zipfile.ZipFile(tmp_path / "script.pt", "w") as archive:
+        archive.writestr("x/constants.pkl", b"")
+    for name, message in words.items():
+        with pytest.raises(ValueError, match=f"{name} .*{message}"):
+            read_weights(tmp_path / name)
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        read_weights(tmp_path / "none.pt")
+    (tmp_path / "sharded.ckpt").mkdir()
+    (tmp_path / "sharded.ckpt" / ".metadata").touch()
+    with pytest.raises(ValueError, match="consolidate_checkpoint"):
+        read_weights(tmp_path / "sharded.ckpt")
+
+
+def test_a_key_names_the_state_dict(tmp_path):
+    torch.save({"model": {"w.weight": torch.eye(3)}, "ema": {"v.weight": torch.eye(4)}}, tmp_path / "a.pt")
+    assert list(read_weights(tmp_path / "a.pt")) == ["w.weight"]
+    assert list(read_weights(tmp_path / "a.pt", "ema")) == ["v.weight"]
+    with pytest.raises(ValueError, match="no state dict under 'none'; it holds 'model', 'ema'; --key"):
+        read_weights(tmp_path / "a.pt", "none")
+
+
+def test_state_dicts_within_others(tmp_path):
+    state = {"w.weight": torch.eye(3)}
+    torch.save({"model": {"inner": {"weights": state}}, "epoch": 3}, tmp_path / "a.pt")
+    assert list(read_weights(tmp_path / "a.pt")) == ["w.weight"]
+    assert list(read_weights(tmp_path / "a.pt", "model.inner.weights")) == ["w.weight"]
+    with pytest.raises(ValueError, match=r"no state dict under 'model'; it holds 'model.inner.weights'; --key"):
+        read_weights(tmp_path / "a.pt", "model")
+    torch.save({"gan": {"g": state, "d": state}}, tmp_path / "b.pt")
+    with pytest.raises(ValueError, match=r"several state dicts; it holds 'gan.g', 'gan.d'; --key"):
+        read_weights(tmp_path / "b.pt")
+    moments = {0: {"exp_avg": torch.eye(3)}}
+    torch.save({"my_net": state, "optimizer": {"state": moments}, "more": {"optimizer": {"state": moments}}}, tmp_path / "c.pt")
+    assert list(read_weights(tmp_path / "c.pt")) == ["w.weight"]
+    torch.save({"deep": {"my_net": state, "optimizer": {"state": moments}}}, tmp_path / "d.pt")
+    assert list(read_weights(tmp_path / "d.pt")) == ["w.weight"]
+
+
+def test_a_folder_with_two_sets_of_weights(tmp_path):
+    from safetensors.torch import save_file
+
+    save_file({"a.weight": torch.eye(3)}, tmp_path / "model-1.safetensors")
+    save_file({"b.weight": torch.eye(3)}, tmp_path / "model-2.safetensors")
+    assert list(read_weights(tmp_path)) == ["a.weight", "b.weight"]
+    save_file({"a.weight": torch.ones(3, 3)}, tmp_path / "ema.safetensors")
+    with pytest.raises(ValueError, match=r"more than one set of weights \(a.weight is in model-1.safetensors, too\): name one"):
+        read_weights(tmp_path)
+
+
+class Writer(nn.Module):
+    """Scripted, it writes a file when it is loaded."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = torch.eye(4)
+
+    def forward(self, x):
+        return x @ self.w
+
+    @torch.jit.export
+    def __getstate__(self):
+        return self.w, self.training
+
+    @torch.jit.export
+    def __setstate__(self, state: tuple[torch.Tensor, bool]):
+        self.w = state[0]
+        self.training = state[1]
+        torch.save(state[0], "PWNED")
+
+
+class Holder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner, self.fc = Writer(), nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.fc(self.inner(x))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's, of TorchScript
+@pytest.mark.skipif(sys.version_info >= (3, 14), reason="torch scripts no modules there")
+def test_hostile_torchscript_does_not_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.jit.save(torch.jit.script(Holder()), "innocent.ckpt")
+    torch.jit.load("innocent.ckpt")
+    assert (tmp_path / "PWNED").exists()  # torch's own loader runs it
+    (tmp_path / "PWNED").unlink()
+    with pytest.raises(ValueError, match="runs code of its own when it is loaded"):
+        read_weights("innocent.ckpt")
+    assert main(["report", "innocent.ckpt"]) == 2
+    assert not (tmp_path / "PWNED").exists()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's, of TorchScript
+@pytest.mark.skipif(sys.version_info >= (3, 14), reason="torch scripts no modules there")
+def test_torchscript_in_memory_is_read_as_its_file():
+    model = nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 5))
+    assert [one.name for one in report(torch.jit.script(model)).layers] == ["0", "1"]
+
+
+def test_names_do_nothing_to_a_terminal(tmp_path, capsys):
+    torch.save({"a\x1b[2J.weight": torch.eye(4), "b\nc.weight": torch.eye(4), "größe.weight": torch.eye(4)}, tmp_path / "a.pt")
+    assert list(read_weights(tmp_path / "a.pt")) == [r"a\x1b[2J.weight", r"b\nc.weight", "größe.weight"]
+    assert main(["report", str(tmp_path / "a.pt")]) == 0
+    assert "\x1b" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["a..b.weight"],
+        ["type.weight", "type.x.weight"],
+        ["training.weight"],
+        ["weight", "weight.weight"],
+        ["state_dict.weight"],
+    ],
+)
+def test_names_that_modules_have_for_themselves(tmp_path, names):
+    torch.manual_seed(0)
+    state = {name: torch.randn(6, 8) for name in names}
+    found = report(state)
+    assert [one.name for one in found.layers] == [name.removesuffix("weight").strip(".") or "weight" for name in names]
+    for name, one in zip(names, found.layers, strict=True):
+        assert one.uniformity.min_angle > 1.0, name
+
+
+def test_weights_without_numbers_say_so(tmp_path):
+    torch.save(
+        {"a.weight": torch.empty(4, 4, device="meta"), "b.weight": torch.eye(4), "c.weight": torch.eye(4).to_sparse()},
+        tmp_path / "a.pt",
+    )
+    found = report(tmp_path / "a.pt")
+    assert [one.name for one in found.layers] == ["b"]
+    reasons = {skip.name: skip.reason for skip in found.skips}
+    assert "holds no numbers" in reasons["a.weight"]
+    assert "to_dense" in reasons["c.weight"]
+    with pytest.raises(ValueError, match=r"weight holds no numbers yet \(device meta\)"):
+        report(nn.Linear(4, 4, device="meta"))
+    torch.save({"a.weight": torch.ones(4, 4, dtype=torch.int8)}, tmp_path / "b.pt")
+    with pytest.raises(ValueError, match=r"b.pt: no layer of StateDict is left to measure; .*(\n.*)*torch.int8, not floating"):
+        report(tmp_path / "b.pt")
+
+
+def test_heads_come_last_whatever_order_a_file_has(tmp_path):
+    from safetensors.torch import save_file
+
+    state = {f"{name}.weight": torch.randn(6, 8) for name in ("classifier", "layer.10", "layer.9", "layer.2")}
+    save_file(state, tmp_path / "a.safetensors")
+    found = report(tmp_path / "a.safetensors")
+    assert [(one.name, one.full_space) for one in found.layers] == [
+        ("layer.2", False),
+        ("layer.9", False),
+        ("layer.10", False),
+        ("classifier", True),
+    ]
