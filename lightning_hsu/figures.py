@@ -15,9 +15,10 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from torch import Tensor
 
+from lightning_hsu.core import expected_angles
 from lightning_hsu.history import Angles, Curve
 
-__all__ = ["Figure", "expected_pairs", "of_angles", "over_time", "pixels"]
+__all__ = ["Figure", "of_angles", "over_time", "pixels"]
 
 INK, QUIET, FAINT, OTHERS = "#222222", "#6B6B6B", "#C9C9C9", "#B4B4B4"
 NEURONS, RANDOM = "#0072B2", "#D55E00"  # told apart by colour-blind readers too
@@ -93,19 +94,6 @@ def pixels(figure: Figure) -> Tensor:
     canvas.draw()
     width, height = canvas.get_width_height()
     return torch.frombuffer(bytearray(canvas.buffer_rgba()), dtype=torch.uint8).reshape(height, width, 4)
-
-
-def expected_pairs(counts: Tensor, dimension: int) -> Tensor:
-    """How many of all counted pairs random neurons would have in each of as many equal parts of [0, 180] degrees.
-
-    Example:
-        >>> expected_pairs(torch.tensor([0, 10, 0, 10]), dimension=2)  # on a circle all angles are as likely
-        tensor([5., 5., 5., 5.], dtype=torch.float64)
-    """
-    fine = 32
-    middles = (torch.arange(len(counts) * fine, dtype=torch.float64) + 0.5) * (math.pi / (len(counts) * fine))
-    density = torch.softmax((dimension - 2) * middles.sin().log(), 0)  # sin(t)^(d - 2), in logarithms: d may be large
-    return density.reshape(-1, fine).sum(1) * counts.sum()
 
 
 def _canvas(height: float, title: str, detail: str) -> Figure:
@@ -188,13 +176,15 @@ def _apart(heights: Sequence[float]) -> list[float]:
 def _draw_angles(ax: Axes, layer: Angles) -> None:
     """One layer's panel: as much around a right angle as either the neurons or random ones reach."""
     counts = torch.tensor(layer.counts, dtype=torch.float64)
-    expected = expected_pairs(counts, layer.dimension) if layer.dimension > 1 else torch.zeros_like(counts)
+    expected = expected_angles(float(counts.sum()), layer.dimension, len(counts))
     reached = ((counts > 0) | (expected >= _FEWEST)).nonzero()
     middle, total = len(counts) // 2, len(counts)
     half = max([total // 18, *(int(max(middle - i, i + 1 - middle)) for i in reached.flatten().tolist())])
     parts = min(max(_PARTS[0], int(counts.sum()) // 8), _PARTS[1])
     merged = max(1, math.ceil(2 * half / parts))
-    half = min(math.ceil(half / merged) * merged, middle // merged * merged)
+    half = math.ceil(half / merged) * merged
+    if half > middle:  # all of it, in equal parts
+        half, merged = middle, max(part for part in range(1, merged + 1) if total % part == 0)
     shown = [one[middle - half : middle + half].reshape(-1, merged).sum(1) for one in (counts, expected)]
     edges = 90.0 + torch.arange(-half, half + 1, merged) * (180.0 / total)
     ax.stairs(shown[0].tolist(), edges.tolist(), baseline=_FEWEST, fill=True, color=NEURONS, alpha=0.75, lw=0)

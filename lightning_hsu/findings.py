@@ -53,7 +53,7 @@ def _standing(layer: LayerUniformity, measure: Measure) -> str:
 def _within_random(layer: LayerUniformity, measure: Measure) -> bool:
     """Whether random layers of this shape have such energies themselves."""
     alive = round(layer.neurons - (layer.dead + layer.nonfinite) / layer.groups)
-    low, high = random_range(measure, alive, layer.dimension)
+    low, high = random_range(measure, alive, layer.dimension, layer.groups)
     return low <= layer.energy <= high
 
 

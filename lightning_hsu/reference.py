@@ -113,7 +113,7 @@ def random_level(measure: Measure, n: int, d: int) -> Level:
     return Level(middle, 0.93 * (high - low) / math.sqrt(len(values)), "simulated median")
 
 
-def random_range(measure: Measure, n: int, d: int) -> tuple[float, float]:
+def random_range(measure: Measure, n: int, d: int, groups: int = 1) -> tuple[float, float]:
     """Natural values that random layers have: what lies outside is not chance.
 
     Three standard deviations around the mean for means over pairs, exact but for softening: pairs of random neurons are
@@ -124,6 +124,7 @@ def random_range(measure: Measure, n: int, d: int) -> tuple[float, float]:
         measure: A measure.
         n: Neurons, at least 2.
         d: Dimension, at least 2.
+        groups: The value is a mean over so many layers of this shape.
 
     Returns:
         The lowest and the highest; NaN where random layers have no finite value.
@@ -140,10 +141,12 @@ def random_range(measure: Measure, n: int, d: int) -> tuple[float, float]:
     _check(measure, n, d)
     deviation, mean = measure.deviation(n, d), measure.expectation(n, d)
     if deviation is not None and mean is not None and math.isfinite(deviation) and math.isfinite(mean):
-        return mean - 3.0 * deviation, mean + 3.0 * deviation
-    values = _simulated(measure, n, d)
-    middle, spread = float(values.mean()), 3.0 * float(values.std())
-    return min(middle - spread, float(values.amin())), max(middle + spread, float(values.amax()))
+        low, high = mean - 3.0 * deviation, mean + 3.0 * deviation
+    else:
+        values = _simulated(measure, n, d)
+        mean, spread = float(values.mean()), 3.0 * float(values.std())
+        low, high = min(mean - spread, float(values.amin())), max(mean + spread, float(values.amax()))
+    return mean - (mean - low) / math.sqrt(groups), mean + (high - mean) / math.sqrt(groups)
 
 
 def lower_bound(measure: Measure, n: int, d: int) -> float:
@@ -246,7 +249,7 @@ def _simulated(measure: Measure, n: int, d: int) -> Tensor:
     """Values of random layers (n, d) from a fixed seed, float64."""
     draws = int(min(_DRAWS, max(_FEWEST, _WORK / (measure.work(n, d) + 400.0 * n * d))))
     generator = torch.Generator().manual_seed(n * 65537 + d)
-    return torch.stack([measure(torch.randn(n, d, generator=generator)).double() for _ in range(draws)])
+    return torch.stack([measure(torch.randn(n, d, generator=generator, dtype=torch.float32)).double() for _ in range(draws)])
 
 
 def _check(measure: Measure, n: int, d: int) -> None:

@@ -142,7 +142,7 @@ def _candidates(model: nn.Module) -> tuple[list[Target], list[Skip]]:
         if lazy := [key for key, p in module.named_parameters(recurse=False) if nn.parameter.is_lazy(p)]:
             skips.append(Skip(_join(name, lazy[0]), (), "a lazy layer that has seen no batch: it has no shape yet"))
             continue
-        with torch.enable_grad(), without_side_effects(module):
+        with torch.inference_mode(False), torch.enable_grad(), without_side_effects(module):  # views are told by it
             found = read_neurons(module)
         for key, reading in found.items():
             full, x = _join(name, key) or "weight", reading.x

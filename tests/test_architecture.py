@@ -98,6 +98,7 @@ STANDARD = {
     "struct",
     "sys",
     "tarfile",
+    "traceback",
     "types",
     "warnings",
     "weakref",

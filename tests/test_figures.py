@@ -24,7 +24,8 @@ from PIL import Image
 from torch import nn
 
 from lightning_hsu import HypersphericalUniformity, Share, gallery, verdict
-from lightning_hsu.figures import expected_pairs, of_angles, over_time, pixels
+from lightning_hsu.core import expected_angles
+from lightning_hsu.figures import of_angles, over_time, pixels
 from lightning_hsu.history import BINS, Angles, History, Record, angles_of
 from lightning_hsu.senders import way_to
 from tests import sharding, test_callback
@@ -318,9 +319,7 @@ def test_labels_stand_apart_and_in_order():
 
 @pytest.mark.parametrize("dimension", [2, 3, 50, 5000])
 def test_expected_pairs_are_those_of_random_neurons(dimension):
-    counts = torch.zeros(BINS)
-    counts[0] = 1000
-    expected = expected_pairs(counts, dimension)
+    expected = expected_angles(1000, dimension, BINS)
     assert float(expected.sum()) == pytest.approx(1000)
     middles = (torch.arange(BINS, dtype=torch.float64) + 0.5) * torch.pi / BINS
     # the cosine of random unit vectors has mean 0 and variance 1 / d
@@ -362,6 +361,16 @@ def test_a_panel_has_every_pair():
     layer = Angles("net.0", tuple([3] + [0] * (BINS - 2) + [2]), 4, "")
     (ax,) = of_angles([layer]).axes
     assert sum(ax.patches[0].get_data().values) == 5
+
+
+@pytest.mark.parametrize("n", range(3, 34))
+def test_a_panel_shows_near_duplicates(n):
+    x = torch.randn(1, n, 16)
+    x[0, 1] = x[0, 0] + 1e-4
+    (ax,) = of_angles([angles_of(Layer("net.0"), x, 1.0)]).axes
+    found = ax.patches[0].get_data()
+    assert sum(found.values) == n * (n - 1) // 2
+    assert (found.values[0], found.edges[0], found.edges[-1]) == (1, 0.0, 180.0)
 
 
 def test_the_worst_come_first_and_what_has_no_ratio_not_at_all():

@@ -103,11 +103,15 @@ def test_broken_files(tmp_path):
         "cut.pt": "running code",
         "cut_zip.pt": "is cut short",
         "script.pt": "no TorchScript that can be read",
+        "directory.pt": "cannot be read",
     }
     torch.save({"w": torch.eye(30)}, tmp_path / "whole.pt")
     (tmp_path / "cut_zip.pt").write_bytes((tmp_path / "whole.pt").read_bytes()[:500])
     with zipfile.ZipFile(tmp_path / "script.pt", "w") as archive:
         archive.writestr("x/constants.pkl", b"")
+    whole = (tmp_path / "whole.pt").read_bytes()
+    place = whole.rindex(b"PK\x01\x02")  # an entry of the directory at its end
+    (tmp_path / "directory.pt").write_bytes(whole[:place] + b"XX" + whole[place + 2 :])
     for name, message in words.items():
         with pytest.raises(ValueError, match=f"{name} .*{message}"):
             read_weights(tmp_path / name)
@@ -125,6 +129,14 @@ def test_a_key_names_the_state_dict(tmp_path):
     assert list(read_weights(tmp_path / "a.pt", "ema")) == ["v.weight"]
     with pytest.raises(ValueError, match="no state dict under 'none'; it holds 'model', 'ema'; --key"):
         read_weights(tmp_path / "a.pt", "none")
+
+
+def test_a_matrix_beside_the_state_dict(tmp_path):
+    state = {"w.weight": torch.eye(3)}
+    torch.save({"class_weights": torch.ones(3, 3), "model": state}, tmp_path / "a.pt")
+    assert list(read_weights(tmp_path / "a.pt")) == ["w.weight"]
+    torch.save({**state, "stats": {"confusion": torch.ones(3, 3)}}, tmp_path / "b.pt")
+    assert list(read_weights(tmp_path / "b.pt")) == ["w.weight"]
 
 
 def test_state_dicts_within_others(tmp_path):

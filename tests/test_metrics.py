@@ -621,3 +621,55 @@ def unlike(_):
 def test_ranks_with_other_dimensions_are_told():
     for said in world(2).run(unlike, None):
         assert "shapes [(4, 5), (4, 6)]" in said
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+@pytest.mark.parametrize(
+    "layer",
+    [
+        lambda: nn.ConvTranspose2d(4, 8, 3),
+        lambda: nn.utils.parametrizations.weight_norm(nn.Linear(8, 5)),
+        lambda: nn.utils.weight_norm(nn.Linear(8, 5)),
+        lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(8, 5)),
+        lambda: nn.utils.parametrizations.orthogonal(nn.Linear(8, 5)),
+        lambda: nn.LSTM(5, 8),
+        lambda: nn.utils.prune.l1_unstructured(nn.Linear(8, 5), "weight", amount=0.3),
+    ],
+)
+def test_weights_in_inference_mode_as_elsewhere(layer):
+    model = nn.Sequential(layer(), nn.Embedding(7, 5, padding_idx=0)).eval()
+    wanted = WeightUniformity(include="*")(model)
+    with torch.inference_mode():
+        found = WeightUniformity(include="*")(model)
+    assert float(found) == float(wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_values_of_weights_do_not_depend_on_the_default_dtype(dtype):
+    state = {"a.weight": torch.randn(6, 8), "b.weight": torch.ones(6, 8) + 1e-3 * torch.randn(6, 8)}
+    wanted = WeightUniformity(RieszEnergy(s=2, softening=0), quantity="energy")(state)
+    assert float(wanted) > 66_000  # beyond float16
+    torch.set_default_dtype(dtype)
+    try:
+        found = WeightUniformity(RieszEnergy(s=2, softening=0), quantity="energy")(state)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found.dtype == torch.float32
+    assert float(found) == float(wanted)
+
+
+def test_an_infinite_ratio_of_weights_is_not_left_out():
+    state = {"a.weight": torch.randn(6, 8), "b.weight": torch.ones(6, 8)}
+    for reduction in ("mean", "max"):
+        assert float(WeightUniformity(RieszEnergy(s=20, softening=0), reduction=reduction)(state)) == float("inf")
+
+
+def test_weights_of_other_settings_are_not_merged():
+    model = nn.Linear(8, 6)
+    first, second, other = WeightUniformity(), WeightUniformity(), WeightUniformity(quantity="min_angle")
+    first.update(model)
+    second.merge_state(first)
+    assert float(second.compute()) == float(first.compute())
+    other.update(model)
+    with pytest.raises(ValueError, match="only metrics of the same settings can be merged"):
+        other.merge_state(first)

@@ -15,10 +15,11 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.demos.boring_classes import BoringModel
 from torch import nn
 
-from lightning_hsu import UniformityRegularizer
+from lightning_hsu import UniformityRegularizer, reference
 from lightning_hsu.findings import finding
-from lightning_hsu.measures import GaussianPotential, KoLeo, RieszEnergy
+from lightning_hsu.measures import GaussianPotential, KoLeo, RieszEnergy, Separation
 from lightning_hsu.monitor import measure_neurons
+from lightning_hsu.reference import random_expectation, random_range
 from lightning_hsu.report import compare, report
 from lightning_hsu.report.cli import main, parse_measure
 from lightning_hsu.report.tables import report_table, show
@@ -165,6 +166,48 @@ def test_singular_values_and_heat_map():
     torch.testing.assert_close(one.cosines, unit @ unit.T, rtol=0, atol=1e-5)
 
 
+def test_groups_are_judged_as_the_mean_that_they_are():
+    one, many = (random_range(ENERGY, 4, 36, groups) for groups in (1, 100))
+    middle = random_expectation(ENERGY, 4, 36)
+    assert [end - middle for end in many] == pytest.approx([(end - middle) / 10 for end in one])
+    for measure in (ENERGY, KoLeo()):
+        energies = [float(measure(torch.randn(32, 4, 36)).mean()) for _ in range(200)]
+        low, high = random_range(measure, 4, 36, 32)
+        assert sum(low < energy < high for energy in energies) >= 197  # 3 in 1000 are beyond three deviations
+        assert max(energies) - min(energies) > (high - low) / 3
+
+
+def test_a_reference_does_not_depend_on_the_default_dtype():
+    wanted = random_expectation(Separation(), 31, 17)
+    reference._simulated.cache_clear()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert random_expectation(Separation(), 31, 17) == wanted
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_pairs_that_are_not_kept_are_counted():
+    (layer,) = report({"weight": torch.ones(30, 8)}, head=None, keep=0).layers
+    assert (layer.similar, layer.pairs) == (435, ())
+    with pytest.raises(ValueError, match="keep"):
+        report({"weight": torch.ones(30, 8)}, keep=-1)
+
+
+def test_two_neurons_are_measured_in_full_space():
+    found = report({"a.weight": torch.tensor([[1.0, 0.0], [-1.0, 0.0]]), "b.weight": torch.randn(5, 2)}, head=None)
+    assert [one.full_space for one in found.layers] == [True, False]
+    assert found.layers[0].uniformity.ratio < 1
+
+
+def test_dead_is_next_to_the_median():
+    weight = torch.randn(9, 16)
+    weight = weight / weight.norm(dim=1, keepdim=True)
+    weight[0], weight[1], weight[2] = weight[0] * 0.9e-4, weight[1] * 1.1e-4, weight[2] * 1e6
+    (layer,) = report({"weight": weight}, head=None).layers
+    assert layer.dead_rows == (0,)
+
+
 def test_json_has_no_nan(tmp_path):
     found = report({"a.weight": torch.zeros(4, 8), "b.weight": torch.randn(4, 8), "table": torch.randn(4, 4)})
     found.write_json(tmp_path / "a.json")
@@ -274,6 +317,10 @@ def test_compare_sees_what_moved(tmp_path):
     assert "only in state dict: new" in str(found)
     found.write_json(tmp_path / "a.json")
     assert json.loads((tmp_path / "a.json").read_text())["moved"]["3"] == moved["3"]
+    zeroed = before.state_dict() | {"3.weight": before[3].weight.detach() * (torch.arange(64) > 40).float()[:, None]}
+    assert compare(before, zeroed).layers[2].moved == pytest.approx(0.0, abs=1e-5)  # zero neurons do not move
+    found = compare(before, after, similar_above=0.5)
+    assert found.before.similar_above == found.after.similar_above == 0.5
     with pytest.raises(ValueError, match="no layer has the same name in both: 0, 1, 3, 4, "):
         compare(before, {"other.weight": torch.randn(4, 4)})
 
@@ -292,6 +339,9 @@ def test_command_line(tmp_path, capsys):
     assert "of 3 is above 1" in capsys.readouterr().err
     assert main(["report", str(path), "--exclude", "0", "3", "--measure", "RieszEnergy(s=1)", "--fail-above", "2"]) == 0
     assert "  2 excluded by pattern" in capsys.readouterr().out
+    torch.save({"weight": torch.ones(30, 8)}, tmp_path / "b.pt")
+    assert main(["report", str(tmp_path / "b.pt"), "--pairs", "150"]) == 0
+    assert capsys.readouterr().out.count("weight: ") == 151
     assert main(["compare", str(path), str(path), "--json", str(numbers)]) == 0
     assert "moved" in capsys.readouterr().out
     for command in (["report", str(path)], ["compare", str(path), str(path)]):

@@ -14,10 +14,11 @@ import pytest
 import torch
 from torch import nn
 
+from lightning_hsu.core import expected_angles
 from lightning_hsu.report import report
 from lightning_hsu.report.axes import Axis, short
 from lightning_hsu.report.charts import angle_chart, ratio_chart, sampled, shortened, singular_chart
-from lightning_hsu.report.curves import expected_angles, random_singular_values
+from lightning_hsu.report.curves import random_singular_values
 from lightning_hsu.report.heatmap import STEPS, heat_map_png
 from lightning_hsu.selection import Skip
 
@@ -144,22 +145,22 @@ def test_skipped_weights_are_listed_with_the_reason(found):
     assert "Left out" not in replace(found, skips=()).to_html()
 
 
-@pytest.mark.parametrize("dimension", [1, 2, 3, 10, 500, 100_000])
+@pytest.mark.parametrize("dimension", [2, 3, 10, 500, 100_000])
 def test_expected_angles_are_as_many_as_the_pairs(dimension):
-    counts = expected_angles(1234.0, dimension, 90)
+    counts = expected_angles(1234.0, dimension, 90).tolist()
     assert len(counts) == 90
     assert sum(counts) == pytest.approx(1234.0)
     assert counts == pytest.approx(counts[::-1])
 
 
 def test_expected_angles_are_those_of_random_vectors():
-    assert expected_angles(180.0, 2, 90) == pytest.approx([2.0] * 90)
+    assert expected_angles(180.0, 2, 90).tolist() == pytest.approx([2.0] * 90)
     exact = [50.0 * (math.cos(math.radians(2 * i)) - math.cos(math.radians(2 * i + 2))) for i in range(90)]
-    assert expected_angles(100.0, 3, 90) == pytest.approx(exact, rel=1e-3)
+    assert expected_angles(100.0, 3, 90).tolist() == pytest.approx(exact, rel=1e-3)
     x = nn.functional.normalize(torch.randn(1500, 6, generator=torch.Generator().manual_seed(1)), dim=1)
     angles = torch.rad2deg((x @ x.T).clamp(-1, 1).acos())[torch.ones(1500, 1500).triu(1).bool()]
     seen = torch.histc(angles, 90, 0, 180)
-    assert (seen - torch.tensor(expected_angles(len(angles), 6, 90))).abs().max() < 0.03 * seen.max()
+    assert (seen - expected_angles(len(angles), 6, 90)).abs().max() < 0.03 * seen.max()
 
 
 @pytest.mark.parametrize(("vectors", "dimension"), [(300, 600), (600, 300), (400, 400)])

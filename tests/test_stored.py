@@ -1,7 +1,5 @@
 """State dicts without their model give the neurons that the model gives, as far as names and shapes tell."""
 
-from functools import partial
-
 import pytest
 import torch
 from torch import nn

@@ -2,7 +2,7 @@
 
 from lightning_hsu.core.autograd import PairEnergy
 from lightning_hsu.core.bounds import pair_bound
-from lightning_hsu.core.expectation import pair_expectation
+from lightning_hsu.core.expectation import expected_angles, pair_expectation
 from lightning_hsu.core.kernel import FLOOR, Kernel, PairTerm
 from lightning_hsu.core.nearest import smallest_angle
 from lightning_hsu.core.oracle import oracle_energy
@@ -17,6 +17,7 @@ __all__ = [
     "PairTerm",
     "coincident",
     "exact_arithmetic",
+    "expected_angles",
     "lowered_products",
     "oracle_energy",
     "pair_bound",

@@ -32,6 +32,19 @@ def pair_expectation(kernel: Kernel, d: int) -> float:
     return float((value[kept] * weight[kept]).sum() / weight.sum())
 
 
+def expected_angles(pairs: float, d: int, bins: int) -> torch.Tensor:
+    """How many of so many pairs of uniform vectors, d >= 2, have an angle in each of as many equal parts of [0, 180] degrees.
+
+    Example:
+        >>> expected_angles(20, d=2, bins=4)  # on a circle all angles are as likely
+        tensor([5., 5., 5., 5.], dtype=torch.float64)
+    """
+    fine = 32
+    middles = (torch.arange(bins * fine, dtype=torch.float64) + 0.5) * (math.pi / (bins * fine))
+    density = torch.softmax((d - 2) * middles.sin().log(), 0)  # sin(t)^(d - 2), in logarithms: d may be large
+    return density.view(bins, fine).sum(1) * pairs
+
+
 def _diverging(kernel: Kernel, d: int) -> float:
     """Infinity with the sign of the kernel at an end where its mean has no bound; 0 where there is none."""
     near, far = torch.tensor([1e-20, 1e-19], dtype=torch.float64), torch.tensor([4.0, 4.0], dtype=torch.float64)

@@ -23,7 +23,8 @@ class Survey:
         angles: How many pairs have an angle in each of as many equal parts of [0, 180] degrees, int64.
         similar: How many pairs are nearly the same.
         opposite: How many of these are so as lines only: they point opposite ways.
-        pairs: The most similar of them, nearest first, by index, int64 (k, 2).
+        pairs: The most similar of them, nearest first, by index, int64 (k, 2). They are chosen by cosines in float32: which are
+            kept of more than k pairs below about 0.05 degrees is up to rounding.
         pair_angles: Their angles in degrees, float64 (k,).
     """
 
@@ -77,7 +78,7 @@ def survey_pairs(
                 opposite += int((close & (cosine < 0)).sum())
                 at, to = close.nonzero(as_tuple=True)
                 kept.add(cosine[at, to].abs(), live[at + start], live[to + start])
-            part = cosine.acos_().mul_(bins / math.pi)[:, : n - start]
+            part = cosine.acos_().mul_(bins / math.pi)
             angles += _counted(part, bins)
             if done is not None:
                 done(1.0 - ((n - stop) / n) ** 2)
@@ -98,6 +99,8 @@ class _Best:
     def add(self, cosines: Tensor, first: Tensor, second: Tensor) -> None:
         """Show pairs with their cosines, (m,) each."""
         self.count += len(cosines)
+        if not self.keep:
+            return
         if len(self.cosines) == self.keep:
             better = cosines > self.cosines[-1:]  # often none
             cosines, first, second = cosines[better], first[better], second[better]

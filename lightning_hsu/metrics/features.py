@@ -32,7 +32,8 @@ class FeatureUniformity(UniformityMetric):
 
     A uniform sample of ``capacity`` rows stands for all: row i gets a pseudo-random priority, a hash of (seed, i), and those
     with the smallest are kept. On rank r of R row i is its row number ``(i - r) / R``, the order of a DistributedSampler
-    without shuffling, so that ranks together keep, and give, exactly what one process would. Memory is about
+    without shuffling, so that ranks together keep, and give, exactly what one process would; rows that the sampler repeats to
+    give all ranks as many are counted as the duplicates that they are. Memory is about
     ``2 * capacity * d`` floats and a batch.
 
     Rows are normalised, whatever their length, and kept in float32, float64 ones too. Zero and non-finite rows fill places of

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torchmetrics import Metric
 from torchmetrics.utilities.distributed import gather_all_tensors
 
 from lightning_hsu.core import with_float64
@@ -27,7 +28,8 @@ class WeightUniformity(UniformityMetric):
 
         mean over layers of  energy(neurons) / energy(random neurons of the same n and d)
 
-    Layers where it is not defined, such as the ratio with fewer than two live neurons, are left out; NaN if all are. Ranks
+    Layers where it is not defined, such as the ratio with fewer than two live neurons, are left out; NaN if all are. An
+    infinite one, such as the energy of duplicates with a large s, makes the whole infinite. Ranks
     that hold the same weights get what one process gets; where they share the weights, all must call ``update``.
 
     Args:
@@ -91,8 +93,8 @@ class WeightUniformity(UniformityMetric):
                 shapes: there groups of convolutions are not known, and embeddings are layers by name.
         """
         found = self._measured(model)
-        values = torch.tensor([getattr(layer, self.quantity) for layer in found], device=self.device)
-        defined = values.isfinite()
+        values = torch.tensor([getattr(layer, self.quantity) for layer in found], dtype=torch.float32, device=self.device)
+        defined = ~values.isnan()
         names = encoded([layer.name for layer in found]).to(self.device)
         new = torch.stack([torch.where(defined, values, 0.0), defined.to(values.dtype)])
         self.layers = [_agreed([*parts_of(self.layers), names])]
@@ -108,6 +110,22 @@ class WeightUniformity(UniformityMetric):
         if not len(defined):
             return torch.tensor(torch.nan, device=self.device)
         return defined.mean() if self.reduction == "mean" else defined.amax()
+
+    def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
+        """Add the updates that another metric of the same settings has seen.
+
+        Args:
+            incoming_state: The other metric, or its ``metric_state``.
+
+        Raises:
+            ValueError: if its settings or its layers are others.
+        """
+        state: dict[str, Any] = incoming_state.metric_state if isinstance(incoming_state, Metric) else incoming_state
+        theirs, own = decoded(state["settings"]), decoded(self.settings)
+        if theirs != own:
+            raise ValueError(f"only metrics of the same settings can be merged: this one has {own}, the other {theirs}")
+        self._reduce_states(state)
+        self._update_count += 1
 
     def _measured(self, model: nn.Module | Mapping[str, Tensor]) -> list[LayerUniformity]:
         if not isinstance(model, (nn.Module, Mapping)):

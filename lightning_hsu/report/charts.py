@@ -6,10 +6,11 @@ import math
 from collections.abc import Sequence
 from html import escape
 
+from lightning_hsu.core import expected_angles
 from lightning_hsu.findings import number
 from lightning_hsu.report.analysis import LayerReport
 from lightning_hsu.report.axes import Axis, figure, line, path, place, short, text
-from lightning_hsu.report.curves import expected_angles, random_singular_values
+from lightning_hsu.report.curves import random_singular_values
 
 _WIDTH, _HEIGHT = 360, 240
 _LEFT, _RIGHT, _TOP, _BOTTOM = 44.0, 352.0, 28.0, 204.0
@@ -83,7 +84,7 @@ def shortened(name: str, most: int) -> str:
 def angle_chart(layer: LayerReport) -> str:
     """How many pairs have which angle, beside as many pairs of uniform vectors."""
     bins, pairs = len(layer.angles), sum(layer.angles)
-    expected = expected_angles(pairs, layer.uniformity.dimension, bins)
+    expected = expected_angles(pairs, layer.uniformity.dimension, bins).tolist()
     width = 180.0 / bins
     x, y = Axis(0.0, 180.0, _LEFT, _RIGHT), Axis(0.0, max(1.0, *layer.angles, *expected) * 1.1, _BOTTOM, _TOP, "log1p")
     marks = _grid(y, "pairs")

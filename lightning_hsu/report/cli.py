@@ -190,6 +190,7 @@ def _progress() -> Iterator[Progress | None]:
     """A bar in a terminal, by rich, with the time it took: within one layer the bar may stand; gone when the work is done."""
     try:
         from rich.console import Console
+        from rich.markup import escape
         from rich.progress import Progress as Bars
         from rich.progress import SpinnerColumn, TimeElapsedColumn
     except ModuleNotFoundError:
@@ -201,7 +202,7 @@ def _progress() -> Iterator[Progress | None]:
         return
     with Bars(*columns, console=console, transient=True) as bars:
         task = bars.add_task("reading", total=1.0)
-        yield lambda name, part: bars.update(task, description=name, completed=part)
+        yield lambda name, part: bars.update(task, description=escape(name), completed=part)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What uniform random vectors look like: how their angles are spread, and their singular values."""
+"""What the singular values of uniform random vectors are like."""
 
 from __future__ import annotations
 
@@ -6,22 +6,7 @@ import math
 
 import torch
 
-_PARTS = 32  # points at which a bin of angles is looked at
 _STEPS = 2000  # points at which the law of singular values is
-
-
-def expected_angles(pairs: float, dimension: int, bins: int) -> list[float]:
-    """How many of so many pairs of uniform vectors have an angle in each of as many equal parts of [0, 180] degrees.
-
-    The density is proportional to sin(t)^(d - 2); its logarithm is taken first, for in thousands of dimensions it underflows.
-    """
-    if dimension < 2:  # the same or opposite, nothing between
-        return [pairs / 2.0 if i in (0, bins - 1) else 0.0 for i in range(bins)]
-    logs = [(dimension - 2) * math.log(math.sin(math.pi * (i + 0.5) / (bins * _PARTS))) for i in range(bins * _PARTS)]
-    highest = max(logs)
-    weights = [math.exp(value - highest) for value in logs]
-    scale = pairs / math.fsum(weights)
-    return [scale * math.fsum(weights[i : i + _PARTS]) for i in range(0, len(weights), _PARTS)]
 
 
 def random_singular_values(vectors: float, dimension: int, chances: list[float]) -> list[float]:

@@ -110,8 +110,11 @@ def _begins(path: Path, with_: bytes) -> bool:
 def _is_torchscript(path: Path) -> bool:
     if not zipfile.is_zipfile(path):
         return False
-    with zipfile.ZipFile(path) as archive:
-        return any(name.endswith("/constants.pkl") for name in archive.namelist())
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith("/constants.pkl") for name in archive.namelist())
+    except zipfile.BadZipFile:
+        return False
 
 
 def _torchscript(path: Path) -> dict[str, Tensor]:
@@ -142,7 +145,11 @@ def _printable(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _state_dict(found: Any, path: Path, key: str | None) -> dict[str, Tensor]:
     """The state dict in what a file holds; a key may be a path with dots."""
-    held = {"": found} if _holds_weights(found) else _inside(found, depth=1) or _inside(found, depth=4)
+    inside = _inside(found, depth=1)
+    if _holds_weights(found) and not set(_KEYS) & set(inside):  # else a matrix beside them, such as weights of classes
+        held: Mapping[str, Any] = {"": found}
+    else:
+        held = inside or _inside(found, depth=4)
     if key is not None:
         inner = _at(found, key)
         if not _holds_weights(inner):

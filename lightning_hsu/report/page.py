@@ -6,7 +6,7 @@ import math
 from html import escape
 from typing import TYPE_CHECKING
 
-from lightning_hsu.findings import number
+from lightning_hsu.findings import counted, number
 from lightning_hsu.monitor import in_half_space
 from lightning_hsu.report.analysis import LayerReport
 from lightning_hsu.report.charts import ratio_chart
@@ -47,7 +47,7 @@ def _header(found: Report) -> str:
     where = f'<p class="soft">{escape(found.source)}</p>\n' if start else ""
     return (
         f"<header><h1>{escape(found.source[start:])}</h1>\n{where}"
-        f'<p class="soft">{_counted(len(found.layers), "layer")}, {_counted(neurons, "neuron")}, measured by '
+        f'<p class="soft">{counted(len(found.layers), "layer")}, {counted(neurons, "neuron")}, measured by '
         f"{escape(repr(found.measure))}{lines}.</p>\n"
         f'<p class="lead">{_standing(found)}</p>\n'
         "<p>The ratio is a layer's energy over that of as many random vectors: 1 is as random, above 1 more redundant. "
@@ -63,9 +63,7 @@ def _standing(found: Report) -> str:
     if not known:
         return "No layer has a ratio."
     above = sum(one.above for one in found.layers)
-    words = (
-        f"{above or 'None'} of {_counted(len(known), 'layer')} {'is' if above < 2 else 'are'} above random by more than 2 %."
-    )
+    words = f"{above or 'None'} of {counted(len(known), 'layer')} {'is' if above < 2 else 'are'} above random by more than 2 %."
     within = sum(one.above and one.as_random for one in found.layers)
     if within:
         words += f" Of these, {within} {'is' if within == 1 else 'are'} within what random layers of the shape have."
@@ -141,7 +139,3 @@ def _skipped(found: Report) -> str:
         '<h2>Left out</h2>\n<div class="scroll"><table><thead><tr><th scope="col">weight</th><th scope="col">shape</th>'
         f'<th scope="col">reason</th></tr></thead>\n<tbody>\n{rows}</tbody></table></div>\n'
     )
-
-
-def _counted(count: int, noun: str) -> str:
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lightning_hsu.distributed import unwrapped
 from lightning_hsu.measures import Measure, RieszEnergy
 from lightning_hsu.measures.base import check_measure
-from lightning_hsu.measures.checks import check_number
+from lightning_hsu.measures.checks import check_count, check_number
 from lightning_hsu.report.analysis import LayerReport, look_at
 from lightning_hsu.report.files import read_weights
 from lightning_hsu.report.page import report_page
@@ -49,8 +49,8 @@ class Report:
 
     @property
     def worst_ratio(self) -> float:
-        """The highest ratio of a layer; NaN if none has one."""
-        return max((one.uniformity.ratio for one in self.layers if math.isfinite(one.uniformity.ratio)), default=math.nan)
+        """The highest ratio of a layer, infinite where one is; NaN if none has one."""
+        return max((one.uniformity.ratio for one in self.layers if not math.isnan(one.uniformity.ratio)), default=math.nan)
 
     def __str__(self) -> str:
         """The table, in plain text."""
@@ -63,7 +63,7 @@ class Report:
             "measure": repr(self.measure),
             "similar_above": self.similar_above,
             "layers": [_plain(one) for one in self.layers],
-            "skipped": [asdict(skip) for skip in self.skips],
+            "skipped": [asdict(skip) | {"shape": list(skip.shape)} for skip in self.skips],
         }
 
     def to_html(self) -> str:
@@ -138,6 +138,7 @@ def look_at_all(
     """The report on what :func:`find_targets` found; other arguments as of :func:`report`."""
     measure = RieszEnergy(s=2.0, half_space=True) if measure is None else measure
     check_measure(measure)
+    check_count("keep", keep, 0)
     check_number("similar_above", similar_above, "in (0, 1)", lambda x: 0 < x < 1)
     work = [target.shape[0] * target.shape[1] ** 2 * target.shape[2] for target in found.targets]
     layers, before = [], 0
@@ -211,4 +212,6 @@ def _plain(layer: LayerReport) -> dict[str, Any]:
 
 
 def _finite(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_finite(part) for part in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
