@@ -141,12 +141,13 @@ def random_range(measure: Measure, n: int, d: int, groups: int = 1) -> tuple[flo
     _check(measure, n, d)
     deviation, mean = measure.deviation(n, d), measure.expectation(n, d)
     if deviation is not None and mean is not None and math.isfinite(deviation) and math.isfinite(mean):
-        low, high = mean - 3.0 * deviation, mean + 3.0 * deviation
+        low, high, draws = mean - 3.0 * deviation, mean + 3.0 * deviation, math.inf
     else:
         values = _simulated(measure, n, d)
-        mean, spread = float(values.mean()), 3.0 * float(values.std())
+        mean, spread, draws = float(values.mean()), 3.0 * float(values.std()), len(values)
         low, high = min(mean - spread, float(values.amin())), max(mean + spread, float(values.amax()))
-    return mean - (mean - low) / math.sqrt(groups), mean + (high - mean) / math.sqrt(groups)
+    part = math.sqrt(1.0 / groups + 1.0 / draws)  # the simulated mean is uncertain, too
+    return mean - part * (mean - low), mean + part * (high - mean)
 
 
 def lower_bound(measure: Measure, n: int, d: int) -> float:
