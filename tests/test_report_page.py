@@ -281,6 +281,16 @@ def test_only_the_first_pairs_are_listed():
     assert "and 16 more" in words(tags)
 
 
+def test_names_stand_apart_on_the_chart():
+    torch.manual_seed(0)
+    layers = {f"{name}.weight": torch.randn(20, 8) for name in "abcdefghij"}
+    for name, close in (("a", 3.0), ("b", 2.9), ("i", 2.8)):
+        layers[f"{name}.weight"] = layers["c.weight"] + close
+    chart = ratio_chart(report(layers, head=None).layers)
+    names = re.findall(r'class="(halo[ a-z]*)">([a-z]) [0-9.,]+<', chart)
+    assert names == [("halo", "a"), ("halo minor", "i")]  # b is too close to a; on a phone there is room for a only
+
+
 def test_values_above_the_edge_are_counted(found):
     layer = strange(found, singular_values=(9.0, 8.0, *[0.1] * 22))
     said = words(read(replace(found, layers=(layer,)).to_html()))

@@ -17,7 +17,7 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 44.0, 352.0, 28.0, 204.0
 _POINTS = 200  # singular values that are drawn
 _TALL = 210  # of the chart of ratios, in pixels
 _NAMED = 3  # of the highest ratios
-_WORDS = 0.6  # of the width that a name and its neighbour may want on a phone
+_WORDS = 0.25  # of a wide page's width: no name is longer
 
 
 def ratio_chart(layers: Sequence[LayerReport]) -> str:
@@ -65,13 +65,14 @@ def _names_of_highest(layers: Sequence[LayerReport], ratios: list[tuple[int, flo
     taken: list[tuple[float, float]] = []
     for i, ratio in sorted(ratios, key=lambda one: -one[1])[:_NAMED]:
         height, part = axis(ratio) - 9, (i + 0.5) / len(layers)
-        covers = any(abs(height - other) < 15 and abs(part - place) < _WORDS for place, other in taken)
-        if not layers[i].above or covers:
+        level = [place for place, other in taken if abs(height - other) < 15]
+        if not layers[i].above or any(abs(part - place) < _WORDS for place in level):
             continue
         taken.append((part, height))
         end = "start" if part < 0.3 else "middle" if part < 0.7 else "end"  # within a phone
         words = f"{shortened(layers[i].name, 24)} {number(ratio, 2)}"
-        marks.append(text(f"{100 * part:.2f}%", height, words, end=end, kind="halo"))
+        kind = "halo minor" if level else "halo"  # on a phone there is no room for two
+        marks.append(text(f"{100 * part:.2f}%", height, words, end=end, kind=kind))
     return marks
 
 
