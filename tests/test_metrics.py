@@ -670,6 +670,8 @@ def test_weights_of_other_settings_are_not_merged():
     first.update(model)
     second.merge_state(first)
     assert float(second.compute()) == float(first.compute())
-    other.update(model)
-    with pytest.raises(ValueError, match="only metrics of the same settings can be merged"):
-        other.merge_state(first)
+    others = [WeightUniformity(**one) for one in ({"include": "*"}, {"exclude": "2"}, {"head": None}, {"measure": KoLeo()})]
+    for one in (other, *others):
+        one.update(nn.Sequential(model, nn.ReLU(), nn.Linear(6, 5)))
+        with pytest.raises(ValueError, match="only metrics of the same settings can be merged"):
+            one.merge_state(first)

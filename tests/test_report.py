@@ -7,6 +7,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -120,6 +121,24 @@ def test_a_checkpoint_of_lightning(tmp_path):
 )
 def test_words(neurons, words):
     assert words in finding(measure_neurons("a", neurons[None], ENERGY), ENERGY)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "score", "words"),
+    [(1.009, -3.0, "as random"), (1.011, -3.0, "1.01x random"), (0.995, 0.49, "as random"), (0.995, 0.51, "more even")],
+)
+def test_where_words_begin(ratio, score, words):
+    layer = measure_neurons("a", torch.randn(1, 64, 32), ENERGY)
+    layer = replace(layer, ratio=ratio, score=score, energy=10.0)  # beyond what is random
+    assert finding(layer, ENERGY).startswith(words)
+
+
+def test_dead_neurons_are_not_of_the_shape_that_is_random():
+    x = torch.cat([torch.randn(4, 8, generator=torch.Generator().manual_seed(1)), torch.zeros(60, 8)])
+    layer = measure_neurons("a", x[None], ENERGY)
+    high = random_range(ENERGY, 4, 8)[1]
+    assert finding(replace(layer, ratio=1.3, energy=0.999 * high), ENERGY) == "as random, 60 dead"
+    assert finding(replace(layer, ratio=1.3, energy=1.001 * high), ENERGY) == "1.30x random, 60 dead"
 
 
 @pytest.mark.parametrize("measure", [ENERGY, RieszEnergy(s=1), GaussianPotential(t=2), KoLeo()])

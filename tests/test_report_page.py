@@ -281,6 +281,15 @@ def test_only_the_first_pairs_are_listed():
     assert "and 16 more" in words(tags)
 
 
+def test_colours_on_the_chart_are_those_of_the_words():
+    torch.manual_seed(0)
+    layers = {"a.weight": torch.randn(40, 64), "b.weight": torch.eye(16), "c.weight": torch.randn(40, 64) + 1.0}
+    made = (torch.randn(10, 8) for _ in range(200))
+    layers["d.weight"] = next(x for x in made if (one := report({"weight": x}, head=None).layers[0]).above and one.as_random)
+    chart = ratio_chart(report(layers, head=None).layers)
+    assert re.findall(r'<circle[^>]* class="(\w+)"', chart) == ["even", "below", "above", "even"]
+
+
 def test_names_stand_apart_on_the_chart():
     torch.manual_seed(0)
     layers = {f"{name}.weight": torch.randn(20, 8) for name in "abcdefghij"}
