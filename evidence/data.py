@@ -240,8 +240,9 @@ def _ways_out(folder: Path, missing: list[str]) -> str:
     lines = [
         f"No data in {folder}: missing {', '.join(missing)} (each plain or with .gz).",
         "Ways out:",
-        "  apt-get install dataset-fashion-mnist   on Debian and Ubuntu, then  make demo DATA=fashion-mnist",
+        "  apt-get install dataset-fashion-mnist   on Debian and Ubuntu, then the same again",
         "  make demo DATA=/your/folder             a folder that holds these four idx files, or one .npz",
+        "  python -m evidence --data /your/folder  the same",
         "  make demo                               scikit-learn's bundled digits, nothing to install",
     ]
     return "\n".join(lines)

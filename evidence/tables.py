@@ -64,7 +64,7 @@ def summary(comparisons: Sequence[Comparison], least: int = 1) -> str:
 def conditions_table(comparisons: Sequence[Comparison]) -> str:
     """A row a condition: gains, nulls and losses of each method over its settings, and the median change."""
     methods = [name for name in beside_decay(CORE) if any(one.method == name for one in comparisons)]
-    trained = [one for one in comparisons if mean(one.baseline["test_error"]) < UNTRAINED]
+    trained = _trained(comparisons)
     groups = {"weight decay alone trains": trained} | {
         name: [one for one in trained if holds(one.result["asked"]["setting"])] for name, holds in CONDITIONS.items()
     }
@@ -159,28 +159,29 @@ def share_table(comparisons: Sequence[Comparison]) -> str:
 
 def hypothesis_table(comparisons: Sequence[Comparison]) -> str:
     """Rank correlations; the first row is the one that the protocol names."""
-    rows = []
-    for method, ratio, relative in (
-        ("half_mhe_2", "ratio_after", False),
-        ("half_mhe_2", "ratio_after", True),
-        ("half_mhe_2", "ratio_before", False),
-        ("mgd", "ratio_after", False),
-        ("orthogonality", "ratio_after", False),
-    ):
-        own = [one for one in comparisons if one.method == method]
-        if len(own) >= 5:
-            found = hypothesis(comparisons, method, ratio=ratio, relative=relative)
-            gain = "gain over weight decay's error" if relative else "gain in points"
-            when = "after training" if ratio == "ratio_after" else "before training"
-            interval = f"{found.low:+.2f} to {found.high:+.2f}"
-            rows.append([METHODS[method].title, f"ratio {when}", gain, found.count, f"{found.rho:+.2f}", interval])
-    for data in TITLES:
+    asked = [(method, "ratio_after", False, "", comparisons) for method in ("half_mhe_2", "mgd", "orthogonality")]
+    asked[1:1] = [("half_mhe_2", "ratio_after", True, "", comparisons), ("half_mhe_2", "ratio_before", False, "", comparisons)]
+    for data, title in TITLES.items():
         own = [one for one in comparisons if one.result["asked"]["setting"]["data"] == data]
-        if len([one for one in own if one.method == "half_mhe_2"]) >= 5:
-            found = hypothesis(own, "half_mhe_2")
+        asked.append(("half_mhe_2", "ratio_after", False, f", {title} only", own))
+    asked += [
+        ("half_mhe_2", "ratio_after", relative, ", where that trains", _trained(comparisons)) for relative in (False, True)
+    ]
+    rows = []
+    for method, ratio, relative, where, group in asked:
+        if sum(one.method == method for one in group) >= 5:
+            found = hypothesis(group, method, ratio=ratio, relative=relative)
+            when = "after training" if ratio == "ratio_after" else "before training"
+            gain = "gain over weight decay's error" if relative else "gain in points"
             interval = f"{found.low:+.2f} to {found.high:+.2f}"
-            rows.append([f"the first row, {TITLES[data]} only", "", "", found.count, f"{found.rho:+.2f}", interval])
-    return markdown(["method", "ratio", "gain", "settings", "Spearman's rho", "95 % bootstrap interval"], rows)
+            rows.append([METHODS[method].title + where, f"ratio {when}", gain, found.count, f"{found.rho:+.2f}", interval])
+    head = ["method", "ratio of weight decay alone", "gain", "settings", "Spearman's rho", "95 % bootstrap interval"]
+    return markdown(head, rows)
+
+
+def _trained(comparisons: Sequence[Comparison]) -> list[Comparison]:
+    """Those of settings in which weight decay alone trains."""
+    return [one for one in comparisons if mean(one.baseline["test_error"]) < UNTRAINED]
 
 
 def edges_table(results: Sequence[Result]) -> str:

@@ -52,7 +52,7 @@ def _header(found: Report) -> str:
         f'<p class="lead">{_standing(found)}</p>\n'
         "<p>The ratio is a layer's energy over that of as many random vectors: 1 is as random, above 1 more redundant. "
         "The score is 0 at random and 1 at the bound that no arrangement can beat; below 0 is worse than random.</p>\n"
-        '<p class="soft">A ratio is a fact, not advice: measured, it did not predict what regularising gains.</p></header>\n'
+        '<p class="soft">A ratio is a fact, not advice: measured, it said little about what regularising gains.</p></header>\n'
     )
 
 
