@@ -17,7 +17,7 @@ from torch import nn
 
 from evidence import cells as running
 from evidence.__main__ import _run
-from evidence.cnn9 import CNN9, _bytes, _moved, bounded_cross_entropy
+from evidence.cnn9 import CNN9, _bytes, _moved, bounded_cross_entropy, table
 from evidence.comparisons import compare, hypothesis
 from evidence.data import MissingDataError, draw, load
 from evidence.documents import quoted, readme, write
@@ -345,6 +345,11 @@ def test_the_readme_quotes_the_committed_results():
     committed = json.loads((ROOT / "evidence/results/cells.json").read_text())
     text = (ROOT / "README.md").read_text()
     assert quoted(text, readme(committed)) == text
+
+
+def test_the_readme_has_the_committed_runs_of_the_published_recipe():
+    folder = ROOT / "evidence/results/cnn9/fashion-mnist-width16-steps2500-rate0.02/n5000"
+    assert table(folder, ["none", "half_mhe_2", "mgd"], range(5)) in (ROOT / "README.md").read_text()
 
 
 def test_intervals_do_not_depend_on_the_order_of_settings():
