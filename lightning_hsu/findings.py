@@ -69,6 +69,9 @@ def number(x: float, digits: int) -> str:
         >>> number(1.2345, 2), number(12345.0, 2), number(1e30, 2), number(float("nan"), 2)
         ('1.23', '12,345', '1.0e+30', '-')
     """
-    if math.isnan(x):
-        return "-"
-    return f"{x:.{digits}f}" if abs(x) < 1000 else f"{x:,.0f}" if abs(x) < 1e6 else f"{x:.1e}"
+    if not math.isfinite(x):
+        return "-" if math.isnan(x) else f"{x:g}"
+    rounded = round(x, digits) or 0.0  # no minus before 0
+    if abs(rounded) < 1000:
+        return f"{rounded:.{digits}f}"
+    return f"{x:,.0f}" if abs(round(x)) < 1e6 else f"{x:.1e}"

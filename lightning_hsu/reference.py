@@ -146,7 +146,8 @@ def random_range(measure: Measure, n: int, d: int, groups: int = 1) -> tuple[flo
         values = _simulated(measure, n, d)
         mean, spread, draws = float(values.mean()), 3.0 * float(values.std()), len(values)
         low, high = min(mean - spread, float(values.amin())), max(mean + spread, float(values.amax()))
-    part = math.sqrt(1.0 / groups + 1.0 / draws)  # the simulated mean is uncertain, too
+    infinite = measure.expectation(n, d) in (math.inf, -math.inf)  # then a mean over layers is no closer to one value
+    part = 1.0 if infinite else math.sqrt(1.0 / groups + 1.0 / draws)  # a simulated mean is uncertain, too
     return mean - part * (mean - low), mean + part * (high - mean)
 
 

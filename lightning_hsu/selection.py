@@ -64,8 +64,6 @@ def select(
         >>> skips[0].reason
         'depthwise: each of its 16 groups has one neuron'
     """
-    if empty := next((name for name, p in model.named_parameters() if p.is_meta), None):
-        raise ValueError(f"{empty} holds no numbers yet (device meta): load the weights, or let the model make them, first")
     candidates, skips = _candidates(model)
     if everything:
         candidates = [_merged(target) for target in candidates]
@@ -141,6 +139,9 @@ def _candidates(model: nn.Module) -> tuple[list[Target], list[Skip]]:
             continue
         if lazy := [key for key, p in module.named_parameters(recurse=False) if nn.parameter.is_lazy(p)]:
             skips.append(Skip(_join(name, lazy[0]), (), "a lazy layer that has seen no batch: it has no shape yet"))
+            continue
+        if any(p.is_meta for p in module.parameters()):
+            skips.append(Skip(name or "weight", (), "it holds no numbers yet (device meta): load the weights first"))
             continue
         with torch.inference_mode(False), torch.enable_grad(), without_side_effects(module):  # views are told by it
             found = read_neurons(module)

@@ -8,6 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from lightning_hsu.core import working_dtype
 from lightning_hsu.neurons import register_neurons
 from lightning_hsu.selection import Skip, matches
 
@@ -141,36 +142,59 @@ def _effective(leaves: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[st
     found, unknown = dict[str, Tensor](), dict[str, str]()
     for leaf, x in leaves.items():
         kind, _, mark = leaf.rpartition("_")
-        if leaf.startswith("parametrizations."):
-            _, kind, part = leaf.split(".", 2)
-            above = f"parametrizations.{kind}."
-            others = sorted(other.removeprefix(above) for other in leaves if other.startswith(above) and other != leaf)
-            if part == "original1" and others == ["original0"]:
-                found[kind] = _with_norms(x, leaves[f"{above}original0"])
+        above, _, part = leaf.rpartition(".")
+        if above.startswith("parametrizations.") and above.count(".") == 1:  # not a parametrization's own tensors
+            kind = above.partition(".")[2]
+            others = sorted(
+                other.removeprefix(f"{above}.") for other in leaves if other.startswith(f"{above}.") and other != leaf
+            )
+            first = leaves.get(f"{above}.original0")
+            if part == "original1" and others == ["original0"] and first is not None and _are_norms(first, x):
+                found[kind] = _with_norms(x, first)
             elif part == "original" and others == ["0._u", "0._v"]:
                 found[kind] = x
-            elif (part, others) != ("original0", ["original1"]):
+            elif not (part == "original0" and others == ["original1"] and _are_norms(x, leaves[f"{above}.original1"])):
                 unknown[leaf] = "computed by a parametrization that is not stored with it: report the model itself"
-        elif mark == "orig":
+        elif leaf.startswith("parametrizations."):
+            unknown[leaf] = "a part of a parametrization"
+        elif mark == "orig" and kind not in leaves and _is_mask(leaves.get(f"{kind}_mask", x), x):
             found[kind] = x * leaves[f"{kind}_mask"] if f"{kind}_mask" in leaves else x
-        elif mark == "v" and f"{kind}_g" in leaves:
+        elif mark == "v" and kind not in leaves and _are_norms(leaves.get(f"{kind}_g"), x):
             found[kind] = _with_norms(x, leaves[f"{kind}_g"])
-        elif not (mark == "mask" and f"{kind}_orig" in leaves) and not (mark == "g" and f"{kind}_v" in leaves):
+        elif not (mark == "mask" and _is_mask(x, leaves.get(f"{kind}_orig"))) and not (
+            mark == "g" and _are_norms(x, leaves.get(f"{kind}_v"))
+        ):
             found[leaf] = x
     return found, unknown
+
+
+def _is_mask(mask: Tensor, x: Tensor | None) -> bool:
+    """Whether a tensor may be the mask of a pruned weight x."""
+    return x is not None and mask.shape == x.shape
+
+
+def _are_norms(norms: Tensor | None, x: Tensor | None) -> bool:
+    """Whether a tensor may hold the norms of weight norm: one for all of x, or along one of its axes."""
+    if norms is None or x is None or not x.is_floating_point() or x.ndim < 2:
+        return False
+    along = [i for i, size in enumerate(norms.shape) if size != 1]
+    if sum(size != 1 for size in x.shape) < 2:
+        return False  # a vector
+    return norms.numel() == 1 or (norms.ndim == x.ndim and len(along) == 1 and norms.shape[along[0]] == x.shape[along[0]])
 
 
 def _with_norms(x: Tensor, norms: Tensor) -> Tensor:
     """Weight norm: x with the norms (.., 1, ..) over the axes where these have length 1."""
     axes = [i for i, size in enumerate(norms.shape) if size == 1] or None  # none of a single norm for all
-    length = torch.linalg.vector_norm(x, dim=axes, keepdim=True)
-    weight: Tensor = x * (norms / length.clamp_min(torch.finfo(length.dtype).tiny)).to(x.dtype)
+    wide = x.to(working_dtype(x.dtype))
+    length = torch.linalg.vector_norm(wide, dim=axes, keepdim=True)
+    weight: Tensor = wide * (norms.to(wide.dtype) / length.clamp_min(torch.finfo(length.dtype).tiny))
     return weight
 
 
 def _sets(leaf: str, x: Tensor, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Sets of neurons in one effective weight, by name."""
-    if leaf == "in_proj_weight":
+    if leaf == "in_proj_weight" and len(x) % 3 == 0:
         return dict(zip("qkv", x.chunk(3), strict=True))
     if leaf in ("q_proj_weight", "k_proj_weight", "v_proj_weight"):
         return {leaf[0]: x}
@@ -187,7 +211,7 @@ def _gates(leaf: str, x: Tensor, leaves: Mapping[str, Tensor]) -> dict[str, Tens
     hidden = leaves.get(leaf.replace("weight_ih", "weight_hh"))
     projected = leaves.get(leaf.replace("weight_ih", "weight_hr").replace("weight_hh", "weight_hr"))
     length = projected if projected is not None else hidden
-    count = len(x) // length.shape[1] if length is not None else 1
+    count = len(x) // length.shape[1] if length is not None and length.numel() else 1
     names = _GATES.get(count, "")
     return {f"{leaf}.{gate}": rows for gate, rows in zip(names, x.chunk(count), strict=True)} if names else {leaf: x}
 

@@ -102,7 +102,7 @@ def test_broken_files(tmp_path):
         "text.safetensors": "no .safetensors",
         "cut.pt": "running code",
         "cut_zip.pt": "is cut short",
-        "script.pt": "no TorchScript that can be read",
+        "script.pt": "cannot be read",
         "directory.pt": "cannot be read",
     }
     torch.save({"w": torch.eye(30)}, tmp_path / "whole.pt")
@@ -205,10 +205,86 @@ def test_hostile_torchscript_does_not_run(tmp_path, monkeypatch):
     torch.jit.load("innocent.ckpt")
     assert (tmp_path / "PWNED").exists()  # torch's own loader runs it
     (tmp_path / "PWNED").unlink()
-    with pytest.raises(ValueError, match="runs code of its own when it is loaded"):
-        read_weights("innocent.ckpt")
-    assert main(["report", "innocent.ckpt"]) == 2
+    assert list(read_weights("innocent.ckpt")) == ["fc.weight", "fc.bias"]  # a state of one's own making is not looked into
+    assert main(["report", "innocent.ckpt"]) == 0
     assert not (tmp_path / "PWNED").exists()
+
+
+class Plain(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(4, 3), nn.Unflatten(1, (3, 1)), nn.Conv1d(3, 5, 1))
+        self.rnn = nn.LSTM(1, 8)
+
+    def forward(self, x):
+        return self.rnn(self.body(x))[0]
+
+
+DEFAULT = b"""x: Tensor, y: Tensor=torch.copy_(torch.from_file("PWNED", True, 4, dtype=0),
+ torch.tensor([101, 99, 104, 111], dtype=0))) -> Tensor:"""
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's, of TorchScript
+@pytest.mark.skipif(sys.version_info >= (3, 14), reason="torch scripts no modules there")
+def test_torchscript_whose_classes_run_when_they_are_read(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    model = Plain()
+    torch.jit.script(model).save("good.pt")
+    with zipfile.ZipFile("good.pt") as good, zipfile.ZipFile("bad.pt", "w") as bad:
+        for name in good.namelist():
+            bad.writestr(name, good.read(name).replace(b"x: Tensor) -> Tensor:", DEFAULT))
+    for name in ("good.pt", "bad.pt"):
+        found = read_weights(name)
+        assert {key for key, x in found.items() if x.ndim > 1} == {key for key, x in model.state_dict().items() if x.ndim > 1}
+        assert all(torch.equal(found[key], x) for key, x in model.state_dict().items())
+        assert not (tmp_path / "PWNED").exists()
+    torch.jit.load("bad.pt")
+    assert (tmp_path / "PWNED").read_bytes() == b"echo"  # torch's own loader runs it
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's, of TorchScript
+@pytest.mark.skipif(sys.version_info >= (3, 14), reason="torch scripts no modules there")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_torchscript_of_every_dtype_and_stride(tmp_path, dtype):
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 4)).to(dtype)
+    model[0].weight = nn.Parameter(torch.randn(4, 3).to(dtype).T)
+    model[1].weight = nn.Parameter(model[0].weight.data.T)  # one storage
+    model.register_buffer("count", torch.tensor(3))
+    model.register_buffer("none", torch.zeros(0, 5))
+    torch.jit.script(model).save(str(tmp_path / "a.pt"))
+    found = read_weights(tmp_path / "a.pt")
+    for key, x in model.state_dict().items():
+        assert found[key].dtype == x.dtype
+        assert torch.equal(found[key], x)
+    assert found["0.weight"].data_ptr() == found["1.weight"].data_ptr()
+
+
+def test_a_pickle_that_speaks_like_torch_does_not_loop(tmp_path):
+    torch.save({"w": torch.eye(3)}, tmp_path / "a.pt")
+    texts = {b"x but got <class 'Left0'>": "running code", b"x\x1b[2J": "running code"}
+    for i, (text, message) in enumerate(texts.items()):
+        with zipfile.ZipFile(tmp_path / "a.pt") as good, zipfile.ZipFile(tmp_path / f"b{i}.pt", "w") as bad:
+            for name in good.namelist():
+                bad.writestr(name, b"\x80\x02cos\n" + text + b"\n." if name.endswith("data.pkl") else good.read(name))
+        with pytest.raises(ValueError, match=message):
+            read_weights(tmp_path / f"b{i}.pt")
+
+
+def test_errors_do_nothing_to_a_terminal(tmp_path, capsys):
+    from safetensors.torch import save_file
+
+    for name in ("a", "b"):
+        save_file({"w\x1b[2J.weight": torch.eye(3)}, tmp_path / f"{name}.safetensors")
+    assert main(["report", str(tmp_path)]) == 2
+    assert main(["report", str(tmp_path / "a.safetensors")]) == 0
+    found = capsys.readouterr()
+    assert "\x1b" not in found.out + found.err
+    assert r"\x1b[2J" in found.out
+    assert "more than one set of weights" in found.err
+    torch.save({"a\x1b.weight": torch.eye(3), r"a\x1b.weight": torch.eye(4)}, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match="differ only in control characters"):
+        read_weights(tmp_path / "a.pt")
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's, of TorchScript
@@ -254,7 +330,7 @@ def test_weights_without_numbers_say_so(tmp_path):
     reasons = {skip.name: skip.reason for skip in found.skips}
     assert "holds no numbers" in reasons["a.weight"]
     assert "to_dense" in reasons["c.weight"]
-    with pytest.raises(ValueError, match=r"weight holds no numbers yet \(device meta\)"):
+    with pytest.raises(ValueError, match=r"weight \(\): it holds no numbers yet \(device meta\)"):
         report(nn.Linear(4, 4, device="meta"))
     torch.save({"a.weight": torch.ones(4, 4, dtype=torch.int8)}, tmp_path / "b.pt")
     with pytest.raises(ValueError, match=r"b.pt: no layer of StateDict is left to measure; .*(\n.*)*torch.int8, not floating"):

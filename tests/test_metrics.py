@@ -13,7 +13,7 @@ import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
-from torchmetrics import MetricCollection
+from torchmetrics import MeanMetric, MetricCollection
 
 from lightning_hsu.core import smallest_angle
 from lightning_hsu.measures import (
@@ -656,6 +656,19 @@ def test_values_of_weights_do_not_depend_on_the_default_dtype(dtype):
         torch.set_default_dtype(torch.float32)
     assert found.dtype == torch.float32
     assert float(found) == float(wanted)
+
+
+@pytest.mark.filterwarnings("ignore:.*before.*update:UserWarning")
+@pytest.mark.parametrize("kind", [WeightUniformity, FeatureUniformity])
+def test_what_is_no_such_metric_is_not_merged(kind):
+    for other in (MeanMetric(), {"x": torch.tensor(1)}):
+        with pytest.raises(ValueError, match=f"only a {kind.__name__} can be merged"):
+            kind().merge_state(other)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert kind().compute().dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_an_infinite_ratio_of_weights_is_not_left_out():

@@ -5,6 +5,7 @@ import functools
 import io
 import json
 import math
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -17,7 +18,7 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from torch import nn
 
 from lightning_hsu import UniformityRegularizer, reference
-from lightning_hsu.findings import finding
+from lightning_hsu.findings import finding, number
 from lightning_hsu.measures import GaussianPotential, KoLeo, RieszEnergy, Separation
 from lightning_hsu.monitor import measure_neurons
 from lightning_hsu.reference import random_expectation, random_range
@@ -131,6 +132,32 @@ def test_where_words_begin(ratio, score, words):
     layer = measure_neurons("a", torch.randn(1, 64, 32), ENERGY)
     layer = replace(layer, ratio=ratio, score=score, energy=10.0)  # beyond what is random
     assert finding(layer, ENERGY).startswith(words)
+
+
+def test_the_range_is_that_of_the_mean_over_groups():
+    layer = measure_neurons("a", torch.randn(16, 8, 27), ENERGY)
+    low, high = random_range(ENERGY, 8, 27, 16)
+    assert finding(replace(layer, ratio=1.05, energy=0.999 * high), ENERGY) == "as random"
+    assert finding(replace(layer, ratio=1.05, energy=1.001 * high), ENERGY) == "1.05x random"
+    wide = [random_range(ENERGY, 8, 3, groups) for groups in (1, 64)]  # of which the mean is infinite
+    assert wide[0] == wide[1]
+    assert low < high
+
+
+@pytest.mark.parametrize(
+    ("x", "digits", "words"),
+    [
+        (999.9995, 3, "1,000"),
+        (999.9994, 3, "999.999"),
+        (999_999.6, 0, "1.0e+06"),
+        (999_999.4, 0, "999,999"),
+        (-0.0001, 2, "0.00"),
+        (-12.345, 2, "-12.35"),
+        (math.inf, 2, "inf"),
+    ],
+)
+def test_numbers_for_cells(x, digits, words):
+    assert number(x, digits) in (words, words.replace("-12.35", "-12.34"))
 
 
 def test_dead_neurons_are_not_of_the_shape_that_is_random():
@@ -309,6 +336,26 @@ def test_compare_measures_both_alike():
     assert [layer.full_space for layer in compare(after, after).after.layers] == [False, False, True]
 
 
+def test_compare_measures_two_neurons_and_more_in_one_space():
+    state = {"a.weight": torch.randn(6, 8), "fc.weight": torch.randn(5, 8)}
+    found = compare(state, state | {"fc.weight": torch.randn(2, 8)}, head=None)
+    assert [(one.before.full_space, one.after.full_space) for one in found.layers] == [(False, False), (True, True)]
+    found = compare(state, state)
+    assert [(one.before.full_space, one.after.full_space) for one in found.layers] == [(False, False), (True, True)]
+    headed = state | {"head.weight": torch.randn(4, 5)}
+    found = compare(state, headed)
+    assert not any(one.before.full_space or one.after.full_space for one in found.layers)
+    assert found.after.layers[-1].full_space
+    assert "*" not in str(found)  # none of those that are compared
+
+
+def test_compare_tells_what_only_one_has_and_what_is_left_out():
+    state = {"a.weight": torch.randn(6, 8), "b.weight": torch.randn(6, 8), "fc.weight": torch.randn(5, 8)}
+    said = str(compare(state | {"b.weight": torch.ones(6, 8, dtype=torch.int8)}, state | {"new.weight": torch.randn(4, 4)}))
+    assert said.splitlines()[-1] == "only after (state dict): new"
+    assert "before, not measured (1):\n  b 6x8: its weights are torch.int8" in said
+
+
 def test_compare_tells_what_is_broken_and_what_is_left_out(tmp_path, capsys):
     before, after = network(), network()
     with torch.no_grad():
@@ -333,7 +380,7 @@ def test_compare_sees_what_moved(tmp_path):
     assert (moved["0"], moved["4"]) == pytest.approx((0.0, 0.0), abs=1e-5)
     assert 60 < moved["3"] < 120
     assert (found.only_before, found.only_after) == ((), ("new",))
-    assert "only in state dict: new" in str(found)
+    assert "only after (state dict): new" in str(found)
     found.write_json(tmp_path / "a.json")
     assert json.loads((tmp_path / "a.json").read_text())["moved"]["3"] == moved["3"]
     zeroed = before.state_dict() | {"3.weight": before[3].weight.detach() * (torch.arange(64) > 40).float()[:, None]}
@@ -398,7 +445,9 @@ def test_what_cannot_be_judged_fails(tmp_path, capsys):
     assert main(["report", str(tmp_path / "row.pt"), "--include", "0", "--fail-above", "1e9"]) == 0
 
 
-@pytest.mark.parametrize("wrong", [["--fail-above", "nan"], ["--fail-above", "-1"], ["--pairs", "-1"]])
+@pytest.mark.parametrize(
+    "wrong", [["--fail-above", "nan"], ["--fail-above", "-1"], ["--fail-above", "x"], ["--pairs", "-1"], ["--pairs", "x"]]
+)
 def test_limits_that_are_none(tmp_path, wrong):
     with pytest.raises(SystemExit, match="2"):
         main(["report", str(tmp_path / "a.pt"), *wrong])
@@ -407,7 +456,7 @@ def test_limits_that_are_none(tmp_path, wrong):
 def test_files_that_cannot_be_written_are_told_before_the_work(tmp_path, capsys):
     torch.save(network().state_dict(), tmp_path / "a.pt")
     for option in ("--html", "--json"):
-        for path in (tmp_path / "none" / "a", tmp_path):
+        for path in (tmp_path / "none" / "a", tmp_path, tmp_path / "a.pt", tmp_path / "a.pt" / "a"):
             assert main(["report", str(tmp_path / "a.pt"), option, str(path)]) == 2
             found = capsys.readouterr()
             assert "cannot write" in found.err
@@ -422,9 +471,12 @@ def test_a_fault_of_our_own_is_no_verdict(monkeypatch, capsys):
 
 def test_a_reader_that_has_had_enough(tmp_path):
     torch.save(network().state_dict(), tmp_path / "a.pt")
-    command = f"{sys.executable} -m lightning_hsu.report.cli report {tmp_path / 'a.pt'} --json - | head -1"
-    found = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
-    assert (found.stdout, found.stderr) == ("{\n", "")
+    command = f"{sys.executable} -m lightning_hsu.report.cli report {tmp_path / 'a.pt'} --html {tmp_path / 'a.html'}"
+    command += ' --json - | true; echo "${PIPESTATUS[0]}"'
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    found = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60, env=buffered)
+    assert (found.stdout, found.stderr) == ("141\n", "")
+    assert (tmp_path / "a.html").stat().st_size > 1000
 
 
 def test_measures_by_their_name():

@@ -128,6 +128,61 @@ def test_wrappers_names_and_ties():
     assert [(skip.name, skip.reason) for skip in skips] == [("wte", "tied to lm_head")]
 
 
+@pytest.mark.parametrize(
+    "state",
+    [
+        {"att.w_v": (8, 4), "att.w_g": (8, 8)},
+        {"att.weight_v": (4, 8), "att.weight_g": (6, 8)},
+        {"att.weight_v": (8, 8), "att.weight_g": (8, 8)},
+        {"att.attn_orig": (4, 8), "att.attn_mask": (8, 8)},
+        {"att.kernel": (4, 8), "att.kernel_orig": (4, 8)},
+        {"att.time_mix_v": (1, 1, 8), "att.time_mix_g": (1, 1, 8)},
+    ],
+)
+def test_names_like_those_of_weight_norm_and_pruning(state):
+    layers, skips = stand_in({name: torch.randn(shape) for name, shape in state.items()} | {"fc.weight": torch.randn(6, 8)})
+    found = {one.name for one in select(layers)[0]}
+    assert "fc" in found
+    assert (found - {"fc"}) | {skip.name for skip in skips} == set(state)  # each for itself
+
+
+def test_two_originals_are_no_weight_norm():
+    class Product(nn.Module):
+        def forward(self, u, v):
+            return u @ v
+
+        def right_inverse(self, weight):
+            return torch.randn(4, 2), torch.randn(2, 8)
+
+    model = nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 3))
+    nn.utils.parametrize.register_parametrization(model[0], "weight", Product(), unsafe=True)
+    layers, skips = stand_in(model.state_dict())
+    assert [one.name for one in select(layers)[0]] == ["1"]
+    assert {skip.reason for skip in skips} == {
+        "computed by a parametrization that is not stored with it: report the model itself"
+    }
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"a.parametrizations.weight": (4, 4)},
+        {"a.in_proj_weight": (2, 4)},
+        {"a.weight_ih_l0": (4, 3), "a.weight_hh_l0": (4, 0)},
+        {"a.weight": (5, 0), "a.bias": (3,)},
+    ],
+)
+def test_odd_weights_do_not_stop_the_others(odd):
+    layers, _ = stand_in({name: torch.randn(shape) for name, shape in odd.items()} | {"fc.weight": torch.randn(6, 8)})
+    assert "fc" in [one.name for one in select(layers)[0]]
+
+
+def test_weight_norm_of_few_bits():
+    v = torch.randn(4, 8).to(torch.float8_e4m3fn)
+    (found,) = select(stand_in({"weight_v": v, "weight_g": torch.ones(4, 1)})[0])[0]
+    torch.testing.assert_close(found.neurons()[0].norm(dim=1), torch.ones(4))
+
+
 def test_what_is_named_like_no_weight_is_taken_when_asked_for():
     state = {"fc.weight": torch.randn(3, 4), "tokens": torch.randn(7, 4), "count": torch.tensor(3)}
     layers, skips = stand_in(state)

@@ -80,6 +80,14 @@ class UniformityMetric(Metric):
         """Do nothing: the states hold counts and hashes that no narrower type can."""
         return self
 
+    def _state_of(self, other: object) -> dict[str, Any]:
+        """The states of another metric of this kind, or a dict of them."""
+        state = other.metric_state if isinstance(other, Metric) else other
+        if not isinstance(state, dict) or not set(self.metric_state) <= set(state):
+            name = type(self).__name__
+            raise ValueError(f"only a {name} can be merged into a {name}, or its metric_state; got {type(other).__name__}")
+        return state
+
     def _add_settings(self, *settings: object) -> None:
         """A state by which MetricCollection sees that two metrics must not share their others."""
         self.add_state("settings", encoded(settings), "max")

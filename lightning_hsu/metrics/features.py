@@ -115,9 +115,10 @@ class FeatureUniformity(UniformityMetric):
             incoming_state: The other metric, or its ``metric_state``.
 
         Raises:
-            ValueError: if capacities differ, or both have dropped rows by the same priorities: give each its own seed.
+            ValueError: if it is no such metric, capacities differ, or both have dropped rows by the same priorities: give each
+                its own seed.
         """
-        state: dict[str, Any] = incoming_state.metric_state if isinstance(incoming_state, Metric) else incoming_state
+        state = self._state_of(incoming_state)
         if (capacity := decoded(state["settings"])[0]) != self.capacity:
             raise ValueError(
                 f"only samples of the same capacity can be merged: this one has {self.capacity}, the other {capacity}"
@@ -213,7 +214,7 @@ def quantity_of(measure: Measure, quantity: Quantity, x: Tensor) -> Tensor:
     n = len(x)
     measure, x = sampled_above(measure, n, _SAMPLE_ABOVE), with_float64(x)[None]
     if n < 2 and quantity not in ("energy", "penalty"):
-        return torch.tensor(torch.nan)
+        return torch.tensor(torch.nan, dtype=torch.float32)
     state = measure.prepare(x) if n > 1 else None
     if quantity == "min_angle":
         parts = measure.sample(x, state) if isinstance(measure, Sampled) and not measure.is_exact(state) else [x]

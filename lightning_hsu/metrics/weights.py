@@ -108,7 +108,7 @@ class WeightUniformity(UniformityMetric):
             return dict(zip(decoded(_agreed(parts_of(self.layers))) or (), values.unbind(), strict=True))
         defined = values[count > 0]
         if not len(defined):
-            return torch.tensor(torch.nan, device=self.device)
+            return torch.tensor(torch.nan, dtype=torch.float32, device=self.device)
         return defined.mean() if self.reduction == "mean" else defined.amax()
 
     def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
@@ -118,9 +118,9 @@ class WeightUniformity(UniformityMetric):
             incoming_state: The other metric, or its ``metric_state``.
 
         Raises:
-            ValueError: if its settings or its layers are others.
+            ValueError: if it is no such metric, or its settings or its layers are others.
         """
-        state: dict[str, Any] = incoming_state.metric_state if isinstance(incoming_state, Metric) else incoming_state
+        state = self._state_of(incoming_state)
         theirs, own = decoded(state["settings"]), decoded(self.settings)
         if theirs != own:
             raise ValueError(f"only metrics of the same settings can be merged: this one has {own}, the other {theirs}")
@@ -166,7 +166,7 @@ def _pooled(parts: list[Tensor]) -> Tensor:
     """Means and counts (2, layers) of updates together, float32; those without one left out."""
     known = [part for part in parts if part.numel()]
     if len(known) < 2:
-        return known[0].float() if known else torch.zeros(2, 0)
+        return known[0].float() if known else torch.zeros(2, 0, dtype=torch.float32)
     means, counts = (
         with_float64(torch.stack([part.to(known[0].device) for part in known])).double().unbind(1)
     )  # (parts, layers)

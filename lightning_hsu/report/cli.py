@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from lightning_hsu import measures
+from lightning_hsu.findings import number
 from lightning_hsu.measures import Measure
 from lightning_hsu.report.comparison import Comparison, compare
+from lightning_hsu.report.files import printable
 from lightning_hsu.report.reports import Progress, Report, report
 from lightning_hsu.report.tables import comparison_table, pair_lines, report_table, show
 
@@ -26,18 +28,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit code: 0, 1 where ``--fail-above`` says so, 2 for what cannot be read or understood."""
     given = _parser().parse_args(arguments)
     try:
-        return int(given.run(given))
+        code = int(given.run(given))
+        sys.stdout.flush()
+        return code
     except BrokenPipeError:  # the reader of a pipe, such as head, has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + 13
     except (OSError, ValueError, TypeError, ModuleNotFoundError) as error:
-        print(f"lightning-hsu: {error}", file=sys.stderr)
+        print(f"lightning-hsu: {_told(error)}", file=sys.stderr)
         return _BROKEN
     except KeyboardInterrupt:
         return 130
     except Exception:  # not 1, which is --fail-above's
         traceback.print_exc()
         return _BROKEN
+
+
+def _told(error: Exception) -> str:
+    """What an error says, which may quote a file."""
+    return "\n".join(printable(line) for line in str(error).split("\n"))
 
 
 def parse_measure(text: str) -> Measure:
@@ -120,29 +129,36 @@ def _settings(given: argparse.Namespace) -> dict[str, Any]:
 
 
 def _count(text: str) -> int:
-    if (count := int(text)) < 0:
+    if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"a number of pairs is 0 or more; got {text}")
-    return count
+    return int(text)
 
 
 def _limit(text: str) -> float:
-    if not (limit := float(text)) > 0:
-        raise argparse.ArgumentTypeError(f"a ratio is above 0; got {text}")
+    try:
+        limit = float(text)
+    except ValueError:
+        limit = math.nan
+    if not limit > 0:
+        raise argparse.ArgumentTypeError(f"a ratio is a number above 0; got {text}")
     return limit
 
 
 def _report(given: argparse.Namespace) -> int:
-    _check_writable(given.html, given.json)
+    if given.html == "-":
+        raise ValueError("--html writes a file; only --json takes -")
+    _check_writable(given.html, given.json, keep=[given.checkpoint])
     with _progress() as progress:
         found = report(given.checkpoint, **_settings(given), keep=max(100, given.pairs), progress=progress)
+    verdict = 0 if given.fail_above is None else _judged(found, given.fail_above)
+    if given.html:
+        found.write_html(given.html)
+    _write_json(found, given.json)
     if given.json != "-":
         show(report_table(found))
         if given.pairs > 0:
             print("\n".join(pair_lines(found, given.pairs)))
-    _write_json(found, given.json)
-    if given.html:
-        found.write_html(given.html)
-    return 0 if given.fail_above is None else _judged(found, given.fail_above)
+    return verdict
 
 
 def _judged(found: Report, limit: float) -> int:
@@ -153,29 +169,29 @@ def _judged(found: Report, limit: float) -> int:
         print(f"lightning-hsu: {one.name} cannot be judged: {one.finding}", file=sys.stderr)
     if above:
         worst = max(above, key=lambda one: one.uniformity.ratio)
-        print(f"lightning-hsu: ratio {worst.uniformity.ratio:.3f} of {worst.name} is above {limit:g}", file=sys.stderr)
+        print(f"lightning-hsu: ratio {number(worst.uniformity.ratio, 3)} of {worst.name} is above {limit:g}", file=sys.stderr)
     return _FAILED if broken or above else 0
 
 
 def _compare(given: argparse.Namespace) -> int:
-    _check_writable(given.json)
+    _check_writable(given.json, keep=[given.before, given.after])
     with _progress() as progress:
         found = compare(given.before, given.after, **_settings(given), progress=progress)
+    _write_json(found, given.json)
     if given.json != "-":
         show(comparison_table(found))
-    _write_json(found, given.json)
     return 0
 
 
-def _check_writable(*paths: str | None) -> None:
-    """Refuse, before the work, files that cannot be written after it."""
-    for path in paths:
-        if path and path != "-":
-            place = Path(path) if Path(path).exists() else Path(path).parent
-            if not place.exists():
-                raise FileNotFoundError(f"cannot write {path}: there is no folder {place}")
-            if Path(path).is_dir() or not os.access(place, os.W_OK):
-                raise PermissionError(f"cannot write {path}")
+def _check_writable(*paths: str | None, keep: Sequence[str]) -> None:
+    """Refuse, before the work, files that cannot be written after it, and those that are read."""
+    for path in map(Path, filter(None, paths)):
+        if path.exists() and any(Path(one).exists() and path.samefile(one) for one in keep):
+            raise ValueError(f"cannot write {path}: it is read from")
+        if not path.parent.is_dir():
+            raise FileNotFoundError(f"cannot write {path}: there is no folder {path.parent}")
+        if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+            raise PermissionError(f"cannot write {path}")
 
 
 def _write_json(found: Report | Comparison, path: str | None) -> None:

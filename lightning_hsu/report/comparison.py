@@ -18,6 +18,7 @@ from lightning_hsu.report.analysis import LayerReport
 from lightning_hsu.report.reports import Found, Progress, Report, Source, find_targets, look_at_all
 from lightning_hsu.report.tables import comparison_table, plain
 from lightning_hsu.selection import Patterns
+from lightning_hsu.targets import Target
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,8 +91,8 @@ def compare(
 ) -> Comparison:
     """Look at two networks, or one at two times, layer by layer; arguments as of :func:`~lightning_hsu.report.report`.
 
-    Layers are matched by name, and neurons by index. A layer that both have is the class head only if it is so in both: the
-    last layer of a network without its head is none.
+    Layers are matched by name, and neurons by index; both are measured in the same space. A layer that both have is the class
+    head only if it is so in both: the last layer of a network without its head is none.
 
     Raises:
         ValueError: if the two have no layer of the same name.
@@ -103,7 +104,7 @@ def compare(
         >>> round(compare(before, after).layers[0].moved, 3)
         0.0
     """
-    both = _same_heads([find_targets(source, include, exclude, head, key) for source in (before, after)])
+    both = _alike([find_targets(source, include, exclude, head, key) for source in (before, after)])
     reports = [
         look_at_all(
             found,
@@ -128,12 +129,16 @@ def compare(
     return Comparison(reports[0], reports[1], layers, only[0], only[1])
 
 
-def _same_heads(both: Sequence[Found]) -> list[Found]:
-    """The same, without a head that only one of two takes for it."""
-    heads = [{one.name: one.head for one in found.targets} for found in both]
+def _alike(both: Sequence[Found]) -> list[Found]:
+    """The same, with each layer that both have in the same space: full space for heads of both, and for two neurons in one."""
+    layers = [{one.name: one for one in found.targets} for found in both]
+
+    def in_full_space(one: Target, other: Target | None) -> bool:
+        return one.head if other is None else (one.head and other.head) or 2 in (one.shape[1], other.shape[1])
+
     return [
-        found._replace(targets=[replace(one, head=one.head and other.get(one.name, True)) for one in found.targets])
-        for found, other in zip(both, reversed(heads), strict=True)
+        found._replace(targets=[replace(one, head=in_full_space(one, others.get(one.name))) for one in found.targets])
+        for found, others in zip(both, reversed(layers), strict=True)
     ]
 
 

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import re
 import tarfile
-import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lightning_hsu.report.pickles import Left, unpickled
+from lightning_hsu.report.scripted import is_torchscript, scripted_tensors
 
 _KEYS = ("state_dict", "model_state_dict", "model", "module", "net", "network", "weights", "params", "ema")
 _HEADS = ("head", "classifier", "fc", "lm_head", "score", "logits")  # modules that come last, whatever order a file has
@@ -48,8 +47,8 @@ def read_weights(path: str | Path, key: str | None = None) -> dict[str, Tensor]:
         return _printable(_ordered(_safetensors(path)))
     if path.stat().st_size == 0:
         raise ValueError(f"{path} is empty")
-    if _is_torchscript(path):
-        return _printable(_torchscript(path))
+    if is_torchscript(path):
+        return _printable(scripted_tensors(path))
     if not (zipfile.is_zipfile(path) or tarfile.is_tarfile(path) or _begins(path, b"\x80")):
         cut = _begins(path, b"PK")
         told = (
@@ -107,40 +106,22 @@ def _begins(path: Path, with_: bytes) -> bool:
         return file.read(len(with_)) == with_
 
 
-def _is_torchscript(path: Path) -> bool:
-    if not zipfile.is_zipfile(path):
-        return False
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return any(name.endswith("/constants.pkl") for name in archive.namelist())
-    except zipfile.BadZipFile:
-        return False
-
-
-def _torchscript(path: Path) -> dict[str, Tensor]:
-    """The weights of TorchScript. Its loader runs methods by which classes restore themselves: what has such is refused."""
-    try:
-        reader = torch._C.PyTorchFileReader(str(path))  # that of the loader, which thus sees the same
-        records = [name for name in reader.get_all_records() if not name.startswith(("data/", "constants/", "tensors/"))]
-        runs = "model.json" in records or any(b"__setstate__" in reader.get_record(name) for name in records)
-    except RuntimeError as error:
-        raise ValueError(f"{path} is no TorchScript that can be read: {error}") from error
-    if runs:
-        raise ValueError(
-            f"{path} is TorchScript that runs code of its own when it is loaded, which is not done. If you trust it, load it "
-            "yourself and give its state_dict() to lightning_hsu.report.report"
-        )
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # files of this kind go on to exist
-            return dict(torch.jit.load(str(path), map_location="cpu").state_dict())  # type: ignore[no-untyped-call]
-    except (RuntimeError, ValueError) as error:
-        raise ValueError(f"{path} is no TorchScript that can be read: {error}") from error
-
-
 def _printable(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same with names that do nothing to a terminal: control characters are spelled out."""
-    return {"".join(c if c.isprintable() else ascii(c)[1:-1] for c in name): x for name, x in tensors.items()}
+    """The same with names that do nothing to a terminal."""
+    found = {printable(name): x for name, x in tensors.items()}
+    if len(found) < len(tensors):
+        raise ValueError("two names of weights differ only in control characters")
+    return found
+
+
+def printable(text: str) -> str:
+    r"""A text with its control characters spelled out.
+
+    Example:
+        >>> print(printable("a" + chr(27) + "[2J"))
+        a\x1b[2J
+    """
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def _state_dict(found: Any, path: Path, key: str | None) -> dict[str, Tensor]:

@@ -29,7 +29,7 @@ def unpickled(path: Path) -> Any:
         except Exception as error:  # of many types: whatever a broken file makes torch's reader stumble over
             last = error
         unfilled = re.search(r"but got <class '[\w.]*\b(Left\d+)'>", str(last))
-        if unfilled is None:
+        if unfilled is None or unfilled[1] in kinds:
             break
         kinds[unfilled[1]] = _LeftList if "list" in str(last).partition("but got")[0] else _LeftMapping
     raise ValueError(

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from lightning_hsu.report.reports import Report
 
 
+_STARRED = "* in full space, where opposite neurons are far apart"
+
+
 @dataclass(frozen=True)
 class Table:
     """Rows for a terminal.
@@ -81,11 +84,7 @@ def _below(found: Report) -> list[str]:
         f"(cosine from {found.similar_above:g}); {counted(sum(one.dead for one in found.layers), 'dead neuron')}",
         "ratio: energy over that of random neurons; angle: the smallest between two neurons, in degrees",
     ]
-    return [*lines, *_starred(found), *skipped_lines(found)]
-
-
-def _starred(found: Report) -> list[str]:
-    return ["* in full space, where opposite neurons are far apart"] if _mixed(found) else []
+    return [*lines, *([_STARRED] if _mixed(found) else []), *skipped_lines(found)]
 
 
 def skipped_lines(found: Report) -> list[str]:
@@ -111,14 +110,15 @@ def pair_lines(found: Report, most: int) -> list[str]:
 def comparison_table(found: Comparison) -> Table:
     """The table of a comparison."""
     columns = ("layer", ">neurons x dim", ">moved", ">ratio", "?>angle", "?>pairs", "?>dead", "finding after")
-    only = [
-        f"only in {source}: {', '.join(names)}"
-        for source, names in ((found.before.source, found.only_before), (found.after.source, found.only_after))
-        if names
-    ]
-    moved = "moved: median angle between a neuron before and after, in degrees; angle: smallest between two neurons"
-    rows = [_comparison_row(one, _mixed(found.after)) for one in found.layers]
-    return Table(columns, rows, (moved, *_starred(found.after), *only, *skipped_lines(found.after)))
+    below = ["moved: median angle between a neuron before and after, in degrees; angle: smallest between two neurons"]
+    full = {one.after.full_space for one in found.layers}
+    below += [_STARRED] if len(full) > 1 else []
+    for when, only, one in (("before", found.only_before, found.before), ("after", found.only_after, found.after)):
+        left_out = {skip.name for skip in (found.after if when == "before" else found.before).skips}
+        names = [name for name in only if name not in left_out]
+        below += [f"only {when} ({one.source}): {', '.join(names)}"] if names else []
+        below += [f"{when}, {line}" if i == 0 else line for i, line in enumerate(skipped_lines(one))]
+    return Table(columns, [_comparison_row(one, len(full) > 1) for one in found.layers], tuple(below))
 
 
 def _comparison_row(one: LayerComparison, mixed: bool) -> tuple[str, ...]:
