@@ -32,7 +32,7 @@ def read_weights(path: str | Path, key: str | None = None) -> dict[str, Tensor]:
         ModuleNotFoundError: for .safetensors without that package.
 
     Example:
-        >>> import tempfile
+        >>> import tempfile, torch
         >>> path = Path(tempfile.mkdtemp()) / "model.pt"
         >>> torch.save({"epoch": 3, "state_dict": {"fc.weight": torch.eye(4)}}, path)
         >>> list(read_weights(path))
