@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import os
 import sys
@@ -20,6 +19,7 @@ from evidence.data import MissingDataError
 from evidence.documents import quoted, readme, write
 from evidence.methods import CORE, METHODS
 from evidence.plan import SCALES, TEST_SEEDS, TUNING_SEEDS, Cell, Setting, cells
+from evidence.training import BATCH
 
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parents[1] / "README.md"
@@ -46,13 +46,14 @@ def main() -> int:
     print(f"{len(plan)} cells, {len(plan) - len(left)} done before; results in {folder}")
     if not args.tables:
         _run(left, tuning, testing, folder, args.jobs, args.minutes)
-    done = [json.loads((folder / f"{cell.name}.json").read_text()) for cell in plan if running.kept(folder, cell, wanted[cell])]
+    done = [running.read(folder / f"{cell.name}.json") for cell in plan if running.kept(folder, cell, wanted[cell])]
     target = RESULTS if args.commit else Path(args.out)
     if done:
-        write(done, len(plan), target)
+        pictured = write(done, len(plan), target)
         if args.commit:
             README.write_text(quoted(README.read_text(), readme(done)))
-        print(f"\n{len(done)} of {len(plan)} cells; tables: {target / 'tables.md'}, picture: {target / 'ratio.png'}")
+        picture = f", picture: {target / 'ratio.png'}" if pictured else ""
+        print(f"\n{len(done)} of {len(plan)} cells; tables: {target / 'tables.md'}{picture}")
     return 0 if len(done) == len(plan) else 3
 
 
@@ -69,6 +70,12 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--resume-committed", action="store_true", help="take cells from evidence/results/cells.json, too")
     parser.add_argument("--out", help="folder for results; the same folder goes on where a run was ended")
     args = parser.parse_args()
+    if args.quick and args.data:
+        parser.error("--quick has data of its own: leave out --data")
+    if args.commit and (args.quick or args.data or args.only):
+        parser.error("--commit takes the whole plan: leave out --quick, --data and --only")
+    if args.jobs < 1:
+        parser.error("--jobs is 1 or more")
     args.out = args.out or str(
         OUT if not (args.quick or args.data) else OUT.with_name("evidence-quick" if args.quick else "evidence-own")
     )
@@ -81,14 +88,27 @@ def _plan(args: argparse.Namespace) -> tuple[list[Cell], Sequence[int], Sequence
         base = Setting("digits", 200, 4, held_out=200)
         settings = [base, replace(base, scale=0.3), replace(base, depth=4), replace(base, imbalance=20.0)]
         names = ("decay", "half_mhe_2", "orthogonality", "share")
-        return [Cell(one, METHODS[name]) for one in settings for name in names], TUNING_SEEDS[:2], TEST_SEEDS[:3]
+        found = [Cell(one, METHODS[name]) for one in settings for name in names]
+        return _chosen(found, args.only), TUNING_SEEDS[:2], TEST_SEEDS[:3]
     if args.data:
-        pool = len(running.data_of(Cell(Setting(args.data, 0, 0), METHODS["decay"])).pool[1])
+        data = running.data_of(Cell(Setting(args.data, 0, 0), METHODS["decay"]))
+        if (pool := len(data.pool[1])) < 2 * BATCH:
+            raise MissingDataError(
+                f"{data.title} has {pool} training images; {2 * BATCH} are the least that can be compared on."
+            )
         base = Setting(args.data, min(1000, pool // 2), 30, held_out=min(2000, pool // 4))
         found = [Cell(replace(base, scale=scale), METHODS[name]) for scale in SCALES for name in CORE]
     else:
         found = cells()
-    return [cell for cell in found if not args.only or args.only in cell.name], TUNING_SEEDS, TEST_SEEDS
+    return _chosen(found, args.only), TUNING_SEEDS, TEST_SEEDS
+
+
+def _chosen(cells: Sequence[Cell], only: str | None) -> list[Cell]:
+    """The cells whose names contain what is asked for."""
+    found = [cell for cell in cells if only is None or only in cell.name]
+    if not found:
+        raise MissingDataError(f"no cell's name contains {only!r}: --list prints them")
+    return found
 
 
 def _run(left: Sequence[Cell], tuning: Sequence[int], testing: Sequence[int], folder: Path, jobs: int, minutes: float) -> None:
@@ -120,7 +140,7 @@ def _run(left: Sequence[Cell], tuning: Sequence[int], testing: Sequence[int], fo
 
 def _unpack(folder: Path) -> None:
     """Lay the committed results where a run looks for its own."""
-    for result in json.loads((RESULTS / "cells.json").read_text()):
+    for result in running.read(RESULTS / "cells.json"):
         if not (folder / f"{result['name']}.json").exists():
             running.save(result, folder)
 

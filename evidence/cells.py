@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 import lightning_hsu
-from evidence.data import Data, load
+from evidence.data import NAMED, Data, load
 from evidence.plan import Cell, Trial
 from evidence.training import Trained, train
 
@@ -29,7 +29,9 @@ _load = lru_cache(maxsize=1)(load)
 def asked(cell: Cell, tuning: Sequence[int], testing: Sequence[int]) -> Result:
     """What decides the numbers of a cell; a result that was asked otherwise is not its result."""
     trials = [asdict(trial) for trial in cell.trials(_load(cell.setting.data))]
-    setting = asdict(cell.setting) | {"data": cell.setting.data.rstrip("/").split("/")[-1]}
+    setting = asdict(cell.setting) | {"data": Path(cell.setting.data).resolve().name}
+    if cell.setting.data not in NAMED:  # a folder, whose content may change under its name
+        setting["content"] = _load(cell.setting.data).digest
     measure = repr(cell.method.measure) if cell.method.measure else None
     method = {"name": cell.method.name, "measure": measure, "apply": cell.method.apply, "share": repr(cell.method.share)}
     return {"setting": setting, "method": method, "trials": trials, "tuning": list(tuning), "testing": list(testing)}
@@ -71,14 +73,19 @@ def save(result: Mapping[str, Any], folder: Path) -> None:
     """Write a cell's result whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{result['name']}.json"
-    path.with_suffix(".part").write_text(json.dumps(result))
+    path.with_suffix(".part").write_text(json.dumps(result, allow_nan=False))
     path.with_suffix(".part").replace(path)
+
+
+def read(path: Path) -> Any:
+    """What a file of results holds; numbers that are not finite are None."""
+    return json.loads(path.read_text(), parse_constant=lambda _: None)
 
 
 def kept(folder: Path, cell: Cell, wanted: Result) -> bool:
     """Whether a folder has the result of a cell as it is asked now."""
     try:
-        found: Result = json.loads((folder / f"{cell.name}.json").read_text())
+        found: Result = read(folder / f"{cell.name}.json")
     except (FileNotFoundError, json.JSONDecodeError):
         return False
     return bool(found.get("asked") == json.loads(json.dumps(wanted)))
@@ -110,4 +117,7 @@ def _told(tested: Trained) -> Result:
 
 
 def _rounded(values: torch.Tensor, digits: int = 3) -> Any:
-    return torch.round(values.double(), decimals=digits).tolist()
+    """Numbers for JSON; None where they are not finite."""
+    if values.ndim:
+        return [_rounded(part, digits) for part in values]
+    return round(float(values), digits) if bool(values.isfinite()) else None

@@ -9,7 +9,8 @@ and 256 channels with batch norm and ReLU, a pooling after each three, a convolu
 no biases. Cross entropy of smoothed labels (0.01) and of probabilities + 1e-4, which bounds it. SGD with momentum 0.9, weight
 decay 5e-4, batches of 128 over all devices, learning rate 0.1, a tenth of it after 0.4, 2/3 and 13/15 of 75000 steps, padding
 by 4, crops and flips. Pixels are bytes, 0 to 255. There is no tuning here: one set of numbers for all, as published; running
-means of batch norm are PyTorch's (0.1 a step; 0.001 there). On several devices a few test images may count twice.
+means of batch norm are PyTorch's (0.1 a step; 0.001 there). A run that goes on from a checkpoint draws batches and crops
+anew. On several devices a few test images may count twice.
 
 From these initial weights a learning rate of 0.1 throws the head so far that its probabilities saturate and the loss has no
 slope; weight decay then takes some 2000 steps to bring it back. So it is in the published logs, too (github.com/wy1iu/MHE:
@@ -136,12 +137,13 @@ def main() -> int:
     """Train every preset with every seed, or what is left of that, and print the table."""
     args = _arguments()
     try:
-        data = _bytes(load(args.data))
+        data = _bytes(load(args.data), args.images)
+        folder = _folder(args, data)
+        for path in (folder / f"{preset}-{seed}.json" for seed in args.seeds for preset in args.presets):
+            _check_same(path, args)
     except MissingDataError as error:
         print(error, file=sys.stderr)
         return 2
-    name = f"{data.name}-width{args.width}-steps{args.steps}" + f"-rate{args.rate:g}" * (args.rate != RATE)
-    folder = Path(args.out) / name / (f"n{args.images}" if args.images else "all")
     for seed in args.seeds:
         for preset in args.presets:
             path = folder / f"{preset}-{seed}.json"
@@ -155,9 +157,26 @@ def main() -> int:
     return 0
 
 
-def _bytes(data: Data) -> Data:
-    """The data, where its pixels are bytes."""
+def _folder(args: argparse.Namespace, data: Data) -> Path:
+    """Where results of these settings are."""
+    name = f"{data.name}-width{args.width}-steps{args.steps}" + f"-rate{args.rate:g}" * (args.rate != RATE)
+    return Path(args.out) / name / (f"n{args.images}" if args.images else "all")
+
+
+def _check_same(path: Path, args: argparse.Namespace) -> None:
+    """Refuse a result that was made with other settings than its folder tells."""
+    if path.exists():
+        asked = json.loads(path.read_text())["asked"]
+        for name in ("test_every", "precision"):
+            if asked[name] != (wanted := str(getattr(args, name))):
+                raise MissingDataError(f"{path} was made with {name} = {asked[name]}, not {wanted}: name another --out")
+
+
+def _bytes(data: Data, count: int = 0) -> Data:
+    """The data, where its pixels are bytes and there are as many images as are asked for, a batch at least."""
     images = data.pool[0]
+    if not BATCH <= (count or len(images)) <= len(images):
+        raise MissingDataError(f"{data.title} has {len(images)} training images; take from {BATCH} to as many.")
     if not (images == images.byte()).all():
         told = f"{data.title} has pixels from {float(images.min()):g} to {float(images.max()):g}"
         raise MissingDataError(f"{told}; this recipe takes whole numbers from 0 to 255.")
@@ -179,7 +198,7 @@ def _train(data: Data, preset: str, seed: int, args: argparse.Namespace, path: P
         accelerator=args.accelerator,
         devices=args.devices,
         precision=args.precision,
-        val_check_interval=args.test_every,
+        val_check_interval=min(args.test_every, args.steps),
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
         logger=pl.loggers.CSVLogger(checkpoints, name="log"),
@@ -207,7 +226,8 @@ def _train(data: Data, preset: str, seed: int, args: argparse.Namespace, path: P
             "asked": {name: str(value) for name, value in vars(args).items()},
         }
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(found))
+        path.with_suffix(".part").write_text(json.dumps(found))
+        path.with_suffix(".part").replace(path)
     trainer.strategy.barrier()  # all ranks see the file before they look for it
 
 
@@ -252,7 +272,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--devices", default="auto")
     parser.add_argument("--precision", default="32-true")
     parser.add_argument("--out", default="out/cnn9")
-    return parser.parse_args()
+    args = parser.parse_args()
+    args.seeds, args.presets = list(dict.fromkeys(args.seeds)), list(dict.fromkeys(args.presets))
+    return args
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean
@@ -82,9 +83,15 @@ def ratio_and_gain(
 ) -> tuple[list[float], list[float]]:
     """Each setting's ratio without a penalty, and what the method gains there: points, or a part of the error."""
     own = [one for one in comparisons if one.method == method]
-    x = [mean(one.baseline[ratio]) for one in own]
+    x = [mean_ratio(one.baseline, ratio) for one in own]
     scale = [mean(one.baseline["test_error"]) if relative else 1.0 for one in own]
     return x, [-one.paired.mean / size for one, size in zip(own, scale, strict=True)]
+
+
+def mean_ratio(result: Result, ratio: str = "ratio_after") -> float:
+    """Over the test seeds whose weights are finite; NaN without one."""
+    known = [value for value in result[ratio] if value is not None]
+    return mean(known) if known else math.nan
 
 
 def _key(result: Result) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import io
 import math
 import pickle
@@ -18,6 +19,8 @@ from torch import Tensor
 
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 IDX_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
+NAMED = ("digits", "fashion-mnist", "mnist1d")
+"""Data that need no folder."""
 NPZ_NAMES = (("x_train", "y_train", "x_test", "y_test"), ("train_images", "train_labels", "test_images", "test_labels"))
 
 
@@ -34,6 +37,12 @@ class Data:
     pool: tuple[Tensor, Tensor]  # images (m, d), labels (m,)
     test: tuple[Tensor, Tensor]
     shape: tuple[int, ...] = ()  # of an image: channels, height, width; d is their product
+
+    @property
+    def digest(self) -> str:
+        """What tells this data from others of the same name."""
+        parts = (part.contiguous().numpy().tobytes() for part in (*self.pool, *self.test))
+        return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
 
     @property
     def classes(self) -> int:
@@ -74,7 +83,8 @@ def load(source: str) -> Data:
     """The data by name (digits, fashion-mnist, mnist1d), or from a folder.
 
     A folder holds four idx files, gzipped or plain; or one .npz with x_train, y_train, x_test, y_test (or train_images,
-    train_labels, test_images, test_labels); or CIFAR-100's files train and test, as its authors pickled them.
+    train_labels, test_images, test_labels); or CIFAR-100's files train and test, as its authors pickled them. Images of
+    four axes in an .npz have their channels last, but where the second axis is 4 or less and the last is more.
 
     Raises:
         MissingDataError: if the data is not there or not whole; the message says what to do.
@@ -87,10 +97,13 @@ def load(source: str) -> Data:
         return _mnist1d()
     folder = Path(source).expanduser()
     name = folder.resolve().name
-    if archives := sorted(folder.glob("*.npz")):
+    if len(archives := sorted(folder.glob("*.npz"))) > 1:
+        raise MissingDataError(f"{folder} holds {', '.join(one.name for one in archives)}: leave one of them there.")
+    if archives:
         return _npz(archives[0], name)
-    if all((folder / part).is_file() for part in ("train", "test", "meta")):
-        return _cifar100(folder, name)
+    for place in (folder, folder / "cifar-100-python"):
+        if all((place / part).is_file() for part in ("train", "test")):
+            return _cifar100(place, place.resolve().name)
     return _idx(folder, name, name)
 
 
@@ -173,7 +186,7 @@ def _npz(path: Path, name: str) -> Data:
         with np.load(path, allow_pickle=False) as archive:
             names = next((one for one in NPZ_NAMES if set(one) <= set(archive.files)), None)
             found = [torch.as_tensor(archive[part]) for part in names or ()]
-    except (OSError, ValueError, zlib.error) as error:
+    except (OSError, ValueError, TypeError, zlib.error) as error:
         raise MissingDataError(f"{path} cannot be read: {error}") from None
     if not found:
         wanted = " or ".join(", ".join(one) for one in NPZ_NAMES)
@@ -185,14 +198,28 @@ def _made(name: str, title: str, *arrays: Tensor, channels_last: bool = False) -
     """Data from images (m, h, w), (m, channels, h, w) or, where so said, (m, h, w, channels), or rows (m, d), and labels."""
     images, labels, test_images, test_labels = arrays
     for what, one, answers in (("training", images, labels), ("test", test_images, test_labels)):
-        if len(one) != answers.numel():
-            raise MissingDataError(f"{title} has {len(one)} {what} images and {answers.numel()} labels.")
-    if images.ndim == 4 and channels_last:
+        _check(title, what, one, answers)
+    if images.shape[1:] != test_images.shape[1:]:
+        sizes = [" x ".join(map(str, one.shape[1:])) for one in (images, test_images)]
+        raise MissingDataError(f"{title} has training images of {sizes[0]} and test images of {sizes[1]}.")
+    if images.ndim == 4 and channels_last and not images.shape[1] <= 4 < images.shape[3]:
         images, test_images = images.permute(0, 3, 1, 2), test_images.permute(0, 3, 1, 2)
     size = tuple(images.shape[1:])
     shape = (1,) * (3 - len(size)) + size
     pool, test = ((x.flatten(1).float(), y.flatten().long()) for x, y in ((images, labels), (test_images, test_labels)))
     return Data(name, title, pool, test, shape)
+
+
+def _check(title: str, what: str, images: Tensor, labels: Tensor) -> None:
+    """Refuse images and labels that cannot be trained on."""
+    if len(images) != labels.numel():
+        raise MissingDataError(f"{title} has {len(images)} {what} images and {labels.numel()} labels.")
+    if not len(images) or not 2 <= images.ndim <= 4:
+        raise MissingDataError(f"{title} has {what} images of shape {tuple(images.shape)}: (m, h, w), with channels, or rows.")
+    if not images.float().isfinite().all() or images.min() == images.max():
+        raise MissingDataError(f"{title} has {what} images with pixels that are all the same, NaN or infinite.")
+    if (labels != labels.long()).any() or int(labels.min()) < 0:
+        raise MissingDataError(f"{title} has {what} labels that are no whole numbers from 0.")
 
 
 def _cifar100(folder: Path, name: str) -> Data:

@@ -15,15 +15,17 @@ MARKS = ("<!-- evidence: written by `python -m evidence --commit` -->", "<!-- en
 """What stands before and after the tables in the main README."""
 
 
-def write(results: Sequence[Result], planned: int, folder: Path) -> None:
-    """Write cells.json, tables.md and, where there are settings enough, ratio.png."""
+def write(results: Sequence[Result], planned: int, folder: Path) -> bool:
+    """Write cells.json, tables.md and, where there are settings enough, ratio.png; tells whether there are."""
     folder.mkdir(parents=True, exist_ok=True)
-    lines = ",\n".join(json.dumps(one) for one in results)
+    lines = ",\n".join(json.dumps(one, allow_nan=False) for one in results)
     (folder / "cells.json").write_text(f"[\n{lines}\n]\n")
     comparisons = compare(results)
     (folder / "tables.md").write_text("\n\n".join(_sections(results, comparisons, planned)) + "\n")
-    if len({one.setting for one in comparisons}) >= 5:
+    enough = len({one.setting for one in comparisons}) >= 5
+    if enough:
         ratio_and_gain_figure(comparisons).savefig(folder / "ratio.png", dpi=130)
+    return enough
 
 
 def readme(results: Sequence[Result]) -> str:
@@ -37,6 +39,7 @@ def readme(results: Sequence[Result]) -> str:
             tables.conditions_table(comparisons),
             tables.rivals_table(comparisons),
             tables.hypothesis_table(comparisons),
+            f"<details>\n<summary>All methods, in three settings</summary>\n\n{tables.family_table(comparisons)}\n\n</details>",
             f"<details>\n<summary>All {count} settings, {seeds} seeds each</summary>\n\n{legend(comparisons)}\n\n"
             f"{settings}\n\n</details>",
         ]

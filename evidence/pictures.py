@@ -11,6 +11,7 @@ from evidence.methods import METHODS
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+_LEAST = 1e-3  # of a ratio less 1, on a logarithmic axis
 SHOWN = ("half_mhe_2", "orthogonality")
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
 
@@ -25,12 +26,13 @@ def ratio_and_gain_figure(comparisons: Sequence[Comparison]) -> Figure:
     for axes, method in zip(figure.subplots(1, len(methods), squeeze=False, sharey=True)[0], methods, strict=True):
         for i, data in enumerate(sets):
             own = [one for one in comparisons if one.method == method and one.result["asked"]["setting"]["data"] == data]
-            x, y = ratio_and_gain(own, method, "ratio_after", relative=False)
+            ratios, y = ratio_and_gain(own, method, "ratio_after", relative=False)
+            x = [max(one - 1.0, _LEAST) for one in ratios]
             errors, colour = [2 * one.paired.error for one in own], COLOURS[i % len(COLOURS)]
             axes.errorbar(x, y, errors, fmt="o", color=colour, markersize=4, linewidth=0.8, label=TITLES.get(data, data))
         found = hypothesis(comparisons, method)
         axes.axhline(0, color="0.6", linewidth=0.8)
-        axes.set(xscale="log", xlabel="ratio of the tuned network without a penalty, after training")
+        axes.set(xscale="log", xlabel=f"ratio - 1 of the tuned network without a penalty (at least {_LEAST})")
         axes.set_yscale("symlog", linthresh=1)
         axes.set_title(f"{METHODS[method].title}: rho = {found.rho:+.2f} ({found.low:+.2f} to {found.high:+.2f})", fontsize=10)
         axes.spines[["top", "right"]].set_visible(False)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
+from pathlib import Path
 from typing import Literal
 
 from evidence.data import Data
@@ -14,7 +15,7 @@ from evidence.networks import Architecture
 
 TUNING_SEEDS = tuple(range(1000, 1004))
 TEST_SEEDS = tuple(range(20, 40))
-RATES = {"digits": (0.04, 0.08, 0.16, 0.32), "mnist1d": (0.04, 0.08, 0.16, 0.32), "adamw": (3e-4, 1e-3, 3e-3, 1e-2)}
+RATES = {"digits": (0.04, 0.08, 0.16, 0.32), "mnist1d": (0.04, 0.08, 0.16, 0.32), "adamw": (1e-3, 3e-3, 1e-2, 3e-2)}
 USUAL_RATES = (0.02, 0.04, 0.08, 0.16)
 DECAYS = {"sgd": (1e-3, 3e-3, 1e-2, 3e-2), "adamw": (0.03, 0.1, 0.3, 1.0)}
 STRENGTHS = (3e-3, 1.2e-2, 5e-2, 0.2)
@@ -52,7 +53,7 @@ class Setting:
     @property
     def name(self) -> str:
         """A name for files, which says what is not as usual."""
-        parts = [self.data.rstrip("/").split("/")[-1], f"n{self.images}", f"e{self.epochs}"]
+        parts = [Path(self.data).resolve().name, f"n{self.images}", f"e{self.epochs}"]
         parts += [self.network.replace(" ", "")] if self.network != "plain" else [f"depth{self.depth}"]
         parts += [f"scale{self.scale:g}"]
         parts += [self.optimizer] * (self.optimizer != "sgd")

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import mean, median, stdev
 from typing import Any
 
-from evidence.comparisons import LEVEL, TITLES, Comparison, Result, hypothesis
+from evidence.comparisons import LEVEL, TITLES, Comparison, Result, hypothesis, mean_ratio
 from evidence.methods import CORE, METHODS
 from evidence.statistics import Paired, holm, paired
 
@@ -22,7 +22,7 @@ CONDITIONS: Mapping[str, Callable[[Mapping[str, Any]], bool]] = {
     "20 % wrong labels": lambda one: one["noise"] > 0,
     "long-tailed classes": lambda one: one["imbalance"] > 1,
     "5000 images": lambda one: one["images"] == 5000,
-    "to convergence": lambda one: (one["data"], one["epochs"]) in (("fashion-mnist", 100), ("mnist1d", 30)),
+    "long training": lambda one: (one["data"], one["epochs"]) in (("fashion-mnist", 100), ("mnist1d", 30)),
 }
 """Settings that have something in common; one setting may be in several."""
 
@@ -114,7 +114,7 @@ def settings_table(comparisons: Sequence[Comparison], methods: Sequence[str], ne
         own = {one.method: one for one in comparisons if one.setting == setting}
         base = next(iter(own.values())).baseline
         rows.append(
-            [setting, f"{mean(base['ratio_after']):.2f}", error_cell(base) + edge_marks(base)]
+            [setting, f"{mean_ratio(base):.2f}", error_cell(base) + edge_marks(base)]
             + [change_cell(own[name]) if name in own else "" for name in methods]
         )
     return markdown(["setting", "ratio", "weight decay only", *(METHODS[name].title for name in methods)], rows)

@@ -54,6 +54,8 @@ def train(
         seeds: Of the images, the initial weights and the order of the batches.
         test: Tell the errors on the test images, else on the held-out ones.
     """
+    if setting.images < BATCH:
+        raise ValueError(f"{setting.images} training images are less than one batch of {BATCH}")
     draws = [_draw(data, setting, seed) for seed in seeds]
     networks = Networks(setting.architecture(data), len(trials), seeds, apart=method.share is not None)
     optimizer = _optimizer(networks, setting, trials)

@@ -86,12 +86,12 @@ Markdown(f"{legend(comparisons)}\n\n{tables.settings_table(comparisons, shown)}"
 # %% [markdown]
 # ## The nulls
 #
-# Settings in which neither half-space MHE nor orthogonality changed anything that survives the correction.
+# Settings in which neither half-space MHE nor MGD nor orthogonality changed anything that survives the correction.
 
 # %%
 verdicts = {(one.setting, one.method): one.verdict for one in comparisons}
 for setting in dict.fromkeys(one.setting for one in comparisons):
-    if {verdicts.get((setting, name)) for name in ("half_mhe_2", "orthogonality")} == {"null"}:
+    if {verdicts.get((setting, name)) for name in ("half_mhe_2", "mgd", "orthogonality")} == {"null"}:
         print(setting)
 
 # %% [markdown]

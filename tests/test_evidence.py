@@ -7,7 +7,8 @@ import re
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from argparse import Namespace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,8 @@ import torch
 from torch import nn
 
 from evidence import cells as running
-from evidence.__main__ import _run
-from evidence.cnn9 import CNN9, _bytes, _moved, bounded_cross_entropy, table
+from evidence.__main__ import _run, main
+from evidence.cnn9 import CNN9, _bytes, _check_same, _moved, bounded_cross_entropy, table
 from evidence.comparisons import compare, hypothesis
 from evidence.data import MissingDataError, draw, load
 from evidence.documents import quoted, readme, write
@@ -25,7 +26,7 @@ from evidence.methods import METHODS, unit_coefficient
 from evidence.networks import Architecture, Networks
 from evidence.plan import FAMILY, SETTINGS, TEST_SEEDS, TUNING_SEEDS, Cell, Setting, Trial, cells
 from evidence.statistics import holm, paired, rank_correlation
-from evidence.training import BATCH, _finite, train
+from evidence.training import BATCH, Trained, _finite, train
 from lightning_hsu import UniformityRegularizer
 
 ROOT = Path(__file__).parents[1]
@@ -65,8 +66,11 @@ def test_a_network_among_many_trains_as_one_alone(network, optimizer, apply):
     seeds = (3, 4, 5)
     many = train(data, setting, method, trials, seeds, test=True)
     assert (abs(many.after[:2] - many.after[2:]) > 0.01).all()  # ten tolerances
+    without = train(data, setting, METHODS["decay"], trials[2:], seeds, test=True)  # no penalty, and one of strength 0
+    assert torch.equal(without.error, many.error[2:])
+    assert torch.equal(without.after, many.after[2:])
     begin = Networks(setting.architecture(data), 4, seeds)
-    for t, s in ((0, 1), (1, 2)):
+    for t, s in ((0, 1), (1, 2), (3, 0)):
         alone = plain(begin, t, s)
         kept = draw(data, seeds[s], setting.images, setting.held_out, noise=0.2)
         (images, labels), trial = kept.train, trials[t]
@@ -130,6 +134,30 @@ def test_finite_is_told_network_by_network():
     assert _finite(networks).tolist() == [[False, True], [True, True], [True, False]]
 
 
+def test_a_cell_is_tuned_on_tuning_seeds_and_tested_once(monkeypatch):
+    calls = []
+
+    def recorded(data, setting, method, trials, seeds, *, test):
+        calls.append((list(trials), tuple(seeds), test))
+        error = torch.full((len(trials), len(seeds)), 50.0 + test)
+        if not test:
+            error[9] = 40.0  # the best
+            error[3] = torch.tensor([1.0, 60.0, 60.0])  # lucky on one seed
+            error[12] = 99.0
+        return Trained(error, 0.1 * error, error < 60, error / 10, torch.full_like(error, math.nan if test else 2.0))
+
+    monkeypatch.setattr(running, "train", recorded)
+    cell = Cell(TINY, METHODS["half_mhe_2"])
+    found = running.run(cell, (1, 2, 3), (7, 8))
+    trials = cell.trials(load("digits"))
+    assert calls == [(trials, (1, 2, 3), False), ([trials[9]], (7, 8), True)]
+    assert found["chosen"] == asdict(trials[9])
+    assert found["test_error"] == [51.0, 51.0]
+    assert found["validation_error"][9] == [40.0, 40.0, 40.0]
+    assert (found["nonfinite"], found["tuning_nonfinite"]) == (0, 5)
+    assert found["ratio_after"] == [None, None]  # JSON has no NaN
+
+
 def test_every_method_has_the_same_budget_and_seeds_are_apart():
     assert len(SETTINGS) == len(set(SETTINGS)) >= 40
     assert not set(TUNING_SEEDS) & set(TEST_SEEDS)
@@ -143,6 +171,10 @@ def test_every_method_has_the_same_budget_and_seeds_are_apart():
             assert len({(trial.rate, trial.strength) for trial in trials}) == 16
             assert len({(trial.decay, trial.strength) for trial in trials}) == 16
     assert set(FAMILY) <= set(SETTINGS)
+    for setting in SETTINGS:
+        if setting.data == "digits":
+            tried = [{(one.rate, one.decay) for one in Cell(setting, method).trials(data)} for method in METHODS.values()]
+            assert all(one == tried[0] for one in tried)
 
 
 def test_a_unit_of_strength_is_a_unit_gradient_in_a_cone():
@@ -209,11 +241,65 @@ def test_folders_of_ones_own(tmp_path):
         load(str(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"x_test": pixels(6, 5, 5, 3)}, "training images of 3 x 4 x 4 and test images of 3 x 5 x 5|4 x 4 x 3 and test images"),
+        ({"y_train": np.arange(30) - 1}, "no whole numbers from 0"),
+        ({"y_train": np.arange(30) / 2}, "no whole numbers from 0"),
+        ({"y_train": np.array(["a"] * 30)}, "cannot be read"),
+        ({"x_train": np.full((30, 4, 4, 3), np.nan)}, "the same, NaN or infinite"),
+        ({"x_train": np.zeros((30, 4, 4, 3))}, "the same, NaN or infinite"),
+        ({"x_train": pixels(30, 2, 2, 2, 3)}, r"shape \(30, 2, 2, 2, 3\)"),
+        ({"x_train": np.zeros((0, 4, 4, 3)), "y_train": np.zeros(0)}, r"shape \(0, 4, 4, 3\)"),
+    ],
+)
+def test_data_that_cannot_be_trained_on(tmp_path, changes, message):
+    made = {"x_train": pixels(30, 4, 4, 3), "y_train": np.arange(30) % 5, "x_test": pixels(6, 4, 4, 3), "y_test": np.arange(6)}
+    np.savez(tmp_path / "mine.npz", **made | changes)
+    with pytest.raises(MissingDataError, match=message):
+        load(str(tmp_path))
+
+
+def test_channels_first_two_archives_and_data_that_change(tmp_path):
+    made = {"x_train": pixels(30, 3, 8, 8), "y_train": np.arange(30) % 5, "x_test": pixels(6, 3, 8, 8), "y_test": np.arange(6)}
+    np.savez(tmp_path / "mine.npz", **made)
+    data = load(str(tmp_path))
+    assert data.shape == (3, 8, 8)
+    np.savez(tmp_path / "mine.npz", **made | {"y_train": np.roll(made["y_train"], 1)})
+    assert load(str(tmp_path)).digest != data.digest == replace(data).digest
+    np.savez(tmp_path / "other.npz", **made)
+    with pytest.raises(MissingDataError, match=r"holds mine.npz, other.npz: leave one"):
+        load(str(tmp_path))
+
+
+def test_results_of_other_data_are_not_taken(tmp_path, monkeypatch):
+    cell = Cell(replace(TINY, data=str(tmp_path)), METHODS["decay"])
+    asked = []
+    for shift in (0, 0, 1):
+        labels = np.roll(np.arange(200) % 10, shift)
+        np.savez(
+            tmp_path / "mine.npz", x_train=pixels(200, 4, 4), y_train=labels, x_test=pixels(20, 4, 4), y_test=np.arange(20) % 10
+        )
+        running._load.cache_clear()
+        asked.append(running.asked(cell, (1,), (2,)))
+    assert asked[0] == asked[1] != asked[2]
+    assert "content" not in running.asked(Cell(TINY, METHODS["decay"]), (1,), (2,))["setting"]
+
+
+def test_fewer_images_than_a_batch_are_no_training(tmp_path):
+    with pytest.raises(ValueError, match="less than one batch"):
+        train(load("digits"), replace(TINY, images=30), METHODS["decay"], [Trial(0.1, 0.0)], (1,), test=True)
+
+
 def test_cifar_as_its_authors_pickled_it(tmp_path):
-    for part, count in (("train", 20), ("test", 10), ("meta", 1)):
-        found = {"data": np.zeros((count, 3072), np.uint8), "fine_labels": list(range(count)), "coarse_labels": [0] * count}
-        (tmp_path / part).write_bytes(pickle.dumps(found, protocol=2))
-    assert load(str(tmp_path)).shape == (3, 32, 32)
+    folder = tmp_path / "cifar-100-python"
+    folder.mkdir()
+    for part, count in (("train", 20), ("test", 10)):
+        found = {"data": pixels(count, 3072), "fine_labels": list(range(count)), "coarse_labels": [0] * count}
+        (folder / part).write_bytes(pickle.dumps(found, protocol=2))
+    for place in (folder, tmp_path):
+        assert load(str(place)).shape == (3, 32, 32)
 
 
 class Hostile:
@@ -286,6 +372,23 @@ def test_a_cell_that_fails_is_told_and_does_not_end_the_others(tmp_path, capsys)
     _run([bad, good], [1], [2], tmp_path, 1, 60.0)
     assert f"{bad.name} failed: " in capsys.readouterr().err
     assert [path.stem for path in tmp_path.iterdir()] == [good.name]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--quick", "--commit"], "--commit takes the whole plan"),
+        (["--only", "digits", "--commit"], "--commit takes the whole plan"),
+        (["--quick", "--data", "x"], "leave out --data"),
+        (["--quick", "--jobs", "0"], "--jobs is 1 or more"),
+        (["--quick", "--only", "nosuch"], "no cell's name contains 'nosuch'"),
+    ],
+)
+def test_what_cannot_be_asked_for(monkeypatch, capsys, arguments, message):
+    monkeypatch.setattr(sys, "argv", ["evidence", *arguments])
+    with pytest.raises(SystemExit, match="2"):
+        sys.exit(main())
+    assert message in capsys.readouterr().err
 
 
 def test_missing_data_has_a_way_out(tmp_path):
@@ -410,6 +513,16 @@ def test_pixels_that_are_not_bytes_are_refused():
     assert _bytes(load("digits"))
     with pytest.raises(MissingDataError, match="takes whole numbers from 0 to 255"):
         _bytes(load("mnist1d"))
+    for count in (100, 5000):
+        with pytest.raises(MissingDataError, match="has 1000 training images; take from 128"):
+            _bytes(load("digits"), count)
+
+
+def test_results_of_other_settings_are_not_taken(tmp_path):
+    (tmp_path / "none-0.json").write_text(json.dumps({"asked": {"test_every": "250", "precision": "32-true"}}))
+    _check_same(tmp_path / "none-0.json", Namespace(test_every=250, precision="32-true"))
+    with pytest.raises(MissingDataError, match="made with test_every = 250, not 500: name another --out"):
+        _check_same(tmp_path / "none-0.json", Namespace(test_every=500, precision="32-true"))
 
 
 @pytest.mark.slow
@@ -430,7 +543,9 @@ def test_cnn9_goes_on_from_its_last_checkpoint(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert re.search(r"\| half_mhe_2 \| \d+\.\d\d \(\d+\.\d\d\) \|", done.stdout)
-    for preset in ("none", "half_mhe_2"):
-        assert len(json.loads((folder / f"{preset}-0.json").read_text())["errors"]) == 3
+    made = [json.loads((folder / f"{preset}-0.json").read_text()) for preset in ("none", "half_mhe_2")]
+    assert all(len(one["errors"]) == 3 for one in made)
+    assert made[0]["ratio_before"] == made[1]["ratio_before"]
+    assert made[0]["ratio_after"] != made[1]["ratio_after"]  # the penalty is there
     again = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=60)
     assert again.stdout.strip().splitlines()[-4:] == done.stdout.strip().splitlines()[-4:]
