@@ -140,46 +140,48 @@ def _effective(leaves: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[st
     Weight norm and pruning are computed from their parts; of spectral norm the weight is known up to a factor.
     """
     found, unknown = dict[str, Tensor](), dict[str, str]()
-    for leaf, x in leaves.items():
-        kind, _, mark = leaf.rpartition("_")
-        above, _, part = leaf.rpartition(".")
-        if above.startswith("parametrizations.") and above.count(".") == 1:  # not a parametrization's own tensors
-            kind = above.partition(".")[2]
-            others = sorted(
-                other.removeprefix(f"{above}.") for other in leaves if other.startswith(f"{above}.") and other != leaf
-            )
-            first = leaves.get(f"{above}.original0")
-            if part == "original1" and others == ["original0"] and first is not None and _are_norms(first, x):
-                found[kind] = _with_norms(x, first)
-            elif part == "original" and others == ["0._u", "0._v"]:
-                found[kind] = x
-            elif not (part == "original0" and others == ["original1"] and _are_norms(x, leaves[f"{above}.original1"])):
-                unknown[leaf] = "computed by a parametrization that is not stored with it: report the model itself"
-        elif leaf.startswith("parametrizations."):
-            unknown[leaf] = "a part of a parametrization"
-        elif mark == "orig" and kind not in leaves and _is_mask(leaves.get(f"{kind}_mask", x), x):
-            found[kind] = x * leaves[f"{kind}_mask"] if f"{kind}_mask" in leaves else x
-        elif mark == "v" and kind not in leaves and _are_norms(leaves.get(f"{kind}_g"), x):
-            found[kind] = _with_norms(x, leaves[f"{kind}_g"])
-        elif not (mark == "mask" and _is_mask(x, leaves.get(f"{kind}_orig"))) and not (
-            mark == "g" and _are_norms(x, leaves.get(f"{kind}_v"))
-        ):
-            found[leaf] = x
+    for leaf in leaves:
+        name, x = _parametrized(leaf, leaves) if leaf.startswith("parametrizations.") else _hooked(leaf, leaves)
+        if x is not None:
+            found[name] = x
+        elif name:
+            unknown[leaf] = "computed by a parametrization that is not stored with it: report the model itself"
     return found, unknown
 
 
-def _is_mask(mask: Tensor, x: Tensor | None) -> bool:
-    """Whether a tensor may be the mask of a pruned weight x."""
-    return x is not None and mask.shape == x.shape
+def _parametrized(leaf: str, leaves: Mapping[str, Tensor]) -> tuple[str, Tensor | None]:
+    """The weight that a stored parametrization computes, with its name; no name for a part of one, no weight if unknown."""
+    above, _, part = leaf.rpartition(".")
+    beside = {other.removeprefix(f"{above}.") for other in leaves if other.startswith(f"{above}.") and other != leaf}
+    first, second = (leaves.get(f"{above}.original{i}") for i in (0, 1))
+    name = above.partition(".")[2]
+    if part in ("original0", "original1") and len(beside) == 1 and second is not None and _are_norms(first, second):
+        return ("", None) if part == "original0" or first is None else (name, _with_norms(second, first))
+    return name or leaf, leaves[leaf] if part == "original" and beside == {"0._u", "0._v"} else None
+
+
+def _hooked(leaf: str, leaves: Mapping[str, Tensor]) -> tuple[str, Tensor | None]:
+    """The same for what older weight norm and pruning leave; any other tensor is itself."""
+    name, _, mark = leaf.rpartition("_")
+    x, mask = leaves[leaf], leaves.get(f"{name}_mask")
+    norms, free = leaves.get(f"{name}_g"), name not in leaves
+    if mark == "orig" and free and (mask is None or mask.shape == x.shape):
+        return name, x if mask is None else x * mask
+    if mark == "v" and free and norms is not None and _are_norms(norms, x):
+        return name, _with_norms(x, norms)
+    pruned, direction = leaves.get(f"{name}_orig"), leaves.get(f"{name}_v")
+    of_pruned = mark == "mask" and pruned is not None and pruned.shape == x.shape
+    of_normed = mark == "g" and _are_norms(x, direction)
+    return ("", None) if free and (of_pruned or of_normed) else (leaf, x)
 
 
 def _are_norms(norms: Tensor | None, x: Tensor | None) -> bool:
     """Whether a tensor may hold the norms of weight norm: one for all of x, or along one of its axes."""
     if norms is None or x is None or not x.is_floating_point() or x.ndim < 2:
         return False
-    along = [i for i, size in enumerate(norms.shape) if size != 1]
     if sum(size != 1 for size in x.shape) < 2:
         return False  # a vector
+    along = [i for i, size in enumerate(norms.shape) if size != 1]
     return norms.numel() == 1 or (norms.ndim == x.ndim and len(along) == 1 and norms.shape[along[0]] == x.shape[along[0]])
 
 
