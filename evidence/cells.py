@@ -70,10 +70,14 @@ def edges(trials: Sequence[Trial], chosen: Trial) -> list[str]:
 
 
 def save(result: Mapping[str, Any], folder: Path) -> None:
-    """Write a cell's result whole or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{result['name']}.json"
-    path.with_suffix(".part").write_text(json.dumps(result, allow_nan=False))
+    """Write a cell's result."""
+    write_whole(folder / f"{result['name']}.json", json.dumps(result, allow_nan=False))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_suffix(".part").write_text(text)
     path.with_suffix(".part").replace(path)
 
 

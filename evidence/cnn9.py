@@ -34,6 +34,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from evidence.cells import write_whole
 from evidence.data import Data, MissingDataError, load
 from evidence.statistics import holm, paired
 from evidence.tables import error_cell, markdown
@@ -225,9 +226,7 @@ def _train(data: Data, preset: str, seed: int, args: argparse.Namespace, path: P
             "seconds": round(time.perf_counter() - start),
             "asked": {name: str(value) for name, value in vars(args).items()},
         }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.with_suffix(".part").write_text(json.dumps(found))
-        path.with_suffix(".part").replace(path)
+        write_whole(path, json.dumps(found))
     trainer.strategy.barrier()  # all ranks see the file before they look for it
 
 

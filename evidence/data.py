@@ -11,6 +11,7 @@ import zlib
 from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +39,13 @@ class Data:
     test: tuple[Tensor, Tensor]
     shape: tuple[int, ...] = ()  # of an image: channels, height, width; d is their product
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """What tells this data from others of the same name."""
-        parts = (part.contiguous().numpy().tobytes() for part in (*self.pool, *self.test))
-        return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
+        found = hashlib.sha256()
+        for part in (*self.pool, *self.test):
+            found.update(part.contiguous().numpy())
+        return found.hexdigest()[:16]
 
     @property
     def classes(self) -> int:

@@ -246,6 +246,12 @@ def test_two_neurons_are_measured_in_full_space():
     assert found.layers[0].uniformity.ratio < 1
 
 
+def test_the_worst_ratio_is_that_of_the_layer_furthest_above():
+    found = report({"a.weight": torch.randn(6, 8), "b.weight": torch.ones(6, 8), "c.weight": torch.zeros(6, 8)}, head=None)
+    assert found.worst_ratio == found.layers[1].uniformity.ratio > 100
+    assert math.isnan(report({"c.weight": torch.zeros(6, 8)}, head=None).worst_ratio)
+
+
 def test_dead_is_next_to_the_median():
     weight = torch.randn(9, 16)
     weight = weight / weight.norm(dim=1, keepdim=True)

@@ -26,7 +26,7 @@ def ratio_chart(layers: Sequence[LayerReport]) -> str:
     Places along the layers are in percent, so that text keeps its size on a phone.
     """
     ratios = [(i, one.uniformity.ratio) for i, one in enumerate(layers) if not math.isnan(one.uniformity.ratio)]
-    axis = _ratio_axis([ratio for _, ratio in ratios])
+    axis = ratio_axis(layers)
     marks = [line("0", axis(tick), "100%", axis(tick), "grid") for tick in axis.ticks()]
     marks += [text(-8, axis(tick) + 4, short(tick), end="end") for tick in axis.ticks()]
     marks.append(line("0", axis(1.0), "100%", axis(1.0), "random"))
@@ -40,9 +40,9 @@ def ratio_chart(layers: Sequence[LayerReport]) -> str:
     return f'<svg class="wide" height="{_TALL}" role="group" aria-label="{label}"><title>{label}</title>{body}</svg>'
 
 
-def _ratio_axis(ratios: list[float]) -> Axis:
+def ratio_axis(layers: Sequence[LayerReport]) -> Axis:
     """An axis with 1 on it, by logarithms where the largest ratio is above 3; what is infinite goes to its end."""
-    finite = [ratio for ratio in ratios if math.isfinite(ratio)]
+    finite = [one.uniformity.ratio for one in layers if math.isfinite(one.uniformity.ratio)]
     low, high = min([0.95, *finite]), max([1.05, *finite])
     if high > 3.0 and low > 0.0:
         return Axis(low / 1.1, high * 1.15, _TALL - 24, 24, "log")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from lightning_hsu.findings import counted, number
 from lightning_hsu.monitor import in_half_space
 from lightning_hsu.report.analysis import LayerReport
-from lightning_hsu.report.charts import ratio_chart
+from lightning_hsu.report.charts import ratio_axis, ratio_chart
 from lightning_hsu.report.sections import breakable, layer_section
 from lightning_hsu.report.style import STYLE
 from lightning_hsu.report.tables import shape_of
@@ -76,7 +76,7 @@ def _overview(found: Report) -> str:
     if not found.layers:
         return ""
     ratios = [one.uniformity.ratio for one in found.layers]
-    chart = "" if all(map(math.isnan, ratios)) else _chart(found, logarithmic=_worst(found) > 3.0)
+    chart = "" if all(map(math.isnan, ratios)) else _chart(found)
     heads = "".join(f'<th scope="col" class="{css}">{name}</th>' for name, css in _COLUMNS)
     rows = "".join(_row(i, layer) for i, layer in enumerate(found.layers))
     starred = in_half_space(found.measure) and any(one.full_space for one in found.layers)
@@ -87,12 +87,8 @@ def _overview(found: Report) -> str:
     )
 
 
-def _worst(found: Report) -> float:
-    return 0.0 if math.isnan(found.worst_ratio) else found.worst_ratio
-
-
-def _chart(found: Report, *, logarithmic: bool) -> str:
-    axis = ", on a logarithmic axis" if logarithmic else ""
+def _chart(found: Report) -> str:
+    axis = ", on a logarithmic axis" if ratio_axis(found.layers).kind == "log" else ""
     return (
         f'<p class="soft">Ratio by layer, first layer at the left{axis}. A dot leads to its layer.</p>\n'
         f'<div class="ratios">{ratio_chart(found.layers)}</div>\n'
