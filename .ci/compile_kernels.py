@@ -19,8 +19,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from lightning_hsu.core.kernels import launch, nearest, pairs, scalars
-from lightning_hsu.core.near import NEAR
+from lightning_hsu._core.near import NEAR
+from lightning_hsu._core.triton import launch, pairs, scalars, topk
 
 CHIPS = {80: 163, 90: 227}  # KiB of shared memory that a program may have
 FORMULAS = sorted({*scalars.SPECIAL.values(), *scalars.GENERAL.values()}, key=lambda scalar: scalar.__name__)
@@ -47,8 +47,8 @@ def cases() -> Iterator[Case]:
                 label = f"pair_slopes {precision} {scalar.__name__}{', half space' if half else ''}"
                 yield label, pairs.pair_slopes, {**ways, "PRECISION": precision, **tile}, launch.WARPS
     for every in (False, True):
-        ways = {"HALF_SPACE": True, "EVERY": every, "PRECISION": "tf32x3", **nearest.TILES}
-        yield f"largest_two{', every' if every else ''}", nearest.largest_two, ways, nearest.WARPS
+        ways = {"HALF_SPACE": True, "EVERY": every, "PRECISION": "tf32x3", **topk.TILES}
+        yield f"largest_two{', every' if every else ''}", topk.largest_two, ways, topk.WARPS
 
 
 def resources(kernel: Any, constants: dict[str, Any], warps: int, chip: int) -> tuple[int, int, float]:

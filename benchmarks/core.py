@@ -17,7 +17,7 @@ from benchmarks import peers
 from benchmarks.shapes import MODELS, Shapes
 from benchmarks.timing import machine, peak_mib, quotient, resident_mib, rounds_of, save
 from lightning_hsu import UniformityRegularizer
-from lightning_hsu.core import lowered_products
+from lightning_hsu._core import lowered_products
 from lightning_hsu.measures import (
     GaussianPotential,
     GramDeterminant,

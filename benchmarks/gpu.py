@@ -24,7 +24,7 @@ from benchmarks import peers
 from benchmarks.shapes import MODELS, Shapes
 from benchmarks.timing import save, spread
 from lightning_hsu import UniformityRegularizer
-from lightning_hsu.core.grouped import Addition, add_pair_gradients
+from lightning_hsu._core.foreach import GradientUpdate, add_pair_gradients
 from lightning_hsu.measures import RieszEnergy
 
 MEASURE = RieszEnergy(s=2.0)
@@ -113,7 +113,7 @@ def of_a_model(name: str, shapes: Shapes, rounds: int) -> dict[str, object]:
     model, side = Layers(shapes), torch.cuda.Stream()
     optimizer, weights = torch.optim.SGD(model.parameters(), lr=1e-9), list(model.parameters())
     regularizer, step = UniformityRegularizer(MEASURE, head=None).attach(model), Step(name, model)
-    apart = [Addition(w.detach()[None], torch.zeros_like(w)[None], 1.0) for w in weights]
+    apart = [GradientUpdate(w.detach()[None], torch.zeros_like(w)[None], 1.0) for w in weights]
     term = MEASURE.pair_term()
     assert term is not None
 
@@ -154,7 +154,7 @@ def of_the_embedding(shape: tuple[int, int]) -> dict[str, object]:
     assert term is not None
     found: dict[str, object] = {}
     for name in ("triton", "torch"):
-        run = with_backend(name, lambda: add_pair_gradients([Addition(w, out, 1.0)], term))
+        run = with_backend(name, lambda: add_pair_gradients([GradientUpdate(w, out, 1.0)], term))
         run()
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -171,7 +171,7 @@ def difference() -> dict[str, object]:
     outs: dict[str, Tensor] = {}
     for name in ("triton", "torch"):
         outs[name] = torch.zeros_like(w)
-        with_backend(name, lambda out=outs[name]: add_pair_gradients([Addition(w, out, 1.0)], term))()
+        with_backend(name, lambda out=outs[name]: add_pair_gradients([GradientUpdate(w, out, 1.0)], term))()
     return {"triton from torch, relative": float((outs["triton"] - outs["torch"]).norm() / outs["torch"].norm())}
 
 

@@ -1,12 +1,11 @@
 """Hyperspherical uniformity for PyTorch Lightning: see how redundant a network's neurons are, and spread them out."""
 
 from lightning_hsu import measures, metrics, presets, projections, reference
+from lightning_hsu._monitor.measure import LayerUniformity
+from lightning_hsu._neurons.rules import register_neurons
 from lightning_hsu.callback import HypersphericalUniformity
-from lightning_hsu.monitor import LayerUniformity
-from lightning_hsu.neurons import register_neurons
+from lightning_hsu.coefficients import CosineSchedule, LinearSchedule, Schedule, Share
 from lightning_hsu.regularizer import UniformityRegularizer
-from lightning_hsu.schedules import CosineSchedule, LinearSchedule, Schedule
-from lightning_hsu.share import Share
 
 __version__ = "0.1.0"
 
@@ -25,3 +24,7 @@ __all__ = [
     "reference",
     "register_neurons",
 ]
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -10,22 +10,21 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_hsu import trainers
-from lightning_hsu.alarms import Alarms
-from lightning_hsu.applying import GradientNote
+from lightning_hsu import _trainer
+from lightning_hsu._checks import check_choice
+from lightning_hsu._engine.apply import GradientStats
+from lightning_hsu._figures.recorder import Gallery
+from lightning_hsu._monitor.measure import LayerUniformity, aggregates, by_layer
+from lightning_hsu._neurons.select import uninitialized
 from lightning_hsu.chronicle import Chronicle
 from lightning_hsu.coefficients import Strength, Strengths
-from lightning_hsu.gallery import Gallery
 from lightning_hsu.measures import Measure
-from lightning_hsu.measures.checks import check_choice
-from lightning_hsu.monitor import LayerUniformity, aggregates, by_layer
 from lightning_hsu.regularizer import UniformityRegularizer
-from lightning_hsu.selection import uninitialized
 
 _LOGGING = ("log", "log_dict")  # bound methods of the model, which Lightning hangs onto callbacks
 
 
-class HypersphericalUniformity(trainers.EveryCallback):
+class HypersphericalUniformity(_trainer.EveryCallback):
     """Spread the neurons of a LightningModule over the sphere while it trains, and log how spread out they are.
 
     The objective becomes the task's loss plus ``coefficient`` times the penalty, once per optimizer step,
@@ -113,17 +112,17 @@ class HypersphericalUniformity(trainers.EveryCallback):
             matmul_precision=matmul_precision,
             sample_above=sample_above,
         )
-        trainers.check_settings(prefix, split_above)
+        _trainer.check_settings(prefix, split_above)
         coefficients = [self.regularizer.coefficient, self.regularizer.head_coefficient]
         if apply == "loss" and any(one is not None and one.has_share for one in coefficients):
             raise ValueError("a Share needs the task's gradient apart from the loss: use apply='gradient' or 'decoupled'")
         self.apply, self.split_above, self.prefix, self.verbose = apply, split_above, prefix, verbose
-        self._hooks: list[trainers.AfterStep] = []
-        self._notes: dict[str, GradientNote] = {}
-        self._under_way = trainers.StepUnderWay()
+        self._hooks: list[_trainer.AfterStep] = []
+        self._notes: dict[str, GradientStats] = {}
+        self._under_way = _trainer.StepUnderWay()
         self._fresh, self._ran = True, False  # nothing measured, no batch done yet in this fit
         self._seen_step = 0  # global step at the last batch's end
-        self._alarms, self._chronicle = Alarms(), Chronicle(Gallery(prefix, figures_every_n_steps))
+        self._warnings, self._chronicle = _trainer.Warnings(), Chronicle(Gallery(prefix, figures_every_n_steps))
         self._counted: tuple[int | None, int] = (None, -1)  # optimizer and global step of the last application
 
     @property
@@ -147,20 +146,20 @@ class HypersphericalUniformity(trainers.EveryCallback):
             before = {"steps": []} if trainer.global_step == 0 else self._under_way.state()
             if before is not None:  # a new training, or one that was broken off within a step, which is done again
                 self.regularizer.load_state_dict(before)
-            self._notes, self._fresh, self._alarms = {}, True, Alarms()
+            self._notes, self._fresh, self._warnings = {}, True, _trainer.Warnings()
             self._chronicle.begin()
-            self._counted, self._ran, self._under_way = (None, -1), False, trainers.StepUnderWay()
+            self._counted, self._ran, self._under_way = (None, -1), False, _trainer.StepUnderWay()
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Find the neurons; lazy layers have none before their first batch."""
-        trainers.check_training(trainer, pl_module, self.apply)
+        _trainer.check_training(trainer, pl_module, self.apply)
         if not uninitialized(pl_module):
             self._attach(trainer, pl_module)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Note where a resumed fit stands, and whenever an optimizer has stepped."""
         self._seen_step = trainer.global_step
-        self._hooks = [trainers.AfterStep(one, partial(self._after_step, trainer, pl_module)) for one in trainer.optimizers]
+        self._hooks = [_trainer.AfterStep(one, partial(self._after_step, trainer, pl_module)) for one in trainer.optimizers]
         self._chronicle.start(trainer, self.regularizer, self.verbose)
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
@@ -169,10 +168,10 @@ class HypersphericalUniformity(trainers.EveryCallback):
             return
         self._attach(trainer, pl_module)
         if self.regularizer.active:
-            trainers.check_used(trainer, loss, self.regularizer.layers)
+            _trainer.check_used(trainer, loss, self.regularizer.layers)
             again = self._counted == (0, trainer.global_step)
             self._under_way.begin(trainer, self.regularizer.state_dict)
-            optimizer, factor = trainer.optimizers[0], trainers.loss_factor(trainer, loss)
+            optimizer, factor = trainer.optimizers[0], _trainer.loss_factor(trainer, loss)
             self.regularizer.add_to_loss(loss, optimizer, index=0, factor=factor, again=again)
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
@@ -183,15 +182,15 @@ class HypersphericalUniformity(trainers.EveryCallback):
         if self.apply == "decoupled":  # a GradScaler may skip the step, and that is no reason for a warning
             self.regularizer.note_reached(optimizer)
             return
-        index = trainers.position(trainer, optimizer)
+        index = _trainer.position(trainer, optimizer)
         again = self._counted == (index, trainer.global_step)
         self._under_way.begin(trainer, self.regularizer.state_dict)
         self._counted = index, trainer.global_step
-        self._alarms.line_search(optimizer)
+        self._warnings.line_search(optimizer)
         if self.apply == "loss":
             self.regularizer.count_step(optimizer, index=index, again=again)
             return
-        scale, note = trainers.remaining_scale(trainer, optimizer), self._will_measure(trainer)
+        scale, note = _trainer.remaining_scale(trainer, optimizer), self._will_measure(trainer)
         self._notes |= self.regularizer.add_gradients(optimizer, index=index, grad_scale=scale, note=note, again=again)
 
     def _after_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
@@ -202,7 +201,7 @@ class HypersphericalUniformity(trainers.EveryCallback):
             return
         self._attach(trainer, pl_module)
         if self.regularizer.active:
-            index, note = trainers.position(trainer, optimizer), self._will_measure(trainer)
+            index, note = _trainer.position(trainer, optimizer), self._will_measure(trainer)
             self._notes |= self.regularizer.move(optimizer, index=index, note=note)
 
     def on_train_batch_end(
@@ -230,7 +229,7 @@ class HypersphericalUniformity(trainers.EveryCallback):
         if not self._ran:
             return  # resumed so late in an epoch that there was no step in it
         self._attach(trainer, pl_module)  # lazy layers, and no optimizer step that Lightning saw
-        self._alarms.unreached(self.regularizer.unreached())
+        self._warnings.unreached(self.regularizer.unreached())
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Look back at the fit, and let go of the model and the optimizers."""
@@ -251,7 +250,7 @@ class HypersphericalUniformity(trainers.EveryCallback):
     def __getstate__(self) -> dict[str, Any]:
         """Pickle and copy the settings and where training stands, never the model nor a hook."""
         kept = {name: value for name, value in self.__dict__.items() if name not in _LOGGING}
-        return kept | {"_hooks": [], "_notes": {}, "_under_way": trainers.StepUnderWay()}
+        return kept | {"_hooks": [], "_notes": {}, "_under_way": _trainer.StepUnderWay()}
 
     def _release(self) -> None:
         for hook in self._hooks:
@@ -262,15 +261,15 @@ class HypersphericalUniformity(trainers.EveryCallback):
     def _attach(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.regularizer.layers:
             return
-        replicas = trainers.replicas_of(trainer, self.split_above)
+        replicas = _trainer.replicas_of(trainer, self.split_above)
         self.regularizer.attach(pl_module, wrapped=trainer.strategy.model, replicas=replicas)
-        self._alarms.idle(self.regularizer.idle())
+        self._warnings.idle(self.regularizer.idle())
         if self.verbose:
             rank_zero_info(f"Hyperspherical uniformity:\n{self.regularizer.table()}")
 
     def _will_measure(self, trainer: pl.Trainer) -> bool:
         """Whether this batch ends with a measurement: a logging step, the first of a fit, the last of an epoch."""
-        return self._fresh or trainer.is_last_batch or trainers.is_logging_step(trainer)
+        return self._fresh or trainer.is_last_batch or _trainer.is_logging_step(trainer)
 
     def _shares(self) -> dict[str, float]:
         return {name: float(note.share) for name, note in self._notes.items() if note.share.isfinite()}
@@ -281,8 +280,8 @@ class HypersphericalUniformity(trainers.EveryCallback):
             limited = sum(int(note.limited) for note in self._notes.values()) if self._notes else None
             values = aggregates(measured, self.regularizer.current_penalty(measured), limited)
             pl_module.log_dict(self._prefixed(values), on_step=True, on_epoch=False, batch_size=1)
-        if trainers.is_logging_step(trainer):
-            self._alarms.nonfinite(measured)
+        if _trainer.is_logging_step(trainer):
+            self._warnings.nonfinite(measured)
             step = trainer.fit_loop.epoch_loop._batches_that_stepped  # the step under which Lightning logs its own
             varying = self.regularizer.progress.varying(self.regularizer.layers)
             for logger in trainer.loggers:

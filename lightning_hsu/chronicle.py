@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info
 
-from lightning_hsu.gallery import Gallery
-from lightning_hsu.monitor import LayerUniformity
+from lightning_hsu._figures.recorder import Gallery
+from lightning_hsu._monitor.measure import LayerUniformity
+from lightning_hsu._monitor.tables import Verdict
 from lightning_hsu.regularizer import UniformityRegularizer
-from lightning_hsu.verdict import Verdict
 
 
 class Chronicle:

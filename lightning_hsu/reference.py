@@ -8,10 +8,10 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from lightning_hsu.core import unit_rows
+from lightning_hsu._checks import check_neurons
+from lightning_hsu._core import unit_rows
 from lightning_hsu.measures import Measure
 from lightning_hsu.measures.base import check_measure
-from lightning_hsu.measures.checks import check_neurons
 
 _DRAWS, _FEWEST = 101, 5  # simulated layers
 _WORK = 2e10  # FLOP or so for all of them together

@@ -10,19 +10,28 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_hsu.applying import Application, GradientNote
+from lightning_hsu._checks import check_choice, check_count, check_number
+from lightning_hsu._core import exact_arithmetic, lowered_products
+from lightning_hsu._engine.apply import GradientStats, LayerUpdate
+from lightning_hsu._engine.layer import Layer, idle_reason
+from lightning_hsu._engine.state import Progress
+from lightning_hsu._engine.step import Act, Use, act_on_all, learning_rates, loss_terms, lots
+from lightning_hsu._monitor.measure import LayerUniformity, measure_layers
+from lightning_hsu._monitor.tables import describe
+from lightning_hsu._neurons.select import Patterns, Skip, check_head, select
+from lightning_hsu._neurons.sharding import (
+    Replicas,
+    flat_sharded,
+    is_sharded,
+    reshard,
+    unwrapped,
+    whole_parameters,
+)
+from lightning_hsu._neurons.target import Target
 from lightning_hsu.coefficients import Coefficient, Strength
-from lightning_hsu.core import exact_arithmetic, lowered_products
-from lightning_hsu.distributed import Replicas, flat_sharded, is_sharded, reshard, unwrapped, whole_parameters
 from lightning_hsu.measures import Measure, RieszEnergy
 from lightning_hsu.measures.base import check_measure
-from lightning_hsu.measures.checks import check_choice, check_count, check_number
 from lightning_hsu.measures.sampled import sampled_above
-from lightning_hsu.monitor import Layer, LayerUniformity, describe, idle_reason, measure_layers
-from lightning_hsu.progress import Progress
-from lightning_hsu.selection import Patterns, Skip, check_head, select
-from lightning_hsu.stepping import Act, Use, act_on_all, learning_rates, loss_terms, lots
-from lightning_hsu.targets import Target
 
 
 class UniformityRegularizer:
@@ -187,7 +196,7 @@ class UniformityRegularizer:
         grad_scale: float = 1.0,
         note: bool = False,
         again: bool = False,
-    ) -> dict[str, GradientNote]:
+    ) -> dict[str, GradientStats]:
         """Add the penalty's gradient to ``.grad`` of the optimizer's own parameters; call it once per optimizer step.
 
         Parameters that are frozen or have no gradient are left alone.
@@ -202,10 +211,10 @@ class UniformityRegularizer:
         Returns:
             Notes by layer name; empty without ``note``, or on a step that ``every_n_steps`` leaves out.
         """
-        return self._apply(Application.add, optimizer, index, grad_scale, note, again)
+        return self._apply(LayerUpdate.add, optimizer, index, grad_scale, note, again)
 
     @torch.no_grad()
-    def move(self, optimizer: Optimizer, *, index: int | None = None, note: bool = False) -> dict[str, GradientNote]:
+    def move(self, optimizer: Optimizer, *, index: int | None = None, note: bool = False) -> dict[str, GradientStats]:
         """Move the neurons along the sphere by learning rate times coefficient times gradient; call it after each step.
 
         Their norms stay. Parameters that are frozen or have no gradient are left alone. Neurons that are computed from
@@ -221,7 +230,7 @@ class UniformityRegularizer:
         """
         if (found_inf := getattr(optimizer, "found_inf", None)) is not None and bool(found_inf):
             return {}  # a fused optimizer under a GradScaler that has skipped this step in its kernel
-        return self._apply(Application.move, optimizer, index, 1.0, note, False)
+        return self._apply(LayerUpdate.move, optimizer, index, 1.0, note, False)
 
     def measure_layers(self) -> list[LayerUniformity]:
         """Measure every layer as it is now, in the model's order; where ranks share the weights, all must call it."""
@@ -268,7 +277,7 @@ class UniformityRegularizer:
 
     def _apply(
         self, act: Act, optimizer: Optimizer, index: int | None, grad_scale: float, note: bool, again: bool
-    ) -> dict[str, GradientNote]:
+    ) -> dict[str, GradientStats]:
         """Let every layer of the optimizer's parameters act on its penalty's gradient; notes by layer."""
         self._check_attached()
         step = self.progress.counter.count(optimizer, index, again=again)

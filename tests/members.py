@@ -17,7 +17,13 @@ from lightning_hsu.measures import (
     Separation,
     SlicedWasserstein,
 )
-from lightning_hsu.projections import Adversarial, AnglePreserving, GroupProjection, Projected, RandomProjection
+from lightning_hsu.projections import (
+    Adversarial,
+    AnglePreserving,
+    GroupProjection,
+    Projected,
+    RandomProjection,
+)
 
 
 @dataclass(frozen=True)

@@ -1,124 +1,144 @@
-"""The layers of the package: imports point down only, and third parties appear in their own room."""
+"""The structure of the package: no import circle, arrows point down only, third parties each in their own room."""
 
 import ast
+import sys
 from pathlib import Path
-
-import pytest
 
 import lightning_hsu
 
 ROOT = Path(lightning_hsu.__file__).parent
-# From the ground up; a module may import what stands before it, and its own room.
-LAYERS = [
-    {"core"},
+# Floors from the ground up; the rooms of one floor do not know each other.
+FLOORS = [
+    {"_checks", "_core"},
     {"measures"},
-    {"neurons", "distributed", "targets", "selection", "stored", "reference", "projections"},
-    {
-        "share",
-        "coefficients",
-        "schedules",
-        "monitor",
-        "findings",
-        "memory",
-        "progress",
-        "applying",
-        "stepping",
-        "regularizer",
-        "verdict",
-        "history",
-    },
-    {"alarms", "chronicle", "figures", "gallery", "senders", "metrics", "report", "trainers", "callback"},
+    {"projections", "reference", "_neurons"},
+    {"coefficients"},
+    {"_engine"},
+    {"_monitor"},
+    {"regularizer", "metrics", "report"},
+    {"_figures", "_trainer"},
+    {"chronicle"},
+    {"callback"},
     {"presets"},
     {"__init__"},
 ]
-FACES = {
-    "lightning": {"alarms", "chronicle", "gallery", "senders", "trainers", "callback"},
-    "lightning_utilities": {"trainers"},
-    "scipy": {"core"},
-    "triton": {"core"},
+THIRD_PARTIES = {
+    "lightning": {"_figures", "_trainer", "callback", "chronicle"},
+    "lightning_utilities": {"_trainer"},
+    "scipy": {"_core"},
+    "triton": {"_core"},
     "torchmetrics": {"metrics"},
-    "matplotlib": {"figures"},
+    "matplotlib": {"_figures"},
     "rich": {"report"},
     "safetensors": {"report"},
 }
-FILES = sorted(ROOT.rglob("*.py"))
 
 
-def room(path):
-    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+def modules():
+    """Every module of the package by its dotted name."""
+    found = {}
+    for path in sorted(ROOT.rglob("*.py")):
+        parts = path.relative_to(ROOT.parent).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
 
 
-def level(name):
-    return next(i for i, rooms in enumerate(LAYERS) if name in rooms)
+MODULES = modules()
 
 
-def imported(path):
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom):
-            own = node.module == "lightning_hsu"  # from lightning_hsu import trainers
-            yield from (f"lightning_hsu.{alias.name}" for alias in node.names) if own else [node.module]
-        elif isinstance(node, ast.Import):
+def imports(name):
+    """The dotted names that a module imports, those for type checking and within functions included."""
+    for node in ast.walk(ast.parse(MODULES[name].read_text())):
+        if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            below = [f"{node.module}.{alias.name}" for alias in node.names]
+            yield from (one if one in MODULES else node.module for one in below)
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_imports_point_down(path):
-    for name in imported(path):
-        package, _, rest = name.partition(".")
-        if package == "lightning_hsu" and rest:
-            assert level(rest.split(".")[0]) <= level(room(path)), f"{path.name} imports {name} from above"
-        elif package in FACES:
-            assert room(path) in FACES[package], f"{path.name} imports {package}"
-        else:
-            assert package in {"__future__", "torch", "abc", "math", "typing"} | STANDARD, f"{path.name} imports {name}"
+def room(name):
+    """The top-level module or folder that a module is in."""
+    parts = name.split(".")
+    return parts[1] if len(parts) > 1 else "__init__"
 
 
-STANDARD = {
-    "argparse",
-    "ast",
-    "base64",
-    "collections",
-    "contextlib",
-    "contextvars",
-    "dataclasses",
-    "fnmatch",
-    "functools",
-    "html",
-    "importlib",
-    "io",
-    "itertools",
-    "json",
-    "numbers",
-    "os",
-    "pathlib",
-    "pickle",
-    "posixpath",
-    "re",
-    "statistics",
-    "struct",
-    "sys",
-    "tarfile",
-    "traceback",
-    "types",
-    "warnings",
-    "weakref",
-    "zipfile",
-    "zlib",
-}
+def floor(name):
+    return next(i for i, rooms in enumerate(FLOORS) if room(name) in rooms)
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_files_stay_readable(path):
-    assert len(path.read_text().splitlines()) <= 300
+ARROWS = {name: {one for one in imports(name) if one in MODULES and one != name} for name in MODULES}
 
 
-def test_triton_is_imported_in_its_own_room_only():
-    for path in FILES:
-        if path.parent != ROOT / "core" / "kernels":
-            assert "triton" not in {name.partition(".")[0] for name in imported(path)}, path.name
+def circle(arrows):
+    """The modules of one import circle in order; none where there is no circle."""
+    done, path = set(), []
+
+    def visit(name):
+        if name in path:
+            return path[path.index(name) :]
+        if name in done:
+            return []
+        path.append(name)
+        for other in sorted(arrows[name]):
+            if found := visit(other):
+                return found
+        path.pop()
+        done.add(name)
+        return []
+
+    for name in sorted(arrows):
+        if found := visit(name):
+            return found
+    return []
+
+
+def test_a_circle_is_seen():
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c"]
+    assert circle({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    # A package that re-exports what is inside it is no circle for those who import from within.
+    assert circle(ARROWS) == []
+
+
+def test_imports_point_down():
+    wrong = [
+        f"{name} imports {other}"
+        for name, others in ARROWS.items()
+        for other in sorted(others)
+        if room(other) != room(name) and floor(other) >= floor(name)
+    ]
+    assert wrong == []
+
+
+def test_third_parties_appear_in_their_own_rooms():
+    wrong = [
+        f"{name} imports {other}"
+        for name in MODULES
+        for other in imports(name)
+        if not other.startswith("lightning_hsu")
+        and other.partition(".")[0] not in {"torch"} | sys.stdlib_module_names
+        and room(name) not in THIRD_PARTIES.get(other.partition(".")[0], set())
+    ]
+    assert wrong == []
+
+
+def test_triton_is_imported_in_its_own_folder_only():
+    users = {name for name in MODULES for other in imports(name) if other.partition(".")[0] == "triton"}
+    assert users
+    assert all(name.startswith("lightning_hsu._core.triton.") for name in users)
+
+
+def test_public_names_are_all_that_dir_shows():
+    assert set(dir(lightning_hsu)) == {*lightning_hsu.__all__, "__version__"}
 
 
 def test_no_stand_in_is_left():
-    for path in FILES:
-        for node in ast.walk(ast.parse(path.read_text())):
-            assert not isinstance(node, ast.Pass), f"{path.name}:{node.lineno}"
+    wrong = [
+        f"{name}:{node.lineno}"
+        for name, path in MODULES.items()
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Pass)
+    ]
+    assert wrong == []

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lightning_hsu.core import batched, grouped, pair_energy
-from lightning_hsu.core.batched import unasked_gradients
-from lightning_hsu.core.grouped import Addition, add_pair_gradients
+from lightning_hsu._core import batched, foreach, pair_energy
+from lightning_hsu._core.batched import unasked_gradients
+from lightning_hsu._core.foreach import GradientUpdate, add_pair_gradients
 from lightning_hsu.measures import GaussianPotential, RieszEnergy
 from tests.members import InverseFourth
 
@@ -78,7 +78,7 @@ def added(measure, device="cpu"):
         {"scale": 1.0},
         {"scale": 3.0, "grad_scale": 8.0},
     ]
-    additions = [Addition(w, out, **kw) for w, out, kw in zip(ws, places, [*settings, {"scale": 1.0}], strict=True)]
+    additions = [GradientUpdate(w, out, **kw) for w, out, kw in zip(ws, places, [*settings, {"scale": 1.0}], strict=True)]
     add_pair_gradients(additions, measure.pair_term())
     return [out.cpu() for out in places]
 
@@ -93,8 +93,8 @@ def same(first, second):
 @pytest.mark.parametrize("large", [2**26, 1])  # all of one shape together, or one by one
 def test_what_waits_for_no_answer_adds_the_same(measure, large, monkeypatch):
     exact = added(measure)
-    monkeypatch.setattr(grouped, "_waits", lambda w: w.shape[1] > 1)
-    monkeypatch.setattr(grouped, "_LARGE", large)
+    monkeypatch.setattr(foreach, "_waits", lambda w: w.shape[1] > 1)
+    monkeypatch.setattr(foreach, "_LARGE", large)
     same(added(measure), exact)
 
 

@@ -8,7 +8,12 @@ from itertools import combinations, product
 import pytest
 import torch
 
-from lightning_hsu.core.levenshtein import cap_angle, cap_fraction, largest_cosine, universal_quadrature
+from lightning_hsu._core.levenshtein import (
+    cap_angle,
+    cap_fraction,
+    largest_cosine,
+    universal_quadrature,
+)
 from lightning_hsu.measures import GaussianPotential, RieszEnergy, Separation
 from lightning_hsu.reference import lower_bound, random_expectation
 from tests import configurations as c

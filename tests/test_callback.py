@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from lightning_hsu import HypersphericalUniformity, Share, UniformityRegularizer
-from lightning_hsu.core import smallest_angle
+from lightning_hsu._core import smallest_angle
 from lightning_hsu.measures import Covering, RieszEnergy
 from lightning_hsu.reference import uniformity_ratio
 from tests.models import Adversarial, Automatic, Manual, batches, loader, trainer, uniformity

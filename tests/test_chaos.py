@@ -14,10 +14,24 @@ import torch
 from torch.optim import SGD, Adam, AdamW, RMSprop
 
 from lightning_hsu import Share
-from lightning_hsu.measures import GaussianPotential, GramDeterminant, KoLeo, MinimalAngle, Orthogonality, RieszEnergy
+from lightning_hsu.measures import (
+    GaussianPotential,
+    GramDeterminant,
+    KoLeo,
+    MinimalAngle,
+    Orthogonality,
+    RieszEnergy,
+)
 from tests import plain
 from tests.models import Automatic, Manual, batches, network
-from tests.test_exactness import Situation, clip_norm, clip_value, fit_plainly, fit_with_lightning, max_difference
+from tests.test_exactness import (
+    Situation,
+    clip_norm,
+    clip_value,
+    fit_plainly,
+    fit_with_lightning,
+    max_difference,
+)
 
 BASE = int(os.environ.get("CHAOS_SEED", "0"))
 COUNT = 200

@@ -10,8 +10,8 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 
 from lightning_hsu import CosineSchedule, LinearSchedule, Share, UniformityRegularizer
+from lightning_hsu._engine.state import ShareMeans
 from lightning_hsu.measures import PairwiseMeasure, RieszEnergy
-from lightning_hsu.share import ShareMeans
 from tests.models import Automatic, batches, loader, network, trainer, uniformity
 from tests.test_callback import rows_of
 

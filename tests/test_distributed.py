@@ -14,9 +14,16 @@ from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_hsu import Share, UniformityRegularizer
-from lightning_hsu.core import smallest_angle
-from lightning_hsu.distributed import Replicas
-from lightning_hsu.measures import Covering, GaussianPotential, KoLeo, Polarization, RieszEnergy, SlicedWasserstein
+from lightning_hsu._core import smallest_angle
+from lightning_hsu._neurons.sharding import Replicas
+from lightning_hsu.measures import (
+    Covering,
+    GaussianPotential,
+    KoLeo,
+    Polarization,
+    RieszEnergy,
+    SlicedWasserstein,
+)
 from lightning_hsu.projections import AnglePreserving, Projected, RandomProjection
 from tests import models, plain, ranks, sharding
 from tests.compatibility import MODES

@@ -23,11 +23,13 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from PIL import Image
 from torch import nn
 
-from lightning_hsu import HypersphericalUniformity, Share, gallery, verdict
-from lightning_hsu.core import expected_angles
-from lightning_hsu.figures import of_angles, over_time, pixels
-from lightning_hsu.history import BINS, Angles, History, Record, angles_of
-from lightning_hsu.senders import way_to
+from lightning_hsu import HypersphericalUniformity, Share
+from lightning_hsu._core import expected_angles
+from lightning_hsu._figures import recorder
+from lightning_hsu._figures.draw import of_angles, over_time, pixels
+from lightning_hsu._figures.history import BINS, Angles, History, Record, angles_of
+from lightning_hsu._figures.loggers import way_to
+from lightning_hsu._monitor import tables
 from tests import sharding, test_callback
 from tests.models import Automatic, Manual, batches, loader, network, trainer, uniformity
 from tests.processes import world
@@ -159,7 +161,7 @@ def test_a_logger_that_fails_warns_once_and_the_others_get_theirs(tmp_path):
 
 
 def test_an_error_in_drawing_warns_once_and_training_goes_on(monkeypatch):
-    monkeypatch.setattr("lightning_hsu.figures.of_angles", lambda layers: 1 / 0)
+    monkeypatch.setattr("lightning_hsu._figures.draw.of_angles", lambda layers: 1 / 0)
     with pytest.warns(UserWarning, match="drawing angles failed with ZeroDivisionError") as caught:
         fit = fitted()
     assert sum("ZeroDivision" in str(one.message) for one in caught) == 1
@@ -254,7 +256,7 @@ def test_an_interval_that_is_none_is_refused(every):
 
 
 def test_without_matplotlib_the_error_says_what_to_install(monkeypatch):
-    monkeypatch.delitem(sys.modules, "lightning_hsu.figures")
+    monkeypatch.delitem(sys.modules, "lightning_hsu._figures.draw")
     monkeypatch.setitem(sys.modules, "matplotlib.axes", None)
     with pytest.raises(ImportError, match=r'pip install "lightning-hsu\[figures\]"'):
         HypersphericalUniformity(figures_every_n_steps=1)
@@ -264,7 +266,7 @@ def test_without_matplotlib_the_error_says_what_to_install(monkeypatch):
 ALONE = """
 import sys
 import lightning_hsu
-assert "lightning_hsu.figures" not in sys.modules
+assert "lightning_hsu._figures.draw" not in sys.modules
 import matplotlib
 before = dict(matplotlib.rcParams)
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
@@ -375,7 +377,7 @@ def test_a_panel_shows_near_duplicates(n):
 
 def test_the_worst_come_first_and_what_has_no_ratio_not_at_all():
     history = History([Record(4, {"a": 1.0, "b": float("nan"), "c": 7.0, "d": 2.0}, {})])
-    assert history.worst(gallery.PANELS) == ["c", "d", "a"]
+    assert history.worst(recorder.PANELS) == ["c", "d", "a"]
 
 
 # Before and after
@@ -398,7 +400,7 @@ def test_the_table_of_before_and_after(caplog):
     after = {layer.name: layer for layer in probe.measure_layers()}
     title, heads, _, *rows = table_of(caplog)
     assert title == "Hyperspherical uniformity before and after, optimizer steps 0 to 7:"
-    assert heads.split() == [word for name in verdict._COLUMNS for word in name.split()]
+    assert heads.split() == [word for name in tables._COLUMNS for word in name.split()]
     assert [row.split()[0] for row in rows] == ["net.0", "net.2", "net.5", "net.7"]
     one, other_one = before["net.5"], after["net.5"]
     cells = f"{one.ratio:.1f} -> {other_one.ratio:.3f} {other_one.score:.2f} {one.min_angle:.1f} -> {other_one.min_angle:.1f} 0"

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from lightning_hsu.core import PairTerm, autograd, oracle_energy, pair_energy
+from lightning_hsu._core import PairTerm, autograd, oracle_energy, pair_energy
 from lightning_hsu.measures import GaussianPotential, RieszEnergy
 
 # Best-known energies of N points on the sphere S^2, sums of 1 / r over pairs (Thomson's problem).

@@ -7,7 +7,15 @@ import torch
 from PIL import Image
 
 from lightning_hsu import measures
-from lightning_hsu.measures import Covering, MinimalAngle, Orthogonality, Polarization, ResultantLength, RieszEnergy, Separation
+from lightning_hsu.measures import (
+    Covering,
+    MinimalAngle,
+    Orthogonality,
+    Polarization,
+    ResultantLength,
+    RieszEnergy,
+    Separation,
+)
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 PAIR, OPPOSITE = [0, 1], [6, 7]

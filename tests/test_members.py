@@ -21,8 +21,19 @@ from lightning_hsu.measures import (
     SlicedWasserstein,
     SphereMeasure,
 )
-from lightning_hsu.projections import Adversarial, AnglePreserving, GroupProjection, Projected, RandomProjection
-from lightning_hsu.reference import lower_bound, random_expectation, uniformity_ratio, uniformity_score
+from lightning_hsu.projections import (
+    Adversarial,
+    AnglePreserving,
+    GroupProjection,
+    Projected,
+    RandomProjection,
+)
+from lightning_hsu.reference import (
+    lower_bound,
+    random_expectation,
+    uniformity_ratio,
+    uniformity_score,
+)
 from tests import configurations as c
 
 # Log-determinants of exp(-chord**2) without jitter: of the simplex of d + 1, a basis, the cross-polytope

@@ -8,7 +8,13 @@ import torch
 from lightning_hsu import UniformityRegularizer
 from lightning_hsu.measures import Covering, Polarization, RieszEnergy, Sampled, SlicedWasserstein
 from lightning_hsu.presets import sphere_uniformity
-from lightning_hsu.projections import Adversarial, AnglePreserving, GroupProjection, Projected, RandomProjection
+from lightning_hsu.projections import (
+    Adversarial,
+    AnglePreserving,
+    GroupProjection,
+    Projected,
+    RandomProjection,
+)
 from tests.models import Automatic, batches, loader, network, trainer, uniformity
 
 CARRYING = [

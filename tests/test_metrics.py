@@ -15,7 +15,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torchmetrics import MeanMetric, MetricCollection
 
-from lightning_hsu.core import smallest_angle
+from lightning_hsu._core import smallest_angle
 from lightning_hsu.measures import (
     Covering,
     GaussianPotential,

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from lightning_hsu.core import smallest_angle
-from lightning_hsu.core.largest import largest_two
+from lightning_hsu._core import smallest_angle
+from lightning_hsu._core.topk import largest_two
 from lightning_hsu.measures.nearest import KoLeo, MinimalAngle, NearestMeasure, Separation
 from tests import configurations as c
 

@@ -7,8 +7,15 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_hsu.core import PairTerm, pair_energy, pair_part, pair_rows, pairwise
-from lightning_hsu.measures import Covering, GaussianPotential, GramDeterminant, PairwiseMeasure, RieszEnergy, Separation
+from lightning_hsu._core import PairTerm, pair_energy, pair_part, pair_rows, pairwise
+from lightning_hsu.measures import (
+    Covering,
+    GaussianPotential,
+    GramDeterminant,
+    PairwiseMeasure,
+    RieszEnergy,
+    Separation,
+)
 from tests.members import FAMILY, InverseFourth, name_of
 
 PAIRWISE = [

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from lightning_hsu.measures import RieszEnergy
 from lightning_hsu.report import report
-from lightning_hsu.report.files import read_weights
+from lightning_hsu.report.checkpoints import read_weights
 from lightning_hsu.report.tables import report_table, show
 
 pytestmark = pytest.mark.pretrained

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from lightning_hsu.core import pair_expectation
+from lightning_hsu._core import pair_expectation
 from lightning_hsu.measures import (
     Covering,
     GaussianPotential,
@@ -21,7 +21,13 @@ from lightning_hsu.measures import (
     SlicedWasserstein,
     SphereMeasure,
 )
-from lightning_hsu.reference import lower_bound, random_expectation, random_level, uniformity_ratio, uniformity_score
+from lightning_hsu.reference import (
+    lower_bound,
+    random_expectation,
+    random_level,
+    uniformity_ratio,
+    uniformity_score,
+)
 from tests import configurations as c
 from tests.members import InverseFourth
 

@@ -18,9 +18,9 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from torch import nn
 
 from lightning_hsu import UniformityRegularizer, reference
-from lightning_hsu.findings import finding, number
+from lightning_hsu._monitor.measure import measure_neurons
+from lightning_hsu._monitor.text import finding, number
 from lightning_hsu.measures import GaussianPotential, KoLeo, RieszEnergy, Separation
-from lightning_hsu.monitor import measure_neurons
 from lightning_hsu.reference import random_expectation, random_range
 from lightning_hsu.report import compare, report
 from lightning_hsu.report.cli import main, parse_measure

@@ -14,13 +14,13 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_hsu.core import expected_angles
+from lightning_hsu._core import expected_angles
+from lightning_hsu._neurons.select import Skip
 from lightning_hsu.report import report
-from lightning_hsu.report.axes import Axis, short
 from lightning_hsu.report.charts import angle_chart, ratio_chart, sampled, shortened, singular_chart
 from lightning_hsu.report.curves import random_singular_values
 from lightning_hsu.report.heatmap import STEPS, heat_map_png
-from lightning_hsu.selection import Skip
+from lightning_hsu.report.svg import Axis, short
 
 VOID = {"meta", "img", "wbr", "br", "line", "circle", "rect", "polyline", "path"}
 

@@ -27,7 +27,16 @@ from torch.utils.data import DataLoader
 from lightning_hsu import HypersphericalUniformity, LinearSchedule, Share
 from lightning_hsu.measures import Covering, Polarization, RieszEnergy, SlicedWasserstein
 from lightning_hsu.projections import Projected, RandomProjection
-from tests.models import Adversarial, Automatic, Manual, Scheduled, batches, loader, trainer, uniformity
+from tests.models import (
+    Adversarial,
+    Automatic,
+    Manual,
+    Scheduled,
+    batches,
+    loader,
+    trainer,
+    uniformity,
+)
 from tests.test_memory import CARRYING
 
 MODES = ("gradient", "loss", "decoupled")

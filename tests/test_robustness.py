@@ -9,7 +9,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 
 from lightning_hsu import UniformityRegularizer
-from lightning_hsu.core import smallest_angle
+from lightning_hsu._core import smallest_angle
 from lightning_hsu.measures import RieszEnergy
 from tests.models import Automatic, batches, loader, trainer, uniformity
 

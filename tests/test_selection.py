@@ -9,9 +9,9 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from lightning_hsu import UniformityRegularizer, register_neurons
+from lightning_hsu._neurons.rules import _RULES
+from lightning_hsu._neurons.select import select
 from lightning_hsu.measures import RieszEnergy
-from lightning_hsu.neurons import _RULES
-from lightning_hsu.selection import select
 
 
 class Custom(nn.Module):

@@ -7,11 +7,11 @@ from importlib.metadata import PackageNotFoundError
 import pytest
 import torch
 
-from lightning_hsu.core import lowered_products, oracle_energy
-from lightning_hsu.core.backend import _new_enough, exact_precision, precision
-from lightning_hsu.core.grouped import Addition, add_pair_gradients
-from lightning_hsu.core.largest import largest_two
-from lightning_hsu.core.neighbours import Nearest
+from lightning_hsu._core import lowered_products, oracle_energy
+from lightning_hsu._core.backend import _new_enough, exact_precision, precision
+from lightning_hsu._core.foreach import GradientUpdate, add_pair_gradients
+from lightning_hsu._core.neighbours import Nearest
+from lightning_hsu._core.topk import largest_two
 from lightning_hsu.measures import GaussianPotential, RieszEnergy
 from tests.members import InverseFourth
 
@@ -43,7 +43,7 @@ def choose(name, monkeypatch):
         pytest.importorskip("triton", minversion="3.2", reason="triton >= 3.2, an optional extra, is not installed")
     monkeypatch.setenv("LIGHTNING_HSU_BACKEND", name)
     if name == "triton":
-        from lightning_hsu.core.kernels import launch
+        from lightning_hsu._core.triton import launch
 
         if DEVICE == "cpu":
             monkeypatch.setattr(launch, "ROWS", 32)
@@ -72,7 +72,7 @@ def relative_error(a, b):
 def added(ws, term, scale=1.0, **options):
     """What is added to each layer beside what was there: zeros."""
     outs = [torch.zeros_like(w) for w in ws]
-    add_pair_gradients([Addition(w, out, scale, **options) for w, out in zip(ws, outs, strict=True)], term)
+    add_pair_gradients([GradientUpdate(w, out, scale, **options) for w, out in zip(ws, outs, strict=True)], term)
     return outs
 
 
@@ -121,7 +121,7 @@ def test_views_of_any_strides(backend):
     ws = [plain.T[None], packed.reshape(3, 17, 12)[1:2], conv.reshape(2, 3, 36), conv.movedim(1, 0).flatten(1)[None]]
     outs = [torch.ones(19, 21, device=DEVICE)[None], torch.ones(12, 17, device=DEVICE).T[None]]
     outs += [torch.ones(2, 3, 72, device=DEVICE)[..., ::2], torch.ones(1, 4, 54, device=DEVICE)]
-    add_pair_gradients([Addition(w, out, 0.5) for w, out in zip(ws, outs, strict=True)], term)
+    add_pair_gradients([GradientUpdate(w, out, 0.5) for w, out in zip(ws, outs, strict=True)], term)
     for w, out in zip(ws, outs, strict=True):
         torch.testing.assert_close(out.double(), 1 + 0.5 * exact(w, term), rtol=1e-6, atol=1e-6)
 
@@ -326,11 +326,11 @@ def test_a_machine_that_cannot(monkeypatch):
     monkeypatch.setenv("LIGHTNING_HSU_BACKEND", "triton")
     for found in ("3.1.0", None):
         _new_enough.cache_clear()
-        monkeypatch.setattr("lightning_hsu.core.backend.version", partial(version_of, found))
+        monkeypatch.setattr("lightning_hsu._core.backend.version", partial(version_of, found))
         with pytest.raises(RuntimeError, match=r"missing or older than 3\.2; pip install"):
             added([neurons(1, 3, 2)], term)
     _new_enough.cache_clear()
-    monkeypatch.setattr("lightning_hsu.core.backend.version", partial(version_of, "3.10.0"))
+    monkeypatch.setattr("lightning_hsu._core.backend.version", partial(version_of, "3.10.0"))
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(RuntimeError, match="no CUDA device"):

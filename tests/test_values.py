@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from lightning_hsu.core import smallest_angle
+from lightning_hsu._core import smallest_angle
 from lightning_hsu.measures import Covering, MinimalAngle, RieszEnergy, Separation
 from tests import configurations as c
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from lightning_hsu.core.sphere import unit_rows
+from lightning_hsu._core.sphere import unit_rows
 from lightning_hsu.measures import Covering, Polarization
 from tests import configurations as c
 

@@ -9,8 +9,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lightning_hsu.core import PairTerm, exact_arithmetic, tangent, to_weights, unit_rows, with_float64, working_dtype
-from lightning_hsu.measures.checks import check_hashable, check_neurons
+from lightning_hsu._checks import check_hashable, check_neurons
+from lightning_hsu._core import (
+    PairTerm,
+    exact_arithmetic,
+    tangent,
+    to_weights,
+    unit_rows,
+    with_float64,
+    working_dtype,
+)
 
 State = dict[str, Tensor]
 """What a measure carries from step to step: tensors by name, the first dimension of each counts the groups."""

@@ -9,9 +9,17 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lightning_hsu.core.holes import SHARED, certain, deepest_holes, height, multipliers, settle, sink
-from lightning_hsu.core.levenshtein import cap_angle
-from lightning_hsu.core.witness import shares
+from lightning_hsu._core.holes import (
+    SHARED,
+    certain,
+    deepest_holes,
+    height,
+    multipliers,
+    settle,
+    sink,
+)
+from lightning_hsu._core.levenshtein import cap_angle
+from lightning_hsu._core.witness import shares
 from lightning_hsu.measures.witness import Solution, WitnessMeasure
 
 

@@ -9,10 +9,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lightning_hsu.core import FLOOR, coincident, exact_arithmetic, parted, tangent, to_weights
-from lightning_hsu.core.pairwise import PANEL
+from lightning_hsu._checks import check_flag, check_neurons, check_number
+from lightning_hsu._core import FLOOR, coincident, exact_arithmetic, parted, tangent, to_weights
+from lightning_hsu._core.pairwise import PANEL
 from lightning_hsu.measures.base import SphereMeasure, State
-from lightning_hsu.measures.checks import check_flag, check_neurons, check_number
 from lightning_hsu.measures.gaussian import GaussianPotential
 
 

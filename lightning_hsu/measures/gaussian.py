@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lightning_hsu.core import PairTerm, to_weights, with_float64, working_dtype
+from lightning_hsu._checks import check_flag, check_neurons, check_number
+from lightning_hsu._core import PairTerm, to_weights, with_float64, working_dtype
 from lightning_hsu.measures.base import State
-from lightning_hsu.measures.checks import check_flag, check_neurons, check_number
 from lightning_hsu.measures.pairwise import PairwiseMeasure
 
 _NARROW = 15.0  # above this t the mean potential may be below what float32 can divide by

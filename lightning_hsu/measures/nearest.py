@@ -10,14 +10,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lightning_hsu.core import FLOOR, PairTerm, working_dtype
-from lightning_hsu.core.levenshtein import cap_angle, largest_cosine
-from lightning_hsu.core.near import COINCIDENT, NEAR
-from lightning_hsu.core.nearest import NearestTerm, nearest_energy, parting
-from lightning_hsu.core.neighbours import nearer, tie_tolerance
-from lightning_hsu.core.sphere import seeded_noise
+from lightning_hsu._checks import check_flag, check_kernel, check_neurons, check_softening
+from lightning_hsu._core import FLOOR, PairTerm, working_dtype
+from lightning_hsu._core.levenshtein import cap_angle, largest_cosine
+from lightning_hsu._core.near import COINCIDENT, NEAR
+from lightning_hsu._core.nearest import NearestTerm, nearest_energy, parting
+from lightning_hsu._core.neighbours import nearer, tie_tolerance
+from lightning_hsu._core.sphere import seeded_noise
 from lightning_hsu.measures.base import SphereMeasure, State
-from lightning_hsu.measures.checks import check_flag, check_kernel, check_neurons, check_softening
 
 
 class NearestMeasure(SphereMeasure):

@@ -9,9 +9,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_hsu.core import exact_arithmetic, tangent, to_weights
+from lightning_hsu._checks import check_neurons
+from lightning_hsu._core import exact_arithmetic, tangent, to_weights
 from lightning_hsu.measures.base import SphereMeasure, State
-from lightning_hsu.measures.checks import check_neurons
 from lightning_hsu.measures.nearest import NearestMeasure
 
 

@@ -9,9 +9,17 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from lightning_hsu.core import PairEnergy, PairTerm, pair_bound, pair_energy, pair_expectation, pair_part, pair_rows
+from lightning_hsu._checks import check_kernel, check_neurons
+from lightning_hsu._core import (
+    PairEnergy,
+    PairTerm,
+    pair_bound,
+    pair_energy,
+    pair_expectation,
+    pair_part,
+    pair_rows,
+)
 from lightning_hsu.measures.base import Measure, State, check_rows
-from lightning_hsu.measures.checks import check_kernel, check_neurons
 
 
 class PairwiseMeasure(Measure):

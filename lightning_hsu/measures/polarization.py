@@ -8,9 +8,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from lightning_hsu.core.holes import SHARED
-from lightning_hsu.core.witness import descend, lowest_on_circle, orthogonal_to, shares
-from lightning_hsu.measures.checks import check_number
+from lightning_hsu._checks import check_number
+from lightning_hsu._core.holes import SHARED
+from lightning_hsu._core.witness import descend, lowest_on_circle, orthogonal_to, shares
 from lightning_hsu.measures.riesz import RieszEnergy
 from lightning_hsu.measures.witness import Solution, WitnessMeasure
 

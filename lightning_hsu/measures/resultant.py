@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_hsu.core import FLOOR, exact_arithmetic, to_weights, with_float64, working_dtype
+from lightning_hsu._checks import check_neurons, check_number
+from lightning_hsu._core import FLOOR, exact_arithmetic, to_weights, with_float64, working_dtype
 from lightning_hsu.measures.base import SphereMeasure, State
-from lightning_hsu.measures.checks import check_neurons, check_number
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_hsu.measures.checks import check_flag, check_number, check_softening
+from lightning_hsu._checks import check_flag, check_number, check_softening
 from lightning_hsu.measures.pairwise import PairwiseMeasure
 
 

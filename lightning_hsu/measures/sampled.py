@@ -8,10 +8,26 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_hsu.core import PairEnergy, PairTerm, exact_arithmetic, pair_energy, takes_part, with_float64, working_dtype
-from lightning_hsu.core.blocks import block_spread, of_all_pairs, random_blocks
-from lightning_hsu.measures.base import Measure, State, check_measure, check_state, counts_draws, draw_of, next_draw
-from lightning_hsu.measures.checks import check_count, check_neurons
+from lightning_hsu._checks import check_count, check_neurons
+from lightning_hsu._core import (
+    PairEnergy,
+    PairTerm,
+    exact_arithmetic,
+    pair_energy,
+    takes_part,
+    with_float64,
+    working_dtype,
+)
+from lightning_hsu._core.sampling import block_spread, of_all_pairs, random_blocks
+from lightning_hsu.measures.base import (
+    Measure,
+    State,
+    check_measure,
+    check_state,
+    counts_draws,
+    draw_of,
+    next_draw,
+)
 from lightning_hsu.measures.riesz import RieszEnergy
 
 _MHE = RieszEnergy(s=2.0, half_space=True)

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_hsu.core import seeded_noise, tangent, unit_rows
+from lightning_hsu._checks import check_count
+from lightning_hsu._core import seeded_noise, tangent, unit_rows
 from lightning_hsu.measures.base import SphereMeasure, State, counts_draws, draw_of, next_draw
-from lightning_hsu.measures.checks import check_count
 
 
 @dataclass(frozen=True)

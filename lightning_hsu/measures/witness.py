@@ -8,10 +8,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lightning_hsu.core import exact_arithmetic
-from lightning_hsu.core.witness import first_witnesses, random_witnesses
+from lightning_hsu._checks import check_count, check_flag, check_neurons
+from lightning_hsu._core import exact_arithmetic
+from lightning_hsu._core.witness import first_witnesses, random_witnesses
 from lightning_hsu.measures.base import SphereMeasure, State
-from lightning_hsu.measures.checks import check_count, check_flag, check_neurons
 
 AFRESH = 20  # times as many steps without a state
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from lightning_hsu._checks import check_choice
 from lightning_hsu.measures import Measure
 from lightning_hsu.measures.base import check_measure
-from lightning_hsu.measures.checks import check_choice
 
 Quantity = Literal["ratio", "score", "energy", "min_angle", "penalty"]
 """What a metric tells; each is a field of :class:`~lightning_hsu.LayerUniformity`."""

@@ -10,13 +10,19 @@ from torch import Tensor, distributed
 from torchmetrics import Metric
 from torchmetrics.utilities.distributed import gather_all_tensors
 
-from lightning_hsu.core import exact_arithmetic, smallest_angle, unit_rows, with_float64, working_dtype
+from lightning_hsu._checks import check_count
+from lightning_hsu._core import (
+    exact_arithmetic,
+    smallest_angle,
+    unit_rows,
+    with_float64,
+    working_dtype,
+)
+from lightning_hsu._monitor.measure import in_half_space
 from lightning_hsu.measures import GaussianPotential, Measure, Sampled
-from lightning_hsu.measures.checks import check_count
 from lightning_hsu.measures.sampled import sampled_above
 from lightning_hsu.metrics.base import Quantity, UniformityMetric, decoded, parts_of
 from lightning_hsu.metrics.hashing import hashed
-from lightning_hsu.monitor import in_half_space
 from lightning_hsu.reference import random_level, score
 
 _SAMPLE_ABOVE = 16384  # as the callback has it

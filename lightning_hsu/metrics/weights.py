@@ -10,14 +10,14 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 from torchmetrics.utilities.distributed import gather_all_tensors
 
-from lightning_hsu.core import with_float64
+from lightning_hsu._checks import check_choice
+from lightning_hsu._core import with_float64
+from lightning_hsu._monitor.measure import LayerUniformity
+from lightning_hsu._neurons.select import Patterns
+from lightning_hsu._neurons.state_dict import stand_in
 from lightning_hsu.measures import Measure, RieszEnergy
-from lightning_hsu.measures.checks import check_choice
 from lightning_hsu.metrics.base import Quantity, UniformityMetric, decoded, encoded, parts_of
-from lightning_hsu.monitor import LayerUniformity
 from lightning_hsu.regularizer import UniformityRegularizer
-from lightning_hsu.selection import Patterns
-from lightning_hsu.stored import stand_in
 
 
 class WeightUniformity(UniformityMetric):

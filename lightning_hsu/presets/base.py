@@ -7,10 +7,10 @@ from abc import abstractmethod
 import torch
 from torch import Tensor
 
-from lightning_hsu.core import with_float64, working_dtype
+from lightning_hsu._checks import check_neurons
+from lightning_hsu._core import with_float64, working_dtype
 from lightning_hsu.measures import Measure
 from lightning_hsu.measures.base import State
-from lightning_hsu.measures.checks import check_neurons
 
 MOMENTUM = 0.9
 WEIGHT_DECAY = 5e-4  # of every trained tensor, as 5e-4 / 2 times the sum of its squares

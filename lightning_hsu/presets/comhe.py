@@ -8,11 +8,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_hsu.core import seeded_noise
+from lightning_hsu._checks import check_count, check_number
+from lightning_hsu._core import seeded_noise
 from lightning_hsu.measures import Measure
 from lightning_hsu.measures.base import State, draw_of, next_draw
-from lightning_hsu.measures.checks import check_count, check_number
-from lightning_hsu.presets.base import WEIGHT_DECAY, OfficialMeasure, has_shapes, kept, normalised, pair_cosines, wide
+from lightning_hsu.presets.base import (
+    WEIGHT_DECAY,
+    OfficialMeasure,
+    has_shapes,
+    kept,
+    normalised,
+    pair_cosines,
+    wide,
+)
 from lightning_hsu.presets.pairs import OfficialMHE
 
 _PLAIN = OfficialMHE("2", half_space=True)

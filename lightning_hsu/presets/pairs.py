@@ -9,8 +9,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from lightning_hsu._checks import check_flag
 from lightning_hsu.measures.base import State
-from lightning_hsu.measures.checks import check_flag
 from lightning_hsu.presets.base import OfficialMeasure, normalised, pair_cosines
 
 Power = Literal["0", "1", "2", "a0", "a1", "a2"]

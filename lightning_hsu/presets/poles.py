@@ -10,10 +10,18 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lightning_hsu.core import seeded_noise
+from lightning_hsu._checks import check_count, check_flag, check_number
+from lightning_hsu._core import seeded_noise
 from lightning_hsu.measures.base import State
-from lightning_hsu.measures.checks import check_count, check_flag, check_number
-from lightning_hsu.presets.base import MOMENTUM, WEIGHT_DECAY, OfficialMeasure, has_shapes, kept, normalised, wide
+from lightning_hsu.presets.base import (
+    MOMENTUM,
+    WEIGHT_DECAY,
+    OfficialMeasure,
+    has_shapes,
+    kept,
+    normalised,
+    wide,
+)
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from lightning_hsu._checks import check_number
 from lightning_hsu.callback import HypersphericalUniformity
-from lightning_hsu.measures.checks import check_number
 from lightning_hsu.presets.base import OfficialMeasure
-from lightning_hsu.presets.comhe import OfficialAdversarialCoMHE, OfficialAngleCoMHE, OfficialRandomCoMHE, TrainedCoMHE
+from lightning_hsu.presets.comhe import (
+    OfficialAdversarialCoMHE,
+    OfficialAngleCoMHE,
+    OfficialRandomCoMHE,
+    TrainedCoMHE,
+)
 from lightning_hsu.presets.pairs import OfficialMGD, OfficialMHE, OfficialMHS, Power
 from lightning_hsu.presets.poles import OfficialMHC, OfficialMHP, OfficialRMHP, PoledMeasure
 

@@ -8,10 +8,10 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from lightning_hsu.core import seeded_noise
+from lightning_hsu._checks import check_count
+from lightning_hsu._core import seeded_noise
 from lightning_hsu.measures import Measure, State
 from lightning_hsu.measures.base import counts_draws, draw_of, next_draw
-from lightning_hsu.measures.checks import check_count
 
 
 class Projection(ABC):

@@ -11,9 +11,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lightning_hsu.core import seeded_noise, unit_rows
+from lightning_hsu._checks import check_count
+from lightning_hsu._core import seeded_noise, unit_rows
 from lightning_hsu.measures import Measure, State
-from lightning_hsu.measures.checks import check_count
 from lightning_hsu.projections.kinds import Projection
 
 _SAMPLE = 512  # neurons that a projection is learned from

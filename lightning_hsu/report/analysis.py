@@ -10,11 +10,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_hsu.core import exact_arithmetic, unit_rows, with_float64, working_dtype
-from lightning_hsu.core.survey import Survey, survey_pairs
-from lightning_hsu.findings import finding
+from lightning_hsu._core import exact_arithmetic, unit_rows, with_float64, working_dtype
+from lightning_hsu._core.histogram import Survey, survey_pairs
+from lightning_hsu._monitor.measure import LayerUniformity, in_half_space, measure_neurons
+from lightning_hsu._monitor.text import finding
 from lightning_hsu.measures import Measure
-from lightning_hsu.monitor import LayerUniformity, in_half_space, measure_neurons
 
 BINS = 90
 """Parts of [0, 180] degrees in a histogram of angles."""

@@ -6,11 +6,11 @@ import math
 from collections.abc import Sequence
 from html import escape
 
-from lightning_hsu.core import expected_angles
-from lightning_hsu.findings import number
+from lightning_hsu._core import expected_angles
+from lightning_hsu._monitor.text import number
 from lightning_hsu.report.analysis import LayerReport
-from lightning_hsu.report.axes import Axis, figure, line, path, place, short, text
 from lightning_hsu.report.curves import random_singular_values
+from lightning_hsu.report.svg import Axis, figure, line, path, place, short, text
 
 _WIDTH, _HEIGHT = 360, 240
 _LEFT, _RIGHT, _TOP, _BOTTOM = 44.0, 352.0, 28.0, 204.0

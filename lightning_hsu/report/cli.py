@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from lightning_hsu import measures
-from lightning_hsu.findings import number
+from lightning_hsu._monitor.text import number
 from lightning_hsu.measures import Measure
+from lightning_hsu.report.build import Progress, Report, report
+from lightning_hsu.report.checkpoints import printable
 from lightning_hsu.report.comparison import Comparison, compare
-from lightning_hsu.report.files import printable
-from lightning_hsu.report.reports import Progress, Report, report
 from lightning_hsu.report.tables import comparison_table, pair_lines, report_table, show
 
 _FAILED, _BROKEN = 1, 2  # exit codes

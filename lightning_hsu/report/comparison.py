@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_hsu.core import unit_rows, with_float64
+from lightning_hsu._core import unit_rows, with_float64
+from lightning_hsu._neurons.select import Patterns
+from lightning_hsu._neurons.target import Target
 from lightning_hsu.measures import Measure
 from lightning_hsu.report.analysis import LayerReport
-from lightning_hsu.report.reports import Found, Progress, Report, Source, find_targets, look_at_all
+from lightning_hsu.report.build import Found, Progress, Report, Source, find_targets, look_at_all
 from lightning_hsu.report.tables import comparison_table, plain
-from lightning_hsu.selection import Patterns
-from lightning_hsu.targets import Target
 
 
 @dataclass(frozen=True, eq=False)

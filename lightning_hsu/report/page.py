@@ -6,8 +6,8 @@ import math
 from html import escape
 from typing import TYPE_CHECKING
 
-from lightning_hsu.findings import counted, number
-from lightning_hsu.monitor import in_half_space
+from lightning_hsu._monitor.measure import in_half_space
+from lightning_hsu._monitor.text import counted, number
 from lightning_hsu.report.analysis import LayerReport
 from lightning_hsu.report.charts import ratio_axis, ratio_chart
 from lightning_hsu.report.sections import breakable, layer_section
@@ -15,7 +15,7 @@ from lightning_hsu.report.style import STYLE
 from lightning_hsu.report.tables import shape_of
 
 if TYPE_CHECKING:
-    from lightning_hsu.report.reports import Report
+    from lightning_hsu.report.build import Report
 
 _COLUMNS = (  # name, classes; what is minor is left out on a phone
     ("layer", ""),

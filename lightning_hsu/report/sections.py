@@ -5,14 +5,14 @@ from __future__ import annotations
 from html import escape
 from typing import TYPE_CHECKING
 
-from lightning_hsu.findings import counted, number
+from lightning_hsu._monitor.text import counted, number
 from lightning_hsu.report.analysis import LayerReport, SimilarPair
 from lightning_hsu.report.charts import angle_chart, singular_chart
 from lightning_hsu.report.heatmap import data_address, heat_map_png
 from lightning_hsu.report.tables import shape_of
 
 if TYPE_CHECKING:
-    from lightning_hsu.report.reports import Report
+    from lightning_hsu.report.build import Report
 
 _LISTED = 20  # pairs, and dead neurons
 

@@ -6,16 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from lightning_hsu.findings import counted, number
-from lightning_hsu.monitor import LayerUniformity
-from lightning_hsu.selection import EXCLUDED, NOT_INCLUDED
+from lightning_hsu._monitor.measure import LayerUniformity
+from lightning_hsu._monitor.text import counted, number
+from lightning_hsu._neurons.select import EXCLUDED, NOT_INCLUDED
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from lightning_hsu.report.analysis import LayerReport
+    from lightning_hsu.report.build import Report
     from lightning_hsu.report.comparison import Comparison, LayerComparison
-    from lightning_hsu.report.reports import Report
 
 
 _STARRED = "* in full space, where opposite neurons are far apart"

@@ -1,0 +1,50 @@
+"""Numerics: pair sums over the sphere in closed form. Knows tensors only."""
+
+from lightning_hsu._core.autograd import PairEnergy
+from lightning_hsu._core.bounds import pair_bound
+from lightning_hsu._core.expectation import expected_angles, pair_expectation
+from lightning_hsu._core.kernel import FLOOR, Kernel, PairTerm
+from lightning_hsu._core.nearest import smallest_angle
+from lightning_hsu._core.oracle import oracle_energy
+from lightning_hsu._core.pairwise import pair_energy, pair_part, pair_rows
+from lightning_hsu._core.precision import (
+    exact_arithmetic,
+    lowered_products,
+    with_float64,
+    working_dtype,
+)
+from lightning_hsu._core.sphere import (
+    coincident,
+    parted,
+    seeded_noise,
+    takes_part,
+    tangent,
+    to_weights,
+    unit_rows,
+)
+
+__all__ = [
+    "FLOOR",
+    "Kernel",
+    "PairEnergy",
+    "PairTerm",
+    "coincident",
+    "exact_arithmetic",
+    "expected_angles",
+    "lowered_products",
+    "oracle_energy",
+    "pair_bound",
+    "pair_energy",
+    "pair_expectation",
+    "pair_part",
+    "pair_rows",
+    "parted",
+    "seeded_noise",
+    "smallest_angle",
+    "takes_part",
+    "tangent",
+    "to_weights",
+    "unit_rows",
+    "with_float64",
+    "working_dtype",
+]

@@ -1,0 +1,88 @@
+"""The largest two cosines of every neuron, in one launch for a stack of groups."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lightning_hsu._core.backend import exact_precision
+
+TILES = {"TILE": 64, "DEPTH": 16}
+WARPS = 4
+
+
+@triton.jit
+def largest_two(
+    x,
+    living,
+    first,
+    columns,
+    second,
+    n,
+    d,
+    HALF_SPACE: tl.constexpr,
+    EVERY: tl.constexpr,
+    PRECISION: tl.constexpr,
+    TILE: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    """Largest cosine of a tile of rows, its column, and the second largest; with all columns, or with later ones only."""
+    tiles = tl.cdiv(n, TILE)
+    group, top = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles * TILE
+    row, depth = top + tl.arange(0, TILE), tl.arange(0, DEPTH)
+    base, living = x + group * n * d, living + group * n
+    left = base + (row.to(tl.int64) * d)[:, None] + depth[None, :]
+    lives = tl.load(living + row, mask=row < n, other=0) != 0
+    best = tl.full((TILE,), float("-inf"), tl.float32)
+    next_best = tl.full((TILE,), float("-inf"), tl.float32)
+    place = tl.zeros((TILE,), tl.int32)
+
+    start = 0 if EVERY else top
+    for left_col in range(start, n, TILE):
+        col = left_col + tl.arange(0, TILE)
+        right = base + (col.to(tl.int64) * d)[None, :] + depth[:, None]
+        cosine = tl.zeros((TILE, TILE), tl.float32)
+        for k in range(0, d, DEPTH):
+            a = tl.load(left + k, mask=(row < n)[:, None] & (depth < d - k)[None, :], other=0.0)
+            b = tl.load(right + k, mask=(col < n)[None, :] & (depth < d - k)[:, None], other=0.0)
+            cosine = tl.dot(a, b, cosine, input_precision=PRECISION)
+        if HALF_SPACE:
+            cosine = tl.abs(cosine)
+        other = (row[:, None] != col[None, :]) if EVERY else (col[None, :] > row[:, None])
+        there = tl.load(living + col, mask=col < n, other=0) != 0
+        cosine = tl.where(other & lives[:, None] & there[None, :], cosine, float("-inf"))
+        largest, at = tl.max(cosine, 1, return_indices=True)
+        runner_up = tl.max(tl.where(tl.arange(0, TILE)[None, :] == at[:, None], float("-inf"), cosine), 1)
+        next_best = tl.maximum(tl.minimum(best, largest), tl.maximum(next_best, runner_up))
+        place = tl.where(largest > best, left_col + at, place)
+        best = tl.maximum(best, largest)
+
+    at = group * n + row
+    tl.store(first + at, best, mask=row < n)
+    tl.store(second + at, next_best, mask=row < n)
+    tl.store(columns + at, place, mask=row < n)
+
+
+def scan(x: Tensor, alive: Tensor, *, half_space: bool, every: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Largest cosine of every row, its column, and the second largest cosine; (b, n) each.
+
+    Each row is compared with all others where ``every`` counts, 2 n n d FLOP, and with later ones only where not: n n d.
+
+    Args:
+        x: Unit rows (b, n, d), float32.
+        alive: Rows that take part (b, n).
+        half_space: Take absolute values.
+        every: Compare with all columns, not only with later ones.
+    """
+    b, n, d = x.shape
+    first, second = x.new_empty(2, b, n)
+    columns = torch.empty(b, n, dtype=torch.int32, device=x.device)
+    grid = (triton.cdiv(n, TILES["TILE"]) * b,)
+    with torch.cuda.device_of(x):
+        largest_two[grid](
+            x.contiguous(), alive.contiguous(), first, columns, second, n, d, half_space, every, exact_precision(), **TILES,
+            num_warps=WARPS,
+        )  # fmt: skip
+    return first, columns.long(), second

@@ -1,0 +1,1 @@
+"""Pictures of a training, and how they get to the loggers."""

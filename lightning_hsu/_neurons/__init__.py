@@ -1,0 +1,1 @@
+"""From a model or a state dict to its sets of neurons."""

@@ -1,0 +1,217 @@
+"""A report on all layers of a model, a state dict or a file."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lightning_hsu._checks import check_count, check_number
+from lightning_hsu._neurons.select import Patterns, Skip, select
+from lightning_hsu._neurons.sharding import unwrapped
+from lightning_hsu._neurons.state_dict import stand_in
+from lightning_hsu._neurons.target import Target
+from lightning_hsu.measures import Measure, RieszEnergy
+from lightning_hsu.measures.base import check_measure
+from lightning_hsu.report.analysis import LayerReport, look_at
+from lightning_hsu.report.checkpoints import read_weights
+from lightning_hsu.report.page import report_page
+from lightning_hsu.report.tables import plain, report_table
+
+Source = nn.Module | Mapping[str, Tensor] | str | Path
+Progress = Callable[[str, float], None]
+"""Told the layer at work and the fraction of all work that is done."""
+
+
+@dataclass(frozen=True, eq=False)
+class Report:
+    """Every layer of a network beside random neurons; print it, or write it as a page or as JSON.
+
+    Args:
+        source: What was read: a file, or the class of a model.
+        measure: How layers were measured, but for those in full space.
+        similar_above: Cosine from which two neurons are near-duplicates.
+        layers: What is known of each, in the model's order.
+        skips: Weights that were left out, with the reason.
+    """
+
+    source: str
+    measure: Measure
+    similar_above: float
+    layers: tuple[LayerReport, ...]
+    skips: tuple[Skip, ...]
+
+    @property
+    def worst_ratio(self) -> float:
+        """The highest ratio of a layer, infinite where one is; NaN if none has one."""
+        return max((one.uniformity.ratio for one in self.layers if not math.isnan(one.uniformity.ratio)), default=math.nan)
+
+    def __str__(self) -> str:
+        """The table, in plain text."""
+        return plain(report_table(self))
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it but the heat maps, of lists, numbers, strings and None (for NaN) only."""
+        return {
+            "source": self.source,
+            "measure": repr(self.measure),
+            "similar_above": self.similar_above,
+            "layers": [_plain(one) for one in self.layers],
+            "skipped": [asdict(skip) | {"shape": list(skip.shape)} for skip in self.skips],
+        }
+
+    def to_html(self) -> str:
+        """A page of its own: no script, nothing to load."""
+        return report_page(self)
+
+    def to_json(self) -> str:
+        """:meth:`to_dict` as JSON."""
+        return json.dumps(self.to_dict(), indent=1, allow_nan=False)
+
+    def write_json(self, path: str | Path) -> None:
+        """Write :meth:`to_json` to a file."""
+        Path(path).write_text(self.to_json() + "\n", encoding="utf-8")
+
+    def write_html(self, path: str | Path) -> None:
+        """Write :meth:`to_html` to a file."""
+        Path(path).write_text(self.to_html(), encoding="utf-8")
+
+
+def report(
+    source: Source,
+    measure: Measure | None = None,
+    *,
+    include: Patterns = None,
+    exclude: Patterns = None,
+    head: str | None = "auto",
+    similar_above: float = 0.95,
+    keep: int = 100,
+    key: str | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """Look at the neurons of every layer of a network.
+
+    A model is read as training reads it, embeddings included and depthwise convolutions over all their channels. Of a
+    state dict and a file the layers are guessed by names and shapes (``stand_in``): groups of
+    convolutions are not known there. The head and layers of two neurons are measured in full space, where opposite is right.
+
+    Args:
+        source: A model, a state dict, or a file: Lightning's .ckpt, a state dict in .pt or .pth, .safetensors, TorchScript.
+            No code in a file is run.
+        measure: How to measure; None is the half-space Riesz energy with s = 2.
+        include: Patterns of layer names to take, shell style; None takes all.
+        exclude: Patterns of layer names to leave out.
+        head: The class head: "auto" is the last Linear, a name is that layer, None is no head.
+        similar_above: Cosine from which two neurons are near-duplicates, in (0, 1).
+        keep: How many of a layer's near-duplicate pairs to list.
+        key: Where in a file the state dict is; None finds it.
+        progress: Called with the layer's name and the fraction of the work that is done.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if a file holds no weights that can be read, or a pattern matches nothing.
+        TypeError: for a source or a measure of the wrong kind.
+
+    Example:
+        >>> import torch
+        >>> model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
+        >>> with torch.no_grad():
+        ...     _ = model[0].weight[7].copy_(2 * model[0].weight[3])
+        >>> found = report(model)
+        >>> [layer.finding.split(", ")[-1] for layer in found.layers]
+        ['1 near-duplicate pair', 'as random']
+        >>> found.layers[0].pairs
+        (SimilarPair(group=0, first=3, second=7, angle=0.0),)
+    """
+    return look_at_all(find_targets(source, include, exclude, head, key), measure, similar_above, keep, progress)
+
+
+def look_at_all(
+    found: Found, measure: Measure | None, similar_above: float, keep: int = 100, progress: Progress | None = None
+) -> Report:
+    """The report on what :func:`find_targets` found; other arguments as of :func:`report`."""
+    measure = RieszEnergy(s=2.0, half_space=True) if measure is None else measure
+    check_measure(measure)
+    check_count("keep", keep, 0)
+    check_number("similar_above", similar_above, "in (0, 1)", lambda x: 0 < x < 1)
+    work = [target.shape[0] * target.shape[1] ** 2 * target.shape[2] for target in found.targets]
+    layers, before = [], 0
+    for target, own in zip(found.targets, work, strict=True):
+
+        def done(part: float, name: str = target.name, before: int = before, own: int = own) -> None:
+            if progress is not None:
+                progress(name, (before + part * own) / sum(work))
+
+        done(0.0)
+        full_space = target.head or target.shape[1] == 2
+        chosen = measure.for_head() if full_space else measure
+        layers.append(look_at(target.name, target.neurons(), chosen, similar_above=similar_above, keep=keep, done=done))
+        done(1.0)
+        before += own
+    return Report(found.source, measure, similar_above, tuple(layers), tuple(found.skips))
+
+
+class Found(NamedTuple):
+    """Where the neurons of a source are.
+
+    Args:
+        source: What it is called.
+        targets: Its sets of neurons.
+        skips: Weights that are left out, with the reason.
+    """
+
+    source: str
+    targets: list[Target]
+    skips: list[Skip]
+
+
+def find_targets(source: Source, include: Patterns, exclude: Patterns, head: str | None, key: str | None) -> Found:
+    """Where the neurons of a source are; arguments as of :func:`report`."""
+    if isinstance(source, nn.Module) and not isinstance(source, torch.jit.ScriptModule):
+        model = unwrapped(source)
+        return Found(type(model).__name__, *select(model, include, exclude, head, everything=True))
+    if isinstance(source, nn.Module):
+        name, source = type(source).__name__, source.state_dict()
+    elif isinstance(source, (str, Path)):
+        name, source = str(source), read_weights(source, key)
+    elif isinstance(source, Mapping):
+        name = "state dict"
+    else:
+        raise TypeError(f"a report is on a model, a state dict or a file; got {type(source).__name__}")
+    asked = [include] if isinstance(include, str) else include
+    model, unnamed = stand_in(source, asked or ())
+    try:
+        targets, skips = select(model, include, exclude, head, everything=True)
+    except ValueError as error:
+        left_out = "".join(f"\n  {skip.name} {tuple(skip.shape)}: {skip.reason}" for skip in unnamed)
+        raise ValueError(f"{name}: {error}{left_out}") from error
+    return Found(name, targets, [*skips, *unnamed])
+
+
+def _plain(layer: LayerReport) -> dict[str, Any]:
+    """A layer in JSON's own types."""
+    numbers = asdict(layer.uniformity) | {
+        "measure": repr(layer.measure),
+        "similar": layer.similar,
+        "opposite": layer.opposite,
+        "pairs": [pair._asdict() for pair in layer.pairs],
+        "dead": layer.dead,
+        "dead_rows": layer.dead_rows,
+        "angles": layer.angles,
+        "singular_values": [round(value, 6) for value in layer.singular_values],
+        "edges": layer.edges,
+        "finding": layer.finding,
+    }
+    return {name: _finite(value) for name, value in numbers.items()}
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
