@@ -18,14 +18,25 @@ def docstring_lines(tree: ast.Module) -> set[int]:
     """Numbers of the lines that belong to docstrings, of attributes too."""
     lines: set[int] = set()
     for node in ast.walk(tree):
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+        if (
+            isinstance(node, ast.Expr)
+            and isinstance(node.value, ast.Constant)
+            and isinstance(node.value.value, str)
+        ):
             lines |= set(range(node.lineno, node.end_lineno + 1))
     return lines
 
 
 def code_lines(source: str, tree: ast.Module) -> int:
     """Lines with code: no docstrings, comments or blanks."""
-    quiet = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
+    quiet = {
+        tokenize.COMMENT,
+        tokenize.NL,
+        tokenize.NEWLINE,
+        tokenize.INDENT,
+        tokenize.DEDENT,
+        tokenize.ENDMARKER,
+    }
     lines: set[int] = set()
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type not in quiet:
@@ -67,7 +78,9 @@ def main() -> int:
     for name, limit in PER_THOUSAND.items():
         rate = 1000.0 * total[name] / total["code lines"]
         bad |= rate > limit
-        print(f"{name} per 1,000 of {total['code lines']:,} code lines: {rate:.1f} (at most {limit:g})")
+        print(
+            f"{name} per 1,000 of {total['code lines']:,} code lines: {rate:.1f} (at most {limit:g})"
+        )
     percent = 100.0 * total["long"] / total["lines"]
     bad |= percent > LONG_PERCENT
     print(f"lines over {LONG} characters: {percent:.1f} % (at most {LONG_PERCENT:g} %)")

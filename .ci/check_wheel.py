@@ -13,6 +13,8 @@ assert "site-packages" in lightning_hsu.__file__
 assert lightning_hsu.__version__ == version("lightning-hsu")
 model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
 model(torch.ones(2, 4)).sum().backward()
-lightning_hsu.UniformityRegularizer().attach(model).add_gradients(torch.optim.SGD(model.parameters(), lr=0.1))
+lightning_hsu.UniformityRegularizer().attach(model).add_gradients(
+    torch.optim.SGD(model.parameters(), lr=0.1)
+)
 lightning_hsu.HypersphericalUniformity()
 print(f"lightning-hsu {version('lightning-hsu')} imports and runs from its wheel")

@@ -23,7 +23,9 @@ from lightning_hsu._core.near import NEAR
 from lightning_hsu._core.triton import launch, pairs, scalars, topk
 
 CHIPS = {80: 163, 90: 227}  # KiB of shared memory that a program may have
-FORMULAS = sorted({*scalars.SPECIAL.values(), *scalars.GENERAL.values()}, key=lambda scalar: scalar.__name__)
+FORMULAS = sorted(
+    {*scalars.SPECIAL.values(), *scalars.GENERAL.values()}, key=lambda scalar: scalar.__name__
+)
 POINTERS = {
     "groups": "*i64", "tiles": "*i32", "blocks": "*i32", "alive": "*i32", "near_tiles": "*i32", "columns": "*i32",
     "numbers": "*fp64", "living": "*i1", "number": "fp32", "n": "i32", "d": "i32",
@@ -43,26 +45,49 @@ def cases() -> Iterator[Case]:
         yield f"products {precision}", pairs.products, ways, launch.WARPS
         for scalar in FORMULAS if precision == "tf32x3" else [scalars.chordal_two]:
             for half in (False, True):
-                ways = {"KERNEL": scalar, "HALF_SPACE": half, "ENERGY": "gaussian" in scalar.__name__, "NEAR": NEAR}
+                ways = {
+                    "KERNEL": scalar,
+                    "HALF_SPACE": half,
+                    "ENERGY": "gaussian" in scalar.__name__,
+                    "NEAR": NEAR,
+                }
                 label = f"pair_slopes {precision} {scalar.__name__}{', half space' if half else ''}"
-                yield label, pairs.pair_slopes, {**ways, "PRECISION": precision, **tile}, launch.WARPS
+                yield (
+                    label,
+                    pairs.pair_slopes,
+                    {**ways, "PRECISION": precision, **tile},
+                    launch.WARPS,
+                )
     for every in (False, True):
         ways = {"HALF_SPACE": True, "EVERY": every, "PRECISION": "tf32x3", **topk.TILES}
         yield f"largest_two{', every' if every else ''}", topk.largest_two, ways, topk.WARPS
 
 
-def resources(kernel: Any, constants: dict[str, Any], warps: int, chip: int) -> tuple[int, int, float]:
+def resources(
+    kernel: Any, constants: dict[str, Any], warps: int, chip: int
+) -> tuple[int, int, float]:
     """Registers of a thread, bytes of its stack (what is spilled lies there), KiB of shared memory."""
-    signature = {name: "constexpr" if name in constants else POINTERS.get(name, "*fp32") for name in kernel.arg_names}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind.startswith("*")}
+    signature = {
+        name: "constexpr" if name in constants else POINTERS.get(name, "*fp32")
+        for name in kernel.arg_names
+    }
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, kind in enumerate(signature.values())
+        if kind.startswith("*")
+    }
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
     done = triton.compile(source, target=GPUTarget("cuda", chip, 32), options={"num_warps": warps})
     with tempfile.NamedTemporaryFile(suffix=".cubin") as binary:
         binary.write(done.asm["cubin"])
         binary.flush()
         tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-        report = subprocess.run([tool, "--dump-resource-usage", binary.name], capture_output=True, text=True, check=True).stdout
-    registers, stack, local = (int(re.findall(rf"{name}:(\d+)", report)[0]) for name in ("REG", "STACK", "LOCAL"))
+        report = subprocess.run(
+            [tool, "--dump-resource-usage", binary.name], capture_output=True, text=True, check=True
+        ).stdout
+    registers, stack, local = (
+        int(re.findall(rf"{name}:(\d+)", report)[0]) for name in ("REG", "STACK", "LOCAL")
+    )
     return registers, stack + local, done.metadata.shared / 1024
 
 
@@ -70,7 +95,9 @@ def main() -> int:
     """Print the table; 1 where a kernel spills or asks for more shared memory than there is."""
     warnings.filterwarnings("ignore")
     bad = 0
-    print(f"Triton {triton.__version__}\n{'kernel':46s} chip  warps  registers  spilled  shared KiB")
+    print(
+        f"Triton {triton.__version__}\n{'kernel':46s} chip  warps  registers  spilled  shared KiB"
+    )
     for label, kernel, constants, warps in cases():
         for chip, most in CHIPS.items():
             registers, spilled, shared = resources(kernel, constants, warps, chip)

@@ -31,7 +31,12 @@ from lightning_hsu.measures import (
 )
 
 FULL, HALF = RieszEnergy(s=2.0), RieszEnergy(s=2.0, half_space=True)
-GOALS = {"ResNet-18": (2.0, 3.0), "ResNet-50": (2.5, 4.5), "ViT-B/16": (3.0, 6.0), "GPT-2 small": (3.0, 6.0)}
+GOALS = {
+    "ResNet-18": (2.0, 3.0),
+    "ResNet-50": (2.5, 4.5),
+    "ViT-B/16": (3.0, 6.0),
+    "GPT-2 small": (3.0, 6.0),
+}
 WORKSPACE = {"ResNet-50": 24.0, "GPT-2 small": 128.0, "an embedding of 50257 x 768": 512.0}
 Row = tuple[str, dict[str, float], str]  # what, the quotients, the goal
 
@@ -62,21 +67,40 @@ def single_layers(quick: bool) -> Iterator[Row]:
     shapes = [(256, 128)] if quick else [(2304, 768), (3072, 768), (2048, 1024)]
     for n, d in shapes:
         w = torch.randn(n, d)
-        rivals = {"ours": gradient_of(FULL, w), "half": gradient_of(HALF, w), "product": lambda w=w: torch.mm(w, w.T)}
+        rivals = {
+            "ours": gradient_of(FULL, w),
+            "half": gradient_of(HALF, w),
+            "product": lambda w=w: torch.mm(w, w.T),
+        }
         times = rounds_of(rivals, 3 if quick else 9)
-        yield f"{n} x {d}, full space, over the floor", quotient(times, "ours", "product", 1.5), "<= 1.25"
-        yield f"{n} x {d}, half space, over the floor", quotient(times, "half", "product", 1.5), "<= 1.25"
+        yield (
+            f"{n} x {d}, full space, over the floor",
+            quotient(times, "ours", "product", 1.5),
+            "<= 1.25",
+        )
+        yield (
+            f"{n} x {d}, half space, over the floor",
+            quotient(times, "half", "product", 1.5),
+            "<= 1.25",
+        )
     n, d = (256, 128) if quick else (2304, 768)
     w = torch.randn(n, d)
     rivals = {"ours": gradient_of(HALF, w), "peer": lambda: peers.gradient(peers.half_mhe, w)}
-    yield f"{n} x {d}, half space, `half_mhe` over ours", quotient(rounds_of(rivals, 3), "peer", "ours"), ">= 15"
+    yield (
+        f"{n} x {d}, half space, `half_mhe` over ours",
+        quotient(rounds_of(rivals, 3), "peer", "ours"),
+        ">= 15",
+    )
 
 
 def small_layers(quick: bool) -> Iterator[Row]:
     """Layers of 64 x 576, which a model has many of: alone, and as the engine takes them, those of one shape together."""
     for count in (1, 8):
         w = torch.randn(count, 64, 576)
-        rivals = {"ours": gradient_of(FULL, w), "peer": lambda w=w: [peers.gradient(peers.wo, one) for one in w]}
+        rivals = {
+            "ours": gradient_of(FULL, w),
+            "peer": lambda w=w: [peers.gradient(peers.wo, one) for one in w],
+        }
         times = rounds_of(rivals, 5 if quick else 101)
         yield f"{count} of 64 x 576, `wo` over ours", quotient(times, "peer", "ours"), ">= 2.5"
 
@@ -84,10 +108,16 @@ def small_layers(quick: bool) -> Iterator[Row]:
 def models(quick: bool) -> Iterator[Row]:
     """Every layer of a model, from the weights to the sum in `.grad`; the peer layer by layer, each freed before the next."""
     for name, shapes in MODELS.items():
-        times = rounds_of(of_a_model(Layers(shapes()[:4] if quick else shapes())), 1 if quick else 5)
+        times = rounds_of(
+            of_a_model(Layers(shapes()[:4] if quick else shapes())), 1 if quick else 5
+        )
         exact, lowered = GOALS[name]
         yield f"{name}, `wo` over ours", quotient(times, "peer", "ours"), f">= {exact:g}"
-        yield f"{name}, `wo` over ours, bfloat16 products", quotient(times, "peer", "lowered"), f">= {lowered:g}"
+        yield (
+            f"{name}, `wo` over ours, bfloat16 products",
+            quotient(times, "peer", "lowered"),
+            f">= {lowered:g}",
+        )
         yield f"{name}, `wo` over ours in half space", quotient(times, "peer", "half"), ""
         yield f"{name}, over the floor", quotient(times, "ours", "product", 1.5), ""
 
@@ -95,7 +125,9 @@ def models(quick: bool) -> Iterator[Row]:
 def of_a_model(model: Layers) -> dict[str, Callable[[], object]]:
     """The engine with both kinds of space, the peer and the products."""
     optimizer, weights = torch.optim.SGD(model.parameters(), lr=1e-9), list(model.parameters())
-    full, half = (UniformityRegularizer(measure, head=None).attach(model) for measure in (FULL, HALF))
+    full, half = (
+        UniformityRegularizer(measure, head=None).attach(model) for measure in (FULL, HALF)
+    )
     lowered = UniformityRegularizer(FULL, head=None, matmul_precision="medium").attach(model)
     return {
         "ours": lambda: full.add_gradients(optimizer),
@@ -112,12 +144,22 @@ def near_pairs(quick: bool) -> Iterator[Row]:
     far = torch.randn(n, d)
     near = far.clone()
     near[-64:] = far[:64] + 1e-3 * torch.randn(64, d)
-    times = rounds_of({"far": gradient_of(FULL, far), "near": gradient_of(FULL, near)}, 3 if quick else 15)
+    times = rounds_of(
+        {"far": gradient_of(FULL, far), "near": gradient_of(FULL, near)}, 3 if quick else 15
+    )
     yield f"{n} x {d}, 64 near pairs over none", quotient(times, "near", "far"), "<= 1.03"
     asked = torch.randn(min(256, n), n)
-    times = rounds_of({"far": gradient_of(FULL, far), "look": lambda: asked.aminmax()}, 3 if quick else 15)
-    looks = -(-n // 256) / 2  # panels of the upper triangle, each half as long as the first on average
-    yield f"{n} x {d}, looking for near pairs where none is, share", quotient(times, "look", "far", 1.0 / looks), "<= 0.01"
+    times = rounds_of(
+        {"far": gradient_of(FULL, far), "look": lambda: asked.aminmax()}, 3 if quick else 15
+    )
+    looks = (
+        -(-n // 256) / 2
+    )  # panels of the upper triangle, each half as long as the first on average
+    yield (
+        f"{n} x {d}, looking for near pairs where none is, share",
+        quotient(times, "look", "far", 1.0 / looks),
+        "<= 0.01",
+    )
 
 
 def accuracy(quick: bool) -> Iterator[Row]:
@@ -130,7 +172,11 @@ def accuracy(quick: bool) -> Iterator[Row]:
         yield f"{n} x {d}, 64 pairs at a chord of {chord:g}, error", error_of(FULL, near), "<= 1e-6"
     with lowered_products(True):
         for measure, space in ((FULL, "full"), (HALF, "half")):
-            yield f"{n} x {d}, bfloat16 products, {space} space, error", error_of(measure, w), "<= 2e-3"
+            yield (
+                f"{n} x {d}, bfloat16 products, {space} space, error",
+                error_of(measure, w),
+                "<= 2e-3",
+            )
 
 
 def error_of(measure: Measure, w: Tensor) -> dict[str, float]:
@@ -155,18 +201,37 @@ def members(quick: bool) -> Iterator[Row]:
         (GramDeterminant(), 1.5 + n / d / 2, "3 n n d + n n n in float64"),
     ]
     for measure, units, floor in floors:
-        x = w.double() if "float64" in floor else w  # in float32 its gradient is off by 16 % where chords are 1e-3
-        times = rounds_of({"ours": gradient_of(measure, w), "product": lambda x=x: torch.mm(x, x.T)}, 3 if quick else 5)
-        yield f"{n} x {d}, {short(measure)}, over {floor}", quotient(times, "ours", "product", units), "<= 2"
-    times = rounds_of({"ours": gradient_of(ResultantLength(), w), "pass": lambda: torch.mul(w, w)}, 5 if quick else 201)
+        x = (
+            w.double() if "float64" in floor else w
+        )  # in float32 its gradient is off by 16 % where chords are 1e-3
+        times = rounds_of(
+            {"ours": gradient_of(measure, w), "product": lambda x=x: torch.mm(x, x.T)},
+            3 if quick else 5,
+        )
+        yield (
+            f"{n} x {d}, {short(measure)}, over {floor}",
+            quotient(times, "ours", "product", units),
+            "<= 2",
+        )
+    times = rounds_of(
+        {"ours": gradient_of(ResultantLength(), w), "pass": lambda: torch.mul(w, w)},
+        5 if quick else 201,
+    )
     yield f"{n} x {d}, ResultantLength, over 4 passes", quotient(times, "ours", "pass", 4.0), "<= 2"
     n, d = (256, 128) if quick else (2304, 768)
     plain = torch.randn(n, d)
     w = nn.Parameter(plain)
     for measure in (FULL, HALF):
-        times = rounds_of({"ours": energy_of(measure, w), "product": lambda w=plain: torch.mm(w, w.T)}, 3 if quick else 9)
+        times = rounds_of(
+            {"ours": energy_of(measure, w), "product": lambda w=plain: torch.mm(w, w.T)},
+            3 if quick else 9,
+        )
         space = "half" if measure is HALF else "full"
-        yield f"{n} x {d}, {space} space, energy alone, over n n d", quotient(times, "ours", "product", 0.5), "<= 2"
+        yield (
+            f"{n} x {d}, {space} space, energy alone, over n n d",
+            quotient(times, "ours", "product", 0.5),
+            "<= 2",
+        )
 
 
 def energy_of(measure: Measure, w: Tensor) -> Callable[[], Tensor]:
@@ -184,7 +249,11 @@ def workspace(quick: bool) -> Iterator[Row]:
     for name, goal in WORKSPACE.items():
         if not quick:
             mib = peak_mib("benchmarks.core", "--workspace", name)
-            yield f"{name}, MiB beside `.grad`", {"min": mib, "median": mib, "max": mib}, f"<= {goal:g}"
+            yield (
+                f"{name}, MiB beside `.grad`",
+                {"min": mib, "median": mib, "max": mib},
+                f"<= {goal:g}",
+            )
 
 
 def measure_workspace(name: str) -> None:
@@ -195,7 +264,9 @@ def measure_workspace(name: str) -> None:
     regularizer = UniformityRegularizer(FULL, head=None, sample_above=None).attach(model)
     small = nn.Linear(64, 64)
     small.weight.grad = torch.zeros_like(small.weight)
-    UniformityRegularizer(FULL, head=None).attach(small).add_gradients(torch.optim.SGD(small.parameters(), lr=1e-9))
+    UniformityRegularizer(FULL, head=None).attach(small).add_gradients(
+        torch.optim.SGD(small.parameters(), lr=1e-9)
+    )
     before = resident_mib()
     regularizer.add_gradients(optimizer)
     print(round(resident_mib() - before, 1))
@@ -210,7 +281,11 @@ def met(values: dict[str, float], goal: str) -> str:
         return ""
     sign, number = goal.split()
     median = values["median"]
-    return "met" if (median <= float(number) if sign == "<=" else median >= float(number)) else "missed"
+    return (
+        "met"
+        if (median <= float(number) if sign == "<=" else median >= float(number))
+        else "missed"
+    )
 
 
 def main() -> None:

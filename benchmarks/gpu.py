@@ -24,7 +24,8 @@ from benchmarks import peers
 from benchmarks.shapes import MODELS, Shapes
 from benchmarks.timing import save, spread
 from lightning_hsu import UniformityRegularizer
-from lightning_hsu._core.foreach import GradientUpdate, add_pair_gradients
+from lightning_hsu._core.foreach import add_pair_gradients
+from lightning_hsu._core.updates import GradientUpdate
 from lightning_hsu.measures import RieszEnergy
 
 MEASURE = RieszEnergy(s=2.0)
@@ -48,7 +49,9 @@ def rows_of(name: str, n: int, d: int) -> int:
         return TOKENS[name]
     if n == 1000:
         return 256
-    width = n // 4 if name == "ResNet-50" and d < n else n  # the last convolution of a bottleneck is four times as wide
+    width = (
+        n // 4 if name == "ResNet-50" and d < n else n
+    )  # the last convolution of a bottleneck is four times as wide
     side = 112 if d == 147 else 56 * 64 // width
     return 256 * side * side
 
@@ -171,8 +174,14 @@ def difference() -> dict[str, object]:
     outs: dict[str, Tensor] = {}
     for name in ("triton", "torch"):
         outs[name] = torch.zeros_like(w)
-        with_backend(name, lambda out=outs[name]: add_pair_gradients([GradientUpdate(w, out, 1.0)], term))()
-    return {"triton from torch, relative": float((outs["triton"] - outs["torch"]).norm() / outs["torch"].norm())}
+        with_backend(
+            name, lambda out=outs[name]: add_pair_gradients([GradientUpdate(w, out, 1.0)], term)
+        )()
+    return {
+        "triton from torch, relative": float(
+            (outs["triton"] - outs["torch"]).norm() / outs["torch"].norm()
+        )
+    }
 
 
 def machine() -> dict[str, str]:
@@ -203,10 +212,18 @@ def main() -> int:
         print(lack, file=sys.stderr)
         return 2
     torch.manual_seed(0)
-    result: dict[str, object] = {"machine": machine(), "step": " ".join((__doc__ or "").split()), "back ends": difference()}
+    result: dict[str, object] = {
+        "machine": machine(),
+        "step": " ".join((__doc__ or "").split()),
+        "back ends": difference(),
+    }
     print(*result.values(), sep="\n", flush=True)
     for name, shapes in MODELS.items():
-        rows = of_a_model(name, shapes()[:4] if arguments.quick else shapes(), 1 if arguments.quick else arguments.rounds)
+        rows = of_a_model(
+            name,
+            shapes()[:4] if arguments.quick else shapes(),
+            1 if arguments.quick else arguments.rounds,
+        )
         result[name] = rows
         show(name, rows)
     shape = (3001, 768) if arguments.quick else EMBEDDING

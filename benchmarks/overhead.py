@@ -97,14 +97,20 @@ def one_training(turns: Turns, steps: int) -> dict[str, float]:
         log_every_n_steps=10**9,
     )
     trainer.fit(Deep(), DataLoader(TensorDataset(torch.randn(16 * steps, 16)), batch_size=16))
-    return {name: statistics.median(times[len(times) // 10 :]) for name, times in turns.times.items()}
+    return {
+        name: statistics.median(times[len(times) // 10 :]) for name, times in turns.times.items()
+    }
 
 
 def one_round(steps: int) -> dict[str, float]:
     """The monitor and the penalty, each in a training of its own: a longer step leaves the caches different."""
     monitor = Inside()
-    watched = one_training(Turns({"without": [], "empty": [pl.Callback()], "monitor": [monitor]}), steps)
-    inside = statistics.median(map(sum, zip(monitor.before[-steps // 5 :], monitor.after[-steps // 5 :], strict=True)))
+    watched = one_training(
+        Turns({"without": [], "empty": [pl.Callback()], "monitor": [monitor]}), steps
+    )
+    inside = statistics.median(
+        map(sum, zip(monitor.before[-steps // 5 :], monitor.after[-steps // 5 :], strict=True))
+    )
     penalty = HypersphericalUniformity(coefficient=1e-3, verbose=False)
     penalised = one_training(Turns({"without": [], "penalty": [penalty]}), steps)
     return {
@@ -131,7 +137,9 @@ class Drawing:
     """Ten layers of 256 neurons and, after each step, a set of figures, timed: three PNG files."""
 
     def __init__(self, folder: str) -> None:
-        self.drawn = HypersphericalUniformity(coefficient=1e-3, figures_every_n_steps=1, verbose=False)
+        self.drawn = HypersphericalUniformity(
+            coefficient=1e-3, figures_every_n_steps=1, verbose=False
+        )
         self.folder, self.times = folder, list[float]()
         show = self.drawn._chronicle.gallery.show
         self.drawn._chronicle.gallery.show = partial(self.timed, show)
@@ -146,7 +154,12 @@ class Drawing:
         """Draw so many sets."""
         model = Deep()
         model.net = nn.Sequential(*(nn.Linear(256, 256) for _ in range(10)))
-        settings = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+        settings = {
+            "logger": False,
+            "enable_checkpointing": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+        }
         trainer = pl.Trainer(
             accelerator="cpu",
             max_steps=steps,
@@ -163,7 +176,9 @@ def one_set_of_figures(sets: int = 8) -> float:
     with tempfile.TemporaryDirectory() as folder:
         drawing = Drawing(folder)
         drawing.train(sets)
-        return statistics.median([one for one in drawing.times if one > 1][1:])  # the end of fit finds its set drawn
+        return statistics.median(
+            [one for one in drawing.times if one > 1][1:]
+        )  # the end of fit finds its set drawn
 
 
 def main() -> None:

@@ -38,4 +38,9 @@ def gpt2_small() -> Shapes:
     return [(2304, 768), (768, 768), (3072, 768), (768, 3072)] * 12
 
 
-MODELS = {"ResNet-18": resnet18, "ResNet-50": resnet50, "ViT-B/16": vit_b_16, "GPT-2 small": gpt2_small}
+MODELS = {
+    "ResNet-18": resnet18,
+    "ResNet-50": resnet50,
+    "ViT-B/16": vit_b_16,
+    "GPT-2 small": gpt2_small,
+}

@@ -30,20 +30,31 @@ def rounds_of(rivals: Mapping[str, Callable[[], object]], rounds: int) -> dict[s
     return times
 
 
-def quotient(times: Mapping[str, list[float]], over: str, under: str, factor: float = 1.0) -> dict[str, float]:
+def quotient(
+    times: Mapping[str, list[float]], over: str, under: str, factor: float = 1.0
+) -> dict[str, float]:
     """Smallest, median and largest of ``times[over] / (factor * times[under])`` over the rounds."""
     return spread([a / (factor * b) for a, b in zip(times[over], times[under], strict=True)])
 
 
 def spread(values: list[float]) -> dict[str, float]:
     """Smallest, median and largest."""
-    return {"min": round(min(values), 4), "median": round(statistics.median(values), 4), "max": round(max(values), 4)}
+    return {
+        "min": round(min(values), 4),
+        "median": round(statistics.median(values), 4),
+        "max": round(max(values), 4),
+    }
 
 
 def machine() -> str:
     """Where this runs."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
-    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    lines = (
+        Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
+    )
+    name = next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
+        platform.machine(),
+    )
     return f"{name}, {torch.get_num_threads()} thread, Python {platform.python_version()}, torch {torch.__version__}"
 
 
@@ -57,12 +68,19 @@ def peak_mib(module: str, *arguments: str) -> float:
     """What ``python -m module arguments`` prints last: MiB, measured in a process of its own."""
     root = Path(__file__).parents[1]
     done = subprocess.run(
-        [sys.executable, "-m", module, *arguments], cwd=root, env=os.environ, capture_output=True, text=True, check=True
+        [sys.executable, "-m", module, *arguments],
+        cwd=root,
+        env=os.environ,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     return float(done.stdout.split()[-1])
 
 
 def resident_mib() -> float:
     """The most memory that this process has had so far."""
-    status = Path("/proc/self/status").read_text()  # ru_maxrss would be that of the parent, if it had more
+    status = Path(
+        "/proc/self/status"
+    ).read_text()  # ru_maxrss would be that of the parent, if it had more
     return int(status.partition("VmHWM:")[2].split()[0]) / 1024

@@ -31,7 +31,10 @@ def main() -> int:
     args = _arguments()
     try:
         plan, tuning, testing = _plan(args)
-        wanted = {cell: running.asked(cell, tuning, testing) for cell in sorted(plan, key=lambda cell: cell.setting.data)}
+        wanted = {
+            cell: running.asked(cell, tuning, testing)
+            for cell in sorted(plan, key=lambda cell: cell.setting.data)
+        }
     except MissingDataError as error:
         print(error, file=sys.stderr)
         return 2
@@ -46,7 +49,11 @@ def main() -> int:
     print(f"{len(plan)} cells, {len(plan) - len(left)} done before; results in {folder}")
     if not args.tables:
         _run(left, tuning, testing, folder, args.jobs, args.minutes)
-    done = [running.read(folder / f"{cell.name}.json") for cell in plan if running.kept(folder, cell, wanted[cell])]
+    done = [
+        running.read(folder / f"{cell.name}.json")
+        for cell in plan
+        if running.kept(folder, cell, wanted[cell])
+    ]
     target = RESULTS if args.commit else Path(args.out)
     if done:
         pictured = write(done, len(plan), target)
@@ -59,16 +66,34 @@ def main() -> int:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m evidence", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="a few tiny cells, to see that all of it works")
-    parser.add_argument("--data", help="compare on data of yours: a folder with idx files or one .npz")
-    parser.add_argument("--tables", action="store_true", help="run nothing, write the tables of what is there")
+    parser.add_argument(
+        "--quick", action="store_true", help="a few tiny cells, to see that all of it works"
+    )
+    parser.add_argument(
+        "--data", help="compare on data of yours: a folder with idx files or one .npz"
+    )
+    parser.add_argument(
+        "--tables", action="store_true", help="run nothing, write the tables of what is there"
+    )
     parser.add_argument("--only", help="cells whose names contain this")
     parser.add_argument("--list", action="store_true", help="print the cells and stop")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes, one core each")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no cell after so long")
-    parser.add_argument("--commit", action="store_true", help="write into evidence/results and the README")
-    parser.add_argument("--resume-committed", action="store_true", help="take cells from evidence/results/cells.json, too")
-    parser.add_argument("--out", help="folder for results; the same folder goes on where a run was ended")
+    parser.add_argument(
+        "--jobs", type=int, default=os.cpu_count() or 1, help="processes, one core each"
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=float("inf"), help="start no cell after so long"
+    )
+    parser.add_argument(
+        "--commit", action="store_true", help="write into evidence/results and the README"
+    )
+    parser.add_argument(
+        "--resume-committed",
+        action="store_true",
+        help="take cells from evidence/results/cells.json, too",
+    )
+    parser.add_argument(
+        "--out", help="folder for results; the same folder goes on where a run was ended"
+    )
     args = parser.parse_args()
     if args.quick and args.data:
         parser.error("--quick has data of its own: leave out --data")
@@ -77,7 +102,9 @@ def _arguments() -> argparse.Namespace:
     if args.jobs < 1:
         parser.error("--jobs is 1 or more")
     args.out = args.out or str(
-        OUT if not (args.quick or args.data) else OUT.with_name("evidence-quick" if args.quick else "evidence-own")
+        OUT
+        if not (args.quick or args.data)
+        else OUT.with_name("evidence-quick" if args.quick else "evidence-own")
     )
     return args
 
@@ -86,7 +113,12 @@ def _plan(args: argparse.Namespace) -> tuple[list[Cell], Sequence[int], Sequence
     """The cells, the seeds to tune on and the seeds to test on."""
     if args.quick:
         base = Setting("digits", 200, 4, held_out=200)
-        settings = [base, replace(base, scale=0.3), replace(base, depth=4), replace(base, imbalance=20.0)]
+        settings = [
+            base,
+            replace(base, scale=0.3),
+            replace(base, depth=4),
+            replace(base, imbalance=20.0),
+        ]
         names = ("decay", "half_mhe_2", "orthogonality", "share")
         found = [Cell(one, METHODS[name]) for one in settings for name in names]
         return _chosen(found, args.only), TUNING_SEEDS[:2], TEST_SEEDS[:3]
@@ -97,7 +129,9 @@ def _plan(args: argparse.Namespace) -> tuple[list[Cell], Sequence[int], Sequence
                 f"{data.title} has {pool} training images; {2 * BATCH} are the least that can be compared on."
             )
         base = Setting(args.data, min(1000, pool // 2), 30, held_out=min(2000, pool // 4))
-        found = [Cell(replace(base, scale=scale), METHODS[name]) for scale in SCALES for name in CORE]
+        found = [
+            Cell(replace(base, scale=scale), METHODS[name]) for scale in SCALES for name in CORE
+        ]
     else:
         found = cells()
     return _chosen(found, args.only), TUNING_SEEDS, TEST_SEEDS
@@ -111,7 +145,14 @@ def _chosen(cells: Sequence[Cell], only: str | None) -> list[Cell]:
     return found
 
 
-def _run(left: Sequence[Cell], tuning: Sequence[int], testing: Sequence[int], folder: Path, jobs: int, minutes: float) -> None:
+def _run(
+    left: Sequence[Cell],
+    tuning: Sequence[int],
+    testing: Sequence[int],
+    folder: Path,
+    jobs: int,
+    minutes: float,
+) -> None:
     """Run cells, each on one core, and save each as it ends; one that fails is told and does not end the others."""
     start, waiting = time.monotonic(), list(left)
     context = multiprocessing.get_context("spawn")

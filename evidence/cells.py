@@ -33,8 +33,19 @@ def asked(cell: Cell, tuning: Sequence[int], testing: Sequence[int]) -> Result:
     if cell.setting.data not in NAMED:  # a folder, whose content may change under its name
         setting["content"] = _load(cell.setting.data).digest
     measure = repr(cell.method.measure) if cell.method.measure else None
-    method = {"name": cell.method.name, "measure": measure, "apply": cell.method.apply, "share": repr(cell.method.share)}
-    return {"setting": setting, "method": method, "trials": trials, "tuning": list(tuning), "testing": list(testing)}
+    method = {
+        "name": cell.method.name,
+        "measure": measure,
+        "apply": cell.method.apply,
+        "share": repr(cell.method.share),
+    }
+    return {
+        "setting": setting,
+        "method": method,
+        "trials": trials,
+        "tuning": list(tuning),
+        "testing": list(testing),
+    }
 
 
 def run(cell: Cell, tuning: Sequence[int], testing: Sequence[int]) -> Result:
@@ -54,7 +65,10 @@ def run(cell: Cell, tuning: Sequence[int], testing: Sequence[int]) -> Result:
         "edges": edges(trials, trials[chosen]),
         **_told(tested),
         "seconds": round(time.perf_counter() - start, 1),
-        "versions": {"lightning_hsu": lightning_hsu.__version__, "torch": torch.__version__.split("+")[0]},
+        "versions": {
+            "lightning_hsu": lightning_hsu.__version__,
+            "torch": torch.__version__.split("+")[0],
+        },
         "machine": platform.machine(),
     }
 

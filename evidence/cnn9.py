@@ -57,14 +57,20 @@ class CNN9(pl.LightningModule):
         rate: Learning rate at first.
     """
 
-    def __init__(self, shape: Sequence[int], classes: int, steps: int, width: int = 64, rate: float = RATE) -> None:
+    def __init__(
+        self, shape: Sequence[int], classes: int, steps: int, width: int = 64, rate: float = RATE
+    ) -> None:
         super().__init__()
         self.steps, self.rate, self.history = steps, rate, list[float]()
         channels, height, sides = shape[0], shape[1], shape[2]
         layers: list[nn.Module] = []
         for block in (width, 2 * width, 4 * width):
             for _ in range(3):
-                layers += [nn.Conv2d(channels, block, 3, padding=1, bias=False), nn.BatchNorm2d(block, eps=1e-3), nn.ReLU()]
+                layers += [
+                    nn.Conv2d(channels, block, 3, padding=1, bias=False),
+                    nn.BatchNorm2d(block, eps=1e-3),
+                    nn.ReLU(),
+                ]
                 channels = block
             layers, height, sides = [*layers, nn.MaxPool2d(2)], height // 2, sides // 2
         self.features = nn.Sequential(*layers)
@@ -105,15 +111,21 @@ class CNN9(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """SGD, and three drops of its rate."""
-        optimizer = torch.optim.SGD(self.parameters(), lr=self.rate, momentum=0.9, weight_decay=DECAY)
-        schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [round(part * self.steps) for part in DROPS])
+        optimizer = torch.optim.SGD(
+            self.parameters(), lr=self.rate, momentum=0.9, weight_decay=DECAY
+        )
+        schedule = torch.optim.lr_scheduler.MultiStepLR(
+            optimizer, [round(part * self.steps) for part in DROPS]
+        )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
 def bounded_cross_entropy(scores: Tensor, labels: Tensor) -> Tensor:
     """Mean cross entropy of scores (batch, classes), with smoothed labels, of probabilities + 1e-4: never above 9.21."""
     likelihood = (scores.float().softmax(1) + FLOOR).log()
-    return nn.functional.nll_loss(likelihood, labels) * (1 - SMOOTHING) - SMOOTHING * likelihood.mean()
+    return (
+        nn.functional.nll_loss(likelihood, labels) * (1 - SMOOTHING) - SMOOTHING * likelihood.mean()
+    )
 
 
 def _moved(images: Tensor) -> Tensor:
@@ -121,7 +133,8 @@ def _moved(images: Tensor) -> Tensor:
     batch, _, height, width = images.shape
     down, right = (torch.randint(-4, 5, (batch, 1), device=images.device) for _ in range(2))
     rows, cols = (
-        _mirrored(by + torch.arange(size, device=images.device), size) for by, size in ((down, height), (right, width))
+        _mirrored(by + torch.arange(size, device=images.device), size)
+        for by, size in ((down, height), (right, width))
     )
     cols = torch.where(torch.rand(batch, 1, device=images.device) < 0.5, cols.flip(1), cols)
     every = torch.arange(batch, device=images.device)[:, None, None]
@@ -140,7 +153,9 @@ def main() -> int:
     try:
         data = _bytes(load(args.data), args.images)
         folder = _folder(args, data)
-        for path in (folder / f"{preset}-{seed}.json" for seed in args.seeds for preset in args.presets):
+        for path in (
+            folder / f"{preset}-{seed}.json" for seed in args.seeds for preset in args.presets
+        ):
             _check_same(path, args)
     except MissingDataError as error:
         print(error, file=sys.stderr)
@@ -153,14 +168,18 @@ def main() -> int:
     if rank_zero_only.rank:
         return 0
     images = args.images or len(data.pool[1])
-    print(f"\n{data.title}, {args.steps} steps, learning rate {args.rate:g}, width {args.width}, {images} images\n")
+    print(
+        f"\n{data.title}, {args.steps} steps, learning rate {args.rate:g}, width {args.width}, {images} images\n"
+    )
     print(table(folder, args.presets, args.seeds))
     return 0
 
 
 def _folder(args: argparse.Namespace, data: Data) -> Path:
     """Where results of these settings are."""
-    name = f"{data.name}-width{args.width}-steps{args.steps}" + f"-rate{args.rate:g}" * (args.rate != RATE)
+    name = f"{data.name}-width{args.width}-steps{args.steps}" + f"-rate{args.rate:g}" * (
+        args.rate != RATE
+    )
     return Path(args.out) / name / (f"n{args.images}" if args.images else "all")
 
 
@@ -170,14 +189,18 @@ def _check_same(path: Path, args: argparse.Namespace) -> None:
         asked = json.loads(path.read_text())["asked"]
         for name in ("test_every", "precision"):
             if asked[name] != (wanted := str(getattr(args, name))):
-                raise MissingDataError(f"{path} was made with {name} = {asked[name]}, not {wanted}: name another --out")
+                raise MissingDataError(
+                    f"{path} was made with {name} = {asked[name]}, not {wanted}: name another --out"
+                )
 
 
 def _bytes(data: Data, count: int = 0) -> Data:
     """The data, where its pixels are bytes and there are as many images as are asked for, a batch at least."""
     images = data.pool[0]
     if not BATCH <= (count or len(images)) <= len(images):
-        raise MissingDataError(f"{data.title} has {len(images)} training images; take from {BATCH} to as many.")
+        raise MissingDataError(
+            f"{data.title} has {len(images)} training images; take from {BATCH} to as many."
+        )
     if not (images == images.byte()).all():
         told = f"{data.title} has pixels from {float(images.min()):g} to {float(images.max()):g}"
         raise MissingDataError(f"{told}; this recipe takes whole numbers from 0 to 255.")
@@ -187,8 +210,13 @@ def _bytes(data: Data, count: int = 0) -> Data:
 def _train(data: Data, preset: str, seed: int, args: argparse.Namespace, path: Path) -> None:
     """One run; ended and begun again, it goes on from its last checkpoint."""
     pl.seed_everything(seed, verbose=False)
-    kept = torch.randperm(len(data.pool[1]), generator=torch.Generator().manual_seed(seed))[: args.images or None]
-    train, test = ((x.view(-1, *data.shape).byte(), y) for x, y in ((data.pool[0][kept], data.pool[1][kept]), data.test))
+    kept = torch.randperm(len(data.pool[1]), generator=torch.Generator().manual_seed(seed))[
+        : args.images or None
+    ]
+    train, test = (
+        (x.view(-1, *data.shape).byte(), y)
+        for x, y in ((data.pool[0][kept], data.pool[1][kept]), data.test)
+    )
     network = CNN9(data.shape, data.classes, args.steps, args.width, args.rate)
     checkpoints = path.with_suffix("")
     start = time.perf_counter()
@@ -204,15 +232,23 @@ def _train(data: Data, preset: str, seed: int, args: argparse.Namespace, path: P
         num_sanity_val_steps=0,
         logger=pl.loggers.CSVLogger(checkpoints, name="log"),
         callbacks=[
-            ModelCheckpoint(checkpoints, save_last=True, save_on_train_epoch_end=False),  # after each test
+            ModelCheckpoint(
+                checkpoints, save_last=True, save_on_train_epoch_end=False
+            ),  # after each test
             *([] if preset == "none" else [sphere_uniformity(preset, verbose=False)]),
         ],
         enable_model_summary=False,
     )
-    loader = DataLoader(TensorDataset(*train), BATCH // trainer.world_size, shuffle=True, drop_last=True)
+    loader = DataLoader(
+        TensorDataset(*train), BATCH // trainer.world_size, shuffle=True, drop_last=True
+    )
     last = checkpoints / "last.ckpt"
     trainer.fit(
-        network, loader, DataLoader(TensorDataset(*test), 500), ckpt_path=last if last.exists() else None, weights_only=False
+        network,
+        loader,
+        DataLoader(TensorDataset(*test), 500),
+        ckpt_path=last if last.exists() else None,
+        weights_only=False,
     )
     if trainer.is_global_zero:
         found = {
@@ -232,41 +268,90 @@ def _train(data: Data, preset: str, seed: int, args: argparse.Namespace, path: P
 
 def _ratios(network: nn.Module) -> dict[str, float]:
     """Half-space ratios of all layers."""
-    return {layer.name: round(layer.ratio, 4) for layer in UniformityRegularizer().attach(network).measure_layers()}
+    return {
+        layer.name: round(layer.ratio, 4)
+        for layer in UniformityRegularizer().attach(network).measure_layers()
+    }
 
 
 def table(folder: Path, presets: Sequence[str], seeds: Sequence[int]) -> str:
     """A row a preset: the last and the best test error, the change from none, the largest ratio after training."""
-    runs = {(preset, seed): json.loads((folder / f"{preset}-{seed}.json").read_text()) for preset in presets for seed in seeds}
+    runs = {
+        (preset, seed): json.loads((folder / f"{preset}-{seed}.json").read_text())
+        for preset in presets
+        for seed in seeds
+    }
     last = {preset: [runs[preset, seed]["errors"][-1] for seed in seeds] for preset in presets}
-    rivals = [preset for preset in presets if preset != "none"] if "none" in presets and len(seeds) > 1 else []
+    rivals = (
+        [preset for preset in presets if preset != "none"]
+        if "none" in presets and len(seeds) > 1
+        else []
+    )
     changes = {preset: paired(last[preset], last["none"]) for preset in rivals}
     corrected = dict(zip(rivals, holm([one.p for one in changes.values()]), strict=True))
     rows = []
     for preset in presets:
         own, change = [runs[preset, seed] for seed in seeds], changes.get(preset)
-        cell = error_cell({"test_error": last[preset]}) if len(seeds) > 1 else f"{last[preset][0]:.2f}"
-        told = f"{change.mean:+.2f} ({change.error:.2f}), {change.wins}/{change.seeds}" if change else ""
+        cell = (
+            error_cell({"test_error": last[preset]}) if len(seeds) > 1 else f"{last[preset][0]:.2f}"
+        )
+        told = (
+            f"{change.mean:+.2f} ({change.error:.2f}), {change.wins}/{change.seeds}"
+            if change
+            else ""
+        )
         p = f"{corrected[preset]:.2g}" if change else ""
-        ratios = [f"{sum(max(one[when].values()) for one in own) / len(own):.2f}" for when in ("ratio_before", "ratio_after")]
-        best, broken = sum(one["best"] for one in own) / len(own), sum(not one["finite"] for one in own)
+        ratios = [
+            f"{sum(max(one[when].values()) for one in own) / len(own):.2f}"
+            for when in ("ratio_before", "ratio_after")
+        ]
+        best, broken = (
+            sum(one["best"] for one in own) / len(own),
+            sum(not one["finite"] for one in own),
+        )
         rows.append([preset, cell, f"{best:.2f}", told, p, " → ".join(ratios), broken])
-    head = ["preset", "last error", "best error", "change of the last", "p (Holm)", "largest ratio", "not finite"]
+    head = [
+        "preset",
+        "last error",
+        "best error",
+        "change of the last",
+        "p (Holm)",
+        "largest ratio",
+        "not finite",
+    ]
     return markdown(head, rows)
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m evidence.cnn9", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m evidence.cnn9",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--data", required=True, help="CIFAR-100's folder, any folder the harness reads, or fashion-mnist")
-    parser.add_argument("--presets", nargs="+", default=["none", "half_mhe_2"], choices=["none", *PRESETS], metavar="PRESET")
+    parser.add_argument(
+        "--data",
+        required=True,
+        help="CIFAR-100's folder, any folder the harness reads, or fashion-mnist",
+    )
+    parser.add_argument(
+        "--presets",
+        nargs="+",
+        default=["none", "half_mhe_2"],
+        choices=["none", *PRESETS],
+        metavar="PRESET",
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=75_000)
-    parser.add_argument("--rate", type=float, default=RATE, help="learning rate at first; published: 0.1")
-    parser.add_argument("--width", type=int, default=64, help="channels of the first block; published: 64")
+    parser.add_argument(
+        "--rate", type=float, default=RATE, help="learning rate at first; published: 0.1"
+    )
+    parser.add_argument(
+        "--width", type=int, default=64, help="channels of the first block; published: 64"
+    )
     parser.add_argument("--images", type=int, default=0, help="training images; 0 takes all")
-    parser.add_argument("--test-every", type=int, default=500, help="steps between tests and checkpoints")
+    parser.add_argument(
+        "--test-every", type=int, default=500, help="steps between tests and checkpoints"
+    )
     parser.add_argument("--accelerator", default="auto")
     parser.add_argument("--devices", default="auto")
     parser.add_argument("--precision", default="32-true")

@@ -52,8 +52,17 @@ class Comparison:
 def setting_title(result: Result) -> str:
     """The setting of a cell in words."""
     one = result["asked"]["setting"]
-    network = f"{one['depth']} x 64" if one["network"] == "plain" else f"2 conv{' + BN' * (one['network'] == 'batch norm')}"
-    parts = [TITLES.get(one["data"], one["data"]), network, f"n = {one['images']}", f"{one['epochs']} epochs"]
+    network = (
+        f"{one['depth']} x 64"
+        if one["network"] == "plain"
+        else f"2 conv{' + BN' * (one['network'] == 'batch norm')}"
+    )
+    parts = [
+        TITLES.get(one["data"], one["data"]),
+        network,
+        f"n = {one['images']}",
+        f"{one['epochs']} epochs",
+    ]
     parts += [f"scale {one['scale']:g}"]
     parts += ["AdamW"] * (one["optimizer"] == "adamw") + ["20 % noise"] * (one["noise"] == 0.2)
     parts += [f"tail {one['imbalance']:g}:1"] * (one["imbalance"] != 1)
@@ -64,14 +73,25 @@ def compare(results: Iterable[Result]) -> list[Comparison]:
     """Every method against weight decay in its setting, where both are there; p corrected for all of them."""
     results = list(results)
     baselines = {_key(one): one for one in results if one["asked"]["method"]["name"] == "decay"}
-    rest = [one for one in results if one["asked"]["method"]["name"] != "decay" and _key(one) in baselines]
+    rest = [
+        one
+        for one in results
+        if one["asked"]["method"]["name"] != "decay" and _key(one) in baselines
+    ]
     found = [paired(one["test_error"], baselines[_key(one)]["test_error"]) for one in rest]
     corrected = holm([one.p for one in found])
-    return [Comparison(one, baselines[_key(one)], *both) for one, *both in zip(rest, found, corrected, strict=True)]
+    return [
+        Comparison(one, baselines[_key(one)], *both)
+        for one, *both in zip(rest, found, corrected, strict=True)
+    ]
 
 
 def hypothesis(
-    comparisons: Sequence[Comparison], method: str, *, ratio: str = "ratio_after", relative: bool = False
+    comparisons: Sequence[Comparison],
+    method: str,
+    *,
+    ratio: str = "ratio_after",
+    relative: bool = False,
 ) -> Correlation:
     """Does the ratio of the tuned network without a penalty go with what the penalty gains? Over settings."""
     x, y = ratio_and_gain(comparisons, method, ratio, relative)

@@ -19,10 +19,18 @@ import torch
 from torch import Tensor
 
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
-IDX_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
+IDX_FILES = (
+    "train-images-idx3-ubyte",
+    "train-labels-idx1-ubyte",
+    "t10k-images-idx3-ubyte",
+    "t10k-labels-idx1-ubyte",
+)
 NAMED = ("digits", "fashion-mnist", "mnist1d")
 """Data that need no folder."""
-NPZ_NAMES = (("x_train", "y_train", "x_test", "y_test"), ("train_images", "train_labels", "test_images", "test_labels"))
+NPZ_NAMES = (
+    ("x_train", "y_train", "x_test", "y_test"),
+    ("train_images", "train_labels", "test_images", "test_labels"),
+)
 
 
 class MissingDataError(Exception):
@@ -101,7 +109,9 @@ def load(source: str) -> Data:
     folder = Path(source).expanduser()
     name = folder.resolve().name
     if len(archives := sorted(folder.glob("*.npz"))) > 1:
-        raise MissingDataError(f"{folder} holds {', '.join(one.name for one in archives)}: leave one of them there.")
+        raise MissingDataError(
+            f"{folder} holds {', '.join(one.name for one in archives)}: leave one of them there."
+        )
     if archives:
         return _npz(archives[0], name)
     for place in (folder, folder / "cifar-100-python"):
@@ -110,7 +120,15 @@ def load(source: str) -> Data:
     return _idx(folder, name, name)
 
 
-def draw(data: Data, seed: int, count: int, held_out: int = 2000, *, noise: float = 0.0, imbalance: float = 1.0) -> Draw:
+def draw(
+    data: Data,
+    seed: int,
+    count: int,
+    held_out: int = 2000,
+    *,
+    noise: float = 0.0,
+    imbalance: float = 1.0,
+) -> Draw:
     """Training images at random from the pool, and others of the pool to validate on.
 
     Args:
@@ -140,7 +158,9 @@ def draw(data: Data, seed: int, count: int, held_out: int = 2000, *, noise: floa
     return Draw(data, images, labels, held)
 
 
-def _long_tail(labels: Tensor, classes: int, count: int, imbalance: float, chance: torch.Generator) -> Tensor:
+def _long_tail(
+    labels: Tensor, classes: int, count: int, imbalance: float, chance: torch.Generator
+) -> Tensor:
     """Indices of ``count`` labels, classes in random order ever rarer.
 
     What rounding leaves, and what a class has too few images for, goes to the most frequent classes.
@@ -161,7 +181,13 @@ def _digits() -> Data:
     images, labels = (torch.from_numpy(array) for array in load_digits(return_X_y=True))
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     images, labels = images[order].float(), labels[order].long()
-    return Data("digits", "scikit-learn's digits", (images[:1000], labels[:1000]), (images[1000:], labels[1000:]), (1, 8, 8))
+    return Data(
+        "digits",
+        "scikit-learn's digits",
+        (images[:1000], labels[:1000]),
+        (images[1000:], labels[1000:]),
+        (1, 8, 8),
+    )
 
 
 def _mnist1d() -> Data:
@@ -169,13 +195,26 @@ def _mnist1d() -> Data:
         from mnist1d.data import get_dataset_args, make_dataset
     except ImportError:
         raise MissingDataError("MNIST1D needs a package: pip install mnist1d") from None
-    made = make_dataset(Namespace(**vars(get_dataset_args()) | {"num_samples": 15_000, "train_split": 2 / 3, "seed": 42}))
+    made = make_dataset(
+        Namespace(
+            **vars(get_dataset_args()) | {"num_samples": 15_000, "train_split": 2 / 3, "seed": 42}
+        )
+    )
     x, y, test_x, test_y = (torch.as_tensor(made[part]) for part in ("x", "y", "x_test", "y_test"))
-    return Data("mnist1d", "MNIST1D", (x.float(), y.long()), (test_x.float(), test_y.long()), (1, 1, x.shape[1]))
+    return Data(
+        "mnist1d",
+        "MNIST1D",
+        (x.float(), y.long()),
+        (test_x.float(), test_y.long()),
+        (1, 1, x.shape[1]),
+    )
 
 
 def _idx(folder: Path, name: str, title: str) -> Data:
-    paths = [next((p for p in (folder / f"{file}.gz", folder / file) if p.is_file()), None) for file in IDX_FILES]
+    paths = [
+        next((p for p in (folder / f"{file}.gz", folder / file) if p.is_file()), None)
+        for file in IDX_FILES
+    ]
     missing = [file for file, path in zip(IDX_FILES, paths, strict=True) if path is None]
     if missing:
         raise MissingDataError(_ways_out(folder, missing))
@@ -204,23 +243,34 @@ def _made(name: str, title: str, *arrays: Tensor, channels_last: bool = False) -
         _check(title, what, one, answers)
     if images.shape[1:] != test_images.shape[1:]:
         sizes = [" x ".join(map(str, one.shape[1:])) for one in (images, test_images)]
-        raise MissingDataError(f"{title} has training images of {sizes[0]} and test images of {sizes[1]}.")
+        raise MissingDataError(
+            f"{title} has training images of {sizes[0]} and test images of {sizes[1]}."
+        )
     if images.ndim == 4 and channels_last and not images.shape[1] <= 4 < images.shape[3]:
         images, test_images = images.permute(0, 3, 1, 2), test_images.permute(0, 3, 1, 2)
     size = tuple(images.shape[1:])
     shape = (1,) * (3 - len(size)) + size
-    pool, test = ((x.flatten(1).float(), y.flatten().long()) for x, y in ((images, labels), (test_images, test_labels)))
+    pool, test = (
+        (x.flatten(1).float(), y.flatten().long())
+        for x, y in ((images, labels), (test_images, test_labels))
+    )
     return Data(name, title, pool, test, shape)
 
 
 def _check(title: str, what: str, images: Tensor, labels: Tensor) -> None:
     """Refuse images and labels that cannot be trained on."""
     if len(images) != labels.numel():
-        raise MissingDataError(f"{title} has {len(images)} {what} images and {labels.numel()} labels.")
+        raise MissingDataError(
+            f"{title} has {len(images)} {what} images and {labels.numel()} labels."
+        )
     if not len(images) or not 2 <= images.ndim <= 4:
-        raise MissingDataError(f"{title} has {what} images of shape {tuple(images.shape)}: (m, h, w), with channels, or rows.")
+        raise MissingDataError(
+            f"{title} has {what} images of shape {tuple(images.shape)}: (m, h, w), with channels, or rows."
+        )
     if not images.float().isfinite().all() or images.min() == images.max():
-        raise MissingDataError(f"{title} has {what} images with pixels that are all the same, NaN or infinite.")
+        raise MissingDataError(
+            f"{title} has {what} images with pixels that are all the same, NaN or infinite."
+        )
     if (labels != labels.long()).any() or int(labels.min()) < 0:
         raise MissingDataError(f"{title} has {what} labels that are no whole numbers from 0.")
 
@@ -229,14 +279,19 @@ def _cifar100(folder: Path, name: str) -> Data:
     """The "python version" of CIFAR-100: pickles of a dict with the pixels (m, 3072) and the fine labels."""
     parts = [_unpickled(folder / part) for part in ("train", "test")]
     arrays = [torch.as_tensor(part[key]) for part in parts for key in ("data", "fine_labels")]
-    return _made(name, "CIFAR-100", *(one.view(-1, 3, 32, 32) if one.ndim == 2 else one for one in arrays))
+    return _made(
+        name, "CIFAR-100", *(one.view(-1, 3, 32, 32) if one.ndim == 2 else one for one in arrays)
+    )
 
 
 class _ArraysOnly(pickle.Unpickler):
     """Unpickles arrays and plain containers, and nothing that could run."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if module.removeprefix("numpy.").startswith(("core.multiarray", "_core.multiarray")) and name == "_reconstruct":
+        if (
+            module.removeprefix("numpy.").startswith(("core.multiarray", "_core.multiarray"))
+            and name == "_reconstruct"
+        ):
             return super().find_class("numpy._core.multiarray", name)
         if (module, name) in (("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode")):
             return super().find_class(module, name)
@@ -249,7 +304,9 @@ def _unpickled(path: Path) -> Mapping[str, Any]:
     except (pickle.UnpicklingError, EOFError, ValueError) as error:
         raise MissingDataError(f"{path} cannot be read: {error}") from None
     if not isinstance(found, Mapping) or not {"data", "fine_labels"} <= set(found):
-        raise MissingDataError(f"{path} has no data and fine_labels: is it a file of CIFAR-100's python version?")
+        raise MissingDataError(
+            f"{path} has no data and fine_labels: is it a file of CIFAR-100's python version?"
+        )
     return found
 
 

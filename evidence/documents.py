@@ -52,7 +52,9 @@ def quoted(text: str, block: str) -> str:
     return before + MARKS[0] + "\n\n" + block + "\n\n" + MARKS[1] + rest.split(MARKS[1])[1]
 
 
-def _sections(results: Sequence[Result], comparisons: Sequence[Comparison], planned: int) -> list[str]:
+def _sections(
+    results: Sequence[Result], comparisons: Sequence[Comparison], planned: int
+) -> list[str]:
     hours = sum(one["seconds"] for one in results) / 3600
     seeds = sorted({len(one["test_error"]) for one in results})
     intro = (
@@ -67,9 +69,11 @@ def _sections(results: Sequence[Result], comparisons: Sequence[Comparison], plan
         "## Where\n\n" + tables.conditions_table(comparisons),
         "## Against each other\n\n" + tables.rivals_table(comparisons),
         "## By setting\n\n" + tables.settings_table(comparisons, tables.beside_decay(CORE)),
-        "## Ways of applying\n\n" + tables.settings_table(comparisons, ["half_mhe_2", "loss", "decoupled"], needed="loss"),
+        "## Ways of applying\n\n"
+        + tables.settings_table(comparisons, ["half_mhe_2", "loss", "decoupled"], needed="loss"),
         "## The whole family\n\n" + tables.family_table(comparisons),
-        "## One share for all, against the best coefficient of each setting\n\n" + tables.share_table(comparisons),
+        "## One share for all, against the best coefficient of each setting\n\n"
+        + tables.share_table(comparisons),
         "## Does the ratio predict the gain?\n\n" + tables.hypothesis_table(comparisons),
         "## Choices on an edge of their grid\n\n" + tables.edges_table(results),
     ]

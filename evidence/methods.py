@@ -87,7 +87,10 @@ def unit_coefficient(measure: Measure, n: int, d: int) -> float:
     So the strengths of all measures are numbers of one kind; the coefficient stays one for all layers, as a user sets it.
     """
     chance = torch.Generator().manual_seed(0)
-    axis, x = (torch.nn.functional.normalize(torch.randn(rows, d, generator=chance), dim=-1) for rows in (1, n))
+    axis, x = (
+        torch.nn.functional.normalize(torch.randn(rows, d, generator=chance), dim=-1)
+        for rows in (1, n)
+    )
     x = torch.nn.functional.normalize(axis + x, dim=-1)
     grad = measure.value_and_grad(x, measure.prepare(x, None))[1]
     return 1.0 / float(grad.norm(dim=-1).square().mean().sqrt())

@@ -62,7 +62,10 @@ class Side(nn.ModuleList):
         """Weights or biases of all networks, (seeds, trials, n, ...)."""
         parts = [getattr(piece, name) for piece in self]
         each = len(parts) // self.trials
-        rows = [torch.cat(parts[i : i + each]) if each > 1 else parts[i] for i in range(0, len(parts), each)]
+        rows = [
+            torch.cat(parts[i : i + each]) if each > 1 else parts[i]
+            for i in range(0, len(parts), each)
+        ]
         return torch.stack(rows, dim=1)
 
 
@@ -76,7 +79,9 @@ class Networks(nn.Module):
         apart: A layer of each network is a module of its own, for coefficients that follow the network.
     """
 
-    def __init__(self, architecture: Architecture, trials: int, seeds: Sequence[int], *, apart: bool = False) -> None:
+    def __init__(
+        self, architecture: Architecture, trials: int, seeds: Sequence[int], *, apart: bool = False
+    ) -> None:
         super().__init__()
         self.architecture, self.trials, self.seeds = architecture, trials, len(seeds)
         first = [_initial(architecture, seed) for seed in seeds]
@@ -84,12 +89,20 @@ class Networks(nn.Module):
         for i in range(len(first[0])):
             weight, bias = (torch.stack([one[i][part] for one in first]) for part in (0, 1))
             gain = architecture.norm and i < len(first[0]) - 1
-            parts = [(weight[j : j + 1], bias[j : j + 1]) for j in range(len(seeds))] if apart else [(weight, bias)]
-            pieces = [Piece(w.clone(), b.clone(), gain=gain) for _ in range(trials) for w, b in parts]
+            parts = (
+                [(weight[j : j + 1], bias[j : j + 1]) for j in range(len(seeds))]
+                if apart
+                else [(weight, bias)]
+            )
+            pieces = [
+                Piece(w.clone(), b.clone(), gain=gain) for _ in range(trials) for w, b in parts
+            ]
             sides.append(Side(pieces, trials))
         self.hidden, self.head = nn.ModuleList(sides[:-1]), sides[-1]
         self.norms = nn.ModuleList(
-            nn.BatchNorm2d(trials * len(seeds) * shape[0], affine=False) if architecture.norm else nn.Identity()
+            nn.BatchNorm2d(trials * len(seeds) * shape[0], affine=False)
+            if architecture.norm
+            else nn.Identity()
             for shape in architecture.weights()[:-1]
         )
 
@@ -145,6 +158,9 @@ def _initial(architecture: Architecture, seed: int) -> list[tuple[Tensor, Tensor
     chance, found = torch.Generator().manual_seed(seed), []
     for shape in architecture.weights():
         bound = torch.Size(shape[1:]).numel() ** -0.5
-        weight, bias = (torch.empty(size).uniform_(-bound, bound, generator=chance) for size in (shape, shape[:1]))
+        weight, bias = (
+            torch.empty(size).uniform_(-bound, bound, generator=chance)
+            for size in (shape, shape[:1])
+        )
         found.append((weight * architecture.scale, bias))
     return found

@@ -15,7 +15,11 @@ from evidence.networks import Architecture
 
 TUNING_SEEDS = tuple(range(1000, 1004))
 TEST_SEEDS = tuple(range(20, 40))
-RATES = {"digits": (0.04, 0.08, 0.16, 0.32), "mnist1d": (0.04, 0.08, 0.16, 0.32), "adamw": (1e-3, 3e-3, 1e-2, 3e-2)}
+RATES = {
+    "digits": (0.04, 0.08, 0.16, 0.32),
+    "mnist1d": (0.04, 0.08, 0.16, 0.32),
+    "adamw": (1e-3, 3e-3, 1e-2, 3e-2),
+}
 USUAL_RATES = (0.02, 0.04, 0.08, 0.16)
 DECAYS = {"sgd": (1e-3, 3e-3, 1e-2, 3e-2), "adamw": (0.03, 0.1, 0.3, 1.0)}
 STRENGTHS = (3e-3, 1.2e-2, 5e-2, 0.2)
@@ -54,7 +58,9 @@ class Setting:
     def name(self) -> str:
         """A name for files, which says what is not as usual."""
         parts = [Path(self.data).resolve().name, f"n{self.images}", f"e{self.epochs}"]
-        parts += [self.network.replace(" ", "")] if self.network != "plain" else [f"depth{self.depth}"]
+        parts += (
+            [self.network.replace(" ", "")] if self.network != "plain" else [f"depth{self.depth}"]
+        )
         parts += [f"scale{self.scale:g}"]
         parts += [self.optimizer] * (self.optimizer != "sgd")
         parts += [f"noise{self.noise:g}"] * bool(self.noise)
@@ -64,7 +70,14 @@ class Setting:
     def architecture(self, data: Data) -> Architecture:
         """One network."""
         convolutions = self.network != "plain"
-        return Architecture(data.shape, data.classes, self.depth, convolutions, self.network == "batch norm", self.scale)
+        return Architecture(
+            data.shape,
+            data.classes,
+            self.depth,
+            convolutions,
+            self.network == "batch norm",
+            self.scale,
+        )
 
 
 @dataclass(frozen=True)
@@ -95,14 +108,19 @@ class Cell:
         So every strength meets every learning rate once and every decay once.
         """
         decays = DECAYS[self.setting.optimizer]
-        rates = RATES.get("adamw" if self.setting.optimizer == "adamw" else self.setting.data, USUAL_RATES)
+        rates = RATES.get(
+            "adamw" if self.setting.optimizer == "adamw" else self.setting.data, USUAL_RATES
+        )
         pairs = list(product(enumerate(rates), enumerate(decays)))
         if self.method.measure is None or self.method.share is not None:
             return [Trial(rate, decay) for (_, rate), (_, decay) in pairs]
         n, *rest = self.setting.architecture(data).weights()[0]
         unit = unit_coefficient(self.method.measure, n, math.prod(rest))
         strengths = [STRENGTHS[(i + j) % len(STRENGTHS)] for (i, _), (j, _) in pairs]
-        return [Trial(rate, decay, own, own * unit) for own, ((_, rate), (_, decay)) in zip(strengths, pairs, strict=True)]
+        return [
+            Trial(rate, decay, own, own * unit)
+            for own, ((_, rate), (_, decay)) in zip(strengths, pairs, strict=True)
+        ]
 
 
 SCALES = (0.03, 0.1, 0.3, 1.0)
@@ -117,16 +135,25 @@ def _settings() -> Iterator[Setting]:
     }
     for base in usual.values():
         yield from (_with(base, scale=scale) for scale in SCALES)
-        yield from (_with(base, depth=4, scale=scale) for scale in SCALES[2:])  # with smaller ones nothing trains
+        yield from (
+            _with(base, depth=4, scale=scale) for scale in SCALES[2:]
+        )  # with smaller ones nothing trains
         for scale in (0.1, 1.0):
             yield _with(base, scale=scale, noise=0.2)
-            yield _with(base, scale=scale, images=200 if base.data == "digits" else base.images, imbalance=20.0)
+            yield _with(
+                base,
+                scale=scale,
+                images=200 if base.data == "digits" else base.images,
+                imbalance=20.0,
+            )
             yield _with(base, scale=scale, optimizer="adamw")
     for scale in (0.1, 1.0):
         yield _with(usual["fashion-mnist"], scale=scale, images=5000, epochs=10)
         yield _with(usual["fashion-mnist"], scale=scale, epochs=100)  # to convergence
         yield _with(usual["mnist1d"], scale=scale, depth=4, images=5000, epochs=10)
-        yield _with(usual["mnist1d"], scale=scale, depth=4, images=5000, epochs=30)  # to convergence
+        yield _with(
+            usual["mnist1d"], scale=scale, depth=4, images=5000, epochs=30
+        )  # to convergence
         for network in ("convolutions", "batch norm"):
             yield _with(usual["fashion-mnist"], scale=scale, network=network, epochs=20)
 
@@ -151,5 +178,10 @@ def cells() -> list[Cell]:
     """All of them, in the order in which they are run."""
     found = [Cell(setting, METHODS[name]) for setting in SETTINGS for name in CORE]
     found += [Cell(setting, METHODS[name]) for setting in MODES for name in ("loss", "decoupled")]
-    found += [Cell(setting, method) for setting in FAMILY for method in METHODS.values() if method.name not in CORE]
+    found += [
+        Cell(setting, method)
+        for setting in FAMILY
+        for method in METHODS.values()
+        if method.name not in CORE
+    ]
     return found

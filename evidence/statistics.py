@@ -60,9 +60,14 @@ class Correlation:
     count: int
 
 
-def rank_correlation(x: Sequence[float], y: Sequence[float], resamples: int = 10_000) -> Correlation:
+def rank_correlation(
+    x: Sequence[float], y: Sequence[float], resamples: int = 10_000
+) -> Correlation:
     """Spearman's rho of x and y, resampled in pairs with a fixed seed; percentiles."""
-    pairs, chance = np.asarray(sorted(zip(x, y, strict=True))).T, np.random.default_rng(0)  # in whatever order they came
+    pairs, chance = (
+        np.asarray(sorted(zip(x, y, strict=True))).T,
+        np.random.default_rng(0),
+    )  # in whatever order they came
     drawn = chance.integers(0, pairs.shape[1], (resamples, pairs.shape[1]))
     found = _spearman(pairs[0][drawn], pairs[1][drawn])
     low, high = np.percentile(found[np.isfinite(found)], [2.5, 97.5])
@@ -71,6 +76,9 @@ def rank_correlation(x: Sequence[float], y: Sequence[float], resamples: int = 10
 
 def _spearman(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Rank correlations of arrays (..., settings); NaN where all are equal."""
-    a, b = (ranks - ranks.mean(-1, keepdims=True) for ranks in (stats.rankdata(one, axis=-1) for one in (x, y)))
+    a, b = (
+        ranks - ranks.mean(-1, keepdims=True)
+        for ranks in (stats.rankdata(one, axis=-1) for one in (x, y))
+    )
     with np.errstate(invalid="ignore"):
         return (a * b).sum(-1) / np.sqrt((a * a).sum(-1) * (b * b).sum(-1))

@@ -42,7 +42,13 @@ class Trained:
 
 
 def train(
-    data: Data, setting: Setting, method: Method, trials: Sequence[Trial], seeds: Sequence[int], *, test: bool
+    data: Data,
+    setting: Setting,
+    method: Method,
+    trials: Sequence[Trial],
+    seeds: Sequence[int],
+    *,
+    test: bool,
 ) -> Trained:
     """Train len(trials) * len(seeds) networks; those of a seed see the same images in the same order.
 
@@ -57,13 +63,17 @@ def train(
     if setting.images < BATCH:
         raise ValueError(f"{setting.images} training images are less than one batch of {BATCH}")
     draws = [_draw(data, setting, seed) for seed in seeds]
-    networks = Networks(setting.architecture(data), len(trials), seeds, apart=method.share is not None)
+    networks = Networks(
+        setting.architecture(data), len(trials), seeds, apart=method.share is not None
+    )
     optimizer = _optimizer(networks, setting, trials)
     penalties = _penalties(networks, method, trials)
     before = _ratios(networks)
     _fit(networks, optimizer, penalties, method, setting, draws, seeds)
     networks.eval()
-    judged = [data.test if test else (data.pool[0][one.held], data.pool[1][one.held]) for one in draws]
+    judged = [
+        data.test if test else (data.pool[0][one.held], data.pool[1][one.held]) for one in draws
+    ]
     return Trained(
         _error(networks, draws, judged),
         _error(networks, draws, [(one.images, one.labels) for one in draws]),
@@ -74,10 +84,19 @@ def train(
 
 
 def _draw(data: Data, setting: Setting, seed: int) -> Draw:
-    return draw(data, seed, setting.images, setting.held_out, noise=setting.noise, imbalance=setting.imbalance)
+    return draw(
+        data,
+        seed,
+        setting.images,
+        setting.held_out,
+        noise=setting.noise,
+        imbalance=setting.imbalance,
+    )
 
 
-def _optimizer(networks: Networks, setting: Setting, trials: Sequence[Trial]) -> torch.optim.Optimizer:
+def _optimizer(
+    networks: Networks, setting: Setting, trials: Sequence[Trial]
+) -> torch.optim.Optimizer:
     groups = [
         {"params": networks.trial_parameters(i), "lr": trial.rate, "weight_decay": trial.decay}
         for i, trial in enumerate(trials)
@@ -87,7 +106,9 @@ def _optimizer(networks: Networks, setting: Setting, trials: Sequence[Trial]) ->
     return torch.optim.SGD(groups, momentum=0.9, fused=True)
 
 
-def _penalties(networks: Networks, method: Method, trials: Sequence[Trial]) -> list[UniformityRegularizer]:
+def _penalties(
+    networks: Networks, method: Method, trials: Sequence[Trial]
+) -> list[UniformityRegularizer]:
     """The engine for the hidden layers and, in full space, for the heads: a layer is that of a trial, with its coefficient.
 
     The engine takes the mean over the networks of a layer, hence their number as a factor.
@@ -96,11 +117,18 @@ def _penalties(networks: Networks, method: Method, trials: Sequence[Trial]) -> l
         return []
     each = 1 if method.share is not None else networks.seeds
     found = []
-    for measure, side, include in ((method.measure, "hidden.*.", "hidden.*"), (method.measure.for_head(), "head.", "head.*")):
+    for measure, side, include in (
+        (method.measure, "hidden.*.", "hidden.*"),
+        (method.measure.for_head(), "head.", "head.*"),
+    ):
         strength = method.share or {
-            f"{side}{i}": trial.coefficient * each for i, trial in enumerate(trials) if trial.coefficient
+            f"{side}{i}": trial.coefficient * each
+            for i, trial in enumerate(trials)
+            if trial.coefficient
         }
-        found.append(UniformityRegularizer(measure, strength, include=include, head=None).attach(networks))
+        found.append(
+            UniformityRegularizer(measure, strength, include=include, head=None).attach(networks)
+        )
     return found
 
 
@@ -119,7 +147,9 @@ def _fit(
     schedule = CosineAnnealingLR(optimizer, setting.epochs * per_epoch)
     rows = torch.arange(len(seeds)).unsqueeze(1)
     for _ in range(setting.epochs):
-        order = torch.stack([torch.randperm(images.shape[1], generator=chance) for chance in chances])
+        order = torch.stack(
+            [torch.randperm(images.shape[1], generator=chance) for chance in chances]
+        )
         for i in range(per_epoch):
             chosen = order[:, i * BATCH : (i + 1) * BATCH]
             optimizer.zero_grad()
@@ -143,17 +173,23 @@ def _fit(
 def _loss(scores: Tensor, labels: Tensor) -> Tensor:
     """Each network's mean cross entropy, summed over networks."""
     _seeds, trials, batch, _ = scores.shape
-    each = functional.cross_entropy(scores.flatten(0, 2), labels.unsqueeze(1).expand(-1, trials, -1).flatten(), reduction="sum")
+    each = functional.cross_entropy(
+        scores.flatten(0, 2), labels.unsqueeze(1).expand(-1, trials, -1).flatten(), reduction="sum"
+    )
     return each / batch
 
 
 @torch.no_grad()
-def _error(networks: Networks, draws: Sequence[Draw], judged: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+def _error(
+    networks: Networks, draws: Sequence[Draw], judged: Sequence[tuple[Tensor, Tensor]]
+) -> Tensor:
     """Share of wrong answers (trials, seeds), in percent."""
     wrong, count = torch.zeros(len(draws), networks.trials), len(judged[0][1])
     for start in range(0, count, CHUNK):
         part = slice(start, start + CHUNK)
-        images = torch.stack([one.standardised(x[part]) for one, (x, _) in zip(draws, judged, strict=True)])
+        images = torch.stack(
+            [one.standardised(x[part]) for one, (x, _) in zip(draws, judged, strict=True)]
+        )
         labels = torch.stack([y[part] for _, y in judged])
         wrong += (networks(images).argmax(-1) != labels.unsqueeze(1)).sum(-1)
     return (100.0 * wrong / count).T
@@ -161,7 +197,11 @@ def _error(networks: Networks, draws: Sequence[Draw], judged: Sequence[tuple[Ten
 
 def _finite(networks: Networks) -> Tensor:
     """Whether all weights and biases of a network are (trials, seeds)."""
-    parts = [side.joined(name) for side in (*networks.hidden, networks.head) for name in ("weight", "bias")]
+    parts = [
+        side.joined(name)
+        for side in (*networks.hidden, networks.head)
+        for name in ("weight", "bias")
+    ]
     return torch.stack([part.isfinite().flatten(2).all(-1) for part in parts]).all(0).T
 
 

@@ -27,7 +27,9 @@ def check_kernel(measure: _HasKernel) -> None:
 def check_hashable(measure: object) -> None:
     """Refuse a measure that cannot be looked up."""
     if type(measure).__hash__ is None:
-        raise TypeError(f"a measure must be hashable: decorate {type(measure).__name__} with @dataclass(frozen=True)")
+        raise TypeError(
+            f"a measure must be hashable: decorate {type(measure).__name__} with @dataclass(frozen=True)"
+        )
 
 
 @lru_cache(maxsize=256)
@@ -52,9 +54,13 @@ def _check_slope(measure: _HasKernel) -> None:
 def check_neurons(x: Tensor) -> None:
     """Refuse what cannot be rows of neurons."""
     if not isinstance(x, Tensor):
-        raise TypeError(f"neurons must be a floating-point tensor, got {type(x).__name__}; make one with torch.as_tensor")
+        raise TypeError(
+            f"neurons must be a floating-point tensor, got {type(x).__name__}; make one with torch.as_tensor"
+        )
     if not x.is_floating_point():
-        raise TypeError(f"neurons must be a floating-point tensor, got {x.dtype}; cast with x.float()")
+        raise TypeError(
+            f"neurons must be a floating-point tensor, got {x.dtype}; cast with x.float()"
+        )
     if x.ndim < 2:
         raise ValueError(
             f"neurons must have shape (..., n, d), one neuron a row, got shape {tuple(x.shape)}; "
@@ -64,7 +70,12 @@ def check_neurons(x: Tensor) -> None:
 
 def check_softening(softening: float) -> None:
     """Refuse a softening that is not a chord."""
-    check_number("softening", softening, "a chord in [0, 2), 0 switches it off", lambda chord: 0.0 <= chord < 2.0)
+    check_number(
+        "softening",
+        softening,
+        "a chord in [0, 2), 0 switches it off",
+        lambda chord: 0.0 <= chord < 2.0,
+    )
 
 
 def check_number(name: str, value: object, what: str, fits: Callable[[float], bool]) -> None:
@@ -82,7 +93,9 @@ def check_flag(name: str, value: object) -> None:
 def check_choice(name: str, value: str, *choices: str) -> str:
     """Refuse a setting that is none of the choices, and return it."""
     if value not in choices:
-        raise ValueError(f"{name} must be {', '.join(map(repr, choices[:-1]))} or {choices[-1]!r}; got {value!r}")
+        raise ValueError(
+            f"{name} must be {', '.join(map(repr, choices[:-1]))} or {choices[-1]!r}; got {value!r}"
+        )
     return value
 
 

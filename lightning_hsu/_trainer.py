@@ -39,7 +39,9 @@ def _bases() -> tuple[type, ...]:
 if TYPE_CHECKING:
     EveryCallback = pl.Callback
 else:
-    EveryCallback = type("EveryCallback", _bases(), {"__doc__": "A callback for Trainers of either package."})
+    EveryCallback = type(
+        "EveryCallback", _bases(), {"__doc__": "A callback for Trainers of either package."}
+    )
 
 
 class AfterStep:
@@ -48,7 +50,10 @@ class AfterStep:
     def __init__(self, optimizer: Optimizer, act: Callable[[Optimizer], None]) -> None:
         self._act = act
         self._outermost: FrameType | None = None
-        self._handles = optimizer.register_step_pre_hook(self._before), optimizer.register_step_post_hook(self._after)
+        self._handles = (
+            optimizer.register_step_pre_hook(self._before),
+            optimizer.register_step_post_hook(self._after),
+        )
 
     def remove(self) -> None:
         """Take the hooks off the optimizer."""
@@ -57,7 +62,9 @@ class AfterStep:
 
     def _before(self, *_: Any) -> None:
         step = sys._getframe(1)  # torch's, around this call of step
-        if not _is_within(step, self._outermost):  # else it is a parent's; a step that raised an error is not around this one
+        if not _is_within(
+            step, self._outermost
+        ):  # else it is a parent's; a step that raised an error is not around this one
             self._outermost = step
 
     def _after(self, optimizer: Optimizer, *_: Any) -> None:
@@ -85,7 +92,11 @@ class StepUnderWay:
     def begin(self, trainer: pl.Trainer, state: Callable[[], dict[str, Any]]) -> None:
         """Keep the state, unless it is that of the same step."""
         if self._trainer is None or self._step != trainer.global_step:
-            self._trainer, self._step, self._before = weakref.ref(trainer), trainer.global_step, state()
+            self._trainer, self._step, self._before = (
+                weakref.ref(trainer),
+                trainer.global_step,
+                state(),
+            )
 
     def end(self) -> None:
         """The step is complete, whether or not Lightning counts it."""
@@ -100,7 +111,9 @@ class StepUnderWay:
 def check_settings(prefix: object, split_above: object) -> None:
     """Refuse a prefix that is no name, and a limit that is no number of neurons."""
     if not isinstance(prefix, str) or not prefix or prefix.endswith("/"):
-        raise ValueError(f"prefix must be a name such as 'hsu', without a slash at its end; got {prefix!r}")
+        raise ValueError(
+            f"prefix must be a name such as 'hsu', without a slash at its end; got {prefix!r}"
+        )
     if split_above is not None and (not isinstance(split_above, int) or split_above < 0):
         raise ValueError(f"split_above must be a number of neurons, or None; got {split_above!r}")
 
@@ -109,7 +122,14 @@ def check_training(trainer: pl.Trainer, pl_module: pl.LightningModule, apply: st
     """Refuse what cannot be right: strategies that are not known, and a term in losses that are not ours to change."""
     # By name: pytorch_lightning has classes of its own under the same names.
     kinds, strategy = type(trainer.strategy).__mro__, type(trainer.strategy).__name__
-    known = next((kind.__name__ for kind in kinds if kind.__module__.startswith(("lightning.", "pytorch_lightning."))), "")
+    known = next(
+        (
+            kind.__name__
+            for kind in kinds
+            if kind.__module__.startswith(("lightning.", "pytorch_lightning."))
+        ),
+        "",
+    )
     if known not in _KNOWN:
         raise NotImplementedError(
             f"HypersphericalUniformity does not support {strategy}: it may keep weights or gradients where the penalty cannot "
@@ -148,7 +168,11 @@ def check_used(trainer: pl.Trainer, loss: Tensor, layers: list[Layer]) -> None:
 
 def replicas_of(trainer: pl.Trainer, split_above: int | None) -> Replicas | None:
     """The ranks that train the same weights by DDP, where large layers are to be split over them."""
-    if split_above is None or trainer.world_size == 1 or not isinstance(trainer.strategy.model, DistributedDataParallel):
+    if (
+        split_above is None
+        or trainer.world_size == 1
+        or not isinstance(trainer.strategy.model, DistributedDataParallel)
+    ):
         return None
     if getattr(trainer.strategy, "_model_averager", None) is not None:
         return None  # local SGD: between averages each rank has weights of its own
@@ -173,12 +197,19 @@ def remaining_scale(trainer: pl.Trainer, optimizer: Optimizer) -> float:
         return 1.0
     # Its step asks the same: in manual optimisation you may have unscaled the gradients, to clip them.
     state = scaler._per_optimizer_states.get(id(optimizer))
-    return 1.0 if state is not None and state["stage"] is not OptState.READY else float(scaler.get_scale())
+    return (
+        1.0
+        if state is not None and state["stage"] is not OptState.READY
+        else float(scaler.get_scale())
+    )
 
 
 def loss_factor(trainer: pl.Trainer, loss: Tensor) -> Tensor | float:
     """What the loss before backward is multiplied by: the GradScaler's factor over the number of accumulated batches."""
-    scaler, share = getattr(trainer.precision_plugin, "scaler", None), 1.0 / trainer.accumulate_grad_batches
+    scaler, share = (
+        getattr(trainer.precision_plugin, "scaler", None),
+        1.0 / trainer.accumulate_grad_batches,
+    )
     if scaler is None:
         return share
     scaled: Tensor = scaler.scale(torch.full((), share, device=loss.device))
@@ -202,10 +233,14 @@ class Warnings:
 
     def nonfinite(self, measured: Sequence[LayerUniformity]) -> None:
         """Layers whose weights broke: training is lost, and the user should know where it began."""
-        broken = [layer for layer in measured if layer.nonfinite and layer.name not in self._nonfinite]
+        broken = [
+            layer for layer in measured if layer.nonfinite and layer.name not in self._nonfinite
+        ]
         if broken:
             self._nonfinite |= {layer.name for layer in broken}
-            named = "; ".join(f"'{x.name}' ({x.neurons} x {x.dimension}): {x.nonfinite} neurons" for x in broken)
+            named = "; ".join(
+                f"'{x.name}' ({x.neurons} x {x.dimension}): {x.nonfinite} neurons" for x in broken
+            )
             rank_zero_warn(
                 f"NaN or infinite weights in layer {named}. Such neurons are left out of the penalty. Lower the learning "
                 "rate, or find the first bad step with Trainer(detect_anomaly=True)."

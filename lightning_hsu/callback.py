@@ -115,15 +115,28 @@ class HypersphericalUniformity(_trainer.EveryCallback):
         _trainer.check_settings(prefix, split_above)
         coefficients = [self.regularizer.coefficient, self.regularizer.head_coefficient]
         if apply == "loss" and any(one is not None and one.has_share for one in coefficients):
-            raise ValueError("a Share needs the task's gradient apart from the loss: use apply='gradient' or 'decoupled'")
-        self.apply, self.split_above, self.prefix, self.verbose = apply, split_above, prefix, verbose
+            raise ValueError(
+                "a Share needs the task's gradient apart from the loss: use apply='gradient' or 'decoupled'"
+            )
+        self.apply, self.split_above, self.prefix, self.verbose = (
+            apply,
+            split_above,
+            prefix,
+            verbose,
+        )
         self._hooks: list[_trainer.AfterStep] = []
         self._notes: dict[str, GradientStats] = {}
         self._under_way = _trainer.StepUnderWay()
         self._fresh, self._ran = True, False  # nothing measured, no batch done yet in this fit
         self._seen_step = 0  # global step at the last batch's end
-        self._warnings, self._chronicle = _trainer.Warnings(), Chronicle(Gallery(prefix, figures_every_n_steps))
-        self._counted: tuple[int | None, int] = (None, -1)  # optimizer and global step of the last application
+        self._warnings, self._chronicle = (
+            _trainer.Warnings(),
+            Chronicle(Gallery(prefix, figures_every_n_steps)),
+        )
+        self._counted: tuple[int | None, int] = (
+            None,
+            -1,
+        )  # optimizer and global step of the last application
 
     @property
     def state_key(self) -> str:
@@ -144,7 +157,9 @@ class HypersphericalUniformity(_trainer.EveryCallback):
         if stage == "fit":
             self._release()  # from a fit whose end Lightning could not tell, since another callback failed at that
             before = {"steps": []} if trainer.global_step == 0 else self._under_way.state()
-            if before is not None:  # a new training, or one that was broken off within a step, which is done again
+            if (
+                before is not None
+            ):  # a new training, or one that was broken off within a step, which is done again
                 self.regularizer.load_state_dict(before)
             self._notes, self._fresh, self._warnings = {}, True, _trainer.Warnings()
             self._chronicle.begin()
@@ -159,10 +174,15 @@ class HypersphericalUniformity(_trainer.EveryCallback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Note where a resumed fit stands, and whenever an optimizer has stepped."""
         self._seen_step = trainer.global_step
-        self._hooks = [_trainer.AfterStep(one, partial(self._after_step, trainer, pl_module)) for one in trainer.optimizers]
+        self._hooks = [
+            _trainer.AfterStep(one, partial(self._after_step, trainer, pl_module))
+            for one in trainer.optimizers
+        ]
         self._chronicle.start(trainer, self.regularizer, self.verbose)
 
-    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
+    def on_before_backward(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor
+    ) -> None:
         """Add the term to the loss: here it is divided by the accumulated batches and scaled."""
         if self.apply != "loss":
             return
@@ -174,12 +194,16 @@ class HypersphericalUniformity(_trainer.EveryCallback):
             optimizer, factor = trainer.optimizers[0], _trainer.loss_factor(trainer, loss)
             self.regularizer.add_to_loss(loss, optimizer, index=0, factor=factor, again=again)
 
-    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
         """Add the gradient: here it is reduced over ranks, unscaled, complete over accumulated batches and not yet clipped."""
         self._attach(trainer, pl_module)
         if not self.regularizer.active:
             return
-        if self.apply == "decoupled":  # a GradScaler may skip the step, and that is no reason for a warning
+        if (
+            self.apply == "decoupled"
+        ):  # a GradScaler may skip the step, and that is no reason for a warning
             self.regularizer.note_reached(optimizer)
             return
         index = _trainer.position(trainer, optimizer)
@@ -191,9 +215,13 @@ class HypersphericalUniformity(_trainer.EveryCallback):
             self.regularizer.count_step(optimizer, index=index, again=again)
             return
         scale, note = _trainer.remaining_scale(trainer, optimizer), self._will_measure(trainer)
-        self._notes |= self.regularizer.add_gradients(optimizer, index=index, grad_scale=scale, note=note, again=again)
+        self._notes |= self.regularizer.add_gradients(
+            optimizer, index=index, grad_scale=scale, note=note, again=again
+        )
 
-    def _after_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
+    def _after_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
         """The step is complete, and may be the time to move the neurons; one that a GradScaler skips does not come here."""
         self._counted = None, -1
         self._under_way.end()
@@ -205,14 +233,22 @@ class HypersphericalUniformity(_trainer.EveryCallback):
             self._notes |= self.regularizer.move(optimizer, index=index, note=note)
 
     def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
     ) -> None:
         """Measure and log after the step, on logging steps only."""
         self._ran |= batch_idx == 0 or trainer.global_step != self._seen_step
         accumulating = trainer.global_step == self._seen_step and pl_module.automatic_optimization
         if accumulating or not self.regularizer.layers:
             return
-        logs, draws = self._will_measure(trainer), self._chronicle.gallery.due(trainer, self._seen_step)
+        logs, draws = (
+            self._will_measure(trainer),
+            self._chronicle.gallery.due(trainer, self._seen_step),
+        )
         self._seen_step = trainer.global_step
         if logs or draws:
             measured = self.regularizer.measure_layers()
@@ -239,7 +275,9 @@ class HypersphericalUniformity(_trainer.EveryCallback):
         finally:
             self._release()
 
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
         """Let go of the model and the optimizers."""
         self._release()
 
@@ -272,20 +310,30 @@ class HypersphericalUniformity(_trainer.EveryCallback):
         return self._fresh or trainer.is_last_batch or _trainer.is_logging_step(trainer)
 
     def _shares(self) -> dict[str, float]:
-        return {name: float(note.share) for name, note in self._notes.items() if note.share.isfinite()}
+        return {
+            name: float(note.share) for name, note in self._notes.items() if note.share.isfinite()
+        }
 
-    def _log(self, trainer: pl.Trainer, pl_module: pl.LightningModule, measured: list[LayerUniformity]) -> None:
+    def _log(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, measured: list[LayerUniformity]
+    ) -> None:
         """Aggregates through Lightning's log; layers to every logger, on logging steps."""
         if not trainer.barebones:
-            limited = sum(int(note.limited) for note in self._notes.values()) if self._notes else None
+            limited = (
+                sum(int(note.limited) for note in self._notes.values()) if self._notes else None
+            )
             values = aggregates(measured, self.regularizer.current_penalty(measured), limited)
             pl_module.log_dict(self._prefixed(values), on_step=True, on_epoch=False, batch_size=1)
         if _trainer.is_logging_step(trainer):
             self._warnings.nonfinite(measured)
-            step = trainer.fit_loop.epoch_loop._batches_that_stepped  # the step under which Lightning logs its own
+            step = (
+                trainer.fit_loop.epoch_loop._batches_that_stepped
+            )  # the step under which Lightning logs its own
             varying = self.regularizer.progress.varying(self.regularizer.layers)
             for logger in trainer.loggers:
-                logger.log_metrics(self._prefixed(by_layer(measured, varying, self._shares())), step=step)
+                logger.log_metrics(
+                    self._prefixed(by_layer(measured, varying, self._shares())), step=step
+                )
 
     def _prefixed(self, values: dict[str, float]) -> dict[str, float]:
         return {f"{self.prefix}/{name}": value for name, value in values.items()}

@@ -36,18 +36,24 @@ class Chronicle:
         if regularizer.layers and (verbose or self.gallery.wanted(trainer)):
             self.note(trainer, regularizer.measure_layers(), {})
 
-    def note(self, trainer: pl.Trainer, measured: Sequence[LayerUniformity], shares: Mapping[str, float]) -> None:
+    def note(
+        self, trainer: pl.Trainer, measured: Sequence[LayerUniformity], shares: Mapping[str, float]
+    ) -> None:
         """Keep a measurement, and the gradient shares of its step."""
         self._verdict.note(trainer.global_step, measured)
         if self.gallery.wanted(trainer):
             self.gallery.history.note(trainer.global_step, measured, shares)
 
-    def conclude(self, trainer: pl.Trainer, regularizer: UniformityRegularizer, verbose: bool) -> None:
+    def conclude(
+        self, trainer: pl.Trainer, regularizer: UniformityRegularizer, verbose: bool
+    ) -> None:
         """Draw once more, and print how each layer stood and stands."""
         draws = self.gallery.wanted(trainer)
         if not regularizer.layers or not (verbose or draws):
             return
-        measured = regularizer.measure_layers()  # another callback may have changed the weights, as averaging does
+        measured = (
+            regularizer.measure_layers()
+        )  # another callback may have changed the weights, as averaging does
         self.note(trainer, measured, {})
         if draws:
             self.gallery.show(trainer, regularizer)

@@ -46,12 +46,18 @@ class _WarmedUp(Schedule):
     def __post_init__(self) -> None:
         name = type(self).__name__
         for what, number in (("value", self.value), ("final", self.final)):
-            check_number(f"{name}'s {what}", number, "a finite number >= 0", lambda number: number >= 0)
+            check_number(
+                f"{name}'s {what}", number, "a finite number >= 0", lambda number: number >= 0
+            )
         for what, step in (("warmup", self.warmup), ("end", 0 if self.end is None else self.end)):
             if not isinstance(step, int) or isinstance(step, bool) or step < 0:
-                raise ValueError(f"{name}'s {what} counts optimizer steps, an int >= 0; got {step!r}")
+                raise ValueError(
+                    f"{name}'s {what} counts optimizer steps, an int >= 0; got {step!r}"
+                )
         if self.end is not None and self.end < self.warmup:
-            raise ValueError(f"{name} must not end before its warm-up does; got warmup={self.warmup}, end={self.end}")
+            raise ValueError(
+                f"{name} must not end before its warm-up does; got warmup={self.warmup}, end={self.end}"
+            )
 
     def __call__(self, step: int) -> float:
         """Return the coefficient after ``step`` steps of the optimizer."""
@@ -61,7 +67,9 @@ class _WarmedUp(Schedule):
             return self.value
         if step >= self.end:
             return self.final
-        return self.final + (self.value - self.final) * self._left((step - self.warmup) / (self.end - self.warmup))
+        return self.final + (self.value - self.final) * self._left(
+            (step - self.warmup) / (self.end - self.warmup)
+        )
 
     @abstractmethod
     def _left(self, progress: float) -> float:
@@ -149,7 +157,9 @@ class Share(Varying):
     def __post_init__(self) -> None:
         for name, value in (("fraction", self.fraction), ("maximum", self.maximum)):
             check_number(f"Share's {name}", value, "a finite number > 0", lambda number: number > 0)
-        check_number("Share's smoothing", self.smoothing, "in [0, 1)", lambda smoothing: 0 <= smoothing < 1)
+        check_number(
+            "Share's smoothing", self.smoothing, "in [0, 1)", lambda smoothing: 0 <= smoothing < 1
+        )
 
     def label(self) -> str:
         """The fraction."""
@@ -184,7 +194,9 @@ class Coefficient:
     def __post_init__(self) -> None:
         if isinstance(self.given, Mapping):
             if not self.given:
-                raise ValueError(f"{self.what} is an empty mapping; map layer patterns to numbers, e.g. {{'*': 1.0}}")
+                raise ValueError(
+                    f"{self.what} is an empty mapping; map layer patterns to numbers, e.g. {{'*': 1.0}}"
+                )
             for pattern, strength in self.given.items():
                 _check(strength, f"{self.what}[{pattern!r}]")
         else:
@@ -194,7 +206,9 @@ class Coefficient:
     def of_head(cls, given: Strength) -> Coefficient:
         """That of the head alone, which is no mapping."""
         if isinstance(given, Mapping):
-            raise TypeError(f"head_coefficient is a number or a schedule, not a mapping; got {given!r}")
+            raise TypeError(
+                f"head_coefficient is a number or a schedule, not a mapping; got {given!r}"
+            )
         return cls(given, "head_coefficient")
 
     @property
@@ -212,7 +226,9 @@ class Coefficient:
         """The number, schedule or share of one layer."""
         strength = self.given
         if isinstance(strength, Mapping):
-            strength = next((one for pattern, one in strength.items() if matches(name, [pattern])), 0.0)
+            strength = next(
+                (one for pattern, one in strength.items() if matches(name, [pattern])), 0.0
+            )
         return float(strength) if isinstance(strength, Real) else strength  # one of numpy, too
 
 
@@ -234,12 +250,16 @@ def strength_at(strength: Strength, step: int, name: str) -> float:
 def _check(strength: object, what: str) -> None:
     """Refuse what is neither a number >= 0 nor a schedule nor a share."""
     if isinstance(strength, type):
-        raise TypeError(f"{what} must be an instance: write {strength.__name__}(...), with its settings in the brackets")
+        raise TypeError(
+            f"{what} must be an instance: write {strength.__name__}(...), with its settings in the brackets"
+        )
     if callable(strength) or isinstance(strength, Share):
         return
     if isinstance(strength, Real) and not isinstance(strength, bool):
         if not plain_number(strength) or strength < 0:
-            raise ValueError(f"{what} must be a finite number >= 0 (0 only monitors); got {strength!r}")
+            raise ValueError(
+                f"{what} must be a finite number >= 0 (0 only monitors); got {strength!r}"
+            )
         return
     raise TypeError(
         f"{what} must be a number, a schedule step -> number, a Share or a mapping of patterns to these; got {strength!r}"

@@ -79,7 +79,9 @@ def random_expectation(measure: Measure, n: int, d: int) -> Level:
     if exact is not None:
         return Level(exact)
     values = _simulated(measure, n, d)
-    return Level(float(values.mean()), float(values.std()) / math.sqrt(len(values)), "simulated mean")
+    return Level(
+        float(values.mean()), float(values.std()) / math.sqrt(len(values)), "simulated mean"
+    )
 
 
 def random_level(measure: Measure, n: int, d: int) -> Level:
@@ -140,14 +142,27 @@ def random_range(measure: Measure, n: int, d: int, groups: int = 1) -> tuple[flo
     """
     _check(measure, n, d)
     deviation, mean = measure.deviation(n, d), measure.expectation(n, d)
-    if deviation is not None and mean is not None and math.isfinite(deviation) and math.isfinite(mean):
+    if (
+        deviation is not None
+        and mean is not None
+        and math.isfinite(deviation)
+        and math.isfinite(mean)
+    ):
         low, high, draws = mean - 3.0 * deviation, mean + 3.0 * deviation, math.inf
     else:
         values = _simulated(measure, n, d)
         mean, spread, draws = float(values.mean()), 3.0 * float(values.std()), len(values)
-        low, high = min(mean - spread, float(values.amin())), max(mean + spread, float(values.amax()))
-    infinite = measure.expectation(n, d) in (math.inf, -math.inf)  # then a mean over layers is no closer to one value
-    part = 1.0 if infinite else math.sqrt(1.0 / groups + 1.0 / draws)  # a simulated mean is uncertain, too
+        low, high = (
+            min(mean - spread, float(values.amin())),
+            max(mean + spread, float(values.amax())),
+        )
+    infinite = measure.expectation(n, d) in (
+        math.inf,
+        -math.inf,
+    )  # then a mean over layers is no closer to one value
+    part = (
+        1.0 if infinite else math.sqrt(1.0 / groups + 1.0 / draws)
+    )  # a simulated mean is uncertain, too
     return mean - part * (mean - low), mean + part * (high - mean)
 
 
@@ -251,15 +266,24 @@ def _simulated(measure: Measure, n: int, d: int) -> Tensor:
     """Values of random layers (n, d) from a fixed seed, float64."""
     draws = int(min(_DRAWS, max(_FEWEST, _WORK / (measure.work(n, d) + 400.0 * n * d))))
     generator = torch.Generator().manual_seed(n * 65537 + d)
-    return torch.stack([measure(torch.randn(n, d, generator=generator, dtype=torch.float32)).double() for _ in range(draws)])
+    return torch.stack(
+        [
+            measure(torch.randn(n, d, generator=generator, dtype=torch.float32)).double()
+            for _ in range(draws)
+        ]
+    )
 
 
 def _check(measure: Measure, n: int, d: int) -> None:
     check_measure(measure)
     if not isinstance(n, int) or not isinstance(d, int):
-        raise TypeError(f"n and d must be ints, the number of neurons and their dimension; got n={n!r}, d={d!r}")
+        raise TypeError(
+            f"n and d must be ints, the number of neurons and their dimension; got n={n!r}, d={d!r}"
+        )
     if n < 2 or d < 2:
-        raise ValueError(f"a random layer needs at least 2 neurons of dimension 2; got n={n}, d={d}")
+        raise ValueError(
+            f"a random layer needs at least 2 neurons of dimension 2; got n={n}, d={d}"
+        )
 
 
 def _check_pair(measure: Measure, x: Tensor) -> None:

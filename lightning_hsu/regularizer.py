@@ -90,14 +90,24 @@ class UniformityRegularizer:
         check_count("every_n_steps", every_n_steps)
         check_count("sample_above", 1 if sample_above is None else sample_above)
         if step_limit is not None:
-            check_number("step_limit", step_limit, "> 0, or None for no limit", lambda limit: limit > 0)
+            check_number(
+                "step_limit", step_limit, "> 0, or None for no limit", lambda limit: limit > 0
+            )
         self.measure = RieszEnergy(s=2.0, half_space=True) if measure is None else measure
         check_measure(self.measure)
         self.coefficient = Coefficient(coefficient)
-        self.head_coefficient = None if head_coefficient is None else Coefficient.of_head(head_coefficient)
+        self.head_coefficient = (
+            None if head_coefficient is None else Coefficient.of_head(head_coefficient)
+        )
         self.include, self.exclude, self.head = include, exclude, head
-        self.matmul_precision = check_choice("matmul_precision", matmul_precision, "highest", "medium")
-        self.every_n_steps, self.step_limit, self.sample_above = every_n_steps, step_limit, sample_above
+        self.matmul_precision = check_choice(
+            "matmul_precision", matmul_precision, "highest", "medium"
+        )
+        self.every_n_steps, self.step_limit, self.sample_above = (
+            every_n_steps,
+            step_limit,
+            sample_above,
+        )
         self.layers: list[Layer] = []
         self.skips: list[Skip] = []
         self.active = False  # whether any layer has a coefficient other than the number 0: else there is nothing to add
@@ -108,7 +118,11 @@ class UniformityRegularizer:
         self._root: nn.Module | None = None  # the model as FSDP1 wraps it
 
     def attach(
-        self, model: nn.Module, *, wrapped: nn.Module | None = None, replicas: Replicas | None = None
+        self,
+        model: nn.Module,
+        *,
+        wrapped: nn.Module | None = None,
+        replicas: Replicas | None = None,
     ) -> UniformityRegularizer:
         """Find the model's neurons; returns self. Where ranks share the weights, all must call it.
 
@@ -122,7 +136,11 @@ class UniformityRegularizer:
             NotImplementedError: if FSDP1 does not keep the original parameters.
         """
         model, outside = unwrapped(model), unwrapped(model if wrapped is None else wrapped)
-        self._model, self._root, self.replicas = model, outside if flat_sharded(outside) else None, replicas
+        self._model, self._root, self.replicas = (
+            model,
+            outside if flat_sharded(outside) else None,
+            replicas,
+        )
         with whole_parameters(self._root, with_grads=False):
             targets, self.skips = select(model, self.include, self.exclude, self.head)
             self.coefficient.check_names([target.name for target in targets])
@@ -131,7 +149,10 @@ class UniformityRegularizer:
             self.layers = [self._layer(target) for target in targets]
         self._lots = lots(self.layers, None if replicas is None else replicas.split_above)
         self.progress.attach(model)
-        self.active = any(not isinstance(layer.strength, (int, float)) or layer.strength > 0 for layer in self.layers)
+        self.active = any(
+            not isinstance(layer.strength, (int, float)) or layer.strength > 0
+            for layer in self.layers
+        )
         return self
 
     def detach(self) -> None:
@@ -155,7 +176,13 @@ class UniformityRegularizer:
         return self._penalty(step, {}, 1.0)
 
     def add_to_loss(
-        self, loss: Tensor, optimizer: Optimizer, *, index: int | None = None, factor: Tensor | float = 1.0, again: bool = False
+        self,
+        loss: Tensor,
+        optimizer: Optimizer,
+        *,
+        index: int | None = None,
+        factor: Tensor | float = 1.0,
+        again: bool = False,
     ) -> None:
         """Add coefficient times penalty to a loss in place, before its backward; :meth:`count_step` once a step.
 
@@ -168,13 +195,19 @@ class UniformityRegularizer:
         """
         self._check_attached()
         if is_sharded(loss):
-            raise NotImplementedError("the loss is a DTensor: add the penalty to its gradients, or return loss.full_tensor()")
+            raise NotImplementedError(
+                "the loss is a DTensor: add the penalty to its gradients, or return loss.full_tensor()"
+            )
         step = self.progress.counter.before(optimizer, index) - (1 if again else 0)
         if step % self.every_n_steps == 0:
             with torch.enable_grad():
-                loss.add_((self._penalty(step, learning_rates(optimizer), factor) * factor).to(loss))
+                loss.add_(
+                    (self._penalty(step, learning_rates(optimizer), factor) * factor).to(loss)
+                )
 
-    def count_step(self, optimizer: Optimizer, *, index: int | None = None, again: bool = False) -> None:
+    def count_step(
+        self, optimizer: Optimizer, *, index: int | None = None, again: bool = False
+    ) -> None:
         """Count a step of an optimizer whose loss has the penalty."""
         self.progress.counter.count(optimizer, index, again=again)
         self.note_reached(optimizer)
@@ -214,7 +247,9 @@ class UniformityRegularizer:
         return self._apply(LayerUpdate.add, optimizer, index, grad_scale, note, again)
 
     @torch.no_grad()
-    def move(self, optimizer: Optimizer, *, index: int | None = None, note: bool = False) -> dict[str, GradientStats]:
+    def move(
+        self, optimizer: Optimizer, *, index: int | None = None, note: bool = False
+    ) -> dict[str, GradientStats]:
         """Move the neurons along the sphere by learning rate times coefficient times gradient; call it after each step.
 
         Their norms stay. Parameters that are frozen or have no gradient are left alone. Neurons that are computed from
@@ -249,13 +284,19 @@ class UniformityRegularizer:
 
     def unreached(self) -> list[str]:
         """Names of layers that have a coefficient but got no gradient so far; frozen ones are left out."""
-        missing = [layer for layer in self.layers if layer.strength != 0 and layer.target.name not in self.progress.reached]
+        missing = [
+            layer
+            for layer in self.layers
+            if layer.strength != 0 and layer.target.name not in self.progress.reached
+        ]
         with self.gathered():
             return [layer.target.name for layer in missing if not layer.frozen]
 
     def idle(self) -> dict[str, str]:
         """Layers that have a coefficient but feel no force, whatever their weights, with the reason and the way out."""
-        return {layer.target.name: reason for layer in self.layers if (reason := idle_reason(layer))}
+        return {
+            layer.target.name: reason for layer in self.layers if (reason := idle_reason(layer))
+        }
 
     def state_dict(self) -> dict[str, Any]:
         """The steps done by each optimizer, where the schedules stand, and what the measures and shares carry on, by layer."""
@@ -267,16 +308,40 @@ class UniformityRegularizer:
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle and copy the settings and where training stands, never the model."""
-        gone = {"layers": [], "skips": [], "_lots": [], "active": False, "replicas": None, "_model": None, "_root": None}
+        gone = {
+            "layers": [],
+            "skips": [],
+            "_lots": [],
+            "active": False,
+            "replicas": None,
+            "_model": None,
+            "_root": None,
+        }
         return self.__dict__ | gone
 
     def _layer(self, target: Target) -> Layer:
-        measure = sampled_above(self.measure.for_head() if target.head else self.measure, target.shape[1], self.sample_above)
-        own = self.head_coefficient if target.head and self.head_coefficient is not None else self.coefficient
-        return Layer(target, measure, own.of(target.name), tuple(target.parameters()), target.own_rows())
+        measure = sampled_above(
+            self.measure.for_head() if target.head else self.measure,
+            target.shape[1],
+            self.sample_above,
+        )
+        own = (
+            self.head_coefficient
+            if target.head and self.head_coefficient is not None
+            else self.coefficient
+        )
+        return Layer(
+            target, measure, own.of(target.name), tuple(target.parameters()), target.own_rows()
+        )
 
     def _apply(
-        self, act: Act, optimizer: Optimizer, index: int | None, grad_scale: float, note: bool, again: bool
+        self,
+        act: Act,
+        optimizer: Optimizer,
+        index: int | None,
+        grad_scale: float,
+        note: bool,
+        again: bool,
     ) -> dict[str, GradientStats]:
         """Let every layer of the optimizer's parameters act on its penalty's gradient; notes by layer."""
         self._check_attached()
@@ -285,7 +350,10 @@ class UniformityRegularizer:
             self.note_reached(optimizer)
             return {}
         use = Use(step, learning_rates(optimizer), grad_scale, again, self.step_limit, note)
-        lowered, first = lowered_products(self.matmul_precision == "medium"), self.layers[0].parameters[0]
+        lowered, first = (
+            lowered_products(self.matmul_precision == "medium"),
+            self.layers[0].parameters[0],
+        )
         with whole_parameters(self._root, with_grads=True), lowered, exact_arithmetic(first):
             self.progress.note_reached(self.layers, use.own)
             return act_on_all(self._lots, act, self.progress, use, self.replicas)

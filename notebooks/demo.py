@@ -28,12 +28,21 @@ PLANS = {
 # it at each scale. First the settings without, then those with. Several lie on an edge of the grid.
 CHOSEN = {
     "digits": (
-        (Settings(0.03, rate=0.2, decay=3e-3), Settings(0.03, rate=0.2, decay=3e-3, coefficient=0.3)),
+        (
+            Settings(0.03, rate=0.2, decay=3e-3),
+            Settings(0.03, rate=0.2, decay=3e-3, coefficient=0.3),
+        ),
         (Settings(1.0, rate=0.2, decay=3e-3), Settings(1.0, rate=0.2, decay=3e-3, coefficient=0.3)),
     ),
     "fashion-mnist": (
-        (Settings(0.03, rate=0.1, decay=3e-3), Settings(0.03, rate=0.05, decay=3e-3, coefficient=0.3)),
-        (Settings(1.0, rate=0.025, decay=1e-3), Settings(1.0, rate=0.025, decay=1e-3, coefficient=0.03)),
+        (
+            Settings(0.03, rate=0.1, decay=3e-3),
+            Settings(0.03, rate=0.05, decay=3e-3, coefficient=0.3),
+        ),
+        (
+            Settings(1.0, rate=0.025, decay=1e-3),
+            Settings(1.0, rate=0.025, decay=1e-3, coefficient=0.03),
+        ),
     ),
 }
 
@@ -60,20 +69,35 @@ def main() -> int:
     if args.tune:
         tune(data, PLANS[known])
         return 0
-    folder, picture = OUT / data.name, OUT / ("demo.png" if data.name == "digits" else f"demo-{data.name}.png")
+    folder, picture = (
+        OUT / data.name,
+        OUT / ("demo.png" if data.name == "digits" else f"demo-{data.name}.png"),
+    )
     comparisons = _train(data, known, folder)
     _report(data, known, comparisons)
     small, title = comparisons[0], f"{data.name}, initial weights × {PLANS[known].small_scale:g}"
     draw_picture(picture, title, small.without, small.penalised)
-    print(f"\nPicture: {picture}\nLogs:    {folder}/csv, and: tensorboard --logdir {folder}/tensorboard")
+    print(
+        f"\nPicture: {picture}\nLogs:    {folder}/csv, and: tensorboard --logdir {folder}/tensorboard"
+    )
     print(f"{time.perf_counter() - start:.0f} seconds")
     return 0
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="digits", help="digits, fashion-mnist, or a folder with its four idx files")
-    parser.add_argument("--tune", action="store_true", help="redo the choice of settings instead, and print every trial")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--data",
+        default="digits",
+        help="digits, fashion-mnist, or a folder with its four idx files",
+    )
+    parser.add_argument(
+        "--tune",
+        action="store_true",
+        help="redo the choice of settings instead, and print every trial",
+    )
     return parser.parse_args()
 
 
@@ -97,24 +121,42 @@ def _report(data: Data, known: str, comparisons: list[Comparison]) -> None:
     """One table of both scales, and what its columns mean."""
     plan, first = PLANS[known], comparisons[0].without[0].before
     sizes = "-".join(str(n) for n in (first[0].dimension, *(layer.neurons for layer in first)))
-    print(f"\n{data.title}: a ReLU network {sizes}, {plan.images} training images, {len(data.test[1])} test images,")
-    print(f"{plan.epochs} epochs, {len(SEEDS)} seeds; both runs of a seed see the same images in the same order from the same")
+    print(
+        f"\n{data.title}: a ReLU network {sizes}, {plan.images} training images, {len(data.test[1])} test images,"
+    )
+    print(
+        f"{plan.epochs} epochs, {len(SEEDS)} seeds; both runs of a seed see the same images in the same order from the same"
+    )
     print("initial weights.\n")
     print("                                     ratio to random             smallest angle")
     print("                                 before     after                 after")
     print("layer    neurons x dimension             without    with    without    with")
     for comparison in comparisons:
         scale = comparison.settings[0].scale
-        where = "PyTorch's default" if scale == 1 else f"{scale:g} x PyTorch's, where neurons condense onto few directions"
+        where = (
+            "PyTorch's default"
+            if scale == 1
+            else f"{scale:g} x PyTorch's, where neurons condense onto few directions"
+        )
         print(f"-- initial scale {where} ".ljust(80, "-"))
         for row in (*_layer_rows(comparison), *_error_rows(comparison)):
             print(row)
-    print("\nratio: energy of a layer's neurons over that of random ones; 1 = as random, above 1 = more redundant.")
-    print("angle: smallest between two neurons of the layer (in hidden layers between their lines). Medians over seeds.")
+    print(
+        "\nratio: energy of a layer's neurons over that of random ones; 1 = as random, above 1 = more redundant."
+    )
+    print(
+        "angle: smallest between two neurons of the layer (in hidden layers between their lines). Medians over seeds."
+    )
     print("without: the callback only measures (coefficient 0); it leaves training as it is.")
     origin = "" if data.name == known else f", and on {known}, not on these data"
-    print("Each run's settings are the best of 12 by validation error, on seeds not used here (--tune)" + origin + ":")
-    print("without, 4 learning rates x 3 weight decays; with, 2 x 2 of those around the best and 3 coefficients.")
+    print(
+        "Each run's settings are the best of 12 by validation error, on seeds not used here (--tune)"
+        + origin
+        + ":"
+    )
+    print(
+        "without, 4 learning rates x 3 weight decays; with, 2 x 2 of those around the best and 3 coefficients."
+    )
 
 
 def _layer_rows(comparison: Comparison) -> list[str]:
@@ -122,10 +164,18 @@ def _layer_rows(comparison: Comparison) -> list[str]:
     rows = []
     for i, layer in enumerate(comparison.without[0].before):
         before = median(run.before[i].ratio for run in comparison.without)
-        ratios = [median(run.after[i].ratio for run in runs) for runs in (comparison.without, comparison.penalised)]
-        angles = [median(run.after[i].min_angle for run in runs) for runs in (comparison.without, comparison.penalised)]
+        ratios = [
+            median(run.after[i].ratio for run in runs)
+            for runs in (comparison.without, comparison.penalised)
+        ]
+        angles = [
+            median(run.after[i].min_angle for run in runs)
+            for runs in (comparison.without, comparison.penalised)
+        ]
         shape = f"{layer.neurons} x {layer.dimension}"
-        cells = f"{before:8.2f} {ratios[0]:9.2f} {ratios[1]:7.2f} {angles[0]:9.1f}° {angles[1]:6.1f}°"
+        cells = (
+            f"{before:8.2f} {ratios[0]:9.2f} {ratios[1]:7.2f} {angles[0]:9.1f}° {angles[1]:6.1f}°"
+        )
         rows.append(f"{layer.name:<8} {shape:<21} {cells}")
     return rows
 
@@ -142,8 +192,13 @@ def _error_rows(comparison: Comparison) -> list[str]:
     for name, values, own in zip(("without", "with"), errors, comparison.settings, strict=True):
         penalty = f", coefficient {own.coefficient:g}" if own.coefficient else ""
         chosen = f"learning rate {own.rate:g}, weight decay {own.decay:g}{penalty}"
-        rows.append(f"test error {name + ',':<8} {count} seeds {mean(values):8.2f} % ± {_sem(values):.2f}   ({chosen})")
-    return [*rows, f"with - without              {change:+8.2f}   ± {sem:.2f}   lower on {wins} of {count} seeds: {verdict}"]
+        rows.append(
+            f"test error {name + ',':<8} {count} seeds {mean(values):8.2f} % ± {_sem(values):.2f}   ({chosen})"
+        )
+    return [
+        *rows,
+        f"with - without              {change:+8.2f}   ± {sem:.2f}   lower on {wins} of {count} seeds: {verdict}",
+    ]
 
 
 def _sem(values: list[float]) -> float:

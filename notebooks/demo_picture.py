@@ -30,7 +30,10 @@ def draw_picture(path: Path, title: str, without: list[Outcome], penalised: list
     FigureCanvasAgg(figure)
     detail = f"{title}: a layer's energy over that of random neurons, by step"
     _heading(figure, 0.965, "The penalty keeps neurons from crowding", detail)
-    for x, text, color in ((0.79, "without the penalty", WITHOUT), (0.975, "with the penalty", WITH)):
+    for x, text, color in (
+        (0.79, "without the penalty", WITHOUT),
+        (0.975, "with the penalty", WITH),
+    ):
         figure.text(x, 0.965, text, size=8, weight="bold", color=color, va="center", ha="right")
     _curves(_row(figure, 0.845, 0.53), without, penalised)
     layers = without[0].after
@@ -70,12 +73,20 @@ def _curves(axes: list[Axes], without: list[Outcome], penalised: list[Outcome]) 
         ax.axhline(1, color=INK, lw=0.8, ls=(0, (4, 3)))
         drawn += _lines(ax, [_curve(run, i) for run in without], WITHOUT)
         drawn += _lines(ax, [_curve(run, i) for run in penalised], WITH)
-        ax.set_title(f"{layer.name}, {layer.neurons} × {layer.dimension}", size=8, color=INK, loc="left", pad=4)
+        ax.set_title(
+            f"{layer.name}, {layer.neurons} × {layer.dimension}",
+            size=8,
+            color=INK,
+            loc="left",
+            pad=4,
+        )
         _label(ax, _end(without, i), _end(penalised, i))
     _note(axes[0], "random", (0.02, 1), -4, INK, "left")
     top = 1.25 * max(drawn)
     axes[0].set_ylim(min(drawn) * top**-0.16, top)
-    axes[0].yaxis.set_major_locator(FixedLocator([1, 10, 100, 1000, 10000] if top > 30 else [1, 1.5, 2, 3, 5, 10, 20]))
+    axes[0].yaxis.set_major_locator(
+        FixedLocator([1, 10, 100, 1000, 10000] if top > 30 else [1, 1.5, 2, 3, 5, 10, 20])
+    )
     axes[0].yaxis.set_major_formatter("{x:g}×")
 
 
@@ -96,10 +107,25 @@ def _label(ax: Axes, without: float, penalised: float) -> None:
     _note(ax, f"with {penalised:.2f}", (1, min(without, penalised, 1)), -4, WITH, "right")
 
 
-def _note(ax: Axes, text: str, xy: tuple[float, float], shift: float, color: str, side: str) -> None:
+def _note(
+    ax: Axes, text: str, xy: tuple[float, float], shift: float, color: str, side: str
+) -> None:
     """Text some points above or below a height in data units, at a fraction of the width."""
-    place = {"xycoords": ax.get_yaxis_transform(), "xytext": (0, shift), "textcoords": "offset points"}
-    ax.annotate(text, xy, **place, size=7.5, color=color, ha=side, va="bottom" if shift > 0 else "top", path_effects=HALO)
+    place = {
+        "xycoords": ax.get_yaxis_transform(),
+        "xytext": (0, shift),
+        "textcoords": "offset points",
+    }
+    ax.annotate(
+        text,
+        xy,
+        **place,
+        size=7.5,
+        color=color,
+        ha=side,
+        va="bottom" if shift > 0 else "top",
+        path_effects=HALO,
+    )
 
 
 def _curve(run: Outcome, i: int) -> tuple[list[int], list[float]]:
@@ -107,10 +133,15 @@ def _curve(run: Outcome, i: int) -> tuple[list[int], list[float]]:
     with run.metrics.open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if row.get(f"hsu/ratio/{run.before[i].name}")]
     steps = [0, *(int(row["step"]) + 1 for row in rows)]
-    return steps, [run.before[i].ratio, *(float(row[f"hsu/ratio/{run.before[i].name}"]) for row in rows)]
+    return steps, [
+        run.before[i].ratio,
+        *(float(row[f"hsu/ratio/{run.before[i].name}"]) for row in rows),
+    ]
 
 
-def _histograms(axes: list[Axes], name: str, without: list[Outcome], penalised: list[Outcome]) -> None:
+def _histograms(
+    axes: list[Axes], name: str, without: list[Outcome], penalised: list[Outcome]
+) -> None:
     panels = (
         ("at the start", QUIET, [run.weights[name][0] for run in without]),
         ("after training without", WITHOUT, [run.weights[name][1] for run in without]),
@@ -121,7 +152,14 @@ def _histograms(axes: list[Axes], name: str, without: list[Outcome], penalised: 
     axes[0].yaxis.set_major_locator(LogLocator(10))
     axes[0].yaxis.set_major_formatter("{x:g}")
     power = panels[0][2][0].shape[1] - 2
-    axes[0].text(0.98, 0.94, f"curve: random,\nsin(angle)$^{{{power}}}$", transform=axes[0].transAxes, **CORNER, ha="right")
+    axes[0].text(
+        0.98,
+        0.94,
+        f"curve: random,\nsin(angle)$^{{{power}}}$",
+        transform=axes[0].transAxes,
+        **CORNER,
+        ha="right",
+    )
 
 
 def _histogram(ax: Axes, title: str, color: str, weights: list[Tensor]) -> float:
@@ -131,7 +169,13 @@ def _histogram(ax: Axes, title: str, color: str, weights: list[Tensor]) -> float
     degrees, density = _random_density(weights[0].shape[1])
     ax.plot(degrees, [3 * len(angles) * value for value in density], color=INK, lw=1)
     ax.set_title(title, size=8, color=color, loc="left", pad=4)
-    ax.text(0.03, 0.94, f"closest pair\n{float(angles.min()):.1f}°", transform=ax.transAxes, **CORNER | {"color": color})
+    ax.text(
+        0.03,
+        0.94,
+        f"closest pair\n{float(angles.min()):.1f}°",
+        transform=ax.transAxes,
+        **CORNER | {"color": color},
+    )
     ax.set_xlim(0, 180)
     ax.xaxis.set_major_locator(FixedLocator([30, 60, 90, 120, 150]))
     ax.xaxis.set_major_formatter("{x:g}°")
@@ -150,6 +194,10 @@ def _angles(weight: Tensor) -> Tensor:
 
 def _random_density(dimension: int) -> tuple[list[float], list[float]]:
     """The density of the angle between two random vectors, sin^(d-2), per degree."""
-    constant = math.exp(math.lgamma(dimension / 2) - math.lgamma((dimension - 1) / 2)) / math.sqrt(math.pi)
+    constant = math.exp(math.lgamma(dimension / 2) - math.lgamma((dimension - 1) / 2)) / math.sqrt(
+        math.pi
+    )
     degrees = [i / 2 for i in range(1, 360)]
-    return degrees, [constant * math.sin(math.radians(t)) ** (dimension - 2) * math.pi / 180 for t in degrees]
+    return degrees, [
+        constant * math.sin(math.radians(t)) ** (dimension - 2) * math.pi / 180 for t in degrees
+    ]

@@ -59,7 +59,11 @@ class Network(pl.LightningModule):
 
     def __init__(self, inputs: int, classes: int, settings: Settings, steps: int) -> None:
         super().__init__()
-        self.hidden1, self.hidden2, self.head = nn.Linear(inputs, 64), nn.Linear(64, 64), nn.Linear(64, classes)
+        self.hidden1, self.hidden2, self.head = (
+            nn.Linear(inputs, 64),
+            nn.Linear(64, 64),
+            nn.Linear(64, classes),
+        )
         self.settings, self.steps = settings, steps
         with torch.no_grad():
             for layer in self.children():
@@ -76,7 +80,9 @@ class Network(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         own = self.settings
-        optimizer = torch.optim.SGD(self.parameters(), lr=own.rate, momentum=0.9, weight_decay=own.decay)
+        optimizer = torch.optim.SGD(
+            self.parameters(), lr=own.rate, momentum=0.9, weight_decay=own.decay
+        )
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -99,17 +105,32 @@ class Bar(TQDMProgressBar):
 
     def get_metrics(self, trainer: pl.Trainer, *args: Any) -> dict[str, Any]:
         known = trainer.callback_metrics
-        return {name: f"{known[name]:.3g}" for name in ("train/loss", "hsu/ratio_max") if name in known}
+        return {
+            name: f"{known[name]:.3g}" for name in ("train/loss", "hsu/ratio_max") if name in known
+        }
 
 
-def prepare(data: Data, plan: Plan, settings: Settings, seed: int) -> tuple[Network, DataLoader[Any], Draw]:
+def prepare(
+    data: Data, plan: Plan, settings: Settings, seed: int
+) -> tuple[Network, DataLoader[Any], Draw]:
     """The same seed gives the same images, initial weights and order of batches, whatever the settings."""
-    images = draw(data, seed, plan.images, held_out=max(0, min(2000, len(data.pool[1]) - plan.images)))
+    images = draw(
+        data, seed, plan.images, held_out=max(0, min(2000, len(data.pool[1]) - plan.images))
+    )
     pl.seed_everything(seed, verbose=False)
-    network = Network(data.pool[0].shape[1], int(data.pool[1].max()) + 1, settings, plan.epochs * (plan.images // BATCH))
+    network = Network(
+        data.pool[0].shape[1],
+        int(data.pool[1].max()) + 1,
+        settings,
+        plan.epochs * (plan.images // BATCH),
+    )
     rows = TensorDataset(*images.train)
     order = RandomSampler(rows, generator=torch.Generator().manual_seed(seed))
-    return network, DataLoader(rows, sampler=BatchSampler(order, BATCH, drop_last=True), batch_size=None), images
+    return (
+        network,
+        DataLoader(rows, sampler=BatchSampler(order, BATCH, drop_last=True), batch_size=None),
+        images,
+    )
 
 
 def measure(network: nn.Module) -> tuple[list[LayerUniformity], dict[str, Tensor]]:
@@ -118,7 +139,9 @@ def measure(network: nn.Module) -> tuple[list[LayerUniformity], dict[str, Tensor
     return UniformityRegularizer().attach(network).measure_layers(), weights
 
 
-def fit(data: Data, plan: Plan, settings: Settings, seed: int, folder: Path, label: str, *, first: bool) -> Outcome:
+def fit(
+    data: Data, plan: Plan, settings: Settings, seed: int, folder: Path, label: str, *, first: bool
+) -> Outcome:
     """One run with Lightning; the run without the penalty has the callback too, as a monitor."""
     network, loader, images = prepare(data, plan, settings, seed)
     before, old = measure(network)
@@ -129,17 +152,31 @@ def fit(data: Data, plan: Plan, settings: Settings, seed: int, folder: Path, lab
         max_epochs=plan.epochs,
         accelerator="cpu",
         devices=1,
-        logger=[csv, TensorBoardLogger(folder / "tensorboard", name=run, version="", default_hp_metric=False)],
-        callbacks=[HypersphericalUniformity(coefficient=settings.coefficient, verbose=first), Bar(label)],
+        logger=[
+            csv,
+            TensorBoardLogger(
+                folder / "tensorboard", name=run, version="", default_hp_metric=False
+            ),
+        ],
+        callbacks=[
+            HypersphericalUniformity(coefficient=settings.coefficient, verbose=first),
+            Bar(label),
+        ],
         log_every_n_steps=LOG_EVERY,
         enable_checkpointing=False,
         enable_model_summary=False,
     )
-    CHATTER.setLevel(logging.INFO if first else logging.WARNING)  # the callback's table of layers, once
+    CHATTER.setLevel(
+        logging.INFO if first else logging.WARNING
+    )  # the callback's table of layers, once
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*does not have many workers")  # the data are in memory
-        warnings.filterwarnings("ignore", ".*LeafSpec")  # Lightning's own, with recent releases of PyTorch
+        warnings.filterwarnings(
+            "ignore", ".*LeafSpec"
+        )  # Lightning's own, with recent releases of PyTorch
         trainer.fit(network, loader)
     after, new = measure(network)
     weights = {name: (old[name], new[name]) for name in old}
-    return Outcome(network.error(*images.test), before, after, weights, Path(csv.log_dir) / "metrics.csv")
+    return Outcome(
+        network.error(*images.test), before, after, weights, Path(csv.log_dir) / "metrics.csv"
+    )

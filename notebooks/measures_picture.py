@@ -69,10 +69,18 @@ class Panel:
 PANELS = (
     Panel("RieszEnergy(s=0)", RieszEnergy(s=0), "every pair repels,\nnear and far"),
     Panel("RieszEnergy(s=2)", RieszEnergy(s=2), "every pair repels,\nnear ones far harder"),
-    Panel("RieszEnergy(s=2,\nhalf_space=True)", RieszEnergy(s=2, half_space=True), "mirror images\nrepel as well"),
-    Panel("GaussianPotential()", GaussianPotential(), "repels at middle range,\nhardly when very near"),
+    Panel(
+        "RieszEnergy(s=2,\nhalf_space=True)",
+        RieszEnergy(s=2, half_space=True),
+        "mirror images\nrepel as well",
+    ),
+    Panel(
+        "GaussianPotential()", GaussianPotential(), "repels at middle range,\nhardly when very near"
+    ),
     Panel("Separation()", Separation(), "parts the nearest pair,\nnothing else"),
-    Panel("Separation(\nhalf_space=True)", Separation(half_space=True), "parts the two\nnearest lines"),
+    Panel(
+        "Separation(\nhalf_space=True)", Separation(half_space=True), "parts the two\nnearest lines"
+    ),
     Panel("MinimalAngle()", MinimalAngle(), "each from its nearest,\nnear or far alike"),
     Panel("KoLeo()", KoLeo(), "each from its nearest,\nharder when near"),
     Panel("GramDeterminant()", GramDeterminant(), "grows the volume\nthat they span"),
@@ -90,7 +98,12 @@ loneliest place. Dashed: the direction of the mean; the main axis, along which m
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("measures.png"), help="the PNG to write")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path(__file__).with_name("measures.png"),
+        help="the PNG to write",
+    )
     draw_picture(parser.parse_args(arguments).out)
 
 
@@ -136,7 +149,14 @@ def draw_picture(path: Path) -> None:
     """One PNG: the points by name, then a panel for each measure."""
     figure = Figure(figsize=(9, 8.5), dpi=200, facecolor="white")
     canvas = FigureCanvasAgg(figure)
-    edges = {"left": 0.005, "right": 0.995, "top": 0.95, "bottom": 0.125, "wspace": 0.02, "hspace": 0.42}
+    edges = {
+        "left": 0.005,
+        "right": 0.995,
+        "top": 0.95,
+        "bottom": 0.125,
+        "wspace": 0.02,
+        "hspace": 0.42,
+    }
     key, *axes = figure.subplots(3, COLUMNS, gridspec_kw=edges).flat
     x = on_circle(DEGREES)
     _draw_key(key, x)
@@ -182,9 +202,21 @@ def _circle(ax: Axes, title: str, text: str) -> None:
     ax.set_xlim(-1.35, 1.35)
     ax.set_ylim(-1.25, 1.25)
     ax.plot(*on_circle(tuple(range(361))).T.tolist(), color=FAINT, lw=1, zorder=1)
-    ax.text(0.5, 1.02, title, transform=ax.transAxes, size=9, weight="bold", color=INK, ha="center", va="bottom")
+    ax.text(
+        0.5,
+        1.02,
+        title,
+        transform=ax.transAxes,
+        size=9,
+        weight="bold",
+        color=INK,
+        ha="center",
+        va="bottom",
+    )
     for i, line in enumerate(text.split("\n")):
-        ax.text(0.5, -0.09 - 0.09 * i, line, transform=ax.transAxes, size=8.5, color=QUIET, ha="center")
+        ax.text(
+            0.5, -0.09 - 0.09 * i, line, transform=ax.transAxes, size=8.5, color=QUIET, ha="center"
+        )
 
 
 def _dashed(ax: Axes, ends: Tensor) -> None:

@@ -99,7 +99,9 @@ runs = {"without": train(0.0), "with": train(0.3)}
 figure, axes = plt.subplots(figsize=(6, 3), layout="constrained")
 for (name, (_, ratio)), color in zip(runs.items(), ("#D55E00", "#0072B2"), strict=True):
     axes.plot(range(1, EPOCHS + 1), ratio, color=color, lw=2)
-    axes.annotate(f" {name}", (EPOCHS, ratio[-1]), color=color, va="bottom" if name == "without" else "top")
+    axes.annotate(
+        f" {name}", (EPOCHS, ratio[-1]), color=color, va="bottom" if name == "without" else "top"
+    )
 axes.axhline(1, color="#222222", lw=0.8, ls="--")
 axes.set(xlabel="epoch", ylabel="largest ratio to random", yscale="log", xlim=(1, 1.17 * EPOCHS))
 axes.spines[["top", "right"]].set_visible(False)

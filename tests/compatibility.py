@@ -14,7 +14,9 @@ def table(situations):
     for row in situations:
         cells = [getattr(row, mode).cell for mode in MODES]
         if row.text is not None and lines.setdefault(row.text, cells) != cells:
-            raise ValueError(f"{row.name!r} does not agree with the others of {row.text!r}: {cells}")
+            raise ValueError(
+                f"{row.name!r} does not agree with the others of {row.text!r}: {cells}"
+            )
     rows = [("situation", *MODES), ("---",) * 4, *((text, *cells) for text, cells in lines.items())]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
 

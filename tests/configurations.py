@@ -37,4 +37,6 @@ def rotated(x, seed=0):
     generator = torch.Generator().manual_seed(seed)
     d = x.shape[-1]
     rotation = torch.linalg.qr(torch.randn(d, d, generator=generator, dtype=torch.float64)).Q
-    return x @ rotation * (0.5 + torch.rand(x.shape[0], 1, generator=generator, dtype=torch.float64))
+    return (
+        x @ rotation * (0.5 + torch.rand(x.shape[0], 1, generator=generator, dtype=torch.float64))
+    )

@@ -64,7 +64,10 @@ class SequenceNetwork(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.lstm, self.attention = nn.LSTM(6, 4, batch_first=True), nn.MultiheadAttention(4, 2, batch_first=True)
+        self.lstm, self.attention = (
+            nn.LSTM(6, 4, batch_first=True),
+            nn.MultiheadAttention(4, 2, batch_first=True),
+        )
         self.head = nn.Linear(4, 3)
 
     def forward(self, x):
@@ -133,7 +136,12 @@ class Scheduled(Automatic):
 
     def configure_optimizers(self):
         optimizer = super().configure_optimizers()
-        return [optimizer], [{"scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 2, gamma=0.5), "interval": "step"}]
+        return [optimizer], [
+            {
+                "scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 2, gamma=0.5),
+                "interval": "step",
+            }
+        ]
 
 
 class Manual(Automatic):
@@ -145,14 +153,22 @@ class Manual(Automatic):
     def __init__(self, parts=1, every=1, clip=None, zero_after=False, raw=False, **kwargs):
         super().__init__(**kwargs)
         self.automatic_optimization = False
-        self.parts, self.every, self.clip, self.zero_after, self.raw = parts, every, clip, zero_after, raw
+        self.parts, self.every, self.clip, self.zero_after, self.raw = (
+            parts,
+            every,
+            clip,
+            zero_after,
+            raw,
+        )
 
     def training_step(self, batch, batch_idx):
         optimizer = self.optimizers(use_pl_optimizer=not self.raw)
         if batch_idx % self.every == 0 and not self.zero_after:
             optimizer.zero_grad()
         for _ in range(self.parts):
-            self.manual_backward(mean_square(self.net(batch[0]), batch[1]) / self.every / self.parts)
+            self.manual_backward(
+                mean_square(self.net(batch[0]), batch[1]) / self.every / self.parts
+            )
         if (batch_idx + 1) % self.every == 0:
             if self.clip:
                 self.clip_gradients(optimizer, self.clip, "norm")
@@ -199,7 +215,10 @@ class Adversarial(pl.LightningModule):
                 self.untoggle_optimizer(optimizer)
 
     def configure_optimizers(self):
-        return [torch.optim.SGD(self.first.parameters(), lr=0.1), torch.optim.Adam(self.second.parameters(), lr=0.01)]
+        return [
+            torch.optim.SGD(self.first.parameters(), lr=0.1),
+            torch.optim.Adam(self.second.parameters(), lr=0.01),
+        ]
 
 
 class SharpnessAware(torch.optim.Optimizer):
@@ -267,7 +286,11 @@ class PruneTwo(callbacks.ModelPruning):
         )
 
     def filter_parameters_to_prune(self, parameters_to_prune=()):
-        return [(module, name) for module, name in parameters_to_prune if name == "weight" and len(module.weight) in (6, 12)]
+        return [
+            (module, name)
+            for module, name in parameters_to_prune
+            if name == "weight" and len(module.weight) in (6, 12)
+        ]
 
 
 class KeepRun(pl.Callback):

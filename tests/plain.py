@@ -34,25 +34,43 @@ class Layer:
     key: str = "weight"
 
     def parameters(self):
-        return [p for name, p in self.module.named_parameters(recurse=self.key == "weight") if self.key in name]
+        return [
+            p
+            for name, p in self.module.named_parameters(recurse=self.key == "weight")
+            if self.key in name
+        ]
 
     def energy(self):
         """Mean over the groups of the penalty."""
         pruned = hasattr(self.module, "weight_orig")
-        weight = self.module.weight_orig * self.module.weight_mask if pruned else getattr(self.module, self.key)
+        weight = (
+            self.module.weight_orig * self.module.weight_mask
+            if pruned
+            else getattr(self.module, self.key)
+        )
         return energy(self.measure, self.rows(weight)).mean()
 
     def gradients(self, owned):
         """Pairs of a parameter and the energy's gradient in it, of those that are about to move."""
-        moving = [p for p in self.parameters() if id(p) in owned and p.requires_grad and p.grad is not None]
-        return list(zip(moving, torch.autograd.grad(self.energy(), moving), strict=True)) if moving else []
+        moving = [
+            p
+            for p in self.parameters()
+            if id(p) in owned and p.requires_grad and p.grad is not None
+        ]
+        return (
+            list(zip(moving, torch.autograd.grad(self.energy(), moving), strict=True))
+            if moving
+            else []
+        )
 
     def move(self, p, way):
         """``p - way``; where the neurons are entries of p, they keep their norms."""
         old, moved = p.double().flatten(), (p.double() - way.double()).flatten()
         if p is self.module._parameters.get(self.key):
             entries = self.rows(torch.arange(p.numel()).view(p.shape))
-            moved[entries] *= old[entries].norm(dim=-1, keepdim=True) / moved[entries].norm(dim=-1, keepdim=True)
+            moved[entries] *= old[entries].norm(dim=-1, keepdim=True) / moved[entries].norm(
+                dim=-1, keepdim=True
+            )
         p.copy_(moved.view(p.shape))
 
 
@@ -90,18 +108,37 @@ def adversarial_layers(module):
 def image_layers(module):
     """Those of ``tests.models.image_network``."""
     net = module.net
-    found = [Layer("net.0", net[0]), Layer("net.2", net[2], rows=in_groups), Layer("net.4", net[4], rows=transposed_in_groups)]
+    found = [
+        Layer("net.0", net[0]),
+        Layer("net.2", net[2], rows=in_groups),
+        Layer("net.4", net[4], rows=transposed_in_groups),
+    ]
     return [*found, Layer("net.7", net[7], FULL_SPACE)]
 
 
 def sequence_layers(module):
     """Those of ``tests.models.SequenceNetwork``: gates, queries, keys and values apart."""
     lstm, attention = module.net.lstm, module.net.attention
-    gates = [(f"net.lstm.{key}.{gate}", key, i) for key in ("weight_ih_l0", "weight_hh_l0") for i, gate in enumerate("ifgo")]
+    gates = [
+        (f"net.lstm.{key}.{gate}", key, i)
+        for key in ("weight_ih_l0", "weight_hh_l0")
+        for i, gate in enumerate("ifgo")
+    ]
     found = [Layer(name, lstm, rows=partial(chunk, i=i, of=4), key=key) for name, key, i in gates]
     for i, part in enumerate("qkv"):
-        found.append(Layer(f"net.attention.{part}", attention, rows=partial(chunk, i=i, of=3), key="in_proj_weight"))
-    return [*found, Layer("net.attention.out_proj", attention.out_proj), Layer("net.head", module.net.head, FULL_SPACE)]
+        found.append(
+            Layer(
+                f"net.attention.{part}",
+                attention,
+                rows=partial(chunk, i=i, of=3),
+                key="in_proj_weight",
+            )
+        )
+    return [
+        *found,
+        Layer("net.attention.out_proj", attention.out_proj),
+        Layer("net.head", module.net.head, FULL_SPACE),
+    ]
 
 
 def chunk(weight, i, of):
@@ -118,7 +155,9 @@ class Penalty:
         self.layers, self.mode, self.coefficient, self.every = layers, mode, coefficient, every
         self.accumulate = accumulate
         self.steps: dict[int, int] = {}  # by optimizer
-        self.means: dict[str, list[float]] = {}  # of the gradients' norms, the task's and the penalty's, by layer
+        self.means: dict[
+            str, list[float]
+        ] = {}  # of the gradients' norms, the task's and the penalty's, by layer
         self.again = False  # another evaluation within the same step
 
     def term(self, optimizer):
@@ -127,7 +166,10 @@ class Penalty:
         if self.mode != "loss" or step % self.every:
             return 0.0
         live = [layer for layer in self.layers if any(p.requires_grad for p in layer.parameters())]
-        return sum(self.coefficient(step, layer.name) * layer.energy() for layer in live) / self.accumulate
+        return (
+            sum(self.coefficient(step, layer.name) * layer.energy() for layer in live)
+            / self.accumulate
+        )
 
     def before_step(self, optimizer, scale=1.0):
         """Add to the gradients, which may still carry a GradScaler's factor."""
@@ -144,7 +186,9 @@ class Penalty:
         if self.mode == "decoupled":
             if skipped:
                 return
-            rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+            rates = {
+                id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]
+            }
             for layer, strength, found in self._due(optimizer):
                 for p, gradient in found:
                     layer.move(p, rates[id(p)] * strength * gradient)
@@ -156,7 +200,11 @@ class Penalty:
         step = self.steps.get(id(optimizer), 0)
         owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
         due = [(layer, layer.gradients(owned)) for layer in self.layers if step % self.every == 0]
-        return [(layer, self._strength(layer, step, found, scale), found) for layer, found in due if found]
+        return [
+            (layer, self._strength(layer, step, found, scale), found)
+            for layer, found in due
+            if found
+        ]
 
     def _strength(self, layer, step, found, scale):
         given = self.coefficient(step, layer.name)
@@ -165,7 +213,10 @@ class Penalty:
         norms = norm([p.grad for p, _ in found]) / scale, norm([gradient for _, gradient in found])
         means = self.means.setdefault(layer.name, [0.0, 0.0])
         if all(math.isfinite(one) for one in norms) and not self.again:
-            means[:] = (given.smoothing * m + (1 - given.smoothing) * one for m, one in zip(means, norms, strict=True))
+            means[:] = (
+                given.smoothing * m + (1 - given.smoothing) * one
+                for m, one in zip(means, norms, strict=True)
+            )
         return min(given.fraction * means[0] / means[1], given.maximum) if means[1] else 0.0
 
 
@@ -207,12 +258,20 @@ def train(
         at_epoch_start: Takes module, optimizer and epoch; ``at_epoch_end``, and ``after_step`` alike.
     """
     net, optimizer = module.net, module.configure_optimizers()
-    fused = scaler is not None and not unscales and getattr(optimizer, "_step_supports_amp_scaling", False)
+    fused = (
+        scaler is not None
+        and not unscales
+        and getattr(optimizer, "_step_supports_amp_scaling", False)
+    )
     for epoch in range(epochs):
         at_epoch_start(module, optimizer, epoch)
         for start in range(0, len(data), accumulate):
             optimizer.zero_grad()
-            window = [(x, y) for i, (x, y) in enumerate(data) if start <= i < start + accumulate and i not in silent]
+            window = [
+                (x, y)
+                for i, (x, y) in enumerate(data)
+                if start <= i < start + accumulate and i not in silent
+            ]
             for x, y in window:
                 for _ in range(parts):
                     with torch.autocast("cpu", autocast) if autocast else nullcontext():
@@ -310,7 +369,13 @@ def train_averaging(module, data, penalty):
         if epoch == 0:
             schedules.append(SWALR(optimizer, 0.05, anneal_epochs=1, anneal_strategy="linear"))
 
-    train(module, data, penalty, at_epoch_start=at_epoch_start, at_epoch_end=lambda *_: schedules[0].step())
+    train(
+        module,
+        data,
+        penalty,
+        at_epoch_start=at_epoch_start,
+        at_epoch_end=lambda *_: schedules[0].step(),
+    )
     module.run, module.net = module.net, average.module
 
 

@@ -58,7 +58,9 @@ class World:
         store = tempfile.mkdtemp(dir=os.getcwd())
         for rank in range(self.size):
             here, there = context.Pipe()
-            process = context.Process(target=_work, args=(rank, self.size, f"{store}/ranks", there), daemon=True)
+            process = context.Process(
+                target=_work, args=(rank, self.size, f"{store}/ranks", there), daemon=True
+            )
             process.start()
             there.close()
             self._members.append((process, here))
@@ -77,13 +79,19 @@ def _answer(process, pipe, end):
 
 def _work(rank, size, store, pipe):
     """Answer with what each function gives, or with its error, as long as someone asks."""
-    os.environ.update({"LOCAL_RANK": str(rank), "NODE_RANK": "0"})  # what a launcher tells Lightning
+    os.environ.update(
+        {"LOCAL_RANK": str(rank), "NODE_RANK": "0"}
+    )  # what a launcher tells Lightning
     torch.set_num_threads(1)
     timeout = timedelta(seconds=SECONDS)
-    distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=timeout)
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=timeout
+    )
     with suppress(EOFError):
         while True:
-            function, args, warnings.filters[:] = pickle.loads(pipe.recv_bytes())  # what is an error there is one here
+            function, args, warnings.filters[:] = pickle.loads(
+                pipe.recv_bytes()
+            )  # what is an error there is one here
             try:
                 torch.manual_seed(0)
                 answer = function(*args), None

@@ -31,7 +31,12 @@ class Shared(pl.LightningDataModule):
 
     def train_dataloader(self):
         place = self.trainer.strategy.distributed_sampler_kwargs
-        return loader([tuple(part[place["rank"] :: place["num_replicas"]] for part in batch) for batch in data()])
+        return loader(
+            [
+                tuple(part[place["rank"] :: place["num_replicas"]] for part in batch)
+                for batch in data()
+            ]
+        )
 
 
 def sgd(parameters):
@@ -81,7 +86,11 @@ class End:
 
 def fit(make, callback, strategy, settings, **given):
     """Train ``make()`` with ``strategy()``, each rank on its share of the data."""
-    shared = {"strategy": strategy(), "devices": distributed.get_world_size(), "use_distributed_sampler": False}
+    shared = {
+        "strategy": strategy(),
+        "devices": distributed.get_world_size(),
+        "use_distributed_sampler": False,
+    }
     return _fit(make, callback, shared | settings, **{"datamodule": Shared(), **given})
 
 
@@ -94,7 +103,10 @@ def fit_alone(make, callback, settings):
 def _fit(make, callback, settings, **given):
     module, keep, reductions = make(), Keep(), []
     fit = trainer(uniformity(**callback), **{"logger": keep, "log_every_n_steps": 3, **settings})
-    with counted_reductions(reductions), mock.patch.object(reference, "_simulated", few_random_layers):
+    with (
+        counted_reductions(reductions),
+        mock.patch.object(reference, "_simulated", few_random_layers),
+    ):
         fit.fit(module, **given)
     return End(whole(module, fit.strategy.model), keep.rows, len(reductions))
 
@@ -124,7 +136,11 @@ def fit_in_two(make, callback, strategy, settings, path):
 
 def fit_first_epoch(make, callback, strategy, settings, path):
     """Train for one epoch and save a checkpoint."""
-    shared = {"strategy": strategy(), "devices": distributed.get_world_size(), "use_distributed_sampler": False}
+    shared = {
+        "strategy": strategy(),
+        "devices": distributed.get_world_size(),
+        "use_distributed_sampler": False,
+    }
     first = trainer(uniformity(**callback), **{**shared, **settings, "max_epochs": 1})
     with mock.patch.object(reference, "_simulated", few_random_layers):
         first.fit(make(), datamodule=Shared())
@@ -140,7 +156,8 @@ def same_bits(ends):
     """Whether all ranks end with the same, and logged the same."""
     first = ends[0]
     return all(
-        repr(end.rows) == repr(first.rows) and all(torch.equal(p, first.parameters[name]) for name, p in end.parameters.items())
+        repr(end.rows) == repr(first.rows)
+        and all(torch.equal(p, first.parameters[name]) for name, p in end.parameters.items())
         for end in ends
     )
 
@@ -148,7 +165,9 @@ def same_bits(ends):
 def max_difference(end, other):
     """Over all parameters."""
     assert end.parameters.keys() == other.parameters.keys()
-    return max(float((p - other.parameters[name]).abs().max()) for name, p in end.parameters.items())
+    return max(
+        float((p - other.parameters[name]).abs().max()) for name, p in end.parameters.items()
+    )
 
 
 def error_of(function, *args):
@@ -168,8 +187,14 @@ def whole(module, model):
 
 
 def whole_tensors(module):
-    named = {name.replace("_fsdp_wrapped_module.", ""): p.detach() for name, p in module.named_parameters()}
-    return {name: (p.full_tensor() if hasattr(p, "full_tensor") else p).clone() for name, p in named.items()}
+    named = {
+        name.replace("_fsdp_wrapped_module.", ""): p.detach()
+        for name, p in module.named_parameters()
+    }
+    return {
+        name: (p.full_tensor() if hasattr(p, "full_tensor") else p).clone()
+        for name, p in named.items()
+    }
 
 
 @contextmanager
@@ -211,7 +236,10 @@ def counted_work(flop):
     flop.append(count.get_total_flops())
 
 
-IN_PLACE = (torch.ops.aten.addmm_, torch.ops.aten.baddbmm_)  # FlopCounterMode knows only those that are not
+IN_PLACE = (
+    torch.ops.aten.addmm_,
+    torch.ops.aten.baddbmm_,
+)  # FlopCounterMode knows only those that are not
 
 
 def product(total, a, b, **_):

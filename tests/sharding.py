@@ -55,12 +55,18 @@ def as_a_whole(net, mesh, **policy):
 
 def in_bfloat16(net, mesh):
     """FSDP2 that computes in bfloat16, and keeps and reduces in float32."""
-    layer_by_layer(net, mesh, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32))
+    layer_by_layer(
+        net,
+        mesh,
+        mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32),
+    )
 
 
 def in_bfloat16_but_for_the_head(net, mesh):
     """The same, the head with the root: that stays whole, in bfloat16, from the forward pass to the backward pass."""
-    policy = {"mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)}
+    policy = {
+        "mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    }
     for part in list(net.children())[:-1]:
         if list(part.parameters()):
             fully_shard(part, mesh=mesh["data_parallel"], **policy)
@@ -69,18 +75,27 @@ def in_bfloat16_but_for_the_head(net, mesh):
 
 def columns_and_rows(net, mesh):
     """Tensor parallel: one Linear by its rows, which are the neurons, the next by its columns."""
-    parallelize_module(net, mesh["tensor_parallel"], {"5": ColwiseParallel(), "7": RowwiseParallel()})
+    parallelize_module(
+        net, mesh["tensor_parallel"], {"5": ColwiseParallel(), "7": RowwiseParallel()}
+    )
 
 
 def rows_alone(net, mesh):
     """Tensor parallel: each Linear by its rows, which may be uneven where what it gives is gathered."""
-    plan = {name: ColwiseParallel(output_layouts=Replicate()) for name, part in net.named_children() if list(part.parameters())}
+    plan = {
+        name: ColwiseParallel(output_layouts=Replicate())
+        for name, part in net.named_children()
+        if list(part.parameters())
+    }
     parallelize_module(net, mesh["tensor_parallel"], plan)
 
 
 def vocabulary(net, mesh):
     """Tensor parallel: an embedding and a head by their rows."""
-    plan = {"embedding": RowwiseParallel(input_layouts=Replicate()), "head": ColwiseParallel(output_layouts=Replicate())}
+    plan = {
+        "embedding": RowwiseParallel(input_layouts=Replicate()),
+        "head": ColwiseParallel(output_layouts=Replicate()),
+    }
     parallelize_module(net, mesh["tensor_parallel"], plan)
 
 
@@ -131,7 +146,9 @@ class WithFlatOptimizer(Automatic):
 
 def uneven_network():
     """Seven neurons, which two ranks cannot halve, and four, of which the third of three ranks has none."""
-    return nn.Sequential(nn.Flatten(), nn.Linear(36, 7), nn.Tanh(), nn.Linear(7, 4), nn.Tanh(), nn.Linear(4, 3))
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(36, 7), nn.Tanh(), nn.Linear(7, 4), nn.Tanh(), nn.Linear(4, 3)
+    )
 
 
 def network_with_equal_neurons():

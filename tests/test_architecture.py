@@ -66,7 +66,9 @@ def floor(name):
     return next(i for i, rooms in enumerate(FLOORS) if room(name) in rooms)
 
 
-ARROWS = {name: {one for one in imports(name) if one in MODULES and one != name} for name in MODULES}
+ARROWS = {
+    name: {one for one in imports(name) if one in MODULES and one != name} for name in MODULES
+}
 
 
 def circle(arrows):
@@ -125,7 +127,9 @@ def test_third_parties_appear_in_their_own_rooms():
 
 
 def test_triton_is_imported_in_its_own_folder_only():
-    users = {name for name in MODULES for other in imports(name) if other.partition(".")[0] == "triton"}
+    users = {
+        name for name in MODULES for other in imports(name) if other.partition(".")[0] == "triton"
+    }
     assert users
     assert all(name.startswith("lightning_hsu._core.triton.") for name in users)
 

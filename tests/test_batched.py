@@ -6,7 +6,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lightning_hsu._core import batched, foreach, pair_energy
 from lightning_hsu._core.batched import unasked_gradients
-from lightning_hsu._core.foreach import GradientUpdate, add_pair_gradients
+from lightning_hsu._core.foreach import add_pair_gradients
+from lightning_hsu._core.updates import GradientUpdate
 from lightning_hsu.measures import GaussianPotential, RieszEnergy
 from tests.members import InverseFourth
 
@@ -23,7 +24,9 @@ KERNELS = [
 
 
 def neurons(*shape, dtype=torch.float32):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(
+        dtype
+    )
 
 
 @pytest.mark.parametrize("measure", KERNELS, ids=repr)
@@ -63,7 +66,13 @@ def layers(device="cpu"):
     """Of one shape and of others; groups, a near pair, a dead row, one neuron, half precision, views with strides."""
     crowded = neurons(2, 20, 16)
     crowded[1, 3], crowded[0, 5] = crowded[1, 9] * 1.001, 0.0
-    found = [neurons(1, 20, 16), 2.0 * neurons(1, 20, 16), crowded, neurons(1, 1, 9), neurons(1, 40, 12).bfloat16()]
+    found = [
+        neurons(1, 20, 16),
+        2.0 * neurons(1, 20, 16),
+        crowded,
+        neurons(1, 1, 9),
+        neurons(1, 40, 12).bfloat16(),
+    ]
     return [part.to(device) for part in [*found, neurons(1, 16, 30).mT]]
 
 
@@ -78,7 +87,10 @@ def added(measure, device="cpu"):
         {"scale": 1.0},
         {"scale": 3.0, "grad_scale": 8.0},
     ]
-    additions = [GradientUpdate(w, out, **kw) for w, out, kw in zip(ws, places, [*settings, {"scale": 1.0}], strict=True)]
+    additions = [
+        GradientUpdate(w, out, **kw)
+        for w, out, kw in zip(ws, places, [*settings, {"scale": 1.0}], strict=True)
+    ]
     add_pair_gradients(additions, measure.pair_term())
     return [out.cpu() for out in places]
 
@@ -113,4 +125,7 @@ def test_a_wrong_backend_and_one_that_cannot_be_are_refused(monkeypatch):
 def test_on_a_gpu(backend, monkeypatch):
     monkeypatch.setenv("LIGHTNING_HSU_BACKEND", backend)
     for _ in range(3):  # a graph is captured, then replayed
-        same(added(RieszEnergy(s=2, half_space=True), "cuda"), added(RieszEnergy(s=2, half_space=True)))
+        same(
+            added(RieszEnergy(s=2, half_space=True), "cuda"),
+            added(RieszEnergy(s=2, half_space=True)),
+        )

@@ -8,7 +8,13 @@ from lightning_hsu._core import bf16, lowered_products, pair_part, pair_rows
 from lightning_hsu.measures import GaussianPotential, KoLeo, RieszEnergy
 from tests.members import InverseFourth
 
-FULL = [RieszEnergy(s=0), RieszEnergy(s=1), RieszEnergy(s=2), RieszEnergy(s=-1), RieszEnergy(s=1, distance="geodesic")]
+FULL = [
+    RieszEnergy(s=0),
+    RieszEnergy(s=1),
+    RieszEnergy(s=2),
+    RieszEnergy(s=-1),
+    RieszEnergy(s=1, distance="geodesic"),
+]
 OTHERS = [  # half space has no common pull that could be left out of the rounding
     RieszEnergy(s=2, half_space=True),
     RieszEnergy(s=1, half_space=True, distance="geodesic"),
@@ -36,7 +42,17 @@ def neurons(kind, n=520, d=192):
     return x
 
 
-KINDS = ["as random", "uneven dimensions", "a common direction", "dead ones", "crowded", "1e-2", "1e-3", "1e-4", "groups"]
+KINDS = [
+    "as random",
+    "uneven dimensions",
+    "a common direction",
+    "dead ones",
+    "crowded",
+    "1e-2",
+    "1e-3",
+    "1e-4",
+    "groups",
+]
 
 
 def error(measure, x):
@@ -64,7 +80,9 @@ def test_values_are_close():
     for measure in (*FULL, *OTHERS):
         with lowered_products(True):
             value = measure.value_and_grad(neurons("as random"))[0]
-        assert float(value) == pytest.approx(float(measure.penalty(neurons("as random").double())), rel=1e-3, abs=1e-3)
+        assert float(value) == pytest.approx(
+            float(measure.penalty(neurons("as random").double())), rel=1e-3, abs=1e-3
+        )
 
 
 @pytest.mark.parametrize("kind", ["as random", "1e-3", "a common direction", "groups"])
@@ -108,7 +126,9 @@ def test_the_engine_lowers_what_acts_not_what_is_told(way):
         torch.manual_seed(0)
         model = torch.nn.Linear(192, 300, bias=False)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        regularizer = UniformityRegularizer(RieszEnergy(s=2), 1e3, head=None, matmul_precision=precision).attach(model)
+        regularizer = UniformityRegularizer(
+            RieszEnergy(s=2), 1e3, head=None, matmul_precision=precision
+        ).attach(model)
         told = regularizer.measure_layers()
         before = model.weight.detach().clone()
         (regularizer.penalty() if way == "loss" else 0.0 * model.weight.sum()).backward()
@@ -132,5 +152,7 @@ def test_other_measures_stay_exact():
 
 
 def test_a_wrong_name_is_refused():
-    with pytest.raises(ValueError, match="matmul_precision must be 'highest' or 'medium'; got 'high'"):
+    with pytest.raises(
+        ValueError, match="matmul_precision must be 'highest' or 'medium'; got 'high'"
+    ):
         HypersphericalUniformity(matmul_precision="high")

@@ -25,15 +25,34 @@ KERNELS = {
     "s = 2": lambda t: 1 / (2 - 2 * t),
     "Gaussian": lambda t: (4 * t - 4).exp(),
 }
-RANDOM = {name: partial(random_expectation, RieszEnergy(s=s)) for s, name in enumerate(("log", "s = 1", "s = 2"))}
-BIG = [(50257, 768), (4096, 4096), (8192, 2048), (200000, 4096), (200000, 50), (4096, 9), (10000, 3), (200000, 3), (5000, 2)]
+RANDOM = {
+    name: partial(random_expectation, RieszEnergy(s=s))
+    for s, name in enumerate(("log", "s = 1", "s = 2"))
+}
+BIG = [
+    (50257, 768),
+    (4096, 4096),
+    (8192, 2048),
+    (200000, 4096),
+    (200000, 50),
+    (4096, 9),
+    (10000, 3),
+    (200000, 3),
+    (5000, 2),
+]
 
 
 def e8_roots():
     """The 240 roots, squared norm 2: two entries of +-1, or all +-1/2 with an even number of minus signs."""
     signs = list(product((1, -1), repeat=2))
-    pairs = [[(i == a) * x + (i == b) * y for i in range(8)] for a, b in combinations(range(8), 2) for x, y in signs]
-    halves = [[sign / 2 for sign in row] for row in product((1, -1), repeat=8) if math.prod(row) == 1]
+    pairs = [
+        [(i == a) * x + (i == b) * y for i in range(8)]
+        for a, b in combinations(range(8), 2)
+        for x, y in signs
+    ]
+    halves = [
+        [sign / 2 for sign in row] for row in product((1, -1), repeat=8) if math.prod(row) == 1
+    ]
     return torch.tensor(pairs + halves, dtype=torch.float64)
 
 
@@ -41,7 +60,9 @@ def neighbours(x, cosine):
     """The points at this cosine from the first one, projected on its complement: one dimension less."""
     x = torch.nn.functional.normalize(x, dim=-1)
     near = x[((x @ x[0]) - cosine).abs() < 1e-9]
-    complement = torch.linalg.qr(torch.cat([x[:1], torch.eye(x.shape[1], dtype=x.dtype)]).T).Q[:, 1:]
+    complement = torch.linalg.qr(torch.cat([x[:1], torch.eye(x.shape[1], dtype=x.dtype)]).T).Q[
+        :, 1:
+    ]
     return torch.nn.functional.normalize(near @ complement, dim=-1)
 
 
@@ -57,7 +78,10 @@ def half_cube():
 
 
 SHARP = {
-    **{f"simplex of {n} in d = {d}": (c.simplex(n, d), n, d) for n, d in [(2, 2), (2, 9), (3, 2), (4, 3), (4, 9), (33, 32)]},
+    **{
+        f"simplex of {n} in d = {d}": (c.simplex(n, d), n, d)
+        for n, d in [(2, 2), (2, 9), (3, 2), (4, 3), (4, 9), (33, 32)]
+    },
     **{f"cross-polytope in d = {d}": (c.cross_polytope(d), 2 * d, d) for d in (2, 3, 5, 24)},
     **{f"polygon of {n}": (c.polygon(n), n, 2) for n in (4, 5, 6, 7, 8, 31, 100)},
     "icosahedron": (c.icosahedron(), 12, 3),
@@ -65,7 +89,11 @@ SHARP = {
     "56 in d = 7": (neighbours(e8_roots(), 1 / 2), 56, 7),
     "27 in d = 6": (neighbours(neighbours(e8_roots(), 1 / 2), 1 / 3), 27, 6),
     "16 in d = 5": (half_cube(), 16, 5),
-    "16 in d = 5, from the 27": (neighbours(neighbours(neighbours(e8_roots(), 1 / 2), 1 / 3), 1 / 4), 16, 5),
+    "16 in d = 5, from the 27": (
+        neighbours(neighbours(neighbours(e8_roots(), 1 / 2), 1 / 3), 1 / 4),
+        16,
+        5,
+    ),
 }
 
 # (n, d) of sharp configurations -> cosine to the other points: how many have it
@@ -96,7 +124,10 @@ def gaussian_mean(d):
     """Over random points, by the trapezoidal rule in the angle."""
     angles = torch.linspace(0, math.pi, 20001, dtype=torch.float64)
     density = angles.sin() ** (d - 2)
-    return float(torch.trapezoid(density * KERNELS["Gaussian"](angles.cos()), angles) / torch.trapezoid(density, angles))
+    return float(
+        torch.trapezoid(density * KERNELS["Gaussian"](angles.cos()), angles)
+        / torch.trapezoid(density, angles)
+    )
 
 
 def largest(x):
@@ -106,7 +137,13 @@ def largest(x):
 
 def optimised(kernel, n, d):
     x = torch.randn(n, d, dtype=torch.float64, requires_grad=True)
-    search = torch.optim.LBFGS([x], max_iter=300, tolerance_grad=1e-10, tolerance_change=1e-14, line_search_fn="strong_wolfe")
+    search = torch.optim.LBFGS(
+        [x],
+        max_iter=300,
+        tolerance_grad=1e-10,
+        tolerance_change=1e-14,
+        line_search_fn="strong_wolfe",
+    )
 
     def closure():
         search.zero_grad()
@@ -174,7 +211,9 @@ def test_random_configurations_stay_above(d, kernel):
 def test_the_600_cell_stays_above():
     golden = (1 + math.sqrt(5)) / 2
     even = [p for p in product(range(4), repeat=4) if len(set(p)) == 4 and _inversions(p) % 2 == 0]
-    values = [(0.0, x / 2, y * golden / 2, z / golden / 2) for x, y, z in product((1, -1), repeat=3)]
+    values = [
+        (0.0, x / 2, y * golden / 2, z / golden / 2) for x, y, z in product((1, -1), repeat=3)
+    ]
     points = torch.tensor([[v[i] for i in p] for v in values for p in even], dtype=torch.float64)
     corners = torch.tensor(list(product((0.5, -0.5), repeat=4)), dtype=torch.float64)
     x = torch.cat([c.cross_polytope(4), corners, points])
@@ -191,7 +230,8 @@ def _inversions(p):
 
 @pytest.mark.parametrize(
     ("n", "d"),
-    [(n, d) for d in (2, 3, 4, 7, 24) for n in (2, 3, 5, 8, 9, 24, 25, 26, 48, 49, 200, 3000)] + BIG,
+    [(n, d) for d in (2, 3, 4, 7, 24) for n in (2, 3, 5, 8, 9, 24, 25, 26, 48, 49, 200, 3000)]
+    + BIG,
 )
 def test_the_rule_is_exact(n, d):
     nodes, weights = universal_quadrature(n, d)
@@ -218,7 +258,9 @@ def test_more_points_raise_the_bound(d, kernel):
     assert bool((cosines.diff() >= 0).all())
 
 
-@pytest.mark.parametrize(("n", "d"), [(2, 2), (3, 2), (2, 4096), (4097, 4096), (4098, 4096), (8193, 4096), *BIG])
+@pytest.mark.parametrize(
+    ("n", "d"), [(2, 2), (3, 2), (2, 4096), (4097, 4096), (4098, 4096), (8193, 4096), *BIG]
+)
 def test_the_bound_is_finite_and_below_random_points(n, d):
     for name, kernel in KERNELS.items():
         mean = RANDOM[name](n, d) if name in RANDOM else gaussian_mean(d)
@@ -233,20 +275,28 @@ def test_largest_cosine_of_few_points():
     assert largest_cosine(100, 2) == pytest.approx(math.cos(math.pi / 50), abs=1e-15)
 
 
-@pytest.mark.parametrize("fraction", [0, 1e-12, 1e-4, 0.1, 0.25, 0.4999, 0.5, 0.5001, 0.75, 0.999, 1])
+@pytest.mark.parametrize(
+    "fraction", [0, 1e-12, 1e-4, 0.1, 0.25, 0.4999, 0.5, 0.5001, 0.75, 0.999, 1]
+)
 def test_caps_in_closed_form(fraction):
     assert cap_angle(fraction, 2) == pytest.approx(math.pi * fraction, abs=1e-14)
     assert cap_angle(fraction, 3) == pytest.approx(2 * math.asin(math.sqrt(fraction)), abs=1e-12)
     angle = cap_angle(fraction, 4)
-    assert (angle - math.sin(angle) * math.cos(angle)) / math.pi == pytest.approx(fraction, abs=1e-14)
+    assert (angle - math.sin(angle) * math.cos(angle)) / math.pi == pytest.approx(
+        fraction, abs=1e-14
+    )
     angle = cap_angle(fraction, 5)
-    assert (2 - 3 * math.cos(angle) + math.cos(angle) ** 3) / 4 == pytest.approx(fraction, abs=1e-14)
+    assert (2 - 3 * math.cos(angle) + math.cos(angle) ** 3) / 4 == pytest.approx(
+        fraction, abs=1e-14
+    )
 
 
 @pytest.mark.parametrize("d", [2, 3, 4, 5, 10, 64, 1000, 4095, 4096])
 def test_cap_fraction_is_the_inverse(d):
     for fraction in (0, 1e-100, 1e-9, 0.01, 0.3, 0.5, 0.6, 0.99, 1):
-        assert cap_fraction(cap_angle(fraction, d), d) == pytest.approx(fraction, rel=1e-11, abs=1e-18)
+        assert cap_fraction(cap_angle(fraction, d), d) == pytest.approx(
+            fraction, rel=1e-11, abs=1e-18
+        )
     assert cap_fraction(0, d) == 0
     assert cap_fraction(math.pi, d) == 1
     assert cap_fraction(math.pi / 2, d) == 0.5
@@ -258,7 +308,11 @@ def test_caps_add_up_as_their_rims_do(d):
     rim = math.exp(math.lgamma(d / 2) - math.lgamma((d - 1) / 2)) / math.sqrt(math.pi)
     low, high = math.pi / 2 - 3 / math.sqrt(d), math.pi / 2 + 1 / math.sqrt(d)
     angles = torch.linspace(low, high, 1001, dtype=torch.float64)
-    weights = torch.tensor([1.0] + [4.0, 2.0] * 499 + [4.0, 1.0], dtype=torch.float64) * (high - low) / 3000
+    weights = (
+        torch.tensor([1.0] + [4.0, 2.0] * 499 + [4.0, 1.0], dtype=torch.float64)
+        * (high - low)
+        / 3000
+    )
     ring = float((weights * angles.sin() ** (d - 2)).sum()) * rim
     assert cap_fraction(high, d) - cap_fraction(low, d) == pytest.approx(ring, rel=1e-9)
 
@@ -268,14 +322,27 @@ def test_what_makes_no_sense_is_refused():
         for function in (universal_quadrature, largest_cosine):
             with pytest.raises(ValueError, match="at least 2 points"):
                 function(n, d)
-    for function, value in ((cap_angle, -0.1), (cap_angle, 1.1), (cap_angle, math.nan), (cap_fraction, 4), (cap_fraction, -1)):
+    for function, value in (
+        (cap_angle, -0.1),
+        (cap_angle, 1.1),
+        (cap_angle, math.nan),
+        (cap_fraction, 4),
+        (cap_fraction, -1),
+    ):
         with pytest.raises(ValueError, match="a cap needs"):
             function(value, 3)
     with pytest.raises(ValueError, match="a cap needs"):
         cap_angle(0.5, 1)
 
 
-MEASURES = [RieszEnergy(s=0), RieszEnergy(s=1), RieszEnergy(s=2), RieszEnergy(s=3.5), RieszEnergy(s=-1), GaussianPotential(t=2)]
+MEASURES = [
+    RieszEnergy(s=0),
+    RieszEnergy(s=1),
+    RieszEnergy(s=2),
+    RieszEnergy(s=3.5),
+    RieszEnergy(s=-1),
+    GaussianPotential(t=2),
+]
 
 
 @pytest.mark.parametrize("measure", MEASURES, ids=repr)

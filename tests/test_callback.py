@@ -24,7 +24,14 @@ from lightning_hsu.measures import Covering, RieszEnergy
 from lightning_hsu.reference import uniformity_ratio
 from tests.models import Adversarial, Automatic, Manual, batches, loader, trainer, uniformity
 
-AGGREGATES = {"hsu/penalty", "hsu/ratio_mean", "hsu/ratio_max", "hsu/angle_min", "hsu/dead", "hsu/limited"}
+AGGREGATES = {
+    "hsu/penalty",
+    "hsu/ratio_mean",
+    "hsu/ratio_max",
+    "hsu/angle_min",
+    "hsu/dead",
+    "hsu/limited",
+}
 
 
 def rows_of(logger):
@@ -41,7 +48,9 @@ def rows_of(logger):
 def test_logged_numbers_are_those_of_the_weights(tmp_path):
     module, logger = Automatic(), CSVLogger(tmp_path)
     callback = uniformity(coefficient=0.3)
-    trainer(callback, logger=logger, log_every_n_steps=7, max_epochs=1).fit(module, loader(batches()))
+    trainer(callback, logger=logger, log_every_n_steps=7, max_epochs=1).fit(
+        module, loader(batches())
+    )
     rows = rows_of(logger)
     assert list(rows) == [6]
     row = rows[6]
@@ -49,7 +58,11 @@ def test_logged_numbers_are_those_of_the_weights(tmp_path):
     penalty, ratios, angles = 0.0, [], []
     for name, (index, groups) in layers.items():
         measure = RieszEnergy(s=2, half_space=name != "net.7")
-        neurons = module.net[index].weight.detach().reshape(groups, -1, module.net[index].weight[0].numel())
+        neurons = (
+            module.net[index]
+            .weight.detach()
+            .reshape(groups, -1, module.net[index].weight[0].numel())
+        )
         ratio = float(uniformity_ratio(measure, neurons).mean())
         angle = float(smallest_angle(neurons, half_space=measure.half_space).min().rad2deg())
         assert row[f"hsu/energy/{name}"] == pytest.approx(float(measure(neurons).mean()), rel=1e-6)
@@ -85,12 +98,17 @@ def test_gradient_share_is_the_norm_of_what_was_added_over_the_tasks(tmp_path):
 
 def test_the_share_is_that_of_unscaled_gradients_and_absent_where_nothing_was_added(tmp_path):
     shares = []
-    for plugins in ([], [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=1024.0))]):
+    for plugins in (
+        [],
+        [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=1024.0))],
+    ):
         logger = CSVLogger(tmp_path, version=len(shares))
         torch.manual_seed(0)
         module = Automatic(make_optimizer=lambda p: torch.optim.Adam(p, fused=True))
         settings = {"logger": logger, "log_every_n_steps": 1, "max_steps": 2, "plugins": plugins}
-        trainer(uniformity(coefficient=0.3, every_n_steps=2), **settings).fit(module, loader(batches()))
+        trainer(uniformity(coefficient=0.3, every_n_steps=2), **settings).fit(
+            module, loader(batches())
+        )
         rows = rows_of(logger)
         assert "hsu/gradient_share/net.5" not in rows[1]
         shares.append(rows[0]["hsu/gradient_share/net.5"])
@@ -100,7 +118,11 @@ def test_the_share_is_that_of_unscaled_gradients_and_absent_where_nothing_was_ad
 def test_off_logging_steps_nothing_is_noted(monkeypatch):
     callback, asked = uniformity(coefficient=0.1), []
     add = callback.regularizer.add_gradients
-    monkeypatch.setattr(callback.regularizer, "add_gradients", lambda *a, **k: asked.append(k["note"]) or add(*a, **k))
+    monkeypatch.setattr(
+        callback.regularizer,
+        "add_gradients",
+        lambda *a, **k: asked.append(k["note"]) or add(*a, **k),
+    )
     trainer(callback, log_every_n_steps=4, max_epochs=1).fit(Automatic(), loader(batches()))
     assert asked == [True, False, False, True, False, False, True]
 
@@ -109,8 +131,15 @@ def test_off_logging_steps_nothing_is_noted(monkeypatch):
 def test_layers_are_logged_on_logging_steps_only(tmp_path, accumulate, monkeypatch):
     callback, logger, measured = uniformity(coefficient=0.1), CSVLogger(tmp_path), []
     measure = callback.regularizer.measure_layers
-    monkeypatch.setattr(callback.regularizer, "measure_layers", lambda: measured.append(1) or measure())
-    settings = {"logger": logger, "log_every_n_steps": 5, "accumulate_grad_batches": accumulate, "max_epochs": 1}
+    monkeypatch.setattr(
+        callback.regularizer, "measure_layers", lambda: measured.append(1) or measure()
+    )
+    settings = {
+        "logger": logger,
+        "log_every_n_steps": 5,
+        "accumulate_grad_batches": accumulate,
+        "max_epochs": 1,
+    }
     fit = trainer(callback, **settings)
     fit.fit(Automatic(), loader(batches(count=24)))
     steps = {step for step, row in rows_of(logger).items() if "hsu/ratio/net.5" in row}
@@ -123,7 +152,9 @@ def test_layers_are_logged_on_logging_steps_only(tmp_path, accumulate, monkeypat
 def test_no_logged_name_is_a_folder_of_another(tmp_path):
     """MLflow's file store keeps a metric a file, and a name with a slash in a folder."""
     logger = CSVLogger(tmp_path)
-    trainer(uniformity(), logger=logger, log_every_n_steps=1, max_epochs=1).fit(Automatic(), loader(batches()))
+    trainer(uniformity(), logger=logger, log_every_n_steps=1, max_epochs=1).fit(
+        Automatic(), loader(batches())
+    )
     names = set().union(*rows_of(logger).values())
     assert len(names) > len(AGGREGATES)
     assert not [(one, two) for one in names for two in names if two.startswith(f"{one}/")]
@@ -138,7 +169,9 @@ def test_nothing_happens_off_logging_steps_when_only_monitoring(monkeypatch):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
             if batch_idx == 1:
                 for layer in callback.regularizer.layers:
-                    monkeypatch.setattr(type(layer.target), "neurons", lambda self: calls.append(self.name))
+                    monkeypatch.setattr(
+                        type(layer.target), "neurons", lambda self: calls.append(self.name)
+                    )
             if batch_idx == 6:
                 monkeypatch.undo()
 
@@ -159,9 +192,15 @@ def test_early_stopping_and_checkpoints_can_watch_the_aggregates(tmp_path, modul
     save = ModelCheckpoint(tmp_path, monitor="hsu/angle_min", mode="max", filename="{epoch}")
     limited = EarlyStopping("hsu/limited", patience=100, strict=True)
     data = loader(batches())
-    trainer(uniformity(coefficient=0.1), stop, limited, save, max_epochs=3, enable_checkpointing=True, logger=False).fit(
-        Validated(), data, data
-    )
+    trainer(
+        uniformity(coefficient=0.1),
+        stop,
+        limited,
+        save,
+        max_epochs=3,
+        enable_checkpointing=True,
+        logger=False,
+    ).fit(Validated(), data, data)
     assert float(stop.best_score) > 0
     assert float(save.best_model_score) > 0
 
@@ -180,7 +219,11 @@ def test_early_stopping_and_checkpoints_can_watch_the_aggregates(tmp_path, modul
 def test_unusual_trainers(settings):
     settings = {"enable_checkpointing": False, **settings}
     if "barebones" in settings:
-        settings |= {"enable_checkpointing": None, "enable_progress_bar": None, "enable_model_summary": None}
+        settings |= {
+            "enable_checkpointing": None,
+            "enable_progress_bar": None,
+            "enable_model_summary": None,
+        }
     module = Automatic()
     before = module.net[5].weight.detach().clone()
     trainer(uniformity(coefficient=0.1), **settings).fit(module, loader(batches()))
@@ -189,10 +232,25 @@ def test_unusual_trainers(settings):
 
 def test_the_table_at_the_start_of_fit(caplog):
     with caplog.at_level(logging.INFO):
-        trainer(uniformity(coefficient={"net.5": 0.2}, verbose=True), fast_dev_run=True).fit(Automatic(), loader(batches()))
-    table = next(record.message for record in caplog.records if "Hyperspherical uniformity" in record.message)
+        trainer(uniformity(coefficient={"net.5": 0.2}, verbose=True), fast_dev_run=True).fit(
+            Automatic(), loader(batches())
+        )
+    table = next(
+        record.message for record in caplog.records if "Hyperspherical uniformity" in record.message
+    )
     lines = [line.split() for line in table.splitlines()[3:]]
-    assert lines[0] == ["net.0", "6", "x", "9", "RieszEnergy(s=2.0,", "half_space=True)", "0", "0", "(monitor", "only)"]
+    assert lines[0] == [
+        "net.0",
+        "6",
+        "x",
+        "9",
+        "RieszEnergy(s=2.0,",
+        "half_space=True)",
+        "0",
+        "0",
+        "(monitor",
+        "only)",
+    ]
     assert lines[1][:6] == ["net.2", "2", "groups", "of", "4", "x"]
     assert lines[2][-1] == "0.2"
     assert lines[3][4:6] == ["RieszEnergy(s=2.0)", "head"]
@@ -242,8 +300,12 @@ def test_a_non_finite_weight_is_reported_with_its_layer():
                 with torch.no_grad():
                     pl_module.net[5].weight[2, 1] = float("nan")
 
-    with pytest.warns(UserWarning, match=r"NaN or infinite weights in layer 'net.5' \(12 x 32\): 1 neurons"):
-        trainer(Break(), uniformity(coefficient=0.1), log_every_n_steps=2, max_steps=4).fit(module, loader(batches()))
+    with pytest.warns(
+        UserWarning, match=r"NaN or infinite weights in layer 'net.5' \(12 x 32\): 1 neurons"
+    ):
+        trainer(Break(), uniformity(coefficient=0.1), log_every_n_steps=2, max_steps=4).fit(
+            module, loader(batches())
+        )
 
 
 class Raw(Manual):
@@ -258,16 +320,23 @@ class Raw(Manual):
 
 def test_a_penalty_that_does_not_arrive_is_said_once():
     module = Automatic(make_optimizer=lambda p: torch.optim.SGD(list(p)[2:], lr=0.1))
-    with pytest.warns(UserWarning, match=r"the penalty has not reached layer 'net.0' so far: .*in no optimizer") as caught:
+    with pytest.warns(
+        UserWarning, match=r"the penalty has not reached layer 'net.0' so far: .*in no optimizer"
+    ) as caught:
         trainer(uniformity(coefficient=0.1)).fit(module, loader(batches()))
     assert sum("has not reached" in str(one.message) for one in caught) == 1
-    with pytest.warns(UserWarning, match=r"layer 'net.0', 'net.2', 'net.5', 'net.7' so far: .*use_pl_optimizer=False"):
+    with pytest.warns(
+        UserWarning,
+        match=r"layer 'net.0', 'net.2', 'net.5', 'net.7' so far: .*use_pl_optimizer=False",
+    ):
         trainer(uniformity(coefficient=0.1), max_epochs=1).fit(Raw(), loader(batches()))
 
 
 def test_numbers_of_numpy_are_numbers():
     for given in (np.float32(0.5), np.int64(2)):
-        regularizer = UniformityRegularizer(RieszEnergy(s=given), {"net.0": given}, step_limit=given).attach(Automatic())
+        regularizer = UniformityRegularizer(
+            RieszEnergy(s=given), {"net.0": given}, step_limit=given
+        ).attach(Automatic())
         assert regularizer.layers[0].strength == float(given)
         assert regularizer.measure_layers()[0].ratio > 0
 
@@ -275,14 +344,34 @@ def test_numbers_of_numpy_are_numbers():
 @pytest.mark.parametrize(
     ("kwargs", "error", "message"),
     [
-        ({"coefficient": -1}, ValueError, r"coefficient must be a finite number >= 0 \(0 only monitors\); got -1"),
+        (
+            {"coefficient": -1},
+            ValueError,
+            r"coefficient must be a finite number >= 0 \(0 only monitors\); got -1",
+        ),
         ({"coefficient": float("nan")}, ValueError, "coefficient must be a finite number"),
-        ({"coefficient": {"a": 1.0, "b": -2.0}}, ValueError, r"coefficient\['b'\] must be a finite number >= 0"),
+        (
+            {"coefficient": {"a": 1.0, "b": -2.0}},
+            ValueError,
+            r"coefficient\['b'\] must be a finite number >= 0",
+        ),
         ({"coefficient": {}}, ValueError, "empty mapping"),
-        ({"coefficient": "strong"}, TypeError, "a number, a schedule step -> number, a Share or a mapping"),
+        (
+            {"coefficient": "strong"},
+            TypeError,
+            "a number, a schedule step -> number, a Share or a mapping",
+        ),
         ({"head_coefficient": -1}, ValueError, "head_coefficient must be"),
-        ({"head_coefficient": {"a": 1.0}}, TypeError, "head_coefficient is a number or a schedule, not a mapping"),
-        ({"apply": "later"}, ValueError, "apply must be 'gradient', 'loss' or 'decoupled'; got 'later'"),
+        (
+            {"head_coefficient": {"a": 1.0}},
+            TypeError,
+            "head_coefficient is a number or a schedule, not a mapping",
+        ),
+        (
+            {"apply": "later"},
+            ValueError,
+            "apply must be 'gradient', 'loss' or 'decoupled'; got 'later'",
+        ),
         ({"every_n_steps": 0}, ValueError, "every_n_steps must be an int >= 1; got 0"),
         ({"step_limit": 0}, ValueError, "step_limit must be > 0"),
         ({"step_limit": "a"}, ValueError, "step_limit must be > 0, or None for no limit; got 'a'"),
@@ -342,7 +431,9 @@ class OwnXLA(strategies.XLAStrategy):
 def test_a_strategy_that_hides_weights_is_refused_by_name(kind, apply):
     fit = trainer()
     fit.strategy.__class__ = kind  # they do not start on a CPU
-    with pytest.raises(NotImplementedError, match=rf"does not support {kind.__name__}: .*Use 'ddp', 'fsdp'"):
+    with pytest.raises(
+        NotImplementedError, match=rf"does not support {kind.__name__}: .*Use 'ddp', 'fsdp'"
+    ):
         uniformity(apply=apply).on_fit_start(fit, Automatic())
 
 
@@ -394,7 +485,9 @@ def test_steps_that_lightning_does_not_count_are_counted(apply):
     assert states == [[k, 3 * k] for k in range(1, 5)]
 
 
-@pytest.mark.parametrize("layer", [nn.Conv2d(1, 4, 3), nn.ConvTranspose2d(1, 4, 3), weight_norm(nn.Conv2d(1, 4, 3))])
+@pytest.mark.parametrize(
+    "layer", [nn.Conv2d(1, 4, 3), nn.ConvTranspose2d(1, 4, 3), weight_norm(nn.Conv2d(1, 4, 3))]
+)
 def test_an_optimizer_of_biases_does_not_reach_the_neurons(layer):
     regularizer = UniformityRegularizer(head=None).attach(layer)
     layer(torch.ones(1, 1, 6, 6)).sum().backward()
@@ -405,8 +498,15 @@ def test_an_optimizer_of_biases_does_not_reach_the_neurons(layer):
 
 
 def test_a_share_needs_the_tasks_gradient_apart():
-    for kwargs in ({"coefficient": Share()}, {"coefficient": {"*": Share()}}, {"head_coefficient": Share(0.1)}):
-        with pytest.raises(ValueError, match="Share needs the task's gradient apart from the loss: use apply='gradient'"):
+    for kwargs in (
+        {"coefficient": Share()},
+        {"coefficient": {"*": Share()}},
+        {"head_coefficient": Share(0.1)},
+    ):
+        with pytest.raises(
+            ValueError,
+            match="Share needs the task's gradient apart from the loss: use apply='gradient'",
+        ):
             HypersphericalUniformity(apply="loss", **kwargs)
 
 
@@ -432,7 +532,9 @@ def test_schedules_go_on_from_a_checkpoint(tmp_path):
     data = loader(batches())
     save = ModelCheckpoint(tmp_path, save_last=True)
     settings = {"enable_checkpointing": True, "logger": False}
-    trainer(uniformity(coefficient=schedule, include="net.5"), save, max_epochs=1, **settings).fit(Automatic(), data)
+    trainer(uniformity(coefficient=schedule, include="net.5"), save, max_epochs=1, **settings).fit(
+        Automatic(), data
+    )
     assert sorted(set(used)) == list(range(7))
     used.clear()
     again = trainer(uniformity(coefficient=schedule, include="net.5"), max_epochs=2)
@@ -454,7 +556,10 @@ def test_two_instances_have_their_own_keys_and_state():
 
 def test_one_instance_serves_two_fits_and_keeps_no_model():
     callback = uniformity(coefficient=0.1)
-    for module in (Automatic(), Automatic(net=nn.Sequential(nn.Flatten(), nn.Linear(36, 5), nn.Linear(5, 3)))):
+    for module in (
+        Automatic(),
+        Automatic(net=nn.Sequential(nn.Flatten(), nn.Linear(36, 5), nn.Linear(5, 3))),
+    ):
         trainer(callback, max_epochs=1).fit(module, loader(batches()))
         assert callback.regularizer.layers == []
     assert callback.state_dict() == {"steps": [7]}
@@ -471,7 +576,10 @@ def test_a_second_fit_of_the_same_trainer_goes_on_counting():
 
 def test_a_new_trainer_counts_from_zero_after_a_fit_of_one_step():
     seen = []
-    callback, data = uniformity(coefficient=lambda step: seen.append(step) or 0.1, include="net.5"), loader(batches())
+    callback, data = (
+        uniformity(coefficient=lambda step: seen.append(step) or 0.1, include="net.5"),
+        loader(batches()),
+    )
     trainer(callback, fast_dev_run=True).fit(Automatic(), data)
     seen.clear()
     trainer(callback, max_epochs=1).fit(Automatic(), data)
@@ -493,7 +601,9 @@ def test_closures_evaluated_again_count_once(search):
     """LBFGS asks for the gradient several times a step; a schedule counts steps, and a line search is warned of."""
     seen = []
     callback = uniformity(coefficient=lambda step: seen.append(step) or 0.1, include="net.5")
-    module = Automatic(make_optimizer=lambda p: torch.optim.LBFGS(p, lr=0.1, max_iter=4, line_search_fn=search))
+    module = Automatic(
+        make_optimizer=lambda p: torch.optim.LBFGS(p, lr=0.1, max_iter=4, line_search_fn=search)
+    )
     fit = trainer(callback, max_epochs=1)
     with pytest.warns(UserWarning, match="LBFGS with a line search") if search else nullcontext():
         fit.fit(module, loader(batches()))
@@ -507,7 +617,10 @@ def test_a_trainer_of_pytorch_lightning(apply):
     class Module(other.LightningModule):
         def __init__(self):
             super().__init__()
-            self.net, self.silent = nn.Sequential(nn.Flatten(), nn.Linear(36, 5), nn.Linear(5, 3)), ()
+            self.net, self.silent = (
+                nn.Sequential(nn.Flatten(), nn.Linear(36, 5), nn.Linear(5, 3)),
+                (),
+            )
 
         training_step = Automatic.training_step
 
@@ -517,8 +630,15 @@ def test_a_trainer_of_pytorch_lightning(apply):
     callback = uniformity(coefficient=0.1, apply=apply)
     assert isinstance(callback, pl.Callback)
     assert isinstance(callback, other.Callback)
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
-    other.Trainer(accelerator="cpu", max_epochs=1, callbacks=[callback], **quiet).fit(Module(), loader(batches()))
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    other.Trainer(accelerator="cpu", max_epochs=1, callbacks=[callback], **quiet).fit(
+        Module(), loader(batches())
+    )
     assert callback.state_dict() == {"steps": [7]}
 
 
@@ -535,11 +655,19 @@ def test_a_penalty_without_a_force_is_told_at_the_start():
     """In half space a search finds a point orthogonal to fewer neurons than dimensions: nothing to push."""
     callback = uniformity(measure=Covering(half_space=True))
     with pytest.warns(
-        UserWarning, match=r"does nothing in layer 'net.0': .*use half_space=False; .*'net.5': no force"
+        UserWarning,
+        match=r"does nothing in layer 'net.0': .*use half_space=False; .*'net.5': no force",
     ) as caught:
         trainer(callback, fast_dev_run=True).fit(Automatic(), loader(batches()))
     assert not any("'net.7'" in str(one.message) for one in caught)  # the head is in full space
-    trainer(uniformity(measure=Covering(half_space=True), coefficient=0), fast_dev_run=True).fit(Automatic(), loader(batches()))
+    trainer(uniformity(measure=Covering(half_space=True), coefficient=0), fast_dev_run=True).fit(
+        Automatic(), loader(batches())
+    )
     regularizer = UniformityRegularizer(Covering(half_space=True)).attach(Automatic().net)
-    assert regularizer.table().count("1, no force in half space with fewer neurons than dimensions: use half_space=False") == 3
+    assert (
+        regularizer.table().count(
+            "1, no force in half space with fewer neurons than dimensions: use half_space=False"
+        )
+        == 3
+    )
     assert set(regularizer.idle()) == {"0", "2", "5"}

@@ -120,7 +120,9 @@ def draw(number, attempt=0):
         short=0 if manual else dice.randrange(accumulate),
         clip=clip,
         silent=(1,) if silent and dice.random() < 0.3 else (),
-        every=1 if precision == "overflow" else dice.choice([1, 1, 2, 3]),  # the step left out may be the one that is skipped
+        every=1
+        if precision == "overflow"
+        else dice.choice([1, 1, 2, 3]),  # the step left out may be the one that is skipped
         frozen=tuple(dice.sample([0, 2, 5], k=dice.choice([0, 0, 1, 2]))),
         step_limit=dice.choice([1.0, None]),
         seed=dice.randrange(2**31),
@@ -143,7 +145,10 @@ def strengths(one):
     if one.strength == "rising":
         return (lambda step: most * (step + 1) / 8), (lambda step, layer: most * (step + 1) / 8)
     if one.strength == "by layer":
-        return {"net.5": most / 2, "net.[07]": most}, lambda step, layer: {"net.5": most / 2, "net.2": 0.0}.get(layer, most)
+        return {"net.5": most / 2, "net.[07]": most}, lambda step, layer: {
+            "net.5": most / 2,
+            "net.2": 0.0,
+        }.get(layer, most)
     given = Share(0.3) if one.strength == "share" else most
     return given, lambda step, layer: given
 
@@ -159,7 +164,13 @@ def trainer_settings(one):
 def plain_settings(one):
     clip = {"clip_first" if one.manual else "clip": CLIPS[one.clip]} if one.clip else {}
     half = {"autocast": torch.bfloat16} if one.precision == "bf16-mixed" else {}
-    return {"epochs": one.epochs, "accumulate": one.accumulate, "silent": one.silent, **clip, **half}
+    return {
+        "epochs": one.epochs,
+        "accumulate": one.accumulate,
+        "silent": one.silent,
+        **clip,
+        **half,
+    }
 
 
 def situation(one):

@@ -32,7 +32,9 @@ class Hostile:
 @pytest.mark.parametrize("legacy", [False, True])
 def test_a_hostile_file_does_not_run(tmp_path, kind, legacy):
     torch.save(
-        {"w": torch.eye(3), "x": Hostile(tmp_path / "run", kind)}, tmp_path / "a.pt", _use_new_zipfile_serialization=not legacy
+        {"w": torch.eye(3), "x": Hostile(tmp_path / "run", kind)},
+        tmp_path / "a.pt",
+        _use_new_zipfile_serialization=not legacy,
     )
     with suppress(ValueError):  # it is refused, or what it would run is left out
         assert torch.equal(read_weights(tmp_path / "a.pt")["w"], torch.eye(3))
@@ -81,7 +83,10 @@ def test_objects_of_other_projects_are_left_empty(tmp_path, monkeypatch):
     ("content", "message"),
     [
         ({"epoch": 1}, "no state dict; it holds 'epoch'"),
-        ({"one": {"w": torch.eye(2)}, "two": {"w": torch.eye(2)}}, "several state dicts; it holds 'one', 'two'; --key"),
+        (
+            {"one": {"w": torch.eye(2)}, "two": {"w": torch.eye(2)}},
+            "several state dicts; it holds 'one', 'two'; --key",
+        ),
         ([torch.eye(2)], "no state dict; it holds list"),
     ],
 )
@@ -124,10 +129,14 @@ def test_broken_files(tmp_path):
 
 
 def test_a_key_names_the_state_dict(tmp_path):
-    torch.save({"model": {"w.weight": torch.eye(3)}, "ema": {"v.weight": torch.eye(4)}}, tmp_path / "a.pt")
+    torch.save(
+        {"model": {"w.weight": torch.eye(3)}, "ema": {"v.weight": torch.eye(4)}}, tmp_path / "a.pt"
+    )
     assert list(read_weights(tmp_path / "a.pt")) == ["w.weight"]
     assert list(read_weights(tmp_path / "a.pt", "ema")) == ["v.weight"]
-    with pytest.raises(ValueError, match="no state dict under 'none'; it holds 'model', 'ema'; --key"):
+    with pytest.raises(
+        ValueError, match="no state dict under 'none'; it holds 'model', 'ema'; --key"
+    ):
         read_weights(tmp_path / "a.pt", "none")
 
 
@@ -144,13 +153,22 @@ def test_state_dicts_within_others(tmp_path):
     torch.save({"model": {"inner": {"weights": state}}, "epoch": 3}, tmp_path / "a.pt")
     assert list(read_weights(tmp_path / "a.pt")) == ["w.weight"]
     assert list(read_weights(tmp_path / "a.pt", "model.inner.weights")) == ["w.weight"]
-    with pytest.raises(ValueError, match=r"no state dict under 'model'; it holds 'model.inner.weights'; --key"):
+    with pytest.raises(
+        ValueError, match=r"no state dict under 'model'; it holds 'model.inner.weights'; --key"
+    ):
         read_weights(tmp_path / "a.pt", "model")
     torch.save({"gan": {"g": state, "d": state}}, tmp_path / "b.pt")
     with pytest.raises(ValueError, match=r"several state dicts; it holds 'gan.g', 'gan.d'; --key"):
         read_weights(tmp_path / "b.pt")
     moments = {0: {"exp_avg": torch.eye(3)}}
-    torch.save({"my_net": state, "optimizer": {"state": moments}, "more": {"optimizer": {"state": moments}}}, tmp_path / "c.pt")
+    torch.save(
+        {
+            "my_net": state,
+            "optimizer": {"state": moments},
+            "more": {"optimizer": {"state": moments}},
+        },
+        tmp_path / "c.pt",
+    )
     assert list(read_weights(tmp_path / "c.pt")) == ["w.weight"]
     torch.save({"deep": {"my_net": state, "optimizer": {"state": moments}}}, tmp_path / "d.pt")
     assert list(read_weights(tmp_path / "d.pt")) == ["w.weight"]
@@ -163,7 +181,10 @@ def test_a_folder_with_two_sets_of_weights(tmp_path):
     save_file({"b.weight": torch.eye(3)}, tmp_path / "model-2.safetensors")
     assert list(read_weights(tmp_path)) == ["a.weight", "b.weight"]
     save_file({"a.weight": torch.ones(3, 3)}, tmp_path / "ema.safetensors")
-    with pytest.raises(ValueError, match=r"more than one set of weights \(a.weight is in model-1.safetensors, too\): name one"):
+    with pytest.raises(
+        ValueError,
+        match=r"more than one set of weights \(a.weight is in model-1.safetensors, too\): name one",
+    ):
         read_weights(tmp_path)
 
 
@@ -205,7 +226,10 @@ def test_hostile_torchscript_does_not_run(tmp_path, monkeypatch):
     torch.jit.load("innocent.ckpt")
     assert (tmp_path / "PWNED").exists()  # torch's own loader runs it
     (tmp_path / "PWNED").unlink()
-    assert list(read_weights("innocent.ckpt")) == ["fc.weight", "fc.bias"]  # a state of one's own making is not looked into
+    assert list(read_weights("innocent.ckpt")) == [
+        "fc.weight",
+        "fc.bias",
+    ]  # a state of one's own making is not looked into
     assert main(["report", "innocent.ckpt"]) == 0
     assert not (tmp_path / "PWNED").exists()
 
@@ -236,7 +260,9 @@ def test_torchscript_whose_classes_run_when_they_are_read(tmp_path, monkeypatch)
             bad.writestr(name, good.read(name).replace(b"x: Tensor) -> Tensor:", DEFAULT))
     for name in ("good.pt", "bad.pt"):
         found = read_weights(name)
-        assert {key for key, x in found.items() if x.ndim > 1} == {key for key, x in model.state_dict().items() if x.ndim > 1}
+        assert {key for key, x in found.items() if x.ndim > 1} == {
+            key for key, x in model.state_dict().items() if x.ndim > 1
+        }
         assert all(torch.equal(found[key], x) for key, x in model.state_dict().items())
         assert not (tmp_path / "PWNED").exists()
     torch.jit.load("bad.pt")
@@ -264,9 +290,17 @@ def test_a_pickle_that_speaks_like_torch_does_not_loop(tmp_path):
     torch.save({"w": torch.eye(3)}, tmp_path / "a.pt")
     texts = {b"x but got <class 'Left0'>": "running code", b"x\x1b[2J": "running code"}
     for i, (text, message) in enumerate(texts.items()):
-        with zipfile.ZipFile(tmp_path / "a.pt") as good, zipfile.ZipFile(tmp_path / f"b{i}.pt", "w") as bad:
+        with (
+            zipfile.ZipFile(tmp_path / "a.pt") as good,
+            zipfile.ZipFile(tmp_path / f"b{i}.pt", "w") as bad,
+        ):
             for name in good.namelist():
-                bad.writestr(name, b"\x80\x02cos\n" + text + b"\n." if name.endswith("data.pkl") else good.read(name))
+                bad.writestr(
+                    name,
+                    b"\x80\x02cos\n" + text + b"\n."
+                    if name.endswith("data.pkl")
+                    else good.read(name),
+                )
         with pytest.raises(ValueError, match=message):
             read_weights(tmp_path / f"b{i}.pt")
 
@@ -295,8 +329,19 @@ def test_torchscript_in_memory_is_read_as_its_file():
 
 
 def test_names_do_nothing_to_a_terminal(tmp_path, capsys):
-    torch.save({"a\x1b[2J.weight": torch.eye(4), "b\nc.weight": torch.eye(4), "größe.weight": torch.eye(4)}, tmp_path / "a.pt")
-    assert list(read_weights(tmp_path / "a.pt")) == [r"a\x1b[2J.weight", r"b\nc.weight", "größe.weight"]
+    torch.save(
+        {
+            "a\x1b[2J.weight": torch.eye(4),
+            "b\nc.weight": torch.eye(4),
+            "größe.weight": torch.eye(4),
+        },
+        tmp_path / "a.pt",
+    )
+    assert list(read_weights(tmp_path / "a.pt")) == [
+        r"a\x1b[2J.weight",
+        r"b\nc.weight",
+        "größe.weight",
+    ]
     assert main(["report", str(tmp_path / "a.pt")]) == 0
     assert "\x1b" not in capsys.readouterr().out
 
@@ -315,14 +360,20 @@ def test_names_that_modules_have_for_themselves(tmp_path, names):
     torch.manual_seed(0)
     state = {name: torch.randn(6, 8) for name in names}
     found = report(state)
-    assert [one.name for one in found.layers] == [name.removesuffix("weight").strip(".") or "weight" for name in names]
+    assert [one.name for one in found.layers] == [
+        name.removesuffix("weight").strip(".") or "weight" for name in names
+    ]
     for name, one in zip(names, found.layers, strict=True):
         assert one.uniformity.min_angle > 1.0, name
 
 
 def test_weights_without_numbers_say_so(tmp_path):
     torch.save(
-        {"a.weight": torch.empty(4, 4, device="meta"), "b.weight": torch.eye(4), "c.weight": torch.eye(4).to_sparse()},
+        {
+            "a.weight": torch.empty(4, 4, device="meta"),
+            "b.weight": torch.eye(4),
+            "c.weight": torch.eye(4).to_sparse(),
+        },
         tmp_path / "a.pt",
     )
     found = report(tmp_path / "a.pt")
@@ -333,14 +384,20 @@ def test_weights_without_numbers_say_so(tmp_path):
     with pytest.raises(ValueError, match=r"weight \(\): it holds no numbers yet \(device meta\)"):
         report(nn.Linear(4, 4, device="meta"))
     torch.save({"a.weight": torch.ones(4, 4, dtype=torch.int8)}, tmp_path / "b.pt")
-    with pytest.raises(ValueError, match=r"b.pt: no layer of StateDict is left to measure; .*(\n.*)*torch.int8, not floating"):
+    with pytest.raises(
+        ValueError,
+        match=r"b.pt: no layer of StateDict is left to measure; .*(\n.*)*torch.int8, not floating",
+    ):
         report(tmp_path / "b.pt")
 
 
 def test_heads_come_last_whatever_order_a_file_has(tmp_path):
     from safetensors.torch import save_file
 
-    state = {f"{name}.weight": torch.randn(6, 8) for name in ("classifier", "layer.10", "layer.9", "layer.2")}
+    state = {
+        f"{name}.weight": torch.randn(6, 8)
+        for name in ("classifier", "layer.10", "layer.9", "layer.2")
+    }
     save_file(state, tmp_path / "a.safetensors")
     found = report(tmp_path / "a.safetensors")
     assert [(one.name, one.full_space) for one in found.layers] == [

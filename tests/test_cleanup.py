@@ -94,7 +94,9 @@ def traces(module, optimizers):
         if isinstance(one, nn.Parameter):
             found[name, "backward hooks"] = one._backward_hooks
     for i, one in enumerate(optimizers):
-        found[i, "optimizer"] = {key: len(value) for key, value in vars(one).items() if key.endswith("_hooks") and value}
+        found[i, "optimizer"] = {
+            key: len(value) for key, value in vars(one).items() if key.endswith("_hooks") and value
+        }
         found[i, "patches"] = sorted(key for key in vars(one) if key in ("step", "zero_grad"))
     return found
 
@@ -108,10 +110,16 @@ def test_nothing_is_left(apply, end, tmp_path):
         torch.manual_seed(0)
         module, optimizers, data = make(), [], loader(batches())
         module.configure_optimizers = partial(configured, module, optimizers)
-        before, after = ([settings[key]()] if key in settings else [] for key in ("before", "after"))
+        before, after = (
+            [settings[key]()] if key in settings else [] for key in ("before", "after")
+        )
         logger = FailingLogger(tmp_path) if "logger" in settings else False
         fit = trainer(*before, *callbacks, *after, logger=logger, log_every_n_steps=1, max_epochs=1)
-        error = ended(lambda fit=fit, module=module, data=data: fit.fit(module, data, data if "validate" in settings else None))
+        error = ended(
+            lambda fit=fit, module=module, data=data: fit.fit(
+                module, data, data if "validate" in settings else None
+            )
+        )
         assert (error is None) == (end == "the fit ends")
         kept.append(traces(module, optimizers))
         for callback in callbacks:
@@ -169,7 +177,9 @@ def test_a_callback_that_was_not_told_of_the_end_begins_anew(apply):
     assert torch.equal(*ends)
 
 
-@pytest.mark.parametrize("kwargs", [{"apply": "decoupled"}, {"coefficient": Share(0.05)}, {"apply": "loss"}], ids=str)
+@pytest.mark.parametrize(
+    "kwargs", [{"apply": "decoupled"}, {"coefficient": Share(0.05)}, {"apply": "loss"}], ids=str
+)
 def test_a_callback_can_be_pickled_in_the_middle_of_a_fit(kwargs):
     callback, copies = uniformity(**kwargs), []
 
@@ -196,7 +206,9 @@ def test_the_next_step_of_an_optimizer_whose_error_was_caught_moves_again(again)
             optimizer.zero_grad()
             self.manual_backward((self.net(batch[0]) - batch[1]).square().mean())
             try:
-                optimizer.step(lambda: (_ for _ in ()).throw(StopError()) if batch_idx == 2 else None)
+                optimizer.step(
+                    lambda: (_ for _ in ()).throw(StopError()) if batch_idx == 2 else None
+                )
             except StopError:
                 if again:
                     optimizer.step()
@@ -217,9 +229,17 @@ def test_each_end_takes_the_hooks_off_by_itself(end):
         def on_train_end(self, trainer, pl_module):
             (optimizer,) = trainer.optimizers
             before = len(optimizer._optimizer_step_post_hooks)
-            arguments = {"on_fit_end": (), "teardown": ("fit",), "on_exception": (StopError(),)}[end]
+            arguments = {"on_fit_end": (), "teardown": ("fit",), "on_exception": (StopError(),)}[
+                end
+            ]
             getattr(callback, end)(trainer, pl_module, *arguments)
-            seen.append((before, len(optimizer._optimizer_step_post_hooks), len(optimizer._optimizer_step_pre_hooks)))
+            seen.append(
+                (
+                    before,
+                    len(optimizer._optimizer_step_post_hooks),
+                    len(optimizer._optimizer_step_pre_hooks),
+                )
+            )
 
     trainer(callback, End(), max_epochs=1).fit(Automatic(), loader(batches(2)))
     assert seen == [(1, 0, 0)]

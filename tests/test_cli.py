@@ -29,7 +29,9 @@ from lightning_hsu import (
 from lightning_hsu.measures import KoLeo, Measure, Orthogonality, RieszEnergy
 from lightning_hsu.projections import Projected, Projection, RandomProjection
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # jsonargparse's, of calls that older releases need
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning"
+)  # jsonargparse's, of calls that older releases need
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -90,7 +92,9 @@ def cli(package, *arguments):
         def forward(self, x):
             return self.fc(self.layer(self.encoder(x)))
 
-    quiet = dict.fromkeys(["enable_progress_bar", "enable_model_summary", "enable_checkpointing"], False)
+    quiet = dict.fromkeys(
+        ["enable_progress_bar", "enable_model_summary", "enable_checkpointing"], False
+    )
     logger = {"class_path": f"{package.__name__}.loggers.CSVLogger", "init_args": {"save_dir": "."}}
     defaults = {"accelerator": "cpu", "devices": 1, "max_epochs": 1, "logger": logger, **quiet}
     defaults |= {"limit_train_batches": 2, "limit_val_batches": 0.0}
@@ -110,7 +114,10 @@ def settings(callback):
         "measure": engine.measure,
         "coefficient": list(given.items()) if isinstance(given, dict) else given,
         "head_coefficient": engine.head_coefficient and engine.head_coefficient.given,
-        **{name: getattr(engine, name) for name in ("include", "exclude", "head", "every_n_steps", "step_limit")},
+        **{
+            name: getattr(engine, name)
+            for name in ("include", "exclude", "head", "every_n_steps", "step_limit")
+        },
         **{name: getattr(callback, name) for name in ("apply", "prefix", "verbose")},
     }
 
@@ -122,7 +129,11 @@ def test_a_config_is_run_saved_and_run_again(package):
     assert callback.state_dict()["steps"] == [2]
     assert settings(callback) == {
         "measure": Projected(RieszEnergy(s=1.0, half_space=True), RandomProjection(dim=6)),
-        "coefficient": [("encoder.0", Share(0.02)), ("encoder.*", 0.3), ("*", CosineSchedule(0.5, warmup=2, end=9))],
+        "coefficient": [
+            ("encoder.0", Share(0.02)),
+            ("encoder.*", 0.3),
+            ("*", CosineSchedule(0.5, warmup=2, end=9)),
+        ],
         "head_coefficient": LinearSchedule(0.1),
         "include": ["encoder.*", "fc"],
         "exclude": None,
@@ -161,15 +172,33 @@ def test_the_readmes_command_line_runs(package):
 
 def test_the_command_line_changes_a_config(package):
     Path("config.yaml").write_text(CONFIG)
-    changes = {"coefficient": 0.7, "step_limit": 0.5, "measure.init_args.projection.init_args.dim": 5}
-    callback = ours(cli(package, "fit", "--config=config.yaml", *[f"--trainer.callbacks.{k}={v}" for k, v in changes.items()]))
+    changes = {
+        "coefficient": 0.7,
+        "step_limit": 0.5,
+        "measure.init_args.projection.init_args.dim": 5,
+    }
+    callback = ours(
+        cli(
+            package,
+            "fit",
+            "--config=config.yaml",
+            *[f"--trainer.callbacks.{k}={v}" for k, v in changes.items()],
+        )
+    )
     assert settings(callback)["coefficient"] == 0.7
     assert settings(callback)["step_limit"] == 0.5
-    assert settings(callback)["measure"] == Projected(RieszEnergy(s=1.0, half_space=True), RandomProjection(dim=5))
+    assert settings(callback)["measure"] == Projected(
+        RieszEnergy(s=1.0, half_space=True), RandomProjection(dim=5)
+    )
 
 
 def test_the_command_line_names_classes_and_their_arguments(package):
-    changes = {"measure": "RieszEnergy", "measure.s": 1, "coefficient": "lightning_hsu.Share", "coefficient.fraction": 0.2}
+    changes = {
+        "measure": "RieszEnergy",
+        "measure.s": 1,
+        "coefficient": "lightning_hsu.Share",
+        "coefficient.fraction": 0.2,
+    }
     given = [f"--trainer.callbacks.{name}={value}" for name, value in changes.items()]
     callback = ours(cli(package, "fit", f"--trainer.callbacks+={CALLBACK}", *given))
     assert settings(callback)["measure"] == RieszEnergy(s=1.0)
@@ -186,7 +215,9 @@ def test_help_is_the_docstring(package, capsys):
     assert summary.rstrip(".") in shown
     described = re.search(r"Args:\n(.*?)\n\n", rest, re.DOTALL).group(1)
     arguments = re.findall(r"^ {8}(\w+): (.*?)(?=^ {8}\w|\Z)", described, re.DOTALL | re.MULTILINE)
-    assert [name for name, _ in arguments] == list(HypersphericalUniformity.__init__.__annotations__)[:-1]  # and "return"
+    assert [name for name, _ in arguments] == list(
+        HypersphericalUniformity.__init__.__annotations__
+    )[:-1]  # and "return"
     for name, text in arguments:
         assert " ".join(text.split()).rstrip(".") in shown, name
     assert "lightning_hsu.measures.RieszEnergy" in shown  # the classes to choose from
@@ -198,13 +229,28 @@ def test_help_is_the_docstring(package, capsys):
     ("change", "message"),
     [
         ({"apply": "later"}, r"Literal\['gradient', 'loss', 'decoupled'\]"),
-        ({"measure": "lightning_hsu.measures.Nope"}, "'lightning_hsu.measures' has no attribute 'Nope'"),
+        (
+            {"measure": "lightning_hsu.measures.Nope"},
+            "'lightning_hsu.measures' has no attribute 'Nope'",
+        ),
         ({"coefficient": "strong"}, "Given value: strong"),
         ({"coeficient": 1.0}, "([Oo]ption|[Kk]ey) .coeficient. "),
-        ({"coefficient": -1.0}, r"coefficient must be a finite number >= 0 \(0 only monitors\); got -1.0"),
-        ({"coefficient": {"encoder.*": -0.3}}, r"coefficient\['encoder.\*'\] must be a finite number >= 0 .*; got -0.3"),
-        ({"coefficient": {"class_path": "lightning_hsu.Share", "init_args": {"fraction": 0.0}}}, "fraction must be a finite"),
-        ({"coefficient": {"encodr.*": 0.3}}, r"coefficient pattern 'encodr.\*' matches no layer; the layers are: layer, enc"),
+        (
+            {"coefficient": -1.0},
+            r"coefficient must be a finite number >= 0 \(0 only monitors\); got -1.0",
+        ),
+        (
+            {"coefficient": {"encoder.*": -0.3}},
+            r"coefficient\['encoder.\*'\] must be a finite number >= 0 .*; got -0.3",
+        ),
+        (
+            {"coefficient": {"class_path": "lightning_hsu.Share", "init_args": {"fraction": 0.0}}},
+            "fraction must be a finite",
+        ),
+        (
+            {"coefficient": {"encodr.*": 0.3}},
+            r"coefficient pattern 'encodr.\*' matches no layer; the layers are: layer, enc",
+        ),
         ({"coefficient": {"fraction": 0.05}}, "coefficient pattern 'fraction' matches no layer"),
     ],
     ids=str,
@@ -212,7 +258,9 @@ def test_help_is_the_docstring(package, capsys):
 def test_errors_say_what_is_wrong(package, capsys, change, message):
     given = {"trainer": {"callbacks": [{"class_path": CALLBACK, "init_args": change}]}}
     Path("config.yaml").write_text(yaml.safe_dump(given))
-    with pytest.raises((SystemExit, ValueError)) as raised:  # the parser ends the program, the callback and its parts raise
+    with pytest.raises(
+        (SystemExit, ValueError)
+    ) as raised:  # the parser ends the program, the callback and its parts raise
         cli(package, "fit", "--config", "config.yaml")
     told = capsys.readouterr().err if raised.type is SystemExit else str(raised.value)
     assert re.search(message, told)
@@ -225,8 +273,14 @@ COEFFICIENTS = [
     ({"net.*": 0.3, "*": 1}, {"net.*": 0.3, "*": 1.0}),
     ({"class_path": "lightning_hsu.Share"}, Share()),
     ("lightning_hsu.Share", Share()),
-    ({"class_path": "lightning_hsu.Share", "init_args": {"fraction": 0.1, "smoothing": 0.5}}, Share(0.1, 0.5)),
-    ({"class_path": "lightning_hsu.CosineSchedule", "init_args": {"value": 1.0, "end": 9}}, CosineSchedule(1.0, end=9)),
+    (
+        {"class_path": "lightning_hsu.Share", "init_args": {"fraction": 0.1, "smoothing": 0.5}},
+        Share(0.1, 0.5),
+    ),
+    (
+        {"class_path": "lightning_hsu.CosineSchedule", "init_args": {"value": 1.0, "end": 9}},
+        CosineSchedule(1.0, end=9),
+    ),
     ({"class_path": "tests.test_cli.Halving", "init_args": {"value": 0.5}}, Halving(0.5)),
     ("tests.test_cli.rising", rising),
     (
@@ -243,11 +297,17 @@ COEFFICIENTS = [
 ]
 
 
-@pytest.mark.parametrize(("given", "expected"), COEFFICIENTS, ids=[str(given) for given, _ in COEFFICIENTS])
+@pytest.mark.parametrize(
+    ("given", "expected"), COEFFICIENTS, ids=[str(given) for given, _ in COEFFICIENTS]
+)
 def test_each_kind_of_coefficient_is_read_written_and_read(package, given, expected):
-    for name in ["coefficient"] if isinstance(expected, dict) else ["coefficient", "head_coefficient"]:
+    for name in (
+        ["coefficient"] if isinstance(expected, dict) else ["coefficient", "head_coefficient"]
+    ):
         callback = settings(read_written_and_read(package, name, given))
-        assert callback[name] == (list(expected.items()) if isinstance(expected, dict) else expected)
+        assert callback[name] == (
+            list(expected.items()) if isinstance(expected, dict) else expected
+        )
         assert type(callback[name]) is (list if isinstance(expected, dict) else type(expected))
 
 
@@ -257,13 +317,19 @@ def test_each_kind_of_coefficient_is_read_written_and_read(package, given, expec
         (None, RieszEnergy(s=2.0, half_space=True)),
         ("lightning_hsu.measures.KoLeo", KoLeo()),
         ("KoLeo", KoLeo()),
-        ({"class_path": "lightning_hsu.measures.Orthogonality", "init_args": {"kind": "srip"}}, Orthogonality("srip")),
+        (
+            {"class_path": "lightning_hsu.measures.Orthogonality", "init_args": {"kind": "srip"}},
+            Orthogonality("srip"),
+        ),
         (
             {
                 "class_path": "lightning_hsu.projections.Projected",
                 "init_args": {
                     "measure": "KoLeo",
-                    "projection": {"class_path": "lightning_hsu.projections.Adversarial", "init_args": {"dim": 5}},
+                    "projection": {
+                        "class_path": "lightning_hsu.projections.Adversarial",
+                        "init_args": {"dim": 5},
+                    },
                 },
             },
             Projected(KoLeo(), projections.Adversarial(dim=5)),
@@ -279,7 +345,9 @@ def read_written_and_read(package, name, given):
     """As LightningCLI does it, without a Trainer."""
     parser = ArgumentParser()
     parser.add_subclass_arguments(package.Callback, "callback")
-    config = yaml.safe_dump({"callback": {"class_path": CALLBACK, "init_args": {name: given}}}, sort_keys=False)
+    config = yaml.safe_dump(
+        {"callback": {"class_path": CALLBACK, "init_args": {name: given}}}, sort_keys=False
+    )
     first = parser.parse_string(config)
     saved = parser.dump(first, skip_none=False)
     second = parser.parse_string(saved)
@@ -293,7 +361,8 @@ KINDS = [
     kind
     for part, base in ((measures, Measure), (projections, (Measure, Projection)))
     for kind in vars(part).values()
-    if issubclass(type(kind), type) and issubclass(kind, base)  # Python 3.10 takes dict[str, Tensor] for a type, too
+    if issubclass(type(kind), type)
+    and issubclass(kind, base)  # Python 3.10 takes dict[str, Tensor] for a type, too
 ]
 
 
@@ -303,7 +372,9 @@ def test_annotations_can_be_read_where_a_subclass_stands(kind):
     get_type_hints(kind, vars(sys.modules[kind.__module__]))
 
 
-@pytest.mark.filterwarnings("ignore:.*newer than your current Lightning version.*")  # of one package than of the other
+@pytest.mark.filterwarnings(
+    "ignore:.*newer than your current Lightning version.*"
+)  # of one package than of the other
 def test_a_checkpoint_of_either_package_is_that_of_the_other(package):
     """Two steps with one, two with the other: bit for bit as two and two with one."""
     others = [import_module(name) for name in ("lightning.pytorch", package.__name__)]
@@ -313,7 +384,9 @@ def test_a_checkpoint_of_either_package_is_that_of_the_other(package):
         first = cli(others[0], *shlex.split(COMMAND))
         first.trainer.save_checkpoint("first.ckpt")
         torch.manual_seed(0)
-        second = cli(other, *shlex.split(COMMAND), "--trainer.max_epochs=2", "--ckpt_path=first.ckpt")
+        second = cli(
+            other, *shlex.split(COMMAND), "--trainer.max_epochs=2", "--ckpt_path=first.ckpt"
+        )
         assert ours(second).state_dict()["steps"] == [4]
         ends.append(nn.utils.parameters_to_vector(second.model.parameters()))
     assert torch.equal(*ends)
@@ -341,5 +414,7 @@ Trainer(accelerator="cpu", logger=False)
 @pytest.mark.slow
 def test_lightning_stays_silent_where_it_was_silenced():
     """Each package, when it is imported, makes its own logger that of the messages of both."""
-    done = subprocess.run([sys.executable, "-c", SILENCED], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", SILENCED], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert "GPU available" not in done.stderr

@@ -20,7 +20,8 @@ SCHEDULES = [LinearSchedule, CosineSchedule]
 
 @pytest.mark.parametrize("kind", SCHEDULES)
 @pytest.mark.parametrize(
-    ("value", "warmup", "end", "final"), [(2.0, 10, 50, 0.5), (0.3, 0, 7, 0.0), (1.0, 5, 5, 0.1), (0.0, 3, 9, 2.0)]
+    ("value", "warmup", "end", "final"),
+    [(2.0, 10, 50, 0.5), (0.3, 0, 7, 0.0), (1.0, 5, 5, 0.1), (0.0, 3, 9, 2.0)],
 )
 def test_schedules_warm_up_and_go_to_their_end(kind, value, warmup, end, final):
     schedule = kind(value, warmup=warmup, end=end, final=final)
@@ -32,7 +33,9 @@ def test_schedules_warm_up_and_go_to_their_end(kind, value, warmup, end, final):
         assert given[warmup] == pytest.approx(value)
         middle = given[warmup:end]
         assert middle == sorted(middle, reverse=value > final)
-        assert schedule((warmup + end) // 2) == pytest.approx((value + final) / 2, abs=abs(value - final) / (end - warmup))
+        assert schedule((warmup + end) // 2) == pytest.approx(
+            (value + final) / 2, abs=abs(value - final) / (end - warmup)
+        )
 
 
 def test_a_cosine_is_a_cosine():
@@ -57,7 +60,10 @@ def test_without_an_end_a_schedule_stays(kind):
         ({"value": 1.0, "final": -0.1}, "final must be a finite number >= 0; got -0.1"),
         ({"value": 1.0, "warmup": 0.5}, "warmup counts optimizer steps, an int >= 0; got 0.5"),
         ({"value": 1.0, "end": -1}, "end counts optimizer steps, an int >= 0; got -1"),
-        ({"value": 1.0, "warmup": 10, "end": 5}, "must not end before its warm-up does; got warmup=10, end=5"),
+        (
+            {"value": 1.0, "warmup": 10, "end": 5},
+            "must not end before its warm-up does; got warmup=10, end=5",
+        ),
     ],
 )
 def test_bad_schedules(kind, kwargs, message):
@@ -98,7 +104,9 @@ def stepped(net, seed=0):
 def test_a_share_without_smoothing_is_that_fraction_of_every_step():
     net = network()
     optimizer = torch.optim.SGD(net.parameters(), lr=1e-3)
-    regularizer = UniformityRegularizer(coefficient=Share(0.2, smoothing=0.0), step_limit=None).attach(net)
+    regularizer = UniformityRegularizer(
+        coefficient=Share(0.2, smoothing=0.0), step_limit=None
+    ).attach(net)
     for seed in range(3):
         stepped(net, seed)
         before = {name: p.grad.clone() for name, p in net.named_parameters()}
@@ -107,14 +115,18 @@ def test_a_share_without_smoothing_is_that_fraction_of_every_step():
             if name.endswith("weight"):
                 share = float((p.grad - before[name]).norm() / before[name].norm())
                 assert share == pytest.approx(0.2, rel=1e-5)  # measured: 3e-7
-                assert float(notes[name.removesuffix(".weight")].share) == pytest.approx(0.2, rel=1e-5)
+                assert float(notes[name.removesuffix(".weight")].share) == pytest.approx(
+                    0.2, rel=1e-5
+                )
         optimizer.step()
 
 
 def test_the_means_are_running_means_of_the_norms():
     net, share = network(), Share(0.1, smoothing=0.6)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
-    regularizer = UniformityRegularizer(RieszEnergy(s=1), share, include="5", head=None, step_limit=None).attach(net)
+    regularizer = UniformityRegularizer(
+        RieszEnergy(s=1), share, include="5", head=None, step_limit=None
+    ).attach(net)
     task = penalty = 0.0
     for seed in range(4):
         stepped(net, seed)
@@ -140,7 +152,9 @@ def test_a_step_that_is_not_finite_leaves_the_means(broken):
 def test_a_share_is_of_the_tasks_gradient_where_layers_have_one_parameter():
     """The gates of a weight-normed LSTM are four sets of neurons computed from the same two parameters."""
     net = nn.utils.parametrizations.weight_norm(nn.LSTM(5, 3), "weight_hh_l0")
-    regularizer = UniformityRegularizer(coefficient=Share(0.5, smoothing=0.0), include="*hh*", head=None).attach(net)
+    regularizer = UniformityRegularizer(
+        coefficient=Share(0.5, smoothing=0.0), include="*hh*", head=None
+    ).attach(net)
     net(torch.randn(7, 2, 5))[0].square().sum().backward()
     originals = [p for name, p in net.named_parameters() if "original" in name]
     task = float(torch.cat([p.grad.flatten() for p in originals]).norm())
@@ -152,7 +166,11 @@ def test_a_share_is_of_the_tasks_gradient_where_layers_have_one_parameter():
 
 
 def test_another_model_begins_without_means():
-    used, fresh, gradients = UniformityRegularizer(coefficient=Share(0.1)), UniformityRegularizer(coefficient=Share(0.1)), []
+    used, fresh, gradients = (
+        UniformityRegularizer(coefficient=Share(0.1)),
+        UniformityRegularizer(coefficient=Share(0.1)),
+        [],
+    )
     for regularizer in (used, used, fresh):
         torch.manual_seed(0)
         net = stepped(network())
@@ -186,8 +204,12 @@ def test_a_share_stays_finite_where_a_gradient_vanishes():
     with torch.no_grad():
         net[0].weight.copy_(torch.eye(4, 6))
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
-    regularizer = UniformityRegularizer(RieszEnergy(s=2, half_space=True), Share(0.1), head=None).attach(net)
-    net(torch.zeros(2, 6)).sum().backward()  # no gradient but zeros, and orthogonal neurons without a force
+    regularizer = UniformityRegularizer(
+        RieszEnergy(s=2, half_space=True), Share(0.1), head=None
+    ).attach(net)
+    net(
+        torch.zeros(2, 6)
+    ).sum().backward()  # no gradient but zeros, and orthogonal neurons without a force
     regularizer.add_gradients(optimizer)
     assert all(torch.isfinite(p.grad).all() for p in net.parameters())
 
@@ -206,21 +228,36 @@ def test_a_share_does_not_depend_on_the_scale_of_the_measure():
     for measure in (RieszEnergy(s=2), Bent()):
         torch.manual_seed(0)
         net = stepped(network())
-        UniformityRegularizer(measure, Share(0.1)).attach(net).add_gradients(torch.optim.SGD(net.parameters(), lr=0.1))
+        UniformityRegularizer(measure, Share(0.1)).attach(net).add_gradients(
+            torch.optim.SGD(net.parameters(), lr=0.1)
+        )
         gradients.append(torch.cat([p.grad.flatten() for p in net.parameters()]))
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
 
 
 def test_shares_and_schedules_by_layer_are_in_the_table_and_in_the_logger(tmp_path):
-    given = {"net.0": Share(0.03), "net.2": LinearSchedule(1.0, warmup=3), "net.5": 0.2, "*": CosineSchedule(0.4, end=6)}
+    given = {
+        "net.0": Share(0.03),
+        "net.2": LinearSchedule(1.0, warmup=3),
+        "net.5": 0.2,
+        "*": CosineSchedule(0.4, end=6),
+    }
     callback, logger = uniformity(coefficient=given), CSVLogger(tmp_path)
     module = Automatic()
     table = copy.deepcopy(callback.regularizer).attach(module).table()
     assert "share 0.03" in table
     assert table.count("schedule") == 2
-    trainer(callback, logger=logger, log_every_n_steps=1, max_epochs=1).fit(module, loader(batches()))
+    trainer(callback, logger=logger, log_every_n_steps=1, max_epochs=1).fit(
+        module, loader(batches())
+    )
     rows = rows_of(logger)
-    assert [round(rows[step]["hsu/coefficient/net.2"], 6) for step in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert [round(rows[step]["hsu/coefficient/net.2"], 6) for step in range(5)] == [
+        0.25,
+        0.5,
+        0.75,
+        1.0,
+        1.0,
+    ]
     assert rows[6]["hsu/coefficient/net.7"] == 0.0
     assert "hsu/coefficient/net.5" not in rows[0]
     assert 0 < rows[0]["hsu/gradient_share/net.0"] == pytest.approx(0.03, rel=1e-4)
@@ -251,7 +288,10 @@ def test_the_means_are_saved_and_go_on():
 
 def test_a_share_needs_the_tasks_gradient_by_itself():
     regularizer = UniformityRegularizer(coefficient=Share()).attach(network())
-    with pytest.raises(ValueError, match="the coefficient of layer '0' is a Share, which needs the task's gradient by itself"):
+    with pytest.raises(
+        ValueError,
+        match="the coefficient of layer '0' is a Share, which needs the task's gradient by itself",
+    ):
         regularizer.penalty()
 
 

@@ -12,7 +12,10 @@ import torch
 
 ROW = r"{} +{} x {} +1\.\d\d +\d+\.\d\d +\d+\.\d\d +\d+\.\d° +\d+\.\d°"
 
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::PendingDeprecationWarning")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::PendingDeprecationWarning"),
+]
 
 
 @pytest.fixture
@@ -20,7 +23,9 @@ def demo(monkeypatch):
     from notebooks import demo
 
     monkeypatch.setattr(demo, "SEEDS", range(2))
-    monkeypatch.setattr(demo, "PLANS", {name: replace(plan, epochs=2) for name, plan in demo.PLANS.items()})
+    monkeypatch.setattr(
+        demo, "PLANS", {name: replace(plan, epochs=2) for name, plan in demo.PLANS.items()}
+    )
     chatter = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     level = chatter.level
     yield demo
@@ -45,7 +50,9 @@ def test_table_picture_and_logs(demo, monkeypatch, capsys):
 
 
 def idx(values):
-    header = bytes([0, 0, 8, values.ndim]) + b"".join(size.to_bytes(4, "big") for size in values.shape)
+    header = bytes([0, 0, 8, values.ndim]) + b"".join(
+        size.to_bytes(4, "big") for size in values.shape
+    )
     return header + bytes(values.flatten().tolist())
 
 
@@ -57,7 +64,10 @@ def test_a_folder_of_ones_own(demo, monkeypatch, capsys, tmp_path):
         (folder / f"{part}-images-idx3-ubyte.gz").write_bytes(gzip.compress(idx(images)))
         (folder / f"{part}-labels-idx1-ubyte").write_bytes(idx(labels))
     assert run(demo, monkeypatch, "--data", str(folder)) == 0
-    assert "mine: a ReLU network 16-64-64-10, 1000 training images, 100 test images" in capsys.readouterr().out
+    assert (
+        "mine: a ReLU network 16-64-64-10, 1000 training images, 100 test images"
+        in capsys.readouterr().out
+    )
 
 
 def test_missing_data_are_told_with_the_ways_out(demo, monkeypatch, capsys):

@@ -71,7 +71,9 @@ CASES = {
     "unused parameters": Case({"find_unused_parameters": True}, net=detour, modes=apart),
     "unused parameters, all used": Case({"find_unused_parameters": True}),
     "accumulation, bucket views": Case(
-        {"gradient_as_bucket_view": True}, trainer={"accumulate_grad_batches": 2}, loop={"accumulate": 2}
+        {"gradient_as_bucket_view": True},
+        trainer={"accumulate_grad_batches": 2},
+        loop={"accumulate": 2},
     ),
     # not with static_graph: there torch 2.4 does not reduce the gradients of manual_backward, callback or not
     "manual": Case(kind=Manual, modes=apart),
@@ -80,7 +82,9 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize(("name", "mode"), [(name, mode) for name, case in CASES.items() for mode in case.modes])
+@pytest.mark.parametrize(
+    ("name", "mode"), [(name, mode) for name, case in CASES.items() for mode in case.modes]
+)
 @pytest.mark.filterwarnings("ignore:the penalty has not reached layer 'net.5'")
 def test_two_ranks_equal_one_process_with_the_doubled_batch(name, mode):
     case = CASES[name]
@@ -92,7 +96,9 @@ def test_two_ranks_equal_one_process_with_the_doubled_batch(name, mode):
     alone = make()
     without = copy.deepcopy(alone)
     for module, kind in ((alone, mode), (without, "none")):
-        penalty = plain.Penalty(plain.layers(module.net), kind, lambda *_: case.coefficient, **case.loop)
+        penalty = plain.Penalty(
+            plain.layers(module.net), kind, lambda *_: case.coefficient, **case.loop
+        )
         plain.train(module, ranks.data(), penalty, **case.loop)
     assert max_difference(ends[0], End(ranks.whole_tensors(alone))) < TOLERANCE
     assert max_difference(ends[0], End(ranks.whole_tensors(without))) > 10 * TOLERANCE
@@ -102,7 +108,10 @@ def test_two_ranks_equal_one_process_with_the_doubled_batch(name, mode):
 def test_the_same_where_lightning_starts_the_processes(tmp_path):
     make = partial(make_module, Automatic, models.network, make_optimizer=ranks.sgd)
     torch.manual_seed(0)
-    settings = {"strategy": ddp(start_method="spawn", timeout=timedelta(seconds=60)), "use_distributed_sampler": False}
+    settings = {
+        "strategy": ddp(start_method="spawn", timeout=timedelta(seconds=60)),
+        "use_distributed_sampler": False,
+    }
     fit = trainer(uniformity(coefficient=0.5), ranks.Save(tmp_path), devices=2, **settings)
     fit.fit(make(), datamodule=ranks.Shared())
     ends = [End(torch.load(tmp_path / f"{rank}.pt", weights_only=True)) for rank in range(2)]
@@ -132,7 +141,9 @@ def test_what_is_searched_or_drawn_is_the_same_on_every_rank(measure, mode):
 
 @pytest.mark.parametrize("split_above", [0, None])
 def test_equal_neurons_part_along_the_same_direction_on_every_rank(split_above):
-    make = partial(make_module, Automatic, sharding.network_with_equal_neurons, make_optimizer=ranks.sgd)
+    make = partial(
+        make_module, Automatic, sharding.network_with_equal_neurons, make_optimizer=ranks.sgd
+    )
     callback = {"coefficient": 0.5, "split_above": split_above}
     ends = world(2).run(ranks.fit, make, callback, ddp, {})
     assert same_bits(ends)
@@ -144,7 +155,9 @@ def test_a_layer_that_ddp_has_closed_is_named_on_every_rank():
     make = partial(make_module, Automatic, detour, make_optimizer=ranks.sgd)
     strategy = partial(ddp, find_unused_parameters=True)
     for said in world(2).run(ranks.error_of, ranks.fit, make, {"apply": "loss"}, strategy, {}):
-        assert said.startswith("RuntimeError: layer 'net.5' (1, 12, 32) took no part in this batch's loss"), said
+        assert said.startswith(
+            "RuntimeError: layer 'net.5' (1, 12, 32) took no part in this batch's loss"
+        ), said
         assert "apply='gradient', or exclude='net.5'" in said
 
 
@@ -163,7 +176,9 @@ def test_a_layer_that_ddp_has_closed_is_named_on_every_rank():
     ],
     ids=str,
 )
-def test_large_layers_are_split_over_the_ranks_in_one_reduction_a_step(split_above, measure, reductions, mode):
+def test_large_layers_are_split_over_the_ranks_in_one_reduction_a_step(
+    split_above, measure, reductions, mode
+):
     make = partial(make_module, Automatic, models.network, make_optimizer=ranks.sgd)
     callback = {"coefficient": 0.5, "apply": mode, "measure": measure}
     ends = world(2).run(ranks.fit, make, {"split_above": split_above, **callback}, ddp, {})

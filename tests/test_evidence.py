@@ -37,9 +37,13 @@ def plain(network: Networks, trial: int, seed: int) -> nn.Sequential:
     """One of the networks, in PyTorch's own layers."""
     architecture, layers = network.architecture, []
     for side in (*network.hidden, network.head):
-        weight, bias = (side.joined(name)[seed, trial].detach().clone() for name in ("weight", "bias"))
+        weight, bias = (
+            side.joined(name)[seed, trial].detach().clone() for name in ("weight", "bias")
+        )
         if weight.ndim == 4:
-            layer = nn.Conv2d(weight.shape[1], weight.shape[0], 3, stride=2, padding=1, bias=not architecture.norm)
+            layer = nn.Conv2d(
+                weight.shape[1], weight.shape[0], 3, stride=2, padding=1, bias=not architecture.norm
+            )
         else:
             layer = nn.Linear(weight.shape[1], weight.shape[0])
         layer.weight = nn.Parameter(weight)
@@ -62,11 +66,18 @@ def test_a_network_among_many_trains_as_one_alone(network, optimizer, apply):
     method = replace(METHODS["half_mhe_2"], apply=apply)
     rate = 0.05 if optimizer == "sgd" else 3e-3
     c = 200.0 if (optimizer, apply) == ("adamw", "decoupled") else 20.0
-    trials = [Trial(rate, 1e-3, 0.0, c), Trial(rate / 2, 1e-2, 0.0, 3 * c), Trial(rate, 1e-3), Trial(rate / 2, 1e-2)]
+    trials = [
+        Trial(rate, 1e-3, 0.0, c),
+        Trial(rate / 2, 1e-2, 0.0, 3 * c),
+        Trial(rate, 1e-3),
+        Trial(rate / 2, 1e-2),
+    ]
     seeds = (3, 4, 5)
     many = train(data, setting, method, trials, seeds, test=True)
     assert (abs(many.after[:2] - many.after[2:]) > 0.01).all()  # ten tolerances
-    without = train(data, setting, METHODS["decay"], trials[2:], seeds, test=True)  # no penalty, and one of strength 0
+    without = train(
+        data, setting, METHODS["decay"], trials[2:], seeds, test=True
+    )  # no penalty, and one of strength 0
     assert torch.equal(without.error, many.error[2:])
     assert torch.equal(without.after, many.after[2:])
     begin = Networks(setting.architecture(data), 4, seeds)
@@ -102,8 +113,14 @@ def test_a_network_among_many_trains_as_one_alone(network, optimizer, apply):
         test = test.view(-1, *data.shape) if network != "plain" else test
         error = 100 * float((alone(test).argmax(1) != answers).float().mean())
         assert abs(error - float(many.error[t, s])) <= 0.3  # two of 797 images, by rounding
-        hidden = [layer for layer in engine.measure_layers() if layer.name != list(dict(alone.named_children()))[-1]]
-        assert math.isclose(sum(one.ratio for one in hidden) / len(hidden), float(many.after[t, s]), rel_tol=1e-3)
+        hidden = [
+            layer
+            for layer in engine.measure_layers()
+            if layer.name != list(dict(alone.named_children()))[-1]
+        ]
+        assert math.isclose(
+            sum(one.ratio for one in hidden) / len(hidden), float(many.after[t, s]), rel_tol=1e-3
+        )
 
 
 def test_a_share_acts_on_each_network_by_itself():
@@ -119,8 +136,17 @@ def test_a_share_acts_on_each_network_by_itself():
 
 def test_a_network_that_diverges_leaves_the_others_alone():
     data, rates = load("digits"), (0.05, 1e4)
-    both = train(data, TINY, METHODS["half_mhe_2"], [Trial(rate, 1e-3, 0.0, 1.0) for rate in rates], (0, 1), test=False)
-    alone = train(data, TINY, METHODS["half_mhe_2"], [Trial(0.05, 1e-3, 0.0, 1.0)], (0, 1), test=False)
+    both = train(
+        data,
+        TINY,
+        METHODS["half_mhe_2"],
+        [Trial(rate, 1e-3, 0.0, 1.0) for rate in rates],
+        (0, 1),
+        test=False,
+    )
+    alone = train(
+        data, TINY, METHODS["half_mhe_2"], [Trial(0.05, 1e-3, 0.0, 1.0)], (0, 1), test=False
+    )
     assert both.finite.tolist()[0] == [True, True]
     assert torch.allclose(both.error[0], alone.error[0], atol=0.5)
     assert (both.error[1] > 50).all()
@@ -144,7 +170,13 @@ def test_a_cell_is_tuned_on_tuning_seeds_and_tested_once(monkeypatch):
             error[9] = 40.0  # the best
             error[3] = torch.tensor([1.0, 60.0, 60.0])  # lucky on one seed
             error[12] = 99.0
-        return Trained(error, 0.1 * error, error < 60, error / 10, torch.full_like(error, math.nan if test else 2.0))
+        return Trained(
+            error,
+            0.1 * error,
+            error < 60,
+            error / 10,
+            torch.full_like(error, math.nan if test else 2.0),
+        )
 
     monkeypatch.setattr(running, "train", recorded)
     cell = Cell(TINY, METHODS["half_mhe_2"])
@@ -173,14 +205,20 @@ def test_every_method_has_the_same_budget_and_seeds_are_apart():
     assert set(FAMILY) <= set(SETTINGS)
     for setting in SETTINGS:
         if setting.data == "digits":
-            tried = [{(one.rate, one.decay) for one in Cell(setting, method).trials(data)} for method in METHODS.values()]
+            tried = [
+                {(one.rate, one.decay) for one in Cell(setting, method).trials(data)}
+                for method in METHODS.values()
+            ]
             assert all(one == tried[0] for one in tried)
 
 
 def test_a_unit_of_strength_is_a_unit_gradient_in_a_cone():
     for name in ("half_mhe_2", "mgd", "orthogonality", "koleo"):
         chance = torch.Generator().manual_seed(0)
-        axis, x = (nn.functional.normalize(torch.randn(rows, 40, generator=chance), dim=-1) for rows in (1, 64))
+        axis, x = (
+            nn.functional.normalize(torch.randn(rows, 40, generator=chance), dim=-1)
+            for rows in (1, 64)
+        )
         x = nn.functional.normalize(axis + x, dim=-1).double().requires_grad_()
         measure = METHODS[name].measure
         (grad,) = torch.autograd.grad(unit_coefficient(measure, 64, 40) * measure.penalty(x), x)
@@ -197,7 +235,9 @@ def test_draws_repeat_and_do_not_overlap():
     for imbalance in (1.0, 20.0):
         part = draw(data, 5, 200, 400, imbalance=imbalance)
         rows = {tuple(row) for row in data.pool[0][part.held].tolist()}
-        assert len([row for row in part.images.tolist() if tuple(row) in rows]) <= 2  # images that are twice in the data
+        assert (
+            len([row for row in part.images.tolist() if tuple(row) in rows]) <= 2
+        )  # images that are twice in the data
 
 
 def test_noise_and_long_tails():
@@ -206,13 +246,20 @@ def test_noise_and_long_tails():
     wrong = (clean.labels != noisy.labels).double().mean()
     assert 0.17 < float(wrong) < 0.23
     assert torch.equal(clean.images, noisy.images)
-    for count, seed in [(200, 1), (200, 2), (1000, 1), (1000, 2)]:  # networks side by side need equally many
+    for count, seed in [
+        (200, 1),
+        (200, 2),
+        (1000, 1),
+        (1000, 2),
+    ]:  # networks side by side need equally many
         assert len(draw(data, seed, count, imbalance=20.0).labels) == count
     digits = load("digits")  # the most frequent class is at times short of images
     for seed in (*range(20, 40), *range(1000, 1004)):
         kept = draw(digits, seed, 200, 400, imbalance=20.0)
         assert len(kept.labels) == 200
-        assert len({tuple(row) for row in kept.images.tolist()}) >= 198  # two images are twice in the data
+        assert (
+            len({tuple(row) for row in kept.images.tolist()}) >= 198
+        )  # two images are twice in the data
     counts = draw(data, 1, 1000, imbalance=20.0).labels.bincount().sort().values
     assert 15 < int(counts[-1]) / int(counts[0]) < 25
     ratios = counts[1:] / counts[:-1]
@@ -225,7 +272,13 @@ def pixels(*shape):
 
 def test_folders_of_ones_own(tmp_path):
     names = ("x_train", "y_train", "x_test", "y_test")
-    made = dict(zip(names, (pixels(30, 4, 4, 3), np.arange(30) % 5, pixels(6, 4, 4, 3), np.arange(6) % 5), strict=True))
+    made = dict(
+        zip(
+            names,
+            (pixels(30, 4, 4, 3), np.arange(30) % 5, pixels(6, 4, 4, 3), np.arange(6) % 5),
+            strict=True,
+        )
+    )
     np.savez(tmp_path / "mine.npz", **made)
     data = load(str(tmp_path))
     assert (data.shape, data.classes, len(data.pool[1]), len(data.test[1])) == ((3, 4, 4), 5, 30, 6)
@@ -244,7 +297,10 @@ def test_folders_of_ones_own(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"x_test": pixels(6, 5, 5, 3)}, "training images of 3 x 4 x 4 and test images of 3 x 5 x 5|4 x 4 x 3 and test images"),
+        (
+            {"x_test": pixels(6, 5, 5, 3)},
+            "training images of 3 x 4 x 4 and test images of 3 x 5 x 5|4 x 4 x 3 and test images",
+        ),
         ({"y_train": np.arange(30) - 1}, "no whole numbers from 0"),
         ({"y_train": np.arange(30) / 2}, "no whole numbers from 0"),
         ({"y_train": np.array(["a"] * 30)}, "cannot be read"),
@@ -255,14 +311,24 @@ def test_folders_of_ones_own(tmp_path):
     ],
 )
 def test_data_that_cannot_be_trained_on(tmp_path, changes, message):
-    made = {"x_train": pixels(30, 4, 4, 3), "y_train": np.arange(30) % 5, "x_test": pixels(6, 4, 4, 3), "y_test": np.arange(6)}
+    made = {
+        "x_train": pixels(30, 4, 4, 3),
+        "y_train": np.arange(30) % 5,
+        "x_test": pixels(6, 4, 4, 3),
+        "y_test": np.arange(6),
+    }
     np.savez(tmp_path / "mine.npz", **made | changes)
     with pytest.raises(MissingDataError, match=message):
         load(str(tmp_path))
 
 
 def test_channels_first_two_archives_and_data_that_change(tmp_path):
-    made = {"x_train": pixels(30, 3, 8, 8), "y_train": np.arange(30) % 5, "x_test": pixels(6, 3, 8, 8), "y_test": np.arange(6)}
+    made = {
+        "x_train": pixels(30, 3, 8, 8),
+        "y_train": np.arange(30) % 5,
+        "x_test": pixels(6, 3, 8, 8),
+        "y_test": np.arange(6),
+    }
     np.savez(tmp_path / "mine.npz", **made)
     data = load(str(tmp_path))
     assert data.shape == (3, 8, 8)
@@ -279,7 +345,11 @@ def test_results_of_other_data_are_not_taken(tmp_path, monkeypatch):
     for shift in (0, 0, 1):
         labels = np.roll(np.arange(200) % 10, shift)
         np.savez(
-            tmp_path / "mine.npz", x_train=pixels(200, 4, 4), y_train=labels, x_test=pixels(20, 4, 4), y_test=np.arange(20) % 10
+            tmp_path / "mine.npz",
+            x_train=pixels(200, 4, 4),
+            y_train=labels,
+            x_test=pixels(20, 4, 4),
+            y_test=np.arange(20) % 10,
         )
         running._load.cache_clear()
         asked.append(running.asked(cell, (1,), (2,)))
@@ -289,14 +359,25 @@ def test_results_of_other_data_are_not_taken(tmp_path, monkeypatch):
 
 def test_fewer_images_than_a_batch_are_no_training(tmp_path):
     with pytest.raises(ValueError, match="less than one batch"):
-        train(load("digits"), replace(TINY, images=30), METHODS["decay"], [Trial(0.1, 0.0)], (1,), test=True)
+        train(
+            load("digits"),
+            replace(TINY, images=30),
+            METHODS["decay"],
+            [Trial(0.1, 0.0)],
+            (1,),
+            test=True,
+        )
 
 
 def test_cifar_as_its_authors_pickled_it(tmp_path):
     folder = tmp_path / "cifar-100-python"
     folder.mkdir()
     for part, count in (("train", 20), ("test", 10)):
-        found = {"data": pixels(count, 3072), "fine_labels": list(range(count)), "coarse_labels": [0] * count}
+        found = {
+            "data": pixels(count, 3072),
+            "fine_labels": list(range(count)),
+            "coarse_labels": [0] * count,
+        }
         (folder / part).write_bytes(pickle.dumps(found, protocol=2))
     for place in (folder, tmp_path):
         assert load(str(place)).shape == (3, 32, 32)
@@ -332,7 +413,9 @@ def test_statistics_against_numbers_known_by_hand():
 
 def evidence(*arguments, cwd):
     command = [sys.executable, "-m", "evidence", *arguments]
-    return subprocess.run(command, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        command, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=120
+    )
 
 
 def environment():
@@ -343,9 +426,16 @@ def environment():
 
 @pytest.mark.slow
 def test_goes_on_where_it_was_killed(tmp_path):
-    command, folder = [sys.executable, "-m", "evidence", "--quick", "--jobs", "2"], tmp_path / "out/evidence-quick/cells"
+    command, folder = (
+        [sys.executable, "-m", "evidence", "--quick", "--jobs", "2"],
+        tmp_path / "out/evidence-quick/cells",
+    )
     with subprocess.Popen(
-        command, cwd=tmp_path, env=environment(), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+        command,
+        cwd=tmp_path,
+        env=environment(),
+        stderr=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
     ) as run:
         for _ in range(1200):
             if len(list(folder.glob("*.json"))) >= 2:
@@ -363,7 +453,19 @@ def test_goes_on_where_it_was_killed(tmp_path):
     assert "16 of 16 cells, 12 comparisons" in tables
     assert len(json.loads((tmp_path / "out/evidence-quick/cells.json").read_text())) == 16
     assert (
-        evidence("--quick", "--only", "decay", "--minutes", "0", "--jobs", "1", "--out", "other", cwd=tmp_path).returncode == 3
+        evidence(
+            "--quick",
+            "--only",
+            "decay",
+            "--minutes",
+            "0",
+            "--jobs",
+            "1",
+            "--out",
+            "other",
+            cwd=tmp_path,
+        ).returncode
+        == 3
     )
 
 
@@ -401,7 +503,14 @@ def results(gains, ratios):
     """Cells with known gains."""
     found = []
     for i, (gain, ratio) in enumerate(zip(gains, ratios, strict=True)):
-        setting = {"data": "digits", "images": i, "epochs": 1, "network": "plain", "depth": 2, "scale": 1.0}
+        setting = {
+            "data": "digits",
+            "images": i,
+            "epochs": 1,
+            "network": "plain",
+            "depth": 2,
+            "scale": 1.0,
+        }
         setting |= {"optimizer": "sgd", "noise": 0.0, "imbalance": 1.0}
         for name, change in (("decay", 0.0), ("half_mhe_2", -gain)):
             asked = {"setting": setting, "method": {"name": name}}
@@ -409,7 +518,13 @@ def results(gains, ratios):
             errors = [10.0 + seed + change + 0.01 * seed * (name != "decay") for seed in range(5)]
             found.append(
                 own
-                | {"test_error": errors, "ratio_before": [1.0 + i] * 5, "ratio_after": [ratio] * 5, "edges": [], "seconds": 1.0}
+                | {
+                    "test_error": errors,
+                    "ratio_before": [1.0 + i] * 5,
+                    "ratio_after": [ratio] * 5,
+                    "edges": [],
+                    "seconds": 1.0,
+                }
             )
     return found
 
@@ -429,10 +544,16 @@ def test_tables_say_where_and_against_whom(tmp_path):
     found = results([3.0, 2.0, 1.0, 0.02, -1.0, 0.5], [5.0, 4.0, 3.0, 1.1, 1.0, 2.0])
     for one in found[:2]:  # weight decay alone hardly trains there
         one["test_error"] = [80.0 + error for error in one["test_error"]]
-    rivals = [json.loads(json.dumps(one)) for one in found if one["asked"]["method"]["name"] == "half_mhe_2"]
+    rivals = [
+        json.loads(json.dumps(one))
+        for one in found
+        if one["asked"]["method"]["name"] == "half_mhe_2"
+    ]
     for one in rivals:
         one["asked"]["method"]["name"] = "orthogonality"
-        one["test_error"] = [error + 1.0 + 0.01 * seed for seed, error in enumerate(one["test_error"])]
+        one["test_error"] = [
+            error + 1.0 + 0.01 * seed for seed, error in enumerate(one["test_error"])
+        ]
     found[1]["edges"] = ["largest rate", "smallest strength"]
     write(found + rivals, 18, tmp_path)
     said = (tmp_path / "tables.md").read_text()
@@ -452,7 +573,9 @@ def test_the_readme_quotes_the_committed_results():
 
 def test_the_readme_has_the_committed_runs_of_the_published_recipe():
     folder = ROOT / "evidence/results/cnn9/fashion-mnist-width16-steps2500-rate0.02/n5000"
-    assert table(folder, ["none", "half_mhe_2", "mgd"], range(5)) in (ROOT / "README.md").read_text()
+    assert (
+        table(folder, ["none", "half_mhe_2", "mgd"], range(5)) in (ROOT / "README.md").read_text()
+    )
 
 
 def test_intervals_do_not_depend_on_the_order_of_settings():
@@ -473,7 +596,11 @@ def test_a_result_asked_otherwise_is_not_taken(tmp_path):
 
 def test_edges_are_flagged():
     trials = Cell(TINY, METHODS["half_mhe_2"]).trials(load("digits"))
-    assert running.edges(trials, trials[0]) == ["smallest rate", "smallest decay", "smallest strength"]
+    assert running.edges(trials, trials[0]) == [
+        "smallest rate",
+        "smallest decay",
+        "smallest strength",
+    ]
     assert running.edges(trials, trials[5]) == []
     assert running.edges(trials, trials[7]) == ["largest decay", "smallest strength"]
 
@@ -481,9 +608,12 @@ def test_edges_are_flagged():
 def test_images_move_by_four_pixels_and_flip():
     images = torch.arange(2 * 12 * 12).view(1, 2, 12, 12).expand(400, -1, -1, -1)
     padded = np.pad(images[0].numpy(), ((0, 0), (4, 4), (4, 4)), mode="symmetric")
-    crops = {padded[:, i : i + 12, j : j + 12].tobytes(): (i, j) for i in range(9) for j in range(9)}
+    crops = {
+        padded[:, i : i + 12, j : j + 12].tobytes(): (i, j) for i in range(9) for j in range(9)
+    }
     found = [
-        (one.tobytes() in crops, np.ascontiguousarray(one[..., ::-1]).tobytes() in crops) for one in _moved(images).numpy()
+        (one.tobytes() in crops, np.ascontiguousarray(one[..., ::-1]).tobytes() in crops)
+        for one in _moved(images).numpy()
     ]
     assert all(a != b for a, b in found)
     assert 150 < sum(a for a, _ in found) < 250
@@ -491,8 +621,21 @@ def test_images_move_by_four_pixels_and_flip():
 
 def test_the_network_is_the_published_one():
     network = CNN9((3, 32, 32), 100, 75_000)
-    neurons = [(layer.neurons, layer.dimension) for layer in UniformityRegularizer().attach(network).measure_layers()]
-    expected = [(64, 27), (64, 576), (64, 576), (128, 576), (128, 1152), (128, 1152), (256, 1152), (256, 2304), (256, 2304)]
+    neurons = [
+        (layer.neurons, layer.dimension)
+        for layer in UniformityRegularizer().attach(network).measure_layers()
+    ]
+    expected = [
+        (64, 27),
+        (64, 576),
+        (64, 576),
+        (128, 576),
+        (128, 1152),
+        (128, 1152),
+        (256, 1152),
+        (256, 2304),
+        (256, 2304),
+    ]
     assert neurons == [*expected, (256, 4096), (100, 256)]
     schedule = network.configure_optimizers()["lr_scheduler"]["scheduler"]
     assert sorted(schedule.milestones) == [30_000, 50_000, 65_000]
@@ -519,9 +662,13 @@ def test_pixels_that_are_not_bytes_are_refused():
 
 
 def test_results_of_other_settings_are_not_taken(tmp_path):
-    (tmp_path / "none-0.json").write_text(json.dumps({"asked": {"test_every": "250", "precision": "32-true"}}))
+    (tmp_path / "none-0.json").write_text(
+        json.dumps({"asked": {"test_every": "250", "precision": "32-true"}})
+    )
     _check_same(tmp_path / "none-0.json", Namespace(test_every=250, precision="32-true"))
-    with pytest.raises(MissingDataError, match="made with test_every = 250, not 500: name another --out"):
+    with pytest.raises(
+        MissingDataError, match="made with test_every = 250, not 500: name another --out"
+    ):
         _check_same(tmp_path / "none-0.json", Namespace(test_every=500, precision="32-true"))
 
 
@@ -532,7 +679,11 @@ def test_cnn9_goes_on_from_its_last_checkpoint(tmp_path):
     command = [sys.executable, "-m", "evidence.cnn9", *arguments]
     folder = tmp_path / "out/cnn9/digits-width4-steps6/n512"
     with subprocess.Popen(
-        command, cwd=tmp_path, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        command,
+        cwd=tmp_path,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     ) as run:
         for _ in range(1200):
             if (folder / "none-0/last.ckpt").exists():
@@ -540,12 +691,18 @@ def test_cnn9_goes_on_from_its_last_checkpoint(tmp_path):
             time.sleep(0.05)
         run.kill()
     assert not (folder / "half_mhe_2-1.json").exists()
-    done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     assert re.search(r"\| half_mhe_2 \| \d+\.\d\d \(\d+\.\d\d\) \|", done.stdout)
-    made = [json.loads((folder / f"{preset}-0.json").read_text()) for preset in ("none", "half_mhe_2")]
+    made = [
+        json.loads((folder / f"{preset}-0.json").read_text()) for preset in ("none", "half_mhe_2")
+    ]
     assert all(len(one["errors"]) == 3 for one in made)
     assert made[0]["ratio_before"] == made[1]["ratio_before"]
     assert made[0]["ratio_after"] != made[1]["ratio_after"]  # the penalty is there
-    again = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=60)
+    again = subprocess.run(
+        command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=60
+    )
     assert again.stdout.strip().splitlines()[-4:] == done.stdout.strip().splitlines()[-4:]

@@ -138,7 +138,9 @@ def in_two_groups(parameters):
 
 def biases_faster(parameters):
     parameters = list(parameters)
-    weights, biases = ([p for p in parameters if (p.ndim > 1) == wanted] for wanted in (True, False))
+    weights, biases = (
+        [p for p in parameters if (p.ndim > 1) == wanted] for wanted in (True, False)
+    )
     return SGD([{"params": weights}, {"params": biases, "lr": 0.3}], lr=0.03)
 
 
@@ -184,8 +186,15 @@ identical = Outcome("bit for bit as without")
 
 fused = partial(Adam, lr=0.01, fused=True)
 steady = {"scaler": {"init_scale": 256.0}, "count": 2}
-overflow = {"scaler": {"init_scale": 2.0**22, "backoff_factor": 2.0**-14}, "count": 2}  # the first step's gradients do
-bf16 = {"trainer": {"precision": "bf16-mixed"}, "settings": {"autocast": torch.bfloat16}, "count": 3}
+overflow = {
+    "scaler": {"init_scale": 2.0**22, "backoff_factor": 2.0**-14},
+    "count": 2,
+}  # the first step's gradients do
+bf16 = {
+    "trainer": {"precision": "bf16-mixed"},
+    "settings": {"autocast": torch.bfloat16},
+    "count": 3,
+}
 three = {"trainer": {"accumulate_grad_batches": 3}, "settings": {"accumulate": 3}}
 by_norm = {"trainer": {"gradient_clip_val": 0.3}, "settings": {"clip": clip_norm}}
 by_value = {
@@ -214,7 +223,9 @@ SITUATIONS = [
     Situation(SCALER, "scaler, overflow, schedule", **overflow, **schedule),
     Situation(SCALER, "scaler, overflow, schedule, fused", **overflow, **schedule, optimizer=fused),
     Situation(ACCUMULATION, "accumulate 3 of 5", loss=short, **three),
-    Situation(ACCUMULATION, "scaler, accumulate 3 of 4", loss=short, **three, **steady | {"count": 4}),
+    Situation(
+        ACCUMULATION, "scaler, accumulate 3 of 4", loss=short, **three, **steady | {"count": 4}
+    ),
     Situation(CLIP, "clip by norm", clipped, clipped, unclipped, **by_norm),
     Situation(CLIP, "clip by value", clipped, clipped, unclipped, **by_value),
     Situation(CLIP, "scaler, clip by norm", clipped, clipped, unclipped, **by_norm, **steady),
@@ -225,14 +236,29 @@ SITUATIONS = [
         settings={"silent": (1, 4)},
     ),
     Situation(MANUAL, "manual", loss=not_manual, module=Manual),
-    Situation(MANUAL, "three parts", loss=not_manual, module=partial(Manual, parts=3), settings={"parts": 3}),
     Situation(
-        MANUAL, "manual accumulation", loss=not_manual, module=partial(Manual, every=2), count=6, settings={"accumulate": 2}
+        MANUAL,
+        "three parts",
+        loss=not_manual,
+        module=partial(Manual, parts=3),
+        settings={"parts": 3},
     ),
-    Situation(MANUAL, "zero_grad after the step", loss=not_manual, module=partial(Manual, zero_after=True)),
+    Situation(
+        MANUAL,
+        "manual accumulation",
+        loss=not_manual,
+        module=partial(Manual, every=2),
+        count=6,
+        settings={"accumulate": 2},
+    ),
+    Situation(
+        MANUAL, "zero_grad after the step", loss=not_manual, module=partial(Manual, zero_after=True)
+    ),
     Situation(MANUAL, "manual, bf16-mixed", loss=not_manual, module=Manual, **bf16),
     Situation(MANUAL, "manual, scaler", loss=not_manual, module=Manual, **steady),
-    Situation(MANUAL, "manual, scaler, overflow", loss=not_manual, module=Manual, **overflow, **schedule),
+    Situation(
+        MANUAL, "manual, scaler, overflow", loss=not_manual, module=Manual, **overflow, **schedule
+    ),
     Situation(
         MANUAL,
         "manual, scaler, fused, unscaled by hand",
@@ -252,14 +278,49 @@ SITUATIONS = [
         settings={"clip_first": clip_norm},
     ),
     Situation(GAN, "GAN", loss=not_manual, module=lambda **_: Adversarial(), **plain_gan),
-    Situation(GAN, "GAN, toggled", loss=not_manual, module=lambda **_: Adversarial(toggle=True), **plain_gan),
-    Situation("`optimizers(use_pl_optimizer=False)`", "raw", absent, not_manual, module=partial(Manual, raw=True)),
-    Situation(CLOSURE, "LBFGS", optimizer=partial(LBFGS, lr=0.1, max_iter=4), **double, **in_closure, **schedule),
+    Situation(
+        GAN,
+        "GAN, toggled",
+        loss=not_manual,
+        module=lambda **_: Adversarial(toggle=True),
+        **plain_gan,
+    ),
+    Situation(
+        "`optimizers(use_pl_optimizer=False)`",
+        "raw",
+        absent,
+        not_manual,
+        module=partial(Manual, raw=True),
+    ),
+    Situation(
+        CLOSURE,
+        "LBFGS",
+        optimizer=partial(LBFGS, lr=0.1, max_iter=4),
+        **double,
+        **in_closure,
+        **schedule,
+    ),
     Situation(CLOSURE, "SAM", optimizer=models.SharpnessAware, **in_closure, **schedule),
     Situation(CLOSURE, "no recording", optimizer=models.WithoutRecording, **in_closure),
-    Situation("LBFGS with a line search", "search", searched, searched, optimizer=searching, **double, **in_closure, count=2),
-    Situation(None, "a step that calls its parent's", optimizer=partial(models.StepsThroughItsParent, lr=0.1), **schedule),
-    Situation(None, "a learning rate schedule", module=models.Scheduled, loop=plain.train_scheduled),
+    Situation(
+        "LBFGS with a line search",
+        "search",
+        searched,
+        searched,
+        optimizer=searching,
+        **double,
+        **in_closure,
+        count=2,
+    ),
+    Situation(
+        None,
+        "a step that calls its parent's",
+        optimizer=partial(models.StepsThroughItsParent, lr=0.1),
+        **schedule,
+    ),
+    Situation(
+        None, "a learning rate schedule", module=models.Scheduled, loop=plain.train_scheduled
+    ),
     Situation(GROUPS, "two groups", optimizer=in_two_groups),
     Situation(
         GROUPS,
@@ -292,14 +353,35 @@ SITUATIONS = [
         alone,
         module=with_net(lambda: models.Detour(*models.network())),
     ),
-    Situation(COMPUTED, "ModelPruning", decoupled=computed, beside=lambda: [models.PruneTwo()], loop=plain.train_pruning),
-    Situation(COMPUTED, "weight_norm", decoupled=computed, module=with_net(models.weight_normed_network)),
-    Situation(WEIGHTS, "LSTM, attention", module=with_net(models.SequenceNetwork), layers=plain.sequence_layers),
-    Situation(WEIGHTS, "channels_last, transposed", module=with_net(models.image_network), layers=plain.image_layers),
+    Situation(
+        COMPUTED,
+        "ModelPruning",
+        decoupled=computed,
+        beside=lambda: [models.PruneTwo()],
+        loop=plain.train_pruning,
+    ),
+    Situation(
+        COMPUTED, "weight_norm", decoupled=computed, module=with_net(models.weight_normed_network)
+    ),
+    Situation(
+        WEIGHTS,
+        "LSTM, attention",
+        module=with_net(models.SequenceNetwork),
+        layers=plain.sequence_layers,
+    ),
+    Situation(
+        WEIGHTS,
+        "channels_last, transposed",
+        module=with_net(models.image_network),
+        layers=plain.image_layers,
+    ),
     Situation(
         AVERAGE,
         "StochasticWeightAveraging",
-        beside=lambda: [callbacks.StochasticWeightAveraging(0.05, 1, 1, "linear"), models.KeepRun()],
+        beside=lambda: [
+            callbacks.StochasticWeightAveraging(0.05, 1, 1, "linear"),
+            models.KeepRun(),
+        ],
         loop=plain.train_averaging,
     ),
     Situation(
@@ -332,13 +414,23 @@ SITUATIONS = [
         callback={"coefficient": {"net.5": rising, "net.[02]": 0.3}},
         strength=by_layer(0.3, net_5=rising, net_7=0.0),
     ),
-    Situation(STRENGTH, "the head apart", callback={"head_coefficient": 2.0}, strength=by_layer(0.5, net_7=2.0)),
-    Situation(SHARE, "Share", loss=not_share, callback={"coefficient": share}, strength=by_layer(share)),
+    Situation(
+        STRENGTH,
+        "the head apart",
+        callback={"head_coefficient": 2.0},
+        strength=by_layer(0.5, net_7=2.0),
+    ),
+    Situation(
+        SHARE, "Share", loss=not_share, callback={"coefficient": share}, strength=by_layer(share)
+    ),
     Situation(
         SHARE,
         "Share for a layer, clipped, every second step",
         loss=not_share,
-        callback={"coefficient": {"net.5": Share(0.5, smoothing=0.5), "*": 0.2}, "every_n_steps": 2},
+        callback={
+            "coefficient": {"net.5": Share(0.5, smoothing=0.5), "*": 0.2},
+            "every_n_steps": 2,
+        },
         strength=by_layer(0.2, net_5=Share(0.5, smoothing=0.5)),
         every=2,
         **by_norm,
@@ -358,12 +450,18 @@ SITUATIONS = [
         loss=not_share,
         callback={"coefficient": share},
         strength=by_layer(share),
-        optimizer=partial(fused, eps=1e-3),  # else Adam makes of a gradient near zero, and of its rounding error, a full step
+        optimizer=partial(
+            fused, eps=1e-3
+        ),  # else Adam makes of a gradient near zero, and of its rounding error, a full step
         **overflow,
     ),
     Situation(None, "no step limit", callback={"step_limit": None}),
-    Situation(TRAINER, "fast_dev_run", trainer={"fast_dev_run": True}, count=1, settings={"epochs": 1}),
-    Situation(TRAINER, "overfit_batches", trainer={"overfit_batches": 2}, loop=plain.train_on_two_batches),
+    Situation(
+        TRAINER, "fast_dev_run", trainer={"fast_dev_run": True}, count=1, settings={"epochs": 1}
+    ),
+    Situation(
+        TRAINER, "overfit_batches", trainer={"overfit_batches": 2}, loop=plain.train_on_two_batches
+    ),
     Situation(TRAINER, "barebones", trainer=barebones),
     Situation(TRAINER, "log_every_n_steps=0", trainer={"log_every_n_steps": 0}),
     Situation(TRAINER, "log_every_n_steps=2", trainer={"log_every_n_steps": 2}),
@@ -378,8 +476,12 @@ SITUATIONS = [
     ),
     Situation(INSTANCES, "used before", prepare=models.used_before, **schedule),
     Situation(INSTANCES, "copied", prepare=copy.deepcopy, **schedule),
-    Situation(INSTANCES, "used before, unpickled", prepare=models.used_before_and_unpickled, **schedule),
-    Situation(INSTANCES, "fit twice", fit=models.fit_twice, optimizer=partial(SGD, lr=0.1), **schedule),
+    Situation(
+        INSTANCES, "used before, unpickled", prepare=models.used_before_and_unpickled, **schedule
+    ),
+    Situation(
+        INSTANCES, "fit twice", fit=models.fit_twice, optimizer=partial(SGD, lr=0.1), **schedule
+    ),
     Situation(INSTANCES, "resumed", fit=models.fit_and_resume, **schedule),
     Situation(
         "`coefficient=0`: only monitoring",
@@ -395,7 +497,9 @@ SITUATIONS = [
         exact("ranks bit-identical"),
         exact("ranks bit-identical"),
         exact("ranks bit-identical"),
-        where=("tests/test_distributed.py::test_two_ranks_equal_one_process_with_the_doubled_batch",),
+        where=(
+            "tests/test_distributed.py::test_two_ranks_equal_one_process_with_the_doubled_batch",
+        ),
     ),
     Situation(
         "DDP with `find_unused_parameters` and a layer that the loss does not use",
@@ -403,7 +507,9 @@ SITUATIONS = [
         Outcome("left alone"),
         Outcome("error: use gradient"),
         Outcome("left alone"),
-        where=("tests/test_distributed.py::test_a_layer_that_ddp_has_closed_is_named_on_every_rank",),
+        where=(
+            "tests/test_distributed.py::test_a_layer_that_ddp_has_closed_is_named_on_every_rank",
+        ),
     ),
     Situation(
         "DDP, layers split over the ranks (`split_above`)",
@@ -411,7 +517,9 @@ SITUATIONS = [
         exact("ranks bit-identical"),
         Outcome("not split"),
         exact("ranks bit-identical"),
-        where=("tests/test_distributed.py::test_large_layers_are_split_over_the_ranks_in_one_reduction_a_step",),
+        where=(
+            "tests/test_distributed.py::test_large_layers_are_split_over_the_ranks_in_one_reduction_a_step",
+        ),
     ),
     Situation(
         "FSDP2, tensor parallel, both (ModelParallelStrategy); uneven and empty shards",
@@ -472,15 +580,22 @@ def expected(outcome):
 
 def fit_with_lightning(row, mode, module, data):
     given = row.callback if isinstance(row.callback, tuple) else (row.callback,)
-    ours = [row.prepare(uniformity(**{"coefficient": 0.5, "apply": mode, **settings})) for settings in given]
+    ours = [
+        row.prepare(uniformity(**{"coefficient": 0.5, "apply": mode, **settings}))
+        for settings in given
+    ]
     settings = dict(row.trainer)
     if row.scaler:
-        settings["plugins"] = [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", **row.scaler))]
+        settings["plugins"] = [
+            MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", **row.scaler))
+        ]
     row.fit(trainer(*row.beside(), *ours, **settings), row.compiled(module), data)
 
 
 def fit_plainly(row, mode, module, data):
-    penalty = plain.Penalty(row.layers(module), mode, row.strength, row.every, row.settings.get("accumulate", 1))
+    penalty = plain.Penalty(
+        row.layers(module), mode, row.strength, row.every, row.settings.get("accumulate", 1)
+    )
     settings = dict(row.settings)
     if row.scaler:
         settings |= {"autocast": torch.float16, "scaler": torch.amp.GradScaler("cpu", **row.scaler)}
@@ -494,7 +609,10 @@ def max_difference(a, b):
 
 
 def named(module):
-    return {name.replace("_orig_mod.", "").replace("weight_orig", "weight"): p for name, p in module.named_parameters()}
+    return {
+        name.replace("_orig_mod.", "").replace("weight_orig", "weight"): p
+        for name, p in module.named_parameters()
+    }
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -506,7 +624,9 @@ def test_monitoring_alone_leaves_training_bit_identical(mode):
         trainer(*chain, log_every_n_steps=1).fit(one, loader(data))
         one.after = torch.rand(1)  # and the random stream
     assert torch.equal(module.after, twin.after)
-    assert all(torch.equal(p, q) for p, q in zip(module.parameters(), twin.parameters(), strict=True))
+    assert all(
+        torch.equal(p, q) for p, q in zip(module.parameters(), twin.parameters(), strict=True)
+    )
 
 
 @pytest.mark.parametrize("row", [row for row in SITUATIONS if row.where], ids=lambda row: row.name)

@@ -119,7 +119,15 @@ class MLFlowLogger(Quiet):
 
 
 class CometLogger(Quiet):
-    def log_figure(self, figure_name=None, figure=None, overwrite=False, step=None, metadata=None, format="auto"):
+    def log_figure(
+        self,
+        figure_name=None,
+        figure=None,
+        overwrite=False,
+        step=None,
+        metadata=None,
+        format="auto",
+    ):
         figure.savefig(io.BytesIO(), format="svg", bbox_inches="tight")
         self.calls.append((figure_name, step))
 
@@ -137,7 +145,10 @@ def test_other_loggers_by_their_own_way(kind):
 
 
 def test_a_logger_that_is_not_known_is_told_of_once_and_files_serve_it(tmp_path):
-    with pytest.warns(UserWarning, match=r"Quiet is not known to take figures: they are PNG files in .*hsu_figures") as caught:
+    with pytest.warns(
+        UserWarning,
+        match=r"Quiet is not known to take figures: they are PNG files in .*hsu_figures",
+    ) as caught:
         fitted([Quiet(), CSVLogger(tmp_path / "csv")], default_root_dir=tmp_path)
     assert sum("not known" in str(one.message) for one in caught) == 1
     assert {file.name for file in (tmp_path / "hsu_figures").iterdir()} == names_at(3, 6, 7)
@@ -153,7 +164,9 @@ Failing.__name__ = "WandbLogger"
 
 
 def test_a_logger_that_fails_warns_once_and_the_others_get_theirs(tmp_path):
-    with pytest.warns(UserWarning, match=r"logger 0, WandbLogger, failed with ConnectionError: no route to host") as caught:
+    with pytest.warns(
+        UserWarning, match=r"logger 0, WandbLogger, failed with ConnectionError: no route to host"
+    ) as caught:
         fit = fitted([Failing(), CSVLogger(tmp_path)])
     assert sum("no route" in str(one.message) for one in caught) == 1
     assert fit.global_step == 7
@@ -170,17 +183,30 @@ def test_an_error_in_drawing_warns_once_and_training_goes_on(monkeypatch):
 
 def test_loggers_of_both_packages_are_known():
     for package in (pl, other):
-        for kind in ("TensorBoardLogger", "CSVLogger", "WandbLogger", "MLFlowLogger", "CometLogger"):
-            assert way_to(getattr(package.loggers, kind).__new__(getattr(package.loggers, kind))) is not None
+        for kind in (
+            "TensorBoardLogger",
+            "CSVLogger",
+            "WandbLogger",
+            "MLFlowLogger",
+            "CometLogger",
+        ):
+            assert (
+                way_to(getattr(package.loggers, kind).__new__(getattr(package.loggers, kind)))
+                is not None
+            )
     assert way_to(DummyLogger()) is not None
     assert way_to(object()) is None
 
 
-@pytest.mark.parametrize("settings", [{"fast_dev_run": True}, {"barebones": True, "logger": None}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{"fast_dev_run": True}, {"barebones": True, "logger": None}], ids=str
+)
 @pytest.mark.filterwarnings("ignore:.*barebones.*")
 def test_trial_runs_leave_nothing(settings):
     if "barebones" in settings:
-        settings = settings | dict.fromkeys(("enable_checkpointing", "enable_progress_bar", "enable_model_summary"))
+        settings = settings | dict.fromkeys(
+            ("enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+        )
         settings["log_every_n_steps"] = None
     fitted(**settings)
     assert list(Path.cwd().iterdir()) == []
@@ -195,9 +221,18 @@ def test_figures_leave_training_and_metrics_as_they_are(tmp_path):
         torch.manual_seed(0)
         module, logger = Automatic(), CSVLogger(tmp_path, name=str(every))
         callback = uniformity(coefficient=Share(0.1), figures_every_n_steps=every)
-        fit = trainer(callback, logger=logger, log_every_n_steps=3, max_epochs=2, enable_checkpointing=True)
+        fit = trainer(
+            callback, logger=logger, log_every_n_steps=3, max_epochs=2, enable_checkpointing=True
+        )
         fit.fit(module, loader(batches()))
-        ends.append((module.state_dict(), torch.get_rng_state(), callback.state_dict(), test_callback.rows_of(logger)))
+        ends.append(
+            (
+                module.state_dict(),
+                torch.get_rng_state(),
+                callback.state_dict(),
+                test_callback.rows_of(logger),
+            )
+        )
     for name, value in ends[0][0].items():
         assert torch.equal(value, ends[1][0][name])
     assert torch.equal(ends[0][1], ends[1][1])
@@ -208,8 +243,17 @@ def test_figures_leave_training_and_metrics_as_they_are(tmp_path):
 def test_a_step_that_is_due_and_not_logged_is_measured_and_not_logged(tmp_path):
     callback = uniformity(coefficient=0.1, figures_every_n_steps=3)
     fit = fitted(CSVLogger(tmp_path), callback=callback, log_every_n_steps=5)
-    assert [record.step for record in callback._chronicle.gallery.history.records] == [0, 1, 3, 5, 6, 7]
-    assert {step for step, row in test_callback.rows_of(fit.logger).items() if "hsu/ratio/net.5" in row} == {4}
+    assert [record.step for record in callback._chronicle.gallery.history.records] == [
+        0,
+        1,
+        3,
+        5,
+        6,
+        7,
+    ]
+    assert {
+        step for step, row in test_callback.rows_of(fit.logger).items() if "hsu/ratio/net.5" in row
+    } == {4}
 
 
 def test_several_optimizer_steps_a_batch_do_not_jump_over_the_interval(tmp_path):
@@ -226,7 +270,10 @@ def test_several_optimizer_steps_a_batch_do_not_jump_over_the_interval(tmp_path)
 
 def test_monitoring_has_no_gradient_share(tmp_path):
     fitted(CSVLogger(tmp_path), callback=uniformity(coefficient=0, figures_every_n_steps=100))
-    assert {file.name for file in tmp_path.rglob("*.png")} == {"hsu_ratio-7.png", "hsu_angles-7.png"}
+    assert {file.name for file in tmp_path.rglob("*.png")} == {
+        "hsu_ratio-7.png",
+        "hsu_angles-7.png",
+    }
 
 
 def test_the_history_is_of_one_fit_and_travels_with_copies_but_not_with_checkpoints():
@@ -281,7 +328,13 @@ assert dict(matplotlib.rcParams) == before
 def test_pyplot_and_its_settings_are_not_touched():
     command = [sys.executable, "-c", ALONE]
     root = Path(__file__).parents[1]
-    found = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(root)}, capture_output=True, text=True, check=False)
+    found = subprocess.run(
+        command,
+        env={**os.environ, "PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert found.returncode == 0, found.stderr
 
 
@@ -294,14 +347,24 @@ def texts(figure):
 
 def test_of_many_layers_the_worst_have_names():
     few = {f"net.{i}": [(0, 1.0), (9, 1.0 + i)] for i in range(10)}
-    assert texts(over_time(few, title="", detail="", reference=(1.0, "as random"))) == [*few, "as random"]
+    assert texts(over_time(few, title="", detail="", reference=(1.0, "as random"))) == [
+        *few,
+        "as random",
+    ]
     many = {f"net.{i}": [(0, 1.0), (9, 1.0 + i)] for i in range(30)}
-    assert texts(over_time(many, title="", detail="")) == [f"net.{i}" for i in range(25, 30)] + ["25 other layers"]
+    assert texts(over_time(many, title="", detail="")) == [f"net.{i}" for i in range(25, 30)] + [
+        "25 other layers"
+    ]
 
 
 @pytest.mark.parametrize(
     "curves",
-    [{}, {"a": [(0, float("nan"))]}, {"a": [(3, 0.0)]}, {"a": [(0, -2.0), (1, 5e4)], "b_$x$": [(0, 1e-9), (1, float("inf"))]}],
+    [
+        {},
+        {"a": [(0, float("nan"))]},
+        {"a": [(3, 0.0)]},
+        {"a": [(0, -2.0), (1, 5e4)], "b_$x$": [(0, 1e-9), (1, float("inf"))]},
+    ],
     ids=["nothing", "NaN", "one zero", "negative and infinite"],
 )
 def test_odd_numbers_can_be_drawn(curves):
@@ -326,7 +389,9 @@ def test_expected_pairs_are_those_of_random_neurons(dimension):
     middles = (torch.arange(BINS, dtype=torch.float64) + 0.5) * torch.pi / BINS
     # the cosine of random unit vectors has mean 0 and variance 1 / d
     assert float((expected * middles.cos()).sum()) == pytest.approx(0, abs=1e-8)
-    assert float((expected * middles.cos() ** 2).sum()) / 1000 == pytest.approx(1 / dimension, rel=0.02)
+    assert float((expected * middles.cos() ** 2).sum()) / 1000 == pytest.approx(
+        1 / dimension, rel=0.02
+    )
 
 
 class Layer:
@@ -350,7 +415,14 @@ def test_angles_of_a_large_layer_are_those_of_a_sample():
 @pytest.mark.parametrize("number", [1, 2, 4, 6])
 def test_a_panel_for_each_layer(number):
     narrow = torch.randn(1, 60, 3000)
-    shapes = [torch.randn(1, 2, 1), torch.randn(3, 5, 2), narrow, torch.randn(1, 2, 9), torch.ones(1, 6, 5), -narrow]
+    shapes = [
+        torch.randn(1, 2, 1),
+        torch.randn(3, 5, 2),
+        narrow,
+        torch.randn(1, 2, 9),
+        torch.ones(1, 6, 5),
+        -narrow,
+    ]
     layers = [angles_of(Layer(f"net.{i}"), x, 1e6) for i, x in enumerate(shapes[:number])]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -392,7 +464,9 @@ def table_of(caplog):
 def test_the_table_of_before_and_after(caplog):
     module = Automatic()
     with torch.no_grad():
-        module.net[5].weight[1] = module.net[5].weight[0] * 1.001  # a near-copy, which training pulls apart
+        module.net[5].weight[1] = (
+            module.net[5].weight[0] * 1.001
+        )  # a near-copy, which training pulls apart
     probe = uniformity().regularizer.attach(module)
     before = {layer.name: layer for layer in probe.measure_layers()}
     with caplog.at_level(logging.INFO):
@@ -430,7 +504,9 @@ class Stops(Automatic):
 @pytest.mark.filterwarnings("ignore:.*barebones.*", "ignore:.*limit_train_batches.*")
 def test_the_table_comes_however_a_fit_ends_well(settings, last, caplog):
     if "barebones" in settings:
-        settings = settings | dict.fromkeys(("enable_checkpointing", "enable_progress_bar", "enable_model_summary"))
+        settings = settings | dict.fromkeys(
+            ("enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+        )
         settings["log_every_n_steps"] = None
     module = settings.pop("module", Automatic)()
     with caplog.at_level(logging.INFO):
@@ -465,7 +541,9 @@ def test_before_is_where_a_resumed_fit_begins(tmp_path, caplog):
     save = ModelCheckpoint(tmp_path, save_last=True)
     trainer(uniformity(), save, max_epochs=1, enable_checkpointing=True).fit(Automatic(), data)
     with caplog.at_level(logging.INFO):
-        trainer(uniformity(verbose=True), max_epochs=2).fit(Automatic(), data, ckpt_path=tmp_path / "last.ckpt")
+        trainer(uniformity(verbose=True), max_epochs=2).fit(
+            Automatic(), data, ckpt_path=tmp_path / "last.ckpt"
+        )
     assert table_of(caplog)[0].endswith("steps 7 to 14:")
 
 
@@ -476,7 +554,9 @@ def test_after_is_what_other_callbacks_leave(caplog):
 
     stop = EarlyStopping("hsu/ratio_mean", patience=100)
     with caplog.at_level(logging.INFO):
-        trainer(uniformity(verbose=True), stop, Zero(), max_epochs=1).fit(Automatic(), loader(batches()))
+        trainer(uniformity(verbose=True), stop, Zero(), max_epochs=1).fit(
+            Automatic(), loader(batches())
+        )
     row = table_of(caplog)[5].split()
     assert row[-8:] == ["12", "fewer", "than", "two", "live", "neurons,", "12", "dead"]
 
@@ -484,15 +564,28 @@ def test_after_is_what_other_callbacks_leave(caplog):
 # Ranks
 
 CASES = {
-    "DDP": (partial(make_module, Automatic, network), partial(DDPStrategy, process_group_backend="gloo")),
+    "DDP": (
+        partial(make_module, Automatic, network),
+        partial(DDPStrategy, process_group_backend="gloo"),
+    ),
     "FSDP1": (partial(make_module, Automatic, network), FSDPOnTheCPU),
     "FSDP2": (
         partial(make_module, sharding.Parallel, network, cut=sharding.layer_by_layer),
-        partial(ModelParallelStrategy, process_group_backend="gloo", data_parallel_size=2, tensor_parallel_size=1),
+        partial(
+            ModelParallelStrategy,
+            process_group_backend="gloo",
+            data_parallel_size=2,
+            tensor_parallel_size=1,
+        ),
     ),
     "tensor parallel": (
         partial(make_module, sharding.Parallel, network, cut=sharding.columns_and_rows),
-        partial(ModelParallelStrategy, process_group_backend="gloo", data_parallel_size=1, tensor_parallel_size=2),
+        partial(
+            ModelParallelStrategy,
+            process_group_backend="gloo",
+            data_parallel_size=1,
+            tensor_parallel_size=2,
+        ),
     ),
 }
 
@@ -508,7 +601,9 @@ def test_ranks_measure_together_and_one_draws(case, tmp_path):
     trainer_settings = {"logger": False, "default_root_dir": str(tmp_path)}
     ends = []
     for callback in ({}, {"figures_every_n_steps": 2, "verbose": True}):
-        ends.append(world(2).run(fit, make, {"coefficient": 0.1} | callback, strategy, trainer_settings))
+        ends.append(
+            world(2).run(fit, make, {"coefficient": 0.1} | callback, strategy, trainer_settings)
+        )
     for plain, drawn in zip(*ends, strict=True):
         for name, p in plain.parameters.items():
             assert torch.equal(p, drawn.parameters[name])

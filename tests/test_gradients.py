@@ -81,7 +81,9 @@ def test_panels_join_without_a_seam(n, half_space):
     x = torch.randn(n, 5)
     value, gradient = measure.value_and_grad(x)
     assert float(value) == pytest.approx(float(oracle_energy(x, term_of(measure))), rel=1e-6)
-    assert relative_error(gradient, oracle_gradient(x, measure)) < 5e-6  # d = 5: hundreds of pairs near NEAR; measured 1e-6
+    assert (
+        relative_error(gradient, oracle_gradient(x, measure)) < 5e-6
+    )  # d = 5: hundreds of pairs near NEAR; measured 1e-6
 
 
 def test_a_batch_equals_a_loop():
@@ -98,7 +100,9 @@ def test_the_gradient_is_tangent_and_scales_with_the_inverse_norm():
     x = torch.randn(12, 7, dtype=torch.float64)
     _, gradient = RieszEnergy(s=1).value_and_grad(x)
     assert float((gradient * x).sum(-1).abs().max()) < 1e-15
-    torch.testing.assert_close(RieszEnergy(s=1).value_and_grad(4 * x)[1], gradient / 4, rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        RieszEnergy(s=1).value_and_grad(4 * x)[1], gradient / 4, rtol=1e-12, atol=0
+    )
 
 
 @pytest.mark.parametrize("distance", ["chordal", "geodesic"])
@@ -145,7 +149,9 @@ def test_near_duplicates_in_float32(s, chord, n):
     x[-64:] = x[:64] + chord * step
     measure = RieszEnergy(s=s, softening=0.0)
     value, gradient = measure.value_and_grad(x)
-    assert relative_error(gradient, oracle_gradient(x, measure)) < 1e-6  # measured: 7e-8; without the repair 1e-2 to 3
+    assert (
+        relative_error(gradient, oracle_gradient(x, measure)) < 1e-6
+    )  # measured: 7e-8; without the repair 1e-2 to 3
     assert float(value) == pytest.approx(float(oracle_energy(x, term_of(measure))), rel=1e-6)
 
 
@@ -205,7 +211,10 @@ def test_memory_stays_far_below_the_gram_matrix(monkeypatch):
     assert largest <= 256 * 2000 * 8
 
 
-@pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="setting of torch 2.9 and later")
+@pytest.mark.skipif(
+    not hasattr(torch.backends.cuda.matmul, "fp32_precision"),
+    reason="setting of torch 2.9 and later",
+)
 def test_the_newer_precision_setting_is_met_and_put_back():
     """Once a user has chosen it, asking for the older one raises."""
     before = torch.backends.cuda.matmul.fp32_precision
@@ -218,7 +227,9 @@ def test_the_newer_precision_setting_is_met_and_put_back():
     assert float(value) == 0.5
 
 
-@pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason="setting of torch 2.9 and later")
+@pytest.mark.skipif(
+    not hasattr(torch.backends, "fp32_precision"), reason="setting of torch 2.9 and later"
+)
 def test_a_backend_that_follows_the_common_setting_follows_it_afterwards():
     before = torch.backends.fp32_precision, torch.backends.cuda.matmul.fp32_precision
     try:
@@ -260,7 +271,11 @@ def test_descent_reaches_the_best_known_thomson_energies(n):
         generator = torch.Generator().manual_seed(seed)
         x = torch.randn(n, 3, generator=generator, dtype=torch.float64, requires_grad=True)
         optimizer = torch.optim.LBFGS(
-            [x], max_iter=600, tolerance_grad=1e-13, tolerance_change=0, line_search_fn="strong_wolfe"
+            [x],
+            max_iter=600,
+            tolerance_grad=1e-13,
+            tolerance_change=0,
+            line_search_fn="strong_wolfe",
         )
 
         def closure(x=x, optimizer=optimizer):

@@ -36,9 +36,15 @@ def test_it_equals_a_loop_over_all_pairs(half_space, entries, monkeypatch):
     assert {tuple(pair) for pair in found.pairs.tolist()} == near
     assert int(found.angles.sum()) == len(angles)
     counted = torch.histc(torch.tensor(angles), 90, 0.0, 180.0)
-    assert int((found.angles - counted).abs().sum()) <= 4  # an angle on an edge may fall to either side
+    assert (
+        int((found.angles - counted).abs().sum()) <= 4
+    )  # an angle on an edge may fall to either side
     assert (found.opposite > 0) == half_space
-    nearest = torch.minimum(found.pair_angles, 180.0 - found.pair_angles) if half_space else found.pair_angles
+    nearest = (
+        torch.minimum(found.pair_angles, 180.0 - found.pair_angles)
+        if half_space
+        else found.pair_angles
+    )
     assert torch.equal(nearest, nearest.sort().values)
 
 
@@ -62,7 +68,9 @@ def test_tiny_angles_are_told_from_none():
     w = torch.tensor([[1.0, 0.0], [1.0, 1e-6], [1.0, 0.0]])
     found = survey_pairs(w)
     assert found.pairs[0].tolist() == [0, 2]
-    assert found.pair_angles.tolist() == pytest.approx([0.0, math.degrees(1e-6), math.degrees(1e-6)], rel=1e-6)
+    assert found.pair_angles.tolist() == pytest.approx(
+        [0.0, math.degrees(1e-6), math.degrees(1e-6)], rel=1e-6
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])

@@ -44,7 +44,9 @@ def same(a, b, layer, scale=None):
 
 
 def searches(measure):
-    return isinstance(measure, SEARCHING) or (isinstance(measure, Projected) and isinstance(measure.measure, SEARCHING))
+    return isinstance(measure, SEARCHING) or (
+        isinstance(measure, Projected) and isinstance(measure.measure, SEARCHING)
+    )
 
 
 def found_again(measure, x, other):
@@ -56,7 +58,9 @@ def found_again(measure, x, other):
 
 
 def rotation_of(d):
-    return torch.linalg.qr(torch.randn(d, d, dtype=torch.float64, generator=torch.Generator().manual_seed(d))).Q
+    return torch.linalg.qr(
+        torch.randn(d, d, dtype=torch.float64, generator=torch.Generator().manual_seed(d))
+    ).Q
 
 
 def test_no_member_is_missing():
@@ -65,7 +69,10 @@ def test_no_member_is_missing():
         for name in public.__all__
         if name not in ("Measure", "NearestMeasure", "PairwiseMeasure", "SphereMeasure", "State")
     }
-    assert members == {type(measure).__name__ for measure in FAMILY} - {"InverseFourth", "Projected"}
+    assert members == {type(measure).__name__ for measure in FAMILY} - {
+        "InverseFourth",
+        "Projected",
+    }
 
 
 @every_member
@@ -139,7 +146,9 @@ def test_the_gradient_is_tangent_and_that_of_the_penalty(measure, layer):
     assert grad.dtype == x.dtype
     unit = torch.nn.functional.normalize(x.double(), dim=-1)
     across = (grad.double() * unit).sum(-1).abs().max()
-    assert float(across) <= PRECISION[x.dtype] * (float(grad.double().norm()) + 10.0 ** -layer["scale"])
+    assert float(across) <= PRECISION[x.dtype] * (
+        float(grad.double().norm()) + 10.0 ** -layer["scale"]
+    )
     leaf = x.clone().requires_grad_()
     penalty = measure.penalty(leaf, state)
     penalty.backward()
@@ -192,7 +201,9 @@ def test_zero_and_broken_rows_take_no_part(measure):
     broken[1, 1] = float("nan")
     state = measure.prepare(x)
     value, grad = measure.value_and_grad(x, state)
-    again, its = measure.value_and_grad(broken, state if state and measure.fits(broken, state) else None)
+    again, its = measure.value_and_grad(
+        broken, state if state and measure.fits(broken, state) else None
+    )
     torch.testing.assert_close(again, value, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(its[0, :6], grad[0], rtol=1e-7, atol=1e-9)
     torch.testing.assert_close(its[1, [0, 2, 3, 4, 6, 7]], grad[1], rtol=1e-7, atol=1e-9)
@@ -324,7 +335,13 @@ def test_members_are_values(measure):
     assert hash(copy.deepcopy(measure)) == hash(measure)
     assert len({measure, copy.deepcopy(measure)}) == 1
     if not isinstance(measure, InverseFourth):
-        assert eval(repr(measure), {**vars(public), **vars(__import__("lightning_hsu.projections").projections)}) == measure
+        assert (
+            eval(
+                repr(measure),
+                {**vars(public), **vars(__import__("lightning_hsu.projections").projections)},
+            )
+            == measure
+        )
         assert type(measure)() == type(measure)()
     assert not getattr(measure.for_head(), "half_space", False)
 

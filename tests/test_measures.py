@@ -22,7 +22,9 @@ class InverseSquare(PairwiseMeasure):
 def test_it_is_the_same_as_the_built_in_one(half_space):
     x = torch.randn(40, 9)
     for own, known in zip(
-        InverseSquare(half_space).value_and_grad(x), RieszEnergy(s=2, half_space=half_space).value_and_grad(x), strict=True
+        InverseSquare(half_space).value_and_grad(x),
+        RieszEnergy(s=2, half_space=half_space).value_and_grad(x),
+        strict=True,
     ):
         torch.testing.assert_close(own, known, rtol=1e-6, atol=1e-8)
 
@@ -32,7 +34,9 @@ def test_it_trains_in_the_callback():
     for measure in (InverseSquare(half_space=True), RieszEnergy(s=2, half_space=True)):
         torch.manual_seed(0)
         module = Automatic()
-        trainer(uniformity(measure=measure, coefficient=0.3), max_epochs=1).fit(module, loader(batches()))
+        trainer(uniformity(measure=measure, coefficient=0.3), max_epochs=1).fit(
+            module, loader(batches())
+        )
         ends.append(module.net[5].weight.detach())
     torch.testing.assert_close(*ends, rtol=0, atol=1e-6)
 
@@ -43,7 +47,9 @@ def test_it_is_monitored_with_a_ratio_and_a_score():
     module = Automatic()
     one.fit(module, loader(batches()))
     assert 0.8 < float(one.callback_metrics["hsu/ratio_mean"]) < 1.3
-    for own, known in zip(measured(module, measure), measured(module, RieszEnergy(s=2, half_space=True)), strict=True):
+    for own, known in zip(
+        measured(module, measure), measured(module, RieszEnergy(s=2, half_space=True)), strict=True
+    ):
         assert own.ratio == pytest.approx(known.ratio, rel=1e-5)
         assert (
             abs(own.score) <= abs(known.score) + 1e-6
@@ -59,18 +65,26 @@ def test_a_measure_that_is_no_dataclass_will_do():
         def kernel(self, q, p):
             return -q, -torch.ones_like(q)
 
-    trainer(uniformity(measure=Plain(), coefficient=0.3), fast_dev_run=True).fit(Automatic(), loader(batches()))
+    trainer(uniformity(measure=Plain(), coefficient=0.3), fast_dev_run=True).fit(
+        Automatic(), loader(batches())
+    )
 
 
 def kernel_of(function):
-    return dataclass(frozen=True)(type("Wrong", (PairwiseMeasure,), {"kernel": lambda self, q, p: function(q)}))()
+    return dataclass(frozen=True)(
+        type("Wrong", (PairwiseMeasure,), {"kernel": lambda self, q, p: function(q)})
+    )()
 
 
 @pytest.mark.parametrize(
     ("measure", "error", "message"),
     [
         (kernel_of(lambda q: 1 / q), TypeError, r"Wrong.kernel must return \(value, slope\)"),
-        (kernel_of(lambda q: (1 / q, 1 / q**2)), ValueError, "slope of Wrong.kernel is not the derivative of its value"),
+        (
+            kernel_of(lambda q: (1 / q, 1 / q**2)),
+            ValueError,
+            "slope of Wrong.kernel is not the derivative of its value",
+        ),
         (
             dataclass(type("Mutable", (PairwiseMeasure,), {"kernel": InverseSquare.kernel}))(),
             TypeError,

@@ -20,7 +20,9 @@ from lightning_hsu.measures import (
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 PAIR, OPPOSITE = [0, 1], [6, 7]
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::PendingDeprecationWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::PendingDeprecationWarning"
+)
 
 
 @pytest.fixture
@@ -67,9 +69,15 @@ def test_arrows_are_tangent_downhill_and_to_scale(picture, x):
     for panel in picture.PANELS:
         step = picture.steps(panel.measure, x)
         arrow = picture.arrows(step)
-        torch.testing.assert_close((arrow * x).sum(1), torch.zeros(8, dtype=x.dtype), rtol=0, atol=1e-9)
-        torch.testing.assert_close(arrow.norm(dim=1).max(), torch.tensor(picture.LONGEST, dtype=x.dtype))
-        torch.testing.assert_close(arrow.norm(dim=1) ** 2 / picture.LONGEST**2, step.norm(dim=1) / step.norm(dim=1).max())
+        torch.testing.assert_close(
+            (arrow * x).sum(1), torch.zeros(8, dtype=x.dtype), rtol=0, atol=1e-9
+        )
+        torch.testing.assert_close(
+            arrow.norm(dim=1).max(), torch.tensor(picture.LONGEST, dtype=x.dtype)
+        )
+        torch.testing.assert_close(
+            arrow.norm(dim=1) ** 2 / picture.LONGEST**2, step.norm(dim=1) / step.norm(dim=1).max()
+        )
         nearby = x + 1e-4 * step / step.norm()
         assert panel.measure.penalty(nearby) < panel.measure.penalty(x)
 
@@ -88,10 +96,14 @@ def test_in_half_space_it_parts_the_almost_opposite_pair_alone(picture, x):
 def test_mirror_images_push_the_almost_opposite_pair(picture, x):
     near = RieszEnergy(s=2, half_space=True)
     assert _towards_opposite(turns(picture, near, x)) < 0
-    assert picture.arrows(picture.steps(near, x))[OPPOSITE].norm(dim=1).min() > 0.9 * picture.LONGEST
+    assert (
+        picture.arrows(picture.steps(near, x))[OPPOSITE].norm(dim=1).min() > 0.9 * picture.LONGEST
+    )
     full = RieszEnergy(s=2)
     assert _towards_opposite(turns(picture, full, x)) > 0
-    assert picture.arrows(picture.steps(full, x))[OPPOSITE].norm(dim=1).max() < 0.1 * picture.LONGEST
+    assert (
+        picture.arrows(picture.steps(full, x))[OPPOSITE].norm(dim=1).max() < 0.1 * picture.LONGEST
+    )
 
 
 def _towards_opposite(turn):
@@ -106,7 +118,10 @@ def test_resultant_length_moves_all_against_the_mean(picture, x):
 
 
 def test_covering_moves_the_edges_of_the_largest_gap(picture, x):
-    assert pushed(picture, Covering(), x) == [5, 7]  # the lone point, and one of the almost opposite
+    assert pushed(picture, Covering(), x) == [
+        5,
+        7,
+    ]  # the lone point, and one of the almost opposite
     (star,) = picture.loneliest(Covering(), x)
     torch.testing.assert_close(star, picture.on_circle(((190.0 + 298.0) / 2,))[0])
     assert ((picture.steps(Covering(), x) @ star)[[5, 7]] > 0).all()

@@ -57,7 +57,9 @@ CLOSED = [
 def test_published_determinants(d):
     sets = (c.simplex(d + 1, d), c.orthonormal(d, d), c.cross_polytope(d))
     for points, value in zip(sets, DETERMINANTS[d], strict=True):
-        assert float(GramDeterminant(jitter=0)(c.rotated(points))) == pytest.approx(value, abs=1e-11)
+        assert float(GramDeterminant(jitter=0)(c.rotated(points))) == pytest.approx(
+            value, abs=1e-11
+        )
         assert float(GramDeterminant()(c.rotated(points).float())) == pytest.approx(value, abs=1e-3)
 
 
@@ -66,7 +68,9 @@ def test_published_determinants(d):
 def test_determinant_of_the_simplex(n, d, bandwidth):
     k = math.exp(-2 * n / (n - 1) / bandwidth**2)
     expected = (n - 1) * math.log(1 - k) + math.log(1 + (n - 1) * k)
-    assert float(GramDeterminant(bandwidth, jitter=0)(c.simplex(n, d))) == pytest.approx(expected, abs=1e-11)
+    assert float(GramDeterminant(bandwidth, jitter=0)(c.simplex(n, d))) == pytest.approx(
+        expected, abs=1e-11
+    )
     assert GramDeterminant(bandwidth, jitter=0).best(n, d) == pytest.approx(expected, abs=1e-9)
 
 
@@ -74,7 +78,9 @@ def test_half_space_determinant_is_that_of_the_2n_points():
     x = torch.nn.functional.normalize(torch.randn(2, 9, 4, dtype=torch.float64), dim=-1)
     both = torch.cat([x, -x], 1)
     gram = (-torch.cdist(both, both).square()).exp() + 1e-6 * torch.eye(18, dtype=torch.float64)
-    torch.testing.assert_close(GramDeterminant(half_space=True)(x), torch.logdet(gram), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(
+        GramDeterminant(half_space=True)(x), torch.logdet(gram), rtol=1e-9, atol=1e-9
+    )
 
 
 def test_the_determinant_never_makes_a_larger_matrix_than_n_by_n():
@@ -129,19 +135,28 @@ def test_tight_frames_are_as_orthogonal_as_can_be():
         assert float(Orthogonality("so")(points)) == pytest.approx(n * n / d - n, abs=1e-9)
         assert float(Orthogonality("srip")(points)) == pytest.approx(n / d - 1, abs=1e-9)
         for kind in ("so", "dso", "srip"):
-            assert Orthogonality(kind).best(n, d) == pytest.approx(float(Orthogonality(kind)(points)), abs=1e-9)
+            assert Orthogonality(kind).best(n, d) == pytest.approx(
+                float(Orthogonality(kind)(points)), abs=1e-9
+            )
     lines = c.icosahedron()[:6]
     assert float(Orthogonality("mc")(lines)) == pytest.approx(1 / math.sqrt(5), abs=1e-12)
     assert Orthogonality("mc").best(6, 3) == pytest.approx(1 / math.sqrt(5), abs=1e-12)
 
 
 def test_a_balanced_set_has_no_resultant_and_copies_add_up():
-    for points in (c.simplex(5, 4), c.cross_polytope(3), c.icosahedron(), torch.tensor([[1.0, 0], [1, 0], [-1, 0], [-1, 0]])):
+    for points in (
+        c.simplex(5, 4),
+        c.cross_polytope(3),
+        c.icosahedron(),
+        torch.tensor([[1.0, 0], [1, 0], [-1, 0], [-1, 0]]),
+    ):
         assert float(ResultantLength()(points)) == pytest.approx(0, abs=1e-12)
     x = torch.randn(7, 5, dtype=torch.float64)
     unit = torch.nn.functional.normalize(x, dim=1)
     assert float(ResultantLength()(x)) == pytest.approx(float(unit.sum(0).norm()), rel=1e-12)
-    assert float(ResultantLength(softening=0)(x)) == pytest.approx(float(unit.sum(0).norm()), rel=1e-12)
+    assert float(ResultantLength(softening=0)(x)) == pytest.approx(
+        float(unit.sum(0).norm()), rel=1e-12
+    )
 
 
 def by_autograd(measure, x):
@@ -152,7 +167,9 @@ def by_autograd(measure, x):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("trouble", ["none", "zero row", "duplicates", "balanced", "small", "huge", "tiny"])
+@pytest.mark.parametrize(
+    "trouble", ["none", "zero row", "duplicates", "balanced", "small", "huge", "tiny"]
+)
 @pytest.mark.parametrize("measure", CLOSED, ids=str)
 def test_closed_gradients_equal_those_of_autograd(measure, trouble, dtype):
     for shape in ((2, 3, 12, 5), (1, 6, 9), (1, 300, 11), (2, 7, 7)):
@@ -162,7 +179,9 @@ def test_closed_gradients_equal_those_of_autograd(measure, trouble, dtype):
                 x[0, ..., 1, :] = 0.0
             case "duplicates":
                 x[..., 1, :] = x[..., 0, :]
-            case "balanced" if measure != ResultantLength(softening=0):  # whose slope there is that of rounding
+            case "balanced" if measure != ResultantLength(
+                softening=0
+            ):  # whose slope there is that of rounding
                 x[..., 1::2, :] = -x[..., : shape[-2] - shape[-2] % 2 : 2, :]
             case "small":  # a short sum
                 x[..., -1, :] -= torch.nn.functional.normalize(x, dim=-1).sum(-2)
@@ -172,7 +191,9 @@ def test_closed_gradients_equal_those_of_autograd(measure, trouble, dtype):
         value, gradient = measure.value_and_grad(x)
         expected, its_gradient = by_autograd(measure, x)
         exact = {torch.float64: 1e-10, torch.float32: 2e-6}.get(dtype, 1e-2)
-        torch.testing.assert_close(value.double(), expected, rtol=min(exact, 2e-6), atol=min(exact, 2e-6) * shape[-2])
+        torch.testing.assert_close(
+            value.double(), expected, rtol=min(exact, 2e-6), atol=min(exact, 2e-6) * shape[-2]
+        )
         rows = its_gradient * x.double().norm(dim=-1, keepdim=True)  # on the sphere
         assert gradient.dtype == dtype
         error = (gradient.double() * x.double().norm(dim=-1, keepdim=True) - rows).norm()
@@ -183,7 +204,9 @@ def test_closed_gradients_equal_those_of_autograd(measure, trouble, dtype):
 def test_sliced_wasserstein_of_known_sets(n):
     turned = c.polygon(n) @ torch.linalg.qr(torch.randn(2, 2, dtype=torch.float64)).Q
     assert float(SlicedWasserstein()(turned)) == pytest.approx(1 / (12 * n * n), abs=1e-12)
-    assert float(SlicedWasserstein()(torch.ones(n, 6, dtype=torch.float64))) == pytest.approx(1 / 12, abs=1e-9)
+    assert float(SlicedWasserstein()(torch.ones(n, 6, dtype=torch.float64))) == pytest.approx(
+        1 / 12, abs=1e-9
+    )
 
 
 def test_sliced_wasserstein_is_the_distance_to_many_even_points():
@@ -287,7 +310,10 @@ def test_a_large_layer_learns_its_projection_from_some_of_its_neurons():
     ("make", "message"),
     [
         (lambda: GaussianPotential(t=0), r"t must be in \(0, 150\]; got 0"),
-        (lambda: GramDeterminant(bandwidth=-1), r"bandwidth must be a chord in \[0.01, 10\]; got -1"),
+        (
+            lambda: GramDeterminant(bandwidth=-1),
+            r"bandwidth must be a chord in \[0.01, 10\]; got -1",
+        ),
         (lambda: GramDeterminant(jitter=2), r"jitter must be in \[0, 1\]; got 2"),
         (lambda: Separation(half_space="yes"), "half_space must be True or False; got 'yes'"),
         (lambda: Orthogonality("hard"), "kind must be 'so', 'dso', 'mc' or 'srip'; got 'hard'"),
@@ -307,25 +333,47 @@ def test_bad_settings_are_told(make, message):
 def test_bad_parts_of_a_projected_measure_are_told():
     with pytest.raises(TypeError, match="measure must be a measure such as"):
         Projected("mhe")
-    with pytest.raises(TypeError, match=r"projection must be a projection such as RandomProjection\(dim=30\)"):
+    with pytest.raises(
+        TypeError, match=r"projection must be a projection such as RandomProjection\(dim=30\)"
+    ):
         Projected(RieszEnergy(), 30)
 
 
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: random_expectation(RieszEnergy, 4, 4), TypeError, r"measure must be an instance: write RieszEnergy\(\)"),
-        (lambda: UniformityRegularizer(RieszEnergy), TypeError, r"measure must be an instance: write RieszEnergy\(\)"),
+        (
+            lambda: random_expectation(RieszEnergy, 4, 4),
+            TypeError,
+            r"measure must be an instance: write RieszEnergy\(\)",
+        ),
+        (
+            lambda: UniformityRegularizer(RieszEnergy),
+            TypeError,
+            r"measure must be an instance: write RieszEnergy\(\)",
+        ),
         (lambda: lower_bound("mhe", 4, 4), TypeError, "measure must be a measure such as"),
         (lambda: lower_bound(RieszEnergy(), 4, 4.5), TypeError, "n and d must be ints"),
-        (lambda: uniformity_ratio(torch.eye(3), RieszEnergy()), TypeError, "measure must be a measure such as"),
+        (
+            lambda: uniformity_ratio(torch.eye(3), RieszEnergy()),
+            TypeError,
+            "measure must be a measure such as",
+        ),
         (
             lambda: uniformity_score(RieszEnergy(), torch.eye(3).numpy()),
             TypeError,
             "got ndarray; make one with torch.as_tensor",
         ),
-        (lambda: GaussianPotential()(torch.eye(3).int()), TypeError, r"got torch.int32; cast with x.float\(\)"),
-        (lambda: Total()(torch.eye(3)), ValueError, r"Total.on_sphere must return one value a group, shape \(1,\)"),
+        (
+            lambda: GaussianPotential()(torch.eye(3).int()),
+            TypeError,
+            r"got torch.int32; cast with x.float\(\)",
+        ),
+        (
+            lambda: Total()(torch.eye(3)),
+            ValueError,
+            r"Total.on_sphere must return one value a group, shape \(1,\)",
+        ),
         (
             lambda: Covering()(torch.eye(3), Polarization().prepare(torch.eye(3))),
             ValueError,
@@ -359,8 +407,17 @@ def test_a_search_that_goes_on_has_no_random_reference():
 
 def test_the_table_names_nested_measures_shortly():
     net = torch.nn.Sequential(torch.nn.Linear(40, 9), torch.nn.Linear(9, 2))
-    table = UniformityRegularizer(Projected(Covering(half_space=True), RandomProjection(dim=8, count=2))).attach(net).table()
-    assert "Projected(measure=Covering(half_space=True), projection=RandomProjection(dim=8, count=2))" in table
+    table = (
+        UniformityRegularizer(
+            Projected(Covering(half_space=True), RandomProjection(dim=8, count=2))
+        )
+        .attach(net)
+        .table()
+    )
+    assert (
+        "Projected(measure=Covering(half_space=True), projection=RandomProjection(dim=8, count=2))"
+        in table
+    )
     assert "Covering(half_space=False) head" in table
 
 
@@ -374,7 +431,12 @@ def test_the_table_names_nested_measures_shortly():
         (GramDeterminant(), 100, 20, 4 * 100 * 100 * 20 + 100**3),
         (Sampled(RieszEnergy(), block=10), 100, 20, 10 * 3 * 10 * 10 * 20),
         (Sampled(RieszEnergy(), block=60), 100, 20, 3 * 100 * 100 * 20),
-        (Projected(RieszEnergy(), RandomProjection(dim=5, count=2)), 100, 20, 2 * (6 * 100 * 20 * 5 + 3 * 100 * 100 * 5)),
+        (
+            Projected(RieszEnergy(), RandomProjection(dim=5, count=2)),
+            100,
+            20,
+            2 * (6 * 100 * 20 * 5 + 3 * 100 * 100 * 5),
+        ),
         (Projected(RieszEnergy(), RandomProjection(dim=30)), 100, 20, 3 * 100 * 100 * 20),
     ],
     ids=repr,

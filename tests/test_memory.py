@@ -60,7 +60,10 @@ def test_a_published_pole_is_kept_as_well(tmp_path):
     whole = fitted(sphere_uniformity("mhp", verbose=False), 2)[1]
     first, _ = fitted(sphere_uniformity("mhp", verbose=False), 1)
     first.save_checkpoint(tmp_path / "half.ckpt")
-    assert same_bits(fitted(sphere_uniformity("mhp", verbose=False), 2, ckpt_path=tmp_path / "half.ckpt")[1], whole)
+    assert same_bits(
+        fitted(sphere_uniformity("mhp", verbose=False), 2, ckpt_path=tmp_path / "half.ckpt")[1],
+        whole,
+    )
 
 
 @every_one
@@ -70,7 +73,10 @@ def test_looking_changes_nothing(measure):
     torch.manual_seed(3)
     plain = Automatic()
     trainer(max_epochs=1).fit(plain, loader(batches()))
-    assert same_bits(fitted(uniformity(measure=measure, coefficient=0), 1)[1], [p.detach() for p in plain.parameters()])
+    assert same_bits(
+        fitted(uniformity(measure=measure, coefficient=0), 1)[1],
+        [p.detach() for p in plain.parameters()],
+    )
 
 
 def fitted_unwatched(measure):
@@ -97,7 +103,12 @@ def stepped(regularizer, net, steps=1):
 
 
 def test_each_step_has_its_own_draw_and_its_own_gradient():
-    net, regularizer = network(), UniformityRegularizer(Projected(projection=RandomProjection(dim=4)), include="5", head=None)
+    net, regularizer = (
+        network(),
+        UniformityRegularizer(
+            Projected(projection=RandomProjection(dim=4)), include="5", head=None
+        ),
+    )
     regularizer.attach(net)
     gradients = []
     for _ in range(2):
@@ -107,19 +118,25 @@ def test_each_step_has_its_own_draw_and_its_own_gradient():
     assert not torch.allclose(*gradients)
     assert int(regularizer.progress.memory.states["5"]["draw"]) == 1
     regularizer.add_gradients(torch.optim.SGD(net.parameters(), lr=0.1), again=True)
-    assert int(regularizer.progress.memory.states["5"]["draw"]) == 1  # within one step the function stays the same
+    assert (
+        int(regularizer.progress.memory.states["5"]["draw"]) == 1
+    )  # within one step the function stays the same
 
 
 def test_steps_left_out_draw_nothing():
     net = network()
-    regularizer = UniformityRegularizer(SlicedWasserstein(), include="5", head=None, every_n_steps=3).attach(net)
+    regularizer = UniformityRegularizer(
+        SlicedWasserstein(), include="5", head=None, every_n_steps=3
+    ).attach(net)
     stepped(regularizer, net, 7)
     assert int(regularizer.progress.memory.states["5"]["draw"]) == 2  # steps 0, 3 and 6
 
 
 def test_another_model_begins_afresh_and_the_same_one_goes_on():
     net, other = network(), network()
-    regularizer = stepped(UniformityRegularizer(Covering(), include="5", head=None).attach(net), net, 3)
+    regularizer = stepped(
+        UniformityRegularizer(Covering(), include="5", head=None).attach(net), net, 3
+    )
     assert int(regularizer.progress.memory.states["5"]["step"]) == 2
     regularizer.detach()
     assert int(stepped(regularizer.attach(net), net).progress.memory.states["5"]["step"]) == 3
@@ -129,12 +146,19 @@ def test_another_model_begins_afresh_and_the_same_one_goes_on():
 def test_loaded_states_serve_the_next_model_if_they_fit():
     net, other, wider = network(), network(), network()
     wider[5] = torch.nn.Linear(32, 13)
-    saved = copy.deepcopy(stepped(UniformityRegularizer(Covering(), include="5", head=None).attach(net), net, 3).state_dict())
+    saved = copy.deepcopy(
+        stepped(
+            UniformityRegularizer(Covering(), include="5", head=None).attach(net), net, 3
+        ).state_dict()
+    )
     for model, step in ((other, 3), (wider, 3)):
         regularizer = UniformityRegularizer(Covering(), include="5", head=None)
         regularizer.load_state_dict(saved)
         model[7] = torch.nn.Linear(model[5].out_features, 3)
-        assert int(stepped(regularizer.attach(model), model).progress.memory.states["5"]["step"]) == step
+        assert (
+            int(stepped(regularizer.attach(model), model).progress.memory.states["5"]["step"])
+            == step
+        )
     narrow = torch.nn.Sequential(*[torch.nn.Flatten()] * 5, torch.nn.Linear(36, 9))
     regularizer.load_state_dict(saved)
     assert int(stepped(regularizer.attach(narrow), narrow).progress.memory.states["5"]["step"]) == 0
@@ -142,7 +166,9 @@ def test_loaded_states_serve_the_next_model_if_they_fit():
 
 def test_copies_carry_the_states_and_no_model():
     net = network()
-    regularizer = stepped(UniformityRegularizer(Covering(), include="5", head=None).attach(net), net)
+    regularizer = stepped(
+        UniformityRegularizer(Covering(), include="5", head=None).attach(net), net
+    )
     twin = copy.deepcopy(regularizer)
     assert int(twin.progress.memory.states["5"]["step"]) == 0
     assert not twin.layers
@@ -170,7 +196,9 @@ def test_measured_layers_say_whether_they_are_exact_and_where_they_stand():
 
 
 def test_the_head_is_measured_in_full_space_and_not_projected():
-    regularizer = UniformityRegularizer(Projected(RieszEnergy(s=1, half_space=True), RandomProjection(dim=4))).attach(network())
+    regularizer = UniformityRegularizer(
+        Projected(RieszEnergy(s=1, half_space=True), RandomProjection(dim=4))
+    ).attach(network())
     measures = {layer.target.name: layer.measure for layer in regularizer.layers}
     assert measures["7"] == RieszEnergy(s=1)
     assert measures["5"] == Projected(RieszEnergy(s=1, half_space=True), RandomProjection(dim=4))
@@ -184,7 +212,9 @@ def test_a_state_of_another_kind_is_replaced_in_training_and_refused_by_hand(mea
     foreign = [other.prepare(x) for other in CARRYING if repr(other) != repr(measure)]
     for state in [*foreign, measure.prepare(x[:1]), measure.prepare(x[0])]:
         if not measure.fits(x, state):
-            with pytest.raises(ValueError, match=r"the state is not one of .* for neurons of shape \(3, 8, 12\)"):
+            with pytest.raises(
+                ValueError, match=r"the state is not one of .* for neurons of shape \(3, 8, 12\)"
+            ):
                 measure.penalty(x, state)
         new = measure.prepare(x, state)
         assert measure.fits(x, new)

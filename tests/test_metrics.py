@@ -81,7 +81,9 @@ def test_features_are_measured_as_the_measure_does(measure):
         assert found.shape == ()
         assert found.dtype == torch.float32
         assert float(found) == pytest.approx(float(known), rel=1e-5, abs=1e-6, nan_ok=True)
-        better = measure.higher_is_better if quantity == "energy" else quantity in ("score", "min_angle")
+        better = (
+            measure.higher_is_better if quantity == "energy" else quantity in ("score", "min_angle")
+        )
         assert metric.higher_is_better is better
         assert metric.is_differentiable is False
 
@@ -89,7 +91,9 @@ def test_features_are_measured_as_the_measure_does(measure):
 def test_the_penalty_is_the_published_uniformity():
     x = embeddings()
     published = torch.pdist(nn.functional.normalize(x)).pow(2).mul(-2).exp().mean().log()
-    assert value(FeatureUniformity(quantity="penalty"), x) == pytest.approx(float(published), rel=1e-6)
+    assert value(FeatureUniformity(quantity="penalty"), x) == pytest.approx(
+        float(published), rel=1e-6
+    )
 
 
 @pytest.mark.parametrize("capacity", [None, 64, 25])
@@ -116,11 +120,17 @@ def test_many_rows_are_sampled_as_the_callback_does(monkeypatch):
     x = embeddings(2101, 4)
     whole, sampled = float(GaussianPotential()(x)), float(Sampled(GaussianPotential())(x))
     assert whole != pytest.approx(sampled, rel=1e-4)
-    assert value(FeatureUniformity(quantity="energy", capacity=None), x) == pytest.approx(whole, rel=1e-6)
+    assert value(FeatureUniformity(quantity="energy", capacity=None), x) == pytest.approx(
+        whole, rel=1e-6
+    )
     nearest = value(FeatureUniformity(quantity="min_angle", capacity=None), x)
     monkeypatch.setattr(features, "_SAMPLE_ABOVE", 2100)
-    assert value(FeatureUniformity(quantity="energy", capacity=None), x) == pytest.approx(sampled, rel=1e-6)
-    assert value(FeatureUniformity(quantity="min_angle", capacity=None), x) >= nearest  # within blocks
+    assert value(FeatureUniformity(quantity="energy", capacity=None), x) == pytest.approx(
+        sampled, rel=1e-6
+    )
+    assert (
+        value(FeatureUniformity(quantity="min_angle", capacity=None), x) >= nearest
+    )  # within blocks
 
 
 # --- features: the sample ---
@@ -129,7 +139,11 @@ def test_many_rows_are_sampled_as_the_callback_does(monkeypatch):
 def kept(n, capacity, seed=0, size=50):
     """Which of n rows a sample holds: rows whose angle tells their number."""
     angle = torch.arange(n) * (math.pi / n)
-    metric = filled(FeatureUniformity(capacity=capacity, seed=seed), torch.stack([angle.cos(), angle.sin()], 1), size)
+    metric = filled(
+        FeatureUniformity(capacity=capacity, seed=seed),
+        torch.stack([angle.cos(), angle.sin()], 1),
+        size,
+    )
     rows, _ = metric._kept()
     return (torch.atan2(rows[:, 1], rows[:, 0]) * (n / math.pi)).round().long() % n
 
@@ -189,17 +203,24 @@ def test_ranks_that_take_turns_keep_what_one_process_keeps(capacity, monkeypatch
 
 def test_samples_merge_by_seed_and_refuse_where_they_cannot():
     x, y = embeddings(90), embeddings(90, seed=1)
-    metric, other = filled(FeatureUniformity(capacity=30), x), filled(FeatureUniformity(capacity=30, seed=1), y)
+    metric, other = (
+        filled(FeatureUniformity(capacity=30), x),
+        filled(FeatureUniformity(capacity=30, seed=1), y),
+    )
     metric.merge_state(other.metric_state)
     assert int(metric.seen) == 180
     assert len(metric._kept()[0]) == 30
     with pytest.raises(ValueError, match="its own seed"):
-        filled(FeatureUniformity(capacity=30), x).merge_state(filled(FeatureUniformity(capacity=30), y))
+        filled(FeatureUniformity(capacity=30), x).merge_state(
+            filled(FeatureUniformity(capacity=30), y)
+        )
     with pytest.raises(ValueError, match="this one has 30, the other 40"):
         metric.merge_state(FeatureUniformity(capacity=40))
 
 
-@pytest.mark.parametrize(("capacity", "first", "second"), [(None, 90, 80), (200, 90, 80), (100, 90, 300), (100, 300, 90)])
+@pytest.mark.parametrize(
+    ("capacity", "first", "second"), [(None, 90, 80), (200, 90, 80), (100, 90, 300), (100, 300, 90)]
+)
 def test_a_sample_that_is_whole_merges_as_rows(capacity, first, second):
     x, y = embeddings(first), embeddings(second, seed=1)
     metric = filled(FeatureUniformity(capacity=capacity), x)
@@ -208,7 +229,9 @@ def test_a_sample_that_is_whole_merges_as_rows(capacity, first, second):
     assert metric.compute() != before
     assert int(metric.seen) == first + second
     order = [x, y] if second < 100 else [y, x]  # the one that has dropped rows stays
-    assert float(metric.compute()) == pytest.approx(value(FeatureUniformity(capacity=capacity), torch.cat(order)), rel=1e-6)
+    assert float(metric.compute()) == pytest.approx(
+        value(FeatureUniformity(capacity=capacity), torch.cat(order)), rel=1e-6
+    )
 
 
 # --- features: what rows can be ---
@@ -228,20 +251,34 @@ def test_other_precisions_are_measured_in_float32(dtype):
 def test_lengths_beyond_float32_are_no_matter():
     x = embeddings().double()
     scale = torch.logspace(-200, 200, 60, dtype=torch.float64)[:, None]
-    assert value(FeatureUniformity(), x * scale) == pytest.approx(value(FeatureUniformity(), x), rel=1e-5)
+    assert value(FeatureUniformity(), x * scale) == pytest.approx(
+        value(FeatureUniformity(), x), rel=1e-5
+    )
 
 
 def test_zero_and_nonfinite_rows_take_no_part():
     x = embeddings()
-    spoiled = torch.cat([x[:30], torch.zeros(3, 8), x[30:], torch.full((2, 8), torch.nan), torch.full((1, 8), torch.inf)])
+    spoiled = torch.cat(
+        [
+            x[:30],
+            torch.zeros(3, 8),
+            x[30:],
+            torch.full((2, 8), torch.nan),
+            torch.full((1, 8), torch.inf),
+        ]
+    )
     for quantity in QUANTITIES:
         known = value(FeatureUniformity(quantity=quantity), x)
-        assert value(FeatureUniformity(quantity=quantity), spoiled) == pytest.approx(known, rel=1e-5)
+        assert value(FeatureUniformity(quantity=quantity), spoiled) == pytest.approx(
+            known, rel=1e-5
+        )
 
 
 @pytest.mark.parametrize("measure", MEASURES, ids=repr)
 @pytest.mark.parametrize(
-    "x", [torch.ones(1, 4), torch.zeros(5, 4), torch.ones(0, 4), torch.eye(5, 4)[3:]], ids=["1", "0", "none", "dead"]
+    "x",
+    [torch.ones(1, 4), torch.zeros(5, 4), torch.ones(0, 4), torch.eye(5, 4)[3:]],
+    ids=["1", "0", "none", "dead"],
 )
 def test_fewer_than_two_rows(measure, x):
     for quantity in QUANTITIES:
@@ -271,7 +308,11 @@ def test_before_any_row():
 @pytest.mark.parametrize(
     ("x", "error", "words"),
     [
-        (torch.ones(3, 4, dtype=torch.int64), TypeError, r"int64 of shape \(3, 4\); cast with x.float"),
+        (
+            torch.ones(3, 4, dtype=torch.int64),
+            TypeError,
+            r"int64 of shape \(3, 4\); cast with x.float",
+        ),
         ([1.0, 2.0], TypeError, "got list"),
         (torch.tensor(1.0), ValueError, r"got shape \(\): a single embedding is x\[None\]"),
         (torch.ones(4), ValueError, r"got shape \(4,\): a single embedding is x\[None\]"),
@@ -296,9 +337,17 @@ def test_wrong_rows_are_refused_in_words(x, error, words):
         (lambda: FeatureUniformity(quantity="size"), ValueError, "quantity must be 'ratio'"),
         (lambda: FeatureUniformity(GaussianPotential), TypeError, "must be an instance"),
         (lambda: WeightUniformity("mhe"), TypeError, "measure must be"),
-        (lambda: WeightUniformity(reduction="sum"), ValueError, "reduction must be 'mean', 'max' or 'none'"),
+        (
+            lambda: WeightUniformity(reduction="sum"),
+            ValueError,
+            "reduction must be 'mean', 'max' or 'none'",
+        ),
         (lambda: WeightUniformity(color=1), ValueError, "color"),
-        (lambda: WeightUniformity().update(torch.ones(3, 3)), TypeError, "a model or its state dict; got Tensor"),
+        (
+            lambda: WeightUniformity().update(torch.ones(3, 3)),
+            TypeError,
+            "a model or its state dict; got Tensor",
+        ),
         (lambda: WeightUniformity(include="x*").update(network()), ValueError, "matches"),
     ],
 )
@@ -310,11 +359,16 @@ def test_wrong_settings_are_refused(make, error, words):
 # --- weights ---
 
 
-@pytest.mark.parametrize("net", [network, lambda: nn.Sequential(nn.Flatten(), nn.Linear(36, 12), nn.Tanh(), nn.Linear(12, 3))])
+@pytest.mark.parametrize(
+    "net",
+    [network, lambda: nn.Sequential(nn.Flatten(), nn.Linear(36, 12), nn.Tanh(), nn.Linear(12, 3))],
+)
 def test_weights_are_measured_as_the_callback_does(net, tmp_path):
     module, logger = Automatic(net=net()), CSVLogger(tmp_path)
     callback = uniformity(coefficient=0.3)
-    trainer(callback, logger=logger, log_every_n_steps=7, max_epochs=1).fit(module, loader(batches()))
+    trainer(callback, logger=logger, log_every_n_steps=7, max_epochs=1).fit(
+        module, loader(batches())
+    )
     logged = read(logger)
     for name, settings in {"ratio_mean": {}, "ratio_max": {"reduction": "max"}}.items():
         metric = WeightUniformity(**settings)
@@ -332,14 +386,29 @@ def read(logger):
     """What the log ends with."""
     logger.save()
     with open(f"{logger.log_dir}/metrics.csv") as file:
-        return {k.removeprefix("hsu/"): float(v) for row in csv.DictReader(file) for k, v in row.items() if v}
+        return {
+            k.removeprefix("hsu/"): float(v)
+            for row in csv.DictReader(file)
+            for k, v in row.items()
+            if v
+        }
 
 
 @pytest.mark.parametrize("quantity", QUANTITIES)
 @pytest.mark.parametrize("measure", [None, Separation(), Covering()], ids=repr)
 def test_a_state_dict_is_measured_as_its_model(measure, quantity):
-    net = nn.Sequential(nn.Conv2d(3, 6, 3), nn.Conv2d(6, 8, 3), nn.Flatten(), nn.Linear(72, 12), nn.Tanh(), nn.Linear(12, 4))
-    found = [WeightUniformity(measure, quantity=quantity, reduction="none")(source) for source in (net, net.state_dict())]
+    net = nn.Sequential(
+        nn.Conv2d(3, 6, 3),
+        nn.Conv2d(6, 8, 3),
+        nn.Flatten(),
+        nn.Linear(72, 12),
+        nn.Tanh(),
+        nn.Linear(12, 4),
+    )
+    found = [
+        WeightUniformity(measure, quantity=quantity, reduction="none")(source)
+        for source in (net, net.state_dict())
+    ]
     assert list(found[0]) == list(found[1]) == ["0", "1", "3", "5"]
     for name, x in found[0].items():
         assert float(x) == pytest.approx(float(found[1][name]), rel=1e-6, nan_ok=True)
@@ -350,7 +419,9 @@ def test_layers_are_chosen_by_pattern():
     assert list(WeightUniformity(reduction="none", include=["0", "5"])(net)) == ["0", "5"]
     assert list(WeightUniformity(reduction="none", exclude="0", head=None)(net)) == ["2", "5", "7"]
     assert list(WeightUniformity(reduction="none", include="5")(net.state_dict())) == ["5"]
-    assert WeightUniformity(include="7", head=None)(net) != WeightUniformity(include="7", head="7")(net)
+    assert WeightUniformity(include="7", head=None)(net) != WeightUniformity(include="7", head="7")(
+        net
+    )
 
 
 def spoil(net, *layers):
@@ -377,7 +448,10 @@ def test_several_updates_give_their_mean():
     for net, known in zip(nets, each, strict=True):
         metric.update(net)
         assert by_forward(net).keys() == known.keys()
-        assert all(torch.equal(by_forward._forward_cache[name], known[name]) or known[name].isnan() for name in known)
+        assert all(
+            torch.equal(by_forward._forward_cache[name], known[name]) or known[name].isnan()
+            for name in known
+        )
     for name, x in metric.compute().items():
         values = torch.stack([known[name] for known in each])
         assert float(x) == pytest.approx(float(values.nanmean()), rel=1e-6)
@@ -424,12 +498,20 @@ def test_a_collection_shares_states_only_where_they_are_the_same():
     for batch in x.split(10):
         together.update(batch)
     groups = sorted(sorted(group) for group in together.compute_groups.values())
-    assert groups == [["angle", "gauss", "koleo", "riesz"], ["large1000000"], ["large1000001"], ["largeNone"], ["seed"]]
+    assert groups == [
+        ["angle", "gauss", "koleo", "riesz"],
+        ["large1000000"],
+        ["large1000001"],
+        ["largeNone"],
+        ["seed"],
+    ]
     found = together.compute()
     together(x[:20])
     again = together.compute()
     for name, metric in together.items():
-        alone = FeatureUniformity(metric.measure, quantity=metric.quantity, capacity=metric.capacity, seed=metric.seed)
+        alone = FeatureUniformity(
+            metric.measure, quantity=metric.quantity, capacity=metric.capacity, seed=metric.seed
+        )
         assert float(found[name]) == value(alone, x, 10)
         assert float(again[name]) == value(alone, x[:20])
     together.reset()
@@ -477,7 +559,13 @@ def test_states_go_through_checkpoints_pickles_and_copies(case):
     torch.save(metric.state_dict(), "state.pt")
     loaded = make()
     loaded.load_state_dict(torch.load("state.pt", weights_only=True))
-    for copied in (loaded, pickle.loads(pickle.dumps(metric)), metric.clone(), copy.deepcopy(metric), metric.to("cpu")):
+    for copied in (
+        loaded,
+        pickle.loads(pickle.dumps(metric)),
+        metric.clone(),
+        copy.deepcopy(metric),
+        metric.to("cpu"),
+    ):
         copied.update(second)
         assert torch.equal(copied.compute(), known)
     metric.reset()
@@ -489,7 +577,9 @@ def test_states_go_through_checkpoints_pickles_and_copies(case):
 def test_states_of_other_settings_are_not_loaded():
     metric = filled(FeatureUniformity(capacity=20), embeddings())
     metric.persistent(True)
-    with pytest.raises(RuntimeError, match=r"saved with the settings \[20, 0\], this one has \[4096, 0\]"):
+    with pytest.raises(
+        RuntimeError, match=r"saved with the settings \[20, 0\], this one has \[4096, 0\]"
+    ):
         FeatureUniformity().load_state_dict(metric.state_dict())
 
 
@@ -527,7 +617,11 @@ class Watched(pl.LightningModule):
     def __init__(self, capacity=None):
         super().__init__()
         self.net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4))
-        self.features, self.weights, self.seen = FeatureUniformity(capacity=capacity), WeightUniformity(), []
+        self.features, self.weights, self.seen = (
+            FeatureUniformity(capacity=capacity),
+            WeightUniformity(),
+            [],
+        )
 
     def training_step(self, batch, batch_idx):
         z = self.net(batch)
@@ -548,8 +642,12 @@ def test_a_lightning_module_logs_both():
     fit.fit(module, torch.utils.data.DataLoader(embeddings(40, 6), batch_size=8))
     logged = fit.callback_metrics
     last = torch.cat(module.seen[5:])
-    assert float(logged["features_epoch"]) == pytest.approx(float(uniformity_ratio(GaussianPotential(), last)), rel=1e-5)
-    assert float(logged["features_step"]) == pytest.approx(float(uniformity_ratio(GaussianPotential(), last[32:])), rel=1e-5)
+    assert float(logged["features_epoch"]) == pytest.approx(
+        float(uniformity_ratio(GaussianPotential(), last)), rel=1e-5
+    )
+    assert float(logged["features_step"]) == pytest.approx(
+        float(uniformity_ratio(GaussianPotential(), last[32:])), rel=1e-5
+    )
     assert torch.allclose(logged["weights"], WeightUniformity()(module.net))
     assert int(module.features.seen) == 0
 
@@ -585,11 +683,16 @@ def on_rank(capacity, dtype):
     weights.update(net)
     if rank == 0:
         half.update(net)
-    found.weights, found.half = float(weights.compute()), {name: float(x) for name, x in computed(half).items()}
+    found.weights, found.half = (
+        float(weights.compute()),
+        {name: float(x) for name, x in computed(half).items()},
+    )
     return found
 
 
-@pytest.mark.parametrize(("capacity", "dtype"), [(None, torch.float32), (30, torch.float32), (30, torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("capacity", "dtype"), [(None, torch.float32), (30, torch.float32), (30, torch.bfloat16)]
+)
 def test_ranks_together_give_what_one_process_gives(capacity, dtype):
     x = embeddings(101).to(dtype)
     one = value(FeatureUniformity(capacity=capacity), x)
@@ -674,16 +777,25 @@ def test_what_is_no_such_metric_is_not_merged(kind):
 def test_an_infinite_ratio_of_weights_is_not_left_out():
     state = {"a.weight": torch.randn(6, 8), "b.weight": torch.ones(6, 8)}
     for reduction in ("mean", "max"):
-        assert float(WeightUniformity(RieszEnergy(s=20, softening=0), reduction=reduction)(state)) == float("inf")
+        assert float(
+            WeightUniformity(RieszEnergy(s=20, softening=0), reduction=reduction)(state)
+        ) == float("inf")
 
 
 def test_weights_of_other_settings_are_not_merged():
     model = nn.Linear(8, 6)
-    first, second, other = WeightUniformity(), WeightUniformity(), WeightUniformity(quantity="min_angle")
+    first, second, other = (
+        WeightUniformity(),
+        WeightUniformity(),
+        WeightUniformity(quantity="min_angle"),
+    )
     first.update(model)
     second.merge_state(first)
     assert float(second.compute()) == float(first.compute())
-    others = [WeightUniformity(**one) for one in ({"include": "*"}, {"exclude": "2"}, {"head": None}, {"measure": KoLeo()})]
+    others = [
+        WeightUniformity(**one)
+        for one in ({"include": "*"}, {"exclude": "2"}, {"head": None}, {"measure": KoLeo()})
+    ]
     for one in (other, *others):
         one.update(nn.Sequential(model, nn.ReLU(), nn.Linear(6, 5)))
         with pytest.raises(ValueError, match="only metrics of the same settings can be merged"):

@@ -15,7 +15,9 @@ from lightning_hsu.measures.nearest import KoLeo, MinimalAngle, NearestMeasure, 
 from tests import configurations as c
 
 EVERY = [Separation(), Separation(half_space=True), MinimalAngle(), KoLeo(), KoLeo(softening=0.0)]
-ICOSAHEDRON = c.icosahedron()[(c.icosahedron() @ torch.tensor([1, 2, 3.5]).double()).argsort(descending=True)]
+ICOSAHEDRON = c.icosahedron()[
+    (c.icosahedron() @ torch.tensor([1, 2, 3.5]).double()).argsort(descending=True)
+]
 TAMMES = {4: 109.471220634, 5: 90.0, 6: 90.0, 7: 77.869542155, 8: 74.858492186}  # degrees, on S^2
 
 
@@ -35,7 +37,12 @@ def loops(x, measure):
     rows = [row.double() / row.double().norm() for row in x if row.norm() > 0]
     sides = (1, -1) if measure.half_space else (1,)
     nearest = [
-        min(2 * math.asin(min(1.0, float((a - s * b).norm()) / 2)) for j, b in enumerate(rows) for s in sides if j != i)
+        min(
+            2 * math.asin(min(1.0, float((a - s * b).norm()) / 2))
+            for j, b in enumerate(rows)
+            for s in sides
+            if j != i
+        )
         for i, a in enumerate(rows)
     ]
     if isinstance(measure, KoLeo):
@@ -82,7 +89,14 @@ def test_known_values(points, angle, between_lines, dtype):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_regular_configurations_stay_where_they_are(dtype):
     """The mean over tied neighbours has no slope; in half space neither that over a line's two directions."""
-    points = (c.simplex(5, 4), c.simplex(4, 9), c.simplex(300, 299), c.cross_polytope(5), ICOSAHEDRON, c.polygon(7))
+    points = (
+        c.simplex(5, 4),
+        c.simplex(4, 9),
+        c.simplex(300, 299),
+        c.cross_polytope(5),
+        ICOSAHEDRON,
+        c.polygon(7),
+    )
     lines = (c.orthonormal(5, 7), c.simplex(5, 4), ICOSAHEDRON[:6], c.polygon(7))
     cases = [(measure, x) for measure in EVERY if not measure.half_space for x in points]
     for measure, x in cases + [(measure, x) for measure in (EVERY[1], MeanCosine()) for x in lines]:
@@ -110,11 +124,17 @@ def test_equals_the_twin_and_the_loops(measure, shape, scale, spread, dtype, zer
     its_value, its_gradient = twin(measure, x)
     exact = 1e-12 if dtype == torch.float64 else 1e-6
     torch.testing.assert_close(value, its_value, rtol=exact, atol=exact)
-    assert relative_error(gradient, its_gradient.double()) < (1e-9 if dtype == torch.float64 else 1e-6)
+    assert relative_error(gradient, its_gradient.double()) < (
+        1e-9 if dtype == torch.float64 else 1e-6
+    )
     if measure != KoLeo():  # its softening
         expected = torch.tensor([loops(group, measure) for group in x], dtype=torch.float64)
-        torch.testing.assert_close(measure(x).double(), expected, rtol=1e-5 if dtype == torch.float32 else 1e-9, atol=1e-7)
-    assert float((gradient.double() * x.double()).sum(-1).abs().max()) < 1e-5 * float(gradient.norm() * x.double().norm())
+        torch.testing.assert_close(
+            measure(x).double(), expected, rtol=1e-5 if dtype == torch.float32 else 1e-9, atol=1e-7
+        )
+    assert float((gradient.double() * x.double()).sum(-1).abs().max()) < 1e-5 * float(
+        gradient.norm() * x.double().norm()
+    )
 
 
 @pytest.mark.parametrize("n", [255, 256, 257, 700])
@@ -146,7 +166,9 @@ def test_the_largest_two_cosines_are_those_of_the_gram_matrix(n, every, half_spa
 def test_a_few_ties_among_many_neurons_are_shared(measure):
     """Rows with several nearest neighbours up to rounding, listed one by one, in float32 and in half of a stack."""
     x = nn.functional.normalize(torch.randn(2, 300, 20, dtype=torch.float64), dim=-1)
-    for i in range(0, 30, 3):  # the first of three neurons is as far from the second as from the third
+    for i in range(
+        0, 30, 3
+    ):  # the first of three neurons is as far from the second as from the third
         step = 1e-2 * nn.functional.normalize(torch.randn(20, dtype=torch.float64), dim=0)
         x[0, i + 1], x[0, i + 2] = x[0, i] + step, x[0, i] - step + 2 * (x[0, i] @ step) * x[0, i]
     x = nn.functional.normalize(x, dim=-1)
@@ -187,9 +209,13 @@ def test_tied_neighbours_share_the_gradient():
     """One neuron between two others: they pull it neither way; and two pairs share the separation's."""
     angles = torch.tensor([0.0, 0.3, -0.3])
     x = torch.stack([angles.cos(), angles.sin()], 1)
-    expected = torch.tensor([[0.0, 0.0], [-math.sin(0.3), math.cos(0.3)], [-math.sin(0.3), -math.cos(0.3)]])
+    expected = torch.tensor(
+        [[0.0, 0.0], [-math.sin(0.3), math.cos(0.3)], [-math.sin(0.3), -math.cos(0.3)]]
+    )
     for measure, size in ((Separation(), 1 / 2), (MinimalAngle(), (1 + 1 / 2) / 3)):
-        torch.testing.assert_close(measure.value_and_grad(x)[1], -size * expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            measure.value_and_grad(x)[1], -size * expected, rtol=1e-5, atol=1e-6
+        )
 
 
 @pytest.mark.parametrize("chord", [1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6])
@@ -212,12 +238,16 @@ def test_coincident_neurons_part_with_the_force_at_the_softening(measure):
     x[1] = x[0] * (-2 if measure.half_space else 2)
     value, gradient = measure.value_and_grad(x)
     force = 1.0 if not isinstance(measure, KoLeo) else 1 / max(measure.softening, 1e-6)
-    torch.testing.assert_close(gradient.norm(dim=1) * x.norm(dim=1), torch.full((2,), force), rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        gradient.norm(dim=1) * x.norm(dim=1), torch.full((2,), force), rtol=1e-5, atol=0
+    )
     torch.testing.assert_close(twin(measure, x)[1], gradient, rtol=1e-5, atol=1e-5 * force)
     if not isinstance(measure, KoLeo):
         assert float(value) == 0.0
     assert torch.equal(gradient, measure.value_and_grad(x)[1])
-    assert float(measure.penalty(x - 1e-2 * nn.functional.normalize(gradient, dim=1))) < float(value)
+    assert float(measure.penalty(x - 1e-2 * nn.functional.normalize(gradient, dim=1))) < float(
+        value
+    )
 
 
 @pytest.mark.parametrize("measure", EVERY)
@@ -232,7 +262,13 @@ def test_many_copies_all_part(measure):
 
 @pytest.mark.parametrize("measure", EVERY)
 def test_too_few_neurons_and_one_dimension(measure):
-    for x in (torch.zeros(3, 4), torch.randn(1, 4), torch.randn(2, 1, 4), torch.zeros(0, 4), torch.tensor([[1.0, 2], [0, 0]])):
+    for x in (
+        torch.zeros(3, 4),
+        torch.randn(1, 4),
+        torch.randn(2, 1, 4),
+        torch.zeros(0, 4),
+        torch.tensor([[1.0, 2], [0, 0]]),
+    ):
         value, gradient = measure.value_and_grad(x)
         assert not value.any()
         assert value.shape == x.shape[:-2]
@@ -260,7 +296,9 @@ def largest_tensor(run):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             out = func(*args, **(kwargs or {}))
             parts = out if isinstance(out, (tuple, list)) else (out,)
-            sizes.extend(part.untyped_storage().nbytes() for part in parts if isinstance(part, torch.Tensor))
+            sizes.extend(
+                part.untyped_storage().nbytes() for part in parts if isinstance(part, torch.Tensor)
+            )
             return out
 
     with Watch():
@@ -274,7 +312,9 @@ def test_memory_stays_far_below_the_gram_matrix(measure):
     copies = x[:1].repeat(3000, 1)  # all tied, in float64
     near = x[:1] + 1e-4 * x
     for points in (x, copies, near):
-        assert largest_tensor(lambda points=points: measure.value_and_grad(points)) <= 8 * 256 * 3000
+        assert (
+            largest_tensor(lambda points=points: measure.value_and_grad(points)) <= 8 * 256 * 3000
+        )
     assert largest_tensor(lambda: smallest_angle(x)) <= 4 * 256 * 3000
 
 
@@ -304,7 +344,9 @@ def test_ascent_reaches_the_simplex(n, d):
 def test_bounds():
     assert Separation().best(12, 3) == pytest.approx(math.radians(63.434948822922), abs=1e-9)
     assert Separation().best(240, 8) == pytest.approx(math.pi / 3, abs=1e-9)
-    assert Separation(half_space=True).best(6, 3) == pytest.approx(math.radians(63.434948822922), abs=1e-9)
+    assert Separation(half_space=True).best(6, 3) == pytest.approx(
+        math.radians(63.434948822922), abs=1e-9
+    )
     assert Separation(half_space=True).best(5, 8) == pytest.approx(math.pi / 2)
     for n in (3, 4, 9):
         assert Separation().best(n, 2) == pytest.approx(2 * math.pi / n, abs=1e-9)
@@ -315,7 +357,12 @@ def test_bounds():
 
 
 @settings(deadline=None, max_examples=100)
-@given(measure=st.sampled_from(EVERY), n=st.integers(2, 30), d=st.integers(2, 12), seed=st.integers(0, 1000))
+@given(
+    measure=st.sampled_from(EVERY),
+    n=st.integers(2, 30),
+    d=st.integers(2, 12),
+    seed=st.integers(0, 1000),
+)
 def test_nothing_beats_the_bounds(measure, n, d, seed):
     x = torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     best, value = measure.best(n, d), float(measure(x))

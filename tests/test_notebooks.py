@@ -11,7 +11,10 @@ NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 @pytest.mark.parametrize("name", ["quickstart", "measures", "diagnose", "evidence"])
 def test_the_pair_is_in_step(name):
     cells = [
-        [(cell.cell_type, cell.source) for cell in jupytext.read(NOTEBOOKS / f"{name}.{kind}").cells]
+        [
+            (cell.cell_type, cell.source)
+            for cell in jupytext.read(NOTEBOOKS / f"{name}.{kind}").cells
+        ]
         for kind in ("ipynb", "py")
     ]
     assert cells[0] == cells[1]

@@ -64,7 +64,9 @@ def start(n, d, seed):
 def descend(measure, x, steps=600):
     """Quasi-Newton steps along the measure's own gradient."""
     x = x.clone().requires_grad_()
-    optimizer = torch.optim.LBFGS([x], max_iter=steps, tolerance_grad=1e-13, tolerance_change=0, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS(
+        [x], max_iter=steps, tolerance_grad=1e-13, tolerance_change=0, line_search_fn="strong_wolfe"
+    )
 
     def closure():
         optimizer.zero_grad()
@@ -101,7 +103,10 @@ def spread(x, half_space, rounds=40):
         # maximise t with t <= angle - grad . step for every pair, the step in a box
         rows = torch.cat([rows.flatten(1), torch.ones(len(i), 1, dtype=torch.float64)], 1)
         step = linprog(
-            [0] * (n * d) + [-1], rows.numpy(), -penalty.numpy(), bounds=[(-radius, radius)] * (n * d) + [(None, None)]
+            [0] * (n * d) + [-1],
+            rows.numpy(),
+            -penalty.numpy(),
+            bounds=[(-radius, radius)] * (n * d) + [(None, None)],
         ).x
         tried = torch.nn.functional.normalize(x + torch.tensor(step[:-1]).view(n, d), dim=-1)
         if float(measure(tried)) > best:
@@ -113,7 +118,9 @@ def spread(x, half_space, rounds=40):
     return best
 
 
-@pytest.mark.parametrize(("half_space", "n"), [*((False, n) for n in TAMMES), *((True, n) for n in LINES)])
+@pytest.mark.parametrize(
+    ("half_space", "n"), [*((False, n) for n in TAMMES), *((True, n) for n in LINES)]
+)
 def test_tammes_angles_and_line_packings(n, half_space):
     target = math.radians((LINES if half_space else TAMMES)[n])
     best = 0.0
@@ -147,14 +154,19 @@ LINE_MEASURES = [
 @pytest.mark.parametrize(("n", "d"), [(3, 2), (4, 4), (5, 4), (9, 8), (12, 16), (17, 16)])
 def test_the_simplex_is_reached(measure, n, d):
     found = measure.penalty(descend(measure, start(n, d, 1)))
-    assert float(found) == pytest.approx(float(measure.penalty(c.simplex(n, d))), rel=1e-9, abs=1e-9)
+    assert float(found) == pytest.approx(
+        float(measure.penalty(c.simplex(n, d))), rel=1e-9, abs=1e-9
+    )
 
 
 @pytest.mark.parametrize("measure", SMOOTH, ids=repr)
 @pytest.mark.parametrize("d", [2, 3, 4, 8, 16])
 def test_the_cross_polytope_is_reached(measure, d):
     best = float(measure.penalty(c.cross_polytope(d)))
-    found = min(float(measure.penalty(descend(measure, start(2 * d, d, seed)))) for seed in range(1 if d < 8 else 4))
+    found = min(
+        float(measure.penalty(descend(measure, start(2 * d, d, seed))))
+        for seed in range(1 if d < 8 else 4)
+    )
     assert found == pytest.approx(best, rel=1e-9)
 
 
@@ -162,7 +174,9 @@ def test_the_cross_polytope_is_reached(measure, d):
 @pytest.mark.parametrize(("n", "d"), [(2, 2), (3, 3), (4, 7), (16, 16)])
 def test_orthonormal_lines_are_reached(measure, n, d):
     found = measure.penalty(descend(measure, start(n, d, 2)))
-    assert float(found) == pytest.approx(float(measure.penalty(c.orthonormal(n, d))), rel=1e-9, abs=1e-9)
+    assert float(found) == pytest.approx(
+        float(measure.penalty(c.orthonormal(n, d))), rel=1e-9, abs=1e-9
+    )
 
 
 def follow(measure, x, target, steps=4000, tolerance=1e-4):
@@ -173,8 +187,13 @@ def follow(measure, x, target, steps=4000, tolerance=1e-4):
         best = min(best, float(penalty))
         if best < target + tolerance:
             break
-        way = grad - min(0.0, 1.5 * float((way * grad).sum() / way.square().sum().clamp_min(1e-30))) * way
-        x = torch.nn.functional.normalize(x - (float(penalty) - target) / way.square().sum() * way, dim=-1)
+        way = (
+            grad
+            - min(0.0, 1.5 * float((way * grad).sum() / way.square().sum().clamp_min(1e-30))) * way
+        )
+        x = torch.nn.functional.normalize(
+            x - (float(penalty) - target) / way.square().sum() * way, dim=-1
+        )
     return best
 
 
@@ -183,10 +202,16 @@ def test_nearest_neighbour_members_reach_the_simplex(n, d):
     for measure in (MinimalAngle(), KoLeo()):
         target = float(measure.penalty(c.simplex(n, d)))
         assert follow(measure, start(n, d, 3), target) == pytest.approx(target, abs=1e-4)
-    assert spread(start(n, d, 3), half_space=False) == pytest.approx(math.acos(-1 / (n - 1)), abs=1e-6)
+    assert spread(start(n, d, 3), half_space=False) == pytest.approx(
+        math.acos(-1 / (n - 1)), abs=1e-6
+    )
 
 
-SIMPLEX, CROSS_POLYTOPE, BASIS = (lambda d: c.simplex(d + 1, d)), c.cross_polytope, (lambda d: c.orthonormal(d, d))
+SIMPLEX, CROSS_POLYTOPE, BASIS = (
+    (lambda d: c.simplex(d + 1, d)),
+    c.cross_polytope,
+    (lambda d: c.orthonormal(d, d)),
+)
 
 
 @pytest.mark.parametrize("d", [2, 3, 4, 8, 16])
@@ -209,7 +234,11 @@ SIMPLEX, CROSS_POLYTOPE, BASIS = (lambda d: c.simplex(d + 1, d)), c.cross_polyto
 def test_kinked_optima_are_reached(measure, points_in, d):
     points = points_in(d)
     x, target = start(*points.shape, 4), float(measure.penalty(points))
-    if d == 16:  # there a single nearest pair or eigenvector at a time takes too long from afar: a smooth relative first
-        smooth = {Separation(): RieszEnergy(s=8), Orthogonality("srip"): Orthogonality("so")}.get(measure)
+    if (
+        d == 16
+    ):  # there a single nearest pair or eigenvector at a time takes too long from afar: a smooth relative first
+        smooth = {Separation(): RieszEnergy(s=8), Orthogonality("srip"): Orthogonality("so")}.get(
+            measure
+        )
         x = x if smooth is None else descend(smooth, x, steps=60)
     assert follow(measure, x, target, tolerance=1e-3) == pytest.approx(target, abs=1e-3)

@@ -30,7 +30,9 @@ PAIRWISE = [
     RieszEnergy(s=30, half_space=True, softening=0.0),
 ]
 every_kernel = pytest.mark.parametrize("measure", PAIRWISE, ids=name_of)
-every_dtype = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+every_dtype = pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32], ids=["float64", "float32"]
+)
 # How far a row may be off, over the longest row of its group. Measured over ten seeds: float64 3e-14 and, among equal
 # neurons, 2e-13; float32 9e-6, the rounding of the cosines of pairs at a chord of 0.2 or so, times 30 for a kernel so steep.
 CLEAR = {torch.float64: 1e-12, torch.float32: 2e-5}
@@ -86,7 +88,9 @@ def off(found, expected):
     assert torch.isfinite(found).all()
     scale = expected.abs().amax((-2, -1), keepdim=True).double().clamp_min(1e-300)
     found, expected = found.double() / scale, expected.double() / scale
-    error, size = (torch.linalg.vector_norm(part, dim=-1).amax(-1) for part in (found - expected, expected))
+    error, size = (
+        torch.linalg.vector_norm(part, dim=-1).amax(-1) for part in (found - expected, expected)
+    )
     return float((error / size.clamp_min(1e-300)).max())
 
 
@@ -105,7 +109,9 @@ def summed(x, term, parts):
 def test_rows_are_those_of_the_whole(measure, dtype, n, d):
     """Each group has another mask, of no row and of all rows, too."""
     coincident = [duplicates, duplicates, equal]
-    clear = layers(n, d, plain, plain, plain, antipodes, broken, *(coincident if measure.softening else []))
+    clear = layers(
+        n, d, plain, plain, plain, antipodes, broken, *(coincident if measure.softening else [])
+    )
     tight = layers(n, d, near, near, near, *([] if measure.softening else coincident))
     for x, tolerance in ((clear, CLEAR), (tight, TIGHT)):
         x = x.to(dtype)
@@ -128,7 +134,9 @@ def test_parts_add_up_to_the_whole(measure, dtype, n, d):
         for parts in (1, 2, 3, 7, n + 3) if n < 10 else (2, 7):
             grad, apart = summed(x, term_of(measure), parts)
             if apart and tolerance is TIGHT and dtype == torch.float32:
-                assert measure.s == 30  # the pull at a chord of 1e-2 or less is beyond float32: the rows were shortened
+                assert (
+                    measure.s == 30
+                )  # the pull at a chord of 1e-2 or less is beyond float32: the rows were shortened
                 continue
             assert not apart
             assert off(grad, whole) < tolerance[dtype]
@@ -141,7 +149,9 @@ def test_beyond_one_panel(measure, n, dtype):
     """Near pairs in several of them, too."""
     for kind, tolerance in ((plain, CLEAR), (near, TIGHT)):
         x = layers(n, 24, kind, kind).to(dtype)
-        rows = torch.stack([torch.arange(n) % 2 == 0, torch.rand(n) < 0.1])  # more rows than a panel, and fewer
+        rows = torch.stack(
+            [torch.arange(n) % 2 == 0, torch.rand(n) < 0.1]
+        )  # more rows than a panel, and fewer
         whole = measure.value_and_grad(x)[1]
         found = measure.gradient_rows(x, rows)
         assert not found[~rows].any()
@@ -159,7 +169,9 @@ def test_half_precision(measure, dtype):
     rows = torch.rand(x.shape[:2]) < 0.4
     whole = pair_energy(x, term_of(measure))[1]
     found = pair_rows(x, term_of(measure), rows)
-    assert off(found + whole.masked_fill(rows[..., None], 0.0), whole) < torch.finfo(dtype).eps  # measured: 0.08 eps
+    assert (
+        off(found + whole.masked_fill(rows[..., None], 0.0), whole) < torch.finfo(dtype).eps
+    )  # measured: 0.08 eps
     grad, apart = summed(x, term_of(measure), 3)
     assert not apart
     assert off(grad, whole) < 3 * torch.finfo(dtype).eps  # measured: 1.04 eps
@@ -199,7 +211,9 @@ def test_only_means_over_pairs_can_be_split():
     for measure in (Doubled(), GaussianPotential(), Separation(), GramDeterminant(), Covering()):
         assert measure.gradient_part(x, 0, 2) is None
     for measure in FAMILY:
-        plain_mean = isinstance(measure, PairwiseMeasure) and not isinstance(measure, GaussianPotential)
+        plain_mean = isinstance(measure, PairwiseMeasure) and not isinstance(
+            measure, GaussianPotential
+        )
         assert (measure.gradient_part(x, 0, 2) is not None) == plain_mean
     assert torch.equal(Doubled().gradient_rows(x, rows)[rows], Doubled().value_and_grad(x)[1][rows])
 
@@ -213,7 +227,9 @@ def test_coincident_neurons_are_told(half_space, parts):
     x[1, 30] = 3 * x[1, 7]
     told = [float(measure.gradient_part(x, part, parts)[1]) for part in range(parts)]
     assert sum(flag > 0 for flag in told) == 1
-    assert told.index(max(told)) == {1: 0, 2: 0, 5: 1}[parts]  # the part with row 7: rows 0 to 11, 4 to 8
+    assert (
+        told.index(max(told)) == {1: 0, 2: 0, 5: 1}[parts]
+    )  # the part with row 7: rows 0 to 11, 4 to 8
     x[1, 30] *= -1
     assert (summed(x, term_of(measure), parts)[1] > 0) == half_space
     x[1, 30] = 0
@@ -222,16 +238,27 @@ def test_coincident_neurons_are_told(half_space, parts):
 
 @pytest.mark.parametrize(
     ("dtype", "tolerance"),
-    [(torch.float16, 3e-3), (torch.float32, 1e-6), (torch.float64, 1e-12)],  # measured: 7e-4, 1.3e-7, 2e-16
+    [
+        (torch.float16, 3e-3),
+        (torch.float32, 1e-6),
+        (torch.float64, 1e-12),
+    ],  # measured: 7e-4, 1.3e-7, 2e-16
     ids=["float16", "float32", "float64"],
 )
 def test_parts_tell_where_a_sum_may_not_fit(dtype, tolerance):
     """Rows so short that their gradient is near the end of the dtype: a sum is finite, and right or told to be wrong."""
     measure, outcomes = RieszEnergy(s=2), set()
     x = torch.eye(6, 7, dtype=torch.float64)
-    x[:5] = x[5] + 0.1 * x[:5] + 0.1 * torch.eye(7)[6]  # near the last one and to one side: all parts push it the same way
+    x[:5] = (
+        x[5] + 0.1 * x[:5] + 0.1 * torch.eye(7)[6]
+    )  # near the last one and to one side: all parts push it the same way
     for size in torch.logspace(1, 6, 11, dtype=torch.float64):
-        short = (x / torch.tensor([*[1.0] * 5, torch.finfo(dtype).max / size], dtype=torch.float64)[:, None]).to(dtype)
+        short = (
+            x
+            / torch.tensor([*[1.0] * 5, torch.finfo(dtype).max / size], dtype=torch.float64)[
+                :, None
+            ]
+        ).to(dtype)
         whole = measure.value_and_grad(short)[1]
         for parts in (2, 3, 7):
             grad, apart = summed(short, term_of(measure), parts)
@@ -257,7 +284,10 @@ def test_the_same_inputs_give_the_same_bits_and_nothing_random_is_drawn():
     measure, x = RieszEnergy(s=1), layers(300, 12, duplicates, near).float()
     rows, before = torch.arange(600).reshape(2, 300) % 3 == 0, torch.get_rng_state()
     first, again = (
-        [measure.gradient_rows(x.clone(), rows), *(measure.gradient_part(x.clone(), part, 3)[0] for part in range(3))]
+        [
+            measure.gradient_rows(x.clone(), rows),
+            *(measure.gradient_part(x.clone(), part, 3)[0] for part in range(3)),
+        ]
         for _ in range(2)
     )
     assert torch.equal(torch.get_rng_state(), before)
@@ -269,11 +299,15 @@ def test_odd_shapes(shape):
     x = torch.randn(shape, dtype=torch.float64)
     rows = torch.ones(shape[:-1], dtype=torch.bool)
     for measure in (RieszEnergy(s=1), Separation()):
-        torch.testing.assert_close(measure.gradient_rows(x, rows), measure.value_and_grad(x)[1], rtol=1e-12, atol=1e-13)
+        torch.testing.assert_close(
+            measure.gradient_rows(x, rows), measure.value_and_grad(x)[1], rtol=1e-12, atol=1e-13
+        )
         assert not measure.gradient_rows(x, ~rows).any()
     grad, apart = summed(x, term_of(RieszEnergy(s=1)), 3)
     assert not apart
-    torch.testing.assert_close(grad, RieszEnergy(s=1).value_and_grad(x)[1], rtol=1e-12, atol=1e-13)  # measured: 1.3e-15
+    torch.testing.assert_close(
+        grad, RieszEnergy(s=1).value_and_grad(x)[1], rtol=1e-12, atol=1e-13
+    )  # measured: 1.3e-15
 
 
 def test_bad_input_is_told():
@@ -307,18 +341,26 @@ def test_the_work_is_shared():
     n, d, measure = 1500, 64, RieszEnergy(s=1)
     x = torch.randn(1, n, d)
     whole = work(lambda: measure.value_and_grad(x))
-    assert whole == pytest.approx(3 * n * n * d, rel=0.06)  # measured: 1.056, for the blocks on the diagonal
+    assert whole == pytest.approx(
+        3 * n * n * d, rel=0.06
+    )  # measured: 1.056, for the blocks on the diagonal
     for ranks in (2, 4, 8):
         for part in range(ranks):
             share = work(lambda part=part, ranks=ranks: measure.gradient_part(x, part, ranks))
-            assert share == pytest.approx(whole / ranks, rel=0.05)  # measured: 0.959 to 1.000, the last of 8 1.020
+            assert share == pytest.approx(
+                whole / ranks, rel=0.05
+            )  # measured: 0.959 to 1.000, the last of 8 1.020
         rows = torch.arange(n)[None] % ranks == 0
         assert work(lambda rows=rows: measure.gradient_rows(x, rows)) == 4 * int(rows.sum()) * n * d
 
 
 def test_groups_that_do_not_go_together(monkeypatch):
     """More groups than fit in memory at once are the same groups one by one."""
-    x, rows, measure = layers(20, 24, duplicates, plain, plain), torch.rand(3, 20) < 0.5, RieszEnergy(s=1)
+    x, rows, measure = (
+        layers(20, 24, duplicates, plain, plain),
+        torch.rand(3, 20) < 0.5,
+        RieszEnergy(s=1),
+    )
     rows[1] = rows[0]
     before = [measure.gradient_rows(x, rows), measure.gradient_part(x, 0, 2)[0]]
     monkeypatch.setattr(pairwise, "_ENTRIES", 1)
@@ -343,7 +385,9 @@ def test_memory_stays_at_a_panel():
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             nonlocal largest
             out = func(*args, **(kwargs or {}))
-            largest = max(largest, out.untyped_storage().nbytes() if isinstance(out, torch.Tensor) else 0)
+            largest = max(
+                largest, out.untyped_storage().nbytes() if isinstance(out, torch.Tensor) else 0
+            )
             return out
 
     x, measure = torch.randn(1, 2000, 16), RieszEnergy()

@@ -38,7 +38,9 @@ def upper(M):
 def mhe(F, power):
     G = upper(cal(F))
     D, A = 2 - 2 * G, torch.acos(G) / math.pi + 1e-4
-    return {"0": -D.log(), "1": D**-0.5, "2": D**-1, "a0": -A.log(), "a1": A**-1, "a2": A**-2}[power].mean()
+    return {"0": -D.log(), "1": D**-0.5, "2": D**-1, "a0": -A.log(), "a1": A**-1, "a2": A**-2}[
+        power
+    ].mean()
 
 
 def mhs(F):
@@ -93,7 +95,9 @@ def official(name, F, state, head=False):
     if name.startswith("comhe"):
         if head:
             return 10 * mhe(F, "2")
-        energies = [mhe(double(P @ F), "2") for P in projections(name, F, state)] or [mhe(points, "2")]
+        energies = [mhe(double(P @ F), "2") for P in projections(name, F, state)] or [
+            mhe(points, "2")
+        ]
         return sum(energies) / len(energies)
     if "mhe" in name:
         power = name.split("_")[-1]
@@ -137,14 +141,22 @@ def test_values_and_gradients_are_the_official_ones(name, head):
             for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 1e-5)):
                 x = weights(shape, scale, dtype)
                 state = measure.prepare(x)
-                expected, slope = value_and_gradient(lambda w, state=state: official(name, w.T, state, head), x)
+                expected, slope = value_and_gradient(
+                    lambda w, state=state: official(name, w.T, state, head), x
+                )
                 for value, grad in (
-                    value_and_gradient(lambda w, state=state: measure.penalty(w, state), x.to(dtype)),
+                    value_and_gradient(
+                        lambda w, state=state: measure.penalty(w, state), x.to(dtype)
+                    ),
                     measure.value_and_grad(x.to(dtype), state),
                 ):
                     assert value.dtype == grad.dtype == dtype
-                    torch.testing.assert_close(coefficient * value.double(), expected, rtol=tolerance, atol=0)
-                    error = torch.linalg.norm(coefficient * grad.double() - slope) / torch.linalg.norm(slope)
+                    torch.testing.assert_close(
+                        coefficient * value.double(), expected, rtol=tolerance, atol=0
+                    )
+                    error = torch.linalg.norm(
+                        coefficient * grad.double() - slope
+                    ) / torch.linalg.norm(slope)
                     assert error < 10 * tolerance, (shape, scale)
 
 
@@ -162,7 +174,13 @@ def plain_poles(name, F, v, velocity, head, steps=10, lr=0.1):
 def plain_projection(name, F, P, lr=0.1):
     for _ in range({"comhe_ap": 1, "comhe_adv": 10}[name]):
         P = P.detach().requires_grad_()
-        P = P - lr * torch.autograd.grad(PROJECTION_LOSSES[name](F, P) + 1e-3 * 5e-4 * (P * P).sum() / 2, P)[0]
+        P = (
+            P
+            - lr
+            * torch.autograd.grad(
+                PROJECTION_LOSSES[name](F, P) + 1e-3 * 5e-4 * (P * P).sum() / 2, P
+            )[0]
+        )
     return P.detach()
 
 
@@ -186,12 +204,16 @@ def test_poles_take_the_official_steps(name, head):
 def test_projections_take_the_official_steps(name):
     measure, _ = terms(name, head=False)
     x = torch.stack([weights((16, 50), 1.0), weights((16, 50), 0.1)])
-    start = torch.randn(30, 50, generator=torch.Generator().manual_seed(20210415), dtype=torch.float64)
+    start = torch.randn(
+        30, 50, generator=torch.Generator().manual_seed(20210415), dtype=torch.float64
+    )
     expected, state = [start, start], None
     for _ in range(3):
         state = measure.prepare(x, state)
         expected = [plain_projection(name, w.T, P) for w, P in zip(x, expected, strict=True)]
-        torch.testing.assert_close(state["projection"], torch.stack(expected), rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(
+            state["projection"], torch.stack(expected), rtol=1e-9, atol=1e-12
+        )
         x = x + 0.01 * torch.randn_like(x)
 
 
@@ -200,7 +222,10 @@ def test_random_projections_are_drawn_anew_at_each_step():
     x = weights((16, 50), 1.0)
     first = measure.prepare(x)
     second = measure.prepare(x, first)
-    values = [float(measure.penalty(x, state)) for state in (None, first, second, measure.prepare(x, first))]
+    values = [
+        float(measure.penalty(x, state))
+        for state in (None, first, second, measure.prepare(x, first))
+    ]
     assert values[0] == values[1] != values[2] == values[3]
 
 
@@ -257,7 +282,14 @@ def test_ratio_is_above_1_for_neurons_that_crowd():
 
 def small_network():
     """Dimensions 9, 54 and 32: below and above those that are projected to."""
-    return nn.Sequential(nn.Conv2d(1, 6, 3), nn.Tanh(), nn.Conv2d(6, 8, 3), nn.Flatten(), nn.Linear(32, 12), nn.Linear(12, 3))
+    return nn.Sequential(
+        nn.Conv2d(1, 6, 3),
+        nn.Tanh(),
+        nn.Conv2d(6, 8, 3),
+        nn.Flatten(),
+        nn.Linear(32, 12),
+        nn.Linear(12, 3),
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -289,12 +321,25 @@ def test_names_arguments_and_errors():
     callback = sphere_uniformity("mgd", head=None, include="a", exclude="b", prefix="own")
     assert isinstance(callback, HypersphericalUniformity)
     regularizer = callback.regularizer
-    assert (regularizer.head_coefficient, regularizer.step_limit, regularizer.every_n_steps) == (None, None, 1)
-    assert (regularizer.head, regularizer.include, regularizer.exclude, callback.prefix) == (None, "a", "b", "own")
+    assert (regularizer.head_coefficient, regularizer.step_limit, regularizer.every_n_steps) == (
+        None,
+        None,
+        1,
+    )
+    assert (regularizer.head, regularizer.include, regularizer.exclude, callback.prefix) == (
+        None,
+        "a",
+        "b",
+        "own",
+    )
     with pytest.raises(ValueError, match="no preset 'mhe_3'") as error:
         sphere_uniformity("mhe_3")
     assert all(name in str(error.value) for name in PRESETS)
-    for wrong in (lambda: OfficialMHE("3"), lambda: OfficialMHS(half_space=1), lambda: sphere_uniformity("mhc", inner_lr=0)):
+    for wrong in (
+        lambda: OfficialMHE("3"),
+        lambda: OfficialMHS(half_space=1),
+        lambda: sphere_uniformity("mhc", inner_lr=0),
+    ):
         with pytest.raises(ValueError, match="must be"):
             wrong()
 

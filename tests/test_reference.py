@@ -68,7 +68,9 @@ GAUSSIAN = {
 @pytest.mark.parametrize("d", GAUSSIAN)
 def test_known_gaussian_potentials(d):
     for t, value in zip((1, 2), GAUSSIAN[d], strict=True):
-        assert random_expectation(GaussianPotential(t=t), n=5, d=d) == pytest.approx(value, abs=1e-10)
+        assert random_expectation(GaussianPotential(t=t), n=5, d=d) == pytest.approx(
+            value, abs=1e-10
+        )
 
 
 @pytest.mark.parametrize(
@@ -98,10 +100,14 @@ def test_formulas_against_simulation_from_4_to_1024_dimensions(measure, d):
 @pytest.mark.parametrize("d", [4, 64, 1024])
 def test_the_squared_resultant_of_n_random_neurons_is_n_in_the_mean(d):
     squares = ResultantLength()(torch.randn(1500, 12, d)).square()
-    assert float(squares.mean()) == pytest.approx(12, abs=4 * float(squares.std()) / math.sqrt(1500))
+    assert float(squares.mean()) == pytest.approx(
+        12, abs=4 * float(squares.std()) / math.sqrt(1500)
+    )
 
 
-@pytest.mark.parametrize("measure", [Separation(), GramDeterminant(), ResultantLength(), Orthogonality("srip")], ids=repr)
+@pytest.mark.parametrize(
+    "measure", [Separation(), GramDeterminant(), ResultantLength(), Orthogonality("srip")], ids=repr
+)
 def test_a_simulated_mean_is_as_good_as_it_says(measure):
     level = random_expectation(measure, 16, 6)
     values = measure(torch.randn(600, 16, 6)).double()
@@ -113,7 +119,13 @@ def test_a_simulated_mean_is_as_good_as_it_says(measure):
 
 
 def test_the_score_is_0_as_random_and_1_at_the_bound():
-    for measure in (RieszEnergy(s=0), RieszEnergy(s=2), GaussianPotential(), Separation(), GramDeterminant(jitter=0)):
+    for measure in (
+        RieszEnergy(s=0),
+        RieszEnergy(s=2),
+        GaussianPotential(),
+        Separation(),
+        GramDeterminant(jitter=0),
+    ):
         assert float(uniformity_score(measure, c.simplex(9, 8))) == pytest.approx(1, abs=1e-6)
         assert abs(float(uniformity_score(measure, torch.randn(200, 9, 8)).mean())) < 0.1
     for measure in (RieszEnergy(s=2, half_space=True), Orthogonality("so"), Orthogonality("srip")):
@@ -139,7 +151,9 @@ def test_an_infinite_expectation_of_a_kernel_of_ones_own_is_told():
     """chord**-4 has a finite mean from six dimensions on, 1 / (chord to the mirror image)**2 from four."""
     for d in (2, 3, 4, 5):
         assert random_expectation(InverseFourth(), 8, d) == math.inf
-    assert random_expectation(InverseFourth(), 8, 6) == pytest.approx(random_expectation(RieszEnergy(s=4), 8, 6), rel=1e-9)
+    assert random_expectation(InverseFourth(), 8, 6) == pytest.approx(
+        random_expectation(RieszEnergy(s=4), 8, 6), rel=1e-9
+    )
     assert random_expectation(FromTheMirror(), 8, 3) == math.inf
     assert random_expectation(FromTheMirror(), 8, 4) == pytest.approx(1, rel=1e-9)
     assert random_level(InverseFourth(), 8, 4).source == "simulated median"
@@ -152,9 +166,17 @@ class Negative(PairwiseMeasure):
 
 
 def test_the_ratio_grows_with_redundancy_where_values_are_negative_too():
-    for measure in (Negative(), RieszEnergy(s=-1), RieszEnergy(s=0), GramDeterminant(), Polarization(s=0)):
+    for measure in (
+        Negative(),
+        RieszEnergy(s=-1),
+        RieszEnergy(s=0),
+        GramDeterminant(),
+        Polarization(s=0),
+    ):
         even, crowded = c.simplex(5, 4), torch.ones(5, 4) + 0.3 * torch.eye(5, 4)
-        assert float(uniformity_ratio(measure, even)) < 1 < float(uniformity_ratio(measure, crowded)), measure
+        assert (
+            float(uniformity_ratio(measure, even)) < 1 < float(uniformity_ratio(measure, crowded))
+        ), measure
 
 
 def test_there_is_no_score_where_nothing_can_be_better_than_random():
@@ -188,14 +210,18 @@ def test_a_kernel_of_any_shape_has_a_bound_that_holds():
             bound = lower_bound(measure, n, d)
             x = torch.randn(30, n, d, dtype=torch.float64)
             for _ in range(60):
-                x = torch.nn.functional.normalize(x - 0.05 * n * measure.value_and_grad(x)[1], dim=-1)
+                x = torch.nn.functional.normalize(
+                    x - 0.05 * n * measure.value_and_grad(x)[1], dim=-1
+                )
             lowest = float(measure(x).min())
             assert bound <= lowest + 1e-9
             assert bound > lowest - 1.5
 
 
 def test_geodesic_s1_in_three_dimensions_is_half_the_sine_integral():
-    assert random_expectation(RieszEnergy(s=1, distance="geodesic"), 5, 3) == pytest.approx(0.925969, abs=1e-6)
+    assert random_expectation(RieszEnergy(s=1, distance="geodesic"), 5, 3) == pytest.approx(
+        0.925969, abs=1e-6
+    )
 
 
 @pytest.mark.parametrize("d", [2, 3, 4, 7, 64, 1024])
@@ -240,7 +266,9 @@ def test_the_ratio_is_one_for_random_neurons_and_grows_with_redundancy(s):
 
 
 def test_a_pairwise_measure_from_outside_has_an_expectation():
-    assert random_expectation(InverseFourth(), 5, 16) == pytest.approx(random_expectation(RieszEnergy(s=4), 5, 16), rel=1e-10)
+    assert random_expectation(InverseFourth(), 5, 16) == pytest.approx(
+        random_expectation(RieszEnergy(s=4), 5, 16), rel=1e-10
+    )
 
 
 def test_bad_input():

@@ -18,7 +18,9 @@ def test_adding_gradients_equals_backward_through_the_penalty():
     twin = copy.deepcopy(net)
     for one in (net, twin):
         one(torch.ones(2, 1, 6, 6)).sum().backward()
-    UniformityRegularizer(coefficient=0.3, step_limit=None).attach(net).add_gradients(torch.optim.SGD(net.parameters(), lr=1.0))
+    UniformityRegularizer(coefficient=0.3, step_limit=None).attach(net).add_gradients(
+        torch.optim.SGD(net.parameters(), lr=1.0)
+    )
     UniformityRegularizer(coefficient=0.3).attach(twin).penalty().backward()
     for p, q in zip(net.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-5, atol=1e-7)
@@ -29,7 +31,9 @@ def test_only_the_optimizers_own_parameters_with_a_gradient_are_touched():
     for p in net.parameters():
         p.grad = torch.zeros_like(p)
     net[2].weight.grad = None
-    UniformityRegularizer().attach(net).add_gradients(torch.optim.SGD([net[2].weight, net[5].weight], lr=0.1))
+    UniformityRegularizer().attach(net).add_gradients(
+        torch.optim.SGD([net[2].weight, net[5].weight], lr=0.1)
+    )
     assert net[2].weight.grad is None
     assert net[5].weight.grad.abs().max() > 0
     assert net[0].weight.grad.abs().max() == net[7].weight.grad.abs().max() == 0
@@ -49,12 +53,17 @@ def test_a_parameter_frozen_with_a_gradient_left_is_not_touched():
 def test_the_step_limit_follows_the_larger_learning_rate():
     """A weight_norm's two parameters in groups of their own: the limit holds for the faster."""
     layer = nn.utils.parametrizations.weight_norm(nn.Linear(6, 4, bias=False))
-    direction, size = layer.parametrizations.weight.original1, layer.parametrizations.weight.original0
+    direction, size = (
+        layer.parametrizations.weight.original1,
+        layer.parametrizations.weight.original0,
+    )
     with torch.no_grad():
         direction[1] = direction[0]
     added = []
     for rates in ((1.0, 1e-6), (1e-6, 1.0)):
-        optimizer = torch.optim.SGD([{"params": [direction], "lr": rates[0]}, {"params": [size], "lr": rates[1]}])
+        optimizer = torch.optim.SGD(
+            [{"params": [direction], "lr": rates[0]}, {"params": [size], "lr": rates[1]}]
+        )
         direction.grad, size.grad = torch.zeros_like(direction), torch.zeros_like(size)
         UniformityRegularizer(head=None).attach(layer).add_gradients(optimizer)
         added.append(direction.grad.clone())
@@ -84,7 +93,9 @@ def test_an_autocast_around_changes_nothing_of_computed_weights(apply):
         for p in net.parameters():
             p.grad = torch.zeros_like(p)
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            getattr(UniformityRegularizer(head=None).attach(net), apply)(torch.optim.SGD(net.parameters(), lr=0.1))
+            getattr(UniformityRegularizer(head=None).attach(net), apply)(
+                torch.optim.SGD(net.parameters(), lr=0.1)
+            )
         ends.append([part for p in net.parameters() for part in (p.detach(), p.grad)])
     assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
 
@@ -95,7 +106,9 @@ def test_gradients_of_another_layout_are_met_all_the_same():
     plain.load_state_dict(layer.state_dict())
     for one in (layer, plain):
         one.weight.grad = torch.zeros(4, 3, 3, 3)
-        UniformityRegularizer(head=None).attach(one).add_gradients(torch.optim.SGD(one.parameters(), lr=0.1))
+        UniformityRegularizer(head=None).attach(one).add_gradients(
+            torch.optim.SGD(one.parameters(), lr=0.1)
+        )
     torch.testing.assert_close(layer.weight.grad, plain.weight.grad)
 
 
@@ -107,21 +120,26 @@ def test_small_gradients_do_not_underflow_in_half_precision():
     full.weight.data = half.weight.detach().float()
     full.weight.grad = torch.zeros_like(full.weight)
     for one in (half, full):
-        UniformityRegularizer(coefficient=1e4, head=None, step_limit=None).attach(one).add_gradients(
-            torch.optim.SGD(one.parameters(), lr=0.1)
-        )
+        UniformityRegularizer(coefficient=1e4, head=None, step_limit=None).attach(
+            one
+        ).add_gradients(torch.optim.SGD(one.parameters(), lr=0.1))
     error = (half.weight.grad.float() - full.weight.grad).norm() / full.weight.grad.norm()
     assert float(error) < 1e-3  # float16 itself rounds by 5e-4; measured 3e-4
 
 
 def test_layers_of_equal_shape_go_together_and_get_the_same_as_alone(monkeypatch):
     net = nn.Sequential(
-        *(nn.Linear(6, 6) for _ in range(5)), nn.Linear(6, 4), nn.Conv2d(12, 12, 1, groups=2), nn.Linear(600, 600)
+        *(nn.Linear(6, 6) for _ in range(5)),
+        nn.Linear(6, 4),
+        nn.Conv2d(12, 12, 1, groups=2),
+        nn.Linear(600, 600),
     )
     calls = []
     value_and_grad = RieszEnergy.value_and_grad
     monkeypatch.setattr(
-        RieszEnergy, "value_and_grad", lambda m, x, _=None: calls.append(tuple(x.shape)) or value_and_grad(m, x)
+        RieszEnergy,
+        "value_and_grad",
+        lambda m, x, _=None: calls.append(tuple(x.shape)) or value_and_grad(m, x),
     )
     together, alone = {}, {}
     for found, parts in ((together, [None]), (alone, [str(i) for i in range(8)])):
@@ -133,7 +151,9 @@ def test_layers_of_equal_shape_go_together_and_get_the_same_as_alone(monkeypatch
                 include=include, head=None, coefficient={"0": 2.0, "*": 0.5} if not include else 0.5
             )
             regularizer.coefficient = (
-                UniformityRegularizer(coefficient=2.0).coefficient if include == "0" else regularizer.coefficient
+                UniformityRegularizer(coefficient=2.0).coefficient
+                if include == "0"
+                else regularizer.coefficient
             )
             regularizer.attach(net).add_gradients(torch.optim.SGD(net.parameters(), lr=0.1))
         found |= {name: p.grad.clone() for name, p in net.named_parameters()}
@@ -146,7 +166,9 @@ def test_layers_of_equal_shape_go_together_and_get_the_same_as_alone(monkeypatch
 def test_steps_are_counted_by_optimizer():
     net = network()
     seen = []
-    regularizer = UniformityRegularizer(coefficient=lambda step: seen.append(step) or 0.1, include="5").attach(net)
+    regularizer = UniformityRegularizer(
+        coefficient=lambda step: seen.append(step) or 0.1, include="5"
+    ).attach(net)
     one, two = torch.optim.SGD(net.parameters(), lr=0.1), torch.optim.SGD(net.parameters(), lr=0.1)
     net(torch.ones(2, 1, 6, 6)).sum().backward()
     for optimizer in (one, two, two, one, two):
@@ -160,7 +182,10 @@ def test_measuring():
     with torch.no_grad():
         net[5].weight[3:5] = 0
         net[5].weight[7, 2] = float("inf")
-    layers = {layer.name: layer for layer in UniformityRegularizer(RieszEnergy(s=1)).attach(net).measure_layers()}
+    layers = {
+        layer.name: layer
+        for layer in UniformityRegularizer(RieszEnergy(s=1)).attach(net).measure_layers()
+    }
     assert (layers["5"].dead, layers["5"].nonfinite, layers["5"].neurons) == (2, 1, 12)
     assert layers["2"].groups == 2
     live = net[5].weight.detach()[[0, 1, 2, 5, 6, 8, 9, 10, 11]]
@@ -176,7 +201,9 @@ def test_it_says_when_it_has_no_model():
         UniformityRegularizer().penalty()
 
 
-@pytest.mark.parametrize("late", [False, True], ids=["attached before setup", "attached after setup"])
+@pytest.mark.parametrize(
+    "late", [False, True], ids=["attached before setup", "attached after setup"]
+)
 @pytest.mark.parametrize("mode", ["gradient", "loss", "decoupled"])
 def test_a_loop_with_fabric_trains_as_a_plain_loop(mode, late):
     fabric, data, module = Fabric(accelerator="cpu", devices=1), batches(), Automatic()
@@ -213,5 +240,11 @@ def test_norms_are_kept_to_rounding_over_many_moves():
         regularizer.move(optimizer)
     for i, norms in zip((0, 2, 5, 7), before, strict=True):
         # measured after 200 moves: 4e-7, and 3e-6 with torch 2.4
-        torch.testing.assert_close(net[i].weight.flatten(1).norm(dim=1).double(), norms, rtol=1e-5, atol=0)
-    assert all(layer.ratio < 1.0 for layer in regularizer.measure_layers() if layer.neurons < layer.dimension)
+        torch.testing.assert_close(
+            net[i].weight.flatten(1).norm(dim=1).double(), norms, rtol=1e-5, atol=0
+        )
+    assert all(
+        layer.ratio < 1.0
+        for layer in regularizer.measure_layers()
+        if layer.neurons < layer.dimension
+    )

@@ -33,7 +33,11 @@ def network():
     """Two hidden layers with what a report is to find, a depthwise convolution, a head."""
     torch.manual_seed(3)
     model = nn.Sequential(
-        nn.Conv2d(3, 24, 3), nn.Conv2d(24, 24, 3, groups=24), nn.Flatten(), nn.Linear(40, 64), nn.Linear(64, 10)
+        nn.Conv2d(3, 24, 3),
+        nn.Conv2d(24, 24, 3, groups=24),
+        nn.Flatten(),
+        nn.Linear(40, 64),
+        nn.Linear(64, 10),
     )
     with torch.no_grad():
         model[0].weight[5] = 2.0 * model[0].weight[3]
@@ -46,7 +50,10 @@ def network():
 def test_numbers_are_those_of_the_monitor():
     model = network()
     found = report(model)
-    wanted = {one.name: one for one in UniformityRegularizer(coefficient=0.0).attach(model).measure_layers()}
+    wanted = {
+        one.name: one
+        for one in UniformityRegularizer(coefficient=0.0).attach(model).measure_layers()
+    }
     assert [one.name for one in found.layers] == ["0", "1", "3", "4"]  # the depthwise one, too
     for one in found.layers:
         if one.name != "1":
@@ -57,7 +64,11 @@ def test_what_it_finds():
     first, depthwise, second, head = report(network()).layers
     assert [(pair.first, pair.second) for pair in first.pairs] == [(3, 5)]
     assert first.finding.endswith("1 near-duplicate pair")
-    assert (depthwise.uniformity.groups, depthwise.uniformity.neurons, depthwise.uniformity.dimension) == (1, 24, 9)
+    assert (
+        depthwise.uniformity.groups,
+        depthwise.uniformity.neurons,
+        depthwise.uniformity.dimension,
+    ) == (1, 24, 9)
     assert (second.similar, second.opposite) == (1, 1)
     assert second.pairs[0][:3] == (0, 7, 11)
     assert second.pairs[0].angle == pytest.approx(180.0)
@@ -75,13 +86,24 @@ def test_a_model_its_state_dict_and_its_files_agree(tmp_path):
 
     save_file(model.state_dict(), tmp_path / "a.safetensors")
     with torch.jit.optimized_execution(True):
-        traced = torch.jit.trace(model[3:], torch.randn(1, 40)) if sys.version_info < (3, 14) else None
+        traced = (
+            torch.jit.trace(model[3:], torch.randn(1, 40)) if sys.version_info < (3, 14) else None
+        )
     wanted = [(one.name, one.finding, one.uniformity.energy) for one in report(model).layers]
-    for source in (model.state_dict(), tmp_path / "a.pt", str(tmp_path / "a.safetensors"), tmp_path):
-        assert [(one.name, one.finding, one.uniformity.energy) for one in report(source).layers] == wanted
+    for source in (
+        model.state_dict(),
+        tmp_path / "a.pt",
+        str(tmp_path / "a.safetensors"),
+        tmp_path,
+    ):
+        assert [
+            (one.name, one.finding, one.uniformity.energy) for one in report(source).layers
+        ] == wanted
     if traced is not None:
         traced.save(str(tmp_path / "b.pt"))
-        assert [one.finding for one in report(tmp_path / "b.pt").layers] == [words for _, words, _ in wanted[2:]]
+        assert [one.finding for one in report(tmp_path / "b.pt").layers] == [
+            words for _, words, _ in wanted[2:]
+        ]
 
 
 def test_a_checkpoint_of_lightning(tmp_path):
@@ -91,15 +113,28 @@ def test_a_checkpoint_of_lightning(tmp_path):
             self.save_hyperparameters()
             self.layer = nn.Sequential(nn.Linear(32, width), nn.Linear(width, 2))
 
-    model = Model(48, settings={"when": datetime.date(2020, 1, 1), "path": Path("x"), "call": functools.partial(print, 1)})
+    model = Model(
+        48,
+        settings={
+            "when": datetime.date(2020, 1, 1),
+            "path": Path("x"),
+            "call": functools.partial(print, 1),
+        },
+    )
     trainer = Trainer(
-        max_steps=1, logger=False, default_root_dir=tmp_path, enable_progress_bar=False, enable_model_summary=False
+        max_steps=1,
+        logger=False,
+        default_root_dir=tmp_path,
+        enable_progress_bar=False,
+        enable_model_summary=False,
     )
     trainer.fit(model)
     path = tmp_path / "last.ckpt"
     trainer.save_checkpoint(path)
     if not hasattr(torch.serialization, "get_unsafe_globals_in_checkpoint"):
-        with pytest.raises(ValueError, match=r"cannot be read without running code from it.*report"):
+        with pytest.raises(
+            ValueError, match=r"cannot be read without running code from it.*report"
+        ):
             report(path)  # before torch 2.6 objects in a file cannot be left empty
         return
     found = report(path)
@@ -111,9 +146,15 @@ def test_a_checkpoint_of_lightning(tmp_path):
     ("neurons", "words"),
     [
         (torch.randn(64, 32, generator=torch.Generator().manual_seed(0)), "as random"),
-        (torch.randn(4, 256, generator=torch.Generator().manual_seed(0)), "as random"),  # 4 % above, as random ones may be
+        (
+            torch.randn(4, 256, generator=torch.Generator().manual_seed(0)),
+            "as random",
+        ),  # 4 % above, as random ones may be
         (torch.eye(32), "more even than random"),
-        (torch.eye(256, 2304), "more even than random (score 1.00)"),  # the optimum, 0.4 % below random
+        (
+            torch.eye(256, 2304),
+            "more even than random (score 1.00)",
+        ),  # the optimum, 0.4 % below random
         (torch.ones(8, 16) + 0.3 * torch.eye(8, 16), "x random"),
         (torch.zeros(4, 8), "fewer than two live neurons, 4 dead"),
         (torch.cat([torch.zeros(3, 8), torch.ones(1, 8)]), "fewer than two live neurons, 3 dead"),
@@ -126,7 +167,12 @@ def test_words(neurons, words):
 
 @pytest.mark.parametrize(
     ("ratio", "score", "words"),
-    [(1.009, -3.0, "as random"), (1.011, -3.0, "1.01x random"), (0.995, 0.49, "as random"), (0.995, 0.51, "more even")],
+    [
+        (1.009, -3.0, "as random"),
+        (1.011, -3.0, "1.01x random"),
+        (0.995, 0.49, "as random"),
+        (0.995, 0.51, "more even"),
+    ],
 )
 def test_where_words_begin(ratio, score, words):
     layer = measure_neurons("a", torch.randn(1, 64, 32), ENERGY)
@@ -139,7 +185,9 @@ def test_the_range_is_that_of_the_mean_over_groups():
     low, high = random_range(ENERGY, 8, 27, 16)
     assert finding(replace(layer, ratio=1.05, energy=0.999 * high), ENERGY) == "as random"
     assert finding(replace(layer, ratio=1.05, energy=1.001 * high), ENERGY) == "1.05x random"
-    wide = [random_range(ENERGY, 8, 3, groups) for groups in (1, 64)]  # of which the mean is infinite
+    wide = [
+        random_range(ENERGY, 8, 3, groups) for groups in (1, 64)
+    ]  # of which the mean is infinite
     assert wide[0] == wide[1]
     assert low < high
 
@@ -161,20 +209,28 @@ def test_numbers_for_cells(x, digits, words):
 
 
 def test_dead_neurons_are_not_of_the_shape_that_is_random():
-    x = torch.cat([torch.randn(4, 8, generator=torch.Generator().manual_seed(1)), torch.zeros(60, 8)])
+    x = torch.cat(
+        [torch.randn(4, 8, generator=torch.Generator().manual_seed(1)), torch.zeros(60, 8)]
+    )
     layer = measure_neurons("a", x[None], ENERGY)
     high = random_range(ENERGY, 4, 8)[1]
     assert finding(replace(layer, ratio=1.3, energy=0.999 * high), ENERGY) == "as random, 60 dead"
-    assert finding(replace(layer, ratio=1.3, energy=1.001 * high), ENERGY) == "1.30x random, 60 dead"
+    assert (
+        finding(replace(layer, ratio=1.3, energy=1.001 * high), ENERGY) == "1.30x random, 60 dead"
+    )
 
 
 @pytest.mark.parametrize("measure", [ENERGY, RieszEnergy(s=1), GaussianPotential(t=2), KoLeo()])
 @pytest.mark.parametrize(("n", "d"), [(4, 64), (10, 16), (40, 9)])
 def test_random_layers_are_as_random(measure, n, d):
     generator = torch.Generator().manual_seed(7)
-    draws = [measure_neurons("a", torch.randn(1, n, d, generator=generator), measure) for _ in range(100)]
+    draws = [
+        measure_neurons("a", torch.randn(1, n, d, generator=generator), measure) for _ in range(100)
+    ]
     as_random = sum(finding(one, measure) == "as random" for one in draws)
-    assert as_random >= 95  # three standard deviations of a skewed law, or the extremes of a hundred: 1 to 2 % lie outside
+    assert (
+        as_random >= 95
+    )  # three standard deviations of a skewed law, or the extremes of a hundred: 1 to 2 % lie outside
 
 
 def test_random_deviations_are_what_they_say():
@@ -219,7 +275,9 @@ def test_groups_are_judged_as_the_mean_that_they_are():
     for measure in (ENERGY, KoLeo()):
         energies = [float(measure(torch.randn(32, 4, 36)).mean()) for _ in range(200)]
         low, high = random_range(measure, 4, 36, 32)
-        assert sum(low < energy < high for energy in energies) >= 197  # 3 in 1000 are beyond three deviations
+        assert (
+            sum(low < energy < high for energy in energies) >= 197
+        )  # 3 in 1000 are beyond three deviations
         assert max(energies) - min(energies) > (high - low) / 3
 
 
@@ -241,13 +299,23 @@ def test_pairs_that_are_not_kept_are_counted():
 
 
 def test_two_neurons_are_measured_in_full_space():
-    found = report({"a.weight": torch.tensor([[1.0, 0.0], [-1.0, 0.0]]), "b.weight": torch.randn(5, 2)}, head=None)
+    found = report(
+        {"a.weight": torch.tensor([[1.0, 0.0], [-1.0, 0.0]]), "b.weight": torch.randn(5, 2)},
+        head=None,
+    )
     assert [one.full_space for one in found.layers] == [True, False]
     assert found.layers[0].uniformity.ratio < 1
 
 
 def test_the_worst_ratio_is_that_of_the_layer_furthest_above():
-    found = report({"a.weight": torch.randn(6, 8), "b.weight": torch.ones(6, 8), "c.weight": torch.zeros(6, 8)}, head=None)
+    found = report(
+        {
+            "a.weight": torch.randn(6, 8),
+            "b.weight": torch.ones(6, 8),
+            "c.weight": torch.zeros(6, 8),
+        },
+        head=None,
+    )
     assert found.worst_ratio == found.layers[1].uniformity.ratio > 100
     assert math.isnan(report({"c.weight": torch.zeros(6, 8)}, head=None).worst_ratio)
 
@@ -261,7 +329,9 @@ def test_dead_is_next_to_the_median():
 
 
 def test_json_has_no_nan(tmp_path):
-    found = report({"a.weight": torch.zeros(4, 8), "b.weight": torch.randn(4, 8), "table": torch.randn(4, 4)})
+    found = report(
+        {"a.weight": torch.zeros(4, 8), "b.weight": torch.randn(4, 8), "table": torch.randn(4, 4)}
+    )
     found.write_json(tmp_path / "a.json")
     read = json.loads((tmp_path / "a.json").read_text())
     assert read["layers"][0]["ratio"] is None
@@ -272,7 +342,19 @@ def test_json_has_no_nan(tmp_path):
 
 def test_the_printed_table():
     lines = str(report(network())).splitlines()
-    assert lines[0].split() == ["layer", "neurons", "x", "dim", "energy", "ratio", "score", "angle", "pairs", "dead", "finding"]
+    assert lines[0].split() == [
+        "layer",
+        "neurons",
+        "x",
+        "dim",
+        "energy",
+        "ratio",
+        "score",
+        "angle",
+        "pairs",
+        "dead",
+        "finding",
+    ]
     assert lines[2].split()[:4] == ["0", "24", "x", "27"]
     assert lines[4].endswith("1 near-duplicate pair, 2 dead")
     assert lines[5].startswith("4 *")
@@ -301,7 +383,10 @@ def test_the_table_says_what_is_by_chance():
     torch.manual_seed(0)
     made = (report({"weight": torch.randn(10, 8)}, head=None) for _ in range(200))
     small = next(found for found in made if found.layers[0].above and found.layers[0].as_random)
-    assert "1 of 1 layer more than 2 % above random, 1 of them as random layers may be; 0 near" in str(small)
+    assert (
+        "1 of 1 layer more than 2 % above random, 1 of them as random layers may be; 0 near"
+        in str(small)
+    )
 
 
 def test_in_a_narrow_terminal(monkeypatch):
@@ -327,7 +412,10 @@ def test_huge_numbers_are_short():
     with torch.no_grad():
         model = nn.Sequential(nn.Linear(8, 6))
         model[0].weight[1] = model[0].weight[0]
-    assert all(len(cell) < 9 for cell in report_table(report(model, RieszEnergy(s=200), head=None)).rows[0][1:-1])
+    assert all(
+        len(cell) < 9
+        for cell in report_table(report(model, RieszEnergy(s=200), head=None)).rows[0][1:-1]
+    )
 
 
 def test_compare_measures_both_alike():
@@ -339,15 +427,25 @@ def test_compare_measures_both_alike():
     one = compare(before, after).layers[1]
     assert (one.moved, one.before.uniformity.ratio) == (0.0, one.after.uniformity.ratio)
     assert (one.before.similar, one.after.similar) == (1, 1)
-    assert [layer.full_space for layer in compare(after, after).after.layers] == [False, False, True]
+    assert [layer.full_space for layer in compare(after, after).after.layers] == [
+        False,
+        False,
+        True,
+    ]
 
 
 def test_compare_measures_two_neurons_and_more_in_one_space():
     state = {"a.weight": torch.randn(6, 8), "fc.weight": torch.randn(5, 8)}
     found = compare(state, state | {"fc.weight": torch.randn(2, 8)}, head=None)
-    assert [(one.before.full_space, one.after.full_space) for one in found.layers] == [(False, False), (True, True)]
+    assert [(one.before.full_space, one.after.full_space) for one in found.layers] == [
+        (False, False),
+        (True, True),
+    ]
     found = compare(state, state)
-    assert [(one.before.full_space, one.after.full_space) for one in found.layers] == [(False, False), (True, True)]
+    assert [(one.before.full_space, one.after.full_space) for one in found.layers] == [
+        (False, False),
+        (True, True),
+    ]
     headed = state | {"head.weight": torch.randn(4, 5)}
     found = compare(state, headed)
     assert not any(one.before.full_space or one.after.full_space for one in found.layers)
@@ -356,8 +454,17 @@ def test_compare_measures_two_neurons_and_more_in_one_space():
 
 
 def test_compare_tells_what_only_one_has_and_what_is_left_out():
-    state = {"a.weight": torch.randn(6, 8), "b.weight": torch.randn(6, 8), "fc.weight": torch.randn(5, 8)}
-    said = str(compare(state | {"b.weight": torch.ones(6, 8, dtype=torch.int8)}, state | {"new.weight": torch.randn(4, 4)}))
+    state = {
+        "a.weight": torch.randn(6, 8),
+        "b.weight": torch.randn(6, 8),
+        "fc.weight": torch.randn(5, 8),
+    }
+    said = str(
+        compare(
+            state | {"b.weight": torch.ones(6, 8, dtype=torch.int8)},
+            state | {"new.weight": torch.randn(4, 4)},
+        )
+    )
     assert said.splitlines()[-1] == "only after (state dict): new"
     assert "before, not measured (1):\n  b 6x8: its weights are torch.int8" in said
 
@@ -367,7 +474,10 @@ def test_compare_tells_what_is_broken_and_what_is_left_out(tmp_path, capsys):
     with torch.no_grad():
         after[3].weight[5] = math.nan
     torch.save({"g": before.state_dict(), "d": before.state_dict()}, tmp_path / "a.pt")
-    torch.save({"g": after.state_dict() | {"h.weight": torch.ones(3, 3, dtype=torch.int8)}, "d": {}}, tmp_path / "b.pt")
+    torch.save(
+        {"g": after.state_dict() | {"h.weight": torch.ones(3, 3, dtype=torch.int8)}, "d": {}},
+        tmp_path / "b.pt",
+    )
     said = str(compare(tmp_path / "a.pt", tmp_path / "b.pt", key="g"))
     assert "1 NaN or infinite" in said
     assert "4 *" in said
@@ -389,8 +499,12 @@ def test_compare_sees_what_moved(tmp_path):
     assert "only after (state dict): new" in str(found)
     found.write_json(tmp_path / "a.json")
     assert json.loads((tmp_path / "a.json").read_text())["moved"]["3"] == moved["3"]
-    zeroed = before.state_dict() | {"3.weight": before[3].weight.detach() * (torch.arange(64) > 40).float()[:, None]}
-    assert compare(before, zeroed).layers[2].moved == pytest.approx(0.0, abs=1e-5)  # zero neurons do not move
+    zeroed = before.state_dict() | {
+        "3.weight": before[3].weight.detach() * (torch.arange(64) > 40).float()[:, None]
+    }
+    assert compare(before, zeroed).layers[2].moved == pytest.approx(
+        0.0, abs=1e-5
+    )  # zero neurons do not move
     found = compare(before, after, similar_above=0.5)
     assert found.before.similar_above == found.after.similar_above == 0.5
     with pytest.raises(ValueError, match="no layer has the same name in both: 0, 1, 3, 4, "):
@@ -401,7 +515,10 @@ def test_command_line(tmp_path, capsys):
     path = tmp_path / "a.pt"
     torch.save(network().state_dict(), path)
     page, numbers = tmp_path / "a.html", tmp_path / "a.json"
-    assert main(["report", str(path), "--html", str(page), "--json", str(numbers), "--pairs", "1"]) == 0
+    assert (
+        main(["report", str(path), "--html", str(page), "--json", str(numbers), "--pairs", "1"])
+        == 0
+    )
     shown = capsys.readouterr().out
     assert "1 near-duplicate pair, 2 dead" in shown
     assert "3: 7 and 11, 180.00 degrees" in shown
@@ -409,7 +526,22 @@ def test_command_line(tmp_path, capsys):
     assert len(json.loads(numbers.read_text())["layers"]) == 4
     assert main(["report", str(path), "--include", "3", "--fail-above", "1.0"]) == 1
     assert "of 3 is above 1" in capsys.readouterr().err
-    assert main(["report", str(path), "--exclude", "0", "3", "--measure", "RieszEnergy(s=1)", "--fail-above", "2"]) == 0
+    assert (
+        main(
+            [
+                "report",
+                str(path),
+                "--exclude",
+                "0",
+                "3",
+                "--measure",
+                "RieszEnergy(s=1)",
+                "--fail-above",
+                "2",
+            ]
+        )
+        == 0
+    )
     assert "  2 excluded by pattern" in capsys.readouterr().out
     torch.save({"weight": torch.ones(30, 8)}, tmp_path / "b.pt")
     assert main(["report", str(tmp_path / "b.pt"), "--pairs", "150"]) == 0
@@ -418,7 +550,12 @@ def test_command_line(tmp_path, capsys):
     assert "moved" in capsys.readouterr().out
     for command in (["report", str(path)], ["compare", str(path), str(path)]):
         assert main([*command, "--json", "-"]) == 0
-        assert len(json.loads(capsys.readouterr().out)["layers" if command[0] == "report" else "moved"]) == 4
+        assert (
+            len(
+                json.loads(capsys.readouterr().out)["layers" if command[0] == "report" else "moved"]
+            )
+            == 4
+        )
 
 
 @pytest.mark.parametrize(
@@ -435,7 +572,12 @@ def test_command_line(tmp_path, capsys):
 )
 def test_command_line_errors(tmp_path, capsys, arguments, message):
     torch.save(network().state_dict(), tmp_path / "a.pt")
-    assert main(["report", *(str(tmp_path / "a.pt") if word == "FILE" else word for word in arguments)]) == 2
+    assert (
+        main(
+            ["report", *(str(tmp_path / "a.pt") if word == "FILE" else word for word in arguments)]
+        )
+        == 2
+    )
     assert message in capsys.readouterr().err
 
 
@@ -452,7 +594,14 @@ def test_what_cannot_be_judged_fails(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "wrong", [["--fail-above", "nan"], ["--fail-above", "-1"], ["--fail-above", "x"], ["--pairs", "-1"], ["--pairs", "x"]]
+    "wrong",
+    [
+        ["--fail-above", "nan"],
+        ["--fail-above", "-1"],
+        ["--fail-above", "x"],
+        ["--pairs", "-1"],
+        ["--pairs", "x"],
+    ],
 )
 def test_limits_that_are_none(tmp_path, wrong):
     with pytest.raises(SystemExit, match="2"):
@@ -480,7 +629,9 @@ def test_a_reader_that_has_had_enough(tmp_path):
     command = f"{sys.executable} -m lightning_hsu.report.cli report {tmp_path / 'a.pt'} --html {tmp_path / 'a.html'}"
     command += ' --json - | true; echo "${PIPESTATUS[0]}"'
     buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
-    found = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60, env=buffered)
+    found = subprocess.run(
+        ["bash", "-c", command], capture_output=True, text=True, timeout=60, env=buffered
+    )
     assert (found.stdout, found.stderr) == ("141\n", "")
     assert (tmp_path / "a.html").stat().st_size > 1000
 

@@ -61,7 +61,12 @@ def read(page):
         root = ElementTree.fromstring(svg)
         assert root.get("aria-label")
         assert root.find("title").text
-        places = [value for mark in root.iter() for key, value in mark.attrib.items() if key not in {"aria-label", "class"}]
+        places = [
+            value
+            for mark in root.iter()
+            for key, value in mark.attrib.items()
+            if key not in {"aria-label", "class"}
+        ]
         assert not any("nan" in value or "inf" in value for value in places)
     assert not {"script", "link", "iframe", "object", "base"} & {tag for tag, _ in tags.elements}
     for _, attributes in tags.elements:
@@ -83,7 +88,9 @@ def words(tags):
 
 def network(seed=0):
     torch.manual_seed(seed)
-    model = nn.Sequential(nn.Conv2d(3, 24, 3), nn.Conv2d(24, 12, 3, groups=2), nn.Linear(48, 150), nn.Linear(150, 2))
+    model = nn.Sequential(
+        nn.Conv2d(3, 24, 3), nn.Conv2d(24, 12, 3, groups=2), nn.Linear(48, 150), nn.Linear(150, 2)
+    )
     with torch.no_grad():
         model[2].weight[7].copy_(2 * model[2].weight[3])
         model[2].weight[9].copy_(-model[2].weight[4])
@@ -99,7 +106,9 @@ def found():
 
 def test_page_is_one_well_formed_file_that_loads_nothing(found):
     tags = read(found.to_html())
-    assert {"name": "viewport", "content": "width=device-width, initial-scale=1"} in tags.all("meta")
+    assert {"name": "viewport", "content": "width=device-width, initial-scale=1"} in tags.all(
+        "meta"
+    )
     assert len([one for one in tags.all("details") if one.get("class") == "layer"]) == 4
     assert len(tags.all("img")) == 4
     assert all("alt" in image for image in tags.all("img"))
@@ -108,28 +117,45 @@ def test_page_is_one_well_formed_file_that_loads_nothing(found):
 def test_page_states_the_numbers(found):
     said = words(read(found.to_html()))
     assert "Sequential 4 layers, 188 neurons, measured by RieszEnergy" in said
-    assert "2 near-duplicate pairs (cosine, whatever its sign, of 0.95 or more); 1 of them point opposite ways" in said
+    assert (
+        "2 near-duplicate pairs (cosine, whatever its sign, of 0.95 or more); 1 of them point opposite ways"
+        in said
+    )
     assert "3 and 7" in said
     assert "4 and 9180.00° opposite" in said
     assert "2 dead neurons, zero or next to nothing: 11, 140." in said
     assert "1 dead neuron, zero or next to nothing: 2 of group 1." in said
     above = sum(one.uniformity.ratio > 1.02 for one in found.layers)
-    assert f"{above or 'None'} of 4 layers {'is' if above < 2 else 'are'} above random by more than 2 %." in said
+    assert (
+        f"{above or 'None'} of 4 layers {'is' if above < 2 else 'are'} above random by more than 2 %."
+        in said
+    )
     assert "a fact, not advice" in said
 
 
 def test_the_worst_layer_is_unfolded(found):
     ratios = [0.9, 1.1, math.nan, 1.05]
-    layers = [replace(one, uniformity=replace(one.uniformity, ratio=r)) for one, r in zip(found.layers, ratios, strict=True)]
+    layers = [
+        replace(one, uniformity=replace(one.uniformity, ratio=r))
+        for one, r in zip(found.layers, ratios, strict=True)
+    ]
     tags = read(replace(found, layers=tuple(layers)).to_html())
-    assert ["open" in one for one in tags.all("details") if one.get("class") == "layer"] == [False, True, False, False]
+    assert ["open" in one for one in tags.all("details") if one.get("class") == "layer"] == [
+        False,
+        True,
+        False,
+        False,
+    ]
     assert "2 of 3 layers are above random by more than 2 %." in words(tags)
     assert "1 more has no ratio." in words(tags)
 
 
 def test_names_are_escaped(found):
     hostile = """<script>alert("1")</script><b onclick='x'>&amp;</p>"""
-    layers = [replace(one, uniformity=replace(one.uniformity, name=hostile), finding=hostile) for one in found.layers]
+    layers = [
+        replace(one, uniformity=replace(one.uniformity, name=hostile), finding=hostile)
+        for one in found.layers
+    ]
     skips = (Skip(hostile, (3, 4), hostile),)
     page = replace(found, source=hostile, layers=tuple(layers), skips=skips).to_html()
     tags = read(page)
@@ -155,9 +181,14 @@ def test_expected_angles_are_as_many_as_the_pairs(dimension):
 
 def test_expected_angles_are_those_of_random_vectors():
     assert expected_angles(180.0, 2, 90).tolist() == pytest.approx([2.0] * 90)
-    exact = [50.0 * (math.cos(math.radians(2 * i)) - math.cos(math.radians(2 * i + 2))) for i in range(90)]
+    exact = [
+        50.0 * (math.cos(math.radians(2 * i)) - math.cos(math.radians(2 * i + 2)))
+        for i in range(90)
+    ]
     assert expected_angles(100.0, 3, 90).tolist() == pytest.approx(exact, rel=1e-3)
-    x = nn.functional.normalize(torch.randn(1500, 6, generator=torch.Generator().manual_seed(1)), dim=1)
+    x = nn.functional.normalize(
+        torch.randn(1500, 6, generator=torch.Generator().manual_seed(1)), dim=1
+    )
     angles = torch.rad2deg((x @ x.T).clamp(-1, 1).acos())[torch.ones(1500, 1500).triu(1).bool()]
     seen = torch.histc(angles, 90, 0, 180)
     assert (seen - expected_angles(len(angles), 6, 90)).abs().max() < 0.03 * seen.max()
@@ -165,12 +196,16 @@ def test_expected_angles_are_those_of_random_vectors():
 
 @pytest.mark.parametrize(("vectors", "dimension"), [(300, 600), (600, 300), (400, 400)])
 def test_random_singular_values_are_those_of_random_vectors(vectors, dimension):
-    x = torch.randn(vectors, dimension, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    x = torch.randn(
+        vectors, dimension, dtype=torch.float64, generator=torch.Generator().manual_seed(2)
+    )
     values = torch.linalg.svdvals(nn.functional.normalize(x, dim=1))
     chances = [1.0 - (i + 0.5) / len(values) for i in range(len(values))]
     law = torch.tensor(random_singular_values(vectors, dimension, chances), dtype=torch.float64)
     assert (law - values).abs().max() < 0.04
-    assert law.square().mean() == pytest.approx(vectors / len(values), rel=0.01)  # the trace of the Gram matrix
+    assert law.square().mean() == pytest.approx(
+        vectors / len(values), rel=0.01
+    )  # the trace of the Gram matrix
 
 
 def decoded(png):
@@ -180,7 +215,9 @@ def decoded(png):
     while at < len(png):
         (length,) = struct.unpack(">I", png[at : at + 4])
         kind, body = png[at + 4 : at + 8], png[at + 8 : at + 8 + length]
-        assert struct.unpack(">I", png[at + 8 + length : at + 12 + length])[0] == zlib.crc32(kind + body)
+        assert struct.unpack(">I", png[at + 8 + length : at + 12 + length])[0] == zlib.crc32(
+            kind + body
+        )
         chunks[kind], at = body, at + 12 + length
     width, height, depth, colour = struct.unpack(">IIBB", chunks[b"IHDR"][:10])
     assert (depth, colour, list(chunks)[-1]) == (8, 3, b"IEND")
@@ -210,30 +247,51 @@ def test_heat_map_tells_all_steps_apart():
 
 def strange(found, **changes):
     one = found.layers[0]
-    return replace(one, uniformity=replace(one.uniformity, **changes.pop("uniformity", {})), **changes)
+    return replace(
+        one, uniformity=replace(one.uniformity, **changes.pop("uniformity", {})), **changes
+    )
 
 
 @pytest.mark.parametrize(
     "ratios",
-    [[math.nan], [math.inf], [1.0], [0.0], [0.0, 50.0], [-3.0, 2.0], [1e-9, 1e9], [math.nan, math.inf, 2.0], [1.001] * 200],
+    [
+        [math.nan],
+        [math.inf],
+        [1.0],
+        [0.0],
+        [0.0, 50.0],
+        [-3.0, 2.0],
+        [1e-9, 1e9],
+        [math.nan, math.inf, 2.0],
+        [1.001] * 200,
+    ],
     ids=str,
 )
 def test_ratios_of_any_size_are_drawn(found, ratios):
-    layers = tuple(strange(found, uniformity={"ratio": ratio, "score": math.nan, "min_angle": math.nan}) for ratio in ratios)
+    layers = tuple(
+        strange(found, uniformity={"ratio": ratio, "score": math.nan, "min_angle": math.nan})
+        for ratio in ratios
+    )
     tags = read(replace(found, layers=layers).to_html())
     known = [ratio for ratio in ratios if not math.isnan(ratio)]
-    assert len([one for one in tags.all("circle") if "cx" in one and one["cx"].endswith("%")]) == len(known)
+    assert len(
+        [one for one in tags.all("circle") if "cx" in one and one["cx"].endswith("%")]
+    ) == len(known)
     assert ("No layer has a ratio." in words(tags)) == (not known)
     assert ("ratios" in [one.get("class") for one in tags.all("div")]) == bool(known)
 
 
 def test_places_of_ratios_are_in_their_order(found):
-    layers = [strange(found, uniformity={"ratio": ratio}) for ratio in (0.7, 1.0, 2.0, 40.0, math.inf)]
+    layers = [
+        strange(found, uniformity={"ratio": ratio}) for ratio in (0.7, 1.0, 2.0, 40.0, math.inf)
+    ]
     heights = [float(dot["cy"]) for dot in Tags(ratio_chart(layers)).all("circle")]
     assert heights == sorted(heights, reverse=True)
     assert len(set(heights)) == 5
     assert 'class="random"' in ratio_chart(layers)
-    reference = re.search(r'y1="([\d.]+)" x2="100%" y2="[\d.]+" class="random"', ratio_chart(layers))
+    reference = re.search(
+        r'y1="([\d.]+)" x2="100%" y2="[\d.]+" class="random"', ratio_chart(layers)
+    )
     assert float(reference[1]) == heights[1]
 
 
@@ -250,7 +308,14 @@ def test_layers_without_pairs_or_live_neurons_say_so(found):
         dead_rows=tuple(range(24)),
     )
     large = strange(found, singular_values=())
-    alone = strange(found, angles=(0,) * 90, singular_values=(1.0,), live=1.0, shown=(3,), cosines=torch.ones(1, 1))
+    alone = strange(
+        found,
+        angles=(0,) * 90,
+        singular_values=(1.0,),
+        live=1.0,
+        shown=(3,),
+        cosines=torch.ones(1, 1),
+    )
     said = words(read(replace(found, layers=(dead, large, alone)).to_html()))
     assert "No pairs: no group has two live neurons." in said
     assert "Not computed: no neuron is live." in said
@@ -273,7 +338,10 @@ def test_report_of_nothing_has_a_page(found):
 def test_only_the_first_pairs_are_listed():
     torch.manual_seed(0)
     found = report(
-        {"one.weight": torch.randn(1, 16).expand(9, 16) + 0.01 * torch.randn(9, 16), "two.weight": torch.randn(5, 9)}
+        {
+            "one.weight": torch.randn(1, 16).expand(9, 16) + 0.01 * torch.randn(9, 16),
+            "two.weight": torch.randn(5, 9),
+        }
     )
     tags = read(found.to_html())
     assert found.layers[0].similar == 36
@@ -283,9 +351,17 @@ def test_only_the_first_pairs_are_listed():
 
 def test_colours_on_the_chart_are_those_of_the_words():
     torch.manual_seed(0)
-    layers = {"a.weight": torch.randn(40, 64), "b.weight": torch.eye(16), "c.weight": torch.randn(40, 64) + 1.0}
+    layers = {
+        "a.weight": torch.randn(40, 64),
+        "b.weight": torch.eye(16),
+        "c.weight": torch.randn(40, 64) + 1.0,
+    }
     made = (torch.randn(10, 8) for _ in range(200))
-    layers["d.weight"] = next(x for x in made if (one := report({"weight": x}, head=None).layers[0]).above and one.as_random)
+    layers["d.weight"] = next(
+        x
+        for x in made
+        if (one := report({"weight": x}, head=None).layers[0]).above and one.as_random
+    )
     chart = ratio_chart(report(layers, head=None).layers)
     assert re.findall(r'<circle[^>]* class="(\w+)"', chart) == ["even", "below", "above", "even"]
 
@@ -297,18 +373,26 @@ def test_names_stand_apart_on_the_chart():
         layers[f"{name}.weight"] = layers["c.weight"] + close
     chart = ratio_chart(report(layers, head=None).layers)
     names = re.findall(r'class="(halo[ a-z]*)">([a-z]) [0-9.,]+<', chart)
-    assert names == [("halo", "a"), ("halo minor", "i")]  # b is too close to a; on a phone there is room for a only
+    assert names == [
+        ("halo", "a"),
+        ("halo minor", "i"),
+    ]  # b is too close to a; on a phone there is room for a only
 
 
 def test_values_above_the_edge_are_counted(found):
     layer = strange(found, singular_values=(9.0, 8.0, *[0.1] * 22))
     said = words(read(replace(found, layers=(layer,)).to_html()))
-    assert f"2 of 24 are above the upper edge {layer.edges[1]:.2f} of random vectors; the largest is 9.00." in said
+    assert (
+        f"2 of 24 are above the upper edge {layer.edges[1]:.2f} of random vectors; the largest is 9.00."
+        in said
+    )
 
 
 def test_charts_have_a_bar_for_every_angle_and_few_points(found):
     layer = strange(found, singular_values=tuple(torch.linspace(2, 0, 3000).tolist()))
-    tops = [float(y) for y in re.findall(r"V([\d.]+)H", Tags(angle_chart(layer)).all("path")[0]["d"])]
+    tops = [
+        float(y) for y in re.findall(r"V([\d.]+)H", Tags(angle_chart(layer)).all("path")[0]["d"])
+    ]
     assert len(tops) == 90
     assert [tops.index(min(tops)), max(tops)] == [layer.angles.index(max(layer.angles)), tops[0]]
     curves = [line["points"].split() for line in Tags(singular_chart(layer)).all("polyline")]
@@ -320,13 +404,20 @@ def test_charts_have_a_bar_for_every_angle_and_few_points(found):
 
 def test_a_page_is_small():
     torch.manual_seed(0)
-    layer = {f"{i}.weight": torch.randn(300, 9) for i in range(3)}  # cosines as various as they come
+    layer = {
+        f"{i}.weight": torch.randn(300, 9) for i in range(3)
+    }  # cosines as various as they come
     assert len(report(layer).to_html()) < 3 * 20_000 + 10_000
 
 
 @pytest.mark.parametrize(
     "axis",
-    [Axis(0.4, 1.7, 200, 0), Axis(0.9, 64, 200, 0, "log"), Axis(0.9, 1e9, 200, 0, "log"), Axis(0, 4e5, 200, 0, "log1p")],
+    [
+        Axis(0.4, 1.7, 200, 0),
+        Axis(0.9, 64, 200, 0, "log"),
+        Axis(0.9, 1e9, 200, 0, "log"),
+        Axis(0, 4e5, 200, 0, "log1p"),
+    ],
     ids=lambda axis: axis.kind,
 )
 def test_ticks_are_round_few_and_on_the_axis(axis):
@@ -339,14 +430,24 @@ def test_ticks_are_round_few_and_on_the_axis(axis):
 
 
 def test_labels_are_short():
-    assert [short(x) for x in (0.0, 0.5, 1500.0, 20_000.0, 3e6)] == ["0", "0.5", "1500", "20k", "3M"]
+    assert [short(x) for x in (0.0, 0.5, 1500.0, 20_000.0, 3e6)] == [
+        "0",
+        "0.5",
+        "1500",
+        "20k",
+        "3M",
+    ]
     assert shortened("a" * 50, 28) == "a" * 14 + "…" + "a" * 13
     assert shortened("a" * 28, 28) == "a" * 28
 
 
 def test_layers_within_what_random_ones_have_are_counted_apart(found):
-    layers = [strange(found, uniformity={"ratio": ratio}, finding=said) for ratio, said in ((1.2, "as random"), (1.3, "1.30x"))]
+    layers = [
+        strange(found, uniformity={"ratio": ratio}, finding=said)
+        for ratio, said in ((1.2, "as random"), (1.3, "1.30x"))
+    ]
     said = words(read(replace(found, layers=tuple(layers)).to_html()))
     assert (
-        "2 of 2 layers are above random by more than 2 %. Of these, 1 is within what random layers of the shape have." in said
+        "2 of 2 layers are above random by more than 2 %. Of these, 1 is within what random layers of the shape have."
+        in said
     )

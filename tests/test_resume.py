@@ -44,7 +44,9 @@ DATA, LAST = batches(count=5), 10  # two epochs
 EVERY = tuple(range(1, LAST + 1))
 # Before, Lightning counts batches wrongly in a resumed epoch, and begins the loader again at its end.
 COUNTS_RIGHT = Version(pl.__version__) >= Version("2.6")
-DRAWN = Projected(RieszEnergy(s=1), RandomProjection(dim=4))  # another draw each step: whoever counts wrongly is found out
+DRAWN = Projected(
+    RieszEnergy(s=1), RandomProjection(dim=4)
+)  # another draw each step: whoever counts wrongly is found out
 LEARNED = CARRYING[5]
 
 
@@ -70,7 +72,11 @@ class Resumable:
         self.start = state["place"]
 
 
-IN_ORDER, AGAIN, EVERY_OTHER = partial(loader, DATA), partial(Resumable, again=True), partial(Manual, every=2)
+IN_ORDER, AGAIN, EVERY_OTHER = (
+    partial(loader, DATA),
+    partial(Resumable, again=True),
+    partial(Manual, every=2),
+)
 
 
 class In(pl.Callback):
@@ -101,18 +107,28 @@ def leaves(tree, path=()):
     """Tensors and plain values of nested mappings and sequences, by path."""
     if isinstance(tree, Mapping | list | tuple):
         parts = tree.items() if isinstance(tree, Mapping) else enumerate(tree)
-        return {place: leaf for key, part in parts for place, leaf in leaves(part, (*path, key)).items()}
+        return {
+            place: leaf for key, part in parts for place, leaf in leaves(part, (*path, key)).items()
+        }
     return {path: tree}
 
 
 def bits(leaf):
-    return (leaf.dtype, leaf.shape, leaf.detach().numpy().tobytes()) if isinstance(leaf, torch.Tensor) else leaf
+    return (
+        (leaf.dtype, leaf.shape, leaf.detach().numpy().tobytes())
+        if isinstance(leaf, torch.Tensor)
+        else leaf
+    )
 
 
 def differing(one, other):
     """Paths at which two trees are not bit for bit the same."""
     one, other = leaves(one), leaves(other)
-    return [path for path in one | other if path not in one or path not in other or bits(one[path]) != bits(other[path])]
+    return [
+        path
+        for path in one | other
+        if path not in one or path not in other or bits(one[path]) != bits(other[path])
+    ]
 
 
 def fitted(callbacks=(), make=Automatic, data=Resumable, ckpt=None, **settings):
@@ -120,10 +136,22 @@ def fitted(callbacks=(), make=Automatic, data=Resumable, ckpt=None, **settings):
     torch.manual_seed(3 if ckpt is None else 4)  # a resumed run begins with weights of its own
     module, fit = make(), trainer(*callbacks, **settings)
     fit.fit(module, data(), ckpt_path=ckpt)
-    carried = [callback.state_dict() for callback in callbacks if isinstance(callback, HypersphericalUniformity)]
+    carried = [
+        callback.state_dict()
+        for callback in callbacks
+        if isinstance(callback, HypersphericalUniformity)
+    ]
     # neurons are not counted as limited on a step that leaves the penalty out
-    logged = {name: value for name, value in fit.callback_metrics.items() if COUNTS_RIGHT and "limited" not in name}
-    return {"weights": [p.detach().clone() for p in module.parameters()], "carried": carried, "logged": logged}
+    logged = {
+        name: value
+        for name, value in fit.callback_metrics.items()
+        if COUNTS_RIGHT and "limited" not in name
+    }
+    return {
+        "weights": [p.detach().clone() for p in module.parameters()],
+        "carried": carried,
+        "logged": logged,
+    }
 
 
 def made(ours):
@@ -174,7 +202,9 @@ def adam():
 def crowded():
     """So many neurons in few dimensions that none of the searches has an exact way, which would need no state."""
     return Automatic(
-        net=nn.Sequential(nn.Flatten(), nn.Linear(36, 5), nn.Tanh(), nn.Linear(5, 24), nn.Tanh(), nn.Linear(24, 3))
+        net=nn.Sequential(
+            nn.Flatten(), nn.Linear(36, 5), nn.Tanh(), nn.Linear(5, 24), nn.Tanh(), nn.Linear(24, 3)
+        )
     )
 
 
@@ -187,27 +217,57 @@ def everything():
     """Settings of three callbacks with a mode each."""
     return [
         {"measure": DRAWN, "coefficient": Share(0.3), "include": "net.5", "head": None},
-        {"measure": Polarization(), "include": "net.2", "head": None, "prefix": "loss", "apply": "loss"},
-        {"measure": LEARNED, "include": ["net.0", "net.7"], "prefix": "decoupled", "apply": "decoupled"},
+        {
+            "measure": Polarization(),
+            "include": "net.2",
+            "head": None,
+            "prefix": "loss",
+            "apply": "loss",
+        },
+        {
+            "measure": LEARNED,
+            "include": ["net.0", "net.7"],
+            "prefix": "decoupled",
+            "apply": "decoupled",
+        },
     ]
 
 
 def cases():
     """Settings of the callbacks and of the run."""
     for measure in CARRYING:
-        yield pytest.param([{"measure": measure, "include": "net.3", "head": None}], {"make": crowded}, id=repr(measure))
+        yield pytest.param(
+            [{"measure": measure, "include": "net.3", "head": None}],
+            {"make": crowded},
+            id=repr(measure),
+        )
     yield pytest.param(everything(), {"make": adam}, id="three callbacks")
     for mode in MODES:
-        scheduled = {"coefficient": LinearSchedule(1.0, 3, 9), "head_coefficient": lambda step: 1 / (1 + step)}
+        scheduled = {
+            "coefficient": LinearSchedule(1.0, 3, 9),
+            "head_coefficient": lambda step: 1 / (1 + step),
+        }
         scheduled |= {"measure": DRAWN, "apply": mode, "every_n_steps": 2}
-        yield pytest.param([scheduled], {"make": Scheduled}, id=f"{mode}, schedules, every second step")
-        yield pytest.param([{"measure": LEARNED, "apply": mode}], {"make": adam}, id=f"{mode}, Adam")
+        yield pytest.param(
+            [scheduled], {"make": Scheduled}, id=f"{mode}, schedules, every second step"
+        )
+        yield pytest.param(
+            [{"measure": LEARNED, "apply": mode}], {"make": adam}, id=f"{mode}, Adam"
+        )
         if mode != "loss":  # which knows neither manual optimisation nor shares
-            by_layer = {"net.0": Share(0.1, smoothing=0.5), "net.5": LinearSchedule(0.5, 2, 8), "*": Share(0.2)}
+            by_layer = {
+                "net.0": Share(0.1, smoothing=0.5),
+                "net.5": LinearSchedule(0.5, 2, 8),
+                "*": Share(0.2),
+            }
             shares = {"measure": DRAWN, "coefficient": by_layer, "apply": mode}
             yield pytest.param([shares], {}, id=f"{mode}, shares")
-            yield pytest.param([shares], {"make": adam, "plugins": scaling}, id=f"{mode}, shares, scaled")
-            yield pytest.param([shares | {"every_n_steps": 2}], {"make": Manual}, id=f"{mode}, shares, manual")
+            yield pytest.param(
+                [shares], {"make": adam, "plugins": scaling}, id=f"{mode}, shares, scaled"
+            )
+            yield pytest.param(
+                [shares | {"every_n_steps": 2}], {"make": Manual}, id=f"{mode}, shares, manual"
+            )
             counted = scheduled | {"head_coefficient": 0.5}  # the head is the second optimizer's
             yield pytest.param([counted], {"make": Uneven}, id=f"{mode}, two optimizers")
 
@@ -216,9 +276,15 @@ def held(path):
     """Shapes of the tensors and types of the plain numbers that a checkpoint holds of callbacks."""
     leaf_at = leaves(torch.load(path, weights_only=True)["callbacks"])
     tensors = {path: leaf for path, leaf in leaf_at.items() if isinstance(leaf, torch.Tensor)}
-    assert {type(leaf) for path, leaf in leaf_at.items() if path not in tensors} <= {int, float, bool}
+    assert {type(leaf) for path, leaf in leaf_at.items() if path not in tensors} <= {
+        int,
+        float,
+        bool,
+    }
     assert not any(leaf.requires_grad for leaf in tensors.values())
-    assert all(leaf.untyped_storage().nbytes() == leaf.nbytes for leaf in tensors.values())  # a view would keep all it views
+    assert all(
+        leaf.untyped_storage().nbytes() == leaf.nbytes for leaf in tensors.values()
+    )  # a view would keep all it views
     return {path: leaf.shape if path in tensors else type(leaf) for path, leaf in leaf_at.items()}
 
 
@@ -253,7 +319,9 @@ def test_interrupted_wherever_lightning_resumes(run, lightning, mode, tmp_path):
         pytest.skip("apply='loss' is refused in manual optimisation")
     steps = lightning_resumes_from(EVERY, **run)
     assert {*steps} >= {*lightning} or not COUNTS_RIGHT
-    assert interrupted(tmp_path, [{"measure": DRAWN, "apply": mode}], steps, **run) == {k: [] for k in steps}
+    assert interrupted(tmp_path, [{"measure": DRAWN, "apply": mode}], steps, **run) == {
+        k: [] for k in steps
+    }
 
 
 @pytest.mark.parametrize("hook", ["on_before_backward", "on_before_optimizer_step"])
@@ -262,7 +330,14 @@ def test_interrupted_within_a_step_which_is_done_again(mode, hook, tmp_path):
     """As a signal's handler saves: the counts and states must be those of the last complete step."""
     run = {"data": AGAIN, "hook": hook}
     steps = resumable(1, 4, 6, **run)
-    ours = [{"measure": DRAWN, "apply": mode, "coefficient": LinearSchedule(1.0, 3, 9), "every_n_steps": 2}]
+    ours = [
+        {
+            "measure": DRAWN,
+            "apply": mode,
+            "coefficient": LinearSchedule(1.0, 3, 9),
+            "every_n_steps": 2,
+        }
+    ]
     assert interrupted(tmp_path, ours, steps, **run) == {k: [] for k in steps}
 
 
@@ -277,7 +352,9 @@ def loses_no_more(folder, ours):
     """The steps within an accumulation where an interruption loses its gradients, and nothing else."""
     accumulating = {"accumulate_grad_batches": 3}
     fitted([saving(folder), *made(ours)], **accumulating)
-    forgetful = {k: fitted([*made(ours), In("on_train_batch_end", lose, k)], **accumulating) for k in WITHIN}
+    forgetful = {
+        k: fitted([*made(ours), In("on_train_batch_end", lose, k)], **accumulating) for k in WITHIN
+    }
     resumed = {k: fitted(made(ours), ckpt=folder / f"{k}.ckpt", **accumulating) for k in WITHIN}
     return [k for k in WITHIN if not differing(resumed[k], forgetful[k])]
 
@@ -288,7 +365,9 @@ def test_lightning_loses_the_gradients_of_an_accumulation_and_no_more(tmp_path):
 
 @pytest.mark.parametrize("coefficient", [LinearSchedule(1.0, 1, 4), Share(0.3)])
 @pytest.mark.parametrize("mode", MODES)
-def test_an_interruption_within_an_accumulation_loses_no_more_than_lightning(mode, coefficient, tmp_path):
+def test_an_interruption_within_an_accumulation_loses_no_more_than_lightning(
+    mode, coefficient, tmp_path
+):
     if mode == "loss" and isinstance(coefficient, Share):
         pytest.skip("apply='loss' has no shares")
     ours = [{"measure": DRAWN, "apply": mode, "coefficient": coefficient}]
@@ -296,7 +375,9 @@ def test_an_interruption_within_an_accumulation_loses_no_more_than_lightning(mod
     states = {k: saved_state(tmp_path / f"{k}.ckpt") for k in EVERY}
     assert [sum(state["steps"]) for state in states.values()] == [0, 0, 1, 1, 2, 2, 2, 3, 3, 4]
     assert "states" not in states[1]
-    assert not any(differing(states[k], states[complete]) for k, complete in {4: 3, 6: 5, 7: 5, 9: 8}.items())
+    assert not any(
+        differing(states[k], states[complete]) for k, complete in {4: 3, 6: 5, 7: 5, 9: 8}.items()
+    )
 
 
 def saved_state(path):
@@ -324,7 +405,9 @@ def test_killed_between_checkpoints(tmp_path):
     child.kill()
     assert exitcode == -signal.SIGKILL
     assert {path.name for path in tmp_path.iterdir()} == {"step=2.ckpt", "step=4.ckpt"}
-    assert not differing(fitted(made(everything()), ckpt=tmp_path / "step=4.ckpt"), fitted(made(everything())))
+    assert not differing(
+        fitted(made(everything()), ckpt=tmp_path / "step=4.ckpt"), fitted(made(everything()))
+    )
 
 
 @pytest.mark.parametrize(
@@ -335,7 +418,10 @@ def test_killed_between_checkpoints(tmp_path):
         ({}, {"coefficient": Share(0.1)}),
         ({"coefficient": LinearSchedule(0.5, 2)}, {"coefficient": Share(0.1)}),
         ({"coefficient": Share(0.05)}, {"coefficient": Share(0.1)}),
-        ({"coefficient": Share(0.05), "apply": "decoupled"}, {"coefficient": Share(0.1), "apply": "decoupled"}),
+        (
+            {"coefficient": Share(0.05), "apply": "decoupled"},
+            {"coefficient": Share(0.1), "apply": "decoupled"},
+        ),
         ({"coefficient": Share(0.05)}, {"coefficient": Share(0.05), "apply": "decoupled"}),
         ({"coefficient": Share(0.05)}, {"coefficient": 0.3, "apply": "loss"}),
         *(({"apply": one}, {"apply": other}) for one in MODES for other in MODES if one != other),
@@ -344,13 +430,21 @@ def test_killed_between_checkpoints(tmp_path):
 def test_changed_settings_keep_the_state(before, after, tmp_path):
     whole = fitted([saving(tmp_path), uniformity(measure=DRAWN, **before)])
     saved, callback, seen = saved_state(tmp_path / "4.ckpt"), uniformity(measure=DRAWN, **after), []
-    resumed = fitted([callback, In("on_train_start", lambda *_: seen.append(callback.state_dict()))], ckpt=tmp_path / "4.ckpt")
+    resumed = fitted(
+        [callback, In("on_train_start", lambda *_: seen.append(callback.state_dict()))],
+        ckpt=tmp_path / "4.ckpt",
+    )
     kept = saved.keys() if isinstance(after.get("coefficient"), Share) else {"steps", "states"}
-    assert not differing({name: seen[0][name] for name in kept}, {name: saved[name] for name in kept})
+    assert not differing(
+        {name: seen[0][name] for name in kept}, {name: saved[name] for name in kept}
+    )
     (end,) = resumed["carried"]
     assert end["steps"] == [LAST]
     assert {int(draw) for state in end["states"].values() for draw in state["draw"]} == {LAST - 1}
-    assert differing(resumed["weights"], whole["weights"]) or "decoupled" not in (before.get("apply"), after.get("apply"))
+    assert differing(resumed["weights"], whole["weights"]) or "decoupled" not in (
+        before.get("apply"),
+        after.get("apply"),
+    )
 
 
 @pytest.mark.parametrize("coefficient", [1.0, Share(0.3)])
@@ -362,7 +456,9 @@ def test_a_changed_measure_begins_with_a_fresh_state(measure, coefficient, tmp_p
     del state["states"]
     torch.save(checkpoint, tmp_path / "without.ckpt")
     other = [{"measure": measure, "coefficient": coefficient}]
-    changed, fresh = (fitted(made(other), ckpt=tmp_path / name) for name in ("4.ckpt", "without.ckpt"))
+    changed, fresh = (
+        fitted(made(other), ckpt=tmp_path / name) for name in ("4.ckpt", "without.ckpt")
+    )
     assert not differing(changed["weights"], fresh["weights"])
     assert changed["carried"][0]["steps"] == [LAST]
 
@@ -380,8 +476,13 @@ def test_a_checkpoint_without_the_callback_is_a_beginning(tmp_path):
 def test_a_checkpoint_with_the_callback_serves_without_it(tmp_path):
     """Lightning says what is missing, and nothing else happens."""
     fitted([saving(tmp_path), uniformity(measure=DRAWN)])
-    torch.save(torch.load(tmp_path / "4.ckpt", weights_only=True) | {"callbacks": {}}, tmp_path / "bare.ckpt")
-    with pytest.warns(UserWarning, match="callbacks used to create the checkpoint .*HypersphericalUniformity"):
+    torch.save(
+        torch.load(tmp_path / "4.ckpt", weights_only=True) | {"callbacks": {}},
+        tmp_path / "bare.ckpt",
+    )
+    with pytest.warns(
+        UserWarning, match="callbacks used to create the checkpoint .*HypersphericalUniformity"
+    ):
         without = fitted(ckpt=tmp_path / "4.ckpt")
     assert not differing(without, fitted(ckpt=tmp_path / "bare.ckpt"))
 
@@ -390,7 +491,9 @@ def fail(*_):
     raise RuntimeError("broken off")
 
 
-@pytest.mark.parametrize("hook", ["on_before_backward", "on_before_optimizer_step", "on_train_batch_end"])
+@pytest.mark.parametrize(
+    "hook", ["on_before_backward", "on_before_optimizer_step", "on_train_batch_end"]
+)
 @pytest.mark.parametrize("mode", [None, *MODES])
 def test_the_same_callback_goes_on_after_an_exception(mode, hook, tmp_path):
     """In the second epoch's first batch, which is done again, or at its end; without the callback first."""
@@ -407,7 +510,10 @@ def test_the_same_callback_goes_on_after_an_exception(mode, hook, tmp_path):
 @pytest.mark.parametrize("mode", MODES)
 def test_the_same_trainer_goes_on_after_an_exception(mode, hook):
     """A cell of a notebook that is run again: the step that was broken off is done again, and counts once."""
-    callback, seen = uniformity(measure=DRAWN, coefficient=lambda step: seen.append(step) or 0.1, apply=mode), []
+    callback, seen = (
+        uniformity(measure=DRAWN, coefficient=lambda step: seen.append(step) or 0.1, apply=mode),
+        [],
+    )
     module, fit = Automatic(), trainer(callback)
     failing = In(hook, fail, 3)
     fit.callbacks.append(failing)
@@ -419,7 +525,9 @@ def test_the_same_trainer_goes_on_after_an_exception(mode, hook):
     steps = fit.global_step
     assert callback.state_dict()["steps"] == [steps]
     assert min(seen) == 2
-    assert {int(draw) for state in callback.state_dict()["states"].values() for draw in state["draw"]} == {steps - 1}
+    assert {
+        int(draw) for state in callback.state_dict()["states"].values() for draw in state["draw"]
+    } == {steps - 1}
 
 
 class Parts(pl.LightningDataModule):
@@ -438,14 +546,43 @@ def fit_on(ranks, folder, ckpt=None):
     """Train to the end and return the last checkpoint."""
     ours = [
         {"coefficient": 0.5, "include": "net.0", "head": None},
-        {"measure": DRAWN, "coefficient": Share(0.3), "include": "net.5", "head": None, "prefix": "share"},
-        {"measure": CARRYING[4], "coefficient": 0.1, "include": "net.2", "head": None, "prefix": "moved", "apply": "decoupled"},
-        {"measure": SlicedWasserstein(), "include": "net.7", "head": None, "prefix": "loss", "apply": "loss"},
+        {
+            "measure": DRAWN,
+            "coefficient": Share(0.3),
+            "include": "net.5",
+            "head": None,
+            "prefix": "share",
+        },
+        {
+            "measure": CARRYING[4],
+            "coefficient": 0.1,
+            "include": "net.2",
+            "head": None,
+            "prefix": "moved",
+            "apply": "decoupled",
+        },
+        {
+            "measure": SlicedWasserstein(),
+            "include": "net.7",
+            "head": None,
+            "prefix": "loss",
+            "apply": "loss",
+        },
     ]
-    flags = {"start_method": "spawn", "process_group_backend": "gloo", "timeout": timedelta(seconds=60)}
-    many = {"devices": ranks, "strategy": DDPStrategy(**flags), "use_distributed_sampler": False} if ranks > 1 else {}
+    flags = {
+        "start_method": "spawn",
+        "process_group_backend": "gloo",
+        "timeout": timedelta(seconds=60),
+    }
+    many = (
+        {"devices": ranks, "strategy": DDPStrategy(**flags), "use_distributed_sampler": False}
+        if ranks > 1
+        else {}
+    )
     torch.manual_seed(3 if ckpt is None else 4)
-    trainer(saving(folder), *made(ours), **many).fit(Automatic(make_optimizer=plain_sgd), datamodule=Parts(), ckpt_path=ckpt)
+    trainer(saving(folder), *made(ours), **many).fit(
+        Automatic(make_optimizer=plain_sgd), datamodule=Parts(), ckpt_path=ckpt
+    )
     return torch.load(folder / f"{LAST}.ckpt", weights_only=True)
 
 
@@ -460,4 +597,10 @@ def test_resumed_on_another_number_of_processes(tmp_path):
             found, expected = leaves(resumed[part]), leaves(whole[part])
             assert found.keys() == expected.keys()
             for path, value in expected.items():
-                torch.testing.assert_close(found[path], value, rtol=0, atol=1e-6, msg=lambda text, path=path: f"{path}: {text}")
+                torch.testing.assert_close(
+                    found[path],
+                    value,
+                    rtol=0,
+                    atol=1e-6,
+                    msg=lambda text, path=path: f"{path}: {text}",
+                )

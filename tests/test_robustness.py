@@ -69,7 +69,11 @@ MEASURES = [
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 def test_values_and_gradients_are_finite(kind, dtype):
-    w = degenerate(kind).clamp(-60000, 60000).to(dtype) if dtype == torch.float16 else degenerate(kind).to(dtype)
+    w = (
+        degenerate(kind).clamp(-60000, 60000).to(dtype)
+        if dtype == torch.float16
+        else degenerate(kind).to(dtype)
+    )
     for measure in MEASURES:
         value, gradient = measure.value_and_grad(w)
         assert torch.isfinite(value).all(), measure
@@ -98,7 +102,9 @@ def test_zero_rows_take_no_part(dtype, tolerance):
         value, gradient = measure.value_and_grad(x)
         same, its = measure.value_and_grad(with_zeros)
         torch.testing.assert_close(same, value, rtol=tolerance, atol=tolerance)
-        torch.testing.assert_close(torch.cat([its[:4], its[1004:]]), gradient, rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(
+            torch.cat([its[:4], its[1004:]]), gradient, rtol=tolerance, atol=tolerance
+        )
         assert (its[4:1004] == 0).all()
 
 
@@ -107,7 +113,10 @@ def test_an_antipodal_pair_feels_no_force_in_full_space():
     x = torch.randn(2, 5)
     x[1] = -3 * x[0]
     for distance in ("chordal", "geodesic"):
-        full, half = (RieszEnergy(s=2, half_space=half, distance=distance).value_and_grad(x)[1] for half in (False, True))
+        full, half = (
+            RieszEnergy(s=2, half_space=half, distance=distance).value_and_grad(x)[1]
+            for half in (False, True)
+        )
         assert float(full.abs().max()) < 1e-3
         assert float(half.norm(dim=1).min()) > 1e4
 
@@ -130,13 +139,17 @@ def test_a_wide_softening_in_float32_too(softening, half_space):
     value, gradient = measure.value_and_grad(x)
     expected, reference = measure.value_and_grad(x.double())
     assert float(value) == pytest.approx(float(expected), rel=1e-5)
-    torch.testing.assert_close(gradient.double(), reference, rtol=1e-4, atol=1e-5 * float(reference.abs().max()))
+    torch.testing.assert_close(
+        gradient.double(), reference, rtol=1e-4, atol=1e-5 * float(reference.abs().max())
+    )
 
 
 @pytest.mark.parametrize("half_space", [False, True])
 @pytest.mark.parametrize("s", [-60, -130, -200])
 def test_large_negative_exponents_stay_finite_in_float32(s, half_space):
-    value, gradient = RieszEnergy(s=s, half_space=half_space).value_and_grad(degenerate("antipodal"))
+    value, gradient = RieszEnergy(s=s, half_space=half_space).value_and_grad(
+        degenerate("antipodal")
+    )
     assert torch.isfinite(value).all()
     assert torch.isfinite(gradient).all()
 
@@ -150,7 +163,9 @@ def test_steep_kernels_do_not_overflow_in_float32(s):
     assert float(value) == pytest.approx(float(expected), rel=1e-3) or float(expected) > 3e38
     assert torch.isfinite(gradient).all()
     if s == 30:
-        torch.testing.assert_close(gradient.double(), reference, rtol=1e-3, atol=float(reference.abs().max()) * 1e-4)
+        torch.testing.assert_close(
+            gradient.double(), reference, rtol=1e-3, atol=float(reference.abs().max()) * 1e-4
+        )
 
 
 def test_non_finite_rows_do_not_poison_the_others():
@@ -158,7 +173,9 @@ def test_non_finite_rows_do_not_poison_the_others():
     broken = torch.cat([x, torch.full((1, 6), math.nan), torch.full((1, 6), math.inf)])
     value, gradient = RieszEnergy().value_and_grad(broken)
     assert float(value) == pytest.approx(float(RieszEnergy()(x)), rel=1e-6)
-    torch.testing.assert_close(gradient[:9], RieszEnergy().value_and_grad(x)[1], rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(
+        gradient[:9], RieszEnergy().value_and_grad(x)[1], rtol=1e-5, atol=1e-7
+    )
 
 
 @pytest.mark.parametrize("scale", [1e-18, 1e18])
@@ -193,7 +210,9 @@ def test_duplicates_on_different_panels_part_from_each_other():
     _, gradient = RieszEnergy().value_and_grad(w)
     pull = gradient[3] - gradient[500]
     assert float(pull.norm()) > 100 * float(gradient.norm(dim=1).median())
-    torch.testing.assert_close(gradient[3], -gradient[500], rtol=1e-2, atol=float(pull.norm()) * 1e-2)
+    torch.testing.assert_close(
+        gradient[3], -gradient[500], rtol=1e-2, atol=float(pull.norm()) * 1e-2
+    )
 
 
 def test_softening_is_the_tangent_line_in_the_squared_chord():
@@ -214,14 +233,19 @@ class Planted(Automatic):
     """A network whose layers begin in a degenerate state."""
 
     def __init__(self, kind, **kwargs):
-        net = nn.Sequential(nn.Flatten(), nn.Linear(36, 16), nn.Tanh(), nn.Linear(16, 8), nn.Tanh(), nn.Linear(8, 3))
+        net = nn.Sequential(
+            nn.Flatten(), nn.Linear(36, 16), nn.Tanh(), nn.Linear(16, 8), nn.Tanh(), nn.Linear(8, 3)
+        )
         net[3].weight.data = degenerate(kind)
         super().__init__(net=net, **kwargs)
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if "huge" not in kind])
 @pytest.mark.parametrize("optimizer", ["SGD", "Adam"])
-@pytest.mark.parametrize("measure", [RieszEnergy(s=2), RieszEnergy(s=2, half_space=True), RieszEnergy(s=2, softening=0.0)])
+@pytest.mark.parametrize(
+    "measure",
+    [RieszEnergy(s=2), RieszEnergy(s=2, half_space=True), RieszEnergy(s=2, softening=0.0)],
+)
 def test_finite_training_stays_finite(kind, optimizer, measure):
     rate = {"SGD": 0.1, "Adam": 0.01}[optimizer]
     module = Planted(kind, make_optimizer=lambda p: getattr(torch.optim, optimizer)(p, lr=rate))
@@ -277,7 +301,9 @@ def test_the_step_limit_bounds_a_step_and_touches_nothing_else():
     moved = {}
     for limit in (None, 1.0):
         layer.weight.grad = torch.zeros_like(layer.weight)
-        regularizer = UniformityRegularizer(RieszEnergy(s=2), head=None, step_limit=limit).attach(layer)
+        regularizer = UniformityRegularizer(RieszEnergy(s=2), head=None, step_limit=limit).attach(
+            layer
+        )
         notes = regularizer.add_gradients(optimizer, note=True)
         moved[limit] = 0.5 * layer.weight.grad.norm(dim=1) / layer.weight.detach().norm(dim=1)
         assert int(notes["weight"].limited) == (0 if limit is None else 2)

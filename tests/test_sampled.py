@@ -14,7 +14,11 @@ def neurons(kind, n=600, d=16):
     generator = torch.Generator().manual_seed(3)
     x = torch.randn(n, d, generator=generator, dtype=torch.float64)
     if kind == "a cone":  # energies differ from neuron to neuron
-        x += 2.0 * torch.randn(d, generator=generator, dtype=torch.float64) * torch.rand(n, 1, generator=generator)
+        x += (
+            2.0
+            * torch.randn(d, generator=generator, dtype=torch.float64)
+            * torch.rand(n, 1, generator=generator)
+        )
     if kind == "dead ones":
         x[::7] = 0.0
     return x
@@ -26,9 +30,13 @@ def draw(k):
 
 @pytest.mark.parametrize("kind", ["as random", "a cone", "dead ones"])
 @pytest.mark.parametrize(
-    "measure", [RieszEnergy(s=2), RieszEnergy(s=1, half_space=True), GaussianPotential(), InverseFourth()], ids=repr
+    "measure",
+    [RieszEnergy(s=2), RieszEnergy(s=1, half_space=True), GaussianPotential(), InverseFourth()],
+    ids=repr,
 )
-@pytest.mark.parametrize("block", [20, 110])  # 110: a fifth of the neurons would be left over if blocks did not grow
+@pytest.mark.parametrize(
+    "block", [20, 110]
+)  # 110: a fifth of the neurons would be left over if blocks did not grow
 def test_errors_are_what_they_say(measure, kind, block):
     """Over many draws the mean is right, two standard errors cover 95 %, and the gradient's distance is the stated one."""
     x, sampled = neurons(kind), Sampled(measure, block=block)
@@ -51,7 +59,9 @@ def test_errors_are_what_they_say(measure, kind, block):
     assert float((mean - exact).norm()) < 1.5 * noise
 
 
-@pytest.mark.parametrize("measure", [RieszEnergy(s=2, half_space=True), GaussianPotential()], ids=repr)
+@pytest.mark.parametrize(
+    "measure", [RieszEnergy(s=2, half_space=True), GaussianPotential()], ids=repr
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_penalty_and_closed_form_are_one(measure, dtype):
     x = neurons("dead ones").to(dtype).reshape(2, 300, 16).requires_grad_()
@@ -74,7 +84,10 @@ def test_few_neurons_are_computed_exactly():
 
 
 def test_groups_have_an_error_each_and_empty_ones_none():
-    x, sampled = torch.stack([neurons("as random"), neurons("a cone")]), Sampled(RieszEnergy(s=2), block=50)
+    x, sampled = (
+        torch.stack([neurons("as random"), neurons("a cone")]),
+        Sampled(RieszEnergy(s=2), block=50),
+    )
     state = sampled.prepare(x, sampled.prepare(x))
     apart = [sampled.error(group, draw(1)) for group in x]
     for together, alone in zip(sampled.error(x, state), zip(*apart, strict=True), strict=True):
@@ -88,7 +101,9 @@ def test_groups_have_an_error_each_and_empty_ones_none():
             == shape[:-2]
         )
         assert grad.shape == shape
-    assert sampled.error(torch.randn(200, 1)).gradient.isnan()  # on two points there is no gradient to compare with
+    assert sampled.error(
+        torch.randn(200, 1)
+    ).gradient.isnan()  # on two points there is no gradient to compare with
 
 
 def test_what_cannot_be_sampled_is_refused():
@@ -115,8 +130,12 @@ class TestInTheEngine:
         table = regularizer.table()
         assert "RieszEnergy(s=2), sampled in 18 blocks of 16" in table
         assert table.count("sampled") == 1
-        assert "sampled" not in self.regularizer(monkeypatch, sample_above=300).attach(model).table()
-        assert "sampled" not in self.regularizer(monkeypatch, sample_above=None).attach(model).table()
+        assert (
+            "sampled" not in self.regularizer(monkeypatch, sample_above=300).attach(model).table()
+        )
+        assert (
+            "sampled" not in self.regularizer(monkeypatch, sample_above=None).attach(model).table()
+        )
 
     def test_by_default_above_16384(self):
         model, _ = self.model(n=16385)
@@ -148,7 +167,9 @@ class TestInTheEngine:
     def test_errors_of_groups(self):
         torch.manual_seed(0)
         layer = torch.nn.Conv1d(64, 400, 1, groups=4)
-        regularizer = UniformityRegularizer(Sampled(RieszEnergy(s=2), block=20), head=None).attach(layer)
+        regularizer = UniformityRegularizer(Sampled(RieszEnergy(s=2), block=20), head=None).attach(
+            layer
+        )
         (measured,) = regularizer.measure_layers()
         value, gradient = Sampled(RieszEnergy(s=2), block=20).error(layer.weight.view(4, 100, 16))
         assert measured.standard_error == pytest.approx(float(value.square().sum().sqrt()) / 4)

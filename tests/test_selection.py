@@ -53,7 +53,11 @@ CASES = [
     Case("Conv1d", lambda: nn.Conv1d(3, 4, 5), {"weight": lambda m: m.weight.reshape(1, 4, 15)}),
     Case("Conv2d", lambda: nn.Conv2d(3, 4, 2), {"weight": lambda m: m.weight.reshape(1, 4, 12)}),
     Case("Conv3d", lambda: nn.Conv3d(2, 4, 2), {"weight": lambda m: m.weight.reshape(1, 4, 16)}),
-    Case("grouped Conv2d", lambda: nn.Conv2d(6, 4, 3, groups=2), {"weight": lambda m: m.weight.reshape(2, 2, 27)}),
+    Case(
+        "grouped Conv2d",
+        lambda: nn.Conv2d(6, 4, 3, groups=2),
+        {"weight": lambda m: m.weight.reshape(2, 2, 27)},
+    ),
     Case(
         "channels_last Conv2d",
         lambda: nn.Conv2d(3, 4, 2).to(memory_format=torch.channels_last),
@@ -69,7 +73,10 @@ CASES = [
         lambda: nn.ConvTranspose1d(6, 4, 3, groups=2),
         {
             "weight": lambda m: torch.stack(
-                [torch.stack([m.weight[3 * g : 3 * g + 3, i].flatten() for i in range(2)]) for g in range(2)]
+                [
+                    torch.stack([m.weight[3 * g : 3 * g + 3, i].flatten() for i in range(2)])
+                    for g in range(2)
+                ]
             )
         },
     ),
@@ -110,20 +117,40 @@ CASES = [
             for i, g in enumerate("rzn")
         },
     ),
-    Case("RNN", lambda: nn.RNN(5, 4), {f"weight_{k}_l0": gate(f"weight_{k}_l0", 0, 1) for k in ("ih", "hh")}),
+    Case(
+        "RNN",
+        lambda: nn.RNN(5, 4),
+        {f"weight_{k}_l0": gate(f"weight_{k}_l0", 0, 1) for k in ("ih", "hh")},
+    ),
     Case(
         "LSTMCell",
         lambda: nn.LSTMCell(5, 4),
-        {f"weight_{k}.{g}": gate(f"weight_{k}", i, 4) for k in ("ih", "hh") for i, g in enumerate("ifgo")},
+        {
+            f"weight_{k}.{g}": gate(f"weight_{k}", i, 4)
+            for k in ("ih", "hh")
+            for i, g in enumerate("ifgo")
+        },
     ),
     Case(
         "GRUCell",
         lambda: nn.GRUCell(5, 4),
-        {f"weight_{k}.{g}": gate(f"weight_{k}", i, 3) for k in ("ih", "hh") for i, g in enumerate("rzn")},
+        {
+            f"weight_{k}.{g}": gate(f"weight_{k}", i, 3)
+            for k in ("ih", "hh")
+            for i, g in enumerate("rzn")
+        },
     ),
     Case("Embedding, asked for", lambda: nn.Embedding(6, 4), {"weight": lambda m: m.weight[None]}),
-    Case("weight_norm", lambda: parametrizations.weight_norm(nn.Linear(5, 4)), {"weight": lambda m: m.weight[None]}),
-    Case("orthogonal", lambda: parametrizations.orthogonal(nn.Linear(5, 4)), {"weight": lambda m: m.weight[None]}),
+    Case(
+        "weight_norm",
+        lambda: parametrizations.weight_norm(nn.Linear(5, 4)),
+        {"weight": lambda m: m.weight[None]},
+    ),
+    Case(
+        "orthogonal",
+        lambda: parametrizations.orthogonal(nn.Linear(5, 4)),
+        {"weight": lambda m: m.weight[None]},
+    ),
     Case(
         "spectral_norm",
         lambda: parametrizations.spectral_norm(nn.Conv2d(3, 4, 2)),
@@ -148,19 +175,29 @@ def test_neurons_of(case):
 def test_the_gradient_reaches_the_parameters_of(case):
     """add_gradients equals backward through the effective weight, parameter by parameter."""
     module = case.make()
-    regularizer = UniformityRegularizer(RieszEnergy(s=1), 0.7, include="*", head=None, step_limit=None).attach(module)
+    regularizer = UniformityRegularizer(
+        RieszEnergy(s=1), 0.7, include="*", head=None, step_limit=None
+    ).attach(module)
     for p in module.parameters():
         p.grad = torch.full_like(p, 0.25)
     regularizer.add_gradients(torch.optim.SGD(module.parameters(), lr=0.1))
     module.eval()
-    terms = [RieszEnergy(s=1).penalty(expected(module)).mean() for expected in case.expected.values()]
-    gradients = torch.autograd.grad(0.7 * torch.stack(terms).sum(), list(module.parameters()), allow_unused=True)
+    terms = [
+        RieszEnergy(s=1).penalty(expected(module)).mean() for expected in case.expected.values()
+    ]
+    gradients = torch.autograd.grad(
+        0.7 * torch.stack(terms).sum(), list(module.parameters()), allow_unused=True
+    )
     touched = 0
     for p, gradient in zip(module.parameters(), gradients, strict=True):
         added = p.grad - 0.25
-        torch.testing.assert_close(added, torch.zeros_like(p) if gradient is None else gradient, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(
+            added, torch.zeros_like(p) if gradient is None else gradient, rtol=1e-4, atol=1e-6
+        )
         touched += int(added.abs().max() > 1e-4)
-    assert touched >= 1 or "orthogonal" in case.name  # orthogonal rows are where they should be already
+    assert (
+        touched >= 1 or "orthogonal" in case.name
+    )  # orthogonal rows are where they should be already
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
@@ -171,7 +208,9 @@ def test_the_older_hook_based_norms():
         regularizer = UniformityRegularizer(RieszEnergy(s=1), head=None).attach(layer)
         before = [p.grad.clone() for p in layer.parameters()]
         regularizer.add_gradients(torch.optim.SGD(layer.parameters(), lr=0.1))
-        assert any(not torch.equal(p.grad, b) for p, b in zip(layer.parameters(), before, strict=True))
+        assert any(
+            not torch.equal(p.grad, b) for p, b in zip(layer.parameters(), before, strict=True)
+        )
 
 
 class Container(nn.Module):
@@ -182,7 +221,9 @@ class Container(nn.Module):
         self.inner = parametrizations.spectral_norm(nn.Linear(5, 4))
 
 
-@pytest.mark.parametrize("make", [lambda: parametrizations.spectral_norm(nn.Linear(5, 4)), Container])
+@pytest.mark.parametrize(
+    "make", [lambda: parametrizations.spectral_norm(nn.Linear(5, 4)), Container]
+)
 def test_reading_a_spectral_norm_changes_no_state(make):
     register_neurons(Container, lambda module: module.inner.weight)
     layer = make()
@@ -203,7 +244,9 @@ def test_pruned_weights_are_read_with_their_mask():
         layer(torch.randn(2, 5)).square().sum().backward()
         regularizer.add_gradients(optimizer)
         optimizer.step()
-    assert torch.equal(regularizer.layers[0].target.neurons()[0], layer.weight_orig * layer.weight_mask)
+    assert torch.equal(
+        regularizer.layers[0].target.neurons()[0], layer.weight_orig * layer.weight_mask
+    )
     assert (layer.weight_orig.grad[layer.weight_mask == 0] == 0).all()
 
 
@@ -242,7 +285,9 @@ def test_every_skip_has_its_reason():
     )
     model["twin"] = nn.Linear(5, 4)
     model["twin"].weight = model["kept"].weight
-    model["quantized"].weight = nn.Parameter(torch.ones(4, 5, dtype=torch.int8), requires_grad=False)
+    model["quantized"].weight = nn.Parameter(
+        torch.ones(4, 5, dtype=torch.int8), requires_grad=False
+    )
     targets, _ = select(model, exclude="left")
     assert [target.name for target in targets] == ["frozen", "twin"]
     assert reasons(model, exclude="left") == {
@@ -263,17 +308,28 @@ def test_every_skip_has_its_reason():
 
 
 def test_tied_embedding_and_head_count_once():
-    model = nn.ModuleDict({"words": nn.Embedding(10, 4), "body": nn.Linear(4, 4), "head": nn.Linear(4, 10, bias=False)})
+    model = nn.ModuleDict(
+        {
+            "words": nn.Embedding(10, 4),
+            "body": nn.Linear(4, 4),
+            "head": nn.Linear(4, 10, bias=False),
+        }
+    )
     model["head"].weight = model["words"].weight
     targets, skips = select(model, include="*")
     assert [(target.name, target.head) for target in targets] == [("body", False), ("head", True)]
     assert [(skip.name, skip.reason) for skip in skips] == [("words", "tied to head")]
-    assert [target.name for target in select(model, include="*", exclude="head", head=None)[0]] == ["words", "body"]
+    assert [target.name for target in select(model, include="*", exclude="head", head=None)[0]] == [
+        "words",
+        "body",
+    ]
     assert [target.name for target in select(model)[0]] == ["body", "head"]
 
 
 def nested():
-    return nn.ModuleDict({"encoder": nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 6)), "decoder": nn.Linear(6, 4)})
+    return nn.ModuleDict(
+        {"encoder": nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 6)), "decoder": nn.Linear(6, 4)}
+    )
 
 
 @pytest.mark.parametrize(
@@ -292,10 +348,18 @@ def test_patterns(kwargs, names):
     assert [target.name for target in select(nested(), **kwargs)[0]] == names
 
 
-@pytest.mark.parametrize(("head", "expected"), [("auto", "decoder"), ("encoder.0", "encoder.0"), (None, None)])
+@pytest.mark.parametrize(
+    ("head", "expected"), [("auto", "decoder"), ("encoder.0", "encoder.0"), (None, None)]
+)
 def test_head(head, expected):
-    layers = UniformityRegularizer(head=head, head_coefficient=3.0 if head else None).attach(nested()).layers
-    assert [layer.target.name for layer in layers if layer.target.head] == ([expected] if expected else [])
+    layers = (
+        UniformityRegularizer(head=head, head_coefficient=3.0 if head else None)
+        .attach(nested())
+        .layers
+    )
+    assert [layer.target.name for layer in layers if layer.target.head] == (
+        [expected] if expected else []
+    )
     for layer in layers:
         assert layer.measure.half_space != layer.target.head
         assert layer.strength == (3.0 if layer.target.head else 1.0)
@@ -304,11 +368,20 @@ def test_head(head, expected):
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"include": "conv*"}, r"include pattern 'conv\*' matches no layer; the layers are: encoder.0, encoder.1, decoder"),
+        (
+            {"include": "conv*"},
+            r"include pattern 'conv\*' matches no layer; the layers are: encoder.0, encoder.1, decoder",
+        ),
         ({"exclude": ["decoder", "x"]}, r"exclude pattern 'x' matches no layer"),
-        ({"head": "classifier"}, r"head 'classifier' is no layer of the model; .*head=None switches it off"),
+        (
+            {"head": "classifier"},
+            r"head 'classifier' is no layer of the model; .*head=None switches it off",
+        ),
         ({"include": 5}, "include takes a pattern or a list of patterns"),
-        ({"exclude": "*"}, r"(?s)no layer of ModuleDict is left to measure; .*encoder.0 \(1, 5, 4\): excluded by pattern"),
+        (
+            {"exclude": "*"},
+            r"(?s)no layer of ModuleDict is left to measure; .*encoder.0 \(1, 5, 4\): excluded by pattern",
+        ),
     ],
 )
 def test_errors_say_what_where_and_the_way_out(kwargs, message):
@@ -324,8 +397,16 @@ def test_a_model_without_neurons():
 @pytest.mark.parametrize(
     ("rule", "error", "message"),
     [
-        (lambda module: 3, TypeError, "the rule for Custom gave int for layer 'weight'; it must give a tensor"),
-        (lambda module: module.kernel.detach(), ValueError, "the rule for Custom gave detached neurons for layer 'weight'"),
+        (
+            lambda module: 3,
+            TypeError,
+            "the rule for Custom gave int for layer 'weight'; it must give a tensor",
+        ),
+        (
+            lambda module: module.kernel.detach(),
+            ValueError,
+            "the rule for Custom gave detached neurons for layer 'weight'",
+        ),
     ],
 )
 def test_a_rule_that_gives_no_neurons(rule, error, message):
@@ -346,7 +427,9 @@ def test_the_padding_row_is_no_neuron():
         (target,), _ = select(layer, include="*")
         assert torch.equal(target.neurons()[0], layer.weight[rows])
         layer.weight.grad = torch.zeros_like(layer.weight)
-        UniformityRegularizer(include="*").attach(layer).add_gradients(torch.optim.SGD(layer.parameters(), lr=0.1))
+        UniformityRegularizer(include="*").attach(layer).add_gradients(
+            torch.optim.SGD(layer.parameters(), lr=0.1)
+        )
         assert (layer.weight.grad[padding] == 0).all()
         assert (layer.weight.grad[rows] != 0).any()
 
@@ -363,7 +446,9 @@ def test_what_has_no_rows_or_no_shape_is_left_out_with_a_reason():
 
 @pytest.mark.parametrize("padding", [None, 0, 2, 9])
 def test_a_tied_embedding_with_padding_counts_once(padding):
-    model = nn.ModuleDict({"words": nn.Embedding(10, 4, padding_idx=padding), "head": nn.Linear(4, 10, bias=False)})
+    model = nn.ModuleDict(
+        {"words": nn.Embedding(10, 4, padding_idx=padding), "head": nn.Linear(4, 10, bias=False)}
+    )
     model["head"].weight = model["words"].weight
     targets, skips = select(model, include="*")
     assert [target.name for target in targets] == ["head"]
@@ -383,20 +468,27 @@ class OwnCell(nn.LSTMCell):
     ],
 )
 def test_parametrized_and_derived_cells_keep_their_gates(make, gates):
-    assert [t.name for t in select(make())[0]] == [f"weight_{k}.{g}" for k in ("ih", "hh") for g in gates]
+    assert [t.name for t in select(make())[0]] == [
+        f"weight_{k}.{g}" for k in ("ih", "hh") for g in gates
+    ]
 
 
 def test_sparse_gradients_are_refused_with_the_way_out():
     layer = nn.Embedding(5, 6, sparse=True)
     layer(torch.tensor([1, 2])).sum().backward()
     regularizer = UniformityRegularizer(include="*").attach(layer)
-    with pytest.raises(NotImplementedError, match=r"layer 'weight' \(1, 5, 6\) has sparse gradients.*use sparse=False"):
+    with pytest.raises(
+        NotImplementedError,
+        match=r"layer 'weight' \(1, 5, 6\) has sparse gradients.*use sparse=False",
+    ):
         regularizer.add_gradients(torch.optim.SGD(layer.parameters(), lr=0.1))
 
 
 def test_a_rule_that_gives_the_wrong_shape():
     register_neurons(Custom, lambda module: module.kernel[0])
-    with pytest.raises(ValueError, match=r"the rule for Custom gave neurons of shape \(7,\) for layer 'weight'"):
+    with pytest.raises(
+        ValueError, match=r"the rule for Custom gave neurons of shape \(7,\) for layer 'weight'"
+    ):
         select(Custom())
 
 

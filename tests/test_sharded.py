@@ -32,7 +32,9 @@ pytestmark = [
     ),
 ]
 
-needs_fsdp2 = pytest.mark.skipif(sharding.fully_shard is None, reason="FSDP2 before torch 2.6 asks for a GPU")
+needs_fsdp2 = pytest.mark.skipif(
+    sharding.fully_shard is None, reason="FSDP2 before torch 2.6 asks for a GPU"
+)
 
 
 def rising(step):
@@ -84,7 +86,12 @@ class Case:
                 cut=self.cut,
                 make_optimizer=self.optimizer,
             )
-        return partial(make_module, Manual if self.manual else Automatic, self.net, make_optimizer=self.optimizer)
+        return partial(
+            make_module,
+            Manual if self.manual else Automatic,
+            self.net,
+            make_optimizer=self.optimizer,
+        )
 
 
 @dataclass(frozen=True)
@@ -109,7 +116,10 @@ apart, one = ("gradient", "decoupled"), ("gradient",)
 share = {"callback": {"coefficient": Share(0.3)}, "modes": apart}
 named = {"callback": {"include": "net"}}  # embeddings are measured only where they are asked for
 shared_by_name = {"callback": {"include": "net", "coefficient": Share(0.3)}, "modes": apart}
-searched = {"tolerance": 1e-4, "modes": one}  # a search, or a steep energy in few dimensions, amplifies rounding: 2e-5
+searched = {
+    "tolerance": 1e-4,
+    "modes": one,
+}  # a search, or a steep energy in few dimensions, amplifies rounding: 2e-5
 pieces = {"pieces": {"auto_wrap_policy": {nn.Linear, nn.Conv2d}}}
 
 CASES = [
@@ -121,7 +131,11 @@ CASES = [
     Case("uneven shards", net=sharding.uneven_network),
     Case("uneven shards, tensor parallel", sharding.rows_alone, (1, 3), sharding.uneven_network),
     Case("empty shards", **three, net=sharding.uneven_network),
-    Case("equal neurons, limited", net=sharding.network_with_equal_neurons, trainer={"log_every_n_steps": 1}),
+    Case(
+        "equal neurons, limited",
+        net=sharding.network_with_equal_neurons,
+        trainer={"log_every_n_steps": 1},
+    ),
     Case("tokens", net=Tokens, **named),
     Case("tokens, three ranks, Share", **three, net=Tokens, **shared_by_name),
     Case("tied", sharding.body_apart, net=Tied, **named),
@@ -132,8 +146,16 @@ CASES = [
     Case("manual", manual=True, modes=apart),
     Case("Covering", callback={"measure": Covering()}),
     Case("Polarization", callback={"measure": Polarization(s=1)}, **searched),
-    Case("AnglePreserving", callback={"measure": Projected(projection=AnglePreserving(dim=4))}, modes=apart),
-    Case("RandomProjection", callback={"measure": Projected(projection=RandomProjection(dim=4))}, **searched),
+    Case(
+        "AnglePreserving",
+        callback={"measure": Projected(projection=AnglePreserving(dim=4))},
+        modes=apart,
+    ),
+    Case(
+        "RandomProjection",
+        callback={"measure": Projected(projection=RandomProjection(dim=4))},
+        **searched,
+    ),
     Case("SlicedWasserstein", callback={"measure": SlicedWasserstein()}, modes=one),
     Case("KoLeo", callback={"measure": KoLeo()}, modes=apart),
     Case("tensor parallel, Covering", **tensors, callback={"measure": Covering()}, modes=one),
@@ -144,7 +166,12 @@ CASES = [
     Case("accumulation", trainer={"accumulate_grad_batches": 2}),
     Case("clipping", trainer={"gradient_clip_val": 0.3}),
     Case("AdamW, every second step", callback={"every_n_steps": 2}, optimizer=ranks.adamw),
-    Case("both ways, AdamW, schedule", **squares, callback={"coefficient": rising}, optimizer=ranks.adamw),
+    Case(
+        "both ways, AdamW, schedule",
+        **squares,
+        callback={"coefficient": rising},
+        optimizer=ranks.adamw,
+    ),
     Flat("flat"),
     Flat("flat pieces", **pieces),
     Flat("flat, only gradients", pieces={"sharding_strategy": "SHARD_GRAD_OP"}, modes=one),
@@ -153,13 +180,23 @@ CASES = [
     Flat("flat, tied", net=Tied, **named),
     Flat("flat, frozen", net=models.partly_frozen_network, modes=one),
     Flat("flat pieces, weight_norm", net=models.weight_normed_network, **pieces),
-    Flat("flat pieces, equal neurons", net=sharding.network_with_equal_neurons, **pieces, modes=one),
+    Flat(
+        "flat pieces, equal neurons", net=sharding.network_with_equal_neurons, **pieces, modes=one
+    ),
     Flat("flat pieces, Share", **pieces, **share),
     Flat("flat, Covering", callback={"measure": Covering()}, modes=one),
     Flat("flat pieces, accumulation", **pieces, trainer={"accumulate_grad_batches": 2}, modes=one),
     # Lightning does not clip flat pieces by norm
-    Flat("flat, clipping", trainer={"gradient_clip_val": 0.02, "gradient_clip_algorithm": "value"}, modes=one),
-    Flat("flat pieces, every second step, schedule", **pieces, callback={"every_n_steps": 2, "coefficient": rising}),
+    Flat(
+        "flat, clipping",
+        trainer={"gradient_clip_val": 0.02, "gradient_clip_algorithm": "value"},
+        modes=one,
+    ),
+    Flat(
+        "flat pieces, every second step, schedule",
+        **pieces,
+        callback={"every_n_steps": 2, "coefficient": rising},
+    ),
 ]
 
 
@@ -174,8 +211,12 @@ def fsdp2(case):
 )
 def test_ranks_train_as_one_process_does(case, mode):
     callback = {"coefficient": 0.5, "apply": mode, **case.callback}
-    ends = world(math.prod(case.mesh)).run(ranks.fit, case.module(True), callback, case.strategy, case.trainer)
-    assert_all_end_as(ranks.fit_alone(case.module(False), callback, case.trainer), ends, case.tolerance)
+    ends = world(math.prod(case.mesh)).run(
+        ranks.fit, case.module(True), callback, case.strategy, case.trainer
+    )
+    assert_all_end_as(
+        ranks.fit_alone(case.module(False), callback, case.trainer), ends, case.tolerance
+    )
 
 
 def assert_all_end_as(alone, ends, tolerance=TOLERANCE):
@@ -191,7 +232,9 @@ def assert_all_end_as(alone, ends, tolerance=TOLERANCE):
 @needs_fsdp2
 @pytest.mark.parametrize("distributed_checkpoint", [True, False], ids=["a folder", "a file"])
 @pytest.mark.parametrize(("first", "second"), [(2, 3), (3, 1)])
-@pytest.mark.filterwarnings("ignore::UserWarning:torch.*", "ignore::FutureWarning")  # torch's, of what Lightning calls
+@pytest.mark.filterwarnings(
+    "ignore::UserWarning:torch.*", "ignore::FutureWarning"
+)  # torch's, of what Lightning calls
 def test_resumed_on_another_number_of_ranks(first, second, distributed_checkpoint, tmp_path):
     callback, path = {"apply": "gradient", **carried}, tmp_path / "checkpoint"
     for size, run in ((first, ranks.fit_first_epoch), (second, ranks.fit_from)):
@@ -221,35 +264,65 @@ def test_a_loss_over_ranks_is_refused_with_the_way_out():
 @pytest.mark.parametrize("mode", MODES)
 def test_validation_in_between_changes_nothing(mode):
     case, callback = Case("", sharding.as_a_whole), {"coefficient": 0.5, "apply": mode}
-    make = partial(make_module, sharding.Validated, case.net, cut=case.cut, make_optimizer=case.optimizer)
-    ends = world(2).run(partial(ranks.fit, datamodule=None), make, callback, case.strategy, {"val_check_interval": 2})
+    make = partial(
+        make_module, sharding.Validated, case.net, cut=case.cut, make_optimizer=case.optimizer
+    )
+    ends = world(2).run(
+        partial(ranks.fit, datamodule=None),
+        make,
+        callback,
+        case.strategy,
+        {"val_check_interval": 2},
+    )
     assert_all_end_as(ranks.fit_alone(case.module(False), callback, {}), ends)
 
 
 @pytest.mark.parametrize(
     ("kind", "settings", "mode", "error"),
     [
-        (sharding.WithFlatOptimizer, {"use_orig_params": False}, "gradient", ["NotImplementedError", "use_orig_params=True"]),
-        (Automatic, {}, "loss", ["NotImplementedError", "FSDPOnTheCPU", "apply='gradient'", "ModelParallelStrategy"]),
+        (
+            sharding.WithFlatOptimizer,
+            {"use_orig_params": False},
+            "gradient",
+            ["NotImplementedError", "use_orig_params=True"],
+        ),
+        (
+            Automatic,
+            {},
+            "loss",
+            ["NotImplementedError", "FSDPOnTheCPU", "apply='gradient'", "ModelParallelStrategy"],
+        ),
     ],
     ids=["without the original parameters", "loss"],
 )
 def test_what_flat_pieces_cannot_do_is_refused_on_every_rank(kind, settings, mode, error):
     make = partial(make_module, kind, models.network, make_optimizer=ranks.sgd)
-    for said in world(2).run(ranks.error_of, ranks.fit, make, {"apply": mode}, partial(FSDPOnTheCPU, **settings), {}):
+    for said in world(2).run(
+        ranks.error_of, ranks.fit, make, {"apply": mode}, partial(FSDPOnTheCPU, **settings), {}
+    ):
         assert all(part in said for part in error), said
 
 
 carried = {"coefficient": {"net.0": rising, "*": Share(0.3)}, "measure": Covering()}
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning:torch.*", "ignore::FutureWarning")  # torch's, of what Lightning calls
+@pytest.mark.filterwarnings(
+    "ignore::UserWarning:torch.*", "ignore::FutureWarning"
+)  # torch's, of what Lightning calls
 @pytest.mark.parametrize("mode", apart)
 @pytest.mark.parametrize(
     ("make", "strategy"),
     [
-        pytest.param(CASES[0].module(True), partial(CASES[0].strategy, save_distributed_checkpoint=True), marks=needs_fsdp2),
-        pytest.param(CASES[0].module(True), partial(CASES[0].strategy, save_distributed_checkpoint=False), marks=needs_fsdp2),
+        pytest.param(
+            CASES[0].module(True),
+            partial(CASES[0].strategy, save_distributed_checkpoint=True),
+            marks=needs_fsdp2,
+        ),
+        pytest.param(
+            CASES[0].module(True),
+            partial(CASES[0].strategy, save_distributed_checkpoint=False),
+            marks=needs_fsdp2,
+        ),
         (CASES[0].module(False), partial(FSDPOnTheCPU, state_dict_type="sharded")),
     ],
     ids=["FSDP2, a folder", "FSDP2, a file", "FSDP1"],
@@ -262,7 +335,9 @@ def test_a_resumed_fit_goes_on_where_it_was(make, strategy, mode, tmp_path):
         assert max_difference(end, alone) < TOLERANCE
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning:torch.*", "ignore::FutureWarning")  # torch's, of what Lightning calls
+@pytest.mark.filterwarnings(
+    "ignore::UserWarning:torch.*", "ignore::FutureWarning"
+)  # torch's, of what Lightning calls
 @pytest.mark.parametrize("mode", apart)
 def test_flat_pieces_that_nothing_was_applied_to_are_no_alarm(mode, tmp_path):
     """Resumed after three of six steps; the penalty is applied before the first and would be before the eighth."""
@@ -294,7 +369,9 @@ def test_the_penalty_is_in_float32_where_the_task_is_computed_in_bfloat16(cut, s
         sharded = world(2).run(ranks.fit, case.module(True), callback, case.strategy, settings)[0]
         ends.append((sharded, ranks.fit_alone(case.module(False), callback, {"max_steps": 1})))
     for name in ends[0][0].parameters:
-        found, expected = (ends[1][i].parameters[name] - ends[0][i].parameters[name] for i in range(2))
+        found, expected = (
+            ends[1][i].parameters[name] - ends[0][i].parameters[name] for i in range(2)
+        )
         torch.testing.assert_close(found, expected, rtol=0, atol=TOLERANCE)
     assert max_difference(ends[0][0], ends[1][0]) > 1e-3
 
@@ -318,7 +395,9 @@ def train_sharded(shape, mode):
 def train_alone(mode):
     torch.manual_seed(0)
     net, x = plain_network(), torch.randn(12, 64)
-    return ranks.train(net, net, x, UniformityRegularizer(coefficient=0.5, head=None).attach(net), mode)
+    return ranks.train(
+        net, net, x, UniformityRegularizer(coefficient=0.5, head=None).attach(net), mode
+    )
 
 
 @needs_fsdp2

@@ -64,7 +64,9 @@ SAME = {
     "weight norm of a convolution": lambda: normed(nn.Conv1d(3, 8, 3)),
     "weight norm of a transposed convolution": lambda: normed(nn.ConvTranspose1d(3, 8, 3)),
     "weight norm of an LSTM": lambda: normed(nn.LSTM(5, 8), "weight_ih_l0", "weight_hh_l0"),
-    "older weight norm of a transposed convolution": lambda: normed(nn.ConvTranspose1d(3, 8, 3), norm=nn.utils.weight_norm),
+    "older weight norm of a transposed convolution": lambda: normed(
+        nn.ConvTranspose1d(3, 8, 3), norm=nn.utils.weight_norm
+    ),
     "weight norm with one length": lambda: normed(
         nn.Linear(6, 4), norm=lambda x, name: nn.utils.weight_norm(x, name, dim=None)
     ),
@@ -84,7 +86,9 @@ def test_as_the_model(kind, last):
     assert list(found) == list(wanted)
     exact = "norm" not in kind  # of which the parts are multiplied in another order
     for name, x in wanted.items():
-        torch.testing.assert_close(found[name], x.detach(), **({"rtol": 0, "atol": 0} if exact else {}))
+        torch.testing.assert_close(
+            found[name], x.detach(), **({"rtol": 0, "atol": 0} if exact else {})
+        )
     assert not stand_in(model.state_dict())[1]
 
 
@@ -93,7 +97,10 @@ def test_as_the_model(kind, last):
     [
         lambda: parametrizations.weight_norm(nn.Linear(6, 4)),
         lambda: parametrizations.spectral_norm(nn.Linear(6, 4)),
-        pytest.param(lambda: nn.utils.weight_norm(nn.Linear(6, 4)), marks=pytest.mark.filterwarnings("ignore::FutureWarning")),
+        pytest.param(
+            lambda: nn.utils.weight_norm(nn.Linear(6, 4)),
+            marks=pytest.mark.filterwarnings("ignore::FutureWarning"),
+        ),
     ],
 )
 def test_directions_where_lengths_are_stored_apart(make):
@@ -120,7 +127,13 @@ def test_a_bias_tells_which_axis_holds_the_outputs():
 
 
 def test_wrappers_names_and_ties():
-    model = nn.ModuleDict({"wte": nn.Embedding(20, 8), "body": nn.Linear(8, 8), "lm_head": nn.Linear(8, 20, bias=False)})
+    model = nn.ModuleDict(
+        {
+            "wte": nn.Embedding(20, 8),
+            "body": nn.Linear(8, 8),
+            "lm_head": nn.Linear(8, 20, bias=False),
+        }
+    )
     model["lm_head"].weight = model["wte"].weight
     state = {f"module._orig_mod.{name}": x for name, x in model.state_dict().items()}
     targets, skips = select(stand_in(state)[0], everything=True)
@@ -140,7 +153,10 @@ def test_wrappers_names_and_ties():
     ],
 )
 def test_names_like_those_of_weight_norm_and_pruning(state):
-    layers, skips = stand_in({name: torch.randn(shape) for name, shape in state.items()} | {"fc.weight": torch.randn(6, 8)})
+    layers, skips = stand_in(
+        {name: torch.randn(shape) for name, shape in state.items()}
+        | {"fc.weight": torch.randn(6, 8)}
+    )
     found = {one.name for one in select(layers)[0]}
     assert "fc" in found
     assert (found - {"fc"}) | {skip.name for skip in skips} == set(state)  # each for itself
@@ -173,7 +189,9 @@ def test_two_originals_are_no_weight_norm():
     ],
 )
 def test_odd_weights_do_not_stop_the_others(odd):
-    layers, _ = stand_in({name: torch.randn(shape) for name, shape in odd.items()} | {"fc.weight": torch.randn(6, 8)})
+    layers, _ = stand_in(
+        {name: torch.randn(shape) for name, shape in odd.items()} | {"fc.weight": torch.randn(6, 8)}
+    )
     assert "fc" in [one.name for one in select(layers)[0]]
 
 
@@ -189,7 +207,10 @@ def test_what_is_named_like_no_weight_is_taken_when_asked_for():
     assert [skip.name for skip in skips] == ["tokens"]
     layers, skips = stand_in(state, asked=["tokens"])
     assert not skips
-    assert {one.name: one.shape for one in select(layers)[0]} == {"fc": (1, 3, 4), "tokens": (1, 7, 4)}
+    assert {one.name: one.shape for one in select(layers)[0]} == {
+        "fc": (1, 3, 4),
+        "tokens": (1, 7, 4),
+    }
 
 
 def test_integers_are_left_out_with_the_reason():

@@ -9,18 +9,25 @@ import torch
 
 from lightning_hsu._core import lowered_products, oracle_energy
 from lightning_hsu._core.backend import _new_enough, exact_precision, precision
-from lightning_hsu._core.foreach import GradientUpdate, add_pair_gradients
+from lightning_hsu._core.foreach import add_pair_gradients
 from lightning_hsu._core.neighbours import Nearest
 from lightning_hsu._core.topk import largest_two
+from lightning_hsu._core.updates import GradientUpdate
 from lightning_hsu.measures import GaussianPotential, RieszEnergy
 from tests.members import InverseFourth
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # without one Triton's interpreter runs the kernels; see conftest.py
+DEVICE = (
+    "cuda" if torch.cuda.is_available() else "cpu"
+)  # without one Triton's interpreter runs the kernels; see conftest.py
 BACKENDS = ["torch", "triton"]
 CLOSE = 6e-6  # measured: at most 2.9e-6 for either back end
 MEASURES = [
     *(RieszEnergy(s=s, half_space=half) for s in (0, 1, 2, 2.5, -1) for half in (False, True)),
-    *(RieszEnergy(s=s, distance="geodesic", half_space=half) for s in (0, 1, -0.5) for half in (False, True)),
+    *(
+        RieszEnergy(s=s, distance="geodesic", half_space=half)
+        for s in (0, 1, -0.5)
+        for half in (False, True)
+    ),
     *(GaussianPotential(t=t, half_space=half) for t in (2.0, 10.0) for half in (False, True)),
 ]
 
@@ -40,7 +47,9 @@ def launch(monkeypatch):
 
 def choose(name, monkeypatch):
     if name == "triton":
-        pytest.importorskip("triton", minversion="3.2", reason="triton >= 3.2, an optional extra, is not installed")
+        pytest.importorskip(
+            "triton", minversion="3.2", reason="triton >= 3.2, an optional extra, is not installed"
+        )
     monkeypatch.setenv("LIGHTNING_HSU_BACKEND", name)
     if name == "triton":
         from lightning_hsu._core.triton import launch
@@ -72,7 +81,9 @@ def relative_error(a, b):
 def added(ws, term, scale=1.0, **options):
     """What is added to each layer beside what was there: zeros."""
     outs = [torch.zeros_like(w) for w in ws]
-    add_pair_gradients([GradientUpdate(w, out, scale, **options) for w, out in zip(ws, outs, strict=True)], term)
+    add_pair_gradients(
+        [GradientUpdate(w, out, scale, **options) for w, out in zip(ws, outs, strict=True)], term
+    )
     return outs
 
 
@@ -103,13 +114,17 @@ def test_all_formulas(backend, measure):
         assert far < CLOSE  # where five neurons in the plane nearly balance
 
 
-@pytest.mark.parametrize("measure", [RieszEnergy(s=2), GaussianPotential(half_space=True)], ids=repr)
+@pytest.mark.parametrize(
+    "measure", [RieszEnergy(s=2), GaussianPotential(half_space=True)], ids=repr
+)
 def test_odd_shapes_together(backend, measure):
     shapes = [(1, 1, 5), (1, 2, 2), (2, 3, 70), (1, 63, 5), (1, 65, 70), (2, 130, 5), (3, 2, 2)]
     ws = [neurons(*shape) for shape in shapes]
     for w, out in zip(ws, added(ws, measure.pair_term()), strict=True):
         expected = exact(w, measure.pair_term())
-        if w.shape[1] == 1 or float(expected.norm()) < 1e-12:  # alone, or two that are as far apart as can be
+        if (
+            w.shape[1] == 1 or float(expected.norm()) < 1e-12
+        ):  # alone, or two that are as far apart as can be
             assert float(out.abs().max()) < 1e-5
         else:
             assert relative_error(out, expected) < CLOSE
@@ -118,7 +133,12 @@ def test_odd_shapes_together(backend, measure):
 def test_views_of_any_strides(backend):
     term = RieszEnergy(s=1).pair_term()
     packed, conv, plain = neurons(3 * 17, 12), neurons(6, 4, 3, 3), neurons(21, 19)
-    ws = [plain.T[None], packed.reshape(3, 17, 12)[1:2], conv.reshape(2, 3, 36), conv.movedim(1, 0).flatten(1)[None]]
+    ws = [
+        plain.T[None],
+        packed.reshape(3, 17, 12)[1:2],
+        conv.reshape(2, 3, 36),
+        conv.movedim(1, 0).flatten(1)[None],
+    ]
     outs = [torch.ones(19, 21, device=DEVICE)[None], torch.ones(12, 17, device=DEVICE).T[None]]
     outs += [torch.ones(2, 3, 72, device=DEVICE)[..., ::2], torch.ones(1, 4, 54, device=DEVICE)]
     add_pair_gradients([GradientUpdate(w, out, 0.5) for w, out in zip(ws, outs, strict=True)], term)
@@ -183,10 +203,16 @@ def test_dead_rows_and_any_norm(backend):
 
 @pytest.mark.parametrize(("dtype", "close"), [(torch.bfloat16, 5e-3), (torch.float16, 1e-3)])
 def test_half_precision_weights(backend, dtype, close):
-    term, w, single = RieszEnergy(s=2).pair_term(), neurons(1, 65, 33, dtype=dtype), neurons(1, 9, 4)
+    term, w, single = (
+        RieszEnergy(s=2).pair_term(),
+        neurons(1, 65, 33, dtype=dtype),
+        neurons(1, 9, 4),
+    )
     out, plain = added([w, single], term, scale=64.0)
     assert out.dtype == dtype
-    assert relative_error(out, 64 * exact(w, term)) < close  # measured: 3.3e-3, 4e-4; rounding of the weights
+    assert (
+        relative_error(out, 64 * exact(w, term)) < close
+    )  # measured: 3.3e-3, 4e-4; rounding of the weights
     assert relative_error(plain, 64 * exact(single, term)) < 5e-6
 
 
@@ -212,7 +238,13 @@ def test_the_step_limit_and_what_the_gradient_carries(backend):
 def test_layers_the_kernels_do_not_know_go_through_torch(launch, monkeypatch):
     names = counted(launch, monkeypatch)
     wide, own = neurons(1, 5, 3, dtype=torch.float64), InverseFourth().pair_term()
-    assert relative_error(added([wide], RieszEnergy(s=1).pair_term())[0], exact(wide, RieszEnergy(s=1).pair_term())) < 1e-12
+    assert (
+        relative_error(
+            added([wide], RieszEnergy(s=1).pair_term())[0],
+            exact(wide, RieszEnergy(s=1).pair_term()),
+        )
+        < 1e-12
+    )
     soft, steep = RieszEnergy(s=1, softening=0.5).pair_term(), RieszEnergy(s=40).pair_term()
     for term in (own, soft, steep):
         w = neurons(1, 5, 3)
@@ -262,7 +294,9 @@ def test_lower_products_take_one_product_where_there_are_three(monkeypatch):
         assert precision() == "tf32"
 
 
-@pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter multiplies in float32; products in TF32 need a GPU")
+@pytest.mark.skipif(
+    DEVICE == "cpu", reason="the interpreter multiplies in float32; products in TF32 need a GPU"
+)
 def test_lower_precision_is_good_enough_for_a_penalty(launch):
     term, w = RieszEnergy(s=2).pair_term(), neurons(1, 130, 64)
     w[0, 1] = w[0, 0] + 1e-3 * neurons(64)
@@ -281,7 +315,10 @@ def test_the_nearest(launch, monkeypatch, half, every):
         monkeypatch.setenv("LIGHTNING_HSU_BACKEND", "triton")
         x = torch.nn.functional.normalize(w, dim=-1)
         alive = x.ne(0).any(-1)
-        found, (first, index, second) = Nearest(w, half, every), largest_two(x, alive, half_space=half, every=every)
+        found, (first, index, second) = (
+            Nearest(w, half, every),
+            largest_two(x, alive, half_space=half, every=every),
+        )
         monkeypatch.setenv("LIGHTNING_HSU_BACKEND", "torch")
         plain, (its_first, its_index, its_second) = (
             Nearest(w, half, every),
@@ -305,13 +342,18 @@ class Thrice(RieszEnergy):
 
 def test_a_kernel_of_ones_own_under_a_known_name(backend):
     w = neurons(1, 20, 8)
-    torch.testing.assert_close(added([w], Thrice(s=1).pair_term())[0], 3 * added([w], RieszEnergy(s=1).pair_term())[0])
+    torch.testing.assert_close(
+        added([w], Thrice(s=1).pair_term())[0], 3 * added([w], RieszEnergy(s=1).pair_term())[0]
+    )
 
 
 def test_a_backend_that_is_none(monkeypatch):
     term = RieszEnergy(s=1).pair_term()
     monkeypatch.setenv("LIGHTNING_HSU_BACKEND", "cuda")
-    with pytest.raises(ValueError, match="LIGHTNING_HSU_BACKEND must be one of torch, cudagraph, triton; got 'cuda'"):
+    with pytest.raises(
+        ValueError,
+        match="LIGHTNING_HSU_BACKEND must be one of torch, cudagraph, triton; got 'cuda'",
+    ):
         added([neurons(1, 3, 2)], term)
 
 

@@ -28,14 +28,18 @@ def kernel(s, distance, cosine):
 
 
 def full_space(s, distance, cosines):
-    return sum(count * kernel(s, distance, cosine) for cosine, count in cosines.items()) / sum(cosines.values())
+    return sum(count * kernel(s, distance, cosine) for cosine, count in cosines.items()) / sum(
+        cosines.values()
+    )
 
 
 def half_space(s, distance, cosines, n):
     """Mean over the pairs of the 2n points +-x, written out; None where opposite points coincide."""
     if -1.0 in cosines:
         return None
-    both = sum(2 * m * (kernel(s, distance, t) + kernel(s, distance, -t)) for t, m in cosines.items())
+    both = sum(
+        2 * m * (kernel(s, distance, t) + kernel(s, distance, -t)) for t, m in cosines.items()
+    )
     return (both + n * kernel(s, distance, -1.0)) / (n * (2 * n - 1))
 
 
@@ -52,8 +56,12 @@ def test_closed_forms(name, s, distance):
     for half, value in expected.items():
         if value is not None:
             measure = RieszEnergy(s=s, half_space=half, distance=distance)
-            assert float(measure(points)) == pytest.approx(value, rel=1e-12, abs=1e-12)  # measured: 3e-15
-            assert float(measure(points.float())) == pytest.approx(value, rel=1e-6, abs=1e-6)  # measured: 2e-7
+            assert float(measure(points)) == pytest.approx(
+                value, rel=1e-12, abs=1e-12
+            )  # measured: 3e-15
+            assert float(measure(points.float())) == pytest.approx(
+                value, rel=1e-6, abs=1e-6
+            )  # measured: 2e-7
 
 
 def test_half_space_is_the_energy_of_the_points_and_their_mirror_images():
@@ -61,7 +69,9 @@ def test_half_space_is_the_energy_of_the_points_and_their_mirror_images():
     for distance in ("chordal", "geodesic"):
         for s in (0, 1, 2, 3):
             doubled = RieszEnergy(s=s, distance=distance)(torch.cat([x, -x], -2))
-            torch.testing.assert_close(RieszEnergy(s=s, distance=distance, half_space=True)(x), doubled, rtol=1e-12, atol=0)
+            torch.testing.assert_close(
+                RieszEnergy(s=s, distance=distance, half_space=True)(x), doubled, rtol=1e-12, atol=0
+            )
 
 
 @pytest.mark.parametrize(
@@ -81,7 +91,9 @@ def test_smallest_angles():
     ):
         found = smallest_angle(c.rotated(points)).rad2deg()
         assert float(found) == pytest.approx(degrees, abs=1e-8)
-    assert float(smallest_angle(c.polygon(7), half_space=True).rad2deg()) == pytest.approx(180 / 7, abs=1e-8)
+    assert float(smallest_angle(c.polygon(7), half_space=True).rad2deg()) == pytest.approx(
+        180 / 7, abs=1e-8
+    )
     assert float(smallest_angle(c.cross_polytope(5), half_space=True)) == 0.0
 
 
@@ -91,9 +103,13 @@ def test_a_tiny_angle_is_right_in_float32(chord, half_space):
     x = torch.randn(300, 64)
     x[299] = x[3] + chord * torch.randn(64)
     a, b = x[3].double(), x[299].double()
-    expected = 2 * torch.atan2((a / a.norm() - b / b.norm()).norm(), (a / a.norm() + b / b.norm()).norm())
+    expected = 2 * torch.atan2(
+        (a / a.norm() - b / b.norm()).norm(), (a / a.norm() + b / b.norm()).norm()
+    )
     x[3] *= -1 if half_space else 1
-    assert float(smallest_angle(x, half_space=half_space)) == pytest.approx(float(expected), rel=1e-9)
+    assert float(smallest_angle(x, half_space=half_space)) == pytest.approx(
+        float(expected), rel=1e-9
+    )
 
 
 @pytest.mark.parametrize("n", [2, 3, 5, 8, 31])
@@ -101,7 +117,9 @@ def test_regular_polygons(n):
     """Sums over pairs of the optimal set on the circle; its angles and its covering radius."""
     x, pairs = c.polygon(n), n * (n - 1) / 2
     assert float(RieszEnergy(s=0)(x)) * pairs == pytest.approx(-n / 2 * math.log(n), rel=1e-12)
-    assert float(RieszEnergy(s=1)(x)) * pairs == pytest.approx(n / 4 * sum(1 / math.sin(math.pi * k / n) for k in range(1, n)))
+    assert float(RieszEnergy(s=1)(x)) * pairs == pytest.approx(
+        n / 4 * sum(1 / math.sin(math.pi * k / n) for k in range(1, n))
+    )
     assert float(RieszEnergy(s=2)(x)) * pairs == pytest.approx(n * (n * n - 1) / 24, rel=1e-12)
     for measure in (Separation(), MinimalAngle()):
         assert float(measure(x)) == pytest.approx(2 * math.pi / n, rel=1e-9)
@@ -110,7 +128,9 @@ def test_regular_polygons(n):
     assert Covering().best(n, 2) == pytest.approx(math.pi / n, rel=1e-9)
 
 
-@pytest.mark.parametrize("points", [c.simplex(4, 3), c.cross_polytope(3), c.icosahedron(), c.simplex(3, 3)], ids=len)
+@pytest.mark.parametrize(
+    "points", [c.simplex(4, 3), c.cross_polytope(3), c.icosahedron(), c.simplex(3, 3)], ids=len
+)
 def test_fejes_toths_bounds_are_met_by_the_regular_ones(points):
     """Packing and covering on the sphere in three dimensions, with equality for 3, 4, 6 and 12 points."""
     omega = len(points) * math.pi / (6 * (len(points) - 2))

@@ -43,19 +43,45 @@ sys.exit(code)
 
 def install(release, folder):
     """Put both packages into ``folder`` without their dependencies, which are installed; skip where there is no index."""
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--retries", "1", "--timeout", "20"]
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--retries",
+        "1",
+        "--timeout",
+        "20",
+    ]
     wanted = [f"{package}=={release}" for package in ("lightning", "pytorch-lightning")]
-    done = subprocess.run([*pip, "--target", folder, *wanted], capture_output=True, text=True, timeout=300)
-    if done.returncode and re.search("connection broken by|Max retries exceeded|from versions: none", done.stderr):
-        pytest.skip(f"lightning {release} has to be installed for this, and pip reaches no package index")
+    done = subprocess.run(
+        [*pip, "--target", folder, *wanted], capture_output=True, text=True, timeout=300
+    )
+    if done.returncode and re.search(
+        "connection broken by|Max retries exceeded|from versions: none", done.stderr
+    ):
+        pytest.skip(
+            f"lightning {release} has to be installed for this, and pip reaches no package index"
+        )
     if done.returncode:
-        pytest.fail(f"pip did not install lightning {release}:\n{done.stdout}{done.stderr}", pytrace=False)
+        pytest.fail(
+            f"pip did not install lightning {release}:\n{done.stdout}{done.stderr}", pytrace=False
+        )
 
 
 def environment(packages):
     """The parent's environment, with ``packages`` before all else and without what coverage, pytest and Lightning set."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("COV", "PYTEST", "PL_"))}
-    return {**kept, "PYTHONPATH": os.pathsep.join([str(packages), *filter(None, [kept.get("PYTHONPATH")])])}
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("COV", "PYTEST", "PL_"))
+    }
+    return {
+        **kept,
+        "PYTHONPATH": os.pathsep.join([str(packages), *filter(None, [kept.get("PYTHONPATH")])]),
+    }
 
 
 @pytest.mark.slow
@@ -65,7 +91,15 @@ def test_exactness_and_callback_with_lightning(release, tmp_path):
     packages = tmp_path / "packages"
     install(release, packages)
     # A basetemp of its own: else the child's runs would push out those of which pytest keeps the last three for the user.
-    options = ["-q", "-x", "-p", "no:cacheprovider", "-m", "not slow", f"--basetemp={tmp_path / 'runs'}"]
+    options = [
+        "-q",
+        "-x",
+        "-p",
+        "no:cacheprovider",
+        "-m",
+        "not slow",
+        f"--basetemp={tmp_path / 'runs'}",
+    ]
     tests = ["tests/test_exactness.py", "tests/test_callback.py", "tests/test_cli.py"]
     try:
         done = subprocess.run(

@@ -9,7 +9,11 @@ from lightning_hsu._core.sphere import unit_rows
 from lightning_hsu.measures import Covering, Polarization
 from tests import configurations as c
 
-MEASURES = [Covering(), Covering(half_space=True), *(Polarization(s=s, half_space=h) for s in (0, 1, 2) for h in (False, True))]
+MEASURES = [
+    Covering(),
+    Covering(half_space=True),
+    *(Polarization(s=s, half_space=h) for s in (0, 1, 2) for h in (False, True)),
+]
 COVERINGS = {  # best known covering radii of N points on the sphere S^2, degrees
     4: 70.5287793655,
     5: 63.4349488229,
@@ -50,16 +54,28 @@ def polarized_simplex(s, d):
 
 @pytest.mark.parametrize("d", [2, 3, 4, 8, 16])
 def test_closed_forms(d):
-    simplex, cross, basis = c.rotated(c.simplex(d + 1, d)), c.rotated(c.cross_polytope(d)), c.rotated(c.orthonormal(d, d))
+    simplex, cross, basis = (
+        c.rotated(c.simplex(d + 1, d)),
+        c.rotated(c.cross_polytope(d)),
+        c.rotated(c.orthonormal(d, d)),
+    )
     assert solved(Covering(), simplex) == (pytest.approx(math.acos(1 / d), abs=1e-11), True)
-    assert solved(Covering(), basis) == (pytest.approx(math.acos(-1 / math.sqrt(d)), abs=1e-11), True)
+    assert solved(Covering(), basis) == (
+        pytest.approx(math.acos(-1 / math.sqrt(d)), abs=1e-11),
+        True,
+    )
     radius = pytest.approx(math.acos(1 / math.sqrt(d)), abs=1e-11)
     assert solved(Covering(), cross) == (radius, d <= 8)  # 2^16 facets are too many to try
     assert solved(Covering(half_space=True), basis) == (radius, d <= 8)
     for s in (0, 1, 2):
-        assert solved(Polarization(s=s), simplex)[0] == pytest.approx(polarized_simplex(s, d), abs=1e-11)
+        assert solved(Polarization(s=s), simplex)[0] == pytest.approx(
+            polarized_simplex(s, d), abs=1e-11
+        )
     assert solved(Polarization(), cross)[0] == pytest.approx(d / (2 * (d - 1)), abs=1e-11)
-    assert solved(Polarization(), basis) == (pytest.approx(1 / (2 + 2 / math.sqrt(d)), abs=1e-11), True)
+    assert solved(Polarization(), basis) == (
+        pytest.approx(1 / (2 + 2 / math.sqrt(d)), abs=1e-11),
+        True,
+    )
 
 
 @pytest.mark.parametrize("n", [2, 3, 5, 8, 100])
@@ -67,9 +83,15 @@ def test_the_circle(n):
     x = c.rotated(c.polygon(n))
     assert solved(Covering(), x) == (pytest.approx(math.pi / n, abs=1e-12), True)
     lines = n if n % 2 else n // 2  # the mirror images of an even polygon are its own points
-    assert solved(Covering(half_space=True), x) == (pytest.approx(math.pi / (2 * lines), abs=1e-12), True)
+    assert solved(Covering(half_space=True), x) == (
+        pytest.approx(math.pi / (2 * lines), abs=1e-12),
+        True,
+    )
     chords = [2 * math.sin(math.pi * (k + 0.5) / n) for k in range(n)]
-    assert solved(Polarization(s=2), x) == (pytest.approx(sum(r**-2 for r in chords) / n, rel=1e-12), True)
+    assert solved(Polarization(s=2), x) == (
+        pytest.approx(sum(r**-2 for r in chords) / n, rel=1e-12),
+        True,
+    )
     for measure in MEASURES:
         assert float(measure.value_and_grad(x)[1].norm()) < 1e-10
 
@@ -95,13 +117,19 @@ def test_one_point_and_two():
 
 
 def test_icosahedron():
-    assert solved(Covering(), c.rotated(c.icosahedron())) == (pytest.approx(math.radians(37.3773681438), abs=1e-10), True)
+    assert solved(Covering(), c.rotated(c.icosahedron())) == (
+        pytest.approx(math.radians(37.3773681438), abs=1e-10),
+        True,
+    )
     assert len(Covering().prepare(c.icosahedron())["points"][0]) == 20  # a hole over each face
 
 
 def test_half_space_with_fewer_neurons_than_dimensions_has_nothing_to_win():
     x = random(6, 9)
-    for measure, value in ((Covering(half_space=True), math.pi / 2), (Polarization(half_space=True), 0.5)):
+    for measure, value in (
+        (Covering(half_space=True), math.pi / 2),
+        (Polarization(half_space=True), 0.5),
+    ):
         assert solved(measure, x) == (pytest.approx(value, abs=1e-12), True)
         assert float(measure.value_and_grad(x)[1].norm()) < 1e-12
 
@@ -181,7 +209,9 @@ DEGENERATE = {
     "all equal": torch.ones(6, 3, dtype=torch.float64),
     "duplicates": random(8, 3).repeat(2, 1),
     "near duplicates": torch.cat([random(8, 3), random(8, 3) * (1 + 1e-9) + 1e-9]),
-    "cube": torch.tensor([[a, b, e] for a in (1.0, -1) for b in (1, -1) for e in (1, -1)], dtype=torch.float64),
+    "cube": torch.tensor(
+        [[a, b, e] for a in (1.0, -1) for b in (1, -1) for e in (1, -1)], dtype=torch.float64
+    ),
     "octahedron": c.cross_polytope(3),
     "half an octahedron": c.cross_polytope(3)[:5],
     "great circle": torch.nn.functional.pad(c.polygon(7), (0, 1)),
@@ -192,7 +222,9 @@ DEGENERATE = {
 
 
 @pytest.mark.parametrize(
-    "measure", [Covering(), Covering(half_space=True), Polarization(), Polarization(half_space=True)], ids=repr
+    "measure",
+    [Covering(), Covering(half_space=True), Polarization(), Polarization(half_space=True)],
+    ids=repr,
 )
 @pytest.mark.parametrize("name", DEGENERATE)
 def test_degenerate_points(name, measure):
@@ -208,7 +240,9 @@ def test_degenerate_points(name, measure):
         assert exact
 
 
-@pytest.mark.parametrize(("name", "radius"), [("cube", math.acos(1 / math.sqrt(3))), ("half an octahedron", math.pi / 2)])
+@pytest.mark.parametrize(
+    ("name", "radius"), [("cube", math.acos(1 / math.sqrt(3))), ("half an octahedron", math.pi / 2)]
+)
 def test_degenerate_radii(name, radius):
     assert solved(Covering(), DEGENERATE[name]) == (pytest.approx(radius, abs=1e-9), True)
 
@@ -278,7 +312,13 @@ def test_nothing_beats_the_best(measure, shape):
 
 
 def test_some_reach_the_best():
-    for points in (c.simplex(4, 3), c.cross_polytope(3), c.icosahedron(), c.simplex(9, 8), c.polygon(11)):
+    for points in (
+        c.simplex(4, 3),
+        c.cross_polytope(3),
+        c.icosahedron(),
+        c.simplex(9, 8),
+        c.polygon(11),
+    ):
         assert float(Covering()(points)) == pytest.approx(Covering().best(*points.shape), abs=1e-9)
 
 
@@ -331,7 +371,18 @@ def descended(measure, x, target, steps):
 @pytest.mark.slow
 def test_descent_reaches_the_best_known_coverings(n):
     radius, best = math.radians(COVERINGS[n]), math.inf
-    for seed in (6, 4, 8, 9, 2, 0, 1, 3, 5, 7):  # those first that lead to the best from where others get stuck
+    for seed in (
+        6,
+        4,
+        8,
+        9,
+        2,
+        0,
+        1,
+        3,
+        5,
+        7,
+    ):  # those first that lead to the best from where others get stuck
         best = min(best, descended(Covering(), random(n, 3, seed=seed), radius + 1e-5, 300))
         if best <= radius + 1e-4:
             break

@@ -48,4 +48,8 @@ class _PairGradient(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
         (w,) = ctx.saved_tensors
         stack = w.reshape(-1, *w.shape[-2:])
-        return hessian_vector(stack, grad_outputs[0].reshape_as(stack), ctx.term).reshape_as(w), None, None
+        return (
+            hessian_vector(stack, grad_outputs[0].reshape_as(stack), ctx.term).reshape_as(w),
+            None,
+            None,
+        )

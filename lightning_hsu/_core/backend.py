@@ -34,7 +34,9 @@ def compiled(w: Tensor) -> bool:
     if _chosen() != "triton":
         return False
     _check_machine()
-    return w.dtype in DTYPES and w.device.type == ("cpu" if interpreted() else "cuda") and _capable(w)
+    return (
+        w.dtype in DTYPES and w.device.type == ("cpu" if interpreted() else "cuda") and _capable(w)
+    )
 
 
 def replays() -> bool:
@@ -45,7 +47,9 @@ def replays() -> bool:
 def _chosen() -> str:
     backend = os.environ.get(VARIABLE, "torch")
     if backend not in BACKENDS:
-        raise ValueError(f"the environment variable {VARIABLE} must be one of {', '.join(BACKENDS)}; got {backend!r}")
+        raise ValueError(
+            f"the environment variable {VARIABLE} must be one of {', '.join(BACKENDS)}; got {backend!r}"
+        )
     if backend == "cudagraph" and not torch.cuda.is_available():
         raise RuntimeError(f"{VARIABLE} is 'cudagraph', but torch sees no CUDA device; unset it")
     return backend

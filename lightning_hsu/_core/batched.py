@@ -30,7 +30,9 @@ _graphs: dict[object, tuple[torch.cuda.CUDAGraph, list[Found]]] = {}
 
 def stacked(parts: Sequence[Tensor]) -> Tensor:
     """Neurons of layers of one shape (b, n, d) as one stack, in float32 or wider."""
-    return (torch.cat(list(parts)) if len(parts) > 1 else parts[0]).to(working_dtype(parts[0].dtype))
+    return (torch.cat(list(parts)) if len(parts) > 1 else parts[0]).to(
+        working_dtype(parts[0].dtype)
+    )
 
 
 def unasked(stacks: Sequence[Sequence[Tensor]], term: PairTerm) -> Iterator[Found]:
@@ -50,14 +52,19 @@ def _replayed(stacks: Sequence[Sequence[Tensor]], term: PairTerm) -> list[Found]
 
     What it returns is overwritten by the next replay.
     """
-    key = (term, tuple((w.data_ptr(), w.shape, w.stride(), w.dtype) for parts in stacks for w in parts))
+    key = (
+        term,
+        tuple((w.data_ptr(), w.shape, w.stride(), w.dtype) for parts in stacks for w in parts),
+    )
     if key not in _graphs:
         while len(_graphs) >= _KEPT:
             del _graphs[next(iter(_graphs))]
         with exact_arithmetic(stacks[0][0]), torch.cuda.device(stacks[0][0].device):
             aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
             aside.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(aside):  # what libraries set up at their first call is not to be captured
+            with torch.cuda.stream(
+                aside
+            ):  # what libraries set up at their first call is not to be captured
                 for parts in stacks:
                     unasked_gradients(stacked(parts), term)
             torch.cuda.current_stream().wait_stream(aside)
@@ -85,7 +92,11 @@ def unasked_gradients(w: Tensor, term: PairTerm) -> tuple[Tensor, Tensor, Tensor
     norm = torch.linalg.vector_norm(w, dim=-1, keepdim=True)
     holds = ((norm > 1e-15) & (norm < 1e15)).flatten(1).all(1)
     x = w / norm
-    grad, radial, total = torch.zeros_like(x), torch.zeros_like(norm), torch.zeros(b, dtype=torch.float64, device=w.device)
+    grad, radial, total = (
+        torch.zeros_like(x),
+        torch.zeros_like(norm),
+        torch.zeros(b, dtype=torch.float64, device=w.device),
+    )
     height = max(1, min(n, _ENTRIES // (b * n)))
     for start in range(0, n, height):
         rows, cols = x[:, start : start + height], x[:, start:]
@@ -97,11 +108,17 @@ def unasked_gradients(w: Tensor, term: PairTerm) -> tuple[Tensor, Tensor, Tensor
         value, slope = term.folded(q.clamp_(NEAR, 4.0 - NEAR), NEAR)
         for part in (value, slope):
             part.diagonal(dim1=1, dim2=2).fill_(0.0)
-        total += value[..., :seam].sum((1, 2), dtype=torch.float64) / 2.0 + value[..., seam:].sum((1, 2), dtype=torch.float64)
+        total += value[..., :seam].sum((1, 2), dtype=torch.float64) / 2.0 + value[..., seam:].sum(
+            (1, 2), dtype=torch.float64
+        )
         pulled = cosine.mul_(slope)
         radial[:, start:stop] += pulled.sum(2, keepdim=True)
         radial[:, stop:] += pulled[..., seam:].sum(1).unsqueeze(2)
         grad[:, start:stop].baddbmm_(slope, cols)
         grad[:, stop:].baddbmm_(slope[..., seam:].mT, rows)
     grad = grad.addcmul_(x, radial, value=-1.0).mul_(-2.0 * term.scale(n) / norm)
-    return (total + term.constant(n)) * term.scale(n), grad, holds & grad.isfinite().flatten(1).all(1)
+    return (
+        (total + term.constant(n)) * term.scale(n),
+        grad,
+        holds & grad.isfinite().flatten(1).all(1),
+    )

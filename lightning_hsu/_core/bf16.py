@@ -82,11 +82,15 @@ class LoweredPairSums(PairSums):
         pull = slope.sub_(self.centre).bfloat16()
         mine = self.grad[:, start:stop]
         fresh = start == 0 or self.index is not None
-        mine.copy_(product(pull, self.low[:, left:])) if fresh else mine.add_(product(pull, self.low[:, left:]))
+        mine.copy_(product(pull, self.low[:, left:])) if fresh else mine.add_(
+            product(pull, self.low[:, left:])
+        )
         mine += self.centre * (self.sum - self.before)
         if seam < pull.shape[2]:
             rest = self.grad[:, stop:]
-            rest.copy_(product(pull[..., seam:].mT, rows)) if fresh else rest.add_(product(pull[..., seam:].mT, rows))
+            rest.copy_(product(pull[..., seam:].mT, rows)) if fresh else rest.add_(
+                product(pull[..., seam:].mT, rows)
+            )
         self._pass(start, stop, self.centre)
 
     def _pass(self, start: int, stop: int, centre: float = 0.0) -> None:

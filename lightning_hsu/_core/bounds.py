@@ -30,7 +30,11 @@ def pair_bound(term: PairTerm, n: int, d: int, *, absolutely_monotone: bool) -> 
             apart from a constant.
     """
     if term.half_space:
-        even = _envelope(lambda u: _value(term, u.sqrt()) + _value(term, -u.sqrt()), 0.0, max(0.0, (n - d) / (d * (n - 1))))
+        even = _envelope(
+            lambda u: _value(term, u.sqrt()) + _value(term, -u.sqrt()),
+            0.0,
+            max(0.0, (n - d) / (d * (n - 1))),
+        )
         opposite = float(_value(term, torch.tensor([-1.0], dtype=torch.float64)))
         bound = ((n - 1) * even + opposite) / (2 * n - 1)
     else:
@@ -56,13 +60,19 @@ def _envelope(function: Callable[[Tensor], Tensor], low: float, least: float) ->
     two samples, by their slopes there.
     """
     # Even steps in the angle, so that the steep end is resolved.
-    grid = low + (1.0 - low) * torch.sin(torch.linspace(0.0, math.pi / 2, _GRID, dtype=torch.float64)).square()
+    grid = (
+        low
+        + (1.0 - low)
+        * torch.sin(torch.linspace(0.0, math.pi / 2, _GRID, dtype=torch.float64)).square()
+    )
     grid = torch.tensor(sorted({*grid.tolist(), least}), dtype=torch.float64)
     value = function(grid)
     step = grid.diff()
     slope = value.diff() / step
     at = int((grid == least).nonzero())
-    if bool((slope.diff() >= -1e-9 * slope.abs().max()).all()) and (at == len(slope) or float(slope[at]) >= 0.0):
+    if bool((slope.diff() >= -1e-9 * slope.abs().max()).all()) and (
+        at == len(slope) or float(slope[at]) >= 0.0
+    ):
         return float(value[at])
     turn = (slope.diff().clamp_min(0.0) * torch.maximum(step[1:], step[:-1])).tolist()
     sunk = [v - s for v, s in zip(value.tolist(), [0.0, *turn, 0.0], strict=True)]
@@ -78,6 +88,10 @@ def _envelope(function: Callable[[Tensor], Tensor], low: float, least: float) ->
     return within
 
 
-def _above(middle: tuple[float, float], left: tuple[float, float], right: tuple[float, float]) -> bool:
+def _above(
+    middle: tuple[float, float], left: tuple[float, float], right: tuple[float, float]
+) -> bool:
     """Whether the middle point lies on or above the line from left to right."""
-    return (middle[1] - left[1]) * (right[0] - left[0]) >= (right[1] - left[1]) * (middle[0] - left[0])
+    return (middle[1] - left[1]) * (right[0] - left[0]) >= (right[1] - left[1]) * (
+        middle[0] - left[0]
+    )

@@ -41,17 +41,26 @@ def expected_angles(pairs: float, d: int, bins: int) -> torch.Tensor:
     """
     fine = 32
     middles = (torch.arange(bins * fine, dtype=torch.float64) + 0.5) * (math.pi / (bins * fine))
-    density = torch.softmax((d - 2) * middles.sin().log(), 0)  # sin(t)^(d - 2), in logarithms: d may be large
+    density = torch.softmax(
+        (d - 2) * middles.sin().log(), 0
+    )  # sin(t)^(d - 2), in logarithms: d may be large
     return density.view(bins, fine).sum(1) * pairs
 
 
 def _diverging(kernel: Kernel, d: int) -> float:
     """Infinity with the sign of the kernel at an end where its mean has no bound; 0 where there is none."""
-    near, far = torch.tensor([1e-20, 1e-19], dtype=torch.float64), torch.tensor([4.0, 4.0], dtype=torch.float64)
+    near, far = (
+        torch.tensor([1e-20, 1e-19], dtype=torch.float64),
+        torch.tensor([4.0, 4.0], dtype=torch.float64),
+    )
     for q, p in ((near, far), (far, near)):
         value = kernel(q, p)[0]
         # Near an end the density of the squared chord goes with its (d - 3) / 2-th power.
-        power = -math.log10(float((value[1] / value[0]).abs().clamp_min(1e-300))) if float(value[0]) else 0.0
+        power = (
+            -math.log10(float((value[1] / value[0]).abs().clamp_min(1e-300)))
+            if float(value[0])
+            else 0.0
+        )
         if power >= (d - 1) / 2 - 1e-6:
             return math.copysign(math.inf, float(value[0]))
     return 0.0

@@ -34,12 +34,16 @@ def add_pair_gradients(additions: Sequence[GradientUpdate], term: PairTerm) -> N
     if any(quick):
         from lightning_hsu._core.triton import launch
 
-        launch.add_pair_gradients([one for one, fits in zip(additions, quick, strict=True) if fits], term)
+        launch.add_pair_gradients(
+            [one for one, fits in zip(additions, quick, strict=True) if fits], term
+        )
     stacks: dict[object, list[GradientUpdate]] = {}
     for i, one in enumerate(additions):
         if not quick[i]:
             alike = (one.w.shape, one.w.dtype, one.w.device, one.scale, one.limit, one.grad_scale)
-            stacks.setdefault(alike if one.w.numel() <= SMALL or _waits(one.w) else i, []).append(one)
+            stacks.setdefault(alike if one.w.numel() <= SMALL or _waits(one.w) else i, []).append(
+                one
+            )
     waiting = []
     for members in stacks.values():
         if _waits(members[0].w):
@@ -60,7 +64,11 @@ def _add_unasked(stacks: Sequence[Sequence[GradientUpdate]], term: PairTerm) -> 
         _add(members, term, _joined(members), value, torch.where(holds[:, None, None], grad, 0.0))
         answers.append(holds)
     for members, holds in zip(stacks, answers, strict=True):
-        groups = [replace(one, w=one.w[i, None], out=one.out[i, None]) for one in members for i in range(len(one.w))]
+        groups = [
+            replace(one, w=one.w[i, None], out=one.out[i, None])
+            for one in members
+            for i in range(len(one.w))
+        ]
         for group, well in zip(groups, holds.tolist(), strict=True):
             if not well:
                 w = _joined([group])
@@ -85,19 +93,25 @@ def _joined(members: Sequence[GradientUpdate]) -> Tensor:
     return stacked([one.w for one in members])
 
 
-def _add(members: Sequence[GradientUpdate], term: PairTerm, w: Tensor, value: Tensor, grad: Tensor | None) -> None:
+def _add(
+    members: Sequence[GradientUpdate], term: PairTerm, w: Tensor, value: Tensor, grad: Tensor | None
+) -> None:
     """Add to layers of one shape and weight what their stack w (b, n, d) has: values (b,) and gradients (b, n, d)."""
     assert grad is not None
     first = members[0]
     if term.logarithm:
         grad = grad / torch.where(value > 0, value, 1.0)[:, None, None].to(grad.dtype)
     bound = torch.finfo(first.w.dtype).max / 2
-    weight = shortening(grad, w, first.scale, first.limit, bound).mul_(first.scale * first.grad_scale)
+    weight = shortening(grad, w, first.scale, first.limit, bound).mul_(
+        first.scale * first.grad_scale
+    )
     parts = torch.split(grad.mul_(weight), first.w.shape[0])
     torch._foreach_add_([one.out for one in members], list(parts))
 
 
-def shortening(grad: Tensor, w: Tensor, scale: Tensor | float, limit: float | None, bound: float) -> Tensor:
+def shortening(
+    grad: Tensor, w: Tensor, scale: Tensor | float, limit: float | None, bound: float
+) -> Tensor:
     """Factors (..., n, 1) in (0, 1] that keep the rows of ``scale * grad`` within a limit.
 
     Args:

@@ -115,7 +115,11 @@ def _in_hemisphere(x: Tensor) -> tuple[Tensor, Tensor] | None:
         v = -nearest / nearest.norm()
         return (v[None], weights[None]) if certain(x, v, weights) else None
     v = orthogonal_to(x)
-    return (torch.stack([v, -v]), weights.expand(2, -1) / 2) if v is not None and certain(x, v, weights) else None
+    return (
+        (torch.stack([v, -v]), weights.expand(2, -1) / 2)
+        if v is not None and certain(x, v, weights)
+        else None
+    )
 
 
 def _orthogonal_hole(x: Tensor) -> tuple[Tensor, Tensor] | None:

@@ -49,7 +49,10 @@ class PairTerm:
         """Value and slope at the squared chords q, p = 4 - q; below the knee the tangent line at the knee."""
         curved = q.clamp_min(self.knee**2)
         bound = _BOUND[q.dtype]
-        bounded = (part.clamp(-bound, bound) for part in self.kernel(curved, p.clamp_max(4.0 - self.knee**2)))
+        bounded = (
+            part.clamp(-bound, bound)
+            for part in self.kernel(curved, p.clamp_max(4.0 - self.knee**2))
+        )
         value, slope = bounded
         return value + slope * (q - curved), slope
 
@@ -64,7 +67,9 @@ class PairTerm:
     def folded(self, q: Tensor, nearest: float = 0.0) -> tuple[Tensor, Tensor]:
         """Energy of pairs and its slope at squared chords q in [nearest, 4 - nearest]."""
         p = 4.0 - q
-        smooth = q.dtype != torch.float64 and self.knee**2 <= nearest  # no knee, no overflow: skip both guards
+        smooth = (
+            q.dtype != torch.float64 and self.knee**2 <= nearest
+        )  # no knee, no overflow: skip both guards
         if not smooth:
             value, slope, mirrored_slope = self.split(q, p)
             return value, slope - mirrored_slope

@@ -48,7 +48,10 @@ def universal_quadrature(n: int, d: int) -> tuple[Tensor, Tensor]:
     """
     _check(n, d)
     if n <= d + 1:
-        nodes, weights = torch.tensor([-1.0 / (n - 1)], dtype=torch.float64), torch.ones(1, dtype=torch.float64)
+        nodes, weights = (
+            torch.tensor([-1.0 / (n - 1)], dtype=torch.float64),
+            torch.ones(1, dtype=torch.float64),
+        )
     elif d == 2:
         nodes, weights = _polygon(n)
     else:
@@ -104,7 +107,9 @@ def cap_fraction(angle: float, d: int) -> float:
         0.25
     """
     if d < 2 or not 0.0 <= angle <= math.pi:
-        raise ValueError(f"a cap needs an angle from 0 to pi and at least 2 dimensions; got angle={angle}, d={d}")
+        raise ValueError(
+            f"a cap needs an angle from 0 to pi and at least 2 dimensions; got angle={angle}, d={d}"
+        )
     if angle > math.pi / 2:
         return 1.0 - cap_fraction(math.pi - angle, d)
     return math.exp(_log_area(angle, d) - _log_area(math.pi / 2, d)) / 2 if angle else 0.0
@@ -130,7 +135,9 @@ def cap_angle(fraction: float, d: int) -> float:
         60.0
     """
     if d < 2 or not 0.0 <= fraction <= 1.0:
-        raise ValueError(f"a cap needs a fraction from 0 to 1 and at least 2 dimensions; got fraction={fraction}, d={d}")
+        raise ValueError(
+            f"a cap needs a fraction from 0 to 1 and at least 2 dimensions; got fraction={fraction}, d={d}"
+        )
     if fraction > 0.5:
         return math.pi - cap_angle(1.0 - fraction, d)
     low, high = 0.0, math.pi / 2
@@ -148,7 +155,9 @@ def _check(n: int, d: int) -> None:
 def _polygon(n: int) -> tuple[Tensor, Tensor]:
     """The rule in the plane: cosines (n // 2,) of the regular polygon and the share of the n - 1 others at each."""
     steps = torch.arange(n // 2, 0, -1, dtype=torch.float64)
-    others = 2.0 - (2 * steps == n).to(steps)  # the opposite point is one, any other cosine belongs to two
+    others = 2.0 - (2 * steps == n).to(
+        steps
+    )  # the opposite point is one, any other cosine belongs to two
     return torch.cos(steps * (2 * math.pi / n)), others / (n - 1)
 
 
@@ -168,7 +177,9 @@ def _levenshtein(n: int, d: int) -> tuple[Tensor, Tensor]:
     k, even = (tau + 1) // 2, tau % 2 == 0
     diagonal, beside = _recurrence(k, d, even)
     diagonal[-1] += k * (n - above) / ((n - below) * (2 * k + d - 2))
-    nodes, vectors = torch.linalg.eigh(torch.diag(diagonal) + torch.diag(beside, -1))  # reads the lower triangle
+    nodes, vectors = torch.linalg.eigh(
+        torch.diag(diagonal) + torch.diag(beside, -1)
+    )  # reads the lower triangle
     nodes = nodes.clamp_min(-1.0)
     mass = vectors[0].square() / (1.0 - nodes)
     if even:
@@ -198,5 +209,9 @@ def _log_area(angle: float, d: int) -> float:
     log_odds = math.pi * torch.sinh(grid)
     part = torch.sigmoid(log_odds)  # the share of the angle
     weight = torch.cosh(grid) * part * torch.sigmoid(-log_odds)
-    value = torch.special.xlogy(torch.tensor(d - 2.0, dtype=torch.float64), torch.sin(angle * part) / math.sin(angle))
-    return (d - 2) * math.log(math.sin(angle)) + math.log(angle * float((weight * value.exp()).sum()))
+    value = torch.special.xlogy(
+        torch.tensor(d - 2.0, dtype=torch.float64), torch.sin(angle * part) / math.sin(angle)
+    )
+    return (d - 2) * math.log(math.sin(angle)) + math.log(
+        angle * float((weight * value.exp()).sum())
+    )

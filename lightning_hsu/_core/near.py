@@ -26,13 +26,17 @@ class NearPairs:
     def __init__(self, w: Tensor, term: PairTerm) -> None:
         self.w, self.term = w, term
         self.energy = torch.zeros((), dtype=torch.float64, device=w.device)
-        self.met = torch.zeros(len(w), dtype=torch.bool, device=w.device)  # rows with a near neighbour
+        self.met = torch.zeros(
+            len(w), dtype=torch.bool, device=w.device
+        )  # rows with a near neighbour
         self.grad = torch.empty_like(w, dtype=torch.float64)  # of these, the others hold nothing
         self.noise: Tensor | None = None  # (n, d), drawn when the first coincident neurons are met
         self.away: Tensor | None = None  # (n, d): directions in which coincident neurons part
         self.degree: Tensor | None = None  # (n,): coincident partners
 
-    def add_panel(self, mask: Tensor, rows: Tensor, cols: Tensor, seam: int, *, with_grad: bool) -> None:
+    def add_panel(
+        self, mask: Tensor, rows: Tensor, cols: Tensor, seam: int, *, with_grad: bool
+    ) -> None:
         """Add the pairs of a panel that are too near.
 
         Args:
@@ -67,18 +71,25 @@ class NearPairs:
         self.met[index] = True
         self.grad.index_add_(0, index, tangent(2.0 * total, x))
 
-    def _separate(self, rows: Tensor, cols: Tensor, outside: Tensor, same: Tensor, mirror: Tensor) -> None:
+    def _separate(
+        self, rows: Tensor, cols: Tensor, outside: Tensor, same: Tensor, mirror: Tensor
+    ) -> None:
         """Note coincident partners: as if every neuron stood an infinitesimal, seeded step beside itself."""
         if self.away is None or self.degree is None or self.noise is None:
             self.noise = seeded_noise(*self.w.shape, like=self.energy)
-            self.away, self.degree = torch.zeros_like(self.noise), torch.zeros_like(self.noise[:, 0])
+            self.away, self.degree = (
+                torch.zeros_like(self.noise),
+                torch.zeros_like(self.noise[:, 0]),
+            )
         noise = self.noise
         for index, partners, a, b in (
             (rows, cols, same, mirror),
             (cols[outside], rows, same[:, outside].mT, mirror[:, outside].mT),
         ):
             degree = (a + b).sum(1)
-            self.away.index_add_(0, index, degree[:, None] * noise[index] - (a - b) @ noise[partners])
+            self.away.index_add_(
+                0, index, degree[:, None] * noise[index] - (a - b) @ noise[partners]
+            )
             self.degree.index_add_(0, index, degree)
 
     def gradient(self) -> tuple[Tensor, Tensor]:

@@ -59,7 +59,9 @@ def smallest_angle(w: Tensor, *, half_space: bool = False) -> Tensor:
         return w.new_full(w.shape[:-2], float("nan"), dtype=torch.float64)
     stack = with_float64(w.detach()).reshape(-1, *w.shape[-2:])
     with torch.no_grad(), exact_arithmetic(stack):
-        parts = [Nearest(part, half_space, settled=1.0 - NEAR / 2).smallest() for part in _split(stack)]
+        parts = [
+            Nearest(part, half_space, settled=1.0 - NEAR / 2).smallest() for part in _split(stack)
+        ]
     q = torch.cat(parts).reshape(w.shape[:-2])
     angle = 2.0 * torch.atan2(q.sqrt(), (4.0 - q).clamp_min(0.0).sqrt())
     return torch.where(q.isfinite(), angle, float("nan"))
@@ -83,7 +85,9 @@ def nearest_energy(w: Tensor, term: NearestTerm) -> tuple[Tensor, Tensor]:
     stack = with_float64(w.detach()).reshape(-1, *w.shape[-2:])
     with torch.no_grad(), exact_arithmetic(stack):
         parts = [_Energy(part, term).result(w.dtype) for part in _split(stack)]
-    value, grad = parts[0] if len(parts) == 1 else (torch.cat(both) for both in zip(*parts, strict=True))
+    value, grad = (
+        parts[0] if len(parts) == 1 else (torch.cat(both) for both in zip(*parts, strict=True))
+    )
     return value.reshape(w.shape[:-2]).to(w.device, dtype), grad.reshape(w.shape).to(w.device)
 
 
@@ -98,7 +102,9 @@ def parting(x: Tensor, away: Tensor, degree: Tensor, noise: Tensor) -> Tensor:
 def _split(stack: Tensor) -> tuple[Tensor, ...]:
     """Parts of a stack (b, n, d) in its working dtype whose Gram matrices are small enough together."""
     n = stack.shape[1]
-    return torch.split(stack.to(working_dtype(stack.dtype)), max(1, _ENTRIES // (min(PANEL, n) * n)))
+    return torch.split(
+        stack.to(working_dtype(stack.dtype)), max(1, _ENTRIES // (min(PANEL, n) * n))
+    )
 
 
 class _Energy(Nearest):
@@ -108,10 +114,15 @@ class _Energy(Nearest):
         super().__init__(w, term.half_space, term.every_neuron)
         self.term = term
         self.total, self.mass = torch.zeros(2, w.shape[0], dtype=torch.float64, device=w.device)
-        self.points = torch.zeros(0)  # these and what follows: (b * n, d) float64, made for panels and coincident neurons
+        self.points = torch.zeros(
+            0
+        )  # these and what follows: (b * n, d) float64, made for panels and coincident neurons
         self.rare: Tensor | None = None  # their part of the gradient
         self.noise: Tensor | None = None
-        self.away, self.degree = torch.zeros(0), torch.zeros(0)  # how coincident neurons part; the latter (b * n, 1)
+        self.away, self.degree = (
+            torch.zeros(0),
+            torch.zeros(0),
+        )  # how coincident neurons part; the latter (b * n, 1)
 
     def result(self, out: torch.dtype) -> tuple[Tensor, Tensor]:
         """Value (b,) in float64 and gradient (b, n, d) in ``out``."""
@@ -130,12 +141,20 @@ class _Energy(Nearest):
     def _add(self, part: Pairs | Panel, smallest: Tensor | None) -> Tensor:
         """Add to the value what is tied with the smallest squared chord (b,), or its row's; return the weights of the pulls."""
         group = part.rows // self.w.shape[1]
-        limit = part.least() if smallest is None else smallest[group].view(-1, *[1] * (part.near.dim() - 1))
+        limit = (
+            part.least()
+            if smallest is None
+            else smallest[group].view(-1, *[1] * (part.near.dim() - 1))
+        )
         tied = part.near <= limit * (1.0 + self.tie)
         weight = tied.double() / (part.count(tied) if self.every else 1.0)
-        value, slope = self.term.kernel(torch.where(tied, part.near, 2.0), torch.where(tied, part.far, 2.0))
+        value, slope = self.term.kernel(
+            torch.where(tied, part.near, 2.0), torch.where(tied, part.far, 2.0)
+        )
         for kept, added in ((self.total, weight * value), (self.mass, weight)):
-            kept.index_put_((group,), added.flatten(1).sum(1) if added.dim() > 1 else added, accumulate=True)
+            kept.index_put_(
+                (group,), added.flatten(1).sum(1) if added.dim() > 1 else added, accumulate=True
+            )
         together = tied & (part.near < COINCIDENT)
         signed = weight * part.sign
         if bool(together.any()):
@@ -157,11 +176,17 @@ class _Energy(Nearest):
         apart = pull.index_fill(0, near, 0.0)
         end, order = torch.cat([pairs.rows, pairs.cols]).sort(stable=True)
         begin = torch.searchsorted(end, torch.arange(len(x), device=end.device))
-        other, weight = (torch.cat(both)[order] for both in ((pairs.cols, pairs.rows), (-apart, -apart)))
-        grad: Tensor = nn.functional.embedding_bag(other, x, begin, mode="sum", per_sample_weights=self._bounded(weight))
+        other, weight = (
+            torch.cat(both)[order] for both in ((pairs.cols, pairs.rows), (-apart, -apart))
+        )
+        grad: Tensor = nn.functional.embedding_bag(
+            other, x, begin, mode="sum", per_sample_weights=self._bounded(weight)
+        )
         grad.addcmul_(x, self._bounded(own)[:, None])
         for end, weight in ((pairs.rows, pull * pairs.side), (pairs.cols, -pull)):
-            grad.index_put_((end[near],), self._bounded(weight[near])[:, None] * pairs.step, accumulate=True)
+            grad.index_put_(
+                (end[near],), self._bounded(weight[near])[:, None] * pairs.step, accumulate=True
+            )
         return grad
 
     def _bounded(self, part: Tensor) -> Tensor:
@@ -182,7 +207,10 @@ class _Energy(Nearest):
         if self.noise is None:
             b, n, d = self.w.shape
             self.noise = seeded_noise(n, d, like=self.points).repeat(b, 1)
-            self.away, self.degree = torch.zeros_like(self.points), torch.zeros_like(self.points[:, :1])
+            self.away, self.degree = (
+                torch.zeros_like(self.points),
+                torch.zeros_like(self.points[:, :1]),
+            )
         part.spread(self.away, weight, self.noise)
         part.spread(self.degree, -weight.abs(), torch.ones_like(self.degree))
 

@@ -32,7 +32,11 @@ def nearer(q: Tensor, p: Tensor, half_space: bool, tie: float) -> tuple[Tensor, 
     tied = (q - p).detach().abs() <= tie
     sign = torch.where(tied, 0.0, torch.sign((p - q).detach()))
     middle = (q + p) / 2.0  # constant: a tie has no slope
-    return torch.where(tied, middle, torch.minimum(q, p)), torch.where(tied, middle, torch.maximum(q, p)), sign
+    return (
+        torch.where(tied, middle, torch.minimum(q, p)),
+        torch.where(tied, middle, torch.maximum(q, p)),
+        sign,
+    )
 
 
 @dataclass
@@ -102,19 +106,25 @@ class Nearest:
         settled: Cosine below which ties in rounding are left as they are.
     """
 
-    def __init__(self, w: Tensor, half_space: bool, every: bool = False, settled: float = NONE) -> None:
+    def __init__(
+        self, w: Tensor, half_space: bool, every: bool = False, settled: float = NONE
+    ) -> None:
         self.w, self.half_space, self.every = w, half_space, every
         self.tie = tie_tolerance(w.dtype)
         self.x, self.inverse_norm = unit_rows(w)
         self.alive = self.inverse_norm.squeeze(-1) > 0  # (b, n)
         first, index, second = largest_two(self.x, self.alive, half_space=half_space, every=every)
         best = first if every else first.amax(-1, keepdim=True)
-        self.bound = best - self.tie * (1.0 - best) - 64.0 * torch.finfo(w.dtype).eps  # ties, and the rounding of cosines
+        self.bound = (
+            best - self.tie * (1.0 - best) - 64.0 * torch.finfo(w.dtype).eps
+        )  # ties, and the rounding of cosines
         counts = (first > NONE) & (first >= self.bound)
         unclear = counts & (second >= self.bound) & (first >= settled)
         pairs, self.crowded = self._candidates(unclear)
         group, row = (counts & ~unclear).nonzero(as_tuple=True)
-        pairs.append((group * w.shape[1] + row, group * w.shape[1] + index[group, row], first[group, row]))
+        pairs.append(
+            (group * w.shape[1] + row, group * w.shape[1] + index[group, row], first[group, row])
+        )
         self.pairs = self._measured(*(torch.cat(part) for part in zip(*pairs, strict=True)))
 
     def _candidates(self, unclear: Tensor) -> tuple[list[tuple[Tensor, Tensor, Tensor]], Tensor]:
@@ -140,12 +150,17 @@ class Nearest:
         """Unit rows in float64 at indices of the flat stack, of neurons that take part."""
         if self.x.dtype == torch.float64:
             return self.x.flatten(0, 1)[index]
-        x = self.w.flatten(0, 1)[index].double()  # in which no float32 number is too large or too small
+        x = self.w.flatten(0, 1)[
+            index
+        ].double()  # in which no float32 number is too large or too small
         return x.div_(torch.linalg.vector_norm(x, dim=1, keepdim=True))
 
     def _measured(self, rows: Tensor, cols: Tensor, cosine: Tensor) -> Pairs:
         """Pairs with their squared chords, by differences in float64 but for means over neurons that are far apart."""
-        square, height = 2.0 - 2.0 * cosine.double(), max(1, _CACHED // self.w.shape[2])  # rows that stay in a cache
+        square, height = (
+            2.0 - 2.0 * cosine.double(),
+            max(1, _CACHED // self.w.shape[2]),
+        )  # rows that stay in a cache
         side, exact = torch.ones_like(square), self.half_space or not self.every
         close = ((square < _FAR) | (square > 4.0 - _FAR) | exact).nonzero().squeeze(1)
         step = self.x.new_empty(len(close), self.w.shape[2])
@@ -155,11 +170,25 @@ class Nearest:
             opposite = difference.square().sum(1) > 2.0
             if bool(opposite.any()):
                 side[some] -= 2.0 * opposite
-                difference = self._exact(rows[some]).sub_(self._exact(cols[some]).mul_(side[some, None]))
+                difference = self._exact(rows[some]).sub_(
+                    self._exact(cols[some]).mul_(side[some, None])
+                )
             step[start : start + height] = difference
             square[some] = difference.square_().sum(1)
-        q, p = torch.where(side > 0, square, 4.0 - square), torch.where(side > 0, 4.0 - square, square)
-        return Pairs(self.alive.numel(), rows, cols, close, step, square, side, *nearer(q, p, self.half_space, self.tie))
+        q, p = (
+            torch.where(side > 0, square, 4.0 - square),
+            torch.where(side > 0, 4.0 - square, square),
+        )
+        return Pairs(
+            self.alive.numel(),
+            rows,
+            cols,
+            close,
+            step,
+            square,
+            side,
+            *nearer(q, p, self.half_space, self.tie),
+        )
 
     def panels(self) -> Iterator[Panel]:
         """The rows that have many columns within the bound."""
@@ -168,12 +197,22 @@ class Nearest:
             y = unit_rows(self.w[i].double())[0]
             for row in torch.split(self.crowded[i].nonzero().squeeze(1), PANEL):
                 other = self._others(i, row)
-                near, far, sign = nearer(*squared_chords(y[row], y, other), self.half_space, self.tie)
-                yield Panel(i * n + row, slice(i * n, i * n + n), near.masked_fill(~other, float("inf")), far, sign)
+                near, far, sign = nearer(
+                    *squared_chords(y[row], y, other), self.half_space, self.tie
+                )
+                yield Panel(
+                    i * n + row,
+                    slice(i * n, i * n + n),
+                    near.masked_fill(~other, float("inf")),
+                    far,
+                    sign,
+                )
 
     def smallest(self) -> Tensor:
         """Smallest squared chord (b,), float64; infinite with fewer than two neurons."""
-        smallest = torch.full(self.w.shape[:1], float("inf"), dtype=torch.float64, device=self.w.device)
+        smallest = torch.full(
+            self.w.shape[:1], float("inf"), dtype=torch.float64, device=self.w.device
+        )
         smallest.scatter_reduce_(0, self.pairs.rows // self.w.shape[1], self.pairs.near, "amin")
         for panel in self.panels():
             group = panel.cols.start // self.w.shape[1]

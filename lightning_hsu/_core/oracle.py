@@ -23,14 +23,18 @@ def oracle_energy(w: Tensor, term: PairTerm) -> Tensor:
     """Mean pair energy (...) in float64 of neurons (..., n, d); differentiable any number of times."""
     x, inverse_norm = unit_rows(w.double())
     offset, scale = _to_mean(inverse_norm, term)
-    return (_row_sums(x, inverse_norm, slice(0, w.shape[-2]), term, _by_differences) + offset) * scale
+    return (
+        _row_sums(x, inverse_norm, slice(0, w.shape[-2]), term, _by_differences) + offset
+    ) * scale
 
 
 def _to_mean(inverse_norm: Tensor, term: PairTerm) -> tuple[Tensor, Tensor]:
     """What to add to the pair sums (...) of the live rows, and what to multiply them by, to get means."""
     live = (inverse_norm > 0).sum((-2, -1))
     parts = [[term.constant(m), term.scale(m)] for m in live.flatten().tolist()]
-    offset, scale = torch.tensor(parts, dtype=torch.float64, device=live.device).reshape(-1, 2).unbind(1)
+    offset, scale = (
+        torch.tensor(parts, dtype=torch.float64, device=live.device).reshape(-1, 2).unbind(1)
+    )
     return offset.reshape(live.shape), scale.reshape(live.shape)
 
 
@@ -46,7 +50,9 @@ def _by_cosines(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return (2.0 - 2.0 * cosine).clamp_min(0.0), (2.0 + 2.0 * cosine).clamp_min(0.0)
 
 
-def _row_sums(x: Tensor, inverse_norm: Tensor, rows: slice, term: PairTerm, chords: Chords) -> Tensor:
+def _row_sums(
+    x: Tensor, inverse_norm: Tensor, rows: slice, term: PairTerm, chords: Chords
+) -> Tensor:
     """Half the pair sum of ``rows`` against all rows: over all rows each unordered pair counts once."""
     n = x.shape[-2]
     q, p = chords(x[..., rows, :], x)  # (..., k, n)
@@ -66,7 +72,9 @@ def hessian_vector(w: Tensor, v: Tensor, term: PairTerm) -> Tensor:
             leaf = wide.clone().requires_grad_()
             x, inverse_norm = unit_rows(leaf)
             _, scale = _to_mean(inverse_norm, term)
-            part = (_row_sums(x, inverse_norm, slice(start, start + _BLOCK), term, _by_cosines) * scale).sum()
+            part = (
+                _row_sums(x, inverse_norm, slice(start, start + _BLOCK), term, _by_cosines) * scale
+            ).sum()
             (grad,) = torch.autograd.grad(part, leaf, create_graph=True)
             product += torch.autograd.grad((grad * direction).sum(), leaf)[0]
     return product.to(w.device, w.dtype)

@@ -25,11 +25,15 @@ from lightning_hsu._core.precision import exact_arithmetic, with_float64, workin
 from lightning_hsu._core.sums import PairSums
 
 PANEL = 256
-_PART_PANEL = PANEL // 2  # the block on the diagonal is formed whole: smaller ones keep the parts equal
+_PART_PANEL = (
+    PANEL // 2
+)  # the block on the diagonal is formed whole: smaller ones keep the parts equal
 _ENTRIES = 2**22  # Gram entries held at once when several small groups go together
 
 
-def pair_energy(w: Tensor, term: PairTerm, *, with_grad: bool = True) -> tuple[Tensor, Tensor | None]:
+def pair_energy(
+    w: Tensor, term: PairTerm, *, with_grad: bool = True
+) -> tuple[Tensor, Tensor | None]:
     """Mean energy over unordered pairs of neurons, and its gradient.
 
     Args:
@@ -44,7 +48,9 @@ def pair_energy(w: Tensor, term: PairTerm, *, with_grad: bool = True) -> tuple[T
     """
     n = w.shape[-2]
     if w.numel() == 0:
-        return w.new_zeros(w.shape[:-2], dtype=working_dtype(w.dtype)), torch.zeros_like(w) if with_grad else None
+        return w.new_zeros(w.shape[:-2], dtype=working_dtype(w.dtype)), torch.zeros_like(
+            w
+        ) if with_grad else None
     stack, dtype = _stack(w, term)
     values, grads = [], []
     with torch.no_grad(), exact_arithmetic(stack):
@@ -54,7 +60,12 @@ def pair_energy(w: Tensor, term: PairTerm, *, with_grad: bool = True) -> tuple[T
             values.append(sums.value())
             grads += [sums.gradient(w.dtype)] if with_grad else []
     bound = torch.finfo(working_dtype(w.dtype)).max
-    value = _joined(values).reshape(w.shape[:-2]).clamp(-bound, bound).to(w.device, working_dtype(w.dtype))
+    value = (
+        _joined(values)
+        .reshape(w.shape[:-2])
+        .clamp(-bound, bound)
+        .to(w.device, working_dtype(w.dtype))
+    )
     return value, _joined(grads).reshape(w.shape).to(w.device) if with_grad else None
 
 
@@ -116,12 +127,16 @@ def pair_part(w: Tensor, term: PairTerm, part: int, parts: int) -> tuple[Tensor,
             sums.add(first, last, _PART_PANEL)
             grads.append(sums.share(w.dtype, parts))
             additive &= sums.additive
-    return _joined(grads).reshape(w.shape).to(w.device), torch.tensor(float(not additive), device=w.device)
+    return _joined(grads).reshape(w.shape).to(w.device), torch.tensor(
+        float(not additive), device=w.device
+    )
 
 
 def _stack(w: Tensor, term: PairTerm) -> tuple[Tensor, torch.dtype]:
     """The neurons w as one stack of groups (b, n, d), and the dtype to compute in."""
-    return with_float64(w.detach()).reshape(-1, *w.shape[-2:]), torch.float64 if too_steep(term) else working_dtype(w.dtype)
+    return with_float64(w.detach()).reshape(-1, *w.shape[-2:]), torch.float64 if too_steep(
+        term
+    ) else working_dtype(w.dtype)
 
 
 def too_steep(term: PairTerm) -> bool:

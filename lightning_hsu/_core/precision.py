@@ -66,7 +66,9 @@ def _lowered() -> dict[str, str]:
         return {} if common == "highest" else {"": common}
     found = {name: getattr(torch.backends, name).matmul.fp32_precision for name in _BACKENDS}
     common = getattr(torch.backends, "fp32_precision", "none")
-    full = {"ieee", "none"} if common in ("ieee", "none") else {"ieee"}  # "none" follows the common one
+    full = (
+        {"ieee", "none"} if common in ("ieee", "none") else {"ieee"}
+    )  # "none" follows the common one
     return {name: value for name, value in found.items() if value not in full}
 
 

@@ -67,7 +67,10 @@ def block_spread(w: Tensor, blocks: Tensor, term: PairTerm, n: int) -> Spread:
         x, inverse_norm = unit_rows(w[block].double())
         cosine = x @ x.mT
         itself = torch.eye(m, dtype=torch.bool, device=w.device)
-        q, p = ((2.0 + sign * 2.0 * cosine).clamp_(0.0, 4.0).masked_fill_(itself, 2.0) for sign in (-1.0, 1.0))
+        q, p = (
+            (2.0 + sign * 2.0 * cosine).clamp_(0.0, 4.0).masked_fill_(itself, 2.0)
+            for sign in (-1.0, 1.0)
+        )
         value, slope, mirrored_slope = term.split(q, p)
         value, slope = (part.masked_fill(itself, 0.0) for part in (value, slope - mirrored_slope))
         value -= (value.sum() / (m * (m - 1))) * ~itself
@@ -83,7 +86,10 @@ def block_spread(w: Tensor, blocks: Tensor, term: PairTerm, n: int) -> Spread:
         length += (scale * pulled).sum() / (m - 1) ** 2
     rest, own = rest / count, (own - rest / (m - 2)).clamp_min(0.0) / count
     missed, seen = n - count * m, 1.0 - (m - 1) / (n - 1)
-    variance = rest * 2.0 / (count * m * (m - 1)) * seen + 4.0 * own * missed * (1.0 - missed / n) / (count * m) ** 2
+    variance = (
+        rest * 2.0 / (count * m * (m - 1)) * seen
+        + 4.0 * own * missed * (1.0 - missed / n) / (count * m) ** 2
+    )
     distance = square * seen + length * missed / n
     factor = 2.0 * _weight(term, n)  # n neurons, each with its mean over the others
     return Spread(

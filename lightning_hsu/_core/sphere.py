@@ -22,7 +22,9 @@ def unit_rows(w: Tensor) -> tuple[Tensor, Tensor]:
     largest = largest_entries(w.detach())  # (..., n, 1)
     usable = torch.isfinite(largest) & (largest >= torch.finfo(w.dtype).tiny)
     largest = torch.where(usable, largest, 1.0)
-    x = torch.where(usable, w / largest, 0.0)  # entries in [-1, 1]: squares neither overflow nor vanish
+    x = torch.where(
+        usable, w / largest, 0.0
+    )  # entries in [-1, 1]: squares neither overflow nor vanish
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(torch.finfo(w.dtype).tiny)
     return x / length, torch.where(usable, 1.0 / length / largest, 0.0)
 
@@ -30,7 +32,11 @@ def unit_rows(w: Tensor) -> tuple[Tensor, Tensor]:
 def takes_part(w: Tensor) -> Tensor:
     """Which rows of w (n, d) are neither zero nor subnormal nor non-finite, bool (n,)."""
     length = torch.linalg.vector_norm(w, dim=-1, keepdim=True)
-    return torch.ones_like(w[:, 0], dtype=torch.bool) if _ordinary(length) else unit_rows(w)[1].squeeze(-1) > 0
+    return (
+        torch.ones_like(w[:, 0], dtype=torch.bool)
+        if _ordinary(length)
+        else unit_rows(w)[1].squeeze(-1) > 0
+    )
 
 
 def _ordinary(length: Tensor) -> bool:
@@ -43,7 +49,9 @@ def _ordinary(length: Tensor) -> bool:
 
 def largest_entries(x: Tensor) -> Tensor:
     """The largest absolute entry of each row, (..., n, 1)."""
-    return torch.maximum(x.amax(-1, keepdim=True), -x.amin(-1, keepdim=True))  # vector_norm(ord=inf) is far slower on a CPU
+    return torch.maximum(
+        x.amax(-1, keepdim=True), -x.amin(-1, keepdim=True)
+    )  # vector_norm(ord=inf) is far slower on a CPU
 
 
 def to_weights(grad: Tensor, inverse_norm: Tensor, out: torch.dtype) -> Tensor:
@@ -95,7 +103,9 @@ def seeded_noise(*shape: int, like: Tensor, draw: int = 0) -> Tensor:
         like: A tensor of the wanted device and dtype.
         draw: Another draw for each other number.
     """
-    return torch.randn(*shape, generator=seeded(draw), dtype=torch.float64).to(like.device, like.dtype)
+    return torch.randn(*shape, generator=seeded(draw), dtype=torch.float64).to(
+        like.device, like.dtype
+    )
 
 
 def coincident(cosine: Tensor, *, half_space: bool = False) -> Tensor:

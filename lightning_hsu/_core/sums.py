@@ -27,15 +27,25 @@ class PairSums:
         self.x, inverse_norm = unit_rows(w)
         low, high = inverse_norm.aminmax()
         self.alive = None if bool(low > 0) else inverse_norm > 0  # (b, n, 1); None if all are
-        self.live: list[int] = [w.shape[1]] * len(w) if self.alive is None else self.alive.sum((-2, -1)).tolist()
-        self.in_range = bool(high < 1e15)  # then no gradient over a norm overflows, if it is not one of near pairs
+        self.live: list[int] = (
+            [w.shape[1]] * len(w) if self.alive is None else self.alive.sum((-2, -1)).tolist()
+        )
+        self.in_range = bool(
+            high < 1e15
+        )  # then no gradient over a norm overflows, if it is not one of near pairs
         self.rows, self.inverse_norm = self.x, inverse_norm
         if index is not None:
-            self.rows, self.inverse_norm = (torch.take_along_dim(a, index[..., None], 1) for a in (self.x, inverse_norm))
+            self.rows, self.inverse_norm = (
+                torch.take_along_dim(a, index[..., None], 1) for a in (self.x, inverse_norm)
+            )
         self.near: dict[int, NearPairs] = {}
         self.total = torch.zeros(len(w), dtype=torch.float64, device=w.device)
-        self.grad = w.new_empty(0)  # (b, k, d), that of the pairs that are not near, before anything is multiplied or projected
-        self.radial = torch.zeros(self.rows.shape[:2], dtype=w.dtype, device=w.device)  # its products with the unit rows
+        self.grad = w.new_empty(
+            0
+        )  # (b, k, d), that of the pairs that are not near, before anything is multiplied or projected
+        self.radial = torch.zeros(
+            self.rows.shape[:2], dtype=w.dtype, device=w.device
+        )  # its products with the unit rows
         self.two = torch.tensor(2.0, dtype=w.dtype)
         self.additive = True  # whether the gradient, once taken, is a sum over pairs
 
@@ -43,7 +53,9 @@ class PairSums:
         """A number (b,) for each group; one where they are equal."""
         if self.alive is None:
             return function(self.w.shape[1])
-        return torch.tensor([function(m) for m in self.live], dtype=torch.float64, device=self.w.device)
+        return torch.tensor(
+            [function(m) for m in self.live], dtype=torch.float64, device=self.w.device
+        )
 
     def add(self, first: int, last: int, height: int, *, with_grad: bool = True) -> None:
         """Add the pairs of the rows from ``first`` to before ``last``, in panels of so many rows."""
@@ -55,7 +67,9 @@ class PairSums:
     def _add_panel(self, start: int, stop: int, with_grad: bool) -> None:
         left = start if self.index is None else 0
         rows, cols = self.rows[:, start:stop], self.x[:, left:]  # (b, k, d), (b, m, d)
-        seam = stop - left if self.index is None else cols.shape[1]  # columns before it hold each pair twice
+        seam = (
+            stop - left if self.index is None else cols.shape[1]
+        )  # columns before it hold each pair twice
         cosine = product(rows, cols.mT)
         q = torch.add(self.two, cosine, alpha=-2.0)
         self._fill_own(q, start, 2.0)
@@ -68,7 +82,9 @@ class PairSums:
             self._fill_own(part, start, 0.0)
             if redo is not None:
                 part.masked_fill_(redo, 0.0)
-        if self.alive is not None:  # a zero row has cosine 0 with all: no pull on the others, but a value
+        if (
+            self.alive is not None
+        ):  # a zero row has cosine 0 with all: no pull on the others, but a value
             value *= (self.inverse_norm[:, start:stop] > 0) & self.alive[:, left:].mT
         self._total(value, seam)
         if with_grad:
@@ -93,7 +109,9 @@ class PairSums:
         else:
             part.scatter_(2, self.index[:, start : start + part.shape[1], None], value)
 
-    def _redo(self, mask: Tensor, start: int, stop: int, left: int, seam: int, with_grad: bool) -> None:
+    def _redo(
+        self, mask: Tensor, start: int, stop: int, left: int, seam: int, with_grad: bool
+    ) -> None:
         """Add the pairs of ``mask`` (b, k, m): rows from ``start`` to before ``stop``, columns from ``left`` on."""
         cols = torch.arange(left, self.x.shape[1], device=mask.device)
         for i in mask.any(2).any(1).nonzero().flatten().tolist():
@@ -118,7 +136,12 @@ class PairSums:
     def share(self, out: torch.dtype, parts: int) -> Tensor:
         """The same, with rows so short that ``parts`` such tensors have a finite sum."""
         grad = self._on_sphere()
-        room = torch.finfo(out).max / 2 / parts / largest_entries(grad).clamp_min(torch.finfo(grad.dtype).tiny)
+        room = (
+            torch.finfo(out).max
+            / 2
+            / parts
+            / largest_entries(grad).clamp_min(torch.finfo(grad.dtype).tiny)
+        )
         self.additive &= not bool((self.inverse_norm > room).any())
         return (grad * torch.minimum(self.inverse_norm, room)).to(out)
 
@@ -131,7 +154,9 @@ class PairSums:
             near *= self.term.scale(self.live[i])
             self.additive &= pairs.away is None and not bool((near.abs() > bound).any())
             near = near.clamp_(-bound, bound).to(grad.dtype)
-            if self.index is not None:  # from rows of all to places in the index; rows that are not in it go beyond its end
+            if (
+                self.index is not None
+            ):  # from rows of all to places in the index; rows that are not in it go beyond its end
                 place = torch.full((self.x.shape[1],), len(grad[i]), device=rows.device)
                 place[self.index[i]] = torch.arange(len(grad[i]), device=rows.device)
                 wanted = place[rows] < len(grad[i])
@@ -146,7 +171,9 @@ class PairSums:
     def _mean(self) -> Tensor | float:
         """What makes of that the gradient of a mean, a number or (b, 1, 1)."""
         scale = self._by_group(self.term.scale)
-        return -2.0 * (scale[:, None, None].to(self.grad.dtype) if isinstance(scale, Tensor) else scale)
+        return -2.0 * (
+            scale[:, None, None].to(self.grad.dtype) if isinstance(scale, Tensor) else scale
+        )
 
 
 def _near(q: Tensor) -> Tensor | None:

@@ -34,9 +34,15 @@ def largest_two(x: Tensor, alive: Tensor, *, half_space: bool, every: bool) -> _
 
         return scan(x, alive, half_space=half_space, every=every)
     n, whole = x.shape[1], bool(alive.all())
-    found = torch.full_like(x[..., 0], NONE), torch.zeros_like(x[..., 0], dtype=torch.int64), torch.full_like(x[..., 0], NONE)
+    found = (
+        torch.full_like(x[..., 0], NONE),
+        torch.zeros_like(x[..., 0], dtype=torch.int64),
+        torch.full_like(x[..., 0], NONE),
+    )
     itself = torch.eye(_PANEL, dtype=torch.bool, device=x.device)
-    past = torch.zeros_like(itself, dtype=x.dtype).masked_fill_(itself if every else ~(~itself).triu(), NONE)
+    past = torch.zeros_like(itself, dtype=x.dtype).masked_fill_(
+        itself if every else ~(~itself).triu(), NONE
+    )
     for start in range(0, n, _PANEL):
         stop = min(start + _PANEL, n)
         rows, cols = slice(start, stop), slice(stop, n)
@@ -68,7 +74,9 @@ def _two(cosine: Tensor, dim: int) -> _Found:
         return largest.squeeze(dim), at.squeeze(dim), second.squeeze(dim)
     folded = torch.unflatten(cosine, dim, (_FOLD, -1))
     _, block, others = _plain(folded.amax(dim - 1), dim)
-    inside = folded.gather(dim, block.unsqueeze(dim - 1).expand_as(folded.narrow(dim, 0, 1))).squeeze(dim)
+    inside = folded.gather(
+        dim, block.unsqueeze(dim - 1).expand_as(folded.narrow(dim, 0, 1))
+    ).squeeze(dim)
     largest, place, second = _plain(inside, dim)
     at = place * folded.shape[dim] + block
     return largest.squeeze(dim), at.squeeze(dim), torch.maximum(second, others).squeeze(dim)

@@ -27,7 +27,10 @@ class GradientUpdate:
 
     def overlaps(self, other: GradientUpdate) -> bool:
         """Whether another one may add to the same entries, by the first and the last of each in memory."""
-        if other is self or self.out.untyped_storage().data_ptr() != other.out.untyped_storage().data_ptr():
+        if (
+            other is self
+            or self.out.untyped_storage().data_ptr() != other.out.untyped_storage().data_ptr()
+        ):
             return False
         (start, stop), (begin, end) = (_extent(one.out) for one in (self, other))
         return start < end and begin < stop
@@ -36,4 +39,6 @@ class GradientUpdate:
 def _extent(x: Tensor) -> tuple[int, int]:
     """Where a tensor begins and ends within its storage, in entries."""
     start = int(x.storage_offset())
-    return start, start + 1 + sum((size - 1) * int(stride) for size, stride in zip(x.shape, x.stride(), strict=True))
+    return start, start + 1 + sum(
+        (size - 1) * int(stride) for size, stride in zip(x.shape, x.stride(), strict=True)
+    )

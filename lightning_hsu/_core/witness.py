@@ -33,7 +33,9 @@ def first_witnesses(x: Tensor, count: int) -> Tensor:
     if float(mean.norm()) > 1e-6:
         witnesses[0] = -mean / mean.norm()
     opposite = min((count - 1) // 2, len(x))
-    witnesses[1 : 1 + opposite] = -x[torch.arange(opposite, device=x.device) * len(x) // max(opposite, 1)]
+    witnesses[1 : 1 + opposite] = -x[
+        torch.arange(opposite, device=x.device) * len(x) // max(opposite, 1)
+    ]
     return witnesses
 
 
@@ -69,7 +71,9 @@ def descend(objective: Objective, v: Tensor, steps: int) -> Tensor:
         moved, turned = trial - v, new_grad - grad
         curved = (moved * turned).sum(1, keepdim=True).abs()
         longest = 0.5 / _length(new_grad)
-        barzilai = torch.minimum((moved * moved).sum(1, keepdim=True) / curved.clamp_min(1e-300), longest)
+        barzilai = torch.minimum(
+            (moved * moved).sum(1, keepdim=True) / curved.clamp_min(1e-300), longest
+        )
         step = torch.where(better, barzilai, step / 4)
         value = torch.where(better.squeeze(1), new_value, value)
         v, grad = torch.where(better, trial, v), torch.where(better, new_grad, grad)

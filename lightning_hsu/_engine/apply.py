@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lightning_hsu._core.foreach import SMALL, GradientUpdate, add_pair_gradients, shortening
+from lightning_hsu._core.foreach import SMALL, add_pair_gradients, shortening
+from lightning_hsu._core.updates import GradientUpdate
 from lightning_hsu._engine.layer import Layer, widened
 from lightning_hsu._engine.state import ShareMeans
 from lightning_hsu._neurons.sharding import Reading, Replicas, any_holder, norm_of, sum_over_ranks
@@ -89,14 +90,26 @@ class LayerUpdate:
         """
         entries = self.layer.target.rearranges(self.reading)
         change = self._along_the_sphere(grad) if entries else -grad
-        for p, value, part in list(self.layer.target.places(self.reading, change, self.own, values=True)):
+        for p, value, part in list(
+            self.layer.target.places(self.reading, change, self.own, values=True)
+        ):
             value.add_(part if entries else part * self.own[id(p)])
 
-    def shortening(self, grad: Tensor, step_limit: float | None, scale: Tensor | float = 1.0) -> Tensor:
+    def shortening(
+        self, grad: Tensor, step_limit: float | None, scale: Tensor | float = 1.0
+    ) -> Tensor:
         """Factors (groups, n, 1) in (0, 1] that keep a step by ``scale * grad`` within the limit and its dtype's range."""
-        return shortening(grad, self.neurons, scale, self._limit(step_limit), torch.finfo(self.reading.x.dtype).max / 2)
+        return shortening(
+            grad,
+            self.neurons,
+            scale,
+            self._limit(step_limit),
+            torch.finfo(self.reading.x.dtype).max / 2,
+        )
 
-    def addition(self, coefficient: Tensor | float, step_limit: float | None) -> GradientUpdate | None:
+    def addition(
+        self, coefficient: Tensor | float, step_limit: float | None
+    ) -> GradientUpdate | None:
         """What to add to ``.grad``, if all there is to know of it are numbers; None if not."""
         x, parameter = self.reading.x.detach(), self.reading.parameter
         if parameter is None or isinstance(coefficient, Tensor):
@@ -104,7 +117,9 @@ class LayerUpdate:
         places = self._places(x)
         if len(places) != 1 or places[0][2] is not x or places[0][1].dtype != x.dtype:
             return None  # it has to be pulled back to the parameters
-        return GradientUpdate(x, places[0][1], coefficient / x.shape[0], self._limit(step_limit), self.grad_scale)
+        return GradientUpdate(
+            x, places[0][1], coefficient / x.shape[0], self._limit(step_limit), self.grad_scale
+        )
 
     def _limit(self, step_limit: float | None) -> float | None:
         """Largest length of a neuron's gradient over its norm."""
@@ -114,7 +129,9 @@ class LayerUpdate:
         """The change (groups, n, d) of a step against a tangent gradient that keeps each neuron's norm."""
         x = self.neurons
         moved = x - self.rate * grad
-        before, after = (torch.linalg.vector_norm(rows, dim=-1, keepdim=True) for rows in (x, moved))
+        before, after = (
+            torch.linalg.vector_norm(rows, dim=-1, keepdim=True) for rows in (x, moved)
+        )
         return torch.where(before > 0, moved * (before / after) - x, 0.0)
 
     def _places(self, grad: Tensor) -> list[tuple[nn.Parameter, Tensor, Tensor]]:
@@ -127,7 +144,9 @@ class LayerUpdate:
         return norm_of(tasks), norm_of([part for _, _, part in places])
 
 
-def penalty_gradients(applications: Sequence[LayerUpdate], replicas: Replicas | None = None) -> list[Tensor]:
+def penalty_gradients(
+    applications: Sequence[LayerUpdate], replicas: Replicas | None = None
+) -> list[Tensor]:
     """Gradient (groups, n, d) of each layer's penalty, summed over its groups.
 
     Small layers of equal shape are computed together, large ones each by all replicas together. Of a sharded layer only the
@@ -137,14 +156,24 @@ def penalty_gradients(applications: Sequence[LayerUpdate], replicas: Replicas | 
     stacks: dict[object, list[int]] = {}
     for i, one in enumerate(applications):
         x, plain = one.reading.x, one.state is None and one.layer.rows is None
-        alike = (one.layer.measure, x.shape, x.dtype, x.device) if plain and x.numel() <= SMALL else i
+        alike = (
+            (one.layer.measure, x.shape, x.dtype, x.device) if plain and x.numel() <= SMALL else i
+        )
         if i not in found:
             stacks.setdefault(alike, []).append(i)
     for members in stacks.values():
         stack = [applications[i].neurons for i in members]
         first = applications[members[0]]
-        x, rows, measure = torch.cat(stack) if len(stack) > 1 else stack[0], first.layer.rows, first.layer.measure
-        grad = measure.value_and_grad(x, first.state)[1] if rows is None else measure.gradient_rows(x, rows, first.state)
+        x, rows, measure = (
+            torch.cat(stack) if len(stack) > 1 else stack[0],
+            first.layer.rows,
+            first.layer.measure,
+        )
+        grad = (
+            measure.value_and_grad(x, first.state)[1]
+            if rows is None
+            else measure.gradient_rows(x, rows, first.state)
+        )
         found |= dict(zip(members, torch.split(grad, stack[0].shape[0]), strict=True))
     return [found[i] for i in range(len(applications))]
 
@@ -163,7 +192,11 @@ def _together(applications: Sequence[LayerUpdate], replicas: Replicas) -> dict[i
     """Gradients of the large layers that can be split: each replica computes its part of the pairs."""
     parts: dict[int, tuple[Tensor, Tensor]] = {}
     for i, one in enumerate(applications):
-        if one.state is None and one.layer.rows is None and one.reading.x.shape[1] >= replicas.split_above:
+        if (
+            one.state is None
+            and one.layer.rows is None
+            and one.reading.x.shape[1] >= replicas.split_above
+        ):
             part = one.layer.measure.gradient_part(one.neurons, replicas.rank, replicas.size)
             parts |= {} if part is None else {i: part}
     if not parts:

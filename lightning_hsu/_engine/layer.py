@@ -35,7 +35,11 @@ class Layer:
 
     def rates(self, own: Mapping[int, float]) -> list[float]:
         """Of learning rates by parameter id, those of its parameters with a gradient; none where there is nothing to add to."""
-        return [own[id(p)] for p in self.parameters if id(p) in own and p.grad is not None and p.requires_grad]
+        return [
+            own[id(p)]
+            for p in self.parameters
+            if id(p) in own and p.grad is not None and p.requires_grad
+        ]
 
     @property
     def sharded(self) -> bool:
@@ -45,7 +49,9 @@ class Layer:
     @property
     def lowered(self) -> bool:
         """Whether FSDP2 shows its parameters whole, in the lower precision of the forward pass."""
-        return self.sharded and next(self.target.module.parameters()).dtype != self.parameters[0].dtype
+        return (
+            self.sharded and next(self.target.module.parameters()).dtype != self.parameters[0].dtype
+        )
 
     @property
     def frozen(self) -> bool:

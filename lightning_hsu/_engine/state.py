@@ -47,7 +47,10 @@ class Memory:
             return None  # as of most measures
         known = self.states.get(layer.target.name)
         if known is not None:
-            known = {name: part.to(x.device) if part.is_floating_point() else part for name, part in known.items()}
+            known = {
+                name: part.to(x.device) if part.is_floating_point() else part
+                for name, part in known.items()
+            }
         with exact_arithmetic(x):  # whatever autocast a hook runs in
             return layer.measure.prepare(x.detach(), known)
 
@@ -191,12 +194,18 @@ class Progress:
 
     def look(self, layer: Layer, x: Tensor) -> State | None:
         """A state for looking at x: from where training stands, else from the last look; training does not see it."""
-        return self.memory.peek(layer, x) if layer.target.name in self.memory.states else self._looking.next(layer, x)
+        return (
+            self.memory.peek(layer, x)
+            if layer.target.name in self.memory.states
+            else self._looking.next(layer, x)
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Counts, and where there are some states and means, by layer."""
         parts = {"states": self.memory.state_dict(), "shares": self.shares.state_dict()}
-        return {"steps": list(self.counter.done)} | {name: part for name, part in parts.items() if part}
+        return {"steps": list(self.counter.done)} | {
+            name: part for name, part in parts.items() if part
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where :meth:`state_dict` was taken."""

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_hsu._core.foreach import SMALL, GradientUpdate
+from lightning_hsu._core.foreach import SMALL
+from lightning_hsu._core.updates import GradientUpdate
 from lightning_hsu._engine.apply import GradientStats, LayerUpdate, add_together, penalty_gradients
 from lightning_hsu._engine.layer import Layer, widened
 from lightning_hsu._engine.state import Progress
@@ -59,7 +60,11 @@ Act = Callable[[LayerUpdate, Tensor], None]
 
 
 def act_on_all(
-    lots: Sequence[Sequence[Layer]], act: Act, progress: Progress, use: Use, replicas: Replicas | None
+    lots: Sequence[Sequence[Layer]],
+    act: Act,
+    progress: Progress,
+    use: Use,
+    replicas: Replicas | None,
 ) -> dict[str, GradientStats]:
     """Let lots of layers act on the weighted gradients of their penalties; notes by layer, where asked for.
 
@@ -84,13 +89,17 @@ def _act_on(
     gathered: Gathered = {}
     found = (_application(layer, progress, use, gathered) for layer in together)
     ready = [one for one in found if one is not None]
-    plain = _plain(ready, progress, use, replicas) if act is LayerUpdate.add and not use.note else {}
+    plain = (
+        _plain(ready, progress, use, replicas) if act is LayerUpdate.add and not use.note else {}
+    )
     if len(plain) == len(ready):
         later.update(plain)
         return {}
     ready = [one for one in ready if one not in plain]
     grads, notes = penalty_gradients(ready, replicas), dict[str, GradientStats]()
-    for i, one in enumerate(ready):  # all norms before any gradient is added: layers may be computed from one parameter
+    for i, one in enumerate(
+        ready
+    ):  # all norms before any gradient is added: layers may be computed from one parameter
         grads[i], note = _weighted(one, grads[i], progress, use)
         notes |= {one.layer.target.name: note} if note else {}
     add_together(plain)
@@ -120,10 +129,14 @@ def _labels(layer: Layer, split_above: int | None) -> set[object]:
     return found | ({"split"} if split_above is not None and shape[1] >= split_above else set())
 
 
-def _application(layer: Layer, progress: Progress, use: Use, gathered: Gathered) -> LayerUpdate | None:
+def _application(
+    layer: Layer, progress: Progress, use: Use, gathered: Gathered
+) -> LayerUpdate | None:
     """What to do to one layer at this step; None where nothing is to be done."""
     rates = layer.rates(use.own)
-    if not rates or (not isinstance(layer.strength, Share) and progress.coefficient(layer, use.step) == 0):
+    if not rates or (
+        not isinstance(layer.strength, Share) and progress.coefficient(layer, use.step) == 0
+    ):
         return None
     _refuse_sparse(layer)
     with torch.enable_grad():
@@ -149,18 +162,28 @@ def _plain(
         ):
             addition = one.addition(progress.coefficients[one.layer.target.name], use.step_limit)
             found |= {one: addition} if addition else {}
-    if len({id(one.reading.parameter) for one in found}) < len(found):  # several sets in one parameter
-        found = {one: addition for one, addition in found.items() if not any(map(addition.overlaps, found.values()))}
+    if len({id(one.reading.parameter) for one in found}) < len(
+        found
+    ):  # several sets in one parameter
+        found = {
+            one: addition
+            for one, addition in found.items()
+            if not any(map(addition.overlaps, found.values()))
+        }
     return found
 
 
-def _weighted(one: LayerUpdate, grad: Tensor, progress: Progress, use: Use) -> tuple[Tensor, GradientStats | None]:
+def _weighted(
+    one: LayerUpdate, grad: Tensor, progress: Progress, use: Use
+) -> tuple[Tensor, GradientStats | None]:
     """The gradient as it will act, with what to tell of it."""
     if isinstance(one.layer.strength, Share):
         if not use.again:
             one.follow(grad, progress.shares)
         progress.coefficient(one.layer, use.step)
-    return one.weighted(grad, progress.coefficients[one.layer.target.name], use.step_limit, note=use.note)
+    return one.weighted(
+        grad, progress.coefficients[one.layer.target.name], use.step_limit, note=use.note
+    )
 
 
 def _loss_term(layer: Layer, progress: Progress, use: Use) -> Tensor:

@@ -22,7 +22,18 @@ __all__ = ["Figure", "of_angles", "over_time", "pixels"]
 
 INK, QUIET, FAINT, OTHERS = "#222222", "#6B6B6B", "#C9C9C9", "#B4B4B4"
 NEURONS, RANDOM = "#0072B2", "#D55E00"  # told apart by colour-blind readers too
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#B5508A", "#8C6D00", "#2F9BD8", "#7A3E9D", "#8B4513", "#B2182B", "#4D4D4D")
+COLORS = (
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#B5508A",
+    "#8C6D00",
+    "#2F9BD8",
+    "#7A3E9D",
+    "#8B4513",
+    "#B2182B",
+    "#4D4D4D",
+)
 HIGHLIGHTED = 5  # of more layers than there are colours
 _WIDTH, _HEIGHT, _TOP, _BOTTOM = 7.4, 4.2, 0.84, 0.12  # inches, and fractions of the height
 _GAP = 0.054  # between labels, a fraction of the axes' height
@@ -30,7 +41,13 @@ _FEWEST = 0.5  # pairs in a part, where an axis of pairs begins
 _PARTS = (8, 60)  # of a panel of angles, with few pairs and with many
 
 
-def over_time(curves: Mapping[str, Curve], *, title: str, detail: str, reference: tuple[float, str] | None = None) -> Figure:
+def over_time(
+    curves: Mapping[str, Curve],
+    *,
+    title: str,
+    detail: str,
+    reference: tuple[float, str] | None = None,
+) -> Figure:
     """A line per layer over optimizer steps, with its name at its end.
 
     With more layers than ten the highest at the end have colours and names, the others are grey.
@@ -46,7 +63,10 @@ def over_time(curves: Mapping[str, Curve], *, title: str, detail: str, reference
         >>> [text.get_text() for text in figure.axes[0].texts]
         ['net.0']
     """
-    finite = {name: [point for point in curve if math.isfinite(point[1])] for name, curve in curves.items()}
+    finite = {
+        name: [point for point in curve if math.isfinite(point[1])]
+        for name, curve in curves.items()
+    }
     finite = {name: curve for name, curve in finite.items() if curve}
     figure = _canvas(_HEIGHT, title, detail)
     ax = figure.add_axes((0.085, _BOTTOM, 0.64, _TOP - _BOTTOM))
@@ -75,11 +95,22 @@ def of_angles(layers: Sequence[Angles]) -> Figure:
     rows = math.ceil(len(layers) / columns)
     height = 0.85 + 2.25 * rows
     figure = _canvas(
-        height, "Angles between neurons", "pairs by angle, on a logarithmic scale; layers furthest above random first"
+        height,
+        "Angles between neurons",
+        "pairs by angle, on a logarithmic scale; layers furthest above random first",
     )
     for x, text, color in ((0.85, "these neurons", NEURONS), (0.975, "random ones", RANDOM)):
-        figure.text(x, 1 - 0.2 / height, text, size=8, weight="bold", color=color, va="center", ha="right")
-    edges = {"left": 0.075, "right": 0.975, "top": 1 - 0.95 / height, "bottom": 0.32 / height, "wspace": 0.24, "hspace": 0.5}
+        figure.text(
+            x, 1 - 0.2 / height, text, size=8, weight="bold", color=color, va="center", ha="right"
+        )
+    edges = {
+        "left": 0.075,
+        "right": 0.975,
+        "top": 1 - 0.95 / height,
+        "bottom": 0.32 / height,
+        "wspace": 0.24,
+        "hspace": 0.5,
+    }
     panels = figure.subplots(rows, columns, squeeze=False, gridspec_kw=edges).flatten()
     for ax, layer in zip(panels, layers, strict=False):
         _draw_angles(ax, layer)
@@ -93,7 +124,9 @@ def pixels(figure: Figure) -> Tensor:
     canvas: Any = FigureCanvasAgg(figure)  # its methods have no types
     canvas.draw()
     width, height = canvas.get_width_height()
-    return torch.frombuffer(bytearray(canvas.buffer_rgba()), dtype=torch.uint8).reshape(height, width, 4)
+    return torch.frombuffer(bytearray(canvas.buffer_rgba()), dtype=torch.uint8).reshape(
+        height, width, 4
+    )
 
 
 def _canvas(height: float, title: str, detail: str) -> Figure:
@@ -121,7 +154,9 @@ def _scale(ax: Axes, values: list[float], reference: tuple[float, str] | None) -
         ax.set_yscale("log")
         ax.set_ylim(min(positive) / room, max(positive) * room)
         narrow = max(positive) < 300 * min(positive)
-        ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if narrow else (1.0,), numticks=10))
+        ax.yaxis.set_major_locator(
+            LogLocator(subs=(1.0, 2.0, 5.0) if narrow else (1.0,), numticks=10)
+        )
         ax.yaxis.set_minor_locator(NullLocator())
     else:
         low, high = min(shown, default=0.0), max(shown, default=1.0)
@@ -141,7 +176,14 @@ def _draw_lines(ax: Axes, curves: Mapping[str, Curve]) -> list[tuple[float, str,
         color, front = colors.get(name, OTHERS), name in named
         marker = "o" if len(curve) == 1 else None
         ax.plot(
-            steps, values, color=color, lw=1.6 if front else 0.8, marker=marker, ms=3.5, zorder=3 if front else 2, clip_on=False
+            steps,
+            values,
+            color=color,
+            lw=1.6 if front else 0.8,
+            marker=marker,
+            ms=3.5,
+            zorder=3 if front else 2,
+            clip_on=False,
         )
     labels = [(curves[name][-1][1], _short(name), color) for name, color in colors.items()]
     if others := [curves[name][-1][1] for name in curves if name not in named]:
@@ -154,8 +196,24 @@ def _label_ends(ax: Axes, labels: list[tuple[float, str, str]]) -> None:
     to_axes = ax.transScale + ax.transLimits
     heights = [float(to_axes.transform((ax.get_xlim()[0], value))[1]) for value, _, _ in labels]
     for height, place, (_, text, color) in zip(heights, _apart(heights), labels, strict=True):
-        ax.plot([1.005, 1.03], [height, place], color=color, lw=0.7, transform=ax.transAxes, clip_on=False)
-        ax.text(1.04, place, text, size=8, color=color, va="center", transform=ax.transAxes, parse_math=False)
+        ax.plot(
+            [1.005, 1.03],
+            [height, place],
+            color=color,
+            lw=0.7,
+            transform=ax.transAxes,
+            clip_on=False,
+        )
+        ax.text(
+            1.04,
+            place,
+            text,
+            size=8,
+            color=color,
+            va="center",
+            transform=ax.transAxes,
+            parse_math=False,
+        )
 
 
 def _apart(heights: Sequence[float]) -> list[float]:
@@ -164,12 +222,17 @@ def _apart(heights: Sequence[float]) -> list[float]:
     blocks: list[list[float]] = []
     for rank, i in enumerate(order):
         blocks.append([heights[i] - rank * _GAP])
-        while len(blocks) > 1 and sum(blocks[-2]) / len(blocks[-2]) > sum(blocks[-1]) / len(blocks[-1]):
+        while len(blocks) > 1 and sum(blocks[-2]) / len(blocks[-2]) > sum(blocks[-1]) / len(
+            blocks[-1]
+        ):
             last = blocks.pop()
             blocks[-1] += last
     means = [sum(block) / len(block) for block in blocks for _ in block]
     top = 1.0 - (len(order) - 1) * _GAP
-    places = {i: max(0.0, min(mean, top)) + rank * _GAP for rank, (i, mean) in enumerate(zip(order, means, strict=True))}
+    places = {
+        i: max(0.0, min(mean, top)) + rank * _GAP
+        for rank, (i, mean) in enumerate(zip(order, means, strict=True))
+    }
     return [places[i] for i in range(len(heights))]
 
 
@@ -179,28 +242,47 @@ def _draw_angles(ax: Axes, layer: Angles) -> None:
     expected = expected_angles(float(counts.sum()), layer.dimension, len(counts))
     reached = ((counts > 0) | (expected >= _FEWEST)).nonzero()
     middle, total = len(counts) // 2, len(counts)
-    half = max([total // 18, *(int(max(middle - i, i + 1 - middle)) for i in reached.flatten().tolist())])
+    half = max(
+        [total // 18, *(int(max(middle - i, i + 1 - middle)) for i in reached.flatten().tolist())]
+    )
     parts = min(max(_PARTS[0], int(counts.sum()) // 8), _PARTS[1])
     merged = max(1, math.ceil(2 * half / parts))
     half = math.ceil(half / merged) * merged
     if half > middle:  # all of it, in equal parts
         half, merged = middle, max(part for part in range(1, merged + 1) if total % part == 0)
-    shown = [one[middle - half : middle + half].reshape(-1, merged).sum(1) for one in (counts, expected)]
+    shown = [
+        one[middle - half : middle + half].reshape(-1, merged).sum(1) for one in (counts, expected)
+    ]
     edges = 90.0 + torch.arange(-half, half + 1, merged) * (180.0 / total)
-    ax.stairs(shown[0].tolist(), edges.tolist(), baseline=_FEWEST, fill=True, color=NEURONS, alpha=0.75, lw=0)
+    ax.stairs(
+        shown[0].tolist(),
+        edges.tolist(),
+        baseline=_FEWEST,
+        fill=True,
+        color=NEURONS,
+        alpha=0.75,
+        lw=0,
+    )
     line = ax.plot(((edges[1:] + edges[:-1]) / 2).tolist(), shown[1].tolist(), color=RANDOM, lw=1.3)
     line[0].set_path_effects([withStroke(linewidth=2.4, foreground="white")])
     _plain_axes(ax)
     ax.set_yscale("log")
     ax.set_ylim(_FEWEST, 2.0 * max(1.0, *(float(one.max()) for one in shown)))
     few = max(float(one.max()) for one in shown) < 100
-    ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if few else (1.0,), numticks=8 if few else 5))
-    ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: "" if y < 1 else f"{y:,.0f}" if y < 1e6 else f"{y / 1e6:,.0f}M"))
+    ax.yaxis.set_major_locator(
+        LogLocator(subs=(1.0, 2.0, 5.0) if few else (1.0,), numticks=8 if few else 5)
+    )
+    ax.yaxis.set_major_formatter(
+        FuncFormatter(lambda y, _: "" if y < 1 else f"{y:,.0f}" if y < 1e6 else f"{y / 1e6:,.0f}M")
+    )
     ax.yaxis.set_minor_locator(NullLocator())
     ax.set_xlim(float(edges[0]), float(edges[-1]))
     ax.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 1.5, 3, 4.5, 5, 10]))
     ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}°"))
-    for text, size, color, height in ((_short(layer.name), 8.5, INK, 18), (layer.note, 7, QUIET, 7)):
+    for text, size, color, height in (
+        (_short(layer.name), 8.5, INK, 18),
+        (layer.note, 7, QUIET, 7),
+    ):
         above: dict[str, Any] = {
             "xy": (0, 1),
             "xycoords": "axes fraction",

@@ -50,7 +50,9 @@ class History:
 
     records: list[Record] = field(default_factory=list)
 
-    def note(self, step: int, measured: Sequence[LayerUniformity], shares: Mapping[str, float]) -> None:
+    def note(
+        self, step: int, measured: Sequence[LayerUniformity], shares: Mapping[str, float]
+    ) -> None:
         """Keep what was measured after a step; again at the same step it takes the place of what was there."""
         if self.records and self.records[-1].step == step:
             shares = {**self.records.pop().shares, **shares}

@@ -21,7 +21,9 @@ def way_to(logger: object) -> Way | None:
 
     By the names of its classes: no logger's package need be there, and lightning and pytorch_lightning have one each.
     """
-    return next((_WAYS[kind.__name__] for kind in type(logger).__mro__ if kind.__name__ in _WAYS), None)
+    return next(
+        (_WAYS[kind.__name__] for kind in type(logger).__mro__ if kind.__name__ in _WAYS), None
+    )
 
 
 def save_png(folder: str, tag: str, figure: Figure, step: int) -> None:
@@ -53,7 +55,9 @@ def _to_files(logger: Any, tag: str, figure: Figure, step: int) -> None:
 def _to_wandb(logger: Any, tag: str, figure: Figure, step: int) -> None:
     from lightning_hsu._figures.draw import pixels
 
-    logger.log_image(key=tag, images=[pixels(figure).numpy()], step=step)  # of a figure it would ask pyplot
+    logger.log_image(
+        key=tag, images=[pixels(figure).numpy()], step=step
+    )  # of a figure it would ask pyplot
 
 
 def _to_mlflow(logger: Any, tag: str, figure: Figure, step: int) -> None:

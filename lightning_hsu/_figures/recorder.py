@@ -52,7 +52,9 @@ class Gallery:
             try:
                 import_module("lightning_hsu._figures.draw")
             except ImportError as error:
-                raise ImportError('figures_every_n_steps needs matplotlib: pip install "lightning-hsu[figures]"') from error
+                raise ImportError(
+                    'figures_every_n_steps needs matplotlib: pip install "lightning-hsu[figures]"'
+                ) from error
         self.prefix, self.every_n_steps = prefix, every_n_steps
         self.begin()
 
@@ -67,14 +69,20 @@ class Gallery:
     def due(self, trainer: pl.Trainer, seen_step: int) -> bool:
         """Whether optimizer steps since ``seen_step`` have reached the interval; a batch may have several."""
         every = self.every_n_steps
-        return every is not None and self.wanted(trainer) and trainer.global_step // every > seen_step // every
+        return (
+            every is not None
+            and self.wanted(trainer)
+            and trainer.global_step // every > seen_step // every
+        )
 
     def show(self, trainer: pl.Trainer, regularizer: UniformityRegularizer) -> None:
         """Draw and send, once a step; where ranks share the weights, all must call it."""
         if self._shown_at == trainer.global_step:
             return
         self._shown_at = trainer.global_step
-        worst: list[str] = trainer.strategy.broadcast(self.history.worst(PANELS))  # by what rank zero measured
+        worst: list[str] = trainer.strategy.broadcast(
+            self.history.worst(PANELS)
+        )  # by what rank zero measured
         angles = self._angles(regularizer, worst, draws=trainer.is_global_zero)
         if trainer.is_global_zero:
             for tag, draw in self._drawings(angles).items():
@@ -82,7 +90,9 @@ class Gallery:
                     self._send(trainer, f"{self.prefix}/{tag}", draw())
 
     @torch.no_grad()
-    def _angles(self, regularizer: UniformityRegularizer, names: list[str], *, draws: bool) -> list[Angles]:
+    def _angles(
+        self, regularizer: UniformityRegularizer, names: list[str], *, draws: bool
+    ) -> list[Angles]:
         """The angles in layers: all ranks read them, one at a time, and one that draws counts."""
         layers, found = {layer.target.name: layer for layer in regularizer.layers}, list[Angles]()
         with regularizer.gathered():
@@ -90,7 +100,9 @@ class Gallery:
                 x = layers[name].target.neurons().detach()
                 if draws:
                     with self._guarded(f"counting the angles of '{name}'", "it is left out"):
-                        found.append(angles_of(layers[name], x, self.history.records[-1].ratios[name]))
+                        found.append(
+                            angles_of(layers[name], x, self.history.records[-1].ratios[name])
+                        )
         return found
 
     def _drawings(self, angles: list[Angles]) -> dict[str, Callable[[], Figure]]:
@@ -114,11 +126,18 @@ class Gallery:
         for i, (logger, way) in enumerate(ways):
             name = type(logger).__name__
             if way is None:
-                self._warn(f"{name} {i}", f"{name} is not known to take figures: they are PNG files in {folder}")
+                self._warn(
+                    f"{name} {i}",
+                    f"{name} is not known to take figures: they are PNG files in {folder}",
+                )
             else:
-                with self._guarded(f"logger {i}, {name},", "it goes without figures where that happens"):
+                with self._guarded(
+                    f"logger {i}, {name},", "it goes without figures where that happens"
+                ):
                     way(logger, tag, figure, step)
-        if any(way is None for _, way in ways) or not (ways or getattr(trainer, "fast_dev_run", False)):
+        if any(way is None for _, way in ways) or not (
+            ways or getattr(trainer, "fast_dev_run", False)
+        ):
             with self._guarded(f"writing into {folder}", "there are no figures"):
                 save_png(folder, tag, figure, step)
 
@@ -128,7 +147,10 @@ class Gallery:
         try:
             yield
         except Exception as error:
-            self._warn(what, f"figures: {what} failed with {type(error).__name__}: {error}; {consequence}, training goes on")
+            self._warn(
+                what,
+                f"figures: {what} failed with {type(error).__name__}: {error}; {consequence}, training goes on",
+            )
 
     def _warn(self, key: str, message: str) -> None:
         if key not in self._warned:

@@ -57,7 +57,9 @@ class LayerUniformity:
 
 
 @torch.no_grad()
-def measure_layers(layers: Sequence[Layer], prepared: Callable[[Layer, Tensor], State | None]) -> list[LayerUniformity]:
+def measure_layers(
+    layers: Sequence[Layer], prepared: Callable[[Layer, Tensor], State | None]
+) -> list[LayerUniformity]:
     """Measure layers as they are now; one pass of about n * n * d FLOP each.
 
     Args:
@@ -67,7 +69,9 @@ def measure_layers(layers: Sequence[Layer], prepared: Callable[[Layer, Tensor], 
     return [_measure(layer, prepared) for layer in layers]
 
 
-def aggregates(measured: Sequence[LayerUniformity], penalty: float, limited: int | None) -> dict[str, float]:
+def aggregates(
+    measured: Sequence[LayerUniformity], penalty: float, limited: int | None
+) -> dict[str, float]:
     """Numbers of the whole model, worth watching, by name.
 
     Args:
@@ -88,7 +92,9 @@ def aggregates(measured: Sequence[LayerUniformity], penalty: float, limited: int
 
 
 def by_layer(
-    measured: Sequence[LayerUniformity], coefficients: Mapping[str, float], shares: Mapping[str, float]
+    measured: Sequence[LayerUniformity],
+    coefficients: Mapping[str, float],
+    shares: Mapping[str, float],
 ) -> dict[str, float]:
     """Numbers of each layer, by kind and layer.
 
@@ -111,7 +117,9 @@ def by_layer(
     return values | {f"gradient_share/{name}": value for name, value in shares.items()}
 
 
-def measure_neurons(name: str, x: Tensor, measure: Measure, state: State | None = None) -> LayerUniformity:
+def measure_neurons(
+    name: str, x: Tensor, measure: Measure, state: State | None = None
+) -> LayerUniformity:
     """Measure one set of neurons.
 
     Args:
@@ -129,7 +137,11 @@ def measure_neurons(name: str, x: Tensor, measure: Measure, state: State | None 
     sampled = measure if isinstance(measure, Sampled) and not measure.is_exact(state) else None
     seen = sampled.sample(x, state) if sampled else [x]
     half_space = in_half_space(measure)
-    angle = torch.stack([smallest_angle(part, half_space=half_space).amin() for part in seen]).amin().rad2deg()
+    angle = (
+        torch.stack([smallest_angle(part, half_space=half_space).amin() for part in seen])
+        .amin()
+        .rad2deg()
+    )
     errors = sampled.error(x, state) if sampled else torch.zeros(2, groups)
     counts = torch.stack([live.sum(-1).amin(), live.sum(), (finite & ~live).sum(), (~finite).sum()])
     numbers = torch.cat([torch.stack([penalty, energy, angle]), counts.double()]).tolist()

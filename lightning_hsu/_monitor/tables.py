@@ -42,7 +42,10 @@ class Verdict:
 
     def table(self, step: int, layers: Sequence[Layer], measured: Sequence[LayerUniformity]) -> str:
         """The layers as they are after so many optimizer steps, beside the first measurement."""
-        rows = [_COLUMNS, *(self._row(layer, after) for layer, after in zip(layers, measured, strict=True))]
+        rows = [
+            _COLUMNS,
+            *(self._row(layer, after) for layer, after in zip(layers, measured, strict=True)),
+        ]
         widths = [max(len(row[i]) for row in rows) for i in range(len(_COLUMNS))]
         lines = [_line(row, widths) for row in rows]
         lines.insert(1, "  ".join("-" * width for width in widths))
@@ -68,7 +71,10 @@ def _ratio(x: float) -> str:
 
 
 def _line(row: Sequence[str], widths: Sequence[int]) -> str:
-    cells = (cell.rjust(w) if i in _NUMBERS else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
+    cells = (
+        cell.rjust(w) if i in _NUMBERS else cell.ljust(w)
+        for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+    )
     return "  ".join(cells).rstrip()
 
 
@@ -78,15 +84,28 @@ def describe(layers: Sequence[Layer], skips: Sequence[Skip], every_n_steps: int 
     rows = [("layer", "neurons x dimension", "measure", "GFLOP/step", "coefficient")]
     for layer, giga in zip(layers, work, strict=True):
         shape = _shape(layer.target.shape)
-        rows.append((layer.target.name, shape, _measure_name(layer), _short_number(giga), _strength_name(layer)))
+        rows.append(
+            (
+                layer.target.name,
+                shape,
+                _measure_name(layer),
+                _short_number(giga),
+                _strength_name(layer),
+            )
+        )
     widths = [max(len(row[i]) for row in rows) for i in range(5)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
     lines.insert(1, "  ".join("-" * width for width in widths))
     lines.append(f"{_short_number(sum(work))} GFLOP/step in all")
     if skips:
         lines.append(f"not measured ({len(skips)}):")
         named = [skip for skip in skips if skip.reason != NOT_INCLUDED]
-        lines += [f"  {skip.name} {'x'.join(map(str, skip.shape))}: {skip.reason}" for skip in named]
+        lines += [
+            f"  {skip.name} {'x'.join(map(str, skip.shape))}: {skip.reason}" for skip in named
+        ]
     if others := [skip.name for skip in skips if skip.reason == NOT_INCLUDED]:
         lines.append(f"  {NOT_INCLUDED}: {', '.join(others)}")
     if every_n_steps > 1:
@@ -122,7 +141,11 @@ def _short(value: object) -> str:
     if not is_dataclass(value):
         return repr(value)
     own = [(field, getattr(value, field.name)) for field in fields(value)]
-    shown = [f"{field.name}={_short(given)}" for i, (field, given) in enumerate(own) if i == 0 or given != field.default]
+    shown = [
+        f"{field.name}={_short(given)}"
+        for i, (field, given) in enumerate(own)
+        if i == 0 or given != field.default
+    ]
     return f"{type(value).__name__}({', '.join(shown)})"
 
 

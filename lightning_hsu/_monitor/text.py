@@ -9,12 +9,16 @@ from lightning_hsu.measures import Measure
 from lightning_hsu.reference import random_range
 
 _CLOSE = 0.01  # difference of a ratio from 1 that is none, however many neurons there are
-_SPREAD = (
-    0.5  # score from which neurons are more even than random, however close to 1 the ratio is: in many dimensions it always is
-)
+_SPREAD = 0.5
+"""Score from which neurons are more even than random, however close to 1 the ratio is.
+
+In many dimensions the ratio always is.
+"""
 
 
-def finding(layer: LayerUniformity, measure: Measure, *, dead: int | None = None, similar: int = 0) -> str:
+def finding(
+    layer: LayerUniformity, measure: Measure, *, dead: int | None = None, similar: int = 0
+) -> str:
     """Say in words how a layer stands beside random neurons.
 
     Args:
@@ -41,13 +45,21 @@ def _standing(layer: LayerUniformity, measure: Measure) -> str:
     if not math.isfinite(layer.ratio):
         alive = layer.groups * layer.neurons - layer.dead - layer.nonfinite
         few = "fewer than two live neurons"
-        return few if alive <= layer.groups else "no random reference" if layer.groups == 1 else f"a group with {few}"
+        return (
+            few
+            if alive <= layer.groups
+            else "no random reference"
+            if layer.groups == 1
+            else f"a group with {few}"
+        )
     close = abs(layer.ratio - 1.0) <= _CLOSE
     if (close and not layer.score >= _SPREAD) or _within_random(layer, measure):
         return "as random"
     if layer.ratio > 1.0:
         return f"{number(layer.ratio, 2 if layer.ratio < 100 else 0)}x random"
-    return f"more even than random ({f'score {layer.score:.2f}' if close else f'{layer.ratio:.2f}x'})"
+    return (
+        f"more even than random ({f'score {layer.score:.2f}' if close else f'{layer.ratio:.2f}x'})"
+    )
 
 
 def _within_random(layer: LayerUniformity, measure: Measure) -> bool:

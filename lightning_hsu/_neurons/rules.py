@@ -37,7 +37,9 @@ def register_neurons(kind: type[nn.Module], rule: Rule) -> None:
         torch.Size([64, 16])
     """
     if not isinstance(kind, type) or not issubclass(kind, nn.Module):
-        raise TypeError(f"register_neurons takes the class of a layer, not {kind!r}; use type(layer)")
+        raise TypeError(
+            f"register_neurons takes the class of a layer, not {kind!r}; use type(layer)"
+        )
     _RULES[kind] = rule
 
 
@@ -118,14 +120,19 @@ def _recurrent(module: nn.Module) -> dict[str, Tensor]:
         if not gates or name.startswith("weight_hr"):  # the projection of an LSTM has no gates
             found[name] = weight
         else:
-            found |= {f"{name}.{gate}": rows for gate, rows in zip(gates, weight.chunk(len(gates)), strict=True)}
+            found |= {
+                f"{name}.{gate}": rows
+                for gate, rows in zip(gates, weight.chunk(len(gates)), strict=True)
+            }
     return found
 
 
 def _weight_names(module: nn.Module) -> list[str]:
     """Names of a recurrent module's weight matrices, parametrized or not."""
     if isinstance(module, nn.RNNBase):
-        return [name for layer in module._all_weights for name in layer if name.startswith("weight")]
+        return [
+            name for layer in module._all_weights for name in layer if name.startswith("weight")
+        ]
     return ["weight_ih", "weight_hh"]
 
 

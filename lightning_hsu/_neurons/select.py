@@ -72,7 +72,9 @@ def select(
     include, exclude = _patterns("include", include, names), _patterns("exclude", exclude, names)
     reasons: dict[str, str] = {}
     seen: dict[tuple[object, ...], str] = {}
-    for target in sorted(candidates, key=lambda target: target.name != head_name):  # of tied weights the head counts
+    for target in sorted(
+        candidates, key=lambda target: target.name != head_name
+    ):  # of tied weights the head counts
         is_head = target.name == head_name
         asked = None if include is None else matches(target.name, include)
         reason = None
@@ -80,14 +82,26 @@ def select(
             reason = EXCLUDED
         elif asked is False and not (is_head and head != "auto"):
             reason = NOT_INCLUDED
-        elif asked is None and not everything and isinstance(target.module, (nn.Embedding, nn.EmbeddingBag)):
+        elif (
+            asked is None
+            and not everything
+            and isinstance(target.module, (nn.Embedding, nn.EmbeddingBag))
+        ):
             reason = f"an embedding, measured only when asked for: include='{target.name}'"
         else:
             reason = _too_small(target) or _tied(target, seen)
         if reason is not None:
             reasons[target.name] = reason
-    skips += [Skip(target.name, target.shape, reasons[target.name]) for target in candidates if target.name in reasons]
-    chosen = [replace(target, head=target.name == head_name) for target in candidates if target.name not in reasons]
+    skips += [
+        Skip(target.name, target.shape, reasons[target.name])
+        for target in candidates
+        if target.name in reasons
+    ]
+    chosen = [
+        replace(target, head=target.name == head_name)
+        for target in candidates
+        if target.name not in reasons
+    ]
     if not chosen:
         raise ValueError(_nothing_matched(model, skips))
     return chosen, skips
@@ -95,14 +109,18 @@ def select(
 
 def matches(name: str, patterns: Sequence[str]) -> bool:
     """Whether a layer's name, or a module above it, matches one of the shell-style patterns."""
-    return any(fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*") for pattern in patterns)
+    return any(
+        fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*") for pattern in patterns
+    )
 
 
 def check_patterns(what: str, patterns: Sequence[str], names: Sequence[str]) -> None:
     """Refuse a pattern that matches no layer."""
     for pattern in patterns:
         if not any(matches(name, [pattern]) for name in names):
-            raise ValueError(f"{what} pattern {pattern!r} matches no layer; the layers are: {', '.join(names) or 'none'}")
+            raise ValueError(
+                f"{what} pattern {pattern!r} matches no layer; the layers are: {', '.join(names) or 'none'}"
+            )
 
 
 def uninitialized(model: nn.Module) -> list[str]:
@@ -114,9 +132,17 @@ def _patterns(what: str, patterns: Patterns, names: list[str]) -> Sequence[str] 
     """Normalise patterns to a sequence and refuse one that matches no layer."""
     if patterns is None:
         return None
-    patterns = [patterns] if isinstance(patterns, str) else list(patterns) if isinstance(patterns, Sequence) else [patterns]
+    patterns = (
+        [patterns]
+        if isinstance(patterns, str)
+        else list(patterns)
+        if isinstance(patterns, Sequence)
+        else [patterns]
+    )
     if not all(isinstance(pattern, str) for pattern in patterns):
-        raise TypeError(f"{what} takes a pattern or a list of patterns such as 'encoder.*'; got {patterns!r}")
+        raise TypeError(
+            f"{what} takes a pattern or a list of patterns such as 'encoder.*'; got {patterns!r}"
+        )
     check_patterns(what, patterns, names)
     return patterns
 
@@ -132,24 +158,48 @@ def _candidates(model: nn.Module) -> tuple[list[Target], list[Skip]]:
         name = _clean(path)
         if not has_rule(module):
             skips += [
-                Skip(_join(name, key), tuple(p.shape), f"no rule for {type(module).__name__}: see register_neurons")
+                Skip(
+                    _join(name, key),
+                    tuple(p.shape),
+                    f"no rule for {type(module).__name__}: see register_neurons",
+                )
                 for key, p in module.named_parameters(recurse=False)
                 if p.ndim >= 2
             ]
             continue
-        if lazy := [key for key, p in module.named_parameters(recurse=False) if nn.parameter.is_lazy(p)]:
-            skips.append(Skip(_join(name, lazy[0]), (), "a lazy layer that has seen no batch: it has no shape yet"))
+        if lazy := [
+            key for key, p in module.named_parameters(recurse=False) if nn.parameter.is_lazy(p)
+        ]:
+            skips.append(
+                Skip(
+                    _join(name, lazy[0]),
+                    (),
+                    "a lazy layer that has seen no batch: it has no shape yet",
+                )
+            )
             continue
         if any(p.is_meta for p in module.parameters()):
-            skips.append(Skip(name or "weight", (), "it holds no numbers yet (device meta): load the weights first"))
+            skips.append(
+                Skip(
+                    name or "weight",
+                    (),
+                    "it holds no numbers yet (device meta): load the weights first",
+                )
+            )
             continue
-        with torch.inference_mode(False), torch.enable_grad(), without_side_effects(module):  # views are told by it
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            without_side_effects(module),
+        ):  # views are told by it
             found = read_neurons(module)
         for key, reading in found.items():
             full, x = _join(name, key) or "weight", reading.x
             _check_rule(module, full, reading)
             if not x.is_floating_point():
-                skips.append(Skip(full, tuple(x.shape), f"its weights are {x.dtype}, not floating-point"))
+                skips.append(
+                    Skip(full, tuple(x.shape), f"its weights are {x.dtype}, not floating-point")
+                )
                 continue
             groups, n, d = (1, *x.shape) if x.ndim == 2 else tuple(x.shape)
             targets.append(Target(full, module, key, (groups, n, d)))
@@ -165,7 +215,9 @@ def _check_rule(module: nn.Module, name: str, reading: Reading) -> None:
             f"{rule} {type(x).__name__} for layer '{name}'; it must give a tensor, or a mapping of names to tensors"
         )
     if x.ndim not in (2, 3):
-        raise ValueError(f"{rule} neurons of shape {tuple(x.shape)} for layer '{name}'; it must give (n, d) or (groups, n, d)")
+        raise ValueError(
+            f"{rule} neurons of shape {tuple(x.shape)} for layer '{name}'; it must give (n, d) or (groups, n, d)"
+        )
     trains = all(p.requires_grad for p in module.parameters())
     if trains and x.is_floating_point() and reading.parameter is None and not x.requires_grad:
         raise ValueError(
@@ -210,7 +262,11 @@ def _too_small(target: Target) -> str | None:
     """Why a target is too small to have two neurons on a sphere."""
     groups, n, d = target.shape
     if n < 2:
-        return "a single neuron" if groups == 1 else f"depthwise: each of its {groups} groups has one neuron"
+        return (
+            "a single neuron"
+            if groups == 1
+            else f"depthwise: each of its {groups} groups has one neuron"
+        )
     if d < 2:
         return f"its neurons have dimension {d}: on a line there is nothing to spread"
     return None
@@ -245,4 +301,6 @@ def check_head(targets: list[Target]) -> None:
     """Refuse a head's coefficient where no head is among the targets."""
     if not any(target.head for target in targets):
         names = ", ".join(target.name for target in targets)
-        raise ValueError(f"head_coefficient is given, but no head is measured: name one of {names} with head='...'")
+        raise ValueError(
+            f"head_coefficient is given, but no head is measured: name one of {names} with head='...'"
+        )

@@ -131,7 +131,9 @@ def whole_parameters(root: nn.Module | None, *, with_grads: bool) -> Iterator[No
         return
     from torch.distributed.fsdp import FullyShardedDataParallel
 
-    with FullyShardedDataParallel.summon_full_params(root, with_grads=with_grads, writeback=with_grads):
+    with FullyShardedDataParallel.summon_full_params(
+        root, with_grads=with_grads, writeback=with_grads
+    ):
         yield
 
 
@@ -147,7 +149,9 @@ def flat_sharded(model: nn.Module) -> bool:
 
     if not any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
         return False
-    if any(getattr(p, "_is_flat_param", False) for p in model.parameters()):  # as torch's isinstance asks
+    if any(
+        getattr(p, "_is_flat_param", False) for p in model.parameters()
+    ):  # as torch's isinstance asks
         raise NotImplementedError(
             "FSDP has flattened the weights of this model into pieces without rows, where no neuron can be found: use "
             "FSDPStrategy(use_orig_params=True), or ModelParallelStrategy"
@@ -182,7 +186,9 @@ def any_holder(mask: Tensor, p: Any) -> Tensor:
         return mask
     found = mask.to(torch.uint8)
     for axis in range(p.device_mesh.ndim):
-        torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX, group=p.device_mesh.get_group(axis))
+        torch.distributed.all_reduce(
+            found, torch.distributed.ReduceOp.MAX, group=p.device_mesh.get_group(axis)
+        )
     return found.bool()
 
 
@@ -215,7 +221,9 @@ def _many_ranks() -> bool:
 
 def _with_parameters(module: nn.Module, given: dict[str, Tensor]) -> dict[str, Tensor]:
     """A module's neurons where tensors stand in the place of some parameters."""
-    found: dict[str, Tensor] = functional_call(_Rule(module), {f"module.{name}": x for name, x in given.items()}, ())
+    found: dict[str, Tensor] = functional_call(
+        _Rule(module), {f"module.{name}": x for name, x in given.items()}, ()
+    )
     return found
 
 
@@ -247,7 +255,9 @@ def _origin(x: object, origins: dict[int, nn.Parameter]) -> nn.Parameter | None:
 def _marked(p: Any, rank: int) -> Tensor:
     """A whole tensor of the shape of a sharded p whose entries are the numbers of the ranks that hold them."""
     held = torch.full_like(p.to_local(), rank, dtype=torch.float32, requires_grad=False)
-    marked = type(p).from_local(held, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride())
+    marked = type(p).from_local(
+        held, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride()
+    )
     return whole(marked)
 
 

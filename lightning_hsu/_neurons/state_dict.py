@@ -29,7 +29,9 @@ class Stored(nn.Module):
 
     def neurons(self) -> dict[str, Tensor]:
         """The sets by name."""
-        return dict(zip(self._sets, self.parameters(), strict=False))  # children, of which the root may have some, come last
+        return dict(
+            zip(self._sets, self.parameters(), strict=False)
+        )  # children, of which the root may have some, come last
 
 
 class StateDict(nn.Module):
@@ -39,7 +41,9 @@ class StateDict(nn.Module):
 register_neurons(Stored, lambda module: cast(Stored, module).neurons())
 
 
-def stand_in(state: Mapping[str, Tensor], asked: Sequence[str] = ()) -> tuple[nn.Module, list[Skip]]:
+def stand_in(
+    state: Mapping[str, Tensor], asked: Sequence[str] = ()
+) -> tuple[nn.Module, list[Skip]]:
     """A module whose layers hold the weights of a state dict, so that ``select`` can read it.
 
     A matrix named ``weight`` is a Linear, or an Embedding where its name says so; other weights are flattened to one neuron
@@ -87,7 +91,11 @@ def stand_in(state: Mapping[str, Tensor], asked: Sequence[str] = ()) -> tuple[nn
 
 
 def _described(state: object) -> str:
-    return f"{len(state)} entries, none a tensor" if isinstance(state, Mapping) else type(state).__name__
+    return (
+        f"{len(state)} entries, none a tensor"
+        if isinstance(state, Mapping)
+        else type(state).__name__
+    )
 
 
 def _unwrapped(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -107,11 +115,15 @@ def _parted(name: str) -> tuple[str, str]:
     return path, leaf
 
 
-def _neurons(path: str, leaves: dict[str, Tensor], asked: Sequence[str]) -> tuple[dict[str, Tensor], list[Skip]]:
+def _neurons(
+    path: str, leaves: dict[str, Tensor], asked: Sequence[str]
+) -> tuple[dict[str, Tensor], list[Skip]]:
     """The sets of neurons of a layer by name, and what is left out."""
     sets: dict[str, Tensor] = {}
     skips = []
-    effective, unknown = _effective({leaf: x for leaf, x in leaves.items() if not x.is_meta and x.layout == torch.strided})
+    effective, unknown = _effective(
+        {leaf: x for leaf, x in leaves.items() if not x.is_meta and x.layout == torch.strided}
+    )
     for leaf, x in leaves.items():
         name = f"{path}.{leaf}".strip(".")
         if reason := unknown.get(leaf) or _unread(x):
@@ -123,7 +135,13 @@ def _neurons(path: str, leaves: dict[str, Tensor], asked: Sequence[str]) -> tupl
         if any(part in leaf.lower() for part in _NAMES) or matches(name, asked):
             sets |= _sets(leaf, x, effective)
         else:
-            skips.append(Skip(name, tuple(x.shape), f"not named like a weight, measured only when asked for: include='{name}'"))
+            skips.append(
+                Skip(
+                    name,
+                    tuple(x.shape),
+                    f"not named like a weight, measured only when asked for: include='{name}'",
+                )
+            )
     return sets, skips
 
 
@@ -141,22 +159,41 @@ def _effective(leaves: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[st
     """
     found, unknown = dict[str, Tensor](), dict[str, str]()
     for leaf in leaves:
-        name, x = _parametrized(leaf, leaves) if leaf.startswith("parametrizations.") else _hooked(leaf, leaves)
+        name, x = (
+            _parametrized(leaf, leaves)
+            if leaf.startswith("parametrizations.")
+            else _hooked(leaf, leaves)
+        )
         if x is not None:
             found[name] = x
         elif name:
-            unknown[leaf] = "computed by a parametrization that is not stored with it: report the model itself"
+            unknown[leaf] = (
+                "computed by a parametrization that is not stored with it: report the model itself"
+            )
     return found, unknown
 
 
 def _parametrized(leaf: str, leaves: Mapping[str, Tensor]) -> tuple[str, Tensor | None]:
     """The weight that a stored parametrization computes, with its name; no name for a part of one, no weight if unknown."""
     above, _, part = leaf.rpartition(".")
-    beside = {other.removeprefix(f"{above}.") for other in leaves if other.startswith(f"{above}.") and other != leaf}
+    beside = {
+        other.removeprefix(f"{above}.")
+        for other in leaves
+        if other.startswith(f"{above}.") and other != leaf
+    }
     first, second = (leaves.get(f"{above}.original{i}") for i in (0, 1))
     name = above.partition(".")[2]
-    if part in ("original0", "original1") and len(beside) == 1 and second is not None and _are_norms(first, second):
-        return ("", None) if part == "original0" or first is None else (name, _with_norms(second, first))
+    if (
+        part in ("original0", "original1")
+        and len(beside) == 1
+        and second is not None
+        and _are_norms(first, second)
+    ):
+        return (
+            ("", None)
+            if part == "original0" or first is None
+            else (name, _with_norms(second, first))
+        )
     return name or leaf, leaves[leaf] if part == "original" and beside == {"0._u", "0._v"} else None
 
 
@@ -182,15 +219,21 @@ def _are_norms(norms: Tensor | None, x: Tensor | None) -> bool:
     if sum(size != 1 for size in x.shape) < 2:
         return False  # a vector
     along = [i for i, size in enumerate(norms.shape) if size != 1]
-    return norms.numel() == 1 or (norms.ndim == x.ndim and len(along) == 1 and norms.shape[along[0]] == x.shape[along[0]])
+    return norms.numel() == 1 or (
+        norms.ndim == x.ndim and len(along) == 1 and norms.shape[along[0]] == x.shape[along[0]]
+    )
 
 
 def _with_norms(x: Tensor, norms: Tensor) -> Tensor:
     """Weight norm: x with the norms (.., 1, ..) over the axes where these have length 1."""
-    axes = [i for i, size in enumerate(norms.shape) if size == 1] or None  # none of a single norm for all
+    axes = [
+        i for i, size in enumerate(norms.shape) if size == 1
+    ] or None  # none of a single norm for all
     wide = x.to(working_dtype(x.dtype))
     length = torch.linalg.vector_norm(wide, dim=axes, keepdim=True)
-    weight: Tensor = wide * (norms.to(wide.dtype) / length.clamp_min(torch.finfo(length.dtype).tiny))
+    weight: Tensor = wide * (
+        norms.to(wide.dtype) / length.clamp_min(torch.finfo(length.dtype).tiny)
+    )
     return weight
 
 
@@ -205,7 +248,11 @@ def _sets(leaf: str, x: Tensor, leaves: Mapping[str, Tensor]) -> dict[str, Tenso
     if leaf.startswith("weight_hr"):
         return {leaf: x}
     bias = leaves.get("bias")
-    return {"" if leaf == "weight" else leaf: _by_output(x, len(bias) if bias is not None and bias.ndim == 1 else 0)}
+    return {
+        "" if leaf == "weight" else leaf: _by_output(
+            x, len(bias) if bias is not None and bias.ndim == 1 else 0
+        )
+    }
 
 
 def _gates(leaf: str, x: Tensor, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -215,25 +262,38 @@ def _gates(leaf: str, x: Tensor, leaves: Mapping[str, Tensor]) -> dict[str, Tens
     length = projected if projected is not None else hidden
     count = len(x) // length.shape[1] if length is not None and length.numel() else 1
     names = _GATES.get(count, "")
-    return {f"{leaf}.{gate}": rows for gate, rows in zip(names, x.chunk(count), strict=True)} if names else {leaf: x}
+    return (
+        {f"{leaf}.{gate}": rows for gate, rows in zip(names, x.chunk(count), strict=True)}
+        if names
+        else {leaf: x}
+    )
 
 
 def _by_output(x: Tensor, outputs: int) -> Tensor:
     """Neurons (n, d) or (groups, n, d) of a weight whose layer has so many outputs; 0 where that is not known."""
-    if outputs in (0, len(x)) or not x.numel() or outputs % x.shape[1] or len(x) % (outputs // x.shape[1]):
+    if (
+        outputs in (0, len(x))
+        or not x.numel()
+        or outputs % x.shape[1]
+        or len(x) % (outputs // x.shape[1])
+    ):
         return x.flatten(1)
     groups = outputs // x.shape[1]
     return x.view(groups, -1, *x.shape[1:]).transpose(1, 2).flatten(2).squeeze(0)
 
 
-def _layer(path: str, sets: dict[str, Tensor], seen: dict[tuple[object, ...], nn.Parameter]) -> nn.Module:
+def _layer(
+    path: str, sets: dict[str, Tensor], seen: dict[tuple[object, ...], nn.Parameter]
+) -> nn.Module:
     x = sets.get("")
     if len(sets) > 1 or x is None or x.ndim != 2 or not x.is_floating_point() or not x.numel():
         return Stored(sets)
     table = any(part in path.rpartition(".")[2].lower() for part in _TABLES)
     with torch.device("meta"):
         layer = nn.Embedding(*x.shape) if table else nn.Linear(x.shape[1], x.shape[0], bias=False)
-    layer.weight = seen.setdefault((x.data_ptr(), x.shape, x.stride()), _frozen(x))  # tied weights stay tied
+    layer.weight = seen.setdefault(
+        (x.data_ptr(), x.shape, x.stride()), _frozen(x)
+    )  # tied weights stay tied
     return layer
 
 

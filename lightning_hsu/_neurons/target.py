@@ -86,9 +86,15 @@ class Target:
                 offset = x.storage_offset() - parameter.storage_offset() + whole.storage_offset()
                 yield parameter, whole.as_strided(x.shape, x.stride(), offset), change
                 return
-        leaves = [p for p in self.module.parameters() if p.requires_grad and p.grad is not None and id(p) in own]
+        leaves = [
+            p
+            for p in self.module.parameters()
+            if p.requires_grad and p.grad is not None and id(p) in own
+        ]
         if leaves and x.requires_grad:
-            pulled = torch.autograd.grad(x, leaves, change.to(x.dtype), allow_unused=True, retain_graph=True)
+            pulled = torch.autograd.grad(
+                x, leaves, change.to(x.dtype), allow_unused=True, retain_graph=True
+            )
             for p, part in zip(leaves, pulled, strict=True):
                 if p.grad is not None and part is not None:
                     yield p, p.detach() if values else p.grad, part
@@ -97,7 +103,12 @@ class Target:
         """Of a part that :meth:`places` gives, the entries that belong to these neurons: a packed shard has others, too."""
         if reading.parameter is None or not is_sharded(parameter):
             return part
-        return part * torch.autograd.grad(reading.x, parameter, torch.ones_like(reading.x), retain_graph=True)[0]
+        return (
+            part
+            * torch.autograd.grad(
+                reading.x, parameter, torch.ones_like(reading.x), retain_graph=True
+            )[0]
+        )
 
     def rearranges(self, reading: Reading) -> bool:
         """Whether the neurons are entries of one parameter, in whatever order: then a change of theirs is one of it."""
@@ -106,7 +117,9 @@ class Target:
         named = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
         if not named or not reading.x.requires_grad:
             return False
-        key = tuple(named)  # pruning and parametrizing, also in the midst of training, change the names
+        key = tuple(
+            named
+        )  # pruning and parametrizing, also in the midst of training, change the names
         if key not in self._rearranged:
             self._rearranged[key] = _rearranges(reading.x, list(named.values()))
         return self._rearranged[key]
@@ -122,9 +135,15 @@ class Target:
 
 def _rearranges(x: Tensor, leaves: list[nn.Parameter]) -> bool:
     """Whether x has entries of one of its leaves, each once at most."""
-    counts = torch.autograd.grad(x, leaves, torch.ones_like(x), allow_unused=True, retain_graph=True)
+    counts = torch.autograd.grad(
+        x, leaves, torch.ones_like(x), allow_unused=True, retain_graph=True
+    )
     back = torch.autograd.grad(x, leaves, x.detach(), allow_unused=True, retain_graph=True)
-    found = [(p, count, part) for p, count, part in zip(leaves, counts, back, strict=True) if count is not None]
+    found = [
+        (p, count, part)
+        for p, count, part in zip(leaves, counts, back, strict=True)
+        if count is not None
+    ]
     if len(found) != 1 or int(whole(found[0][1].sum())) != x.numel():
         return False
     p, count, part = (local(one.detach()).nan_to_num() for one in found[0])
@@ -134,14 +153,24 @@ def _rearranges(x: Tensor, leaves: list[nn.Parameter]) -> bool:
 @contextmanager
 def without_side_effects(module: nn.Module) -> Iterator[None]:
     """Read weights without changing state (a spectral norm iterates at each access in training) and without autocast."""
-    lists = [m for m in module.modules() if isinstance(m, ParametrizationList)] if module._modules else []
+    lists = (
+        [m for m in module.modules() if isinstance(m, ParametrizationList)]
+        if module._modules
+        else []
+    )
     switched = [part for one in lists for part in one.modules() if part.training]
-    own = (p for p in module._parameters.values() if p is not None)  # most layers have some: walking modules takes longer
+    own = (
+        p for p in module._parameters.values() if p is not None
+    )  # most layers have some: walking modules takes longer
     device = next((p.device.type for p in chain(own, module.parameters())), "cpu")
     for part in switched:
         part.training = False
     try:
-        with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
+        with (
+            torch.autocast(device, enabled=False)
+            if torch.is_autocast_enabled(device)
+            else nullcontext()
+        ):
             yield
     finally:
         for part in switched:

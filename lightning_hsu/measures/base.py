@@ -114,16 +114,24 @@ class Measure(ABC):
         """
         if reference <= 0:
             return ((reference - value) if self.higher_is_better else (value - reference)).exp()
-        return reference / value.clamp_min(1e-9 * reference) if self.higher_is_better else value / reference
+        return (
+            reference / value.clamp_min(1e-9 * reference)
+            if self.higher_is_better
+            else value / reference
+        )
 
     def is_exact(self, state: State | None) -> bool:
         """Tell whether values under this state are exact, not merely the best that an inner search has found."""
-        return all(bool(part.all()) for name, part in (state or {}).items() if name.endswith("exact"))
+        return all(
+            bool(part.all()) for name, part in (state or {}).items() if name.endswith("exact")
+        )
 
     def for_head(self) -> "Measure":
         """Return the measure for a class head: in full space, where two antipodal classes are right."""
         measure: Measure = self
-        if not is_dataclass(measure) or "half_space" not in [field.name for field in fields(measure)]:
+        if not is_dataclass(measure) or "half_space" not in [
+            field.name for field in fields(measure)
+        ]:
             return measure
         return replace(measure, half_space=False)
 
@@ -192,7 +200,11 @@ class SphereMeasure(Measure):
             with torch.enable_grad():
                 leaf = unit.requires_grad_()
                 value = self._by_group(leaf, inverse_norm, state)
-                grad = torch.autograd.grad(value.sum(), leaf)[0] if value.requires_grad else torch.zeros_like(leaf)
+                grad = (
+                    torch.autograd.grad(value.sum(), leaf)[0]
+                    if value.requires_grad
+                    else torch.zeros_like(leaf)
+                )
             with torch.no_grad():
                 grad = to_weights(tangent(grad, unit), inverse_norm, x.dtype)
         return self._shaped(value.detach(), x), grad.reshape(x.shape).to(x.device)
@@ -227,8 +239,14 @@ class SphereMeasure(Measure):
             parts = [zero] * len(unit)
             for i, rows in enumerate(alive):
                 if int(rows.sum()) > 1:
-                    own = None if state is None else {name: part[i : i + 1] for name, part in state.items()}
-                    parts[i] = self._checked(self.on_sphere(unit[i : i + 1, rows], own), unit[:1]).squeeze(0)
+                    own = (
+                        None
+                        if state is None
+                        else {name: part[i : i + 1] for name, part in state.items()}
+                    )
+                    parts[i] = self._checked(
+                        self.on_sphere(unit[i : i + 1, rows], own), unit[:1]
+                    ).squeeze(0)
             return torch.stack(parts) if parts else unit.new_zeros(0)
 
     def _checked(self, value: Tensor, unit: Tensor) -> Tensor:
@@ -262,7 +280,9 @@ class _Evaluation(torch.autograd.Function):
 def check_measure(measure: object) -> None:
     """Refuse what is no measure: a name, a class instead of an instance, a dataclass that is not frozen."""
     if isinstance(measure, type) and issubclass(measure, Measure):
-        raise TypeError(f"measure must be an instance: write {measure.__name__}(), with its settings in the brackets")
+        raise TypeError(
+            f"measure must be an instance: write {measure.__name__}(), with its settings in the brackets"
+        )
     if not isinstance(measure, Measure):
         raise TypeError(f"measure must be a measure such as RieszEnergy(s=2); got {measure!r}")
     check_hashable(measure)
@@ -281,8 +301,12 @@ def check_rows(x: Tensor, rows: Tensor) -> None:
     """Refuse neurons x (..., n, d) that are none, and rows that do not mark some of them."""
     check_neurons(x)
     if not isinstance(rows, Tensor) or rows.dtype != torch.bool or rows.shape != x.shape[:-1]:
-        got = f"{rows.dtype} of shape {tuple(rows.shape)}" if isinstance(rows, Tensor) else repr(rows)
-        raise ValueError(f"rows must be a bool tensor of shape {tuple(x.shape[:-1])}, one entry a neuron; got {got}")
+        got = (
+            f"{rows.dtype} of shape {tuple(rows.shape)}" if isinstance(rows, Tensor) else repr(rows)
+        )
+        raise ValueError(
+            f"rows must be a bool tensor of shape {tuple(x.shape[:-1])}, one entry a neuron; got {got}"
+        )
 
 
 def next_draw(x: Tensor, state: State | None) -> State:

@@ -90,13 +90,17 @@ class Covering(WitnessMeasure):
     def _kernel(self, cosine: Tensor) -> Tensor:
         """The angle; its slope is 0 where it has none, at equal and opposite points."""
         smooth = cosine.abs() < 1.0 - 1e-14
-        return torch.where(smooth, torch.where(smooth, cosine, 0.0).acos(), cosine.detach().clamp(-1.0, 1.0).acos())
+        return torch.where(
+            smooth, torch.where(smooth, cosine, 0.0).acos(), cosine.detach().clamp(-1.0, 1.0).acos()
+        )
 
     def _solve(self, x: Tensor, start: Tensor, steps: int) -> Solution:
         found = deepest_holes(x, mirrored=self.half_space)
         if found is not None:
             return *found, True
-        gammas = (10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0) if steps > self.steps else (300.0, 3000.0)
+        gammas = (
+            (10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0) if steps > self.steps else (300.0, 3000.0)
+        )
         points = sink(x, start, gammas, steps)
         best = int(height(x, points).argmin())
         points[best] = settle(x, points[best], steps)

@@ -54,13 +54,17 @@ class GramDeterminant(SphereMeasure):
     jitter: float = 1e-6
 
     def __post_init__(self) -> None:
-        check_number("bandwidth", self.bandwidth, "a chord in [0.01, 10]", lambda chord: 0.01 <= chord <= 10)
+        check_number(
+            "bandwidth", self.bandwidth, "a chord in [0.01, 10]", lambda chord: 0.01 <= chord <= 10
+        )
         check_number("jitter", self.jitter, "in [0, 1]", lambda jitter: 0 <= jitter <= 1)
         check_flag("half_space", self.half_space)
 
     def on_sphere(self, x: Tensor, state: State | None) -> Tensor:
         """Negative log-determinant (b,) of unit rows x (b, n, d)."""
-        x = parted(x, max(FLOOR, self.bandwidth * math.sqrt(self.jitter)), half_space=self.half_space)
+        x = parted(
+            x, max(FLOOR, self.bandwidth * math.sqrt(self.jitter)), half_space=self.half_space
+        )
         cosine = x @ x.mT
         own = 2.0 * torch.eye(x.shape[-2], dtype=x.dtype, device=x.device)
         near = self._kernel((2.0 - 2.0 * cosine).clamp_min(0.0) * (own == 0))
@@ -90,7 +94,9 @@ class GramDeterminant(SphereMeasure):
                 slope.addcmul_(torch.cholesky_inverse(factors[1]), blocks[0])
             slope.diagonal(dim1=-2, dim2=-1).zero_()
             grad = tangent((slope @ unit).mul_(-4.0 / self.bandwidth**2), unit)
-            return self._shaped(value, x), to_weights(grad, inverse_norm, x.dtype).reshape(x.shape).to(x.device)
+            return self._shaped(value, x), to_weights(grad, inverse_norm, x.dtype).reshape(
+                x.shape
+            ).to(x.device)
 
     def _blocks(self, cosine: Tensor) -> list[Tensor]:
         """The kernel matrix (b, n, n), in half space its even and its odd block, of cosines, which are overwritten.
@@ -124,7 +130,11 @@ class GramDeterminant(SphereMeasure):
 
     def best(self, n: int, d: int) -> float | None:
         """What follows from the mean of the kernel: given that, the determinant is largest where all entries are equal."""
-        potential = GaussianPotential(self.bandwidth**-2, self.half_space) if self.bandwidth**-2 <= 150 else None
+        potential = (
+            GaussianPotential(self.bandwidth**-2, self.half_space)
+            if self.bandwidth**-2 <= 150
+            else None
+        )
         mean = potential.best(n, d) if potential else 0.0
         if mean is None:
             return None

@@ -70,13 +70,21 @@ class NearestMeasure(SphereMeasure):
         near, far, sign = nearer(_chords(x, x), _chords(x, -x), self.half_space, tie)
         itself = torch.eye(x.shape[1], dtype=torch.bool, device=x.device)
         distance = near.detach().masked_fill(itself, float("inf"))
-        limit = distance.amin(-1, keepdim=True) if self.every_neuron else distance.amin((-2, -1), keepdim=True)
+        limit = (
+            distance.amin(-1, keepdim=True)
+            if self.every_neuron
+            else distance.amin((-2, -1), keepdim=True)
+        )
         tied = distance <= limit * (1.0 + tie)
-        weight = tied / tied.sum(-1 if self.every_neuron else (-2, -1), keepdim=True, dtype=torch.float64)
+        weight = tied / tied.sum(
+            -1 if self.every_neuron else (-2, -1), keepdim=True, dtype=torch.float64
+        )
         if self.every_neuron:
             weight = weight / x.shape[1]
         value, _ = self.kernel(torch.where(tied, near, 2.0), torch.where(tied, far, 2.0))
-        return (weight * value).sum((-2, -1)) + self._push(x, weight * sign * (distance < COINCIDENT))
+        return (weight * value).sum((-2, -1)) + self._push(
+            x, weight * sign * (distance < COINCIDENT)
+        )
 
     def _push(self, x: Tensor, weight: Tensor) -> Tensor:
         """Zero (b,), with the gradient that parts the coincident neurons of x (b, n, d), of signed weights (b, n, n)."""
@@ -91,7 +99,9 @@ class NearestMeasure(SphereMeasure):
 
     def _term(self) -> NearestTerm:
         check_kernel(self)
-        return NearestTerm(self.kernel, self.half_space, self.every_neuron, max(self.softening, FLOOR))
+        return NearestTerm(
+            self.kernel, self.half_space, self.every_neuron, max(self.softening, FLOOR)
+        )
 
 
 @dataclass(frozen=True)
@@ -251,7 +261,9 @@ def _chords(x: Tensor, y: Tensor) -> Tensor:
 
 def _minus_angle(q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
     """Minus the angle, and its slope, which is finite at 0 and at pi."""
-    return -2.0 * torch.atan2(_root(q), _root(p)), -(q.clamp_min(COINCIDENT) * p.clamp_min(COINCIDENT)).rsqrt()
+    return -2.0 * torch.atan2(_root(q), _root(p)), -(
+        q.clamp_min(COINCIDENT) * p.clamp_min(COINCIDENT)
+    ).rsqrt()
 
 
 def _root(q: Tensor) -> Tensor:

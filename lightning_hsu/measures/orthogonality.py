@@ -87,14 +87,20 @@ class Orthogonality(SphereMeasure):
                 return super().value_and_grad(x, state)
             off = self._off(unit)
             value, times = self._frobenius(off, *x.shape[-2:]), 4.0 if self.kind == "so" else 8.0
-            grad = tangent(off @ unit if x.shape[-2] <= x.shape[-1] else unit @ off, unit).mul_(times)
-            return self._shaped(value, x), to_weights(grad, inverse_norm, x.dtype).reshape(x.shape).to(x.device)
+            grad = tangent(off @ unit if x.shape[-2] <= x.shape[-1] else unit @ off, unit).mul_(
+                times
+            )
+            return self._shaped(value, x), to_weights(grad, inverse_norm, x.dtype).reshape(
+                x.shape
+            ).to(x.device)
 
     @staticmethod
     def _off(x: Tensor) -> Tensor:
         """The smaller Gram matrix of unit rows x (b, n, d), minus I."""
         n, d = x.shape[-2:]
-        return (x @ x.mT if n <= d else x.mT @ x) - torch.eye(min(n, d), dtype=x.dtype, device=x.device)
+        return (x @ x.mT if n <= d else x.mT @ x) - torch.eye(
+            min(n, d), dtype=x.dtype, device=x.device
+        )
 
     def _frobenius(self, off: Tensor, n: int, d: int) -> Tensor:
         """Penalty (b,) in float64 of what :meth:`_off` returns, for so and dso."""

@@ -77,7 +77,9 @@ class PairwiseMeasure(Measure):
             ValueError: if x has fewer than two dimensions.
         """
         check_neurons(x)
-        x = x if torch.is_grad_enabled() else x.detach()  # else the gradient would be computed for nothing
+        x = (
+            x if torch.is_grad_enabled() else x.detach()
+        )  # else the gradient would be computed for nothing
         value: Tensor = PairEnergy.apply(x, self._term())  # type: ignore[no-untyped-call]
         return value
 
@@ -140,7 +142,9 @@ class PairwiseMeasure(Measure):
         """Exact but for softening, by quadrature: the pairs of random neurons are independent two by two."""
         check_kernel(self)
         pairs = n * (n - 1) / 2
-        return _deviation(self, d) * (2.0 * math.sqrt(pairs) / (n * (2 * n - 1)) if self.half_space else pairs**-0.5)
+        return _deviation(self, d) * (
+            2.0 * math.sqrt(pairs) / (n * (2 * n - 1)) if self.half_space else pairs**-0.5
+        )
 
     def best(self, n: int, d: int) -> float:
         """By the kernel's convex envelope, and where it is absolutely monotone the universal bound."""
@@ -161,8 +165,13 @@ class PairwiseMeasure(Measure):
     def _term(self) -> PairTerm:
         check_kernel(self)
         kinds = type(self).__mro__
-        named, own = (next(i for i, kind in enumerate(kinds) if name in vars(kind)) for name in ("formula", "kernel"))
-        formula = self.formula if named <= own else None  # else a subclass has another kernel than the name says
+        named, own = (
+            next(i for i, kind in enumerate(kinds) if name in vars(kind))
+            for name in ("formula", "kernel")
+        )
+        formula = (
+            self.formula if named <= own else None
+        )  # else a subclass has another kernel than the name says
         return PairTerm(self.kernel, self.half_space, self.softening, formula)
 
 

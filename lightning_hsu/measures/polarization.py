@@ -14,7 +14,9 @@ from lightning_hsu._core.witness import descend, lowest_on_circle, orthogonal_to
 from lightning_hsu.measures.riesz import RieszEnergy
 from lightning_hsu.measures.witness import Solution, WitnessMeasure
 
-_NEAREST = 1e-12  # squared chord below which the kernel stays constant: a witness flees from neurons
+_NEAREST = (
+    1e-12  # squared chord below which the kernel stays constant: a witness flees from neurons
+)
 _LARGEST = 1e150  # kernels and slopes stay below, so that no product is inf * 0
 
 
@@ -70,7 +72,12 @@ class Polarization(WitnessMeasure):
     steps: int = 10
 
     def __post_init__(self) -> None:
-        check_number("s", self.s, "a number in [0, 100] such as 0, 1 or 2 (0 is the logarithm)", lambda s: 0 <= s <= 100)
+        check_number(
+            "s",
+            self.s,
+            "a number in [0, 100] such as 0, 1 or 2 (0 is the logarithm)",
+            lambda s: 0 <= s <= 100,
+        )
         super().__post_init__()
 
     def best(self, n: int, d: int) -> float | None:

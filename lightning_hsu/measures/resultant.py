@@ -44,7 +44,12 @@ class ResultantLength(SphereMeasure):
     softening: float = 0.1
 
     def __post_init__(self) -> None:
-        check_number("softening", self.softening, "a length in [0, 1), 0 switches it off", lambda length: 0 <= length < 1)
+        check_number(
+            "softening",
+            self.softening,
+            "a length in [0, 1), 0 switches it off",
+            lambda length: 0 <= length < 1,
+        )
 
     def on_sphere(self, x: Tensor, state: State | None) -> Tensor:
         """Length (b,) of the sum of unit rows x (b, n, d)."""
@@ -61,15 +66,27 @@ class ResultantLength(SphereMeasure):
         check_neurons(x)
         self._prepared(x, state)
         with torch.no_grad(), exact_arithmetic(x):
-            w = with_float64(x.detach()).reshape(x.shape[:-2].numel(), *x.shape[-2:]).to(working_dtype(x.dtype))
+            w = (
+                with_float64(x.detach())
+                .reshape(x.shape[:-2].numel(), *x.shape[-2:])
+                .to(working_dtype(x.dtype))
+            )
             length = torch.linalg.vector_norm(w, dim=-1, keepdim=True)
-            low, high = length.aminmax() if x.shape[-2] > 1 and x.numel() else (torch.zeros(()), torch.zeros(()))
+            low, high = (
+                length.aminmax()
+                if x.shape[-2] > 1 and x.numel()
+                else (torch.zeros(()), torch.zeros(()))
+            )
             other = type(self).on_sphere is not ResultantLength.on_sphere
-            if other or not (float(low) > 1e-15 and float(high) < 1e15):  # zero rows, or more than the products below can take
+            if other or not (
+                float(low) > 1e-15 and float(high) < 1e15
+            ):  # zero rows, or more than the products below can take
                 return super().value_and_grad(x, state)
             inverse_norm = length.reciprocal()
             blocks = zip(torch.split(w, 1024, 1), torch.split(inverse_norm, 1024, 1), strict=True)
-            total = torch.stack([scale.mT @ rows for rows, scale in blocks]).sum(0, dtype=torch.float64)  # (b, 1, d), of any n
+            total = torch.stack([scale.mT @ rows for rows, scale in blocks]).sum(
+                0, dtype=torch.float64
+            )  # (b, 1, d), of any n
             value = torch.linalg.vector_norm(total, dim=(-2, -1), keepdim=True)
             knee = max(self.softening, FLOOR)
             bent = value < knee

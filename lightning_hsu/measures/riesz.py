@@ -55,7 +55,12 @@ class RieszEnergy(PairwiseMeasure):
     softening: float = 1e-2
 
     def __post_init__(self) -> None:
-        check_number("s", self.s, "a finite real number such as 0, 1 or 2 (0 is the logarithmic energy)", lambda s: True)
+        check_number(
+            "s",
+            self.s,
+            "a finite real number such as 0, 1 or 2 (0 is the logarithmic energy)",
+            lambda s: True,
+        )
         if self.distance not in ("chordal", "geodesic"):
             raise ValueError(f"distance must be 'chordal' or 'geodesic'; got {self.distance!r}")
         check_flag("half_space", self.half_space)
@@ -67,7 +72,9 @@ class RieszEnergy(PairwiseMeasure):
             inverse = q.rsqrt() if self.s != 2 else q.reciprocal()
             return _powers(inverse, self.s, squared=self.s == 2)
         guarded = p.clamp_min(1e-12)
-        angle = 2.0 * torch.atan2(q.sqrt(), torch.where(p < 1e-12, p.detach().sqrt(), guarded.sqrt()))
+        angle = 2.0 * torch.atan2(
+            q.sqrt(), torch.where(p < 1e-12, p.detach().sqrt(), guarded.sqrt())
+        )
         value, slope = _powers(angle.reciprocal(), self.s, squared=False)
         # d angle / d q = 1 / (2 sin angle); _powers gives the slope in the squared angle.
         return value, slope * 2.0 * angle * (q * guarded).rsqrt()
@@ -94,7 +101,9 @@ class RieszEnergy(PairwiseMeasure):
     def _pair_expectation(self, d: int) -> float:
         if self.s >= d - 1:
             return math.inf
-        return _random_pair(self.s, d) if self.distance == "chordal" else super()._pair_expectation(d)
+        return (
+            _random_pair(self.s, d) if self.distance == "chordal" else super()._pair_expectation(d)
+        )
 
 
 def _powers(inverse: Tensor, s: float, *, squared: bool) -> tuple[Tensor, Tensor]:
@@ -104,8 +113,18 @@ def _powers(inverse: Tensor, s: float, *, squared: bool) -> tuple[Tensor, Tensor
         return inverse.log(), -0.5 * square
     if squared:
         value = square
-    elif s in (0.5, 1.5, 2.5):  # powers cost as much as the matrix product; roots and products do not
-        value = inverse.sqrt() if s == 0.5 else inverse * inverse.sqrt() if s == 1.5 else square * inverse.sqrt()
+    elif s in (
+        0.5,
+        1.5,
+        2.5,
+    ):  # powers cost as much as the matrix product; roots and products do not
+        value = (
+            inverse.sqrt()
+            if s == 0.5
+            else inverse * inverse.sqrt()
+            if s == 1.5
+            else square * inverse.sqrt()
+        )
     elif s in (1, 3, 4):
         value = inverse if s == 1 else inverse * square if s == 3 else square * square
     else:

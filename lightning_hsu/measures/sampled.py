@@ -81,7 +81,9 @@ class Sampled(Measure):
         check_measure(self.measure)
         check_count("block", self.block, 4)
         if self.measure.pair_term() is None:
-            raise TypeError(f"only a mean over pairs, such as RieszEnergy(s=2), can be sampled; got {self.measure!r}")
+            raise TypeError(
+                f"only a mean over pairs, such as RieszEnergy(s=2), can be sampled; got {self.measure!r}"
+            )
 
     @property
     def higher_is_better(self) -> bool:  # type: ignore[override]
@@ -129,8 +131,12 @@ class Sampled(Measure):
             return self.measure.value_and_grad(x)
         grads = torch.zeros_like(x).reshape(-1, *x.shape[-2:])
         groups = zip(x.detach().reshape(grads.shape), grads, strict=True)
-        values = [self._add_gradient(group, grad, *self._drawn(group, state)) for group, grad in groups]
-        return torch.stack(values).reshape(x.shape[:-2]).to(working_dtype(x.dtype)), grads.reshape(x.shape)
+        values = [
+            self._add_gradient(group, grad, *self._drawn(group, state)) for group, grad in groups
+        ]
+        return torch.stack(values).reshape(x.shape[:-2]).to(working_dtype(x.dtype)), grads.reshape(
+            x.shape
+        )
 
     def _add_gradient(self, x: Tensor, grad: Tensor, blocks: Tensor, n: int) -> Tensor:
         """Put the gradient of neurons x (n, d) into ``grad``, which holds zeros; returns the penalty."""
@@ -164,7 +170,9 @@ class Sampled(Measure):
         self._check(x, state)
         found = torch.zeros(x.shape[:-2].numel(), 2, dtype=torch.float64)
         with exact_arithmetic(x):
-            for group, errors in zip(with_float64(x).reshape(len(found), *x.shape[-2:]), found, strict=True):
+            for group, errors in zip(
+                with_float64(x).reshape(len(found), *x.shape[-2:]), found, strict=True
+            ):
                 blocks, n = self._drawn(group, state)
                 if len(blocks) > 1:
                     grad = torch.zeros_like(group)
@@ -172,12 +180,17 @@ class Sampled(Measure):
                     value, distance = block_spread(group, blocks, self._term, n)
                     distance /= float(self.natural(penalty)) if self._term.logarithm else 1.0
                     length = torch.linalg.vector_norm(grad.double()).cpu()
-                    errors[:] = torch.stack([torch.tensor(value, dtype=torch.float64), distance / length])
+                    errors[:] = torch.stack(
+                        [torch.tensor(value, dtype=torch.float64), distance / length]
+                    )
         return SamplingError(*found.reshape(*x.shape[:-2], 2).unbind(-1))
 
     def sample(self, x: Tensor, state: State | None = None) -> list[Tensor]:
         """The blocks (k, m, d) of each group of neurons x (..., n, d) under a state."""
-        return [group[self._drawn(group, state)[0]] for group in x.reshape(x.shape[:-2].numel(), *x.shape[-2:])]
+        return [
+            group[self._drawn(group, state)[0]]
+            for group in x.reshape(x.shape[:-2].numel(), *x.shape[-2:])
+        ]
 
     def is_exact(self, state: State | None) -> bool:
         """Only where all pairs are counted."""
@@ -240,4 +253,6 @@ class Sampled(Measure):
 
 def sampled_above(measure: Measure, n: int, limit: int | None) -> Measure:
     """The measure, sampled where there are more than ``limit`` neurons and it is a mean over pairs."""
-    return measure if limit is None or n <= limit or measure.pair_term() is None else Sampled(measure)
+    return (
+        measure if limit is None or n <= limit or measure.pair_term() is None else Sampled(measure)
+    )

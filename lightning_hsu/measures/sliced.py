@@ -62,13 +62,21 @@ class SlicedWasserstein(SphereMeasure):
     def on_sphere(self, x: Tensor, state: State | None) -> Tensor:
         """Squared distance (b,) of unit rows x (b, n, d), mean over the circles."""
         n = x.shape[-2]
-        on_circle = (x @ self._planes(x, state)).reshape(*x.shape[:-1], 2, -1).double()  # (b, n, 2, circles)
+        on_circle = (
+            (x @ self._planes(x, state)).reshape(*x.shape[:-1], 2, -1).double()
+        )  # (b, n, 2, circles)
         across, along = on_circle.unbind(-2)
-        lost = across.square() + along.square() < 1e-30  # at right angles to the circle: any place will do
-        turn = torch.atan2(torch.where(lost, 0.0, across), torch.where(lost, 1.0, along)) / (2.0 * math.pi)
+        lost = (
+            across.square() + along.square() < 1e-30
+        )  # at right angles to the circle: any place will do
+        turn = torch.atan2(torch.where(lost, 0.0, across), torch.where(lost, 1.0, along)) / (
+            2.0 * math.pi
+        )
         turn = turn.sort(dim=-2, stable=True).values  # (b, n, circles), in [-1/2, 1/2]
         rank = torch.arange(1, n + 1, dtype=turn.dtype, device=x.device)[:, None]
-        spread = turn.var(-2, correction=0) + ((n + 1 - 2 * rank) * turn).sum(-2) / n**2 + 1.0 / 12.0
+        spread = (
+            turn.var(-2, correction=0) + ((n + 1 - 2 * rank) * turn).sum(-2) / n**2 + 1.0 / 12.0
+        )
         return spread.mean(-1).to(x.dtype)
 
     def expectation(self, n: int, d: int) -> float:

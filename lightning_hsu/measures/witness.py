@@ -62,14 +62,25 @@ class WitnessMeasure(SphereMeasure):
             known = state if state is not None and self._goes_on(state, unit) else None
             with exact_arithmetic(unit):
                 found = [self._of_group(rows[alive[i]], i, known) for i, rows in enumerate(unit)]
-            step = torch.zeros(len(unit), dtype=torch.int64) if known is None else known["step"].cpu() + 1
+            step = (
+                torch.zeros(len(unit), dtype=torch.int64)
+                if known is None
+                else known["step"].cpu() + 1
+            )
             most = max([self.witnesses, *(len(points) for points, _, _ in found)])
-            points = unit.new_zeros(len(unit), most, unit.shape[2])  # zero rows where a group has fewer
+            points = unit.new_zeros(
+                len(unit), most, unit.shape[2]
+            )  # zero rows where a group has fewer
             weights = unit.new_zeros(len(unit), most, self._mirrored(unit).shape[1])
             for i, (own, its, _) in enumerate(found):
                 points[i, : len(own)] = own
                 weights[i, : len(own), : its.shape[1]] = its
-        return {"points": points, self.weights_name: weights, "exact": torch.tensor([e for _, _, e in found]), "step": step}
+        return {
+            "points": points,
+            self.weights_name: weights,
+            "exact": torch.tensor([e for _, _, e in found]),
+            "step": step,
+        }
 
     def on_sphere(self, x: Tensor, state: State | None) -> Tensor:
         """Penalty (b,) of unit rows x (b, n, d): a sum over witnesses and points, the witnesses held fixed."""
@@ -81,7 +92,9 @@ class WitnessMeasure(SphereMeasure):
 
     def fits(self, x: Tensor, state: State) -> bool:
         """Whether the state has witnesses and weights for all neurons of x (..., n, d)."""
-        if set(state) != {"points", self.weights_name, "exact", "step"} or not super().fits(x, state):
+        if set(state) != {"points", self.weights_name, "exact", "step"} or not super().fits(
+            x, state
+        ):
             return False
         b, n, d = x.shape[:-2].numel(), *x.shape[-2:]
         k, m = state["points"].shape[1], 2 * n if self.half_space else n
@@ -97,12 +110,18 @@ class WitnessMeasure(SphereMeasure):
 
     def work(self, n: int, d: int) -> float:
         """A fresh search, and the systems that exact solutions take."""
-        return 4.0 * AFRESH * self.steps * self.witnesses * n * d + 20.0 * n * n * max(min(n, 3 * d), d)
+        return 4.0 * AFRESH * self.steps * self.witnesses * n * d + 20.0 * n * n * max(
+            min(n, 3 * d), d
+        )
 
     def _goes_on(self, state: State, x: Tensor) -> bool:
         """Whether the search can start from the witnesses of a state, even of other neurons or another number of them."""
         points, step = (state.get(name, torch.empty(0)) for name in ("points", "step"))
-        same = points.ndim == 3 and points.shape[::2] == x.shape[::2] and points.shape[1] >= self.witnesses
+        same = (
+            points.ndim == 3
+            and points.shape[::2] == x.shape[::2]
+            and points.shape[1] >= self.witnesses
+        )
         return same and step.shape == x.shape[:1] and bool(points.isfinite().all())
 
     def _of_group(self, x: Tensor, group: int, known: State | None) -> Solution:
@@ -110,7 +129,11 @@ class WitnessMeasure(SphereMeasure):
         if len(x) == 0:
             return x.new_zeros(1, x.shape[1]), x.new_zeros(1, 0), False
         x = self._mirrored(x)
-        start = x.new_zeros(1, 1) if known is None else known["points"][group, : self.witnesses].to(x, copy=True)
+        start = (
+            x.new_zeros(1, 1)
+            if known is None
+            else known["points"][group, : self.witnesses].to(x, copy=True)
+        )
         if known is None or not bool(start.any(1).all()):
             return self._solve(x, first_witnesses(x, self.witnesses), AFRESH * self.steps)
         worst = int(self._heights(x, start).argmax())

@@ -46,7 +46,11 @@ class UniformityMetric(Metric):
     @property
     def higher_is_better(self) -> bool:  # type: ignore[override]
         """Whether a larger value is a more uniform one."""
-        return self.measure.higher_is_better if self.quantity == "energy" else self.quantity in ("score", "min_angle")
+        return (
+            self.measure.higher_is_better
+            if self.quantity == "energy"
+            else self.quantity in ("score", "min_angle")
+        )
 
     @property
     def plot_lower_bound(self) -> float | None:  # type: ignore[override]
@@ -85,7 +89,9 @@ class UniformityMetric(Metric):
         state = other.metric_state if isinstance(other, Metric) else other
         if not isinstance(state, dict) or not set(self.metric_state) <= set(state):
             name = type(self).__name__
-            raise ValueError(f"only a {name} can be merged into a {name}, or its metric_state; got {type(other).__name__}")
+            raise ValueError(
+                f"only a {name} can be merged into a {name}, or its metric_state; got {type(other).__name__}"
+            )
         return state
 
     def _add_settings(self, *settings: object) -> None:
@@ -95,7 +101,9 @@ class UniformityMetric(Metric):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         stored, own = state_dict.get(prefix + "settings"), decoded(self.settings)
         if isinstance(stored, Tensor) and decoded(stored) != own:
-            rest[-1].append(f"{type(self).__name__} was saved with the settings {decoded(stored)}, this one has {own}")
+            rest[-1].append(
+                f"{type(self).__name__} was saved with the settings {decoded(stored)}, this one has {own}"
+            )
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
 

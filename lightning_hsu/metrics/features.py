@@ -90,7 +90,9 @@ class FeatureUniformity(UniformityMetric):
         seed: int = 0,
         **kwargs: Any,
     ) -> None:
-        super().__init__(GaussianPotential(t=2.0) if measure is None else measure, quantity, **kwargs)
+        super().__init__(
+            GaussianPotential(t=2.0) if measure is None else measure, quantity, **kwargs
+        )
         check_count("capacity", 2 if capacity is None else capacity, 2)
         check_count("seed", seed, 0)
         if seed >= 2**63:
@@ -131,7 +133,11 @@ class FeatureUniformity(UniformityMetric):
             )
         mine, theirs = _seen_by(self.metric_state, self.device), _seen_by(state, self.device)
         if not bool(torch.isin(theirs[1], mine[1]).any()):
-            self.rows, self.priorities, self.seen = [mine[0], theirs[0]], [mine[1], theirs[1]], mine[2] + theirs[2]
+            self.rows, self.priorities, self.seen = (
+                [mine[0], theirs[0]],
+                [mine[1], theirs[1]],
+                mine[2] + theirs[2],
+            )
             self._shrink()
         elif len(theirs[0]) == int(theirs[2]):
             self._add(theirs[0])
@@ -139,14 +145,22 @@ class FeatureUniformity(UniformityMetric):
             self.rows, self.priorities, self.seen = [theirs[0]], [theirs[1]], theirs[2]
             self._add(mine[0])
         else:
-            raise ValueError("both samples have dropped rows by the same priorities: give each metric its own seed")
+            raise ValueError(
+                "both samples have dropped rows by the same priorities: give each metric its own seed"
+            )
         self._computed, self._update_count = None, self._update_count + 1
 
     def _checked(self, x: Tensor) -> Tensor:
         """Unit rows (N, d), float32; 0 where a row takes no part."""
         if not isinstance(x, Tensor) or not x.is_floating_point():
-            got = f"{x.dtype} of shape {tuple(x.shape)}; cast with x.float()" if isinstance(x, Tensor) else type(x).__name__
-            raise TypeError(f"embeddings must be a floating-point tensor of shape (..., d); got {got}")
+            got = (
+                f"{x.dtype} of shape {tuple(x.shape)}; cast with x.float()"
+                if isinstance(x, Tensor)
+                else type(x).__name__
+            )
+            raise TypeError(
+                f"embeddings must be a floating-point tensor of shape (..., d); got {got}"
+            )
         if x.ndim < 2 or x.shape[-1] < 2:
             raise ValueError(
                 f"embeddings must have shape (..., d) with at least two dimensions and d >= 2, one embedding a row; got shape "
@@ -181,26 +195,43 @@ class FeatureUniformity(UniformityMetric):
 
     def _kept(self) -> tuple[Tensor, Tensor]:
         """The sample (n, d) and its priorities (n,), those that go first at the front."""
-        rows, priorities = _joined(parts_of(self.rows)), _joined(parts_of(self.priorities)).flatten().long()
+        rows, priorities = (
+            _joined(parts_of(self.rows)),
+            _joined(parts_of(self.priorities)).flatten().long(),
+        )
         order = priorities.argsort()[: self.capacity]
         return rows[order], priorities[order]
 
     def _place(self) -> tuple[int, int]:
         """This process's rank among those that share the metric, and their number."""
-        if not (self.distributed_available_fn() and distributed.is_available() and distributed.is_initialized()):
+        if not (
+            self.distributed_available_fn()
+            and distributed.is_available()
+            and distributed.is_initialized()
+        ):
             return 0, 1
-        return distributed.get_rank(self.process_group), distributed.get_world_size(self.process_group)
+        return distributed.get_rank(self.process_group), distributed.get_world_size(
+            self.process_group
+        )
 
-    def _sync_dist(self, dist_sync_fn: Callable[..., Any] = gather_all_tensors, process_group: Any = None) -> None:
+    def _sync_dist(
+        self, dist_sync_fn: Callable[..., Any] = gather_all_tensors, process_group: Any = None
+    ) -> None:
         # a rank without rows must give each gathering a tensor of the right type, too
         rows, priorities = self._kept()
-        self.rows, self.priorities = [rows.to(self.device, torch.float32)], [priorities.to(self.device)]
+        self.rows, self.priorities = (
+            [rows.to(self.device, torch.float32)],
+            [priorities.to(self.device)],
+        )
         super()._sync_dist(dist_sync_fn, process_group)
 
 
 def _seen_by(state: dict[str, Any], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """The rows that a metric holds, in the order they came if none was dropped, their priorities, and how many it has seen."""
-    rows, priorities = _joined(parts_of(state["rows"])), _joined(parts_of(state["priorities"])).flatten()
+    rows, priorities = (
+        _joined(parts_of(state["rows"])),
+        _joined(parts_of(state["priorities"])).flatten(),
+    )
     return rows.to(device), priorities.to(device, torch.int64), state["seen"].to(device)
 
 
@@ -210,7 +241,9 @@ def _joined(parts: list[Tensor]) -> Tensor:
     if not known:
         return parts[0] if parts else torch.zeros(0, 0)
     if len({part.shape[1:] for part in known}) > 1:
-        raise ValueError(f"ranks must have embeddings of one dimension d; got shapes {[tuple(part.shape) for part in known]}")
+        raise ValueError(
+            f"ranks must have embeddings of one dimension d; got shapes {[tuple(part.shape) for part in known]}"
+        )
     return torch.cat([part.to(known[0].device) for part in known])
 
 
@@ -223,10 +256,16 @@ def quantity_of(measure: Measure, quantity: Quantity, x: Tensor) -> Tensor:
         return torch.tensor(torch.nan, dtype=torch.float32)
     state = measure.prepare(x) if n > 1 else None
     if quantity == "min_angle":
-        parts = measure.sample(x, state) if isinstance(measure, Sampled) and not measure.is_exact(state) else [x]
+        parts = (
+            measure.sample(x, state)
+            if isinstance(measure, Sampled) and not measure.is_exact(state)
+            else [x]
+        )
         angles = [smallest_angle(part, half_space=in_half_space(measure)).amin() for part in parts]
         return torch.stack(angles).amin().rad2deg().float()
-    penalty = measure.penalty(x, state)[0].double() if n > 1 else torch.zeros((), dtype=torch.float64)
+    penalty = (
+        measure.penalty(x, state)[0].double() if n > 1 else torch.zeros((), dtype=torch.float64)
+    )
     if quantity == "penalty":
         return penalty.float()
     energy = measure.natural(penalty)

@@ -78,7 +78,9 @@ class WeightUniformity(UniformityMetric):
         head: str | None = "auto",
         **kwargs: Any,
     ) -> None:
-        super().__init__(RieszEnergy(s=2.0, half_space=True) if measure is None else measure, quantity, **kwargs)
+        super().__init__(
+            RieszEnergy(s=2.0, half_space=True) if measure is None else measure, quantity, **kwargs
+        )
         self.reduction = check_choice("reduction", reduction, "mean", "max", "none")
         self.include, self.exclude, self.head = include, exclude, head
         self._add_settings(repr(self.measure), quantity, repr((include, exclude, head)))
@@ -93,7 +95,11 @@ class WeightUniformity(UniformityMetric):
                 shapes: there groups of convolutions are not known, and embeddings are layers by name.
         """
         found = self._measured(model)
-        values = torch.tensor([getattr(layer, self.quantity) for layer in found], dtype=torch.float32, device=self.device)
+        values = torch.tensor(
+            [getattr(layer, self.quantity) for layer in found],
+            dtype=torch.float32,
+            device=self.device,
+        )
         defined = ~values.isnan()
         names = encoded([layer.name for layer in found]).to(self.device)
         new = torch.stack([torch.where(defined, values, 0.0), defined.to(values.dtype)])
@@ -105,7 +111,9 @@ class WeightUniformity(UniformityMetric):
         mean, count = _pooled(parts_of(self.means)).to(self.device)
         values = torch.where(count > 0, mean, torch.nan)
         if self.reduction == "none":
-            return dict(zip(decoded(_agreed(parts_of(self.layers))) or (), values.unbind(), strict=True))
+            return dict(
+                zip(decoded(_agreed(parts_of(self.layers))) or (), values.unbind(), strict=True)
+            )
         defined = values[count > 0]
         if not len(defined):
             return torch.tensor(torch.nan, dtype=torch.float32, device=self.device)
@@ -123,7 +131,9 @@ class WeightUniformity(UniformityMetric):
         state = self._state_of(incoming_state)
         theirs, own = decoded(state["settings"]), decoded(self.settings)
         if theirs != own:
-            raise ValueError(f"only metrics of the same settings can be merged: this one has {own}, the other {theirs}")
+            raise ValueError(
+                f"only metrics of the same settings can be merged: this one has {own}, the other {theirs}"
+            )
         self._reduce_states(state)
         self._update_count += 1
 
@@ -131,14 +141,20 @@ class WeightUniformity(UniformityMetric):
         if not isinstance(model, (nn.Module, Mapping)):
             raise TypeError(f"update takes a model or its state dict; got {type(model).__name__}")
         if not isinstance(model, nn.Module):
-            model = stand_in(model, [self.include] if isinstance(self.include, str) else self.include or ())[0]
+            model = stand_in(
+                model, [self.include] if isinstance(self.include, str) else self.include or ()
+            )[0]
         return (
-            UniformityRegularizer(self.measure, 0.0, include=self.include, exclude=self.exclude, head=self.head)
+            UniformityRegularizer(
+                self.measure, 0.0, include=self.include, exclude=self.exclude, head=self.head
+            )
             .attach(model)
             .measure_layers()
         )
 
-    def _sync_dist(self, dist_sync_fn: Callable[..., Any] = gather_all_tensors, process_group: Any = None) -> None:
+    def _sync_dist(
+        self, dist_sync_fn: Callable[..., Any] = gather_all_tensors, process_group: Any = None
+    ) -> None:
         # a rank without an update must give each gathering a tensor of the right type, too
         self.layers = [_agreed(parts_of(self.layers)).to(self.device)]
         self.means = [_pooled(parts_of(self.means)).to(self.device)]
@@ -158,7 +174,9 @@ def _agreed(parts: list[Tensor]) -> Tensor:
         return torch.zeros(0, dtype=torch.uint8)
     for other in known[1:]:
         if (names := decoded(known[0])) != (others := decoded(other)):
-            raise ValueError(f"updates must be of the same layers: got {others} after {names}; reset() before another model")
+            raise ValueError(
+                f"updates must be of the same layers: got {others} after {names}; reset() before another model"
+            )
     return known[0]
 
 
@@ -171,4 +189,8 @@ def _pooled(parts: list[Tensor]) -> Tensor:
         with_float64(torch.stack([part.to(known[0].device) for part in known])).double().unbind(1)
     )  # (parts, layers)
     count = counts.sum(0)
-    return torch.stack([(means * counts).sum(0) / count.clamp_min(1.0), count]).float().to(known[0].device)
+    return (
+        torch.stack([(means * counts).sum(0) / count.clamp_min(1.0), count])
+        .float()
+        .to(known[0].device)
+    )

@@ -72,7 +72,9 @@ def pair_cosines(unit: Tensor, *, half_space: bool) -> Tensor:
 
 def has_shapes(state: State | None, **shapes: tuple[int, ...]) -> bool:
     """Whether a state has tensors of these shapes: one of another model has not."""
-    return state is not None and all(name in state and state[name].shape == shape for name, shape in shapes.items())
+    return state is not None and all(
+        name in state and state[name].shape == shape for name, shape in shapes.items()
+    )
 
 
 def kept(x: Tensor, **tensors: Tensor) -> State:

@@ -92,7 +92,9 @@ class OfficialRandomCoMHE(_CoMHE):
 
     def projections(self, w: Tensor, state: State) -> Tensor:
         """The same ones for all groups."""
-        return seeded_noise(1, self.count, self.dim, w.shape[-1], like=w.detach(), draw=draw_of(state))
+        return seeded_noise(
+            1, self.count, self.dim, w.shape[-1], like=w.detach(), draw=draw_of(state)
+        )
 
 
 @dataclass(frozen=True)

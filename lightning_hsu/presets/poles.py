@@ -28,7 +28,9 @@ from lightning_hsu.presets.base import (
 class PoledMeasure(OfficialMeasure):
     """A measure at one pole (d,) for each group, which starts as N(0, 1) and follows the neurons by momentum SGD."""
 
-    coefficients: ClassVar[tuple[float, float]]  # of hidden layers and of the head: the pole feels them, too
+    coefficients: ClassVar[
+        tuple[float, float]
+    ]  # of hidden layers and of the head: the pole feels them, too
     half_space: bool = True
     inner_lr: float = 0.1
     inner_steps: int = 10
@@ -53,7 +55,10 @@ class PoledMeasure(OfficialMeasure):
         coefficient = self.coefficients[0 if self.half_space else 1]
 
         def loss(pole: Tensor) -> Tensor:
-            return WEIGHT_DECAY / 2 * pole.square().sum() - coefficient * self.at_pole(unit, pole).sum()
+            return (
+                WEIGHT_DECAY / 2 * pole.square().sum()
+                - coefficient * self.at_pole(unit, pole).sum()
+            )
 
         for _ in range(self.inner_steps):
             velocity = MOMENTUM * velocity + torch.func.grad(loss)(pole)

@@ -26,8 +26,14 @@ _ENERGIES: dict[Power, tuple[float, float]] = {
 }
 # name: measure, coefficient of hidden layers and of the head
 _RECIPES: dict[str, tuple[OfficialMeasure, tuple[float, float]]] = {
-    **{f"mhe_{power}": (OfficialMHE(power, half_space=False), both) for power, both in _ENERGIES.items()},
-    **{f"half_mhe_{power}": (OfficialMHE(power, half_space=True), both) for power, both in _ENERGIES.items()},
+    **{
+        f"mhe_{power}": (OfficialMHE(power, half_space=False), both)
+        for power, both in _ENERGIES.items()
+    },
+    **{
+        f"half_mhe_{power}": (OfficialMHE(power, half_space=True), both)
+        for power, both in _ENERGIES.items()
+    },
     "mhs": (OfficialMHS(), (0.1, 1.0)),
     "mhp": (OfficialMHP(), OfficialMHP.coefficients),
     "r_mhp": (OfficialRMHP(), (0.01, 0.1)),

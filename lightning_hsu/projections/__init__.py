@@ -4,4 +4,11 @@ from lightning_hsu.projections.kinds import GroupProjection, Projection, RandomP
 from lightning_hsu.projections.learned import Adversarial, AnglePreserving
 from lightning_hsu.projections.projected import Projected
 
-__all__ = ["Adversarial", "AnglePreserving", "GroupProjection", "Projected", "Projection", "RandomProjection"]
+__all__ = [
+    "Adversarial",
+    "AnglePreserving",
+    "GroupProjection",
+    "Projected",
+    "Projection",
+    "RandomProjection",
+]

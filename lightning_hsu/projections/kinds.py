@@ -74,7 +74,9 @@ class RandomProjection(Projection):
 
     def project(self, x: Tensor, state: State) -> Tensor:
         """Project with each matrix of the draw."""
-        matrices = seeded_noise(self.count, self.dim, x.shape[-1], like=x.detach(), draw=draw_of(state))
+        matrices = seeded_noise(
+            self.count, self.dim, x.shape[-1], like=x.detach(), draw=draw_of(state)
+        )
         return x[:, None] @ matrices.mT
 
 
@@ -109,5 +111,7 @@ class GroupProjection(Projection):
     def project(self, x: Tensor, state: State) -> Tensor:
         """Take the coordinates group by group."""
         d = x.shape[-1]
-        shuffled = seeded_noise(d, like=x.detach(), draw=draw_of(state)).argsort()[: d - d % self.dim]
+        shuffled = seeded_noise(d, like=x.detach(), draw=draw_of(state)).argsort()[
+            : d - d % self.dim
+        ]
         return x[..., shuffled].reshape(*x.shape[:-1], -1, self.dim).movedim(-2, 1)

@@ -38,14 +38,18 @@ class _Learned(Projection):
         else:
             matrix = seeded_noise(*shape[1:], like=x).expand(shape)
             length, steps = x.new_full(shape[:1], 0.1), max(self.fresh, self.steps)
-        matrix, length = _descend(self.objective(x, measure), self.retract(matrix), length, steps, self.retract)
+        matrix, length = _descend(
+            self.objective(x, measure), self.retract(matrix), length, steps, self.retract
+        )
         return {"matrix": matrix, "length": length}
 
     def fits(self, x: Tensor, state: State) -> bool:
         """Whether the state has finite matrices of the right shape."""
         if set(state) != {"matrix", "length"} or state["length"].shape != x.shape[:1]:
             return False
-        return state["matrix"].shape == (len(x), self.dim, x.shape[-1]) and bool(state["matrix"].isfinite().all())
+        return state["matrix"].shape == (len(x), self.dim, x.shape[-1]) and bool(
+            state["matrix"].isfinite().all()
+        )
 
     def project(self, x: Tensor, state: State) -> Tensor:
         """Project with the learned matrix."""
@@ -53,7 +57,9 @@ class _Learned(Projection):
 
     def work(self, n: int, d: int) -> float:
         """A fresh start: each step a forward and a backward product, and the measure of its sample, twice."""
-        return 8.0 * max(self.fresh, self.steps) * min(n, _SAMPLE) * self.dim * (d + min(n, _SAMPLE))
+        return (
+            8.0 * max(self.fresh, self.steps) * min(n, _SAMPLE) * self.dim * (d + min(n, _SAMPLE))
+        )
 
     @abstractmethod
     def objective(self, x: Tensor, measure: Measure) -> Callable[[Tensor], Tensor]:
@@ -131,7 +137,11 @@ class Adversarial(_Learned):
 
 
 def _descend(
-    loss: Callable[[Tensor], Tensor], matrix: Tensor, length: Tensor, steps: int, retract: Callable[[Tensor], Tensor]
+    loss: Callable[[Tensor], Tensor],
+    matrix: Tensor,
+    length: Tensor,
+    steps: int,
+    retract: Callable[[Tensor], Tensor],
 ) -> tuple[Tensor, Tensor]:
     """Steps along the normalised gradient, kept for each matrix (b, dim, d) where its loss falls, halved where not."""
     for _ in range(steps):
@@ -139,7 +149,9 @@ def _descend(
             leaf = matrix.detach().requires_grad_()
             before = loss(leaf)
             (grad,) = torch.autograd.grad(before.sum(), leaf)
-        scale = torch.linalg.matrix_norm(matrix) / torch.linalg.matrix_norm(grad).clamp_min(torch.finfo(grad.dtype).tiny)
+        scale = torch.linalg.matrix_norm(matrix) / torch.linalg.matrix_norm(grad).clamp_min(
+            torch.finfo(grad.dtype).tiny
+        )
         tried = retract(matrix - (length * scale)[:, None, None] * grad)
         better = loss(tried) < before.detach()
         matrix = torch.where(better[:, None, None], tried, matrix)

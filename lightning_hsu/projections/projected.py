@@ -61,7 +61,9 @@ class Projected(SphereMeasure):
     def __post_init__(self) -> None:
         check_measure(self.measure)
         if not isinstance(self.projection, Projection):
-            raise TypeError(f"projection must be a projection such as RandomProjection(dim=30); got {self.projection!r}")
+            raise TypeError(
+                f"projection must be a projection such as RandomProjection(dim=30); got {self.projection!r}"
+            )
 
     def prepare(self, x: Tensor, state: State | None = None) -> State:
         """The projections, and under names that begin with "inner." what the measure needs in the projections."""
@@ -70,7 +72,9 @@ class Projected(SphereMeasure):
             if self._as_it_is(unit):
                 return _inner(self.measure.prepare(unit, _of_inner(state)), len(unit))
             own = _of_projection(state)
-            new = self.projection.prepare(unit, self.measure, own if own and self.projection.fits(unit, own) else None)
+            new = self.projection.prepare(
+                unit, self.measure, own if own and self.projection.fits(unit, own) else None
+            )
             inner = self.measure.prepare(self.projection.project(unit, new), _of_inner(state))
         return new | _inner(inner, len(unit))
 
@@ -79,9 +83,13 @@ class Projected(SphereMeasure):
         (groups, n, d), inner = (x.shape[:-2].numel(), *x.shape[-2:]), _of_inner(state)
         if self._as_it_is(x):
             return self.measure.fits(x, inner or {})
-        if not self.projection.fits(torch.empty(groups, n, d, device="meta"), _of_projection(state)):
+        if not self.projection.fits(
+            torch.empty(groups, n, d, device="meta"), _of_projection(state)
+        ):
             return False
-        projected = torch.empty(groups * self.projection.copies(d), n, self.projection.dim, device="meta")
+        projected = torch.empty(
+            groups * self.projection.copies(d), n, self.projection.dim, device="meta"
+        )
         return inner is None or self.measure.fits(projected, inner)
 
     def on_sphere(self, x: Tensor, state: State | None) -> Tensor:
@@ -147,10 +155,17 @@ def _of_projection(state: State | None) -> State:
 
 def _of_inner(state: State | None) -> State | None:
     """The measure's part of a state: first dimension (group, projection) as one."""
-    found = {name[6:]: part.flatten(0, 1) for name, part in (state or {}).items() if name.startswith("inner.")}
+    found = {
+        name[6:]: part.flatten(0, 1)
+        for name, part in (state or {}).items()
+        if name.startswith("inner.")
+    }
     return found or None
 
 
 def _inner(state: State | None, groups: int) -> State:
     """The measure's state as part of a larger one: first dimension groups again."""
-    return {f"inner.{name}": part.reshape(groups, -1, *part.shape[1:]) for name, part in (state or {}).items()}
+    return {
+        f"inner.{name}": part.reshape(groups, -1, *part.shape[1:])
+        for name, part in (state or {}).items()
+    }

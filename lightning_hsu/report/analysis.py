@@ -21,7 +21,10 @@ BINS = 90
 
 _NOTHING = 1e-4  # length over the median from which on a neuron does something
 _HEAT = 128  # neurons in a heat map
-_MEASURED, _SURVEYED = 0.4, 0.4  # about what of the time goes into these; the rest into singular values and heat map
+_MEASURED, _SURVEYED = (
+    0.4,
+    0.4,
+)  # about what of the time goes into these; the rest into singular values and heat map
 _WIDEST = 4096  # the smaller side of a weight up to which its singular values are computed
 
 
@@ -128,7 +131,10 @@ def look_at(
         )
         for i, group in enumerate(x)
     ]
-    similar, live = sum(one.similar for one in surveys), unit_rows(x)[1].squeeze(-1) > 0  # (groups, n)
+    similar, live = (
+        sum(one.similar for one in surveys),
+        unit_rows(x)[1].squeeze(-1) > 0,
+    )  # (groups, n)
     dead = _dead(x).flatten().nonzero().flatten()
     shown, cosines = _heat_map(x, live, surveys)
     return LayerReport(

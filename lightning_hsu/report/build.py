@@ -50,7 +50,10 @@ class Report:
     @property
     def worst_ratio(self) -> float:
         """The highest ratio of a layer, infinite where one is; NaN if none has one."""
-        return max((one.uniformity.ratio for one in self.layers if not math.isnan(one.uniformity.ratio)), default=math.nan)
+        return max(
+            (one.uniformity.ratio for one in self.layers if not math.isnan(one.uniformity.ratio)),
+            default=math.nan,
+        )
 
     def __str__(self) -> str:
         """The table, in plain text."""
@@ -129,11 +132,17 @@ def report(
         >>> found.layers[0].pairs
         (SimilarPair(group=0, first=3, second=7, angle=0.0),)
     """
-    return look_at_all(find_targets(source, include, exclude, head, key), measure, similar_above, keep, progress)
+    return look_at_all(
+        find_targets(source, include, exclude, head, key), measure, similar_above, keep, progress
+    )
 
 
 def look_at_all(
-    found: Found, measure: Measure | None, similar_above: float, keep: int = 100, progress: Progress | None = None
+    found: Found,
+    measure: Measure | None,
+    similar_above: float,
+    keep: int = 100,
+    progress: Progress | None = None,
 ) -> Report:
     """The report on what :func:`find_targets` found; other arguments as of :func:`report`."""
     measure = RieszEnergy(s=2.0, half_space=True) if measure is None else measure
@@ -144,14 +153,25 @@ def look_at_all(
     layers, before = [], 0
     for target, own in zip(found.targets, work, strict=True):
 
-        def done(part: float, name: str = target.name, before: int = before, own: int = own) -> None:
+        def done(
+            part: float, name: str = target.name, before: int = before, own: int = own
+        ) -> None:
             if progress is not None:
                 progress(name, (before + part * own) / sum(work))
 
         done(0.0)
         full_space = target.head or target.shape[1] == 2
         chosen = measure.for_head() if full_space else measure
-        layers.append(look_at(target.name, target.neurons(), chosen, similar_above=similar_above, keep=keep, done=done))
+        layers.append(
+            look_at(
+                target.name,
+                target.neurons(),
+                chosen,
+                similar_above=similar_above,
+                keep=keep,
+                done=done,
+            )
+        )
         done(1.0)
         before += own
     return Report(found.source, measure, similar_above, tuple(layers), tuple(found.skips))
@@ -171,7 +191,9 @@ class Found(NamedTuple):
     skips: list[Skip]
 
 
-def find_targets(source: Source, include: Patterns, exclude: Patterns, head: str | None, key: str | None) -> Found:
+def find_targets(
+    source: Source, include: Patterns, exclude: Patterns, head: str | None, key: str | None
+) -> Found:
     """Where the neurons of a source are; arguments as of :func:`report`."""
     if isinstance(source, nn.Module) and not isinstance(source, torch.jit.ScriptModule):
         model = unwrapped(source)
@@ -183,13 +205,17 @@ def find_targets(source: Source, include: Patterns, exclude: Patterns, head: str
     elif isinstance(source, Mapping):
         name = "state dict"
     else:
-        raise TypeError(f"a report is on a model, a state dict or a file; got {type(source).__name__}")
+        raise TypeError(
+            f"a report is on a model, a state dict or a file; got {type(source).__name__}"
+        )
     asked = [include] if isinstance(include, str) else include
     model, unnamed = stand_in(source, asked or ())
     try:
         targets, skips = select(model, include, exclude, head, everything=True)
     except ValueError as error:
-        left_out = "".join(f"\n  {skip.name} {tuple(skip.shape)}: {skip.reason}" for skip in unnamed)
+        left_out = "".join(
+            f"\n  {skip.name} {tuple(skip.shape)}: {skip.reason}" for skip in unnamed
+        )
         raise ValueError(f"{name}: {error}{left_out}") from error
     return Found(name, targets, [*skips, *unnamed])
 

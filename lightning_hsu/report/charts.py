@@ -25,7 +25,11 @@ def ratio_chart(layers: Sequence[LayerReport]) -> str:
 
     Places along the layers are in percent, so that text keeps its size on a phone.
     """
-    ratios = [(i, one.uniformity.ratio) for i, one in enumerate(layers) if not math.isnan(one.uniformity.ratio)]
+    ratios = [
+        (i, one.uniformity.ratio)
+        for i, one in enumerate(layers)
+        if not math.isnan(one.uniformity.ratio)
+    ]
     axis = ratio_axis(layers)
     marks = [line("0", axis(tick), "100%", axis(tick), "grid") for tick in axis.ticks()]
     marks += [text(-8, axis(tick) + 4, short(tick), end="end") for tick in axis.ticks()]
@@ -52,14 +56,24 @@ def ratio_axis(layers: Sequence[LayerReport]) -> Axis:
 
 def _dot(i: int, layer: LayerReport, at: str, axis: Axis, size: float) -> str:
     ratio = layer.uniformity.ratio
-    kind = "even" if layer.as_random else "above" if layer.above else "below" if ratio < 0.98 else "even"
+    kind = (
+        "even"
+        if layer.as_random
+        else "above"
+        if layer.above
+        else "below"
+        if ratio < 0.98
+        else "even"
+    )
     label = escape(f"{layer.name}: {number(ratio, 3)}")
     stem = line(at, axis(1.0), at, axis(ratio), f"stem {kind}")
     dot = f'<circle cx="{at}" cy="{place(axis(ratio))}" r="{size}" class="{kind}"/>'
     return f'<a href="#layer-{i}" tabindex="-1" aria-label="{label}"><title>{label}</title>{stem}{dot}</a>'
 
 
-def _names_of_highest(layers: Sequence[LayerReport], ratios: list[tuple[int, float]], axis: Axis) -> list[str]:
+def _names_of_highest(
+    layers: Sequence[LayerReport], ratios: list[tuple[int, float]], axis: Axis
+) -> list[str]:
     """Names at the highest ratios, where they do not cover each other."""
     marks: list[str] = []
     taken: list[tuple[float, float]] = []
@@ -87,19 +101,30 @@ def angle_chart(layer: LayerReport) -> str:
     bins, pairs = len(layer.angles), sum(layer.angles)
     expected = expected_angles(pairs, layer.uniformity.dimension, bins).tolist()
     width = 180.0 / bins
-    x, y = Axis(0.0, 180.0, _LEFT, _RIGHT), Axis(0.0, max(1.0, *layer.angles, *expected) * 1.1, _BOTTOM, _TOP, "log1p")
+    x, y = (
+        Axis(0.0, 180.0, _LEFT, _RIGHT),
+        Axis(0.0, max(1.0, *layer.angles, *expected) * 1.1, _BOTTOM, _TOP, "log1p"),
+    )
     marks = _grid(y, "pairs")
     marks += [text(x(t), _BOTTOM + 15, f"{t}°", end="middle") for t in range(0, 181, 30)]
     marks.append(text((_LEFT + _RIGHT) / 2, _HEIGHT - 4, "angle between two neurons", end="middle"))
     marks.append(_bars(layer.angles, x, y, width))
-    marks.append(path([(x(width * (i + 0.5)), y(count)) for i, count in enumerate(expected)], "curve"))
+    marks.append(
+        path([(x(width * (i + 0.5)), y(count)) for i, count in enumerate(expected)], "curve")
+    )
     marks += _key(bars=True)
-    return figure(f"Angles between the {pairs:,} pairs of neurons, beside uniform random vectors", (_WIDTH, _HEIGHT), marks)
+    return figure(
+        f"Angles between the {pairs:,} pairs of neurons, beside uniform random vectors",
+        (_WIDTH, _HEIGHT),
+        marks,
+    )
 
 
 def _bars(counts: Sequence[int], x: Axis, y: Axis, width: float) -> str:
     """Bars side by side, as one outline."""
-    steps = "".join(f"V{place(y(count))}H{place(x((i + 1) * width))}" for i, count in enumerate(counts))
+    steps = "".join(
+        f"V{place(y(count))}H{place(x((i + 1) * width))}" for i, count in enumerate(counts)
+    )
     return f'<path d="M{place(_LEFT)},{place(_BOTTOM)}{steps}V{place(_BOTTOM)}" class="bars"/>'
 
 
@@ -114,14 +139,29 @@ def singular_chart(layer: LayerReport) -> str:
     below = y(low) + 12  # where no value is, for the first is large
     marks = _grid(y, "singular value")
     marks += [line(_LEFT, y(edge), _RIGHT, y(edge), "edge") for edge in (low, high)]
-    marks.append(path([(x(i + 0.5), y(value)) for i, value in zip(chosen, law, strict=True)], "curve"))
+    marks.append(
+        path([(x(i + 0.5), y(value)) for i, value in zip(chosen, law, strict=True)], "curve")
+    )
     marks.append(_values([(x(i + 0.5), y(values[i])) for i in chosen]))
     marks.append(text(_RIGHT, y(high) - 4, f"upper edge {high:.2f}", end="end", kind="halo"))
-    marks.append(text(_LEFT + 4, below if below < _BOTTOM else y(low) - 4, f"lower edge {low:.2f}", kind="halo"))
-    marks += [text(x(rank - 0.5), _BOTTOM + 15, f"{rank:,}", end="middle") for rank in {1, len(values)}]
+    marks.append(
+        text(
+            _LEFT + 4,
+            below if below < _BOTTOM else y(low) - 4,
+            f"lower edge {low:.2f}",
+            kind="halo",
+        )
+    )
+    marks += [
+        text(x(rank - 0.5), _BOTTOM + 15, f"{rank:,}", end="middle") for rank in {1, len(values)}
+    ]
     marks.append(text((_LEFT + _RIGHT) / 2, _HEIGHT - 4, "rank", end="middle"))
     marks += _key(bars=False)
-    return figure(f"{len(values):,} singular values, beside those of as many random vectors", (_WIDTH, _HEIGHT), marks)
+    return figure(
+        f"{len(values):,} singular values, beside those of as many random vectors",
+        (_WIDTH, _HEIGHT),
+        marks,
+    )
 
 
 def sampled(count: int, most: int) -> list[int]:
@@ -133,7 +173,11 @@ def sampled(count: int, most: int) -> list[int]:
 
 def _values(points: list[tuple[float, float]]) -> str:
     """A line through the values, with a dot at each where they are few."""
-    dots = "".join(f'<circle cx="{place(x)}" cy="{place(y)}" r="2.5"/>' for x, y in points) if len(points) <= 40 else ""
+    dots = (
+        "".join(f'<circle cx="{place(x)}" cy="{place(y)}" r="2.5"/>' for x, y in points)
+        if len(points) <= 40
+        else ""
+    )
     return path(points, "values") + f'<g class="dots">{dots}</g>'
 
 
@@ -145,5 +189,14 @@ def _grid(y: Axis, name: str) -> list[str]:
 
 def _key(*, bars: bool) -> list[str]:
     """What is what, above the marks: shapes differ, not only colours."""
-    own = '<rect x="150" y="3" width="14" height="10" class="bars"/>' if bars else line(148, 8, 166, 8, "values")
-    return [own, text(170, 12, "this layer"), line(240, 8, 260, 8, "curve"), text(265, 12, "random vectors")]
+    own = (
+        '<rect x="150" y="3" width="14" height="10" class="bars"/>'
+        if bars
+        else line(148, 8, 166, 8, "values")
+    )
+    return [
+        own,
+        text(170, 12, "this layer"),
+        line(240, 8, 260, 8, "curve"),
+        text(265, 12, "random vectors"),
+    ]

@@ -14,8 +14,25 @@ from torch import Tensor
 from lightning_hsu.report.scripted import is_torchscript, scripted_tensors
 from lightning_hsu.report.unpickle import Left, unpickled
 
-_KEYS = ("state_dict", "model_state_dict", "model", "module", "net", "network", "weights", "params", "ema")
-_HEADS = ("head", "classifier", "fc", "lm_head", "score", "logits")  # modules that come last, whatever order a file has
+_KEYS = (
+    "state_dict",
+    "model_state_dict",
+    "model",
+    "module",
+    "net",
+    "network",
+    "weights",
+    "params",
+    "ema",
+)
+_HEADS = (
+    "head",
+    "classifier",
+    "fc",
+    "lm_head",
+    "score",
+    "logits",
+)  # modules that come last, whatever order a file has
 
 
 def read_weights(path: str | Path, key: str | None = None) -> dict[str, Tensor]:
@@ -67,7 +84,9 @@ def _from_folder(path: Path) -> dict[str, Tensor]:
         for file in files:
             tensors = _safetensors(file)
             if twice := next((name for name in tensors if name in found), None):
-                raise ValueError(f"{path} holds more than one set of weights ({twice} is in {file.name}, too): name one file")
+                raise ValueError(
+                    f"{path} holds more than one set of weights ({twice} is in {file.name}, too): name one file"
+                )
             found |= tensors
         return _printable(_ordered(found))
     if (path / ".metadata").exists():
@@ -83,7 +102,9 @@ def _safetensors(path: Path) -> dict[str, Tensor]:
     try:
         from safetensors.torch import load_file
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError('reading .safetensors needs that package: pip install "lightning-hsu[report]"') from error
+        raise ModuleNotFoundError(
+            'reading .safetensors needs that package: pip install "lightning-hsu[report]"'
+        ) from error
     try:
         return load_file(path)
     except Exception as error:  # of a type of that package's own
@@ -127,7 +148,9 @@ def printable(text: str) -> str:
 def _state_dict(found: Any, path: Path, key: str | None) -> dict[str, Tensor]:
     """The state dict in what a file holds; a key may be a path with dots."""
     inside = _inside(found, depth=1)
-    if _holds_weights(found) and not set(_KEYS) & set(inside):  # else a matrix beside them, such as weights of classes
+    if _holds_weights(found) and not set(_KEYS) & set(
+        inside
+    ):  # else a matrix beside them, such as weights of classes
         held: Mapping[str, Any] = {"": found}
     else:
         held = inside or _inside(found, depth=4)
@@ -138,7 +161,9 @@ def _state_dict(found: Any, path: Path, key: str | None) -> dict[str, Tensor]:
         return _tensors(inner)
     names = [name for name in _KEYS if name in held] or list(held)
     if not names or (len(names) > 1 and names[0] not in _KEYS):
-        raise ValueError(f"{path} has {'several state dicts' if names else 'no state dict'}; {_contents(found, held)}")
+        raise ValueError(
+            f"{path} has {'several state dicts' if names else 'no state dict'}; {_contents(found, held)}"
+        )
     return _tensors(held[names[0]])
 
 
@@ -147,7 +172,11 @@ def _inside(found: Any, above: str = "", *, depth: int) -> dict[str, Any]:
     held: dict[str, Any] = {}
     for name, one in found.items() if isinstance(found, Mapping) and depth else ():
         if isinstance(name, str):
-            held |= {above + name: one} if _holds_weights(one) else _inside(one, f"{above}{name}.", depth=depth - 1)
+            held |= (
+                {above + name: one}
+                if _holds_weights(one)
+                else _inside(one, f"{above}{name}.", depth=depth - 1)
+            )
     return held
 
 
@@ -160,7 +189,9 @@ def _at(found: Any, key: str) -> Any:
 
 
 def _holds_weights(found: Any) -> bool:
-    return isinstance(found, Mapping) and any(isinstance(x, Tensor) and x.ndim > 1 for x in found.values())
+    return isinstance(found, Mapping) and any(
+        isinstance(x, Tensor) and x.ndim > 1 for x in found.values()
+    )
 
 
 def _tensors(found: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -173,4 +204,6 @@ def _contents(found: Any, held: Mapping[str, Any]) -> str:
     if not isinstance(found, Mapping):
         return f"it holds {type(found).__name__}"
     names = ", ".join(repr(name) for name in list(held or found)[:20])
-    return f"it holds {names or 'nothing'}" + ("; --key or key= names the one to read" if held else "")
+    return f"it holds {names or 'nothing'}" + (
+        "; --key or key= names the one to read" if held else ""
+    )

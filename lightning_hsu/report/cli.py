@@ -66,10 +66,14 @@ def parse_measure(text: str) -> Measure:
         settings = {str(one.arg): ast.literal_eval(one.value) for one in call.keywords}
         kind = getattr(measures, name) if name in measures.__all__ else None
         if kind is None or call.args or not issubclass(kind, Measure):
-            raise ValueError(f"it is no measure with settings by name; there are {', '.join(_names())}")
+            raise ValueError(
+                f"it is no measure with settings by name; there are {', '.join(_names())}"
+            )
         found: Measure = kind(**settings)
     except (SyntaxError, ValueError, TypeError) as error:
-        raise ValueError(f"cannot make a measure of {text!r}, such as 'RieszEnergy(s=1, half_space=True)': {error}") from error
+        raise ValueError(
+            f"cannot make a measure of {text!r}, such as 'RieszEnergy(s=1, half_space=True)': {error}"
+        ) from error
     return found
 
 
@@ -80,16 +84,27 @@ def _names() -> list[str]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="lightning-hsu", description="See which layers of a network are redundant.")
+    parser = argparse.ArgumentParser(
+        prog="lightning-hsu", description="See which layers of a network are redundant."
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     one = commands.add_parser("report", help="every layer of a checkpoint beside random neurons")
-    one.add_argument("checkpoint", help=".ckpt, .pt, .pth, .safetensors or TorchScript; no code in it is run")
+    one.add_argument(
+        "checkpoint", help=".ckpt, .pt, .pth, .safetensors or TorchScript; no code in it is run"
+    )
     one.add_argument("--html", metavar="FILE", help="write a page with the figures of each layer")
     one.add_argument(
-        "--pairs", metavar="N", type=_count, default=0, help="list the N nearest near-duplicate pairs of each layer"
+        "--pairs",
+        metavar="N",
+        type=_count,
+        default=0,
+        help="list the N nearest near-duplicate pairs of each layer",
     )
     one.add_argument(
-        "--fail-above", metavar="RATIO", type=_limit, help="exit with 1 if a layer's ratio is above this, or if one has none"
+        "--fail-above",
+        metavar="RATIO",
+        type=_limit,
+        help="exit with 1 if a layer's ratio is above this, or if one has none",
     )
     one.set_defaults(run=_report)
     two = commands.add_parser("compare", help="what moved between two checkpoints")
@@ -102,12 +117,29 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_common(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--json", metavar="FILE", help="write all numbers; - prints them instead of the table")
-    command.add_argument("--measure", metavar="MEASURE", help="such as 'KoLeo' or 'RieszEnergy(s=1, half_space=True)'")
-    command.add_argument("--key", help="where in the file the state dict is, such as 'ema' or 'model.inner'")
-    command.add_argument("--include", metavar="PATTERN", nargs="+", help="layers to take, shell style; after the files")
+    command.add_argument(
+        "--json", metavar="FILE", help="write all numbers; - prints them instead of the table"
+    )
+    command.add_argument(
+        "--measure",
+        metavar="MEASURE",
+        help="such as 'KoLeo' or 'RieszEnergy(s=1, half_space=True)'",
+    )
+    command.add_argument(
+        "--key", help="where in the file the state dict is, such as 'ema' or 'model.inner'"
+    )
+    command.add_argument(
+        "--include",
+        metavar="PATTERN",
+        nargs="+",
+        help="layers to take, shell style; after the files",
+    )
     command.add_argument("--exclude", metavar="PATTERN", nargs="+", help="layers to leave out")
-    command.add_argument("--head", default="auto", help="the class head: a layer's name, or 'none'; by default the last Linear")
+    command.add_argument(
+        "--head",
+        default="auto",
+        help="the class head: a layer's name, or 'none'; by default the last Linear",
+    )
     command.add_argument(
         "--similar-above",
         metavar="COSINE",
@@ -149,7 +181,9 @@ def _report(given: argparse.Namespace) -> int:
         raise ValueError("--html writes a file; only --json takes -")
     _check_writable(given.html, given.json, keep=[given.checkpoint])
     with _progress() as progress:
-        found = report(given.checkpoint, **_settings(given), keep=max(100, given.pairs), progress=progress)
+        found = report(
+            given.checkpoint, **_settings(given), keep=max(100, given.pairs), progress=progress
+        )
     verdict = 0 if given.fail_above is None else _judged(found, given.fail_above)
     if given.html:
         found.write_html(given.html)
@@ -163,13 +197,18 @@ def _report(given: argparse.Namespace) -> int:
 
 def _judged(found: Report, limit: float) -> int:
     """The exit code for a limit on ratios: a layer without a ratio, or with weights that are not finite, fails, too."""
-    broken = [one for one in found.layers if math.isnan(one.uniformity.ratio) or one.uniformity.nonfinite]
+    broken = [
+        one for one in found.layers if math.isnan(one.uniformity.ratio) or one.uniformity.nonfinite
+    ]
     above = [one for one in found.layers if one.uniformity.ratio > limit]
     for one in broken:
         print(f"lightning-hsu: {one.name} cannot be judged: {one.finding}", file=sys.stderr)
     if above:
         worst = max(above, key=lambda one: one.uniformity.ratio)
-        print(f"lightning-hsu: ratio {number(worst.uniformity.ratio, 3)} of {worst.name} is above {limit:g}", file=sys.stderr)
+        print(
+            f"lightning-hsu: ratio {number(worst.uniformity.ratio, 3)} of {worst.name} is above {limit:g}",
+            file=sys.stderr,
+        )
     return _FAILED if broken or above else 0
 
 
@@ -212,7 +251,10 @@ def _progress() -> Iterator[Progress | None]:
     except ModuleNotFoundError:
         yield None
         return
-    console, columns = Console(stderr=True), (SpinnerColumn(), *Bars.get_default_columns(), TimeElapsedColumn())
+    console, columns = (
+        Console(stderr=True),
+        (SpinnerColumn(), *Bars.get_default_columns(), TimeElapsedColumn()),
+    )
     if not console.is_terminal:
         yield None
         return

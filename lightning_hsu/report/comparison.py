@@ -63,7 +63,9 @@ class Comparison:
         return {
             "before": self.before.to_dict(),
             "after": self.after.to_dict(),
-            "moved": {one.after.name: None if math.isnan(one.moved) else one.moved for one in self.layers},
+            "moved": {
+                one.after.name: None if math.isnan(one.moved) else one.moved for one in self.layers
+            },
             "only_before": list(self.only_before),
             "only_after": list(self.only_after),
         }
@@ -110,14 +112,18 @@ def compare(
             found,
             measure,
             similar_above,
-            progress=None if progress is None else lambda name, part, i=i: progress(name, (i + part) / 2),  # type: ignore[misc]
+            progress=None
+            if progress is None
+            else lambda name, part, i=i: progress(name, (i + part) / 2),  # type: ignore[misc]
         )
         for i, found in enumerate(both)
     ]
     targets = [{one.name: one for one in found.targets} for found in both]
     earlier = {one.name: one for one in reports[0].layers}
     layers = tuple(
-        LayerComparison(earlier[one.name], one, _moved(*(found[one.name].neurons() for found in targets)))
+        LayerComparison(
+            earlier[one.name], one, _moved(*(found[one.name].neurons() for found in targets))
+        )
         for one in reports[1].layers
         if one.name in earlier
     )
@@ -125,7 +131,9 @@ def compare(
         first, second = (", ".join(list(found)[:5]) for found in targets)
         raise ValueError(f"no layer has the same name in both: {first}, ... and {second}, ...")
     names = [{one.name for one in found.layers} for found in reports]
-    only = [tuple(one.name for one in reports[i].layers if one.name not in names[1 - i]) for i in (0, 1)]
+    only = [
+        tuple(one.name for one in reports[i].layers if one.name not in names[1 - i]) for i in (0, 1)
+    ]
     return Comparison(reports[0], reports[1], layers, only[0], only[1])
 
 
@@ -134,10 +142,18 @@ def _alike(both: Sequence[Found]) -> list[Found]:
     layers = [{one.name: one for one in found.targets} for found in both]
 
     def in_full_space(one: Target, other: Target | None) -> bool:
-        return one.head if other is None else (one.head and other.head) or 2 in (one.shape[1], other.shape[1])
+        return (
+            one.head
+            if other is None
+            else (one.head and other.head) or 2 in (one.shape[1], other.shape[1])
+        )
 
     return [
-        found._replace(targets=[replace(one, head=in_full_space(one, others.get(one.name))) for one in found.targets])
+        found._replace(
+            targets=[
+                replace(one, head=in_full_space(one, others.get(one.name))) for one in found.targets
+            ]
+        )
         for found, others in zip(both, reversed(layers), strict=True)
     ]
 
@@ -147,7 +163,13 @@ def _moved(before: Tensor, after: Tensor) -> float:
     """Median angle in degrees between the neurons of two sets (groups, n, d), index by index."""
     if before.shape != after.shape:
         return math.nan
-    (x, x_inverse), (y, y_inverse) = (unit_rows(with_float64(one.cpu()).double()) for one in (before, after))
+    (x, x_inverse), (y, y_inverse) = (
+        unit_rows(with_float64(one.cpu()).double()) for one in (before, after)
+    )
     live = ((x_inverse > 0) & (y_inverse > 0)).squeeze(-1)
     apart, together = (torch.linalg.vector_norm(x + sign * y, dim=-1)[live] for sign in (-1.0, 1.0))
-    return float((2.0 * torch.atan2(apart, together)).rad2deg().median()) if bool(live.any()) else math.nan
+    return (
+        float((2.0 * torch.atan2(apart, together)).rad2deg().median())
+        if bool(live.any())
+        else math.nan
+    )

@@ -12,7 +12,10 @@ from torch import Tensor
 STEPS = 16
 """Steps of the absolute cosine that are told apart."""
 
-_POSITIVE, _NEGATIVE = (214, 96, 20), (38, 118, 214)  # to be told apart without red and green, on white and on black
+_POSITIVE, _NEGATIVE = (
+    (214, 96, 20),
+    (38, 118, 214),
+)  # to be told apart without red and green, on white and on black
 
 
 def heat_map_png(cosines: Tensor) -> bytes:
@@ -21,11 +24,15 @@ def heat_map_png(cosines: Tensor) -> bytes:
     The index of a pixel is ``STEPS`` plus the cosine in steps, so what the page's background is shines through near 0.
     """
     index = ((cosines * STEPS).round() + STEPS).to(torch.uint8)
-    rows = torch.cat([torch.zeros(len(index), 1, dtype=torch.uint8), index], 1)  # each begins with its filter: none
+    rows = torch.cat(
+        [torch.zeros(len(index), 1, dtype=torch.uint8), index], 1
+    )  # each begins with its filter: none
     height, width = index.shape
     colours = b"".join(bytes(_NEGATIVE if i < STEPS else _POSITIVE) for i in range(2 * STEPS + 1))
     alphas = bytes(round(255 * abs(i - STEPS) / STEPS) for i in range(2 * STEPS + 1))
-    packed = zlib.compressobj(9, strategy=zlib.Z_FILTERED)  # looks for fewer repetitions: cosines have few
+    packed = zlib.compressobj(
+        9, strategy=zlib.Z_FILTERED
+    )  # looks for fewer repetitions: cosines have few
     chunks = [
         (b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 3, 0, 0, 0)),
         (b"PLTE", colours),

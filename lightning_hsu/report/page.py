@@ -80,7 +80,11 @@ def _overview(found: Report) -> str:
     heads = "".join(f'<th scope="col" class="{css}">{name}</th>' for name, css in _COLUMNS)
     rows = "".join(_row(i, layer) for i, layer in enumerate(found.layers))
     starred = in_half_space(found.measure) and any(one.full_space for one in found.layers)
-    note = '<p class="soft">* measured in full space, where opposite neurons are far apart.</p>\n' if starred else ""
+    note = (
+        '<p class="soft">* measured in full space, where opposite neurons are far apart.</p>\n'
+        if starred
+        else ""
+    )
     return (
         f'<h2>All layers</h2>\n{chart}<div class="scroll"><table><thead><tr>{heads}</tr></thead>\n'
         f"<tbody>\n{rows}</tbody></table></div>\n{note}"
@@ -108,7 +112,9 @@ def _row(i: int, layer: LayerReport) -> str:
         f"{layer.dead:,}",
         escape(layer.finding),
     )
-    marked = "".join(f'<td class="{css}">{cell}</td>' for cell, (_, css) in zip(cells, _COLUMNS, strict=True))
+    marked = "".join(
+        f'<td class="{css}">{cell}</td>' for cell, (_, css) in zip(cells, _COLUMNS, strict=True)
+    )
     return f"<tr>{marked}</tr>\n"
 
 

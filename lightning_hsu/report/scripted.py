@@ -30,7 +30,9 @@ _DTYPES = {
 def is_torchscript(path: Path) -> bool:
     """Whether torch takes a file for TorchScript."""
     try:
-        return "constants.pkl" in torch._C.PyTorchFileReader(str(path)).get_all_records()  # as torch.load asks
+        return (
+            "constants.pkl" in torch._C.PyTorchFileReader(str(path)).get_all_records()
+        )  # as torch.load asks
     except RuntimeError:
         return False
 
@@ -45,7 +47,9 @@ def scripted_tensors(path: Path) -> dict[str, Tensor]:
         with zipfile.ZipFile(path) as archive:
             found = _Reader(archive).load()
         return dict(_tensors(found))
-    except Exception as error:  # of many types: whatever a broken file makes the reader stumble over
+    except (
+        Exception
+    ) as error:  # of many types: whatever a broken file makes the reader stumble over
         raise ValueError(f"{path} is no TorchScript that can be read: {error}") from error
 
 
@@ -75,9 +79,17 @@ class _Reader(pickle.Unpickler):
     """An unpickler that knows tensors, plain values, and stand-ins for all else."""
 
     def __init__(self, archive: zipfile.ZipFile) -> None:
-        (name,) = (name for name in archive.namelist() if name.endswith("/data.pkl") and name.count("/") == 1)
+        (name,) = (
+            name
+            for name in archive.namelist()
+            if name.endswith("/data.pkl") and name.count("/") == 1
+        )
         super().__init__(archive.open(name))
-        self._archive, self._folder, self._read = archive, name.removesuffix(".pkl"), dict[str, Tensor]()
+        self._archive, self._folder, self._read = (
+            archive,
+            name.removesuffix(".pkl"),
+            dict[str, Tensor](),
+        )
 
     def find_class(self, module: str, name: str) -> Any:
         """Never what is asked for but tensors and ordered dicts."""
@@ -98,5 +110,7 @@ class _Reader(pickle.Unpickler):
         return self._read[key]
 
 
-def _strided(numbers: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> Tensor:
+def _strided(
+    numbers: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any
+) -> Tensor:
     return numbers.as_strided(size, stride, offset)

@@ -25,7 +25,9 @@ def layer_section(i: int, layer: LayerReport, found: Report, *, unfolded: bool) 
         f"{shape_of(one)}, energy {number(one.energy, 4)}, ratio {number(one.ratio, 3)}, score {number(one.score, 2)}, "
         f"smallest angle {_degrees(one.min_angle)}.{other}"
     )
-    figures = "".join(_figure(*each) for each in (_angles(layer), _singular_values(layer), _heat_map(layer)))
+    figures = "".join(
+        _figure(*each) for each in (_angles(layer), _singular_values(layer), _heat_map(layer))
+    )
     return (
         f'<details class="layer"{" open" if unfolded else ""}>'
         f"<summary><b>{breakable(layer.name)}</b> <span class=soft>{escape(layer.finding)}</span></summary>"
@@ -100,7 +102,9 @@ def _which(layer: LayerReport) -> str:
 
 def _similar(layer: LayerReport, similar_above: float) -> str:
     """The nearest pairs by index."""
-    cosine = f"cosine{'' if layer.full_space else ', whatever its sign,'} of {similar_above:g} or more"
+    cosine = (
+        f"cosine{'' if layer.full_space else ', whatever its sign,'} of {similar_above:g} or more"
+    )
     if not layer.similar:
         return f'<p class="soft">No near-duplicate pairs ({cosine}).</p>'
     shown = layer.pairs[:_LISTED]
@@ -123,7 +127,10 @@ def _dead(layer: LayerReport) -> str:
     if not layer.dead:
         return ""
     rows, one = layer.dead_rows[:_LISTED], layer.uniformity
-    names = [str(row) if one.groups == 1 else f"{row % one.neurons} of group {row // one.neurons}" for row in rows]
+    names = [
+        str(row) if one.groups == 1 else f"{row % one.neurons} of group {row // one.neurons}"
+        for row in rows
+    ]
     more = layer.dead - len(rows)
     rest = f" and {more:,} more" if more else ""
     return f'<p class="soft">{counted(layer.dead, "dead neuron")}, zero or next to nothing: {", ".join(names)}{rest}.</p>'

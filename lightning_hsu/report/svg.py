@@ -61,8 +61,14 @@ def _thinned(values: list[float], most: int) -> list[float]:
 def _round_steps(low: float, high: float, most: int) -> list[float]:
     """Multiples of 1, 2 or 5 times a power of ten in [low, high]."""
     power = 10.0 ** math.floor(math.log10((high - low) / most))
-    step = next(step * power for step in (1.0, 2.0, 5.0, 10.0, 20.0) if (high - low) / (step * power) <= most - 1)
-    return [i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+    step = next(
+        step * power
+        for step in (1.0, 2.0, 5.0, 10.0, 20.0)
+        if (high - low) / (step * power) <= most - 1
+    )
+    return [
+        i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)
+    ]
 
 
 def short(value: float) -> str:

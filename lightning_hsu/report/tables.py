@@ -43,7 +43,9 @@ class Table:
     @property
     def widths(self) -> list[int]:
         """The width of each column."""
-        return [max(len(row[i]) for row in [self.heads, *self.rows]) for i in range(len(self.columns))]
+        return [
+            max(len(row[i]) for row in [self.heads, *self.rows]) for i in range(len(self.columns))
+        ]
 
     def narrow(self) -> Table:
         """Without the columns that can be spared, which a line below names."""
@@ -51,13 +53,30 @@ class Table:
         left_out = [name for i, name in enumerate(self.heads) if i not in kept]
         rows = [tuple(row[i] for i in kept) for row in self.rows]
         note = (f"left out of this narrow table: {', '.join(left_out)}",) if left_out else ()
-        return replace(self, columns=tuple(self.columns[i] for i in kept), rows=rows, below=(*self.below, *note))
+        return replace(
+            self,
+            columns=tuple(self.columns[i] for i in kept),
+            rows=rows,
+            below=(*self.below, *note),
+        )
 
 
 def report_table(found: Report) -> Table:
     """The table of a report."""
-    columns = ("layer", ">neurons x dim", "?>energy", ">ratio", "?>score", ">angle", "?>pairs", "?>dead", "finding")
-    return Table(columns, [_report_row(layer, _mixed(found)) for layer in found.layers], tuple(_below(found)))
+    columns = (
+        "layer",
+        ">neurons x dim",
+        "?>energy",
+        ">ratio",
+        "?>score",
+        ">angle",
+        "?>pairs",
+        "?>dead",
+        "finding",
+    )
+    return Table(
+        columns, [_report_row(layer, _mixed(found)) for layer in found.layers], tuple(_below(found))
+    )
 
 
 def _mixed(found: Report) -> bool:
@@ -67,8 +86,20 @@ def _mixed(found: Report) -> bool:
 
 def _report_row(layer: LayerReport, mixed: bool) -> tuple[str, ...]:
     one = layer.uniformity
-    numbers = (number(one.energy, 4), number(one.ratio, 3), number(one.score, 2), number(one.min_angle, 1))
-    return (_named(layer, mixed), shape_of(one), *numbers, f"{layer.similar:,}", f"{layer.dead:,}", layer.finding)
+    numbers = (
+        number(one.energy, 4),
+        number(one.ratio, 3),
+        number(one.score, 2),
+        number(one.min_angle, 1),
+    )
+    return (
+        _named(layer, mixed),
+        shape_of(one),
+        *numbers,
+        f"{layer.similar:,}",
+        f"{layer.dead:,}",
+        layer.finding,
+    )
 
 
 def _named(layer: LayerReport, mixed: bool) -> str:
@@ -76,7 +107,10 @@ def _named(layer: LayerReport, mixed: bool) -> str:
 
 
 def _below(found: Report) -> list[str]:
-    above, pairs = [one for one in found.layers if one.above], sum(one.similar for one in found.layers)
+    above, pairs = (
+        [one for one in found.layers if one.above],
+        sum(one.similar for one in found.layers),
+    )
     chance = sum(one.as_random for one in above)
     lines = [
         f"{len(above)} of {counted(len(found.layers), 'layer')} more than 2 % above random"
@@ -89,9 +123,16 @@ def _below(found: Report) -> list[str]:
 
 def skipped_lines(found: Report) -> list[str]:
     """What was left out, and why; what the caller's patterns leave out is only counted."""
-    own = {reason: sum(skip.reason == reason for skip in found.skips) for reason in (NOT_INCLUDED, EXCLUDED)}
+    own = {
+        reason: sum(skip.reason == reason for skip in found.skips)
+        for reason in (NOT_INCLUDED, EXCLUDED)
+    }
     counts = [f"  {count} {reason}" for reason, count in own.items() if count]
-    lines = [f"  {skip.name} {'x'.join(map(str, skip.shape))}: {skip.reason}" for skip in found.skips if skip.reason not in own]
+    lines = [
+        f"  {skip.name} {'x'.join(map(str, skip.shape))}: {skip.reason}"
+        for skip in found.skips
+        if skip.reason not in own
+    ]
     return [f"not measured ({len(found.skips)}):", *lines, *counts] if found.skips else []
 
 
@@ -101,7 +142,9 @@ def pair_lines(found: Report, most: int) -> list[str]:
     for layer in found.layers:
         for pair in layer.pairs[:most]:
             group = f"group {pair.group}: " if layer.uniformity.groups > 1 else ""
-            lines.append(f"{layer.name}: {group}{pair.first} and {pair.second}, {pair.angle:.2f} degrees")
+            lines.append(
+                f"{layer.name}: {group}{pair.first} and {pair.second}, {pair.angle:.2f} degrees"
+            )
         if layer.similar > min(most, len(layer.pairs)) and layer.pairs:
             lines.append(f"{layer.name}: and {layer.similar - min(most, len(layer.pairs)):,} more")
     return lines or ["no near-duplicate pairs"]
@@ -109,21 +152,43 @@ def pair_lines(found: Report, most: int) -> list[str]:
 
 def comparison_table(found: Comparison) -> Table:
     """The table of a comparison."""
-    columns = ("layer", ">neurons x dim", ">moved", ">ratio", "?>angle", "?>pairs", "?>dead", "finding after")
-    below = ["moved: median angle between a neuron before and after, in degrees; angle: smallest between two neurons"]
+    columns = (
+        "layer",
+        ">neurons x dim",
+        ">moved",
+        ">ratio",
+        "?>angle",
+        "?>pairs",
+        "?>dead",
+        "finding after",
+    )
+    below = [
+        "moved: median angle between a neuron before and after, in degrees; angle: smallest between two neurons"
+    ]
     full = {one.after.full_space for one in found.layers}
     below += [_STARRED] if len(full) > 1 else []
-    for when, only, one in (("before", found.only_before, found.before), ("after", found.only_after, found.after)):
+    for when, only, one in (
+        ("before", found.only_before, found.before),
+        ("after", found.only_after, found.after),
+    ):
         left_out = {skip.name for skip in (found.after if when == "before" else found.before).skips}
         names = [name for name in only if name not in left_out]
         below += [f"only {when} ({one.source}): {', '.join(names)}"] if names else []
-        below += [f"{when}, {line}" if i == 0 else line for i, line in enumerate(skipped_lines(one))]
-    return Table(columns, [_comparison_row(one, len(full) > 1) for one in found.layers], tuple(below))
+        below += [
+            f"{when}, {line}" if i == 0 else line for i, line in enumerate(skipped_lines(one))
+        ]
+    return Table(
+        columns, [_comparison_row(one, len(full) > 1) for one in found.layers], tuple(below)
+    )
 
 
 def _comparison_row(one: LayerComparison, mixed: bool) -> tuple[str, ...]:
     before, after = one.before.uniformity, one.after.uniformity
-    shape = shape_of(after) if shape_of(before) == shape_of(after) else change(shape_of(before), shape_of(after))
+    shape = (
+        shape_of(after)
+        if shape_of(before) == shape_of(after)
+        else change(shape_of(before), shape_of(after))
+    )
     return (
         _named(one.after, mixed),
         shape,
@@ -185,7 +250,9 @@ def _show_rich(table: Table, console: Console) -> None:
 
     grid = RichTable(box=None, padding=(0, 1, 0, 0), header_style="bold")
     for name, head in zip(table.columns, table.heads, strict=True):
-        grid.add_column(head, justify="right" if ">" in name else "left", overflow="fold", no_wrap=">" in name)
+        grid.add_column(
+            head, justify="right" if ">" in name else "left", overflow="fold", no_wrap=">" in name
+        )
     for row in table.rows:
         grid.add_row(*(Text(cell, style=_style(cell)) for cell in row))
     console.print(grid)

@@ -20,18 +20,24 @@ def unpickled(path: Path) -> Any:
     Raises:
         ValueError: if that cannot be.
     """
-    kinds: dict[str, type] = {}  # torch's reader fills none but its own lists and mappings, and names a class it cannot fill
+    kinds: dict[
+        str, type
+    ] = {}  # torch's reader fills none but its own lists and mappings, and names a class it cannot fill
     while True:
         try:
             with _others_empty(path, kinds), warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "Detected pickle protocol")
                 return torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # of many types: whatever a broken file makes torch's reader stumble over
+        except (
+            Exception
+        ) as error:  # of many types: whatever a broken file makes torch's reader stumble over
             last = error
         unfilled = re.search(r"but got <class '[\w.]*\b(Left\d+)'>", str(last))
         if unfilled is None or unfilled[1] in kinds:
             break
-        kinds[unfilled[1]] = _LeftList if "list" in str(last).partition("but got")[0] else _LeftMapping
+        kinds[unfilled[1]] = (
+            _LeftList if "list" in str(last).partition("but got")[0] else _LeftMapping
+        )
     raise ValueError(
         f"{path} cannot be read without running code from it, which is not done ({type(last).__name__}: {_reason(last)}). "
         "If you trust it, load it yourself and give the model or its state_dict() to lightning_hsu.report.report, or save "
@@ -50,13 +56,23 @@ def _others_empty(path: Path, kinds: Mapping[str, type]) -> AbstractContextManag
 
     The n-th of them stands as Leftn; ``kinds`` says which of them are lists or mappings.
     """
-    find = getattr(torch.serialization, "get_unsafe_globals_in_checkpoint", None)  # from torch 2.6 on
+    find = getattr(
+        torch.serialization, "get_unsafe_globals_in_checkpoint", None
+    )  # from torch 2.6 on
     if find is None or not zipfile.is_zipfile(path):
         return nullcontext()
-    known = {"builtins.list": list, "builtins.dict": dict, "builtins.set": set, "builtins.tuple": tuple}
+    known = {
+        "builtins.list": list,
+        "builtins.dict": dict,
+        "builtins.set": set,
+        "builtins.tuple": tuple,
+    }
     stand_ins = {f"Left{i}": name for i, name in enumerate(sorted(find(path)))}
     return torch.serialization.safe_globals(
-        [(known.get(name, type(left, (kinds.get(left, Left),), {})), name) for left, name in stand_ins.items()]
+        [
+            (known.get(name, type(left, (kinds.get(left, Left),), {})), name)
+            for left, name in stand_ins.items()
+        ]
     )
 
 

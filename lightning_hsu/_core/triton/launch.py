@@ -82,7 +82,12 @@ def add_pair_gradients(additions: Sequence[GradientUpdate], term: PairTerm) -> N
         lots.setdefault((one.w.dtype, one.out.dtype, one.w.device), []).append(one)
     for lot in lots.values():
         first = lot[0].w
-        groups = [Group(one, i) for one in lot for i in range(len(one.w)) if one.w.shape[1] > 1 and one.w.shape[2] > 0]
+        groups = [
+            Group(one, i)
+            for one in lot
+            for i in range(len(one.w))
+            if one.w.shape[1] > 1 and one.w.shape[2] > 0
+        ]
         with torch.no_grad(), exact_arithmetic(first), torch.cuda.device_of(first):
             for some in _together(groups):
                 _Pass(some, term).run()
@@ -114,7 +119,9 @@ class _Pass:
     def __init__(self, groups: list[Group], term: PairTerm) -> None:
         self.groups, self.term = groups, term
         self.device, self.precision = groups[0].to.w.device, precision()
-        rows, entries = (sum(sizes) for sizes in zip(*((g.tiles * TILE, g.entries) for g in groups), strict=True))
+        rows, entries = (
+            sum(sizes) for sizes in zip(*((g.tiles * TILE, g.entries) for g in groups), strict=True)
+        )
         self.x, self.pulls = torch.empty(2, entries, device=self.device)
         self.inverse_norm = torch.empty(rows, device=self.device)
         self.blocks = _row_blocks(tuple(g.tiles for g in groups), self.device)
@@ -123,7 +130,10 @@ class _Pass:
     def run(self) -> None:
         """Do all of it."""
         rounds = self._rounds()
-        size = max(sum(_sizes(g, panel)[0] for g, panel in zip(self.groups, panels, strict=True)) for panels in rounds)
+        size = max(
+            sum(_sizes(g, panel)[0] for g, panel in zip(self.groups, panels, strict=True))
+            for panels in rounds
+        )
         slopes = torch.empty(size, device=self.device)
         for i, panels in enumerate(rounds):
             table = self._table(panels)
@@ -131,7 +141,15 @@ class _Pass:
             if i == 0:
                 dtype = DTYPES[self.groups[0].to.w.dtype]
                 pairs.unit_rows[(len(self.blocks),)](
-                    groups, self.blocks, self.x, self.inverse_norm, self.alive, dtype, ROWS, COLS, num_warps=WARPS
+                    groups,
+                    self.blocks,
+                    self.x,
+                    self.inverse_norm,
+                    self.alive,
+                    dtype,
+                    ROWS,
+                    COLS,
+                    num_warps=WARPS,
                 )
                 live = _download(self.alive)
             self._add(panels, table, groups, slopes)
@@ -139,7 +157,16 @@ class _Pass:
         self._repair()
         dtype = DTYPES[self.groups[0].to.out.dtype]
         pairs.additions[(len(self.blocks),)](
-            groups, numbers, self.blocks, self.x, self.inverse_norm, self.pulls, dtype, ROWS, COLS, num_warps=WARPS
+            groups,
+            numbers,
+            self.blocks,
+            self.x,
+            self.inverse_norm,
+            self.pulls,
+            dtype,
+            ROWS,
+            COLS,
+            num_warps=WARPS,
         )
 
     def _rounds(self) -> list[list[Panel]]:
@@ -149,7 +176,10 @@ class _Pass:
         if len(self.groups) > 1 or whole <= room:
             return [[Panel(0, g.tiles) for g in self.groups]]
         height = max(HEIGHT, room // (8 * first.tiles * TILE**2))
-        return [[Panel(start, min(start + height, first.tiles))] for start in range(0, first.tiles, height)]
+        return [
+            [Panel(start, min(start + height, first.tiles))]
+            for start in range(0, first.tiles, height)
+        ]
 
     def _table(self, panels: list[Panel]) -> list[list[int]]:
         """One row for each group, as ``pairs`` reads it."""
@@ -158,13 +188,28 @@ class _Pass:
             every, upper = _sizes(group, panel)
             padded = group.tiles * TILE
             shape = [group.n, padded, group.d, group.width]
-            table.append([*group.places(), *shape, row, x, panel.first * TILE, panel.last * TILE, slope, slope + upper])
+            table.append(
+                [
+                    *group.places(),
+                    *shape,
+                    row,
+                    x,
+                    panel.first * TILE,
+                    panel.last * TILE,
+                    slope,
+                    slope + upper,
+                ]
+            )
             row, x, slope = row + padded, x + group.entries, slope + every
         return table
 
-    def _add(self, panels: list[Panel], table: list[list[int]], groups: Tensor, slopes: Tensor) -> None:
+    def _add(
+        self, panels: list[Panel], table: list[list[int]], groups: Tensor, slopes: Tensor
+    ) -> None:
         """Add the pairs of some panels; near ones wait for :meth:`_repair`."""
-        tall = tuple((g.tiles, panel.first, panel.last) for g, panel in zip(self.groups, panels, strict=True))
+        tall = tuple(
+            (g.tiles, panel.first, panel.last) for g, panel in zip(self.groups, panels, strict=True)
+        )
         tiles, on_host, bounds = _pair_tiles(tall, self.device)
         near = torch.empty(len(tiles), dtype=torch.int32, device=self.device)
         energies = torch.empty(len(tiles) if self.term.logarithm else 1, device=self.device)
@@ -175,7 +220,10 @@ class _Pass:
             KERNEL=scalar, HALF_SPACE=self.term.half_space, ENERGY=self.term.logarithm, NEAR=NEAR, **kernel,
         )  # fmt: skip
         found, sums = _download(near), _download(energies)
-        wide = _product_tiles(tuple((*one, g.width // TILE) for one, g in zip(tall, self.groups, strict=True)), self.device)
+        wide = _product_tiles(
+            tuple((*one, g.width // TILE) for one, g in zip(tall, self.groups, strict=True)),
+            self.device,
+        )
         pairs.products[(len(wide),)](groups, wide, self.x, slopes, self.pulls, WIDTH=TILE, **kernel)
         if self.term.logarithm:
             for group, part in zip(self.groups, torch.split(sums().double(), bounds), strict=True):
@@ -230,12 +278,18 @@ class _Pass:
 def _sizes(group: Group, panel: Panel) -> tuple[int, int]:
     """Entries of a panel with its mirror image, and without."""
     high = panel.last - panel.first
-    return TILE**2 * high * (2 * group.tiles - panel.first - panel.last), TILE**2 * high * (group.tiles - panel.first)
+    return TILE**2 * high * (2 * group.tiles - panel.first - panel.last), TILE**2 * high * (
+        group.tiles - panel.first
+    )
 
 
 def _upload(table: Tensor, device: torch.device) -> Tensor:
     """A copy on the device; from pinned memory, or the host would wait for all that was launched before."""
-    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table.to(device)
+    return (
+        table.pin_memory().to(device, non_blocking=True)
+        if device.type == "cuda"
+        else table.to(device)
+    )
 
 
 def _download(part: Tensor) -> Callable[[], Tensor]:
@@ -261,9 +315,13 @@ def _row_blocks(tiles: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-def _pair_tiles(panels: tuple[tuple[int, int, int], ...], device: torch.device) -> tuple[Tensor, Tensor, list[int]]:
+def _pair_tiles(
+    panels: tuple[tuple[int, int, int], ...], device: torch.device
+) -> tuple[Tensor, Tensor, list[int]]:
     """Group, row and column of every tile on or above the diagonal, (tiles, 3), here and there; how many of each group."""
-    parts = [torch.triu_indices(last - first, tiles - first).T + first for tiles, first, last in panels]
+    parts = [
+        torch.triu_indices(last - first, tiles - first).T + first for tiles, first, last in panels
+    ]
     table = _flat(parts)
     return table.to(device), table, [len(part) for part in parts]
 
@@ -271,11 +329,16 @@ def _pair_tiles(panels: tuple[tuple[int, int, int], ...], device: torch.device) 
 @lru_cache(maxsize=64)
 def _product_tiles(panels: tuple[tuple[int, int, int, int], ...], device: torch.device) -> Tensor:
     """Group, row and column of every tile of the pulls that a panel adds to, (tiles, 3)."""
-    parts = [torch.cartesian_prod(torch.arange(first, tiles), torch.arange(wide)) for tiles, first, _, wide in panels]
+    parts = [
+        torch.cartesian_prod(torch.arange(first, tiles), torch.arange(wide))
+        for tiles, first, _, wide in panels
+    ]
     return _flat(parts).to(device)
 
 
 def _flat(parts: list[Tensor]) -> Tensor:
     """Tables (k, m) of the groups under one another, each row after the number of its group; int32."""
-    rows = [torch.cat([torch.full_like(part[:, :1], i), part], dim=1) for i, part in enumerate(parts)]
+    rows = [
+        torch.cat([torch.full_like(part[:, :1], i), part], dim=1) for i, part in enumerate(parts)
+    ]
     return torch.cat(rows).to(torch.int32)

@@ -25,7 +25,9 @@ X = tl.constexpr(11)  # first entry among the unit rows of all groups
 FIRST = tl.constexpr(12)  # the panel of rows: [first, last), columns from first on
 LAST = tl.constexpr(13)
 PANEL = tl.constexpr(14)  # first entry of the panel among the slopes; rows are N_PAD - first long
-BELOW = tl.constexpr(15)  # first entry of its mirror image from row last on; rows are last - first long
+BELOW = tl.constexpr(
+    15
+)  # first entry of its mirror image from row last on; rows are last - first long
 FIELDS = tl.constexpr(16)
 
 # Columns of the table of numbers, one float64 row for each group.
@@ -43,7 +45,16 @@ HELD = tl.constexpr(2.0**-125)
 
 
 @triton.jit
-def unit_rows(groups, blocks, x, inverse_norm, alive, DTYPE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+def unit_rows(
+    groups,
+    blocks,
+    x,
+    inverse_norm,
+    alive,
+    DTYPE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
     """Rows over their norms, of any finite positive norm, the inverse norms, and how many rows of a block are alive.
 
     Rows that are zero, subnormal or not finite become 0 with inverse norm 0.
@@ -60,7 +71,9 @@ def unit_rows(groups, blocks, x, inverse_norm, alive, DTYPE: tl.constexpr, ROWS:
     most = tl.zeros((ROWS, COLS), tl.float32)
     for start in range(0, width, COLS):
         col = start + tl.arange(0, COLS)
-        w = tl.load(source + (col * stride)[None, :], mask=inside[:, None] & (col < d)[None, :], other=0.0).to(tl.float32)
+        w = tl.load(
+            source + (col * stride)[None, :], mask=inside[:, None] & (col < d)[None, :], other=0.0
+        ).to(tl.float32)
         most = tl.maximum(most, tl.where(tl.abs(w) <= LARGEST, tl.abs(w), float("inf")))
     largest = tl.max(most, 1)
     usable = (largest >= TINY) & (largest <= LARGEST)
@@ -69,17 +82,23 @@ def unit_rows(groups, blocks, x, inverse_norm, alive, DTYPE: tl.constexpr, ROWS:
     square = tl.zeros((ROWS, COLS), tl.float32)
     for start in range(0, width, COLS):
         col = start + tl.arange(0, COLS)
-        w = tl.load(source + (col * stride)[None, :], mask=usable[:, None] & (col < d)[None, :], other=0.0).to(tl.float32)
+        w = tl.load(
+            source + (col * stride)[None, :], mask=usable[:, None] & (col < d)[None, :], other=0.0
+        ).to(tl.float32)
         entry = tl.div_rn(w, tl.broadcast_to(largest[:, None], w.shape))
         square += entry * entry
     length = tl.where(usable, tl.sqrt_rn(tl.sum(square, 1)), 1.0)
 
     for start in range(0, width, COLS):
         col = start + tl.arange(0, COLS)
-        w = tl.load(source + (col * stride)[None, :], mask=usable[:, None] & (col < d)[None, :], other=0.0).to(tl.float32)
+        w = tl.load(
+            source + (col * stride)[None, :], mask=usable[:, None] & (col < d)[None, :], other=0.0
+        ).to(tl.float32)
         entry = tl.div_rn(w, tl.broadcast_to(largest[:, None], w.shape))
         tl.store(
-            target + col[None, :], tl.div_rn(entry, tl.broadcast_to(length[:, None], w.shape)), mask=(col < width)[None, :]
+            target + col[None, :],
+            tl.div_rn(entry, tl.broadcast_to(length[:, None], w.shape)),
+            mask=(col < width)[None, :],
         )
     # A subnormal might be flushed to 0, which would mean a dead row.
     inverse = tl.maximum(tl.div_rn(tl.div_rn(1.0 + tl.zeros_like(length), length), largest), TINY)
@@ -120,7 +139,9 @@ def pair_slopes(
 
     cosine = tl.zeros((TILE, TILE), tl.float32)
     for start in range(0, width, DEPTH):
-        cosine = tl.dot(tl.load(left + start), tl.load(right + start), cosine, input_precision=PRECISION)
+        cosine = tl.dot(
+            tl.load(left + start), tl.load(right + start), cosine, input_precision=PRECISION
+        )
 
     q = 2.0 - 2.0 * cosine
     pair = (row[:, None] != col[None, :]) & (row < n)[:, None] & (col < n)[None, :]
@@ -135,7 +156,9 @@ def pair_slopes(
     tl.store(near_tiles + program, tl.max(tl.max(near.to(tl.int32), 1), 0))
     if ENERGY:  # a zero row has cosine 0 with all: no pull on the others, but a value
         norms = inverse_norm + tl.load(group + ROW)
-        counts = counts & (tl.load(norms + row) > 0.0)[:, None] & (tl.load(norms + col) > 0.0)[None, :]
+        counts = (
+            counts & (tl.load(norms + row) > 0.0)[:, None] & (tl.load(norms + col) > 0.0)[None, :]
+        )
         total = tl.sum(tl.sum(tl.where(counts, value, 0.0), 1), 0)
         tl.store(energies + program, tl.where(i == j, 0.5, 1.0) * total)
 
@@ -190,7 +213,17 @@ def products(
 
 
 @triton.jit
-def additions(groups, numbers, blocks, x, inverse_norm, pulls, DTYPE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+def additions(
+    groups,
+    numbers,
+    blocks,
+    x,
+    inverse_norm,
+    pulls,
+    DTYPE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
     """From pulls to ``out``: the tangent part, over the norm, weighted, within the limit. Norms of rows never overflow."""
     block = tl.program_id(0)
     index = tl.load(blocks + 2 * block)
@@ -203,7 +236,10 @@ def additions(groups, numbers, blocks, x, inverse_norm, pulls, DTYPE: tl.constex
     most = tl.zeros((ROWS, COLS), tl.float32)
     for start in range(0, width, COLS):
         col = start + tl.arange(0, COLS)
-        most = tl.maximum(most, tl.abs(tl.load(pulls + offset + col[None, :], mask=(col < width)[None, :], other=0.0)))
+        most = tl.maximum(
+            most,
+            tl.abs(tl.load(pulls + offset + col[None, :], mask=(col < width)[None, :], other=0.0)),
+        )
     largest = tl.max(most, 1)
     largest = tl.where(largest > 1e-30, largest, 1.0)
     shrink = (1.0 / largest)[:, None]
@@ -211,15 +247,21 @@ def additions(groups, numbers, blocks, x, inverse_norm, pulls, DTYPE: tl.constex
     product = tl.zeros((ROWS, COLS), tl.float32)
     for start in range(0, width, COLS):
         col = start + tl.arange(0, COLS)
-        pull = tl.load(pulls + offset + col[None, :], mask=(col < width)[None, :], other=0.0) * shrink
+        pull = (
+            tl.load(pulls + offset + col[None, :], mask=(col < width)[None, :], other=0.0) * shrink
+        )
         product += pull * tl.load(x + offset + col[None, :], mask=(col < width)[None, :], other=0.0)
     radial = tl.sum(product, 1)[:, None]
 
     square, most = tl.zeros((ROWS, COLS), tl.float32), tl.zeros((ROWS, COLS), tl.float32)
     for start in range(0, width, COLS):
         col = start + tl.arange(0, COLS)
-        pull = tl.load(pulls + offset + col[None, :], mask=(col < width)[None, :], other=0.0) * shrink
-        along = pull - radial * tl.load(x + offset + col[None, :], mask=(col < width)[None, :], other=0.0)
+        pull = (
+            tl.load(pulls + offset + col[None, :], mask=(col < width)[None, :], other=0.0) * shrink
+        )
+        along = pull - radial * tl.load(
+            x + offset + col[None, :], mask=(col < width)[None, :], other=0.0
+        )
         square += along * along
         most = tl.maximum(most, tl.abs(along))
 
@@ -230,16 +272,27 @@ def additions(groups, numbers, blocks, x, inverse_norm, pulls, DTYPE: tl.constex
     scale = tl.load(number + SCALE)
     length = tl.sqrt(tl.sum(square, 1).to(tl.float64)) * tl.abs(weight) * scale
     room = tl.minimum(tl.load(number + BOUND), tl.load(number + LIMIT) / tl.maximum(inverse, TINY))
-    weight *= tl.where(length > room, room / tl.where(length > room, length, 1.0), 1.0) * scale * tl.load(number + GRAD_SCALE)
+    weight *= (
+        tl.where(length > room, room / tl.where(length > room, length, 1.0), 1.0)
+        * scale
+        * tl.load(number + GRAD_SCALE)
+    )
     weight = tl.minimum(tl.maximum(weight, -1e38), 1e38).to(tl.float32)
 
     stride = tl.load(group + OUT_COL)
-    out = tl.load(group + OUT).to(tl.pointer_type(DTYPE)) + (row * tl.load(group + OUT_ROW))[:, None]
+    out = (
+        tl.load(group + OUT).to(tl.pointer_type(DTYPE)) + (row * tl.load(group + OUT_ROW))[:, None]
+    )
     inside = (row < tl.load(group + N))[:, None]
     for start in range(0, width, COLS):
         col = start + tl.arange(0, COLS)
-        pull = tl.load(pulls + offset + col[None, :], mask=(col < width)[None, :], other=0.0) * shrink
+        pull = (
+            tl.load(pulls + offset + col[None, :], mask=(col < width)[None, :], other=0.0) * shrink
+        )
         unit = tl.load(x + offset + col[None, :], mask=(col < width)[None, :], other=0.0)
         place, wanted = out + (col * stride)[None, :], inside & (col < d)[None, :]
-        added = tl.load(place, mask=wanted, other=0.0).to(tl.float32) + (pull - radial * unit) * weight[:, None]
+        added = (
+            tl.load(place, mask=wanted, other=0.0).to(tl.float32)
+            + (pull - radial * unit) * weight[:, None]
+        )
         tl.store(place, added.to(DTYPE), mask=wanted)

@@ -45,7 +45,9 @@ def chordal(q, p, number):
 @triton.jit
 def angle_of(q, p):
     """The angle between unit vectors at squared chords q and p = 4 - q, good to 2 units in the last place."""
-    z = 0.25 * tl.minimum(q, p)  # squared sine of half the angle, or of half its supplement, in [0, 1 / 2]
+    z = 0.25 * tl.minimum(
+        q, p
+    )  # squared sine of half the angle, or of half its supplement, in [0, 1 / 2]
     s = 0.123913488  # arcsin(sqrt(z)) / sqrt(z), interpolated at Chebyshev nodes: off by 3e-9
     s = s * z - 0.135916258
     s = s * z + 0.10740001

@@ -54,7 +54,9 @@ def largest_two(
         there = tl.load(living + col, mask=col < n, other=0) != 0
         cosine = tl.where(other & lives[:, None] & there[None, :], cosine, float("-inf"))
         largest, at = tl.max(cosine, 1, return_indices=True)
-        runner_up = tl.max(tl.where(tl.arange(0, TILE)[None, :] == at[:, None], float("-inf"), cosine), 1)
+        runner_up = tl.max(
+            tl.where(tl.arange(0, TILE)[None, :] == at[:, None], float("-inf"), cosine), 1
+        )
         next_best = tl.maximum(tl.minimum(best, largest), tl.maximum(next_best, runner_up))
         place = tl.where(largest > best, left_col + at, place)
         best = tl.maximum(best, largest)
@@ -65,7 +67,9 @@ def largest_two(
     tl.store(columns + at, place, mask=row < n)
 
 
-def scan(x: Tensor, alive: Tensor, *, half_space: bool, every: bool) -> tuple[Tensor, Tensor, Tensor]:
+def scan(
+    x: Tensor, alive: Tensor, *, half_space: bool, every: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """Largest cosine of every row, its column, and the second largest cosine; (b, n) each.
 
     Each row is compared with all others where ``every`` counts, 2 n n d FLOP, and with later ones only where not: n n d.
