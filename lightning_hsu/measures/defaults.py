@@ -1,0 +1,9 @@
+"""The measure that everything uses where none is given."""
+
+from __future__ import annotations
+
+from lightning_hsu.measures.base import Measure
+from lightning_hsu.measures.riesz import RieszEnergy
+
+DEFAULT_MEASURE: Measure = RieszEnergy(s=2.0, half_space=True)
+"""Half-space minimum hyperspherical energy with s = 2."""
