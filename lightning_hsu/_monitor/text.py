@@ -1,89 +1,158 @@
-"""What the numbers of a layer say, in words: facts beside random neurons, no advice."""
+"""Numbers, shapes, findings and tables as text."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Collection, Sequence
 
 from lightning_hsu._monitor.measure import LayerUniformity
+from lightning_hsu._neurons.select import Skip
 from lightning_hsu.measures import Measure
 from lightning_hsu.reference import random_range
 
-_CLOSE = 0.01  # difference of a ratio from 1 that is none, however many neurons there are
+_CLOSE = 0.01  # a ratio this close to 1 counts as random, however many neurons there are
 _SPREAD = 0.5
-"""Score from which neurons are more even than random, however close to 1 the ratio is.
+"""Score from which neurons are called more even than random although their ratio is close to 1.
 
-In many dimensions the ratio always is.
+In many dimensions the ratio is always close to 1.
 """
 
 
 def finding(
     layer: LayerUniformity, measure: Measure, *, dead: int | None = None, similar: int = 0
 ) -> str:
-    """Say in words how a layer stands beside random neurons.
+    """Compare a layer with random neurons, in words: facts, no advice.
 
     Args:
         layer: Its numbers.
-        measure: How it was measured.
-        dead: Its neurons that do nothing; None takes those that are all zero.
-        similar: Its near-duplicate pairs, where they were counted.
+        measure: The measure they come from.
+        dead: Neurons that do nothing; None takes those that are all zero.
+        similar: Near-duplicate pairs, where they were counted.
 
     Returns:
-        Such as "1.42x random, 11 near-duplicate pairs, 3 dead"; "as random" where the ratio is within 1 % of 1 or what random
-        layers of this shape have themselves.
+        Such as "1.42x random, 11 near-duplicate pairs, 3 dead"; "as random" where the ratio is
+        within 1 % of 1 or within what random layers of this shape have.
     """
-    words = [_standing(layer, measure)]
+    words = [_beside_random(layer, measure)]
     if similar:
         words.append(counted(similar, "near-duplicate pair"))
-    if dead := layer.dead if dead is None else dead:
+    if dead is None:
+        dead = layer.dead
+    if dead:
         words.append(f"{dead:,} dead")
     if layer.nonfinite:
         words.append(f"{layer.nonfinite:,} NaN or infinite")
     return ", ".join(words)
 
 
-def _standing(layer: LayerUniformity, measure: Measure) -> str:
+def _beside_random(layer: LayerUniformity, measure: Measure) -> str:
+    """Say how the ratio compares with random neurons, or why there is none."""
     if not math.isfinite(layer.ratio):
-        alive = layer.groups * layer.neurons - layer.dead - layer.nonfinite
-        few = "fewer than two live neurons"
-        return (
-            few
-            if alive <= layer.groups
-            else "no random reference"
-            if layer.groups == 1
-            else f"a group with {few}"
-        )
+        return _no_ratio(layer)
     close = abs(layer.ratio - 1.0) <= _CLOSE
-    if (close and not layer.score >= _SPREAD) or _within_random(layer, measure):
+    spread = layer.score >= _SPREAD  # False for a score of NaN
+    if (close and not spread) or _within_random(layer, measure):
         return "as random"
     if layer.ratio > 1.0:
-        return f"{number(layer.ratio, 2 if layer.ratio < 100 else 0)}x random"
-    return (
-        f"more even than random ({f'score {layer.score:.2f}' if close else f'{layer.ratio:.2f}x'})"
-    )
+        digits = 2 if layer.ratio < 100 else 0
+        return f"{number(layer.ratio, digits)}x random"
+    if close:
+        return f"more even than random (score {layer.score:.2f})"
+    return f"more even than random ({layer.ratio:.2f}x)"
+
+
+def _no_ratio(layer: LayerUniformity) -> str:
+    """Say why a layer has no ratio."""
+    alive = layer.groups * layer.neurons - layer.dead - layer.nonfinite
+    if alive <= layer.groups:
+        return "fewer than two live neurons"
+    if layer.groups == 1:
+        return "no random reference"
+    return "a group with fewer than two live neurons"
 
 
 def _within_random(layer: LayerUniformity, measure: Measure) -> bool:
-    """Whether random layers of this shape have such energies themselves."""
+    """Return whether the energy is one that random layers of this shape have."""
     alive = round(layer.neurons - (layer.dead + layer.nonfinite) / layer.groups)
     low, high = random_range(measure, alive, layer.dimension, layer.groups)
     return low <= layer.energy <= high
 
 
-def counted(number: int, what: str) -> str:
-    """A number of things, such as "2 pairs"."""
-    return f"{number:,} {what}{'s' * (number != 1)}"
+def counted(count: int, noun: str) -> str:
+    """A count with its noun, such as "1 pair" or "2 pairs"."""
+    plural = "" if count == 1 else "s"
+    return f"{count:,} {noun}{plural}"
 
 
 def number(x: float, digits: int) -> str:
-    """A number for a cell, short also where it is huge; a dash for NaN.
+    """A number for a table cell, short even if huge; "-" for NaN.
+
+    Args:
+        x: The number.
+        digits: Digits after the point, below 1000.
 
     Example:
         >>> number(1.2345, 2), number(12345.0, 2), number(1e30, 2), number(float("nan"), 2)
         ('1.23', '12,345', '1.0e+30', '-')
     """
-    if not math.isfinite(x):
-        return "-" if math.isnan(x) else f"{x:g}"
-    rounded = round(x, digits) or 0.0  # no minus before 0
+    if math.isnan(x):
+        return "-"
+    if math.isinf(x):
+        return f"{x:g}"
+    rounded = round(x, digits) or 0.0  # 0.0 instead of -0.0
     if abs(rounded) < 1000:
         return f"{rounded:.{digits}f}"
-    return f"{x:,.0f}" if abs(round(x)) < 1e6 else f"{x:.1e}"
+    if abs(round(x)) < 1e6:
+        return f"{x:,.0f}"
+    return f"{x:.1e}"
+
+
+def shape_of(groups: int, neurons: int, dimension: int) -> str:
+    """The shape of a layer's neurons, as a user writes it.
+
+    Example:
+        >>> shape_of(1, 256, 512), shape_of(4, 64, 576)
+        ('256 x 512', '4 groups of 64 x 576')
+    """
+    shape = f"{neurons} x {dimension}"
+    if groups == 1:
+        return shape
+    return f"{groups} groups of {shape}"
+
+
+def skip_line(skip: Skip) -> str:
+    """A line on a weight that is left out: its name, its shape and the reason."""
+    shape = "x".join(map(str, skip.shape))
+    return f"  {skip.name} {shape}: {skip.reason}"
+
+
+def column_widths(rows: Sequence[Sequence[str]]) -> list[int]:
+    """The width of each column: that of its widest cell."""
+    columns = zip(*rows, strict=True)
+    return [max(map(len, column)) for column in columns]
+
+
+def table_lines(rows: Sequence[Sequence[str]], *, right: Collection[int] = ()) -> list[str]:
+    """Lay out rows as the lines of a plain table.
+
+    Args:
+        rows: Cells; the first row is the heading, with a rule of dashes under it.
+        right: Indices of the columns that are aligned on the right.
+
+    Example:
+        >>> for line in table_lines([["layer", "ratio"], ["net.0", "1.5"]], right=[1]):
+        ...     print(line)
+        layer  ratio
+        -----  -----
+        net.0    1.5
+    """
+    widths = column_widths(rows)
+    lines = []
+    for row in rows:
+        cells = []
+        for i, width in enumerate(widths):
+            cells.append(row[i].rjust(width) if i in right else row[i].ljust(width))
+        lines.append("  ".join(cells).rstrip())
+    rule = "  ".join("-" * width for width in widths)
+    lines.insert(1, rule)
+    return lines
