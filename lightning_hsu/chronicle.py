@@ -9,7 +9,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_hsu._figures.recorder import Gallery
 from lightning_hsu._monitor.measure import LayerUniformity
-from lightning_hsu._monitor.tables import Verdict
+from lightning_hsu._monitor.tables import BeforeAfter
 from lightning_hsu.regularizer import UniformityRegularizer
 
 
@@ -28,7 +28,7 @@ class Chronicle:
 
     def begin(self) -> None:
         """Forget an earlier fit."""
-        self._verdict = Verdict()
+        self._before_after = BeforeAfter()
         self.gallery.begin()
 
     def start(self, trainer: pl.Trainer, regularizer: UniformityRegularizer, verbose: bool) -> None:
@@ -40,7 +40,7 @@ class Chronicle:
         self, trainer: pl.Trainer, measured: Sequence[LayerUniformity], shares: Mapping[str, float]
     ) -> None:
         """Keep a measurement, and the gradient shares of its step."""
-        self._verdict.note(trainer.global_step, measured)
+        self._before_after.note(trainer.global_step, measured)
         if self.gallery.wanted(trainer):
             self.gallery.history.note(trainer.global_step, measured, shares)
 
@@ -58,4 +58,6 @@ class Chronicle:
         if draws:
             self.gallery.show(trainer, regularizer)
         if verbose and trainer.is_global_zero:
-            rank_zero_info(self._verdict.table(trainer.global_step, regularizer.layers, measured))
+            rank_zero_info(
+                self._before_after.table(trainer.global_step, regularizer.layers, measured)
+            )

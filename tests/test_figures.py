@@ -479,7 +479,7 @@ def test_the_table_of_before_and_after(caplog):
     one, other_one = before["net.5"], after["net.5"]
     cells = f"{one.ratio:.1f} -> {other_one.ratio:.3f} {other_one.score:.2f} {one.min_angle:.1f} -> {other_one.min_angle:.1f} 0"
     assert cells in " ".join(rows[2].split())
-    assert rows[1].split()[1:5] == ["2", "of", "4", "x"]
+    assert rows[1].split()[1:5] == ["2", "groups", "of", "4"]
 
 
 class Stops(Automatic):

@@ -304,7 +304,7 @@ def test_every_skip_has_its_reason():
     for name, reason in reasons(model, exclude="left").items():
         assert name in table
         assert reason in table
-    assert "frozen until it is unfrozen" in table
+    assert "no effect while frozen" in table
 
 
 def test_tied_embedding_and_head_count_once():

@@ -1,4 +1,4 @@
-"""The tables of a fit: what is measured at its start, and how each layer stood before and stands after."""
+"""The tables of a fit: its layers at the start, and their uniformity before and after."""
 
 from __future__ import annotations
 
@@ -7,26 +7,28 @@ from dataclasses import fields, is_dataclass
 
 from lightning_hsu._engine.layer import Layer, idle_reason
 from lightning_hsu._monitor.measure import LayerUniformity
-from lightning_hsu._monitor.text import finding, number
+from lightning_hsu._monitor.text import finding, number, shape_of, skip_line, table_lines
 from lightning_hsu._neurons.select import NOT_INCLUDED, Skip
 from lightning_hsu.coefficients import Varying
 from lightning_hsu.measures import Sampled
 
+_START_COLUMNS = ("layer", "neurons x dimension", "measure", "GFLOP/step", "coefficient")
 _COLUMNS = ("layer", "neurons x dim", "ratio", "score after", "smallest angle", "dead", "finding")
-_NUMBERS = range(2, 6)  # columns whose cells stand on the right
+_NUMBERS = range(2, 6)  # columns of _COLUMNS that are aligned on the right
 
 
-class Verdict:
-    """Keeps the first measurement of a fit until its end.
+class BeforeAfter:
+    """Keeps the first measurement of a fit and sets the last one beside it.
 
     Example:
         >>> import torch
         >>> from torch import nn
         >>> from lightning_hsu.regularizer import UniformityRegularizer
-        >>> model, verdict = nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 3)), Verdict()
+        >>> model = nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 3))
         >>> regularizer = UniformityRegularizer().attach(model)
-        >>> verdict.note(0, regularizer.measure_layers())
-        >>> table = verdict.table(10, regularizer.layers, regularizer.measure_layers())
+        >>> before_after = BeforeAfter()
+        >>> before_after.note(0, regularizer.measure_layers())
+        >>> table = before_after.table(10, regularizer.layers, regularizer.measure_layers())
         >>> table.splitlines()[0]
         'Hyperspherical uniformity before and after, optimizer steps 0 to 10:'
     """
@@ -36,28 +38,36 @@ class Verdict:
         self._before: dict[str, LayerUniformity] = {}
 
     def note(self, step: int, measured: Sequence[LayerUniformity]) -> None:
-        """Keep what was measured after so many optimizer steps, if nothing was before."""
+        """Keep a measurement if it is the first.
+
+        Args:
+            step: Optimizer steps done.
+            measured: The layers.
+        """
         if not self._before:
-            self._step, self._before = step, {layer.name: layer for layer in measured}
+            self._step = step
+            self._before = {layer.name: layer for layer in measured}
 
     def table(self, step: int, layers: Sequence[Layer], measured: Sequence[LayerUniformity]) -> str:
-        """The layers as they are after so many optimizer steps, beside the first measurement."""
-        rows = [
-            _COLUMNS,
-            *(self._row(layer, after) for layer, after in zip(layers, measured, strict=True)),
-        ]
-        widths = [max(len(row[i]) for row in rows) for i in range(len(_COLUMNS))]
-        lines = [_line(row, widths) for row in rows]
-        lines.insert(1, "  ".join("-" * width for width in widths))
-        title = f"Hyperspherical uniformity before and after, optimizer steps {self._step:,} to {step:,}:"
-        return "\n".join([title, *lines])
+        """The last measurement beside the first, one row a layer.
+
+        Args:
+            step: Optimizer steps done.
+            layers: The layers.
+            measured: The same layers, measured at this step.
+        """
+        rows: list[tuple[str, ...]] = [_COLUMNS]
+        for layer, after in zip(layers, measured, strict=True):
+            rows.append(self._row(layer, after))
+        steps = f"{self._step:,} to {step:,}"
+        title = f"Hyperspherical uniformity before and after, optimizer steps {steps}:"
+        return "\n".join([title, *table_lines(rows, right=_NUMBERS)])
 
     def _row(self, layer: Layer, after: LayerUniformity) -> tuple[str, ...]:
         before = self._before[after.name]
-        size = f"{after.neurons} x {after.dimension}"
         return (
             after.name,
-            size if after.groups == 1 else f"{after.groups} of {size}",
+            shape_of(after.groups, after.neurons, after.dimension),
             f"{_ratio(before.ratio)} -> {_ratio(after.ratio)}",
             number(after.score, 2),
             f"{number(before.min_angle, 1)} -> {number(after.min_angle, 1)}",
@@ -70,92 +80,104 @@ def _ratio(x: float) -> str:
     return number(x, 3 if x < 10 else 1)
 
 
-def _line(row: Sequence[str], widths: Sequence[int]) -> str:
-    cells = (
-        cell.rjust(w) if i in _NUMBERS else cell.ljust(w)
-        for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-    )
-    return "  ".join(cells).rstrip()
-
-
 def describe(layers: Sequence[Layer], skips: Sequence[Skip], every_n_steps: int = 1) -> str:
-    """The table at the start of a fit: what is measured, how strongly, and what is not and why."""
-    work = [_giga_flop(layer) / every_n_steps for layer in layers]
-    rows = [("layer", "neurons x dimension", "measure", "GFLOP/step", "coefficient")]
-    for layer, giga in zip(layers, work, strict=True):
-        shape = _shape(layer.target.shape)
+    """The table at the start of a fit: the layers, their measures and coefficients, and the skips.
+
+    Args:
+        layers: The layers.
+        skips: Weights that are not measured.
+        every_n_steps: The penalty is applied every so many steps of each optimizer.
+    """
+    rows = [_START_COLUMNS]
+    total = 0.0
+    for layer in layers:
+        giga_flops = _giga_flops(layer) / every_n_steps
+        total += giga_flops
         rows.append(
             (
                 layer.target.name,
-                shape,
-                _measure_name(layer),
-                _short_number(giga),
-                _strength_name(layer),
+                shape_of(*layer.target.shape),
+                _measure_text(layer),
+                _giga_text(giga_flops),
+                _coefficient_text(layer),
             )
         )
-    widths = [max(len(row[i]) for row in rows) for i in range(5)]
-    lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    ]
-    lines.insert(1, "  ".join("-" * width for width in widths))
-    lines.append(f"{_short_number(sum(work))} GFLOP/step in all")
+    lines = table_lines(rows)
+    lines.append(f"{_giga_text(total)} GFLOP/step in total")
     if skips:
-        lines.append(f"not measured ({len(skips)}):")
-        named = [skip for skip in skips if skip.reason != NOT_INCLUDED]
-        lines += [
-            f"  {skip.name} {'x'.join(map(str, skip.shape))}: {skip.reason}" for skip in named
-        ]
-    if others := [skip.name for skip in skips if skip.reason == NOT_INCLUDED]:
-        lines.append(f"  {NOT_INCLUDED}: {', '.join(others)}")
+        lines += _skip_lines(skips)
     if every_n_steps > 1:
-        lines.append(f"applied on every {every_n_steps}th step of each optimizer")
+        lines.append(f"applied every {every_n_steps} steps of each optimizer")
     return "\n".join(lines)
 
 
-def _giga_flop(layer: Layer) -> float:
-    """Arithmetic of one penalty gradient in 1e9 FLOP; none where the coefficient is the number 0."""
+def _skip_lines(skips: Sequence[Skip]) -> list[str]:
+    """List the weights that are not measured; those outside ``include`` share a line."""
+    lines = [f"not measured ({len(skips)}):"]
+    not_included = []
+    for skip in skips:
+        if skip.reason == NOT_INCLUDED:
+            not_included.append(skip.name)
+        else:
+            lines.append(skip_line(skip))
+    if not_included:
+        lines.append(f"  {NOT_INCLUDED}: {', '.join(not_included)}")
+    return lines
+
+
+def _giga_flops(layer: Layer) -> float:
+    """Arithmetic of one penalty gradient, in 1e9 FLOP; 0 for a layer that is only monitored."""
+    if layer.strength == 0:
+        return 0.0
     groups, n, d = layer.target.shape
-    return groups * layer.measure.flop(n, d) / 1e9 if layer.strength != 0 else 0.0
+    return groups * layer.measure.flop(n, d) / 1e9
 
 
-def _short_number(x: float) -> str:
-    return "<0.001" if 0 < x < 1e-3 else f"{x:.2g}" if x < 100 else f"{x:,.0f}"
+def _giga_text(x: float) -> str:
+    if 0 < x < 1e-3:
+        return "<0.001"
+    if x < 100:
+        return f"{x:.2g}"
+    return f"{x:,.0f}"
 
 
-def _shape(shape: tuple[int, int, int]) -> str:
-    groups, n, d = shape
-    return f"{n} x {d}" if groups == 1 else f"{groups} groups of {n} x {d}"
-
-
-def _measure_name(layer: Layer) -> str:
-    measure, n, note = layer.measure, layer.target.shape[1], ""
+def _measure_text(layer: Layer) -> str:
+    measure = layer.measure
+    head = " head" if layer.target.head else ""
+    n = layer.target.shape[1]
     if isinstance(measure, Sampled) and measure.blocks(n) > 1:
-        note = f", sampled in {measure.blocks(n)} blocks of {n // measure.blocks(n)}"
-        measure = measure.measure
-    return f"{_short(measure)}{' head' if layer.target.head else ''}{note}"
+        blocks = measure.blocks(n)
+        sampled = f", sampled in {blocks} blocks of {n // blocks}"
+        return f"{_settings_text(measure.measure)}{head}{sampled}"
+    return f"{_settings_text(measure)}{head}"
 
 
-def _short(value: object) -> str:
-    """A measure with its first setting and those that are not at their default."""
+def _settings_text(value: object) -> str:
+    """A measure with its first setting and those that differ from their defaults."""
     if not is_dataclass(value):
         return repr(value)
-    own = [(field, getattr(value, field.name)) for field in fields(value)]
-    shown = [
-        f"{field.name}={_short(given)}"
-        for i, (field, given) in enumerate(own)
-        if i == 0 or given != field.default
-    ]
-    return f"{type(value).__name__}({', '.join(shown)})"
+    settings = []
+    for i, field in enumerate(fields(value)):
+        setting = getattr(value, field.name)
+        if i == 0 or setting != field.default:
+            settings.append(f"{field.name}={_settings_text(setting)}")
+    return f"{type(value).__name__}({', '.join(settings)})"
 
 
-def _strength_name(layer: Layer) -> str:
-    if isinstance(layer.strength, Varying):
-        text = layer.strength.label()
+def _coefficient_text(layer: Layer) -> str:
+    """The coefficient, and why it has no effect if it has none."""
+    strength = layer.strength
+    if isinstance(strength, Varying):
+        text = strength.label()
+    elif callable(strength):
+        text = "schedule"
     else:
-        text = "schedule" if callable(layer.strength) else f"{layer.strength:g}"
-    if layer.strength == 0:
+        text = f"{strength:g}"
+    if strength == 0:
         text += " (monitor only)"
-    idle = idle_reason(layer)
-    text += f", {idle}" if idle else ""
-    return f"{text}, frozen until it is unfrozen" if layer.frozen else text
+    reason = idle_reason(layer)
+    if reason:
+        text += f", {reason}"
+    if layer.frozen:
+        text += ", no effect while frozen"
+    return text
