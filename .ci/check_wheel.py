@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import lightning_hsu
+from lightning_hsu.report import report
 
 assert files("lightning_hsu").joinpath("py.typed").is_file()
 assert "site-packages" in lightning_hsu.__file__
@@ -17,4 +18,6 @@ lightning_hsu.UniformityRegularizer().attach(model).add_gradients(
     torch.optim.SGD(model.parameters(), lr=0.1)
 )
 lightning_hsu.HypersphericalUniformity()
+page = report(model).to_html()  # its style sheet is a file of the package
+assert "<style>\n:root{" in page
 print(f"lightning-hsu {version('lightning-hsu')} imports and runs from its wheel")

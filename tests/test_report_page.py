@@ -17,9 +17,16 @@ from torch import nn
 from lightning_hsu._core import expected_angles
 from lightning_hsu._neurons.select import Skip
 from lightning_hsu.report import report
-from lightning_hsu.report.charts import angle_chart, ratio_chart, sampled, shortened, singular_chart
-from lightning_hsu.report.curves import random_singular_values
-from lightning_hsu.report.heatmap import STEPS, heat_map_png
+from lightning_hsu.report.charts import (
+    COSINE_STEPS,
+    angle_chart,
+    heat_map_png,
+    random_singular_values,
+    ratio_chart,
+    sampled,
+    shortened,
+    singular_chart,
+)
 from lightning_hsu.report.svg import Axis, short
 
 VOID = {"meta", "img", "wbr", "br", "line", "circle", "rect", "polyline", "path"}
@@ -234,15 +241,17 @@ def test_heat_map_shows_the_cosines(found):
     assert index.shape == layer.cosines.shape == (128, 128)
     red, _, blue = palette[index].unbind(-1)
     sign = torch.where(red > blue, 1.0, -1.0)
-    assert (sign * alpha[index] / 255 - layer.cosines).abs().max() <= 0.5 / STEPS + 0.5 / 255 + 1e-5
+    assert (
+        sign * alpha[index] / 255 - layer.cosines
+    ).abs().max() <= 0.5 / COSINE_STEPS + 0.5 / 255 + 1e-5
 
 
 def test_heat_map_tells_all_steps_apart():
-    cosines = torch.linspace(-1, 1, 2 * STEPS + 1).expand(3, -1)
+    cosines = torch.linspace(-1, 1, 2 * COSINE_STEPS + 1).expand(3, -1)
     palette, alpha, index = decoded(heat_map_png(cosines))
-    assert index[0].tolist() == list(range(2 * STEPS + 1))
-    assert len({(*palette[i].tolist(), int(alpha[i])) for i in index[0]}) == 2 * STEPS + 1
-    assert alpha[STEPS] == 0
+    assert index[0].tolist() == list(range(2 * COSINE_STEPS + 1))
+    assert len({(*palette[i].tolist(), int(alpha[i])) for i in index[0]}) == 2 * COSINE_STEPS + 1
+    assert alpha[COSINE_STEPS] == 0
 
 
 def strange(found, **changes):

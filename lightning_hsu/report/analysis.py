@@ -2,108 +2,29 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lightning_hsu._core import exact_arithmetic, unit_rows, with_float64, working_dtype
 from lightning_hsu._core.histogram import Survey, survey_pairs
-from lightning_hsu._monitor.measure import LayerUniformity, in_half_space, measure_neurons
+from lightning_hsu._monitor.measure import in_half_space, measure_neurons
 from lightning_hsu._monitor.text import finding
 from lightning_hsu.measures import Measure
+from lightning_hsu.report.data import HEAT_MAP_SIZE, LayerReport, SimilarPair
 
 BINS = 90
-"""Parts of [0, 180] degrees in a histogram of angles."""
+"""Bins of [0, 180] degrees in a histogram of angles."""
 
-_NOTHING = 1e-4  # length over the median from which on a neuron does something
-_HEAT = 128  # neurons in a heat map
-_MEASURED, _SURVEYED = (
-    0.4,
-    0.4,
-)  # about what of the time goes into these; the rest into singular values and heat map
-_WIDEST = 4096  # the smaller side of a weight up to which its singular values are computed
+_DEAD_BELOW = 1e-4  # of the median length: a shorter neuron does nothing
+_DEAD_LISTED = 100  # dead neurons by index
+_LARGEST_GRAM = 4096  # rows of a Gram matrix of which singular values are computed
 
-
-class SimilarPair(NamedTuple):
-    """Two neurons that are nearly the same.
-
-    Args:
-        group: Their group, 0 where there is one.
-        first: Index of the one within its group.
-        second: Index of the other.
-        angle: Between them, in degrees; near 180 where only their lines are the same.
-    """
-
-    group: int
-    first: int
-    second: int
-    angle: float
-
-
-@dataclass(frozen=True, eq=False)
-class LayerReport:
-    """What a report knows of one layer.
-
-    Args:
-        uniformity: Its numbers.
-        measure: How they were measured; in full space for a class head and for two neurons.
-        similar: Near-duplicate pairs.
-        opposite: Those among them that point opposite ways.
-        pairs: The most similar of them, nearest first.
-        dead: Neurons that are all zero, or shorter than 1e-4 of the layer's median length: they do nothing.
-        dead_rows: Indices group * n + row of the first hundred of them.
-        angles: Pairs by angle, in ``BINS`` equal parts of [0, 180] degrees.
-        singular_values: Of the unit neurons (n, d) of each group, all together, falling; empty where n and d are above 4096.
-        live: Live neurons a group, on average.
-        shown: Neurons in the heat map, by index within their group: those with the nearest others, each followed by the most
-            similar one that is left.
-        cosines: Between them, float32 (m, m).
-        finding: All of it in words.
-    """
-
-    uniformity: LayerUniformity
-    measure: Measure
-    similar: int
-    opposite: int
-    pairs: tuple[SimilarPair, ...]
-    dead: int
-    dead_rows: tuple[int, ...]
-    angles: tuple[int, ...]
-    singular_values: tuple[float, ...]
-    live: float
-    shown: tuple[int, ...]
-    cosines: Tensor
-    finding: str
-
-    @property
-    def name(self) -> str:
-        """Name of the layer."""
-        return self.uniformity.name
-
-    @property
-    def above(self) -> bool:
-        """Whether the ratio is more than 2 % above that of random neurons."""
-        return self.uniformity.ratio > 1.02
-
-    @property
-    def as_random(self) -> bool:
-        """Whether random neurons may well have such a ratio, in however few dimensions."""
-        return self.finding.startswith("as random")
-
-    @property
-    def full_space(self) -> bool:
-        """Whether opposite neurons are far apart, not the same line."""
-        return not in_half_space(self.measure)
-
-    @property
-    def edges(self) -> tuple[float, float]:
-        """Ends of the singular values of as many random unit vectors, as their number grows (Marchenko and Pastur)."""
-        root = math.sqrt(self.live / self.uniformity.dimension)
-        return abs(1.0 - root), 1.0 + root
+# About what share of the time goes into measuring and into the histogram; singular values and the
+# heat map take the rest.
+_MEASURED = 0.4
+_SURVEYED = 0.4
 
 
 @torch.no_grad()
@@ -114,38 +35,36 @@ def look_at(
     *,
     similar_above: float,
     keep: int,
-    done: Callable[[float], None] = lambda fraction: None,
+    done: Callable[[float], None],
 ) -> LayerReport:
-    """Look at neurons x (groups, n, d); ``done`` is told the fraction of the work that is done."""
+    """Look at one layer.
+
+    Args:
+        name: Its name.
+        x: Its neurons (groups, n, d).
+        measure: How to measure them.
+        similar_above: Cosine from which two neurons are near-duplicates, in (0, 1).
+        keep: How many near-duplicate pairs to list.
+        done: Called with the fraction of the work that is done.
+    """
     x = with_float64(x.detach().to(working_dtype(x.dtype)))
     uniformity = measure_neurons(name, x, measure, measure.prepare(x))
     done(_MEASURED)
-    surveys = [
-        survey_pairs(
-            group,
-            above=similar_above,
-            half_space=in_half_space(measure),
-            keep=keep,
-            bins=BINS,
-            done=lambda part, i=i: done(_MEASURED + _SURVEYED * (i + part) / len(x)),  # type: ignore[misc]
-        )
-        for i, group in enumerate(x)
-    ]
-    similar, live = (
-        sum(one.similar for one in surveys),
-        unit_rows(x)[1].squeeze(-1) > 0,
-    )  # (groups, n)
+    surveys = _survey(x, measure, similar_above, keep, done)
+    similar = sum(survey.similar for survey in surveys)
+    angles = torch.stack([survey.angles for survey in surveys]).sum(0)
+    live = unit_rows(x)[1].squeeze(-1) > 0  # (groups, n)
     dead = _dead(x).flatten().nonzero().flatten()
     shown, cosines = _heat_map(x, live, surveys)
     return LayerReport(
         uniformity=uniformity,
         measure=measure,
         similar=similar,
-        opposite=sum(one.opposite for one in surveys),
+        opposite=sum(survey.opposite for survey in surveys),
         pairs=_nearest(surveys, in_half_space(measure), keep),
         dead=len(dead),
-        dead_rows=tuple(dead[:100].tolist()),
-        angles=tuple(torch.stack([one.angles for one in surveys]).sum(0).tolist()),
+        dead_rows=tuple(dead[:_DEAD_LISTED].tolist()),
+        angles=tuple(angles.tolist()),
         singular_values=_singular_values(x, live),
         live=float(live.sum(1).double().mean()),
         shown=shown,
@@ -154,44 +73,78 @@ def look_at(
     )
 
 
+def _survey(
+    x: Tensor, measure: Measure, similar_above: float, keep: int, done: Callable[[float], None]
+) -> list[Survey]:
+    """Angles and near-duplicates of each group of x (groups, n, d)."""
+    surveys = []
+    for i, group in enumerate(x):
+
+        def within_group(part: float, i: int = i) -> None:
+            done(_MEASURED + _SURVEYED * (i + part) / len(x))
+
+        survey = survey_pairs(
+            group,
+            above=similar_above,
+            half_space=in_half_space(measure),
+            keep=keep,
+            bins=BINS,
+            done=within_group,
+        )
+        surveys.append(survey)
+    return surveys
+
+
 def _dead(x: Tensor) -> Tensor:
-    """Which neurons of x (groups, n, d) are all zero or next to nothing beside the others, (groups, n)."""
+    """Which neurons of x (groups, n, d) are next to nothing beside the others, (groups, n)."""
     length = torch.linalg.vector_norm(x.double(), dim=-1)
-    nothing: Tensor = length <= _NOTHING * length.nanmedian()
-    return nothing
+    dead: Tensor = length <= _DEAD_BELOW * length.nanmedian()
+    return dead
 
 
 def _nearest(surveys: list[Survey], half_space: bool, keep: int) -> tuple[SimilarPair, ...]:
-    found = [
-        SimilarPair(group, pair[0], pair[1], angle)
-        for group, one in enumerate(surveys)
-        for pair, angle in zip(one.pairs.tolist(), one.pair_angles.tolist(), strict=True)
-    ]
-    found.sort(key=lambda pair: min(pair.angle, 180.0 - pair.angle) if half_space else pair.angle)
-    return tuple(found[:keep])
+    """The nearest pairs of all groups."""
+    pairs = []
+    for group, survey in enumerate(surveys):
+        angles = survey.pair_angles.tolist()
+        for (first, second), angle in zip(survey.pairs.tolist(), angles, strict=True):
+            pairs.append(SimilarPair(group, first, second, angle))
+
+    def distance(pair: SimilarPair) -> float:
+        if half_space:
+            return min(pair.angle, 180.0 - pair.angle)
+        return pair.angle
+
+    pairs.sort(key=distance)
+    return tuple(pairs[:keep])
 
 
 def _singular_values(x: Tensor, live: Tensor) -> tuple[float, ...]:
-    """Of the unit rows of each group that are live, by the smaller of the two Gram matrices in float64."""
-    if min(x.shape[1:]) > _WIDEST:
+    """Singular values of the live unit rows of each group, all together, in falling order.
+
+    By a Gram matrix in float64; none where that is too large.
+    """
+    if min(x.shape[1:]) > _LARGEST_GRAM:
         return ()
     found = []
     for group, alive in zip(x, live, strict=True):
         unit = unit_rows(group[alive].double())[0]
-        gram = unit @ unit.mT if len(unit) < unit.shape[1] else unit.mT @ unit
-        found.append(torch.linalg.eigvalsh(gram).clamp_min(0.0).sqrt())
+        if len(unit) >= unit.shape[1]:
+            unit = unit.mT  # of the two Gram matrices the smaller one
+        found.append(torch.linalg.eigvalsh(unit @ unit.mT).clamp_min(0.0).sqrt())
     return tuple(torch.cat(found).sort(descending=True).values.tolist())
 
 
 def _heat_map(x: Tensor, live: Tensor, surveys: list[Survey]) -> tuple[tuple[int, ...], Tensor]:
-    """Which neurons to show, in order, and their cosines (m, m): of the group with the most similar pairs."""
+    """Neurons to show, in order, and their cosines (m, m), of the group with most similar pairs."""
     group = max(range(len(surveys)), key=lambda i: surveys[i].similar)
     index = live[group].nonzero().flatten()
     unit = unit_rows(x[group, index])[0].float()  # (n, d)
     with exact_arithmetic(unit):
-        if len(unit) > _HEAT:
-            chosen = _largest_cosines(unit).topk(_HEAT).indices.sort().values
-            index, unit = index[chosen], unit[chosen]
+        if len(unit) > HEAT_MAP_SIZE:
+            chosen = _largest_cosines(unit).topk(HEAT_MAP_SIZE).indices.sort().values
+            index = index[chosen]
+            unit = unit[chosen]
         cosines = (unit @ unit.mT).clamp_(-1.0, 1.0)
     order = _chain(cosines.abs())
     return tuple(index[order].tolist()), cosines[order][:, order].cpu()
@@ -208,7 +161,7 @@ def _largest_cosines(unit: Tensor) -> Tensor:
 
 
 def _chain(similarity: Tensor) -> list[int]:
-    """An order of the rows of (m, m) in which each is followed by the most similar one that is left."""
+    """An order of the rows of (m, m): each is followed by the most similar row that is left."""
     if len(similarity) < 2:
         return list(range(len(similarity)))
     left = similarity.clone().fill_diagonal_(-1.0)

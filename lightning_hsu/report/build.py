@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +14,12 @@ from lightning_hsu._neurons.select import Patterns, Skip, select
 from lightning_hsu._neurons.sharding import unwrapped
 from lightning_hsu._neurons.state_dict import stand_in
 from lightning_hsu._neurons.target import Target
-from lightning_hsu.measures import Measure, RieszEnergy
+from lightning_hsu.measures import Measure
 from lightning_hsu.measures.base import check_measure
-from lightning_hsu.report.analysis import LayerReport, look_at
+from lightning_hsu.measures.defaults import DEFAULT_MEASURE
+from lightning_hsu.report.analysis import look_at
 from lightning_hsu.report.checkpoints import read_weights
+from lightning_hsu.report.data import ReportData
 from lightning_hsu.report.page import report_page
 from lightning_hsu.report.tables import plain, report_table
 
@@ -29,57 +28,24 @@ Progress = Callable[[str, float], None]
 """Told the layer at work and the fraction of all work that is done."""
 
 
-@dataclass(frozen=True, eq=False)
-class Report:
+class Report(ReportData):
     """Every layer of a network beside random neurons; print it, or write it as a page or as JSON.
 
     Args:
         source: What was read: a file, or the class of a model.
-        measure: How layers were measured, but for those in full space.
+        measure: How layers were measured, except for those in full space.
         similar_above: Cosine from which two neurons are near-duplicates.
-        layers: What is known of each, in the model's order.
+        layers: The layers, in the model's order.
         skips: Weights that were left out, with the reason.
     """
-
-    source: str
-    measure: Measure
-    similar_above: float
-    layers: tuple[LayerReport, ...]
-    skips: tuple[Skip, ...]
-
-    @property
-    def worst_ratio(self) -> float:
-        """The highest ratio of a layer, infinite where one is; NaN if none has one."""
-        return max(
-            (one.uniformity.ratio for one in self.layers if not math.isnan(one.uniformity.ratio)),
-            default=math.nan,
-        )
 
     def __str__(self) -> str:
         """The table, in plain text."""
         return plain(report_table(self))
 
-    def to_dict(self) -> dict[str, Any]:
-        """All of it but the heat maps, of lists, numbers, strings and None (for NaN) only."""
-        return {
-            "source": self.source,
-            "measure": repr(self.measure),
-            "similar_above": self.similar_above,
-            "layers": [_plain(one) for one in self.layers],
-            "skipped": [asdict(skip) | {"shape": list(skip.shape)} for skip in self.skips],
-        }
-
     def to_html(self) -> str:
-        """A page of its own: no script, nothing to load."""
+        """The report as one page: no script, nothing to load."""
         return report_page(self)
-
-    def to_json(self) -> str:
-        """:meth:`to_dict` as JSON."""
-        return json.dumps(self.to_dict(), indent=1, allow_nan=False)
-
-    def write_json(self, path: str | Path) -> None:
-        """Write :meth:`to_json` to a file."""
-        Path(path).write_text(self.to_json() + "\n", encoding="utf-8")
 
     def write_html(self, path: str | Path) -> None:
         """Write :meth:`to_html` to a file."""
@@ -144,37 +110,50 @@ def look_at_all(
     keep: int = 100,
     progress: Progress | None = None,
 ) -> Report:
-    """The report on what :func:`find_targets` found; other arguments as of :func:`report`."""
-    measure = RieszEnergy(s=2.0, half_space=True) if measure is None else measure
+    """Report on what :func:`find_targets` found; other arguments as of :func:`report`."""
+    if measure is None:
+        measure = DEFAULT_MEASURE
     check_measure(measure)
     check_count("keep", keep, 0)
     check_number("similar_above", similar_above, "in (0, 1)", lambda x: 0 < x < 1)
-    work = [target.shape[0] * target.shape[1] ** 2 * target.shape[2] for target in found.targets]
-    layers, before = [], 0
-    for target, own in zip(found.targets, work, strict=True):
+    all_work = sum(_work(target) for target in found.targets)
+    layers = []
+    work_before = 0
+    for target in found.targets:
+        work = _work(target)
 
         def done(
-            part: float, name: str = target.name, before: int = before, own: int = own
+            part: float, name: str = target.name, before: int = work_before, work: int = work
         ) -> None:
             if progress is not None:
-                progress(name, (before + part * own) / sum(work))
+                progress(name, (before + part * work) / all_work)
 
         done(0.0)
-        full_space = target.head or target.shape[1] == 2
-        chosen = measure.for_head() if full_space else measure
-        layers.append(
-            look_at(
-                target.name,
-                target.neurons(),
-                chosen,
-                similar_above=similar_above,
-                keep=keep,
-                done=done,
-            )
+        layer = look_at(
+            target.name,
+            target.neurons(),
+            _measure_for(target, measure),
+            similar_above=similar_above,
+            keep=keep,
+            done=done,
         )
+        layers.append(layer)
         done(1.0)
-        before += own
+        work_before += work
     return Report(found.source, measure, similar_above, tuple(layers), tuple(found.skips))
+
+
+def _work(target: Target) -> int:
+    """Arithmetic of looking at one layer, up to a factor."""
+    groups, n, d = target.shape
+    return groups * n * n * d
+
+
+def _measure_for(target: Target, measure: Measure) -> Measure:
+    """The measure of a layer: in full space for a head and for two neurons."""
+    if target.head or target.shape[1] == 2:
+        return measure.for_head()
+    return measure
 
 
 class Found(NamedTuple):
@@ -218,26 +197,3 @@ def find_targets(
         )
         raise ValueError(f"{name}: {error}{left_out}") from error
     return Found(name, targets, [*skips, *unnamed])
-
-
-def _plain(layer: LayerReport) -> dict[str, Any]:
-    """A layer in JSON's own types."""
-    numbers = asdict(layer.uniformity) | {
-        "measure": repr(layer.measure),
-        "similar": layer.similar,
-        "opposite": layer.opposite,
-        "pairs": [pair._asdict() for pair in layer.pairs],
-        "dead": layer.dead,
-        "dead_rows": layer.dead_rows,
-        "angles": layer.angles,
-        "singular_values": [round(value, 6) for value in layer.singular_values],
-        "edges": layer.edges,
-        "finding": layer.finding,
-    }
-    return {name: _finite(value) for name, value in numbers.items()}
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, tuple):
-        return [_finite(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -11,8 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_hsu.report.scripted import is_torchscript, scripted_tensors
-from lightning_hsu.report.unpickle import Left, unpickled
+from lightning_hsu.report.unpickle import Opaque, is_torchscript, read_pickle, read_torchscript
 
 _KEYS = (
     "state_dict",
@@ -65,7 +64,7 @@ def read_weights(path: str | Path, key: str | None = None) -> dict[str, Tensor]:
     if path.stat().st_size == 0:
         raise ValueError(f"{path} is empty")
     if is_torchscript(path):
-        return _printable(scripted_tensors(path))
+        return _printable(read_torchscript(path))
     if not (zipfile.is_zipfile(path) or tarfile.is_tarfile(path) or _begins(path, b"\x80")):
         cut = _begins(path, b"PK")
         told = (
@@ -74,7 +73,7 @@ def read_weights(path: str | Path, key: str | None = None) -> dict[str, Tensor]:
             else "is no file of weights: neither torch.save, torch.jit.save nor safetensors writes such files"
         )
         raise ValueError(f"{path} {told}")
-    return _printable(_state_dict(unpickled(path), path, key))
+    return _printable(_state_dict(read_pickle(path), path, key))
 
 
 def _from_folder(path: Path) -> dict[str, Tensor]:
@@ -199,7 +198,7 @@ def _tensors(found: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def _contents(found: Any, held: Mapping[str, Any]) -> str:
-    if isinstance(found, Left):
+    if isinstance(found, Opaque):
         return "it holds one object, such as a whole model: save its state_dict() instead"
     if not isinstance(found, Mapping):
         return f"it holds {type(found).__name__}"

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,28 +13,13 @@ from lightning_hsu._core import unit_rows, with_float64
 from lightning_hsu._neurons.select import Patterns
 from lightning_hsu._neurons.target import Target
 from lightning_hsu.measures import Measure
-from lightning_hsu.report.analysis import LayerReport
 from lightning_hsu.report.build import Found, Progress, Report, Source, find_targets, look_at_all
+from lightning_hsu.report.data import ComparisonData, LayerComparison
 from lightning_hsu.report.tables import comparison_table, plain
 
 
 @dataclass(frozen=True, eq=False)
-class LayerComparison:
-    """One layer before and after.
-
-    Args:
-        before: The earlier report on it.
-        after: The later one.
-        moved: Median angle between a neuron before and after, in degrees; NaN where the shapes differ.
-    """
-
-    before: LayerReport
-    after: LayerReport
-    moved: float
-
-
-@dataclass(frozen=True, eq=False)
-class Comparison:
+class Comparison(ComparisonData):
     """What moved between two networks; print it, or write it as JSON.
 
     Args:
@@ -50,33 +32,10 @@ class Comparison:
 
     before: Report
     after: Report
-    layers: tuple[LayerComparison, ...]
-    only_before: tuple[str, ...]
-    only_after: tuple[str, ...]
 
     def __str__(self) -> str:
         """The table, in plain text."""
         return plain(comparison_table(self))
-
-    def to_dict(self) -> dict[str, Any]:
-        """All of it, of lists, numbers, strings and None (for NaN) only."""
-        return {
-            "before": self.before.to_dict(),
-            "after": self.after.to_dict(),
-            "moved": {
-                one.after.name: None if math.isnan(one.moved) else one.moved for one in self.layers
-            },
-            "only_before": list(self.only_before),
-            "only_after": list(self.only_after),
-        }
-
-    def to_json(self) -> str:
-        """:meth:`to_dict` as JSON."""
-        return json.dumps(self.to_dict(), indent=1, allow_nan=False)
-
-    def write_json(self, path: str | Path) -> None:
-        """Write :meth:`to_json` to a file."""
-        Path(path).write_text(self.to_json() + "\n", encoding="utf-8")
 
 
 def compare(

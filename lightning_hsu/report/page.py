@@ -1,23 +1,31 @@
-"""A report as one HTML page."""
+"""A report as one HTML page: no script, nothing to load."""
 
 from __future__ import annotations
 
+import base64
 import math
 from html import escape
-from typing import TYPE_CHECKING
+from importlib.resources import files
 
 from lightning_hsu._monitor.measure import in_half_space
 from lightning_hsu._monitor.text import counted, number
-from lightning_hsu.report.analysis import LayerReport
-from lightning_hsu.report.charts import ratio_axis, ratio_chart
-from lightning_hsu.report.sections import breakable, layer_section
-from lightning_hsu.report.style import STYLE
+from lightning_hsu.report.charts import (
+    angle_chart,
+    heat_map_png,
+    ratio_axis,
+    ratio_chart,
+    singular_chart,
+)
+from lightning_hsu.report.data import (
+    HEAT_MAP_SIZE,
+    LayerReport,
+    ReportData,
+    SimilarPair,
+    known_ratios,
+)
 from lightning_hsu.report.tables import shape_of
 
-if TYPE_CHECKING:
-    from lightning_hsu.report.build import Report
-
-_COLUMNS = (  # name, classes; what is minor is left out on a phone
+_COLUMNS = (  # heading and classes; minor ones are left out on a phone
     ("layer", ""),
     ("neurons x dimension", "number minor"),
     ("ratio", "number"),
@@ -27,117 +35,328 @@ _COLUMNS = (  # name, classes; what is minor is left out on a phone
     ("dead", "number"),
     ("finding", "minor"),
 )
+_LISTED = 20  # pairs, and dead neurons, of a layer
 
 
-def report_page(found: Report) -> str:
-    """The page of a report: one file, no script, nothing to load."""
+def report_page(found: ReportData) -> str:
+    """The page of a report, one file."""
     title = escape(f"Neurons of {found.source}")
-    parts = [_header(found), _overview(found), _sections(found), _skipped(found)]
+    style = files("lightning_hsu.report").joinpath("page.css").read_text(encoding="utf-8")
+    body = _header(found) + _overview(found) + _sections(found) + _skipped(found)
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{title}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n{''.join(parts)}</body>\n</html>\n"
+        f"<title>{title}</title>\n<style>\n{style}</style>\n</head>\n"
+        f"<body>\n{body}</body>\n</html>\n"
     )
 
 
-def _header(found: Report) -> str:
-    neurons = sum(one.uniformity.groups * one.uniformity.neurons for one in found.layers)
-    lines = "; opposite neurons count as the same" if in_half_space(found.measure) else ""
-    start = max(found.source.rfind(slash) for slash in "/\\") + 1  # of the name of a file
-    where = f'<p class="soft">{escape(found.source)}</p>\n' if start else ""
+def _header(found: ReportData) -> str:
+    """What was read and how it was measured, the main finding, and what the numbers mean."""
+    folder_end = max(found.source.rfind("/"), found.source.rfind("\\")) + 1
+    name = found.source[folder_end:]
+    where = ""
+    if folder_end > 0:
+        where = f'<p class="soft">{escape(found.source)}</p>\n'
+    neurons = 0
+    for layer in found.layers:
+        neurons += layer.uniformity.groups * layer.uniformity.neurons
+    how = escape(repr(found.measure))
+    if in_half_space(found.measure):
+        how += "; opposite neurons count as the same"
     return (
-        f"<header><h1>{escape(found.source[start:])}</h1>\n{where}"
-        f'<p class="soft">{counted(len(found.layers), "layer")}, {counted(neurons, "neuron")}, measured by '
-        f"{escape(repr(found.measure))}{lines}.</p>\n"
-        f'<p class="lead">{_standing(found)}</p>\n'
-        "<p>The ratio is a layer's energy over that of as many random vectors: 1 is as random, above 1 more redundant. "
-        "The score is 0 at random and 1 at the bound that no arrangement can beat; below 0 is worse than random.</p>\n"
-        '<p class="soft">A ratio is a fact, not advice: measured, it said little about what regularising gains.</p></header>\n'
+        f"<header><h1>{escape(name)}</h1>\n{where}"
+        f'<p class="soft">{counted(len(found.layers), "layer")}, {counted(neurons, "neuron")}, '
+        f"measured by {how}.</p>\n"
+        f'<p class="lead">{_lead(found)}</p>\n'
+        "<p>The ratio is a layer's energy over that of as many random vectors: 1 is as random, "
+        "above 1 more redundant. The score is 0 at random and 1 at the bound that no arrangement "
+        "can beat; below 0 is worse than random.</p>\n"
+        '<p class="soft">A ratio is a fact, not advice: measured, it said little about what '
+        "regularising gains.</p></header>\n"
     )
 
 
-def _standing(found: Report) -> str:
-    """How many layers are above random, and how many cannot be compared."""
-    ratios = [one.uniformity.ratio for one in found.layers]
-    known = [ratio for ratio in ratios if not math.isnan(ratio)]
+def _lead(found: ReportData) -> str:
+    """How many layers are above random, and how many have no ratio."""
+    known = known_ratios(found.layers)
     if not known:
         return "No layer has a ratio."
-    above = sum(one.above for one in found.layers)
-    words = f"{above or 'None'} of {counted(len(known), 'layer')} {'is' if above < 2 else 'are'} above random by more than 2 %."
-    within = sum(one.above and one.as_random for one in found.layers)
-    if within:
-        words += f" Of these, {within} {'is' if within == 1 else 'are'} within what random layers of the shape have."
-    if missing := len(ratios) - len(known):
-        words += f" {missing} more {'has' if missing == 1 else 'have'} no ratio."
+    above = [layer for layer in found.layers if layer.above]
+    words = (
+        f"{len(above) or 'None'} of {counted(len(known), 'layer')} {_is(max(1, len(above)))} "
+        "above random by more than 2 %."
+    )
+    by_chance = sum(layer.as_random for layer in above)
+    if by_chance > 0:
+        words += (
+            f" Of these, {by_chance} {_is(by_chance)} within what random layers of the shape have."
+        )
+    missing = len(found.layers) - len(known)
+    if missing == 1:
+        words += " 1 more has no ratio."
+    elif missing > 1:
+        words += f" {missing} more have no ratio."
     return words
 
 
-def _overview(found: Report) -> str:
+def _is(count: int) -> str:
+    """The verb after a number."""
+    return "is" if count == 1 else "are"
+
+
+def _overview(found: ReportData) -> str:
+    """The chart of ratios and the table of all layers."""
     if not found.layers:
         return ""
-    ratios = [one.uniformity.ratio for one in found.layers]
-    chart = "" if all(map(math.isnan, ratios)) else _chart(found)
-    heads = "".join(f'<th scope="col" class="{css}">{name}</th>' for name, css in _COLUMNS)
-    rows = "".join(_row(i, layer) for i, layer in enumerate(found.layers))
-    starred = in_half_space(found.measure) and any(one.full_space for one in found.layers)
-    note = (
-        '<p class="soft">* measured in full space, where opposite neurons are far apart.</p>\n'
-        if starred
-        else ""
-    )
+    chart = ""
+    if known_ratios(found.layers):
+        chart = _ratio_chart(found)
+    headings = ""
+    for name, css in _COLUMNS:
+        headings += f'<th scope="col" class="{css}">{name}</th>'
+    rows = ""
+    for i, layer in enumerate(found.layers):
+        rows += _row(i, layer)
+    note = ""
+    if in_half_space(found.measure) and any(layer.full_space for layer in found.layers):
+        note = (
+            '<p class="soft">* measured in full space, where opposite neurons are far apart.</p>\n'
+        )
     return (
-        f'<h2>All layers</h2>\n{chart}<div class="scroll"><table><thead><tr>{heads}</tr></thead>\n'
+        f'<h2>All layers</h2>\n{chart}<div class="scroll"><table><thead><tr>{headings}</tr></thead>\n'
         f"<tbody>\n{rows}</tbody></table></div>\n{note}"
     )
 
 
-def _chart(found: Report) -> str:
-    axis = ", on a logarithmic axis" if ratio_axis(found.layers).kind == "log" else ""
+def _ratio_chart(found: ReportData) -> str:
+    axis = ""
+    if ratio_axis(found.layers).kind == "log":
+        axis = ", on a logarithmic axis"
     return (
-        f'<p class="soft">Ratio by layer, first layer at the left{axis}. A dot leads to its layer.</p>\n'
+        f'<p class="soft">Ratio by layer, first layer at the left{axis}. '
+        "A dot leads to its layer.</p>\n"
         f'<div class="ratios">{ratio_chart(found.layers)}</div>\n'
     )
 
 
 def _row(i: int, layer: LayerReport) -> str:
-    one = layer.uniformity
-    angle = number(one.min_angle, 1)
+    """A row of the table of all layers."""
+    numbers = layer.uniformity
+    name = f'<a href="#layer-{i}">{breakable(layer.name)}</a>'
+    if layer.full_space:
+        name += " *"
     cells = (
-        f'<a href="#layer-{i}">{breakable(layer.name)}</a>' + (" *" if layer.full_space else ""),
-        shape_of(one),
-        number(one.ratio, 3),
-        number(one.score, 2),
-        angle if angle == "-" else angle + "°",
+        name,
+        shape_of(numbers),
+        number(numbers.ratio, 3),
+        number(numbers.score, 2),
+        _degrees(numbers.min_angle),
         f"{layer.similar:,}",
         f"{layer.dead:,}",
         escape(layer.finding),
     )
-    marked = "".join(
-        f'<td class="{css}">{cell}</td>' for cell, (_, css) in zip(cells, _COLUMNS, strict=True)
-    )
-    return f"<tr>{marked}</tr>\n"
+    row = ""
+    for cell, (_, css) in zip(cells, _COLUMNS, strict=True):
+        row += f'<td class="{css}">{cell}</td>'
+    return f"<tr>{row}</tr>\n"
 
 
-def _sections(found: Report) -> str:
-    """Each layer, the one of the highest ratio unfolded."""
-    if not found.layers:
-        return ""
-    ratios = [one.uniformity.ratio for one in found.layers]
-    worst = max(range(len(ratios)), key=lambda i: -math.inf if math.isnan(ratios[i]) else ratios[i])
-    return "<h2>Layer by layer</h2>\n" + "".join(
-        layer_section(i, layer, found, unfolded=i == worst) for i, layer in enumerate(found.layers)
-    )
-
-
-def _skipped(found: Report) -> str:
+def _skipped(found: ReportData) -> str:
     """What was not measured, and why."""
     if not found.skips:
         return ""
-    rows = "".join(
-        f"<tr><td>{breakable(skip.name)}</td><td>{' x '.join(map(str, skip.shape))}</td><td>{escape(skip.reason)}</td></tr>\n"
-        for skip in found.skips
-    )
+    rows = ""
+    for skip in found.skips:
+        shape = " x ".join(map(str, skip.shape))
+        rows += (
+            f"<tr><td>{breakable(skip.name)}</td><td>{shape}</td>"
+            f"<td>{escape(skip.reason)}</td></tr>\n"
+        )
     return (
-        '<h2>Left out</h2>\n<div class="scroll"><table><thead><tr><th scope="col">weight</th><th scope="col">shape</th>'
-        f'<th scope="col">reason</th></tr></thead>\n<tbody>\n{rows}</tbody></table></div>\n'
+        '<h2>Left out</h2>\n<div class="scroll"><table><thead><tr><th scope="col">weight</th>'
+        '<th scope="col">shape</th><th scope="col">reason</th></tr></thead>\n'
+        f"<tbody>\n{rows}</tbody></table></div>\n"
+    )
+
+
+def _sections(found: ReportData) -> str:
+    """A section for each layer, the one with the highest ratio unfolded."""
+    if not found.layers:
+        return ""
+    worst = _worst(found)
+    sections = "<h2>Layer by layer</h2>\n"
+    for i, layer in enumerate(found.layers):
+        sections += _section(i, layer, found, unfolded=i == worst)
+    return sections
+
+
+def _worst(found: ReportData) -> int:
+    """Index of the layer with the highest ratio; the first layer if none has a ratio."""
+    worst = 0
+    highest = -math.inf
+    for i, layer in enumerate(found.layers):
+        if layer.ratio > highest:  # never true of NaN
+            worst = i
+            highest = layer.ratio
+    return worst
+
+
+def _section(i: int, layer: LayerReport, found: ReportData, *, unfolded: bool) -> str:
+    """Everything about layer i."""
+    numbers = layer.uniformity
+    facts = (
+        f"{shape_of(numbers)}, energy {number(numbers.energy, 4)}, "
+        f"ratio {number(numbers.ratio, 3)}, score {number(numbers.score, 2)}, "
+        f"smallest angle {_degrees(numbers.min_angle)}."
+    )
+    if repr(layer.measure) != repr(found.measure):
+        facts += f" Measured by {layer.measure!r}."
+    figures = _angles(layer) + _singular_values(layer) + _heat_map(layer)
+    state = " open" if unfolded else ""
+    return (
+        f'<details class="layer"{state}>'
+        f"<summary><b>{breakable(layer.name)}</b> "
+        f"<span class=soft>{escape(layer.finding)}</span></summary>"
+        f'<div class="inside" id="layer-{i}"><p class="soft">{escape(facts)}</p>'
+        f'<div class="charts">{figures}</div>'
+        f"{_similar(layer, found.similar_above)}{_dead(layer)}</div></details>\n"
+    )
+
+
+def breakable(name: str) -> str:
+    """A name, escaped, that may go to the next line after a dot or an underscore."""
+    return escape(name).replace(".", ".<wbr>").replace("_", "_<wbr>")
+
+
+def _degrees(angle: float) -> str:
+    if math.isnan(angle):
+        return "-"
+    return number(angle, 1) + "°"
+
+
+def _figure(title: str, picture: str, caption: str) -> str:
+    return f"<figure><h3>{title}</h3>{picture}<figcaption>{caption}</figcaption></figure>"
+
+
+def _angles(layer: LayerReport) -> str:
+    """The histogram of angles."""
+    title = "Angles between neurons"
+    pairs = sum(layer.angles)
+    if pairs == 0:
+        return _figure(title, "", "No pairs: no group has two live neurons.")
+    within = ""
+    if layer.uniformity.groups > 1:
+        within = " within the groups"
+    caption = (
+        f"{counted(pairs, 'pair')}{within}, in parts of {180 / len(layer.angles):g}°; "
+        "the axis of counts is logarithmic."
+    )
+    return _figure(title, angle_chart(layer), caption)
+
+
+def _singular_values(layer: LayerReport) -> str:
+    """The chart of singular values."""
+    title = "Singular values"
+    values = layer.singular_values
+    if not values:
+        reason = "the layer is too large" if layer.live else "no neuron is live"
+        return _figure(title, "", f"Not computed: {reason}.")
+    upper = layer.edges[1]
+    above = sum(value > upper for value in values)
+    groups = ""
+    if layer.uniformity.groups > 1:
+        groups = " of all groups together"
+    caption = (
+        f"Of the neurons at length 1{groups}: {above:,} of {len(values):,} {_is(above)} above the "
+        f"upper edge {upper:.2f} of random vectors; the largest is {values[0]:.2f}."
+    )
+    return _figure(title, singular_chart(layer), caption)
+
+
+def _heat_map(layer: LayerReport) -> str:
+    """The picture of cosines."""
+    title = "Cosines"
+    shown = len(layer.shown)
+    if shown < 2:
+        return _figure(title, "", "Fewer than two live neurons to compare.")
+    beside_diagonal = layer.cosines[~layer.cosines.new_ones(shown, shown).tril().bool()]
+    extremes = f"from {float(beside_diagonal.min()):.2f} to {float(beside_diagonal.max()):.2f}"
+    label = f"Cosines between {shown} neurons, {extremes} beside the diagonal"
+    data = base64.b64encode(heat_map_png(layer.cosines)).decode("ascii")
+    picture = (
+        f'<img class="heat" width="{shown}" height="{shown}" alt="{label}" '
+        f'src="data:image/png;base64,{data}">'
+    )
+    order = ", ".join(map(str, layer.shown))
+    caption = (
+        f"{_which(layer)}, each followed by the most similar one left. Orange: positive, blue: "
+        f"negative; the stronger, the larger. Beside the diagonal they go {extremes}."
+        f"<details><summary>Their indices in this order</summary>{order}</details>"
+    )
+    return _figure(title, picture, caption)
+
+
+def _which(layer: LayerReport) -> str:
+    """Which neurons a heat map shows."""
+    shown = len(layer.shown)
+    whose = ""
+    all_live = round(layer.live)
+    if layer.uniformity.groups > 1:
+        whose = " of the group with the most near-duplicate pairs"
+        all_live = layer.uniformity.neurons
+    if shown < HEAT_MAP_SIZE or shown == all_live:
+        return f"All {shown} neurons{whose} that are not zero"
+    return f"The {shown} neurons{whose} that are nearest to another, of {all_live:,}"
+
+
+def _similar(layer: LayerReport, similar_above: float) -> str:
+    """The nearest pairs by index."""
+    sign = "" if layer.full_space else ", whatever its sign,"
+    cosine = f"cosine{sign} of {similar_above:g} or more"
+    if layer.similar == 0:
+        return f'<p class="soft">No near-duplicate pairs ({cosine}).</p>'
+    title = f"{counted(layer.similar, 'near-duplicate pair')} ({cosine})"
+    if layer.opposite > 0:
+        title += f"; {layer.opposite:,} of them point opposite ways"
+    shown = layer.pairs[:_LISTED]
+    items = ""
+    for pair in shown:
+        items += f"<li>{_pair(pair, layer.uniformity.groups)}</li>"
+    rest = ""
+    more = layer.similar - len(shown)
+    if more > 0:
+        rest = f'<p class="soft">and {more:,} more</p>'
+    return f"<h3>{title}</h3><ul class=pairs>{items}</ul>{rest}"
+
+
+def _pair(pair: SimilarPair, groups: int) -> str:
+    names = f"{pair.first} and {pair.second}"
+    if groups > 1:
+        names = f"group {pair.group}: {names}"
+    angle = f"{pair.angle:.2f}°"
+    if pair.angle > 90.0:
+        angle += " opposite"
+    return f"<span>{names}</span><span>{angle}</span>"
+
+
+def _dead(layer: LayerReport) -> str:
+    """The dead neurons by index."""
+    if layer.dead == 0:
+        return ""
+    groups = layer.uniformity.groups
+    n = layer.uniformity.neurons
+    names = []
+    for row in layer.dead_rows[:_LISTED]:
+        if groups == 1:
+            names.append(str(row))
+        else:
+            names.append(f"{row % n} of group {row // n}")
+    listed = ", ".join(names)
+    more = layer.dead - len(names)
+    if more > 0:
+        listed += f" and {more:,} more"
+    return (
+        f'<p class="soft">{counted(layer.dead, "dead neuron")}, '
+        f"zero or next to nothing: {listed}.</p>"
     )

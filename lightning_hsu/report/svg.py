@@ -96,6 +96,11 @@ def line(x1: float | str, y1: float, x2: float | str, y2: float, kind: str) -> s
     return f'<line x1="{start}" y1="{place(y1)}" x2="{stop}" y2="{place(y2)}" class="{kind}"/>'
 
 
+def circle(x: str, y: float, radius: float, kind: str) -> str:
+    """A disc of a kind."""
+    return f'<circle cx="{x}" cy="{place(y)}" r="{radius}" class="{kind}"/>'
+
+
 def path(points: list[tuple[float, float]], kind: str) -> str:
     """A line through points."""
     steps = " ".join(f"{place(x)},{place(y)}" for x, y in points)

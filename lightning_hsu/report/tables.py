@@ -9,14 +9,10 @@ from typing import TYPE_CHECKING
 from lightning_hsu._monitor.measure import LayerUniformity
 from lightning_hsu._monitor.text import counted, number
 from lightning_hsu._neurons.select import EXCLUDED, NOT_INCLUDED
+from lightning_hsu.report.data import ComparisonData, LayerComparison, LayerReport, ReportData
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-    from lightning_hsu.report.analysis import LayerReport
-    from lightning_hsu.report.build import Report
-    from lightning_hsu.report.comparison import Comparison, LayerComparison
-
 
 _STARRED = "* in full space, where opposite neurons are far apart"
 
@@ -61,7 +57,7 @@ class Table:
         )
 
 
-def report_table(found: Report) -> Table:
+def report_table(found: ReportData) -> Table:
     """The table of a report."""
     columns = (
         "layer",
@@ -79,7 +75,7 @@ def report_table(found: Report) -> Table:
     )
 
 
-def _mixed(found: Report) -> bool:
+def _mixed(found: ReportData) -> bool:
     """Whether some layers are measured in full space and some not."""
     return len({one.full_space for one in found.layers}) > 1
 
@@ -106,7 +102,7 @@ def _named(layer: LayerReport, mixed: bool) -> str:
     return layer.name + (" *" if mixed and layer.full_space else "")
 
 
-def _below(found: Report) -> list[str]:
+def _below(found: ReportData) -> list[str]:
     above, pairs = (
         [one for one in found.layers if one.above],
         sum(one.similar for one in found.layers),
@@ -121,7 +117,7 @@ def _below(found: Report) -> list[str]:
     return [*lines, *([_STARRED] if _mixed(found) else []), *skipped_lines(found)]
 
 
-def skipped_lines(found: Report) -> list[str]:
+def skipped_lines(found: ReportData) -> list[str]:
     """What was left out, and why; what the caller's patterns leave out is only counted."""
     own = {
         reason: sum(skip.reason == reason for skip in found.skips)
@@ -136,7 +132,7 @@ def skipped_lines(found: Report) -> list[str]:
     return [f"not measured ({len(found.skips)}):", *lines, *counts] if found.skips else []
 
 
-def pair_lines(found: Report, most: int) -> list[str]:
+def pair_lines(found: ReportData, most: int) -> list[str]:
     """The nearest pairs of each layer by index."""
     lines = []
     for layer in found.layers:
@@ -150,7 +146,7 @@ def pair_lines(found: Report, most: int) -> list[str]:
     return lines or ["no near-duplicate pairs"]
 
 
-def comparison_table(found: Comparison) -> Table:
+def comparison_table(found: ComparisonData) -> Table:
     """The table of a comparison."""
     columns = (
         "layer",

@@ -1,104 +1,222 @@
-"""What lies in a pickle, without running what is in it."""
+"""What is in a pickle of torch.save or torch.jit.save, without running any code from it."""
 
 from __future__ import annotations
 
+import pickle
 import re
 import warnings
 import zipfile
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
+from torch import Tensor
+
+_BUILTINS: dict[str, type] = {
+    "builtins.list": list,
+    "builtins.dict": dict,
+    "builtins.set": set,
+    "builtins.tuple": tuple,
+}
+_DTYPES = {
+    "FloatStorage": torch.float32,
+    "DoubleStorage": torch.float64,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ShortStorage": torch.int16,
+    "CharStorage": torch.int8,
+    "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
+}
+_CANNOT_FILL = re.compile(r"but got <class '[\w.]*\b(Opaque\d+)'>")  # torch's error
 
 
-def unpickled(path: Path) -> Any:
-    """What a file of torch.save holds, tensors and plain values only: other objects are left empty, no code of theirs is run.
+def read_pickle(path: Path) -> Any:
+    """Read a file of torch.save: tensors and plain values only, all other objects left empty.
+
+    No code of those objects is run.
 
     Raises:
-        ValueError: if that cannot be.
+        ValueError: if the file cannot be read that way.
     """
-    kinds: dict[
-        str, type
-    ] = {}  # torch's reader fills none but its own lists and mappings, and names a class it cannot fill
+    # torch's reader fills nothing but its own lists and mappings. It names a class that it cannot
+    # fill: this then stands for a list or a mapping, and the file is read again.
+    bases: dict[str, type] = {}
     while True:
         try:
-            with _others_empty(path, kinds), warnings.catch_warnings():
+            with _stand_ins(path, bases), warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "Detected pickle protocol")
                 return torch.load(path, map_location="cpu", weights_only=True)
-        except (
-            Exception
-        ) as error:  # of many types: whatever a broken file makes torch's reader stumble over
-            last = error
-        unfilled = re.search(r"but got <class '[\w.]*\b(Left\d+)'>", str(last))
-        if unfilled is None or unfilled[1] in kinds:
-            break
-        kinds[unfilled[1]] = (
-            _LeftList if "list" in str(last).partition("but got")[0] else _LeftMapping
-        )
-    raise ValueError(
-        f"{path} cannot be read without running code from it, which is not done ({type(last).__name__}: {_reason(last)}). "
-        "If you trust it, load it yourself and give the model or its state_dict() to lightning_hsu.report.report, or save "
-        "that as .safetensors"
-    ) from last
+        except Exception as error:  # of any type that a broken file can cause in torch's reader
+            message = str(error)
+            found = _CANNOT_FILL.search(message)
+            if found is None or found[1] in bases:
+                raise ValueError(
+                    f"{path} cannot be read without running code from it, so it is refused "
+                    f"({type(error).__name__}: {_reason(message)}). If you trust the file, load "
+                    "it yourself and pass the model or its state_dict() to "
+                    "lightning_hsu.report.report, or save that as .safetensors"
+                ) from error
+            expects_list = "list" in message.partition("but got")[0]
+            bases[found[1]] = _OpaqueList if expects_list else _OpaqueMapping
 
 
-def _reason(error: Exception) -> str:
+def _reason(message: str) -> str:
     """What torch says, without its advice."""
-    text = re.split(r"WeightsUnpickler error:|from a trusted source\.", str(error))[-1]
-    return re.sub(r"\s+", " ", text.partition("Check the documentation")[0])[:300].strip()
+    text = re.split(r"WeightsUnpickler error:|from a trusted source\.", message)[-1]
+    text = text.partition("Check the documentation")[0]
+    return re.sub(r"\s+", " ", text)[:300].strip()
 
 
-def _others_empty(path: Path, kinds: Mapping[str, type]) -> AbstractContextManager[Any]:
-    """While a file is read, stand-ins for the classes in it that are not torch's: hyperparameters, states of callbacks.
+def _stand_ins(path: Path, bases: Mapping[str, type]) -> AbstractContextManager[Any]:
+    """While a file is read, stand-ins for the classes in it that torch does not know.
 
-    The n-th of them stands as Leftn; ``kinds`` says which of them are lists or mappings.
+    These are hyperparameters or states of callbacks, for example.
+
+    Args:
+        path: The file.
+        bases: Base classes of stand-ins that are not :class:`Opaque`; that of the n-th unknown
+            class is named Opaque<n>.
     """
-    find = getattr(
-        torch.serialization, "get_unsafe_globals_in_checkpoint", None
-    )  # from torch 2.6 on
+    find = getattr(torch.serialization, "get_unsafe_globals_in_checkpoint", None)  # torch >= 2.6
     if find is None or not zipfile.is_zipfile(path):
         return nullcontext()
-    known = {
-        "builtins.list": list,
-        "builtins.dict": dict,
-        "builtins.set": set,
-        "builtins.tuple": tuple,
-    }
-    stand_ins = {f"Left{i}": name for i, name in enumerate(sorted(find(path)))}
-    return torch.serialization.safe_globals(
-        [
-            (known.get(name, type(left, (kinds.get(left, Left),), {})), name)
-            for left, name in stand_ins.items()
-        ]
-    )
+    classes: list[Any] = []  # pairs of a stand-in and the name it is found by
+    for i, unknown in enumerate(sorted(find(path))):
+        stand_in = _BUILTINS.get(unknown)
+        if stand_in is None:
+            name = f"Opaque{i}"
+            stand_in = type(name, (bases.get(name, Opaque),), {})
+        classes.append((stand_in, unknown))
+    return torch.serialization.safe_globals(classes)
 
 
-class Left:
-    """What stands for an object that is not looked at."""
+class Opaque:
+    """Stands for an object that is not looked at."""
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> Left:
-        """Take anything."""
+    def __new__(cls, *args: Any, **kwargs: Any) -> Opaque:
+        """Take any arguments."""
         return super().__new__(cls)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """Take anything."""
+        """Take any arguments."""
 
     def __setstate__(self, state: Any) -> None:
         """Keep nothing."""
 
 
-class _LeftMapping:
-    """What stands for one that is a mapping: torch's reader fills an OrderedDict, and gives it attributes."""
+class _OpaqueMapping:
+    """Stands for a mapping: torch's reader fills an OrderedDict, and gives it attributes."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         return OrderedDict()
 
 
-class _LeftList:
-    """What stands for one that is filled like a list."""
+class _OpaqueList:
+    """Stands for what is filled like a list."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         return []
+
+
+def is_torchscript(path: Path) -> bool:
+    """Whether torch takes a file for TorchScript, by the test that torch.load makes."""
+    try:
+        return "constants.pkl" in torch._C.PyTorchFileReader(str(path)).get_all_records()
+    except RuntimeError:
+        return False
+
+
+def read_torchscript(path: Path) -> dict[str, Tensor]:
+    """All tensors that the modules in a TorchScript file hold, by name.
+
+    They are read from its pickle: torch's own loader would run code that is stored beside it.
+
+    Raises:
+        ValueError: if the file cannot be read that way.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            module = _TorchScriptReader(archive).load()
+        return dict(_tensors(module))
+    except Exception as error:  # of any type that a broken file can cause in the reader
+        raise ValueError(f"{path} is no TorchScript that can be read: {error}") from error
+
+
+def _tensors(found: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Tensors of an object and, recursively, of the objects it has as attributes."""
+    if isinstance(found, Tensor):
+        yield name, found
+    elif isinstance(found, _Attributes):
+        for key, part in found.attributes.items():
+            yield from _tensors(part, f"{name}.{key}".lstrip("."))
+
+
+class _Attributes:
+    """Stands for an object of any class and keeps its attributes."""
+
+    attributes: Mapping[str, Any] = MappingProxyType({})
+
+    def __init__(self, *args: Any) -> None:
+        """Take any arguments."""
+
+    def __setstate__(self, state: Any) -> None:
+        if isinstance(state, dict):
+            self.attributes = {str(key): part for key, part in state.items()}
+
+
+class _TorchScriptReader(pickle.Unpickler):
+    """An unpickler that knows tensors, plain values, and stand-ins for everything else."""
+
+    def __init__(self, archive: zipfile.ZipFile) -> None:
+        name = _pickle_name(archive)
+        super().__init__(archive.open(name))
+        self._archive = archive
+        self._folder = name.removesuffix(".pkl")
+        self._storages: dict[str, Tensor] = {}
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Tensors, storages and ordered dicts; a stand-in for any other class."""
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return _strided
+        if (module, name) == ("collections", "OrderedDict"):
+            return OrderedDict
+        if module == "torch" and name in _DTYPES:
+            return _DTYPES[name]
+        return _Attributes
+
+    def persistent_load(self, pid: Any) -> Tensor:
+        """The numbers of a storage, a tensor (count,)."""
+        _, dtype, key, _, count = pid
+        if key not in self._storages:
+            self._storages[key] = self._storage(key, dtype, count)
+        return self._storages[key]
+
+    def _storage(self, key: str, dtype: torch.dtype, count: int) -> Tensor:
+        if count == 0:
+            return torch.empty(0, dtype=dtype)
+        raw = bytearray(self._archive.read(f"{self._folder}/{key}"))
+        return torch.frombuffer(raw, dtype=dtype, count=count)
+
+
+def _pickle_name(archive: zipfile.ZipFile) -> str:
+    """The one file that holds the objects, such as "model/data.pkl"."""
+    names = []
+    for name in archive.namelist():
+        if name.endswith("/data.pkl") and name.count("/") == 1:
+            names.append(name)
+    if len(names) != 1:
+        raise ValueError(f"it has {len(names)} files FOLDER/data.pkl instead of one")
+    return names[0]
+
+
+def _strided(
+    numbers: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any
+) -> Tensor:
+    return numbers.as_strided(size, stride, offset)

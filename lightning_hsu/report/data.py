@@ -1,0 +1,239 @@
+"""What a report holds: plain data, apart from how it is found and how it is shown."""
+
+from __future__ import annotations
+
+import json
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from lightning_hsu._monitor.measure import LayerUniformity, in_half_space
+from lightning_hsu._neurons.select import Skip
+from lightning_hsu.measures import Measure
+
+HEAT_MAP_SIZE = 128
+"""Neurons that a heat map shows at most."""
+
+
+class SimilarPair(NamedTuple):
+    """Two neurons that are nearly the same.
+
+    Args:
+        group: Their group; 0 where the layer has only one.
+        first: Index of the first neuron within the group.
+        second: Index of the second.
+        angle: Angle between them in degrees; near 180 where only their lines are the same.
+    """
+
+    group: int
+    first: int
+    second: int
+    angle: float
+
+
+@dataclass(frozen=True, eq=False)
+class LayerReport:
+    """What a report knows of one layer.
+
+    Args:
+        uniformity: Its numbers.
+        measure: How they were measured; in full space for a class head and for two neurons.
+        similar: Number of near-duplicate pairs.
+        opposite: How many of these pairs point opposite ways.
+        pairs: The most similar of them, nearest first.
+        dead: Number of neurons that do nothing: all zero, or shorter than 1e-4 of the layer's
+            median length.
+        dead_rows: Indices group * n + row of the first hundred dead neurons.
+        angles: Number of pairs by angle, in 90 equal bins of [0, 180] degrees.
+        singular_values: Singular values of the unit neurons (n, d), of all groups together, in
+            falling order; empty where n and d are both above 4096.
+        live: Live neurons per group, on average.
+        shown: Neurons in the heat map, by index within their group: those closest to another one,
+            each followed by the most similar neuron that is left.
+        cosines: Cosines between the shown neurons, float32 (m, m).
+        finding: All of it in words.
+    """
+
+    uniformity: LayerUniformity
+    measure: Measure
+    similar: int
+    opposite: int
+    pairs: tuple[SimilarPair, ...]
+    dead: int
+    dead_rows: tuple[int, ...]
+    angles: tuple[int, ...]
+    singular_values: tuple[float, ...]
+    live: float
+    shown: tuple[int, ...]
+    cosines: Tensor
+    finding: str
+
+    @property
+    def name(self) -> str:
+        """Name of the layer."""
+        return self.uniformity.name
+
+    @property
+    def ratio(self) -> float:
+        """Energy over that of random neurons; NaN where it is not defined."""
+        return self.uniformity.ratio
+
+    @property
+    def above(self) -> bool:
+        """Whether the ratio is more than 2 % above that of random neurons."""
+        return self.ratio > 1.02
+
+    @property
+    def as_random(self) -> bool:
+        """Whether random neurons may well have such a ratio, in however few dimensions."""
+        return self.finding.startswith("as random")
+
+    @property
+    def full_space(self) -> bool:
+        """Whether opposite neurons count as far apart, not as the same line."""
+        return not in_half_space(self.measure)
+
+    @property
+    def edges(self) -> tuple[float, float]:
+        """Least and largest singular value of as many random unit vectors.
+
+        The limits for large n and d, by Marchenko and Pastur.
+        """
+        root = math.sqrt(self.live / self.uniformity.dimension)
+        return abs(1.0 - root), 1.0 + root
+
+
+class JsonData(ABC):
+    """Data that can be written as JSON."""
+
+    @abstractmethod
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as lists, numbers, strings and None (for NaN)."""
+
+    def to_json(self) -> str:
+        """:meth:`to_dict` as JSON."""
+        return json.dumps(self.to_dict(), indent=1, allow_nan=False)
+
+    def write_json(self, path: str | Path) -> None:
+        """Write :meth:`to_json` to a file."""
+        Path(path).write_text(self.to_json() + "\n", encoding="utf-8")
+
+
+@dataclass(frozen=True, eq=False)
+class ReportData(JsonData):
+    """Every layer of a network beside random neurons.
+
+    Args:
+        source: What was read: a file, or the class of a model.
+        measure: How layers were measured, except for those in full space.
+        similar_above: Cosine from which two neurons are near-duplicates.
+        layers: The layers, in the model's order.
+        skips: Weights that were left out, with the reason.
+    """
+
+    source: str
+    measure: Measure
+    similar_above: float
+    layers: tuple[LayerReport, ...]
+    skips: tuple[Skip, ...]
+
+    @property
+    def worst_ratio(self) -> float:
+        """The highest ratio of a layer, infinite where one is; NaN if no layer has a ratio."""
+        return max(known_ratios(self.layers), default=math.nan)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it but the heat maps, as lists, numbers, strings and None (for NaN)."""
+        return {
+            "source": self.source,
+            "measure": repr(self.measure),
+            "similar_above": self.similar_above,
+            "layers": [_layer_dict(layer) for layer in self.layers],
+            "skipped": [_skip_dict(skip) for skip in self.skips],
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class LayerComparison:
+    """One layer before and after.
+
+    Args:
+        before: The earlier report on it.
+        after: The later one.
+        moved: Median angle between a neuron before and after, in degrees; NaN where the shapes
+            differ.
+    """
+
+    before: LayerReport
+    after: LayerReport
+    moved: float
+
+
+@dataclass(frozen=True, eq=False)
+class ComparisonData(JsonData):
+    """What moved between two networks.
+
+    Args:
+        before: The report on the first.
+        after: The report on the second.
+        layers: The layers that both have, in the order of the second.
+        only_before: Names of layers that only the first has.
+        only_after: Names of layers that only the second has.
+    """
+
+    before: ReportData
+    after: ReportData
+    layers: tuple[LayerComparison, ...]
+    only_before: tuple[str, ...]
+    only_after: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as lists, numbers, strings and None (for NaN)."""
+        return {
+            "before": self.before.to_dict(),
+            "after": self.after.to_dict(),
+            "moved": {one.after.name: _json_value(one.moved) for one in self.layers},
+            "only_before": list(self.only_before),
+            "only_after": list(self.only_after),
+        }
+
+
+def known_ratios(layers: Sequence[LayerReport]) -> list[float]:
+    """Ratios of the layers that have one."""
+    return [layer.ratio for layer in layers if not math.isnan(layer.ratio)]
+
+
+def _layer_dict(layer: LayerReport) -> dict[str, Any]:
+    """A layer in JSON's own types."""
+    numbers = asdict(layer.uniformity) | {
+        "measure": repr(layer.measure),
+        "similar": layer.similar,
+        "opposite": layer.opposite,
+        "pairs": [pair._asdict() for pair in layer.pairs],
+        "dead": layer.dead,
+        "dead_rows": layer.dead_rows,
+        "angles": layer.angles,
+        "singular_values": [round(value, 6) for value in layer.singular_values],
+        "edges": layer.edges,
+        "finding": layer.finding,
+    }
+    return {name: _json_value(value) for name, value in numbers.items()}
+
+
+def _skip_dict(skip: Skip) -> dict[str, Any]:
+    """A weight that was left out, in JSON's own types."""
+    return {"name": skip.name, "shape": list(skip.shape), "reason": skip.reason}
+
+
+def _json_value(value: Any) -> Any:
+    """A value in JSON's own types: lists for tuples, None for NaN and infinity."""
+    if isinstance(value, tuple):
+        return [_json_value(part) for part in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
