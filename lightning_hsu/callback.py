@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from lightning_hsu import _trainer
 from lightning_hsu._checks import check_choice
 from lightning_hsu._engine.apply import GradientStats
-from lightning_hsu._figures.recorder import Gallery
+from lightning_hsu._figures.recorder import FigureRecorder
 from lightning_hsu._monitor.measure import LayerUniformity, aggregates, by_layer
 from lightning_hsu._neurons.select import uninitialized
 from lightning_hsu.chronicle import Chronicle
@@ -131,7 +131,7 @@ class HypersphericalUniformity(_trainer.EveryCallback):
         self._seen_step = 0  # global step at the last batch's end
         self._warnings, self._chronicle = (
             _trainer.Warnings(),
-            Chronicle(Gallery(prefix, figures_every_n_steps)),
+            Chronicle(FigureRecorder(prefix, figures_every_n_steps)),
         )
         self._counted: tuple[int | None, int] = (
             None,
@@ -257,7 +257,9 @@ class HypersphericalUniformity(_trainer.EveryCallback):
                 self._log(trainer, pl_module, measured)
                 self._fresh = False
             if draws:
-                self._chronicle.gallery.show(trainer, self.regularizer)
+                self._chronicle.gallery.show(
+                    trainer, self.regularizer.layers, self.regularizer.gathered
+                )
         self._notes = {}
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

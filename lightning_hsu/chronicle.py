@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info
 
-from lightning_hsu._figures.recorder import Gallery
+from lightning_hsu._figures.recorder import FigureRecorder
 from lightning_hsu._monitor.measure import LayerUniformity
 from lightning_hsu._monitor.tables import BeforeAfter
 from lightning_hsu.regularizer import UniformityRegularizer
@@ -22,7 +22,7 @@ class Chronicle:
         gallery: Draws the figures.
     """
 
-    def __init__(self, gallery: Gallery) -> None:
+    def __init__(self, gallery: FigureRecorder) -> None:
         self.gallery = gallery
         self.begin()
 
@@ -56,7 +56,7 @@ class Chronicle:
         )  # another callback may have changed the weights, as averaging does
         self.note(trainer, measured, {})
         if draws:
-            self.gallery.show(trainer, regularizer)
+            self.gallery.show(trainer, regularizer.layers, regularizer.gathered)
         if verbose and trainer.is_global_zero:
             rank_zero_info(
                 self._before_after.table(trainer.global_step, regularizer.layers, measured)

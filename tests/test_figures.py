@@ -26,9 +26,9 @@ from torch import nn
 from lightning_hsu import HypersphericalUniformity, Share
 from lightning_hsu._core import expected_angles
 from lightning_hsu._figures import recorder
-from lightning_hsu._figures.draw import of_angles, over_time, pixels
+from lightning_hsu._figures.draw import angle_panels, over_time, pixels
 from lightning_hsu._figures.history import BINS, Angles, History, Record, angles_of
-from lightning_hsu._figures.loggers import way_to
+from lightning_hsu._figures.loggers import sender_for
 from lightning_hsu._monitor import tables
 from tests import sharding, test_callback
 from tests.models import Automatic, Manual, batches, loader, network, trainer, uniformity
@@ -147,7 +147,7 @@ def test_other_loggers_by_their_own_way(kind):
 def test_a_logger_that_is_not_known_is_told_of_once_and_files_serve_it(tmp_path):
     with pytest.warns(
         UserWarning,
-        match=r"Quiet is not known to take figures: they are PNG files in .*hsu_figures",
+        match=r"Quiet is not known to take figures: they are saved as PNG files in .*hsu_figures",
     ) as caught:
         fitted([Quiet(), CSVLogger(tmp_path / "csv")], default_root_dir=tmp_path)
     assert sum("not known" in str(one.message) for one in caught) == 1
@@ -174,7 +174,7 @@ def test_a_logger_that_fails_warns_once_and_the_others_get_theirs(tmp_path):
 
 
 def test_an_error_in_drawing_warns_once_and_training_goes_on(monkeypatch):
-    monkeypatch.setattr("lightning_hsu._figures.draw.of_angles", lambda layers: 1 / 0)
+    monkeypatch.setattr("lightning_hsu._figures.draw.angle_panels", lambda layers: 1 / 0)
     with pytest.warns(UserWarning, match="drawing angles failed with ZeroDivisionError") as caught:
         fit = fitted()
     assert sum("ZeroDivision" in str(one.message) for one in caught) == 1
@@ -191,11 +191,11 @@ def test_loggers_of_both_packages_are_known():
             "CometLogger",
         ):
             assert (
-                way_to(getattr(package.loggers, kind).__new__(getattr(package.loggers, kind)))
+                sender_for(getattr(package.loggers, kind).__new__(getattr(package.loggers, kind)))
                 is not None
             )
-    assert way_to(DummyLogger()) is not None
-    assert way_to(object()) is None
+    assert sender_for(DummyLogger()) is not None
+    assert sender_for(object()) is None
 
 
 @pytest.mark.parametrize(
@@ -394,21 +394,15 @@ def test_expected_pairs_are_those_of_random_neurons(dimension):
     )
 
 
-class Layer:
-    def __init__(self, name):
-        self.target = self
-        self.name = name
-
-
 def test_angles_of_a_large_layer_are_those_of_a_sample():
     x = torch.randn(1, 5000, 4)
     state = torch.get_rng_state()
-    found = angles_of(Layer("net.0"), x, 1.5)
+    found = angles_of("net.0", x, 1.5)
     assert torch.equal(state, torch.get_rng_state())
-    assert found == angles_of(Layer("net.0"), x, 1.5)
+    assert found == angles_of("net.0", x, 1.5)
     assert sum(found.counts) == 4096 * 4095 // 2
     assert found.note == "1.50× random, 4,096 of 5,000 × 4"
-    grouped = angles_of(Layer("net.0"), torch.randn(300, 40, 4), 1.5)
+    grouped = angles_of("net.0", torch.randn(300, 40, 4), 1.5)
     assert sum(grouped.counts) == 102 * 40 * 39 // 2
 
 
@@ -423,17 +417,17 @@ def test_a_panel_for_each_layer(number):
         torch.ones(1, 6, 5),
         -narrow,
     ]
-    layers = [angles_of(Layer(f"net.{i}"), x, 1e6) for i, x in enumerate(shapes[:number])]
+    layers = [angles_of(f"net.{i}", x, 1e6) for i, x in enumerate(shapes[:number])]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        figure = of_angles(layers)
+        figure = angle_panels(layers)
         pixels(figure)
     assert [ax.texts[0].get_text() for ax in figure.axes] == [layer.name for layer in layers]
 
 
 def test_a_panel_has_every_pair():
     layer = Angles("net.0", tuple([3] + [0] * (BINS - 2) + [2]), 4, "")
-    (ax,) = of_angles([layer]).axes
+    (ax,) = angle_panels([layer]).axes
     assert sum(ax.patches[0].get_data().values) == 5
 
 
@@ -441,7 +435,7 @@ def test_a_panel_has_every_pair():
 def test_a_panel_shows_near_duplicates(n):
     x = torch.randn(1, n, 16)
     x[0, 1] = x[0, 0] + 1e-4
-    (ax,) = of_angles([angles_of(Layer("net.0"), x, 1.0)]).axes
+    (ax,) = angle_panels([angles_of("net.0", x, 1.0)]).axes
     found = ax.patches[0].get_data()
     assert sum(found.values) == n * (n - 1) // 2
     assert (found.values[0], found.edges[0], found.edges[-1]) == (1, 0.0, 180.0)

@@ -18,7 +18,7 @@ from torch import Tensor
 from lightning_hsu._core import expected_angles
 from lightning_hsu._figures.history import Angles, Curve
 
-__all__ = ["Figure", "of_angles", "over_time", "pixels"]
+__all__ = ["Figure", "angle_panels", "over_time", "pixels"]
 
 INK, QUIET, FAINT, OTHERS = "#222222", "#6B6B6B", "#C9C9C9", "#B4B4B4"
 NEURONS, RANDOM = "#0072B2", "#D55E00"  # told apart by colour-blind readers too
@@ -85,7 +85,7 @@ def over_time(
     return figure
 
 
-def of_angles(layers: Sequence[Angles]) -> Figure:
+def angle_panels(layers: Sequence[Angles]) -> Figure:
     """How many pairs of neurons have which angle, by layer, against as many pairs of random neurons.
 
     Args:

@@ -1,26 +1,25 @@
-"""What the pictures of a training need: the numbers of all measured steps, and the angles of a layer's neurons."""
+"""What figures show: the numbers of all measured steps, and the angles of a layer's neurons."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from lightning_hsu._core.histogram import survey_pairs
-from lightning_hsu._engine.layer import Layer
 from lightning_hsu._monitor.measure import LayerUniformity
 
 Curve = Sequence[tuple[int, float]]
 """Pairs of optimizer step and value."""
 
 BINS = 720
-"""Parts of [0, 180] degrees in which pairs are counted."""
+"""Equal parts of [0, 180] degrees in which pairs are counted."""
 
-_MOST = 2000  # records: more than a picture has points; of old ones every other goes
-_NEURONS = 4096  # of one layer, whose pairs are counted
+_MOST_RECORDS = 2000  # more than a figure has points; beyond that every other one is dropped
+_MOST_NEURONS = 4096  # of one layer; pairs of more neurons are counted in a sample
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,8 @@ class Record:
     Args:
         step: Optimizer steps done.
         ratios: Ratios to random neurons, by layer.
-        shares: Norms of the added gradients over those of the task's, by layer, where they are known and finite.
+        shares: Norms of the added gradients over those of the task's, by layer; only those that
+            are known and finite.
     """
 
     step: int
@@ -43,7 +43,8 @@ class History:
     """All records of one fit; a very long one is thinned out.
 
     Example:
-        >>> history = History([Record(0, {"a": 1.0, "b": 2.0}, {}), Record(9, {"a": 3.0, "b": 2.0}, {})])
+        >>> first = Record(0, {"a": 1.0, "b": 2.0}, {})
+        >>> history = History([first, Record(9, {"a": 3.0, "b": 2.0}, {})])
         >>> history.ratios()["a"], history.worst(1)
         ([(0, 1.0), (9, 3.0)], ['a'])
     """
@@ -53,44 +54,57 @@ class History:
     def note(
         self, step: int, measured: Sequence[LayerUniformity], shares: Mapping[str, float]
     ) -> None:
-        """Keep what was measured after a step; again at the same step it takes the place of what was there."""
+        """Keep what was measured after a step; a second record of a step replaces the first.
+
+        Args:
+            step: Optimizer steps done.
+            measured: The layers.
+            shares: Gradient shares, by layer; those that the replaced record has are kept.
+        """
+        shares = dict(shares)
         if self.records and self.records[-1].step == step:
-            shares = {**self.records.pop().shares, **shares}
-        self.records.append(Record(step, {one.name: one.ratio for one in measured}, dict(shares)))
-        if len(self.records) > _MOST:
+            replaced = self.records.pop()
+            shares = {**replaced.shares, **shares}
+        ratios = {layer.name: layer.ratio for layer in measured}
+        self.records.append(Record(step, ratios, shares))
+        if len(self.records) > _MOST_RECORDS:
             del self.records[1:-1:2]
 
     def ratios(self) -> dict[str, Curve]:
         """Curves of the ratios, by layer."""
-        return self._curves(lambda record: record.ratios)
+        return _curves((record.step, record.ratios) for record in self.records)
 
     def shares(self) -> dict[str, Curve]:
         """Curves of the gradient shares, by layer."""
-        return self._curves(lambda record: record.shares)
+        return _curves((record.step, record.shares) for record in self.records)
 
     def worst(self, count: int) -> list[str]:
-        """The layers with the highest ratios now, highest first."""
-        now = self.records[-1].ratios if self.records else {}
-        finite = [name for name, ratio in now.items() if math.isfinite(ratio)]
-        return sorted(finite, key=lambda name: -now[name])[:count]
+        """The layers with the highest ratios in the last record, highest first."""
+        if not self.records:
+            return []
+        ratios = self.records[-1].ratios
+        finite = [name for name, ratio in ratios.items() if math.isfinite(ratio)]
+        return sorted(finite, key=lambda name: -ratios[name])[:count]
 
-    def _curves(self, values: Callable[[Record], Mapping[str, float]]) -> dict[str, Curve]:
-        found = dict[str, list[tuple[int, float]]]()
-        for record in self.records:
-            for name, value in values(record).items():
-                found.setdefault(name, []).append((record.step, value))
-        return dict(found)
+
+def _curves(values: Iterable[tuple[int, Mapping[str, float]]]) -> dict[str, Curve]:
+    """Turn values by layer at each step into a curve for each layer."""
+    curves: dict[str, list[tuple[int, float]]] = {}
+    for step, by_layer in values:
+        for name, value in by_layer.items():
+            curves.setdefault(name, []).append((step, value))
+    return dict(curves)
 
 
 @dataclass(frozen=True)
 class Angles:
-    """The pairs of a layer by angle.
+    """The pairs of a layer's neurons by angle.
 
     Args:
         name: The layer.
-        counts: How many pairs have an angle in each of ``BINS`` equal parts of [0, 180] degrees.
-        dimension: Of its neurons.
-        note: What else to say of it.
+        counts: Pairs with an angle in each of ``BINS`` equal parts of [0, 180] degrees.
+        dimension: Dimension of a neuron.
+        note: A second title.
     """
 
     name: str
@@ -99,25 +113,37 @@ class Angles:
     note: str
 
 
-def angles_of(layer: Layer, x: Tensor, ratio: float) -> Angles:
-    """Count the pairs of a layer's neurons x (groups, n, d) by angle; of many neurons those of a sample."""
+def angles_of(name: str, x: Tensor, ratio: float) -> Angles:
+    """Count the pairs of a layer's neurons by angle; of a large layer, those of a sample.
+
+    Args:
+        name: The layer.
+        x: Its neurons, shape (groups, n, d).
+        ratio: Its ratio to random neurons.
+    """
     groups, n, d = x.shape
-    seen = _sampled(x)
-    counts = torch.stack([survey_pairs(group, keep=1, bins=BINS).angles for group in seen]).sum(0)
-    times = f"{ratio:.2f}× random" if ratio < 100 else f"{ratio:,.0f}× random"
-    size = f"{n:,} × {d:,}" if groups == 1 else f"{groups:,} groups of {n:,} × {d:,}"
-    if seen.shape != x.shape:
-        size = f"{seen.shape[0] * seen.shape[1]:,} of {groups * n:,} × {d:,}"
-    return Angles(layer.target.name, tuple(counts.tolist()), d, f"{times}, {size}")
+    sample = _sample(x)
+    counts = torch.zeros(BINS, dtype=torch.int64, device=x.device)
+    for group in sample:
+        counts += survey_pairs(group, keep=1, bins=BINS).angles
+    shape = f"{n:,} × {d:,}"
+    if sample.shape != x.shape:
+        sampled = sample.shape[0] * sample.shape[1]
+        shape = f"{sampled:,} of {groups * n:,} × {d:,}"
+    elif groups > 1:
+        shape = f"{groups:,} groups of {shape}"
+    digits = 2 if ratio < 100 else 0
+    note = f"{ratio:,.{digits}f}× random, {shape}"
+    return Angles(name, tuple(counts.tolist()), d, note)
 
 
-def _sampled(x: Tensor) -> Tensor:
-    """At most so many neurons of x (groups, n, d), the same at each call; a generator of its own leaves training alone."""
+def _sample(x: Tensor) -> Tensor:
+    """Choose at most ``_MOST_NEURONS`` of the neurons x (groups, n, d), the same at each call."""
     groups, n, _ = x.shape
-    if groups * n <= _NEURONS:
+    if groups * n <= _MOST_NEURONS:
         return x
-    generator = torch.Generator().manual_seed(0)
-    kept = min(groups, max(1, _NEURONS // n))
+    generator = torch.Generator().manual_seed(0)  # not the global one, which training uses
+    kept = min(groups, max(1, _MOST_NEURONS // n))
     chosen = torch.randperm(groups, generator=generator)[:kept].sort().values
-    rows = torch.randperm(n, generator=generator)[:_NEURONS].sort().values
+    rows = torch.randperm(n, generator=generator)[:_MOST_NEURONS].sort().values
     return x[chosen.to(x.device)][:, rows.to(x.device)]

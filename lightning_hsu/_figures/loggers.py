@@ -1,4 +1,4 @@
-"""How a figure gets to a logger: each kind has its own way, and files serve all others."""
+"""How figures reach loggers: one sender for each kind of logger, and PNG files for all others."""
 
 from __future__ import annotations
 
@@ -12,28 +12,30 @@ from lightning.fabric.utilities.cloud_io import get_filesystem
 if TYPE_CHECKING:  # matplotlib is imported only when something is drawn
     from lightning_hsu._figures.draw import Figure
 
-Way = Callable[[Any, str, "Figure", int], None]
+Sender = Callable[[Any, str, "Figure", int], None]
 """Takes a logger, a figure's name, the figure and the optimizer steps done."""
 
 
-def way_to(logger: object) -> Way | None:
-    """How figures get to a logger; None where that is not known.
+def sender_for(logger: object) -> Sender | None:
+    """What sends figures to a logger; None for a kind of logger that is not known.
 
-    By the names of its classes: no logger's package need be there, and lightning and pytorch_lightning have one each.
+    Kinds are known by class names: no logger's package has to be installed, and lightning and
+    pytorch_lightning each have classes of their own.
     """
-    return next(
-        (_WAYS[kind.__name__] for kind in type(logger).__mro__ if kind.__name__ in _WAYS), None
-    )
+    for kind in type(logger).__mro__:
+        if kind.__name__ in _SENDERS:
+            return _SENDERS[kind.__name__]
+    return None
 
 
 def save_png(folder: str, tag: str, figure: Figure, step: int) -> None:
-    """Write a figure into a folder, which may be on any file system that Lightning can write to."""
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png")
+    """Write a figure into a folder, on any file system that Lightning can write to."""
+    png = io.BytesIO()
+    figure.savefig(png, format="png")
     files = get_filesystem(folder)
     files.makedirs(folder, exist_ok=True)
     with files.open(join(folder, _file_name(tag, step)), "wb") as file:
-        file.write(picture.getvalue())
+        file.write(png.getvalue())
 
 
 def _file_name(tag: str, step: int) -> str:
@@ -43,21 +45,20 @@ def _file_name(tag: str, step: int) -> str:
 def _to_tensorboard(logger: Any, tag: str, figure: Figure, step: int) -> None:
     from lightning_hsu._figures.draw import pixels
 
-    # The same as add_figure, which would import pyplot.
+    # Not add_figure, which imports pyplot; the images are the same.
     logger.experiment.add_image(tag, pixels(figure), step, dataformats="HWC")
 
 
 def _to_files(logger: Any, tag: str, figure: Figure, step: int) -> None:
-    _ = logger.experiment  # makes its folder: one that is not empty by then would make it warn
+    _ = logger.experiment  # makes its folder first: it warns of a folder that is not empty
     save_png(join(logger.log_dir, "figures"), tag, figure, step)
 
 
 def _to_wandb(logger: Any, tag: str, figure: Figure, step: int) -> None:
     from lightning_hsu._figures.draw import pixels
 
-    logger.log_image(
-        key=tag, images=[pixels(figure).numpy()], step=step
-    )  # of a figure it would ask pyplot
+    # Not the figure itself, for which it imports pyplot.
+    logger.log_image(key=tag, images=[pixels(figure).numpy()], step=step)
 
 
 def _to_mlflow(logger: Any, tag: str, figure: Figure, step: int) -> None:
@@ -69,10 +70,10 @@ def _to_comet(logger: Any, tag: str, figure: Figure, step: int) -> None:
 
 
 def _nowhere(logger: Any, tag: str, figure: Figure, step: int) -> None:
-    """A trial run with fast_dev_run leaves nothing."""
+    """Drop the figure: a trial run with fast_dev_run leaves nothing behind."""
 
 
-_WAYS: dict[str, Way] = {
+_SENDERS: dict[str, Sender] = {
     "TensorBoardLogger": _to_tensorboard,
     "CSVLogger": _to_files,
     "WandbLogger": _to_wandb,

@@ -1,10 +1,11 @@
-"""Pictures while training: when they are due, and how they get to each logger."""
+"""Figures while training: when they are due, what they show and which loggers get them."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -13,9 +14,9 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_hsu._checks import check_count
+from lightning_hsu._engine.layer import Layer
 from lightning_hsu._figures.history import Angles, History, angles_of
-from lightning_hsu._figures.loggers import save_png, way_to
-from lightning_hsu.regularizer import UniformityRegularizer
+from lightning_hsu._figures.loggers import save_png, sender_for
 
 if TYPE_CHECKING:  # matplotlib is imported only when something is drawn
     from lightning_hsu._figures.draw import Figure
@@ -25,21 +26,23 @@ PANELS = 6
 
 _RATIO: dict[str, Any] = {
     "title": "Ratio to random neurons",
-    "detail": "a layer's energy over that of as many random neurons; above 1 it is more redundant than chance",
+    "detail": "a layer's energy over that of as many random neurons; above 1 it is more redundant "
+    "than chance",
     "reference": (1.0, "as random"),
 }
 _SHARE: dict[str, Any] = {
     "title": "Gradient share",
-    "detail": "norm of the penalty's gradient over the norm of the task's, by layer, before each step that was logged",
+    "detail": "norm of the penalty's gradient over the norm of the task's, by layer, before each "
+    "step that was logged",
 }
 
 
-class Gallery:
-    """Draws the history of a fit at an interval and gives the figures to all loggers.
+class FigureRecorder:
+    """Draws the history of a fit at an interval and sends the figures to every logger.
 
     Args:
         prefix: What the figures' names begin with.
-        every_n_steps: Optimizer steps between two sets; None draws nothing and keeps nothing.
+        every_n_steps: Optimizer steps between two sets, >= 1; None draws and keeps nothing.
 
     Raises:
         ValueError: for an interval below 1.
@@ -55,101 +58,114 @@ class Gallery:
                 raise ImportError(
                     'figures_every_n_steps needs matplotlib: pip install "lightning-hsu[figures]"'
                 ) from error
-        self.prefix, self.every_n_steps = prefix, every_n_steps
+        self.prefix = prefix
+        self.every_n_steps = every_n_steps
         self.begin()
 
     def begin(self) -> None:
-        """Forget an earlier fit."""
-        self.history, self._shown_at, self._warned = History(), -1, set[str]()
+        """Start a new fit: forget the last one."""
+        self.history = History()
+        self._shown_at = -1  # global step of the last figures
+        self._warned = set[str]()
 
     def wanted(self, trainer: pl.Trainer) -> bool:
-        """Whether there are to be figures in this fit; a barebones Trainer leaves out all that costs time."""
+        """Return whether this fit has figures; a barebones Trainer has none."""
         return self.every_n_steps is not None and not trainer.barebones
 
     def due(self, trainer: pl.Trainer, seen_step: int) -> bool:
-        """Whether optimizer steps since ``seen_step`` have reached the interval; a batch may have several."""
-        every = self.every_n_steps
-        return (
-            every is not None
-            and self.wanted(trainer)
-            and trainer.global_step // every > seen_step // every
-        )
+        """Return whether a multiple of the interval was reached after global step ``seen_step``.
 
-    def show(self, trainer: pl.Trainer, regularizer: UniformityRegularizer) -> None:
-        """Draw and send, once a step; where ranks share the weights, all must call it."""
+        A batch may have several optimizer steps, and so jump over the multiple.
+        """
+        if self.every_n_steps is None or not self.wanted(trainer):
+            return False
+        return trainer.global_step // self.every_n_steps > seen_step // self.every_n_steps
+
+    def show(
+        self,
+        trainer: pl.Trainer,
+        layers: Sequence[Layer],
+        gathered: Callable[[], AbstractContextManager[None]],
+    ) -> None:
+        """Draw and send a set of figures, at most once a global step.
+
+        Args:
+            trainer: The trainer, whose loggers get the figures.
+            layers: The layers.
+            gathered: Within its context the layers' neurons can be read. Where ranks share the
+                weights, all must call ``show``.
+        """
         if self._shown_at == trainer.global_step:
             return
         self._shown_at = trainer.global_step
-        worst: list[str] = trainer.strategy.broadcast(
-            self.history.worst(PANELS)
-        )  # by what rank zero measured
-        angles = self._angles(regularizer, worst, draws=trainer.is_global_zero)
-        if trainer.is_global_zero:
-            for tag, draw in self._drawings(angles).items():
-                with self._guarded(f"drawing {tag}", "no figure of it"):
-                    self._send(trainer, f"{self.prefix}/{tag}", draw())
+        # All ranks read the same layers: the worst that rank zero measured.
+        worst: list[str] = trainer.strategy.broadcast(self.history.worst(PANELS))
+        with torch.no_grad(), gathered():
+            angles = self._angles(layers, worst, count=trainer.is_global_zero)
+        if not trainer.is_global_zero:
+            return
+        for tag, draw in self._drawings(angles).items():
+            with self._errors_warn(f"drawing {tag}", "this figure is left out"):
+                self._send(trainer, f"{self.prefix}/{tag}", draw())
 
-    @torch.no_grad()
-    def _angles(
-        self, regularizer: UniformityRegularizer, names: list[str], *, draws: bool
-    ) -> list[Angles]:
-        """The angles in layers: all ranks read them, one at a time, and one that draws counts."""
-        layers, found = {layer.target.name: layer for layer in regularizer.layers}, list[Angles]()
-        with regularizer.gathered():
-            for name in names:
-                x = layers[name].target.neurons().detach()
-                if draws:
-                    with self._guarded(f"counting the angles of '{name}'", "it is left out"):
-                        found.append(
-                            angles_of(layers[name], x, self.history.records[-1].ratios[name])
-                        )
+    def _angles(self, layers: Sequence[Layer], names: list[str], *, count: bool) -> list[Angles]:
+        """The angles in the named layers: every rank reads them, those told to also count."""
+        targets = {layer.target.name: layer.target for layer in layers}
+        found = []
+        for name in names:
+            x = targets[name].neurons().detach()  # (groups, n, d)
+            if not count:
+                continue
+            with self._errors_warn(f"counting the angles of '{name}'", "this layer is left out"):
+                ratio = self.history.records[-1].ratios[name]
+                found.append(angles_of(name, x, ratio))
         return found
 
     def _drawings(self, angles: list[Angles]) -> dict[str, Callable[[], Figure]]:
-        """What there is to draw, by tag."""
+        """Functions that draw what there is to draw, by tag."""
         from lightning_hsu._figures import draw
 
-        ratios, shares = self.history.ratios(), self.history.shares()
-        found: dict[str, Callable[[], Figure]] = {}
+        drawings: dict[str, Callable[[], Figure]] = {}
         if self.history.worst(1):  # some layer has a ratio
-            found["ratio"] = lambda: draw.over_time(ratios, **_RATIO)
+            drawings["ratio"] = partial(draw.over_time, self.history.ratios(), **_RATIO)
         if angles:
-            found["angles"] = lambda: draw.of_angles(angles)
+            drawings["angles"] = partial(draw.angle_panels, angles)
+        shares = self.history.shares()
         if shares:
-            found["gradient_share"] = lambda: draw.over_time(shares, **_SHARE)
-        return found
+            drawings["gradient_share"] = partial(draw.over_time, shares, **_SHARE)
+        return drawings
 
     def _send(self, trainer: pl.Trainer, tag: str, figure: Figure) -> None:
-        """Give a figure to every logger, and write a file where one cannot take it or there is none."""
-        step, folder = trainer.global_step, os.path.join(trainer.default_root_dir, "hsu_figures")
-        ways = [(logger, way_to(logger)) for logger in trainer.loggers]
-        for i, (logger, way) in enumerate(ways):
+        """Send a figure to every logger; save it to a file if one cannot take it or none exists."""
+        step = trainer.global_step
+        folder = os.path.join(trainer.default_root_dir, "hsu_figures")
+        to_folder = not trainer.loggers and not getattr(trainer, "fast_dev_run", False)
+        for i, logger in enumerate(trainer.loggers):
             name = type(logger).__name__
-            if way is None:
+            send = sender_for(logger)
+            if send is None:
+                to_folder = True
                 self._warn(
                     f"{name} {i}",
-                    f"{name} is not known to take figures: they are PNG files in {folder}",
+                    f"{name} is not known to take figures: they are saved as PNG files in {folder}",
                 )
-            else:
-                with self._guarded(
-                    f"logger {i}, {name},", "it goes without figures where that happens"
-                ):
-                    way(logger, tag, figure, step)
-        if any(way is None for _, way in ways) or not (
-            ways or getattr(trainer, "fast_dev_run", False)
-        ):
-            with self._guarded(f"writing into {folder}", "there are no figures"):
+                continue
+            with self._errors_warn(f"logger {i}, {name},", "it does not get this figure"):
+                send(logger, tag, figure, step)
+        if to_folder:
+            with self._errors_warn(f"writing to {folder}", "no figures are saved there"):
                 save_png(folder, tag, figure, step)
 
     @contextmanager
-    def _guarded(self, what: str, consequence: str) -> Iterator[None]:
-        """Warn once of an error in a picture, which is no reason to stop training."""
+    def _errors_warn(self, what: str, consequence: str) -> Iterator[None]:
+        """Turn an error into a warning, once for each ``what``: a figure never stops training."""
         try:
             yield
         except Exception as error:
             self._warn(
                 what,
-                f"figures: {what} failed with {type(error).__name__}: {error}; {consequence}, training goes on",
+                f"figures: {what} failed with {type(error).__name__}: {error}; {consequence}, "
+                "training continues",
             )
 
     def _warn(self, key: str, message: str) -> None:
