@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
+from lightning_hsu._neurons.placement import NeuronView, Placement, placement_of
 from lightning_hsu._neurons.rules import has_rule
-from lightning_hsu._neurons.sharding import Reading, read_neurons
 from lightning_hsu._neurons.target import Target, without_side_effects
 
 Patterns = str | Sequence[str] | None
@@ -37,6 +37,7 @@ def select(
     head: str | None = "auto",
     *,
     everything: bool = False,
+    placement: Placement | None = None,
 ) -> tuple[list[Target], list[Skip]]:
     """Find the neurons of a model.
 
@@ -48,6 +49,7 @@ def select(
         head: The class head: "auto" is the last Linear of the model, a name is that layer, None is no head.
         everything: For looking, not for training: take embeddings unasked, and depthwise convolutions as one set of
             neurons over all their channels.
+        placement: How the weights are placed over ranks; None finds out.
 
     Returns:
         Targets in the model's order, and every weight that was skipped, with the reason.
@@ -64,7 +66,7 @@ def select(
         >>> skips[0].reason
         'depthwise: each of its 16 groups has one neuron'
     """
-    candidates, skips = _candidates(model)
+    candidates, skips = _candidates(model, placement or placement_of(model))
     if everything:
         candidates = [_merged(target) for target in candidates]
     names = [target.name for target in candidates]
@@ -147,7 +149,7 @@ def _patterns(what: str, patterns: Patterns, names: list[str]) -> Sequence[str] 
     return patterns
 
 
-def _candidates(model: nn.Module) -> tuple[list[Target], list[Skip]]:
+def _candidates(model: nn.Module, placement: Placement) -> tuple[list[Target], list[Skip]]:
     """Every set of neurons in the model, and the weight matrices for which there is no rule."""
     targets, skips, inside = [], [], set[nn.Module]()
     for path, module in model.named_modules():
@@ -192,7 +194,7 @@ def _candidates(model: nn.Module) -> tuple[list[Target], list[Skip]]:
             torch.enable_grad(),
             without_side_effects(module),
         ):  # views are told by it
-            found = read_neurons(module)
+            found = placement.read(module)
         for key, reading in found.items():
             full, x = _join(name, key) or "weight", reading.x
             _check_rule(module, full, reading)
@@ -202,11 +204,11 @@ def _candidates(model: nn.Module) -> tuple[list[Target], list[Skip]]:
                 )
                 continue
             groups, n, d = (1, *x.shape) if x.ndim == 2 else tuple(x.shape)
-            targets.append(Target(full, module, key, (groups, n, d)))
+            targets.append(Target(full, module, key, (groups, n, d), placement=placement))
     return targets, skips
 
 
-def _check_rule(module: nn.Module, name: str, reading: Reading) -> None:
+def _check_rule(module: nn.Module, name: str, reading: NeuronView) -> None:
     """Refuse what a user's rule must not give."""
     x: object = reading.x
     rule = f"the rule for {type(module).__name__} gave"
@@ -277,7 +279,9 @@ def _tied(target: Target, seen: dict[tuple[object, ...], str]) -> str | None:
     reading = target.read()
     if isinstance(target.module, (nn.Embedding, nn.EmbeddingBag)):
         weight = target.module.weight  # whole, the padding's row too: a tied head has it
-        reading = Reading(weight.unsqueeze(0), weight if isinstance(weight, nn.Parameter) else None)
+        reading = NeuronView(
+            weight.unsqueeze(0), weight if isinstance(weight, nn.Parameter) else None
+        )
     x = reading.x
     key: tuple[object, ...] = (id(target.module), target.key)
     if reading.parameter is not None:

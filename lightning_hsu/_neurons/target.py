@@ -11,16 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
-from lightning_hsu._neurons.sharding import (
-    Gathered,
-    Reading,
-    is_sharded,
-    local,
-    own_rows,
-    parameters_behind,
-    read_neurons,
-    whole,
-)
+from lightning_hsu._neurons.placement import Gathered, NeuronView, Placement
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,6 +25,7 @@ class Target:
         shape: (groups, n, d).
         head: Whether this is the class head.
         merged: Whether the groups of the module, one neuron each, are seen as one.
+        placement: How the module's weights are placed over ranks.
     """
 
     name: str
@@ -42,16 +34,17 @@ class Target:
     shape: tuple[int, int, int]
     head: bool = False
     merged: bool = False
+    placement: Placement = field(default_factory=Placement, repr=False)
     _rearranged: dict[tuple[str, ...], bool] = field(default_factory=dict, repr=False)
 
-    def read(self, gathered: Gathered | None = None) -> Reading:
+    def read(self, gathered: Gathered | None = None) -> NeuronView:
         """The effective neurons as they are now, whole on every rank: a collective call where the weights are sharded.
 
         Args:
             gathered: Whole parameters that earlier reads of this use have gathered, and where to keep more.
         """
         with without_side_effects(self.module):
-            reading = read_neurons(self.module, gathered)[self.key]
+            reading = self.placement.read(self.module, gathered)[self.key]
         if self.merged:
             return replace(reading, x=reading.x.transpose(0, 1))
         return replace(reading, x=reading.x.unsqueeze(0)) if reading.x.ndim == 2 else reading
@@ -60,14 +53,14 @@ class Target:
         """The effective neurons (groups, n, d) as they are now; differentiable where gradients are recorded."""
         return self.read().x
 
-    def own_rows(self) -> Tensor | None:
-        """Neurons (groups, n) of which this rank holds some part; None where it needs the gradient of all."""
+    def held_rows(self) -> Tensor | None:
+        """Mask (groups, n) of the neurons of which this rank holds a part; None if it needs all gradients."""
         with without_side_effects(self.module), torch.no_grad():
-            rows = own_rows(self.module, self.key)
+            rows = self.placement.held_rows(self.module, self.key)
         return rows.unsqueeze(0) if rows is not None and rows.ndim == 1 else rows
 
-    def places(
-        self, reading: Reading, change: Tensor, own: Mapping[int, float], *, values: bool = False
+    def grad_views(
+        self, reading: NeuronView, change: Tensor, own: Mapping[int, float], *, values: bool = False
     ) -> Iterator[tuple[nn.Parameter, Tensor, Tensor]]:
         """Where a change of the neurons goes: triples (parameter, part of its ``.grad`` or of itself, what to add to it).
 
@@ -80,11 +73,15 @@ class Target:
         x, parameter = reading.x, reading.parameter
         if parameter is not None and id(parameter) not in own:
             return
-        if parameter is not None and parameter.grad is not None and not is_sharded(parameter):
-            whole = parameter.detach() if values else parameter.grad
-            if whole.stride() == parameter.stride():
-                offset = x.storage_offset() - parameter.storage_offset() + whole.storage_offset()
-                yield parameter, whole.as_strided(x.shape, x.stride(), offset), change
+        if (
+            parameter is not None
+            and parameter.grad is not None
+            and not self.placement.is_sharded(parameter)
+        ):
+            full = parameter.detach() if values else parameter.grad
+            if full.stride() == parameter.stride():
+                offset = x.storage_offset() - parameter.storage_offset() + full.storage_offset()
+                yield parameter, full.as_strided(x.shape, x.stride(), offset), change
                 return
         leaves = [
             p
@@ -99,9 +96,9 @@ class Target:
                 if p.grad is not None and part is not None:
                     yield p, p.detach() if values else p.grad, part
 
-    def own_part(self, reading: Reading, parameter: nn.Parameter, part: Tensor) -> Tensor:
-        """Of a part that :meth:`places` gives, the entries that belong to these neurons: a packed shard has others, too."""
-        if reading.parameter is None or not is_sharded(parameter):
+    def own_part(self, reading: NeuronView, parameter: nn.Parameter, part: Tensor) -> Tensor:
+        """Of a part that :meth:`grad_views` gives, the entries that belong to these neurons: a packed shard has others, too."""
+        if reading.parameter is None or not self.placement.is_sharded(parameter):
             return part
         return (
             part
@@ -110,7 +107,7 @@ class Target:
             )[0]
         )
 
-    def rearranges(self, reading: Reading) -> bool:
+    def rearranges(self, reading: NeuronView) -> bool:
         """Whether the neurons are entries of one parameter, in whatever order: then a change of theirs is one of it."""
         if reading.parameter is not None:
             return True
@@ -121,7 +118,7 @@ class Target:
             named
         )  # pruning and parametrizing, also in the midst of training, change the names
         if key not in self._rearranged:
-            self._rearranged[key] = _rearranges(reading.x, list(named.values()))
+            self._rearranged[key] = _rearranges(self.placement, reading.x, list(named.values()))
         return self._rearranged[key]
 
     def parameters(self) -> list[nn.Parameter]:
@@ -130,10 +127,15 @@ class Target:
         if parameter is not None:
             return [parameter]
         with without_side_effects(self.module):
-            return parameters_behind(self.module, self.key) or list(self.module.parameters())
+            return self.placement.parameters_behind(self.module, self.key) or list(
+                self.module.parameters()
+            )
+
+    own_rows = held_rows  # the former names
+    places = grad_views
 
 
-def _rearranges(x: Tensor, leaves: list[nn.Parameter]) -> bool:
+def _rearranges(placement: Placement, x: Tensor, leaves: list[nn.Parameter]) -> bool:
     """Whether x has entries of one of its leaves, each once at most."""
     counts = torch.autograd.grad(
         x, leaves, torch.ones_like(x), allow_unused=True, retain_graph=True
@@ -144,9 +146,9 @@ def _rearranges(x: Tensor, leaves: list[nn.Parameter]) -> bool:
         for p, count, part in zip(leaves, counts, back, strict=True)
         if count is not None
     ]
-    if len(found) != 1 or int(whole(found[0][1].sum())) != x.numel():
+    if len(found) != 1 or int(placement.whole(found[0][1].sum())) != x.numel():
         return False
-    p, count, part = (local(one.detach()).nan_to_num() for one in found[0])
+    p, count, part = (placement.local(one.detach()).nan_to_num() for one in found[0])
     return bool(((count == 0) | (count == 1)).all()) and torch.equal(part, p * count)
 
 

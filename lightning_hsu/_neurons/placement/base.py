@@ -1,0 +1,212 @@
+"""The placement interface, and the simplest placement: every weight is whole on this process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from lightning_hsu._neurons.rules import neurons_of
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+Gathered = dict[int, Tensor]
+"""Whole parameters by the id of the sharded one, so that one step gathers each only once."""
+
+
+@dataclass(frozen=True, eq=False)
+class NeuronView:
+    """One set of neurons as it is now.
+
+    Args:
+        x: The effective neurons, (n, d) or (groups, n, d), whole on every rank. Differentiable where
+            gradients are recorded.
+        parameter: The parameter of which x is a view; None if x is computed.
+    """
+
+    x: Tensor
+    parameter: nn.Parameter | None
+
+
+class Placement:
+    """How the weights of a model are placed: here, whole on this process.
+
+    A strategy is one file: subclass this class, override what differs, and add the class to the
+    registry in ``placement/__init__.py``.
+
+    Attributes:
+        strategies: Names of the Lightning strategies that place weights this way.
+        loss_refusal: Why ``apply="loss"`` cannot be right, with ``{strategy}`` for the strategy's
+            name; None if it can.
+        split_above: Layers of at least so many neurons are computed by all ranks together; None
+            if every rank computes every layer.
+    """
+
+    strategies: ClassVar[frozenset[str]] = frozenset({"SingleDeviceStrategy"})
+    loss_refusal: ClassVar[str | None] = None
+    split_above: int | None = None
+
+    @classmethod
+    def recognise(
+        cls,
+        model: nn.Module,
+        wrapped: nn.Module,
+        group: ProcessGroup | None,
+        split_above: int | None,
+    ) -> Placement | None:
+        """Return the placement of this model if it is of this kind, else None.
+
+        This base class is taken for every model that no other kind recognises.
+
+        Args:
+            model: The model without the wrappers of Fabric and DDP.
+            wrapped: The same model in all its wrappers.
+            group: The ranks that train the same weights, if they are known.
+            split_above: See the class.
+        """
+        return None
+
+    # How to read weights.
+
+    @contextmanager
+    def whole_parameters(self, *, with_grads: bool) -> Iterator[None]:
+        """Make every parameter, and its gradient if asked for, whole while neurons are read.
+
+        Changes are written back if gradients were asked for.
+        """
+        yield
+
+    def read(self, module: nn.Module, gathered: Gathered | None = None) -> dict[str, NeuronView]:
+        """Read the neurons of a module, by key. A collective call if its parameters are sharded.
+
+        Args:
+            module: A module that has a rule.
+            gathered: Whole parameters that this step has gathered already; more are added.
+        """
+        views = {}
+        for key, x in neurons_of(module).items():
+            views[key] = NeuronView(x, viewed_parameter(x, {}))
+        return views
+
+    def held_rows(self, module: nn.Module, key: str) -> Tensor | None:
+        """Mask (n) or (groups, n) of the neurons of which this rank holds a part.
+
+        None if this rank needs the gradient of every neuron.
+        """
+        return None
+
+    def parameters_behind(self, module: nn.Module, key: str) -> list[nn.Parameter]:
+        """Parameters of a module, trained or frozen, on which its neurons depend.
+
+        A collective call if its parameters are sharded.
+        """
+        named = {name: p for name, p in module.named_parameters() if p.is_floating_point()}
+        leaves = {}
+        with torch.enable_grad():
+            for name, p in named.items():
+                leaves[name] = self.whole(p.detach()).requires_grad_()
+            x = neurons_with(module, leaves)[key]
+            if not x.requires_grad:
+                return []
+            grads = torch.autograd.grad(
+                x, list(leaves.values()), torch.ones_like(x), allow_unused=True
+            )
+        return [p for p, grad in zip(named.values(), grads, strict=True) if grad is not None]
+
+    def reshard(self, model: nn.Module) -> None:
+        """Take back weights that were left whole after the forward pass."""
+
+    # Tensors that may be sharded.
+
+    def is_sharded(self, x: Tensor) -> bool:
+        """Whether this rank holds only a part of a tensor, or a copy that it shares."""
+        return False
+
+    def whole(self, x: Tensor) -> Tensor:
+        """All of a tensor. A collective call if it is sharded."""
+        return x
+
+    def local(self, x: Tensor) -> Tensor:
+        """The part of a tensor that this rank holds."""
+        return x
+
+    def norm(self, parts: Sequence[Tensor]) -> Tensor:
+        """Euclidean norm of several tensors together. A collective call if some are sharded."""
+        norms = []
+        for part in parts:
+            dtype = torch.promote_types(part.dtype, torch.float32)
+            norms.append(self.whole(torch.linalg.vector_norm(part, dtype=dtype)))
+        total: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+        return total
+
+    def any_holder(self, mask: Tensor, p: Tensor) -> Tensor:
+        """Combine a mask with "or" over the ranks that hold parts of p. A collective call then."""
+        return mask
+
+    # Work that ranks with the same weights share.
+
+    @property
+    def rank(self) -> int:
+        """Number of this process among those that share the work."""
+        return 0
+
+    @property
+    def size(self) -> int:
+        """How many processes share the work."""
+        return 1
+
+    def splits(self, neurons: int) -> bool:
+        """Whether a layer of so many neurons is computed by all ranks together."""
+        return False
+
+    def sum_over_ranks(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        """Sum tensors over the ranks that share the work; every rank gets the same bits."""
+        return list(parts)
+
+
+def neurons_with(module: nn.Module, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A module's neurons, by key, with tensors in the place of the parameters of these names."""
+    replaced = {f"module.{name}": x for name, x in given.items()}
+    found: dict[str, Tensor] = functional_call(_Rule(module), replaced, ())
+    return found
+
+
+class _Rule(nn.Module):
+    """A module's rule as a forward pass, which is what ``functional_call`` takes."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self) -> dict[str, Tensor]:
+        return neurons_of(self.module)
+
+
+def viewed_parameter(x: object, origins: Mapping[int, nn.Parameter]) -> nn.Parameter | None:
+    """The parameter that x is, or is a view of; None if x is computed.
+
+    Args:
+        x: What a rule gave; a rule of the user's may give something else than a tensor.
+        origins: Sharded parameters by the id of the whole tensor that stands for each.
+    """
+    if not isinstance(x, Tensor):
+        return None
+    base = view_base(x)
+    if isinstance(base, nn.Parameter):
+        return base
+    return origins.get(id(base))
+
+
+def view_base(x: Tensor) -> Tensor:
+    """The tensor that x is a view of; x itself if it is none."""
+    if not x._is_view():
+        return x
+    base = x._base
+    assert base is not None
+    return base

@@ -1,0 +1,128 @@
+"""FSDP2, tensor parallel and both at once: parameters are DTensors, of which a rank holds parts."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lightning_hsu._neurons.placement.base import (
+    Gathered,
+    NeuronView,
+    Placement,
+    neurons_with,
+    view_base,
+    viewed_parameter,
+)
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+def is_dtensor(x: object) -> bool:
+    """Whether x is a DTensor: a rank holds a part, or a copy, of it."""
+    return hasattr(x, "full_tensor")
+
+
+class DTensorPlacement(Placement):
+    """Parameters are DTensors, all of them or module by module beside plain ones."""
+
+    strategies: ClassVar[frozenset[str]] = frozenset({"ModelParallelStrategy"})
+
+    @classmethod
+    def recognise(
+        cls,
+        model: nn.Module,
+        wrapped: nn.Module,
+        group: ProcessGroup | None,
+        split_above: int | None,
+    ) -> Placement | None:
+        """A parameter is a DTensor, or FSDP2 has left all of them whole for now."""
+        if any(is_dtensor(p) for p in model.parameters()):
+            return cls()
+        if any(hasattr(type(module), "reshard") for module in model.modules()):
+            return cls()
+        return None
+
+    def read(self, module: nn.Module, gathered: Gathered | None = None) -> dict[str, NeuronView]:
+        """Read the neurons of a module, by key, from its parameters gathered to whole tensors."""
+        sharded = {name: p for name, p in module.named_parameters() if is_dtensor(p)}
+        if not sharded:
+            return super().read(module)
+        if gathered is None:
+            gathered = {}
+        whole = {}
+        origins = {}
+        for name, p in sharded.items():
+            if id(p) not in gathered:
+                gathered[id(p)] = self.whole(p)
+            whole[name] = gathered[id(p)]
+            origins[id(view_base(whole[name]))] = p
+        views = {}
+        for key, x in neurons_with(module, whole).items():
+            views[key] = NeuronView(x, viewed_parameter(x, origins))
+        return views
+
+    def held_rows(self, module: nn.Module, key: str) -> Tensor | None:
+        """Mask of the neurons of which this rank holds a part; None if it needs all gradients.
+
+        Every rank fills its parts with its own number. The module's rule, applied to the gathered
+        numbers, shows to which neurons they belong.
+        """
+        sharded = [p for p in module.parameters() if is_dtensor(p)]
+        if not sharded or self.read(module)[key].parameter is None:
+            return None
+        rank = torch.distributed.get_rank()
+        numbers: Gathered = {id(p): _holders(p, rank) for p in sharded}
+        rows = (self.read(module, numbers)[key].x == rank).any(-1)
+        if bool(rows.all()):
+            return None
+        return rows
+
+    def reshard(self, model: nn.Module) -> None:
+        """Let FSDP2 take back the weights that it left whole, in the forward pass's precision."""
+        for module in model.modules():
+            take_back = getattr(type(module), "reshard", None)
+            if take_back is not None:
+                take_back(module)
+
+    def is_sharded(self, x: Tensor) -> bool:
+        """Whether a tensor is a DTensor."""
+        return is_dtensor(x)
+
+    def whole(self, x: Any) -> Tensor:
+        """All of a tensor. A collective call if it is a DTensor."""
+        if not is_dtensor(x):
+            plain: Tensor = x
+            return plain
+        gathered: Tensor = x.full_tensor()
+        return gathered
+
+    def local(self, x: Any) -> Tensor:
+        """The part of a tensor that this rank holds."""
+        if not is_dtensor(x):
+            plain: Tensor = x
+            return plain
+        part: Tensor = x.to_local()
+        return part
+
+    def any_holder(self, mask: Tensor, p: Any) -> Tensor:
+        """Combine a mask with "or", entry by entry, over the ranks that hold parts of p."""
+        if not is_dtensor(p):
+            return mask
+        found = mask.to(torch.uint8)
+        for axis in range(p.device_mesh.ndim):
+            group = p.device_mesh.get_group(axis)
+            torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX, group=group)
+        return found.bool()
+
+
+def _holders(p: Any, rank: int) -> Tensor:
+    """A whole tensor of the shape of p: in each entry the number of the rank that holds it."""
+    held = torch.full_like(p.to_local(), rank, dtype=torch.float32, requires_grad=False)
+    numbers = type(p).from_local(
+        held, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride()
+    )
+    whole: Tensor = numbers.full_tensor()
+    return whole
