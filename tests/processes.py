@@ -82,7 +82,6 @@ def _work(rank, size, store, pipe):
     os.environ.update(
         {"LOCAL_RANK": str(rank), "NODE_RANK": "0"}
     )  # what a launcher tells Lightning
-    torch.set_num_threads(1)
     timeout = timedelta(seconds=SECONDS)
     distributed.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=timeout

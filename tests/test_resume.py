@@ -391,7 +391,6 @@ def die(*_):
 
 
 def train_and_die(folder):
-    torch.set_num_threads(1)
     keep = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=2, save_top_k=-1)
     fitted([*made(everything()), In("on_train_batch_end", die, 5), keep], enable_checkpointing=True)
 
