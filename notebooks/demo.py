@@ -69,17 +69,14 @@ def main() -> int:
     if args.tune:
         tune(data, PLANS[known])
         return 0
-    folder, picture = (
-        OUT / data.name,
-        OUT / ("demo.png" if data.name == "digits" else f"demo-{data.name}.png"),
-    )
+    folder = OUT / data.name
     comparisons = _train(data, known, folder)
     _report(data, known, comparisons)
-    small, title = comparisons[0], f"{data.name}, initial weights × {PLANS[known].small_scale:g}"
-    draw_picture(picture, title, small.without, small.penalised)
-    print(
-        f"\nPicture: {picture}\nLogs:    {folder}/csv, and: tensorboard --logdir {folder}/tensorboard"
-    )
+    picture = OUT / ("demo.png" if data.name == "digits" else f"demo-{data.name}.png")
+    title = f"{data.name}, initial weights × {PLANS[known].small_scale:g}"
+    draw_picture(picture, title, comparisons[0].without, comparisons[0].penalised)
+    print(f"\nPicture: {picture}")
+    print(f"Logs:    {folder}/csv, and: tensorboard --logdir {folder}/tensorboard")
     print(f"{time.perf_counter() - start:.0f} seconds")
     return 0
 
@@ -102,19 +99,35 @@ def _arguments() -> argparse.Namespace:
 
 
 def _train(data: Data, known: str, folder: Path) -> list[Comparison]:
-    """All runs, seed by seed."""
+    """All runs, seed by seed, with a line for each: it reads the same on a terminal and in a log file."""
     shutil.rmtree(folder, ignore_errors=True)  # loggers would append to an earlier demo's files
-    plan, total, done = PLANS[known], 4 * len(SEEDS), 0
+    start = time.perf_counter()
+    total = 4 * len(SEEDS)
+    done = 0
+    print(f"{total} short runs on {data.name}, without and with the penalty\n", flush=True)
     comparisons = []
     for pair in CHOSEN[known]:
         outcomes: tuple[list[Outcome], list[Outcome]] = ([], [])
         for seed, (kept, settings) in product(SEEDS, zip(outcomes, pair, strict=True)):
+            outcome = fit(data, PLANS[known], settings, seed, folder, first=done == 0)
+            kept.append(outcome)
             done += 1
-            name = "with penalty" if settings.coefficient else "no penalty"
-            label = f"{done:2}/{total} {name}, scale {settings.scale:g}, seed {seed}"
-            kept.append(fit(data, plan, settings, seed, folder, label, first=done == 1))
+            seconds = time.perf_counter() - start
+            print(
+                f"{done:2}/{total} {seconds:4.0f} s  {_line(settings, seed, outcome)}", flush=True
+            )
         comparisons.append(Comparison(*outcomes, pair))
     return comparisons
+
+
+def _line(settings: Settings, seed: int, outcome: Outcome) -> str:
+    """What one run came to."""
+    penalty = "with penalty" if settings.coefficient else "no penalty  "
+    worst = max(layer.ratio for layer in outcome.after)
+    return (
+        f"{penalty}  scale {settings.scale:<4g}  seed {seed}  "
+        f"test error {outcome.error:5.2f} %  largest ratio {worst:.2f}"
+    )
 
 
 def _report(data: Data, known: str, comparisons: list[Comparison]) -> None:

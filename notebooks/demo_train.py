@@ -10,7 +10,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
@@ -59,12 +58,11 @@ class Network(pl.LightningModule):
 
     def __init__(self, inputs: int, classes: int, settings: Settings, steps: int) -> None:
         super().__init__()
-        self.hidden1, self.hidden2, self.head = (
-            nn.Linear(inputs, 64),
-            nn.Linear(64, 64),
-            nn.Linear(64, classes),
-        )
-        self.settings, self.steps = settings, steps
+        self.hidden1 = nn.Linear(inputs, 64)
+        self.hidden2 = nn.Linear(64, 64)
+        self.head = nn.Linear(64, classes)
+        self.settings = settings
+        self.steps = steps
         with torch.no_grad():
             for layer in self.children():
                 layer.weight *= settings.scale
@@ -75,7 +73,7 @@ class Network(pl.LightningModule):
     def training_step(self, batch: list[Tensor], _: int) -> Tensor:
         images, labels = batch
         loss = nn.functional.cross_entropy(self(images), labels)
-        self.log("train/loss", loss, prog_bar=True)
+        self.log("train/loss", loss)
         return loss
 
     def configure_optimizers(self) -> Any:
@@ -92,45 +90,20 @@ class Network(pl.LightningModule):
         return 100 * float((self(images).argmax(1) != labels).float().mean())
 
 
-class Bar(TQDMProgressBar):
-    """Lightning's bar, which says whose bar it is: there are many in a row."""
-
-    def __init__(self, label: str) -> None:
-        super().__init__(refresh_rate=LOG_EVERY)
-        self.label = label
-
-    def on_train_epoch_start(self, trainer: pl.Trainer, *args: Any) -> None:
-        super().on_train_epoch_start(trainer, *args)
-        self.train_progress_bar.set_description(f"{self.label}, epoch {trainer.current_epoch + 1}")
-
-    def get_metrics(self, trainer: pl.Trainer, *args: Any) -> dict[str, Any]:
-        known = trainer.callback_metrics
-        return {
-            name: f"{known[name]:.3g}" for name in ("train/loss", "hsu/ratio_max") if name in known
-        }
-
-
 def prepare(
     data: Data, plan: Plan, settings: Settings, seed: int
 ) -> tuple[Network, DataLoader[Any], Draw]:
     """The same seed gives the same images, initial weights and order of batches, whatever the settings."""
-    images = draw(
-        data, seed, plan.images, held_out=max(0, min(2000, len(data.pool[1]) - plan.images))
-    )
+    held_out = max(0, min(2000, len(data.pool[1]) - plan.images))
+    images = draw(data, seed, plan.images, held_out=held_out)
     pl.seed_everything(seed, verbose=False)
-    network = Network(
-        data.pool[0].shape[1],
-        int(data.pool[1].max()) + 1,
-        settings,
-        plan.epochs * (plan.images // BATCH),
-    )
+    inputs = data.pool[0].shape[1]
+    classes = int(data.pool[1].max()) + 1
+    network = Network(inputs, classes, settings, steps=plan.epochs * (plan.images // BATCH))
     rows = TensorDataset(*images.train)
     order = RandomSampler(rows, generator=torch.Generator().manual_seed(seed))
-    return (
-        network,
-        DataLoader(rows, sampler=BatchSampler(order, BATCH, drop_last=True), batch_size=None),
-        images,
-    )
+    batches = BatchSampler(order, BATCH, drop_last=True)
+    return network, DataLoader(rows, sampler=batches, batch_size=None), images
 
 
 def measure(network: nn.Module) -> tuple[list[LayerUniformity], dict[str, Tensor]]:
@@ -140,43 +113,32 @@ def measure(network: nn.Module) -> tuple[list[LayerUniformity], dict[str, Tensor
 
 
 def fit(
-    data: Data, plan: Plan, settings: Settings, seed: int, folder: Path, label: str, *, first: bool
+    data: Data, plan: Plan, settings: Settings, seed: int, folder: Path, *, first: bool
 ) -> Outcome:
     """One run with Lightning; the run without the penalty has the callback too, as a monitor."""
     network, loader, images = prepare(data, plan, settings, seed)
     before, old = measure(network)
     run = f"scale-{settings.scale:g}-{'with' if settings.coefficient else 'without'}-seed-{seed}"
     csv = CSVLogger(folder / "csv", name=run, version="")
+    board = TensorBoardLogger(folder / "tensorboard", name=run, version="", default_hp_metric=False)
     CHATTER.setLevel(logging.WARNING)
     trainer = pl.Trainer(
         max_epochs=plan.epochs,
         accelerator="cpu",
         devices=1,
-        logger=[
-            csv,
-            TensorBoardLogger(
-                folder / "tensorboard", name=run, version="", default_hp_metric=False
-            ),
-        ],
-        callbacks=[
-            HypersphericalUniformity(coefficient=settings.coefficient, verbose=first),
-            Bar(label),
-        ],
+        logger=[csv, board],
+        callbacks=[HypersphericalUniformity(coefficient=settings.coefficient, verbose=first)],
         log_every_n_steps=LOG_EVERY,
         enable_checkpointing=False,
         enable_model_summary=False,
+        enable_progress_bar=False,  # thousands of lines in a log file; the demo prints one a run
     )
-    CHATTER.setLevel(
-        logging.INFO if first else logging.WARNING
-    )  # the callback's table of layers, once
+    CHATTER.setLevel(logging.INFO if first else logging.WARNING)  # the table of layers, once
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*does not have many workers")  # the data are in memory
-        warnings.filterwarnings(
-            "ignore", ".*LeafSpec"
-        )  # Lightning's own, with recent releases of PyTorch
+        warnings.filterwarnings("ignore", ".*LeafSpec")  # Lightning's own, with recent PyTorch
         trainer.fit(network, loader)
     after, new = measure(network)
     weights = {name: (old[name], new[name]) for name in old}
-    return Outcome(
-        network.error(*images.test), before, after, weights, Path(csv.log_dir) / "metrics.csv"
-    )
+    metrics = Path(csv.log_dir) / "metrics.csv"
+    return Outcome(network.error(*images.test), before, after, weights, metrics)

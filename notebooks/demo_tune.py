@@ -19,21 +19,12 @@ COEFFICIENTS = (0.03, 0.1, 0.3)
 def tune(data: Data, plan: Plan) -> None:
     """Twelve trials without the penalty, then twelve with it around the best of those, at both scales."""
     for scale in (plan.small_scale, 1.0):
-        best = _best(
-            data,
-            plan,
-            [Settings(scale, rate, decay) for rate, decay in product(plan.rates, DECAYS)],
-        )
-        near = product(
-            _with_neighbour(plan.rates, best.rate),
-            _with_neighbour(DECAYS, best.decay),
-            COEFFICIENTS,
-        )
-        _best(
-            data,
-            plan,
-            [Settings(scale, rate, decay, coefficient) for rate, decay, coefficient in near],
-        )
+        without = [Settings(scale, rate, decay) for rate, decay in product(plan.rates, DECAYS)]
+        best = _best(data, plan, without)
+        rates = _with_neighbour(plan.rates, best.rate)
+        decays = _with_neighbour(DECAYS, best.decay)
+        near = product(rates, decays, COEFFICIENTS)
+        _best(data, plan, [Settings(scale, *values) for values in near])
 
 
 def _with_neighbour(values: tuple[float, ...], chosen: float) -> tuple[float, float]:
@@ -52,7 +43,8 @@ def _best(data: Data, plan: Plan, trials: list[Settings]) -> Settings:
 
 def _trial(data: Data, plan: Plan, settings: Settings) -> float:
     errors = [_validation_error(data, plan, settings, seed) for seed in SEEDS]
-    mean, sem = statistics.mean(errors), statistics.stdev(errors) / len(errors) ** 0.5
+    mean = statistics.mean(errors)
+    sem = statistics.stdev(errors) / len(errors) ** 0.5
     print(
         f"scale {settings.scale:<5g} rate {settings.rate:<6g} decay {settings.decay:<7g} "
         f"coefficient {settings.coefficient:<5g} validation error {mean:6.2f} % (standard error {sem:.2f})",

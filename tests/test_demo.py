@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+PROGRESS = r"^ \d/8 +\d+ s  (no|with) penalty .* test error +\d+\.\d\d %"
 ROW = r"{} +{} x {} +1\.\d\d +\d+\.\d\d +\d+\.\d\d +\d+\.\d° +\d+\.\d°"
 
 pytestmark = [
@@ -40,6 +41,8 @@ def run(demo, monkeypatch, *arguments):
 def test_table_picture_and_logs(demo, monkeypatch, capsys):
     assert run(demo, monkeypatch) == 0
     printed = capsys.readouterr().out
+    assert len(re.findall(PROGRESS, printed, re.MULTILINE)) == 8
+    assert "\r" not in printed  # a log file is as readable as a terminal
     for name, n, d in (("hidden1", 64, 64), ("hidden2", 64, 64), ("head", 10, 64)):
         assert len(re.findall(ROW.format(name, n, d), printed)) == 2  # at both scales
     assert len(re.findall(r"test error with, +2 seeds +\d+\.\d\d % ± \d", printed)) == 2
