@@ -384,7 +384,7 @@ def test_the_table_says_what_is_by_chance():
     made = (report({"weight": torch.randn(10, 8)}, head=None) for _ in range(200))
     small = next(found for found in made if found.layers[0].above and found.layers[0].as_random)
     assert (
-        "1 of 1 layer more than 2 % above random, 1 of them as random layers may be; 0 near"
+        "1 of 1 layer more than 2 % above random, 1 of them within the range of random layers; 0 near"
         in str(small)
     )
 

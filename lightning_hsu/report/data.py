@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from lightning_hsu._monitor.measure import LayerUniformity, in_half_space
+from lightning_hsu._monitor.text import shape_of
 from lightning_hsu._neurons.select import Skip
 from lightning_hsu.measures import Measure
 
@@ -77,6 +78,12 @@ class LayerReport:
     def name(self) -> str:
         """Name of the layer."""
         return self.uniformity.name
+
+    @property
+    def shape(self) -> str:
+        """Shape of its neurons in words, such as "4 groups of 64 x 576"."""
+        numbers = self.uniformity
+        return shape_of(numbers.groups, numbers.neurons, numbers.dimension)
 
     @property
     def ratio(self) -> float:

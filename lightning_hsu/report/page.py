@@ -23,7 +23,6 @@ from lightning_hsu.report.data import (
     SimilarPair,
     known_ratios,
 )
-from lightning_hsu.report.tables import shape_of
 
 _COLUMNS = (  # heading and classes; minor ones are left out on a phone
     ("layer", ""),
@@ -148,7 +147,7 @@ def _row(i: int, layer: LayerReport) -> str:
         name += " *"
     cells = (
         name,
-        shape_of(numbers),
+        layer.shape,
         number(numbers.ratio, 3),
         number(numbers.score, 2),
         _degrees(numbers.min_angle),
@@ -206,7 +205,7 @@ def _section(i: int, layer: LayerReport, found: ReportData, *, unfolded: bool) -
     """Everything about layer i."""
     numbers = layer.uniformity
     facts = (
-        f"{shape_of(numbers)}, energy {number(numbers.energy, 4)}, "
+        f"{layer.shape}, energy {number(numbers.energy, 4)}, "
         f"ratio {number(numbers.ratio, 3)}, score {number(numbers.score, 2)}, "
         f"smallest angle {_degrees(numbers.min_angle)}."
     )

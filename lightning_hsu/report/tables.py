@@ -1,20 +1,62 @@
-"""Tables for a terminal: in colours where rich is there, else plain."""
+"""Tables for a terminal: in colours where rich is installed, else plain."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
-from lightning_hsu._monitor.measure import LayerUniformity
-from lightning_hsu._monitor.text import counted, number
-from lightning_hsu._neurons.select import EXCLUDED, NOT_INCLUDED
+from lightning_hsu._monitor.text import (
+    column_widths,
+    counted,
+    number,
+    skip_line,
+    table_lines,
+)
+from lightning_hsu._neurons.select import EXCLUDED, NOT_INCLUDED, Skip
 from lightning_hsu.report.data import ComparisonData, LayerComparison, LayerReport, ReportData
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-_STARRED = "* in full space, where opposite neurons are far apart"
+_FULL_SPACE = "* in full space, where opposite neurons are far apart"
+
+
+class Column(NamedTuple):
+    """A column of a table.
+
+    Args:
+        heading: Its name.
+        right: Whether cells are aligned on the right, as numbers are.
+        wide_only: Whether a narrow terminal leaves the column out.
+    """
+
+    heading: str
+    right: bool = False
+    wide_only: bool = False
+
+
+_REPORT_COLUMNS = (
+    Column("layer"),
+    Column("neurons x dim", right=True),
+    Column("energy", right=True, wide_only=True),
+    Column("ratio", right=True),
+    Column("score", right=True, wide_only=True),
+    Column("angle", right=True),
+    Column("pairs", right=True, wide_only=True),
+    Column("dead", right=True, wide_only=True),
+    Column("finding"),
+)
+_COMPARISON_COLUMNS = (
+    Column("layer"),
+    Column("neurons x dim", right=True),
+    Column("moved", right=True),
+    Column("ratio", right=True),
+    Column("angle", right=True, wide_only=True),
+    Column("pairs", right=True, wide_only=True),
+    Column("dead", right=True, wide_only=True),
+    Column("finding after"),
+)
 
 
 @dataclass(frozen=True)
@@ -22,172 +64,157 @@ class Table:
     """Rows for a terminal.
 
     Args:
-        columns: Their names; those of numbers begin with ">", those that a narrow terminal leaves out with "?".
+        columns: Their columns.
         rows: Cells.
         below: Lines under the table.
     """
 
-    columns: tuple[str, ...]
+    columns: tuple[Column, ...]
     rows: list[tuple[str, ...]]
-    below: tuple[str, ...]
+    below: list[str]
 
-    @property
-    def heads(self) -> list[str]:
-        """The names as they are shown."""
-        return [name.lstrip("?>") for name in self.columns]
+    def with_heading(self) -> list[tuple[str, ...]]:
+        """The rows, and above them the heading."""
+        return [tuple(column.heading for column in self.columns), *self.rows]
 
-    @property
-    def widths(self) -> list[int]:
-        """The width of each column."""
-        return [
-            max(len(row[i]) for row in [self.heads, *self.rows]) for i in range(len(self.columns))
-        ]
+    def width(self) -> int:
+        """How wide the table is, with two spaces for each column."""
+        return sum(column_widths(self.with_heading())) + 2 * len(self.columns)
 
     def narrow(self) -> Table:
-        """Without the columns that can be spared, which a line below names."""
-        kept = [i for i, name in enumerate(self.columns) if not name.startswith("?")]
-        left_out = [name for i, name in enumerate(self.heads) if i not in kept]
-        rows = [tuple(row[i] for i in kept) for row in self.rows]
-        note = (f"left out of this narrow table: {', '.join(left_out)}",) if left_out else ()
-        return replace(
-            self,
+        """The table for a narrow terminal; a line below names the columns it leaves out."""
+        kept = [i for i, column in enumerate(self.columns) if not column.wide_only]
+        left_out = [column.heading for column in self.columns if column.wide_only]
+        note = f"left out of this narrow table: {', '.join(left_out)}"
+        return Table(
             columns=tuple(self.columns[i] for i in kept),
-            rows=rows,
-            below=(*self.below, *note),
+            rows=[tuple(row[i] for i in kept) for row in self.rows],
+            below=[*self.below, note],
         )
 
 
 def report_table(found: ReportData) -> Table:
     """The table of a report."""
-    columns = (
-        "layer",
-        ">neurons x dim",
-        "?>energy",
-        ">ratio",
-        "?>score",
-        ">angle",
-        "?>pairs",
-        "?>dead",
-        "finding",
+    mixed = _mixed(found.layers)
+    rows = [_report_row(layer, mixed) for layer in found.layers]
+    above = [layer for layer in found.layers if layer.above]
+    by_chance = sum(layer.as_random for layer in above)
+    pairs = sum(layer.similar for layer in found.layers)
+    dead = sum(layer.dead for layer in found.layers)
+    summary = f"{len(above)} of {counted(len(found.layers), 'layer')} more than 2 % above random"
+    if by_chance > 0:
+        summary += f", {by_chance} of them within the range of random layers"
+    summary += (
+        f"; {counted(pairs, 'near-duplicate pair')} (cosine from {found.similar_above:g}); "
+        f"{counted(dead, 'dead neuron')}"
     )
-    return Table(
-        columns, [_report_row(layer, _mixed(found)) for layer in found.layers], tuple(_below(found))
-    )
+    below = [
+        summary,
+        "ratio: energy over that of random neurons; "
+        "angle: the smallest between two neurons, in degrees",
+    ]
+    if mixed:
+        below.append(_FULL_SPACE)
+    below += skipped_lines(found.skips)
+    return Table(_REPORT_COLUMNS, rows, below)
 
 
-def _mixed(found: ReportData) -> bool:
-    """Whether some layers are measured in full space and some not."""
-    return len({one.full_space for one in found.layers}) > 1
+def _mixed(layers: Sequence[LayerReport]) -> bool:
+    """Whether some layers are measured in full space and some are not."""
+    return len({layer.full_space for layer in layers}) > 1
 
 
 def _report_row(layer: LayerReport, mixed: bool) -> tuple[str, ...]:
-    one = layer.uniformity
-    numbers = (
-        number(one.energy, 4),
-        number(one.ratio, 3),
-        number(one.score, 2),
-        number(one.min_angle, 1),
-    )
+    numbers = layer.uniformity
     return (
-        _named(layer, mixed),
-        shape_of(one),
-        *numbers,
+        _name(layer, mixed),
+        layer.shape,
+        number(numbers.energy, 4),
+        number(numbers.ratio, 3),
+        number(numbers.score, 2),
+        number(numbers.min_angle, 1),
         f"{layer.similar:,}",
         f"{layer.dead:,}",
         layer.finding,
     )
 
 
-def _named(layer: LayerReport, mixed: bool) -> str:
-    return layer.name + (" *" if mixed and layer.full_space else "")
+def _name(layer: LayerReport, mixed: bool) -> str:
+    """The name of a layer, with a star where it is measured in full space unlike others."""
+    if mixed and layer.full_space:
+        return f"{layer.name} *"
+    return layer.name
 
 
-def _below(found: ReportData) -> list[str]:
-    above, pairs = (
-        [one for one in found.layers if one.above],
-        sum(one.similar for one in found.layers),
-    )
-    chance = sum(one.as_random for one in above)
-    lines = [
-        f"{len(above)} of {counted(len(found.layers), 'layer')} more than 2 % above random"
-        f"{f', {chance} of them as random layers may be' if chance else ''}; {counted(pairs, 'near-duplicate pair')} "
-        f"(cosine from {found.similar_above:g}); {counted(sum(one.dead for one in found.layers), 'dead neuron')}",
-        "ratio: energy over that of random neurons; angle: the smallest between two neurons, in degrees",
-    ]
-    return [*lines, *([_STARRED] if _mixed(found) else []), *skipped_lines(found)]
-
-
-def skipped_lines(found: ReportData) -> list[str]:
+def skipped_lines(skips: Sequence[Skip]) -> list[str]:
     """What was left out, and why; what the caller's patterns leave out is only counted."""
-    own = {
-        reason: sum(skip.reason == reason for skip in found.skips)
-        for reason in (NOT_INCLUDED, EXCLUDED)
-    }
-    counts = [f"  {count} {reason}" for reason, count in own.items() if count]
-    lines = [
-        f"  {skip.name} {'x'.join(map(str, skip.shape))}: {skip.reason}"
-        for skip in found.skips
-        if skip.reason not in own
-    ]
-    return [f"not measured ({len(found.skips)}):", *lines, *counts] if found.skips else []
+    if not skips:
+        return []
+    lines = [f"not measured ({len(skips)}):"]
+    counts = {NOT_INCLUDED: 0, EXCLUDED: 0}
+    for skip in skips:
+        if skip.reason in counts:
+            counts[skip.reason] += 1
+        else:
+            lines.append(skip_line(skip))
+    for reason, count in counts.items():
+        if count > 0:
+            lines.append(f"  {count} {reason}")
+    return lines
 
 
 def pair_lines(found: ReportData, most: int) -> list[str]:
     """The nearest pairs of each layer by index."""
     lines = []
     for layer in found.layers:
-        for pair in layer.pairs[:most]:
-            group = f"group {pair.group}: " if layer.uniformity.groups > 1 else ""
-            lines.append(
-                f"{layer.name}: {group}{pair.first} and {pair.second}, {pair.angle:.2f} degrees"
-            )
-        if layer.similar > min(most, len(layer.pairs)) and layer.pairs:
-            lines.append(f"{layer.name}: and {layer.similar - min(most, len(layer.pairs)):,} more")
-    return lines or ["no near-duplicate pairs"]
+        listed = layer.pairs[:most]
+        for pair in listed:
+            names = f"{pair.first} and {pair.second}"
+            if layer.uniformity.groups > 1:
+                names = f"group {pair.group}: {names}"
+            lines.append(f"{layer.name}: {names}, {pair.angle:.2f} degrees")
+        more = layer.similar - len(listed)
+        if layer.pairs and more > 0:
+            lines.append(f"{layer.name}: and {more:,} more")
+    if not lines:
+        return ["no near-duplicate pairs"]
+    return lines
 
 
 def comparison_table(found: ComparisonData) -> Table:
     """The table of a comparison."""
-    columns = (
-        "layer",
-        ">neurons x dim",
-        ">moved",
-        ">ratio",
-        "?>angle",
-        "?>pairs",
-        "?>dead",
-        "finding after",
-    )
+    mixed = _mixed([one.after for one in found.layers])
+    rows = [_comparison_row(one, mixed) for one in found.layers]
     below = [
-        "moved: median angle between a neuron before and after, in degrees; angle: smallest between two neurons"
+        "moved: median angle between a neuron before and after, in degrees; "
+        "angle: smallest between two neurons"
     ]
-    full = {one.after.full_space for one in found.layers}
-    below += [_STARRED] if len(full) > 1 else []
-    for when, only, one in (
-        ("before", found.only_before, found.before),
-        ("after", found.only_after, found.after),
-    ):
-        left_out = {skip.name for skip in (found.after if when == "before" else found.before).skips}
-        names = [name for name in only if name not in left_out]
-        below += [f"only {when} ({one.source}): {', '.join(names)}"] if names else []
-        below += [
-            f"{when}, {line}" if i == 0 else line for i, line in enumerate(skipped_lines(one))
-        ]
-    return Table(
-        columns, [_comparison_row(one, len(full) > 1) for one in found.layers], tuple(below)
-    )
+    if mixed:
+        below.append(_FULL_SPACE)
+    below += _only_one_has("before", found.only_before, found.before, found.after)
+    below += _only_one_has("after", found.only_after, found.after, found.before)
+    return Table(_COMPARISON_COLUMNS, rows, below)
+
+
+def _only_one_has(when: str, only: Sequence[str], one: ReportData, other: ReportData) -> list[str]:
+    """Lines on layers that only one of two networks has, and on its weights that are left out."""
+    left_out_there = {skip.name for skip in other.skips}
+    names = [name for name in only if name not in left_out_there]
+    lines = []
+    if names:
+        lines.append(f"only {when} ({one.source}): {', '.join(names)}")
+    skipped = skipped_lines(one.skips)
+    if skipped:
+        skipped[0] = f"{when}, {skipped[0]}"
+    return lines + skipped
 
 
 def _comparison_row(one: LayerComparison, mixed: bool) -> tuple[str, ...]:
-    before, after = one.before.uniformity, one.after.uniformity
-    shape = (
-        shape_of(after)
-        if shape_of(before) == shape_of(after)
-        else change(shape_of(before), shape_of(after))
-    )
+    before = one.before.uniformity
+    after = one.after.uniformity
     return (
-        _named(one.after, mixed),
-        shape,
+        _name(one.after, mixed),
+        change(one.before.shape, one.after.shape),
         number(one.moved, 1),
         change(number(before.ratio, 3), number(after.ratio, 3)),
         change(number(before.min_angle, 1), number(after.min_angle, 1)),
@@ -198,34 +225,21 @@ def _comparison_row(one: LayerComparison, mixed: bool) -> tuple[str, ...]:
 
 
 def change(before: str, after: str) -> str:
-    """One cell of two, or of one where they are the same."""
-    return before if before == after else f"{before} -> {after}"
-
-
-def shape_of(one: LayerUniformity) -> str:
-    """Shape of a layer, as a user writes it."""
-    size = f"{one.neurons} x {one.dimension}"
-    return size if one.groups == 1 else f"{one.groups} of {size}"
+    """Two cells as one, or the one where they are the same."""
+    if before == after:
+        return before
+    return f"{before} -> {after}"
 
 
 def plain(table: Table) -> str:
     """The table in plain text, as wide as it is."""
-    widths = table.widths
-    lines = [_line(table.heads, table.columns, widths), "  ".join("-" * width for width in widths)]
-    lines += [_line(row, table.columns, widths) for row in table.rows]
+    right = [i for i, column in enumerate(table.columns) if column.right]
+    lines = table_lines(table.with_heading(), right=right)
     return "\n".join([*lines, *table.below])
 
 
-def _line(cells: Sequence[str], columns: Sequence[str], widths: Sequence[int]) -> str:
-    padded = [
-        cell.rjust(width) if ">" in name else cell.ljust(width)
-        for cell, name, width in zip(cells, columns, widths, strict=True)
-    ]
-    return "  ".join(padded).rstrip()
-
-
 def show(table: Table) -> None:
-    """Print the table: fitted to the terminal and in colours by rich, or plain into a pipe and without that package."""
+    """Print a table: in colours and fitted to the terminal by rich; plain into a pipe or without rich."""
     try:
         from rich.console import Console
     except ModuleNotFoundError:
@@ -235,7 +249,7 @@ def show(table: Table) -> None:
     if not console.is_terminal:
         print(plain(table))
         return
-    if sum(table.widths) + 2 * len(table.widths) > console.width:
+    if table.width() > console.width:
         table = table.narrow()
     _show_rich(table, console)
 
@@ -245,9 +259,12 @@ def _show_rich(table: Table, console: Console) -> None:
     from rich.text import Text
 
     grid = RichTable(box=None, padding=(0, 1, 0, 0), header_style="bold")
-    for name, head in zip(table.columns, table.heads, strict=True):
+    for column in table.columns:
         grid.add_column(
-            head, justify="right" if ">" in name else "left", overflow="fold", no_wrap=">" in name
+            column.heading,
+            justify="right" if column.right else "left",
+            overflow="fold",
+            no_wrap=column.right,
         )
     for row in table.rows:
         grid.add_row(*(Text(cell, style=_style(cell)) for cell in row))
@@ -257,7 +274,9 @@ def _show_rich(table: Table, console: Console) -> None:
 
 
 def _style(cell: str) -> str:
-    """Colours of a finding: quiet as random, plain otherwise, loud where pairs or dead neurons are counted in it."""
+    """The colour of a finding: dim as random, yellow if it counts pairs, dead or infinite neurons."""
     if cell.startswith("as random") and "," not in cell:
         return "dim"
-    return "yellow" if "near-duplicate" in cell or cell.endswith((" dead", "infinite")) else ""
+    if "near-duplicate" in cell or cell.endswith((" dead", "infinite")):
+        return "yellow"
+    return ""
