@@ -1,9 +1,10 @@
-"""The pictures of a training: plain data in, matplotlib figures out, without pyplot and its global state."""
+"""The figures of a training run: plain data in, matplotlib figures out, without pyplot's state."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
@@ -20,8 +21,12 @@ from lightning_hsu._figures.history import Angles, Curve
 
 __all__ = ["Figure", "angle_panels", "over_time", "pixels"]
 
-INK, QUIET, FAINT, OTHERS = "#222222", "#6B6B6B", "#C9C9C9", "#B4B4B4"
-NEURONS, RANDOM = "#0072B2", "#D55E00"  # told apart by colour-blind readers too
+INK = "#222222"
+QUIET = "#6B6B6B"
+FAINT = "#C9C9C9"
+OTHERS = "#B4B4B4"
+NEURONS = "#0072B2"
+RANDOM = "#D55E00"  # differs from NEURONS for colour-blind readers, too
 COLORS = (
     "#0072B2",
     "#D55E00",
@@ -34,11 +39,24 @@ COLORS = (
     "#B2182B",
     "#4D4D4D",
 )
-HIGHLIGHTED = 5  # of more layers than there are colours
-_WIDTH, _HEIGHT, _TOP, _BOTTOM = 7.4, 4.2, 0.84, 0.12  # inches, and fractions of the height
+HIGHLIGHTED = 5  # layers with a colour, if there are more layers than colours
+
+_WIDTH = 7.4  # inches
+_HEIGHT = 4.2
+_TOP = 0.84  # of the axes, as fractions of the figure's height
+_BOTTOM = 0.12
 _GAP = 0.054  # between labels, a fraction of the axes' height
-_FEWEST = 0.5  # pairs in a part, where an axis of pairs begins
-_PARTS = (8, 60)  # of a panel of angles, with few pairs and with many
+_FEWEST = 0.5  # pairs, where an axis of pairs begins
+_BARS = (8, 60)  # in a panel of angles, with few pairs and with many
+
+
+@dataclass(frozen=True)
+class _Label:
+    """A label right of the axes: the value it belongs to, its text and colour."""
+
+    value: float
+    text: str
+    color: str
 
 
 def over_time(
@@ -48,45 +66,49 @@ def over_time(
     detail: str,
     reference: tuple[float, str] | None = None,
 ) -> Figure:
-    """A line per layer over optimizer steps, with its name at its end.
+    """Draw one line a layer over optimizer steps, with the layer's name at its end.
 
-    With more layers than ten the highest at the end have colours and names, the others are grey.
+    Of more than ten layers, those that end highest have colours and names; the others are grey.
 
     Args:
-        curves: Pairs of step and value, by layer; what is not finite is left out.
+        curves: Pairs of step and value, by layer; non-finite values are left out.
         title: What is shown.
-        detail: What its numbers mean.
-        reference: A value to draw a dashed line at, and what to call it.
+        detail: What the values mean.
+        reference: The value of a dashed line, and its label.
 
     Example:
-        >>> figure = over_time({"net.0": [(0, 1.0), (50, 1.4)]}, title="Ratio", detail="above 1: more redundant")
+        >>> figure = over_time({"net.0": [(0, 1.0), (50, 1.4)]}, title="Ratio", detail="by layer")
         >>> [text.get_text() for text in figure.axes[0].texts]
         ['net.0']
     """
-    finite = {
-        name: [point for point in curve if math.isfinite(point[1])]
-        for name, curve in curves.items()
-    }
-    finite = {name: curve for name, curve in finite.items() if curve}
+    curves = _finite(curves)
+    points = [point for curve in curves.values() for point in curve]
+    steps = [step for step, _ in points]
+    values = [value for _, value in points]
+    if reference is not None:
+        values.append(reference[0])
+
     figure = _canvas(_HEIGHT, title, detail)
     ax = figure.add_axes((0.085, _BOTTOM, 0.64, _TOP - _BOTTOM))
-    _plain_axes(ax)
-    _scale(ax, [value for curve in finite.values() for _, value in curve], reference)
-    labels = _draw_lines(ax, finite)
+    _style_axes(ax)
+    _scale_values(ax, values)
+    labels = _draw_lines(ax, curves)
     if reference is not None:
-        ax.axhline(reference[0], color=INK, linewidth=0.9, linestyle=(0, (4, 3)), zorder=1.5)
-        labels.append((reference[0], reference[1], INK))
-    _label_ends(ax, labels)
+        value, text = reference
+        ax.axhline(value, color=INK, linewidth=0.9, linestyle=(0, (4, 3)), zorder=1.5)
+        labels.append(_Label(value, text, INK))
+    _draw_labels(ax, labels)
+
+    first = min(steps, default=0)
     ax.set_xlabel("optimizer steps", size=8, color=QUIET)
-    steps = [step for curve in finite.values() for step, _ in curve]
-    ax.set_xlim(min(steps, default=0), max([*steps, min(steps, default=0) + 1]))
+    ax.set_xlim(first, max([*steps, first + 1]))
     ax.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
     ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
     return figure
 
 
 def angle_panels(layers: Sequence[Angles]) -> Figure:
-    """How many pairs of neurons have which angle, by layer, against as many pairs of random neurons.
+    """Draw how many pairs of neurons have which angle, beside as many pairs of random neurons.
 
     Args:
         layers: One panel each.
@@ -100,10 +122,9 @@ def angle_panels(layers: Sequence[Angles]) -> Figure:
         "pairs by angle, on a logarithmic scale; layers furthest above random first",
     )
     for x, text, color in ((0.85, "these neurons", NEURONS), (0.975, "random ones", RANDOM)):
-        figure.text(
-            x, 1 - 0.2 / height, text, size=8, weight="bold", color=color, va="center", ha="right"
-        )
-    edges = {
+        y = 1 - 0.2 / height
+        figure.text(x, y, text, size=8, weight="bold", color=color, va="center", ha="right")
+    grid = {
         "left": 0.075,
         "right": 0.975,
         "top": 1 - 0.95 / height,
@@ -111,25 +132,25 @@ def angle_panels(layers: Sequence[Angles]) -> Figure:
         "wspace": 0.24,
         "hspace": 0.5,
     }
-    panels = figure.subplots(rows, columns, squeeze=False, gridspec_kw=edges).flatten()
+    panels = figure.subplots(rows, columns, squeeze=False, gridspec_kw=grid).flatten()
     for ax, layer in zip(panels, layers, strict=False):
-        _draw_angles(ax, layer)
+        _draw_panel(ax, layer)
     for ax in panels[len(layers) :]:
         ax.remove()
     return figure
 
 
 def pixels(figure: Figure) -> Tensor:
-    """The figure as a picture, uint8 (height, width, 4)."""
+    """Render a figure as an image, uint8 (height, width, 4)."""
     canvas: Any = FigureCanvasAgg(figure)  # its methods have no types
     canvas.draw()
     width, height = canvas.get_width_height()
-    return torch.frombuffer(bytearray(canvas.buffer_rgba()), dtype=torch.uint8).reshape(
-        height, width, 4
-    )
+    image = torch.frombuffer(bytearray(canvas.buffer_rgba()), dtype=torch.uint8)
+    return image.reshape(height, width, 4)
 
 
 def _canvas(height: float, title: str, detail: str) -> Figure:
+    """An empty figure with its two titles."""
     figure = Figure(figsize=(_WIDTH, height), dpi=110, facecolor="white")
     FigureCanvasAgg(figure)
     figure.text(0.015, 1 - 0.2 / height, title, size=10.5, weight="bold", color=INK, va="center")
@@ -137,7 +158,7 @@ def _canvas(height: float, title: str, detail: str) -> Figure:
     return figure
 
 
-def _plain_axes(ax: Axes) -> None:
+def _style_axes(ax: Axes) -> None:
     ax.set_facecolor("white")
     ax.grid(False)
     ax.spines[["top", "right"]].set_visible(False)
@@ -145,153 +166,195 @@ def _plain_axes(ax: Axes) -> None:
     ax.tick_params(which="both", labelcolor=QUIET, labelsize=7.5, length=2.5, color=FAINT)
 
 
-def _scale(ax: Axes, values: list[float], reference: tuple[float, str] | None) -> None:
-    """Limits around all values and the reference; logarithmic where values differ by more than a factor of 20."""
-    shown = values + ([reference[0]] if reference else [])
-    positive = [value for value in shown if value > 0]
-    if positive and min(shown) >= 0 and max(positive) > 20 * min(positive):
-        room = (max(positive) / min(positive)) ** 0.05
+# Curves over time
+
+
+def _finite(curves: Mapping[str, Curve]) -> dict[str, Curve]:
+    """The curves without non-finite values, and without those that have no other."""
+    kept: dict[str, Curve] = {}
+    for name, curve in curves.items():
+        points = [point for point in curve if math.isfinite(point[1])]
+        if points:
+            kept[name] = points
+    return kept
+
+
+def _scale_values(ax: Axes, values: Sequence[float]) -> None:
+    """Set limits around all values; logarithmic if they differ by more than a factor of 20."""
+    positive = [value for value in values if value > 0]
+    if positive and min(values) >= 0 and max(positive) > 20 * min(positive):
+        low = min(positive)
+        high = max(positive)
+        margin = (high / low) ** 0.05
+        marks = (1.0, 2.0, 5.0) if high < 300 * low else (1.0,)
         ax.set_yscale("log")
-        ax.set_ylim(min(positive) / room, max(positive) * room)
-        narrow = max(positive) < 300 * min(positive)
-        ax.yaxis.set_major_locator(
-            LogLocator(subs=(1.0, 2.0, 5.0) if narrow else (1.0,), numticks=10)
-        )
+        ax.set_ylim(low / margin, high * margin)
+        ax.yaxis.set_major_locator(LogLocator(subs=marks, numticks=10))
         ax.yaxis.set_minor_locator(NullLocator())
     else:
-        low, high = min(shown, default=0.0), max(shown, default=1.0)
-        room = 0.06 * (high - low) or 0.1 * abs(high) or 0.1
-        ax.set_ylim(low - room, high + room)
+        low = min(values, default=0.0)
+        high = max(values, default=1.0)
+        margin = 0.06 * (high - low) or 0.1 * abs(high) or 0.1
+        ax.set_ylim(low - margin, high + margin)
         ax.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
     ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
 
 
-def _draw_lines(ax: Axes, curves: Mapping[str, Curve]) -> list[tuple[float, str, str]]:
-    """Draw the lines; labels of their ends: value, text and color."""
-    ranked = sorted(curves, key=lambda name: -curves[name][-1][1])
-    named = set(ranked if len(ranked) <= len(COLORS) else ranked[:HIGHLIGHTED])
-    colors = dict(zip([name for name in curves if name in named], COLORS, strict=False))
+def _draw_lines(ax: Axes, curves: Mapping[str, Curve]) -> list[_Label]:
+    """Draw the lines; return the labels of their ends."""
+    ends = {name: curve[-1][1] for name, curve in curves.items()}
+    named = sorted(ends, key=lambda name: -ends[name])
+    if len(named) > len(COLORS):
+        named = named[:HIGHLIGHTED]
+
+    labels: list[_Label] = []
+    others: list[float] = []
     for name, curve in curves.items():
-        steps, values = zip(*curve, strict=True)
-        color, front = colors.get(name, OTHERS), name in named
+        if name in named:
+            color = COLORS[len(labels)]
+            labels.append(_Label(ends[name], _shorten(name), color))
+            style: dict[str, Any] = {"color": color, "lw": 1.6, "zorder": 3}
+        else:
+            others.append(ends[name])
+            style = {"color": OTHERS, "lw": 0.8, "zorder": 2}
         marker = "o" if len(curve) == 1 else None
-        ax.plot(
-            steps,
-            values,
-            color=color,
-            lw=1.6 if front else 0.8,
-            marker=marker,
-            ms=3.5,
-            zorder=3 if front else 2,
-            clip_on=False,
-        )
-    labels = [(curves[name][-1][1], _short(name), color) for name, color in colors.items()]
-    if others := [curves[name][-1][1] for name in curves if name not in named]:
-        labels.append((median(others), f"{len(others)} other layers", QUIET))
+        steps, values = zip(*curve, strict=True)
+        ax.plot(steps, values, marker=marker, ms=3.5, clip_on=False, **style)
+    if others:
+        labels.append(_Label(median(others), f"{len(others)} other layers", QUIET))
     return labels
 
 
-def _label_ends(ax: Axes, labels: list[tuple[float, str, str]]) -> None:
-    """Names right of the axes, at the height of what they name or as close to that as others leave room."""
+def _draw_labels(ax: Axes, labels: Sequence[_Label]) -> None:
+    """Write labels right of the axes, each as close to the height of its value as there is room."""
     to_axes = ax.transScale + ax.transLimits
-    heights = [float(to_axes.transform((ax.get_xlim()[0], value))[1]) for value, _, _ in labels]
-    for height, place, (_, text, color) in zip(heights, _apart(heights), labels, strict=True):
-        ax.plot(
-            [1.005, 1.03],
-            [height, place],
-            color=color,
-            lw=0.7,
-            transform=ax.transAxes,
-            clip_on=False,
-        )
-        ax.text(
-            1.04,
-            place,
-            text,
-            size=8,
-            color=color,
-            va="center",
-            transform=ax.transAxes,
-            parse_math=False,
-        )
+    left = ax.get_xlim()[0]
+    heights = [float(to_axes.transform((left, label.value))[1]) for label in labels]
+    for label, height, place in zip(labels, heights, _spread(heights), strict=True):
+        line = [height, place]
+        inside: dict[str, Any] = {"color": label.color, "transform": ax.transAxes}
+        ax.plot([1.005, 1.03], line, lw=0.7, clip_on=False, **inside)
+        ax.text(1.04, place, label.text, size=8, va="center", parse_math=False, **inside)
 
 
-def _apart(heights: Sequence[float]) -> list[float]:
-    """Heights at least a gap apart, in the same order, moved as little as can be: groups that would overlap share a mean."""
+def _spread(heights: Sequence[float]) -> list[float]:
+    """Move heights at least a gap apart, as little as possible, keeping their order.
+
+    With the gaps taken out, the order is all that has to hold: neighbours that break it are pooled
+    into blocks, and a block's members share its mean.
+    """
     order = sorted(range(len(heights)), key=lambda i: heights[i])
     blocks: list[list[float]] = []
     for rank, i in enumerate(order):
         blocks.append([heights[i] - rank * _GAP])
-        while len(blocks) > 1 and sum(blocks[-2]) / len(blocks[-2]) > sum(blocks[-1]) / len(
-            blocks[-1]
-        ):
+        while len(blocks) > 1 and _mean(blocks[-2]) > _mean(blocks[-1]):
             last = blocks.pop()
             blocks[-1] += last
-    means = [sum(block) / len(block) for block in blocks for _ in block]
-    top = 1.0 - (len(order) - 1) * _GAP
-    places = {
-        i: max(0.0, min(mean, top)) + rank * _GAP
-        for rank, (i, mean) in enumerate(zip(order, means, strict=True))
-    }
-    return [places[i] for i in range(len(heights))]
+
+    highest = 1.0 - (len(order) - 1) * _GAP
+    places = [0.0] * len(heights)
+    rank = 0
+    for block in blocks:
+        start = max(0.0, min(_mean(block), highest))
+        for _ in block:
+            places[order[rank]] = start + rank * _GAP
+            rank += 1
+    return places
 
 
-def _draw_angles(ax: Axes, layer: Angles) -> None:
-    """One layer's panel: as much around a right angle as either the neurons or random ones reach."""
-    counts = torch.tensor(layer.counts, dtype=torch.float64)
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+# Panels of angles
+
+
+def _draw_panel(ax: Axes, layer: Angles) -> None:
+    """Draw one layer's pairs by angle, and those of as many random neurons."""
+    counts = torch.tensor(layer.counts, dtype=torch.float64)  # (bins,)
     expected = expected_angles(float(counts.sum()), layer.dimension, len(counts))
-    reached = ((counts > 0) | (expected >= _FEWEST)).nonzero()
-    middle, total = len(counts) // 2, len(counts)
-    half = max(
-        [total // 18, *(int(max(middle - i, i + 1 - middle)) for i in reached.flatten().tolist())]
-    )
-    parts = min(max(_PARTS[0], int(counts.sum()) // 8), _PARTS[1])
-    merged = max(1, math.ceil(2 * half / parts))
-    half = math.ceil(half / merged) * merged
-    if half > middle:  # all of it, in equal parts
-        half, merged = middle, max(part for part in range(1, merged + 1) if total % part == 0)
-    shown = [
-        one[middle - half : middle + half].reshape(-1, merged).sum(1) for one in (counts, expected)
-    ]
-    edges = 90.0 + torch.arange(-half, half + 1, merged) * (180.0 / total)
-    ax.stairs(
-        shown[0].tolist(),
-        edges.tolist(),
-        baseline=_FEWEST,
-        fill=True,
-        color=NEURONS,
-        alpha=0.75,
-        lw=0,
-    )
-    line = ax.plot(((edges[1:] + edges[:-1]) / 2).tolist(), shown[1].tolist(), color=RANDOM, lw=1.3)
+    reach, width = _window(counts, expected)
+    middle = len(counts) // 2
+    shown = slice(middle - reach, middle + reach)
+    bars = counts[shown].reshape(-1, width).sum(1)
+    curve = expected[shown].reshape(-1, width).sum(1)
+    edges = 90.0 + torch.arange(-reach, reach + 1, width) * (180.0 / len(counts))
+    centers = (edges[1:] + edges[:-1]) / 2
+
+    filled: dict[str, Any] = {"fill": True, "color": NEURONS, "alpha": 0.75, "lw": 0}
+    ax.stairs(bars.tolist(), edges.tolist(), baseline=_FEWEST, **filled)
+    line = ax.plot(centers.tolist(), curve.tolist(), color=RANDOM, lw=1.3)
     line[0].set_path_effects([withStroke(linewidth=2.4, foreground="white")])
-    _plain_axes(ax)
-    ax.set_yscale("log")
-    ax.set_ylim(_FEWEST, 2.0 * max(1.0, *(float(one.max()) for one in shown)))
-    few = max(float(one.max()) for one in shown) < 100
-    ax.yaxis.set_major_locator(
-        LogLocator(subs=(1.0, 2.0, 5.0) if few else (1.0,), numticks=8 if few else 5)
-    )
-    ax.yaxis.set_major_formatter(
-        FuncFormatter(lambda y, _: "" if y < 1 else f"{y:,.0f}" if y < 1e6 else f"{y / 1e6:,.0f}M")
-    )
-    ax.yaxis.set_minor_locator(NullLocator())
+    _style_axes(ax)
+    _scale_pairs(ax, max(float(bars.max()), float(curve.max())))
     ax.set_xlim(float(edges[0]), float(edges[-1]))
     ax.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 1.5, 3, 4.5, 5, 10]))
     ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}°"))
-    for text, size, color, height in (
-        (_short(layer.name), 8.5, INK, 18),
-        (layer.note, 7, QUIET, 7),
-    ):
-        above: dict[str, Any] = {
-            "xy": (0, 1),
-            "xycoords": "axes fraction",
-            "xytext": (0, height),
-            "textcoords": "offset points",
-        }
-        ax.annotate(text, **above, size=size, color=color, parse_math=False)
+    _write_above(ax, 18, _shorten(layer.name), size=8.5, color=INK)
+    _write_above(ax, 7, layer.note, size=7, color=QUIET)
 
 
-def _short(name: str, longest: int = 26) -> str:
+def _window(counts: Tensor, expected: Tensor) -> tuple[int, int]:
+    """Choose what a panel shows of pairs by angle, counted and expected, (bins,) each.
+
+    Returns:
+        The bins shown on either side of a right angle, as many as the neurons or random ones
+        reach, and how many bins are merged into one bar.
+    """
+    bins = len(counts)
+    middle = bins // 2
+    reach = bins // 18  # at least 10 degrees
+    reached = ((counts > 0) | (expected >= _FEWEST)).nonzero().flatten()
+    if len(reached):
+        distances = torch.maximum(middle - reached, reached + 1 - middle)
+        reach = max(reach, int(distances.max()))
+    few, many = _BARS
+    bars = min(max(few, int(counts.sum()) // 8), many)
+    width = max(1, math.ceil(2 * reach / bars))
+    reach = math.ceil(reach / width) * width
+    if reach > middle:  # show all bins, in bars of equal width
+        reach = middle
+        while bins % width:
+            width -= 1
+    return reach, width
+
+
+def _scale_pairs(ax: Axes, most: float) -> None:
+    """Set a logarithmic axis of up to ``most`` pairs."""
+    ax.set_yscale("log")
+    ax.set_ylim(_FEWEST, 2.0 * max(1.0, most))
+    if most < 100:
+        ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=8))
+    else:
+        ax.yaxis.set_major_locator(LogLocator(subs=(1.0,), numticks=5))
+    ax.yaxis.set_major_formatter(FuncFormatter(_pairs_text))
+    ax.yaxis.set_minor_locator(NullLocator())
+
+
+def _pairs_text(pairs: float, _: int | None) -> str:
+    if pairs < 1:
+        return ""
+    if pairs < 1e6:
+        return f"{pairs:,.0f}"
+    return f"{pairs / 1e6:,.0f}M"
+
+
+def _write_above(ax: Axes, points: float, text: str, *, size: float, color: str) -> None:
+    """Write text above the axes, as many points over them."""
+    ax.annotate(
+        text,
+        xy=(0, 1),
+        xycoords="axes fraction",
+        xytext=(0, points),
+        textcoords="offset points",
+        size=size,
+        color=color,
+        parse_math=False,
+    )
+
+
+def _shorten(name: str, longest: int = 26) -> str:
     """The end of a long name, which tells layers apart."""
-    return name if len(name) <= longest else f"…{name[1 - longest :]}"
+    if len(name) <= longest:
+        return name
+    return f"…{name[1 - longest :]}"
