@@ -141,8 +141,8 @@ class Drawing:
             coefficient=1e-3, figures_every_n_steps=1, verbose=False
         )
         self.folder, self.times = folder, list[float]()
-        show = self.drawn._chronicle.gallery.show
-        self.drawn._chronicle.gallery.show = partial(self.timed, show)
+        show = self.drawn._figures.show
+        self.drawn._figures.show = partial(self.timed, show)
 
     def timed(self, show: Callable[..., None], *args: object) -> None:
         """Draw with a stopwatch."""

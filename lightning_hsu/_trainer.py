@@ -1,10 +1,10 @@
-"""What the callback asks of a Trainer: its strategy, optimizers, scaler and logging steps; and what it warns of."""
+"""What the callback asks of a Trainer, and what it warns of."""
 
 from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -20,20 +20,22 @@ from torch.optim import Optimizer
 
 from lightning_hsu._engine.layer import Layer
 from lightning_hsu._monitor.measure import LayerUniformity
-from lightning_hsu._neurons.sharding import Replicas, leaves_of
-
-_KNOWN = {"SingleDeviceStrategy", "DDPStrategy", "FSDPStrategy", "ModelParallelStrategy"}
+from lightning_hsu._neurons.placement import known_strategies, placement_for_strategy
 
 
 def _bases() -> tuple[type, ...]:
-    """Callback, of lightning and, where it can be imported too, of pytorch_lightning: the same code under two names."""
-    log, category = rank_zero.log, rank_zero.rank_zero_deprecation_category
+    """Callback of lightning and, if it is installed, of pytorch_lightning, the same code."""
+    log = rank_zero.log
+    category = rank_zero.rank_zero_deprecation_category
     try:
         return pl.Callback, import_module("pytorch_lightning").Callback
     except Exception:  # not installed, or broken: then nobody has a Trainer of it
         return (pl.Callback,)
-    finally:  # either package, imported, makes its own logger that of all messages; the user may have silenced the other
-        rank_zero.log, rank_zero.rank_zero_deprecation_category = log, category
+    finally:
+        # Each package, once imported, sends all messages through its own logger. The user may have
+        # silenced the other one.
+        rank_zero.log = log
+        rank_zero.rank_zero_deprecation_category = category
 
 
 if TYPE_CHECKING:
@@ -45,15 +47,19 @@ else:
 
 
 class AfterStep:
-    """Calls ``act(optimizer)`` after each real step, once: an optimizer whose step calls its parent's runs its hooks twice."""
+    """Calls ``act(optimizer)`` once per completed step, even if ``step`` calls ``super().step()``.
+
+    Args:
+        optimizer: The optimizer to hook.
+        act: What to call.
+    """
 
     def __init__(self, optimizer: Optimizer, act: Callable[[Optimizer], None]) -> None:
         self._act = act
-        self._outermost: FrameType | None = None
-        self._handles = (
-            optimizer.register_step_pre_hook(self._before),
-            optimizer.register_step_post_hook(self._after),
-        )
+        self._outermost: FrameType | None = None  # torch's frame around the step that was called
+        before = optimizer.register_step_pre_hook(self._before)
+        after = optimizer.register_step_post_hook(self._after)
+        self._handles = [before, after]
 
     def remove(self) -> None:
         """Take the hooks off the optimizer."""
@@ -61,10 +67,9 @@ class AfterStep:
             handle.remove()
 
     def _before(self, *_: Any) -> None:
-        step = sys._getframe(1)  # torch's, around this call of step
-        if not _is_within(
-            step, self._outermost
-        ):  # else it is a parent's; a step that raised an error is not around this one
+        step = sys._getframe(1)
+        # A parent's step is called within. A step that raised an error is not around this one.
+        if self._outermost is None or not _is_within(step, self._outermost):
             self._outermost = step
 
     def _after(self, optimizer: Optimizer, *_: Any) -> None:
@@ -73,39 +78,54 @@ class AfterStep:
             self._act(optimizer)
 
 
-def _is_within(frame: FrameType | None, outer: FrameType | None) -> bool:
+def _is_within(frame: FrameType | None, outer: FrameType) -> bool:
     """Whether a frame was called, however indirectly, by another."""
-    while outer is not None and frame is not None:
+    while frame is not None:
         if frame is outer:
             return True
         frame = frame.f_back
     return False
 
 
-class StepUnderWay:
-    """The state from before an optimizer step that is not complete: interrupted, it will be done again."""
+class OpenStep:
+    """The optimizer step under way, and the state from before it.
+
+    A step that is interrupted will be done again, from that state.
+    """
 
     def __init__(self) -> None:
         self._trainer: weakref.ref[pl.Trainer] | None = None
-        self._step, self._before = -1, dict[str, Any]()
+        self._step = -1
+        self._state: dict[str, Any] = {}
+        self._counted: list[int | None] = []  # the optimizer whose step is counted already
 
     def begin(self, trainer: pl.Trainer, state: Callable[[], dict[str, Any]]) -> None:
-        """Keep the state, unless it is that of the same step."""
+        """Keep the state, unless this step has begun already."""
         if self._trainer is None or self._step != trainer.global_step:
-            self._trainer, self._step, self._before = (
-                weakref.ref(trainer),
-                trainer.global_step,
-                state(),
-            )
+            self._trainer = weakref.ref(trainer)
+            self._step = trainer.global_step
+            self._state = state()
+            self._counted = []
+
+    def is_counted(self, index: int | None) -> bool:
+        """Whether the step of the optimizer at this position is counted: a closure runs again."""
+        return index in self._counted
+
+    def count(self, index: int | None) -> None:
+        """Note that the step of the optimizer at this position is counted."""
+        self._counted = [index]
 
     def end(self) -> None:
         """The step is complete, whether or not Lightning counts it."""
         self._trainer = None
+        self._counted = []
 
-    def state(self) -> dict[str, Any] | None:
-        """The state from before; None if no step is under way."""
+    def state_before(self) -> dict[str, Any] | None:
+        """The state from before the step; None if no step is under way."""
         trainer = None if self._trainer is None else self._trainer()
-        return self._before if trainer is not None and self._step == trainer.global_step else None
+        if trainer is None or self._step != trainer.global_step:
+            return None
+        return self._state
 
 
 def check_settings(prefix: object, split_above: object) -> None:
@@ -119,64 +139,74 @@ def check_settings(prefix: object, split_above: object) -> None:
 
 
 def check_training(trainer: pl.Trainer, pl_module: pl.LightningModule, apply: str) -> None:
-    """Refuse what cannot be right: strategies that are not known, and a term in losses that are not ours to change."""
-    # By name: pytorch_lightning has classes of its own under the same names.
-    kinds, strategy = type(trainer.strategy).__mro__, type(trainer.strategy).__name__
-    known = next(
-        (
-            kind.__name__
-            for kind in kinds
-            if kind.__module__.startswith(("lightning.", "pytorch_lightning."))
-        ),
-        "",
-    )
-    if known not in _KNOWN:
+    """Refuse unknown strategies, and ``apply="loss"`` where losses are not ours to change."""
+    strategy = type(trainer.strategy).__name__
+    known = _lightning_class(trainer.strategy)
+    if known not in known_strategies():
         raise NotImplementedError(
-            f"HypersphericalUniformity does not support {strategy}: it may keep weights or gradients where the penalty cannot "
-            "see them. Use 'ddp', 'fsdp', ModelParallelStrategy or a single device, or take the callback out."
+            f"HypersphericalUniformity does not support {strategy}: it may keep weights or gradients "
+            "where the penalty cannot see them. Use 'ddp', 'fsdp', ModelParallelStrategy or a single "
+            "device, or take the callback out."
         )
     if apply != "loss":
         return
     if not pl_module.automatic_optimization:
         raise NotImplementedError(
-            "apply='loss' adds the penalty at each backward, and manual optimisation may call any number of them: use "
-            "apply='gradient' or 'decoupled', which count optimizer steps, or add UniformityRegularizer.penalty() to your loss"
+            "apply='loss' adds the penalty at each backward, and manual optimisation may call any "
+            "number of them: use apply='gradient' or 'decoupled', which count optimizer steps, or add "
+            "UniformityRegularizer.penalty() to your loss"
         )
-    if known == "FSDPStrategy":
-        raise NotImplementedError(
-            f"apply='loss' does not reach the flat pieces in which {strategy} keeps the weights: use apply='gradient' or "
-            "'decoupled', or ModelParallelStrategy"
-        )
+    placement = placement_for_strategy(known)
+    if placement is not None and placement.loss_refusal is not None:
+        raise NotImplementedError(placement.loss_refusal.format(strategy=strategy))
 
 
-def check_used(trainer: pl.Trainer, loss: Tensor, layers: list[Layer]) -> None:
-    """Refuse a term for parameters that DDP's find_unused_parameters has settled without a gradient."""
+def _lightning_class(strategy: object) -> str:
+    """Name of the nearest class of Lightning's own; its two packages have classes of one name."""
+    for kind in type(strategy).__mro__:
+        if kind.__module__.startswith(("lightning.", "pytorch_lightning.")):
+            return kind.__name__
+    return ""
+
+
+def check_used(trainer: pl.Trainer, loss: Tensor, layers: Sequence[Layer]) -> None:
+    """Refuse a penalty on parameters that DDP's find_unused_parameters closed without a gradient."""
     model = trainer.strategy.model
     if not (isinstance(model, DistributedDataParallel) and model.find_unused_parameters):
         return
-    used = leaves_of(loss)
+    used = _leaves_of(loss)
     for layer in layers:
-        own = {id(p) for p in layer.parameters if p.requires_grad}
-        if layer.strength != 0 and own and not own & used:
-            name = layer.target.name
+        trained = {id(p) for p in layer.parameters if p.requires_grad}
+        if layer.strength != 0 and trained and not trained & used:
             raise RuntimeError(
-                f"layer '{name}' {layer.target.shape} took no part in this batch's loss, and DDP with "
-                "find_unused_parameters=True has closed its gradient before apply='loss' could add the penalty: use "
-                f"apply='gradient', or exclude='{name}'"
+                f"layer '{layer.name}' {layer.target.shape} took no part in this batch's loss, and DDP "
+                "with find_unused_parameters=True has closed its gradient before apply='loss' could "
+                f"add the penalty: use apply='gradient', or exclude='{layer.name}'"
             )
 
 
-def replicas_of(trainer: pl.Trainer, split_above: int | None) -> Replicas | None:
-    """The ranks that train the same weights by DDP, where large layers are to be split over them."""
-    if (
-        split_above is None
-        or trainer.world_size == 1
-        or not isinstance(trainer.strategy.model, DistributedDataParallel)
-    ):
-        return None
+def _leaves_of(loss: Tensor) -> set[int]:
+    """Ids of the parameters on which a loss depends."""
+    reached: set[Any] = set()
+    waiting: list[Any] = [loss.grad_fn]
+    leaves = set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in reached:
+            continue
+        reached.add(node)
+        variable = getattr(node, "variable", None)
+        if variable is not None:
+            leaves.add(id(variable))
+        waiting += [parent for parent, _ in node.next_functions]
+    return leaves
+
+
+def usable_split(trainer: pl.Trainer, split_above: int | None) -> int | None:
+    """From how many neurons on ranks share a layer's work; None where they cannot."""
     if getattr(trainer.strategy, "_model_averager", None) is not None:
         return None  # local SGD: between averages each rank has weights of its own
-    return Replicas(trainer.strategy.model.process_group, split_above)
+    return split_above
 
 
 def is_logging_step(trainer: pl.Trainer) -> bool:
@@ -186,30 +216,32 @@ def is_logging_step(trainer: pl.Trainer) -> bool:
 
 
 def position(trainer: pl.Trainer, optimizer: Optimizer) -> int | None:
-    """Position of the optimizer among the trainer's, so that a resumed schedule finds its count."""
-    return next((i for i, other in enumerate(trainer.optimizers) if other is optimizer), None)
+    """Position of an optimizer among the trainer's, so that a resumed schedule finds its count."""
+    for i, other in enumerate(trainer.optimizers):
+        if other is optimizer:
+            return i
+    return None
 
 
 def remaining_scale(trainer: pl.Trainer, optimizer: Optimizer) -> float:
-    """The GradScaler's factor where Lightning leaves it in the gradients: fused optimizers unscale in their own step."""
+    """The GradScaler's factor where Lightning leaves it in the gradients.
+
+    It does for fused optimizers, which unscale in their own step.
+    """
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     if scaler is None or not getattr(optimizer, "_step_supports_amp_scaling", False):
         return 1.0
-    # Its step asks the same: in manual optimisation you may have unscaled the gradients, to clip them.
+    # Its step asks the same: in manual optimisation you may have unscaled the gradients yourself.
     state = scaler._per_optimizer_states.get(id(optimizer))
-    return (
-        1.0
-        if state is not None and state["stage"] is not OptState.READY
-        else float(scaler.get_scale())
-    )
+    if state is not None and state["stage"] is not OptState.READY:
+        return 1.0
+    return float(scaler.get_scale())
 
 
 def loss_factor(trainer: pl.Trainer, loss: Tensor) -> Tensor | float:
-    """What the loss before backward is multiplied by: the GradScaler's factor over the number of accumulated batches."""
-    scaler, share = (
-        getattr(trainer.precision_plugin, "scaler", None),
-        1.0 / trainer.accumulate_grad_batches,
-    )
+    """What the loss before backward is multiplied by: the scaler's factor over accumulated batches."""
+    share = 1.0 / trainer.accumulate_grad_batches
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
     if scaler is None:
         return share
     scaled: Tensor = scaler.scale(torch.full((), share, device=loss.device))
@@ -217,48 +249,52 @@ def loss_factor(trainer: pl.Trainer, loss: Tensor) -> Tensor | float:
 
 
 class Warnings:
-    """Warnings of one fit, and which of them were given."""
+    """The warnings of one fit, each given once."""
 
     def __init__(self) -> None:
-        self._nonfinite, self._unreached, self._searched = set[str](), set[str](), False
+        self._nonfinite: set[str] = set()  # layers that were named
+        self._unreached: set[str] = set()
+        self._line_search = False
 
     def line_search(self, optimizer: Optimizer) -> None:
-        """A search along the gradient compares losses, and these are the task's alone."""
-        if getattr(optimizer, "defaults", {}).get("line_search_fn") and not self._searched:
-            self._searched = True
-            rank_zero_warn(
-                f"{type(optimizer).__name__} with a line search: the gradient has the penalty, the loss that the search "
-                "compares has not. Use line_search_fn=None."
-            )
+        """Warn of a search along the gradient: it compares losses, which are the task's alone."""
+        if self._line_search or not getattr(optimizer, "defaults", {}).get("line_search_fn"):
+            return
+        self._line_search = True
+        rank_zero_warn(
+            f"{type(optimizer).__name__} with a line search: the gradient has the penalty, the loss "
+            "that the search compares has not. Use line_search_fn=None."
+        )
 
     def nonfinite(self, measured: Sequence[LayerUniformity]) -> None:
-        """Layers whose weights broke: training is lost, and the user should know where it began."""
-        broken = [
-            layer for layer in measured if layer.nonfinite and layer.name not in self._nonfinite
-        ]
+        """Warn of layers whose weights broke: a user should know where training was lost."""
+        broken = []
+        for layer in measured:
+            if layer.nonfinite and layer.name not in self._nonfinite:
+                self._nonfinite.add(layer.name)
+                shape = f"{layer.neurons} x {layer.dimension}"
+                broken.append(f"'{layer.name}' ({shape}): {layer.nonfinite} neurons")
         if broken:
-            self._nonfinite |= {layer.name for layer in broken}
-            named = "; ".join(
-                f"'{x.name}' ({x.neurons} x {x.dimension}): {x.nonfinite} neurons" for x in broken
-            )
             rank_zero_warn(
-                f"NaN or infinite weights in layer {named}. Such neurons are left out of the penalty. Lower the learning "
-                "rate, or find the first bad step with Trainer(detect_anomaly=True)."
+                f"NaN or infinite weights in layer {'; '.join(broken)}. Such neurons are left out of "
+                "the penalty. Lower the learning rate, or find the first bad step with "
+                "Trainer(detect_anomaly=True)."
             )
 
     def unreached(self, names: Sequence[str]) -> None:
-        """Layers where the penalty does not arrive: nothing is worse than one that is silently absent."""
-        names = [name for name in names if name not in self._unreached]
-        if names:
-            self._unreached |= set(names)
+        """Warn of layers that the penalty does not reach, so that it is never silently absent."""
+        new = [name for name in names if name not in self._unreached]
+        if new:
+            self._unreached.update(new)
             rank_zero_warn(
-                f"the penalty has not reached layer {', '.join(map(repr, names))} so far: these weights are in no optimizer "
-                "that steps through Lightning, or got no gradient. With manual optimisation use self.optimizers(), not "
-                "use_pl_optimizer=False; leave out a layer that is not trained with exclude=."
+                f"the penalty has not reached layer {', '.join(map(repr, new))} so far: these weights "
+                "are in no optimizer that steps through Lightning, or got no gradient. With manual "
+                "optimisation use self.optimizers(), not use_pl_optimizer=False; leave out a layer "
+                "that is not trained with exclude=."
             )
 
-    def idle(self, reasons: dict[str, str]) -> None:
-        """Layers whose penalty has no force."""
+    def idle(self, reasons: Mapping[str, str]) -> None:
+        """Warn of layers in which the penalty exerts no force."""
         if reasons:
             named = "; ".join(f"'{name}': {reason}" for name, reason in reasons.items())
             rank_zero_warn(f"the penalty does nothing in layer {named}")

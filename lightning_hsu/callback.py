@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -15,13 +17,39 @@ from lightning_hsu._checks import check_choice
 from lightning_hsu._engine.apply import GradientStats
 from lightning_hsu._figures.recorder import FigureRecorder
 from lightning_hsu._monitor.measure import LayerUniformity, aggregates, by_layer
+from lightning_hsu._monitor.tables import BeforeAfter
+from lightning_hsu._neurons.placement import placement_of
 from lightning_hsu._neurons.select import uninitialized
-from lightning_hsu.chronicle import Chronicle
 from lightning_hsu.coefficients import Strength, Strengths
 from lightning_hsu.measures import Measure
 from lightning_hsu.regularizer import UniformityRegularizer
 
 _LOGGING = ("log", "log_dict")  # bound methods of the model, which Lightning hangs onto callbacks
+
+
+@dataclass
+class _Fit:
+    """What belongs to one fit; made anew for each.
+
+    Attributes:
+        hooks: On the optimizers.
+        stats: Of the updates since the last batch ended, by layer.
+        open_step: The optimizer step under way.
+        warnings: Which were given.
+        before_after: The first measurement.
+        has_measured: Whether anything was logged or drawn so far.
+        has_run: Whether a batch was done so far.
+        seen_step: Global step when the last batch ended.
+    """
+
+    hooks: list[_trainer.AfterStep] = field(default_factory=list)
+    stats: dict[str, GradientStats] = field(default_factory=dict)
+    open_step: _trainer.OpenStep = field(default_factory=_trainer.OpenStep)
+    warnings: _trainer.Warnings = field(default_factory=_trainer.Warnings)
+    before_after: BeforeAfter = field(default_factory=BeforeAfter)
+    has_measured: bool = False
+    has_run: bool = False
+    seen_step: int = 0
 
 
 class HypersphericalUniformity(_trainer.EveryCallback):
@@ -113,39 +141,26 @@ class HypersphericalUniformity(_trainer.EveryCallback):
             sample_above=sample_above,
         )
         _trainer.check_settings(prefix, split_above)
-        coefficients = [self.regularizer.coefficient, self.regularizer.head_coefficient]
-        if apply == "loss" and any(one is not None and one.has_share for one in coefficients):
+        if apply == "loss" and self.regularizer.has_share:
             raise ValueError(
-                "a Share needs the task's gradient apart from the loss: use apply='gradient' or 'decoupled'"
+                "a Share needs the task's gradient apart from the loss: use apply='gradient' or "
+                "'decoupled'"
             )
-        self.apply, self.split_above, self.prefix, self.verbose = (
-            apply,
-            split_above,
-            prefix,
-            verbose,
-        )
-        self._hooks: list[_trainer.AfterStep] = []
-        self._notes: dict[str, GradientStats] = {}
-        self._under_way = _trainer.StepUnderWay()
-        self._fresh, self._ran = True, False  # nothing measured, no batch done yet in this fit
-        self._seen_step = 0  # global step at the last batch's end
-        self._warnings, self._chronicle = (
-            _trainer.Warnings(),
-            Chronicle(FigureRecorder(prefix, figures_every_n_steps)),
-        )
-        self._counted: tuple[int | None, int] = (
-            None,
-            -1,
-        )  # optimizer and global step of the last application
+        self.apply = apply
+        self.split_above = split_above
+        self.prefix = prefix
+        self.verbose = verbose
+        self._figures = FigureRecorder(prefix, figures_every_n_steps)
+        self._fit = _Fit()
 
     @property
     def state_key(self) -> str:
-        """Tells several instances apart; all else stays out, so that a changed setting still finds its state."""
+        """Tells several instances apart; a changed setting still finds its state."""
         return self._generate_state_key(prefix=self.prefix)
 
     def state_dict(self) -> dict[str, Any]:
-        """Where training stands: after the last complete step, for one that is interrupted will be done again."""
-        before = self._under_way.state()
+        """Where training stands after the last complete step; an interrupted one is done again."""
+        before = self._fit.open_step.state_before()
         return self.regularizer.state_dict() if before is None else before
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -154,16 +169,17 @@ class HypersphericalUniformity(_trainer.EveryCallback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Start counting anew with a new trainer; a checkpoint's counts are loaded after this."""
-        if stage == "fit":
-            self._release()  # from a fit whose end Lightning could not tell, since another callback failed at that
-            before = {"steps": []} if trainer.global_step == 0 else self._under_way.state()
-            if (
-                before is not None
-            ):  # a new training, or one that was broken off within a step, which is done again
+        if stage != "fit":
+            return
+        self._release()  # from a fit whose end we were not told of: another callback failed then
+        if trainer.global_step == 0:
+            self.regularizer.load_state_dict({"steps": []})
+        else:
+            before = self._fit.open_step.state_before()
+            if before is not None:  # broken off within a step, which is done again
                 self.regularizer.load_state_dict(before)
-            self._notes, self._fresh, self._warnings = {}, True, _trainer.Warnings()
-            self._chronicle.begin()
-            self._counted, self._ran, self._under_way = (None, -1), False, _trainer.StepUnderWay()
+        self._fit = _Fit()
+        self._figures.begin()
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Find the neurons; lazy layers have none before their first batch."""
@@ -172,65 +188,76 @@ class HypersphericalUniformity(_trainer.EveryCallback):
             self._attach(trainer, pl_module)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Note where a resumed fit stands, and whenever an optimizer has stepped."""
-        self._seen_step = trainer.global_step
-        self._hooks = [
-            _trainer.AfterStep(one, partial(self._after_step, trainer, pl_module))
-            for one in trainer.optimizers
-        ]
-        self._chronicle.start(trainer, self.regularizer, self.verbose)
+        """Note where a resumed fit stands, hook the optimizers, and measure before the first step."""
+        self._fit.seen_step = trainer.global_step
+        act = partial(self._after_step, trainer, pl_module)
+        self._fit.hooks = [_trainer.AfterStep(optimizer, act) for optimizer in trainer.optimizers]
+        if self.regularizer.layers and self._tells(trainer):
+            self._keep(trainer, self.regularizer.measure_layers(), {})
 
     def on_before_backward(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor
     ) -> None:
-        """Add the term to the loss: here it is divided by the accumulated batches and scaled."""
+        """Add the penalty to the loss: here it is divided by the accumulated batches and scaled."""
         if self.apply != "loss":
             return
         self._attach(trainer, pl_module)
-        if self.regularizer.active:
-            _trainer.check_used(trainer, loss, self.regularizer.layers)
-            again = self._counted == (0, trainer.global_step)
-            self._under_way.begin(trainer, self.regularizer.state_dict)
-            optimizer, factor = trainer.optimizers[0], _trainer.loss_factor(trainer, loss)
-            self.regularizer.add_to_loss(loss, optimizer, index=0, factor=factor, again=again)
+        if not self.regularizer.active:
+            return
+        _trainer.check_used(trainer, loss, self.regularizer.layers)
+        open_step = self._fit.open_step
+        open_step.begin(trainer, self.regularizer.state_dict)
+        self.regularizer.add_to_loss(
+            loss,
+            trainer.optimizers[0],
+            index=0,
+            factor=_trainer.loss_factor(trainer, loss),
+            same_step=open_step.is_counted(0),
+        )
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
-        """Add the gradient: here it is reduced over ranks, unscaled, complete over accumulated batches and not yet clipped."""
+        """Add the gradient.
+
+        Here the task's gradient is reduced over ranks, unscaled and complete over accumulated
+        batches, but not yet clipped.
+        """
         self._attach(trainer, pl_module)
         if not self.regularizer.active:
             return
-        if (
-            self.apply == "decoupled"
-        ):  # a GradScaler may skip the step, and that is no reason for a warning
+        if self.apply == "decoupled":  # not a step yet: a GradScaler may skip it
             self.regularizer.note_reached(optimizer)
             return
         index = _trainer.position(trainer, optimizer)
-        again = self._counted == (index, trainer.global_step)
-        self._under_way.begin(trainer, self.regularizer.state_dict)
-        self._counted = index, trainer.global_step
-        self._warnings.line_search(optimizer)
+        fit = self._fit
+        fit.open_step.begin(trainer, self.regularizer.state_dict)
+        same_step = fit.open_step.is_counted(index)
+        fit.open_step.count(index)
+        fit.warnings.line_search(optimizer)
         if self.apply == "loss":
-            self.regularizer.count_step(optimizer, index=index, again=again)
+            self.regularizer.count_step(optimizer, index=index, same_step=same_step)
             return
-        scale, note = _trainer.remaining_scale(trainer, optimizer), self._will_measure(trainer)
-        self._notes |= self.regularizer.add_gradients(
-            optimizer, index=index, grad_scale=scale, note=note, again=again
+        fit.stats |= self.regularizer.add_gradients(
+            optimizer,
+            index=index,
+            grad_scale=_trainer.remaining_scale(trainer, optimizer),
+            stats=self._will_measure(trainer),
+            same_step=same_step,
         )
 
     def _after_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
-        """The step is complete, and may be the time to move the neurons; one that a GradScaler skips does not come here."""
-        self._counted = None, -1
-        self._under_way.end()
+        """Move the neurons after a complete step, if asked for; a skipped step does not come here."""
+        self._fit.open_step.end()
         if self.apply != "decoupled":
             return
         self._attach(trainer, pl_module)
         if self.regularizer.active:
-            index, note = _trainer.position(trainer, optimizer), self._will_measure(trainer)
-            self._notes |= self.regularizer.move(optimizer, index=index, note=note)
+            index = _trainer.position(trainer, optimizer)
+            stats = self._will_measure(trainer)
+            self._fit.stats |= self.regularizer.move(optimizer, index=index, stats=stats)
 
     def on_train_batch_end(
         self,
@@ -241,39 +268,38 @@ class HypersphericalUniformity(_trainer.EveryCallback):
         batch_idx: int,
     ) -> None:
         """Measure and log after the step, on logging steps only."""
-        self._ran |= batch_idx == 0 or trainer.global_step != self._seen_step
-        accumulating = trainer.global_step == self._seen_step and pl_module.automatic_optimization
-        if accumulating or not self.regularizer.layers:
+        fit = self._fit
+        has_stepped = trainer.global_step != fit.seen_step
+        if batch_idx == 0 or has_stepped:
+            fit.has_run = True
+        accumulates = pl_module.automatic_optimization and not has_stepped
+        if accumulates or not self.regularizer.layers:
             return
-        logs, draws = (
-            self._will_measure(trainer),
-            self._chronicle.gallery.due(trainer, self._seen_step),
-        )
-        self._seen_step = trainer.global_step
+        logs = self._will_measure(trainer)
+        draws = self._figures.due(trainer, fit.seen_step)
+        fit.seen_step = trainer.global_step
         if logs or draws:
             measured = self.regularizer.measure_layers()
-            self._chronicle.note(trainer, measured, self._shares())
+            self._keep(trainer, measured, self._shares())
             if logs:
                 self._log(trainer, pl_module, measured)
-                self._fresh = False
+                fit.has_measured = True
             if draws:
-                self._chronicle.gallery.show(
-                    trainer, self.regularizer.layers, self.regularizer.gathered
-                )
-        self._notes = {}
+                self._draw(trainer)
+        fit.stats = {}
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Say so, once, where the penalty does not arrive: nothing is worse than one that is silently absent."""
-        if not self._ran:
+        """Warn, once, of layers that the penalty does not reach."""
+        if not self._fit.has_run:
             return  # resumed so late in an epoch that there was no step in it
-        self._attach(trainer, pl_module)  # lazy layers, and no optimizer step that Lightning saw
-        self._warnings.unreached(self.regularizer.unreached())
+        self._attach(trainer, pl_module)  # lazy layers, where Lightning saw no optimizer step
+        self._fit.warnings.unreached(self.regularizer.unreached())
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Look back at the fit, and let go of the model and the optimizers."""
+        """Print how each layer stood and stands; let go of the model and the optimizers."""
         try:
-            if self._ran:
-                self._chronicle.conclude(trainer, self.regularizer, self.verbose)
+            if self._fit.has_run:
+                self._conclude(trainer)
         finally:
             self._release()
 
@@ -290,52 +316,96 @@ class HypersphericalUniformity(_trainer.EveryCallback):
     def __getstate__(self) -> dict[str, Any]:
         """Pickle and copy the settings and where training stands, never the model nor a hook."""
         kept = {name: value for name, value in self.__dict__.items() if name not in _LOGGING}
-        return kept | {"_hooks": [], "_notes": {}, "_under_way": _trainer.StepUnderWay()}
+        kept["_fit"] = replace(self._fit, hooks=[], stats={}, open_step=_trainer.OpenStep())
+        return kept
 
     def _release(self) -> None:
-        for hook in self._hooks:
+        """Let go of the model and the optimizers."""
+        for hook in self._fit.hooks:
             hook.remove()
-        self.__dict__ = self.__getstate__() | {"_under_way": self._under_way}
+        self._fit.hooks = []
+        self._fit.stats = {}
+        for name in _LOGGING:
+            self.__dict__.pop(name, None)
         self.regularizer.detach()
 
     def _attach(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Find the neurons, unless that is done."""
         if self.regularizer.layers:
             return
-        replicas = _trainer.replicas_of(trainer, self.split_above)
-        self.regularizer.attach(pl_module, wrapped=trainer.strategy.model, replicas=replicas)
-        self._warnings.idle(self.regularizer.idle())
+        split_above = _trainer.usable_split(trainer, self.split_above)
+        placement = placement_of(pl_module, trainer.strategy.model, split_above=split_above)
+        self.regularizer.attach(pl_module, placement=placement)
+        self._fit.warnings.idle(self.regularizer.idle())
         if self.verbose:
             rank_zero_info(f"Hyperspherical uniformity:\n{self.regularizer.table()}")
 
     def _will_measure(self, trainer: pl.Trainer) -> bool:
-        """Whether this batch ends with a measurement: a logging step, the first of a fit, the last of an epoch."""
-        return self._fresh or trainer.is_last_batch or _trainer.is_logging_step(trainer)
+        """Whether this batch ends with a measurement.
+
+        It does on logging steps, on the first step of a fit and on the last of an epoch.
+        """
+        if not self._fit.has_measured or trainer.is_last_batch:
+            return True
+        return _trainer.is_logging_step(trainer)
+
+    def _tells(self, trainer: pl.Trainer) -> bool:
+        """Whether something is told of the fit beside its metrics: a table or figures."""
+        return self.verbose or self._figures.wanted(trainer)
+
+    def _keep(
+        self, trainer: pl.Trainer, measured: list[LayerUniformity], shares: dict[str, float]
+    ) -> None:
+        """Keep a measurement, and the gradient shares of its step, for the table and the figures."""
+        self._fit.before_after.note(trainer.global_step, measured)
+        if self._figures.wanted(trainer):
+            self._figures.history.note(trainer.global_step, measured, shares)
+
+    def _draw(self, trainer: pl.Trainer) -> None:
+        """Draw the figures."""
+        self._figures.show(trainer, self.regularizer.layers, self.regularizer.gathered)
+
+    def _conclude(self, trainer: pl.Trainer) -> None:
+        """Draw once more, and print how each layer stood and stands."""
+        if not self.regularizer.layers or not self._tells(trainer):
+            return
+        # Anew, since another callback may have changed the weights, as averaging does.
+        measured = self.regularizer.measure_layers()
+        self._keep(trainer, measured, {})
+        if self._figures.wanted(trainer):
+            self._draw(trainer)
+        if self.verbose and trainer.is_global_zero:
+            layers = self.regularizer.layers
+            rank_zero_info(self._fit.before_after.table(trainer.global_step, layers, measured))
 
     def _shares(self) -> dict[str, float]:
-        return {
-            name: float(note.share) for name, note in self._notes.items() if note.share.isfinite()
-        }
+        """Norms of the added gradients over those of the task's, by layer, where they are finite."""
+        shares = {}
+        for name, stats in self._fit.stats.items():
+            share = float(stats.share)
+            if math.isfinite(share):
+                shares[name] = share
+        return shares
 
     def _log(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, measured: list[LayerUniformity]
     ) -> None:
-        """Aggregates through Lightning's log; layers to every logger, on logging steps."""
+        """Log aggregates through Lightning, and on logging steps the layers to every logger."""
         if not trainer.barebones:
-            limited = (
-                sum(int(note.limited) for note in self._notes.values()) if self._notes else None
-            )
+            limited = None
+            if self._fit.stats:
+                limited = sum(int(stats.limited) for stats in self._fit.stats.values())
             values = aggregates(measured, self.regularizer.current_penalty(measured), limited)
             pl_module.log_dict(self._prefixed(values), on_step=True, on_epoch=False, batch_size=1)
         if _trainer.is_logging_step(trainer):
-            self._warnings.nonfinite(measured)
-            step = (
-                trainer.fit_loop.epoch_loop._batches_that_stepped
-            )  # the step under which Lightning logs its own
-            varying = self.regularizer.progress.varying(self.regularizer.layers)
+            self._fit.warnings.nonfinite(measured)
+            # The step under which Lightning logs its own.
+            step = trainer.fit_loop.epoch_loop._batches_that_stepped
+            varying = self.regularizer.varying_coefficients()
+            values = self._prefixed(by_layer(measured, varying, self._shares()))
             for logger in trainer.loggers:
-                logger.log_metrics(
-                    self._prefixed(by_layer(measured, varying, self._shares())), step=step
-                )
+                logger.log_metrics(values, step=step)
 
     def _prefixed(self, values: dict[str, float]) -> dict[str, float]:
+        """Values under the names that are logged."""
         return {f"{self.prefix}/{name}": value for name, value in values.items()}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -11,27 +12,34 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_hsu._checks import check_choice, check_count, check_number
-from lightning_hsu._core import exact_arithmetic, lowered_products
+from lightning_hsu._core import lowered_products
 from lightning_hsu._engine.apply import GradientStats, LayerUpdate
-from lightning_hsu._engine.layer import Layer, idle_reason
-from lightning_hsu._engine.state import Progress
-from lightning_hsu._engine.step import Act, Use, act_on_all, learning_rates, loss_terms, lots
+from lightning_hsu._engine.layer import Layer
+from lightning_hsu._engine.plan import Plan, StepContext, learning_rates
+from lightning_hsu._engine.state import TrainingState
+from lightning_hsu._engine.step import act_on_buckets, loss_terms
 from lightning_hsu._monitor.measure import LayerUniformity, measure_layers
 from lightning_hsu._monitor.tables import describe
+from lightning_hsu._neurons.placement import Placement, is_dtensor, placement_of
 from lightning_hsu._neurons.select import Patterns, Skip, check_head, select
-from lightning_hsu._neurons.sharding import (
-    Replicas,
-    flat_sharded,
-    is_sharded,
-    reshard,
-    unwrapped,
-    whole_parameters,
-)
 from lightning_hsu._neurons.target import Target
+from lightning_hsu._neurons.wrappers import unwrapped
 from lightning_hsu.coefficients import Coefficient, Strength
-from lightning_hsu.measures import Measure, RieszEnergy
+from lightning_hsu.measures import Measure
 from lightning_hsu.measures.base import check_measure
+from lightning_hsu.measures.defaults import DEFAULT_MEASURE
 from lightning_hsu.measures.sampled import sampled_above
+
+
+@dataclass
+class _Attached:
+    """What holds the model; made anew where the model goes."""
+
+    model: nn.Module | None = None
+    placement: Placement = field(default_factory=Placement)
+    layers: list[Layer] = field(default_factory=list)
+    skips: list[Skip] = field(default_factory=list)
+    plan: Plan | None = None
 
 
 class UniformityRegularizer:
@@ -88,82 +96,91 @@ class UniformityRegularizer:
         sample_above: int | None = 16384,
     ) -> None:
         check_count("every_n_steps", every_n_steps)
-        check_count("sample_above", 1 if sample_above is None else sample_above)
+        if sample_above is not None:
+            check_count("sample_above", sample_above)
         if step_limit is not None:
             check_number(
                 "step_limit", step_limit, "> 0, or None for no limit", lambda limit: limit > 0
             )
-        self.measure = RieszEnergy(s=2.0, half_space=True) if measure is None else measure
+        self.measure = DEFAULT_MEASURE if measure is None else measure
         check_measure(self.measure)
         self.coefficient = Coefficient(coefficient)
-        self.head_coefficient = (
-            None if head_coefficient is None else Coefficient.of_head(head_coefficient)
-        )
-        self.include, self.exclude, self.head = include, exclude, head
+        self.head_coefficient: Coefficient | None = None
+        if head_coefficient is not None:
+            self.head_coefficient = Coefficient.of_head(head_coefficient)
+        self.include = include
+        self.exclude = exclude
+        self.head = head
+        self.every_n_steps = every_n_steps
+        self.step_limit = step_limit
         self.matmul_precision = check_choice(
             "matmul_precision", matmul_precision, "highest", "medium"
         )
-        self.every_n_steps, self.step_limit, self.sample_above = (
-            every_n_steps,
-            step_limit,
-            sample_above,
-        )
-        self.layers: list[Layer] = []
-        self.skips: list[Skip] = []
-        self.active = False  # whether any layer has a coefficient other than the number 0: else there is nothing to add
-        self.replicas: Replicas | None = None
-        self.progress = Progress(every_n_steps)
-        self._lots: list[list[Layer]] = []
-        self._model: nn.Module | None = None
-        self._root: nn.Module | None = None  # the model as FSDP1 wraps it
+        self.sample_above = sample_above
+        self.state = TrainingState()
+        self._attached = _Attached()
+
+    @property
+    def layers(self) -> list[Layer]:
+        """The layers that are measured, in the model's order; empty without a model."""
+        return self._attached.layers
+
+    @property
+    def skips(self) -> list[Skip]:
+        """The weights that are left out, with the reasons."""
+        return self._attached.skips
+
+    @property
+    def active(self) -> bool:
+        """Whether any layer has a coefficient other than the number 0."""
+        plan = self._attached.plan
+        return plan is not None and plan.is_active
+
+    @property
+    def has_share(self) -> bool:
+        """Whether a coefficient is, or holds, a share of the task's gradient."""
+        head = self.head_coefficient
+        return self.coefficient.has_share or (head is not None and head.has_share)
 
     def attach(
-        self,
-        model: nn.Module,
-        *,
-        wrapped: nn.Module | None = None,
-        replicas: Replicas | None = None,
+        self, model: nn.Module, *, placement: Placement | None = None
     ) -> UniformityRegularizer:
-        """Find the model's neurons; returns self. Where ranks share the weights, all must call it.
+        """Find the model's neurons; return self. Where ranks share the weights, all must call it.
 
         Args:
             model: The model, also as DDP, FSDP or Fabric wrap it.
-            wrapped: The same model within FSDP1, where that wraps it from outside.
-            replicas: The ranks that train this model by DDP, to compute large layers together; None computes all on each.
+            placement: How its weights lie over the ranks; None looks at the model.
 
         Raises:
-            ValueError: if a pattern matches nothing, no layer is left to measure, or ``head_coefficient`` has no head.
+            ValueError: if a pattern matches nothing, no layer is left to measure, or
+                ``head_coefficient`` has no head.
             NotImplementedError: if FSDP1 does not keep the original parameters.
         """
-        model, outside = unwrapped(model), unwrapped(model if wrapped is None else wrapped)
-        self._model, self._root, self.replicas = (
-            model,
-            outside if flat_sharded(outside) else None,
-            replicas,
-        )
-        with whole_parameters(self._root, with_grads=False):
-            targets, self.skips = select(model, self.include, self.exclude, self.head)
+        placement = placement_of(model) if placement is None else placement
+        model = unwrapped(model)
+        with placement.whole_parameters(with_grads=False):
+            targets, skips = select(
+                model, self.include, self.exclude, self.head, placement=placement
+            )
             self.coefficient.check_names([target.name for target in targets])
             if self.head_coefficient is not None:
                 check_head(targets)
-            self.layers = [self._layer(target) for target in targets]
-        self._lots = lots(self.layers, None if replicas is None else replicas.split_above)
-        self.progress.attach(model)
-        self.active = any(
-            not isinstance(layer.strength, (int, float)) or layer.strength > 0
-            for layer in self.layers
-        )
+            layers = [self._layer(target) for target in targets]
+            plan = Plan(layers, placement)
+        self._attached = _Attached(model, placement, layers, skips, plan)
+        self.state.attach(model)
         return self
 
     def detach(self) -> None:
         """Let go of the model; the step counts, the measures' states and the means of shares stay."""
-        self.progress.forget_model()
-        self.__dict__ |= self.__getstate__()
+        self.state.detach()
+        self._attached = _Attached()
 
     def penalty(self, step: int = 0) -> Tensor:
-        """Coefficient times penalty, summed over the layers: a differentiable scalar for a loss of your own.
+        """Coefficient times penalty, summed over the layers: a differentiable scalar for your loss.
 
-        Measures that carry a state, such as :class:`~lightning_hsu.measures.Covering`, take it one step on.
+        Measures that carry a state, such as :class:`~lightning_hsu.measures.Covering`, take it one
+        step on.
 
         Args:
             step: Optimizer steps done, for schedules.
@@ -172,7 +189,7 @@ class UniformityRegularizer:
             ValueError: for a :class:`~lightning_hsu.Share`, which needs the task's gradient apart.
         """
         self._check_attached()
-        self.progress.loss_step = None
+        self.state.now.loss_step = None
         return self._penalty(step, {}, 1.0)
 
     def add_to_loss(
@@ -182,43 +199,52 @@ class UniformityRegularizer:
         *,
         index: int | None = None,
         factor: Tensor | float = 1.0,
-        again: bool = False,
+        same_step: bool = False,
     ) -> None:
-        """Add coefficient times penalty to a loss in place, before its backward; :meth:`count_step` once a step.
+        """Add coefficient times penalty to a loss in place, before its backward.
+
+        Call :meth:`count_step` once a step.
 
         Args:
             loss: A scalar that its own graph does not need.
             optimizer: The optimizer that will step; its learning rates set the step limit.
-            index: Its position where there are several; by default the order in which they first step.
+            index: Its position where there are several; by default the order of their first steps.
             factor: Of the loss: a GradScaler's, over the number of accumulated batches.
-            again: The step is counted already: the optimizer evaluates its closure again (LBFGS).
+            same_step: The step is counted already: the optimizer evaluates its closure again (LBFGS).
         """
         self._check_attached()
-        if is_sharded(loss):
+        if is_dtensor(loss):
             raise NotImplementedError(
                 "the loss is a DTensor: add the penalty to its gradients, or return loss.full_tensor()"
             )
-        step = self.progress.counter.before(optimizer, index) - (1 if again else 0)
+        step = self.state.counter.before(optimizer, index)
+        if same_step:
+            step -= 1
         if step % self.every_n_steps == 0:
             with torch.enable_grad():
-                loss.add_(
-                    (self._penalty(step, learning_rates(optimizer), factor) * factor).to(loss)
-                )
+                term = self._penalty(step, learning_rates(optimizer), factor)
+                loss.add_((term * factor).to(loss))
 
     def count_step(
-        self, optimizer: Optimizer, *, index: int | None = None, again: bool = False
+        self, optimizer: Optimizer, *, index: int | None = None, same_step: bool = False
     ) -> None:
         """Count a step of an optimizer whose loss has the penalty."""
-        self.progress.counter.count(optimizer, index, again=again)
+        self.state.counter.count(optimizer, index, same_step=same_step)
         self.note_reached(optimizer)
 
     def note_reached(self, optimizer: Optimizer) -> None:
-        """Note the layers that an optimizer reaches at a step without an application; :meth:`unreached` has the others."""
-        if len(self.progress.reached) == len(self.layers):
+        """Note the layers that an optimizer reaches at a step without a penalty.
+
+        :meth:`unreached` names the others.
+        """
+        reached = self.state.now.reached
+        if len(reached) == len(self.layers):
             return
-        # Under FSDP1 all ranks gather the model for this, so only until some layer is reached; then all ranks know one.
-        with whole_parameters(None if self.progress.reached else self._root, with_grads=True):
-            self.progress.note_reached(self.layers, learning_rates(optimizer))
+        whole: AbstractContextManager[None] = nullcontext()
+        if not reached:  # under FSDP1 all ranks gather the model for this, until all know one layer
+            whole = self._attached.placement.whole_parameters(with_grads=True)
+        with whole:
+            self.state.note_reached(self.layers, learning_rates(optimizer))
 
     @torch.no_grad()
     def add_gradients(
@@ -227,151 +253,189 @@ class UniformityRegularizer:
         *,
         index: int | None = None,
         grad_scale: float = 1.0,
-        note: bool = False,
-        again: bool = False,
+        stats: bool = False,
+        same_step: bool = False,
     ) -> dict[str, GradientStats]:
-        """Add the penalty's gradient to ``.grad`` of the optimizer's own parameters; call it once per optimizer step.
+        """Add the penalty's gradient to ``.grad`` of the optimizer's parameters, once a step.
 
         Parameters that are frozen or have no gradient are left alone.
 
         Args:
             optimizer: The optimizer about to step; its learning rates set the step limit.
-            index: Its position where there are several; by default the order in which they first step.
-            grad_scale: Factor that the gradients still carry (a GradScaler's, for optimizers that unscale themselves).
-            note: Also return what was done, by layer.
-            again: The optimizer evaluates its closure again within the same step (LBFGS): do not count it.
+            index: Its position where there are several; by default the order of their first steps.
+            grad_scale: Factor that the gradients still carry (a GradScaler's, for optimizers that
+                unscale themselves).
+            stats: Also return what was done, by layer.
+            same_step: The optimizer evaluates its closure again within one step (LBFGS): do not
+                count it.
 
         Returns:
-            Notes by layer name; empty without ``note``, or on a step that ``every_n_steps`` leaves out.
+            Stats by layer name; empty without ``stats``, or on a step that ``every_n_steps`` leaves
+            out.
         """
-        return self._apply(LayerUpdate.add, optimizer, index, grad_scale, note, again)
-
-    @torch.no_grad()
-    def move(
-        self, optimizer: Optimizer, *, index: int | None = None, note: bool = False
-    ) -> dict[str, GradientStats]:
-        """Move the neurons along the sphere by learning rate times coefficient times gradient; call it after each step.
-
-        Their norms stay. Parameters that are frozen or have no gradient are left alone. Neurons that are computed from
-        parameters (weight_norm, pruning) follow these.
-
-        Args:
-            optimizer: The optimizer that has stepped; each parameter moves with its own group's learning rate.
-            index: Its position where there are several; by default the order in which they first step.
-            note: Also return what was done, by layer.
-
-        Returns:
-            Notes by layer name; empty without ``note``, or on a step that ``every_n_steps`` leaves out.
-        """
-        if (found_inf := getattr(optimizer, "found_inf", None)) is not None and bool(found_inf):
-            return {}  # a fused optimizer under a GradScaler that has skipped this step in its kernel
-        return self._apply(LayerUpdate.move, optimizer, index, 1.0, note, False)
-
-    def measure_layers(self) -> list[LayerUniformity]:
-        """Measure every layer as it is now, in the model's order; where ranks share the weights, all must call it."""
         self._check_attached()
-        with self.gathered():
-            return measure_layers(self.layers, self.progress.look)
-
-    def gathered(self) -> AbstractContextManager[None]:
-        """While the neurons of ``layers`` are read: under FSDP1 ranks hold them whole; all that share weights must call it."""
-        return whole_parameters(self._root, with_grads=False)
-
-    def current_penalty(self, measured: list[LayerUniformity]) -> float:
-        """Coefficient times penalty, summed over measured layers, at the coefficients last used."""
-        pairs = zip(self.layers, measured, strict=True)
-        return sum(self.progress.last_coefficient(layer) * one.penalty for layer, one in pairs)
-
-    def unreached(self) -> list[str]:
-        """Names of layers that have a coefficient but got no gradient so far; frozen ones are left out."""
-        missing = [
-            layer
-            for layer in self.layers
-            if layer.strength != 0 and layer.target.name not in self.progress.reached
-        ]
-        with self.gathered():
-            return [layer.target.name for layer in missing if not layer.frozen]
-
-    def idle(self) -> dict[str, str]:
-        """Layers that have a coefficient but feel no force, whatever their weights, with the reason and the way out."""
-        return {
-            layer.target.name: reason for layer in self.layers if (reason := idle_reason(layer))
-        }
-
-    def state_dict(self) -> dict[str, Any]:
-        """The steps done by each optimizer, where the schedules stand, and what the measures and shares carry on, by layer."""
-        return self.progress.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where :meth:`state_dict` was taken."""
-        self.progress.load_state_dict(state)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Pickle and copy the settings and where training stands, never the model."""
-        gone = {
-            "layers": [],
-            "skips": [],
-            "_lots": [],
-            "active": False,
-            "replicas": None,
-            "_model": None,
-            "_root": None,
-        }
-        return self.__dict__ | gone
-
-    def _layer(self, target: Target) -> Layer:
-        measure = sampled_above(
-            self.measure.for_head() if target.head else self.measure,
-            target.shape[1],
-            self.sample_above,
-        )
-        own = (
-            self.head_coefficient
-            if target.head and self.head_coefficient is not None
-            else self.coefficient
-        )
-        return Layer(
-            target, measure, own.of(target.name), tuple(target.parameters()), target.own_rows()
-        )
-
-    def _apply(
-        self,
-        act: Act,
-        optimizer: Optimizer,
-        index: int | None,
-        grad_scale: float,
-        note: bool,
-        again: bool,
-    ) -> dict[str, GradientStats]:
-        """Let every layer of the optimizer's parameters act on its penalty's gradient; notes by layer."""
-        self._check_attached()
-        step = self.progress.counter.count(optimizer, index, again=again)
+        step = self.state.counter.count(optimizer, index, same_step=same_step)
         if step % self.every_n_steps:
             self.note_reached(optimizer)
             return {}
-        use = Use(step, learning_rates(optimizer), grad_scale, again, self.step_limit, note)
-        lowered, first = (
-            lowered_products(self.matmul_precision == "medium"),
-            self.layers[0].parameters[0],
-        )
-        with whole_parameters(self._root, with_grads=True), lowered, exact_arithmetic(first):
-            self.progress.note_reached(self.layers, use.own)
-            return act_on_all(self._lots, act, self.progress, use, self.replicas)
+        rates = learning_rates(optimizer)
+        context = StepContext(step, rates, grad_scale, same_step, self.step_limit, stats)
+        placement = self._attached.placement
+        with placement.whole_parameters(with_grads=True), self._products():
+            plan = self._current_plan()
+            buckets = plan.buckets
+            if not stats:
+                buckets = plan.rest + plan.add_plain(self.state, context)
+            if not buckets:
+                return {}
+            return act_on_buckets(buckets, LayerUpdate.add, self.state, context, placement)
 
-    def _penalty(self, step: int, own: Mapping[int, float], factor: Tensor | float) -> Tensor:
-        """Coefficient times penalty, summed over the layers; ``own`` are learning rates, for the step limit."""
-        if self._model is not None and any(layer.lowered for layer in self.layers):
-            reshard(self._model)
-        use = Use(step, own, factor, self.progress.loss_step == step, self.step_limit)
-        with lowered_products(self.matmul_precision == "medium"):
-            return loss_terms(self.layers, self.progress, use)
+    @torch.no_grad()
+    def move(
+        self, optimizer: Optimizer, *, index: int | None = None, stats: bool = False
+    ) -> dict[str, GradientStats]:
+        """Move the neurons along the sphere by learning rate times coefficient times gradient.
+
+        Call it after each step. The norms of the neurons stay. Parameters that are frozen or have no
+        gradient are left alone. Neurons that are computed from parameters (weight_norm, pruning)
+        follow these.
+
+        Args:
+            optimizer: The optimizer that has stepped; each parameter moves with its own group's
+                learning rate.
+            index: Its position where there are several; by default the order of their first steps.
+            stats: Also return what was done, by layer.
+
+        Returns:
+            Stats by layer name; empty without ``stats``, or on a step that ``every_n_steps`` leaves
+            out.
+        """
+        found_inf = getattr(optimizer, "found_inf", None)
+        if found_inf is not None and bool(found_inf):
+            return {}  # a fused optimizer under a GradScaler skipped this step in its kernel
+        self._check_attached()
+        step = self.state.counter.count(optimizer, index)
+        if step % self.every_n_steps:
+            self.note_reached(optimizer)
+            return {}
+        rates = learning_rates(optimizer)
+        context = StepContext(step, rates, 1.0, False, self.step_limit, stats)
+        with self._attached.placement.whole_parameters(with_grads=True), self._products():
+            buckets = self._current_plan().buckets
+            return act_on_buckets(
+                buckets, LayerUpdate.move, self.state, context, self._attached.placement
+            )
+
+    def measure_layers(self) -> list[LayerUniformity]:
+        """Measure every layer as it is now; where ranks share the weights, all must call it."""
+        self._check_attached()
+        with self.gathered():
+            return measure_layers(self.layers, self.state.monitor_state)
+
+    def gathered(self) -> AbstractContextManager[None]:
+        """Hold the neurons of ``layers`` whole while they are read, under FSDP1.
+
+        All ranks that share weights must call it.
+        """
+        return self._attached.placement.whole_parameters(with_grads=False)
+
+    def current_penalty(self, measured: list[LayerUniformity]) -> float:
+        """Coefficient times penalty, summed over measured layers, at the coefficients last used."""
+        total = 0.0
+        for layer, one in zip(self.layers, measured, strict=True):
+            total += self.state.last_coefficient(layer, self.every_n_steps) * one.penalty
+        return total
+
+    def varying_coefficients(self) -> dict[str, float]:
+        """The last coefficients of the layers where they change over time, by layer."""
+        changing = [layer for layer in self.layers if not isinstance(layer.strength, float)]
+        return {
+            layer.name: self.state.last_coefficient(layer, self.every_n_steps) for layer in changing
+        }
+
+    def unreached(self) -> list[str]:
+        """Names of layers that have a coefficient but got no gradient so far, but for frozen ones."""
+        missing = []
+        for layer in self.layers:
+            if layer.strength != 0 and layer.name not in self.state.now.reached:
+                missing.append(layer)
+        with self.gathered():
+            return [layer.name for layer in missing if not layer.frozen]
+
+    def idle(self) -> dict[str, str]:
+        """Why the penalty exerts no force in a layer, whatever its weights, and the way out, by layer."""
+        found = {}
+        for layer in self.layers:
+            reason = layer.idle_reason()
+            if reason is not None:
+                found[layer.name] = reason
+        return found
+
+    def state_dict(self) -> dict[str, Any]:
+        """The steps done by each optimizer, and what measures and shares carry on, by layer."""
+        return self.state.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where :meth:`state_dict` was taken."""
+        self.state.load_state_dict(state)
 
     def table(self) -> str:
-        """Every layer with its shape, measure and coefficient, and every weight left out with the reason."""
+        """Every layer with its shape, measure and coefficient, and every weight left out and why."""
         self._check_attached()
         with self.gathered():
             return describe(self.layers, self.skips, self.every_n_steps)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickle and copy the settings and where training stands, never the model."""
+        return self.__dict__ | {"_attached": _Attached()}
+
+    def _layer(self, target: Target) -> Layer:
+        """A target with its measure and coefficient."""
+        measure = self.measure.for_head() if target.head else self.measure
+        measure = sampled_above(measure, target.shape[1], self.sample_above)
+        coefficient = self.coefficient
+        if target.head and self.head_coefficient is not None:
+            coefficient = self.head_coefficient
+        strength = coefficient.of(target.name)
+        return Layer(target, measure, strength, tuple(target.parameters()), target.held_rows())
+
+    def _current_plan(self) -> Plan:
+        """The plan, made anew where a parameter that it rests on has changed."""
+        attached = self._attached
+        assert attached.plan is not None
+        if not attached.plan.is_current():
+            layers = [self._reread(layer) for layer in attached.layers]
+            for before, now in zip(attached.layers, layers, strict=True):
+                if [*map(id, now.parameters)] != [*map(id, before.parameters)]:
+                    self.state.now.reached.discard(now.name)  # until an optimizer has the new ones
+            attached.layers = layers
+            attached.plan = Plan(layers, attached.placement)
+        return attached.plan
+
+    def _reread(self, layer: Layer) -> Layer:
+        """A layer with the parameters that its module has now."""
+        if layer.sharded:
+            return layer
+        shape = layer.target.neurons().shape
+        target = replace(layer.target, shape=(shape[0], shape[1], shape[2]))
+        return replace(layer, target=target, parameters=tuple(target.parameters()))
+
+    def _products(self) -> AbstractContextManager[None]:
+        """The precision of matrix products in a step."""
+        if self.matmul_precision == "medium":
+            return lowered_products(True)
+        return nullcontext()
+
+    def _penalty(self, step: int, rates: Mapping[int, float], factor: Tensor | float) -> Tensor:
+        """Coefficient times penalty, summed over the layers; learning rates set the step limit."""
+        attached = self._attached
+        if attached.model is not None and any(x.in_forward_precision for x in attached.layers):
+            attached.placement.reshard(attached.model)
+        same_step = self.state.now.loss_step == step
+        context = StepContext(step, rates, factor, same_step, self.step_limit)
+        with self._products():
+            return loss_terms(self.layers, self.state, context)
+
     def _check_attached(self) -> None:
-        if not self.layers:
+        if self._attached.plan is None:
             raise RuntimeError("the regularizer has no model yet: call attach(model) first")

@@ -15,15 +15,14 @@ FLOORS = [
     {"coefficients"},
     {"_engine"},
     {"_monitor"},
-    {"regularizer", "metrics", "report"},
-    {"_figures", "_trainer"},
-    {"chronicle"},
+    {"regularizer", "report", "_figures"},
+    {"metrics", "_trainer"},
     {"callback"},
     {"presets"},
     {"__init__"},
 ]
 THIRD_PARTIES = {
-    "lightning": {"_figures", "_trainer", "callback", "chronicle"},
+    "lightning": {"_figures", "_trainer", "callback"},
     "lightning_utilities": {"_trainer"},
     "scipy": {"_core"},
     "triton": {"_core"},

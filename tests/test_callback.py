@@ -121,7 +121,7 @@ def test_off_logging_steps_nothing_is_noted(monkeypatch):
     monkeypatch.setattr(
         callback.regularizer,
         "add_gradients",
-        lambda *a, **k: asked.append(k["note"]) or add(*a, **k),
+        lambda *a, **k: asked.append(k["stats"]) or add(*a, **k),
     )
     trainer(callback, log_every_n_steps=4, max_epochs=1).fit(Automatic(), loader(batches()))
     assert asked == [True, False, False, True, False, False, True]

@@ -123,7 +123,7 @@ def test_nothing_is_left(apply, end, tmp_path):
         assert (error is None) == (end == "the fit ends")
         kept.append(traces(module, optimizers))
         for callback in callbacks:
-            assert callback.regularizer.layers == [] == callback._hooks
+            assert callback.regularizer.layers == [] == callback._fit.hooks
             pickle.dumps(callback)
     assert kept[0] == kept[1]
 
@@ -189,7 +189,7 @@ def test_a_callback_can_be_pickled_in_the_middle_of_a_fit(kwargs):
 
     trainer(callback, Copy(), max_epochs=1).fit(Automatic(), loader(batches()))
     assert copies[3].regularizer.state_dict()["steps"] == [4]
-    assert copies[3].regularizer.layers == [] == copies[3]._hooks
+    assert copies[3].regularizer.layers == [] == copies[3]._fit.hooks
 
 
 @pytest.mark.parametrize("again", [False, True])

@@ -22,9 +22,9 @@ from lightning_hsu import (
     LinearSchedule,
     Schedule,
     Share,
+    _trainer,
     measures,
     projections,
-    trainers,
 )
 from lightning_hsu.measures import KoLeo, Measure, Orthogonality, RieszEnergy
 from lightning_hsu.projections import Projected, Projection, RandomProjection
@@ -397,7 +397,7 @@ def test_a_package_that_is_broken_does_no_harm(tmp_path, monkeypatch):
     (tmp_path / "pytorch_lightning.py").write_text("raise AttributeError('too old')")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "pytorch_lightning", raising=False)
-    assert trainers._bases() == (pl.Callback,)
+    assert _trainer._bases() == (pl.Callback,)
 
 
 SILENCED = """

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lightning_hsu import Share, UniformityRegularizer
 from lightning_hsu._core import smallest_angle
-from lightning_hsu._neurons.sharding import Replicas
+from lightning_hsu._neurons.placement import ReplicatedPlacement
 from lightning_hsu.measures import (
     Covering,
     GaussianPotential,
@@ -195,8 +195,8 @@ def train_split(neurons, mode, split):
     torch.manual_seed(0)
     net, x = plain_network(neurons), torch.randn(12, 64)
     rank, size = distributed.get_rank(), distributed.get_world_size()
-    replicas = Replicas(distributed.group.WORLD, 0) if split else None
-    regularizer = UniformityRegularizer(coefficient=0.5).attach(net, replicas=replicas)
+    placement = ReplicatedPlacement(distributed.group.WORLD, 0 if split else None)
+    regularizer = UniformityRegularizer(coefficient=0.5).attach(net, placement=placement)
     return ranks.train(net, DistributedDataParallel(net), x[rank::size], regularizer, mode)
 
 

@@ -243,7 +243,7 @@ def test_figures_leave_training_and_metrics_as_they_are(tmp_path):
 def test_a_step_that_is_due_and_not_logged_is_measured_and_not_logged(tmp_path):
     callback = uniformity(coefficient=0.1, figures_every_n_steps=3)
     fit = fitted(CSVLogger(tmp_path), callback=callback, log_every_n_steps=5)
-    assert [record.step for record in callback._chronicle.gallery.history.records] == [
+    assert [record.step for record in callback._figures.history.records] == [
         0,
         1,
         3,
@@ -280,10 +280,10 @@ def test_the_history_is_of_one_fit_and_travels_with_copies_but_not_with_checkpoi
     callback = uniformity(coefficient=0.1, figures_every_n_steps=3)
     fitted(callback=callback)
     for twin in (copy.deepcopy(callback), pickle.loads(pickle.dumps(callback))):
-        assert twin._chronicle.gallery.history == callback._chronicle.gallery.history
+        assert twin._figures.history == callback._figures.history
     assert list(callback.state_dict()) == ["steps"]
     fitted(callback=callback, max_epochs=None, max_steps=2)
-    assert [record.step for record in callback._chronicle.gallery.history.records] == [0, 1, 2]
+    assert [record.step for record in callback._figures.history.records] == [0, 1, 2]
 
 
 def test_a_long_history_is_thinned_out_and_keeps_its_ends():

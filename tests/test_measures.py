@@ -124,7 +124,9 @@ def test_what_is_noted_and_what_is_not_act_alike(measure, make):
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
     for note in (False, True):
         module.weight.grad = torch.zeros_like(module.weight)
-        UniformityRegularizer(measure, head=None).attach(module).add_gradients(optimizer, note=note)
+        UniformityRegularizer(measure, head=None).attach(module).add_gradients(
+            optimizer, stats=note
+        )
         grads.append(module.weight.grad)
     torch.testing.assert_close(*grads)
     assert grads[0].abs().sum() > 0

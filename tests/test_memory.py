@@ -116,10 +116,10 @@ def test_each_step_has_its_own_draw_and_its_own_gradient():
         regularizer.add_gradients(torch.optim.SGD(net.parameters(), lr=0.1))
         gradients.append(net[5].weight.grad)
     assert not torch.allclose(*gradients)
-    assert int(regularizer.progress.memory.states["5"]["draw"]) == 1
-    regularizer.add_gradients(torch.optim.SGD(net.parameters(), lr=0.1), again=True)
+    assert int(regularizer.state.measure_states.by_layer["5"]["draw"]) == 1
+    regularizer.add_gradients(torch.optim.SGD(net.parameters(), lr=0.1), same_step=True)
     assert (
-        int(regularizer.progress.memory.states["5"]["draw"]) == 1
+        int(regularizer.state.measure_states.by_layer["5"]["draw"]) == 1
     )  # within one step the function stays the same
 
 
@@ -129,7 +129,7 @@ def test_steps_left_out_draw_nothing():
         SlicedWasserstein(), include="5", head=None, every_n_steps=3
     ).attach(net)
     stepped(regularizer, net, 7)
-    assert int(regularizer.progress.memory.states["5"]["draw"]) == 2  # steps 0, 3 and 6
+    assert int(regularizer.state.measure_states.by_layer["5"]["draw"]) == 2  # steps 0, 3 and 6
 
 
 def test_another_model_begins_afresh_and_the_same_one_goes_on():
@@ -137,10 +137,15 @@ def test_another_model_begins_afresh_and_the_same_one_goes_on():
     regularizer = stepped(
         UniformityRegularizer(Covering(), include="5", head=None).attach(net), net, 3
     )
-    assert int(regularizer.progress.memory.states["5"]["step"]) == 2
+    assert int(regularizer.state.measure_states.by_layer["5"]["step"]) == 2
     regularizer.detach()
-    assert int(stepped(regularizer.attach(net), net).progress.memory.states["5"]["step"]) == 3
-    assert int(stepped(regularizer.attach(other), other).progress.memory.states["5"]["step"]) == 0
+    assert (
+        int(stepped(regularizer.attach(net), net).state.measure_states.by_layer["5"]["step"]) == 3
+    )
+    assert (
+        int(stepped(regularizer.attach(other), other).state.measure_states.by_layer["5"]["step"])
+        == 0
+    )
 
 
 def test_loaded_states_serve_the_next_model_if_they_fit():
@@ -156,12 +161,17 @@ def test_loaded_states_serve_the_next_model_if_they_fit():
         regularizer.load_state_dict(saved)
         model[7] = torch.nn.Linear(model[5].out_features, 3)
         assert (
-            int(stepped(regularizer.attach(model), model).progress.memory.states["5"]["step"])
+            int(
+                stepped(regularizer.attach(model), model).state.measure_states.by_layer["5"]["step"]
+            )
             == step
         )
     narrow = torch.nn.Sequential(*[torch.nn.Flatten()] * 5, torch.nn.Linear(36, 9))
     regularizer.load_state_dict(saved)
-    assert int(stepped(regularizer.attach(narrow), narrow).progress.memory.states["5"]["step"]) == 0
+    assert (
+        int(stepped(regularizer.attach(narrow), narrow).state.measure_states.by_layer["5"]["step"])
+        == 0
+    )
 
 
 def test_copies_carry_the_states_and_no_model():
@@ -170,7 +180,7 @@ def test_copies_carry_the_states_and_no_model():
         UniformityRegularizer(Covering(), include="5", head=None).attach(net), net
     )
     twin = copy.deepcopy(regularizer)
-    assert int(twin.progress.memory.states["5"]["step"]) == 0
+    assert int(twin.state.measure_states.by_layer["5"]["step"]) == 0
     assert not twin.layers
 
 

@@ -304,7 +304,7 @@ def test_the_step_limit_bounds_a_step_and_touches_nothing_else():
         regularizer = UniformityRegularizer(RieszEnergy(s=2), head=None, step_limit=limit).attach(
             layer
         )
-        notes = regularizer.add_gradients(optimizer, note=True)
+        notes = regularizer.add_gradients(optimizer, stats=True)
         moved[limit] = 0.5 * layer.weight.grad.norm(dim=1) / layer.weight.detach().norm(dim=1)
         assert int(notes["weight"].limited) == (0 if limit is None else 2)
     assert (moved[None][:2] > 100).all()

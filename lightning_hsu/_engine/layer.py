@@ -9,22 +9,22 @@ import torch
 from torch import Tensor, nn
 
 from lightning_hsu._core import working_dtype
-from lightning_hsu._neurons.sharding import is_sharded
 from lightning_hsu._neurons.target import Target
-from lightning_hsu.coefficients import Strength
+from lightning_hsu.coefficients import Share, Strength
 from lightning_hsu.measures import Measure
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Layer:
-    """One set of neurons as the engine holds it: where it is, how it is measured and how strongly.
+    """One set of neurons: where it is, how it is measured and how strongly.
 
     Args:
         target: Where it is.
         measure: How it is measured.
         strength: Its coefficient.
-        parameters: What it may depend on.
-        rows: Neurons (groups, n) of which this rank holds some part; None where it needs the gradient of all.
+        parameters: The parameters that its neurons depend on.
+        rows: Neurons (groups, n) of which this rank holds some part; None where the rank needs the
+            gradient of all.
     """
 
     target: Target
@@ -33,40 +33,55 @@ class Layer:
     parameters: tuple[nn.Parameter, ...]
     rows: Tensor | None = None
 
-    def rates(self, own: Mapping[int, float]) -> list[float]:
-        """Of learning rates by parameter id, those of its parameters with a gradient; none where there is nothing to add to."""
-        return [
-            own[id(p)]
-            for p in self.parameters
-            if id(p) in own and p.grad is not None and p.requires_grad
-        ]
+    @property
+    def name(self) -> str:
+        """Name of the layer in the model."""
+        return self.target.name
+
+    @property
+    def has_share(self) -> bool:
+        """Whether the coefficient follows the task's gradient."""
+        return isinstance(self.strength, Share)
 
     @property
     def sharded(self) -> bool:
         """Whether ranks hold parts of its parameters."""
-        return any(is_sharded(p) for p in self.parameters)
+        return any(self.target.placement.is_sharded(p) for p in self.parameters)
 
     @property
-    def lowered(self) -> bool:
+    def in_forward_precision(self) -> bool:
         """Whether FSDP2 shows its parameters whole, in the lower precision of the forward pass."""
-        return (
-            self.sharded and next(self.target.module.parameters()).dtype != self.parameters[0].dtype
-        )
+        shown = next(self.target.module.parameters())
+        return self.sharded and shown.dtype != self.parameters[0].dtype
 
     @property
     def frozen(self) -> bool:
         """Whether no gradient reaches its neurons."""
-        if self.sharded:
-            return not any(p.requires_grad for p in self.parameters)  # without a collective call
+        if self.sharded:  # without a collective call
+            return not any(p.requires_grad for p in self.parameters)
         with torch.enable_grad():
             return not self.target.neurons().requires_grad
 
+    def rates(self, learning_rates: Mapping[int, float]) -> list[float]:
+        """Learning rates of its parameters that have a gradient; none where nothing can be added.
 
-def widened(x: Tensor) -> Tensor:
-    """Half-precision neurons in float32, so that small gradients do not underflow; others as they are."""
+        Args:
+            learning_rates: Those of one optimizer's parameters, by id.
+        """
+        found = []
+        for p in self.parameters:
+            rate = learning_rates.get(id(p))
+            if rate is not None and p.grad is not None and p.requires_grad:
+                found.append(rate)
+        return found
+
+    def idle_reason(self) -> str | None:
+        """Why the penalty exerts no force here although it has a coefficient; None if it does."""
+        if self.strength == 0:
+            return None
+        return self.measure.idle(*self.target.shape[1:])
+
+
+def to_compute_dtype(x: Tensor) -> Tensor:
+    """Half-precision neurons in float32, so that small gradients do not underflow; others as is."""
     return x.to(working_dtype(x.dtype))
-
-
-def idle_reason(layer: Layer) -> str | None:
-    """Why a layer with a coefficient would feel nothing of its penalty; None where all is well."""
-    return layer.measure.idle(*layer.target.shape[1:]) if layer.strength != 0 else None

@@ -1,9 +1,10 @@
-"""What training carries from step to step: counts, the measures' states, the means of shares, what has been reached."""
+"""What training carries from step to step: counts, states of measures, means of shares."""
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,64 +12,97 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_hsu._core import exact_arithmetic
-from lightning_hsu._engine.layer import Layer, widened
+from lightning_hsu._engine.layer import Layer, to_compute_dtype
 from lightning_hsu.coefficients import Share, strength_at
-from lightning_hsu.measures import Measure, State
+from lightning_hsu.measures import State
 
 
-class Memory:
-    """The states of a model's layers, by name.
+class StepCounter:
+    """Steps done by each optimizer, by its position or by the order of their first steps."""
 
-    They are the same on all ranks, for the same weights and seeds made them. Another model begins without.
+    def __init__(self) -> None:
+        self.done: list[int] = []
+        self._optimizers: list[int] = []  # ids of those that came without a position
+
+    def before(self, optimizer: Optimizer, index: int | None = None) -> int:
+        """Return the steps that an optimizer has done."""
+        return self.done[self._position(optimizer, index)]
+
+    def count(
+        self, optimizer: Optimizer, index: int | None = None, *, same_step: bool = False
+    ) -> int:
+        """Count a step, unless it is the ``same_step`` once more; return the steps done before it."""
+        position = self._position(optimizer, index)
+        if not same_step:
+            self.done[position] += 1
+        return max(self.done[position] - 1, 0)
+
+    def forget_optimizers(self) -> None:
+        """Let go of the optimizers; the counts stay."""
+        self._optimizers = []
+
+    def _position(self, optimizer: Optimizer, index: int | None) -> int:
+        if index is None:
+            if id(optimizer) not in self._optimizers:
+                self._optimizers.append(id(optimizer))
+            index = self._optimizers.index(id(optimizer))
+        missing = index + 1 - len(self.done)
+        self.done += [0] * missing
+        return index
+
+
+class MeasureStates:
+    """What the measures of a model's layers carry on: witnesses, projections, numbers of draws.
+
+    The states are the same on all ranks, since the same weights and seeds made them.
     """
 
     def __init__(self) -> None:
-        self.states: dict[str, State] = {}
+        self.by_layer: dict[str, State] = {}
         self._model: weakref.ref[nn.Module] | None = None
 
     def attach(self, model: nn.Module) -> bool:
-        """Forget another model's states, and tell so; those just loaded belong to the first model that comes."""
+        """Drop another model's states; return whether the model is another.
+
+        States that were just loaded belong to the first model that comes.
+        """
         another = self._model is not None and self._model() is not model
         if another:
-            self.states = {}
+            self.by_layer = {}
         self._model = weakref.ref(model)
         return another
 
     def next(self, layer: Layer, x: Tensor) -> State | None:
-        """Prepare the layer's measure for neurons x (groups, n, d), and keep what it will carry on from."""
+        """Prepare the layer's measure for neurons x (groups, n, d), and keep the state."""
         state = self.peek(layer, x)
         if state is not None:
-            self.states[layer.target.name] = state
+            self.by_layer[layer.name] = state
         return state
 
     def peek(self, layer: Layer, x: Tensor) -> State | None:
-        """The same without keeping it."""
-        if type(layer.measure).prepare is Measure.prepare:
-            return None  # as of most measures
-        known = self.states.get(layer.target.name)
+        """Prepare the layer's measure for neurons x (groups, n, d) without keeping the state."""
+        known = self.by_layer.get(layer.name)
         if known is not None:
-            known = {
-                name: part.to(x.device) if part.is_floating_point() else part
-                for name, part in known.items()
-            }
-        with exact_arithmetic(x):  # whatever autocast a hook runs in
+            known = {name: _on_device(part, x) for name, part in known.items()}
+        with exact_arithmetic(x):  # a hook may run within autocast
             return layer.measure.prepare(x.detach(), known)
 
     def state_dict(self) -> dict[str, State]:
         """The states by layer."""
-        return {name: dict(state) for name, state in self.states.items()}
+        return {name: dict(state) for name, state in self.by_layer.items()}
 
     def load_state_dict(self, states: Mapping[str, State]) -> None:
         """Go on from states by layer."""
-        self.states, self._model = {name: dict(state) for name, state in states.items()}, None
+        self.by_layer = {name: dict(state) for name, state in states.items()}
+        self._model = None
 
     def __getstate__(self) -> dict[str, object]:
         """Pickle and copy the states, never the model."""
-        return {"states": self.states, "_model": None}
+        return {"by_layer": self.by_layer, "_model": None}
 
 
 class ShareMeans:
-    """The running means of the gradients' norms by layer, (task's, penalty's); the same on all ranks."""
+    """Running means of the gradients' norms by layer, (task's, penalty's); alike on all ranks."""
 
     def __init__(self) -> None:
         self.means: dict[str, Tensor] = {}
@@ -82,11 +116,12 @@ class ShareMeans:
         self.means[name] = torch.where(torch.isfinite(norms).all(), mixed, known)
 
     def coefficient(self, name: str, share: Share) -> Tensor | float:
-        """Return the coefficient of a layer, as a tensor that nobody has waited for; 0 before the first step."""
+        """Return a layer's coefficient without host-device synchronisation; 0 before any step."""
         if name not in self.means:
             return 0.0
         task, penalty = self.means[name]
-        value: Tensor = share.fraction * task / penalty.clamp_min(torch.finfo(penalty.dtype).tiny)
+        smallest = torch.finfo(penalty.dtype).tiny
+        value: Tensor = share.fraction * task / penalty.clamp_min(smallest)
         return value.clamp_max(share.maximum)
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -98,117 +133,117 @@ class ShareMeans:
         self.means = dict(means)
 
 
-class StepCounter:
-    """Steps done by each optimizer, by its position or by the order in which they first step."""
-
-    def __init__(self) -> None:
-        self.done: list[int] = []
-        self._seen: list[int] = []  # ids of the optimizers that came without a position
-
-    def before(self, optimizer: Optimizer, index: int | None = None) -> int:
-        """Return the steps that an optimizer has done."""
-        return self.done[self._position(optimizer, index)]
-
-    def count(self, optimizer: Optimizer, index: int | None = None, *, again: bool = False) -> int:
-        """Count a step, unless it is the present one ``again``; returns the steps done before it."""
-        position = self._position(optimizer, index)
-        self.done[position] += 0 if again else 1
-        return max(self.done[position] - 1, 0)
-
-    def forget_optimizers(self) -> None:
-        """Let go of the optimizers; the counts stay."""
-        self._seen = []
-
-    def _position(self, optimizer: Optimizer, index: int | None) -> int:
-        if index is None:
-            if id(optimizer) not in self._seen:
-                self._seen.append(id(optimizer))
-            index = self._seen.index(id(optimizer))
-        self.done += [0] * (index + 1 - len(self.done))
-        return index
-
-
-class Progress:
-    """Where training stands; the same on all ranks.
-
-    Args:
-        every_n_steps: The penalty is applied on every so many steps of each optimizer.
+@dataclass
+class SinceAttach:
+    """What is known of the model that is attached; made anew for each.
 
     Attributes:
-        counter: Steps done by each optimizer: schedules and ``every_n_steps`` count in them.
-        memory: States of the measures.
-        shares: Means of the gradients' norms.
         coefficients: The coefficient of each layer at its last step.
-        reached: Layers whose weights some optimizer stepped, or was about to, with a gradient.
+        reached: Layers that some optimizer stepped, or was about to, with a gradient.
         loss_step: The step of the last penalty in a loss; None if it has no number.
     """
 
-    def __init__(self, every_n_steps: int = 1) -> None:
-        self._every = every_n_steps
-        self.counter, self.memory, self.shares = StepCounter(), Memory(), ShareMeans()
-        self._looking = Memory()
-        self.forget_model()
+    coefficients: dict[str, Tensor | float] = field(default_factory=dict)
+    reached: set[str] = field(default_factory=set)
+    loss_step: int | None = None
+
+
+class TrainingState:
+    """Where training stands; the same on all ranks.
+
+    Attributes:
+        counter: Steps done by each optimizer: schedules and ``every_n_steps`` count in them.
+        measure_states: What measures carry on.
+        share_means: Means of the gradients' norms.
+        now: What is known of the attached model.
+    """
+
+    def __init__(self) -> None:
+        self.counter = StepCounter()
+        self.measure_states = MeasureStates()
+        self.share_means = ShareMeans()
+        self.now = SinceAttach()
+        self._monitor_states = MeasureStates()
 
     def attach(self, model: nn.Module) -> None:
-        """Forget another model's states and means; those just loaded belong to the first model that comes."""
-        self._looking.attach(model)
-        if self.memory.attach(model):
-            self.shares = ShareMeans()
+        """Drop another model's states and means."""
+        self._monitor_states.attach(model)
+        if self.measure_states.attach(model):
+            self.share_means = ShareMeans()
 
-    def forget_model(self) -> None:
+    def detach(self) -> None:
         """Let go of the model and its optimizers; counts, states and means stay."""
         self.counter.forget_optimizers()
-        self.coefficients: dict[str, Tensor | float] = {}
-        self.reached: set[str] = set()
-        self.loss_step: int | None = None
+        self.now = SinceAttach()
 
     def coefficient(self, layer: Layer, step: int) -> Tensor | float:
         """Note and return the coefficient of a layer after so many steps."""
-        name, strength = layer.target.name, layer.strength
-        if isinstance(strength, Share):
-            self.coefficients[name] = self.shares.coefficient(name, strength)
+        strength = layer.strength
+        value: Tensor | float
+        if isinstance(strength, float):
+            value = strength
+        elif isinstance(strength, Share):
+            value = self.share_means.coefficient(layer.name, strength)
         else:
-            self.coefficients[name] = strength_at(strength, step, name)
-        return self.coefficients[name]
+            value = strength_at(strength, step, layer.name)
+        self.now.coefficients[layer.target.name] = value
+        return value
 
-    def last_coefficient(self, layer: Layer) -> float:
-        """Return the coefficient of a layer at its last step, also after a resume; before any what it begins with."""
-        if layer.target.name not in self.coefficients:
-            before = max([0, *(done - 1 for done in self.counter.done)])
-            self.coefficient(layer, before - before % self._every)
-        return float(self.coefficients[layer.target.name])
+    def last_coefficient(self, layer: Layer, every_n_steps: int) -> float:
+        """Return the coefficient of a layer at its last step, also after a resume.
 
-    def varying(self, layers: Sequence[Layer]) -> dict[str, float]:
-        """Return the last coefficients of the layers where they change over time."""
-        changing = [layer for layer in layers if not isinstance(layer.strength, (int, float))]
-        return {layer.target.name: self.last_coefficient(layer) for layer in changing}
+        Before any step it is the coefficient that the layer begins with.
+        """
+        if layer.name not in self.now.coefficients:
+            last = max([0, *(done - 1 for done in self.counter.done)])
+            self.coefficient(layer, last - last % every_n_steps)
+        return float(self.now.coefficients[layer.name])
 
-    def note_reached(self, layers: Sequence[Layer], own: Mapping[int, float]) -> None:
-        """Note the layers that an optimizer reaches, of whose parameters ``own`` has the learning rates by id."""
-        self.reached |= {layer.target.name for layer in layers if layer.rates(own)}
+    def note_reached(self, layers: Sequence[Layer], learning_rates: Mapping[int, float]) -> None:
+        """Note the layers that an optimizer with these learning rates, by parameter id, reaches."""
+        for layer in layers:
+            if layer.rates(learning_rates):
+                self.now.reached.add(layer.name)
 
-    def state(self, layer: Layer, x: Tensor, *, keep: bool) -> State | None:
-        """Return the measure's state for neurons x (groups, n, d); ``keep`` that of the step under way: no new draw."""
-        known = self.memory.states.get(layer.target.name) if keep else None
-        return self.memory.next(layer, widened(x)) if known is None else known
+    def measure_state(self, layer: Layer, x: Tensor, *, same_step: bool) -> State | None:
+        """Return the state of a layer's measure for its neurons x (groups, n, d).
 
-    def look(self, layer: Layer, x: Tensor) -> State | None:
-        """A state for looking at x: from where training stands, else from the last look; training does not see it."""
-        return (
-            self.memory.peek(layer, x)
-            if layer.target.name in self.memory.states
-            else self._looking.next(layer, x)
-        )
+        Within the ``same_step`` there is no new draw.
+        """
+        if not layer.measure.has_state:
+            return None
+        if same_step and layer.name in self.measure_states.by_layer:
+            return self.measure_states.by_layer[layer.name]
+        return self.measure_states.next(layer, to_compute_dtype(x))
+
+    def monitor_state(self, layer: Layer, x: Tensor) -> State | None:
+        """Return a state for looking at neurons x (groups, n, d), of which training sees nothing.
+
+        It goes on from where training stands, or else from the last look.
+        """
+        if not layer.measure.has_state:
+            return None
+        if layer.name in self.measure_states.by_layer:
+            return self.measure_states.peek(layer, x)
+        return self._monitor_states.next(layer, x)
 
     def state_dict(self) -> dict[str, Any]:
-        """Counts, and where there are some states and means, by layer."""
-        parts = {"states": self.memory.state_dict(), "shares": self.shares.state_dict()}
-        return {"steps": list(self.counter.done)} | {
-            name: part for name, part in parts.items() if part
-        }
+        """Counts, and states and means by layer where there are some."""
+        state: dict[str, Any] = {"steps": list(self.counter.done)}
+        if self.measure_states.by_layer:
+            state["states"] = self.measure_states.state_dict()
+        if self.share_means.means:
+            state["shares"] = self.share_means.state_dict()
+        return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where :meth:`state_dict` was taken."""
-        self.counter.done, self.loss_step = list(state["steps"]), None
-        self.memory.load_state_dict(state.get("states", {}))
-        self.shares.load_state_dict(state.get("shares", {}))
+        self.counter.done = list(state["steps"])
+        self.measure_states.load_state_dict(state.get("states", {}))
+        self.share_means.load_state_dict(state.get("shares", {}))
+        self.now.loss_step = None
+
+
+def _on_device(part: Tensor, x: Tensor) -> Tensor:
+    """A part of a state on the device of x; counts stay on the host."""
+    return part.to(x.device) if part.is_floating_point() else part

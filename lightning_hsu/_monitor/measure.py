@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_hsu._core import smallest_angle, unit_rows, with_float64
-from lightning_hsu._engine.layer import Layer, widened
+from lightning_hsu._engine.layer import Layer, to_compute_dtype
 from lightning_hsu.measures import Measure, Sampled, State
 from lightning_hsu.reference import random_level, score
 
@@ -69,7 +69,7 @@ def measure_layers(
     """
     measured = []
     for layer in layers:
-        x = with_float64(widened(layer.target.neurons().detach()))  # (groups, n, d)
+        x = with_float64(to_compute_dtype(layer.target.neurons().detach()))  # (groups, n, d)
         state = prepared(layer, x)
         measured.append(measure_neurons(layer.target.name, x, layer.measure, state))
     return measured
@@ -86,7 +86,7 @@ def measure_neurons(
         measure: How to measure them.
         state: The state of the measure, from its ``prepare``.
     """
-    x = with_float64(widened(x.detach()))
+    x = with_float64(to_compute_dtype(x.detach()))
     groups, n, d = x.shape
     penalties = measure.penalty(x, state).double()  # (groups,)
     penalty = penalties.mean()

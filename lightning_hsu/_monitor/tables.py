@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 
-from lightning_hsu._engine.layer import Layer, idle_reason
+from lightning_hsu._engine.layer import Layer
 from lightning_hsu._monitor.measure import LayerUniformity
 from lightning_hsu._monitor.text import finding, number, shape_of, skip_line, table_lines
 from lightning_hsu._neurons.select import NOT_INCLUDED, Skip
@@ -175,7 +175,7 @@ def _coefficient_text(layer: Layer) -> str:
         text = f"{strength:g}"
     if strength == 0:
         text += " (monitor only)"
-    reason = idle_reason(layer)
+    reason = layer.idle_reason()
     if reason:
         text += f", {reason}"
     if layer.frozen:

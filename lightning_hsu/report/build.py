@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from lightning_hsu._checks import check_count, check_number
 from lightning_hsu._neurons.select import Patterns, Skip, select
-from lightning_hsu._neurons.sharding import unwrapped
 from lightning_hsu._neurons.state_dict import stand_in
 from lightning_hsu._neurons.target import Target
+from lightning_hsu._neurons.wrappers import unwrapped
 from lightning_hsu.measures import Measure
 from lightning_hsu.measures.base import check_measure
 from lightning_hsu.measures.defaults import DEFAULT_MEASURE

@@ -1,0 +1,279 @@
+"""The plan of a step: what is worked out once at attach and replayed at every step.
+
+Most layers are *plain*: their neurons are entries of one parameter that this process holds whole,
+their measure is a mean over pairs and their coefficient is a number or a schedule. Of these a step
+needs numbers only, and all are computed at once. The others are read anew at each step (step.py).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_hsu._core import PairTerm
+from lightning_hsu._core.foreach import SMALL, add_pair_gradients
+from lightning_hsu._core.updates import GradientUpdate
+from lightning_hsu._engine.layer import Layer
+from lightning_hsu._engine.state import TrainingState
+from lightning_hsu._neurons.placement import Placement
+from lightning_hsu._neurons.rules import has_built_in_rule
+
+Owner = tuple[dict[str, nn.Parameter | None], str, nn.Parameter]
+"""The parameters of a module by name, the name of one, and that parameter as the plan knows it."""
+
+
+@dataclass(frozen=True)
+class StepContext:
+    """One use of the penalty.
+
+    Args:
+        step: Steps that the optimizer has done before.
+        learning_rates: Those of its parameters, by id; empty where they are not known.
+        factor: What the task's gradients, or its loss, are multiplied by.
+        same_step: Whether this is another evaluation within the same step.
+        step_limit: The fraction of its norm by which a step moves a neuron at most; None is no limit.
+        stats: Whether to return what was done.
+    """
+
+    step: int
+    learning_rates: Mapping[int, float]
+    factor: Tensor | float
+    same_step: bool
+    step_limit: float | None
+    stats: bool = False
+
+
+class PlainLayer:
+    """A layer whose neurons are entries of one whole parameter.
+
+    Args:
+        layer: The layer.
+        term: The kernel of its measure.
+        parameter: The parameter.
+        view: Its neurons (groups, n, d), a view of the parameter.
+    """
+
+    __slots__ = ("_address", "_dtype", "_offset", "_strides", "layer", "parameter", "term", "w")
+
+    def __init__(self, layer: Layer, term: PairTerm, parameter: nn.Parameter, view: Tensor) -> None:
+        self.layer = layer
+        self.term = term
+        self.parameter = parameter
+        self.w = view.detach()
+        self._offset = int(view.storage_offset()) - int(parameter.storage_offset())
+        self._address = _address(parameter)
+        self._strides = parameter.stride()
+        self._dtype = parameter.dtype
+
+    def is_current(self) -> bool:
+        """Whether the parameter is laid out as it was; where only its address changed, follow it."""
+        p = self.parameter
+        if p.stride() != self._strides or p.dtype != self._dtype:
+            return False
+        address = _address(p)
+        if address != self._address:
+            offset = self._offset + int(p.storage_offset())
+            self.w = p.detach().as_strided(self.w.shape, self.w.stride(), offset)
+            self._address = address
+        return True
+
+    def update(
+        self, coefficient: float, limit: float | None, grad_scale: float
+    ) -> GradientUpdate | None:
+        """What to add to the parameter's gradient; None if the two are not laid out alike."""
+        grad = self.parameter.grad
+        if grad is None or grad.is_sparse or grad.dtype != self._dtype:
+            return None
+        if grad.stride() != self._strides:
+            return None
+        w = self.w
+        out = grad.as_strided(w.shape, w.stride(), self._offset + int(grad.storage_offset()))
+        return GradientUpdate(w, out, coefficient / w.shape[0], limit, grad_scale)
+
+    def overlaps(self, other: PlainLayer) -> bool:
+        """Whether both have entries in one stretch of the same parameter."""
+        if self.parameter is not other.parameter:
+            return False
+        begin, end = _stretch(self.w)
+        other_begin, other_end = _stretch(other.w)
+        return begin < other_end and other_begin < end
+
+
+class Plan:
+    """What a step does, worked out once.
+
+    Args:
+        layers: The layers, in the model's order.
+        placement: How their weights lie over the ranks.
+
+    Attributes:
+        plain: Layers of which a step needs numbers only.
+        rest: Buckets of the other layers.
+        buckets: All layers, in buckets.
+        is_active: Whether any layer has a coefficient other than the number 0.
+    """
+
+    def __init__(self, layers: Sequence[Layer], placement: Placement) -> None:
+        self.is_active = any(layer.strength != 0 for layer in layers)
+        self.plain = _plain_layers(layers, placement)
+        self.buckets = buckets(layers, placement)
+        plain = {one.layer for one in self.plain}
+        without_plain = ([layer for layer in some if layer not in plain] for some in self.buckets)
+        self.rest = [some for some in without_plain if some]
+        self._owners = [owner for layer in layers for owner in _owners(layer)]
+
+    def is_current(self) -> bool:
+        """Whether the parameters that the plan rests on are still there, laid out as they were."""
+        for parameters, name, parameter in self._owners:
+            if parameters.get(name) is not parameter:
+                return False
+        for plain in self.plain:
+            is_current = plain.is_current()
+            if not is_current:
+                return False
+        return True
+
+    def add_plain(self, state: TrainingState, context: StepContext) -> list[list[Layer]]:
+        """Add the gradients of the plain layers to ``.grad``, all at once.
+
+        Returns:
+            Buckets of the layers that it could not serve.
+        """
+        left = []
+        updates: dict[PairTerm, list[GradientUpdate]] = {}
+        limits: dict[float, float | None] = {}  # by learning rate
+        grad_scale = float(context.factor)
+        for plain in self.plain:
+            p = plain.parameter
+            rate = context.learning_rates.get(id(p))
+            if rate is None or p.grad is None or not p.requires_grad:
+                continue
+            layer = plain.layer
+            state.now.reached.add(layer.target.name)
+            coefficient = layer.strength
+            if not isinstance(coefficient, float):
+                coefficient = float(state.coefficient(layer, context.step))
+            if coefficient == 0:
+                continue
+            if rate not in limits:
+                limits[rate] = limit_of_gradient(context.step_limit, rate)
+            update = plain.update(coefficient, limits[rate], grad_scale)
+            if update is None:
+                left.append([layer])
+            else:
+                updates.setdefault(plain.term, []).append(update)
+        for term, members in updates.items():
+            add_pair_gradients(members, term)
+        return left
+
+
+def buckets(layers: Sequence[Layer], placement: Placement) -> list[list[Layer]]:
+    """Layers that go together, and no more of them than must, since a bucket's gradients coexist.
+
+    They share a parameter or a sharded module, are small and of one shape, or are split over ranks.
+    """
+    found: list[tuple[set[object], list[Layer]]] = []
+    for layer in layers:
+        labels = _labels(layer, placement)
+        members = [layer]
+        for known in [one for one in found if one[0] & labels]:
+            found.remove(known)
+            labels = labels | known[0]
+            members = known[1] + members
+        found.append((labels, members))
+    return [members for _, members in found]
+
+
+def learning_rates(optimizer: Optimizer) -> dict[int, float]:
+    """Learning rates of the optimizer's parameters, by id."""
+    rates = {}
+    for group in optimizer.param_groups:
+        rate = float(group.get("lr", 1.0))
+        for p in group["params"]:
+            rates[id(p)] = rate
+    return rates
+
+
+def limit_of_gradient(step_limit: float | None, rate: float) -> float | None:
+    """Largest length of a neuron's gradient over the neuron's norm; None is no limit."""
+    if step_limit is None or rate <= 0:
+        return None
+    return step_limit / rate
+
+
+def _labels(layer: Layer, placement: Placement) -> set[object]:
+    """What a layer may have in common with others of its bucket."""
+    if layer.sharded:
+        return {id(layer.target.module)}
+    shape = layer.target.shape
+    labels: set[object] = {id(p) for p in layer.parameters}
+    if math.prod(shape) <= SMALL:
+        labels.add((layer.measure, shape))
+    if placement.splits(shape[1]):
+        labels.add("split")
+    return labels
+
+
+def _plain_layers(layers: Sequence[Layer], placement: Placement) -> list[PlainLayer]:
+    """The plain layers; none of a parameter that others share, or in which two overlap."""
+    found = []
+    others: set[int] = set()  # ids of the parameters of layers that are not plain
+    for layer in layers:
+        plain = _as_plain(layer, placement)
+        if plain is None:
+            others.update(id(p) for p in layer.parameters)
+        else:
+            found.append(plain)
+    alone = [one for one in found if id(one.parameter) not in others]
+    return [one for one in alone if not _overlaps_any(one, alone)]
+
+
+def _overlaps_any(one: PlainLayer, others: Sequence[PlainLayer]) -> bool:
+    return any(one.overlaps(other) for other in others if other is not one)
+
+
+def _as_plain(layer: Layer, placement: Placement) -> PlainLayer | None:
+    """A layer as a plain one; None if a step needs more than numbers of it."""
+    term = layer.measure.pair_term()
+    if term is None or layer.measure.has_state or layer.has_share or layer.rows is not None:
+        return None
+    if layer.sharded or placement.splits(layer.target.shape[1]):
+        return None
+    if not has_built_in_rule(layer.target.module):
+        return None  # a user's rule may give other neurons at another time
+    view = layer.target.read()
+    if view.parameter is None:
+        return None
+    return PlainLayer(layer, term, view.parameter, view.x)
+
+
+def _owners(layer: Layer) -> list[Owner]:
+    """Where the parameters of a layer are registered; none of sharded ones, which FSDP2 swaps."""
+    if layer.sharded:
+        return []
+    wanted = {id(p) for p in layer.parameters}
+    found = []
+    for module in layer.target.module.modules():
+        for name, p in module._parameters.items():
+            if p is not None and id(p) in wanted:
+                found.append((module._parameters, name, p))
+    return found
+
+
+def _stretch(x: Tensor) -> tuple[int, int]:
+    """The first and last place of a tensor within its storage, in entries; the latter excluded."""
+    start = int(x.storage_offset())
+    steps = [(size - 1) * int(stride) for size, stride in zip(x.shape, x.stride(), strict=True)]
+    return start, start + 1 + sum(steps)
+
+
+def _address(p: Tensor) -> int:
+    """Where a tensor's entries begin in memory; 0 for one that only pretends to have some."""
+    try:
+        return p.data_ptr()
+    except RuntimeError:
+        return 0
