@@ -6,6 +6,7 @@ Lightning finds itself in the hands of another launcher and the group made: it s
 import multiprocessing
 import os
 import pickle
+import sys
 import tempfile
 import time
 import traceback
@@ -53,6 +54,8 @@ class World:
         self._members = []
 
     def _start(self):
+        if sys.platform != "linux":
+            pytest.skip("groups of processes are tested on Linux only")
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["lightning.pytorch", "torch.distributed.tensor.parallel"])
         store = tempfile.mkdtemp(dir=os.getcwd())

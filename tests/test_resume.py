@@ -8,6 +8,7 @@ accumulation, whose gradients it does not save.
 import multiprocessing
 import os
 import signal
+import sys
 from collections.abc import Mapping
 from datetime import timedelta
 from functools import cache, partial
@@ -395,6 +396,7 @@ def train_and_die(folder):
     fitted([*made(everything()), In("on_train_batch_end", die, 5), keep], enable_checkpointing=True)
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL")
 @pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint.*ModelCheckpoint.*")
 def test_killed_between_checkpoints(tmp_path):
     child = multiprocessing.get_context("spawn").Process(target=train_and_die, args=(tmp_path,))
