@@ -1,0 +1,269 @@
+"""The plan of a step: replayed while what it rests on stays, made anew where that changed, and short."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations, parametrize, prune
+
+import lightning_hsu
+from lightning_hsu import LinearSchedule, Share, UniformityRegularizer, register_neurons
+from lightning_hsu._engine.plan import Plan
+from lightning_hsu.measures import Covering, RieszEnergy
+
+PACKAGE = str(Path(lightning_hsu.__file__).parent)
+
+
+def network():
+    layers = (nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 12), nn.ReLU(), nn.Linear(12, 5))
+    return nn.Sequential(*layers)
+
+
+def pictures():
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, groups=2), nn.Flatten(), nn.Linear(8, 4)
+    )
+
+
+def with_zero_gradients(net):
+    """An optimizer of all parameters, whose gradients are zero: what a step adds is theirs then."""
+    for p in net.parameters():
+        p.grad = torch.zeros_like(p) if p.requires_grad else None
+    return torch.optim.SGD(net.parameters(), lr=0.1)
+
+
+def added(net, regularizer=None):
+    """What one step adds to the gradients: of a regularizer attached before, or of a fresh one."""
+    regularizer = regularizer or UniformityRegularizer().attach(net)
+    regularizer.add_gradients(with_zero_gradients(net))
+    return {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
+
+
+class Doubling(nn.Module):
+    def forward(self, weight):
+        return 2.0 * weight
+
+
+def replaced_weight(net):
+    net[0].weight = nn.Parameter(torch.randn(16, 12))
+
+
+def weight_of_another_shape(net):
+    net[0].weight = nn.Parameter(torch.randn(20, 12))
+    net[0].bias = nn.Parameter(torch.zeros(20))
+    net[2].weight = nn.Parameter(torch.randn(12, 20))
+
+
+def assigned_state(net):
+    state = {name: torch.randn_like(x) for name, x in net.state_dict().items()}
+    net.load_state_dict(state, assign=True)
+
+
+def other_data(net):
+    net[0].weight.data = torch.randn(16, 12)
+
+
+def transposed_data(net):
+    net[0].weight.data = torch.randn(12, 16).T
+
+
+def wider(net):
+    net.double()
+
+
+def pruned(net):
+    prune.random_unstructured(net[0], "weight", amount=0.3)
+
+
+def weight_norm(net):
+    parametrizations.weight_norm(net[2])
+
+
+def parametrized(net):
+    parametrize.register_parametrization(net[0], "weight", Doubling())
+
+
+def frozen(net):
+    net[0].weight.requires_grad_(False)
+
+
+CHANGES = [
+    replaced_weight,
+    weight_of_another_shape,
+    assigned_state,
+    other_data,
+    transposed_data,
+    wider,
+    pruned,
+    weight_norm,
+    parametrized,
+    frozen,
+]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_a_change_under_way_is_followed(change):
+    net = network()
+    regularizer = UniformityRegularizer(coefficient=0.5).attach(net)
+    added(net, regularizer)
+    change(net)
+    found = added(net, regularizer)
+    fresh = added(net)
+    assert any(bool(part.any()) for part in found.values())
+    assert found.keys() == fresh.keys()
+    for name, part in fresh.items():
+        torch.testing.assert_close(found[name], 0.5 * part, rtol=1e-5, atol=1e-7)
+
+
+def test_another_memory_format_is_followed():
+    net = pictures()
+    regularizer = UniformityRegularizer(coefficient=0.5).attach(net)
+    added(net, regularizer)
+    net.to(memory_format=torch.channels_last)
+    found, fresh = added(net, regularizer), added(net)
+    for name, part in fresh.items():
+        torch.testing.assert_close(found[name], 0.5 * part, rtol=1e-5, atol=1e-7)
+
+
+def test_a_plan_is_replayed_until_something_changes(monkeypatch):
+    made = []
+    init = Plan.__init__
+
+    def counted(self, *args):
+        made.append(self)
+        init(self, *args)
+
+    monkeypatch.setattr(Plan, "__init__", counted)
+    net = network()
+    regularizer = UniformityRegularizer().attach(net)
+    for _ in range(5):
+        added(net, regularizer)
+    other_data(net)  # only the address is another
+    added(net, regularizer)
+    assert len(made) == 1
+    replaced_weight(net)
+    added(net, regularizer)
+    assert len(made) == 2
+
+
+def test_a_replaced_weight_that_no_optimizer_has_is_unreached():
+    net = network()
+    regularizer = UniformityRegularizer().attach(net)
+    optimizer = with_zero_gradients(net)
+    regularizer.add_gradients(optimizer)
+    assert regularizer.unreached() == []
+    replaced_weight(net)
+    net[0].weight.grad = torch.zeros(16, 12)
+    regularizer.add_gradients(optimizer)
+    assert regularizer.unreached() == ["0"]
+
+
+def test_groups_and_rates_are_read_at_each_step():
+    net = network()
+    regularizer = UniformityRegularizer(step_limit=1e-3).attach(net)
+    optimizer = torch.optim.SGD([net[0].weight], lr=1.0)
+    sizes = []
+    for rate in (1.0, 10.0):
+        optimizer.param_groups[0]["lr"] = rate
+        with_zero_gradients(net)
+        regularizer.add_gradients(optimizer)
+        assert not net[2].weight.grad.any()
+        sizes.append(float(net[0].weight.grad.norm()))
+    assert sizes[1] < 0.2 * sizes[0]
+    optimizer.add_param_group({"params": [net[2].weight]})
+    with_zero_gradients(net)
+    regularizer.add_gradients(optimizer)
+    assert net[2].weight.grad.any()
+
+
+def test_a_gradient_laid_out_otherwise_is_served_too():
+    net, twin = network(), network()
+    twin.load_state_dict(net.state_dict())
+    optimizer = with_zero_gradients(net)
+    net[0].weight.grad = torch.zeros(12, 16).T
+    UniformityRegularizer().attach(net).add_gradients(optimizer)
+    expected = added(twin)["0.weight"]
+    torch.testing.assert_close(net[0].weight.grad, expected, rtol=1e-6, atol=1e-8)
+
+
+class Growing(nn.Module):
+    """Its rule gives more neurons at each step."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8, 5))
+        self.rows = 3
+
+    def forward(self, x):
+        return x @ self.weight.T
+
+
+def test_a_registered_rule_is_asked_at_each_step():
+    register_neurons(Growing, lambda module: module.weight[: module.rows])
+    net = nn.Sequential(Growing())
+    regularizer = UniformityRegularizer(head=None).attach(net)
+    for rows in (3, 5, 8):
+        net[0].rows = rows
+        part = added(net, regularizer)["0.weight"]
+        assert part[:rows].any(1).all()
+        assert not part[rows:].any()
+
+
+def test_each_kind_of_layer_is_plain_where_numbers_are_enough():
+    net = network()
+    settings = [
+        ({}, 3),
+        ({"coefficient": LinearSchedule(1.0, end=5)}, 3),
+        ({"coefficient": Share(0.1)}, 0),
+        ({"measure": Covering(), "head": None}, 0),
+        ({"measure": RieszEnergy(s=1)}, 3),
+    ]
+    for setting, count in settings:
+        plan = UniformityRegularizer(**setting).attach(net)._attached.plan
+        assert len(plan.plain) == count
+        assert sum(map(len, plan.rest)) == 3 - count
+        assert sum(map(len, plan.buckets)) == 3
+
+
+def test_the_interval_stands_in_one_place():
+    net = network()
+    schedule = LinearSchedule(1.0, warmup=30)
+    regularizer = UniformityRegularizer(coefficient=schedule).attach(net)
+    regularizer.every_n_steps = 10
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.0)
+    for _ in range(15):
+        with_zero_gradients(net)
+        regularizer.add_gradients(optimizer)
+    told = regularizer.current_penalty(regularizer.measure_layers())
+    resumed = UniformityRegularizer(coefficient=schedule).attach(net)
+    resumed.every_n_steps = 10
+    resumed.load_state_dict(regularizer.state_dict())
+    assert resumed.current_penalty(resumed.measure_layers()) == told
+
+
+def calls_of_a_step():
+    """Calls of the package's own functions in one plain step of three layers, by file."""
+    net = network()
+    regularizer = UniformityRegularizer().attach(net)
+    optimizer = with_zero_gradients(net)
+    regularizer.add_gradients(optimizer)  # what is kept from the first step is not counted
+    files = []
+
+    def note(frame, event, argument):
+        if event == "call" and frame.f_code.co_filename.startswith(PACKAGE):
+            files.append(frame.f_code.co_filename)
+
+    sys.setprofile(note)
+    try:
+        regularizer.add_gradients(optimizer)
+    finally:
+        sys.setprofile(None)
+    return files
+
+
+def test_a_plain_step_takes_few_calls_through_few_files():
+    files = calls_of_a_step()
+    assert 20 < len(files) <= 120, len(files)
+    assert len(set(files)) <= 12, sorted(set(files))
