@@ -10,8 +10,11 @@ COMMA = ,
 TRITON = $(if $(shell uname -s | grep -q Linux && grep '^triton' $(CONSTRAINTS)),$(COMMA)triton)
 EXTRAS = figures,hull,report$(TRITON)
 PYTEST = $(BIN)/python -m pytest -n auto --dist worksteal
+FAST = not slow and not versions and not pretrained
+# Other machines, on this one: no vector instructions of ATen, and none newer than AVX2 of its libraries.
+OLD_CPU = ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2
 
-.PHONY: setup demo test coverage evidence versions pretrained notebooks lint types wheel kernels bench bench-gpu clean
+.PHONY: setup demo test coverage cpus docs evidence versions pretrained notebooks lint types wheel kernels bench bench-gpu clean
 .NOTPARALLEL:  # two installations into one .venv would get in each other's way
 
 setup: .venv/dev.installed  ## Install everything, and lint before each commit
@@ -24,7 +27,14 @@ test: .venv/test.installed  ## All tests, slow ones too
 	$(PYTEST) -m "not versions and not pretrained"
 
 coverage: .venv/test.installed  ## The fast tests, and which lines they reach
-	$(PYTEST) --cov --cov-report=term -m "not slow and not versions and not pretrained"
+	$(PYTEST) --cov --cov-report=term -m "$(FAST)"
+
+cpus: .venv/test.installed  ## The fast tests as on an older CPU, with one thread and with two
+	HSU_TEST_THREADS=1 $(OLD_CPU) $(PYTEST) -m "$(FAST)"
+	HSU_TEST_THREADS=2 $(OLD_CPU) $(PYTEST) -m "$(FAST)"
+
+docs: .venv/test.installed  ## Run the code that README and docstrings show
+	$(PYTEST) lightning_hsu tests/test_readme.py tests/test_notebooks.py
 
 evidence: .venv/evidence.installed  ## Does it help, and where: the whole plan, or QUICK=--quick; goes on where it was ended
 	$(BIN)/python -m evidence --jobs $(JOBS) $(QUICK)
