@@ -1,6 +1,6 @@
-"""Other ways to the same energy, written plainly from their description: what the measures here are timed against.
+"""The same energies written plainly from their formulas: what the measures are timed against.
 
-Each takes neurons (n, d) that require a gradient and gives the mean energy; autograd does the rest.
+Each function maps neurons (n, d) that require a gradient to the mean energy; autograd does the rest.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from torch import Tensor
 
 
 def wo(w: Tensor) -> Tensor:
-    """Riesz energy, s = 2: normalise, one matrix product, the reciprocal with an epsilon, a mask without the diagonal."""
+    """Riesz energy, s = 2: one matrix product, reciprocals with an epsilon, the diagonal masked."""
     x = w / w.norm(dim=1, keepdim=True)
     pairs = 1.0 / (2.0 * (1.0 - x @ x.T) + 1e-8) * (1.0 - torch.eye(len(w), device=w.device))
     return pairs.sum() / (len(w) * (len(w) - 1))
 
 
 def half_mhe(w: Tensor) -> Tensor:
-    """Riesz energy, s = 2, in half space: the neurons and their mirror images in one list of 2n, the strict lower triangle."""
-    both = torch.cat([w, -w])
+    """Riesz energy, s = 2, in half space: neurons and mirror images, the strict lower triangle."""
+    both = torch.cat([w, -w])  # (2n, d)
     x = both / (both.norm(dim=1, keepdim=True) + 1e-4)
     inner = x @ x.T
     q = 2.0 - 2.0 * inner + torch.eye(len(both), device=w.device)

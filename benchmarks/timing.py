@@ -1,4 +1,4 @@
-"""Times that can be compared: rivals take turns, and what is reported is the quotient within each round."""
+"""Comparable times: rivals take turns, and quotients are taken within each round."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def rounds_of(rivals: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each rival in each round, by name; all run once before."""
+    """Seconds of each rival in each round, by name, after one warm-up run each."""
     times: dict[str, list[float]] = {name: [] for name in rivals}
     for run in rivals.values():
         run()
@@ -34,11 +34,14 @@ def quotient(
     times: Mapping[str, list[float]], over: str, under: str, factor: float = 1.0
 ) -> dict[str, float]:
     """Smallest, median and largest of ``times[over] / (factor * times[under])`` over the rounds."""
-    return spread([a / (factor * b) for a, b in zip(times[over], times[under], strict=True)])
+    quotients = []
+    for above, below in zip(times[over], times[under], strict=True):
+        quotients.append(above / (factor * below))
+    return spread(quotients)
 
 
 def spread(values: list[float]) -> dict[str, float]:
-    """Smallest, median and largest."""
+    """Smallest, median and largest value."""
     return {
         "min": round(min(values), 4),
         "median": round(statistics.median(values), 4),
@@ -47,29 +50,32 @@ def spread(values: list[float]) -> dict[str, float]:
 
 
 def machine() -> str:
-    """Where this runs."""
-    lines = (
-        Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
-    )
-    name = next(
-        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
-        platform.machine(),
-    )
-    return f"{name}, {torch.get_num_threads()} thread, Python {platform.python_version()}, torch {torch.__version__}"
+    """The processor and the versions that a benchmark runs with."""
+    threads = torch.get_num_threads()
+    python = platform.python_version()
+    return f"{_processor()}, {threads} thread, Python {python}, torch {torch.__version__}"
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.machine()
 
 
 def save(name: str, result: Mapping[str, object]) -> None:
-    """Keep a table as JSON beside the others."""
+    """Write a result to ``results/name.json``."""
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
 
 
 def peak_mib(module: str, *arguments: str) -> float:
-    """What ``python -m module arguments`` prints last: MiB, measured in a process of its own."""
-    root = Path(__file__).parents[1]
+    """Run ``python -m module arguments`` in a new process; return the number it prints last, MiB."""
     done = subprocess.run(
         [sys.executable, "-m", module, *arguments],
-        cwd=root,
+        cwd=Path(__file__).parents[1],
         env=os.environ,
         capture_output=True,
         text=True,
@@ -79,8 +85,7 @@ def peak_mib(module: str, *arguments: str) -> float:
 
 
 def resident_mib() -> float:
-    """The most memory that this process has had so far."""
-    status = Path(
-        "/proc/self/status"
-    ).read_text()  # ru_maxrss would be that of the parent, if it had more
+    """The largest resident memory of this process so far, MiB."""
+    # Not ru_maxrss: that is the parent's, if the parent had more.
+    status = Path("/proc/self/status").read_text()
     return int(status.partition("VmHWM:")[2].split()[0]) / 1024
