@@ -1,12 +1,15 @@
 """What the callback costs a step, off logging steps, when it only monitors and when it penalises.
 
-The model has 60 small Linear layers, the worst case: nothing but overhead. Within one training the steps take turns: no
-callback, one that does nothing (Lightning's own price of a callback), the monitor, the penalty; so a drift of the machine's
-speed hits all alike. Printed are the differences of the medians over the rounds, and the time inside the monitor's hooks.
-The goals are below 0.1 ms a step for the monitor and 0.8 ms for the penalty. Then what a step of the engine takes without
-Lightning, and how much of it a layer is bookkeeping, not pair sums; the goal is 15 us. Last, how many times the time of a random 512 x 512 layer one takes whose
-neurons have condensed onto four directions, so that a quarter of the pairs is redone in float64; and what one set of figures
-costs, drawn and written, for ten layers.
+The model has 60 small Linear layers, the worst case: nothing but overhead. Within one training the
+    steps take turns: no
+callback, one that does nothing (Lightning's own price of a callback), the monitor, the penalty; so
+a drift of the machine's speed hits all alike. Printed are the differences of the medians over the
+rounds, and the time inside the monitor's hooks. The goals are below 0.1 ms a step for the monitor
+and 0.8 ms for the penalty. Then what a step of the engine takes without Lightning, and how much of
+it a layer is bookkeeping, not pair sums; the goal is 15 us. Last, how many times the time of a
+random 512 x 512 layer one takes whose neurons have condensed onto four directions, so that a
+quarter of the pairs is redone in float64; and what one set of figures costs, drawn and written, for
+ten layers.
 """
 
 from __future__ import annotations

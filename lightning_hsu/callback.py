@@ -53,51 +53,62 @@ class _Fit:
 
 
 class HypersphericalUniformity(_trainer.EveryCallback):
-    """Spread the neurons of a LightningModule over the sphere while it trains, and log how spread out they are.
+    """Spread a LightningModule's neurons over the sphere while it trains, and log how far they are.
 
-    The objective becomes the task's loss plus ``coefficient`` times the penalty, once per optimizer step,
-    whatever the precision, accumulation, strategy or optimisation mode; only where one step would move a neuron by more
-    than its own norm the penalty's gradient is shortened (``step_limit``). The logged training loss is unchanged.
+    The objective becomes the task's loss plus ``coefficient`` times the penalty, once per optimizer
+    step, whatever the precision, accumulation, strategy or optimisation mode. The penalty's gradient
+    is shortened only if one step would move a neuron by more than its own norm (``step_limit``). The
+    logged training loss is unchanged.
 
-    On logging steps ``hsu/penalty``, ``hsu/ratio_mean``, ``hsu/ratio_max``, ``hsu/angle_min`` (degrees),
-    ``hsu/dead`` and ``hsu/limited`` go through Lightning's log, where EarlyStopping and ModelCheckpoint can watch
-    them; they are also refreshed on the first step and at the end of each epoch. Per layer ``hsu/ratio/<layer>``,
-    ``hsu/score/<layer>`` (0 as random, 1 the best there can be), ``hsu/energy/<layer>``, ``hsu/min_angle/<layer>`` and
-    ``hsu/gradient_share/<layer>`` go to every logger, and of a schedule or a share ``hsu/coefficient/<layer>``.
+    On logging steps ``hsu/penalty``, ``hsu/ratio_mean``, ``hsu/ratio_max``, ``hsu/angle_min``
+    (degrees), ``hsu/dead`` and ``hsu/limited`` go through Lightning's log, where EarlyStopping and
+    ModelCheckpoint can watch them; they are also refreshed on the first step and at the end of each
+    epoch. Per layer ``hsu/ratio/<layer>``, ``hsu/score/<layer>`` (0 as random, 1 the best there can
+    be), ``hsu/energy/<layer>``, ``hsu/min_angle/<layer>`` and ``hsu/gradient_share/<layer>`` go to
+    every logger, and of a schedule or a share ``hsu/coefficient/<layer>``.
 
     Args:
-        measure: What to minimise. None is the half-space Riesz energy with s = 2; the class head is measured
-            in full space.
-        coefficient: A number >= 0, a schedule (optimizer steps done -> number), a share of the task's gradient
-            (``Share``), or a mapping of layer patterns to these, of which the first match counts. 0 only
-            monitors and leaves training as it is.
-        apply: How the penalty enters. "gradient": its gradient is added before each optimizer step, before Lightning's
-            clipping, after your own in manual optimisation. "loss": it is added to the loss before each backward, divided by
-            ``accumulate_grad_batches``; automatic optimisation only. "decoupled": after each step the neurons move along the
-            sphere by learning rate times coefficient times gradient and keep their norms, past the optimizer and clipping.
-        include: Patterns of layer names to take, shell style; None takes all but embeddings, which must be asked for.
+        measure: What to minimise. None is the half-space Riesz energy with s = 2; the class head is
+            measured in full space.
+        coefficient: A number >= 0, a schedule (optimizer steps done -> number), a share of the
+            task's gradient (``Share``), or a mapping of layer patterns to these, of which the first
+            match counts. 0 only monitors and leaves training as it is.
+        apply: How the penalty enters. "gradient": its gradient is added before each optimizer step,
+            before Lightning's clipping, after your own in manual optimisation. "loss": it is added
+            to the loss before each backward, divided by ``accumulate_grad_batches``; automatic
+            optimisation only. "decoupled": after each step the neurons move along the sphere by
+            learning rate times coefficient times gradient and keep their norms, past the optimizer
+            and clipping.
+        include: Patterns of layer names to take, shell style; None takes all but embeddings, which
+            must be asked for.
         exclude: Patterns of layer names to leave out.
         head: The class head: "auto" is the last Linear, a name is that layer, None is no head.
         head_coefficient: A number, schedule or share for the head; None uses ``coefficient``.
-        every_n_steps: Apply on every n-th step of each optimizer, at the coefficient's full strength.
-        step_limit: A neuron's penalty gradient times the learning rate is at most this fraction of the neuron's norm, so
-            that no near-duplicate or tiny neuron is thrown away by one step (``hsu/limited`` counts them). None is no limit.
-        matmul_precision: "medium" multiplies pair energies in bfloat16: gradients to 2e-3 for s <= 2, 2e-2 at most.
-        sample_above: Energies of more neurons are estimated (:class:`~lightning_hsu.measures.Sampled`); None computes them.
-        split_above: Under DDP, layers of at least so many neurons are computed by all ranks together, each its part of the
-            pairs; None computes every layer on every rank.
-        figures_every_n_steps: Optimizer steps between figures for every logger: ratios over time, the worst layers' angles,
-            gradient shares; also at the end of fit. Without a logger that takes figures, PNG files. None draws nothing.
+        every_n_steps: Apply on every n-th step of each optimizer, at the coefficient's full
+            strength.
+        step_limit: A neuron's penalty gradient times the learning rate is at most this fraction of
+            the neuron's norm, so that no near-duplicate or tiny neuron is thrown away by one step
+            (``hsu/limited`` counts them). None is no limit.
+        matmul_precision: "medium" multiplies pair energies in bfloat16: the relative error of a
+            gradient is 2e-3 for s <= 2, and 2e-2 at most.
+        sample_above: Energies of more neurons are estimated
+            (:class:`~lightning_hsu.measures.Sampled`); None computes them.
+        split_above: Under DDP, layers of at least so many neurons are computed by all ranks
+            together, each its part of the pairs; None computes every layer on every rank.
+        figures_every_n_steps: Optimizer steps between figures for every logger: ratios over time,
+            the worst layers' angles, gradient shares; also at the end of fit. Without a logger that
+            takes figures, PNG files. None draws nothing.
         prefix: What the logged names begin with; several callbacks need one each.
-        verbose: Print the table of layers at the start of fit, and at its end how each stood before and stands after.
+        verbose: Print the table of layers at the start of fit, and at its end how each stood before
+            and stands after.
 
     Raises:
         ImportError: for figures without matplotlib.
-        ValueError: for a negative or NaN coefficient, an unknown ``apply``, or at the start of fit a pattern that
-            matches nothing or a model without neurons.
+        ValueError: for a negative or NaN coefficient, an unknown ``apply``, or at the start of fit
+            a pattern that matches nothing or a model without neurons.
         TypeError: for a measure or a coefficient of the wrong kind.
-        NotImplementedError: at the start of fit, where the penalty could not be right: DeepSpeed and strategies that are not
-            known, ``apply="loss"`` with manual optimisation or FSDP.
+        NotImplementedError: at the start of fit, where the penalty could not be right: DeepSpeed
+            and strategies that are not known, ``apply="loss"`` with manual optimisation or FSDP.
 
     Reference:
         Liu et al., "Learning with Hyperspherical Uniformity", AISTATS 2021, arXiv 2103.01649.
@@ -188,7 +199,7 @@ class HypersphericalUniformity(_trainer.EveryCallback):
             self._attach(trainer, pl_module)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Note where a resumed fit stands, hook the optimizers, and measure before the first step."""
+        """Hook the optimizers, and measure before the first step."""
         self._fit.seen_step = trainer.global_step
         act = partial(self._after_step, trainer, pl_module)
         self._fit.hooks = [_trainer.AfterStep(optimizer, act) for optimizer in trainer.optimizers]
@@ -249,7 +260,7 @@ class HypersphericalUniformity(_trainer.EveryCallback):
     def _after_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
-        """Move the neurons after a complete step, if asked for; a skipped step does not come here."""
+        """Move the neurons if ``apply`` says so; a step that was skipped does not come here."""
         self._fit.open_step.end()
         if self.apply != "decoupled":
             return
@@ -356,7 +367,7 @@ class HypersphericalUniformity(_trainer.EveryCallback):
     def _keep(
         self, trainer: pl.Trainer, measured: list[LayerUniformity], shares: dict[str, float]
     ) -> None:
-        """Keep a measurement, and the gradient shares of its step, for the table and the figures."""
+        """Keep a measurement and its step's gradient shares for the table and the figures."""
         self._fit.before_after.note(trainer.global_step, measured)
         if self._figures.wanted(trainer):
             self._figures.history.note(trainer.global_step, measured, shares)
@@ -379,7 +390,7 @@ class HypersphericalUniformity(_trainer.EveryCallback):
             rank_zero_info(self._fit.before_after.table(trainer.global_step, layers, measured))
 
     def _shares(self) -> dict[str, float]:
-        """Norms of the added gradients over those of the task's, by layer, where they are finite."""
+        """Finite norms of the added gradients over those of the task's, by layer."""
         shares = {}
         for name, stats in self._fit.stats.items():
             share = float(stats.share)

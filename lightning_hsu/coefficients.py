@@ -1,4 +1,4 @@
-"""How strong the penalty is: a number, a schedule over optimizer steps, a share of the task's gradient, or these by layer."""
+"""How strong the penalty is: a number, a schedule, a share of the task's gradient, or by layer."""
 
 from __future__ import annotations
 
@@ -14,18 +14,21 @@ from lightning_hsu._neurons.select import check_patterns, matches
 
 
 class Varying(ABC):
-    """A coefficient that changes while training: the classes that the config of a LightningCLI may name.
+    """A coefficient that changes during training: a class that a LightningCLI's config may name.
 
-    It is abstract, and no dataclass, so that a CLI takes a mapping of layer patterns for what it is.
+    It is abstract and no dataclass, so that a CLI reads a mapping of layer patterns as a mapping.
     """
 
     @abstractmethod
     def label(self) -> str:
-        """Say in a word or two what it is, for the table of layers."""
+        """Name it in a word or two, for the table of layers."""
 
 
 class Schedule(Varying):
-    """A coefficient over optimizer steps. In Python any function will do; one that a config names derives from this."""
+    """A coefficient over optimizer steps.
+
+    In Python any function will do; derive from this class to name yours in a config.
+    """
 
     def label(self) -> str:
         """The word schedule."""
@@ -49,14 +52,14 @@ class _WarmedUp(Schedule):
             check_number(
                 f"{name}'s {what}", number, "a finite number >= 0", lambda number: number >= 0
             )
-        for what, step in (("warmup", self.warmup), ("end", 0 if self.end is None else self.end)):
-            if not isinstance(step, int) or isinstance(step, bool) or step < 0:
-                raise ValueError(
-                    f"{name}'s {what} counts optimizer steps, an int >= 0; got {step!r}"
-                )
-        if self.end is not None and self.end < self.warmup:
+        self._check_steps("warmup", self.warmup)
+        if self.end is None:
+            return
+        self._check_steps("end", self.end)
+        if self.end < self.warmup:
             raise ValueError(
-                f"{name} must not end before its warm-up does; got warmup={self.warmup}, end={self.end}"
+                f"{name} must not end before its warm-up does; got warmup={self.warmup}, "
+                f"end={self.end}"
             )
 
     def __call__(self, step: int) -> float:
@@ -67,22 +70,29 @@ class _WarmedUp(Schedule):
             return self.value
         if step >= self.end:
             return self.final
-        return self.final + (self.value - self.final) * self._left(
-            (step - self.warmup) / (self.end - self.warmup)
-        )
+        progress = (step - self.warmup) / (self.end - self.warmup)
+        return self.final + (self.value - self.final) * self._remaining(progress)
 
     @abstractmethod
-    def _left(self, progress: float) -> float:
-        """What is left of the way from ``value`` to ``final``, 1 at progress 0 and 0 at progress 1."""
+    def _remaining(self, progress: float) -> float:
+        """The part of the way from ``value`` to ``final`` that remains: 1 at progress 0, 0 at 1."""
+
+    def _check_steps(self, what: str, steps: object) -> None:
+        """Refuse what is no number of optimizer steps."""
+        if not isinstance(steps, int) or isinstance(steps, bool) or steps < 0:
+            raise ValueError(
+                f"{type(self).__name__}'s {what} counts optimizer steps, an int >= 0; got {steps!r}"
+            )
 
 
 @dataclass(frozen=True)
 class LinearSchedule(_WarmedUp):
-    """A coefficient that warms up, and then goes along a line to its final value.
+    """A coefficient that warms up along a line, then follows a line to its final value.
 
     Args:
         value: The coefficient after the warm-up, >= 0.
-        warmup: Steps over which it rises along a line: after k < warmup steps it is ``value * (k + 1) / (warmup + 1)``.
+        warmup: Steps over which it rises along a line: after k < warmup steps it is
+            ``value * (k + 1) / (warmup + 1)``.
         end: Steps after which it is ``final``; None keeps it at ``value``.
         final: The coefficient from ``end`` on, >= 0.
 
@@ -96,17 +106,18 @@ class LinearSchedule(_WarmedUp):
         [0.25, 0.5, 0.75, 1.0, 0.75, 0.5, 0.25, 0.0, 0.0]
     """
 
-    def _left(self, progress: float) -> float:
+    def _remaining(self, progress: float) -> float:
         return 1.0 - progress
 
 
 @dataclass(frozen=True)
 class CosineSchedule(_WarmedUp):
-    """A coefficient that warms up along a line, and then follows half a cosine to its final value.
+    """A coefficient that warms up along a line, then follows half a cosine to its final value.
 
     Args:
         value: The coefficient after the warm-up, >= 0.
-        warmup: Steps over which it rises along a line: after k < warmup steps it is ``value * (k + 1) / (warmup + 1)``.
+        warmup: Steps over which it rises along a line: after k < warmup steps it is
+            ``value * (k + 1) / (warmup + 1)``.
         end: Steps after which it is ``final``; None keeps it at ``value``.
         final: The coefficient from ``end`` on, >= 0.
 
@@ -120,7 +131,7 @@ class CosineSchedule(_WarmedUp):
         [0.5, 1.0, 0.854, 0.5, 0.146, 0.0]
     """
 
-    def _left(self, progress: float) -> float:
+    def _remaining(self, progress: float) -> float:
         return 0.5 + 0.5 * math.cos(math.pi * progress)
 
 
@@ -128,14 +139,15 @@ class CosineSchedule(_WarmedUp):
 class Share(Varying):
     r"""A coefficient that keeps the penalty's gradient at a fraction of the task's, layer by layer.
 
-    With running means of the two gradients' norms over the steps, ``mean <- smoothing * mean + (1 - smoothing) * norm``,
+    With running means of the two gradients' norms over the steps,
+    ``mean <- smoothing * mean + (1 - smoothing) * norm``,
 
-        coefficient = fraction * mean |task's gradient| / mean |penalty's gradient|, at most ``maximum``.
+        coefficient = fraction * mean |task's gradient| / mean |penalty's gradient|,
 
-    The norms are reduced over ranks, without a GradScaler's factor and before the step limit; with ``apply="gradient"`` before
-    Lightning's clipping, with ``"decoupled"``, after the step, behind it.
-    Steps whose gradients are not finite leave the means as they are. The means are saved in checkpoints; those of another
-    measure, where you change it on resuming, fade as all do.
+    at most ``maximum``. The norms are reduced over ranks, without a GradScaler's factor and before
+    the step limit. They are taken before Lightning's clipping with ``apply="gradient"``, and after
+    it with ``"decoupled"``. Steps whose gradients are not finite leave the means as they are. The
+    means are saved in checkpoints; if you resume with another measure, the old ones fade.
 
     Args:
         fraction: Norm of the penalty's gradient over that of the task's, > 0.
@@ -169,7 +181,7 @@ class Share(Varying):
 Strength = float | Varying | Callable[[int], float]
 """A number, a share, or a schedule: optimizer steps done so far to a number."""
 
-# In this order a LightningCLI writes it into a config and reads it again: classes, the mapping, any function.
+# A LightningCLI tries these in order, in writing a config and in reading it again.
 Strengths = float | Varying | dict[str, Strength] | Callable[[int], float]
 """One for all layers, or by layer pattern."""
 
@@ -179,8 +191,8 @@ class Coefficient:
     """A checked coefficient.
 
     Args:
-        given: A number >= 0, a schedule, a share, or a mapping of layer patterns to these, of which the first match
-            counts; layers without a match get 0 and are only monitored.
+        given: A number >= 0, a schedule, a share, or a mapping of layer patterns to these, of which
+            the first match counts; layers without a match get 0 and are only monitored.
         what: What to call it in errors.
 
     Raises:
@@ -195,7 +207,8 @@ class Coefficient:
         if isinstance(self.given, Mapping):
             if not self.given:
                 raise ValueError(
-                    f"{self.what} is an empty mapping; map layer patterns to numbers, e.g. {{'*': 1.0}}"
+                    f"{self.what} is an empty mapping; map layer patterns to numbers, e.g. "
+                    "{'*': 1.0}"
                 )
             for pattern, strength in self.given.items():
                 _check(strength, f"{self.what}[{pattern!r}]")
@@ -204,7 +217,7 @@ class Coefficient:
 
     @classmethod
     def of_head(cls, given: Strength) -> Coefficient:
-        """That of the head alone, which is no mapping."""
+        """The coefficient of the head alone, which is no mapping."""
         if isinstance(given, Mapping):
             raise TypeError(
                 f"head_coefficient is a number or a schedule, not a mapping; got {given!r}"
@@ -214,8 +227,9 @@ class Coefficient:
     @property
     def has_share(self) -> bool:
         """Whether it is, or holds, a share of the task's gradient."""
-        parts = self.given.values() if isinstance(self.given, Mapping) else [self.given]
-        return any(isinstance(part, Share) for part in parts)
+        if isinstance(self.given, Mapping):
+            return any(isinstance(strength, Share) for strength in self.given.values())
+        return isinstance(self.given, Share)
 
     def check_names(self, names: Sequence[str]) -> None:
         """Refuse a pattern that matches no layer."""
@@ -224,16 +238,28 @@ class Coefficient:
 
     def of(self, name: str) -> Strength:
         """The number, schedule or share of one layer."""
-        strength = self.given
-        if isinstance(strength, Mapping):
-            strength = next(
-                (one for pattern, one in strength.items() if matches(name, [pattern])), 0.0
-            )
-        return float(strength) if isinstance(strength, Real) else strength  # one of numpy, too
+        strength = (
+            self._matching(self.given, name) if isinstance(self.given, Mapping) else self.given
+        )
+        if isinstance(strength, Real):
+            return float(strength)  # also a number of numpy
+        return strength
+
+    @staticmethod
+    def _matching(given: Mapping[str, Strength], name: str) -> Strength:
+        """What the first pattern that matches a layer maps to."""
+        for pattern, strength in given.items():
+            if matches(name, [pattern]):
+                return strength
+        return 0.0
 
 
 def strength_at(strength: Strength, step: int, name: str) -> float:
-    """Evaluate a number or schedule after ``step`` optimizer steps; ``name`` is the layer, for the error."""
+    """Evaluate a number or schedule after ``step`` optimizer steps.
+
+    Raises:
+        ValueError: if the value is no finite number >= 0; the error names the layer.
+    """
     given: Any = strength(step) if callable(strength) else strength
     try:
         value = float(given)  # a one-element tensor will do
@@ -251,7 +277,8 @@ def _check(strength: object, what: str) -> None:
     """Refuse what is neither a number >= 0 nor a schedule nor a share."""
     if isinstance(strength, type):
         raise TypeError(
-            f"{what} must be an instance: write {strength.__name__}(...), with its settings in the brackets"
+            f"{what} must be an instance: write {strength.__name__}(...), with its settings in the "
+            "brackets"
         )
     if callable(strength) or isinstance(strength, Share):
         return
@@ -262,5 +289,6 @@ def _check(strength: object, what: str) -> None:
             )
         return
     raise TypeError(
-        f"{what} must be a number, a schedule step -> number, a Share or a mapping of patterns to these; got {strength!r}"
+        f"{what} must be a number, a schedule step -> number, a Share or a mapping of patterns to "
+        f"these; got {strength!r}"
     )

@@ -35,7 +35,8 @@ class StepContext:
         learning_rates: Those of its parameters, by id; empty where they are not known.
         factor: What the task's gradients, or its loss, are multiplied by.
         same_step: Whether this is another evaluation within the same step.
-        step_limit: The fraction of its norm by which a step moves a neuron at most; None is no limit.
+        step_limit: The fraction of its norm by which a step moves a neuron at most; None is no
+            limit.
         stats: Whether to return what was done.
     """
 
