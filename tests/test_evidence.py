@@ -37,7 +37,7 @@ TINY = Setting("digits", 200, 2, held_out=200)
 
 @pytest.fixture
 def _double():
-    """Train in float64: AdamW turns what rounding leaves of a zero gradient into steps of any size."""
+    """Train in float64: AdamW makes steps of any size of a gradient that is zero but for rounding."""
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
