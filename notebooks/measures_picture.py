@@ -1,4 +1,4 @@
-"""Which way each measure pushes: eight points on a circle, and the step that descent on the penalty takes."""
+"""Draw the step that descent on each measure's penalty takes, for eight points on a circle."""
 
 from __future__ import annotations
 
@@ -31,10 +31,13 @@ from lightning_hsu.measures import (
     SlicedWasserstein,
 )
 
-STEP, HOLE = "#0072B2", "#D55E00"  # told apart by colour-blind readers too
-INK, QUIET, FAINT = "#222222", "#6B6B6B", "#C9C9C9"
+STEP = "#0072B2"
+HOLE = "#D55E00"  # differs from STEP for colour-blind readers, too
+INK = "#222222"
+QUIET = "#6B6B6B"
+FAINT = "#C9C9C9"
 LONGEST = 0.58  # arrow, in radii
-NO_FORCE = 1e-6  # of the largest in the panel: rounding
+NO_FORCE = 1e-6  # of the largest step in the panel; less is rounding
 COLUMNS = 5
 ARROW: dict[str, Any] = {
     "angles": "xy",
@@ -59,7 +62,7 @@ DEGREES = (*NEAR_DUPLICATES, *THREE, *LONE, *ALMOST_OPPOSITE)
 
 @dataclass(frozen=True)
 class Panel:
-    """A measure, its title as one would write it in code, and what it does."""
+    """A measure, the code that makes it and what it does in words."""
 
     title: str
     measure: Measure
@@ -114,19 +117,19 @@ def on_circle(degrees: tuple[float, ...]) -> Tensor:
 
 
 def steps(measure: Measure, x: Tensor) -> Tensor:
-    """The way (n, 2) that descent on the penalty moves each point."""
+    """The step (n, 2) of gradient descent on the penalty."""
     return -measure.value_and_grad(x)[1]
 
 
 def arrows(step: Tensor) -> Tensor:
-    """The steps (n, 2) with the square roots of their lengths, the longest LONGEST; zero where there is no force."""
+    """Arrows (n, 2) for steps: lengths are square roots, the longest LONGEST, 0 without a force."""
     length = step.norm(dim=1, keepdim=True)
     share = length / length.max()
     return torch.where(share > NO_FORCE, LONGEST * share.sqrt() * step / length, 0.0)
 
 
 def loneliest(measure: Measure, x: Tensor) -> Tensor:
-    """The witnesses (k, 2) that count in the penalty; none for most measures."""
+    """The witnesses (k, 2) that count in the penalty; most measures have none."""
     state = measure.prepare(x) or {}
     if "points" not in state:
         return x[:0]
@@ -135,7 +138,7 @@ def loneliest(measure: Measure, x: Tensor) -> Tensor:
 
 
 def guide(measure: Measure, x: Tensor) -> Tensor:
-    """A line's two ends (2, 2): to the mean direction, or along the main axis; (0, 2) for most measures."""
+    """Ends (2, 2) of a line along the mean or the main axis; (0, 2) for most measures."""
     if isinstance(measure, ResultantLength):
         mean = x.mean(0)
         return torch.stack([torch.zeros_like(mean), mean / mean.norm()])
@@ -146,7 +149,7 @@ def guide(measure: Measure, x: Tensor) -> Tensor:
 
 
 def draw_picture(path: Path) -> None:
-    """One PNG: the points by name, then a panel for each measure."""
+    """Write one PNG: a panel that names the points, then a panel for each measure."""
     figure = Figure(figsize=(9, 8.5), dpi=200, facecolor="white")
     canvas = FigureCanvasAgg(figure)
     edges = {
@@ -166,12 +169,13 @@ def draw_picture(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     canvas.draw()
     drawn = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
-    drawn.quantize(128, Image.Quantize.MAXCOVERAGE).save(path, optimize=True)  # a third of the size
+    palette = drawn.quantize(128, Image.Quantize.MAXCOVERAGE)  # a third of the size
+    palette.save(path, optimize=True)
 
 
-def _draw_key(ax: Axes, x: Tensor) -> None:
+def _draw_key(ax: Axes, points: Tensor) -> None:
     _circle(ax, "Eight points", "the same\nin every panel")
-    _dots(ax, x, torch.ones(len(x), dtype=torch.bool))
+    _dots(ax, points, torch.ones(len(points), dtype=torch.bool))
     _dashed(ax, on_circle(ALMOST_OPPOSITE))
     notes = (
         (0.8, 140, f"{NEAR_DUPLICATES[1] - NEAR_DUPLICATES[0]:g}° apart", "left", 0),
@@ -180,9 +184,9 @@ def _draw_key(ax: Axes, x: Tensor) -> None:
         (0.84, LONE[0], "lone", "right", 0),
         (0.84, 232, "gap", "center", 0),
     )
-    for radius, degrees, text, side, turned in notes:
-        at = radius * on_circle((degrees,))[0]
-        ax.text(*at.tolist(), text, size=7.5, color=QUIET, ha=side, va="center", rotation=turned)
+    for radius, degrees, text, side, rotation in notes:
+        x, y = (radius * on_circle((degrees,))[0]).tolist()
+        ax.text(x, y, text, size=7.5, color=QUIET, ha=side, va="center", rotation=rotation)
 
 
 def _draw_panel(ax: Axes, panel: Panel, x: Tensor) -> None:
@@ -202,21 +206,10 @@ def _circle(ax: Axes, title: str, text: str) -> None:
     ax.set_xlim(-1.35, 1.35)
     ax.set_ylim(-1.25, 1.25)
     ax.plot(*on_circle(tuple(range(361))).T.tolist(), color=FAINT, lw=1, zorder=1)
-    ax.text(
-        0.5,
-        1.02,
-        title,
-        transform=ax.transAxes,
-        size=9,
-        weight="bold",
-        color=INK,
-        ha="center",
-        va="bottom",
-    )
+    centered: dict[str, Any] = {"transform": ax.transAxes, "ha": "center"}
+    ax.text(0.5, 1.02, title, size=9, weight="bold", color=INK, va="bottom", **centered)
     for i, line in enumerate(text.split("\n")):
-        ax.text(
-            0.5, -0.09 - 0.09 * i, line, transform=ax.transAxes, size=8.5, color=QUIET, ha="center"
-        )
+        ax.text(0.5, -0.09 - 0.09 * i, line, size=8.5, color=QUIET, **centered)
 
 
 def _dashed(ax: Axes, ends: Tensor) -> None:
@@ -229,12 +222,14 @@ def _dots(ax: Axes, x: Tensor, pushed: Tensor) -> None:
 
 
 def _witness(ax: Axes, measure: Measure, x: Tensor) -> None:
-    """A star at the loneliest place; for a covering also the arc from it to the nearest points."""
+    """Mark the loneliest place with a star, and for a covering the arc to its nearest points."""
     for point in loneliest(measure, x):
         ax.scatter(*point.tolist(), marker="*", s=90, color=HOLE, lw=0, zorder=3)
         if isinstance(measure, Covering):
-            middle, radius = math.degrees(math.atan2(point[1], point[0])), math.degrees(measure(x))
-            arc = on_circle(tuple(torch.linspace(middle - radius, middle + radius, 61).tolist()))
+            middle = math.degrees(math.atan2(point[1], point[0]))
+            radius = math.degrees(measure(x))
+            degrees = torch.linspace(middle - radius, middle + radius, 61)
+            arc = on_circle(tuple(degrees.tolist()))
             ax.plot(*arc.T.tolist(), color=HOLE, lw=5, alpha=0.3, solid_capstyle="butt", zorder=1)
 
 
