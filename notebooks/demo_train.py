@@ -24,21 +24,21 @@ CHATTER = logging.getLogger("lightning.pytorch.utilities.rank_zero")
 
 @dataclass(frozen=True)
 class Plan:
-    """What all runs on the same data have in common."""
+    """What all runs on the same data share."""
 
     images: int
     epochs: int
     small_scale: float
-    rates: tuple[float, ...]  # tried by the search
+    rates: tuple[float, ...]  # learning rates that the search tries
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a run is trained with; coefficient 0 is the run without the penalty."""
+    """What a run is trained with; coefficient 0 is a run without the penalty."""
 
-    scale: float  # initial weights are multiplied by it
-    rate: float
-    decay: float
+    scale: float  # factor of the initial weights
+    rate: float  # learning rate
+    decay: float  # weight decay
     coefficient: float = 0.0
 
 
@@ -49,8 +49,8 @@ class Outcome:
     error: float  # test error, %
     before: list[LayerUniformity]
     after: list[LayerUniformity]
-    weights: dict[str, tuple[Tensor, Tensor]]  # of each layer, before and after
-    metrics: Path  # what the CSV logger wrote
+    weights: dict[str, tuple[Tensor, Tensor]]  # before and after, by layer
+    metrics: Path  # the CSV logger's file
 
 
 class Network(pl.LightningModule):
@@ -77,9 +77,11 @@ class Network(pl.LightningModule):
         return loss
 
     def configure_optimizers(self) -> Any:
-        own = self.settings
         optimizer = torch.optim.SGD(
-            self.parameters(), lr=own.rate, momentum=0.9, weight_decay=own.decay
+            self.parameters(),
+            lr=self.settings.rate,
+            momentum=0.9,
+            weight_decay=self.settings.decay,
         )
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
@@ -93,7 +95,7 @@ class Network(pl.LightningModule):
 def prepare(
     data: Data, plan: Plan, settings: Settings, seed: int
 ) -> tuple[Network, DataLoader[Any], Draw]:
-    """The same seed gives the same images, initial weights and order of batches, whatever the settings."""
+    """Make a network, its batches and its data; the seed alone fixes images, weights and order."""
     held_out = max(0, min(2000, len(data.pool[1]) - plan.images))
     images = draw(data, seed, plan.images, held_out=held_out)
     pl.seed_everything(seed, verbose=False)
@@ -107,7 +109,7 @@ def prepare(
 
 
 def measure(network: nn.Module) -> tuple[list[LayerUniformity], dict[str, Tensor]]:
-    """The layers' uniformity, and a copy of their weights."""
+    """Measure the layers' uniformity and copy their weights."""
     weights = {name: layer.weight.detach().clone() for name, layer in network.named_children()}
     return UniformityRegularizer().attach(network).measure_layers(), weights
 
@@ -115,10 +117,11 @@ def measure(network: nn.Module) -> tuple[list[LayerUniformity], dict[str, Tensor
 def fit(
     data: Data, plan: Plan, settings: Settings, seed: int, folder: Path, *, first: bool
 ) -> Outcome:
-    """One run with Lightning; the run without the penalty has the callback too, as a monitor."""
+    """Train once; without the penalty the callback only monitors."""
     network, loader, images = prepare(data, plan, settings, seed)
     before, old = measure(network)
-    run = f"scale-{settings.scale:g}-{'with' if settings.coefficient else 'without'}-seed-{seed}"
+    penalty = "with" if settings.coefficient else "without"
+    run = f"scale-{settings.scale:g}-{penalty}-seed-{seed}"
     csv = CSVLogger(folder / "csv", name=run, version="")
     board = TensorBoardLogger(folder / "tensorboard", name=run, version="", default_hp_metric=False)
     CHATTER.setLevel(logging.WARNING)
