@@ -1,1 +1,1 @@
-"""What the library costs, measured: ``make bench``, or ``make bench QUICK=--quick`` to see that it runs."""
+"""What the library costs: ``make bench``, or ``make bench QUICK=--quick`` to see that it runs."""

@@ -1,6 +1,7 @@
 """The same energies written plainly from their formulas: what the measures are timed against.
 
-Each function maps neurons (n, d) that require a gradient to the mean energy; autograd does the rest.
+Each function maps neurons (n, d) that require a gradient to the mean energy; autograd does the
+rest.
 """
 
 from __future__ import annotations

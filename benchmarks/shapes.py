@@ -1,4 +1,4 @@
-"""Shapes of well-known models, (neurons, dimension) a layer, for penalties on all of their layers."""
+"""Layer shapes of well-known models, (neurons, dimension), for penalties on all of their layers."""
 
 from __future__ import annotations
 

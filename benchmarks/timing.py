@@ -72,7 +72,7 @@ def save(name: str, result: Mapping[str, object]) -> None:
 
 
 def peak_mib(module: str, *arguments: str) -> float:
-    """Run ``python -m module arguments`` in a new process; return the number it prints last, MiB."""
+    """Run ``python -m module arguments`` in a new process; return the MiB that it prints last."""
     done = subprocess.run(
         [sys.executable, "-m", module, *arguments],
         cwd=Path(__file__).parents[1],

@@ -15,6 +15,6 @@ def test_the_benchmark_says_what_it_lacks(monkeypatch, capsys):
 
 @pytest.mark.parametrize(("name", "giga"), [("ResNet-18", 1.81), ("ResNet-50", 4.1)])
 def test_the_stand_in_for_a_step_has_the_model_s_flop(name, giga):
-    """Products of one image: the published multiplications and additions of these networks are 1.81 and 4.1 billion."""
+    """Published for one image: 1.81 and 4.1 billion multiplications and additions."""
     found = sum(gpu.rows_of(name, n, d) / 256 * n * d for n, d in gpu.MODELS[name]())
     assert found == pytest.approx(giga * 1e9, rel=0.06)

@@ -470,8 +470,10 @@ def test_the_table_of_before_and_after(caplog):
     assert title == "Hyperspherical uniformity before and after, optimizer steps 0 to 7:"
     assert heads.split() == [word for name in tables._COLUMNS for word in name.split()]
     assert [row.split()[0] for row in rows] == ["net.0", "net.2", "net.5", "net.7"]
-    one, other_one = before["net.5"], after["net.5"]
-    cells = f"{one.ratio:.1f} -> {other_one.ratio:.3f} {other_one.score:.2f} {one.min_angle:.1f} -> {other_one.min_angle:.1f} 0"
+    first, last = before["net.5"], after["net.5"]
+    ratios = f"{first.ratio:.1f} -> {last.ratio:.3f}"
+    angles = f"{first.min_angle:.1f} -> {last.min_angle:.1f}"
+    cells = f"{ratios} {last.score:.2f} {angles} 0"
     assert cells in " ".join(rows[2].split())
     assert rows[1].split()[1:5] == ["2", "groups", "of", "4"]
 

@@ -1,1 +1,1 @@
-"""Pictures of a training, and how they get to the loggers."""
+"""Figures of a training run, and how they reach the loggers."""

@@ -1,1 +1,1 @@
-"""What is measured of a model's layers, and how it is told."""
+"""What is measured of the layers, and its numbers and tables as text."""
