@@ -1,15 +1,15 @@
-"""What the callback costs a step, off logging steps, when it only monitors and when it penalises.
+"""What the callback adds to a step, off logging steps, when it only monitors and when it penalises.
 
-The model has 60 small Linear layers, the worst case: nothing but overhead. Within one training the
-    steps take turns: no
-callback, one that does nothing (Lightning's own price of a callback), the monitor, the penalty; so
-a drift of the machine's speed hits all alike. Printed are the differences of the medians over the
-rounds, and the time inside the monitor's hooks. The goals are below 0.1 ms a step for the monitor
-and 0.8 ms for the penalty. Then what a step of the engine takes without Lightning, and how much of
-it a layer is bookkeeping, not pair sums; the goal is 15 us. Last, how many times the time of a
-random 512 x 512 layer one takes whose neurons have condensed onto four directions, so that a
-quarter of the pairs is redone in float64; and what one set of figures costs, drawn and written, for
-ten layers.
+The model has 60 small Linear layers, the worst case: nothing but overhead. Within one training run
+the steps take turns: no callback, one that does nothing (Lightning's own price of a callback), the
+monitor, the penalty; a drift of the machine's speed affects all alike. Printed are the differences
+of the medians over the rounds, and the time inside the monitor's hooks. The goals are below 0.1 ms
+a step for the monitor and 0.8 ms for the penalty.
+
+Then the time of a step of the engine without Lightning, and how much of it is bookkeeping, not pair
+sums; the goal is 15 us a layer. Last, the time of a 512 x 512 layer whose neurons have condensed
+onto four directions (a quarter of its pairs is computed again in float64) over that of a random
+one, and the time to draw and write one set of figures for ten layers.
 """
 
 from __future__ import annotations
@@ -34,7 +34,13 @@ from lightning_hsu import HypersphericalUniformity, UniformityRegularizer
 from lightning_hsu._engine import plan
 from lightning_hsu.measures import RieszEnergy
 
-GOAL_MS = 0.1  # of the monitor; the penalty: 0.8 ms, and 15 us of its own a layer
+GOAL_MS = 0.1  # of the monitor; that of the penalty is 0.8 ms, and 15 us of bookkeeping a layer
+QUIET = {
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
 
 
 class Deep(pl.LightningModule):
@@ -54,28 +60,30 @@ class Deep(pl.LightningModule):
 
 
 class Turns(pl.Callback):
-    """Changes the trainer's callbacks after each step, and notes how long each step took, by whose turn it was."""
+    """Changes the trainer's callbacks after each step, and times the steps by whose turn it was."""
 
     def __init__(self, turns: dict[str, list[pl.Callback]]) -> None:
         self.turns = turns
         self.times: dict[str, list[float]] = {name: [] for name in turns}
-        self.name, self.tick = next(iter(turns)), 0.0
+        self.name = next(iter(turns))
+        self.start = 0.0
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: object) -> None:
-        """Stop the clock, hand over, start it."""
-        self.times[self.name].append(1e3 * (time.perf_counter() - self.tick))
+        """Stop the clock, hand over, start the clock."""
+        self.times[self.name].append(1e3 * (time.perf_counter() - self.start))
         names = list(self.turns)
         self.name = names[(names.index(self.name) + 1) % len(names)]
         trainer.callbacks = [*self.turns[self.name], self]
-        self.tick = time.perf_counter()
+        self.start = time.perf_counter()
 
 
 class Inside(HypersphericalUniformity):
-    """The callback with a stopwatch around its two hooks of a step."""
+    """The monitor with a stopwatch around its two hooks of a step."""
 
     def __init__(self) -> None:
         super().__init__(coefficient=0, verbose=False)
-        self.before, self.after = [], []
+        self.before: list[float] = []
+        self.after: list[float] = []
 
     def on_before_optimizer_step(self, *args: object) -> None:
         """Time the hook."""
@@ -91,39 +99,44 @@ class Inside(HypersphericalUniformity):
 
 
 def one_training(turns: Turns, steps: int) -> dict[str, float]:
-    """Median step time of each turn, the first tenth of the steps left out."""
+    """Median step time of each turn, ms, without the first tenth of the steps."""
+    callbacks = [callback for turn in turns.turns.values() for callback in turn]
     trainer = pl.Trainer(
         accelerator="cpu",
         max_steps=steps,
-        callbacks=[callback for turn in turns.turns.values() for callback in turn] + [turns],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
+        callbacks=[*callbacks, turns],
         log_every_n_steps=10**9,
+        **QUIET,
     )
-    trainer.fit(Deep(), DataLoader(TensorDataset(torch.randn(16 * steps, 16)), batch_size=16))
-    return {
-        name: statistics.median(times[len(times) // 10 :]) for name, times in turns.times.items()
-    }
+    trainer.fit(Deep(), batches_of(torch.randn(16 * steps, 16)))
+    medians = {}
+    for name, times in turns.times.items():
+        medians[name] = statistics.median(times[len(times) // 10 :])
+    return medians
+
+
+def batches_of(x: torch.Tensor) -> DataLoader:
+    """The rows of x in batches of 16."""
+    return DataLoader(TensorDataset(x), batch_size=16)
 
 
 def one_round(steps: int) -> dict[str, float]:
-    """The monitor and the penalty, each in a training of its own: a longer step leaves the caches different."""
+    """Time the monitor and the penalty, in separate runs: a longer step changes the caches."""
     monitor = Inside()
-    watched = one_training(
-        Turns({"without": [], "empty": [pl.Callback()], "monitor": [monitor]}), steps
-    )
-    inside = statistics.median(
-        map(sum, zip(monitor.before[-steps // 5 :], monitor.after[-steps // 5 :], strict=True))
-    )
+    watching = Turns({"without": [], "empty": [pl.Callback()], "monitor": [monitor]})
+    monitored = one_training(watching, steps)
+    last = steps // 5
+    before = monitor.before[-last:]
+    after = monitor.after[-last:]
+    inside = [a + b for a, b in zip(before, after, strict=True)]
+
     penalty = HypersphericalUniformity(coefficient=1e-3, verbose=False)
     penalised = one_training(Turns({"without": [], "penalty": [penalty]}), steps)
     return {
-        "step_without_ms": watched["without"],
-        "empty_callback_adds_ms": watched["empty"] - watched["without"],
-        "monitor_adds_ms": watched["monitor"] - watched["without"],
-        "inside_the_hooks_ms": inside,
+        "step_without_ms": monitored["without"],
+        "empty_callback_adds_ms": monitored["empty"] - monitored["without"],
+        "monitor_adds_ms": monitored["monitor"] - monitored["without"],
+        "inside_the_hooks_ms": statistics.median(inside),
         "penalty_adds_ms": penalised["penalty"] - penalised["without"],
         **host_time(),
         "condensed_over_random": condensed_over_random(),
@@ -132,9 +145,9 @@ def one_round(steps: int) -> dict[str, float]:
 
 
 def host_time(steps: int = 300) -> dict[str, float]:
-    """What the engine takes for sixty layers: a whole step, and its own part a layer.
+    """Time the engine on sixty layers: a whole step, and its bookkeeping a layer.
 
-    Its own part is a step less the pair sums, which are timed within it.
+    Bookkeeping is a step less the pair sums, which are timed within it.
     """
     net = Deep().net
     regularizer = UniformityRegularizer(coefficient=1e-3).attach(net)
@@ -156,30 +169,35 @@ def host_time(steps: int = 300) -> dict[str, float]:
             start = time.perf_counter()
             regularizer.add_gradients(optimizer)
             whole.append(time.perf_counter() - start)
-    own = [a - b for a, b in zip(whole, inside, strict=True)]
+    bookkeeping = [a - b for a, b in zip(whole, inside, strict=True)]
     return {
         "engine_step_ms": 1e3 * statistics.median(whole),
-        "host_us_a_layer": 1e6 * statistics.median(own) / len(net),
+        "host_us_a_layer": 1e6 * statistics.median(bookkeeping) / len(net),
     }
 
 
 def condensed_over_random() -> float:
     """Time of a condensed layer over that of a random one, the median of five rounds."""
-    measure, random = RieszEnergy(s=2.0, half_space=True), torch.randn(512, 512)
+    measure = RieszEnergy(s=2.0, half_space=True)
+    random = torch.randn(512, 512)
     condensed = torch.randn(4, 512).repeat(128, 1) + 0.1 * random
-    layers = {"condensed": condensed, "random": random}
-    times = rounds_of({name: partial(measure.value_and_grad, x) for name, x in layers.items()}, 5)
+    rivals = {
+        "condensed": partial(measure.value_and_grad, condensed),
+        "random": partial(measure.value_and_grad, random),
+    }
+    times = rounds_of(rivals, 5)
     return quotient(times, "condensed", "random")["median"]
 
 
 class Drawing:
-    """Ten layers of 256 neurons and, after each step, a set of figures, timed: three PNG files."""
+    """Ten layers of 256 neurons, and after each step a set of figures, timed: three PNG files."""
 
     def __init__(self, folder: str) -> None:
         self.drawn = HypersphericalUniformity(
             coefficient=1e-3, figures_every_n_steps=1, verbose=False
         )
-        self.folder, self.times = folder, list[float]()
+        self.folder = folder
+        self.times: list[float] = []
         show = self.drawn._figures.show
         self.drawn._figures.show = partial(self.timed, show)
 
@@ -190,51 +208,46 @@ class Drawing:
         self.times.append(1e3 * (time.perf_counter() - start))
 
     def train(self, steps: int) -> None:
-        """Draw so many sets."""
+        """Train for so many steps, with a set of figures after each."""
         model = Deep()
         model.net = nn.Sequential(*(nn.Linear(256, 256) for _ in range(10)))
-        settings = {
-            "logger": False,
-            "enable_checkpointing": False,
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-        }
         trainer = pl.Trainer(
             accelerator="cpu",
             max_steps=steps,
             callbacks=[self.drawn],
             default_root_dir=self.folder,
             log_every_n_steps=1,
-            **settings,
+            **QUIET,
         )
-        trainer.fit(model, DataLoader(TensorDataset(torch.randn(16 * steps, 256)), batch_size=16))
+        trainer.fit(model, batches_of(torch.randn(16 * steps, 256)))
 
 
 def one_set_of_figures(sets: int = 8) -> float:
-    """Milliseconds, the median of all sets but the first, which loads fonts."""
+    """Median time of a set, ms, without the first, which loads fonts."""
     with tempfile.TemporaryDirectory() as folder:
         drawing = Drawing(folder)
         drawing.train(sets)
-        return statistics.median(
-            [one for one in drawing.times if one > 1][1:]
-        )  # the end of fit finds its set drawn
+    drawn = [ms for ms in drawing.times if ms > 1]  # at the end of fit the set is already drawn
+    return statistics.median(drawn[1:])
 
 
 def main() -> None:
-    """Run the rounds and print the table."""
+    """Run the rounds, print the table and save it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--quick", action="store_true", help="in miniature, to see that it runs")
     arguments = parser.parse_args()
     if arguments.quick:
-        arguments.steps, arguments.rounds = 100, 1
+        arguments.steps = 100
+        arguments.rounds = 1
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     rounds = [one_round(arguments.steps) for _ in range(arguments.rounds)]
     result: dict[str, object] = {"machine": machine(), "layers": 60, "goal_ms": GOAL_MS}
-    result |= {key: spread([one[key] for one in rounds]) for key in rounds[0]}
+    for key in rounds[0]:
+        result[key] = spread([one[key] for one in rounds])
     for key, value in result.items():
         print(f"{key:24s} {value}")
     if not arguments.quick:
