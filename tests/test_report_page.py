@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from lightning_hsu._core import expected_angles
-from lightning_hsu._neurons.select import Skip
+from lightning_hsu._neurons.candidates import Skip
 from lightning_hsu.report import report
 from lightning_hsu.report.charts import (
     COSINE_STEPS,

@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 from lightning_hsu._neurons.select import select
-from lightning_hsu._neurons.state_dict import stand_in
+from lightning_hsu._neurons.state_dict import neurons_of_state_dict
 
 
 class HuggingFaceConv1D(nn.Module):
@@ -81,15 +81,15 @@ def test_as_the_model(kind, last):
     if kind == "embedding":  # which is one by its name only
         model = nn.ModuleDict({"embed": model[0], "norm": model[1], "last": last})
     wanted = {(one.name, one.head): one.neurons() for one in select(model, everything=True)[0]}
-    targets = select(stand_in(model.state_dict())[0], everything=True)[0]
-    found = {(one.name, one.head): one.neurons() for one in targets}
+    candidates = neurons_of_state_dict(model.state_dict())
+    found = {(one.name, one.head): one.neurons() for one in select(candidates, everything=True)[0]}
     assert list(found) == list(wanted)
     exact = "norm" not in kind  # of which the parts are multiplied in another order
     for name, x in wanted.items():
         torch.testing.assert_close(
             found[name], x.detach(), **({"rtol": 0, "atol": 0} if exact else {})
         )
-    assert not stand_in(model.state_dict())[1]
+    assert not candidates.not_weights
 
 
 @pytest.mark.parametrize(
@@ -107,21 +107,21 @@ def test_directions_where_lengths_are_stored_apart(make):
     model = nn.Sequential(make()).eval()
     with torch.no_grad():
         model(torch.randn(2, 6))
-    (found,) = select(stand_in(model.state_dict())[0])[0]
+    (found,) = select(neurons_of_state_dict(model.state_dict()))[0]
     cosine = nn.functional.cosine_similarity(found.neurons()[0], model[0].weight, dim=1)
     torch.testing.assert_close(cosine, torch.ones(4))
 
 
 def test_what_is_computed_is_left_out_with_the_way_out():
     model = nn.Sequential(parametrizations.orthogonal(nn.Linear(6, 4)), nn.Linear(4, 3))
-    layers, skips = stand_in(model.state_dict())
-    assert [one.name for one in select(layers)[0]] == ["1"]
-    assert any("report the model itself" in skip.reason for skip in skips)
+    candidates = neurons_of_state_dict(model.state_dict())
+    assert [one.name for one in select(candidates)[0]] == ["1"]
+    assert any("report the model itself" in skip.reason for skip in candidates.not_weights)
 
 
 def test_a_bias_tells_which_axis_holds_the_outputs():
     model = nn.Sequential(HuggingFaceConv1D(), nn.Linear(18, 2))
-    first = select(stand_in(model.state_dict())[0])[0][0]
+    first = select(neurons_of_state_dict(model.state_dict()))[0][0]
     assert first.shape == (1, 18, 6)
     assert torch.equal(first.neurons()[0], model[0].weight.T)
 
@@ -136,7 +136,7 @@ def test_wrappers_names_and_ties():
     )
     model["lm_head"].weight = model["wte"].weight
     state = {f"module._orig_mod.{name}": x for name, x in model.state_dict().items()}
-    targets, skips = select(stand_in(state)[0], everything=True)
+    targets, skips = select(neurons_of_state_dict(state), everything=True)
     assert [(one.name, one.head) for one in targets] == [("body", False), ("lm_head", True)]
     assert [(skip.name, skip.reason) for skip in skips] == [("wte", "tied to lm_head")]
 
@@ -153,13 +153,14 @@ def test_wrappers_names_and_ties():
     ],
 )
 def test_names_like_those_of_weight_norm_and_pruning(state):
-    layers, skips = stand_in(
+    candidates = neurons_of_state_dict(
         {name: torch.randn(shape) for name, shape in state.items()}
         | {"fc.weight": torch.randn(6, 8)}
     )
-    found = {one.name for one in select(layers)[0]}
+    found = {one.name for one in select(candidates)[0]}
     assert "fc" in found
-    assert (found - {"fc"}) | {skip.name for skip in skips} == set(state)  # each for itself
+    left_out = {skip.name for skip in candidates.not_weights}
+    assert (found - {"fc"}) | left_out == set(state)  # each for itself
 
 
 def test_two_originals_are_no_weight_norm():
@@ -172,9 +173,9 @@ def test_two_originals_are_no_weight_norm():
 
     model = nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 3))
     nn.utils.parametrize.register_parametrization(model[0], "weight", Product(), unsafe=True)
-    layers, skips = stand_in(model.state_dict())
-    assert [one.name for one in select(layers)[0]] == ["1"]
-    assert {skip.reason for skip in skips} == {
+    candidates = neurons_of_state_dict(model.state_dict())
+    assert [one.name for one in select(candidates)[0]] == ["1"]
+    assert {skip.reason for skip in candidates.not_weights} == {
         "computed by a parametrization that is not stored with it: report the model itself"
     }
 
@@ -186,39 +187,46 @@ def test_two_originals_are_no_weight_norm():
         {"a.in_proj_weight": (2, 4)},
         {"a.weight_ih_l0": (4, 3), "a.weight_hh_l0": (4, 0)},
         {"a.weight": (5, 0), "a.bias": (3,)},
+        {"a.in_proj_weight": (6, 4, 3, 3)},
     ],
 )
 def test_odd_weights_do_not_stop_the_others(odd):
-    layers, _ = stand_in(
+    candidates = neurons_of_state_dict(
         {name: torch.randn(shape) for name, shape in odd.items()} | {"fc.weight": torch.randn(6, 8)}
     )
-    assert "fc" in [one.name for one in select(layers)[0]]
+    assert "fc" in [one.name for one in select(candidates)[0]]
 
 
 def test_weight_norm_of_few_bits():
     v = torch.randn(4, 8).to(torch.float8_e4m3fn)
-    (found,) = select(stand_in({"weight_v": v, "weight_g": torch.ones(4, 1)})[0])[0]
+    (found,) = select(neurons_of_state_dict({"weight_v": v, "weight_g": torch.ones(4, 1)}))[0]
     torch.testing.assert_close(found.neurons()[0].norm(dim=1), torch.ones(4))
 
 
 def test_what_is_named_like_no_weight_is_taken_when_asked_for():
     state = {"fc.weight": torch.randn(3, 4), "tokens": torch.randn(7, 4), "count": torch.tensor(3)}
-    layers, skips = stand_in(state)
-    assert [skip.name for skip in skips] == ["tokens"]
-    layers, skips = stand_in(state, asked=["tokens"])
-    assert not skips
-    assert {one.name: one.shape for one in select(layers)[0]} == {
+    candidates = neurons_of_state_dict(state)
+    assert [skip.name for skip in candidates.not_weights] == ["tokens"]
+    candidates = neurons_of_state_dict(state, "tokens")
+    assert not candidates.not_weights
+    assert {one.name: one.shape for one in select(candidates)[0]} == {
         "fc": (1, 3, 4),
         "tokens": (1, 7, 4),
     }
 
 
+def test_layers_are_in_the_order_of_a_model():
+    names = ["a.x.weight", "c.weight", "a.weight", "a.y.weight", "weight"]
+    candidates = neurons_of_state_dict({name: torch.randn(3, 4) for name in names})
+    assert [one.name for one in candidates.sets] == ["weight", "a", "a.x", "a.y", "c"]
+
+
 def test_integers_are_left_out_with_the_reason():
     state = {"a.weight": torch.randn(4, 4), "b.weight": torch.zeros(4, 4, dtype=torch.int8)}
-    assert "torch.int8, not floating-point" in select(stand_in(state)[0])[1][0].reason
+    assert "torch.int8, not floating-point" in select(neurons_of_state_dict(state))[1][0].reason
 
 
 @pytest.mark.parametrize("wrong", [{}, {"epoch": 3}, [1]])
 def test_no_state_dict(wrong):
     with pytest.raises(TypeError, match="maps names to tensors"):
-        stand_in(wrong)
+        neurons_of_state_dict(wrong)

@@ -8,7 +8,8 @@ from dataclasses import fields, is_dataclass
 from lightning_hsu._engine.layer import Layer
 from lightning_hsu._monitor.measure import LayerUniformity
 from lightning_hsu._monitor.text import finding, number, shape_of, skip_line, table_lines
-from lightning_hsu._neurons.select import NOT_INCLUDED, Skip
+from lightning_hsu._neurons.candidates import Skip
+from lightning_hsu._neurons.select import NOT_INCLUDED
 from lightning_hsu.coefficients import Varying
 from lightning_hsu.measures import Sampled
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Collection, Sequence
 
 from lightning_hsu._monitor.measure import LayerUniformity
-from lightning_hsu._neurons.select import Skip
+from lightning_hsu._neurons.candidates import Skip
 from lightning_hsu.measures import Measure
 from lightning_hsu.reference import random_range
 

@@ -1,4 +1,4 @@
-"""Which rows of a module's weight are its neurons: one rule a kind of layer, yours by one registration."""
+"""Which rows of a module's weight are its neurons: one rule for each kind of layer."""
 
 from __future__ import annotations
 
@@ -9,7 +9,13 @@ from torch import Tensor, nn
 from torch.nn.utils.prune import BasePruningMethod
 
 Rule = Callable[[nn.Module], "Tensor | Mapping[str, Tensor]"]
-"""Maps a module to its neurons (n, d) or (groups, n, d), or to several sets of them by name, as views where it can."""
+"""Maps a module to its neurons (n, d) or (groups, n, d), or to several such sets by key.
+
+They are views of the module's parameters where they can be.
+"""
+
+LSTM_GATES = "ifgo"  # in the order in which torch stores their rows
+GRU_GATES = "rzn"
 
 _RULES: dict[type[nn.Module], Rule] = {}
 
@@ -18,7 +24,8 @@ def register_neurons(kind: type[nn.Module], rule: Rule) -> None:
     """Teach the library where the neurons of your own layer are.
 
     Args:
-        kind: The layer's class; subclasses inherit the rule. A later registration replaces an earlier one.
+        kind: The layer's class; subclasses inherit the rule. A later registration replaces an
+            earlier one.
         rule: Takes the module and returns its neurons, a tensor (n, d) or (groups, n, d) computed
             differentiably from the module's parameters, or a mapping of names to such tensors.
 
@@ -48,21 +55,36 @@ def has_rule(module: nn.Module) -> bool:
     return any(kind in _RULES for kind in type(module).__mro__)
 
 
+def has_built_in_rule(module: nn.Module) -> bool:
+    """Whether the rule for this module is one of the library's, not a registered one."""
+    for kind in type(module).__mro__:
+        if kind in _RULES:
+            return _RULES[kind] is _BUILT_IN.get(kind)
+    return False
+
+
 def neurons_of(module: nn.Module) -> dict[str, Tensor]:
-    """Return the neurons of a module that has a rule, by name; "" where there is a single set."""
-    found = next(_RULES[kind] for kind in type(module).__mro__ if kind in _RULES)(module)
-    return dict(found) if isinstance(found, Mapping) else {"": found}
+    """The neurons of a module that has a rule, by key; the key is "" if there is a single set."""
+    rule = next(_RULES[kind] for kind in type(module).__mro__ if kind in _RULES)
+    neurons = rule(module)
+    if isinstance(neurons, Mapping):
+        return dict(neurons)
+    return {"": neurons}
 
 
 def effective_weight(module: nn.Module, name: str) -> Tensor:
-    """Return the weight as the forward pass uses it, also where a hook computes it: pruning, the older norms."""
+    """The weight as the forward pass uses it, also if a hook computes it.
+
+    Pruning and the older weight and spectral norms are such hooks.
+    """
     for hook in module._forward_pre_hooks.values():
         if isinstance(hook, BasePruningMethod) and hook._tensor_name == name:
             return hook.apply_mask(module)  # type: ignore[no-any-return, no-untyped-call]
         if getattr(hook, "name", None) == name and hasattr(hook, "compute_weight"):
+            settings = {}
             if hasattr(hook, "n_power_iterations"):
-                return hook.compute_weight(module, do_power_iteration=False)  # type: ignore[no-any-return]
-            return hook.compute_weight(module)  # type: ignore[no-any-return]
+                settings["do_power_iteration"] = False
+            return hook.compute_weight(module, **settings)  # type: ignore[no-any-return]
     weight: Tensor = getattr(module, name)
     return weight
 
@@ -72,13 +94,20 @@ def _linear(module: nn.Module) -> Tensor:
 
 
 def _embedding(module: nn.Module) -> Tensor:
-    """Every row but that of the padding, which does not train."""
-    weight, padding = effective_weight(module, "weight"), module.padding_idx
+    """Every row except that of the padding, which does not train."""
+    weight = effective_weight(module, "weight")
+    padding = module.padding_idx
     if padding is None:
         return weight
     assert isinstance(padding, int)
-    rest = [part for part in (weight[:padding], weight[padding + 1 :]) if len(part)]
-    return torch.cat(rest) if len(rest) == 2 else rest[0] if rest else weight[:0]
+    before = weight[:padding]
+    after = weight[padding + 1 :]
+    # A view of the weight where it can be one.
+    if len(after) == 0:
+        return before
+    if len(before) == 0:
+        return after
+    return torch.cat([before, after])
 
 
 def _bilinear(module: nn.Module) -> Tensor:
@@ -86,12 +115,12 @@ def _bilinear(module: nn.Module) -> Tensor:
 
 
 def _convolution(module: nn.Module) -> Tensor:
-    """Kernels (out, in / groups, *k): a neuron is an output channel, (groups, out / groups, in / groups * k)."""
+    """Kernels (out, in / groups, *k) as neurons (groups, out / groups, in / groups * k)."""
     return _by_group(module).flatten(2)
 
 
 def _transposed_convolution(module: nn.Module) -> Tensor:
-    """Kernels (in, out / groups, *k): a neuron is an output channel, (groups, out / groups, in / groups * k)."""
+    """Kernels (in, out / groups, *k) as neurons (groups, out / groups, in / groups * k)."""
     return _by_group(module).transpose(1, 2).flatten(2)
 
 
@@ -104,36 +133,38 @@ def _by_group(module: nn.Module) -> Tensor:
 
 def _attention(module: nn.Module) -> dict[str, Tensor]:
     """Queries, keys and values apart; the output projection is a Linear of its own."""
-    packed = module.in_proj_weight
-    if packed is not None:
-        return dict(zip("qkv", effective_weight(module, "in_proj_weight").chunk(3), strict=True))
+    if module.in_proj_weight is not None:
+        packed = effective_weight(module, "in_proj_weight")
+        return dict(zip("qkv", packed.chunk(3), strict=True))
     return {part: effective_weight(module, f"{part}_proj_weight") for part in "qkv"}
 
 
 def _recurrent(module: nn.Module) -> dict[str, Tensor]:
-    """Each gate's rows apart, in torch's order: LSTM i, f, g, o; GRU r, z, n; a plain RNN has none."""
-    lstm, gru = isinstance(module, (nn.LSTM, nn.LSTMCell)), isinstance(module, (nn.GRU, nn.GRUCell))
-    gates = "ifgo" if lstm else "rzn" if gru else ""
-    found = {}
+    """The rows of each gate apart; a plain RNN has no gates, nor has the projection of an LSTM."""
+    gates = ""
+    if isinstance(module, (nn.LSTM, nn.LSTMCell)):
+        gates = LSTM_GATES
+    elif isinstance(module, (nn.GRU, nn.GRUCell)):
+        gates = GRU_GATES
+    neurons = {}
     for name in _weight_names(module):
         weight = effective_weight(module, name)
-        if not gates or name.startswith("weight_hr"):  # the projection of an LSTM has no gates
-            found[name] = weight
+        if gates and not name.startswith("weight_hr"):
+            for gate, rows in zip(gates, weight.chunk(len(gates)), strict=True):
+                neurons[f"{name}.{gate}"] = rows
         else:
-            found |= {
-                f"{name}.{gate}": rows
-                for gate, rows in zip(gates, weight.chunk(len(gates)), strict=True)
-            }
-    return found
+            neurons[name] = weight
+    return neurons
 
 
 def _weight_names(module: nn.Module) -> list[str]:
     """Names of a recurrent module's weight matrices, parametrized or not."""
-    if isinstance(module, nn.RNNBase):
-        return [
-            name for layer in module._all_weights for name in layer if name.startswith("weight")
-        ]
-    return ["weight_ih", "weight_hh"]
+    if not isinstance(module, nn.RNNBase):
+        return ["weight_ih", "weight_hh"]
+    names = []
+    for layer in module._all_weights:
+        names += [name for name in layer if name.startswith("weight")]
+    return names
 
 
 _BUILT_IN: dict[type[nn.Module], Rule] = {

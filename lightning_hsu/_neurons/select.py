@@ -1,128 +1,162 @@
-"""From a model to named targets: which weights are measured, which are not, and why."""
+"""From all sets of neurons to those that are measured, and for the others the reason why not."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Hashable, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
+from typing import overload
 
-import torch
-from torch import Tensor, nn
-from torch.nn.utils.parametrize import ParametrizationList
+from torch import nn
 
-from lightning_hsu._neurons.placement import NeuronView, Placement, placement_of
-from lightning_hsu._neurons.rules import has_rule
-from lightning_hsu._neurons.target import Target, without_side_effects
+from lightning_hsu._neurons.candidates import AnySet, Candidates, NeuronSet, Skip
+from lightning_hsu._neurons.model import neurons_of_model
+from lightning_hsu._neurons.placement import Placement
+from lightning_hsu._neurons.target import Target
 
 Patterns = str | Sequence[str] | None
 
-NOT_INCLUDED, EXCLUDED = "not in include", "excluded by pattern"
-
-_WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
-
-
-@dataclass(frozen=True)
-class Skip:
-    """A weight that is not measured: its name, its shape and the reason, in a user's words."""
-
-    name: str
-    shape: tuple[int, ...]
-    reason: str
+NOT_INCLUDED = "not in include"
+EXCLUDED = "excluded by pattern"
 
 
+@overload
 def select(
-    model: nn.Module,
+    source: nn.Module,
     include: Patterns = None,
     exclude: Patterns = None,
     head: str | None = "auto",
     *,
     everything: bool = False,
     placement: Placement | None = None,
-) -> tuple[list[Target], list[Skip]]:
-    """Find the neurons of a model.
+) -> tuple[list[Target], list[Skip]]: ...
+
+
+@overload
+def select(
+    source: Candidates[AnySet],
+    include: Patterns = None,
+    exclude: Patterns = None,
+    head: str | None = "auto",
+    *,
+    everything: bool = False,
+) -> tuple[list[AnySet], list[Skip]]: ...
+
+
+def select(
+    source: nn.Module | Candidates[AnySet],
+    include: Patterns = None,
+    exclude: Patterns = None,
+    head: str | None = "auto",
+    *,
+    everything: bool = False,
+    placement: Placement | None = None,
+) -> tuple[list[Target], list[Skip]] | tuple[list[AnySet], list[Skip]]:
+    """Choose the sets of neurons that are measured.
 
     Args:
-        model: Any module; lazy layers that have seen no batch are skipped.
-        include: Patterns of layer names to take (shell style; a pattern also takes what lies below the
-            name it matches). None takes everything except embeddings, which must be asked for by name.
+        source: A model, or the candidates of a model or a state dict. Lazy layers that have seen
+            no batch are skipped.
+        include: Patterns of layer names to take (shell style; a pattern also takes what lies below
+            the name it matches). None takes everything except embeddings, which must be asked for.
         exclude: Patterns of layer names to leave out.
-        head: The class head: "auto" is the last Linear of the model, a name is that layer, None is no head.
-        everything: For looking, not for training: take embeddings unasked, and depthwise convolutions as one set of
-            neurons over all their channels.
-        placement: How the weights are placed over ranks; None finds out.
+        head: The class head: "auto" is the last Linear, a name is that layer, None is no head.
+        everything: For looking, not for training: also take embeddings, and depthwise convolutions
+            as one set of neurons over all their channels.
+        placement: How the weights of a model are placed over ranks; None looks at the model.
 
     Returns:
-        Targets in the model's order, and every weight that was skipped, with the reason.
+        The sets in their order, and every weight that was skipped, with the reason.
 
     Raises:
-        ValueError: if a pattern or the head's name matches nothing, or nothing at all is left.
+        ValueError: if a pattern or the head's name matches nothing, or no set is left.
+        TypeError: if ``include`` or ``exclude`` are no patterns.
 
     Example:
-        >>> from torch import nn
-        >>> model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3, groups=16), nn.Linear(16, 10))
-        >>> targets, skips = select(model)
-        >>> [(t.name, t.shape, t.head) for t in targets]
+        >>> convolutions = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3, groups=16)
+        >>> targets, skips = select(nn.Sequential(*convolutions, nn.Linear(16, 10)))
+        >>> [(target.name, target.shape, target.head) for target in targets]
         [('0', (1, 16, 27), False), ('2', (1, 10, 16), True)]
         >>> skips[0].reason
         'depthwise: each of its 16 groups has one neuron'
     """
-    candidates, skips = _candidates(model, placement or placement_of(model))
+    if isinstance(source, nn.Module):
+        candidates = neurons_of_model(source, placement)
+        return _choose(candidates, include, exclude, head, everything=everything)
+    return _choose(source, include, exclude, head, everything=everything)
+
+
+def _choose(
+    candidates: Candidates[AnySet],
+    include: Patterns,
+    exclude: Patterns,
+    head: str | None,
+    *,
+    everything: bool,
+) -> tuple[list[AnySet], list[Skip]]:
+    """Choose among candidates; arguments as of :func:`select`."""
+    sets = candidates.sets
     if everything:
-        candidates = [_merged(target) for target in candidates]
-    names = [target.name for target in candidates]
-    head_name = _find_head(candidates, head)
-    include, exclude = _patterns("include", include, names), _patterns("exclude", exclude, names)
+        sets = [_merged(one) for one in sets]
+    names = [one.name for one in sets]
+    head_name = _find_head(sets, head)
+    included = _checked("include", include, names)
+    excluded = _checked("exclude", exclude, names)
+    named_head = None if head == "auto" else head_name  # then it is asked for by that
+
     reasons: dict[str, str] = {}
-    seen: dict[tuple[object, ...], str] = {}
-    for target in sorted(
-        candidates, key=lambda target: target.name != head_name
-    ):  # of tied weights the head counts
-        is_head = target.name == head_name
-        asked = None if include is None else matches(target.name, include)
-        reason = None
-        if exclude is not None and matches(target.name, exclude):
-            reason = EXCLUDED
-        elif asked is False and not (is_head and head != "auto"):
-            reason = NOT_INCLUDED
-        elif (
-            asked is None
-            and not everything
-            and isinstance(target.module, (nn.Embedding, nn.EmbeddingBag))
-        ):
-            reason = f"an embedding, measured only when asked for: include='{target.name}'"
-        else:
-            reason = _too_small(target) or _tied(target, seen)
+    taken: dict[Hashable, str] = {}
+    for one in sorted(sets, key=lambda one: one.name != head_name):  # of tied weights the head
+        reason = _not_asked_for(one, included, excluded, everything=everything)
+        if reason == NOT_INCLUDED and one.name == named_head:
+            reason = None
+        if reason is None:
+            reason = _too_small(one)
+        if reason is None:
+            first = taken.setdefault(one.identity, one.name)
+            reason = None if first == one.name else f"tied to {first}"
         if reason is not None:
-            reasons[target.name] = reason
-    skips += [
-        Skip(target.name, target.shape, reasons[target.name])
-        for target in candidates
-        if target.name in reasons
-    ]
-    chosen = [
-        replace(target, head=target.name == head_name)
-        for target in candidates
-        if target.name not in reasons
-    ]
+            reasons[one.name] = reason
+
+    chosen: list[AnySet] = []
+    skips = list(candidates.skips)
+    for one in sets:
+        if one.name in reasons:
+            skips.append(Skip(one.name, one.shape, reasons[one.name]))
+        else:
+            chosen.append(replace(one, head=one.name == head_name))
     if not chosen:
-        raise ValueError(_nothing_matched(model, skips))
+        raise ValueError(_nothing_left(candidates.source, skips))
     return chosen, skips
 
 
 def matches(name: str, patterns: Sequence[str]) -> bool:
     """Whether a layer's name, or a module above it, matches one of the shell-style patterns."""
-    return any(
-        fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*") for pattern in patterns
-    )
+    below = [f"{pattern}.*" for pattern in patterns]
+    return any(fnmatchcase(name, pattern) for pattern in [*patterns, *below])
 
 
 def check_patterns(what: str, patterns: Sequence[str], names: Sequence[str]) -> None:
     """Refuse a pattern that matches no layer."""
     for pattern in patterns:
         if not any(matches(name, [pattern]) for name in names):
+            known = ", ".join(names) or "none"
             raise ValueError(
-                f"{what} pattern {pattern!r} matches no layer; the layers are: {', '.join(names) or 'none'}"
+                f"{what} pattern {pattern!r} matches no layer; the layers are: {known}"
             )
+
+
+def as_list(what: str, patterns: Patterns) -> list[str] | None:
+    """Patterns as a list; None stays None."""
+    if patterns is None:
+        return None
+    if isinstance(patterns, str):
+        return [patterns]
+    if not isinstance(patterns, Sequence) or not all(isinstance(one, str) for one in patterns):
+        raise TypeError(
+            f"{what} takes a pattern or a list of patterns such as 'encoder.*'; got {patterns!r}"
+        )
+    return list(patterns)
 
 
 def uninitialized(model: nn.Module) -> list[str]:
@@ -130,181 +164,82 @@ def uninitialized(model: nn.Module) -> list[str]:
     return [name for name, p in model.named_parameters() if nn.parameter.is_lazy(p)]
 
 
-def _patterns(what: str, patterns: Patterns, names: list[str]) -> Sequence[str] | None:
-    """Normalise patterns to a sequence and refuse one that matches no layer."""
-    if patterns is None:
-        return None
-    patterns = (
-        [patterns]
-        if isinstance(patterns, str)
-        else list(patterns)
-        if isinstance(patterns, Sequence)
-        else [patterns]
-    )
-    if not all(isinstance(pattern, str) for pattern in patterns):
-        raise TypeError(
-            f"{what} takes a pattern or a list of patterns such as 'encoder.*'; got {patterns!r}"
-        )
-    check_patterns(what, patterns, names)
-    return patterns
-
-
-def _candidates(model: nn.Module, placement: Placement) -> tuple[list[Target], list[Skip]]:
-    """Every set of neurons in the model, and the weight matrices for which there is no rule."""
-    targets, skips, inside = [], [], set[nn.Module]()
-    for path, module in model.named_modules():
-        if isinstance(module, ParametrizationList):
-            inside.update(module.modules())
-        if module in inside:
-            continue
-        name = _clean(path)
-        if not has_rule(module):
-            skips += [
-                Skip(
-                    _join(name, key),
-                    tuple(p.shape),
-                    f"no rule for {type(module).__name__}: see register_neurons",
-                )
-                for key, p in module.named_parameters(recurse=False)
-                if p.ndim >= 2
-            ]
-            continue
-        if lazy := [
-            key for key, p in module.named_parameters(recurse=False) if nn.parameter.is_lazy(p)
-        ]:
-            skips.append(
-                Skip(
-                    _join(name, lazy[0]),
-                    (),
-                    "a lazy layer that has seen no batch: it has no shape yet",
-                )
-            )
-            continue
-        if any(p.is_meta for p in module.parameters()):
-            skips.append(
-                Skip(
-                    name or "weight",
-                    (),
-                    "it holds no numbers yet (device meta): load the weights first",
-                )
-            )
-            continue
-        with (
-            torch.inference_mode(False),
-            torch.enable_grad(),
-            without_side_effects(module),
-        ):  # views are told by it
-            found = placement.read(module)
-        for key, reading in found.items():
-            full, x = _join(name, key) or "weight", reading.x
-            _check_rule(module, full, reading)
-            if not x.is_floating_point():
-                skips.append(
-                    Skip(full, tuple(x.shape), f"its weights are {x.dtype}, not floating-point")
-                )
-                continue
-            groups, n, d = (1, *x.shape) if x.ndim == 2 else tuple(x.shape)
-            targets.append(Target(full, module, key, (groups, n, d), placement=placement))
-    return targets, skips
-
-
-def _check_rule(module: nn.Module, name: str, reading: NeuronView) -> None:
-    """Refuse what a user's rule must not give."""
-    x: object = reading.x
-    rule = f"the rule for {type(module).__name__} gave"
-    if not isinstance(x, Tensor):
-        raise TypeError(
-            f"{rule} {type(x).__name__} for layer '{name}'; it must give a tensor, or a mapping of names to tensors"
-        )
-    if x.ndim not in (2, 3):
+def check_head(targets: Sequence[NeuronSet]) -> None:
+    """Refuse a head's coefficient if no head is measured."""
+    if not any(target.head for target in targets):
+        names = ", ".join(target.name for target in targets)
         raise ValueError(
-            f"{rule} neurons of shape {tuple(x.shape)} for layer '{name}'; it must give (n, d) or (groups, n, d)"
-        )
-    trains = all(p.requires_grad for p in module.parameters())
-    if trains and x.is_floating_point() and reading.parameter is None and not x.requires_grad:
-        raise ValueError(
-            f"{rule} detached neurons for layer '{name}': no gradient would reach its parameters; drop .detach() or .data"
+            f"head_coefficient is given, but no head is measured: name one of {names} with "
+            "head='...'"
         )
 
 
-def _clean(path: str) -> str:
-    """Drop what wrappers put into a module's path."""
-    path += "."
-    for wrapper in _WRAPPERS:
-        path = path.replace(wrapper, "")
-    return path.rstrip(".")
+def _checked(what: str, patterns: Patterns, names: Sequence[str]) -> list[str] | None:
+    """Patterns as a list, each of which matches a layer."""
+    found = as_list(what, patterns)
+    if found is not None:
+        check_patterns(what, found, names)
+    return found
 
 
-def _join(name: str, key: str) -> str:
-    return f"{name}.{key}".strip(".")
-
-
-def _find_head(candidates: list[Target], head: str | None) -> str | None:
-    """Name of the class head among the candidates."""
+def _find_head(sets: Sequence[NeuronSet], head: str | None) -> str | None:
+    """Name of the class head among the sets."""
     if head is None:
         return None
     if head == "auto":
-        linear = [target.name for target in candidates if isinstance(target.module, nn.Linear)]
+        linear = [one.name for one in sets if one.kind == "linear"]
         return linear[-1] if linear else None
-    if head not in [target.name for target in candidates]:
-        known = ", ".join(target.name for target in candidates)
+    names = [one.name for one in sets]
+    if head not in names:
+        known = ", ".join(names) or "none"
         raise ValueError(
-            f"head {head!r} is no layer of the model; the layers are: {known or 'none'}; head=None switches it off"
+            f"head {head!r} is no layer of the model; the layers are: {known}; head=None switches "
+            "it off"
         )
     return head
 
 
-def _merged(target: Target) -> Target:
-    """Several groups of one neuron each as one group of several neurons; other targets as they are."""
-    groups, n, d = target.shape
-    return replace(target, shape=(1, groups, d), merged=True) if n == 1 < groups else target
+def _merged(one: AnySet) -> AnySet:
+    """Groups of one neuron each as one group; any other set as it is."""
+    groups, n, d = one.shape
+    if groups == 1 or n != 1:
+        return one
+    return replace(one, shape=(1, groups, d), merged=True)
 
 
-def _too_small(target: Target) -> str | None:
-    """Why a target is too small to have two neurons on a sphere."""
-    groups, n, d = target.shape
+def _not_asked_for(
+    one: NeuronSet, include: list[str] | None, exclude: list[str] | None, *, everything: bool
+) -> str | None:
+    """Why the user does not want a set to be measured; None if it is wanted."""
+    if exclude is not None and matches(one.name, exclude):
+        return EXCLUDED
+    if include is not None:
+        return None if matches(one.name, include) else NOT_INCLUDED
+    if one.kind == "embedding" and not everything:
+        return f"an embedding, measured only when asked for: include='{one.name}'"
+    return None
+
+
+def _too_small(one: NeuronSet) -> str | None:
+    """Why a set has no two neurons on a sphere; None if it has."""
+    groups, n, d = one.shape
+    if n < 2 and groups == 1:
+        return "a single neuron"
     if n < 2:
-        return (
-            "a single neuron"
-            if groups == 1
-            else f"depthwise: each of its {groups} groups has one neuron"
-        )
+        return f"depthwise: each of its {groups} groups has one neuron"
     if d < 2:
         return f"its neurons have dimension {d}: on a line there is nothing to spread"
     return None
 
 
-def _tied(target: Target, seen: dict[tuple[object, ...], str]) -> str | None:
-    """Why a target is a second name of one already taken."""
-    reading = target.read()
-    if isinstance(target.module, (nn.Embedding, nn.EmbeddingBag)):
-        weight = target.module.weight  # whole, the padding's row too: a tied head has it
-        reading = NeuronView(
-            weight.unsqueeze(0), weight if isinstance(weight, nn.Parameter) else None
-        )
-    x = reading.x
-    key: tuple[object, ...] = (id(target.module), target.key)
-    if reading.parameter is not None:
-        key = (id(reading.parameter), x.storage_offset(), x.stride(), x.shape)
-    first = seen.setdefault(key, target.name)
-    return None if first == target.name else f"tied to {first}"
-
-
-def _nothing_matched(model: nn.Module, skips: list[Skip]) -> str:
-    """The error when no target is left, with everything there was."""
+def _nothing_left(source: str, skips: Sequence[Skip]) -> str:
+    """The error if no set is left, with everything there was."""
     if not skips:
         return (
-            f"no neurons found in {type(model).__name__}: it has no weight matrix. If it is built later, attach "
+            f"no neurons found in {source}: it has no weight matrix. If it is built later, attach "
             "then; if a layer of your own holds neurons, say where with register_neurons"
         )
-    lines = "\n".join(f"  {skip.name} {tuple(skip.shape)}: {skip.reason}" for skip in skips)
-    return f"no layer of {type(model).__name__} is left to measure; change include, exclude or the model:\n{lines}"
-
-
-def check_head(targets: list[Target]) -> None:
-    """Refuse a head's coefficient where no head is among the targets."""
-    if not any(target.head for target in targets):
-        names = ", ".join(target.name for target in targets)
-        raise ValueError(
-            f"head_coefficient is given, but no head is measured: name one of {names} with head='...'"
-        )
+    lines = "\n".join(f"  {skip.name} {skip.shape}: {skip.reason}" for skip in skips)
+    return (
+        f"no layer of {source} is left to measure; change include, exclude or the model:\n{lines}"
+    )

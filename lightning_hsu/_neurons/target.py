@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import chain
 
@@ -11,114 +11,121 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
+from lightning_hsu._neurons.candidates import NeuronSet
 from lightning_hsu._neurons.placement import Gathered, NeuronView, Placement
 
 
-@dataclass(frozen=True, eq=False)
-class Target:
-    """One set of neurons of one module: (groups, n, d), addressed by module and key, never by parameter name.
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Target(NeuronSet):
+    """One set of neurons of a module, addressed by module and key, never by parameter name.
 
     Args:
-        name: Name of the layer in the model, with the key behind a dot where a module has several sets.
         module: The module.
-        key: Which of the module's sets; "" where there is one.
-        shape: (groups, n, d).
-        head: Whether this is the class head.
-        merged: Whether the groups of the module, one neuron each, are seen as one.
+        key: Which of the module's sets; "" if there is one.
         placement: How the module's weights are placed over ranks.
     """
 
-    name: str
     module: nn.Module
     key: str
-    shape: tuple[int, int, int]
-    head: bool = False
-    merged: bool = False
     placement: Placement = field(default_factory=Placement, repr=False)
     _rearranged: dict[tuple[str, ...], bool] = field(default_factory=dict, repr=False)
 
     def read(self, gathered: Gathered | None = None) -> NeuronView:
-        """The effective neurons as they are now, whole on every rank: a collective call where the weights are sharded.
+        """The effective neurons (groups, n, d) as they are now, whole on every rank.
+
+        A collective call if the weights are sharded.
 
         Args:
-            gathered: Whole parameters that earlier reads of this use have gathered, and where to keep more.
+            gathered: Whole parameters that this step has gathered already; more are added.
         """
         with without_side_effects(self.module):
-            reading = self.placement.read(self.module, gathered)[self.key]
-        if self.merged:
-            return replace(reading, x=reading.x.transpose(0, 1))
-        return replace(reading, x=reading.x.unsqueeze(0)) if reading.x.ndim == 2 else reading
+            view = self.placement.read(self.module, gathered)[self.key]
+        return replace(view, x=self.by_group(view.x))
 
     def neurons(self) -> Tensor:
-        """The effective neurons (groups, n, d) as they are now; differentiable where gradients are recorded."""
+        """The effective neurons (groups, n, d); differentiable where gradients are recorded."""
         return self.read().x
 
     def held_rows(self) -> Tensor | None:
-        """Mask (groups, n) of the neurons of which this rank holds a part; None if it needs all gradients."""
+        """Mask (groups, n) of the neurons of which this rank holds a part.
+
+        None if this rank needs the gradient of every neuron.
+        """
         with without_side_effects(self.module), torch.no_grad():
             rows = self.placement.held_rows(self.module, self.key)
-        return rows.unsqueeze(0) if rows is not None and rows.ndim == 1 else rows
+        if rows is not None and rows.ndim == 1:
+            return rows.unsqueeze(0)
+        return rows
 
     def grad_views(
-        self, reading: NeuronView, change: Tensor, own: Mapping[int, float], *, values: bool = False
+        self,
+        view: NeuronView,
+        change: Tensor,  # (groups, n, d)
+        learning_rates: Mapping[int, float],
+        *,
+        values: bool = False,
     ) -> Iterator[tuple[nn.Parameter, Tensor, Tensor]]:
-        """Where a change of the neurons goes: triples (parameter, part of its ``.grad`` or of itself, what to add to it).
+        """Where a change of the neurons goes.
 
         Args:
-            reading: ``self.read()``, taken while gradients were recorded.
-            change: In the neurons, (groups, n, d).
-            own: ids of the parameters that may be touched. One without a gradient is left without.
-            values: The parts are of the parameters, not of their gradients.
+            view: ``self.read()``, taken while gradients were recorded.
+            change: The change of the neurons, (groups, n, d).
+            learning_rates: Those of the parameters that may be touched, by id. A parameter
+                without a gradient is left without one.
+            values: Whether to change the parameters themselves instead of their gradients.
+
+        Yields:
+            Triples (parameter, view of its ``.grad`` or of itself, what to add to that view).
         """
-        x, parameter = reading.x, reading.parameter
-        if parameter is not None and id(parameter) not in own:
-            return
-        if (
-            parameter is not None
-            and parameter.grad is not None
-            and not self.placement.is_sharded(parameter)
-        ):
-            full = parameter.detach() if values else parameter.grad
-            if full.stride() == parameter.stride():
-                offset = x.storage_offset() - parameter.storage_offset() + full.storage_offset()
-                yield parameter, full.as_strided(x.shape, x.stride(), offset), change
+        x, parameter = view.x, view.parameter
+        if parameter is not None:
+            if id(parameter) not in learning_rates:
                 return
-        leaves = [
-            p
-            for p in self.module.parameters()
-            if p.requires_grad and p.grad is not None and id(p) in own
-        ]
-        if leaves and x.requires_grad:
-            pulled = torch.autograd.grad(
-                x, leaves, change.to(x.dtype), allow_unused=True, retain_graph=True
-            )
-            for p, part in zip(leaves, pulled, strict=True):
-                if p.grad is not None and part is not None:
-                    yield p, p.detach() if values else p.grad, part
+            if parameter.grad is not None and not self.placement.is_sharded(parameter):
+                whole = parameter.detach() if values else parameter.grad
+                if whole.stride() == parameter.stride():
+                    offset = x.storage_offset() - parameter.storage_offset()
+                    offset += whole.storage_offset()
+                    yield parameter, whole.as_strided(x.shape, x.stride(), offset), change
+                    return
+        leaves = []
+        for p in self.module.parameters():
+            if p.requires_grad and p.grad is not None and id(p) in learning_rates:
+                leaves.append(p)
+        if not leaves or not x.requires_grad:
+            return
+        change = change.to(x.dtype)
+        pulled = torch.autograd.grad(x, leaves, change, allow_unused=True, retain_graph=True)
+        for p, part in zip(leaves, pulled, strict=True):
+            if p.grad is not None and part is not None:
+                yield p, p.detach() if values else p.grad, part
 
-    def own_part(self, reading: NeuronView, parameter: nn.Parameter, part: Tensor) -> Tensor:
-        """Of a part that :meth:`grad_views` gives, the entries that belong to these neurons: a packed shard has others, too."""
-        if reading.parameter is None or not self.placement.is_sharded(parameter):
+    def own_part(self, view: NeuronView, parameter: nn.Parameter, part: Tensor) -> Tensor:
+        """What :meth:`grad_views` gives, with zeros for entries that are not of these neurons.
+
+        Only a sharded parameter that holds several sets of neurons has such entries.
+        """
+        if view.parameter is None or not self.placement.is_sharded(parameter):
             return part
-        return (
-            part
-            * torch.autograd.grad(
-                reading.x, parameter, torch.ones_like(reading.x), retain_graph=True
-            )[0]
-        )
+        ones = torch.ones_like(view.x)
+        (belongs,) = torch.autograd.grad(view.x, parameter, ones, retain_graph=True)
+        return part * belongs
 
-    def rearranges(self, reading: NeuronView) -> bool:
-        """Whether the neurons are entries of one parameter, in whatever order: then a change of theirs is one of it."""
-        if reading.parameter is not None:
+    def rearranges(self, view: NeuronView) -> bool:
+        """Whether the neurons are entries of one parameter, in any order.
+
+        Then a change of the neurons is a change of these entries.
+        """
+        if view.parameter is not None:
             return True
         named = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
-        if not named or not reading.x.requires_grad:
+        if not named or not view.x.requires_grad:
             return False
-        key = tuple(
-            named
-        )  # pruning and parametrizing, also in the midst of training, change the names
+        # Pruning and parametrizing change the names, also in the middle of training.
+        key = tuple(named)
         if key not in self._rearranged:
-            self._rearranged[key] = _rearranges(self.placement, reading.x, list(named.values()))
+            leaves = list(named.values())
+            self._rearranged[key] = _is_rearranged(view.x, leaves, self.placement)
         return self._rearranged[key]
 
     def parameters(self) -> list[nn.Parameter]:
@@ -127,53 +134,59 @@ class Target:
         if parameter is not None:
             return [parameter]
         with without_side_effects(self.module):
-            return self.placement.parameters_behind(self.module, self.key) or list(
-                self.module.parameters()
-            )
-
-    own_rows = held_rows  # the former names
-    places = grad_views
+            behind = self.placement.parameters_behind(self.module, self.key)
+        return behind or list(self.module.parameters())
 
 
-def _rearranges(placement: Placement, x: Tensor, leaves: list[nn.Parameter]) -> bool:
-    """Whether x has entries of one of its leaves, each once at most."""
-    counts = torch.autograd.grad(
-        x, leaves, torch.ones_like(x), allow_unused=True, retain_graph=True
-    )
-    back = torch.autograd.grad(x, leaves, x.detach(), allow_unused=True, retain_graph=True)
-    found = [
-        (p, count, part)
-        for p, count, part in zip(leaves, counts, back, strict=True)
-        if count is not None
-    ]
-    if len(found) != 1 or int(placement.whole(found[0][1].sum())) != x.numel():
+def _is_rearranged(x: Tensor, leaves: Sequence[nn.Parameter], placement: Placement) -> bool:
+    """Whether x consists of entries of one of its leaves, each at most once.
+
+    Pulled back to the leaf, ones count how often x has each entry, and x itself is the leaf where
+    the count is 1.
+    """
+    ones = torch.ones_like(x)
+    counts = torch.autograd.grad(x, leaves, ones, allow_unused=True, retain_graph=True)
+    values = torch.autograd.grad(x, leaves, x.detach(), allow_unused=True, retain_graph=True)
+    used = [i for i, count in enumerate(counts) if count is not None]
+    if len(used) != 1:
         return False
-    p, count, part = (placement.local(one.detach()).nan_to_num() for one in found[0])
-    return bool(((count == 0) | (count == 1)).all()) and torch.equal(part, p * count)
+    i = used[0]
+    if int(placement.whole(counts[i].sum())) != x.numel():
+        return False
+    leaf = placement.local(leaves[i].detach()).nan_to_num()
+    count = placement.local(counts[i]).nan_to_num()
+    value = placement.local(values[i]).nan_to_num()
+    at_most_once = bool(((count == 0) | (count == 1)).all())
+    return at_most_once and torch.equal(value, leaf * count)
 
 
 @contextmanager
 def without_side_effects(module: nn.Module) -> Iterator[None]:
-    """Read weights without changing state (a spectral norm iterates at each access in training) and without autocast."""
-    lists = (
-        [m for m in module.modules() if isinstance(m, ParametrizationList)]
-        if module._modules
-        else []
-    )
-    switched = [part for one in lists for part in one.modules() if part.training]
-    own = (
-        p for p in module._parameters.values() if p is not None
-    )  # most layers have some: walking modules takes longer
-    device = next((p.device.type for p in chain(own, module.parameters())), "cpu")
-    for part in switched:
-        part.training = False
+    """Read weights without autocast and without changing state.
+
+    In training a spectral norm iterates at each access.
+    """
+    switched = []
+    if module._modules:
+        for part in module.modules():
+            if isinstance(part, ParametrizationList):
+                switched += [inner for inner in part.modules() if inner.training]
+    for inner in switched:
+        inner.training = False
     try:
-        with (
-            torch.autocast(device, enabled=False)
-            if torch.is_autocast_enabled(device)
-            else nullcontext()
-        ):
+        with _without_autocast(module):
             yield
     finally:
-        for part in switched:
-            part.training = True
+        for inner in switched:
+            inner.training = True
+
+
+def _without_autocast(module: nn.Module) -> AbstractContextManager[object]:
+    """Switch autocast off on the device of a module's parameters, if it is on."""
+    # Most modules have parameters of their own; to walk the modules inside takes longer.
+    own = (p for p in module._parameters.values() if p is not None)
+    first = next(chain(own, module.parameters()), None)
+    device = "cpu" if first is None else first.device.type
+    if torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()

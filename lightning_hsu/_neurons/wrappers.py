@@ -1,11 +1,17 @@
-"""What others wrap around a model, and what that does to the names of its layers."""
+"""What others wrap around a model, and what that adds to the names of its layers."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeVar
 
 from torch import nn
+
+_COMPILED = "_orig_mod."  # by torch.compile
+_INSIDE_NAMES = (_COMPILED, "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+_AROUND_ALL_NAMES = ("module.", _COMPILED)  # "module." is DDP's, or the name of a part
+
+Value = TypeVar("Value")
 
 
 def peeled(model: nn.Module) -> Iterator[nn.Module]:
@@ -27,3 +33,21 @@ def unwrapped(model: nn.Module) -> nn.Module:
     for inner in peeled(model):
         model = inner
     return model
+
+
+def plain_name(path: str) -> str:
+    """A module's path without the parts that wrappers of modules inside the model add."""
+    path += "."
+    for part in _INSIDE_NAMES:
+        path = path.replace(part, "")
+    return path.rstrip(".")
+
+
+def without_prefixes(state: Mapping[str, Value]) -> dict[str, Value]:
+    """A state dict without what a wrapper around the whole model puts before every name."""
+    state = dict(state)
+    for prefix in _AROUND_ALL_NAMES:
+        if state and all(name.startswith(prefix) for name in state):
+            shorter = {name.removeprefix(prefix): x for name, x in state.items()}
+            return without_prefixes(shorter)
+    return state

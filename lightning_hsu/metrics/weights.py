@@ -11,11 +11,13 @@ from torchmetrics import Metric
 from torchmetrics.utilities.distributed import gather_all_tensors
 
 from lightning_hsu._checks import check_choice
-from lightning_hsu._core import with_float64
-from lightning_hsu._monitor.measure import LayerUniformity
-from lightning_hsu._neurons.select import Patterns
-from lightning_hsu._neurons.state_dict import stand_in
+from lightning_hsu._core import exact_arithmetic, with_float64
+from lightning_hsu._engine.layer import to_compute_dtype
+from lightning_hsu._monitor.measure import LayerUniformity, measure_neurons
+from lightning_hsu._neurons.select import Patterns, select
+from lightning_hsu._neurons.state_dict import StoredNeurons, neurons_of_state_dict
 from lightning_hsu.measures import Measure, RieszEnergy
+from lightning_hsu.measures.sampled import sampled_above
 from lightning_hsu.metrics.base import Quantity, UniformityMetric, decoded, encoded, parts_of
 from lightning_hsu.regularizer import UniformityRegularizer
 
@@ -140,17 +142,14 @@ class WeightUniformity(UniformityMetric):
     def _measured(self, model: nn.Module | Mapping[str, Tensor]) -> list[LayerUniformity]:
         if not isinstance(model, (nn.Module, Mapping)):
             raise TypeError(f"update takes a model or its state dict; got {type(model).__name__}")
-        if not isinstance(model, nn.Module):
-            model = stand_in(
-                model, [self.include] if isinstance(self.include, str) else self.include or ()
-            )[0]
-        return (
-            UniformityRegularizer(
-                self.measure, 0.0, include=self.include, exclude=self.exclude, head=self.head
-            )
-            .attach(model)
-            .measure_layers()
+        regularizer = UniformityRegularizer(
+            self.measure, 0.0, include=self.include, exclude=self.exclude, head=self.head
         )
+        if isinstance(model, nn.Module):
+            return regularizer.attach(model).measure_layers()
+        candidates = neurons_of_state_dict(model, self.include)
+        stored, _ = select(candidates, self.include, self.exclude, self.head)
+        return [_measure_stored(one, self.measure, regularizer.sample_above) for one in stored]
 
     def _sync_dist(
         self, dist_sync_fn: Callable[..., Any] = gather_all_tensors, process_group: Any = None
@@ -165,6 +164,20 @@ class WeightUniformity(UniformityMetric):
         self.layers = [_agreed([*parts_of(incoming_state["layers"]), *parts_of(self.layers)])]
         self.means = [_pooled([*parts_of(incoming_state["means"]), *parts_of(self.means)])]
         self._computed = None
+
+
+@torch.no_grad()
+def _measure_stored(
+    stored: StoredNeurons, measure: Measure, sample_above: int | None
+) -> LayerUniformity:
+    """Measure one set of neurons of a state dict as the regularizer measures a layer."""
+    if stored.head:
+        measure = measure.for_head()
+    measure = sampled_above(measure, stored.shape[1], sample_above)
+    x = with_float64(to_compute_dtype(stored.neurons()))
+    with exact_arithmetic(x):
+        state = measure.prepare(x)
+    return measure_neurons(stored.name, x, measure, state)
 
 
 def _agreed(parts: list[Tensor]) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_hsu._checks import check_count, check_number
-from lightning_hsu._neurons.select import Patterns, Skip, select
-from lightning_hsu._neurons.state_dict import stand_in
-from lightning_hsu._neurons.target import Target
+from lightning_hsu._neurons.candidates import NeuronSet, Skip
+from lightning_hsu._neurons.select import Patterns, select
+from lightning_hsu._neurons.state_dict import neurons_of_state_dict
 from lightning_hsu._neurons.wrappers import unwrapped
 from lightning_hsu.measures import Measure
 from lightning_hsu.measures.base import check_measure
@@ -67,7 +67,7 @@ def report(
     """Look at the neurons of every layer of a network.
 
     A model is read as training reads it, embeddings included and depthwise convolutions over all their channels. Of a
-    state dict and a file the layers are guessed by names and shapes (``stand_in``): groups of
+    state dict and a file the layers are guessed by names and shapes: groups of
     convolutions are not known there. The head and layers of two neurons are measured in full space, where opposite is right.
 
     Args:
@@ -143,13 +143,13 @@ def look_at_all(
     return Report(found.source, measure, similar_above, tuple(layers), tuple(found.skips))
 
 
-def _work(target: Target) -> int:
+def _work(target: NeuronSet) -> int:
     """Arithmetic of looking at one layer, up to a factor."""
     groups, n, d = target.shape
     return groups * n * n * d
 
 
-def _measure_for(target: Target, measure: Measure) -> Measure:
+def _measure_for(target: NeuronSet, measure: Measure) -> Measure:
     """The measure of a layer: in full space for a head and for two neurons."""
     if target.head or target.shape[1] == 2:
         return measure.for_head()
@@ -166,7 +166,7 @@ class Found(NamedTuple):
     """
 
     source: str
-    targets: list[Target]
+    targets: Sequence[NeuronSet]
     skips: list[Skip]
 
 
@@ -187,13 +187,12 @@ def find_targets(
         raise TypeError(
             f"a report is on a model, a state dict or a file; got {type(source).__name__}"
         )
-    asked = [include] if isinstance(include, str) else include
-    model, unnamed = stand_in(source, asked or ())
+    candidates = neurons_of_state_dict(source, include)
     try:
-        targets, skips = select(model, include, exclude, head, everything=True)
+        targets, skips = select(candidates, include, exclude, head, everything=True)
     except ValueError as error:
         left_out = "".join(
-            f"\n  {skip.name} {tuple(skip.shape)}: {skip.reason}" for skip in unnamed
+            f"\n  {skip.name} {skip.shape}: {skip.reason}" for skip in candidates.not_weights
         )
         raise ValueError(f"{name}: {error}{left_out}") from error
-    return Found(name, targets, [*skips, *unnamed])
+    return Found(name, targets, [*skips, *candidates.not_weights])

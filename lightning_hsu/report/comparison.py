@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from lightning_hsu._core import unit_rows, with_float64
+from lightning_hsu._neurons.candidates import NeuronSet
 from lightning_hsu._neurons.select import Patterns
-from lightning_hsu._neurons.target import Target
 from lightning_hsu.measures import Measure
 from lightning_hsu.report.build import Found, Progress, Report, Source, find_targets, look_at_all
 from lightning_hsu.report.data import ComparisonData, LayerComparison
@@ -100,7 +100,7 @@ def _alike(both: Sequence[Found]) -> list[Found]:
     """The same, with each layer that both have in the same space: full space for heads of both, and for two neurons in one."""
     layers = [{one.name: one for one in found.targets} for found in both]
 
-    def in_full_space(one: Target, other: Target | None) -> bool:
+    def in_full_space(one: NeuronSet, other: NeuronSet | None) -> bool:
         return (
             one.head
             if other is None

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_hsu._monitor.measure import LayerUniformity, in_half_space
 from lightning_hsu._monitor.text import shape_of
-from lightning_hsu._neurons.select import Skip
+from lightning_hsu._neurons.candidates import Skip
 from lightning_hsu.measures import Measure
 
 HEAT_MAP_SIZE = 128

@@ -13,7 +13,8 @@ from lightning_hsu._monitor.text import (
     skip_line,
     table_lines,
 )
-from lightning_hsu._neurons.select import EXCLUDED, NOT_INCLUDED, Skip
+from lightning_hsu._neurons.candidates import Skip
+from lightning_hsu._neurons.select import EXCLUDED, NOT_INCLUDED
 from lightning_hsu.report.data import ComparisonData, LayerComparison, LayerReport, ReportData
 
 if TYPE_CHECKING:

@@ -1,0 +1,95 @@
+"""Named sets of neurons: what ``select`` chooses among, wherever they come from."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from typing import Generic, Literal, TypeVar
+
+from torch import Tensor
+
+Kind = Literal["linear", "embedding", "other"]
+
+
+@dataclass(frozen=True)
+class Skip:
+    """A weight that is not measured, with the reason.
+
+    Args:
+        name: Name of the layer.
+        shape: Shape of its neurons, or of the weight if it has none; () if that is not known.
+        reason: Why, in a user's words.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    reason: str
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class NeuronSet(ABC):
+    """One named set of neurons.
+
+    Args:
+        name: Name of the layer, followed by a dot and the set's key if a layer has several sets.
+        shape: (groups, n, d).
+        kind: The kind of layer: by default the last Linear is the class head, and embeddings are
+            not measured.
+        identity: Equal for two names of the same weights.
+        head: Whether this is the class head.
+        merged: Whether groups of one neuron each are taken as one group.
+    """
+
+    name: str
+    shape: tuple[int, int, int]
+    kind: Kind
+    identity: Hashable = field(repr=False)
+    head: bool = False
+    merged: bool = False
+
+    @abstractmethod
+    def neurons(self) -> Tensor:
+        """The effective neurons (groups, n, d) as they are now."""
+
+    def by_group(self, x: Tensor) -> Tensor:
+        """Neurons (n, d) or (groups, n, d) as (groups, n, d), in one group if they are merged."""
+        if self.merged:
+            return x.transpose(0, 1)
+        if x.ndim == 2:
+            return x.unsqueeze(0)
+        return x
+
+
+AnySet = TypeVar("AnySet", bound=NeuronSet)
+
+
+@dataclass(frozen=True)
+class Candidates(Generic[AnySet]):
+    """All sets of neurons of a model or a state dict, in its order.
+
+    Args:
+        source: What they are from: the class of the model, or "StateDict".
+        sets: The sets.
+        skips: Weights whose neurons are not known or cannot be measured.
+        not_weights: Tensors of a state dict that are not taken for weights.
+    """
+
+    source: str
+    sets: list[AnySet]
+    skips: list[Skip]
+    not_weights: list[Skip] = field(default_factory=list)
+
+
+def shape_by_group(x: Tensor) -> tuple[int, int, int]:
+    """The shape (groups, n, d) of neurons (n, d) or (groups, n, d)."""
+    if x.ndim == 2:
+        n, d = x.shape
+        return 1, n, d
+    groups, n, d = x.shape
+    return groups, n, d
+
+
+def full_name(layer: str, key: str) -> str:
+    """Name of a set of neurons: "weight" if neither the layer nor the set has one."""
+    return f"{layer}.{key}".strip(".") or "weight"
