@@ -1,4 +1,4 @@
-"""What the metrics have in common: the measure, the quantity, what is better, the plot, what checkpoints may hold."""
+"""What both metrics share: measure and quantity, which way is better, plots, checkpoints."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lightning_hsu.measures import Measure
 from lightning_hsu.measures.base import check_measure
 
 Quantity = Literal["ratio", "score", "energy", "min_angle", "penalty"]
-"""What a metric tells; each is a field of :class:`~lightning_hsu.LayerUniformity`."""
+"""What a metric computes; each is a field of :class:`~lightning_hsu.LayerUniformity`."""
 
 Values = Tensor | Mapping[str, Tensor] | Sequence[Tensor] | Sequence[Mapping[str, Tensor]]
 """What can be plotted: a value of ``compute`` or ``forward``, or several."""
@@ -26,11 +26,11 @@ class UniformityMetric(Metric):
 
     Args:
         measure: How to measure.
-        quantity: Which number of it to tell.
+        quantity: Which number to compute.
         kwargs: Those of every torchmetrics metric.
 
     Raises:
-        TypeError: for a measure that is none.
+        TypeError: if ``measure`` is no measure.
         ValueError: for an unknown quantity.
     """
 
@@ -41,32 +41,37 @@ class UniformityMetric(Metric):
         super().__init__(**kwargs)
         check_measure(measure)
         check_choice("quantity", quantity, "ratio", "score", "energy", "min_angle", "penalty")
-        self.measure, self.quantity = measure, quantity
+        self.measure = measure
+        self.quantity = quantity
 
     @property
     def higher_is_better(self) -> bool:  # type: ignore[override]
         """Whether a larger value is a more uniform one."""
-        return (
-            self.measure.higher_is_better
-            if self.quantity == "energy"
-            else self.quantity in ("score", "min_angle")
-        )
+        if self.quantity == "energy":
+            return self.measure.higher_is_better
+        return self.quantity in ("score", "min_angle")
 
     @property
     def plot_lower_bound(self) -> float | None:  # type: ignore[override]
-        """0 for angles, the worst; None for the others: a bound that is the better the lower depends on n and d."""
-        return 0.0 if self.quantity == "min_angle" else None
+        """0 for angles, the worst value; None for other quantities: theirs depends on n and d."""
+        if self.quantity == "min_angle":
+            return 0.0
+        return None
 
     @property
     def plot_upper_bound(self) -> float | None:  # type: ignore[override]
-        """1 for a score, the best there can be."""
-        return 1.0 if self.quantity == "score" else None
+        """1 for a score, the best value there can be."""
+        if self.quantity == "score":
+            return 1.0
+        return None
 
     def plot(self, val: Values | None = None, ax: Any = None) -> Any:
-        """Plot a value, several of them over steps, or those of layers; for ratios with a dotted line at random, 1.
+        """Plot a value, several values over steps, or the values of layers.
+
+        Ratios are plotted with a dotted line at 1, the ratio of random vectors.
 
         Args:
-            val: What ``compute`` or ``forward`` gave, or a list of that; None computes it now.
+            val: What ``compute`` or ``forward`` returned, or a list of that; None computes it now.
             ax: Matplotlib axes to draw on; None makes a figure.
 
         Returns:
@@ -81,7 +86,7 @@ class UniformityMetric(Metric):
         return figure, axes
 
     def set_dtype(self, dst_type: str | torch.dtype) -> UniformityMetric:
-        """Do nothing: the states hold counts and hashes that no narrower type can."""
+        """Do nothing: the states hold counts and hashes that do not fit a narrower type."""
         return self
 
     def _state_of(self, other: object) -> dict[str, Any]:
@@ -90,33 +95,42 @@ class UniformityMetric(Metric):
         if not isinstance(state, dict) or not set(self.metric_state) <= set(state):
             name = type(self).__name__
             raise ValueError(
-                f"only a {name} can be merged into a {name}, or its metric_state; got {type(other).__name__}"
+                f"only a {name} can be merged into a {name}, or its metric_state; "
+                f"got {type(other).__name__}"
             )
         return state
 
     def _add_settings(self, *settings: object) -> None:
-        """A state by which MetricCollection sees that two metrics must not share their others."""
+        """Add a state that keeps MetricCollection from sharing states of other settings."""
         self.add_state("settings", encoded(settings), "max")
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        stored, own = state_dict.get(prefix + "settings"), decoded(self.settings)
-        if isinstance(stored, Tensor) and decoded(stored) != own:
-            rest[-1].append(
-                f"{type(self).__name__} was saved with the settings {decoded(stored)}, this one has {own}"
+        """Load states, and report those that were saved with other settings as an error."""
+        stored = state_dict.get(prefix + "settings")
+        current = decoded(self.settings)
+        if isinstance(stored, Tensor) and decoded(stored) != current:
+            errors = rest[-1]
+            errors.append(
+                f"{type(self).__name__} was saved with the settings {decoded(stored)}, "
+                f"this one has {current}"
             )
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
-def encoded(what: object) -> Tensor:
-    """JSON as bytes, uint8: ranks and checkpoints exchange tensors only."""
-    return torch.tensor(list(json.dumps(what).encode()), dtype=torch.uint8)
+def encoded(value: object) -> Tensor:
+    """A value as JSON in bytes, uint8: ranks and checkpoints exchange tensors only."""
+    return torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8)
 
 
 def decoded(stored: Tensor) -> Any:
-    """What was :func:`encoded`; None from no bytes."""
-    return json.loads(bytes(stored.tolist())) if stored.numel() else None
+    """The value that was :func:`encoded`; None from no bytes."""
+    if stored.numel() == 0:
+        return None
+    return json.loads(bytes(stored.tolist()))
 
 
 def parts_of(state: Tensor | list[Tensor]) -> list[Tensor]:
-    """A list state as a list, which is one tensor after ranks were joined."""
-    return [state] if isinstance(state, Tensor) else state
+    """A list state as a list: it is one tensor after ranks were joined."""
+    if isinstance(state, Tensor):
+        return [state]
+    return state

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, distributed
@@ -25,48 +25,55 @@ from lightning_hsu.metrics.base import Quantity, UniformityMetric, decoded, part
 from lightning_hsu.metrics.hashing import hashed
 from lightning_hsu.reference import random_level, score
 
-_SAMPLE_ABOVE = 16384  # as the callback has it
+_DEFAULT_MEASURE = GaussianPotential(t=2.0)
+_SAMPLE_ABOVE = 16384  # rows, as in the callback
 
 
 class FeatureUniformity(UniformityMetric):
     r"""Uniformity of embeddings on the sphere, over all batches and ranks.
 
-    The quantity of all rows at once, not a mean over batches. With the default measure and ``quantity="penalty"`` it is
-    the uniformity of Wang & Isola, over the pairs of rows x, y of length 1::
+    The quantity of all rows at once, not a mean over batches. With the default measure and
+    ``quantity="penalty"`` it is the uniformity of Wang & Isola, over the pairs of rows x, y of
+    length 1::
 
         log mean exp(-2 |x - y|**2)
 
-    A uniform sample of ``capacity`` rows stands for all: row i gets a pseudo-random priority, a hash of (seed, i), and those
-    with the smallest are kept. On rank r of R row i is its row number ``(i - r) / R``, the order of a DistributedSampler
-    without shuffling, so that ranks together keep, and give, exactly what one process would; rows that the sampler repeats to
-    give all ranks as many are counted as the duplicates that they are. Memory is about
-    ``2 * capacity * d`` floats and a batch.
+    A uniform sample of ``capacity`` rows stands for all: row i gets a pseudo-random priority, a
+    hash of (seed, i), and the rows with the smallest are kept. On rank r of R row i is its row
+    number ``(i - r) / R``, the order of a DistributedSampler without shuffling. So all ranks
+    together keep, and compute, exactly what one process would. Rows that the sampler repeats to
+    give all ranks as many count as duplicates. Memory is about ``2 * capacity * d`` floats and a
+    batch.
 
-    Rows are normalised, whatever their length, and kept in float32, float64 ones too. Zero and non-finite rows fill places of
-    the sample but take no part. With fewer than two others the ratio, the score and the smallest angle are NaN, the penalty
-    is 0 and the energy is what belongs to it: 0, for a GaussianPotential 1. Duplicates count as often as they come.
-    Energies of more than 16384 rows are estimated (:class:`~lightning_hsu.measures.Sampled`). Ratio and score of measures
-    whose random level is simulated take several times the work of the energy, once for each number of rows.
+    Rows are normalised, whatever their length, and kept in float32, float64 ones too. Zero and
+    non-finite rows fill places of the sample but take no part. With fewer than two others the
+    ratio, the score and the smallest angle are NaN, the penalty is 0 and the energy is the one of
+    penalty 0: 0, for a GaussianPotential 1. Duplicates count as often as they come. Energies of
+    more than 16384 rows are estimated (:class:`~lightning_hsu.measures.Sampled`). For measures
+    whose random level is simulated, ratio and score take several times the work of the energy, once
+    for each number of rows.
 
     Args:
         measure: How to measure; None is ``GaussianPotential(t=2)``.
-        quantity: "ratio" (1 as random, above 1 more redundant), "score" (0 as random, 1 the best that is possible), "energy"
-            (the measure's natural value), "min_angle" (the smallest, in degrees) or "penalty" (what training minimises).
+        quantity: "ratio" (1 as random, above 1 more redundant), "score" (0 as random, 1 the best
+            possible), "energy" (the measure's natural value), "min_angle" (the smallest angle, in
+            degrees) or "penalty" (what training minimises).
         capacity: Rows to keep, 2 or more; None keeps all.
-        seed: Of the sample, in [0, 2**63).
+        seed: Seed of the sample, in [0, 2**63).
         kwargs: Those of every torchmetrics metric.
 
     Shape:
-        Embeddings (..., d) of any floating dtype, d >= 2, flattened to rows (N, d), to a scalar, float32.
+        Embeddings (..., d) of any floating dtype, d >= 2, flattened to rows (N, d), to a scalar,
+        float32.
 
     Raises:
-        TypeError: for a measure that is none, or embeddings that are no floating-point tensor.
-        ValueError: for an unknown quantity, a capacity or seed out of range; in an update for embeddings of fewer than two
-            dimensions, d < 2, or another d than before.
+        TypeError: if ``measure`` is no measure, or embeddings are no floating-point tensor.
+        ValueError: for an unknown quantity, or a capacity or seed out of range; in an update for
+            embeddings of fewer than two dimensions, d < 2, or another d than before.
 
     Reference:
-        Wang & Isola, "Understanding Contrastive Representation Learning through Alignment and Uniformity on the
-        Hypersphere", ICML 2020, arXiv 2005.10242.
+        Wang & Isola, "Understanding Contrastive Representation Learning through Alignment and
+        Uniformity on the Hypersphere", ICML 2020, arXiv 2005.10242.
 
     Example:
         >>> metric = FeatureUniformity(quantity="penalty")
@@ -76,7 +83,7 @@ class FeatureUniformity(UniformityMetric):
         -4.0
     """
 
-    full_state_update: bool | None = True  # forward goes on counting rows where update stands
+    full_state_update: bool | None = True  # forward continues counting rows where update stopped
     rows: list[Tensor]
     priorities: list[Tensor]
     seen: Tensor
@@ -90,14 +97,16 @@ class FeatureUniformity(UniformityMetric):
         seed: int = 0,
         **kwargs: Any,
     ) -> None:
-        super().__init__(
-            GaussianPotential(t=2.0) if measure is None else measure, quantity, **kwargs
-        )
-        check_count("capacity", 2 if capacity is None else capacity, 2)
+        if measure is None:
+            measure = _DEFAULT_MEASURE
+        super().__init__(measure, quantity, **kwargs)
+        if capacity is not None:
+            check_count("capacity", capacity, 2)
         check_count("seed", seed, 0)
         if seed >= 2**63:
             raise ValueError(f"seed must be an int in [0, 2**63); got {seed}")
-        self.capacity, self.seed = capacity, seed
+        self.capacity = capacity
+        self.seed = seed
         self._add_settings(capacity, seed)
         self.add_state("rows", [], _joined)
         self.add_state("priorities", [], _joined)
@@ -109,12 +118,17 @@ class FeatureUniformity(UniformityMetric):
         Args:
             embeddings: Shape (..., d), of any floating dtype and length.
         """
-        self._add(self._checked(embeddings))
+        self._check(embeddings)
+        x = embeddings.detach().reshape(-1, embeddings.shape[-1])  # (N, d)
+        with exact_arithmetic(x):
+            unit = unit_rows(x.to(working_dtype(x.dtype)))[0]  # 0 where a row takes no part
+        self._add(unit.float())
 
     def compute(self) -> Tensor:
-        """The quantity of the rows that are kept, those of all ranks together."""
+        """The quantity of the rows that are kept, on all ranks together."""
         rows, _ = self._kept()
-        return quantity_of(self.measure, self.quantity, rows[rows.any(-1)]).to(self.device)
+        live = rows.any(-1)
+        return quantity_of(self.measure, self.quantity, rows[live]).to(self.device)
 
     def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
         """Add the rows that another metric of the same capacity has seen.
@@ -123,116 +137,135 @@ class FeatureUniformity(UniformityMetric):
             incoming_state: The other metric, or its ``metric_state``.
 
         Raises:
-            ValueError: if it is no such metric, capacities differ, or both have dropped rows by the same priorities: give each
-                its own seed.
+            ValueError: if it is no such metric, capacities differ, or both have dropped rows by the
+                same priorities: give each its own seed.
         """
         state = self._state_of(incoming_state)
-        if (capacity := decoded(state["settings"])[0]) != self.capacity:
+        capacity = decoded(state["settings"])[0]
+        if capacity != self.capacity:
             raise ValueError(
-                f"only samples of the same capacity can be merged: this one has {self.capacity}, the other {capacity}"
+                "only samples of the same capacity can be merged: "
+                f"this one has {self.capacity}, the other {capacity}"
             )
-        mine, theirs = _seen_by(self.metric_state, self.device), _seen_by(state, self.device)
-        if not bool(torch.isin(theirs[1], mine[1]).any()):
-            self.rows, self.priorities, self.seen = (
-                [mine[0], theirs[0]],
-                [mine[1], theirs[1]],
-                mine[2] + theirs[2],
-            )
+        mine = _Sample.of(self.metric_state, self.device)
+        theirs = _Sample.of(state, self.device)
+        if not bool(torch.isin(theirs.priorities, mine.priorities).any()):
+            self.rows = [mine.rows, theirs.rows]
+            self.priorities = [mine.priorities, theirs.priorities]
+            self.seen = mine.seen + theirs.seen
             self._shrink()
-        elif len(theirs[0]) == int(theirs[2]):
-            self._add(theirs[0])
-        elif len(mine[0]) == int(mine[2]):
-            self.rows, self.priorities, self.seen = [theirs[0]], [theirs[1]], theirs[2]
-            self._add(mine[0])
+        elif theirs.is_whole():
+            self._add(theirs.rows)
+        elif mine.is_whole():
+            self.rows = [theirs.rows]
+            self.priorities = [theirs.priorities]
+            self.seen = theirs.seen
+            self._add(mine.rows)
         else:
             raise ValueError(
-                "both samples have dropped rows by the same priorities: give each metric its own seed"
+                "both samples have dropped rows by the same priorities: "
+                "give each metric its own seed"
             )
-        self._computed, self._update_count = None, self._update_count + 1
+        self._computed = None
+        self._update_count += 1
 
-    def _checked(self, x: Tensor) -> Tensor:
-        """Unit rows (N, d), float32; 0 where a row takes no part."""
-        if not isinstance(x, Tensor) or not x.is_floating_point():
-            got = (
-                f"{x.dtype} of shape {tuple(x.shape)}; cast with x.float()"
-                if isinstance(x, Tensor)
-                else type(x).__name__
-            )
+    def _check(self, x: Tensor) -> None:
+        """Refuse what cannot be embeddings, or those of another dimension than before."""
+        if not isinstance(x, Tensor):
             raise TypeError(
-                f"embeddings must be a floating-point tensor of shape (..., d); got {got}"
+                "embeddings must be a floating-point tensor of shape (..., d); "
+                f"got {type(x).__name__}"
+            )
+        shape = tuple(x.shape)
+        if not x.is_floating_point():
+            raise TypeError(
+                "embeddings must be a floating-point tensor of shape (..., d); "
+                f"got {x.dtype} of shape {shape}; cast with x.float()"
             )
         if x.ndim < 2 or x.shape[-1] < 2:
             raise ValueError(
-                f"embeddings must have shape (..., d) with at least two dimensions and d >= 2, one embedding a row; got shape "
-                f"{tuple(x.shape)}: a single embedding is x[None]"
+                "embeddings must have shape (..., d) with at least two dimensions and d >= 2, one "
+                f"embedding a row; got shape {shape}: a single embedding is x[None]"
             )
         known = parts_of(self.rows)
-        if known and known[0].shape[1] not in (0, x.shape[1]):
+        if known and known[0].shape[1] not in (0, x.shape[-1]):
             raise ValueError(
-                f"embeddings must keep their dimension d = {known[0].shape[1]}; got shape {tuple(x.shape)}: reset() before "
-                "others, or use a metric for each"
+                f"embeddings must keep their dimension d = {known[0].shape[1]}; "
+                f"got shape {shape}: reset() before others, or use a metric for each"
             )
-        x = x.detach().reshape(-1, x.shape[-1])
-        with exact_arithmetic(x):
-            return unit_rows(x.to(working_dtype(x.dtype)))[0].float()
 
     def _add(self, rows: Tensor) -> None:
         """Count unit rows (N, d) and keep those that the sample has a place for."""
-        rank, ranks = self._place()
+        rank, ranks = self._rank()
         index = rank + ranks * (self.seen + torch.arange(len(rows), device=rows.device))
-        # without a limit the index itself: rows of all ranks are then put in the order of one process
-        priorities = index if self.capacity is None else hashed(index, self.seed)
-        # new lists: the members of a MetricCollection's compute group share the old ones
-        self.rows, self.priorities = [*self.rows, rows], [*self.priorities, priorities]
+        priorities = index  # without a limit: rows of all ranks end in the order of one process
+        if self.capacity is not None:
+            priorities = hashed(index, self.seed)
+        # New lists: the members of a MetricCollection's compute group share the old ones.
+        self.rows = [*self.rows, rows]
+        self.priorities = [*self.priorities, priorities]
         self.seen = self.seen + len(rows)
         self._shrink()
 
     def _shrink(self) -> None:
-        """Drop rows when there are twice as many as are to be kept."""
+        """Drop rows when there are twice as many as the sample keeps."""
         if self.capacity is not None and sum(map(len, self.rows)) > 2 * self.capacity:
             rows, priorities = self._kept()
-            self.rows, self.priorities = [rows], [priorities]
+            self.rows = [rows]
+            self.priorities = [priorities]
 
     def _kept(self) -> tuple[Tensor, Tensor]:
-        """The sample (n, d) and its priorities (n,), those that go first at the front."""
-        rows, priorities = (
-            _joined(parts_of(self.rows)),
-            _joined(parts_of(self.priorities)).flatten().long(),
-        )
+        """The sample (n, d) and its priorities (n,), smallest priority first."""
+        rows = _joined(parts_of(self.rows))
+        priorities = _joined(parts_of(self.priorities)).flatten().long()
         order = priorities.argsort()[: self.capacity]
         return rows[order], priorities[order]
 
-    def _place(self) -> tuple[int, int]:
+    def _rank(self) -> tuple[int, int]:
         """This process's rank among those that share the metric, and their number."""
-        if not (
-            self.distributed_available_fn()
-            and distributed.is_available()
-            and distributed.is_initialized()
-        ):
+        available = distributed.is_available() and distributed.is_initialized()
+        if not available or not self.distributed_available_fn():
             return 0, 1
-        return distributed.get_rank(self.process_group), distributed.get_world_size(
-            self.process_group
-        )
+        rank = distributed.get_rank(self.process_group)
+        return rank, distributed.get_world_size(self.process_group)
 
     def _sync_dist(
         self, dist_sync_fn: Callable[..., Any] = gather_all_tensors, process_group: Any = None
     ) -> None:
-        # a rank without rows must give each gathering a tensor of the right type, too
+        """Join the samples of all ranks.
+
+        A rank without rows must give each gathering a tensor of the right type, too. No public hook
+        of torchmetrics runs between saving the rank's own state and gathering it.
+        """
         rows, priorities = self._kept()
-        self.rows, self.priorities = (
-            [rows.to(self.device, torch.float32)],
-            [priorities.to(self.device)],
-        )
+        self.rows = [rows.to(self.device, torch.float32)]
+        self.priorities = [priorities.to(self.device)]
         super()._sync_dist(dist_sync_fn, process_group)
 
 
-def _seen_by(state: dict[str, Any], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """The rows that a metric holds, in the order they came if none was dropped, their priorities, and how many it has seen."""
-    rows, priorities = (
-        _joined(parts_of(state["rows"])),
-        _joined(parts_of(state["priorities"])).flatten(),
-    )
-    return rows.to(device), priorities.to(device, torch.int64), state["seen"].to(device)
+class _Sample(NamedTuple):
+    """The rows that a metric holds.
+
+    Args:
+        rows: Rows (n, d), in the order they came if none was dropped.
+        priorities: Their priorities (n,), int64.
+        seen: How many rows the metric has seen, a scalar.
+    """
+
+    rows: Tensor
+    priorities: Tensor
+    seen: Tensor
+
+    @classmethod
+    def of(cls, state: dict[str, Any], device: torch.device) -> _Sample:
+        """The sample in a metric's state, on a device."""
+        rows = _joined(parts_of(state["rows"])).to(device)
+        priorities = _joined(parts_of(state["priorities"])).flatten()
+        return cls(rows, priorities.to(device, torch.int64), state["seen"].to(device))
+
+    def is_whole(self) -> bool:
+        """Whether no row was dropped."""
+        return len(self.rows) == int(self.seen)
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
@@ -240,37 +273,43 @@ def _joined(parts: list[Tensor]) -> Tensor:
     known = [part for part in parts if part.numel()]
     if not known:
         return parts[0] if parts else torch.zeros(0, 0)
-    if len({part.shape[1:] for part in known}) > 1:
-        raise ValueError(
-            f"ranks must have embeddings of one dimension d; got shapes {[tuple(part.shape) for part in known]}"
-        )
+    shapes = [tuple(part.shape) for part in known]
+    if len({shape[1:] for shape in shapes}) > 1:
+        raise ValueError(f"ranks must have embeddings of one dimension d; got shapes {shapes}")
     return torch.cat([part.to(known[0].device) for part in known])
 
 
 @torch.no_grad()
 def quantity_of(measure: Measure, quantity: Quantity, x: Tensor) -> Tensor:
-    """A quantity of live unit rows x (n, d), a scalar in float32; only what it needs is computed."""
-    n = len(x)
-    measure, x = sampled_above(measure, n, _SAMPLE_ABOVE), with_float64(x)[None]
-    if n < 2 and quantity not in ("energy", "penalty"):
-        return torch.tensor(torch.nan, dtype=torch.float32)
-    state = measure.prepare(x) if n > 1 else None
+    """A quantity of live unit rows x (n, d), a float32 scalar; only what it needs is computed."""
+    n, d = x.shape
+    if n < 2:
+        return _quantity_of_few(measure, quantity)
+    measure = sampled_above(measure, n, _SAMPLE_ABOVE)
+    x = with_float64(x)[None]
+    state = measure.prepare(x)
     if quantity == "min_angle":
-        parts = (
-            measure.sample(x, state)
-            if isinstance(measure, Sampled) and not measure.is_exact(state)
-            else [x]
-        )
+        parts = [x]
+        if isinstance(measure, Sampled) and not measure.is_exact(state):
+            parts = measure.sample(x, state)
         angles = [smallest_angle(part, half_space=in_half_space(measure)).amin() for part in parts]
         return torch.stack(angles).amin().rad2deg().float()
-    penalty = (
-        measure.penalty(x, state)[0].double() if n > 1 else torch.zeros((), dtype=torch.float64)
-    )
+    penalty = measure.penalty(x, state)[0].double()
     if quantity == "penalty":
         return penalty.float()
     energy = measure.natural(penalty)
     if quantity == "ratio":
-        energy = measure.ratio(energy, random_level(measure, n, x.shape[-1]))
-    elif quantity == "score":
-        energy = score(measure, energy, n, x.shape[-1])
+        return measure.ratio(energy, random_level(measure, n, d)).float()
+    if quantity == "score":
+        return score(measure, energy, n, d).float()
     return energy.float()
+
+
+def _quantity_of_few(measure: Measure, quantity: Quantity) -> Tensor:
+    """A quantity of fewer than two rows, a float32 scalar."""
+    penalty = torch.zeros((), dtype=torch.float64)
+    if quantity == "penalty":
+        return penalty.float()
+    if quantity == "energy":
+        return measure.natural(penalty).float()
+    return torch.tensor(torch.nan, dtype=torch.float32)

@@ -8,11 +8,13 @@ _GOLDEN, _FIRST, _SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133
 
 
 def hashed(index: Tensor, seed: int) -> Tensor:
-    """Mix (seed, index) to 64 bits, one to one for a seed, so that no two rows tie (SplitMix64).
+    """Mix (seed, index) to 64 bits by SplitMix64.
+
+    For one seed this is one to one, so that no two indices tie.
 
     Args:
         index: Counters, int64, any shape.
-        seed: Another sequence for each other one, >= 0.
+        seed: Each seed >= 0 gives another sequence.
 
     Returns:
         Numbers uniform over int64, the shape of index.
@@ -22,7 +24,8 @@ def hashed(index: Tensor, seed: int) -> Tensor:
 
     Example:
         >>> import torch
-        >>> hex(int(hashed(torch.tensor([0]), 0)) % 2**64)  # the first output of the published generator from 0
+        >>> first = hashed(torch.tensor([0]), 0)
+        >>> hex(int(first) % 2**64)  # the first output of the published generator from 0
         '0xe220a8397b1dcdaf'
     """
     z = (index + 1) * _signed(_GOLDEN) + _signed(_mixed(seed))
@@ -32,12 +35,12 @@ def hashed(index: Tensor, seed: int) -> Tensor:
 
 
 def _shifted(z: Tensor, bits: int) -> Tensor:
-    """A shift to the right that brings in zeros, of int64, whose own brings in the sign."""
+    """Shift int64 to the right and bring in zeros; ``>>`` alone brings in the sign."""
     return (z >> bits) & ((1 << (64 - bits)) - 1)
 
 
 def _mixed(seed: int) -> int:
-    """The same in plain ints: 0 stays 0, and neighbouring seeds are far apart."""
+    """Mix a seed in the same way: 0 stays 0, and neighbouring seeds end far apart."""
     z = seed
     z = (z ^ (z >> 30)) * _FIRST % 2**64
     z = (z ^ (z >> 27)) * _SECOND % 2**64
@@ -45,5 +48,7 @@ def _mixed(seed: int) -> int:
 
 
 def _signed(x: int) -> int:
-    """The int64 with these 64 bits."""
-    return x - 2**64 if x >= 2**63 else x
+    """The int64 with the same 64 bits."""
+    if x >= 2**63:
+        return x - 2**64
+    return x
