@@ -85,7 +85,7 @@ def test_objects_of_other_projects_are_left_empty(tmp_path, monkeypatch):
         ({"epoch": 1}, "no state dict; it holds 'epoch'"),
         (
             {"one": {"w": torch.eye(2)}, "two": {"w": torch.eye(2)}},
-            "several state dicts; it holds 'one', 'two'; --key",
+            "several state dicts; it holds 'one', 'two'; choose one with --key",
         ),
         ([torch.eye(2)], "no state dict; it holds list"),
     ],
@@ -135,7 +135,8 @@ def test_a_key_names_the_state_dict(tmp_path):
     assert list(read_weights(tmp_path / "a.pt")) == ["w.weight"]
     assert list(read_weights(tmp_path / "a.pt", "ema")) == ["v.weight"]
     with pytest.raises(
-        ValueError, match="no state dict under 'none'; it holds 'model', 'ema'; --key"
+        ValueError,
+        match="no state dict under 'none'; it holds 'model', 'ema'; choose one with --key",
     ):
         read_weights(tmp_path / "a.pt", "none")
 
@@ -154,11 +155,14 @@ def test_state_dicts_within_others(tmp_path):
     assert list(read_weights(tmp_path / "a.pt")) == ["w.weight"]
     assert list(read_weights(tmp_path / "a.pt", "model.inner.weights")) == ["w.weight"]
     with pytest.raises(
-        ValueError, match=r"no state dict under 'model'; it holds 'model.inner.weights'; --key"
+        ValueError,
+        match=r"no state dict under 'model'; it holds 'model.inner.weights'; choose one with --key",
     ):
         read_weights(tmp_path / "a.pt", "model")
     torch.save({"gan": {"g": state, "d": state}}, tmp_path / "b.pt")
-    with pytest.raises(ValueError, match=r"several state dicts; it holds 'gan.g', 'gan.d'; --key"):
+    with pytest.raises(
+        ValueError, match=r"several state dicts; it holds 'gan.g', 'gan.d'; choose one with --key"
+    ):
         read_weights(tmp_path / "b.pt")
     moments = {0: {"exp_avg": torch.eye(3)}}
     torch.save(
@@ -183,7 +187,7 @@ def test_a_folder_with_two_sets_of_weights(tmp_path):
     save_file({"a.weight": torch.ones(3, 3)}, tmp_path / "ema.safetensors")
     with pytest.raises(
         ValueError,
-        match=r"more than one set of weights \(a.weight is in model-1.safetensors, too\): name one",
+        match=r"more than one set of weights \(a.weight is also in model-1.safetensors\): name one",
     ):
         read_weights(tmp_path)
 
