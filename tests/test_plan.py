@@ -1,6 +1,7 @@
 """The plan of a step: replayed while what it rests on stays, made anew where that changed, and short."""
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 import lightning_hsu
 from lightning_hsu import LinearSchedule, Share, UniformityRegularizer, register_neurons
 from lightning_hsu._engine.plan import Plan
-from lightning_hsu.measures import Covering, RieszEnergy
+from lightning_hsu.measures import Covering, Measure, RieszEnergy
 
 PACKAGE = str(Path(lightning_hsu.__file__).parent)
 
@@ -225,6 +226,73 @@ def test_each_kind_of_layer_is_plain_where_numbers_are_enough():
         assert len(plan.plain) == count
         assert sum(map(len, plan.rest)) == 3 - count
         assert sum(map(len, plan.buckets)) == 3
+
+
+@pytest.mark.parametrize("stats", [False, True])
+def test_layers_of_one_shape_get_what_each_gets_alone(stats):
+    net = nn.Sequential(*(nn.Linear(8, 8) for _ in range(5)))
+    rates = (0.1, 0.1, 300.0, 1000.0, 0.1)  # two steps are limited, each to its own rate
+    alone = []
+    for i, rate in enumerate(rates):
+        with_zero_gradients(net)
+        optimizer = torch.optim.SGD([net[i].weight], lr=rate)
+        regularizer = UniformityRegularizer(include=str(i), head=None).attach(net)
+        regularizer.add_gradients(optimizer)
+        alone.append(net[i].weight.grad)
+    with_zero_gradients(net)
+    groups = [
+        {"params": [layer.weight], "lr": rate} for layer, rate in zip(net, rates, strict=True)
+    ]
+    regularizer = UniformityRegularizer(head=None).attach(net)
+    regularizer.add_gradients(torch.optim.SGD(groups), stats=stats)
+    for layer, expected in zip(net, alone, strict=True):
+        assert expected.any()
+        torch.testing.assert_close(layer.weight.grad, expected, rtol=1e-5, atol=1e-9)
+    assert alone[3].norm() < 0.5 * alone[0].norm()
+
+
+@dataclass(frozen=True)
+class Norms(Measure):
+    """Sees the norms of the neurons, too, so that every part of a computed weight feels a force."""
+
+    def penalty(self, x, state=None):
+        return x.pow(4).sum((-2, -1))
+
+
+def with_norm():
+    """A layer whose weight is computed from two parameters."""
+    layer = parametrizations.weight_norm(nn.Linear(6, 9))
+    norms, directions = layer.parametrizations.weight.parameters()
+    with torch.no_grad():
+        norms.mul_(1.0 + torch.rand_like(norms))  # else the norms feel no force
+        directions[1] = directions[0] + 0.1 * directions[2]
+    norms.grad = torch.zeros_like(norms)
+    directions.grad = torch.zeros_like(directions)
+    return layer, norms, directions
+
+
+def test_parameters_of_another_optimizer_are_left_alone():
+    layer, norms, directions = with_norm()
+    regularizer = UniformityRegularizer(Norms(), head=None).attach(layer)
+    regularizer.add_gradients(torch.optim.SGD([directions], lr=0.1))
+    assert not norms.grad.any()
+    regularizer.add_gradients(torch.optim.SGD([norms], lr=0.1))
+    assert norms.grad.any()
+
+
+def test_parts_of_a_computed_weight_move_with_their_own_rates():
+    moved = []
+    for rates in ((1e-3, 1e-3), (3e-3, 1e-3)):
+        torch.manual_seed(0)
+        layer, norms, directions = with_norm()
+        before = norms.detach().clone(), directions.detach().clone()
+        groups = [{"params": [norms], "lr": rates[0]}, {"params": [directions], "lr": rates[1]}]
+        regularizer = UniformityRegularizer(Norms(), head=None, step_limit=None).attach(layer)
+        regularizer.move(torch.optim.SGD(groups))
+        moved.append((norms.detach() - before[0], directions.detach() - before[1]))
+    torch.testing.assert_close(moved[1][0], 3.0 * moved[0][0], rtol=1e-3, atol=1e-7)
+    torch.testing.assert_close(moved[1][1], moved[0][1], rtol=1e-3, atol=1e-7)
+    assert moved[0][0].any()
 
 
 def test_the_interval_stands_in_one_place():
