@@ -82,9 +82,12 @@ def over_time(
         ['net.0']
     """
     curves = _finite(curves)
-    points = [point for curve in curves.values() for point in curve]
-    steps = [step for step, _ in points]
-    values = [value for _, value in points]
+    steps = []
+    values = []
+    for curve in curves.values():
+        for step, value in curve:
+            steps.append(step)
+            values.append(value)
     if reference is not None:
         values.append(reference[0])
 
@@ -94,9 +97,9 @@ def over_time(
     _scale_values(ax, values)
     labels = _draw_lines(ax, curves)
     if reference is not None:
-        value, text = reference
-        ax.axhline(value, color=INK, linewidth=0.9, linestyle=(0, (4, 3)), zorder=1.5)
-        labels.append(_Label(value, text, INK))
+        level, text = reference
+        ax.axhline(level, color=INK, linewidth=0.9, linestyle=(0, (4, 3)), zorder=1.5)
+        labels.append(_Label(level, text, INK))
     _draw_labels(ax, labels)
 
     first = min(steps, default=0)

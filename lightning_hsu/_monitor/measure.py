@@ -157,14 +157,21 @@ def aggregates(
         penalty: Coefficient times penalty, summed over the layers.
         limited: Neurons whose penalty gradient was shortened; None if not known.
     """
-    ratios = [layer.ratio for layer in measured if math.isfinite(layer.ratio)]
-    angles = [layer.min_angle for layer in measured if math.isfinite(layer.min_angle)]
+    ratios = []
+    angles = []
+    dead = 0
+    for layer in measured:
+        if math.isfinite(layer.ratio):
+            ratios.append(layer.ratio)
+        if math.isfinite(layer.min_angle):
+            angles.append(layer.min_angle)
+        dead += layer.dead
     values = {
         "penalty": penalty,
         "ratio_mean": math.nan,
         "ratio_max": max(ratios, default=math.nan),
         "angle_min": min(angles, default=math.nan),
-        "dead": float(sum(layer.dead for layer in measured)),
+        "dead": float(dead),
     }
     if ratios:
         values["ratio_mean"] = sum(ratios) / len(ratios)

@@ -151,7 +151,10 @@ def table_lines(rows: Sequence[Sequence[str]], *, right: Collection[int] = ()) -
     for row in rows:
         cells = []
         for i, width in enumerate(widths):
-            cells.append(row[i].rjust(width) if i in right else row[i].ljust(width))
+            if i in right:
+                cells.append(row[i].rjust(width))
+            else:
+                cells.append(row[i].ljust(width))
         lines.append("  ".join(cells).rstrip())
     rule = "  ".join("-" * width for width in widths)
     lines.insert(1, rule)
