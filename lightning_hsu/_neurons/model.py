@@ -58,8 +58,11 @@ def _unreadable(layer: str, module: nn.Module) -> list[Skip] | None:
     parameters = dict(module.named_parameters(recurse=False))
     if not has_rule(module):
         reason = f"no rule for {type(module).__name__}: see register_neurons"
-        matrices = {key: p for key, p in parameters.items() if p.ndim >= 2}
-        return [Skip(full_name(layer, key), tuple(p.shape), reason) for key, p in matrices.items()]
+        skips = []
+        for key, p in parameters.items():
+            if p.ndim >= 2:
+                skips.append(Skip(full_name(layer, key), tuple(p.shape), reason))
+        return skips
     for key, p in parameters.items():
         if nn.parameter.is_lazy(p):
             reason = "a lazy layer that has seen no batch: it has no shape yet"

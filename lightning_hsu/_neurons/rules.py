@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +53,7 @@ def register_neurons(kind: type[nn.Module], rule: Rule) -> None:
 
 def has_rule(module: nn.Module) -> bool:
     """Whether a rule knows the class of this module, or one it inherits from."""
-    return any(kind in _RULES for kind in type(module).__mro__)
+    return _rule_of(module) is not None
 
 
 def has_built_in_rule(module: nn.Module) -> bool:
@@ -65,11 +66,20 @@ def has_built_in_rule(module: nn.Module) -> bool:
 
 def neurons_of(module: nn.Module) -> dict[str, Tensor]:
     """The neurons of a module that has a rule, by key; the key is "" if there is a single set."""
-    rule = next(_RULES[kind] for kind in type(module).__mro__ if kind in _RULES)
+    rule = _rule_of(module)
+    assert rule is not None
     neurons = rule(module)
     if isinstance(neurons, Mapping):
         return dict(neurons)
     return {"": neurons}
+
+
+def _rule_of(module: nn.Module) -> Rule | None:
+    """The rule of a module's class, or of the nearest class that it inherits from."""
+    for kind in type(module).__mro__:
+        if kind in _RULES:
+            return _RULES[kind]
+    return None
 
 
 def effective_weight(module: nn.Module, name: str) -> Tensor:
@@ -162,8 +172,9 @@ def _weight_names(module: nn.Module) -> list[str]:
     if not isinstance(module, nn.RNNBase):
         return ["weight_ih", "weight_hh"]
     names = []
-    for layer in module._all_weights:
-        names += [name for name in layer if name.startswith("weight")]
+    for name in chain.from_iterable(module._all_weights):
+        if name.startswith("weight"):
+            names.append(name)
     return names
 
 

@@ -1,4 +1,4 @@
-"""From all sets of neurons to those that are measured, and for the others the reason why not."""
+"""Which sets of neurons are measured, and for the others the reason why they are not."""
 
 from __future__ import annotations
 
@@ -99,14 +99,15 @@ def _choose(
     if everything:
         sets = [_merged(one) for one in sets]
     names = [one.name for one in sets]
-    head_name = _find_head(sets, head)
+    head_name = _find_head(sets, names, head)
     included = _checked("include", include, names)
     excluded = _checked("exclude", exclude, names)
-    named_head = None if head == "auto" else head_name  # then it is asked for by that
+    named_head = None if head == "auto" else head_name  # to name the head is to ask for it
 
     reasons: dict[str, str] = {}
     taken: dict[Hashable, str] = {}
-    for one in sorted(sets, key=lambda one: one.name != head_name):  # of tied weights the head
+    # The head comes first, so that of tied weights it is the one that is measured.
+    for one in sorted(sets, key=lambda one: one.name != head_name):
         reason = _not_asked_for(one, included, excluded, everything=everything)
         if reason == NOT_INCLUDED and one.name == named_head:
             reason = None
@@ -132,8 +133,9 @@ def _choose(
 
 def matches(name: str, patterns: Sequence[str]) -> bool:
     """Whether a layer's name, or a module above it, matches one of the shell-style patterns."""
-    below = [f"{pattern}.*" for pattern in patterns]
-    return any(fnmatchcase(name, pattern) for pattern in [*patterns, *below])
+    return any(
+        fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*") for pattern in patterns
+    )
 
 
 def check_patterns(what: str, patterns: Sequence[str], names: Sequence[str]) -> None:
@@ -166,12 +168,15 @@ def uninitialized(model: nn.Module) -> list[str]:
 
 def check_head(targets: Sequence[NeuronSet]) -> None:
     """Refuse a head's coefficient if no head is measured."""
-    if not any(target.head for target in targets):
-        names = ", ".join(target.name for target in targets)
-        raise ValueError(
-            f"head_coefficient is given, but no head is measured: name one of {names} with "
-            "head='...'"
-        )
+    names = []
+    for target in targets:
+        if target.head:
+            return
+        names.append(target.name)
+    raise ValueError(
+        f"head_coefficient is given, but no head is measured: name one of {', '.join(names)} with "
+        "head='...'"
+    )
 
 
 def _checked(what: str, patterns: Patterns, names: Sequence[str]) -> list[str] | None:
@@ -182,14 +187,16 @@ def _checked(what: str, patterns: Patterns, names: Sequence[str]) -> list[str] |
     return found
 
 
-def _find_head(sets: Sequence[NeuronSet], head: str | None) -> str | None:
+def _find_head(sets: Sequence[NeuronSet], names: Sequence[str], head: str | None) -> str | None:
     """Name of the class head among the sets."""
     if head is None:
         return None
     if head == "auto":
-        linear = [one.name for one in sets if one.kind == "linear"]
-        return linear[-1] if linear else None
-    names = [one.name for one in sets]
+        last = None
+        for one in sets:
+            if one.kind == "linear":
+                last = one.name
+        return last
     if head not in names:
         known = ", ".join(names) or "none"
         raise ValueError(
@@ -239,7 +246,7 @@ def _nothing_left(source: str, skips: Sequence[Skip]) -> str:
             f"no neurons found in {source}: it has no weight matrix. If it is built later, attach "
             "then; if a layer of your own holds neurons, say where with register_neurons"
         )
-    lines = "\n".join(f"  {skip.name} {skip.shape}: {skip.reason}" for skip in skips)
-    return (
-        f"no layer of {source} is left to measure; change include, exclude or the model:\n{lines}"
-    )
+    lines = [f"no layer of {source} is left to measure; change include, exclude or the model:"]
+    for skip in skips:
+        lines.append(f"  {skip.name} {skip.shape}: {skip.reason}")
+    return "\n".join(lines)

@@ -23,7 +23,7 @@ from lightning_hsu._neurons.wrappers import plain_name, without_prefixes
 
 _WEIGHT_NAMES = ("weight", "kernel", "embedding")  # one is in the last part of a weight's name
 _TABLE_NAMES = ("embed", "wte", "wpe")  # one is in the name of a look-up table
-_GATES = {len(gates): gates for gates in (LSTM_GATES, GRU_GATES)}
+_GATES = {len(LSTM_GATES): LSTM_GATES, len(GRU_GATES): GRU_GATES}  # by their number
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -72,8 +72,10 @@ def neurons_of_state_dict(
     found = Candidates[StoredNeurons]("StateDict", [], [])
     sets: dict[str, dict[str, Tensor]] = {}
     for path, leaves in layers.items():
-        sets[path] = _sets_of_layer(path, leaves, patterns, found.not_weights)
-    for path in _in_tree_order(path for path, of_layer in sets.items() if of_layer):
+        sets_of_layer = _sets_of_layer(path, leaves, patterns, found.not_weights)
+        if sets_of_layer:
+            sets[path] = sets_of_layer
+    for path in _in_tree_order(sets):
         _add_sets(found, path, sets[path], layers[path])
     return found
 
@@ -146,7 +148,7 @@ def _sets_of_layer(
         if x.ndim < 2:
             continue
         name = _stored_name(path, leaf)
-        if _is_named_like_a_weight(leaf) or matches(name, asked):
+        if _has_one_of(leaf, _WEIGHT_NAMES) or matches(name, asked):
             sets |= _sets_of_weight(leaf, x, effective)
         else:
             reason = f"not named like a weight, measured only when asked for: include='{name}'"
@@ -158,8 +160,8 @@ def _stored_name(path: str, leaf: str) -> str:
     return f"{path}.{leaf}".strip(".")
 
 
-def _is_named_like_a_weight(leaf: str) -> bool:
-    return any(part in leaf.lower() for part in _WEIGHT_NAMES)
+def _has_one_of(name: str, parts: Sequence[str]) -> bool:
+    return any(part in name.lower() for part in parts)
 
 
 def _add_sets(
@@ -196,8 +198,7 @@ def _kind_of(path: str, sets: Mapping[str, Tensor], leaves: Mapping[str, Tensor]
         return "other"
     if any(leaf.ndim > 2 for leaf in leaves.values()):
         return "other"
-    layer = path.rpartition(".")[2].lower()
-    if any(part in layer for part in _TABLE_NAMES):
+    if _has_one_of(path.rpartition(".")[2], _TABLE_NAMES):
         return "embedding"
     return "linear"
 

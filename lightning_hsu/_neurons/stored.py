@@ -48,7 +48,10 @@ def _parametrized(leaf: str, leaves: Mapping[str, Tensor]) -> tuple[str, Tensor 
     above, _, part = leaf.rpartition(".")  # parametrizations.weight, original1
     name = above.partition(".")[2]
     prefix = f"{above}."
-    beside = {other.removeprefix(prefix) for other in leaves if other.startswith(prefix)} - {part}
+    beside = set()
+    for other in leaves:
+        if other.startswith(prefix) and other != leaf:
+            beside.add(other.removeprefix(prefix))
 
     norms = leaves.get(f"{above}.original0")
     directions = leaves.get(f"{above}.original1")
@@ -94,15 +97,19 @@ def _are_norms(norms: Tensor, x: Tensor) -> bool:
     """Whether a tensor may hold the norms of weight norm: one for all of x, or along one axis."""
     if not x.is_floating_point() or x.ndim < 2:
         return False
-    long_axes = [size for size in x.shape if size != 1]
-    if len(long_axes) < 2:
+    if len(_long_axes(x)) < 2:
         return False  # a vector
     if norms.numel() == 1:
         return True
     if norms.ndim != x.ndim:
         return False
-    along = [i for i, size in enumerate(norms.shape) if size != 1]
+    along = _long_axes(norms)
     return len(along) == 1 and norms.shape[along[0]] == x.shape[along[0]]
+
+
+def _long_axes(x: Tensor) -> list[int]:
+    """The axes of x that are not of length 1."""
+    return [i for i, size in enumerate(x.shape) if size != 1]
 
 
 def _with_norms(x: Tensor, norms: Tensor) -> Tensor:

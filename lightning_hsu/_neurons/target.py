@@ -1,10 +1,10 @@
-"""A target: one set of neurons in a module, how to read it and where its gradient goes."""
+"""One set of neurons of a module: how to read it, and where its gradient goes."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import chain
 
 import torch
@@ -40,7 +40,7 @@ class Target(NeuronSet):
         """
         with without_side_effects(self.module):
             view = self.placement.read(self.module, gathered)[self.key]
-        return replace(view, x=self.by_group(view.x))
+        return NeuronView(self.by_group(view.x), view.parameter)
 
     def neurons(self) -> Tensor:
         """The effective neurons (groups, n, d); differentiable where gradients are recorded."""
@@ -170,9 +170,7 @@ def without_side_effects(module: nn.Module) -> Iterator[None]:
     if module._modules:
         for part in module.modules():
             if isinstance(part, ParametrizationList):
-                switched += [inner for inner in part.modules() if inner.training]
-    for inner in switched:
-        inner.training = False
+                switched += _switched_off(part)
     try:
         with _without_autocast(module):
             yield
@@ -181,12 +179,24 @@ def without_side_effects(module: nn.Module) -> Iterator[None]:
             inner.training = True
 
 
+def _switched_off(parametrizations: ParametrizationList) -> list[nn.Module]:
+    """Take parametrizations out of training mode; return the modules that were in it."""
+    switched = []
+    for inner in parametrizations.modules():
+        if inner.training:
+            inner.training = False
+            switched.append(inner)
+    return switched
+
+
 def _without_autocast(module: nn.Module) -> AbstractContextManager[object]:
     """Switch autocast off on the device of a module's parameters, if it is on."""
+    device = "cpu"
     # Most modules have parameters of their own; to walk the modules inside takes longer.
-    own = (p for p in module._parameters.values() if p is not None)
-    first = next(chain(own, module.parameters()), None)
-    device = "cpu" if first is None else first.device.type
+    for p in chain(module._parameters.values(), module.parameters()):
+        if p is not None:
+            device = p.device.type
+            break
     if torch.is_autocast_enabled(device):
         return torch.autocast(device, enabled=False)
     return nullcontext()

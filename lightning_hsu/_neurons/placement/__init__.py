@@ -72,7 +72,10 @@ def placement_of(
 
 def known_strategies() -> frozenset[str]:
     """Names of all Lightning strategies whose placement of the weights is known."""
-    return frozenset().union(*(kind.strategies for kind in PLACEMENTS))
+    names: frozenset[str] = frozenset()
+    for kind in PLACEMENTS:
+        names |= kind.strategies
+    return names
 
 
 def placement_for_strategy(name: str) -> type[Placement] | None:

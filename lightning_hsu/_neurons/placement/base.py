@@ -25,8 +25,8 @@ class NeuronView:
     """One set of neurons as it is now.
 
     Args:
-        x: The effective neurons, (n, d) or (groups, n, d), whole on every rank. Differentiable where
-            gradients are recorded.
+        x: The effective neurons, (n, d) or (groups, n, d), whole on every rank. They are
+            differentiable where gradients are recorded.
         parameter: The parameter of which x is a view; None if x is computed.
     """
 
@@ -106,18 +106,24 @@ class Placement:
 
         A collective call if its parameters are sharded.
         """
-        named = {name: p for name, p in module.named_parameters() if p.is_floating_point()}
+        parameters = []
         leaves = {}
         with torch.enable_grad():
-            for name, p in named.items():
-                leaves[name] = self.whole(p.detach()).requires_grad_()
+            for name, p in module.named_parameters():
+                if p.is_floating_point():
+                    parameters.append(p)
+                    leaves[name] = self.whole(p.detach()).requires_grad_()
             x = neurons_with(module, leaves)[key]
             if not x.requires_grad:
                 return []
             grads = torch.autograd.grad(
                 x, list(leaves.values()), torch.ones_like(x), allow_unused=True
             )
-        return [p for p, grad in zip(named.values(), grads, strict=True) if grad is not None]
+        behind = []
+        for p, grad in zip(parameters, grads, strict=True):
+            if grad is not None:
+                behind.append(p)
+        return behind
 
     def reshard(self, model: nn.Module) -> None:
         """Take back weights that were left whole after the forward pass."""
@@ -146,7 +152,10 @@ class Placement:
         return total
 
     def any_holder(self, mask: Tensor, p: Tensor) -> Tensor:
-        """Combine a mask with "or" over the ranks that hold parts of p. A collective call then."""
+        """Combine a mask with "or" over the ranks that hold parts of p.
+
+        A collective call if p is sharded.
+        """
         return mask
 
     # Work that ranks with the same weights share.
@@ -172,9 +181,11 @@ class Placement:
 
 def neurons_with(module: nn.Module, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A module's neurons, by key, with tensors in the place of the parameters of these names."""
-    replaced = {f"module.{name}": x for name, x in given.items()}
-    found: dict[str, Tensor] = functional_call(_Rule(module), replaced, ())
-    return found
+    replaced = {}
+    for name, x in given.items():
+        replaced[f"module.{name}"] = x
+    neurons: dict[str, Tensor] = functional_call(_Rule(module), replaced, ())
+    return neurons
 
 
 class _Rule(nn.Module):
@@ -192,7 +203,7 @@ def viewed_parameter(x: object, origins: Mapping[int, nn.Parameter]) -> nn.Param
     """The parameter that x is, or is a view of; None if x is computed.
 
     Args:
-        x: What a rule gave; a rule of the user's may give something else than a tensor.
+        x: What a rule gave; a user's own rule may give something other than a tensor.
         origins: Sharded parameters by the id of the whole tensor that stands for each.
     """
     if not isinstance(x, Tensor):

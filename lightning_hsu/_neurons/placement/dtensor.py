@@ -39,15 +39,15 @@ class DTensorPlacement(Placement):
         split_above: int | None,
     ) -> Placement | None:
         """A parameter is a DTensor, or FSDP2 has left all of them whole for now."""
-        if any(is_dtensor(p) for p in model.parameters()):
-            return cls()
-        if any(hasattr(type(module), "reshard") for module in model.modules()):
-            return cls()
+        for module in model.modules():
+            is_fsdp2 = hasattr(type(module), "reshard")
+            if is_fsdp2 or any(is_dtensor(p) for p in module.parameters(recurse=False)):
+                return cls()
         return None
 
     def read(self, module: nn.Module, gathered: Gathered | None = None) -> dict[str, NeuronView]:
         """Read the neurons of a module, by key, from its parameters gathered to whole tensors."""
-        sharded = {name: p for name, p in module.named_parameters() if is_dtensor(p)}
+        sharded = _dtensors(module)
         if not sharded:
             return super().read(module)
         if gathered is None:
@@ -70,11 +70,13 @@ class DTensorPlacement(Placement):
         Every rank fills its parts with its own number. The module's rule, applied to the gathered
         numbers, shows to which neurons they belong.
         """
-        sharded = [p for p in module.parameters() if is_dtensor(p)]
+        sharded = _dtensors(module)
         if not sharded or self.read(module)[key].parameter is None:
             return None
         rank = torch.distributed.get_rank()
-        numbers: Gathered = {id(p): _holders(p, rank) for p in sharded}
+        numbers: Gathered = {}
+        for p in sharded.values():
+            numbers[id(p)] = _holders(p, rank)
         rows = (self.read(module, numbers)[key].x == rank).any(-1)
         if bool(rows.all()):
             return None
@@ -116,6 +118,11 @@ class DTensorPlacement(Placement):
             group = p.device_mesh.get_group(axis)
             torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX, group=group)
         return found.bool()
+
+
+def _dtensors(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of a module that are DTensors, by name."""
+    return {name: p for name, p in module.named_parameters() if is_dtensor(p)}
 
 
 def _holders(p: Any, rank: int) -> Tensor:

@@ -53,13 +53,13 @@ class FlatPlacement(DTensorPlacement):
         root = unwrapped(wrapped)
         if not any(isinstance(module, FullyShardedDataParallel) for module in root.modules()):
             return None
-        # By attribute, as isinstance(p, FlatParameter) asks.
-        if any(getattr(p, "_is_flat_param", False) for p in root.parameters()):
-            raise NotImplementedError(
-                "FSDP has flattened the weights of this model into pieces without rows, where no "
-                "neuron can be found: use FSDPStrategy(use_orig_params=True), or "
-                "ModelParallelStrategy"
-            )
+        for p in root.parameters():
+            if getattr(p, "_is_flat_param", False):  # as isinstance(p, FlatParameter) asks
+                raise NotImplementedError(
+                    "FSDP has flattened the weights of this model into pieces without rows, where "
+                    "no neuron can be found: use FSDPStrategy(use_orig_params=True), or "
+                    "ModelParallelStrategy"
+                )
         return cls(root)
 
     @contextmanager

@@ -70,7 +70,9 @@ class ReplicatedPlacement(Placement):
         for members in alike.values():
             flat = torch.cat([parts[i].flatten() for i in members])
             torch.distributed.all_reduce(flat, group=self.group)
-            pieces = torch.split(flat, [parts[i].numel() for i in members])
-            for i, piece in zip(members, pieces, strict=True):
-                sums[i] = piece.view(parts[i].shape)
+            start = 0
+            for i in members:
+                end = start + parts[i].numel()
+                sums[i] = flat[start:end].view(parts[i].shape)
+                start = end
         return sums
