@@ -1,13 +1,18 @@
-"""Pair sums that ask the device nothing: equal to the exact ones, or they say that they are not."""
+"""Pair gradients without synchronisation: equal to the exact ones, or marked where they are not."""
+
+import sys
+from dataclasses import replace
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_hsu._core import batched, foreach, pair_energy
-from lightning_hsu._core.batched import unasked_gradients
-from lightning_hsu._core.foreach import add_pair_gradients
+from lightning_hsu._core import backend, foreach, pair_energy, without_sync
+from lightning_hsu._core.foreach import TorchBackend, add_pair_gradients
+from lightning_hsu._core.pairwise import PANEL, small_pair_gradient
 from lightning_hsu._core.updates import GradientUpdate
+from lightning_hsu._core.without_sync import gradients_without_sync
 from lightning_hsu.measures import GaussianPotential, RieszEnergy
 from tests.members import InverseFourth
 
@@ -33,22 +38,27 @@ def neurons(*shape, dtype=torch.float32):
 @pytest.mark.parametrize("shape", [(1, 2, 8), (3, 65, 40), (2, 130, 64)])
 @pytest.mark.parametrize("entries", [2**26, 2**13])  # whole, and in panels
 def test_equal_to_the_exact_ones(measure, shape, entries, monkeypatch):
-    monkeypatch.setattr(batched, "_ENTRIES", entries)
+    monkeypatch.setattr(without_sync, "_PANEL_ENTRIES", entries)
     for dtype, bound in ((torch.float32, 2e-6), (torch.float64, 1e-12)):
         w, term = 3.0 * neurons(*shape, dtype=dtype), measure.pair_term()
-        value, grad, holds = unasked_gradients(w, term)
+        grad, norm, value, valid = gradients_without_sync(w, replace(term, logarithm=True))
         exact, exact_grad = pair_energy(w, term)
-        assert holds.all()
+        assert valid.all()
+        torch.testing.assert_close(norm, w.norm(dim=-1, keepdim=True))
         torch.testing.assert_close(value.to(exact), exact, rtol=bound, atol=bound)
         assert float((grad - exact_grad).norm() / exact_grad.norm()) < bound
 
 
 @pytest.mark.parametrize("trouble", ["near", "opposite", "zero", "tiny", "nan"])
-def test_they_say_where_they_do_not_hold(trouble):
+def test_groups_that_need_care_are_marked(trouble):
     w = neurons(3, 20, 16)
     w[1, 7] = {"near": w[1, 4] * 1.01, "opposite": -w[1, 4]}.get(trouble, torch.zeros(16))
     w[1, 7] += {"tiny": 1e-20, "nan": float("nan")}.get(trouble, 0.0)
-    assert unasked_gradients(w, RieszEnergy(s=2).pair_term())[2].tolist() == [True, False, True]
+    assert gradients_without_sync(w, RieszEnergy(s=2).pair_term()).valid.tolist() == [
+        True,
+        False,
+        True,
+    ]
 
 
 def test_nothing_is_asked():
@@ -57,7 +67,10 @@ def test_nothing_is_asked():
         for measure in KERNELS:
             w = torch.empty(4, 70, 30)
             term = measure.pair_term()
-            assert [part.shape for part in unasked_gradients(w, term)] == [(4,), (4, 70, 30), (4,)]
+            found = gradients_without_sync(w, term)
+            assert found.grad.shape == (4, 70, 30)
+            assert found.valid.shape == (4,)
+            assert (found.value is not None) == term.logarithm
             with pytest.raises(Exception, match=r"data.dependent|_local_scalar_dense"):
                 pair_energy(w, term)
 
@@ -105,9 +118,123 @@ def same(first, second):
 @pytest.mark.parametrize("large", [2**26, 1])  # all of one shape together, or one by one
 def test_what_waits_for_no_answer_adds_the_same(measure, large, monkeypatch):
     exact = added(measure)
-    monkeypatch.setattr(foreach, "_waits", lambda w: w.shape[1] > 1)
-    monkeypatch.setattr(foreach, "_LARGE", large)
+    monkeypatch.setattr(foreach, "avoids_sync", lambda w, term: w.shape[1] > 1)
+    monkeypatch.setattr(without_sync, "_STACK_ENTRIES", large)
     same(added(measure), exact)
+
+
+@pytest.mark.parametrize("measure", KERNELS, ids=repr)
+@pytest.mark.parametrize("shape", [(60, 16, 16), (3, 1, 5), (2, 2, 2), (1, 100, 40), (5, 7, 30)])
+def test_small_layers_take_a_short_way_to_the_same_gradient(measure, shape):
+    term = replace(measure.pair_term(), logarithm=True)
+    for dtype, bound in ((torch.float32, 2e-6), (torch.float64, 1e-12)):
+        w = 3.0 * neurons(*shape, dtype=dtype)
+        if shape == (2, 2, 2):
+            w[..., 0, :], w[..., 1, :] = torch.eye(2, dtype=dtype)
+        grad, norm, value = small_pair_gradient(w, term)
+        exact, exact_grad = pair_energy(w, term)
+        torch.testing.assert_close(norm, w.norm(dim=-1, keepdim=True))
+        torch.testing.assert_close(value.to(exact), exact, rtol=bound, atol=bound)
+        torch.testing.assert_close(grad, exact_grad, rtol=bound, atol=bound)  # measured: the same
+        assert all(map(torch.equal, (grad, value), small_pair_gradient(w, term)[::2]))
+
+
+@pytest.mark.parametrize(
+    "trouble", ["near", "opposite", "zero", "tiny", "huge", "nan", "many", "steep", "none"]
+)
+def test_small_layers_that_need_care_go_the_long_way(trouble):
+    w, measure = neurons(3, 20, 16), RieszEnergy(s=2)
+    assert small_pair_gradient(w, measure.pair_term()) is not None
+    if trouble == "many":
+        w = neurons(3, PANEL // 2, 16)
+    if trouble == "steep":
+        measure = RieszEnergy(s=30)
+    if trouble == "none":
+        w = w[:, :0]
+    if trouble in ("near", "opposite"):
+        w[1, 7] = w[1, 4] * (1.01 if trouble == "near" else -1.0)
+    factors = {"zero": 0.0, "tiny": 1e-20, "huge": 1e20, "nan": float("nan")}
+    if trouble in factors:
+        w[1, 7] *= factors[trouble]
+    term = measure.pair_term()
+    assert small_pair_gradient(w, term) is None
+    out = torch.zeros_like(w)
+    groups = zip(w[:, None], out[:, None], strict=True)
+    add_pair_gradients([GradientUpdate(*group, 1.0) for group in groups], term)
+    torch.testing.assert_close(out, pair_energy(w, term)[1], rtol=1e-5, atol=1e-7)
+
+
+def test_each_layer_of_a_stack_gets_its_own():
+    """60 layers together, as a loop over them; settings that differ are kept apart."""
+    ws, term = list(neurons(60, 1, 16, 16)), RieszEnergy(s=2, half_space=True).pair_term()
+    for limit, grad_scale in ((None, 1.0), (1e-3, 4.0)):
+        outs = [torch.ones_like(w) for w in ws]
+        updates = [
+            GradientUpdate(w, out, 0.1 * (1 + i % 2), limit, grad_scale)
+            for i, (w, out) in enumerate(zip(ws, outs, strict=True))
+        ]
+        add_pair_gradients(updates, term)
+        for update in updates:
+            grad = update.scale * pair_energy(update.w, term)[1]
+            room = float("inf") if limit is None else limit * update.w.norm(dim=-1, keepdim=True)
+            grad *= (room / grad.norm(dim=-1, keepdim=True)).clamp_max(1.0)
+            torch.testing.assert_close(update.out, 1.0 + grad_scale * grad, rtol=1e-6, atol=1e-6)
+
+
+def test_a_stack_of_small_layers_is_few_operations():
+    """Counted, not timed: what 60 layers of 16 x 16 cost is the number of calls."""
+    ws, term = list(neurons(60, 1, 16, 16)), RieszEnergy(s=2, half_space=True).pair_term()
+    updates = [GradientUpdate(w, torch.zeros_like(w), 1e-3, 0.5) for w in ws]
+    add_pair_gradients(updates, term)
+    frames = []
+
+    def watch(frame, event, _):
+        if event == "call" and "lightning_hsu" in frame.f_code.co_filename:
+            frames.append(frame.f_code.co_name)
+
+    sys.setprofile(watch)
+    add_pair_gradients(updates, term)
+    sys.setprofile(None)
+    assert len(frames) <= 28  # measured: 25
+    with Operations() as operations:
+        add_pair_gradients(updates, term)
+    assert operations.count <= 52  # measured: 48; 84 by way of PairSums
+
+
+class Operations(TorchDispatchMode):
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+class Counting(backend.Backend):
+    """A back end of its own: what it takes, and what it has been given."""
+
+    name = "counting"
+    given = ()
+
+    def check_machine(self):
+        """Any machine will do."""
+
+    def takes_update(self, update, term):
+        return update.w.shape[1] == 20
+
+    def add_pair_gradients(self, updates, term):
+        type(self).given = tuple(updates)
+        TorchBackend().add_pair_gradients(updates, term)
+
+
+def test_a_back_end_is_one_module_and_one_line(monkeypatch):
+    """It gets the layers that it takes, all at once; torch gets the others."""
+    expected = added(RieszEnergy(s=1))
+    monkeypatch.setitem(backend._REGISTRY, "counting", f"{__name__}:Counting")
+    monkeypatch.setenv("LIGHTNING_HSU_BACKEND", "counting")
+    found = added(RieszEnergy(s=1))
+    backend._load.cache_clear()
+    assert len(Counting.given) == 3
+    same(found, expected)
 
 
 def test_a_wrong_backend_and_one_that_cannot_be_are_refused(monkeypatch):

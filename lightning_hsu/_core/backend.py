@@ -1,91 +1,94 @@
-"""Who computes: plain torch, or compiled kernels where they are asked for and can."""
+"""Back ends: who computes the gradients of many layers, and the nearest neighbours of many neurons.
+
+A new back end is one module with a subclass of :class:`Backend` and one line in the registry.
+"""
 
 from __future__ import annotations
 
 import os
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from functools import lru_cache
-from importlib.metadata import PackageNotFoundError, version
+from importlib import import_module
+from typing import ClassVar
 
-import torch
 from torch import Tensor
 
-from lightning_hsu._core.precision import products_are_lowered
+from lightning_hsu._core.kernel import PairTerm
+from lightning_hsu._core.updates import GradientUpdate
 
 VARIABLE = "LIGHTNING_HSU_BACKEND"
-BACKENDS = ("torch", "cudagraph", "triton")
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""The environment variable that names the back end."""
+
+_REGISTRY = {
+    "torch": "lightning_hsu._core.foreach:TorchBackend",
+    "cudagraph": "lightning_hsu._core.cudagraph:CudaGraphBackend",
+    "triton": "lightning_hsu._core.triton.backend:TritonBackend",
+}
+"""Module and class of each back end. A module is imported when its back end is first asked for."""
+
+LargestTwo = tuple[Tensor, Tensor, Tensor]
+"""Largest entry of every row, its column, and the second largest entry; (b, n) each."""
 
 
-def interpreted() -> bool:
-    """Whether Triton runs its kernels in Python, on CPU tensors."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
+class Backend(ABC):
+    """A way to compute. What a back end does not take goes through plain torch."""
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def check_machine(self) -> None:
+        """Raise a RuntimeError with a way out if this machine cannot run the back end."""
+
+    @abstractmethod
+    def takes_update(self, update: GradientUpdate, term: PairTerm) -> bool:
+        """Whether :meth:`add_pair_gradients` can compute such a layer's gradient."""
+
+    @abstractmethod
+    def add_pair_gradients(self, updates: Sequence[GradientUpdate], term: PairTerm) -> None:
+        """Add the gradients of mean pair energies.
+
+        Args:
+            updates: Layers that :meth:`takes_update` has accepted, at least one.
+            term: The kernel.
+        """
+
+    def takes_rows(self, x: Tensor) -> bool:
+        """Whether :meth:`largest_two` can compute such unit rows (b, n, d)."""
+        return False
+
+    def largest_two(self, x: Tensor, alive: Tensor, *, half_space: bool, every: bool) -> LargestTwo:
+        """Find the largest two cosines of every row; see :func:`lightning_hsu._core.topk.largest_two`.
+
+        Args:
+            x: Unit rows, shape (b, n, d), that :meth:`takes_rows` has accepted.
+            alive: Rows that take part, bool, shape (b, n).
+            half_space: Compare absolute cosines.
+            every: Compare every row with all others; else with those after it.
+        """
+        raise NotImplementedError(f"the back end {self.name!r} has no search for neighbours")
 
 
-def compiled(w: Tensor) -> bool:
-    """Whether kernels of Triton are asked for and take such a tensor.
-
-    Args:
-        w: Neurons. Those in float64 or on another device than the kernels' go through torch all the same.
+def active() -> Backend:
+    """Return the back end that the environment variable names; plain torch where it is not set.
 
     Raises:
-        ValueError: if the environment variable LIGHTNING_HSU_BACKEND names no backend.
-        RuntimeError: if it is "triton", and this machine has no Triton or nothing to run it on.
+        ValueError: if the variable names no back end.
+        RuntimeError: if this machine cannot run it.
     """
-    if _chosen() != "triton":
-        return False
-    _check_machine()
-    return (
-        w.dtype in DTYPES and w.device.type == ("cpu" if interpreted() else "cuda") and _capable(w)
-    )
-
-
-def replays() -> bool:
-    """Whether what torch computes on a GPU is to be replayed as one CUDA graph: weights have to stay where they are."""
-    return _chosen() == "cudagraph"
-
-
-def _chosen() -> str:
-    backend = os.environ.get(VARIABLE, "torch")
-    if backend not in BACKENDS:
+    name = os.environ.get(VARIABLE, "torch")
+    if name not in _REGISTRY:
         raise ValueError(
-            f"the environment variable {VARIABLE} must be one of {', '.join(BACKENDS)}; got {backend!r}"
+            f"the environment variable {VARIABLE} must be one of {', '.join(_REGISTRY)}; "
+            f"got {name!r}"
         )
-    if backend == "cudagraph" and not torch.cuda.is_available():
-        raise RuntimeError(f"{VARIABLE} is 'cudagraph', but torch sees no CUDA device; unset it")
+    backend = _load(name)
+    backend.check_machine()
     return backend
 
 
-def precision() -> str:
-    """How compiled kernels take products: as three in TF32, as good as float32, or where lower ones are allowed as one."""
-    return "tf32" if products_are_lowered() and not interpreted() else exact_precision()
-
-
-def exact_precision() -> str:
-    """The way that is as good as float32."""
-    return "ieee" if interpreted() else "tf32x3"
-
-
-def _check_machine() -> None:
-    if not _new_enough():
-        raise RuntimeError(
-            f"{VARIABLE} is 'triton', which is missing or older than 3.2; pip install 'lightning-hsu[triton]', or unset it"
-        )
-    if not interpreted() and not torch.cuda.is_available():
-        raise RuntimeError(f"{VARIABLE} is 'triton', but torch sees no CUDA device; unset it")
-
-
-@lru_cache(maxsize=1)
-def _new_enough() -> bool:
-    """Whether a Triton is installed that the kernels are written for."""
-    try:
-        return tuple(int(part) for part in version("triton").split(".")[:2]) >= (3, 2)
-    except PackageNotFoundError:
-        return False
-
-
-def _capable(w: Tensor) -> bool:
-    if w.device.type == "cuda" and (found := torch.cuda.get_device_capability(w.device)) < (8, 0):
-        raise RuntimeError(
-            f"{VARIABLE} is 'triton', whose kernels need compute capability 8.0; {w.device} has {found}; unset it"
-        )
-    return True
+@lru_cache
+def _load(name: str) -> Backend:
+    module, _, kind = _REGISTRY[name].partition(":")
+    backend: Backend = getattr(import_module(module), kind)()
+    return backend

@@ -14,6 +14,7 @@ rows, each against all others, k of them for 4*k*n*d FLOP.
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -67,6 +68,45 @@ def pair_energy(
         .to(w.device, working_dtype(w.dtype))
     )
     return value, _joined(grads).reshape(w.shape).to(w.device) if with_grad else None
+
+
+def small_pair_gradient(w: Tensor, term: PairTerm) -> tuple[Tensor, Tensor, Tensor | None] | None:
+    """The gradient of :func:`pair_energy` for small groups with nothing special, in few operations.
+
+    Args:
+        w: Neurons, shape (b, n, d), float32 or float64, without a graph.
+        term: The kernel.
+
+    Returns:
+        The gradient (b, n, d), the norms of the neurons (b, n, 1) and, if the logarithm of the mean
+        energies is minimised, these (b,) in float64. None where :func:`pair_energy` must be asked:
+        for more neurons than a panel has rows, near or nearly opposite pairs, rows of unusual norm
+        or a kernel too steep for float32.
+    """
+    n = w.shape[1]
+    if w.numel() == 0 or n >= PANEL // 2 or w.is_mps or too_steep(term):
+        return None
+    norm = torch.linalg.vector_norm(w, dim=-1, keepdim=True)
+    shortest, longest = norm.aminmax()
+    if not (shortest > 1e-15 and longest < 1e15):
+        return None
+    x = w / norm
+    cosine = torch.bmm(x, x.mT)
+    q = torch.rsub(cosine, 2.0, alpha=2.0)
+    q.diagonal(dim1=1, dim2=2).fill_(2.0)
+    nearest, farthest = q.aminmax()
+    if not (nearest >= NEAR and farthest <= 4.0 - NEAR):
+        return None
+    value, slope = term.folded(q, NEAR)
+    slope.diagonal(dim1=1, dim2=2).fill_(0.0)
+    radial = cosine.mul_(slope).sum(-1, keepdim=True)
+    grad = torch.bmm(slope, x).addcmul_(x, radial, value=-1.0)
+    grad.mul_(norm.reciprocal().mul_(-2.0 * term.scale(n)))
+    if not term.logarithm:
+        return grad, norm, None
+    value.diagonal(dim1=1, dim2=2).fill_(0.0)
+    total = value.sum((1, 2), dtype=torch.float64) * 0.5
+    return grad, norm, (total + term.constant(n)) * term.scale(n)
 
 
 def pair_rows(w: Tensor, term: PairTerm, rows: Tensor) -> Tensor:
@@ -139,9 +179,11 @@ def _stack(w: Tensor, term: PairTerm) -> tuple[Tensor, torch.dtype]:
     ) else working_dtype(w.dtype)
 
 
+@lru_cache(maxsize=256)
 def too_steep(term: PairTerm) -> bool:
-    """Whether a kernel is so steep (a Riesz kernel with s above 25 or below -100) that float32 would overflow."""
-    return max(abs(part) for part in (*softened_at(term, NEAR), *softened_at(term, 4.0))) > 1e18
+    """Whether float32 would overflow, as for a Riesz kernel with s above 25 or below -100."""
+    ends = torch.tensor([softened_at(term, NEAR), softened_at(term, 4.0)], dtype=torch.float64)
+    return float(ends.abs().max()) > 1e18
 
 
 def _height(n: int) -> int:

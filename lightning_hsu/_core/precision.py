@@ -1,4 +1,4 @@
-"""One arithmetic whatever surrounds the call: autocast off, full fp32 products, float32 or wider."""
+"""One arithmetic whatever surrounds the call: no autocast, full float32 products, float32 or wider."""
 
 from __future__ import annotations
 
@@ -16,67 +16,76 @@ def working_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def with_float64(x: Tensor) -> Tensor:
-    """Return x where float64 exists: on Apple's MPS it does not, and sums and near pairs go to the CPU."""
+    """Return x on a device that has float64: the CPU instead of Apple's MPS."""
     return x.cpu() if x.device.type == "mps" else x
 
 
 @contextmanager
 def exact_arithmetic(like: Tensor) -> Iterator[None]:
-    """Switch off autocast and reduced-precision fp32 products on the device of ``like``.
+    """Switch off autocast and reduced-precision float32 products on the device of ``like``.
 
-    The precision of products is a setting of the whole process, so it is put back on the way out.
+    The precision of products is a setting of the whole process, so it is restored on the way out.
     """
-    before = _lowered()
-    for backend in before:
-        _set(backend, "ieee")
+    reduced = _reduced_settings()
+    for backend in reduced:
+        _set_precision(backend, "ieee")
+    device = like.device.type
     try:
-        with torch.autocast(like.device.type, enabled=False):
+        if torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):
+                yield
+        else:
             yield
     finally:
-        for backend, value in before.items():
-            _set(backend, value)
+        for backend, value in reduced.items():
+            _set_precision(backend, value)
 
 
-_LOWERED = ContextVar("lowered", default=False)
+_BF16_PRODUCTS = ContextVar("bf16_products", default=False)
 
 
 @contextmanager
 def lowered_products(on: bool) -> Iterator[None]:
-    """Let the gradients of pair energies multiply in bfloat16, if ``on``."""
-    before = _LOWERED.set(on)
+    """Let the gradients of pair energies multiply in bfloat16 within the block, if ``on``."""
+    before = _BF16_PRODUCTS.set(on)
     try:
         yield
     finally:
-        _LOWERED.reset(before)
+        _BF16_PRODUCTS.reset(before)
 
 
 def products_are_lowered() -> bool:
     """Whether the gradients of pair energies may multiply in bfloat16 here."""
-    return _LOWERED.get()
+    return _BF16_PRODUCTS.get()
 
 
-# Since torch 2.9 each backend has a setting; asking the older, common one then raises where a user mixes the two.
-_BACKENDS = ("cuda", "mkldnn") if hasattr(torch.backends.cuda.matmul, "fp32_precision") else ()
+# Since torch 2.9 each backend has its own setting. Where a user has set one of these, reading the
+# older, common setting raises.
+_BACKENDS: tuple[str, ...] = ()
+if hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+    _BACKENDS = ("cuda", "mkldnn")
 
 
-def _lowered() -> dict[str, str]:
-    """Settings other than full precision, by backend; the older torch has one for all, under the name ""."""
+def _reduced_settings() -> dict[str, str]:
+    """Settings below full precision, by backend; before torch 2.9 one for all, under the name ""."""
     if not _BACKENDS:
-        common = torch.get_float32_matmul_precision()
-        return {} if common == "highest" else {"": common}
-    found = {name: getattr(torch.backends, name).matmul.fp32_precision for name in _BACKENDS}
-    common = getattr(torch.backends, "fp32_precision", "none")
-    full = (
-        {"ieee", "none"} if common in ("ieee", "none") else {"ieee"}
-    )  # "none" follows the common one
-    return {name: value for name, value in found.items() if value not in full}
+        setting = torch.get_float32_matmul_precision()
+        return {} if setting == "highest" else {"": setting}
+    reduced = {}
+    for backend in _BACKENDS:
+        setting = in_effect = getattr(torch.backends, backend).matmul.fp32_precision
+        if setting == "none":  # follows the common setting
+            in_effect = getattr(torch.backends, "fp32_precision", "none")
+        if in_effect not in ("ieee", "none"):
+            reduced[backend] = setting
+    return reduced
 
 
-def _set(backend: str, value: str) -> None:
-    if backend:
-        matmul = getattr(torch.backends, backend).matmul
-        matmul.fp32_precision = "none"  # follow the common setting again where that is what it did
-        if matmul.fp32_precision != value:
-            matmul.fp32_precision = value
-    else:
+def _set_precision(backend: str, value: str) -> None:
+    if not backend:
         torch.set_float32_matmul_precision("highest" if value == "ieee" else value)
+        return
+    matmul = getattr(torch.backends, backend).matmul
+    matmul.fp32_precision = "none"  # so that it follows the common setting again if it did before
+    if matmul.fp32_precision != value:
+        matmul.fp32_precision = value

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_hsu._core.backend import compiled
+from lightning_hsu._core.backend import active
 from lightning_hsu._core.sums import product
 
 NONE = float("-inf")
@@ -29,10 +29,9 @@ def largest_two(x: Tensor, alive: Tensor, *, half_space: bool, every: bool) -> _
     Returns:
         The largest cosine of every row, its column, and the second largest cosine, (b, n) each; -inf where there is none.
     """
-    if compiled(x):
-        from lightning_hsu._core.triton.topk import scan
-
-        return scan(x, alive, half_space=half_space, every=every)
+    backend = active()
+    if backend.takes_rows(x):
+        return backend.largest_two(x, alive, half_space=half_space, every=every)
     n, whole = x.shape[1], bool(alive.all())
     found = (
         torch.full_like(x[..., 0], NONE),

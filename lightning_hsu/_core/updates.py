@@ -1,22 +1,25 @@
-"""What one layer gets from a pass over many."""
+"""What each of many layers is to receive, and how the gradients of a stack of layers reach it."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)
 class GradientUpdate:
-    """What one layer gets: ``out += grad_scale * shortened(scale * gradient)``.
+    """One layer's update: ``out += grad_scale * shortened(scale * gradient)``.
 
     Args:
         w: Neurons, shape (b, n, d), any strides, without a graph.
-        out: Where to add, shape (b, n, d), any strides; of the dtype of ``w``.
-        scale: What the gradient of the groups' summed energies is multiplied by.
-        limit: Largest length of a row of ``scale * gradient`` over that of its neuron; None is no limit.
-        grad_scale: What the rest of ``out`` still carries.
+        out: The tensor to add to, shape (b, n, d), any strides; of the dtype of ``w``.
+        scale: Factor of the gradient of the groups' summed energies.
+        limit: Largest length of a row of ``scale * gradient`` over the norm of its neuron; None
+            for no limit.
+        grad_scale: Factor that the rest of ``out`` still carries, as under mixed precision.
     """
 
     w: Tensor
@@ -25,20 +28,84 @@ class GradientUpdate:
     limit: float | None = None
     grad_scale: float = 1.0
 
+    def group(self, i: int) -> GradientUpdate:
+        """The update of one group alone, as a layer of shape (1, n, d)."""
+        w, out = self.w[i, None], self.out[i, None]
+        return GradientUpdate(w, out, self.scale, self.limit, self.grad_scale)
+
     def overlaps(self, other: GradientUpdate) -> bool:
-        """Whether another one may add to the same entries, by the first and the last of each in memory."""
-        if (
-            other is self
-            or self.out.untyped_storage().data_ptr() != other.out.untyped_storage().data_ptr()
-        ):
+        """Whether another update may add to the same entries, judged by the ends of both in memory."""
+        if other is self:
             return False
-        (start, stop), (begin, end) = (_extent(one.out) for one in (self, other))
-        return start < end and begin < stop
+        if self.out.untyped_storage().data_ptr() != other.out.untyped_storage().data_ptr():
+            return False
+        start, stop = _memory_span(self.out)
+        other_start, other_stop = _memory_span(other.out)
+        return start < other_stop and other_start < stop
 
 
-def _extent(x: Tensor) -> tuple[int, int]:
-    """Where a tensor begins and ends within its storage, in entries."""
+def alike(updates: Sequence[GradientUpdate]) -> list[list[GradientUpdate]]:
+    """Group the updates by shape, dtype, device and numbers: all but ``w`` and ``out`` themselves."""
+    found: dict[object, list[GradientUpdate]] = {}
+    for update in updates:
+        w = update.w
+        key = (w.shape, w.dtype, w.device, update.scale, update.limit, update.grad_scale)
+        found.setdefault(key, []).append(update)
+    return list(found.values())
+
+
+def chunks(updates: Sequence[GradientUpdate], count: int) -> list[Sequence[GradientUpdate]]:
+    """Split the updates into runs of ``count`` or fewer."""
+    return [updates[start : start + count] for start in range(0, len(updates), count)]
+
+
+def add_to_layers(
+    updates: Sequence[GradientUpdate], grad: Tensor, norm: Tensor, value: Tensor | None = None
+) -> None:
+    """Add the gradients of a stack to its layers, which differ in ``w`` and ``out`` only.
+
+    Args:
+        updates: Layers of shape (b, n, d) each.
+        grad: Gradients of their k * b groups, shape (k * b, n, d); overwritten.
+        norm: Norms of the neurons, shape (k * b, n, 1).
+        value: The mean energies (k * b,) if their logarithm is minimised, else None.
+    """
+    first = updates[0]
+    if value is not None:
+        grad.div_(torch.where(value > 0, value, 1.0)[:, None, None].to(grad.dtype))
+    room: Tensor | float = torch.finfo(first.w.dtype).max / 2
+    if first.limit is not None:
+        room = (norm * first.limit).clamp_max(room)
+    length = torch.linalg.vector_norm(grad, dim=-1, keepdim=True).mul_(first.scale)
+    factor = torch.where(length > room, room / length, 1.0)
+    grad.mul_(factor.mul_(first.scale * first.grad_scale))
+    parts = torch.split(grad, first.w.shape[0])
+    torch._foreach_add_([update.out for update in updates], list(parts))
+
+
+def shortening(
+    grad: Tensor, w: Tensor, scale: Tensor | float, limit: float | None, bound: float
+) -> Tensor:
+    """Factors (..., n, 1) in (0, 1] that keep the rows of ``scale * grad`` within a limit.
+
+    Args:
+        grad: Gradient, shape (..., n, d).
+        w: Neurons, shape (..., n, d).
+        scale: Factor of the gradient.
+        limit: Largest length of a row over the norm of its neuron; None for no limit.
+        bound: Largest length of a row in any case.
+    """
+    room: Tensor | float = bound
+    if limit is not None:
+        room = (torch.linalg.vector_norm(w, dim=-1, keepdim=True) * limit).clamp_max(bound)
+    length = torch.linalg.vector_norm(grad, dim=-1, keepdim=True) * scale
+    return torch.where(length > room, room / length, 1.0)
+
+
+def _memory_span(x: Tensor) -> tuple[int, int]:
+    """First entry of a tensor within its storage, and the one after its last."""
     start = int(x.storage_offset())
-    return start, start + 1 + sum(
-        (size - 1) * int(stride) for size, stride in zip(x.shape, x.stride(), strict=True)
-    )
+    stop = start + 1
+    for size, stride in zip(x.shape, x.stride(), strict=True):
+        stop += (size - 1) * int(stride)
+    return start, stop

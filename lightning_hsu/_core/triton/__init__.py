@@ -1,1 +1,1 @@
-"""Twins of the hot loops as Triton kernels. Nothing here is imported before a tensor is known to go through them."""
+"""Compiled twins of the hot loops, in Triton; imported only where the back end "triton" is asked for."""

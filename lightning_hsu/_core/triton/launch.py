@@ -10,11 +10,11 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from lightning_hsu._core.backend import precision
 from lightning_hsu._core.kernel import PairTerm
 from lightning_hsu._core.near import NEAR, NearPairs
 from lightning_hsu._core.precision import exact_arithmetic
 from lightning_hsu._core.triton import pairs
+from lightning_hsu._core.triton.machine import precision
 from lightning_hsu._core.triton.scalars import scalar_of
 from lightning_hsu._core.updates import GradientUpdate
 

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lightning_hsu._core.backend import exact_precision
+from lightning_hsu._core.triton.machine import exact_precision
 
 TILES = {"TILE": 64, "DEPTH": 16}
 WARPS = 4

@@ -1,0 +1,86 @@
+"""What the compiled kernels need of a machine, and what they do there; known without importing Triton."""
+
+from __future__ import annotations
+
+import os
+from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+from torch import Tensor
+
+from lightning_hsu._core.backend import VARIABLE
+from lightning_hsu._core.precision import products_are_lowered
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""Of neurons that the kernels read."""
+
+_VERSION = (3, 2)
+"""The oldest Triton that the kernels are written for."""
+
+_CAPABILITY = (8, 0)
+"""The oldest compute capability, that of the A100."""
+
+
+def interpreted() -> bool:
+    """Whether Triton runs its kernels in Python, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def precision() -> str:
+    """How kernels multiply: three TF32 products, as good as float32, or one where that is allowed."""
+    if products_are_lowered() and not interpreted():
+        return "tf32"
+    return exact_precision()
+
+
+def exact_precision() -> str:
+    """How kernels multiply as precisely as float32."""
+    return "ieee" if interpreted() else "tf32x3"
+
+
+def check_machine() -> None:
+    """Raise a RuntimeError if there is no Triton, or nothing to run it on."""
+    if not new_enough():
+        raise RuntimeError(
+            f"{VARIABLE} is 'triton', which is missing or older than 3.2; "
+            "pip install 'lightning-hsu[triton]', or unset it"
+        )
+    if not interpreted() and not torch.cuda.is_available():
+        raise RuntimeError(f"{VARIABLE} is 'triton', but torch sees no CUDA device; unset it")
+
+
+def takes(x: Tensor) -> bool:
+    """Whether the kernels take such a tensor: others have another dtype, or are on another device.
+
+    Raises:
+        RuntimeError: if its GPU is too old.
+    """
+    if x.dtype not in DTYPES:
+        return False
+    if interpreted():
+        return x.device.type == "cpu"
+    if x.device.type != "cuda":
+        return False
+    _check_capability(x.device)
+    return True
+
+
+@lru_cache
+def new_enough() -> bool:
+    """Whether a Triton is installed that the kernels are written for."""
+    try:
+        parts = version("triton").split(".")
+    except PackageNotFoundError:
+        return False
+    return (int(parts[0]), int(parts[1])) >= _VERSION
+
+
+@lru_cache
+def _check_capability(device: torch.device) -> None:
+    found = torch.cuda.get_device_capability(device)
+    if found < _CAPABILITY:
+        raise RuntimeError(
+            f"{VARIABLE} is 'triton', whose kernels need compute capability 8.0; "
+            f"{device} has {found}; unset it"
+        )

@@ -1,0 +1,137 @@
+"""Pair gradients of layers on a GPU without host-device synchronisation.
+
+Each question to the device ("is any pair near?") would make the host wait for it. Here the answers
+are computed beside the results. Whoever uses these reads all answers at once, and computes again,
+exactly, the groups that have near pairs or rows of unusual norm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_hsu._core.kernel import PairTerm
+from lightning_hsu._core.near import NEAR
+from lightning_hsu._core.pairwise import pair_energy, too_steep
+from lightning_hsu._core.precision import products_are_lowered, working_dtype
+from lightning_hsu._core.updates import GradientUpdate, add_to_layers, alike, chunks
+
+_PANEL_ENTRIES = 2**26
+"""Gram entries held at once: 256 MiB in float32."""
+
+_STACK_ENTRIES = 2**26
+"""Entries of the layers of one shape that are computed together."""
+
+
+class StackGradient(NamedTuple):
+    """The gradients of a stack of neurons, and for which of its groups they are right.
+
+    Args:
+        grad: Gradients of the mean energies, shape (b, n, d).
+        norm: Norms of the neurons, shape (b, n, 1).
+        value: Mean energies (b,) in float64 if their logarithm is minimised, else None.
+        valid: Groups without near (or nearly opposite) pairs and with norms between 1e-15 and 1e15,
+            bool, shape (b,). The other groups' results may be anything.
+    """
+
+    grad: Tensor
+    norm: Tensor
+    value: Tensor | None
+    valid: Tensor
+
+
+def avoids_sync(w: Tensor, term: PairTerm) -> bool:
+    """Whether neurons (b, n, d) are to be computed here: on a GPU, with float32 products.
+
+    Bfloat16 products need answers on the way, and very steep kernels need float64.
+    """
+    return w.is_cuda and w.shape[1] > 1 and not products_are_lowered() and not too_steep(term)
+
+
+def stacks_of(updates: Sequence[GradientUpdate]) -> list[Sequence[GradientUpdate]]:
+    """Group the updates into stacks: layers of one shape, and no more of them than fit in memory."""
+    stacks: list[Sequence[GradientUpdate]] = []
+    for members in alike(updates):
+        count = max(1, _STACK_ENTRIES // max(1, members[0].w.numel()))
+        stacks += chunks(members, count)
+    return stacks
+
+
+def stack_neurons(updates: Sequence[GradientUpdate]) -> Tensor:
+    """The neurons of layers of one shape (b, n, d) as one stack, in float32 or wider."""
+    first = updates[0].w
+    stack = torch.cat([update.w for update in updates]) if len(updates) > 1 else first
+    return stack.to(working_dtype(first.dtype))
+
+
+def gradients_without_sync(w: Tensor, term: PairTerm) -> StackGradient:
+    """Compute what :func:`pair_energy` does where nothing is special about the neurons.
+
+    Args:
+        w: Neurons, shape (b, n, d), float32 or float64, n >= 2.
+        term: The kernel; not too steep for float32.
+    """
+    b, n, _ = w.shape
+    norm = torch.linalg.vector_norm(w, dim=-1, keepdim=True)
+    valid = ((norm > 1e-15) & (norm < 1e15)).flatten(1).all(1)
+    x = w / norm
+    grad = torch.zeros_like(x)
+    radial = torch.zeros_like(norm)
+    total = torch.zeros(b, dtype=torch.float64, device=w.device)
+    height = max(1, min(n, _PANEL_ENTRIES // (b * n)))
+    for start in range(0, n, height):
+        stop = min(start + height, n)
+        seam = stop - start  # columns before it hold each pair twice
+        rows, cols = x[:, start:stop], x[:, start:]
+        cosine = torch.bmm(rows, cols.mT)
+        q = 2.0 - 2.0 * cosine
+        q.diagonal(dim1=1, dim2=2).fill_(2.0)
+        valid &= ((q >= NEAR) & (q <= 4.0 - NEAR)).flatten(1).all(1)
+        value, slope = term.folded(q.clamp_(NEAR, 4.0 - NEAR), NEAR)
+        slope.diagonal(dim1=1, dim2=2).fill_(0.0)
+        if term.logarithm:
+            value.diagonal(dim1=1, dim2=2).fill_(0.0)
+            total += value[..., :seam].sum((1, 2), dtype=torch.float64) / 2.0
+            total += value[..., seam:].sum((1, 2), dtype=torch.float64)
+        pulled = cosine.mul_(slope)
+        radial[:, start:stop] += pulled.sum(2, keepdim=True)
+        radial[:, stop:] += pulled[..., seam:].sum(1).unsqueeze(2)
+        grad[:, start:stop].baddbmm_(slope, cols)
+        grad[:, stop:].baddbmm_(slope[..., seam:].mT, rows)
+    grad.addcmul_(x, radial, value=-1.0).mul_(-2.0 * term.scale(n) / norm)
+    energy = (total + term.constant(n)) * term.scale(n) if term.logarithm else None
+    return StackGradient(grad, norm, energy, valid)
+
+
+def add_where_valid(
+    stacks: Sequence[Sequence[GradientUpdate]], found: Iterable[StackGradient], term: PairTerm
+) -> None:
+    """Add the gradients of stacks to their layers, and compute the groups that are not valid exactly.
+
+    Args:
+        stacks: The layers, a list for each stack.
+        found: The gradients of each stack, which stay as they are; a generator is asked for one
+            stack at a time.
+        term: The kernel.
+    """
+    answers = []
+    for updates, (grad, norm, value, valid) in zip(stacks, found, strict=True):
+        add_to_layers(updates, torch.where(valid[:, None, None], grad, 0.0), norm, value)
+        answers.append(valid)
+    for updates, valid in zip(stacks, answers, strict=True):  # only now the host waits
+        groups = [(update, i) for update in updates for i in range(len(update.w))]
+        for (update, i), is_valid in zip(groups, valid.tolist(), strict=True):
+            if not is_valid:
+                add_exactly([update.group(i)], term)
+
+
+def add_exactly(updates: Sequence[GradientUpdate], term: PairTerm) -> None:
+    """Add the gradients of layers that differ in ``w`` and ``out`` only, whatever their neurons are."""
+    w = stack_neurons(updates)
+    value, grad = pair_energy(w, term)
+    assert grad is not None
+    norm = torch.linalg.vector_norm(w, dim=-1, keepdim=True)
+    add_to_layers(updates, grad, norm, value if term.logarithm else None)
