@@ -16,7 +16,8 @@ from lightning_hsu._engine.layer import to_compute_dtype
 from lightning_hsu._monitor.measure import LayerUniformity, measure_neurons
 from lightning_hsu._neurons.select import Patterns, select
 from lightning_hsu._neurons.state_dict import StoredNeurons, neurons_of_state_dict
-from lightning_hsu.measures import Measure, RieszEnergy
+from lightning_hsu.measures import Measure
+from lightning_hsu.measures.defaults import DEFAULT_MEASURE
 from lightning_hsu.measures.sampled import sampled_above
 from lightning_hsu.metrics.base import Quantity, UniformityMetric, decoded, encoded, parts_of
 from lightning_hsu.regularizer import UniformityRegularizer
@@ -25,20 +26,24 @@ from lightning_hsu.regularizer import UniformityRegularizer
 class WeightUniformity(UniformityMetric):
     r"""Uniformity of the neurons of a model's layers, as the callback's monitor measures them.
 
-    Of each layer the mean over updates of one quantity, then over layers the mean or the largest; with the defaults this
-    is the callback's ``hsu/ratio_mean``::
+    The mean over updates of one quantity of each layer, then the mean or the largest over layers.
+    With the defaults this is the callback's ``hsu/ratio_mean``::
 
         mean over layers of  energy(neurons) / energy(random neurons of the same n and d)
 
-    Layers where it is not defined, such as the ratio with fewer than two live neurons, are left out; NaN if all are. An
-    infinite one, such as the energy of duplicates with a large s, makes the whole infinite. Ranks
-    that hold the same weights get what one process gets; where they share the weights, all must call ``update``.
+    Layers where it is not defined, such as the ratio with fewer than two live neurons, are left
+    out; NaN if all are. If one is infinite, such as the energy of duplicates with a large s, the
+    whole is infinite. Ranks that hold the same weights get what one process gets; where they share
+    the weights, all must call ``update``.
 
     Args:
-        measure: How to measure; None is the half-space Riesz energy with s = 2. The head is measured in full space.
-        quantity: "ratio" (1 as random, above 1 more redundant), "score" (0 as random, 1 the best that is possible), "energy"
-            (the measure's natural value), "min_angle" (the smallest, in degrees) or "penalty" (what training minimises).
-        reduction: "mean" or "max" over layers, or "none": a dict of scalars by layer, for ``self.log_dict``.
+        measure: How to measure; None is the half-space Riesz energy with s = 2. The head is
+            measured in full space.
+        quantity: "ratio" (1 as random, above 1 more redundant), "score" (0 as random, 1 the best
+            possible), "energy" (the measure's natural value), "min_angle" (the smallest angle, in
+            degrees) or "penalty" (what training minimises).
+        reduction: "mean" or "max" over layers, or "none": a dict of scalars by layer, for
+            ``self.log_dict``.
         include: Patterns of layers to take, shell style; None takes all but embeddings.
         exclude: Patterns of layers to leave out.
         head: "auto" (the last Linear), the head's name, or None for no head.
@@ -48,9 +53,10 @@ class WeightUniformity(UniformityMetric):
         A scalar, float32; with ``reduction="none"`` one for each layer.
 
     Raises:
-        TypeError: for a measure that is none, or an update with neither a module nor a mapping of names to tensors.
-        ValueError: for an unknown quantity or reduction; in an update for a pattern that matches nothing, a model without a
-            layer to measure, or other layers than before.
+        TypeError: if ``measure`` is no measure, or for an update with neither a module nor a
+            mapping of names to tensors.
+        ValueError: for an unknown quantity or reduction; in an update for a pattern that matches
+            nothing, a model without a layer to measure, or other layers than before.
 
     Reference:
         Liu et al., "Learning towards Minimum Hyperspherical Energy", NeurIPS 2018, arXiv 1805.09298.
@@ -65,7 +71,7 @@ class WeightUniformity(UniformityMetric):
         ['0', '2']
     """
 
-    full_state_update: bool | None = False  # a model is measured once a forward, see _reduce_states
+    full_state_update: bool | None = False  # forward measures a model once, see _reduce_states
     layers: list[Tensor]
     means: list[Tensor]
 
@@ -80,11 +86,13 @@ class WeightUniformity(UniformityMetric):
         head: str | None = "auto",
         **kwargs: Any,
     ) -> None:
-        super().__init__(
-            RieszEnergy(s=2.0, half_space=True) if measure is None else measure, quantity, **kwargs
-        )
+        if measure is None:
+            measure = DEFAULT_MEASURE
+        super().__init__(measure, quantity, **kwargs)
         self.reduction = check_choice("reduction", reduction, "mean", "max", "none")
-        self.include, self.exclude, self.head = include, exclude, head
+        self.include = include
+        self.exclude = exclude
+        self.head = head
         self._add_settings(repr(self.measure), quantity, repr((include, exclude, head)))
         self.add_state("layers", [], _agreed)
         self.add_state("means", [], _pooled)
@@ -93,33 +101,38 @@ class WeightUniformity(UniformityMetric):
         """Measure the layers as they are now.
 
         Args:
-            model: A module, also as DDP, FSDP or Fabric wrap it, or a state dict, whose layers are guessed by names and
-                shapes: there groups of convolutions are not known, and embeddings are layers by name.
+            model: A module, also as DDP, FSDP or Fabric wrap it, or a state dict, whose layers are
+                guessed by names and shapes: there groups of convolutions are not known, and
+                embeddings are layers by name.
         """
         found = self._measured(model)
-        values = torch.tensor(
-            [getattr(layer, self.quantity) for layer in found],
-            dtype=torch.float32,
-            device=self.device,
-        )
+        names = [layer.name for layer in found]
+        numbers = [getattr(layer, self.quantity) for layer in found]
+        values = torch.tensor(numbers, dtype=torch.float32, device=self.device)
         defined = ~values.isnan()
-        names = encoded([layer.name for layer in found]).to(self.device)
-        new = torch.stack([torch.where(defined, values, 0.0), defined.to(values.dtype)])
-        self.layers = [_agreed([*parts_of(self.layers), names])]
-        self.means = [_pooled([*parts_of(self.means), new])]
+        means = torch.where(defined, values, 0.0)
+        counts = defined.to(values.dtype)
+        self._pool(
+            [*parts_of(self.layers), encoded(names).to(self.device)],
+            [*parts_of(self.means), torch.stack([means, counts])],
+        )
 
     def compute(self) -> Tensor | dict[str, Tensor]:
-        """The mean over updates, over layers as ``reduction`` says; NaN, or an empty dict, before any update."""
+        """The mean over updates, over layers as ``reduction`` says.
+
+        NaN, or an empty dict, before any update.
+        """
         mean, count = _pooled(parts_of(self.means)).to(self.device)
         values = torch.where(count > 0, mean, torch.nan)
         if self.reduction == "none":
-            return dict(
-                zip(decoded(_agreed(parts_of(self.layers))) or (), values.unbind(), strict=True)
-            )
+            names = decoded(_agreed(parts_of(self.layers))) or []
+            return dict(zip(names, values.unbind(), strict=True))
         defined = values[count > 0]
-        if not len(defined):
+        if len(defined) == 0:
             return torch.tensor(torch.nan, dtype=torch.float32, device=self.device)
-        return defined.mean() if self.reduction == "mean" else defined.amax()
+        if self.reduction == "mean":
+            return defined.mean()
+        return defined.amax()
 
     def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
         """Add the updates that another metric of the same settings has seen.
@@ -131,10 +144,12 @@ class WeightUniformity(UniformityMetric):
             ValueError: if it is no such metric, or its settings or its layers are others.
         """
         state = self._state_of(incoming_state)
-        theirs, own = decoded(state["settings"]), decoded(self.settings)
-        if theirs != own:
+        mine = decoded(self.settings)
+        theirs = decoded(state["settings"])
+        if theirs != mine:
             raise ValueError(
-                f"only metrics of the same settings can be merged: this one has {own}, the other {theirs}"
+                "only metrics of the same settings can be merged: "
+                f"this one has {mine}, the other {theirs}"
             )
         self._reduce_states(state)
         self._update_count += 1
@@ -154,16 +169,27 @@ class WeightUniformity(UniformityMetric):
     def _sync_dist(
         self, dist_sync_fn: Callable[..., Any] = gather_all_tensors, process_group: Any = None
     ) -> None:
-        # a rank without an update must give each gathering a tensor of the right type, too
+        """Join the updates of all ranks.
+
+        A rank without an update must give each gathering a tensor of the right type, too. No public
+        hook of torchmetrics runs between saving the rank's own state and gathering it.
+        """
         self.layers = [_agreed(parts_of(self.layers)).to(self.device)]
         self.means = [_pooled(parts_of(self.means)).to(self.device)]
         super()._sync_dist(dist_sync_fn, process_group)
 
     def _reduce_states(self, incoming_state: dict[str, Any]) -> None:
-        """Pool with the states of other updates, for ``forward`` and ``merge_state``."""
-        self.layers = [_agreed([*parts_of(incoming_state["layers"]), *parts_of(self.layers)])]
-        self.means = [_pooled([*parts_of(incoming_state["means"]), *parts_of(self.means)])]
+        """Pool with the states of earlier updates, for ``forward`` and ``merge_state``."""
+        self._pool(
+            [*parts_of(incoming_state["layers"]), *parts_of(self.layers)],
+            [*parts_of(incoming_state["means"]), *parts_of(self.means)],
+        )
         self._computed = None
+
+    def _pool(self, layers: list[Tensor], means: list[Tensor]) -> None:
+        """Keep states of several updates as those of one."""
+        self.layers = [_agreed(layers)]
+        self.means = [_pooled(means)]
 
 
 @torch.no_grad()
@@ -181,29 +207,31 @@ def _measure_stored(
 
 
 def _agreed(parts: list[Tensor]) -> Tensor:
-    """The encoded names (bytes,) that all have, those without an update left out."""
+    """The encoded names (bytes,) that all updates have in common; empty parts are left out."""
     known = [part for part in parts if part.numel()]
     if not known:
         return torch.zeros(0, dtype=torch.uint8)
-    for other in known[1:]:
-        if (names := decoded(known[0])) != (others := decoded(other)):
+    names = decoded(known[0])
+    for part in known[1:]:
+        others = decoded(part)
+        if others != names:
             raise ValueError(
-                f"updates must be of the same layers: got {others} after {names}; reset() before another model"
+                f"updates must be of the same layers: got {others} after {names}; "
+                "reset() before another model"
             )
     return known[0]
 
 
 def _pooled(parts: list[Tensor]) -> Tensor:
-    """Means and counts (2, layers) of updates together, float32; those without one left out."""
+    """Means and counts (2, layers) of several updates together, float32; empty parts are left out."""
     known = [part for part in parts if part.numel()]
-    if len(known) < 2:
-        return known[0].float() if known else torch.zeros(2, 0, dtype=torch.float32)
-    means, counts = (
-        with_float64(torch.stack([part.to(known[0].device) for part in known])).double().unbind(1)
-    )  # (parts, layers)
+    if not known:
+        return torch.zeros(2, 0, dtype=torch.float32)
+    first = known[0]
+    if len(known) == 1:
+        return first.float()
+    stacked = torch.stack([part.to(first.device) for part in known])  # (parts, 2, layers)
+    means, counts = with_float64(stacked).double().unbind(1)
     count = counts.sum(0)
-    return (
-        torch.stack([(means * counts).sum(0) / count.clamp_min(1.0), count])
-        .float()
-        .to(known[0].device)
-    )
+    mean = (means * counts).sum(0) / count.clamp_min(1.0)
+    return torch.stack([mean, count]).float().to(first.device)
