@@ -66,13 +66,14 @@ def report(
 ) -> Report:
     """Look at the neurons of every layer of a network.
 
-    A model is read as training reads it, embeddings included and depthwise convolutions over all their channels. Of a
-    state dict and a file the layers are guessed by names and shapes: groups of
-    convolutions are not known there. The head and layers of two neurons are measured in full space, where opposite is right.
+    A model is read as in training, but with embeddings, and with depthwise convolutions over all
+    their channels. In a state dict or a file the layers are guessed by names and shapes: groups of
+    convolutions are not known there. The head and layers of two neurons are measured in full space,
+    where opposite neurons are as far apart as they should be.
 
     Args:
-        source: A model, a state dict, or a file: Lightning's .ckpt, a state dict in .pt or .pth, .safetensors, TorchScript.
-            No code in a file is run.
+        source: A model, a state dict, or a file: Lightning's .ckpt, a state dict in .pt or .pth,
+            .safetensors, TorchScript. No code in a file is run.
         measure: How to measure; None is the half-space Riesz energy with s = 2.
         include: Patterns of layer names to take, shell style; None takes all.
         exclude: Patterns of layer names to leave out.
@@ -85,7 +86,7 @@ def report(
     Raises:
         FileNotFoundError: if there is no such file.
         ValueError: if a file holds no weights that can be read, or a pattern matches nothing.
-        TypeError: for a source or a measure of the wrong kind.
+        TypeError: for a source or a measure of the wrong type.
 
     Example:
         >>> import torch
@@ -98,9 +99,8 @@ def report(
         >>> found.layers[0].pairs
         (SimilarPair(group=0, first=3, second=7, angle=0.0),)
     """
-    return look_at_all(
-        find_targets(source, include, exclude, head, key), measure, similar_above, keep, progress
-    )
+    found = find_targets(source, include, exclude, head, key)
+    return look_at_all(found, measure, similar_above, keep, progress)
 
 
 def look_at_all(
@@ -117,17 +117,10 @@ def look_at_all(
     check_count("keep", keep, 0)
     check_number("similar_above", similar_above, "in (0, 1)", lambda x: 0 < x < 1)
     all_work = sum(_work(target) for target in found.targets)
-    layers = []
     work_before = 0
+    layers = []
     for target in found.targets:
-        work = _work(target)
-
-        def done(
-            part: float, name: str = target.name, before: int = work_before, work: int = work
-        ) -> None:
-            if progress is not None:
-                progress(name, (before + part * work) / all_work)
-
+        done = _done(target, work_before, all_work, progress)
         done(0.0)
         layer = look_at(
             target.name,
@@ -139,8 +132,21 @@ def look_at_all(
         )
         layers.append(layer)
         done(1.0)
-        work_before += work
+        work_before += _work(target)
     return Report(found.source, measure, similar_above, tuple(layers), tuple(found.skips))
+
+
+def _done(
+    target: NeuronSet, work_before: int, all_work: int, progress: Progress | None
+) -> Callable[[float], None]:
+    """What is called with the done fraction of one layer, and passes on that of all layers."""
+    work = _work(target)
+
+    def done(part: float) -> None:
+        if progress is not None:
+            progress(target.name, (work_before + part * work) / all_work)
+
+    return done
 
 
 def _work(target: NeuronSet) -> int:
@@ -157,10 +163,10 @@ def _measure_for(target: NeuronSet, measure: Measure) -> Measure:
 
 
 class Found(NamedTuple):
-    """Where the neurons of a source are.
+    """The neurons of a source.
 
     Args:
-        source: What it is called.
+        source: Name of the source.
         targets: Its sets of neurons.
         skips: Weights that are left out, with the reason.
     """
@@ -173,26 +179,30 @@ class Found(NamedTuple):
 def find_targets(
     source: Source, include: Patterns, exclude: Patterns, head: str | None, key: str | None
 ) -> Found:
-    """Where the neurons of a source are; arguments as of :func:`report`."""
+    """Find the neurons of a source; arguments as of :func:`report`."""
     if isinstance(source, nn.Module) and not isinstance(source, torch.jit.ScriptModule):
         model = unwrapped(source)
-        return Found(type(model).__name__, *select(model, include, exclude, head, everything=True))
-    if isinstance(source, nn.Module):
-        name, source = type(source).__name__, source.state_dict()
-    elif isinstance(source, (str, Path)):
-        name, source = str(source), read_weights(source, key)
-    elif isinstance(source, Mapping):
-        name = "state dict"
-    else:
-        raise TypeError(
-            f"a report is on a model, a state dict or a file; got {type(source).__name__}"
-        )
-    candidates = neurons_of_state_dict(source, include)
+        targets, skips = select(model, include, exclude, head, everything=True)
+        return Found(type(model).__name__, targets, skips)
+    name, state = _state_dict_of(source, key)
+    candidates = neurons_of_state_dict(state, include)
+    others = candidates.not_weights
     try:
-        targets, skips = select(candidates, include, exclude, head, everything=True)
+        stored, skips = select(candidates, include, exclude, head, everything=True)
     except ValueError as error:
-        left_out = "".join(
-            f"\n  {skip.name} {skip.shape}: {skip.reason}" for skip in candidates.not_weights
-        )
-        raise ValueError(f"{name}: {error}{left_out}") from error
-    return Found(name, targets, [*skips, *candidates.not_weights])
+        message = f"{name}: {error}"
+        for skip in others:
+            message += f"\n  {skip.name} {skip.shape}: {skip.reason}"
+        raise ValueError(message) from error
+    return Found(name, stored, [*skips, *others])
+
+
+def _state_dict_of(source: Source, key: str | None) -> tuple[str, Mapping[str, Tensor]]:
+    """The name and the state dict of TorchScript, a file or a state dict."""
+    if isinstance(source, nn.Module):
+        return type(source).__name__, source.state_dict()
+    if isinstance(source, (str, Path)):
+        return str(source), read_weights(source, key)
+    if isinstance(source, Mapping):
+        return "state dict", source
+    raise TypeError(f"a report is on a model, a state dict or a file; got {type(source).__name__}")

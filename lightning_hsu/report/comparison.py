@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -50,13 +49,26 @@ def compare(
     key: str | None = None,
     progress: Progress | None = None,
 ) -> Comparison:
-    """Look at two networks, or one at two times, layer by layer; arguments as of :func:`~lightning_hsu.report.report`.
+    """Compare two networks, or one network at two times, layer by layer.
 
-    Layers are matched by name, and neurons by index; both are measured in the same space. A layer that both have is the class
-    head only if it is so in both: the last layer of a network without its head is none.
+    Layers are matched by name, and neurons by index. Both are measured in the same space: a layer
+    that both networks have counts as the class head only if it is the head of both. The last layer
+    of a network without its head, for example, is none.
+
+    Args:
+        before: The first network: a model, a state dict or a file.
+        after: The second.
+        measure: How to measure; None is the half-space Riesz energy with s = 2.
+        include: Patterns of layer names to take, shell style; None takes all.
+        exclude: Patterns of layer names to leave out.
+        head: The class head: "auto" is the last Linear, a name is that layer, None is no head.
+        similar_above: Cosine from which two neurons are near-duplicates, in (0, 1).
+        key: Where in a file the state dict is; None finds it.
+        progress: Called with the layer's name and the fraction of the work that is done.
 
     Raises:
-        ValueError: if the two have no layer of the same name.
+        ValueError: if the two have no layer of the same name, or as for
+            :func:`~lightning_hsu.report.report`.
 
     Example:
         >>> from torch import nn
@@ -65,70 +77,82 @@ def compare(
         >>> round(compare(before, after).layers[0].moved, 3)
         0.0
     """
-    both = _alike([find_targets(source, include, exclude, head, key) for source in (before, after)])
-    reports = [
-        look_at_all(
-            found,
-            measure,
-            similar_above,
-            progress=None
-            if progress is None
-            else lambda name, part, i=i: progress(name, (i + part) / 2),  # type: ignore[misc]
-        )
-        for i, found in enumerate(both)
-    ]
-    targets = [{one.name: one for one in found.targets} for found in both]
-    earlier = {one.name: one for one in reports[0].layers}
-    layers = tuple(
-        LayerComparison(
-            earlier[one.name], one, _moved(*(found[one.name].neurons() for found in targets))
-        )
-        for one in reports[1].layers
-        if one.name in earlier
-    )
+    first = find_targets(before, include, exclude, head, key)
+    second = find_targets(after, include, exclude, head, key)
+    first, second = _in_space_of(first, second), _in_space_of(second, first)
+    earlier = look_at_all(first, measure, similar_above, progress=_half(progress, 0))
+    later = look_at_all(second, measure, similar_above, progress=_half(progress, 1))
+    layers = _matched(earlier, later, first, second)
     if not layers:
-        first, second = (", ".join(list(found)[:5]) for found in targets)
-        raise ValueError(f"no layer has the same name in both: {first}, ... and {second}, ...")
-    names = [{one.name for one in found.layers} for found in reports]
-    only = [
-        tuple(one.name for one in reports[i].layers if one.name not in names[1 - i]) for i in (0, 1)
-    ]
-    return Comparison(reports[0], reports[1], layers, only[0], only[1])
-
-
-def _alike(both: Sequence[Found]) -> list[Found]:
-    """The same, with each layer that both have in the same space: full space for heads of both, and for two neurons in one."""
-    layers = [{one.name: one for one in found.targets} for found in both]
-
-    def in_full_space(one: NeuronSet, other: NeuronSet | None) -> bool:
-        return (
-            one.head
-            if other is None
-            else (one.head and other.head) or 2 in (one.shape[1], other.shape[1])
+        raise ValueError(
+            f"no layer has the same name in both: {_some_names(first)}, ... and "
+            f"{_some_names(second)}, ..."
         )
+    only_before = _only_in(earlier, later)
+    only_after = _only_in(later, earlier)
+    return Comparison(earlier, later, tuple(layers), only_before, only_after)
 
-    return [
-        found._replace(
-            targets=[
-                replace(one, head=in_full_space(one, others.get(one.name))) for one in found.targets
-            ]
-        )
-        for found, others in zip(both, reversed(layers), strict=True)
-    ]
+
+def _half(progress: Progress | None, i: int) -> Progress | None:
+    """What the i-th of two reports calls, so that both together go from 0 to 1."""
+    if progress is None:
+        return None
+
+    def half(name: str, part: float) -> None:
+        progress(name, (i + part) / 2)
+
+    return half
+
+
+def _in_space_of(found: Found, other: Found) -> Found:
+    """The neurons of a network, in the same space as the layers of the same name in another."""
+    others = {target.name: target for target in other.targets}
+    targets = []
+    for target in found.targets:
+        if target.name in others:
+            target = replace(target, head=_full_space(target, others[target.name]))
+        targets.append(target)
+    return found._replace(targets=targets)
+
+
+def _full_space(one: NeuronSet, other: NeuronSet) -> bool:
+    """Whether to measure a layer in full space: if it is the head of both, or has two neurons."""
+    return (one.head and other.head) or 2 in (one.shape[1], other.shape[1])
+
+
+def _matched(earlier: Report, later: Report, first: Found, second: Found) -> list[LayerComparison]:
+    """The layers that both networks have, in the order of the second."""
+    layers_before = {layer.name: layer for layer in earlier.layers}
+    targets_before = {target.name: target for target in first.targets}
+    matched = []
+    for layer, target in zip(later.layers, second.targets, strict=True):
+        if layer.name in layers_before:
+            moved = _moved(targets_before[layer.name].neurons(), target.neurons())
+            matched.append(LayerComparison(layers_before[layer.name], layer, moved))
+    return matched
+
+
+def _only_in(found: Report, other: Report) -> tuple[str, ...]:
+    """Names of the layers that the other report does not have."""
+    names = {layer.name for layer in other.layers}
+    return tuple(layer.name for layer in found.layers if layer.name not in names)
+
+
+def _some_names(found: Found) -> str:
+    return ", ".join(target.name for target in found.targets[:5])
 
 
 @torch.no_grad()
 def _moved(before: Tensor, after: Tensor) -> float:
-    """Median angle in degrees between the neurons of two sets (groups, n, d), index by index."""
+    """Median angle in degrees between neurons of the same index in (groups, n, d) and the same."""
     if before.shape != after.shape:
         return math.nan
-    (x, x_inverse), (y, y_inverse) = (
-        unit_rows(with_float64(one.cpu()).double()) for one in (before, after)
-    )
-    live = ((x_inverse > 0) & (y_inverse > 0)).squeeze(-1)
-    apart, together = (torch.linalg.vector_norm(x + sign * y, dim=-1)[live] for sign in (-1.0, 1.0))
-    return (
-        float((2.0 * torch.atan2(apart, together)).rad2deg().median())
-        if bool(live.any())
-        else math.nan
-    )
+    x, x_inverse = unit_rows(with_float64(before.cpu()).double())
+    y, y_inverse = unit_rows(with_float64(after.cpu()).double())
+    live = ((x_inverse > 0) & (y_inverse > 0)).squeeze(-1)  # (groups, n)
+    if not bool(live.any()):
+        return math.nan
+    difference = torch.linalg.vector_norm(x - y, dim=-1)[live]
+    total = torch.linalg.vector_norm(x + y, dim=-1)[live]
+    angles = 2.0 * torch.atan2(difference, total)
+    return float(angles.rad2deg().median())
