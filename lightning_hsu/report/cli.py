@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import ast
+import inspect
 import math
 import os
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,23 @@ from lightning_hsu.measures import Measure
 from lightning_hsu.report.build import Progress, Report, report
 from lightning_hsu.report.checkpoints import printable
 from lightning_hsu.report.comparison import Comparison, compare
+from lightning_hsu.report.data import LayerReport
 from lightning_hsu.report.tables import comparison_table, pair_lines, report_table, show
 
-_FAILED, _BROKEN = 1, 2  # exit codes
+# Exit codes.
+_FAILED = 1
+_BROKEN = 2
+_INTERRUPTED = 128 + 2  # by SIGINT
+_PIPE_CLOSED = 128 + 13  # SIGPIPE
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns its exit code: 0, 1 where ``--fail-above`` says so, 2 for what cannot be read or understood."""
+    """Run a command.
+
+    Returns:
+        The exit code: 0, 1 if a layer fails ``--fail-above``, 2 if something cannot be read or
+        understood.
+    """
     given = _parser().parse_args(arguments)
     try:
         code = int(given.run(given))
@@ -33,54 +44,70 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return code
     except BrokenPipeError:  # the reader of a pipe, such as head, has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + 13
+        return _PIPE_CLOSED
     except (OSError, ValueError, TypeError, ModuleNotFoundError) as error:
-        print(f"lightning-hsu: {_told(error)}", file=sys.stderr)
+        _complain(str(error))
         return _BROKEN
     except KeyboardInterrupt:
-        return 130
-    except Exception:  # not 1, which is --fail-above's
+        return _INTERRUPTED
+    except Exception:  # a fault of this program must not look like a failed --fail-above
         traceback.print_exc()
         return _BROKEN
 
 
-def _told(error: Exception) -> str:
-    """What an error says, which may quote a file."""
-    return "\n".join(printable(line) for line in str(error).split("\n"))
+def _complain(message: str) -> None:
+    """Print an error, which may quote a file, without control characters."""
+    lines = [printable(line) for line in message.split("\n")]
+    print("lightning-hsu: " + "\n".join(lines), file=sys.stderr)
 
 
 def parse_measure(text: str) -> Measure:
-    """A measure from what its name and settings look like in Python, such as ``RieszEnergy(s=1, half_space=True)``.
+    """Make a measure from its name and settings, written as in Python.
+
+    Args:
+        text: Such as ``KoLeo`` or ``RieszEnergy(s=1, half_space=True)``.
 
     Raises:
-        ValueError: for anything else than a measure of this library with plain numbers, strings and flags.
+        ValueError: for anything else than a measure of this library with plain numbers, strings and
+            flags.
 
     Example:
         >>> parse_measure("KoLeo"), parse_measure("GaussianPotential(t=3)")
         (KoLeo(softening=0.01), GaussianPotential(t=3, half_space=False))
     """
     try:
-        tree = ast.parse(text.strip(), mode="eval").body
-        call = tree if isinstance(tree, ast.Call) else ast.Call(tree, [], [])
-        name = call.func.id if isinstance(call.func, ast.Name) else ""
-        settings = {str(one.arg): ast.literal_eval(one.value) for one in call.keywords}
-        kind = getattr(measures, name) if name in measures.__all__ else None
-        if kind is None or call.args or not issubclass(kind, Measure):
-            raise ValueError(
-                f"it is no measure with settings by name; there are {', '.join(_names())}"
-            )
-        found: Measure = kind(**settings)
+        return _measure_of(ast.parse(text.strip(), mode="eval").body)
     except (SyntaxError, ValueError, TypeError) as error:
         raise ValueError(
-            f"cannot make a measure of {text!r}, such as 'RieszEnergy(s=1, half_space=True)': {error}"
+            f"cannot make a measure of {text!r}, such as 'RieszEnergy(s=1, half_space=True)': "
+            f"{error}"
         ) from error
+
+
+def _measure_of(expression: ast.expr) -> Measure:
+    """The measure that an expression names, with the settings that it gives by keyword."""
+    settings = {}
+    name = expression
+    if isinstance(expression, ast.Call) and not expression.args:
+        name = expression.func
+        for keyword in expression.keywords:
+            settings[str(keyword.arg)] = ast.literal_eval(keyword.value)
+    kinds = _measures()
+    if not isinstance(name, ast.Name) or name.id not in kinds:
+        raise ValueError(f"it is no measure with settings by name; there are {', '.join(kinds)}")
+    return kinds[name.id](**settings)
+
+
+def _measures() -> dict[str, Callable[..., Measure]]:
+    """The measures that can be made from plain settings, by name."""
+    found = {}
+    for name in measures.__all__:
+        if name == "State":  # no class: the type of a measure's state
+            continue
+        kind = getattr(measures, name)
+        if issubclass(kind, Measure) and not inspect.isabstract(kind):
+            found[name] = kind
     return found
-
-
-def _names() -> list[str]:
-    """The measures that can be made as they are."""
-    kinds = [getattr(measures, name) for name in measures.__all__ if name != "State"]
-    return [kind.__name__ for kind in kinds if not getattr(kind, "__abstractmethods__", None)]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -150,11 +177,18 @@ def _add_common(command: argparse.ArgumentParser) -> None:
 
 
 def _settings(given: argparse.Namespace) -> dict[str, Any]:
+    """The arguments that reports and comparisons have in common."""
+    measure = None
+    if given.measure is not None:
+        measure = parse_measure(given.measure)
+    head = given.head
+    if head.lower() == "none":
+        head = None
     return {
-        "measure": None if given.measure is None else parse_measure(given.measure),
+        "measure": measure,
         "include": given.include,
         "exclude": given.exclude,
-        "head": None if given.head.lower() == "none" else given.head,
+        "head": head,
         "similar_above": given.similar_above,
         "key": given.key,
     }
@@ -180,11 +214,12 @@ def _report(given: argparse.Namespace) -> int:
     if given.html == "-":
         raise ValueError("--html writes a file; only --json takes -")
     _check_writable(given.html, given.json, keep=[given.checkpoint])
+    keep = max(100, given.pairs)
     with _progress() as progress:
-        found = report(
-            given.checkpoint, **_settings(given), keep=max(100, given.pairs), progress=progress
-        )
-    verdict = 0 if given.fail_above is None else _judged(found, given.fail_above)
+        found = report(given.checkpoint, **_settings(given), keep=keep, progress=progress)
+    code = 0
+    if given.fail_above is not None:
+        code = _judge(found, given.fail_above)
     if given.html:
         found.write_html(given.html)
     _write_json(found, given.json)
@@ -192,24 +227,26 @@ def _report(given: argparse.Namespace) -> int:
         show(report_table(found))
         if given.pairs > 0:
             print("\n".join(pair_lines(found, given.pairs)))
-    return verdict
+    return code
 
 
-def _judged(found: Report, limit: float) -> int:
-    """The exit code for a limit on ratios: a layer without a ratio, or with weights that are not finite, fails, too."""
-    broken = [
-        one for one in found.layers if math.isnan(one.uniformity.ratio) or one.uniformity.nonfinite
-    ]
-    above = [one for one in found.layers if one.uniformity.ratio > limit]
-    for one in broken:
-        print(f"lightning-hsu: {one.name} cannot be judged: {one.finding}", file=sys.stderr)
-    if above:
-        worst = max(above, key=lambda one: one.uniformity.ratio)
-        print(
-            f"lightning-hsu: ratio {number(worst.uniformity.ratio, 3)} of {worst.name} is above {limit:g}",
-            file=sys.stderr,
-        )
-    return _FAILED if broken or above else 0
+def _judge(found: Report, limit: float) -> int:
+    """The exit code for a limit on ratios.
+
+    A layer without a ratio, or with weights that are NaN or infinite, fails too.
+    """
+    code = 0
+    worst: LayerReport | None = None
+    for layer in found.layers:
+        if math.isnan(layer.ratio) or layer.uniformity.nonfinite:
+            _complain(f"{layer.name} cannot be judged: {layer.finding}")
+            code = _FAILED
+        if layer.ratio > limit and (worst is None or layer.ratio > worst.ratio):
+            worst = layer
+    if worst is not None:
+        _complain(f"ratio {number(worst.ratio, 3)} of {worst.name} is above {limit:g}")
+        code = _FAILED
+    return code
 
 
 def _compare(given: argparse.Namespace) -> int:
@@ -224,12 +261,16 @@ def _compare(given: argparse.Namespace) -> int:
 
 def _check_writable(*paths: str | None, keep: Sequence[str]) -> None:
     """Refuse, before the work, files that cannot be written after it, and those that are read."""
-    for path in map(Path, filter(None, paths)):
+    for name in paths:
+        if name is None:
+            continue
+        path = Path(name)
         if path.exists() and any(Path(one).exists() and path.samefile(one) for one in keep):
-            raise ValueError(f"cannot write {path}: it is read from")
+            raise ValueError(f"cannot write {path}: it is one of the files to read")
         if not path.parent.is_dir():
             raise FileNotFoundError(f"cannot write {path}: there is no folder {path.parent}")
-        if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        to_change = path if path.exists() else path.parent
+        if path.is_dir() or not os.access(to_change, os.W_OK):
             raise PermissionError(f"cannot write {path}")
 
 
@@ -242,7 +283,10 @@ def _write_json(found: Report | Comparison, path: str | None) -> None:
 
 @contextmanager
 def _progress() -> Iterator[Progress | None]:
-    """A bar in a terminal, by rich, with the time it took: within one layer the bar may stand; gone when the work is done."""
+    """A progress bar of rich in a terminal, gone when the work is done.
+
+    It shows the time, too: within a large layer the bar may stand still.
+    """
     try:
         from rich.console import Console
         from rich.markup import escape
@@ -251,16 +295,18 @@ def _progress() -> Iterator[Progress | None]:
     except ModuleNotFoundError:
         yield None
         return
-    console, columns = (
-        Console(stderr=True),
-        (SpinnerColumn(), *Bars.get_default_columns(), TimeElapsedColumn()),
-    )
+    console = Console(stderr=True)
     if not console.is_terminal:
         yield None
         return
+    columns = (SpinnerColumn(), *Bars.get_default_columns(), TimeElapsedColumn())
     with Bars(*columns, console=console, transient=True) as bars:
         task = bars.add_task("reading", total=1.0)
-        yield lambda name, part: bars.update(task, description=escape(name), completed=part)
+
+        def show_progress(name: str, part: float) -> None:
+            bars.update(task, description=escape(name), completed=part)
+
+        yield show_progress
 
 
 if __name__ == "__main__":
