@@ -1,12 +1,14 @@
 """The closed-form gradient: against the oracle, under gradcheck, between near-duplicates, and by where it leads."""
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
+from torch import func, nn
 
-from lightning_hsu._core import PairTerm, autograd, oracle_energy, pair_energy
+from lightning_hsu._core import PairEnergy, PairTerm, autograd, oracle_energy, pair_energy
 from lightning_hsu.measures import GaussianPotential, RieszEnergy
 
 # Best-known energies of N points on the sphere S^2, sums of 1 / r over pairs (Thomson's problem).
@@ -135,8 +137,85 @@ def test_a_third_derivative_is_refused_and_not_wrong():
     x = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
     (first,) = torch.autograd.grad(RieszEnergy().penalty(x), x, create_graph=True)
     (second,) = torch.autograd.grad(first.square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(NotImplementedError, match="third derivative"):
         second.sum().backward()
+
+
+FUNCTIONAL = [RieszEnergy(s=1, half_space=True), RieszEnergy(s=2, distance="geodesic")]
+
+
+def energy_of(measure):
+    return lambda x: PairEnergy.apply(x, term_of(measure)).sum()
+
+
+def by_autograd(energy, x, v):
+    """Gradient at x, and the second derivative times v."""
+    x = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(energy(x), x, create_graph=True)
+    (product,) = torch.autograd.grad((gradient * v).sum(), x)
+    return gradient.detach(), product
+
+
+@pytest.mark.parametrize("measure", FUNCTIONAL, ids=repr)
+def test_functional_transforms_equal_autograd(measure):
+    """A dimension that vmap adds is one more dimension of groups, wherever it stands."""
+    energy, (x, v) = energy_of(measure), torch.randn(2, 3, 6, 4, dtype=torch.float64)
+    gradient = by_autograd(energy, x, v)[0]
+    values = PairEnergy.apply(x, term_of(measure))
+    close = partial(torch.testing.assert_close, rtol=1e-9, atol=1e-12)
+    close(func.grad(energy)(x), gradient)
+    close(func.vmap(energy)(x), values)
+    close(func.vmap(energy, in_dims=2)(x.movedim(0, 2)), values)
+    close(func.vmap(func.vmap(energy))(torch.stack([x, 2 * x])), torch.stack([values, values]))
+    close(func.vmap(func.grad(energy))(x), gradient)
+    close(func.grad(lambda y: func.vmap(energy)(y).sum())(x), gradient)
+    jacobian = func.jacrev(lambda y: PairEnergy.apply(y, term_of(measure)))(x)
+    close(jacobian, torch.diag_embed(gradient.movedim(0, -1)).movedim((-2, -1), (0, 1)))
+
+
+@pytest.mark.parametrize("measure", FUNCTIONAL, ids=repr)
+def test_functional_transforms_of_the_gradient_equal_autograd(measure):
+    energy, (x, v) = energy_of(measure), torch.randn(2, 3, 6, 4, dtype=torch.float64)
+    product = by_autograd(energy, x, v)[1]
+
+    def along(y, direction):
+        return func.grad(lambda z: (func.grad(energy)(z) * direction).sum())(y)
+
+    close = partial(torch.testing.assert_close, rtol=1e-9, atol=1e-12)
+    close(along(x, v), product)
+    close(func.vmap(along)(x, v), product)
+    close(func.vmap(along, in_dims=(None, 0))(x, torch.stack([v, -v]))[1], -product)
+    for second in (func.jacrev(func.grad(energy)), func.jacrev(func.jacrev(energy))):
+        close((second(x[0]) * v[0]).sum((-2, -1)), product[0])
+    with pytest.raises(NotImplementedError, match="third derivative"):
+        func.grad(lambda y: along(y, v).sum())(x)
+
+
+def test_functional_transforms_take_one_pass(monkeypatch):
+    """The gradient comes with the value where a transform asks for it, and is not computed elsewhere."""
+    asked = watched(monkeypatch)
+    energy, x = energy_of(RieszEnergy(s=1)), torch.randn(3, 6, 4)
+    func.vmap(energy)(x)
+    energy(x)
+    assert asked == [False, False]
+    asked.clear()
+    func.grad(energy)(x)
+    func.vmap(func.grad(energy))(x)
+    func.grad(lambda y: func.vmap(energy)(y).sum())(x)
+    func.vmap(energy)(x.requires_grad_()).sum().backward()
+    assert asked == [True] * 4
+
+
+def watched(monkeypatch):
+    """Whether each pass over the pairs from here on is asked for a gradient."""
+    asked = []
+
+    def watch(w, term, *, with_grad=True):
+        asked.append(with_grad)
+        return pair_energy(w, term, with_grad=with_grad)
+
+    monkeypatch.setattr(autograd, "pair_energy", watch)
+    return asked
 
 
 @pytest.mark.parametrize("s", [1, 2])
@@ -157,13 +236,7 @@ def test_near_duplicates_in_float32(s, chord, n):
 
 @pytest.mark.parametrize("measure", [RieszEnergy(s=2), GaussianPotential()])
 def test_a_value_without_a_graph_costs_no_gradient(measure, monkeypatch):
-    asked = []
-
-    def watched(w, term, *, with_grad=True):
-        asked.append(with_grad)
-        return pair_energy(w, term, with_grad=with_grad)
-
-    monkeypatch.setattr(autograd, "pair_energy", watched)
+    asked = watched(monkeypatch)
     w = nn.Parameter(torch.randn(40, 8))
     with torch.no_grad():
         value = measure.penalty(w)

@@ -1,4 +1,8 @@
-"""The closed form as a differentiable function: one pass forward, nothing but a product backward, twice."""
+"""The closed form as a differentiable function: one pass forward, a product backward, twice.
+
+The functions below work under autograd and under ``torch.func``: ``grad``, ``vjp``, ``jacrev``,
+``vmap`` and what these compose to. A dimension that ``vmap`` adds is one more dimension of groups.
+"""
 
 from __future__ import annotations
 
@@ -6,50 +10,107 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lightning_hsu._core.kernel import PairTerm
 from lightning_hsu._core.oracle import hessian_vector
 from lightning_hsu._core.pairwise import pair_energy
 
 
-class PairEnergy(torch.autograd.Function):
+class PairEnergy:
     """``PairEnergy.apply(w, term)``: the mean pair energy (...) of neurons w (..., n, d)."""
 
     @staticmethod
-    def forward(ctx: Any, w: Tensor, term: PairTerm) -> Tensor:
-        """Compute the value and, in the same pass, the gradient that backward will use."""
-        value, grad = pair_energy(w, term, with_grad=ctx.needs_input_grad[0])
-        ctx.term = term
-        ctx.save_for_backward(w, grad)
+    def apply(w: Tensor, term: PairTerm) -> Tensor:
+        """Compute the value and, where w requires a gradient, in the same pass what backward needs."""
+        with_grad = w.requires_grad and torch.is_grad_enabled()
+        value: Tensor = _Energy.apply(w, term, with_grad)[0]  # type: ignore[no-untyped-call]
         return value
 
+
+class _Energy(torch.autograd.Function):
+    """Value and gradient; the gradient is an output only so that backward finds it."""
+
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+    def forward(w: Tensor, term: PairTerm, with_grad: bool) -> tuple[Tensor, Tensor]:
+        value, grad = pair_energy(w, term, with_grad=with_grad)
+        return value, w.new_empty(0) if grad is None else grad
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        w, ctx.term, _ = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(w, output[1])
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
         """Scale the stored gradient; under ``create_graph`` as a function of w."""
         w, grad = ctx.saved_tensors
-        outer = grad_outputs[0][..., None, None].to(grad.dtype)
         if torch.is_grad_enabled():
-            grad = _PairGradient.apply(w, grad, ctx.term)  # type: ignore[no-untyped-call]
-        return grad * outer, None
+            grad = _Gradient.apply(w, grad, ctx.term)  # type: ignore[no-untyped-call]
+        return grad * grad_outputs[0][..., None, None].to(grad.dtype), None, None
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[int | None, ...], w: Tensor, term: PairTerm, with_grad: bool
+    ) -> tuple[tuple[Tensor, Tensor], tuple[int, int | None]]:
+        w = _batch_first(w, in_dims[0], info.batch_size)
+        with_grad = with_grad or w.requires_grad  # which only shows once the batch is unwrapped
+        found = _Energy.apply(w, term, with_grad)  # type: ignore[no-untyped-call]
+        return found, (0, 0 if with_grad else None)
 
 
-class _PairGradient(torch.autograd.Function):
+class _Gradient(torch.autograd.Function):
     """The known gradient as a function of w, so that a second derivative can be taken."""
 
     @staticmethod
-    def forward(ctx: Any, w: Tensor, grad: Tensor, term: PairTerm) -> Tensor:
-        ctx.term = term
-        ctx.save_for_backward(w)
+    def forward(w: Tensor, grad: Tensor, term: PairTerm) -> Tensor:
         return grad.clone()
 
     @staticmethod
-    @once_differentiable
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        w, _, ctx.term = inputs
+        ctx.save_for_backward(w)
+
+    @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
         (w,) = ctx.saved_tensors
+        product = _HessianVector.apply(w, grad_outputs[0], ctx.term)  # type: ignore[no-untyped-call]
+        return product, None, None
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[int | None, ...], w: Tensor, grad: Tensor, term: PairTerm
+    ) -> tuple[Tensor, int]:
+        w = _batch_first(w, in_dims[0], info.batch_size)
+        grad = _batch_first(grad, in_dims[1], info.batch_size)
+        return _Gradient.apply(w, grad, term), 0  # type: ignore[no-untyped-call]
+
+
+class _HessianVector(torch.autograd.Function):
+    """The second derivative at w times a vector, which can be differentiated no further."""
+
+    @staticmethod
+    def forward(w: Tensor, vector: Tensor, term: PairTerm) -> Tensor:
         stack = w.reshape(-1, *w.shape[-2:])
-        return (
-            hessian_vector(stack, grad_outputs[0].reshape_as(stack), ctx.term).reshape_as(w),
-            None,
-            None,
-        )
+        return hessian_vector(stack, vector.reshape(stack.shape), term).reshape(w.shape)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        """Keep nothing."""
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None]:
+        raise NotImplementedError("a pair energy has no third derivative: it is not implemented")
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[int | None, ...], w: Tensor, vector: Tensor, term: PairTerm
+    ) -> tuple[Tensor, int]:
+        w = _batch_first(w, in_dims[0], info.batch_size)
+        vector = _batch_first(vector, in_dims[1], info.batch_size)
+        return _HessianVector.apply(w, vector, term), 0  # type: ignore[no-untyped-call]
+
+
+def _batch_first(x: Tensor, dim: int | None, size: int) -> Tensor:
+    """The batch that ``vmap`` hides as the first dimension; an x without one is repeated."""
+    return x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
