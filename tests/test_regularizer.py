@@ -8,6 +8,7 @@ from lightning.fabric import Fabric
 from torch import nn
 
 from lightning_hsu import UniformityRegularizer
+from lightning_hsu._monitor.measure import measure_neurons
 from lightning_hsu.measures import RieszEnergy
 from tests.models import Automatic, batches, mean_square, network
 from tests.plain import Penalty, layers, train
@@ -194,6 +195,20 @@ def test_measuring():
     dead = UniformityRegularizer(include="7").attach(net).measure_layers()[0]
     assert dead.ratio != dead.ratio
     assert dead.energy == 0
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_dead_neurons_change_neither_ratio_nor_score(groups):
+    """They are left out: a layer compares with random layers of as many live neurons."""
+    x = torch.randn(groups, 12, 6)
+    x[:, 5] = x[:, 4] + 0.05 * x[:, 3]
+    with_dead = torch.cat([x, torch.zeros(groups, 9, 6)], 1)
+    measure = RieszEnergy(s=1)
+    alive, dead = (measure_neurons("layer", rows, measure) for rows in (x, with_dead))
+    assert dead.dead == 9 * groups
+    assert dead.ratio == pytest.approx(alive.ratio, rel=1e-6)
+    assert dead.score == pytest.approx(alive.score, rel=1e-6)
+    assert alive.ratio > 1.05
 
 
 def test_it_says_when_it_has_no_model():

@@ -187,3 +187,12 @@ class TestInTheEngine:
         assert measured.min_angle >= exact.min_angle
         assert measured.score == pytest.approx(exact.score, abs=0.5)
         assert 0.0 < measured.gradient_error < 1.5
+
+    def test_a_head_is_measured_in_full_space(self):
+        model = torch.nn.Sequential(torch.nn.Linear(8, 60), torch.nn.Linear(60, 50))
+        measure = Sampled(RieszEnergy(s=2, half_space=True), block=20)
+        regularizer = UniformityRegularizer(measure).attach(model)
+        spaces = {
+            layer.target.head: layer.measure.measure.half_space for layer in regularizer.layers
+        }
+        assert spaces == {False: True, True: False}
