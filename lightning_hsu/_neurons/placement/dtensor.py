@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -95,19 +95,15 @@ class DTensorPlacement(Placement):
 
     def whole(self, x: Any) -> Tensor:
         """All of a tensor. A collective call if it is a DTensor."""
-        if not is_dtensor(x):
-            plain: Tensor = x
-            return plain
-        gathered: Tensor = x.full_tensor()
-        return gathered
+        if is_dtensor(x):
+            x = x.full_tensor()
+        return cast(Tensor, x)
 
     def local(self, x: Any) -> Tensor:
         """The part of a tensor that this rank holds."""
-        if not is_dtensor(x):
-            plain: Tensor = x
-            return plain
-        part: Tensor = x.to_local()
-        return part
+        if is_dtensor(x):
+            x = x.to_local()
+        return cast(Tensor, x)
 
     def any_holder(self, mask: Tensor, p: Any) -> Tensor:
         """Combine a mask with "or", entry by entry, over the ranks that hold parts of p."""
@@ -131,5 +127,4 @@ def _holders(p: Any, rank: int) -> Tensor:
     numbers = type(p).from_local(
         held, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride()
     )
-    whole: Tensor = numbers.full_tensor()
-    return whole
+    return cast(Tensor, numbers.full_tensor())
