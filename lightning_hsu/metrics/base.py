@@ -134,3 +134,13 @@ def parts_of(state: Tensor | list[Tensor]) -> list[Tensor]:
     if isinstance(state, Tensor):
         return [state]
     return state
+
+
+def nonempty(parts: list[Tensor]) -> list[Tensor]:
+    """The parts that hold anything, all on the device of the first."""
+    found: list[Tensor] = []
+    for part in parts:
+        if part.numel() > 0:
+            device = found[0].device if found else part.device
+            found.append(part.to(device))
+    return found

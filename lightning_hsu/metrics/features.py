@@ -21,7 +21,7 @@ from lightning_hsu._core import (
 from lightning_hsu._monitor.measure import in_half_space
 from lightning_hsu.measures import GaussianPotential, Measure, Sampled
 from lightning_hsu.measures.sampled import sampled_above
-from lightning_hsu.metrics.base import Quantity, UniformityMetric, decoded, parts_of
+from lightning_hsu.metrics.base import Quantity, UniformityMetric, decoded, nonempty, parts_of
 from lightning_hsu.metrics.hashing import hashed
 from lightning_hsu.reference import random_level, score
 
@@ -270,13 +270,13 @@ class _Sample(NamedTuple):
 
 def _joined(parts: list[Tensor]) -> Tensor:
     """Rows or priorities of batches or ranks, those without any left out."""
-    known = [part for part in parts if part.numel()]
+    known = nonempty(parts)
     if not known:
         return parts[0] if parts else torch.zeros(0, 0)
     shapes = [tuple(part.shape) for part in known]
     if len({shape[1:] for shape in shapes}) > 1:
         raise ValueError(f"ranks must have embeddings of one dimension d; got shapes {shapes}")
-    return torch.cat([part.to(known[0].device) for part in known])
+    return torch.cat(known)
 
 
 @torch.no_grad()

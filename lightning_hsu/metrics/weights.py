@@ -19,7 +19,14 @@ from lightning_hsu._neurons.state_dict import StoredNeurons, neurons_of_state_di
 from lightning_hsu.measures import Measure
 from lightning_hsu.measures.defaults import DEFAULT_MEASURE
 from lightning_hsu.measures.sampled import sampled_above
-from lightning_hsu.metrics.base import Quantity, UniformityMetric, decoded, encoded, parts_of
+from lightning_hsu.metrics.base import (
+    Quantity,
+    UniformityMetric,
+    decoded,
+    encoded,
+    nonempty,
+    parts_of,
+)
 from lightning_hsu.regularizer import UniformityRegularizer
 
 
@@ -59,7 +66,8 @@ class WeightUniformity(UniformityMetric):
             nothing, a model without a layer to measure, or other layers than before.
 
     Reference:
-        Liu et al., "Learning towards Minimum Hyperspherical Energy", NeurIPS 2018, arXiv 1805.09298.
+        Liu et al., "Learning towards Minimum Hyperspherical Energy", NeurIPS 2018,
+        arXiv 1805.09298.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
@@ -106,8 +114,11 @@ class WeightUniformity(UniformityMetric):
                 embeddings are layers by name.
         """
         found = self._measured(model)
-        names = [layer.name for layer in found]
-        numbers = [getattr(layer, self.quantity) for layer in found]
+        names = []
+        numbers = []
+        for layer in found:
+            names.append(layer.name)
+            numbers.append(getattr(layer, self.quantity))
         values = torch.tensor(numbers, dtype=torch.float32, device=self.device)
         defined = ~values.isnan()
         means = torch.where(defined, values, 0.0)
@@ -207,8 +218,8 @@ def _measure_stored(
 
 
 def _agreed(parts: list[Tensor]) -> Tensor:
-    """The encoded names (bytes,) that all updates have in common; empty parts are left out."""
-    known = [part for part in parts if part.numel()]
+    """The encoded names (bytes,) that all updates have in common."""
+    known = nonempty(parts)
     if not known:
         return torch.zeros(0, dtype=torch.uint8)
     names = decoded(known[0])
@@ -223,15 +234,14 @@ def _agreed(parts: list[Tensor]) -> Tensor:
 
 
 def _pooled(parts: list[Tensor]) -> Tensor:
-    """Means and counts (2, layers) of several updates together, float32; empty parts are left out."""
-    known = [part for part in parts if part.numel()]
+    """Means and counts (2, layers) of several updates together, float32."""
+    known = nonempty(parts)
     if not known:
         return torch.zeros(2, 0, dtype=torch.float32)
-    first = known[0]
     if len(known) == 1:
-        return first.float()
-    stacked = torch.stack([part.to(first.device) for part in known])  # (parts, 2, layers)
+        return known[0].float()
+    stacked = torch.stack(known)  # (parts, 2, layers)
     means, counts = with_float64(stacked).double().unbind(1)
     count = counts.sum(0)
     mean = (means * counts).sum(0) / count.clamp_min(1.0)
-    return torch.stack([mean, count]).float().to(first.device)
+    return torch.stack([mean, count]).float().to(stacked.device)

@@ -110,8 +110,12 @@ def _names_of_highest(layers: Sequence[LayerReport], axis: Axis) -> list[str]:
     for i in known[:_NAMED]:
         part = (i + 0.5) / len(layers)
         height = axis(layers[i].ratio) - 9
-        beside = [other for other, other_height in taken if abs(height - other_height) < 15]
-        covered = any(abs(part - other) < _NAME_WIDTH for other in beside)
+        beside = False
+        covered = False
+        for other_part, other_height in taken:
+            if abs(height - other_height) < 15:
+                beside = True
+                covered |= abs(part - other_part) < _NAME_WIDTH
         if covered or not layers[i].above:
             continue
         taken.append((part, height))

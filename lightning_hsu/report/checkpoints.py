@@ -115,7 +115,8 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         from safetensors.torch import load_file
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            'reading .safetensors needs the package safetensors: pip install "lightning-hsu[report]"'
+            "reading .safetensors needs the package safetensors: "
+            'pip install "lightning-hsu[report]"'
         ) from error
     try:
         return load_file(path)
@@ -143,9 +144,12 @@ def _position(name: str) -> tuple[bool, list[tuple[int, str]]]:
 
 def _printable(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors under names that do nothing to a terminal."""
-    found = {printable(name): x for name, x in tensors.items()}
-    if len(found) < len(tensors):
-        raise ValueError("two names of weights differ only in control characters")
+    found = {}
+    for name, x in tensors.items():
+        shown = printable(name)
+        if shown in found:
+            raise ValueError(f"two names of weights differ only in control characters: {shown}")
+        found[shown] = x
     return found
 
 

@@ -115,7 +115,9 @@ def _parser() -> argparse.ArgumentParser:
         prog="lightning-hsu", description="See which layers of a network are redundant."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    one = commands.add_parser("report", help="every layer of a checkpoint beside random neurons")
+    one = commands.add_parser(
+        "report", help="compare each layer of a checkpoint with random neurons"
+    )
     one.add_argument(
         "checkpoint", help=".ckpt, .pt, .pth, .safetensors or TorchScript; no code in it is run"
     )
@@ -131,10 +133,10 @@ def _parser() -> argparse.ArgumentParser:
         "--fail-above",
         metavar="RATIO",
         type=_limit,
-        help="exit with 1 if a layer's ratio is above this, or if one has none",
+        help="exit with 1 if a layer's ratio is above this, or if a layer has none",
     )
     one.set_defaults(run=_report)
-    two = commands.add_parser("compare", help="what moved between two checkpoints")
+    two = commands.add_parser("compare", help="show what moved between two checkpoints")
     two.add_argument("before")
     two.add_argument("after")
     two.set_defaults(run=_compare)
@@ -159,7 +161,7 @@ def _add_common(command: argparse.ArgumentParser) -> None:
         "--include",
         metavar="PATTERN",
         nargs="+",
-        help="layers to take, shell style; after the files",
+        help="layers to take, shell style; give them after the files",
     )
     command.add_argument("--exclude", metavar="PATTERN", nargs="+", help="layers to leave out")
     command.add_argument(
@@ -172,7 +174,7 @@ def _add_common(command: argparse.ArgumentParser) -> None:
         metavar="COSINE",
         type=float,
         default=0.95,
-        help="cosine from which neurons are near-duplicates (0.95)",
+        help="cosine from which two neurons are near-duplicates; by default 0.95",
     )
 
 
@@ -196,7 +198,7 @@ def _settings(given: argparse.Namespace) -> dict[str, Any]:
 
 def _count(text: str) -> int:
     if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"a number of pairs is 0 or more; got {text}")
+        raise argparse.ArgumentTypeError(f"the number of pairs must be 0 or more; got {text}")
     return int(text)
 
 
@@ -206,13 +208,13 @@ def _limit(text: str) -> float:
     except ValueError:
         limit = math.nan
     if not limit > 0:
-        raise argparse.ArgumentTypeError(f"a ratio is a number above 0; got {text}")
+        raise argparse.ArgumentTypeError(f"the ratio must be a number above 0; got {text}")
     return limit
 
 
 def _report(given: argparse.Namespace) -> int:
     if given.html == "-":
-        raise ValueError("--html writes a file; only --json takes -")
+        raise ValueError("--html needs the name of a file; only --json takes -")
     _check_writable(given.html, given.json, keep=[given.checkpoint])
     keep = max(100, given.pairs)
     with _progress() as progress:
@@ -262,7 +264,7 @@ def _compare(given: argparse.Namespace) -> int:
 def _check_writable(*paths: str | None, keep: Sequence[str]) -> None:
     """Refuse, before the work, files that cannot be written after it, and those that are read."""
     for name in paths:
-        if name is None:
+        if not name:
             continue
         path = Path(name)
         if path.exists() and any(Path(one).exists() and path.samefile(one) for one in keep):

@@ -84,9 +84,10 @@ def compare(
     later = look_at_all(second, measure, similar_above, progress=_half(progress, 1))
     layers = _matched(earlier, later, first, second)
     if not layers:
+        names_before = ", ".join(_names(earlier)[:5])
+        names_after = ", ".join(_names(later)[:5])
         raise ValueError(
-            f"no layer has the same name in both: {_some_names(first)}, ... and "
-            f"{_some_names(second)}, ..."
+            f"no layer has the same name in both: {names_before}, ... and {names_after}, ..."
         )
     only_before = _only_in(earlier, later)
     only_after = _only_in(later, earlier)
@@ -122,24 +123,26 @@ def _full_space(one: NeuronSet, other: NeuronSet) -> bool:
 
 def _matched(earlier: Report, later: Report, first: Found, second: Found) -> list[LayerComparison]:
     """The layers that both networks have, in the order of the second."""
-    layers_before = {layer.name: layer for layer in earlier.layers}
-    targets_before = {target.name: target for target in first.targets}
+    before = {}
+    for layer, target in zip(earlier.layers, first.targets, strict=True):
+        before[layer.name] = (layer, target)
     matched = []
     for layer, target in zip(later.layers, second.targets, strict=True):
-        if layer.name in layers_before:
-            moved = _moved(targets_before[layer.name].neurons(), target.neurons())
-            matched.append(LayerComparison(layers_before[layer.name], layer, moved))
+        if layer.name in before:
+            layer_before, target_before = before[layer.name]
+            moved = _moved(target_before.neurons(), target.neurons())
+            matched.append(LayerComparison(layer_before, layer, moved))
     return matched
 
 
 def _only_in(found: Report, other: Report) -> tuple[str, ...]:
     """Names of the layers that the other report does not have."""
-    names = {layer.name for layer in other.layers}
-    return tuple(layer.name for layer in found.layers if layer.name not in names)
+    others = set(_names(other))
+    return tuple(name for name in _names(found) if name not in others)
 
 
-def _some_names(found: Found) -> str:
-    return ", ".join(target.name for target in found.targets[:5])
+def _names(found: Report) -> list[str]:
+    return [layer.name for layer in found.layers]
 
 
 @torch.no_grad()

@@ -204,7 +204,7 @@ class ComparisonData(JsonData):
         return {
             "before": self.before.to_dict(),
             "after": self.after.to_dict(),
-            "moved": {one.after.name: _json_value(one.moved) for one in self.layers},
+            "moved": {one.after.name: _without_nan(one.moved) for one in self.layers},
             "only_before": list(self.only_before),
             "only_after": list(self.only_after),
         }
@@ -217,19 +217,21 @@ def known_ratios(layers: Sequence[LayerReport]) -> list[float]:
 
 def _layer_dict(layer: LayerReport) -> dict[str, Any]:
     """A layer in JSON's own types."""
-    numbers = asdict(layer.uniformity) | {
+    numbers: dict[str, Any] = {}
+    for name, value in asdict(layer.uniformity).items():
+        numbers[name] = _without_nan(value)
+    return numbers | {
         "measure": repr(layer.measure),
         "similar": layer.similar,
         "opposite": layer.opposite,
         "pairs": [pair._asdict() for pair in layer.pairs],
         "dead": layer.dead,
-        "dead_rows": layer.dead_rows,
-        "angles": layer.angles,
+        "dead_rows": list(layer.dead_rows),
+        "angles": list(layer.angles),
         "singular_values": [round(value, 6) for value in layer.singular_values],
-        "edges": layer.edges,
+        "edges": list(layer.edges),
         "finding": layer.finding,
     }
-    return {name: _json_value(value) for name, value in numbers.items()}
 
 
 def _skip_dict(skip: Skip) -> dict[str, Any]:
@@ -237,10 +239,8 @@ def _skip_dict(skip: Skip) -> dict[str, Any]:
     return {"name": skip.name, "shape": list(skip.shape), "reason": skip.reason}
 
 
-def _json_value(value: Any) -> Any:
-    """A value in JSON's own types: lists for tuples, None for NaN and infinity."""
-    if isinstance(value, tuple):
-        return [_json_value(part) for part in value]
+def _without_nan(value: Any) -> Any:
+    """A value, or None for NaN and infinity, which JSON does not have."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

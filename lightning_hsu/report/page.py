@@ -71,8 +71,8 @@ def _header(found: ReportData) -> str:
         "<p>The ratio is a layer's energy over that of as many random vectors: 1 is as random, "
         "above 1 more redundant. The score is 0 at random and 1 at the bound that no arrangement "
         "can beat; below 0 is worse than random.</p>\n"
-        '<p class="soft">A ratio is a fact, not advice: measured, it said little about what '
-        "regularising gains.</p></header>\n"
+        '<p class="soft">A ratio is a fact, not advice: in our experiments it said little about '
+        "what regularising gains.</p></header>\n"
     )
 
 
@@ -81,12 +81,16 @@ def _lead(found: ReportData) -> str:
     known = known_ratios(found.layers)
     if not known:
         return "No layer has a ratio."
-    above = [layer for layer in found.layers if layer.above]
+    above = 0
+    by_chance = 0
+    for layer in found.layers:
+        if layer.above:
+            above += 1
+            by_chance += layer.as_random
+    verb = "is" if above < 2 else "are"
     words = (
-        f"{len(above) or 'None'} of {counted(len(known), 'layer')} {_is(max(1, len(above)))} "
-        "above random by more than 2 %."
+        f"{above or 'None'} of {counted(len(known), 'layer')} {verb} above random by more than 2 %."
     )
-    by_chance = sum(layer.as_random for layer in above)
     if by_chance > 0:
         words += (
             f" Of these, {by_chance} {_is(by_chance)} within what random layers of the shape have."
@@ -123,7 +127,8 @@ def _overview(found: ReportData) -> str:
             '<p class="soft">* measured in full space, where opposite neurons are far apart.</p>\n'
         )
     return (
-        f'<h2>All layers</h2>\n{chart}<div class="scroll"><table><thead><tr>{headings}</tr></thead>\n'
+        f'<h2>All layers</h2>\n{chart}<div class="scroll"><table>'
+        f"<thead><tr>{headings}</tr></thead>\n"
         f"<tbody>\n{rows}</tbody></table></div>\n{note}"
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import compress
 from typing import TYPE_CHECKING, NamedTuple
 
 from lightning_hsu._monitor.text import (
@@ -84,12 +85,16 @@ class Table:
 
     def narrow(self) -> Table:
         """The table for a narrow terminal; a line below names the columns it leaves out."""
-        kept = [i for i, column in enumerate(self.columns) if not column.wide_only]
-        left_out = [column.heading for column in self.columns if column.wide_only]
+        shown = []
+        left_out = []
+        for column in self.columns:
+            shown.append(not column.wide_only)
+            if column.wide_only:
+                left_out.append(column.heading)
         note = f"left out of this narrow table: {', '.join(left_out)}"
         return Table(
-            columns=tuple(self.columns[i] for i in kept),
-            rows=[tuple(row[i] for i in kept) for row in self.rows],
+            columns=tuple(compress(self.columns, shown)),
+            rows=[tuple(compress(row, shown)) for row in self.rows],
             below=[*self.below, note],
         )
 
@@ -98,19 +103,8 @@ def report_table(found: ReportData) -> Table:
     """The table of a report."""
     mixed = _mixed(found.layers)
     rows = [_report_row(layer, mixed) for layer in found.layers]
-    above = [layer for layer in found.layers if layer.above]
-    by_chance = sum(layer.as_random for layer in above)
-    pairs = sum(layer.similar for layer in found.layers)
-    dead = sum(layer.dead for layer in found.layers)
-    summary = f"{len(above)} of {counted(len(found.layers), 'layer')} more than 2 % above random"
-    if by_chance > 0:
-        summary += f", {by_chance} of them within the range of random layers"
-    summary += (
-        f"; {counted(pairs, 'near-duplicate pair')} (cosine from {found.similar_above:g}); "
-        f"{counted(dead, 'dead neuron')}"
-    )
     below = [
-        summary,
+        _summary(found),
         "ratio: energy over that of random neurons; "
         "angle: the smallest between two neurons, in degrees",
     ]
@@ -118,6 +112,27 @@ def report_table(found: ReportData) -> Table:
         below.append(_FULL_SPACE)
     below += skipped_lines(found.skips)
     return Table(_REPORT_COLUMNS, rows, below)
+
+
+def _summary(found: ReportData) -> str:
+    """How many layers are above random, and how many pairs and dead neurons they have."""
+    above = 0
+    by_chance = 0
+    pairs = 0
+    dead = 0
+    for layer in found.layers:
+        pairs += layer.similar
+        dead += layer.dead
+        if layer.above:
+            above += 1
+            by_chance += layer.as_random
+    summary = f"{above} of {counted(len(found.layers), 'layer')} more than 2 % above random"
+    if by_chance > 0:
+        summary += f", {by_chance} of them within the range of random layers"
+    return (
+        f"{summary}; {counted(pairs, 'near-duplicate pair')} "
+        f"(cosine from {found.similar_above:g}); {counted(dead, 'dead neuron')}"
+    )
 
 
 def _mixed(layers: Sequence[LayerReport]) -> bool:
@@ -199,8 +214,8 @@ def comparison_table(found: ComparisonData) -> Table:
 
 def _only_one_has(when: str, only: Sequence[str], one: ReportData, other: ReportData) -> list[str]:
     """Lines on layers that only one of two networks has, and on its weights that are left out."""
-    left_out_there = {skip.name for skip in other.skips}
-    names = [name for name in only if name not in left_out_there]
+    skipped_there = {skip.name for skip in other.skips}  # the other has these, but not measured
+    names = [name for name in only if name not in skipped_there]
     lines = []
     if names:
         lines.append(f"only {when} ({one.source}): {', '.join(names)}")
@@ -240,7 +255,7 @@ def plain(table: Table) -> str:
 
 
 def show(table: Table) -> None:
-    """Print a table: in colours and fitted to the terminal by rich; plain into a pipe or without rich."""
+    """Print a table: by rich in a terminal, fitted to it and in colours; else plain."""
     try:
         from rich.console import Console
     except ModuleNotFoundError:
@@ -268,14 +283,17 @@ def _show_rich(table: Table, console: Console) -> None:
             no_wrap=column.right,
         )
     for row in table.rows:
-        grid.add_row(*(Text(cell, style=_style(cell)) for cell in row))
+        cells = []
+        for cell in row:
+            cells.append(Text(cell, style=_style(cell)))
+        grid.add_row(*cells)
     console.print(grid)
     for line in table.below:
         console.print(Text(line, style="dim"))
 
 
 def _style(cell: str) -> str:
-    """The colour of a finding: dim as random, yellow if it counts pairs, dead or infinite neurons."""
+    """The colour of a finding: dim if as random, yellow if pairs, dead or infinite neurons."""
     if cell.startswith("as random") and "," not in cell:
         return "dim"
     if "near-duplicate" in cell or cell.endswith((" dead", "infinite")):
