@@ -15,8 +15,8 @@ from lightning_hsu._core.precision import (
 )
 from lightning_hsu._core.sphere import (
     coincident,
-    parted,
     seeded_noise,
+    separate_duplicates,
     takes_part,
     tangent,
     to_weights,
@@ -38,8 +38,8 @@ __all__ = [
     "pair_expectation",
     "pair_part",
     "pair_rows",
-    "parted",
     "seeded_noise",
+    "separate_duplicates",
     "smallest_angle",
     "takes_part",
     "tangent",

@@ -1,9 +1,11 @@
-"""Geometry of the unit sphere: unit rows of any scale, tangent vectors, squared chords."""
+"""Geometry of the unit sphere: unit rows, tangent vectors, squared chords, coincident points."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+_SEED = 20210415
 
 
 def unit_rows(w: Tensor) -> tuple[Tensor, Tensor]:
@@ -17,30 +19,28 @@ def unit_rows(w: Tensor) -> tuple[Tensor, Tensor]:
         becomes the zero vector with inverse norm 0: it takes no part.
     """
     length = torch.linalg.vector_norm(w, dim=-1, keepdim=True)  # (..., n, 1)
-    if _ordinary(length.detach()):
+    if _squares_are_safe(length.detach()):
         return w / length, length.reciprocal()
+    tiny = torch.finfo(w.dtype).tiny
     largest = largest_entries(w.detach())  # (..., n, 1)
-    usable = torch.isfinite(largest) & (largest >= torch.finfo(w.dtype).tiny)
+    usable = torch.isfinite(largest) & (largest >= tiny)
     largest = torch.where(usable, largest, 1.0)
-    x = torch.where(
-        usable, w / largest, 0.0
-    )  # entries in [-1, 1]: squares neither overflow nor vanish
-    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(torch.finfo(w.dtype).tiny)
+    # With entries in [-1, 1] squares neither overflow nor vanish.
+    x = torch.where(usable, w / largest, 0.0)
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(tiny)
     return x / length, torch.where(usable, 1.0 / length / largest, 0.0)
 
 
 def takes_part(w: Tensor) -> Tensor:
     """Which rows of w (n, d) are neither zero nor subnormal nor non-finite, bool (n,)."""
     length = torch.linalg.vector_norm(w, dim=-1, keepdim=True)
-    return (
-        torch.ones_like(w[:, 0], dtype=torch.bool)
-        if _ordinary(length)
-        else unit_rows(w)[1].squeeze(-1) > 0
-    )
+    if _squares_are_safe(length):
+        return torch.ones_like(w[:, 0], dtype=torch.bool)
+    return unit_rows(w)[1].squeeze(-1) > 0
 
 
-def _ordinary(length: Tensor) -> bool:
-    """Whether norms are such that no square of an entry overflowed, nor vanished where it counts; not so if one is NaN."""
+def _squares_are_safe(length: Tensor) -> bool:
+    """Whether no square of an entry overflowed, nor vanished where it counts; False if one is NaN."""
     if not length.numel():
         return False
     low, high = length.aminmax()
@@ -49,17 +49,20 @@ def _ordinary(length: Tensor) -> bool:
 
 def largest_entries(x: Tensor) -> Tensor:
     """The largest absolute entry of each row, (..., n, 1)."""
-    return torch.maximum(
-        x.amax(-1, keepdim=True), -x.amin(-1, keepdim=True)
-    )  # vector_norm(ord=inf) is far slower on a CPU
+    # On a CPU vector_norm with ord=inf is far slower.
+    return torch.maximum(x.amax(-1, keepdim=True), -x.amin(-1, keepdim=True))
 
 
 def to_weights(grad: Tensor, inverse_norm: Tensor, out: torch.dtype) -> Tensor:
-    """From a tangent gradient at unit rows (..., n, d), which is overwritten, to that in the weights, over their norm.
+    """Turn a tangent gradient at unit rows into the gradient at the rows themselves.
 
-    A row that would overflow ``out`` is shortened, its direction kept.
+    Args:
+        grad: Tangent gradient, shape (..., n, d); overwritten.
+        inverse_norm: Inverse norms of the rows, shape (..., n, 1).
+        out: Dtype of the result. A row that would overflow it is shortened, its direction kept.
     """
-    room = torch.finfo(out).max / 2 / largest_entries(grad).clamp_min(torch.finfo(grad.dtype).tiny)
+    tiny = torch.finfo(grad.dtype).tiny
+    room = torch.finfo(out).max / 2 / largest_entries(grad).clamp_min(tiny)
     return grad.mul_(torch.minimum(inverse_norm, room)).to(out)
 
 
@@ -69,54 +72,83 @@ def tangent(v: Tensor, x: Tensor) -> Tensor:
 
 
 def squared_chords(x: Tensor, y: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-    """Squared chords from the float64 unit rows of x (k, d) to those of y and of -y (m, d): two (k, m).
+    """Squared chords from unit rows x to unit rows y, and to their mirror images -y.
 
-    Where ``wanted`` (k, m) they are good to 1e-9. In float64 ``2 - 2 * cos`` is off by 4e-16 or so: enough down
-    to a chord of 1e-3. Nearer pairs are redone by differences, which keep what the cosine cancels away.
+    In float64 ``2 - 2 * cos`` is off by 4e-16 or so: enough down to a chord of 1e-3. Nearer pairs are
+    redone by differences, which keep what the cosine cancels away.
+
+    Args:
+        x: Unit rows, shape (k, d), float64.
+        y: Unit rows, shape (m, d), float64.
+        wanted: The pairs whose chords have to be good to 1e-9, bool, shape (k, m).
+
+    Returns:
+        Two tensors of shape (k, m).
     """
     cosine = x @ y.mT
-    q, p = (2.0 - 2.0 * cosine).clamp_min_(0.0), (2.0 + 2.0 * cosine).clamp_min_(0.0)
+    q = (2.0 - 2.0 * cosine).clamp_min_(0.0)
+    p = (2.0 + 2.0 * cosine).clamp_min_(0.0)
     _redo_by_differences(q, x, y, wanted)
     _redo_by_differences(p, x, -y, wanted)
     return q, p
 
 
 def _redo_by_differences(q: Tensor, x: Tensor, y: Tensor, wanted: Tensor) -> None:
-    """Replace the squared chords q (k, m) of the rows and columns that hold a wanted pair nearer than 1e-3."""
+    """Replace squared chords q (k, m) in the rows and columns of wanted pairs nearer than 1e-3."""
     tight = (q < 1e-6) & wanted
-    rows, cols = tight.any(1).nonzero().squeeze(1), tight.any(0).nonzero().squeeze(1)
+    rows = tight.any(1).nonzero().squeeze(1)
+    cols = tight.any(0).nonzero().squeeze(1)
     if len(rows):
         chord = torch.cdist(x[rows], y[cols], compute_mode="donot_use_mm_for_euclid_dist")
         q[rows[:, None], cols] = chord.square()
 
 
 def seeded(draw: int = 0) -> torch.Generator:
-    """A generator that gives the same on every rank, another one for each other number."""
-    return torch.Generator("cpu").manual_seed(20210415 + draw)
+    """A generator with the same numbers on every rank, and others for each other ``draw``."""
+    return torch.Generator("cpu").manual_seed(_SEED + draw)
 
 
 def seeded_noise(*shape: int, like: Tensor, draw: int = 0) -> Tensor:
-    """Gaussian numbers that are the same on every rank and device; the global generator is not touched.
+    """Gaussian numbers, the same on every rank and device; the global generator is not touched.
 
     Args:
         shape: Shape of the result.
         like: A tensor of the wanted device and dtype.
-        draw: Another draw for each other number.
+        draw: Each number is another draw.
     """
-    return torch.randn(*shape, generator=seeded(draw), dtype=torch.float64).to(
-        like.device, like.dtype
-    )
+    noise = torch.randn(*shape, generator=seeded(draw), dtype=torch.float64)
+    return noise.to(like.device, like.dtype)
 
 
 def coincident(cosine: Tensor, *, half_space: bool = False) -> Tensor:
-    """Tell which rows coincide with another, (b, n, 1), from float64 cosines (b, n, n)."""
-    same = (cosine.abs() if half_space else cosine) > 1.0 - 1e-14
+    """Which rows coincide with another, bool (b, n, 1), from their float64 cosines (b, n, n)."""
+    if half_space:
+        cosine = cosine.abs()
+    same = cosine > 1.0 - 1e-14
     same.diagonal(dim1=-2, dim2=-1).zero_()
     return same.any(-1, keepdim=True)
 
 
-def parted(x: Tensor, chord: float, *, half_space: bool = False) -> Tensor:
-    """Move exactly coincident rows apart by about a chord, each along its own seeded direction; others stay.
+def separating_tangents(
+    x: Tensor, away: Tensor | float, degree: Tensor | float, noise: Tensor
+) -> Tensor:
+    """Tangents along which coincident rows separate, as long as the weight of their partners.
+
+    Between coincident rows no direction is given. So each row is taken to stand an infinitesimal,
+    seeded step beside itself, its noise: then its partners push it along the difference of both steps.
+
+    Args:
+        x: Unit rows, shape (..., n, d).
+        away: Minus the sum of the partners' noise, mirrored for mirrored partners, times their
+            weights; shape (..., n, d).
+        degree: Sum of the partners' weights, shape (..., n, 1).
+        noise: Gaussian noise from :func:`seeded_noise`, shape (..., n, d).
+    """
+    return degree * unit_rows(tangent(degree * noise + away, x))[0]
+
+
+def separate_duplicates(x: Tensor, chord: float, *, half_space: bool = False) -> Tensor:
+    """Move exactly coincident rows apart, each along its own seeded tangent; others stay.
 
     Args:
         x: Unit rows, shape (b, n, d), float64; gradients pass through.
@@ -124,9 +156,9 @@ def parted(x: Tensor, chord: float, *, half_space: bool = False) -> Tensor:
         half_space: Rows that are each other's mirror image coincide, too.
     """
     with torch.no_grad():
-        which = coincident(x @ x.mT, half_space=half_space)
-    if not bool(which.any()):
+        moves = coincident(x @ x.mT, half_space=half_space)
+    if not bool(moves.any()):
         return x
-    noise = tangent(seeded_noise(*x.shape[-2:], like=x.detach()).expand_as(x), x)
-    moved = x + chord * unit_rows(noise)[0].detach()
-    return torch.where(which, unit_rows(moved)[0], x)
+    noise = seeded_noise(*x.shape[-2:], like=x.detach()).expand_as(x)
+    step = separating_tangents(x, 0.0, 1.0, noise).detach()
+    return torch.where(moves, unit_rows(x + chord * step)[0], x)

@@ -152,7 +152,7 @@ class PairSums:
         for i, pairs in self.near.items():
             rows, near = pairs.gradient()
             near *= self.term.scale(self.live[i])
-            self.additive &= pairs.away is None and not bool((near.abs() > bound).any())
+            self.additive &= pairs.duplicates is None and not bool((near.abs() > bound).any())
             near = near.clamp_(-bound, bound).to(grad.dtype)
             if (
                 self.index is not None
