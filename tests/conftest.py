@@ -5,13 +5,15 @@ import os
 import pytest
 import torch
 
-# Triton reads it when it is imported, which Lightning does: without a GPU its kernels run in its interpreter.
+# Triton reads it when it is imported, which Lightning does: without a GPU its kernels run in its
+# interpreter.
 os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
 
 # The tests' matrices are tiny: more threads than one only add noise to their run time. `make cpus`
 # asks for two, which split sums and so round otherwise. Processes that tests start inherit it.
-os.environ["OMP_NUM_THREADS"] = os.environ.get("HSU_TEST_THREADS", "1")
-torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+THREADS = os.environ.get("HSU_TEST_THREADS", "1")
+os.environ["OMP_NUM_THREADS"] = THREADS
+torch.set_num_threads(int(THREADS))
 
 
 @pytest.fixture(autouse=True)

@@ -241,6 +241,7 @@ def test_a_cell_is_tuned_on_tuning_seeds_and_tested_once(monkeypatch):
         )
 
     monkeypatch.setattr(running, "train", recorded)
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)  # of all tests after this
     cell = Cell(TINY, METHODS["half_mhe_2"])
     found = running.run(cell, (1, 2, 3), (7, 8))
     trials = cell.trials(load("digits"))

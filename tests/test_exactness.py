@@ -550,21 +550,26 @@ SITUATIONS = [
 HERE = [row for row in SITUATIONS if not row.where]
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("row", HERE, ids=lambda row: row.name)
+def cases(*, refused):
+    """Rows and modes that Lightning has, of those that are refused or of the others."""
+    return [
+        pytest.param(row, mode, id=f"{row.name}-{mode}")
+        for row in HERE
+        for mode in MODES
+        if Version(lightning.__version__) >= Version(row.since)
+        and bool(getattr(row, mode).error) == refused
+    ]
+
+
+@pytest.mark.parametrize(("row", "mode"), cases(refused=False))
 @pytest.mark.filterwarnings("ignore:.*barebones.*", "ignore:.*overfit.*")
 def test_trains_as_a_plain_loop_does(row, mode):
-    if Version(lightning.__version__) < Version(row.since):
-        pytest.skip(f"Lightning has it since {row.since}")
     outcome = getattr(row, mode)
     module = row.module(make_optimizer=row.optimizer)
     twin, without, before = (copy.deepcopy(module).to(row.dtype) for _ in range(3))
     data = batches(row.count, dtype=row.dtype)
-    with expected(outcome):
+    with warned_of(outcome):
         fit_with_lightning(row, mode, module, data)
-    if outcome.error:
-        assert max_difference(module, before) == 0
-        return
     fit_plainly(row, outcome.mode or mode, twin, data)
     fit_plainly(row, "none", without, data)
     assert max_difference(twin, module) < row.tolerance
@@ -572,9 +577,18 @@ def test_trains_as_a_plain_loop_does(row, mode):
     assert max_difference(without, twin) > 10 * row.tolerance or outcome.mode == "none"
 
 
-def expected(outcome):
-    if outcome.error:
-        return pytest.raises(outcome.error, match=outcome.message)
+@pytest.mark.parametrize(("row", "mode"), cases(refused=True))
+def test_is_refused_before_anything_has_moved(row, mode):
+    outcome = getattr(row, mode)
+    module = row.module(make_optimizer=row.optimizer)
+    before = copy.deepcopy(module).to(row.dtype)
+    data = batches(row.count, dtype=row.dtype)
+    with pytest.raises(outcome.error, match=outcome.message):
+        fit_with_lightning(row, mode, module, data)
+    assert max_difference(module, before) == 0
+
+
+def warned_of(outcome):
     return pytest.warns(UserWarning, match=outcome.message) if outcome.message else nullcontext()
 
 
