@@ -20,7 +20,7 @@ from benchmarks import peers
 from benchmarks.shapes import MODELS, Shapes
 from benchmarks.timing import machine, peak_mib, quotient, resident_mib, rounds_of, save
 from lightning_hsu import UniformityRegularizer
-from lightning_hsu._core import lowered_products
+from lightning_hsu._core import bf16_products
 from lightning_hsu.measures import (
     GaussianPotential,
     GramDeterminant,
@@ -205,7 +205,7 @@ def accuracy(quick: bool) -> Iterator[Row]:
         near[-64:] = normalize(w[:64], dim=1) + chord * normalize(torch.randn(64, d), dim=1)
         error = error_of(FULL, near)
         yield Row(f"{n} x {d}, 64 pairs at a chord of {chord:g}, error", error, "<= 1e-6")
-    with lowered_products(True):
+    with bf16_products(True):
         for space, measure in SPACES.items():
             error = error_of(measure, w)
             yield Row(f"{n} x {d}, bfloat16 products, {space} space, error", error, "<= 2e-3")

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lightning_hsu import HypersphericalUniformity, UniformityRegularizer
-from lightning_hsu._core import bf16, lowered_products, pair_part, pair_rows
+from lightning_hsu._core import bf16, bf16_products, pair_part, pair_rows
 from lightning_hsu.measures import GaussianPotential, KoLeo, RieszEnergy
 from tests.members import InverseFourth
 
@@ -57,7 +57,7 @@ KINDS = [
 
 def error(measure, x):
     exact = measure.value_and_grad(x.double())[1]
-    with lowered_products(True):
+    with bf16_products(True):
         value, grad = measure.value_and_grad(x)
     assert torch.isfinite(value).all()
     assert grad.dtype == x.dtype
@@ -78,7 +78,7 @@ def test_others_to_1e_2(measure, kind):
 
 def test_values_are_close():
     for measure in (*FULL, *OTHERS):
-        with lowered_products(True):
+        with bf16_products(True):
             value = measure.value_and_grad(neurons("as random"))[0]
         assert float(value) == pytest.approx(
             float(measure.penalty(neurons("as random").double())), rel=1e-3, abs=1e-3
@@ -91,7 +91,7 @@ def test_rows_and_parts_add_up(kind):
     x, term = neurons(kind), RieszEnergy(s=2).pair_term()
     exact = RieszEnergy(s=2).value_and_grad(x.double())[1]
     rows = (torch.arange(x.shape[-2]) % 3 == 0).expand(x.shape[:-1])
-    with lowered_products(True):
+    with bf16_products(True):
         some = pair_rows(x, term, rows)
         summed = sum(pair_part(x, term, part, 3)[0] for part in range(3))
     assert not some[~rows].any()
@@ -106,13 +106,13 @@ def test_crowded_panels_are_exact():
 def test_products_are_rounded_where_asked_for_and_nowhere_else():
     x, measure = neurons("as random"), RieszEnergy(s=2)
     exact = measure.value_and_grad(x)[1]
-    with lowered_products(True):
+    with bf16_products(True):
         assert not torch.equal(measure.value_and_grad(x)[1], exact)
-        small = x[:, : bf16._SMALLEST - 1]
+        small = x[:, : bf16.SMALLEST - 1]
         inside = measure.value_and_grad(small)[1], measure.value_and_grad(x.double())[1]
         with torch.no_grad():
             value = measure.penalty(x)
-        with lowered_products(False):
+        with bf16_products(False):
             assert torch.equal(measure.value_and_grad(x)[1], exact)
     assert torch.equal(inside[0], measure.value_and_grad(small)[1])
     assert torch.equal(inside[1], measure.value_and_grad(x.double())[1])
@@ -146,7 +146,7 @@ def test_the_engine_lowers_what_acts_not_what_is_told(way):
 
 def test_other_measures_stay_exact():
     x = neurons("as random")
-    with lowered_products(True):
+    with bf16_products(True):
         grad = KoLeo().value_and_grad(x)[1]
     assert torch.equal(grad, KoLeo().value_and_grad(x)[1])
 

@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError
 import pytest
 import torch
 
-from lightning_hsu._core import lowered_products, oracle_energy
+from lightning_hsu._core import bf16_products, oracle_energy
 from lightning_hsu._core.foreach import add_pair_gradients
 from lightning_hsu._core.neighbours import Nearest
 from lightning_hsu._core.topk import largest_two
@@ -290,7 +290,7 @@ def test_lower_products_take_one_product_where_there_are_three(monkeypatch):
     assert precision() == exact_precision()
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     assert precision() == "tf32x3"
-    with lowered_products(True):
+    with bf16_products(True):
         assert precision() == "tf32"
 
 
@@ -300,7 +300,7 @@ def test_lower_products_take_one_product_where_there_are_three(monkeypatch):
 def test_lower_precision_is_good_enough_for_a_penalty(launch):
     term, w = RieszEnergy(s=2).pair_term(), neurons(1, 130, 64)
     w[0, 1] = w[0, 0] + 1e-3 * neurons(64)
-    with lowered_products(True):
+    with bf16_products(True):
         for x in (w, w[:, 1:]):
             assert relative_error(added([x], term)[0], exact(x, term)) < 2e-3
 

@@ -8,8 +8,8 @@ from lightning_hsu._core.nearest import smallest_angle
 from lightning_hsu._core.oracle import oracle_energy
 from lightning_hsu._core.pairwise import pair_energy, pair_part, pair_rows
 from lightning_hsu._core.precision import (
+    bf16_products,
     exact_arithmetic,
-    lowered_products,
     with_float64,
     working_dtype,
 )
@@ -28,10 +28,10 @@ __all__ = [
     "Kernel",
     "PairEnergy",
     "PairTerm",
+    "bf16_products",
     "coincident",
     "exact_arithmetic",
     "expected_angles",
-    "lowered_products",
     "oracle_energy",
     "pair_bound",
     "pair_energy",

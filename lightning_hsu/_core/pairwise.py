@@ -14,22 +14,23 @@ rows, each against all others, k of them for 4*k*n*d FLOP.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from lightning_hsu._core.bf16 import pair_sums
+from lightning_hsu._core.bf16 import BF16PairSums, worth_bf16
 from lightning_hsu._core.kernel import PairTerm, softened_at
 from lightning_hsu._core.near import NEAR
 from lightning_hsu._core.precision import exact_arithmetic, with_float64, working_dtype
 from lightning_hsu._core.sums import PairSums
 
 PANEL = 256
-_PART_PANEL = (
-    PANEL // 2
-)  # the block on the diagonal is formed whole: smaller ones keep the parts equal
-_ENTRIES = 2**22  # Gram entries held at once when several small groups go together
+"""Rows of a panel."""
+
+_GRAM_ENTRIES = 2**22
+"""Gram entries of the groups that are computed together."""
 
 
 def pair_energy(
@@ -38,8 +39,8 @@ def pair_energy(
     """Mean energy over unordered pairs of neurons, and its gradient.
 
     Args:
-        w: Neurons, shape (..., n, d), any floating dtype; rows of any positive norm. Zero and non-finite
-            rows take no part.
+        w: Neurons, shape (..., n, d), any floating dtype; rows of any positive norm. Zero and
+            non-finite rows take no part.
         term: The kernel.
         with_grad: Also return the gradient.
 
@@ -47,27 +48,26 @@ def pair_energy(
         The value (...) in float32 or wider, and the gradient with the shape and dtype of ``w`` (None
         without ``with_grad``). Both are finite, and the same weights give the same bits.
     """
-    n = w.shape[-2]
+    dtype = working_dtype(w.dtype)
     if w.numel() == 0:
-        return w.new_zeros(w.shape[:-2], dtype=working_dtype(w.dtype)), torch.zeros_like(
-            w
-        ) if with_grad else None
-    stack, dtype = _stack(w, term)
-    values, grads = [], []
+        value = w.new_zeros(w.shape[:-2], dtype=dtype)
+        return value, torch.zeros_like(w) if with_grad else None
+    n = w.shape[-2]
+    # The block on the diagonal is formed whole: it weighs more where there are few rows.
+    height = PANEL if 640 < n <= 16384 else PANEL // 2
+    stack = _stack(w, term)
+    values = []
+    grads = []
     with torch.no_grad(), exact_arithmetic(stack):
-        for some in torch.split(stack, _together(n, n)):
-            sums = pair_sums(some.to(dtype), term) if with_grad else PairSums(some.to(dtype), term)
-            sums.add(0, n, _height(n), with_grad=with_grad)
+        for sums in _gathered(stack, term, 0, n, height, with_grad):
             values.append(sums.value())
-            grads += [sums.gradient(w.dtype)] if with_grad else []
-    bound = torch.finfo(working_dtype(w.dtype)).max
-    value = (
-        _joined(values)
-        .reshape(w.shape[:-2])
-        .clamp(-bound, bound)
-        .to(w.device, working_dtype(w.dtype))
-    )
-    return value, _joined(grads).reshape(w.shape).to(w.device) if with_grad else None
+            if with_grad:
+                grads.append(sums.gradient(w.dtype))
+    bound = torch.finfo(dtype).max
+    value = _concatenated(values).reshape(w.shape[:-2]).clamp(-bound, bound).to(w.device, dtype)
+    if not with_grad:
+        return value, None
+    return value, _concatenated(grads).reshape(w.shape).to(w.device)
 
 
 def small_pair_gradient(w: Tensor, term: PairTerm) -> tuple[Tensor, Tensor, Tensor | None] | None:
@@ -118,19 +118,23 @@ def pair_rows(w: Tensor, term: PairTerm, rows: Tensor) -> Tensor:
         rows: The wanted rows, bool, shape (..., n). A group with k of them costs 4 * k * n * d FLOP.
 
     Returns:
-        The gradient with the shape and dtype of ``w``, 0 in the other rows; finite, and the same inputs give the
-        same bits.
+        The gradient with the shape and dtype of ``w``, 0 in the other rows; finite, and the same
+        inputs give the same bits.
     """
     if w.numel() == 0:
         return torch.zeros_like(w)
-    stack, dtype = _stack(w, term)
+    stack = _stack(w, term)
     wanted = rows.to(stack.device).reshape(stack.shape[:-1])
-    grad, count = torch.zeros_like(stack), wanted.sum(-1)
+    grad = torch.zeros_like(stack, dtype=w.dtype)
+    count = wanted.sum(-1)
     with torch.no_grad(), exact_arithmetic(stack):
         for k in sorted(set(count.tolist()) - {0}):  # groups with as many rows go together
-            for some in torch.split((count == k).nonzero().squeeze(1), _together(k, w.shape[-2])):
+            alike = (count == k).nonzero().squeeze(1)
+            for some in torch.split(alike, _groups_at_once(k, w.shape[-2])):
                 index = wanted[some].nonzero()[:, 1].reshape(-1, k)
-                sums = pair_sums(stack[some].to(dtype), term, index)
+                groups = stack[some]
+                kind = BF16PairSums if worth_bf16(groups) else PairSums
+                sums = kind(groups, term, index)
                 sums.add(0, k, PANEL)
                 grad[some[:, None], index] = sums.gradient(w.dtype)
     return grad.reshape(w.shape).to(w.device)
@@ -142,13 +146,13 @@ def pair_part(w: Tensor, term: PairTerm, part: int, parts: int) -> tuple[Tensor,
     Args:
         w: Neurons, shape (..., n, d), as there.
         term: The kernel.
-        part: Which one, from 0 to ``parts`` - 1.
+        part: Which summand, from 0 to ``parts`` - 1.
         parts: How many there are, 1 or more.
 
     Returns:
-        The summand with the shape and dtype of ``w``, and a number, shape () in float32: > 0 if this part met
-        coincident neurons or pulls beyond its range; then the summands may not add up to the gradient. They and
-        their sum are finite, and the same inputs give the same bits.
+        The summand with the shape and dtype of ``w``, and a number, shape () in float32: > 0 if this
+        part met coincident neurons or pulls beyond its range; then the summands may not add up to
+        the gradient. They and their sum are finite, and the same inputs give the same bits.
 
     Raises:
         ValueError: if there is no such part.
@@ -158,25 +162,19 @@ def pair_part(w: Tensor, term: PairTerm, part: int, parts: int) -> tuple[Tensor,
     if w.numel() == 0:
         return torch.zeros_like(w), torch.zeros((), device=w.device)
     n = w.shape[-2]
-    first, last = (round(n * (1.0 - math.sqrt(1.0 - r / parts))) for r in (part, part + 1))
-    stack, dtype = _stack(w, term)
-    grads, additive = [], True
+    # Up to a row the triangle has a share of 1 - (1 - row / n)**2.
+    first = round(n * (1.0 - math.sqrt(1.0 - part / parts)))
+    last = round(n * (1.0 - math.sqrt(1.0 - (part + 1) / parts)))
+    stack = _stack(w, term)
+    grads = []
+    additive = True
     with torch.no_grad(), exact_arithmetic(stack):
-        for some in torch.split(stack, _together(n, n)):
-            sums = pair_sums(some.to(dtype), term)
-            sums.add(first, last, _PART_PANEL)
+        # Smaller blocks on the diagonal, which are formed whole, keep the parts equal.
+        for sums in _gathered(stack, term, first, last, PANEL // 2, with_grad=True):
             grads.append(sums.share(w.dtype, parts))
             additive &= sums.additive
-    return _joined(grads).reshape(w.shape).to(w.device), torch.tensor(
-        float(not additive), device=w.device
-    )
-
-
-def _stack(w: Tensor, term: PairTerm) -> tuple[Tensor, torch.dtype]:
-    """The neurons w as one stack of groups (b, n, d), and the dtype to compute in."""
-    return with_float64(w.detach()).reshape(-1, *w.shape[-2:]), torch.float64 if too_steep(
-        term
-    ) else working_dtype(w.dtype)
+    grad = _concatenated(grads).reshape(w.shape).to(w.device)
+    return grad, torch.tensor(float(not additive), device=w.device)
 
 
 @lru_cache(maxsize=256)
@@ -186,15 +184,38 @@ def too_steep(term: PairTerm) -> bool:
     return float(ends.abs().max()) > 1e18
 
 
-def _height(n: int) -> int:
-    """Rows of a panel: fewer where the block on the diagonal, which is formed whole, weighs more, or a row is long."""
-    return PANEL if 640 < n <= 16384 else PANEL // 2
+def _gathered(
+    stack: Tensor, term: PairTerm, first: int, last: int, height: int, with_grad: bool
+) -> Iterator[PairSums]:
+    """The sums over pairs of the rows from ``first`` to before ``last``, some groups at a time.
+
+    Args:
+        stack: Neurons, shape (b, n, d).
+        term: The kernel.
+        first: The first row of the triangle.
+        last: The row after the last.
+        height: Rows of a panel.
+        with_grad: Also gather the gradient.
+    """
+    n = stack.shape[1]
+    for groups in torch.split(stack, _groups_at_once(n, n)):
+        kind = BF16PairSums if with_grad and worth_bf16(groups) else PairSums
+        sums = kind(groups, term)
+        sums.add(first, last, height, with_grad=with_grad)
+        yield sums
 
 
-def _joined(parts: list[Tensor]) -> Tensor:
+def _stack(w: Tensor, term: PairTerm) -> Tensor:
+    """The neurons as one stack of groups (b, n, d) without a graph, in the dtype to compute in."""
+    dtype = torch.float64 if too_steep(term) else working_dtype(w.dtype)
+    return with_float64(w.detach()).reshape(-1, *w.shape[-2:]).to(dtype)
+
+
+def _groups_at_once(k: int, n: int) -> int:
+    """How many groups are computed together if k rows of each meet n columns."""
+    return max(1, _GRAM_ENTRIES // max(1, min(PANEL, k) * n))
+
+
+def _concatenated(parts: list[Tensor]) -> Tensor:
+    """The parts as one tensor, without a copy if there is one."""
     return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-def _together(k: int, n: int) -> int:
-    """How many groups go together where k rows of each meet n columns."""
-    return max(1, _ENTRIES // max(1, min(PANEL, k) * n))

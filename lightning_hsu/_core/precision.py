@@ -41,22 +41,22 @@ def exact_arithmetic(like: Tensor) -> Iterator[None]:
             _set_precision(backend, value)
 
 
-_BF16_PRODUCTS = ContextVar("bf16_products", default=False)
+_BF16_ALLOWED = ContextVar("bf16_allowed", default=False)
 
 
 @contextmanager
-def lowered_products(on: bool) -> Iterator[None]:
+def bf16_products(on: bool) -> Iterator[None]:
     """Let the gradients of pair energies multiply in bfloat16 within the block, if ``on``."""
-    before = _BF16_PRODUCTS.set(on)
+    before = _BF16_ALLOWED.set(on)
     try:
         yield
     finally:
-        _BF16_PRODUCTS.reset(before)
+        _BF16_ALLOWED.reset(before)
 
 
-def products_are_lowered() -> bool:
+def bf16_allowed() -> bool:
     """Whether the gradients of pair energies may multiply in bfloat16 here."""
-    return _BF16_PRODUCTS.get()
+    return _BF16_ALLOWED.get()
 
 
 # Since torch 2.9 each backend has its own setting. Where a user has set one of these, reading the

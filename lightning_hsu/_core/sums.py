@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,113 +13,148 @@ from lightning_hsu._core.near import NEAR, NearPairs
 from lightning_hsu._core.sphere import largest_entries, to_weights, unit_rows
 
 
+@dataclass(slots=True)
+class GramPanel:
+    """Some rows of the Gram matrix, and the columns that they meet.
+
+    Args:
+        start: The first row.
+        stop: The row after the last.
+        left: The first column.
+        seam: The first column, counted from ``left``, whose pairs the panel holds once: they count
+            for their transposed pairs, too. Pairs in the columns before it are held twice.
+        fresh: Whether the gradients that the panel adds to are not yet written.
+    """
+
+    start: int
+    stop: int
+    left: int
+    seam: int
+    fresh: bool
+
+
 class PairSums:
     """Sums over the pairs of a stack of neurons, gathered a panel of rows at a time.
 
     Args:
         w: Neurons, shape (b, n, d), float32 or float64.
         term: The kernel.
-        index: Rows (b, k) that meet all rows and alone gather a gradient; None for the triangle: row i of all meets
-            row i and those after it, which gather their share of the gradient, too.
+        index: Rows (b, k) that meet all rows and alone gather a gradient. None for the triangle:
+            each row meets itself and those after it, which gather their share of the gradient, too.
     """
 
     def __init__(self, w: Tensor, term: PairTerm, index: Tensor | None = None) -> None:
-        self.w, self.term, self.index = w, term, index
+        self.w = w
+        self.term = term
+        self.index = index
         self.x, inverse_norm = unit_rows(w)
         low, high = inverse_norm.aminmax()
-        self.alive = None if bool(low > 0) else inverse_norm > 0  # (b, n, 1); None if all are
-        self.live: list[int] = (
-            [w.shape[1]] * len(w) if self.alive is None else self.alive.sum((-2, -1)).tolist()
-        )
-        self.in_range = bool(
-            high < 1e15
-        )  # then no gradient over a norm overflows, if it is not one of near pairs
-        self.rows, self.inverse_norm = self.x, inverse_norm
+        self.alive: Tensor | None = None  # rows that take part (b, n, 1); None if all do
+        self.live = [w.shape[1]] * len(w)  # how many take part in each group
+        if not bool(low > 0):
+            self.alive = inverse_norm > 0
+            self.live = self.alive.sum((-2, -1)).tolist()
+        # Then no gradient over a norm overflows, unless it comes from near pairs.
+        self.in_range = bool(high < 1e15)
+        self.rows = self.x  # those that gather a gradient, (b, k, d)
+        self.inverse_norm = inverse_norm
         if index is not None:
-            self.rows, self.inverse_norm = (
-                torch.take_along_dim(a, index[..., None], 1) for a in (self.x, inverse_norm)
-            )
-        self.near: dict[int, NearPairs] = {}
+            self.rows = torch.take_along_dim(self.x, index[..., None], 1)
+            self.inverse_norm = torch.take_along_dim(inverse_norm, index[..., None], 1)
+        self.near: dict[int, NearPairs] = {}  # by group
         self.total = torch.zeros(len(w), dtype=torch.float64, device=w.device)
-        self.grad = w.new_empty(
-            0
-        )  # (b, k, d), that of the pairs that are not near, before anything is multiplied or projected
-        self.radial = torch.zeros(
-            self.rows.shape[:2], dtype=w.dtype, device=w.device
-        )  # its products with the unit rows
-        self.two = torch.tensor(2.0, dtype=w.dtype)
+        # The sums of F'(q_ij) x_j over all j but near ones, (b, k, d), and their products with x_i.
+        self.grad = w.new_empty(0)
+        self.radial = torch.zeros(self.rows.shape[:2], dtype=w.dtype, device=w.device)
         self.additive = True  # whether the gradient, once taken, is a sum over pairs
-
-    def _by_group(self, function: Callable[[float], float]) -> Tensor | float:
-        """A number (b,) for each group; one where they are equal."""
-        if self.alive is None:
-            return function(self.w.shape[1])
-        return torch.tensor(
-            [function(m) for m in self.live], dtype=torch.float64, device=self.w.device
-        )
 
     def add(self, first: int, last: int, height: int, *, with_grad: bool = True) -> None:
         """Add the pairs of the rows from ``first`` to before ``last``, in panels of so many rows."""
         if with_grad:
-            self.grad = (torch.empty_like if first == 0 < last else torch.zeros_like)(self.rows)
+            # The first row meets all others: what begins there writes all of the gradient.
+            make = torch.empty_like if first == 0 < last else torch.zeros_like
+            self.grad = make(self.rows)
+        n = self.x.shape[1]
         for start in range(first, last, height):
-            self._add_panel(start, min(start + height, last), with_grad)
+            stop = min(start + height, last)
+            if self.index is None:
+                panel = GramPanel(start, stop, start, stop - start, start == 0)
+            else:
+                panel = GramPanel(start, stop, 0, n, True)
+            self._add_panel(panel, with_grad)
 
-    def _add_panel(self, start: int, stop: int, with_grad: bool) -> None:
-        left = start if self.index is None else 0
-        rows, cols = self.rows[:, start:stop], self.x[:, left:]  # (b, k, d), (b, m, d)
-        seam = (
-            stop - left if self.index is None else cols.shape[1]
-        )  # columns before it hold each pair twice
+    def _add_panel(self, panel: GramPanel, with_grad: bool) -> None:
+        rows = self.rows[:, panel.start : panel.stop]  # (b, k, d)
+        cols = self.x[:, panel.left :]  # (b, m, d)
         cosine = product(rows, cols.mT)
-        q = torch.add(self.two, cosine, alpha=-2.0)
-        self._fill_own(q, start, 2.0)
-        redo = _near(q)
+        q = self._squared_chords(cosine, panel)
+        slope = self._add_energies(panel, q, outside(q, NEAR), NEAR, with_grad)
+        if not with_grad:
+            return
+        self._fill_diagonal(slope, panel, 0.0)
+        radial = cosine.mul_(slope)
+        self.radial[:, panel.start : panel.stop] += radial.sum(-1)
+        _add_product(self.grad[:, panel.start : panel.stop], slope, cols, panel.fresh)
+        if panel.seam < cols.shape[1]:
+            self.radial[:, panel.stop :] += radial[..., panel.seam :].sum(-2)
+            below = slope[..., panel.seam :].mT
+            _add_product(self.grad[:, panel.stop :], below, rows, panel.fresh)
+
+    def _squared_chords(self, cosine: Tensor, panel: GramPanel) -> Tensor:
+        """Squared chords at the cosines (b, k, m) of a panel; a row meets itself at a right angle."""
+        q = torch.rsub(cosine, 2.0, alpha=2.0)
+        self._fill_diagonal(q, panel, 2.0)
+        return q
+
+    def _add_energies(
+        self, panel: GramPanel, q: Tensor, redo: Tensor | None, nearest: float, with_grad: bool
+    ) -> Tensor:
+        """Add the energies of a panel, and near pairs altogether.
+
+        Args:
+            panel: The panel.
+            q: Squared chords, shape (b, k, m); overwritten.
+            redo: Pairs nearer than ``nearest``, which are redone in float64; None if there are none.
+            nearest: The squared chord from which, and up to 4 minus it, q is precise enough.
+            with_grad: Also add the gradients of near pairs.
+
+        Returns:
+            The slopes (b, k, m) of the other pairs, 0 for near ones.
+        """
         if redo is not None:
-            self._redo(redo, start, stop, left, seam, with_grad)
-            q.clamp_(NEAR, 4.0 - NEAR)
-        value, slope = self.term.folded(q, NEAR)
-        for part in (value, slope):
-            self._fill_own(part, start, 0.0)
-            if redo is not None:
-                part.masked_fill_(redo, 0.0)
-        if (
-            self.alive is not None
-        ):  # a zero row has cosine 0 with all: no pull on the others, but a value
-            value *= (self.inverse_norm[:, start:stop] > 0) & self.alive[:, left:].mT
-        self._total(value, seam)
-        if with_grad:
-            fresh = start == 0 or self.index is not None  # then nothing was there before
-            radial = cosine.mul_(slope)
-            self.radial[:, start:stop] += radial.sum(-1)
-            _add_product(self.grad[:, start:stop], slope, cols, fresh)
-        if with_grad and seam < cols.shape[1]:
-            self.radial[:, stop:] += radial[..., seam:].sum(-2)
-            _add_product(self.grad[:, stop:], slope[..., seam:].mT, rows, fresh)
+            self._redo(redo, panel, with_grad)
+            q.clamp_(nearest, 4.0 - nearest)
+        value, slope = self.term.folded(q, nearest)
+        self._fill_diagonal(value, panel, 0.0)
+        if redo is not None:
+            value.masked_fill_(redo, 0.0)
+            slope.masked_fill_(redo, 0.0)
+        if self.alive is not None:
+            # A zero row has cosine 0 with all: no pull on the others, but a value.
+            alive_rows = self.inverse_norm[:, panel.start : panel.stop] > 0
+            value *= alive_rows & self.alive[:, panel.left :].mT
+        self.total += value[..., : panel.seam].sum((-2, -1), dtype=torch.float64) * 0.5
+        if panel.seam < value.shape[2]:
+            self.total += value[..., panel.seam :].sum((-2, -1), dtype=torch.float64)
+        return slope
 
-    def _total(self, value: Tensor, seam: int) -> None:
-        """Add the energies of a panel (b, k, m), which holds the pairs of its columns before ``seam`` twice."""
-        self.total += value[..., :seam].sum((-2, -1), dtype=torch.float64) * 0.5
-        if seam < value.shape[2]:
-            self.total += value[..., seam:].sum((-2, -1), dtype=torch.float64)
-
-    def _fill_own(self, part: Tensor, start: int, value: float) -> None:
-        """Fill in where the rows from ``start`` on of a panel (b, k, m) meet themselves."""
+    def _fill_diagonal(self, part: Tensor, panel: GramPanel, value: float) -> None:
+        """Fill in where the rows of a panel (b, k, m) meet themselves."""
         if self.index is None:
             part.diagonal(dim1=1, dim2=2).fill_(value)
         else:
-            part.scatter_(2, self.index[:, start : start + part.shape[1], None], value)
+            part.scatter_(2, self.index[:, panel.start : panel.stop, None], value)
 
-    def _redo(
-        self, mask: Tensor, start: int, stop: int, left: int, seam: int, with_grad: bool
-    ) -> None:
-        """Add the pairs of ``mask`` (b, k, m): rows from ``start`` to before ``stop``, columns from ``left`` on."""
-        cols = torch.arange(left, self.x.shape[1], device=mask.device)
+    def _redo(self, mask: Tensor, panel: GramPanel, with_grad: bool) -> None:
+        """Add the pairs of ``mask`` (b, k, m) in float64."""
+        cols = torch.arange(panel.left, self.x.shape[1], device=mask.device)
         for i in mask.any(2).any(1).nonzero().flatten().tolist():
             if i not in self.near:
                 self.near[i] = NearPairs(self.w[i], self.term)
-            rows = cols[: stop - start] if self.index is None else self.index[i, start:stop]
-            self.near[i].add_panel(mask[i], rows, cols, seam, with_grad=with_grad)
+            rows = cols[: panel.stop - panel.start]
+            if self.index is not None:
+                rows = self.index[i, panel.start : panel.stop]
+            self.near[i].add_panel(mask[i], rows, cols, panel.seam, with_grad=with_grad)
 
     def value(self) -> Tensor:
         """Mean energy (b,) in float64."""
@@ -136,17 +172,13 @@ class PairSums:
     def share(self, out: torch.dtype, parts: int) -> Tensor:
         """The same, with rows so short that ``parts`` such tensors have a finite sum."""
         grad = self._on_sphere()
-        room = (
-            torch.finfo(out).max
-            / 2
-            / parts
-            / largest_entries(grad).clamp_min(torch.finfo(grad.dtype).tiny)
-        )
+        tiny = torch.finfo(grad.dtype).tiny
+        room = torch.finfo(out).max / 2 / parts / largest_entries(grad).clamp_min(tiny)
         self.additive &= not bool((self.inverse_norm > room).any())
         return (grad * torch.minimum(self.inverse_norm, room)).to(out)
 
     def _on_sphere(self) -> Tensor:
-        """From sum_j F'(q_ij) x_j (b, k, d) to the gradient on the sphere: tangent part, near pairs, mean over pairs."""
+        """The gradient (b, k, d) of the mean energy on the sphere, near pairs included."""
         grad = self._tangent().mul_(self._mean())
         bound = torch.finfo(grad.dtype).max / 4
         for i, pairs in self.near.items():
@@ -154,34 +186,41 @@ class PairSums:
             near *= self.term.scale(self.live[i])
             self.additive &= pairs.duplicates is None and not bool((near.abs() > bound).any())
             near = near.clamp_(-bound, bound).to(grad.dtype)
-            if (
-                self.index is not None
-            ):  # from rows of all to places in the index; rows that are not in it go beyond its end
-                place = torch.full((self.x.shape[1],), len(grad[i]), device=rows.device)
-                place[self.index[i]] = torch.arange(len(grad[i]), device=rows.device)
-                wanted = place[rows] < len(grad[i])
+            if self.index is not None:
+                # From rows of the group to their places in the index, if they are there.
+                k = len(grad[i])
+                place = torch.full((self.x.shape[1],), k, device=rows.device)
+                place[self.index[i]] = torch.arange(k, device=rows.device)
+                wanted = place[rows] < k
                 rows, near = place[rows][wanted], near[wanted]
             grad[i].index_add_(0, rows, near)
         return grad
 
     def _tangent(self) -> Tensor:
-        """What is tangent of sum_j F'(q_ij) x_j (b, k, d)."""
+        """The tangent part of the sums of F'(q_ij) x_j, (b, k, d)."""
         return self.grad.addcmul_(self.rows, self.radial[..., None], value=-1.0)
 
     def _mean(self) -> Tensor | float:
-        """What makes of that the gradient of a mean, a number or (b, 1, 1)."""
+        """The factor, a number or (b, 1, 1), that makes of these the gradient of a mean."""
         scale = self._by_group(self.term.scale)
-        return -2.0 * (
-            scale[:, None, None].to(self.grad.dtype) if isinstance(scale, Tensor) else scale
-        )
+        if isinstance(scale, Tensor):
+            scale = scale[:, None, None].to(self.grad.dtype)
+        return -2.0 * scale
+
+    def _by_group(self, function: Callable[[float], float]) -> Tensor | float:
+        """A function of how many rows take part: a number, or (b,) where groups may differ."""
+        if self.alive is None:
+            return function(self.w.shape[1])
+        numbers = [function(live) for live in self.live]
+        return torch.tensor(numbers, dtype=torch.float64, device=self.w.device)
 
 
-def _near(q: Tensor) -> Tensor | None:
-    """The pairs too near, or too near to opposite, for their squared chord in float32; None if there are none."""
+def outside(q: Tensor, nearest: float) -> Tensor | None:
+    """Which squared chords are below ``nearest`` or above 4 minus it; None if there are none."""
     low, high = q.aminmax()
-    if bool((low >= NEAR) & (high <= 4.0 - NEAR)):
+    if bool((low >= nearest) & (high <= 4.0 - nearest)):
         return None
-    return (q < NEAR) | (q > 4.0 - NEAR)
+    return (q < nearest) | (q > 4.0 - nearest)
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
@@ -190,7 +229,7 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _add_product(out: Tensor, a: Tensor, b: Tensor, fresh: bool) -> None:
-    """Add a @ b to ``out`` in place, or put it there where that is ``fresh``."""
+    """Add ``a @ b`` to ``out`` in place; where that is ``fresh``, write it there."""
     beta = 0.0 if fresh else 1.0
     if len(a) == 1:
         out[0].addmm_(a[0], b[0], beta=beta)

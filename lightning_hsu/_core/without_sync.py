@@ -16,7 +16,7 @@ from torch import Tensor
 from lightning_hsu._core.kernel import PairTerm
 from lightning_hsu._core.near import NEAR
 from lightning_hsu._core.pairwise import pair_energy, too_steep
-from lightning_hsu._core.precision import products_are_lowered, working_dtype
+from lightning_hsu._core.precision import bf16_allowed, working_dtype
 from lightning_hsu._core.updates import GradientUpdate, add_to_layers, alike, chunks
 
 _PANEL_ENTRIES = 2**26
@@ -48,7 +48,7 @@ def avoids_sync(w: Tensor, term: PairTerm) -> bool:
 
     Bfloat16 products need answers on the way, and very steep kernels need float64.
     """
-    return w.is_cuda and w.shape[1] > 1 and not products_are_lowered() and not too_steep(term)
+    return w.is_cuda and w.shape[1] > 1 and not bf16_allowed() and not too_steep(term)
 
 
 def stacks_of(updates: Sequence[GradientUpdate]) -> list[Sequence[GradientUpdate]]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_hsu._core.backend import VARIABLE
-from lightning_hsu._core.precision import products_are_lowered
+from lightning_hsu._core.precision import bf16_allowed
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """Of neurons that the kernels read."""
@@ -29,7 +29,7 @@ def interpreted() -> bool:
 
 def precision() -> str:
     """How kernels multiply: three TF32 products, as good as float32, or one where that is allowed."""
-    if products_are_lowered() and not interpreted():
+    if bf16_allowed() and not interpreted():
         return "tf32"
     return exact_precision()
 
