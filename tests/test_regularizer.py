@@ -151,12 +151,10 @@ def test_layers_of_equal_shape_go_together_and_get_the_same_as_alone(monkeypatch
             regularizer = UniformityRegularizer(
                 include=include, head=None, coefficient={"0": 2.0, "*": 0.5} if not include else 0.5
             )
-            regularizer.coefficient = (
-                UniformityRegularizer(coefficient=2.0).coefficient
-                if include == "0"
-                else regularizer.coefficient
-            )
-            regularizer.attach(net).add_gradients(torch.optim.SGD(net.parameters(), lr=0.1))
+            if include == "0":
+                regularizer.coefficient = UniformityRegularizer(coefficient=2.0).coefficient
+            optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+            regularizer.attach(net).add_gradients(optimizer, stats=True)
         found |= {name: p.grad.clone() for name, p in net.named_parameters()}
         if include is None:
             assert calls == [(5, 6, 6), (1, 4, 6), (2, 6, 6), (1, 600, 600)]
