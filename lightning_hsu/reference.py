@@ -197,7 +197,7 @@ def lower_bound(measure: Measure, n: int, d: int) -> float:
         1.570796
     """
     _check(measure, n, d)
-    best = measure.best(n, d)
+    best = measure.bound(n, d)
     return math.nan if best is None else best
 
 
@@ -264,7 +264,7 @@ def score(measure: Measure, value: Tensor, n: int, d: int) -> Tensor:
 @lru_cache(maxsize=256)
 def _simulated(measure: Measure, n: int, d: int) -> Tensor:
     """Values of random layers (n, d) from a fixed seed, float64."""
-    draws = int(min(_DRAWS, max(_FEWEST, _WORK / (measure.work(n, d) + 400.0 * n * d))))
+    draws = int(min(_DRAWS, max(_FEWEST, _WORK / (measure.value_flops(n, d) + 400.0 * n * d))))
     generator = torch.Generator().manual_seed(n * 65537 + d)
     return torch.stack(
         [

@@ -194,7 +194,7 @@ def _draw_panel(ax: Axes, panel: Panel, x: Tensor) -> None:
     arrow = arrows(steps(panel.measure, x))
     _dashed(ax, guide(panel.measure, x))
     _witness(ax, panel.measure, x)
-    if getattr(panel.measure, "half_space", False):
+    if panel.measure.half_space:
         ax.scatter(*(-x).T.tolist(), s=9, facecolor="white", edgecolor=QUIET, lw=0.7, zorder=2)
     ax.quiver(*x.T.tolist(), *arrow.T.tolist(), **ARROW, zorder=4)
     _dots(ax, x, arrow.norm(dim=1) > 0)

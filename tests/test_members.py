@@ -71,7 +71,7 @@ def test_determinant_of_the_simplex(n, d, bandwidth):
     assert float(GramDeterminant(bandwidth, jitter=0)(c.simplex(n, d))) == pytest.approx(
         expected, abs=1e-11
     )
-    assert GramDeterminant(bandwidth, jitter=0).best(n, d) == pytest.approx(expected, abs=1e-9)
+    assert GramDeterminant(bandwidth, jitter=0).bound(n, d) == pytest.approx(expected, abs=1e-9)
 
 
 def test_half_space_determinant_is_that_of_the_2n_points():
@@ -135,12 +135,12 @@ def test_tight_frames_are_as_orthogonal_as_can_be():
         assert float(Orthogonality("so")(points)) == pytest.approx(n * n / d - n, abs=1e-9)
         assert float(Orthogonality("srip")(points)) == pytest.approx(n / d - 1, abs=1e-9)
         for kind in ("so", "dso", "srip"):
-            assert Orthogonality(kind).best(n, d) == pytest.approx(
+            assert Orthogonality(kind).bound(n, d) == pytest.approx(
                 float(Orthogonality(kind)(points)), abs=1e-9
             )
     lines = c.icosahedron()[:6]
     assert float(Orthogonality("mc")(lines)) == pytest.approx(1 / math.sqrt(5), abs=1e-12)
-    assert Orthogonality("mc").best(6, 3) == pytest.approx(1 / math.sqrt(5), abs=1e-12)
+    assert Orthogonality("mc").bound(6, 3) == pytest.approx(1 / math.sqrt(5), abs=1e-12)
 
 
 def test_a_balanced_set_has_no_resultant_and_copies_add_up():
@@ -423,7 +423,7 @@ def test_the_table_names_nested_measures_shortly():
 
 
 @pytest.mark.parametrize(
-    ("measure", "n", "d", "flop"),
+    ("measure", "n", "d", "flops"),
     [
         (RieszEnergy(), 100, 20, 3 * 100 * 100 * 20),
         (KoLeo(), 100, 20, 100 * 100 * 20),
@@ -442,5 +442,5 @@ def test_the_table_names_nested_measures_shortly():
     ],
     ids=repr,
 )
-def test_the_arithmetic_that_the_table_states(measure, n, d, flop):
-    assert measure.flop(n, d) == flop
+def test_the_arithmetic_that_the_table_states(measure, n, d, flops):
+    assert measure.grad_flops(n, d) == flops

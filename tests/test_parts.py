@@ -204,8 +204,8 @@ def test_only_means_over_pairs_can_be_split():
 
     @dataclass(frozen=True)
     class Doubled(InverseFourth):
-        def value_and_grad(self, x, state=None):
-            return tuple(2 * part for part in super().value_and_grad(x, state))
+        def penalty(self, x, state=None):
+            return 2 * super().penalty(x, state)
 
     x, rows = torch.randn(1, 8, 5), torch.arange(8)[None] < 3
     for measure in (Doubled(), GaussianPotential(), Separation(), GramDeterminant(), Covering()):
@@ -363,7 +363,7 @@ def test_groups_that_do_not_go_together(monkeypatch):
     )
     rows[1] = rows[0]
     before = [measure.gradient_rows(x, rows), measure.gradient_part(x, 0, 2)[0]]
-    monkeypatch.setattr(pairwise, "_ENTRIES", 1)
+    monkeypatch.setattr(pairwise, "_GRAM_ENTRIES", 1)
     grad, apart = measure.gradient_part(x, 0, 2)
     assert apart > 0  # in the first group alone
     for found, expected in zip([measure.gradient_rows(x, rows), grad], before, strict=True):

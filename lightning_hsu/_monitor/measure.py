@@ -97,7 +97,7 @@ def measure_neurons(
     if isinstance(measure, Sampled) and not measure.is_exact(state):
         parts = measure.sample(x, state)
         errors = torch.stack(measure.error(x, state))
-    angle = _min_angle(parts, in_half_space(measure)).rad2deg()
+    angle = _min_angle(parts, measure.half_space).rad2deg()
 
     # One synchronisation with the device for all numbers.
     values = torch.stack([penalty, energy, angle])
@@ -126,11 +126,6 @@ def measure_neurons(
         standard_error=float(torch.linalg.vector_norm(errors[0])) / groups,
         gradient_error=float(errors[1].square().mean().sqrt()),
     )
-
-
-def in_half_space(measure: Measure) -> bool:
-    """Return whether a measure sees lines, so that opposite neurons coincide."""
-    return bool(getattr(measure, "half_space", False))
 
 
 def _min_angle(parts: Sequence[Tensor], half_space: bool) -> Tensor:

@@ -131,7 +131,7 @@ def _giga_flops(layer: Layer) -> float:
     if layer.strength == 0:
         return 0.0
     groups, n, d = layer.target.shape
-    return groups * layer.measure.flop(n, d) / 1e9
+    return groups * layer.measure.grad_flops(n, d) / 1e9
 
 
 def _giga_text(x: float) -> str:

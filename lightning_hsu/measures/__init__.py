@@ -1,6 +1,6 @@
 """Measures of hyperspherical uniformity: neurons (..., n, d) to a value (...)."""
 
-from lightning_hsu.measures.base import Measure, SphereMeasure, State
+from lightning_hsu.measures.base import Measure
 from lightning_hsu.measures.covering import Covering
 from lightning_hsu.measures.determinant import GramDeterminant
 from lightning_hsu.measures.gaussian import GaussianPotential
@@ -12,6 +12,8 @@ from lightning_hsu.measures.resultant import ResultantLength
 from lightning_hsu.measures.riesz import RieszEnergy
 from lightning_hsu.measures.sampled import Sampled
 from lightning_hsu.measures.sliced import SlicedWasserstein
+from lightning_hsu.measures.sphere import SphereMeasure
+from lightning_hsu.measures.state import State
 
 __all__ = [
     "Covering",

@@ -22,6 +22,10 @@ from lightning_hsu._core.levenshtein import cap_angle
 from lightning_hsu._core.witness import shares
 from lightning_hsu.measures.witness import Solution, WitnessMeasure
 
+# Sharpness of the smooth maxima of the cosine that the witnesses lower one after the other.
+_GAMMAS = (300.0, 3000.0)
+_GAMMAS_AFRESH = (10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0)
+
 
 @dataclass(frozen=True)
 class Covering(WitnessMeasure):
@@ -74,7 +78,7 @@ class Covering(WitnessMeasure):
     witnesses: int = 8
     steps: int = 10
 
-    def best(self, n: int, d: int) -> float:
+    def bound(self, n: int, d: int) -> float | None:
         """The largest of the known bounds: n caps must cover the sphere, hemispheres, the simplex, Fejes Toth's for d = 3."""
         points = 2 * n if self.half_space else n
         bounds = [cap_angle(1.0 / points, d)]
@@ -90,20 +94,18 @@ class Covering(WitnessMeasure):
     def _kernel(self, cosine: Tensor) -> Tensor:
         """The angle; its slope is 0 where it has none, at equal and opposite points."""
         smooth = cosine.abs() < 1.0 - 1e-14
-        return torch.where(
-            smooth, torch.where(smooth, cosine, 0.0).acos(), cosine.detach().clamp(-1.0, 1.0).acos()
-        )
+        angle = torch.where(smooth, cosine, 0.0).acos()
+        end = cosine.detach().clamp(-1.0, 1.0).acos()
+        return torch.where(smooth, angle, end)
 
     def _solve(self, x: Tensor, start: Tensor, steps: int) -> Solution:
         found = deepest_holes(x, mirrored=self.half_space)
         if found is not None:
             return *found, True
-        gammas = (
-            (10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0) if steps > self.steps else (300.0, 3000.0)
-        )
+        gammas = _GAMMAS_AFRESH if steps > self.steps else _GAMMAS
         points = sink(x, start, gammas, steps)
-        best = int(height(x, points).argmin())
-        points[best] = settle(x, points[best], steps)
+        deepest = int(height(x, points).argmin())
+        points[deepest] = settle(x, points[deepest], steps)
         share = shares(points, height(x, points), SHARED)
         weights = x.new_zeros(len(points), len(x))
         for i in share.nonzero().squeeze(1).tolist():

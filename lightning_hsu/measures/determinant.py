@@ -9,11 +9,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lightning_hsu._checks import check_flag, check_neurons, check_number
-from lightning_hsu._core import FLOOR, coincident, exact_arithmetic, parted, tangent, to_weights
+from lightning_hsu._checks import check_flag, check_number
+from lightning_hsu._core import FLOOR, coincident, separate_duplicates
 from lightning_hsu._core.pairwise import PANEL
-from lightning_hsu.measures.base import SphereMeasure, State
 from lightning_hsu.measures.gaussian import GaussianPotential
+from lightning_hsu.measures.sphere import SphereMeasure
+from lightning_hsu.measures.state import State
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class GramDeterminant(SphereMeasure):
     """
 
     higher_is_better: ClassVar[bool] = True
-    wide: ClassVar[bool] = True
+    in_float64: ClassVar[bool] = True
     bandwidth: float = 1.0
     half_space: bool = False
     jitter: float = 1e-6
@@ -62,41 +63,34 @@ class GramDeterminant(SphereMeasure):
 
     def on_sphere(self, x: Tensor, state: State | None) -> Tensor:
         """Negative log-determinant (b,) of unit rows x (b, n, d)."""
-        x = parted(
-            x, max(FLOOR, self.bandwidth * math.sqrt(self.jitter)), half_space=self.half_space
-        )
+        chord = max(FLOOR, self.bandwidth * math.sqrt(self.jitter))
+        x = separate_duplicates(x, chord, half_space=self.half_space)
         cosine = x @ x.mT
-        own = 2.0 * torch.eye(x.shape[-2], dtype=x.dtype, device=x.device)
-        near = self._kernel((2.0 - 2.0 * cosine).clamp_min(0.0) * (own == 0))
+        itself = torch.eye(x.shape[-2], dtype=torch.bool, device=x.device)
+        near = self._kernel((2.0 - 2.0 * cosine).clamp_min(0.0) * ~itself)
         if not self.half_space:
             return -self._log_det(near)
         # The 2n points split into an even and an odd block: det K = det(A + B) det(A - B).
-        mirrored = self._kernel(torch.where(own > 0, 4.0, (2.0 + 2.0 * cosine).clamp_min(0.0)))
+        mirrored = self._kernel(torch.where(itself, 4.0, (2.0 + 2.0 * cosine).clamp_min(0.0)))
         return -self._log_det(near + mirrored) - self._log_det(near - mirrored)
 
-    def value_and_grad(self, x: Tensor, state: State | None = None) -> tuple[Tensor, Tensor]:
-        """Penalty (...) and its gradient (..., n, d) from one Cholesky factor and its inverse; see :meth:`penalty`."""
-        check_neurons(x)
-        self._prepared(x, state)
-        with torch.no_grad(), exact_arithmetic(x):
-            unit, inverse_norm = self._unit(x.detach())
-            other = type(self).on_sphere is not GramDeterminant.on_sphere
-            if other or x.shape[-2] < 2 or not bool((inverse_norm > 0).all()):
-                return super().value_and_grad(x, state)
-            cosine = _cosines(unit)
-            if bool(coincident(cosine, half_space=self.half_space).any()):  # they are parted first
-                return super().value_and_grad(x, state)
-            blocks = self._blocks(cosine)
-            factors = [_factor(block, self.jitter)[0] for block in blocks]
-            value = -torch.stack([_log_det_of(factor) for factor in factors]).sum(0)
-            slope = torch.cholesky_inverse(factors[0]).mul_(blocks[-1])
-            if self.half_space:
-                slope.addcmul_(torch.cholesky_inverse(factors[1]), blocks[0])
-            slope.diagonal(dim1=-2, dim2=-1).zero_()
-            grad = tangent((slope @ unit).mul_(-4.0 / self.bandwidth**2), unit)
-            return self._shaped(value, x), to_weights(grad, inverse_norm, x.dtype).reshape(
-                x.shape
-            ).to(x.device)
+    def closed_form(self, x: Tensor, state: State | None) -> tuple[Tensor, Tensor] | None:
+        """From one Cholesky factor and its inverse; None for zero rows and for coincident neurons, which are separated."""
+        unit, inverse_norm = self._unit(x)
+        if x.shape[-2] < 2 or not bool((inverse_norm > 0).all()):
+            return None
+        cosine = _cosines(unit)
+        if bool(coincident(cosine, half_space=self.half_space).any()):
+            return None
+        blocks = self._blocks(cosine)
+        factors = [_factor(block, self.jitter)[0] for block in blocks]
+        value = -torch.stack([_log_det_of(factor) for factor in factors]).sum(0)
+        slope = torch.cholesky_inverse(factors[0]).mul_(blocks[-1])
+        if self.half_space:
+            slope.addcmul_(torch.cholesky_inverse(factors[1]), blocks[0])
+        slope.diagonal(dim1=-2, dim2=-1).zero_()
+        grad = (slope @ unit).mul_(-4.0 / self.bandwidth**2)
+        return self._shaped(value, x), self._to_weights(grad, unit, inverse_norm, x)
 
     def _blocks(self, cosine: Tensor) -> list[Tensor]:
         """The kernel matrix (b, n, n), in half space its even and its odd block, of cosines, which are overwritten.
@@ -104,13 +98,15 @@ class GramDeterminant(SphereMeasure):
         The slope of the log-determinant in the cosines is 2 / bandwidth**2 times the inverse of the one times the other,
         elementwise, summed over both blocks.
         """
-        mirrored = self._kernel_of(-cosine, -1.0) if self.half_space else None
+        if not self.half_space:
+            return [self._kernel_of(cosine, 1.0)]
+        mirrored = self._kernel_of(-cosine, -1.0)
         near = self._kernel_of(cosine, 1.0)
-        return [near] if mirrored is None else [near + mirrored, near - mirrored]
+        return [near + mirrored, near - mirrored]
 
-    def _kernel_of(self, cosine: Tensor, own: float) -> Tensor:
-        """The kernel at cosines (b, n, n), in place; ``own`` is that of a neuron with itself."""
-        cosine.diagonal(dim1=-2, dim2=-1).fill_(own)
+    def _kernel_of(self, cosine: Tensor, itself: float) -> Tensor:
+        """The kernel at cosines (b, n, n), in place; ``itself`` is the cosine of a neuron with itself."""
+        cosine.diagonal(dim1=-2, dim2=-1).fill_(itself)
         return cosine.clamp_(-1.0, 1.0).sub_(1.0).mul_(2.0 / self.bandwidth**2).exp_()
 
     def ratio(self, value: Tensor, reference: float) -> Tensor:
@@ -120,52 +116,68 @@ class GramDeterminant(SphereMeasure):
         """
         return (value - 0.01) / (reference - 0.01)
 
-    def work(self, n: int, d: int) -> float:
-        """Gram matrix, factor and, since values come with their gradients, inverse."""
-        return super().work(n, d) * 4 + 4.0 * n**3
-
-    def flop(self, n: int, d: int) -> float:
-        """Gram matrix, factor, inverse and its product with the neurons."""
-        return 4.0 * n * n * d + 1.0 * n**3
-
-    def best(self, n: int, d: int) -> float | None:
-        """What follows from the mean of the kernel: given that, the determinant is largest where all entries are equal."""
-        potential = (
-            GaussianPotential(self.bandwidth**-2, self.half_space)
-            if self.bandwidth**-2 <= 150
-            else None
-        )
-        mean = potential.best(n, d) if potential else 0.0
+    def bound(self, n: int, d: int) -> float | None:
+        """From the mean of the kernel: given that, the determinant is largest where all entries are equal."""
+        t = self.bandwidth**-2
+        mean: float | None = 0.0
+        if t <= 150:
+            mean = GaussianPotential(t, self.half_space).bound(n, d)
         if mean is None:
             return None
-        points, own = (2 * n if self.half_space else n), 1.0 + self.jitter
-        return math.log(own + (points - 1) * mean) + (points - 1) * math.log(own - mean)
+        points = 2 * n if self.half_space else n
+        diagonal = 1.0 + self.jitter
+        return math.log(diagonal + (points - 1) * mean) + (points - 1) * math.log(diagonal - mean)
+
+    def value_flops(self, n: int, d: int) -> float:
+        """Gram matrix, factor and, since values come with their gradients, inverse."""
+        return super().value_flops(n, d) * 4 + 4.0 * n**3
+
+    def grad_flops(self, n: int, d: int) -> float:
+        """Gram matrix, factor, inverse and its product with the neurons."""
+        return 4.0 * n * n * d + 1.0 * n**3
 
     def _kernel(self, q: Tensor) -> Tensor:
         return (-q / self.bandwidth**2).exp()
 
     def _log_det(self, gram: Tensor) -> Tensor:
-        value: Tensor = _LogDet.apply(gram, self.jitter)  # type: ignore[no-untyped-call]
+        value: Tensor = _LogDet.apply(gram, self.jitter)[0]  # type: ignore[no-untyped-call]
         return value
 
 
 class _LogDet(torch.autograd.Function):
-    """Log-determinant (b,) of positive definite matrices (b, n, n), jitter on the diagonal, by Cholesky."""
+    """Log-determinant (b,) of positive definite matrices (b, n, n), jitter on the diagonal, by Cholesky.
+
+    Returns also the factors (b, n, n) and the jitter that each matrix took (b,), for the gradient.
+    """
 
     @staticmethod
-    def forward(ctx: Any, gram: Tensor, jitter: float) -> Tensor:
-        factor, ctx.jitter = _factor(gram, jitter)
-        ctx.save_for_backward(gram, factor)
-        return _log_det_of(factor)
+    def forward(gram: Tensor, jitter: float) -> tuple[Tensor, Tensor, Tensor]:
+        factor, taken = _factor(gram, jitter)
+        return _log_det_of(factor), factor, taken
+
+    @staticmethod
+    def setup_context(
+        ctx: Any, inputs: tuple[Tensor, float], output: tuple[Tensor, Tensor, Tensor]
+    ) -> None:
+        _, factor, taken = output
+        ctx.mark_non_differentiable(factor, taken)
+        ctx.save_for_backward(inputs[0], factor, taken)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
-        gram, factor = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            inverse = torch.linalg.inv(_with_diagonal(gram, ctx.jitter))
-        else:
-            inverse = torch.cholesky_inverse(factor)
-        return inverse * grad_outputs[0][:, None, None], None
+        gram, factor, taken = ctx.saved_tensors
+        by_value = grad_outputs[0][:, None, None]
+        if torch.is_grad_enabled():  # the factor has no graph
+            return torch.linalg.inv(_with_diagonal(gram, taken)) * by_value, None
+        return torch.cholesky_inverse(factor) * by_value, None
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[int, None], gram: Tensor, jitter: float
+    ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        gram = gram.movedim(in_dims[0], 0)
+        found = _LogDet.apply(gram.flatten(0, 1), jitter)  # type: ignore[no-untyped-call]
+        return tuple(part.unflatten(0, gram.shape[:2]) for part in found), (0, 0, 0)
 
 
 def _cosines(x: Tensor) -> Tensor:
@@ -178,13 +190,14 @@ def _cosines(x: Tensor) -> Tensor:
     return cosine
 
 
-def _factor(gram: Tensor, jitter: float) -> tuple[Tensor, float]:
-    """Cholesky factor of positive definite matrices (b, n, n) with jitter on the diagonal, and the jitter that it took."""
-    factor, info = torch.linalg.cholesky_ex(_with_diagonal(gram, jitter))
-    while bool(info.any()) and jitter < 1.0:
-        jitter = max(10.0 * jitter, 1e-14)
-        factor, info = torch.linalg.cholesky_ex(_with_diagonal(gram, jitter))
-    return factor, jitter
+def _factor(gram: Tensor, jitter: float) -> tuple[Tensor, Tensor]:
+    """Cholesky factors of positive definite matrices (b, n, n) with jitter on the diagonal, and the jitter each took, (b,)."""
+    taken = gram.new_full(gram.shape[:1], jitter)
+    factor, info = torch.linalg.cholesky_ex(_with_diagonal(gram, taken))
+    while bool(((info != 0) & (taken < 1.0)).any()):
+        taken = torch.where(info != 0, (10.0 * taken).clamp_min(1e-14), taken)
+        factor, info = torch.linalg.cholesky_ex(_with_diagonal(gram, taken))
+    return factor, taken
 
 
 def _log_det_of(factor: Tensor) -> Tensor:
@@ -193,7 +206,8 @@ def _log_det_of(factor: Tensor) -> Tensor:
     return value
 
 
-def _with_diagonal(gram: Tensor, jitter: float) -> Tensor:
+def _with_diagonal(gram: Tensor, jitter: Tensor) -> Tensor:
+    """Matrices (b, n, n) with jitter (b,) on the diagonal."""
     raised = gram.clone()
-    raised.diagonal(dim1=-2, dim2=-1).add_(jitter)
+    raised.diagonal(dim1=-2, dim2=-1).add_(jitter[:, None])
     return raised

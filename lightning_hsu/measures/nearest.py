@@ -5,19 +5,21 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from lightning_hsu._checks import check_flag, check_kernel, check_neurons, check_softening
+from lightning_hsu._checks import check_flag, check_hashable, check_kernel, check_softening
 from lightning_hsu._core import FLOOR, PairTerm, working_dtype
 from lightning_hsu._core.levenshtein import cap_angle, largest_cosine
 from lightning_hsu._core.near import COINCIDENT, NEAR
-from lightning_hsu._core.nearest import NearestTerm, nearest_energy, parting
+from lightning_hsu._core.nearest import NearestTerm, nearest_energy
 from lightning_hsu._core.neighbours import nearer, tie_tolerance
-from lightning_hsu._core.sphere import seeded_noise
-from lightning_hsu.measures.base import SphereMeasure, State
+from lightning_hsu._core.sphere import seeded_noise, separating_tangents
+from lightning_hsu.measures.sphere import SphereMeasure
+from lightning_hsu.measures.state import State
 
 
 class NearestMeasure(SphereMeasure):
@@ -34,7 +36,7 @@ class NearestMeasure(SphereMeasure):
         softening: A chord, see above; a kernel that softens itself below it says so here.
     """
 
-    wide: ClassVar[bool] = True
+    in_float64: ClassVar[bool] = True
     every_neuron: ClassVar[bool] = False
     half_space: bool = False
     softening: float = 0.0
@@ -52,56 +54,57 @@ class NearestMeasure(SphereMeasure):
             value must be differentiable by autograd.
         """
 
-    def value_and_grad(self, x: Tensor, state: State | None = None) -> tuple[Tensor, Tensor]:
-        """Penalty (...) and its gradient (..., n, d) in one pass of about n n d FLOP; see :meth:`penalty`."""
-        check_neurons(x)
+    def closed_form(self, x: Tensor, state: State | None) -> tuple[Tensor, Tensor] | None:
+        """One pass of about n n d FLOP."""
         return nearest_energy(x, self._term())
-
-    def recorded(self, x: Tensor, state: State | None = None) -> Tensor:
-        """The penalty (...) of x (..., n, d) by autograd alone, in O(n n) memory."""
-        unit, inverse_norm = self._unit(x)
-        tie = unit.new_full(unit.shape[:1], tie_tolerance(working_dtype(x.dtype)))
-        return self._shaped(self._by_group(unit, inverse_norm, {"tie": tie}), x)
 
     def on_sphere(self, x: Tensor, state: State | None) -> Tensor:
         """Penalty (b,) of unit rows x (b, n, d); the state may hold the tolerance of ties, ``tie`` (b,)."""
-        tie = tie_tolerance(x.dtype) if state is None else float(state["tie"].amax())
+        tie = tie_tolerance(x.dtype)
+        if state is not None and "tie" in state:
+            tie = float(state["tie"].amax())
         x = x.double()
         near, far, sign = nearer(_chords(x, x), _chords(x, -x), self.half_space, tie)
         itself = torch.eye(x.shape[1], dtype=torch.bool, device=x.device)
         distance = near.detach().masked_fill(itself, float("inf"))
-        limit = (
-            distance.amin(-1, keepdim=True)
-            if self.every_neuron
-            else distance.amin((-2, -1), keepdim=True)
-        )
-        tied = distance <= limit * (1.0 + tie)
-        weight = tied / tied.sum(
-            -1 if self.every_neuron else (-2, -1), keepdim=True, dtype=torch.float64
-        )
+        over = -1 if self.every_neuron else (-2, -1)
+        tied = distance <= distance.amin(over, keepdim=True) * (1.0 + tie)
+        weight = tied / tied.sum(over, keepdim=True, dtype=torch.float64)
         if self.every_neuron:
             weight = weight / x.shape[1]
         value, _ = self.kernel(torch.where(tied, near, 2.0), torch.where(tied, far, 2.0))
-        return (weight * value).sum((-2, -1)) + self._push(
-            x, weight * sign * (distance < COINCIDENT)
-        )
+        coincident = distance < COINCIDENT
+        return (weight * value).sum((-2, -1)) + self._push(x, weight * sign * coincident)
+
+    def _prepared(self, x: Tensor, state: State | None) -> State | None:
+        """The state, and the tolerance of ties, which goes with the precision of x and not with that of the rows."""
+        tie = tie_tolerance(working_dtype(x.dtype))
+        ties = torch.full((x.shape[:-2].numel(),), tie, dtype=torch.float64)
+        return {**(super()._prepared(x, state) or {}), "tie": ties}
 
     def _push(self, x: Tensor, weight: Tensor) -> Tensor:
-        """Zero (b,), with the gradient that parts the coincident neurons of x (b, n, d), of signed weights (b, n, n)."""
+        """Zero (b,), with the gradient that separates the coincident neurons of x (b, n, d), of signed weights (b, n, n)."""
         weight = weight + weight.mT
         noise = seeded_noise(*x.shape[1:], like=x.detach())
-        tangents = parting(x.detach(), -weight @ noise, weight.abs().sum(-1, keepdim=True), noise)
+        tangents = separating_tangents(
+            x.detach(), -weight @ noise, weight.abs().sum(-1, keepdim=True), noise
+        )
         return self._term().force() * (tangents * (x - x.detach())).sum((-2, -1))
 
-    def flop(self, n: int, d: int) -> float:
+    def grad_flops(self, n: int, d: int) -> float:
         """The upper triangle of the cosines."""
         return 1.0 * n * n * d
 
     def _term(self) -> NearestTerm:
-        check_kernel(self)
-        return NearestTerm(
-            self.kernel, self.half_space, self.every_neuron, max(self.softening, FLOOR)
-        )
+        check_hashable(self)
+        return _term_of(self)
+
+
+@lru_cache(maxsize=1024)
+def _term_of(measure: NearestMeasure) -> NearestTerm:
+    check_kernel(measure)
+    knee = max(measure.softening, FLOOR)
+    return NearestTerm(measure.kernel, measure.half_space, measure.every_neuron, knee)
 
 
 @dataclass(frozen=True)
@@ -141,7 +144,7 @@ class Separation(NearestMeasure):
         """Minus the angle, and its slope."""
         return _minus_angle(q, p)
 
-    def best(self, n: int, d: int) -> float | None:
+    def bound(self, n: int, d: int) -> float | None:
         """Levenshtein's bound; for lines also Welch's. None below 2 neurons or dimensions."""
         if n < 2 or d < 2:
             return None
@@ -181,7 +184,7 @@ class MinimalAngle(NearestMeasure):
         """Minus the angle, and its slope."""
         return _minus_angle(q, p)
 
-    def best(self, n: int, d: int) -> float | None:
+    def bound(self, n: int, d: int) -> float | None:
         """The smaller of two bounds, which only two neurons attain; None below 2 neurons or dimensions.
 
         Caps of half the nearest angle around each neuron do not overlap; and the mean cosine of the nearest angles is at
@@ -238,7 +241,7 @@ class KoLeo(NearestMeasure):
         """Geometric mean chord of random neurons over that of these: 1 as random, above 1 less uniform."""
         return (value - reference).exp()
 
-    def best(self, n: int, d: int) -> float | None:
+    def bound(self, n: int, d: int) -> float | None:
         """From the mean squared chord, at most 2 + 2 / (n - 1), and from the mean angle; None below 2 neurons or dimensions."""
         if n < 2 or d < 2:
             return None

@@ -9,10 +9,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_hsu._checks import check_neurons
-from lightning_hsu._core import exact_arithmetic, tangent, to_weights
-from lightning_hsu.measures.base import SphereMeasure, State
 from lightning_hsu.measures.nearest import NearestMeasure
+from lightning_hsu.measures.sphere import SphereMeasure
+from lightning_hsu.measures.state import State
 
 
 @dataclass(frozen=True)
@@ -74,57 +73,60 @@ class Orthogonality(SphereMeasure):
             return _spectral_norm(off.double(), 64 * torch.finfo(x.dtype).eps).to(x.dtype)
         return self._frobenius(off, *x.shape[-2:]).to(x.dtype)
 
-    def value_and_grad(self, x: Tensor, state: State | None = None) -> tuple[Tensor, Tensor]:
-        """Penalty (...) and its gradient (..., n, d) without an autograd graph; of so and dso in 4 n d min(n, d) FLOP."""
-        check_neurons(x)
-        self._prepared(x, state)
+    def closed_form(self, x: Tensor, state: State | None) -> tuple[Tensor, Tensor] | None:
+        """Of so and dso in 4 n d min(n, d) FLOP, and of mc by the two nearest lines; None for srip and for zero rows."""
+        n, d = x.shape[-2:]
         if self.kind == "mc":
             return _Coherence().value_and_grad(x)
-        with torch.no_grad(), exact_arithmetic(x):
-            unit, inverse_norm = self._unit(x.detach())
-            other = self.kind == "srip" or type(self).on_sphere is not Orthogonality.on_sphere
-            if other or x.shape[-2] < 2 or not bool((inverse_norm > 0).all()):
-                return super().value_and_grad(x, state)
-            off = self._off(unit)
-            value, times = self._frobenius(off, *x.shape[-2:]), 4.0 if self.kind == "so" else 8.0
-            grad = tangent(off @ unit if x.shape[-2] <= x.shape[-1] else unit @ off, unit).mul_(
-                times
-            )
-            return self._shaped(value, x), to_weights(grad, inverse_norm, x.dtype).reshape(
-                x.shape
-            ).to(x.device)
+        if self.kind == "srip" or n < 2:
+            return None
+        unit, inverse_norm = self._unit(x)
+        if not bool((inverse_norm > 0).all()):
+            return None
+        off = self._off(unit)
+        value = self._frobenius(off, n, d)
+        grad = off @ unit if n <= d else unit @ off
+        grad = grad.mul_(4.0 if self.kind == "so" else 8.0)
+        return self._shaped(value, x), self._to_weights(grad, unit, inverse_norm, x)
 
     @staticmethod
     def _off(x: Tensor) -> Tensor:
         """The smaller Gram matrix of unit rows x (b, n, d), minus I."""
         n, d = x.shape[-2:]
-        return (x @ x.mT if n <= d else x.mT @ x) - torch.eye(
-            min(n, d), dtype=x.dtype, device=x.device
-        )
+        gram = x @ x.mT if n <= d else x.mT @ x
+        return gram - torch.eye(min(n, d), dtype=x.dtype, device=x.device)
 
     def _frobenius(self, off: Tensor, n: int, d: int) -> Tensor:
         """Penalty (b,) in float64 of what :meth:`_off` returns, for so and dso."""
         square = off.square().sum((-2, -1), dtype=torch.float64)
         # |X X^T|_F = |X^T X|_F, and both traces are n: the larger Gram matrix minus I has |n - d| more.
-        return square + max(n - d, 0) if self.kind == "so" else 2.0 * square + abs(n - d)
+        if self.kind == "so":
+            return square + max(n - d, 0)
+        return 2.0 * square + abs(n - d)
 
-    def work(self, n: int, d: int) -> float:
+    def value_flops(self, n: int, d: int) -> float:
         """The Gram matrix, and for srip its eigenvalues."""
-        least = min(n, d)
-        return super().work(n, d) * 2 + (20.0 * least**3 if self.kind == "srip" else 0.0)
+        gram = super().value_flops(n, d) * 2
+        if self.kind == "srip":
+            return gram + 20.0 * min(n, d) ** 3
+        return gram
 
-    def flop(self, n: int, d: int) -> float:
+    def grad_flops(self, n: int, d: int) -> float:
         """The smaller Gram matrix and its product with the neurons; for srip its eigenvalues, by autograd."""
         least = min(n, d)
         gram = 4.0 * n * d * least
-        return {"mc": 1.0 * n * n * d, "srip": 1.5 * gram + 20.0 * least**3}.get(self.kind, gram)
+        if self.kind == "mc":
+            return 1.0 * n * n * d
+        if self.kind == "srip":
+            return 1.5 * gram + 20.0 * least**3
+        return gram
 
     def expectation(self, n: int, d: int) -> float | None:
         """Exact for so and dso: a squared cosine has mean 1 / d."""
         pairs = n * (n - 1) / d
         return {"so": pairs, "dso": 2.0 * pairs - n + d}.get(self.kind)
 
-    def best(self, n: int, d: int) -> float:
+    def bound(self, n: int, d: int) -> float | None:
         """Orthonormal neurons, and beyond n = d a tight frame; for mc the Welch bound."""
         tight = max(0.0, n * n / d - n)
         if self.kind == "so":

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from functools import lru_cache
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from lightning_hsu._checks import check_kernel, check_neurons
+from lightning_hsu._checks import check_hashable, check_kernel, check_neurons
 from lightning_hsu._core import (
     PairEnergy,
     PairTerm,
@@ -18,14 +19,27 @@ from lightning_hsu._core import (
     pair_expectation,
     pair_part,
     pair_rows,
+    to_weights,
+    with_float64,
+    working_dtype,
 )
-from lightning_hsu.measures.base import Measure, State, check_rows
+from lightning_hsu.measures.base import Measure, check_rows
+from lightning_hsu.measures.facts import Fact
+from lightning_hsu.measures.state import State
 
 
 class PairwiseMeasure(Measure):
     """A mean over unordered pairs of a kernel of the squared chord.
 
-    A new member needs one method, :meth:`kernel`:
+    A new member needs one method, :meth:`kernel`.
+
+    Attributes:
+        softening: Chord below which the kernel continues as its tangent line in the squared chord.
+        logarithm: Whether training minimises the logarithm of the mean; the natural value is the mean itself.
+        in_float64: Whether to compute in float64.
+        absolutely_monotone: Whether the kernel, as a function of the cosine, and all its derivatives are >= 0, apart from
+            a constant: then the universal lower bound holds.
+        compiled_as: The kernel by a name that compiled kernels know, and its one number; None for your own.
 
     Example:
         >>> from dataclasses import dataclass
@@ -39,16 +53,18 @@ class PairwiseMeasure(Measure):
         0.25
     """
 
+    facts: ClassVar[dict[str, Fact]] = {
+        **Measure.facts,
+        "compiled_as": Fact(("kernel",), needs_function=True),
+        "absolutely_monotone": Fact(("kernel",)),
+        "_pair_expectation": Fact(("kernel",)),
+    }
     half_space: bool = False
     softening: float = 1e-2
+    logarithm: ClassVar[bool] = False
+    in_float64: bool = False
     absolutely_monotone: bool = False
-    """Whether the kernel, as a function of the cosine, and all its derivatives are >= 0, apart from a constant: then the
-    universal lower bound holds."""
-
-    @property
-    def formula(self) -> tuple[str, float] | None:
-        """The kernel by a name that compiled kernels know, and its one number; None for your own."""
-        return None
+    compiled_as: tuple[str, float] | None = None
 
     @abstractmethod
     def kernel(self, q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
@@ -64,12 +80,16 @@ class PairwiseMeasure(Measure):
             derivatives the value must be differentiable by autograd.
         """
 
+    def natural(self, penalty: Tensor) -> Tensor:
+        """Return the mean that belongs to a penalty."""
+        return penalty.exp() if self.logarithm else super().natural(penalty)
+
     def penalty(self, x: Tensor, state: State | None = None) -> Tensor:
-        """Mean energy over unordered pairs, (...); differentiable, twice too.
+        """Mean energy over unordered pairs, (...), or its logarithm; differentiable, twice too.
 
         Args:
             x: Neurons, shape (..., n, d), floating; rows of any positive norm. Zero rows take no part;
-                fewer than two neurons have energy 0.
+                fewer than two neurons have penalty 0.
             state: Not used; a kernel needs no memory.
 
         Raises:
@@ -77,18 +97,20 @@ class PairwiseMeasure(Measure):
             ValueError: if x has fewer than two dimensions.
         """
         check_neurons(x)
-        x = (
-            x if torch.is_grad_enabled() else x.detach()
-        )  # else the gradient would be computed for nothing
-        value: Tensor = PairEnergy.apply(x, self._term())  # type: ignore[no-untyped-call]
-        return value
+        if not torch.is_grad_enabled():
+            x = x.detach()  # else the gradient would be computed for nothing
+        energy: Tensor = PairEnergy.apply(self._widened(x), self._term())
+        return self._penalty_of(energy, x)
 
     def value_and_grad(self, x: Tensor, state: State | None = None) -> tuple[Tensor, Tensor]:
         """Penalty (...) and its gradient (..., n, d) in one pass of about 3 n n d FLOP; see :meth:`penalty`."""
         check_neurons(x)
-        value, grad = pair_energy(x, self._term())
+        energy, grad = pair_energy(self._widened(x), self._term())
         assert grad is not None
-        return value, grad
+        if self.logarithm and grad.numel():
+            scale = 1.0 / _or_one(energy)
+            grad = to_weights(grad, scale[..., None, None], x.dtype)
+        return self._penalty_of(energy, x), grad.to(x.device, x.dtype)
 
     def gradient_rows(self, x: Tensor, rows: Tensor, state: State | None = None) -> Tensor:
         """The gradient in the k wanted rows of a group for about 4 k n d FLOP, each against all; see :class:`Measure`.
@@ -100,16 +122,16 @@ class PairwiseMeasure(Measure):
             >>> torch.allclose(grad[rows], RieszEnergy(s=1).value_and_grad(x)[1][rows], atol=1e-6)
             True
         """
-        if not self._is_mean():
+        if self.logarithm:  # that needs the mean over all pairs
             return super().gradient_rows(x, rows, state)
         check_rows(x, rows)
-        return pair_rows(x, self._term(), rows)
+        return pair_rows(self._widened(x), self._term(), rows).to(x.device, x.dtype)
 
     def gradient_part(self, x: Tensor, part: int, parts: int) -> tuple[Tensor, Tensor] | None:
         """A summand of the gradient for about 3 n n d / ``parts`` FLOP; see :class:`Measure`.
 
-        Coincident neurons part along one common direction, which is no sum over pairs: where a part meets them it says
-        so, and so it does where it has shortened a row that the dtype of x might not hold.
+        Coincident neurons part along one common direction, which is no sum over pairs. A part that meets them says so, and
+        so does one that has shortened a row which the dtype of x might not hold.
 
         Raises:
             TypeError: if x is not a floating-point tensor.
@@ -123,13 +145,19 @@ class PairwiseMeasure(Measure):
             (True, 0.0)
         """
         check_neurons(x)
-        return pair_part(x, self._term(), part, parts) if self._is_mean() else None
+        if self.logarithm or self.in_float64:
+            return None
+        return pair_part(x, self._term(), part, parts)
 
-    def flop(self, n: int, d: int) -> float:
+    def pair_term(self) -> PairTerm | None:
+        """Return the kernel; None where it takes float64. The same object each time."""
+        return None if self.in_float64 else self._term()
+
+    def grad_flops(self, n: int, d: int) -> float:
         """The upper triangle of the cosines, and twice that for the gradient."""
         return 3.0 * n * n * d
 
-    def expectation(self, n: int, d: int) -> float:
+    def expectation(self, n: int, d: int) -> float | None:
         """Exact but for softening, by quadrature; in half space each neuron also meets its own mirror image."""
         check_kernel(self)
         pair = self._pair_expectation(d)
@@ -138,15 +166,16 @@ class PairwiseMeasure(Measure):
         mirror = float(self.kernel(*torch.tensor([4.0, 0.0], dtype=torch.float64))[0])
         return (2 * (n - 1) * pair + mirror) / (2 * n - 1)
 
-    def deviation(self, n: int, d: int) -> float:
+    def deviation(self, n: int, d: int) -> float | None:
         """Exact but for softening, by quadrature: the pairs of random neurons are independent two by two."""
         check_kernel(self)
         pairs = n * (n - 1) / 2
-        return _deviation(self, d) * (
-            2.0 * math.sqrt(pairs) / (n * (2 * n - 1)) if self.half_space else pairs**-0.5
-        )
+        share: float = pairs**-0.5
+        if self.half_space:
+            share = 2.0 * math.sqrt(pairs) / (n * (2 * n - 1))
+        return _deviation(self, d) * share
 
-    def best(self, n: int, d: int) -> float:
+    def bound(self, n: int, d: int) -> float | None:
         """By the kernel's convex envelope, and where it is absolutely monotone the universal bound."""
         return _bound(self, n, d)
 
@@ -154,25 +183,39 @@ class PairwiseMeasure(Measure):
         """Expected kernel of one random pair."""
         return _quadrature(self, d)
 
-    def pair_term(self) -> PairTerm | None:
-        """The kernel, where the penalty is the mean itself."""
-        return self._term() if self._is_mean() else None
-
-    def _is_mean(self) -> bool:
-        """Whether the penalty is the mean itself, not a function of it with a gradient of its own."""
-        return type(self).value_and_grad is PairwiseMeasure.value_and_grad
-
     def _term(self) -> PairTerm:
-        check_kernel(self)
-        kinds = type(self).__mro__
-        named, own = (
-            next(i for i, kind in enumerate(kinds) if name in vars(kind))
-            for name in ("formula", "kernel")
-        )
-        formula = (
-            self.formula if named <= own else None
-        )  # else a subclass has another kernel than the name says
-        return PairTerm(self.kernel, self.half_space, self.softening, formula)
+        check_hashable(self)
+        return _term_of(self)
+
+    def _widened(self, x: Tensor) -> Tensor:
+        """Neurons (..., n, d) as they go into the pair sums."""
+        if self.in_float64:
+            return with_float64(x).double()
+        # A gradient that is yet to be divided by the mean is not rounded to half precision before.
+        return x.to(working_dtype(x.dtype)) if self.logarithm else x
+
+    def _penalty_of(self, energy: Tensor, x: Tensor) -> Tensor:
+        """The penalty (...) of neurons x from their mean energy (...)."""
+        if self.logarithm:
+            energy = _or_one(energy).log()
+        return energy.to(x.device, working_dtype(x.dtype))
+
+
+def _or_one(energy: Tensor) -> Tensor:
+    """A mean energy to divide by: 1 where it is 0, for want of pairs."""
+    return torch.where(energy > 0, energy, 1.0)
+
+
+@lru_cache(maxsize=1024)
+def _term_of(measure: PairwiseMeasure) -> PairTerm:
+    check_kernel(measure)
+    return PairTerm(
+        measure.kernel,
+        measure.half_space,
+        measure.softening,
+        measure.compiled_as,
+        measure.logarithm,
+    )
 
 
 @lru_cache(maxsize=4096)
@@ -185,8 +228,10 @@ def _deviation(measure: PairwiseMeasure, d: int) -> float:
     """Standard deviation of the kernel of one random pair; in half space of the kernels at both chords together."""
 
     def value(q: Tensor, p: Tensor) -> Tensor:
-        own = measure.kernel(q, p)[0]
-        return own + measure.kernel(p, q)[0] if measure.half_space else own
+        energy = measure.kernel(q, p)[0]
+        if measure.half_space:
+            energy = energy + measure.kernel(p, q)[0]
+        return energy
 
     mean = pair_expectation(lambda q, p: (value(q, p), q), d)
     square = pair_expectation(lambda q, p: (value(q, p).square(), q), d)
@@ -195,4 +240,4 @@ def _deviation(measure: PairwiseMeasure, d: int) -> float:
 
 @lru_cache(maxsize=4096)
 def _bound(measure: PairwiseMeasure, n: int, d: int) -> float:
-    return pair_bound(measure._term(), n, d, absolutely_monotone=measure.absolutely_monotone)
+    return pair_bound(_term_of(measure), n, d, absolutely_monotone=measure.absolutely_monotone)

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 from torch import Tensor
 
 from lightning_hsu._checks import check_number
 from lightning_hsu._core.holes import SHARED
-from lightning_hsu._core.witness import descend, lowest_on_circle, orthogonal_to, shares
+from lightning_hsu._core.witness import Objective, descend, lowest_on_circle, orthogonal_to, shares
 from lightning_hsu.measures.riesz import RieszEnergy
 from lightning_hsu.measures.witness import Solution, WitnessMeasure
 
-_NEAREST = (
-    1e-12  # squared chord below which the kernel stays constant: a witness flees from neurons
-)
+# Squared chord below which the kernel stays constant: a witness flees from neurons.
+_NEAREST = 1e-12
 _LARGEST = 1e150  # kernels and slopes stay below, so that no product is inf * 0
 
 
@@ -80,27 +80,34 @@ class Polarization(WitnessMeasure):
         )
         super().__post_init__()
 
-    def best(self, n: int, d: int) -> float | None:
+    def bound(self, n: int, d: int) -> float | None:
         """The mean kernel of two random points, as the minimum over v is below the mean over v; None if that is infinite."""
         mean = RieszEnergy(s=self.s).expectation(2, d)
-        return mean if math.isfinite(mean) else None
+        return None if mean is None or math.isinf(mean) else mean
 
     def ratio(self, value: Tensor, reference: float) -> Tensor:
         """Polarization of random points over this; for s = 0 the exponential of the difference."""
-        return (reference - value).exp() if self.s == 0 else super().ratio(value, reference)
+        if self.s == 0:
+            return (reference - value).exp()
+        return super().ratio(value, reference)
 
     def _kernel(self, cosine: Tensor) -> Tensor:
         q = (2.0 - 2.0 * cosine).clamp_min(_NEAREST)
-        return 0.5 * q.log() if self.s == 0 else -q.pow(-0.5 * self.s).clamp_max(_LARGEST)
+        if self.s == 0:
+            return 0.5 * q.log()
+        return -q.pow(-0.5 * self.s).clamp_max(_LARGEST)
+
+    def _mean(self, x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """The mean kernel (k,) between points x (m, d) and witnesses v (k, d), and its slope in v (k, d)."""
+        cosine = v @ x.T
+        value = -self._kernel(cosine)
+        slope: Tensor | float = self.s * value if self.s else 1.0
+        slope = slope / (2.0 - 2.0 * cosine).clamp_min(_NEAREST)
+        return value.mean(1), slope.clamp_max(_LARGEST) @ x / len(x)
 
     def _solve(self, x: Tensor, start: Tensor, steps: int) -> Solution:
-        def mean(v: Tensor) -> tuple[Tensor, Tensor]:
-            cosine = v @ x.T
-            value = -self._kernel(cosine)
-            slope = (self.s * value if self.s else 1.0) / (2.0 - 2.0 * cosine).clamp_min(_NEAREST)
-            return value.mean(1), slope.clamp_max(_LARGEST) @ x / len(x)
-
-        points = lowest_on_circle(x, mean) if x.shape[1] == 2 else self._left_out(x)
+        mean = partial(self._mean, x)
+        points = self._proven(x, mean)
         exact = points is not None
         if points is None:
             points = descend(mean, start, steps)
@@ -108,14 +115,22 @@ class Polarization(WitnessMeasure):
         scale = 1.0 if self.s == 0 else float(value.min())
         share = shares(points, value, SHARED * scale)
         # The kernel is convex in the cosine: no other v lies below the value by more than this.
-        best = int(value.argmin())
-        gap = float(pull[best].norm() + pull[best] @ points[best])
+        lowest = int(value.argmin())
+        gap = float(pull[lowest].norm() + pull[lowest] @ points[lowest])
         weights = share[:, None].expand(-1, len(x)) / len(x)
         return points, weights, exact or gap <= 1e-9 * scale
 
-    def _left_out(self, x: Tensor) -> Tensor | None:
-        """In half space a direction (1, d) orthogonal to all neurons has the smallest mean of all; None if there is none."""
-        v = orthogonal_to(x[: len(x) // 2]) if self.half_space else None
+    def _proven(self, x: Tensor, mean: Objective) -> Tensor | None:
+        """Witnesses (k, d) that are certain to hold the smallest mean, or None.
+
+        On the circle these are the lowest points of all arcs. In half space a direction that is orthogonal to all neurons
+        has the smallest mean of all.
+        """
+        if x.shape[1] == 2:
+            return lowest_on_circle(x, mean)
+        if not self.half_space:
+            return None
+        v = orthogonal_to(x[: len(x) // 2])
         return None if v is None else v[None]
 
     def _heights(self, x: Tensor, v: Tensor) -> Tensor:

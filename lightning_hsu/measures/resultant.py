@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_hsu._checks import check_neurons, check_number
-from lightning_hsu._core import FLOOR, exact_arithmetic, to_weights, with_float64, working_dtype
-from lightning_hsu.measures.base import SphereMeasure, State
+from lightning_hsu._checks import check_number
+from lightning_hsu._core import FLOOR, to_weights, with_float64, working_dtype
+from lightning_hsu.measures.sphere import SphereMeasure
+from lightning_hsu.measures.state import State
 
 
 @dataclass(frozen=True)
@@ -61,54 +62,41 @@ class ResultantLength(SphereMeasure):
         bend = 2.0 * bent / knee - (bent * torch.where(square > 0, bent, 1.0).sqrt()) / knee**2
         return torch.where(square < knee**2, bend, length)
 
-    def value_and_grad(self, x: Tensor, state: State | None = None) -> tuple[Tensor, Tensor]:
-        """Penalty (...) and its gradient (..., n, d): one direction for all neurons, made tangent, in six passes."""
-        check_neurons(x)
-        self._prepared(x, state)
-        with torch.no_grad(), exact_arithmetic(x):
-            w = (
-                with_float64(x.detach())
-                .reshape(x.shape[:-2].numel(), *x.shape[-2:])
-                .to(working_dtype(x.dtype))
-            )
-            length = torch.linalg.vector_norm(w, dim=-1, keepdim=True)
-            low, high = (
-                length.aminmax()
-                if x.shape[-2] > 1 and x.numel()
-                else (torch.zeros(()), torch.zeros(()))
-            )
-            other = type(self).on_sphere is not ResultantLength.on_sphere
-            if other or not (
-                float(low) > 1e-15 and float(high) < 1e15
-            ):  # zero rows, or more than the products below can take
-                return super().value_and_grad(x, state)
-            inverse_norm = length.reciprocal()
-            blocks = zip(torch.split(w, 1024, 1), torch.split(inverse_norm, 1024, 1), strict=True)
-            total = torch.stack([scale.mT @ rows for rows, scale in blocks]).sum(
-                0, dtype=torch.float64
-            )  # (b, 1, d), of any n
-            value = torch.linalg.vector_norm(total, dim=(-2, -1), keepdim=True)
-            knee = max(self.softening, FLOOR)
-            bent = value < knee
-            slope = value.reciprocal()
-            if bool(bent.any()):  # as in on_sphere
-                slope = torch.where(bent, (4.0 - 3.0 * value / knee) / knee, slope)
-                value = torch.where(bent, value * value * (2.0 - value / knee) / knee, value)
-            pull = total.mul_(slope).to(w.dtype)
-            along = (w @ pull.mT).mul_(inverse_norm.square())  # (b, n, 1)
-            grad = torch.addcmul(pull, w, along, value=-1.0).mul_(inverse_norm)
-            if torch.finfo(x.dtype).max < 1e30:
-                grad = to_weights(grad, torch.ones_like(inverse_norm), x.dtype)
+    def closed_form(self, x: Tensor, state: State | None) -> tuple[Tensor, Tensor] | None:
+        """One direction for all neurons, made tangent, in six passes; None for zero rows and for norms beyond range."""
+        w = with_float64(x.detach()).reshape(-1, *x.shape[-2:]).to(working_dtype(x.dtype))
+        if w.shape[1] < 2:
+            return None
+        length = torch.linalg.vector_norm(w, dim=-1, keepdim=True)
+        shortest, longest = length.aminmax()
+        if not (float(shortest) > 1e-15 and float(longest) < 1e15):
+            return None
+        inverse_norm = length.reciprocal()
+        blocks = zip(torch.split(w, 1024, 1), torch.split(inverse_norm, 1024, 1), strict=True)
+        sums = torch.stack([scale.mT @ rows for rows, scale in blocks])
+        total = sums.sum(0, dtype=torch.float64)  # (b, 1, d)
+        value = torch.linalg.vector_norm(total, dim=(-2, -1), keepdim=True)
+        knee = max(self.softening, FLOOR)
+        bent = value < knee
+        slope = value.reciprocal()
+        if bool(bent.any()):  # as in on_sphere
+            slope = torch.where(bent, (4.0 - 3.0 * value / knee) / knee, slope)
+            value = torch.where(bent, value * value * (2.0 - value / knee) / knee, value)
+        pull = total.mul_(slope).to(w.dtype)
+        along = (w @ pull.mT).mul_(inverse_norm.square())  # (b, n, 1)
+        grad = torch.addcmul(pull, w, along, value=-1.0).mul_(inverse_norm)
+        if torch.finfo(x.dtype).max < 1e30:
+            grad = to_weights(grad, torch.ones_like(inverse_norm), x.dtype)
         return self._shaped(value, x), grad.reshape(x.shape).to(x.device, x.dtype)
 
-    def work(self, n: int, d: int) -> float:
+    def value_flops(self, n: int, d: int) -> float:
         """A sum."""
         return 8.0 * n * d
 
-    def flop(self, n: int, d: int) -> float:
-        """A sum and what of it is tangent."""
-        return self.work(n, d)
+    def grad_flops(self, n: int, d: int) -> float:
+        """A sum, and the part of it that is tangent to each neuron."""
+        return self.value_flops(n, d)
 
-    def best(self, n: int, d: int) -> float:
+    def bound(self, n: int, d: int) -> float | None:
         """A balanced set has length 0."""
         return 0.0

@@ -68,19 +68,20 @@ class RieszEnergy(PairwiseMeasure):
 
     def kernel(self, q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
         """Value and slope in the squared chord q; the geodesic slope is kept finite at the antipode, p = 0."""
+        if self.distance == "chordal" and self.s == 2:
+            inverse_square = q.reciprocal()
+            return inverse_square, (inverse_square * inverse_square).neg_()
         if self.distance == "chordal":
-            inverse = q.rsqrt() if self.s != 2 else q.reciprocal()
-            return _powers(inverse, self.s, squared=self.s == 2)
+            return _powers(q.rsqrt(), self.s)
         guarded = p.clamp_min(1e-12)
-        angle = 2.0 * torch.atan2(
-            q.sqrt(), torch.where(p < 1e-12, p.detach().sqrt(), guarded.sqrt())
-        )
-        value, slope = _powers(angle.reciprocal(), self.s, squared=False)
+        root = torch.where(p < 1e-12, p.detach().sqrt(), guarded.sqrt())
+        angle = 2.0 * torch.atan2(q.sqrt(), root)
+        value, slope = _powers(angle.reciprocal(), self.s)
         # d angle / d q = 1 / (2 sin angle); _powers gives the slope in the squared angle.
         return value, slope * 2.0 * angle * (q * guarded).rsqrt()
 
     @property
-    def formula(self) -> tuple[str, float]:
+    def compiled_as(self) -> tuple[str, float]:  # type: ignore[override]
         """The distance and the exponent."""
         return self.distance, float(self.s)
 
@@ -101,36 +102,37 @@ class RieszEnergy(PairwiseMeasure):
     def _pair_expectation(self, d: int) -> float:
         if self.s >= d - 1:
             return math.inf
-        return (
-            _random_pair(self.s, d) if self.distance == "chordal" else super()._pair_expectation(d)
-        )
+        if self.distance == "chordal":
+            return _random_pair(self.s, d)
+        return super()._pair_expectation(d)
 
 
-def _powers(inverse: Tensor, s: float, *, squared: bool) -> tuple[Tensor, Tensor]:
-    """Riesz kernel and its slope in the squared distance, from the inverse distance (or the inverse squared distance)."""
-    square = inverse if squared else inverse * inverse
+def _powers(inverse: Tensor, s: float) -> tuple[Tensor, Tensor]:
+    """Riesz kernel and its slope in the squared distance, from the inverse distance."""
+    square = inverse * inverse
     if s == 0:
         return inverse.log(), -0.5 * square
-    if squared:
-        value = square
-    elif s in (
-        0.5,
-        1.5,
-        2.5,
-    ):  # powers cost as much as the matrix product; roots and products do not
-        value = (
-            inverse.sqrt()
-            if s == 0.5
-            else inverse * inverse.sqrt()
-            if s == 1.5
-            else square * inverse.sqrt()
-        )
-    elif s in (1, 3, 4):
-        value = inverse if s == 1 else inverse * square if s == 3 else square * square
-    else:
-        value = inverse.pow(s)
-    slope = (value * square).mul_(-0.5 * abs(s))
-    return (value if s > 0 else -value), slope
+    power = _power(inverse, square, s)
+    slope = (power * square).mul_(-0.5 * abs(s))
+    return (power if s > 0 else -power), slope
+
+
+def _power(inverse: Tensor, square: Tensor, s: float) -> Tensor:
+    """The inverse distance to the power s. ``pow`` costs as much as the matrix product; roots and products do not."""
+    if s == 0.5:
+        return inverse.sqrt()
+    if s == 1:
+        return inverse
+    if s == 1.5:
+        return inverse * inverse.sqrt()
+    if s == 2.5:
+        return square * inverse.sqrt()
+    if s == 3:
+        return inverse * square
+    if s == 4:
+        return square * square
+    power: Tensor = inverse.pow(s)
+    return power
 
 
 def _random_pair(s: float, d: int) -> float:

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from lightning_hsu._checks import check_count
 from lightning_hsu._core import seeded_noise, tangent, unit_rows
-from lightning_hsu.measures.base import SphereMeasure, State, counts_draws, draw_of, next_draw
+from lightning_hsu.measures.sphere import SphereMeasure
+from lightning_hsu.measures.state import State, counts_draws, draw_of, next_draw
 
 
 @dataclass(frozen=True)
@@ -62,28 +63,23 @@ class SlicedWasserstein(SphereMeasure):
     def on_sphere(self, x: Tensor, state: State | None) -> Tensor:
         """Squared distance (b,) of unit rows x (b, n, d), mean over the circles."""
         n = x.shape[-2]
-        on_circle = (
-            (x @ self._planes(x, state)).reshape(*x.shape[:-1], 2, -1).double()
-        )  # (b, n, 2, circles)
-        across, along = on_circle.unbind(-2)
-        lost = (
-            across.square() + along.square() < 1e-30
-        )  # at right angles to the circle: any place will do
-        turn = torch.atan2(torch.where(lost, 0.0, across), torch.where(lost, 1.0, along)) / (
-            2.0 * math.pi
-        )
-        turn = turn.sort(dim=-2, stable=True).values  # (b, n, circles), in [-1/2, 1/2]
+        on_circle = (x @ self._planes(x, state)).reshape(*x.shape[:-1], 2, -1).double()
+        across, along = on_circle.unbind(-2)  # (b, n, circles)
+        # At right angles to the circle any place will do, and atan2 has no slope.
+        lost = across.square() + along.square() < 1e-30
+        angle = torch.atan2(torch.where(lost, 0.0, across), torch.where(lost, 1.0, along))
+        turn = angle / (2.0 * math.pi)
+        turn = turn.sort(dim=-2, stable=True).values  # in [-1/2, 1/2]
         rank = torch.arange(1, n + 1, dtype=turn.dtype, device=x.device)[:, None]
-        spread = (
-            turn.var(-2, correction=0) + ((n + 1 - 2 * rank) * turn).sum(-2) / n**2 + 1.0 / 12.0
-        )
+        shift = ((n + 1 - 2 * rank) * turn).sum(-2) / n**2
+        spread = turn.var(-2, correction=0) + shift + 1.0 / 12.0
         return spread.mean(-1).to(x.dtype)
 
-    def expectation(self, n: int, d: int) -> float:
+    def expectation(self, n: int, d: int) -> float | None:
         """Exact: projections of uniform neurons are uniform on the circle."""
         return 1.0 / (12.0 * n)
 
-    def best(self, n: int, d: int) -> float:
+    def bound(self, n: int, d: int) -> float | None:
         """Equidistant on every circle, which only two dimensions allow."""
         return 1.0 / (12.0 * n * n)
 

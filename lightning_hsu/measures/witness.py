@@ -11,7 +11,8 @@ from torch import Tensor
 from lightning_hsu._checks import check_count, check_flag, check_neurons
 from lightning_hsu._core import exact_arithmetic
 from lightning_hsu._core.witness import first_witnesses, random_witnesses
-from lightning_hsu.measures.base import SphereMeasure, State
+from lightning_hsu.measures.sphere import SphereMeasure
+from lightning_hsu.measures.state import State
 
 AFRESH = 20  # times as many steps without a state
 
@@ -22,7 +23,7 @@ Solution = tuple[Tensor, Tensor, bool]
 class WitnessMeasure(SphereMeasure):
     """A weighted sum of a kernel between a few witnesses and the points; the state holds the witnesses and the weights."""
 
-    wide: ClassVar[bool] = True
+    in_float64: ClassVar[bool] = True
     weights_name: ClassVar[str]  # in the state, so that one member's is not taken for another's
     half_space: bool
     witnesses: int
@@ -47,7 +48,7 @@ class WitnessMeasure(SphereMeasure):
         Args:
             x: Neurons.
             state: What the last step's call returned: its witnesses go on from where they are, the worst one from a
-                new place. One that does not fit is replaced by a fresh start, with 20 times as many steps.
+                new place. A state that does not fit is replaced by a fresh start, with 20 times as many steps.
 
         Returns:
             ``points`` (b, k, d), the witnesses of the b groups; ``shares`` (polarization) or ``multipliers``
@@ -58,29 +59,16 @@ class WitnessMeasure(SphereMeasure):
         check_neurons(x)
         with torch.no_grad():
             unit, inverse_norm = self._unit(x)
-            alive = inverse_norm.squeeze(-1) > 0
-            known = state if state is not None and self._goes_on(state, unit) else None
-            with exact_arithmetic(unit):
-                found = [self._of_group(rows[alive[i]], i, known) for i, rows in enumerate(unit)]
-            step = (
-                torch.zeros(len(unit), dtype=torch.int64)
-                if known is None
-                else known["step"].cpu() + 1
-            )
-            most = max([self.witnesses, *(len(points) for points, _, _ in found)])
-            points = unit.new_zeros(
-                len(unit), most, unit.shape[2]
-            )  # zero rows where a group has fewer
-            weights = unit.new_zeros(len(unit), most, self._mirrored(unit).shape[1])
-            for i, (own, its, _) in enumerate(found):
-                points[i, : len(own)] = own
-                weights[i, : len(own), : its.shape[1]] = its
-        return {
-            "points": points,
-            self.weights_name: weights,
-            "exact": torch.tensor([e for _, _, e in found]),
-            "step": step,
-        }
+            known = None
+            if state is not None and self._goes_on(state, unit):
+                known = state
+            found = self._solutions(unit, inverse_norm, known)
+        step = torch.zeros(len(unit), dtype=torch.int64)
+        if known is not None:
+            step = known["step"].cpu() + 1
+        points, weights = self._stacked(found, unit)
+        exact = torch.tensor([exact for _, _, exact in found], dtype=torch.bool)
+        return {"points": points, self.weights_name: weights, "exact": exact, "step": step}
 
     def on_sphere(self, x: Tensor, state: State | None) -> Tensor:
         """Penalty (b,) of unit rows x (b, n, d): a sum over witnesses and points, the witnesses held fixed."""
@@ -91,54 +79,72 @@ class WitnessMeasure(SphereMeasure):
         return (weights[:, used, : cosine.shape[2]] * self._kernel(cosine)).sum((1, 2))
 
     def fits(self, x: Tensor, state: State) -> bool:
-        """Whether the state has witnesses and weights for all neurons of x (..., n, d)."""
-        if set(state) != {"points", self.weights_name, "exact", "step"} or not super().fits(
-            x, state
-        ):
+        """Tell whether the state has witnesses and weights for all neurons of x (..., n, d)."""
+        if set(state) != {"points", self.weights_name, "exact", "step"}:
             return False
-        b, n, d = x.shape[:-2].numel(), *x.shape[-2:]
-        k, m = state["points"].shape[1], 2 * n if self.half_space else n
-        return state["points"].shape == (b, k, d) and state[self.weights_name].shape == (b, k, m)
+        if not super().fits(x, state):
+            return False
+        n, d = x.shape[-2:]
+        groups = x.shape[:-2].numel()
+        witnesses = state["points"].shape[1]
+        points = 2 * n if self.half_space else n
+        return state["points"].shape == (groups, witnesses, d) and state[
+            self.weights_name
+        ].shape == (groups, witnesses, points)
 
     def idle(self, n: int, d: int) -> str | None:
         """In half space fewer neurons than dimensions leave out a direction, whatever they are."""
-        return (
-            "no force in half space with fewer neurons than dimensions: use half_space=False"
-            if self.half_space and n < d
-            else None
-        )
+        if self.half_space and n < d:
+            return "no force in half space with fewer neurons than dimensions: use half_space=False"
+        return None
 
-    def work(self, n: int, d: int) -> float:
+    def value_flops(self, n: int, d: int) -> float:
         """A fresh search, and the systems that exact solutions take."""
-        return 4.0 * AFRESH * self.steps * self.witnesses * n * d + 20.0 * n * n * max(
-            min(n, 3 * d), d
-        )
+        search = 4.0 * AFRESH * self.steps * self.witnesses * n * d
+        return search + 20.0 * n * n * max(min(n, 3 * d), d)
 
     def _goes_on(self, state: State, x: Tensor) -> bool:
         """Whether the search can start from the witnesses of a state, even of other neurons or another number of them."""
-        points, step = (state.get(name, torch.empty(0)) for name in ("points", "step"))
-        same = (
-            points.ndim == 3
-            and points.shape[::2] == x.shape[::2]
-            and points.shape[1] >= self.witnesses
-        )
-        return same and step.shape == x.shape[:1] and bool(points.isfinite().all())
+        points, step = state.get("points"), state.get("step")
+        if points is None or step is None or points.ndim != 3 or step.shape != x.shape[:1]:
+            return False
+        if points.shape[::2] != x.shape[::2] or points.shape[1] < self.witnesses:
+            return False
+        return bool(points.isfinite().all())
+
+    def _solutions(self, x: Tensor, inverse_norm: Tensor, known: State | None) -> list[Solution]:
+        """The solution for each group of unit rows x (b, n, d), of which those of inverse norm 0 take no part."""
+        alive = inverse_norm.squeeze(-1) > 0
+        with exact_arithmetic(x):
+            return [self._of_group(rows[alive[i]], i, known) for i, rows in enumerate(x)]
 
     def _of_group(self, x: Tensor, group: int, known: State | None) -> Solution:
         """The solution for live unit rows x (n, d) of one group."""
         if len(x) == 0:
             return x.new_zeros(1, x.shape[1]), x.new_zeros(1, 0), False
         x = self._mirrored(x)
-        start = (
-            x.new_zeros(1, 1)
-            if known is None
-            else known["points"][group, : self.witnesses].to(x, copy=True)
-        )
-        if known is None or not bool(start.any(1).all()):
-            return self._solve(x, first_witnesses(x, self.witnesses), AFRESH * self.steps)
+        if known is None:
+            return self._afresh(x)
+        start = known["points"][group, : self.witnesses].to(x, copy=True)
+        if not bool(start.any(1).all()):
+            return self._afresh(x)
         worst = int(self._heights(x, start).argmax())
         start[worst] = random_witnesses(1, x, 1 + int(known["step"][group]))[0]
         return self._solve(x, start, self.steps)
+
+    def _afresh(self, x: Tensor) -> Solution:
+        """The solution for points x (m, d) from fresh witnesses."""
+        return self._solve(x, first_witnesses(x, self.witnesses), AFRESH * self.steps)
+
+    def _stacked(self, found: list[Solution], x: Tensor) -> tuple[Tensor, Tensor]:
+        """Witnesses (b, k, d) and weights (b, k, m) of all groups x (b, n, d); zero rows where a group has fewer."""
+        most = max([self.witnesses, *(len(points) for points, _, _ in found)])
+        points = x.new_zeros(len(x), most, x.shape[2])
+        weights = x.new_zeros(len(x), most, self._mirrored(x).shape[1])
+        for i, (group_points, group_weights, _) in enumerate(found):
+            points[i, : len(group_points)] = group_points
+            weights[i, : len(group_weights), : group_weights.shape[1]] = group_weights
+        return points, weights
 
     @abstractmethod
     def _heights(self, x: Tensor, v: Tensor) -> Tensor:

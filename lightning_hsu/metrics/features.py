@@ -18,7 +18,6 @@ from lightning_hsu._core import (
     with_float64,
     working_dtype,
 )
-from lightning_hsu._monitor.measure import in_half_space
 from lightning_hsu.measures import GaussianPotential, Measure, Sampled
 from lightning_hsu.measures.sampled import sampled_above
 from lightning_hsu.metrics.base import Quantity, UniformityMetric, decoded, nonempty, parts_of
@@ -292,7 +291,7 @@ def quantity_of(measure: Measure, quantity: Quantity, x: Tensor) -> Tensor:
         parts = [x]
         if isinstance(measure, Sampled) and not measure.is_exact(state):
             parts = measure.sample(x, state)
-        angles = [smallest_angle(part, half_space=in_half_space(measure)).amin() for part in parts]
+        angles = [smallest_angle(part, half_space=measure.half_space).amin() for part in parts]
         return torch.stack(angles).amin().rad2deg().float()
     penalty = measure.penalty(x, state)[0].double()
     if quantity == "penalty":

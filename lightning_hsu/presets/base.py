@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_hsu._checks import check_neurons
 from lightning_hsu._core import with_float64, working_dtype
 from lightning_hsu.measures import Measure
-from lightning_hsu.measures.base import State
+from lightning_hsu.measures.state import State
 
 MOMENTUM = 0.9
 WEIGHT_DECAY = 5e-4  # of every trained tensor, as 5e-4 / 2 times the sum of its squares
@@ -24,7 +24,7 @@ class OfficialMeasure(Measure):
     inside the norms the values depend on the scale of the weights a little; fewer than two neurons have penalty 0.
     """
 
-    def work(self, n: int, d: int) -> float:
+    def value_flops(self, n: int, d: int) -> float:
         """Float64, n x n matrices and a graph."""
         return 100.0 * n * n * max(d, 64)
 
@@ -39,14 +39,6 @@ class OfficialMeasure(Measure):
         w = wide(x)
         value = self.formula(w, state or {}) if w.shape[1] > 1 else 0.0 * w.sum((1, 2))
         return value.reshape(x.shape[:-2]).to(x.device, working_dtype(x.dtype))
-
-    def value_and_grad(self, x: Tensor, state: State | None = None) -> tuple[Tensor, Tensor]:
-        """Penalty (...) and its gradient (..., n, d) without an autograd graph; see :meth:`penalty`."""
-        with torch.enable_grad():
-            leaf = x.detach().requires_grad_()
-            value = self.penalty(leaf, state)
-            (grad,) = torch.autograd.grad(value.sum(), leaf)
-        return value.detach(), grad
 
 
 def wide(x: Tensor) -> Tensor:

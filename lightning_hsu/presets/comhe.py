@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_hsu._checks import check_count, check_number
 from lightning_hsu._core import seeded_noise
 from lightning_hsu.measures import Measure
-from lightning_hsu.measures.base import State, draw_of, next_draw
+from lightning_hsu.measures.state import State, draw_of, next_draw
 from lightning_hsu.presets.base import (
     WEIGHT_DECAY,
     OfficialMeasure,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_hsu._checks import check_flag
-from lightning_hsu.measures.base import State
+from lightning_hsu.measures.state import State
 from lightning_hsu.presets.base import OfficialMeasure, normalised, pair_cosines
 
 Power = Literal["0", "1", "2", "a0", "a1", "a2"]

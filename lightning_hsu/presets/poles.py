@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_hsu._checks import check_count, check_flag, check_number
 from lightning_hsu._core import seeded_noise
-from lightning_hsu.measures.base import State
+from lightning_hsu.measures.state import State
 from lightning_hsu.presets.base import (
     MOMENTUM,
     WEIGHT_DECAY,

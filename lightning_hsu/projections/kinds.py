@@ -11,13 +11,18 @@ from torch import Tensor
 from lightning_hsu._checks import check_count
 from lightning_hsu._core import seeded_noise
 from lightning_hsu.measures import Measure, State
-from lightning_hsu.measures.base import counts_draws, draw_of, next_draw
+from lightning_hsu.measures.state import counts_draws, draw_of, next_draw
 
 
 class Projection(ABC):
-    """Linear maps to ``dim`` dimensions; subclasses are frozen dataclasses."""
+    """Linear maps to ``dim`` dimensions; subclasses are frozen dataclasses.
 
-    comparable: ClassVar[bool] = True  # whether random neurons, looked at once, are a reference
+    Attributes:
+        dim: The dimension to project to.
+        comparable: Whether one value of random neurons is a reference for the value in training.
+    """
+
+    comparable: ClassVar[bool] = True
     dim: int
 
     @abstractmethod
@@ -25,11 +30,11 @@ class Projection(ABC):
         """Return the projections for unit rows x (b, n, d) as a state, carried on from the last step's."""
 
     def copies(self, d: int) -> int:
-        """How many projections are made at once."""
+        """Return how many projections of neurons in d dimensions are made at once."""
         return 1
 
-    def work(self, n: int, d: int) -> float:
-        """FLOP or so of a fresh :meth:`prepare`."""
+    def prepare_flops(self, n: int, d: int) -> float:
+        """Return about how many FLOP a fresh :meth:`prepare` for n neurons in d dimensions takes."""
         return 0.0
 
     @abstractmethod
@@ -65,11 +70,11 @@ class RandomProjection(Projection):
         return self.count
 
     def prepare(self, x: Tensor, measure: Measure, state: State | None) -> State:
-        """The number of the draw."""
+        """Number the draw."""
         return next_draw(x, state)
 
     def fits(self, x: Tensor, state: State) -> bool:
-        """Whether the state counts draws."""
+        """Tell whether the state counts draws."""
         return counts_draws(x, state)
 
     def project(self, x: Tensor, state: State) -> Tensor:
@@ -101,17 +106,16 @@ class GroupProjection(Projection):
         return d // self.dim
 
     def prepare(self, x: Tensor, measure: Measure, state: State | None) -> State:
-        """The number of the draw."""
+        """Number the draw."""
         return next_draw(x, state)
 
     def fits(self, x: Tensor, state: State) -> bool:
-        """Whether the state counts draws."""
+        """Tell whether the state counts draws."""
         return counts_draws(x, state)
 
     def project(self, x: Tensor, state: State) -> Tensor:
         """Take the coordinates group by group."""
         d = x.shape[-1]
-        shuffled = seeded_noise(d, like=x.detach(), draw=draw_of(state)).argsort()[
-            : d - d % self.dim
-        ]
+        order = seeded_noise(d, like=x.detach(), draw=draw_of(state)).argsort()
+        shuffled = order[: d - d % self.dim]
         return x[..., shuffled].reshape(*x.shape[:-1], -1, self.dim).movedim(-2, 1)

@@ -23,43 +23,44 @@ class _Learned(Projection):
     """One matrix (dim, d) for each group, refined by some steps of descent at each training step; kept in checkpoints."""
 
     steps: int
-    fresh: ClassVar[int]  # steps where it starts afresh, if more
+    fresh: ClassVar[int]  # steps of a fresh start, if more
 
     def __post_init__(self) -> None:
         check_count("dim", self.dim, 2)
         check_count("steps", self.steps)
 
     def prepare(self, x: Tensor, measure: Measure, state: State | None) -> State:
-        """The matrices, and the step length that worked last."""
+        """The matrices, and the length of the last step that worked."""
         x = x[:, :: math.ceil(x.shape[1] / _SAMPLE)]
         shape = (len(x), self.dim, x.shape[-1])
+        steps = self.steps
         if state is not None:
-            matrix, length, steps = state["matrix"].to(x), state["length"].to(x), self.steps
+            matrix = state["matrix"].to(x)
+            length = state["length"].to(x)
         else:
             matrix = seeded_noise(*shape[1:], like=x).expand(shape)
-            length, steps = x.new_full(shape[:1], 0.1), max(self.fresh, self.steps)
-        matrix, length = _descend(
-            self.objective(x, measure), self.retract(matrix), length, steps, self.retract
-        )
+            length = x.new_full(shape[:1], 0.1)
+            steps = max(self.fresh, self.steps)
+        loss = self.objective(x, measure)
+        matrix, length = _descend(loss, self.retract(matrix), length, steps, self.retract)
         return {"matrix": matrix, "length": length}
 
     def fits(self, x: Tensor, state: State) -> bool:
-        """Whether the state has finite matrices of the right shape."""
+        """Tell whether the state has finite matrices of the right shape."""
         if set(state) != {"matrix", "length"} or state["length"].shape != x.shape[:1]:
             return False
-        return state["matrix"].shape == (len(x), self.dim, x.shape[-1]) and bool(
-            state["matrix"].isfinite().all()
-        )
+        if state["matrix"].shape != (len(x), self.dim, x.shape[-1]):
+            return False
+        return bool(state["matrix"].isfinite().all())
 
     def project(self, x: Tensor, state: State) -> Tensor:
         """Project with the learned matrix."""
         return (x @ state["matrix"].to(x).mT)[:, None]
 
-    def work(self, n: int, d: int) -> float:
+    def prepare_flops(self, n: int, d: int) -> float:
         """A fresh start: each step a forward and a backward product, and the measure of its sample, twice."""
-        return (
-            8.0 * max(self.fresh, self.steps) * min(n, _SAMPLE) * self.dim * (d + min(n, _SAMPLE))
-        )
+        steps, sample = max(self.fresh, self.steps), min(n, _SAMPLE)
+        return 8.0 * steps * sample * self.dim * (d + sample)
 
     @abstractmethod
     def objective(self, x: Tensor, measure: Measure) -> Callable[[Tensor], Tensor]:
@@ -67,7 +68,7 @@ class _Learned(Projection):
 
     @abstractmethod
     def retract(self, matrix: Tensor) -> Tensor:
-        """Scale of the matrices that the loss does not see, fixed."""
+        """Return matrices with the same loss and the scale fixed that the loss does not depend on."""
 
 
 @dataclass(frozen=True)
@@ -97,20 +98,20 @@ class AnglePreserving(_Learned):
         return change
 
     def retract(self, matrix: Tensor) -> Tensor:
-        """Cosines do not see the scale."""
+        """Cosines do not depend on the scale."""
         scaled: Tensor = matrix / torch.linalg.matrix_norm(matrix, keepdim=True)
         return scaled
 
 
 @dataclass(frozen=True)
 class Adversarial(_Learned):
-    """A subspace in which the neurons are bad, learned along the way: training then mends what is bad there.
+    """A subspace in which the neurons are least uniform, learned along the way: training then spreads them there.
 
-    Its rows are orthonormal: else the projection would shrink to one direction, in which all neurons coincide. Few steps
-    are meant: followed to its end the search finds a subspace in which two neurons coincide, and all it says is which. The
-    longer it goes on the worse what it finds, so there is no random reference: ratio and score are NaN. Each step takes the
-    measure twice, from scratch: not for Polarization and Covering, which search themselves. Begin with a coefficient of
-    0.01 or so.
+    Its rows are orthonormal: else the projection would shrink to one direction, in which all neurons coincide. Take few
+    steps: a search to the end finds a subspace in which two neurons coincide, and tells no more than which two. The
+    longer the search, the worse its subspace, so there is no random reference: ratio and score are NaN. Each step evaluates
+    the measure twice, from scratch, so do not use it with Polarization and Covering, which search themselves. Begin with a
+    coefficient of about 0.01.
 
     Args:
         dim: Dimension to project to, at least 2; 30 as published.
@@ -149,9 +150,8 @@ def _descend(
             leaf = matrix.detach().requires_grad_()
             before = loss(leaf)
             (grad,) = torch.autograd.grad(before.sum(), leaf)
-        scale = torch.linalg.matrix_norm(matrix) / torch.linalg.matrix_norm(grad).clamp_min(
-            torch.finfo(grad.dtype).tiny
-        )
+        slope = torch.linalg.matrix_norm(grad).clamp_min(torch.finfo(grad.dtype).tiny)
+        scale = torch.linalg.matrix_norm(matrix) / slope
         tried = retract(matrix - (length * scale)[:, None, None] * grad)
         better = loss(tried) < before.detach()
         matrix = torch.where(better[:, None, None], tried, matrix)

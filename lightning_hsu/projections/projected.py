@@ -9,15 +9,18 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lightning_hsu.measures import Measure, RieszEnergy, SphereMeasure, State
+from lightning_hsu.measures import Measure, SphereMeasure, State
 from lightning_hsu.measures.base import check_measure
+from lightning_hsu.measures.defaults import DEFAULT_MEASURE
+from lightning_hsu.measures.wrapper import MeasureWrapper
 from lightning_hsu.projections.kinds import Projection, RandomProjection
 
-_MHE, _RANDOM = RieszEnergy(s=2.0, half_space=True), RandomProjection()
+_RANDOM = RandomProjection()
+_INNER = "inner."
 
 
 @dataclass(frozen=True)
-class Projected(SphereMeasure):
+class Projected(MeasureWrapper, SphereMeasure):
     r"""A measure of projected neurons, mean over the projections (CoMHE: the measure is a Riesz energy).
 
     In fewer dimensions the energy has a steeper way down. Neurons of ``projection.dim`` dimensions or less are measured
@@ -49,14 +52,10 @@ class Projected(SphereMeasure):
         torch.Size([16, 64])
     """
 
-    sees_zero_rows: ClassVar[bool] = True  # they stay zero, and the measure leaves them out
-    measure: Measure = _MHE
-    projection: Projection = _RANDOM
+    takes_zero_rows: ClassVar[bool] = True  # they stay zero, and the measure leaves them out
 
-    @property
-    def higher_is_better(self) -> bool:  # type: ignore[override]
-        """As the measure has it."""
-        return self.measure.higher_is_better
+    measure: Measure = DEFAULT_MEASURE
+    projection: Projection = _RANDOM
 
     def __post_init__(self) -> None:
         check_measure(self.measure)
@@ -71,25 +70,26 @@ class Projected(SphereMeasure):
             unit = self._unit(x.detach())[0]
             if self._as_it_is(unit):
                 return _inner(self.measure.prepare(unit, _of_inner(state)), len(unit))
-            own = _of_projection(state)
-            new = self.projection.prepare(
-                unit, self.measure, own if own and self.projection.fits(unit, own) else None
-            )
-            inner = self.measure.prepare(self.projection.project(unit, new), _of_inner(state))
-        return new | _inner(inner, len(unit))
+            known: State | None = _of_projection(state)
+            if not known or not self.projection.fits(unit, known):
+                known = None
+            own = self.projection.prepare(unit, self.measure, known)
+            projected = self.projection.project(unit, own)
+            inner = self.measure.prepare(projected, _of_inner(state))
+        return own | _inner(inner, len(unit))
 
     def fits(self, x: Tensor, state: State) -> bool:
-        """Whether the state is one of the projection, and if there is one of the measure, too."""
-        (groups, n, d), inner = (x.shape[:-2].numel(), *x.shape[-2:]), _of_inner(state)
+        """Tell whether the state is one of the projection and, if there is one of the measure, of the measure too."""
+        inner = _of_inner(state)
         if self._as_it_is(x):
             return self.measure.fits(x, inner or {})
-        if not self.projection.fits(
-            torch.empty(groups, n, d, device="meta"), _of_projection(state)
-        ):
+        n, d = x.shape[-2:]
+        groups = x.shape[:-2].numel()
+        neurons = torch.empty(groups, n, d, device="meta")
+        if not self.projection.fits(neurons, _of_projection(state)):
             return False
-        projected = torch.empty(
-            groups * self.projection.copies(d), n, self.projection.dim, device="meta"
-        )
+        copies = groups * self.projection.copies(d)
+        projected = torch.empty(copies, n, self.projection.dim, device="meta")
         return inner is None or self.measure.fits(projected, inner)
 
     def on_sphere(self, x: Tensor, state: State | None) -> Tensor:
@@ -99,73 +99,63 @@ class Projected(SphereMeasure):
             return self.measure.penalty(x, _of_inner(state))
         return self.measure.penalty(self.projection.project(x, state), _of_inner(state)).mean(-1)
 
-    @property
-    def half_space(self) -> bool:
-        """Whether the measure is one of lines."""
-        return bool(getattr(self.measure, "half_space", False))
-
-    def natural(self, penalty: Tensor) -> Tensor:
-        """As the measure has it."""
-        return self.measure.natural(penalty)
-
-    def ratio(self, value: Tensor, reference: float) -> Tensor:
-        """As the measure has it."""
-        return self.measure.ratio(value, reference)
+    def for_head(self) -> Measure:
+        """Return the measure for a class head, which is not projected, as published."""
+        return self.measure.for_head()
 
     def expectation(self, n: int, d: int) -> float | None:
-        """The measure's own where nothing is projected; NaN for a search that random neurons would have to last as long."""
+        """The measure's where nothing is projected; NaN if random neurons would first have to be searched as long."""
         if d <= self.projection.dim:
             return self.measure.expectation(n, d)
         return None if self.projection.comparable else math.nan
 
-    def best(self, n: int, d: int) -> float | None:
-        """The measure's bound in the dimension projected to."""
-        return self.measure.best(n, min(d, self.projection.dim))
+    def bound(self, n: int, d: int) -> float | None:
+        """The measure's in the dimension projected to."""
+        return self.measure.bound(n, min(d, self.projection.dim))
 
     def idle(self, n: int, d: int) -> str | None:
-        """As the measure has it in the dimension projected to."""
+        """As in the measure in the dimension projected to."""
         return self.measure.idle(n, min(d, self.projection.dim))
 
-    def work(self, n: int, d: int) -> float:
-        """Learning a projection, projecting, and the measure of what comes out."""
-        if d <= self.projection.dim:
-            return self.measure.work(n, d)
-        once = 2.0 * n * d * self.projection.dim + self.measure.work(n, self.projection.dim)
-        return self.projection.work(n, d) + self.projection.copies(d) * once
+    def value_flops(self, n: int, d: int) -> float:
+        """Learning a projection, projecting, and the measure of the projected neurons."""
+        dim = self.projection.dim
+        if d <= dim:
+            return self.measure.value_flops(n, d)
+        each = 2.0 * n * d * dim + self.measure.value_flops(n, dim)
+        return self.projection.prepare_flops(n, d) + self.projection.copies(d) * each
 
-    def flop(self, n: int, d: int) -> float:
-        """Learning a projection; projecting, the measure's gradient of what comes out, and that back."""
-        if d <= self.projection.dim:
-            return self.measure.flop(n, d)
-        once = 6.0 * n * d * self.projection.dim + self.measure.flop(n, self.projection.dim)
-        return self.projection.work(n, d) + self.projection.copies(d) * once
-
-    def for_head(self) -> Measure:
-        """The head is not projected, as published."""
-        return self.measure.for_head()
+    def grad_flops(self, n: int, d: int) -> float:
+        """Learning a projection, projecting, the measure's gradient there, and projecting that back."""
+        dim = self.projection.dim
+        if d <= dim:
+            return self.measure.grad_flops(n, d)
+        each = 6.0 * n * d * dim + self.measure.grad_flops(n, dim)
+        return self.projection.prepare_flops(n, d) + self.projection.copies(d) * each
 
     def _as_it_is(self, x: Tensor) -> bool:
+        """Whether neurons of so few dimensions are not projected."""
         return x.shape[-1] <= self.projection.dim
 
 
 def _of_projection(state: State | None) -> State:
     """The projection's part of a state."""
-    return {name: part for name, part in (state or {}).items() if not name.startswith("inner.")}
+    return {name: part for name, part in (state or {}).items() if not name.startswith(_INNER)}
 
 
 def _of_inner(state: State | None) -> State | None:
     """The measure's part of a state: first dimension (group, projection) as one."""
-    found = {
-        name[6:]: part.flatten(0, 1)
-        for name, part in (state or {}).items()
-        if name.startswith("inner.")
-    }
+    found: State = {}
+    for name, part in (state or {}).items():
+        if name.startswith(_INNER):
+            found[name.removeprefix(_INNER)] = part.flatten(0, 1)
     return found or None
 
 
 def _inner(state: State | None, groups: int) -> State:
     """The measure's state as part of a larger one: first dimension groups again."""
-    return {
-        f"inner.{name}": part.reshape(groups, -1, *part.shape[1:])
-        for name, part in (state or {}).items()
-    }
+    found: State = {}
+    for name, part in (state or {}).items():
+        copies = len(part) // max(groups, 1)
+        found[_INNER + name] = part.reshape(groups, copies, *part.shape[1:])
+    return found

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from lightning_hsu._core import exact_arithmetic, unit_rows, with_float64, working_dtype
-from lightning_hsu._core.histogram import Survey, survey_pairs
-from lightning_hsu._monitor.measure import in_half_space, measure_neurons
+from lightning_hsu._core.histogram import PairHistogram, pair_histogram
+from lightning_hsu._monitor.measure import measure_neurons
 from lightning_hsu._monitor.text import finding
 from lightning_hsu.measures import Measure
 from lightning_hsu.report.data import HEAT_MAP_SIZE, LayerReport, SimilarPair
@@ -61,7 +61,7 @@ def look_at(
         measure=measure,
         similar=similar,
         opposite=sum(survey.opposite for survey in surveys),
-        pairs=_nearest(surveys, in_half_space(measure), keep),
+        pairs=_nearest(surveys, measure.half_space, keep),
         dead=len(dead),
         dead_rows=tuple(dead[:_DEAD_LISTED].tolist()),
         angles=tuple(angles.tolist()),
@@ -75,7 +75,7 @@ def look_at(
 
 def _survey(
     x: Tensor, measure: Measure, similar_above: float, keep: int, done: Callable[[float], None]
-) -> list[Survey]:
+) -> list[PairHistogram]:
     """Angles and near-duplicates of each group of x (groups, n, d)."""
     surveys = []
     for i, group in enumerate(x):
@@ -83,10 +83,10 @@ def _survey(
         def within_group(part: float, i: int = i) -> None:
             done(_MEASURED + _SURVEYED * (i + part) / len(x))
 
-        survey = survey_pairs(
+        survey = pair_histogram(
             group,
             above=similar_above,
-            half_space=in_half_space(measure),
+            half_space=measure.half_space,
             keep=keep,
             bins=BINS,
             done=within_group,
@@ -102,7 +102,7 @@ def _dead(x: Tensor) -> Tensor:
     return dead
 
 
-def _nearest(surveys: list[Survey], half_space: bool, keep: int) -> tuple[SimilarPair, ...]:
+def _nearest(surveys: list[PairHistogram], half_space: bool, keep: int) -> tuple[SimilarPair, ...]:
     """The nearest pairs of all groups."""
     pairs = []
     for group, survey in enumerate(surveys):
@@ -135,7 +135,7 @@ def _singular_values(x: Tensor, live: Tensor) -> tuple[float, ...]:
     return tuple(torch.cat(found).sort(descending=True).values.tolist())
 
 
-def _heat_map(x: Tensor, live: Tensor, surveys: list[Survey]) -> tuple[tuple[int, ...], Tensor]:
+def _heat_map(x: Tensor, live: Tensor, surveys: list[PairHistogram]) -> tuple[tuple[int, ...], Tensor]:
     """Neurons to show, in order, and their cosines (m, m), of the group with most similar pairs."""
     group = max(range(len(surveys)), key=lambda i: surveys[i].similar)
     index = live[group].nonzero().flatten()

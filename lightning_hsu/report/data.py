@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from lightning_hsu._monitor.measure import LayerUniformity, in_half_space
+from lightning_hsu._monitor.measure import LayerUniformity
 from lightning_hsu._monitor.text import shape_of
 from lightning_hsu._neurons.candidates import Skip
 from lightning_hsu.measures import Measure
@@ -103,7 +103,7 @@ class LayerReport:
     @property
     def full_space(self) -> bool:
         """Whether opposite neurons count as far apart, not as the same line."""
-        return not in_half_space(self.measure)
+        return not self.measure.half_space
 
     @property
     def edges(self) -> tuple[float, float]:

@@ -7,7 +7,6 @@ import math
 from html import escape
 from importlib.resources import files
 
-from lightning_hsu._monitor.measure import in_half_space
 from lightning_hsu._monitor.text import counted, number
 from lightning_hsu.report.charts import (
     angle_chart,
@@ -61,7 +60,7 @@ def _header(found: ReportData) -> str:
     for layer in found.layers:
         neurons += layer.uniformity.groups * layer.uniformity.neurons
     how = escape(repr(found.measure))
-    if in_half_space(found.measure):
+    if found.measure.half_space:
         how += "; opposite neurons count as the same"
     return (
         f"<header><h1>{escape(name)}</h1>\n{where}"
@@ -122,7 +121,7 @@ def _overview(found: ReportData) -> str:
     for i, layer in enumerate(found.layers):
         rows += _row(i, layer)
     note = ""
-    if in_half_space(found.measure) and any(layer.full_space for layer in found.layers):
+    if found.measure.half_space and any(layer.full_space for layer in found.layers):
         note = (
             '<p class="soft">* measured in full space, where opposite neurons are far apart.</p>\n'
         )

@@ -1,0 +1,140 @@
+"""A value that comes with its gradient, as a function to differentiate twice, by autograd and by ``torch.func``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_hsu._core import exact_arithmetic
+from lightning_hsu.measures.state import State
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How a penalty is computed, in two ways that give the same.
+
+    Args:
+        value_and_grad: From neurons (..., n, d) and a state to the penalty (...) and its gradient (..., n, d).
+        recorded: From the same to the penalty by plain differentiable torch, for the second derivative.
+    """
+
+    value_and_grad: Callable[[Tensor, State | None], tuple[Tensor, Tensor]]
+    recorded: Callable[[Tensor, State | None], Tensor]
+
+    def __call__(self, x: Tensor, state: State | None) -> Tensor:
+        """Return the penalty (...) of neurons x (..., n, d), differentiable twice."""
+        names = None if state is None else tuple(state)
+        parts = () if state is None else tuple(state.values())
+        value: Tensor = _ValueAndGrad.apply(x, self, names, *parts)[0]  # type: ignore[no-untyped-call]
+        return value
+
+
+class _ValueAndGrad(torch.autograd.Function):
+    """The value and the gradient, both outputs: the derivative of the latter is a product with the Hessian."""
+
+    @staticmethod
+    def forward(
+        x: Tensor, how: Evaluation, names: tuple[str, ...] | None, *parts: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        return how.value_and_grad(x, _state(names, parts))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        x, ctx.how, ctx.names, *parts = inputs
+        ctx.save_for_backward(x, output[1], *parts)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, grad, *parts = ctx.saved_tensors
+        by_value, by_grad = grad_outputs
+        total = None
+        if by_value is not None:
+            total = grad * by_value[..., None, None].to(grad.dtype)
+        if by_grad is not None:
+            product = _HessianProduct.apply(x, by_grad, ctx.how, ctx.names, *parts)  # type: ignore[no-untyped-call]
+            total = product if total is None else total + product
+        return total, None, None, *[None] * len(parts)
+
+    @staticmethod
+    def vmap(
+        info: Any,
+        in_dims: tuple[int | None, ...],
+        x: Tensor,
+        how: Evaluation,
+        names: tuple[str, ...] | None,
+        *parts: Tensor,
+    ) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+        x = _in_front(x, in_dims[0], info.batch_size)
+        parts = _per_group(parts, in_dims[3:], info.batch_size)
+        return _ValueAndGrad.apply(x, how, names, *parts), (0, 0)  # type: ignore[no-untyped-call]
+
+
+class _HessianProduct(torch.autograd.Function):
+    """The second derivative at x (..., n, d) times a direction (..., n, d)."""
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        direction: Tensor,
+        how: Evaluation,
+        names: tuple[str, ...] | None,
+        *parts: Tensor,
+    ) -> Tensor:
+        with torch.enable_grad(), exact_arithmetic(x):
+            leaf = x.detach().requires_grad_()
+            value = how.recorded(leaf, _state(names, parts))
+            if not value.requires_grad:
+                return torch.zeros_like(x)
+            (grad,) = torch.autograd.grad(value.sum(), leaf, create_graph=True)
+            if not grad.requires_grad:
+                return torch.zeros_like(x)
+            return torch.autograd.grad(grad, leaf, direction.to(grad.dtype))[0]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        """Nothing is kept: there is no third derivative."""
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[None, ...]:
+        raise NotImplementedError(
+            "a penalty can be differentiated twice; for a third derivative differentiate measure.recorded(x, state)"
+        )
+
+    @staticmethod
+    def vmap(
+        info: Any,
+        in_dims: tuple[int | None, ...],
+        x: Tensor,
+        direction: Tensor,
+        how: Evaluation,
+        names: tuple[str, ...] | None,
+        *parts: Tensor,
+    ) -> tuple[Tensor, int]:
+        x = _in_front(x, in_dims[0], info.batch_size)
+        direction = _in_front(direction, in_dims[1], info.batch_size)
+        parts = _per_group(parts, in_dims[4:], info.batch_size)
+        return _HessianProduct.apply(x, direction, how, names, *parts), 0  # type: ignore[no-untyped-call]
+
+
+def _state(names: tuple[str, ...] | None, parts: tuple[Tensor, ...]) -> State | None:
+    return None if names is None else dict(zip(names, parts, strict=True))
+
+
+def _in_front(x: Tensor, dim: int | None, size: int) -> Tensor:
+    """The mapped dimension in front; copies where x has none."""
+    return x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
+
+
+def _per_group(
+    parts: tuple[Tensor, ...], dims: tuple[int | None, ...], size: int
+) -> tuple[Tensor, ...]:
+    """The parts of a state, the mapped dimension as one with that of the groups."""
+    found = []
+    for part, dim in zip(parts, dims, strict=True):
+        found.append(_in_front(part, dim, size).flatten(0, 1))
+    return tuple(found)

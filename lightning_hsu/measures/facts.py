@@ -1,0 +1,96 @@
+"""What is known of a measure besides its function, and whether a subclass with another function may keep it."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import TypeVar
+
+FUNCTION = ("penalty", "on_sphere", "kernel")
+"""The methods in which a measure writes down its function: its own, or the one its base class asks for."""
+
+
+@dataclass(frozen=True)
+class Fact:
+    """An attribute that is true of one function only.
+
+    Args:
+        rests_on: The methods that make up this function.
+        needs_function: Whether a class may override the attribute only together with one of these methods. Then a
+            class cannot give the gradient of one function and leave another one in place.
+        otherwise: The attribute's value where no statement holds; None for the very first statement, which then is one that
+            is true of any function.
+    """
+
+    rests_on: tuple[str, ...]
+    needs_function: bool = False
+    otherwise: object = None
+
+
+GRADIENT = Fact(FUNCTION, needs_function=True)
+"""A gradient, or what a gradient is computed from."""
+
+VALUE = Fact((*FUNCTION, "natural"))
+"""A value that the measure takes: the expected one, the best one."""
+
+Kind = TypeVar("Kind", bound=type)
+
+
+def keep_what_holds(kind: Kind, facts: dict[str, Fact]) -> None:
+    """Set on a new class the facts that hold for it.
+
+    A fact rests on the methods that the class which states it has, except on those which that class itself leaves
+    abstract: it is written for whatever they will be. Where a later class, a mixin too, overrides one of the others, the
+    fact does not hold any more. Then the next statement in the method resolution order does, that of a base class.
+
+    Raises:
+        TypeError: if a class overrides a fact that it may override only together with the function.
+    """
+    replaced = set[str]()
+    kind._replaced = replaced  # type: ignore[attr-defined]  # these are not statements of this class
+    for name, fact in facts.items():
+        stated_by = _classes_with(kind, name)
+        if not stated_by:
+            continue
+        owner = next((one for one in stated_by if _holds(kind, one, fact)), None)
+        if owner is None and fact.otherwise is None:
+            owner = stated_by[-1]
+        if owner is not None and fact.needs_function:
+            _check_function(kind, owner, name, fact)
+        value = fact.otherwise if owner is None else vars(owner)[name]
+        if inspect.getattr_static(kind, name) is not value:
+            setattr(kind, name, value)
+            replaced.add(name)
+
+
+def _classes_with(kind: type, name: str) -> list[type]:
+    """The classes of the method resolution order that define a name themselves."""
+    found = []
+    for one in kind.__mro__:
+        if name in vars(one) and name not in vars(one).get("_replaced", ()):
+            found.append(one)
+    return found
+
+
+def _holds(kind: type, owner: type, fact: Fact) -> bool:
+    """Whether what ``owner`` states is true of ``kind``: no method it rests on was overridden after it."""
+    for method in fact.rests_on:
+        known = inspect.getattr_static(owner, method, None)
+        left_open = method in vars(owner) and getattr(known, "__isabstractmethod__", False)
+        if known is None or left_open:
+            continue
+        defined_by = _classes_with(kind, method)[0]
+        if defined_by not in owner.__mro__:  # issubclass asks the ABC, which is not ready yet
+            return False
+    return True
+
+
+def _check_function(kind: type, owner: type, name: str, fact: Fact) -> None:
+    """Refuse a class that overrides a gradient and not the function."""
+    if any(method in vars(owner) for method in fact.rests_on):
+        return
+    methods = " or ".join(method for method in fact.rests_on if hasattr(kind, method))
+    raise TypeError(
+        f"{owner.__name__} overrides {name} without the function it belongs to: define {methods} in {owner.__name__} as "
+        f"well, or only that, and {name} follows from it"
+    )

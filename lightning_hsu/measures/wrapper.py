@@ -1,0 +1,47 @@
+"""Measures that evaluate another measure in their own way."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from lightning_hsu.measures.base import Measure
+
+
+class MeasureWrapper(Measure):
+    """A measure around another one, whose values mean what those of the other one mean."""
+
+    measure: Measure
+
+    @property
+    def higher_is_better(self) -> bool:  # type: ignore[override]
+        """As in the measure inside."""
+        return self.measure.higher_is_better
+
+    @property
+    def half_space(self) -> bool:  # type: ignore[override]
+        """As in the measure inside."""
+        return self.measure.half_space
+
+    def natural(self, penalty: Tensor) -> Tensor:
+        """As in the measure inside."""
+        return self.measure.natural(penalty)
+
+    def ratio(self, value: Tensor, reference: float) -> Tensor:
+        """As in the measure inside."""
+        return self.measure.ratio(value, reference)
+
+    def expectation(self, n: int, d: int) -> float | None:
+        """As in the measure inside."""
+        return self.measure.expectation(n, d)
+
+    def deviation(self, n: int, d: int) -> float | None:
+        """As in the measure inside."""
+        return self.measure.deviation(n, d)
+
+    def bound(self, n: int, d: int) -> float | None:
+        """As in the measure inside."""
+        return self.measure.bound(n, d)
+
+    def idle(self, n: int, d: int) -> str | None:
+        """As in the measure inside."""
+        return self.measure.idle(n, d)
