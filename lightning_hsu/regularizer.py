@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_hsu._checks import check_choice, check_count, check_number
-from lightning_hsu._core import lowered_products
+from lightning_hsu._core import bf16_products
 from lightning_hsu._engine.apply import GradientStats, LayerUpdate
 from lightning_hsu._engine.layer import Layer
 from lightning_hsu._engine.plan import Plan, StepContext, learning_rates
@@ -20,8 +20,9 @@ from lightning_hsu._engine.state import TrainingState
 from lightning_hsu._engine.step import act_on_buckets, loss_terms
 from lightning_hsu._monitor.measure import LayerUniformity, measure_layers
 from lightning_hsu._monitor.tables import describe
+from lightning_hsu._neurons.candidates import Skip
 from lightning_hsu._neurons.placement import Placement, is_dtensor, placement_of
-from lightning_hsu._neurons.select import Patterns, Skip, check_head, select
+from lightning_hsu._neurons.select import Patterns, check_head, select
 from lightning_hsu._neurons.target import Target
 from lightning_hsu._neurons.wrappers import unwrapped
 from lightning_hsu.coefficients import Coefficient, Strength
@@ -45,25 +46,33 @@ class _Attached:
 class UniformityRegularizer:
     """Spread a model's neurons over the sphere in any training loop, with or without Lightning.
 
-    After ``loss.backward()`` and before ``optimizer.step()`` call :meth:`add_gradients`: it adds the gradient of
-    coefficient times penalty, summed over the layers, to the parameters' ``.grad``. Or after each ``optimizer.step()``
-    call :meth:`move`: it moves the neurons along the sphere, past the optimizer. Or add :meth:`penalty` to the loss.
+    After ``loss.backward()`` and before ``optimizer.step()`` call :meth:`add_gradients`: it adds
+    the gradient of coefficient times penalty, summed over the layers, to the parameters' ``.grad``.
+    Or after each ``optimizer.step()`` call :meth:`move`: it moves the neurons along the sphere,
+    past the optimizer. Or add :meth:`penalty` to the loss.
 
     Args:
-        measure: What to minimise. None is the half-space Riesz energy with s = 2. The class head is measured in full space.
+        measure: What to minimise. None is the half-space Riesz energy with s = 2. The class head is
+            measured in full space.
         coefficient: A number >= 0 (0 only monitors), a schedule (optimizer steps done -> number), a
-            :class:`~lightning_hsu.Share`, or a mapping of layer patterns to these; the first matching pattern counts.
+            :class:`~lightning_hsu.Share`, or a mapping of layer patterns to these; the first
+            matching pattern counts.
         include: Patterns of layers to take, shell style; None takes all but embeddings.
         exclude: Patterns of layers to leave out.
         head: "auto" (the last Linear), the head's name, or None for no head.
         head_coefficient: A number, schedule or share for the head; None uses ``coefficient``.
-        every_n_steps: Apply on every n-th step of each optimizer, at the coefficient's full strength.
-        step_limit: The penalty's part of a step moves a neuron by at most this fraction of its norm. None is no limit.
-        matmul_precision: "medium" multiplies in bfloat16 (see the callback); the monitor's numbers stay exact.
-        sample_above: Energies of more neurons are estimated (:class:`~lightning_hsu.measures.Sampled`); None computes them.
+        every_n_steps: Apply on every n-th step of each optimizer, at the coefficient's full
+            strength.
+        step_limit: The penalty's part of a step moves a neuron by at most this fraction of its
+            norm. None is no limit.
+        matmul_precision: "medium" multiplies in bfloat16 (see the callback); the monitor's numbers
+            stay exact.
+        sample_above: Energies of more neurons are estimated
+            (:class:`~lightning_hsu.measures.Sampled`); None computes them.
 
     Raises:
-        ValueError: for a negative or NaN coefficient, ``every_n_steps`` or ``sample_above`` below 1 or a ``step_limit`` <= 0.
+        ValueError: for a negative or NaN coefficient, ``every_n_steps`` or ``sample_above`` below 1
+            or a ``step_limit`` <= 0.
         TypeError: for a measure or a coefficient of the wrong kind.
 
     Example:
@@ -210,7 +219,8 @@ class UniformityRegularizer:
             optimizer: The optimizer that will step; its learning rates set the step limit.
             index: Its position where there are several; by default the order of their first steps.
             factor: Of the loss: a GradScaler's, over the number of accumulated batches.
-            same_step: The step is counted already: the optimizer evaluates its closure again (LBFGS).
+            same_step: The step is counted already: the optimizer evaluates its closure again
+                (LBFGS).
         """
         self._check_attached()
         if is_dtensor(loss):
@@ -296,8 +306,8 @@ class UniformityRegularizer:
     ) -> dict[str, GradientStats]:
         """Move the neurons along the sphere by learning rate times coefficient times gradient.
 
-        Call it after each step. The norms of the neurons stay. Parameters that are frozen or have no
-        gradient are left alone. Neurons that are computed from parameters (weight_norm, pruning)
+        Call it after each step. The norms of the neurons stay. Parameters that are frozen or have
+        no gradient are left alone. Neurons that are computed from parameters (weight_norm, pruning)
         follow these.
 
         Args:
@@ -423,7 +433,7 @@ class UniformityRegularizer:
     def _products(self) -> AbstractContextManager[None]:
         """The precision of matrix products in a step."""
         if self.matmul_precision == "medium":
-            return lowered_products(True)
+            return bf16_products(True)
         return nullcontext()
 
     def _penalty(self, step: int, rates: Mapping[int, float], factor: Tensor | float) -> Tensor:
