@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 
 from lightning_hsu._engine.layer import Layer
 from lightning_hsu._monitor.measure import LayerUniformity
+from lightning_hsu._monitor.text import counted, shape_of
 from lightning_hsu._neurons.placement import known_strategies, placement_for_strategy
 
 
@@ -272,8 +273,8 @@ class Warnings:
         for layer in measured:
             if layer.nonfinite and layer.name not in self._nonfinite:
                 self._nonfinite.add(layer.name)
-                shape = f"{layer.neurons} x {layer.dimension}"
-                broken.append(f"'{layer.name}' ({shape}): {layer.nonfinite} neurons")
+                shape = shape_of(layer.groups, layer.neurons, layer.dimension)
+                broken.append(f"'{layer.name}' ({shape}): {counted(layer.nonfinite, 'neuron')}")
         if broken:
             rank_zero_warn(
                 f"NaN or infinite weights in layer {'; '.join(broken)}. Such neurons are left out of "

@@ -301,7 +301,7 @@ def test_a_non_finite_weight_is_reported_with_its_layer():
                     pl_module.net[5].weight[2, 1] = float("nan")
 
     with pytest.warns(
-        UserWarning, match=r"NaN or infinite weights in layer 'net.5' \(12 x 32\): 1 neurons"
+        UserWarning, match=r"NaN or infinite weights in layer 'net.5' \(12 x 32\): 1 neuron"
     ):
         trainer(Break(), uniformity(coefficient=0.1), log_every_n_steps=2, max_steps=4).fit(
             module, loader(batches())
