@@ -66,6 +66,8 @@ class Projected(MeasureWrapper, SphereMeasure):
 
     def prepare(self, x: Tensor, state: State | None = None) -> State:
         """The projections, and under names that begin with "inner." what the measure needs in the projections."""
+        if not x.numel():
+            return {}
         with torch.no_grad():
             unit = self._unit(x.detach())[0]
             if self._as_it_is(unit):
