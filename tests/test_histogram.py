@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lightning_hsu._core import histogram as module
-from lightning_hsu._core.histogram import survey_pairs
+from lightning_hsu._core.histogram import pair_histogram
 
 
 def brute(w, above, half_space):
@@ -30,7 +30,7 @@ def test_it_equals_a_loop_over_all_pairs(half_space, entries, monkeypatch):
     w = torch.randn(61, 5, generator=torch.Generator().manual_seed(1))
     w[7], w[40], w[13] = 3.0 * w[5], -0.1 * w[5], 0.0
     w[14] = math.nan
-    found = survey_pairs(w, above=0.9, half_space=half_space, keep=1000)
+    found = pair_histogram(w, above=0.9, half_space=half_space, keep=1000)
     angles, near = brute(torch.where(w.isnan(), 0.0, w), 0.9, half_space)
     assert found.similar == len(near) > 10
     assert {tuple(pair) for pair in found.pairs.tolist()} == near
@@ -51,7 +51,7 @@ def test_it_equals_a_loop_over_all_pairs(half_space, entries, monkeypatch):
 def test_only_the_nearest_are_kept_and_all_are_counted(monkeypatch):
     monkeypatch.setattr(module, "_ENTRIES", 50)
     w = torch.tensor([[1.0, 0.001 * i] for i in range(30)])
-    found = survey_pairs(w, keep=7)
+    found = pair_histogram(w, keep=7)
     assert found.similar == 30 * 29 // 2
     assert found.pairs.shape == (7, 2)
     assert set((found.pairs[:, 1] - found.pairs[:, 0]).tolist()) == {1}  # neighbours are nearest
@@ -60,13 +60,13 @@ def test_only_the_nearest_are_kept_and_all_are_counted(monkeypatch):
 
 @pytest.mark.parametrize("n", [0, 1, 2])
 def test_few_neurons(n):
-    found = survey_pairs(torch.eye(4)[:n])
+    found = pair_histogram(torch.eye(4)[:n])
     assert (found.similar, int(found.angles.sum()), len(found.pairs)) == (0, n * (n - 1) // 2, 0)
 
 
 def test_tiny_angles_are_told_from_none():
     w = torch.tensor([[1.0, 0.0], [1.0, 1e-6], [1.0, 0.0]])
-    found = survey_pairs(w)
+    found = pair_histogram(w)
     assert found.pairs[0].tolist() == [0, 2]
     assert found.pair_angles.tolist() == pytest.approx(
         [0.0, math.degrees(1e-6), math.degrees(1e-6)], rel=1e-6
@@ -76,13 +76,13 @@ def test_tiny_angles_are_told_from_none():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_other_precisions(dtype):
     w = torch.randn(20, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
-    assert survey_pairs(w).angles.tolist() == survey_pairs(w.float()).angles.tolist()
+    assert pair_histogram(w).angles.tolist() == pair_histogram(w.float()).angles.tolist()
 
 
 def test_work_is_told_as_it_is_done(monkeypatch):
     monkeypatch.setattr(module, "_ENTRIES", 200)
     told = []
-    survey_pairs(torch.randn(40, 3), done=told.append)
+    pair_histogram(torch.randn(40, 3), done=told.append)
     assert told == sorted(told)
     assert told[-1] == pytest.approx(1.0)
     assert len(told) > 3

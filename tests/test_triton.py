@@ -265,7 +265,7 @@ def test_rounds_and_row_panels(launch, monkeypatch):
         term = measure.pair_term()
         for room, height, launches in ((2**30, 4, 4), (900_000, 4, 12), (100_000, 1, 40)):
             monkeypatch.setattr(launch, "WORKSPACE", room)
-            monkeypatch.setattr(launch, "HEIGHT", height)
+            monkeypatch.setattr(launch, "STRIP", height)
             with monkeypatch.context() as patch:
                 names = counted(launch, patch)
                 outs = added(ws, term)

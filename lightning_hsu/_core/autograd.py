@@ -21,7 +21,7 @@ class PairEnergy:
 
     @staticmethod
     def apply(w: Tensor, term: PairTerm) -> Tensor:
-        """Compute the value and, where w requires a gradient, in the same pass what backward needs."""
+        """Compute the value, and in the same pass the gradient where w requires one."""
         with_grad = w.requires_grad and torch.is_grad_enabled()
         value: Tensor = _Energy.apply(w, term, with_grad)[0]  # type: ignore[no-untyped-call]
         return value
@@ -74,7 +74,8 @@ class _Gradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
         (w,) = ctx.saved_tensors
-        product = _HessianVector.apply(w, grad_outputs[0], ctx.term)  # type: ignore[no-untyped-call]
+        (vector,) = grad_outputs
+        product = _HessianVector.apply(w, vector, ctx.term)  # type: ignore[no-untyped-call]
         return product, None, None
 
     @staticmethod

@@ -58,7 +58,7 @@ class Backend(ABC):
         return False
 
     def largest_two(self, x: Tensor, alive: Tensor, *, half_space: bool, every: bool) -> LargestTwo:
-        """Find the largest two cosines of every row; see :func:`lightning_hsu._core.topk.largest_two`.
+        """Find the largest two cosines of every row, as the function of that name does.
 
         Args:
             x: Unit rows, shape (b, n, d), that :meth:`takes_rows` has accepted.

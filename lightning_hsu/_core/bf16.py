@@ -1,8 +1,8 @@
 """Pair sums with bfloat16 products: the same sums to about 1e-3, for half the time or less.
 
 Cosines and pulls are multiplied in bfloat16 and all else is done in float32, with two measures that
-keep the error small. Where neurons come so near (or so near to opposite) that a rounded cosine would
-tell their distance badly, these pairs are redone in float64, and a panel with many of them is
+keep the error small. Where neurons come so near (or so near to opposite) that a rounded cosine
+would tell their distance badly, these pairs are redone in float64, and a panel with many of them is
 computed in float32. And of the slopes only the difference to the slope at right angles is rounded:
 the rest, the same for all pairs, pulls along the sum of all neurons, which is known in float32.
 """
@@ -20,7 +20,7 @@ from lightning_hsu._core.precision import bf16_allowed
 from lightning_hsu._core.sums import GramPanel, PairSums, outside, product
 
 _NEAREST = 1.0
-"""Squared chord from which rounding to 2**-9 leaves a gradient right to 2e-3 (full space, s <= 2)."""
+"""Squared chord from which rounding to 2**-9 leaves an error of 2e-3 (full space, s <= 2)."""
 
 _FEW = 1 / 32
 """Part of a panel that is redone in float64 at most; else all of it is computed in float32."""
@@ -49,7 +49,7 @@ class BF16PairSums(PairSums):
         self.onward: dict[int, Tensor] = {}
 
     def add(self, first: int, last: int, height: int, *, with_grad: bool = True) -> None:
-        """Add the pairs of the rows from ``first`` to before ``last``, in panels of so many rows."""
+        """Add the pairs of rows ``first`` to ``last`` - 1, in panels of ``height`` rows."""
         if self.index is None:
             self.before = self.x[:, :first].sum(1, keepdim=True)
         super().add(first, last, height, with_grad=with_grad)

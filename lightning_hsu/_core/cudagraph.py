@@ -1,4 +1,4 @@
-"""The back end "cudagraph": what torch computes on a GPU, captured once and replayed as one graph."""
+"""The back end "cudagraph": torch on a GPU, captured once and replayed as one graph."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from lightning_hsu._core.without_sync import (
 )
 
 _KEPT = 4
-"""CUDA graphs kept, with their results: one for each measure of a model, or its optimizers in turn."""
+"""CUDA graphs kept with their results, as for the measures and optimizers of a model."""
 
 Stacks = Sequence[Sequence[GradientUpdate]]
 
 
 class CudaGraphBackend(Backend):
-    """Replays the gradients of all layers of a device as one CUDA graph; weights must stay in place."""
+    """Replays the gradients of all layers as one CUDA graph; weights must stay in place."""
 
     name: ClassVar[str] = "cudagraph"
 
@@ -46,7 +46,7 @@ class CudaGraphBackend(Backend):
         return avoids_sync(update.w, term)
 
     def add_pair_gradients(self, updates: Sequence[GradientUpdate], term: PairTerm) -> None:
-        """Replay one graph for each device, and compute the layers with near pairs again exactly."""
+        """Replay one graph for each device; compute groups with near pairs again, exactly."""
         by_device: dict[torch.device, list[GradientUpdate]] = {}
         for update in updates:
             by_device.setdefault(update.w.device, []).append(update)

@@ -31,7 +31,7 @@ from lightning_hsu._core.without_sync import (
 __all__ = ["SMALL", "TorchBackend", "add_pair_gradients", "shortening"]
 
 SMALL = 2**16
-"""Entries of a layer up to which equal shapes are stacked: what they cost is the number of calls."""
+"""Entries of a layer up to which equal shapes are stacked: there calls are what costs."""
 
 _GRAM_ENTRIES = 2**22
 """Gram entries of the layers that are stacked, so that they stay in a cache."""

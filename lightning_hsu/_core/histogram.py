@@ -1,4 +1,4 @@
-"""All pairs of one set of neurons, looked at once: how their angles are spread, and which of them are nearly the same."""
+"""All pairs of a set of neurons in one pass: a histogram of their angles, and the most similar."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ _ENTRIES = 2**22  # cosines held at once
 
 
 @dataclass(frozen=True)
-class Survey:
+class PairHistogram:
     """What is known of the pairs of n neurons.
 
     Args:
-        angles: How many pairs have an angle in each of as many equal parts of [0, 180] degrees, int64.
-        similar: How many pairs are nearly the same.
-        opposite: How many of these are so as lines only: they point opposite ways.
-        pairs: The most similar of them, nearest first, by index, int64 (k, 2). They are chosen by cosines in float32: which are
-            kept of more than k pairs below about 0.05 degrees is up to rounding.
-        pair_angles: Their angles in degrees, float64 (k,).
+        angles: Number of pairs by angle, in equal bins of [0, 180] degrees, int64, shape (bins,).
+        similar: How many pairs are similar.
+        opposite: How many of these are similar as lines only: they point opposite ways.
+        pairs: Indices of the most similar of them, nearest first, int64, shape (k, 2). They are
+            chosen by float32 cosines: of more than k pairs below about 0.05 degrees it is up to
+            rounding which are kept.
+        pair_angles: Their angles in degrees, float64, shape (k,).
     """
 
     angles: Tensor
@@ -36,7 +37,7 @@ class Survey:
 
 
 @torch.no_grad()
-def survey_pairs(
+def pair_histogram(
     w: Tensor,
     *,
     above: float = 0.95,
@@ -44,82 +45,91 @@ def survey_pairs(
     keep: int = 100,
     bins: int = 90,
     done: Callable[[float], None] | None = None,
-) -> Survey:
-    """Count the pairs of neurons by angle and list those that are nearly the same; n * n * d FLOP, never n * n memory.
+) -> PairHistogram:
+    """Count the pairs of neurons by angle and list the similar ones, without n * n memory.
 
     Args:
         w: Neurons, shape (n, d), rows of any positive norm. Zero and non-finite rows take no part.
-        above: Cosine from which a pair counts as nearly the same, in (0, 1).
-        half_space: Opposite neurons count as the same: the cosine's absolute value.
-        keep: How many of these pairs to list.
-        bins: Parts of [0, 180] degrees.
-        done: Told the fraction of the work that is done, now and then.
+        above: Cosine from which a pair is similar, in (0, 1).
+        half_space: Compare absolute cosines: opposite neurons are similar.
+        keep: How many similar pairs to list.
+        bins: Bins of the histogram over [0, 180] degrees.
+        done: Called now and then with the fraction of the work that is done.
 
     Example:
-        >>> survey = survey_pairs(torch.tensor([[1.0, 0.0], [2.0, 0.01], [0.0, 3.0]]))
-        >>> survey.similar, survey.pairs.tolist(), [round(angle, 3) for angle in survey.pair_angles.tolist()]
+        >>> found = pair_histogram(torch.tensor([[1.0, 0.0], [2.0, 0.01], [0.0, 3.0]]))
+        >>> found.similar, found.pairs.tolist(), [round(a, 3) for a in found.pair_angles.tolist()]
         (1, [[0, 1]], [0.286])
     """
     w = with_float64(w.detach().to(working_dtype(w.dtype)))
     x, inverse_norm = unit_rows(w)
     live = (inverse_norm.squeeze(-1) > 0).nonzero().squeeze(1)
-    x, n = x[live], len(live)
+    x = x[live]
+    n = len(live)
     angles = torch.zeros(bins, dtype=torch.int64, device=w.device)
-    opposite, kept = 0, _Best(keep, w.device)
+    opposite = 0
+    kept = _MostSimilar(keep, w.device)
     height = max(1, _ENTRIES // max(n, 1))
     with exact_arithmetic(w):
         for start in range(0, n - 1, height):
             stop = min(start + height, n)
             cosine = (x[start:stop] @ x[start:].mT).clamp_(-1.0, 1.0)  # (k, n - start)
-            rows, cols = (torch.arange(m, device=w.device) for m in cosine.shape)
+            rows = torch.arange(stop - start, device=w.device)
+            cols = torch.arange(n - start, device=w.device)
             cosine.masked_fill_(cols <= rows[:, None], math.nan)
-            close = cosine.abs() >= above if half_space else cosine >= above
-            if bool(close.any()):
-                opposite += int((close & (cosine < 0)).sum())
-                at, to = close.nonzero(as_tuple=True)
-                kept.add(cosine[at, to].abs(), live[at + start], live[to + start])
-            part = cosine.acos_().mul_(bins / math.pi)
-            angles += _counted(part, bins)
+            similar = cosine >= above
+            if half_space:
+                similar |= cosine <= -above
+            if bool(similar.any()):
+                opposite += int((similar & (cosine < 0)).sum())
+                row, col = similar.nonzero(as_tuple=True)
+                kept.add(cosine[row, col].abs(), live[row + start], live[col + start])
+            angles += _counts(cosine.acos_().mul_(bins / math.pi), bins)
             if done is not None:
                 done(1.0 - ((n - stop) / n) ** 2)
-        exact = _angles(w, kept.pairs)
-    near = torch.minimum(exact, 180.0 - exact) if half_space else exact
-    order = near.argsort(stable=True)
-    return Survey(angles, kept.count, opposite, kept.pairs[order], exact[order])
+        pair_angles = _angles(w, kept.pairs)
+    between = torch.minimum(pair_angles, 180.0 - pair_angles) if half_space else pair_angles
+    order = between.argsort(stable=True)
+    return PairHistogram(angles, kept.count, opposite, kept.pairs[order], pair_angles[order])
 
 
-class _Best:
-    """The pairs of the largest cosines among those that were shown, in bounded memory."""
+class _MostSimilar:
+    """The pairs with the largest cosines among all that were added, in bounded memory."""
 
     def __init__(self, keep: int, device: torch.device) -> None:
-        self.keep, self.count = keep, 0
+        self.keep = keep
+        self.count = 0  # of all that were added
         self.cosines = torch.zeros(0, device=device)
         self.pairs = torch.zeros(0, 2, dtype=torch.int64, device=device)
 
     def add(self, cosines: Tensor, first: Tensor, second: Tensor) -> None:
-        """Show pairs with their cosines, (m,) each."""
+        """Add pairs (first, second) with their cosines, (m,) each."""
         self.count += len(cosines)
         if not self.keep:
             return
         if len(self.cosines) == self.keep:
-            better = cosines > self.cosines[-1:]  # often none
-            cosines, first, second = cosines[better], first[better], second[better]
-        cosines, pairs = (
-            torch.cat([self.cosines.to(cosines), cosines]),
-            torch.cat([self.pairs, torch.stack([first, second], 1)]),
-        )
-        best = cosines.sort(descending=True, stable=True).indices[: self.keep]
-        self.cosines, self.pairs = cosines[best], pairs[best]
+            larger = cosines > self.cosines[-1:]  # often none
+            cosines = cosines[larger]
+            first = first[larger]
+            second = second[larger]
+        cosines = torch.cat([self.cosines.to(cosines), cosines])
+        pairs = torch.cat([self.pairs, torch.stack([first, second], 1)])
+        order = cosines.sort(descending=True, stable=True).indices[: self.keep]
+        self.cosines = cosines[order]
+        self.pairs = pairs[order]
 
 
-def _counted(part: Tensor, bins: int) -> Tensor:
-    """How many entries that are no NaN fall between whole numbers, the last of them its upper end, too; int64 (bins,)."""
-    finite = part[~part.isnan()] if bool(part.isnan().any()) else part.flatten()
-    return torch.bincount(finite.long().clamp_(0, bins - 1), minlength=bins)
+def _counts(positions: Tensor, bins: int) -> Tensor:
+    """How many positions lie in each bin [i, i + 1), the last one closed; NaN is left out."""
+    missing = positions.isnan()
+    counted = positions[~missing] if bool(missing.any()) else positions.flatten()
+    return torch.bincount(counted.long().clamp_(0, bins - 1), minlength=bins)
 
 
 def _angles(w: Tensor, pairs: Tensor) -> Tensor:
-    """Angles in degrees of pairs (k, 2) of rows, by differences in float64, (k,)."""
-    x, y = (unit_rows(w[index].double())[0] for index in pairs.unbind(1))
-    apart, together = torch.linalg.vector_norm(x - y, dim=1), torch.linalg.vector_norm(x + y, dim=1)
+    """Angles in degrees (k,) of pairs (k, 2) of rows, by differences in float64."""
+    x = unit_rows(w[pairs[:, 0]].double())[0]
+    y = unit_rows(w[pairs[:, 1]].double())[0]
+    apart = torch.linalg.vector_norm(x - y, dim=1)
+    together = torch.linalg.vector_norm(x + y, dim=1)
     return (2.0 * torch.atan2(apart, together)).rad2deg()

@@ -1,4 +1,4 @@
-"""What the pair sums ask of a kernel: its value and slope in the squared chord, softened and folded."""
+"""A kernel as the pair sums need it: value and slope in the squared chord, softened and folded."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 Kernel = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""Maps squared chords q in (0, 4] to another neuron, and p = 4 - q to its mirror image, to (value, d value / d q)."""
+"""Maps squared chords q in (0, 4] to another neuron, and p = 4 - q to its mirror image, to the
+value and its derivative with respect to q."""
 
 FLOOR = 1e-6
-"""The smallest softening (a chord): it keeps the energy of coincident neurons finite when softening is off."""
+"""The smallest softening, a chord: it keeps the energy of coincident neurons finite without one."""
 
 FORMULAS = ("chordal", "geodesic", "gaussian")
-"""Names of kernels that compiled loops know; others go through torch."""
+"""Names of the kernels that have compiled twins; others go through torch."""
 
 # Softened kernel values and slopes stay below this, so that no later product is inf * 0.
 _BOUND = {torch.float64: 1e150, torch.float32: 1e18}
@@ -30,8 +31,9 @@ class PairTerm:
         kernel: Value and slope at squared chords.
         half_space: Count each neuron together with its mirror image.
         softening: Chord below which the kernel continues as its tangent line in the squared chord.
-        formula: The kernel by a name that compiled kernels know and its one number, such as ("chordal", 2.0); None for others.
-        logarithm: What training minimises is the logarithm of the mean.
+        formula: The name of the kernel's compiled twin and its one number, such as
+            ("chordal", 2.0); None if there is none.
+        logarithm: Training minimises the logarithm of the mean, not the mean itself.
     """
 
     kernel: Kernel
@@ -46,18 +48,25 @@ class PairTerm:
         return max(self.softening, FLOOR)
 
     def softened(self, q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
-        """Value and slope at the squared chords q, p = 4 - q; below the knee the tangent line at the knee."""
-        curved = q.clamp_min(self.knee**2)
+        """Value and slope at squared chords q, p = 4 - q; of the tangent line below the knee."""
+        square = self.knee**2
         bound = _BOUND[q.dtype]
-        bounded = (
-            part.clamp(-bound, bound)
-            for part in self.kernel(curved, p.clamp_max(4.0 - self.knee**2))
-        )
-        value, slope = bounded
+        curved = q.clamp_min(square)
+        value, slope = self.kernel(curved, p.clamp_max(4.0 - square))
+        value = value.clamp(-bound, bound)
+        slope = slope.clamp(-bound, bound)
         return value + slope * (q - curved), slope
 
     def split(self, q: Tensor, p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Energy of pairs at squared chords q, mirrored chords p; slopes in q and (half space, else 0) in p."""
+        """Energies of pairs, and their slopes in each squared chord.
+
+        Args:
+            q: Squared chords to the other neurons.
+            p: Squared chords to their mirror images.
+
+        Returns:
+            Energies, slopes in q, and slopes in p: 0 in full space.
+        """
         value, slope = self.softened(q, p)
         if not self.half_space:
             return value, slope, torch.zeros_like(slope)
@@ -65,27 +74,31 @@ class PairTerm:
         return value + mirrored, slope, mirrored_slope
 
     def folded(self, q: Tensor, nearest: float = 0.0) -> tuple[Tensor, Tensor]:
-        """Energy of pairs and its slope at squared chords q in [nearest, 4 - nearest]."""
+        """Energies of pairs and their slopes, at squared chords q in [nearest, 4 - nearest]."""
         p = 4.0 - q
-        smooth = (
-            q.dtype != torch.float64 and self.knee**2 <= nearest
-        )  # no knee, no overflow: skip both guards
-        if not smooth:
+        if q.dtype == torch.float64 or self.knee**2 > nearest:
             value, slope, mirrored_slope = self.split(q, p)
             return value, slope - mirrored_slope
+        # There is no knee and no overflow here.
         value, slope = self.kernel(q, p)
         if self.half_space:
             mirrored, mirrored_slope = self.kernel(p, q)
-            value, slope = value + mirrored, slope - mirrored_slope
+            value = value + mirrored
+            slope = slope - mirrored_slope
         return value, slope
 
     def scale(self, live: float) -> float:
-        """What turns a sum over unordered pairs of ``live`` neurons into the mean; 0 when there is no pair."""
-        pairs = live * (2 * live - 1) / 2 if self.half_space else live * (live - 1) / 2
-        return 1.0 / pairs if live > 1 else 0.0
+        """The factor from the sum over pairs of ``live`` neurons to the mean; 0 below two."""
+        if live <= 1:
+            return 0.0
+        points = 2 * live if self.half_space else live
+        return 2.0 / (live * (points - 1))
 
     def constant(self, live: float) -> float:
-        """The part of the pair sum that no neuron can change: in half space each neuron against its own mirror."""
+        """The part of the pair sum that no neuron can change.
+
+        In half space that is the energy of each neuron with its own mirror image.
+        """
         return live * softened_at(self, 4.0)[0] / 2 if self.half_space else 0.0
 
 

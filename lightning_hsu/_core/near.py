@@ -15,7 +15,7 @@ from lightning_hsu._core.sphere import (
 )
 
 NEAR = 0.05
-"""Squared chord below which a pair is redone: 2 - 2 * cos has lost half of float32's digits there."""
+"""Squared chord below which a pair is redone: 2 - 2 * cos has lost half of its digits there."""
 
 COINCIDENT = 1e-7**2
 """Squared chord below which float32 cannot tell two neurons apart."""
@@ -125,5 +125,5 @@ class _Duplicates:
         self.degree.index_add_(0, rows, weight.abs().sum(1, keepdim=True))
 
     def tangents(self, rows: Tensor, x: Tensor) -> Tensor:
-        """Tangents (m, d) along which rows (m,), unit rows x (m, d), separate from their partners."""
+        """Tangents (m, d) along which rows (m,), at points x (m, d), leave their partners."""
         return separating_tangents(x, self.away[rows], self.degree[rows], self.noise[rows])

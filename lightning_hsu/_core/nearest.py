@@ -2,8 +2,8 @@
 
 One pass over row panels of the upper triangle of the Gram matrix, n*n*d FLOP, finds the largest and
 second largest cosine of every row. Where the two differ by more than rounding the nearest is known;
-other rows list their candidates. Listed pairs are told apart by differences in float64 where float32
-would not do. Only rows with many candidates are compared with all neurons in float64.
+other rows list their candidates. Listed pairs are told apart by differences in float64 where
+float32 would not do. Only rows with many candidates are compared with all neurons in float64.
 """
 
 from __future__ import annotations
@@ -85,8 +85,8 @@ def nearest_energy(w: Tensor, term: NearestTerm) -> tuple[Tensor, Tensor]:
         term: The kernel.
 
     Returns:
-        The value (...) in float32 or wider, 0 with fewer than two neurons, and the gradient with the
-        shape and dtype of ``w``. Both are finite, and the same weights give the same bits.
+        The value (...) in float32 or wider, 0 with fewer than two neurons, and the gradient with
+        the shape and dtype of ``w``. Both are finite, and the same weights give the same bits.
     """
     dtype = working_dtype(w.dtype)
     if w.numel() == 0:
@@ -114,8 +114,8 @@ def _split(stack: Tensor) -> tuple[Tensor, ...]:
 class _NearestEnergy(Nearest):
     """Value and gradient of a kernel at the nearest.
 
-    The gradient of listed pairs is computed in the dtype of the neurons. That of crowded rows and of
-    coincident neurons is rare and computed in float64, in tensors that are made when needed.
+    The gradient of listed pairs is computed in the dtype of the neurons. That of crowded rows and
+    of coincident neurons is rare and computed in float64, in tensors that are made when needed.
     """
 
     def __init__(self, w: Tensor, term: NearestTerm) -> None:

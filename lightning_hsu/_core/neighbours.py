@@ -84,7 +84,7 @@ class CandidatePairs:
         return count.index_put_((self.rows,), tied.double(), accumulate=True)[self.rows]
 
     def spread(self, out: Tensor, weight: Tensor, points: Tensor) -> None:
-        """Subtract from both neurons of each pair, in ``out``, its weight (m,) times the other's point."""
+        """Subtract from both rows of a pair, in ``out``, weight (m,) times the other's point."""
         # index_put_ adds in a fixed order, unlike index_add_.
         out.index_put_((self.rows,), -weight[:, None] * points[self.cols], accumulate=True)
         out.index_put_((self.cols,), -weight[:, None] * points[self.rows], accumulate=True)
@@ -117,7 +117,7 @@ class CrowdedRows:
         return tied.sum(1, keepdim=True)
 
     def spread(self, out: Tensor, weight: Tensor, points: Tensor) -> None:
-        """Subtract from both neurons of each pair, in ``out``, its weight (k, n) times the other's point."""
+        """Subtract from both rows of a pair, in ``out``, weight (k, n) times the other's point."""
         out[self.rows] -= weight @ points[self.cols]
         out[self.cols] -= weight.mT @ points[self.rows]
 
@@ -158,8 +158,8 @@ class Nearest:
         """List the candidates of rows whose nearest is not clear, mask (b, n).
 
         Returns:
-            Rows, columns and cosines of the pairs of rows with a few candidates, and a mask (b, n) of
-            the rows that have more.
+            Rows, columns and cosines of the pairs of rows with a few candidates, and a mask (b, n)
+            of the rows that have more.
         """
         pairs = []
         crowded = torch.zeros_like(unclear)
@@ -177,7 +177,7 @@ class Nearest:
         return pairs, crowded
 
     def _others(self, i: int, row: Tensor) -> Tensor:
-        """Mask (k, n) of the pairs that count among some rows (k,) of a group and all its columns."""
+        """Mask (k, n) of the pairs that count among some rows (k,) and all columns of a group."""
         column = torch.arange(self.x.shape[1], device=row.device)
         other = column != row[:, None] if self.every else column > row[:, None]
         return other & self.alive[i]

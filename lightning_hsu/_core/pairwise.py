@@ -1,14 +1,15 @@
 """Mean pair energy and its gradient in closed form, over row panels of the Gram matrix.
 
-With unit rows x_i, squared chords q_ij = 2 - 2 x_i.x_j and a kernel F, the gradient of the pair sum is
+With unit rows x_i, squared chords q_ij = 2 - 2 x_i.x_j and a kernel F, the gradient of the pair sum
+is
 
     d/dw_i = -2 / |w_i| (I - x_i x_i^T) sum_j F'(q_ij) x_j
 
-so one Gram matrix gives both. Only its upper triangle is formed, a panel of rows at a time:
-n*n*d FLOP for the cosines and 2*n*n*d for the gradient, and never more than panel * n entries in memory.
+so one Gram matrix gives both. Only its upper triangle is formed, a panel of rows at a time: n*n*d
+FLOP for the cosines and 2*n*n*d for the gradient, and never more than panel * n entries in memory.
 
-The gradient can be shared out in two ways: by parts of the triangle that cost the same and add up to it, or by
-rows, each against all others, k of them for 4*k*n*d FLOP.
+The gradient can be shared out in two ways: by parts of the triangle that cost the same and add up
+to it, or by rows, each against all others, k of them for 4*k*n*d FLOP.
 """
 
 from __future__ import annotations
@@ -45,8 +46,8 @@ def pair_energy(
         with_grad: Also return the gradient.
 
     Returns:
-        The value (...) in float32 or wider, and the gradient with the shape and dtype of ``w`` (None
-        without ``with_grad``). Both are finite, and the same weights give the same bits.
+        The value (...) in float32 or wider, and the gradient with the shape and dtype of ``w``
+        (None without ``with_grad``). Both are finite, and the same weights give the same bits.
     """
     dtype = working_dtype(w.dtype)
     if w.numel() == 0:
@@ -115,7 +116,8 @@ def pair_rows(w: Tensor, term: PairTerm, rows: Tensor) -> Tensor:
     Args:
         w: Neurons, shape (..., n, d), as there.
         term: The kernel.
-        rows: The wanted rows, bool, shape (..., n). A group with k of them costs 4 * k * n * d FLOP.
+        rows: The wanted rows, bool, shape (..., n). A group with k of them costs 4 * k * n * d
+            FLOP.
 
     Returns:
         The gradient with the shape and dtype of ``w``, 0 in the other rows; finite, and the same
@@ -150,9 +152,9 @@ def pair_part(w: Tensor, term: PairTerm, part: int, parts: int) -> tuple[Tensor,
         parts: How many there are, 1 or more.
 
     Returns:
-        The summand with the shape and dtype of ``w``, and a number, shape () in float32: > 0 if this
-        part met coincident neurons or pulls beyond its range; then the summands may not add up to
-        the gradient. They and their sum are finite, and the same inputs give the same bits.
+        The summand with the shape and dtype of ``w``, and a number, shape () in float32: > 0 if
+        this part met coincident neurons or pulls beyond its range; then the summands may not add up
+        to the gradient. They and their sum are finite, and the same inputs give the same bits.
 
     Raises:
         ValueError: if there is no such part.

@@ -1,4 +1,4 @@
-"""One arithmetic whatever surrounds the call: no autocast, full float32 products, float32 or wider."""
+"""The same arithmetic whatever surrounds a call: no autocast, full float32 products."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ if hasattr(torch.backends.cuda.matmul, "fp32_precision"):
 
 
 def _reduced_settings() -> dict[str, str]:
-    """Settings below full precision, by backend; before torch 2.9 one for all, under the name ""."""
+    """Settings below full precision, by backend; before torch 2.9 one for all, named ""."""
     if not _BACKENDS:
         setting = torch.get_float32_matmul_precision()
         return {} if setting == "highest" else {"": setting}

@@ -1,4 +1,4 @@
-"""Pair sums over random blocks of neurons instead of all pairs, and how far off they are likely to be."""
+"""Pair sums over random blocks of neurons instead of all pairs, and their standard errors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ class Spread(NamedTuple):
 
     Args:
         value: Of the mean pair energy.
-        gradient: Of its gradient, a length: the root of the expected squared distance to the gradient over all pairs.
+        gradient: Of its gradient, a length: the root of the expected squared distance to the
+            gradient over all pairs.
     """
 
     value: float
@@ -29,31 +30,34 @@ def random_blocks(live: Tensor, size: int, draw: int) -> Tensor:
     Args:
         live: Which neurons take part, bool, shape (n,), at least ``size`` of them.
         size: Neurons of a block, or a few more, so that few are left over.
-        draw: Another partition for each other number.
+        draw: Each number is another partition.
 
     Returns:
         Indices (k, m). The n - k * m < k neurons that are left over are others each time.
     """
     index = live.nonzero().squeeze(1)
     count = max(1, len(index) // size)
-    order = torch.randperm(len(index), generator=seeded(draw))[: len(index) // count * count]
+    used = len(index) // count * count
+    order = torch.randperm(len(index), generator=seeded(draw))[:used]
     return index[order.to(index.device)].view(count, -1)
 
 
 def of_all_pairs(term: PairTerm, n: int, m: int) -> tuple[float, float]:
-    """Factor and summand that make of the expected mean energy of m of n neurons that of all n.
+    """From the expected mean energy of m of n neurons to that of all n: a factor and a summand.
 
     In half space they differ, since each neuron also meets its own mirror image.
     """
     factor = _weight(term, n) / _weight(term, m) if m > 1 else 1.0
-    return factor, term.constant(n) * term.scale(n) - factor * term.constant(m) * term.scale(m)
+    summand = term.constant(n) * term.scale(n) - factor * term.constant(m) * term.scale(m)
+    return factor, summand
 
 
 def block_spread(w: Tensor, blocks: Tensor, term: PairTerm, n: int) -> Spread:
-    """Estimate, from the blocks themselves, how far their mean is from all pairs.
+    """Estimate, from the blocks themselves, how far their mean is from that over all pairs.
 
-    A pair's energy is a constant, a part of either neuron and a rest. The parts of the neurons average out over blocks that
-    hold them all; what is left is the rest, in so many of all pairs, and the parts of the few neurons left over.
+    A pair's energy is a constant, a part of either neuron and a rest. The parts of the neurons
+    average out over blocks that hold them all. What is left is the rest, in the share of all pairs
+    that the blocks leave out, and the parts of the few neurons left over.
 
     Args:
         w: Neurons, shape (n, d).
@@ -62,42 +66,56 @@ def block_spread(w: Tensor, blocks: Tensor, term: PairTerm, n: int) -> Spread:
         n: How many neurons are alive.
     """
     count, m = blocks.shape
-    own, rest, square, length = torch.zeros(4, dtype=torch.float64, device=w.device)
+    found = torch.zeros(4, dtype=torch.float64, device=w.device)
     for block in blocks:
-        x, inverse_norm = unit_rows(w[block].double())
-        cosine = x @ x.mT
-        itself = torch.eye(m, dtype=torch.bool, device=w.device)
-        q, p = (
-            (2.0 + sign * 2.0 * cosine).clamp_(0.0, 4.0).masked_fill_(itself, 2.0)
-            for sign in (-1.0, 1.0)
-        )
-        value, slope, mirrored_slope = term.split(q, p)
-        value, slope = (part.masked_fill(itself, 0.0) for part in (value, slope - mirrored_slope))
-        value -= (value.sum() / (m * (m - 1))) * ~itself
-        parts = value.sum(1) / (m - 2)  # of each neuron
-        rest += (value.square().sum() / 2 - (m - 2) * parts.square().sum()) / (m * (m - 3) / 2)
-        own += parts.square().sum() / (m - 1)
-        pull = slope @ x
-        pull -= (slope * cosine).sum(1, keepdim=True) * x  # tangent part of the sum over the others
-        pulled = pull.square().sum(1)
-        spread = ((slope.square() * (1.0 - cosine.square())).sum(1) - pulled / (m - 1)) / (m - 2)
-        scale = inverse_norm.squeeze(1).square()
-        square += (scale * spread).sum() / (m - 1)
-        length += (scale * pulled).sum() / (m - 1) ** 2
-    rest, own = rest / count, (own - rest / (m - 2)).clamp_min(0.0) / count
-    missed, seen = n - count * m, 1.0 - (m - 1) / (n - 1)
-    variance = (
-        rest * 2.0 / (count * m * (m - 1)) * seen
-        + 4.0 * own * missed * (1.0 - missed / n) / (count * m) ** 2
-    )
-    distance = square * seen + length * missed / n
-    factor = 2.0 * _weight(term, n)  # n neurons, each with its mean over the others
-    return Spread(
-        float(variance.clamp_min(0.0).sqrt()) * _weight(term, n),
-        float(distance.clamp_min(0.0).sqrt()) * factor * 2.0 / n,
-    )
+        found += _block_moments(w[block], term)
+    rest, own, square, length = found.unbind()
+    own = (own - rest / (m - 2)).clamp_min(0.0) / count
+    rest = rest / count
+    left_over = n - count * m
+    unseen = 1.0 - (m - 1) / (n - 1)
+    variance = rest * 2.0 / (count * m * (m - 1)) * unseen
+    variance += 4.0 * own * left_over * (1.0 - left_over / n) / (count * m) ** 2
+    distance = square * unseen + length * left_over / n
+    weight = _weight(term, n)
+    value_error = float(variance.clamp_min(0.0).sqrt()) * weight
+    # The mean is over n neurons, each with its mean over the others; a pair counts for both.
+    gradient_error = float(distance.clamp_min(0.0).sqrt()) * weight * 4.0 / n
+    return Spread(value_error, gradient_error)
+
+
+def _block_moments(w: Tensor, term: PairTerm) -> Tensor:
+    """Moments of the pairs of one block of neurons (m, d).
+
+    Returns:
+        Four numbers: the variance of what is left of a pair's energy without the neurons' parts,
+        the variance of these parts; and summed over the neurons, the squared error of the mean pull
+        of the other m - 1, and the squared length of that mean.
+    """
+    m = len(w)
+    x, inverse_norm = unit_rows(w.double())
+    cosine = x @ x.mT
+    diagonal = torch.eye(m, dtype=torch.bool, device=w.device)
+    q = (2.0 - 2.0 * cosine).clamp_(0.0, 4.0).masked_fill_(diagonal, 2.0)
+    p = (2.0 + 2.0 * cosine).clamp_(0.0, 4.0).masked_fill_(diagonal, 2.0)
+    value, slope, mirrored_slope = term.split(q, p)
+    value = value.masked_fill(diagonal, 0.0)
+    slope = (slope - mirrored_slope).masked_fill(diagonal, 0.0)
+    value -= (value.sum() / (m * (m - 1))) * ~diagonal
+    parts = value.sum(1) / (m - 2)  # of each neuron
+    rest = (value.square().sum() / 2 - (m - 2) * parts.square().sum()) / (m * (m - 3) / 2)
+    own = parts.square().sum() / (m - 1)
+    pull = slope @ x
+    pull -= (slope * cosine).sum(1, keepdim=True) * x  # the tangent part
+    pulled = pull.square().sum(1)
+    each = (slope.square() * (1.0 - cosine.square())).sum(1)
+    spread = (each - pulled / (m - 1)) / (m - 2)
+    scale = inverse_norm.squeeze(1).square()
+    square = (scale * spread).sum() / (m - 1)
+    length = (scale * pulled).sum() / (m - 1) ** 2
+    return torch.stack([rest, own, square, length])
 
 
 def _weight(term: PairTerm, n: int) -> float:
-    """What the mean over pairs of neurons counts in the mean energy: 1 in full space."""
+    """The weight of pairs of different neurons in the mean energy: 1 in full space."""
     return n * (n - 1) / 2 * term.scale(n)

@@ -40,7 +40,7 @@ def takes_part(w: Tensor) -> Tensor:
 
 
 def _squares_are_safe(length: Tensor) -> bool:
-    """Whether no square of an entry overflowed, nor vanished where it counts; False if one is NaN."""
+    """Whether no square of an entry overflowed or vanished; False if a length is NaN."""
     if not length.numel():
         return False
     low, high = length.aminmax()
@@ -74,8 +74,8 @@ def tangent(v: Tensor, x: Tensor) -> Tensor:
 def squared_chords(x: Tensor, y: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
     """Squared chords from unit rows x to unit rows y, and to their mirror images -y.
 
-    In float64 ``2 - 2 * cos`` is off by 4e-16 or so: enough down to a chord of 1e-3. Nearer pairs are
-    redone by differences, which keep what the cosine cancels away.
+    In float64 ``2 - 2 * cos`` is off by 4e-16 or so: enough down to a chord of 1e-3. Nearer pairs
+    are redone by differences, which keep what the cosine cancels away.
 
     Args:
         x: Unit rows, shape (k, d), float64.
@@ -135,7 +135,8 @@ def separating_tangents(
     """Tangents along which coincident rows separate, as long as the weight of their partners.
 
     Between coincident rows no direction is given. So each row is taken to stand an infinitesimal,
-    seeded step beside itself, its noise: then its partners push it along the difference of both steps.
+    seeded step beside itself, its noise: then its partners push it along the difference of both
+    steps.
 
     Args:
         x: Unit rows, shape (..., n, d).

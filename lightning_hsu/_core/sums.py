@@ -1,4 +1,4 @@
-"""The sums behind mean pair energies and their gradients, gathered over row panels of the Gram matrix."""
+"""The sums behind mean pair energies and their gradients, over row panels of the Gram matrix."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class PairSums:
         self.additive = True  # whether the gradient, once taken, is a sum over pairs
 
     def add(self, first: int, last: int, height: int, *, with_grad: bool = True) -> None:
-        """Add the pairs of the rows from ``first`` to before ``last``, in panels of so many rows."""
+        """Add the pairs of rows ``first`` to ``last`` - 1, in panels of ``height`` rows."""
         if with_grad:
             # The first row meets all others: what begins there writes all of the gradient.
             make = torch.empty_like if first == 0 < last else torch.zeros_like
@@ -101,7 +101,7 @@ class PairSums:
             _add_product(self.grad[:, panel.stop :], below, rows, panel.fresh)
 
     def _squared_chords(self, cosine: Tensor, panel: GramPanel) -> Tensor:
-        """Squared chords at the cosines (b, k, m) of a panel; a row meets itself at a right angle."""
+        """Squared chords at a panel's cosines (b, k, m); a row meets itself at a right angle."""
         q = torch.rsub(cosine, 2.0, alpha=2.0)
         self._fill_diagonal(q, panel, 2.0)
         return q
@@ -114,7 +114,8 @@ class PairSums:
         Args:
             panel: The panel.
             q: Squared chords, shape (b, k, m); overwritten.
-            redo: Pairs nearer than ``nearest``, which are redone in float64; None if there are none.
+            redo: Pairs nearer than ``nearest``, which are redone in float64; None if there are
+                none.
             nearest: The squared chord from which, and up to 4 minus it, q is precise enough.
             with_grad: Also add the gradients of near pairs.
 

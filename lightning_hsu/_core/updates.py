@@ -34,7 +34,7 @@ class GradientUpdate:
         return GradientUpdate(w, out, self.scale, self.limit, self.grad_scale)
 
     def overlaps(self, other: GradientUpdate) -> bool:
-        """Whether another update may add to the same entries, judged by the ends of both in memory."""
+        """Whether another update may add to the same entries, by the ends of both in memory."""
         if other is self:
             return False
         if self.out.untyped_storage().data_ptr() != other.out.untyped_storage().data_ptr():
@@ -45,7 +45,7 @@ class GradientUpdate:
 
 
 def alike(updates: Sequence[GradientUpdate]) -> list[list[GradientUpdate]]:
-    """Group the updates by shape, dtype, device and numbers: all but ``w`` and ``out`` themselves."""
+    """Group the updates that differ in ``w`` and ``out`` only."""
     found: dict[object, list[GradientUpdate]] = {}
     for update in updates:
         w = update.w

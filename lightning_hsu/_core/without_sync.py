@@ -52,7 +52,7 @@ def avoids_sync(w: Tensor, term: PairTerm) -> bool:
 
 
 def stacks_of(updates: Sequence[GradientUpdate]) -> list[Sequence[GradientUpdate]]:
-    """Group the updates into stacks: layers of one shape, and no more of them than fit in memory."""
+    """Group the updates into stacks of layers of one shape that fit in memory together."""
     stacks: list[Sequence[GradientUpdate]] = []
     for members in alike(updates):
         count = max(1, _STACK_ENTRIES // max(1, members[0].w.numel()))
@@ -109,7 +109,7 @@ def gradients_without_sync(w: Tensor, term: PairTerm) -> StackGradient:
 def add_where_valid(
     stacks: Sequence[Sequence[GradientUpdate]], found: Iterable[StackGradient], term: PairTerm
 ) -> None:
-    """Add the gradients of stacks to their layers, and compute the groups that are not valid exactly.
+    """Add the gradients of stacks to their layers; compute groups that are not valid exactly.
 
     Args:
         stacks: The layers, a list for each stack.
@@ -129,7 +129,7 @@ def add_where_valid(
 
 
 def add_exactly(updates: Sequence[GradientUpdate], term: PairTerm) -> None:
-    """Add the gradients of layers that differ in ``w`` and ``out`` only, whatever their neurons are."""
+    """Add the gradients of layers that differ in ``w`` and ``out`` only, near pairs included."""
     w = stack_neurons(updates)
     value, grad = pair_energy(w, term)
     assert grad is not None

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lightning_hsu._core.histogram import survey_pairs
+from lightning_hsu._core.histogram import pair_histogram
 from lightning_hsu._monitor.measure import LayerUniformity
 
 Curve = Sequence[tuple[int, float]]
@@ -125,7 +125,7 @@ def angles_of(name: str, x: Tensor, ratio: float) -> Angles:
     sample = _sample(x)
     counts = torch.zeros(BINS, dtype=torch.int64, device=x.device)
     for group in sample:
-        counts += survey_pairs(group, keep=1, bins=BINS).angles
+        counts += pair_histogram(group, keep=1, bins=BINS).angles
     shape = f"{n:,} × {d:,}"
     if sample.shape != x.shape:
         sampled = sample.shape[0] * sample.shape[1]

@@ -1,1 +1,1 @@
-"""Compiled twins of the hot loops, in Triton; imported only where the back end "triton" is asked for."""
+"""Compiled twins of the hot loops, in Triton: imported only for the back end "triton"."""

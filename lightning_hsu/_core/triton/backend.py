@@ -1,4 +1,4 @@
-"""The back end "triton": pair gradients of many layers in four launches, nearest neighbours in one."""
+"""The back end "triton": pair gradients of many layers in four launches, neighbours in one."""
 
 from __future__ import annotations
 

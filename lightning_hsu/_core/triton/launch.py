@@ -1,8 +1,8 @@
-"""Gradients of pair energies of many layers through compiled kernels: tables, workspace, launches, near pairs."""
+"""Pair gradients of many layers through compiled kernels: tables, workspace and launches."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -19,29 +19,35 @@ from lightning_hsu._core.triton.scalars import scalar_of
 from lightning_hsu._core.updates import GradientUpdate
 
 WORKSPACE = 2**30
-"""Bytes in use at once: unit rows, their pulls, and slopes of pairs. Layers go in several rounds where they need more."""
+"""Bytes in use at once: unit rows, their pulls, and slopes of pairs.
 
-TILE, DEPTH = 64, 16  # of what is measured by `make kernels`, the deepest that spills on no chip
-ROWS, COLS = 4, 512
+Layers that need more go one batch after the other.
+"""
+
+# Of the tiles that `make kernels` measures these are the deepest that spill on no chip.
+TILE = 64
+DEPTH = 16
+ROWS = 4
+COLS = 512
 WARPS = 4
-HEIGHT = 4  # tiles of rows whose near pairs are redone together
+STRIP = 4  # tiles of rows whose near pairs are redone together
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 @dataclass(eq=False)
 class Group:
-    """The neurons of one group of a layer, and what the float64 pass found out about them."""
+    """The neurons of one group of a layer, and what the float64 pass has found out about them."""
 
-    to: GradientUpdate
+    update: GradientUpdate
     index: int
     near: NearPairs | None = None
-    total: float = 0.0
+    energy: float = 0.0
     n: int = field(init=False)
     d: int = field(init=False)
 
     def __post_init__(self) -> None:
-        self.n, self.d = self.to.w.shape[1:]
+        self.n, self.d = self.update.w.shape[1:]
 
     @property
     def tiles(self) -> int:
@@ -49,67 +55,84 @@ class Group:
         return -(-self.n // TILE)
 
     @property
+    def rows(self) -> int:
+        """Rows, padded to whole tiles."""
+        return self.tiles * TILE
+
+    @property
     def width(self) -> int:
-        """Padded dimension."""
+        """Dimension, padded to whole tiles."""
         return -(-self.d // TILE) * TILE
 
     @property
     def entries(self) -> int:
-        """Entries of the unit rows."""
-        return self.tiles * TILE * self.width
+        """Entries of the padded unit rows."""
+        return self.rows * self.width
 
-    def places(self) -> list[int]:
+    @property
+    def workspace(self) -> int:
+        """Bytes of unit rows, pulls and all slopes."""
+        return 8 * self.entries + 4 * self.rows**2
+
+    def addresses(self) -> list[int]:
         """Addresses and strides of the weights and of where to add."""
         found = []
-        for t in (self.to.w, self.to.out):
-            b, row, col = t.stride()
-            found += [t.data_ptr() + self.index * b * t.element_size(), row, col]
+        for tensor in (self.update.w, self.update.out):
+            group, row, col = tensor.stride()
+            address = tensor.data_ptr() + self.index * group * tensor.element_size()
+            found += [address, row, col]
         return found
 
 
 @dataclass(frozen=True)
-class Panel:
-    """Tiles of rows of a group from ``first`` to before ``last``, against all columns from the first on."""
+class TileRows:
+    """Tiles of rows from ``first`` to before ``last``, which meet all columns from ``first`` on."""
 
     first: int
     last: int
 
+    def slopes(self, group: Group) -> int:
+        """Entries of the slopes of these rows."""
+        return TILE**2 * (self.last - self.first) * (group.tiles - self.first)
 
-def add_pair_gradients(additions: Sequence[GradientUpdate], term: PairTerm) -> None:
-    """The twin of :func:`lightning_hsu._core.foreach.add_pair_gradients`, for what :func:`takes` says yes to."""
-    lots: dict[object, list[GradientUpdate]] = {}
-    for one in additions:
-        lots.setdefault((one.w.dtype, one.out.dtype, one.w.device), []).append(one)
-    for lot in lots.values():
-        first = lot[0].w
-        groups = [
-            Group(one, i)
-            for one in lot
-            for i in range(len(one.w))
-            if one.w.shape[1] > 1 and one.w.shape[2] > 0
-        ]
+    def mirrored_slopes(self, group: Group) -> int:
+        """Entries of their mirror image below the last row."""
+        return TILE**2 * (self.last - self.first) * (group.tiles - self.last)
+
+
+def add_pair_gradients(updates: Sequence[GradientUpdate], term: PairTerm) -> None:
+    """Add the gradients of mean pair energies of layers that the back end takes."""
+    buckets: dict[object, list[GradientUpdate]] = {}
+    for update in updates:
+        key = (update.w.dtype, update.out.dtype, update.w.device)
+        buckets.setdefault(key, []).append(update)
+    for bucket in buckets.values():
+        groups = []
+        for update in bucket:
+            b, n, d = update.w.shape
+            if n > 1 and d > 0:
+                groups += [Group(update, i) for i in range(b)]
+        first = bucket[0].w
         with torch.no_grad(), exact_arithmetic(first), torch.cuda.device_of(first):
-            for some in _together(groups):
-                _Pass(some, term).run()
+            for batch in _batches(groups):
+                _Pass(batch, term).run()
 
 
-def _together(groups: list[Group]) -> Iterator[list[Group]]:
-    """Groups in lots that fit the workspace; one that does not fit alone is a lot, too."""
-    some: list[Group] = []
+def _batches(groups: list[Group]) -> list[list[Group]]:
+    """Split groups into batches that fit the workspace; one that does not fit alone is one, too."""
+    batches: list[list[Group]] = []
     used = 0
     for group in groups:
-        need = 8 * group.entries + 4 * (group.tiles * TILE) ** 2
-        if some and used + need > WORKSPACE:
-            yield some
-            some, used = [], 0
-        some.append(group)
-        used += need
-    if some:
-        yield some
+        if not batches or used + group.workspace > WORKSPACE:
+            batches.append([])
+            used = 0
+        batches[-1].append(group)
+        used += group.workspace
+    return batches
 
 
 class _Pass:
-    """Four launches for a lot of groups, or two more for every further panel of one that is too large.
+    """Four launches for a batch of groups, and two more for each further round of a large one.
 
     Args:
         groups: Groups of layers of one dtype and device.
@@ -117,45 +140,45 @@ class _Pass:
     """
 
     def __init__(self, groups: list[Group], term: PairTerm) -> None:
-        self.groups, self.term = groups, term
-        self.device, self.precision = groups[0].to.w.device, precision()
-        rows, entries = (
-            sum(sizes) for sizes in zip(*((g.tiles * TILE, g.entries) for g in groups), strict=True)
-        )
+        self.groups = groups
+        self.term = term
+        self.device = groups[0].update.w.device
+        self.precision = precision()
+        entries = 0
+        rows = 0
+        for group in groups:
+            entries += group.entries
+            rows += group.rows
         self.x, self.pulls = torch.empty(2, entries, device=self.device)
         self.inverse_norm = torch.empty(rows, device=self.device)
-        self.blocks = _row_blocks(tuple(g.tiles for g in groups), self.device)
+        self.blocks = _row_blocks(tuple(group.tiles for group in groups), self.device)
         self.alive = torch.empty(len(self.blocks), dtype=torch.int32, device=self.device)
 
     def run(self) -> None:
-        """Do all of it."""
+        """Launch everything."""
         rounds = self._rounds()
-        size = max(
-            sum(_sizes(g, panel)[0] for g, panel in zip(self.groups, panels, strict=True))
-            for panels in rounds
+        slopes = torch.empty(self._most_slopes(rounds), device=self.device)
+        table = self._table(rounds[0])
+        groups = _upload(torch.tensor(table, dtype=torch.int64), self.device)
+        pairs.unit_rows[(len(self.blocks),)](
+            groups,
+            self.blocks,
+            self.x,
+            self.inverse_norm,
+            self.alive,
+            DTYPES[self.groups[0].update.w.dtype],
+            ROWS,
+            COLS,
+            num_warps=WARPS,
         )
-        slopes = torch.empty(size, device=self.device)
-        for i, panels in enumerate(rounds):
-            table = self._table(panels)
+        live = _download(self.alive)
+        self._add_pairs(rounds[0], table, groups, slopes)
+        for tile_rows in rounds[1:]:
+            table = self._table(tile_rows)
             groups = _upload(torch.tensor(table, dtype=torch.int64), self.device)
-            if i == 0:
-                dtype = DTYPES[self.groups[0].to.w.dtype]
-                pairs.unit_rows[(len(self.blocks),)](
-                    groups,
-                    self.blocks,
-                    self.x,
-                    self.inverse_norm,
-                    self.alive,
-                    dtype,
-                    ROWS,
-                    COLS,
-                    num_warps=WARPS,
-                )
-                live = _download(self.alive)
-            self._add(panels, table, groups, slopes)
+            self._add_pairs(tile_rows, table, groups, slopes)
         numbers = _upload(self._numbers(live()), self.device)
-        self._repair()
-        dtype = DTYPES[self.groups[0].to.out.dtype]
+        self._add_near_pulls()
         pairs.additions[(len(self.blocks),)](
             groups,
             numbers,
@@ -163,93 +186,133 @@ class _Pass:
             self.x,
             self.inverse_norm,
             self.pulls,
-            dtype,
+            DTYPES[self.groups[0].update.out.dtype],
             ROWS,
             COLS,
             num_warps=WARPS,
         )
 
-    def _rounds(self) -> list[list[Panel]]:
-        """Panels that fit the workspace: whole triangles, or those of one large group one after the other."""
+    def _rounds(self) -> list[list[TileRows]]:
+        """The rows of each group in each round: all in one, or those of a large group in turn."""
         first = self.groups[0]
-        whole, room = 4 * (first.tiles * TILE) ** 2, WORKSPACE - 8 * first.entries
-        if len(self.groups) > 1 or whole <= room:
-            return [[Panel(0, g.tiles) for g in self.groups]]
-        height = max(HEIGHT, room // (8 * first.tiles * TILE**2))
-        return [
-            [Panel(start, min(start + height, first.tiles))]
-            for start in range(0, first.tiles, height)
-        ]
+        if len(self.groups) > 1 or first.workspace <= WORKSPACE:
+            return [[TileRows(0, group.tiles) for group in self.groups]]
+        room = WORKSPACE - 8 * first.entries
+        height = max(STRIP, room // (8 * first.tiles * TILE**2))
+        rounds = []
+        for start in range(0, first.tiles, height):
+            rounds.append([TileRows(start, min(start + height, first.tiles))])
+        return rounds
 
-    def _table(self, panels: list[Panel]) -> list[list[int]]:
-        """One row for each group, as ``pairs`` reads it."""
-        table, row, x, slope = [], 0, 0, 0
-        for group, panel in zip(self.groups, panels, strict=True):
-            every, upper = _sizes(group, panel)
-            padded = group.tiles * TILE
-            shape = [group.n, padded, group.d, group.width]
-            table.append(
-                [
-                    *group.places(),
-                    *shape,
-                    row,
-                    x,
-                    panel.first * TILE,
-                    panel.last * TILE,
-                    slope,
-                    slope + upper,
-                ]
-            )
-            row, x, slope = row + padded, x + group.entries, slope + every
+    def _most_slopes(self, rounds: list[list[TileRows]]) -> int:
+        """Entries of the slopes of the largest round."""
+        most = 0
+        for tile_rows in rounds:
+            size = 0
+            for group, rows in zip(self.groups, tile_rows, strict=True):
+                size += rows.slopes(group) + rows.mirrored_slopes(group)
+            most = max(most, size)
+        return most
+
+    def _table(self, tile_rows: list[TileRows]) -> list[list[int]]:
+        """One row for each group, in the order of the columns in ``pairs``."""
+        table = []
+        row = 0
+        x = 0
+        slope = 0
+        for group, rows in zip(self.groups, tile_rows, strict=True):
+            below = slope + rows.slopes(group)
+            shape = [group.n, group.rows, group.d, group.width]
+            panel = [rows.first * TILE, rows.last * TILE, slope, below]
+            table.append([*group.addresses(), *shape, row, x, *panel])
+            row += group.rows
+            x += group.entries
+            slope = below + rows.mirrored_slopes(group)
         return table
 
-    def _add(
-        self, panels: list[Panel], table: list[list[int]], groups: Tensor, slopes: Tensor
+    def _add_pairs(
+        self, tile_rows: list[TileRows], table: list[list[int]], groups: Tensor, slopes: Tensor
     ) -> None:
-        """Add the pairs of some panels; near ones wait for :meth:`_repair`."""
-        tall = tuple(
-            (g.tiles, panel.first, panel.last) for g, panel in zip(self.groups, panels, strict=True)
-        )
-        tiles, on_host, bounds = _pair_tiles(tall, self.device)
+        """Add the pairs of some rows; near ones are collected for :meth:`_add_near_pulls`."""
+        spans = []
+        wide_spans = []
+        for group, rows in zip(self.groups, tile_rows, strict=True):
+            spans.append((group.tiles, rows.first, rows.last))
+            wide_spans.append((group.tiles, rows.first, group.width // TILE))
+        tiles, host_tiles, counts = _pair_tiles(tuple(spans), self.device)
         near = torch.empty(len(tiles), dtype=torch.int32, device=self.device)
         energies = torch.empty(len(tiles) if self.term.logarithm else 1, device=self.device)
-        scalar, number = scalar_of(self.term), self.term.formula[1] if self.term.formula else 0.0
-        kernel = {"PRECISION": self.precision, "TILE": TILE, "DEPTH": DEPTH, "num_warps": WARPS}
+        assert self.term.formula is not None
+        sizes = {"TILE": TILE, "DEPTH": DEPTH, "num_warps": WARPS}
         pairs.pair_slopes[(len(tiles),)](
-            groups, tiles, self.x, self.inverse_norm, slopes, near, energies, number,
-            KERNEL=scalar, HALF_SPACE=self.term.half_space, ENERGY=self.term.logarithm, NEAR=NEAR, **kernel,
-        )  # fmt: skip
-        found, sums = _download(near), _download(energies)
-        wide = _product_tiles(
-            tuple((*one, g.width // TILE) for one, g in zip(tall, self.groups, strict=True)),
-            self.device,
+            groups,
+            tiles,
+            self.x,
+            self.inverse_norm,
+            slopes,
+            near,
+            energies,
+            self.term.formula[1],
+            KERNEL=scalar_of(self.term),
+            HALF_SPACE=self.term.half_space,
+            ENERGY=self.term.logarithm,
+            NEAR=NEAR,
+            PRECISION=self.precision,
+            **sizes,
         )
-        pairs.products[(len(wide),)](groups, wide, self.x, slopes, self.pulls, WIDTH=TILE, **kernel)
+        near_on_host = _download(near)
+        energies_on_host = _download(energies)
+        product_tiles = _product_tiles(tuple(wide_spans), self.device)
+        pairs.products[(len(product_tiles),)](
+            groups,
+            product_tiles,
+            self.x,
+            slopes,
+            self.pulls,
+            PRECISION=self.precision,
+            WIDTH=TILE,
+            **sizes,
+        )
         if self.term.logarithm:
-            for group, part in zip(self.groups, torch.split(sums().double(), bounds), strict=True):
-                group.total += float(part.sum())
-        noted = on_host[found() != 0]
-        for i in noted[:, 0].unique().tolist():
-            rows = noted[noted[:, 0] == i, 1] - panels[i].first
-            self._find_near(self.groups[i], table[i], slopes, (rows // HEIGHT).unique().tolist())
+            parts = torch.split(energies_on_host().double(), counts)
+            for group, part in zip(self.groups, parts, strict=True):
+                group.energy += float(part.sum())
+        near_tiles = host_tiles[near_on_host() != 0]
+        for i in near_tiles[:, 0].unique().tolist():
+            rows_of_tiles = near_tiles[near_tiles[:, 0] == i, 1] - tile_rows[i].first
+            strips = (rows_of_tiles // STRIP).unique().tolist()
+            self._collect_near(self.groups[i], table[i], slopes, strips)
 
-    def _find_near(self, group: Group, row: list[int], slopes: Tensor, strips: list[int]) -> None:
-        """Add the pairs that were held back in strips of a group's panel, in float64 and by differences."""
-        first, last, at = (row[field.value] for field in (pairs.FIRST, pairs.LAST, pairs.PANEL))
-        long, last = group.tiles * TILE - first, min(last, group.n)
-        panel = slopes[at : at + (row[pairs.LAST.value] - first) * long].view(-1, long)
+    def _collect_near(
+        self, group: Group, row: list[int], slopes: Tensor, strips: list[int]
+    ) -> None:
+        """Redo the pairs that were held back in some strips of rows, in float64.
+
+        Args:
+            group: The group.
+            row: Its row of the table.
+            slopes: The slopes of the round.
+            strips: Which strips of STRIP tiles, counted from the first row of the round.
+        """
+        first = row[pairs.FIRST.value]
+        last = row[pairs.LAST.value]
+        begin = row[pairs.PANEL.value]
+        width = group.rows - first
+        panel = slopes[begin : begin + (last - first) * width].view(-1, width)
         if group.near is None:
-            group.near = NearPairs(group.to.w[group.index].float(), self.term)
+            group.near = NearPairs(group.update.w[group.index].float(), self.term)
         cols = torch.arange(first, group.n, device=self.device)
+        end = min(last, group.n) - first
         for strip in strips:
-            start = strip * HEIGHT * TILE
-            stop = min(start + HEIGHT * TILE, last - first)
+            start = strip * STRIP * TILE
+            stop = min(start + STRIP * TILE, end)
             held = panel[start:stop, start : group.n - first] == pairs.HELD.value
             group.near.add_panel(held, cols[start:stop], cols[start:], stop - start, with_grad=True)
 
-    def _repair(self) -> None:
-        """Add the pulls of near pairs; they are tangent already, and what the kernels do to pulls leaves them so."""
-        start, bound = 0, torch.finfo(torch.float32).max / 4
+    def _add_near_pulls(self) -> None:
+        """Add the pulls of near pairs, which are tangent already; the kernels leave them so."""
+        start = 0
+        bound = torch.finfo(torch.float32).max / 4
         for group in self.groups:
             if group.near is not None:
                 rows, near = group.near.gradient()
@@ -258,38 +321,37 @@ class _Pass:
             start += group.entries
 
     def _numbers(self, live: Tensor) -> Tensor:
-        """One row for each group, as ``pairs`` reads it; ``live`` are the neurons that take part, by block."""
-        table, start = [], 0
+        """One row for each group, in the order of the columns in ``pairs``.
+
+        Args:
+            live: How many neurons of each block of rows take part.
+        """
+        table = []
+        start = 0
         for group in self.groups:
-            blocks = group.tiles * TILE // ROWS
+            blocks = group.rows // ROWS
             count = int(live[start : start + blocks].sum())
             factor = self.term.scale(count)
             if self.term.logarithm:
-                total = group.total + (0.0 if group.near is None else float(group.near.energy))
-                mean = (total + self.term.constant(count)) * factor
-                factor /= mean if mean > 0 else 1.0
-            limit = float("inf") if group.to.limit is None else group.to.limit
-            bound = torch.finfo(group.to.w.dtype).max / 2
-            table.append([-2.0 * factor, group.to.scale, limit, group.to.grad_scale, bound])
+                energy = group.energy
+                if group.near is not None:
+                    energy += float(group.near.energy)
+                mean = (energy + self.term.constant(count)) * factor
+                if mean > 0:
+                    factor /= mean
+            update = group.update
+            limit = float("inf") if update.limit is None else update.limit
+            bound = torch.finfo(update.w.dtype).max / 2
+            table.append([-2.0 * factor, update.scale, limit, update.grad_scale, bound])
             start += blocks
         return torch.tensor(table, dtype=torch.float64)
 
 
-def _sizes(group: Group, panel: Panel) -> tuple[int, int]:
-    """Entries of a panel with its mirror image, and without."""
-    high = panel.last - panel.first
-    return TILE**2 * high * (2 * group.tiles - panel.first - panel.last), TILE**2 * high * (
-        group.tiles - panel.first
-    )
-
-
 def _upload(table: Tensor, device: torch.device) -> Tensor:
-    """A copy on the device; from pinned memory, or the host would wait for all that was launched before."""
-    return (
-        table.pin_memory().to(device, non_blocking=True)
-        if device.type == "cuda"
-        else table.to(device)
-    )
+    """A copy on the device. From pinned memory the host need not wait for earlier launches."""
+    if device.type == "cuda":
+        return table.pin_memory().to(device, non_blocking=True)
+    return table.to(device)
 
 
 def _download(part: Tensor) -> Callable[[], Tensor]:
@@ -311,34 +373,49 @@ def _download(part: Tensor) -> Callable[[], Tensor]:
 @lru_cache(maxsize=64)
 def _row_blocks(tiles: tuple[int, ...], device: torch.device) -> Tensor:
     """Group and index of every block of rows, (blocks, 2)."""
-    return _flat([torch.arange(count * TILE // ROWS)[:, None] for count in tiles]).to(device)
+    parts = [torch.arange(count * TILE // ROWS)[:, None] for count in tiles]
+    return _numbered(parts).to(device)
 
 
 @lru_cache(maxsize=64)
 def _pair_tiles(
-    panels: tuple[tuple[int, int, int], ...], device: torch.device
+    spans: tuple[tuple[int, int, int], ...], device: torch.device
 ) -> tuple[Tensor, Tensor, list[int]]:
-    """Group, row and column of every tile on or above the diagonal, (tiles, 3), here and there; how many of each group."""
-    parts = [
-        torch.triu_indices(last - first, tiles - first).T + first for tiles, first, last in panels
-    ]
-    table = _flat(parts)
+    """Every tile on or above the diagonal.
+
+    Args:
+        spans: Tiles of rows of each group, and the first and the last of the round.
+        device: Where to.
+
+    Returns:
+        Group, row and column of each tile, (tiles, 3), on the device and on the host; and how many
+        tiles each group has.
+    """
+    parts = []
+    for tiles, first, last in spans:
+        parts.append(torch.triu_indices(last - first, tiles - first).T + first)
+    table = _numbered(parts)
     return table.to(device), table, [len(part) for part in parts]
 
 
 @lru_cache(maxsize=64)
-def _product_tiles(panels: tuple[tuple[int, int, int, int], ...], device: torch.device) -> Tensor:
-    """Group, row and column of every tile of the pulls that a panel adds to, (tiles, 3)."""
-    parts = [
-        torch.cartesian_prod(torch.arange(first, tiles), torch.arange(wide))
-        for tiles, first, _, wide in panels
-    ]
-    return _flat(parts).to(device)
+def _product_tiles(spans: tuple[tuple[int, int, int], ...], device: torch.device) -> Tensor:
+    """Group, row and column of every tile of the pulls that a round adds to, (tiles, 3).
+
+    Args:
+        spans: Tiles of rows of each group, the first of the round, and tiles of columns.
+        device: Where to.
+    """
+    parts = []
+    for tiles, first, wide in spans:
+        parts.append(torch.cartesian_prod(torch.arange(first, tiles), torch.arange(wide)))
+    return _numbered(parts).to(device)
 
 
-def _flat(parts: list[Tensor]) -> Tensor:
-    """Tables (k, m) of the groups under one another, each row after the number of its group; int32."""
-    rows = [
-        torch.cat([torch.full_like(part[:, :1], i), part], dim=1) for i, part in enumerate(parts)
-    ]
-    return torch.cat(rows).to(torch.int32)
+def _numbered(parts: list[Tensor]) -> Tensor:
+    """The tables (k, m) of all groups, one under the other, the group's number before each row."""
+    tables = []
+    for i, part in enumerate(parts):
+        number = torch.full_like(part[:, :1], i)
+        tables.append(torch.cat([number, part], dim=1))
+    return torch.cat(tables).to(torch.int32)

@@ -1,4 +1,4 @@
-"""What the compiled kernels need of a machine, and what they do there; known without importing Triton."""
+"""What the compiled kernels need of a machine, known without importing Triton."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ def interpreted() -> bool:
 
 
 def precision() -> str:
-    """How kernels multiply: three TF32 products, as good as float32, or one where that is allowed."""
+    """How kernels multiply: as precisely as float32, or in TF32 where that is allowed."""
     if bf16_allowed() and not interpreted():
         return "tf32"
     return exact_precision()
 
 
 def exact_precision() -> str:
-    """How kernels multiply as precisely as float32."""
+    """How kernels multiply as precisely as float32: in three TF32 products."""
     return "ieee" if interpreted() else "tf32x3"
 
 

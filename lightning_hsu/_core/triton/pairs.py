@@ -1,7 +1,8 @@
-"""Gradients of pair energies of many layers in four launches: unit rows, slopes of pairs, their products, additions.
+"""Gradients of many layers in four launches: unit rows, slopes of pairs, products, additions.
 
-A program knows its layer and tile from tables, so that one launch serves layers of any shapes. Rows are padded to whole
-tiles with zeros and columns likewise: no load or product needs a mask. Nothing is added atomically.
+A program knows its layer and tile from tables, so that one launch serves layers of any shapes. Rows
+are padded with zeros to whole tiles, and columns likewise: no load or product needs a mask. Nothing
+is added atomically.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Columns of the table of groups, one int64 row each; ``launch`` fills them in this order.
+# Columns of the table of groups, one int64 row for each; ``launch`` fills them in this order.
 W = tl.constexpr(0)  # address of the weights, and strides
 W_ROW = tl.constexpr(1)
 W_COL = tl.constexpr(2)
@@ -25,12 +26,10 @@ X = tl.constexpr(11)  # first entry among the unit rows of all groups
 FIRST = tl.constexpr(12)  # the panel of rows: [first, last), columns from first on
 LAST = tl.constexpr(13)
 PANEL = tl.constexpr(14)  # first entry of the panel among the slopes; rows are N_PAD - first long
-BELOW = tl.constexpr(
-    15
-)  # first entry of its mirror image from row last on; rows are last - first long
+BELOW = tl.constexpr(15)  # first entry of its mirror image from row last on; rows last - first long
 FIELDS = tl.constexpr(16)
 
-# Columns of the table of numbers, one float64 row for each group.
+# Columns of the table of numbers, one float64 row for each group; ``launch`` fills them likewise.
 FACTOR = tl.constexpr(0)  # from sums of pulls to the gradient of the mean
 SCALE = tl.constexpr(1)
 LIMIT = tl.constexpr(2)
@@ -41,7 +40,10 @@ NUMBERS = tl.constexpr(5)
 LARGEST = tl.constexpr(3.4028234663852886e38)  # of float32
 TINY = tl.constexpr(1.1754943508222875e-38)
 HELD = tl.constexpr(2.0**-125)
-"""Stands among the slopes for a pair that is too near: as a number it pulls at nothing, and adding it is no error."""
+"""Stands among the slopes for a pair that is held back, since it is too near.
+
+As a number it is so small that adding it is no error.
+"""
 
 
 @triton.jit
@@ -55,9 +57,10 @@ def unit_rows(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    """Rows over their norms, of any finite positive norm, the inverse norms, and how many rows of a block are alive.
+    """Unit rows, inverse norms, and how many rows of a block take part.
 
-    Rows that are zero, subnormal or not finite become 0 with inverse norm 0.
+    Rows may have any finite positive norm. Those that are zero, subnormal or not finite become 0
+    with inverse norm 0.
     """
     block = tl.program_id(0)
     group = groups + tl.load(blocks + 2 * block) * FIELDS
@@ -124,16 +127,18 @@ def pair_slopes(
     TILE: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
-    """Slopes of the kernel in the squared chord for a tile of pairs on or above the diagonal, and its mirror image.
+    """Slopes of the kernel for a tile of pairs on or above the diagonal, and their mirror image.
 
-    Pairs too near (or too near to opposite) for float32 are held back: ``HELD`` stands in their place, and the tile is noted.
+    Pairs too near (or too near to opposite) for float32 are held back: ``HELD`` stands in their
+    place, and the tile is marked.
     """
     program = tl.program_id(0)
     group = groups + tl.load(tiles + 3 * program) * FIELDS
     i, j = tl.load(tiles + 3 * program + 1), tl.load(tiles + 3 * program + 2)
     row, col = i * TILE + tl.arange(0, TILE), j * TILE + tl.arange(0, TILE)
     n, width = tl.load(group + N).to(tl.int32), tl.load(group + D_PAD).to(tl.int32)
-    base, depth = x + tl.load(group + X), tl.arange(0, DEPTH)
+    base = x + tl.load(group + X)
+    depth = tl.arange(0, DEPTH)
     left = base + (row.to(tl.int64) * width)[:, None] + depth[None, :]
     right = base + (col.to(tl.int64) * width)[None, :] + depth[:, None]
 
@@ -185,13 +190,14 @@ def products(
     WIDTH: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
-    """A tile of the sums ``sum_j F'(q_ij) x_j`` over the pairs of a panel, added to those of the panels before."""
+    """Add a tile of the sums ``sum_j F'(q_ij) x_j`` over the pairs of a panel."""
     program = tl.program_id(0)
     group = groups + tl.load(tiles + 3 * program) * FIELDS
     row = tl.load(tiles + 3 * program + 1) * TILE + tl.arange(0, TILE)
     col = tl.load(tiles + 3 * program + 2) * WIDTH + tl.arange(0, WIDTH)
     width, first = tl.load(group + D_PAD).to(tl.int32), tl.load(group + FIRST).to(tl.int32)
-    last, depth = tl.load(group + LAST).to(tl.int32), tl.arange(0, DEPTH)
+    last = tl.load(group + LAST).to(tl.int32)
+    depth = tl.arange(0, DEPTH)
     # Rows of the panel meet all columns from its first on; those below meet the panel's rows.
     below = tl.load(tiles + 3 * program + 1) * TILE >= last
     count = tl.where(below, last, tl.load(group + N_PAD).to(tl.int32)) - first
@@ -224,7 +230,10 @@ def additions(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    """From pulls to ``out``: the tangent part, over the norm, weighted, within the limit. Norms of rows never overflow."""
+    """Add the pulls to ``out``: their tangent part over the norm, weighted and within the limit.
+
+    Norms of rows never overflow on the way.
+    """
     block = tl.program_id(0)
     index = tl.load(blocks + 2 * block)
     group, number = groups + index * FIELDS, numbers + index * NUMBERS
@@ -253,7 +262,8 @@ def additions(
         product += pull * tl.load(x + offset + col[None, :], mask=(col < width)[None, :], other=0.0)
     radial = tl.sum(product, 1)[:, None]
 
-    square, most = tl.zeros((ROWS, COLS), tl.float32), tl.zeros((ROWS, COLS), tl.float32)
+    square = tl.zeros((ROWS, COLS), tl.float32)
+    most = tl.zeros((ROWS, COLS), tl.float32)
     for start in range(0, width, COLS):
         col = start + tl.arange(0, COLS)
         pull = (
@@ -265,7 +275,7 @@ def additions(
         square += along * along
         most = tl.maximum(most, tl.abs(along))
 
-    # What ``along`` is multiplied by; on the way float32 must not overflow, nor the dtype of ``out`` at the end.
+    # The factor of ``along``: neither float32 nor the dtype of ``out`` may overflow.
     reach = tl.load(number + FACTOR) * largest.to(tl.float64)
     most = tl.maximum(tl.abs(reach) * tl.max(most, 1).to(tl.float64), TINY)
     weight = reach * tl.minimum(inverse, 0.5 * LARGEST / most)
@@ -290,7 +300,8 @@ def additions(
             tl.load(pulls + offset + col[None, :], mask=(col < width)[None, :], other=0.0) * shrink
         )
         unit = tl.load(x + offset + col[None, :], mask=(col < width)[None, :], other=0.0)
-        place, wanted = out + (col * stride)[None, :], inside & (col < d)[None, :]
+        place = out + (col * stride)[None, :]
+        wanted = inside & (col < d)[None, :]
         added = (
             tl.load(place, mask=wanted, other=0.0).to(tl.float32)
             + (pull - radial * unit) * weight[:, None]

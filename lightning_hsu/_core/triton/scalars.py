@@ -1,6 +1,6 @@
-"""Kernels of the squared chord for the inside of compiled loops: value and slope of one number, in float32.
+"""Kernels of the squared chord for compiled loops: value and slope of one number, in float32.
 
-Each takes the squared chord q to a neuron, p = 4 - q to its mirror image, and the kernel's one number.
+Each takes the squared chord q to a neuron, p = 4 - q to its mirror image, and the kernel's number.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ def chordal(q, p, number):
 
 @triton.jit
 def angle_of(q, p):
-    """The angle between unit vectors at squared chords q and p = 4 - q, good to 2 units in the last place."""
-    z = 0.25 * tl.minimum(
-        q, p
-    )  # squared sine of half the angle, or of half its supplement, in [0, 1 / 2]
-    s = 0.123913488  # arcsin(sqrt(z)) / sqrt(z), interpolated at Chebyshev nodes: off by 3e-9
+    """The angle at squared chords q and p = 4 - q, good to 2 units in the last place."""
+    # The squared sine of half the angle, or of half its supplement, in [0, 1 / 2].
+    z = 0.25 * tl.minimum(q, p)
+    # arcsin(sqrt(z)) / sqrt(z), interpolated at Chebyshev nodes: off by 3e-9.
+    s = 0.123913488
     s = s * z - 0.135916258
     s = s * z + 0.10740001
     s = s * z - 0.00702057453
@@ -89,11 +89,14 @@ SPECIAL = {
     ("chordal", 2.0): chordal_two,
     ("geodesic", 0.0): geodesic_log,
 }
+"""Kernels for one number of a formula."""
+
 GENERAL = {"chordal": chordal, "geodesic": geodesic, "gaussian": gaussian}
+"""Kernels for any other number."""
 
 
 def scalar_of(term: PairTerm) -> triton.runtime.JITFunction | None:
-    """The compiled twin of a term's kernel; None where there is none."""
+    """The compiled twin of a term's kernel; None if there is none."""
     if term.formula is None:
         return None
     return SPECIAL.get(term.formula) or GENERAL.get(term.formula[0])

@@ -28,11 +28,17 @@ def largest_two(
     TILE: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
-    """Largest cosine of a tile of rows, its column, and the second largest; with all columns, or with later ones only."""
+    """Largest cosine of a tile of rows, its column, and the second largest.
+
+    Each row is compared with all other columns if EVERY, else with later ones only.
+    """
     tiles = tl.cdiv(n, TILE)
-    group, top = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles * TILE
-    row, depth = top + tl.arange(0, TILE), tl.arange(0, DEPTH)
-    base, living = x + group * n * d, living + group * n
+    group = (tl.program_id(0) // tiles).to(tl.int64)
+    top = tl.program_id(0) % tiles * TILE
+    row = top + tl.arange(0, TILE)
+    depth = tl.arange(0, DEPTH)
+    base = x + group * n * d
+    living = living + group * n
     left = base + (row.to(tl.int64) * d)[:, None] + depth[None, :]
     lives = tl.load(living + row, mask=row < n, other=0) != 0
     best = tl.full((TILE,), float("-inf"), tl.float32)
@@ -70,15 +76,16 @@ def largest_two(
 def scan(
     x: Tensor, alive: Tensor, *, half_space: bool, every: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Largest cosine of every row, its column, and the second largest cosine; (b, n) each.
-
-    Each row is compared with all others where ``every`` counts, 2 n n d FLOP, and with later ones only where not: n n d.
+    """Find the largest two cosines of every row, in one launch.
 
     Args:
-        x: Unit rows (b, n, d), float32.
-        alive: Rows that take part (b, n).
-        half_space: Take absolute values.
-        every: Compare with all columns, not only with later ones.
+        x: Unit rows, shape (b, n, d), float32.
+        alive: Rows that take part, bool, shape (b, n).
+        half_space: Compare absolute cosines.
+        every: Compare every row with all others, 2 n n d FLOP; else with later ones, n n d FLOP.
+
+    Returns:
+        The largest cosine of every row, its column, and the second largest cosine, (b, n) each.
     """
     b, n, d = x.shape
     first, second = x.new_empty(2, b, n)
@@ -86,7 +93,17 @@ def scan(
     grid = (triton.cdiv(n, TILES["TILE"]) * b,)
     with torch.cuda.device_of(x):
         largest_two[grid](
-            x.contiguous(), alive.contiguous(), first, columns, second, n, d, half_space, every, exact_precision(), **TILES,
+            x.contiguous(),
+            alive.contiguous(),
+            first,
+            columns,
+            second,
+            n,
+            d,
+            HALF_SPACE=half_space,
+            EVERY=every,
+            PRECISION=exact_precision(),
             num_warps=WARPS,
-        )  # fmt: skip
+            **TILES,
+        )
     return first, columns.long(), second
