@@ -114,4 +114,6 @@ class _HessianVector(torch.autograd.Function):
 
 def _batch_first(x: Tensor, dim: int | None, size: int) -> Tensor:
     """The batch that ``vmap`` hides as the first dimension; an x without one is repeated."""
-    return x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
+    if dim is None:
+        return x.expand(size, *x.shape)
+    return x.movedim(dim, 0)

@@ -29,11 +29,6 @@ SMALLEST = 128
 """Neurons and dimensions below which conversions cost what the products save."""
 
 
-def worth_bf16(w: Tensor) -> bool:
-    """Whether the gradient of neurons (b, n, d) is to be computed with bfloat16 products."""
-    return bf16_allowed() and w.dtype == torch.float32 and min(w.shape[1:]) >= SMALLEST
-
-
 class BF16PairSums(PairSums):
     """The sums with bfloat16 products, for a gradient; see :class:`PairSums`."""
 
@@ -91,6 +86,13 @@ class BF16PairSums(PairSums):
         """
         self.radial = (self.grad * self.rows).sum(-1)
         return super()._tangent()
+
+
+def kind_of_sums(w: Tensor) -> type[PairSums]:
+    """The sums by which to compute the gradient of neurons w (b, n, d) here."""
+    if bf16_allowed() and w.dtype == torch.float32 and min(w.shape[1:]) >= SMALLEST:
+        return BF16PairSums
+    return PairSums
 
 
 def _add_to(out: Tensor, part: Tensor, fresh: bool) -> None:

@@ -88,7 +88,9 @@ def pair_histogram(
             if done is not None:
                 done(1.0 - ((n - stop) / n) ** 2)
         pair_angles = _angles(w, kept.pairs)
-    between = torch.minimum(pair_angles, 180.0 - pair_angles) if half_space else pair_angles
+    between = pair_angles
+    if half_space:  # of lines
+        between = torch.minimum(pair_angles, 180.0 - pair_angles)
     order = between.argsort(stable=True)
     return PairHistogram(angles, kept.count, opposite, kept.pairs[order], pair_angles[order])
 
@@ -122,8 +124,9 @@ class _MostSimilar:
 def _counts(positions: Tensor, bins: int) -> Tensor:
     """How many positions lie in each bin [i, i + 1), the last one closed; NaN is left out."""
     missing = positions.isnan()
-    counted = positions[~missing] if bool(missing.any()) else positions.flatten()
-    return torch.bincount(counted.long().clamp_(0, bins - 1), minlength=bins)
+    if bool(missing.any()):
+        positions = positions[~missing]
+    return torch.bincount(positions.flatten().long().clamp_(0, bins - 1), minlength=bins)
 
 
 def _angles(w: Tensor, pairs: Tensor) -> Tensor:

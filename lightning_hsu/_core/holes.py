@@ -51,7 +51,9 @@ def deepest_holes(x: Tensor, *, mirrored: bool) -> tuple[Tensor, Tensor] | None:
             v = v[distinct(v)][:_KEPT]
             weights = torch.stack([multipliers(x, centre, SHARED) for centre in v])
             return v, weights / len(v)
-    return _orthogonal_hole(x) if mirrored else _in_hemisphere(x)
+    if mirrored:
+        return _orthogonal_hole(x)
+    return _in_hemisphere(x)
 
 
 def certain(x: Tensor, v: Tensor, weights: Tensor) -> bool:
@@ -150,7 +152,9 @@ def _in_hemisphere(x: Tensor) -> tuple[Tensor, Tensor] | None:
     nearest = weights @ x
     if float(nearest.norm()) > TIED:
         v = -nearest / nearest.norm()
-        return (v[None], weights[None]) if certain(x, v, weights) else None
+        if not certain(x, v, weights):
+            return None
+        return v[None], weights[None]
     axis = orthogonal_to(x)
     if axis is None or not certain(x, axis, weights):
         return None
@@ -242,7 +246,9 @@ def _candidates(x: Tensor) -> Tensor | None:
     centred = x - x.mean(0)  # the mean is inside the hull, wherever the origin is
     if float(torch.linalg.svdvals(centred)[-1]) < 1e-6:  # flat
         return None
-    return _normals_by_subsets(centred) if few else _normals_by_hull(x)
+    if few:
+        return _normals_by_subsets(centred)
+    return _normals_by_hull(x)
 
 
 def _normals_by_subsets(centred: Tensor) -> Tensor:

@@ -91,8 +91,9 @@ class PairTerm:
         """The factor from the sum over pairs of ``live`` neurons to the mean; 0 below two."""
         if live <= 1:
             return 0.0
-        points = 2 * live if self.half_space else live
-        return 2.0 / (live * (points - 1))
+        if self.half_space:
+            return 2.0 / (live * (2 * live - 1))
+        return 2.0 / (live * (live - 1))
 
     def constant(self, live: float) -> float:
         """The part of the pair sum that no neuron can change.

@@ -100,8 +100,8 @@ def nearest_energy(w: Tensor, term: NearestTerm) -> tuple[Tensor, Tensor]:
             values.append(value)
             grads.append(grad)
     value = torch.cat(values).reshape(w.shape[:-2])
-    grad = torch.cat(grads) if len(grads) > 1 else grads[0]
-    return value.to(w.device, dtype), grad.reshape(w.shape).to(w.device)
+    grad = torch.cat(grads).reshape(w.shape)
+    return value.to(w.device, dtype), grad.to(w.device)
 
 
 def _split(stack: Tensor) -> tuple[Tensor, ...]:
@@ -162,8 +162,9 @@ class _NearestEnergy(Nearest):
         far = torch.where(tied, part.far, 2.0)
         value, slope = self.term.kernel(near, far)
         for total, added in ((self.total, weight * value), (self.mass, weight)):
-            by_row = added.flatten(1).sum(1) if added.dim() > 1 else added
-            total.index_put_((group,), by_row, accumulate=True)
+            if added.dim() > 1:
+                added = added.sum(1)
+            total.index_put_((group,), added, accumulate=True)
         signed = weight * part.sign
         duplicates = tied & (part.near < COINCIDENT)
         if bool(duplicates.any()):

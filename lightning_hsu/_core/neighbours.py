@@ -19,7 +19,9 @@ _FEW = 8  # tied neighbours of a row up to which they are listed
 
 def tie_tolerance(dtype: torch.dtype) -> float:
     """Relative difference below which squared chords tie: 64 roundings; in float64 1e-9."""
-    return 64.0 * torch.finfo(dtype).eps if dtype != torch.float64 else 1e-9
+    if dtype == torch.float64:
+        return 1e-9
+    return 64.0 * torch.finfo(dtype).eps
 
 
 def nearer(q: Tensor, p: Tensor, half_space: bool, tie: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -179,8 +181,9 @@ class Nearest:
     def _others(self, i: int, row: Tensor) -> Tensor:
         """Mask (k, n) of the pairs that count among some rows (k,) and all columns of a group."""
         column = torch.arange(self.x.shape[1], device=row.device)
-        other = column != row[:, None] if self.every else column > row[:, None]
-        return other & self.alive[i]
+        if self.every:
+            return (column != row[:, None]) & self.alive[i]
+        return (column > row[:, None]) & self.alive[i]
 
     def _exact(self, index: Tensor) -> Tensor:
         """Unit rows in float64 at indices of the flat stack, of neurons that take part."""

@@ -21,7 +21,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from lightning_hsu._core.bf16 import BF16PairSums, worth_bf16
+from lightning_hsu._core.bf16 import kind_of_sums
 from lightning_hsu._core.kernel import PairTerm, softened_at
 from lightning_hsu._core.near import NEAR
 from lightning_hsu._core.precision import exact_arithmetic, with_float64, working_dtype
@@ -52,7 +52,9 @@ def pair_energy(
     dtype = working_dtype(w.dtype)
     if w.numel() == 0:
         value = w.new_zeros(w.shape[:-2], dtype=dtype)
-        return value, torch.zeros_like(w) if with_grad else None
+        if not with_grad:
+            return value, None
+        return value, torch.zeros_like(w)
     n = w.shape[-2]
     # The block on the diagonal is formed whole: it weighs more where there are few rows.
     height = PANEL if 640 < n <= 16384 else PANEL // 2
@@ -135,8 +137,7 @@ def pair_rows(w: Tensor, term: PairTerm, rows: Tensor) -> Tensor:
             for some in torch.split(alike, _groups_at_once(k, w.shape[-2])):
                 index = wanted[some].nonzero()[:, 1].reshape(-1, k)
                 groups = stack[some]
-                kind = BF16PairSums if worth_bf16(groups) else PairSums
-                sums = kind(groups, term, index)
+                sums = kind_of_sums(groups)(groups, term, index)
                 sums.add(0, k, PANEL)
                 grad[some[:, None], index] = sums.gradient(w.dtype)
     return grad.reshape(w.shape).to(w.device)
@@ -201,7 +202,7 @@ def _gathered(
     """
     n = stack.shape[1]
     for groups in torch.split(stack, _groups_at_once(n, n)):
-        kind = BF16PairSums if with_grad and worth_bf16(groups) else PairSums
+        kind = kind_of_sums(groups) if with_grad else PairSums
         sums = kind(groups, term)
         sums.add(first, last, height, with_grad=with_grad)
         yield sums
@@ -209,7 +210,9 @@ def _gathered(
 
 def _stack(w: Tensor, term: PairTerm) -> Tensor:
     """The neurons as one stack of groups (b, n, d) without a graph, in the dtype to compute in."""
-    dtype = torch.float64 if too_steep(term) else working_dtype(w.dtype)
+    dtype = working_dtype(w.dtype)
+    if too_steep(term):
+        dtype = torch.float64
     return with_float64(w.detach()).reshape(-1, *w.shape[-2:]).to(dtype)
 
 

@@ -70,7 +70,9 @@ def _reduced_settings() -> dict[str, str]:
     """Settings below full precision, by backend; before torch 2.9 one for all, named ""."""
     if not _BACKENDS:
         setting = torch.get_float32_matmul_precision()
-        return {} if setting == "highest" else {"": setting}
+        if setting == "highest":
+            return {}
+        return {"": setting}
     reduced = {}
     for backend in _BACKENDS:
         setting = in_effect = getattr(torch.backends, backend).matmul.fp32_precision

@@ -47,7 +47,9 @@ def of_all_pairs(term: PairTerm, n: int, m: int) -> tuple[float, float]:
 
     In half space they differ, since each neuron also meets its own mirror image.
     """
-    factor = _weight(term, n) / _weight(term, m) if m > 1 else 1.0
+    factor = 1.0
+    if m > 1:
+        factor = _weight(term, n) / _weight(term, m)
     summand = term.constant(n) * term.scale(n) - factor * term.constant(m) * term.scale(m)
     return factor, summand
 

@@ -71,9 +71,10 @@ class PairSums:
     def add(self, first: int, last: int, height: int, *, with_grad: bool = True) -> None:
         """Add the pairs of rows ``first`` to ``last`` - 1, in panels of ``height`` rows."""
         if with_grad:
-            # The first row meets all others: what begins there writes all of the gradient.
-            make = torch.empty_like if first == 0 < last else torch.zeros_like
-            self.grad = make(self.rows)
+            self.grad = torch.empty_like(self.rows)
+            if not first == 0 < last:
+                # Only the first row meets all others, so that what begins there writes everything.
+                self.grad.zero_()
         n = self.x.shape[1]
         for start in range(first, last, height):
             stop = min(start + height, last)

@@ -38,7 +38,9 @@ def largest_two(x: Tensor, alive: Tensor, *, half_space: bool, every: bool) -> L
     second = torch.full_like(x[..., 0], NONE)
     index = torch.zeros_like(x[..., 0], dtype=torch.int64)
     diagonal = torch.eye(_PANEL, dtype=torch.bool, device=x.device)
-    left_out = diagonal if every else ~(~diagonal).triu()
+    left_out = diagonal
+    if not every:
+        left_out = ~(~diagonal).triu()
     blocked = torch.zeros_like(diagonal, dtype=x.dtype).masked_fill_(left_out, NONE)
     for start in range(0, n, _PANEL):
         stop = min(start + _PANEL, n)

@@ -63,7 +63,9 @@ def stacks_of(updates: Sequence[GradientUpdate]) -> list[Sequence[GradientUpdate
 def stack_neurons(updates: Sequence[GradientUpdate]) -> Tensor:
     """The neurons of layers of one shape (b, n, d) as one stack, in float32 or wider."""
     first = updates[0].w
-    stack = torch.cat([update.w for update in updates]) if len(updates) > 1 else first
+    stack = first
+    if len(updates) > 1:
+        stack = torch.cat([update.w for update in updates])
     return stack.to(working_dtype(first.dtype))
 
 
@@ -102,7 +104,9 @@ def gradients_without_sync(w: Tensor, term: PairTerm) -> StackGradient:
         grad[:, start:stop].baddbmm_(slope, cols)
         grad[:, stop:].baddbmm_(slope[..., seam:].mT, rows)
     grad.addcmul_(x, radial, value=-1.0).mul_(-2.0 * term.scale(n) / norm)
-    energy = (total + term.constant(n)) * term.scale(n) if term.logarithm else None
+    energy = None
+    if term.logarithm:
+        energy = (total + term.constant(n)) * term.scale(n)
     return StackGradient(grad, norm, energy, valid)
 
 
@@ -122,10 +126,11 @@ def add_where_valid(
         add_to_layers(updates, torch.where(valid[:, None, None], grad, 0.0), norm, value)
         answers.append(valid)
     for updates, valid in zip(stacks, answers, strict=True):  # only now the host waits
-        groups = [(update, i) for update in updates for i in range(len(update.w))]
-        for (update, i), is_valid in zip(groups, valid.tolist(), strict=True):
+        groups = len(updates[0].w)
+        for place, is_valid in enumerate(valid.tolist()):
             if not is_valid:
-                add_exactly([update.group(i)], term)
+                update = updates[place // groups]
+                add_exactly([update.group(place % groups)], term)
 
 
 def add_exactly(updates: Sequence[GradientUpdate], term: PairTerm) -> None:

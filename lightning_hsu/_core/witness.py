@@ -69,7 +69,9 @@ def orthogonal_to(x: Tensor) -> Tensor | None:
         v = torch.linalg.svd(x, full_matrices=False).Vh[-1]
     else:
         return None
-    return v if float((x @ v).abs().max()) <= 1e-11 else None
+    if float((x @ v).abs().max()) <= 1e-11:
+        return v
+    return None
 
 
 def descend(objective: Objective, v: Tensor, steps: int) -> Tensor:

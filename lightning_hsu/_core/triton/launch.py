@@ -340,7 +340,9 @@ class _Pass:
                 if mean > 0:
                     factor /= mean
             update = group.update
-            limit = float("inf") if update.limit is None else update.limit
+            limit = update.limit
+            if limit is None:
+                limit = float("inf")
             bound = torch.finfo(update.w.dtype).max / 2
             table.append([-2.0 * factor, update.scale, limit, update.grad_scale, bound])
             start += blocks

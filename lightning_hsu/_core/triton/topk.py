@@ -56,7 +56,9 @@ def largest_two(
             cosine = tl.dot(a, b, cosine, input_precision=PRECISION)
         if HALF_SPACE:
             cosine = tl.abs(cosine)
-        other = (row[:, None] != col[None, :]) if EVERY else (col[None, :] > row[:, None])
+        other = col[None, :] > row[:, None]
+        if EVERY:
+            other = col[None, :] != row[:, None]
         there = tl.load(living + col, mask=col < n, other=0) != 0
         cosine = tl.where(other & lives[:, None] & there[None, :], cosine, float("-inf"))
         largest, at = tl.max(cosine, 1, return_indices=True)
