@@ -11,6 +11,7 @@ from lightning_hsu._core import bf16_products, oracle_energy
 from lightning_hsu._core.foreach import add_pair_gradients
 from lightning_hsu._core.neighbours import Nearest
 from lightning_hsu._core.topk import largest_two
+from lightning_hsu._core.triton import machine
 from lightning_hsu._core.triton.machine import exact_precision, new_enough, precision
 from lightning_hsu._core.updates import GradientUpdate
 from lightning_hsu.measures import GaussianPotential, RieszEnergy
@@ -380,3 +381,20 @@ def test_a_machine_that_cannot(monkeypatch):
     with pytest.raises(RuntimeError, match="no CUDA device"):
         added([neurons(1, 3, 2)], term)
     new_enough.cache_clear()
+
+
+def test_an_old_gpu_is_refused_and_a_device_is_asked_once(monkeypatch):
+    asked = []
+
+    def capability(device):
+        asked.append(device)
+        return (7, 5) if device.index else (8, 0)
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", capability)
+    machine._check_capability.cache_clear()
+    with pytest.raises(RuntimeError, match=r"capability 8\.0; cuda:1 has \(7, 5\); unset it"):
+        machine._check_capability(torch.device("cuda", 1))
+    for _ in range(3):
+        machine._check_capability(torch.device("cuda", 0))
+    machine._check_capability.cache_clear()
+    assert len(asked) == 2
