@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import os
 import pickle
 import re
 import subprocess
@@ -18,7 +19,7 @@ import torch
 from torch import nn
 
 from evidence import cells as running
-from evidence import training
+from evidence import cnn9, training
 from evidence.__main__ import _run, main
 from evidence.cnn9 import CNN9, _bytes, _check_same, _moved, bounded_cross_entropy, table
 from evidence.comparisons import compare, hypothesis
@@ -474,62 +475,51 @@ def test_statistics_against_numbers_known_by_hand():
     assert none.low < 0 < none.high
 
 
-def evidence(*arguments, cwd):
-    command = [sys.executable, "-m", "evidence", *arguments]
-    return subprocess.run(
-        command, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=120
+def begun(module, arguments, cwd):
+    """A process that runs a module, silently."""
+    return subprocess.Popen(
+        [sys.executable, "-m", module, *arguments],
+        cwd=cwd,
+        env=ENVIRONMENT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
 
 
-def environment():
-    import os
+def wait_for(is_there):
+    """Wait for a first result, a minute at most."""
+    for _ in range(1200):
+        if is_there():
+            return
+        time.sleep(0.05)
+    pytest.fail("no result in a minute")
 
-    return os.environ | {"PYTHONPATH": str(ROOT)}
+
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)}
 
 
 @pytest.mark.slow
-def test_goes_on_where_it_was_killed(tmp_path):
-    command, folder = (
-        [sys.executable, "-m", "evidence", "--quick", "--jobs", "2"],
-        tmp_path / "out/evidence-quick/cells",
-    )
-    with subprocess.Popen(
-        command,
-        cwd=tmp_path,
-        env=environment(),
-        stderr=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-    ) as run:
-        for _ in range(1200):
-            if len(list(folder.glob("*.json"))) >= 2:
-                break
-            time.sleep(0.05)
+def test_goes_on_where_it_was_killed(tmp_path, monkeypatch, capsys):
+    arguments = ["--quick", "--only", "depth2-scale1--", "--jobs", "1"]
+    out = tmp_path / "out/evidence-quick"
+    with begun("evidence", arguments, tmp_path) as run:
+        wait_for(lambda: list(out.glob("cells/*.json")))
         run.kill()
-    time.sleep(3)  # the workers end, too
-    known = {path: path.stat().st_mtime_ns for path in folder.glob("*.json")}
-    assert 2 <= len(known) < 16
-    second = evidence("--quick", "--jobs", "2", cwd=tmp_path)
-    assert second.returncode == 0, second.stderr
-    assert f"{len(known)} done before" in second.stdout
+    time.sleep(3)  # the worker ends, too
+    known = {path: path.stat().st_mtime_ns for path in out.glob("cells/*.json")}
+    assert 1 <= len(known) < 4
+    monkeypatch.setattr(sys, "argv", ["evidence", *arguments])
+    assert main() == 0
+    assert f"{len(known)} done before" in capsys.readouterr().out
     assert all(path.stat().st_mtime_ns == when for path, when in known.items())
-    tables = (tmp_path / "out/evidence-quick/tables.md").read_text()
-    assert "16 of 16 cells, 12 comparisons" in tables
-    assert len(json.loads((tmp_path / "out/evidence-quick/cells.json").read_text())) == 16
-    assert (
-        evidence(
-            "--quick",
-            "--only",
-            "decay",
-            "--minutes",
-            "0",
-            "--jobs",
-            "1",
-            "--out",
-            "other",
-            cwd=tmp_path,
-        ).returncode
-        == 3
-    )
+    assert "4 of 4 cells, 3 comparisons" in (out / "tables.md").read_text()
+    assert len(json.loads((out / "cells.json").read_text())) == 4
+
+
+def test_what_is_not_done_in_time_is_told(tmp_path, monkeypatch):
+    arguments = ["--quick", "--only", "decay", "--minutes", "0", "--jobs", "1", "--out", "other"]
+    monkeypatch.setattr(sys, "argv", ["evidence", *arguments])
+    assert main() == 3
 
 
 def test_a_cell_that_fails_is_told_and_does_not_end_the_others(tmp_path, capsys):
@@ -556,10 +546,10 @@ def test_what_cannot_be_asked_for(monkeypatch, capsys, arguments, message):
     assert message in capsys.readouterr().err
 
 
-def test_missing_data_has_a_way_out(tmp_path):
-    found = evidence("--data", "/nowhere", cwd=tmp_path)
-    assert found.returncode == 2
-    assert "Ways out" in found.stderr
+def test_missing_data_has_a_way_out(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["evidence", "--data", "/nowhere"])
+    assert main() == 2
+    assert "Ways out" in capsys.readouterr().err
 
 
 def results(gains, ratios):
@@ -736,26 +726,18 @@ def test_results_of_other_settings_are_not_taken(tmp_path):
 
 
 @pytest.mark.slow
-def test_cnn9_goes_on_from_its_last_checkpoint(tmp_path):
-    arguments = "--data digits --images 512 --presets none half_mhe_2 --seeds 0 1 --width 4 --test-every 2 --accelerator cpu"
-    arguments = f"{arguments} --devices 1 --steps 6".split()
-    command = [sys.executable, "-m", "evidence.cnn9", *arguments]
+def test_cnn9_goes_on_from_its_last_checkpoint(tmp_path, monkeypatch, capsys):
+    what = "--data digits --images 512 --presets none half_mhe_2 --seeds 0 1 --width 4"
+    how = "--steps 6 --test-every 2 --accelerator cpu --devices 1"
+    arguments = [*what.split(), *how.split()]
     folder = tmp_path / "out/cnn9/digits-width4-steps6/n512"
-    with subprocess.Popen(
-        command,
-        cwd=tmp_path,
-        env=environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    ) as run:
-        for _ in range(1200):
-            if (folder / "none-0/last.ckpt").exists():
-                break
-            time.sleep(0.05)
+    with begun("evidence.cnn9", arguments, tmp_path) as run:
+        wait_for((folder / "none-0/last.ckpt").exists)
         run.kill()
     assert not (folder / "half_mhe_2-1.json").exists()
+    command = [sys.executable, "-m", "evidence.cnn9", *arguments]
     done = subprocess.run(
-        command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=120
+        command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr
     assert re.search(r"\| half_mhe_2 \| \d+\.\d\d \(\d+\.\d\d\) \|", done.stdout)
@@ -765,7 +747,8 @@ def test_cnn9_goes_on_from_its_last_checkpoint(tmp_path):
     assert all(len(one["errors"]) == 3 for one in made)
     assert made[0]["ratio_before"] == made[1]["ratio_before"]
     assert made[0]["ratio_after"] != made[1]["ratio_after"]  # the penalty is there
-    again = subprocess.run(
-        command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=60
+    monkeypatch.setattr(sys, "argv", ["cnn9", *arguments])
+    assert cnn9.main() == 0  # all is done
+    assert (
+        capsys.readouterr().out.strip().splitlines()[-4:] == done.stdout.strip().splitlines()[-4:]
     )
-    assert again.stdout.strip().splitlines()[-4:] == done.stdout.strip().splitlines()[-4:]

@@ -10,7 +10,6 @@ import os
 import signal
 import sys
 from collections.abc import Mapping
-from datetime import timedelta
 from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -38,6 +37,7 @@ from tests.models import (
     trainer,
     uniformity,
 )
+from tests.processes import world
 from tests.test_memory import CARRYING
 
 MODES = ("gradient", "loss", "decoupled")
@@ -236,12 +236,6 @@ def everything():
 
 def cases():
     """Settings of the callbacks and of the run."""
-    for measure in CARRYING:
-        yield pytest.param(
-            [{"measure": measure, "include": "net.3", "head": None}],
-            {"make": crowded},
-            id=repr(measure),
-        )
     yield pytest.param(everything(), {"make": adam}, id="three callbacks")
     for mode in MODES:
         scheduled = {
@@ -291,9 +285,20 @@ def held(path):
 
 @pytest.mark.parametrize(("ours", "run"), list(cases()))
 def test_interrupted_after_a_batch(ours, run, tmp_path):
-    steps = resumable(1, 4, 5, 9, **run)
-    assert interrupted(tmp_path, ours, steps, **run) == {k: [] for k in steps}
-    first, *later = (held(tmp_path / f"{k}.ckpt") for k in range(4, LAST + 1))
+    check_resumed(tmp_path, ours, resumable(1, 4, 5, 9, **run), run)
+
+
+@pytest.mark.parametrize("measure", CARRYING, ids=repr)
+def test_what_a_measure_carries_is_resumed(measure, tmp_path):
+    """Within an epoch and at its end."""
+    ours = [{"measure": measure, "include": "net.3", "head": None}]
+    run = {"make": crowded}
+    check_resumed(tmp_path, ours, resumable(4, 5, **run), run)
+
+
+def check_resumed(folder, ours, steps, run):
+    assert interrupted(folder, ours, steps, **run) == {k: [] for k in steps}
+    first, *later = (held(folder / f"{k}.ckpt") for k in range(4, LAST + 1))
     assert first
     assert all(one == first for one in later)  # no checkpoint grows
 
@@ -546,7 +551,7 @@ def plain_sgd(parameters):
 
 
 def fit_on(ranks, folder, ckpt=None):
-    """Train to the end and return the last checkpoint."""
+    """Train to the end and leave a checkpoint of each batch."""
     ours = [
         {"coefficient": 0.5, "include": "net.0", "head": None},
         {
@@ -572,30 +577,26 @@ def fit_on(ranks, folder, ckpt=None):
             "apply": "loss",
         },
     ]
-    flags = {
-        "start_method": "spawn",
-        "process_group_backend": "gloo",
-        "timeout": timedelta(seconds=60),
-    }
-    many = (
-        {"devices": ranks, "strategy": DDPStrategy(**flags), "use_distributed_sampler": False}
-        if ranks > 1
-        else {}
-    )
+    settings = {}
+    if ranks > 1:
+        strategy = DDPStrategy(process_group_backend="gloo")
+        settings = {"devices": ranks, "strategy": strategy, "use_distributed_sampler": False}
     torch.manual_seed(3 if ckpt is None else 4)
-    trainer(saving(folder), *made(ours), **many).fit(
+    trainer(saving(folder), *made(ours), **settings).fit(
         Automatic(make_optimizer=plain_sgd), datamodule=Parts(), ckpt_path=ckpt
     )
-    return torch.load(folder / f"{LAST}.ckpt", weights_only=True)
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
 def test_resumed_on_another_number_of_processes(tmp_path):
-    whole = fit_on(1, tmp_path / "one")
-    fit_on(2, tmp_path / "two")
-    for ranks, before in ((1, "two"), (2, "one")):
-        resumed = fit_on(ranks, tmp_path / f"to {ranks}", tmp_path / before / "3.ckpt")
+    fit_on(1, tmp_path / "one")
+    world(2).run(fit_on, 2, tmp_path / "two")
+    fit_on(1, tmp_path / "to one", tmp_path / "two/3.ckpt")
+    world(2).run(fit_on, 2, tmp_path / "to two", tmp_path / "one/3.ckpt")
+    whole = torch.load(tmp_path / f"one/{LAST}.ckpt", weights_only=True)
+    for folder in ("to one", "to two"):
+        resumed = torch.load(tmp_path / folder / f"{LAST}.ckpt", weights_only=True)
         for part in ("state_dict", "callbacks"):
             found, expected = leaves(resumed[part]), leaves(whole[part])
             assert found.keys() == expected.keys()

@@ -34,12 +34,14 @@ def draw(k):
     [RieszEnergy(s=2), RieszEnergy(s=1, half_space=True), GaussianPotential(), InverseFourth()],
     ids=repr,
 )
-@pytest.mark.parametrize(
-    "block", [20, 110]
-)  # 110: a fifth of the neurons would be left over if blocks did not grow
-def test_errors_are_what_they_say(measure, kind, block):
-    """Over many draws the mean is right, two standard errors cover 95 %, and the gradient's distance is the stated one."""
-    x, sampled = neurons(kind), Sampled(measure, block=block)
+# Blocks of 110 would leave neurons over if they did not grow.
+@pytest.mark.parametrize(("n", "block"), [(240, 20), (600, 110)])
+def test_errors_are_what_they_say(measure, kind, n, block):
+    """Over many draws the mean is right, and what is said of the errors is true.
+
+    Two standard errors cover 95 % of the values, and gradients are as far off as is said.
+    """
+    x, sampled = neurons(kind, n), Sampled(measure, block=block)
     penalty, exact = measure.value_and_grad(x)
     value = measure.natural(penalty)
     off, away, mean = [], [], torch.zeros_like(x)
