@@ -1,4 +1,4 @@
-"""A value that comes with its gradient, as a function to differentiate twice, by autograd and by ``torch.func``."""
+"""Values that come with their gradients, differentiable twice and under ``torch.func``."""
 
 from __future__ import annotations
 
@@ -18,8 +18,10 @@ class Evaluation:
     """How a penalty is computed, in two ways that give the same.
 
     Args:
-        value_and_grad: From neurons (..., n, d) and a state to the penalty (...) and its gradient (..., n, d).
-        recorded: From the same to the penalty by plain differentiable torch, for the second derivative.
+        value_and_grad: From neurons (..., n, d) and a state to the penalty (...) and its gradient
+            (..., n, d).
+        recorded: From the same to the penalty by plain differentiable torch, for the second
+            derivative.
     """
 
     value_and_grad: Callable[[Tensor, State | None], tuple[Tensor, Tensor]]
@@ -27,14 +29,18 @@ class Evaluation:
 
     def __call__(self, x: Tensor, state: State | None) -> Tensor:
         """Return the penalty (...) of neurons x (..., n, d), differentiable twice."""
-        names = None if state is None else tuple(state)
-        parts = () if state is None else tuple(state.values())
-        value: Tensor = _ValueAndGrad.apply(x, self, names, *parts)[0]  # type: ignore[no-untyped-call]
+        names = None
+        parts = list[Tensor]()
+        if state is not None:
+            names = tuple(state)
+            parts = list(state.values())
+        found = _ValueAndGrad.apply(x, self, names, *parts)  # type: ignore[no-untyped-call]
+        value: Tensor = found[0]
         return value
 
 
 class _ValueAndGrad(torch.autograd.Function):
-    """The value and the gradient, both outputs: the derivative of the latter is a product with the Hessian."""
+    """Value and gradient. The derivative of the gradient is a product with the Hessian."""
 
     @staticmethod
     def forward(
@@ -56,7 +62,8 @@ class _ValueAndGrad(torch.autograd.Function):
         if by_value is not None:
             total = grad * by_value[..., None, None].to(grad.dtype)
         if by_grad is not None:
-            product = _HessianProduct.apply(x, by_grad, ctx.how, ctx.names, *parts)  # type: ignore[no-untyped-call]
+            inputs = (x, by_grad, ctx.how, ctx.names, *parts)
+            product = _HessianProduct.apply(*inputs)  # type: ignore[no-untyped-call]
             total = product if total is None else total + product
         return total, None, None, *[None] * len(parts)
 
@@ -102,7 +109,8 @@ class _HessianProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[None, ...]:
         raise NotImplementedError(
-            "a penalty can be differentiated twice; for a third derivative differentiate measure.recorded(x, state)"
+            "a penalty can be differentiated twice; for a third derivative take that of "
+            "measure.recorded(x, state)"
         )
 
     @staticmethod
@@ -117,17 +125,21 @@ class _HessianProduct(torch.autograd.Function):
     ) -> tuple[Tensor, int]:
         x = _in_front(x, in_dims[0], info.batch_size)
         direction = _in_front(direction, in_dims[1], info.batch_size)
-        parts = _per_group(parts, in_dims[4:], info.batch_size)
-        return _HessianProduct.apply(x, direction, how, names, *parts), 0  # type: ignore[no-untyped-call]
+        inputs = (x, direction, how, names, *_per_group(parts, in_dims[4:], info.batch_size))
+        return _HessianProduct.apply(*inputs), 0  # type: ignore[no-untyped-call]
 
 
 def _state(names: tuple[str, ...] | None, parts: tuple[Tensor, ...]) -> State | None:
-    return None if names is None else dict(zip(names, parts, strict=True))
+    if names is None:
+        return None
+    return dict(zip(names, parts, strict=True))
 
 
 def _in_front(x: Tensor, dim: int | None, size: int) -> Tensor:
     """The mapped dimension in front; copies where x has none."""
-    return x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
+    if dim is None:
+        return x.expand(size, *x.shape)
+    return x.movedim(dim, 0)
 
 
 def _per_group(

@@ -1,6 +1,7 @@
 """What a measure is: neurons (..., n, d) in, a value (...) out."""
 
-# No postponed annotations here: jsonargparse 4.45 to 4.50 evaluates a base class's where its subclass stands.
+# No postponed annotations here: jsonargparse 4.45 to 4.50 evaluates those of a base class in the
+# module of its subclass.
 
 from abc import ABC, abstractmethod
 from dataclasses import fields, is_dataclass, replace
@@ -18,19 +19,22 @@ from lightning_hsu.measures.state import State
 class Measure(ABC):
     """A notion of hyperspherical uniformity; subclasses are frozen dataclasses.
 
-    A measure knows tensors only: nothing of modules, trainers or ranks. It does not depend on the norms of the neurons,
-    their order or a common rotation. It has no memory either: a measure with an inner problem or with random draws gets
-    what it needs from :meth:`prepare`, and the training loop keeps that from step to step.
+    A measure knows tensors only: nothing of modules, trainers or ranks. It does not depend on the
+    norms of the neurons, their order or a common rotation. It has no memory either: a measure with
+    an inner problem or with random draws gets what it needs from :meth:`prepare`, and the training
+    loop keeps that from step to step.
 
-    A new measure writes down its function once, in :meth:`penalty`, or in the method that its base class asks for:
-    ``kernel`` of a :class:`PairwiseMeasure` and ``on_sphere`` of a :class:`SphereMeasure`. The gradient follows.
+    A new measure writes down its function once, in :meth:`penalty`, or in the method that its base
+    class asks for: ``kernel`` of a :class:`PairwiseMeasure` and ``on_sphere`` of a
+    :class:`SphereMeasure`. The gradient follows.
 
-    What else a class states about its function (closed forms, compiled kernels, expected values, bounds) holds for that
-    function only. In a subclass that overrides the function, at any depth or by a mixin, it does not hold unless the
-    subclass states it again: :meth:`value_and_grad` differentiates the subclass's own :meth:`penalty`,
-    :meth:`gradient_rows` computes the whole gradient, and :meth:`gradient_part`, :meth:`pair_term`,
-    :meth:`expectation`, :meth:`deviation`, :meth:`bound` and :meth:`idle` return None. Conversely a class that overrides
-    the gradient must define the function in the same class: without it Python raises a TypeError where the class is
+    What else a class states about its function (closed forms, compiled kernels, expected values,
+    bounds) holds for that function only. In a subclass that overrides the function, at any depth or
+    by a mixin, it does not hold unless the subclass states it again: :meth:`value_and_grad`
+    differentiates the subclass's own :meth:`penalty`, :meth:`gradient_rows` computes the whole
+    gradient, and :meth:`gradient_part`, :meth:`pair_term`, :meth:`expectation`, :meth:`deviation`,
+    :meth:`bound` and :meth:`idle` return None. Conversely a class that overrides the gradient must
+    define the function in the same class: without it Python raises a TypeError where the class is
     defined.
 
     Attributes:
@@ -66,14 +70,24 @@ class Measure(ABC):
 
     def natural(self, penalty: Tensor) -> Tensor:
         """Return the natural value that belongs to a penalty."""
-        return 0.0 - penalty if self.higher_is_better else penalty
+        if self.higher_is_better:
+            return 0.0 - penalty  # no minus 0
+        return penalty
 
     @abstractmethod
     def penalty(self, x: Tensor, state: State | None = None) -> Tensor:
-        """Return what training minimises, (...), differentiable twice; ``state`` comes from :meth:`prepare`."""
+        """Return what training minimises, (...), differentiable twice.
+
+        Args:
+            x: Neurons, shape (..., n, d), floating.
+            state: From :meth:`prepare`; None where there is none.
+        """
 
     def value_and_grad(self, x: Tensor, state: State | None = None) -> tuple[Tensor, Tensor]:
-        """Return the penalty (...) and its gradient (..., n, d), without an autograd graph; the caller may overwrite both."""
+        """Return the penalty (...) and its gradient (..., n, d), without an autograd graph.
+
+        The caller may overwrite both.
+        """
         with torch.enable_grad():
             leaf = x.detach().requires_grad_()
             value = self.penalty(leaf, state)
@@ -91,17 +105,18 @@ class Measure(ABC):
             state: From :meth:`prepare`.
 
         Returns:
-            The gradient of the penalty, summed over the groups, with the shape and dtype of x. A measure without a
-            cheaper way computes the whole.
+            The gradient of the penalty, summed over the groups, with the shape and dtype of x. A
+            measure without a cheaper way computes the whole.
 
         Raises:
             TypeError: if x is not a floating-point tensor.
-            ValueError: if x has fewer than two dimensions, or rows is no bool tensor of the shape (..., n).
+            ValueError: if x has fewer than two dimensions, or rows is no bool tensor of the shape
+                (..., n).
 
         Example:
             >>> from lightning_hsu.measures import Separation
-            >>> grad = Separation().gradient_rows(torch.eye(3, 4), torch.tensor([False, True, False]))
-            >>> grad.any(-1)
+            >>> rows = torch.tensor([False, True, False])
+            >>> Separation().gradient_rows(torch.eye(3, 4), rows).any(-1)
             tensor([False,  True, False])
         """
         check_rows(x, rows)
@@ -109,7 +124,7 @@ class Measure(ABC):
         return grad.masked_fill(~rows.to(grad.device)[..., None], 0.0)
 
     def gradient_part(self, x: Tensor, part: int, parts: int) -> tuple[Tensor, Tensor] | None:
-        """Return one of several summands of the gradient that :meth:`value_and_grad` gives, each about as much work.
+        """Return one of several summands of the gradient, each about as much work.
 
         Args:
             x: Neurons, shape (..., n, d), floating.
@@ -117,23 +132,27 @@ class Measure(ABC):
             parts: How many there are, 1 or more.
 
         Returns:
-            None where the gradient cannot be split, whatever x is. Otherwise the summand with the shape and dtype of x,
-            and a number, shape () in float32, that is 0 in every part if they add up to the gradient. Where one is
-            positive they may not, and the whole is to be computed instead. The sum is finite in either case.
+            None where the gradient cannot be split, whatever x is. Otherwise the summand with the
+            shape and dtype of x, and a number, shape () in float32, that is 0 in every part if they
+            add up to the gradient. Where one is positive they may not, and the whole is to be
+            computed instead. The sum is finite in either case.
         """
         return None
 
     def pair_term(self) -> PairTerm | None:
-        """Return the kernel whose mean over pairs, or its logarithm, is the penalty; None if the penalty is no such mean."""
+        """Return the kernel whose mean over pairs, or its logarithm, is the penalty.
+
+        None if the penalty is no such mean.
+        """
         return None
 
     # The state of a measure with an inner problem or random draws
 
     def prepare(self, x: Tensor, state: State | None = None) -> State | None:
-        """Return what an evaluation at x (..., n, d) needs besides x, carried on from the last step's ``state``.
+        """Return what an evaluation at x (..., n, d) needs besides x.
 
-        None for most measures. A state that does not fit x, such as another model's, is replaced by a fresh one. The same
-        x and state give the same bits, on every rank.
+        None for most measures. A state that does not fit x, such as another model's, is replaced by
+        a fresh one. The same x and state give the same bits, on every rank.
         """
         return None
 
@@ -143,7 +162,7 @@ class Measure(ABC):
         return all(part.shape[:1] == (groups,) for part in state.values())
 
     def is_exact(self, state: State | None) -> bool:
-        """Tell whether values under this state are exact, not merely the best that an inner search has found."""
+        """Tell whether values under this state are exact, not the best that a search found."""
         flags = [part for name, part in (state or {}).items() if name.endswith("exact")]
         return all(bool(flag.all()) for flag in flags)
 
@@ -152,7 +171,8 @@ class Measure(ABC):
     def ratio(self, value: Tensor, reference: float) -> Tensor:
         """Compare natural values with that of random points: 1 as random, above 1 less uniform.
 
-        Their quotient, or the exponential of their difference where the value of random points is not positive.
+        Their quotient, or the exponential of their difference where the value of random points is
+        not positive.
         """
         if reference <= 0:
             worse = reference - value if self.higher_is_better else value - reference
@@ -162,29 +182,41 @@ class Measure(ABC):
         return value / reference
 
     def for_head(self) -> "Measure":
-        """Return the measure for a class head: in full space, where two antipodal classes are right."""
+        """Return the measure for a class head: in full space, as classes may be antipodal."""
         if not is_dataclass(self) or "half_space" not in [field.name for field in fields(self)]:
             return self
         return replace(self, half_space=False)
 
     def expectation(self, n: int, d: int) -> float | None:
-        """Return the exact expected value of n independent uniform neurons in d dimensions, maybe ``inf``; None if unknown."""
+        """Return the exact expected value of n independent uniform neurons in d dimensions.
+
+        It may be ``inf``; None if it is not known.
+        """
         return None
 
     def deviation(self, n: int, d: int) -> float | None:
-        """Return the standard deviation of the value of n independent uniform neurons, maybe ``inf``; None if unknown."""
+        """Return the standard deviation of the value of n independent uniform neurons.
+
+        It may be ``inf``; None if it is not known.
+        """
         return None
 
     def bound(self, n: int, d: int) -> float | None:
-        """Return a natural value that no n neurons in d dimensions can beat; None if none is known."""
+        """Return a value that no n neurons in d dimensions can beat; None if none is known."""
         return None
 
     def idle(self, n: int, d: int) -> str | None:
-        """Say why n neurons in d dimensions feel no force whatever they are, and the way out; None if they do feel one."""
+        """Return why n neurons in d dimensions feel no force whatever they are, and the way out.
+
+        None if they do feel a force.
+        """
         return None
 
     def value_flops(self, n: int, d: int) -> float:
-        """Return about how many FLOP one value from scratch takes: fewer random layers are simulated where it is more."""
+        """Return about how many FLOP one value takes, including a fresh :meth:`prepare`.
+
+        The more it takes, the fewer random layers are simulated for a reference.
+        """
         return 2.0 * n * n * max(d, 64)
 
     def grad_flops(self, n: int, d: int) -> float:
@@ -193,10 +225,11 @@ class Measure(ABC):
 
 
 def check_measure(measure: object) -> None:
-    """Refuse what is no measure: a name, a class instead of an instance, a dataclass that is not frozen."""
+    """Refuse what is no measure, a class instead of an instance, and unhashable measures."""
     if isinstance(measure, type) and issubclass(measure, Measure):
         raise TypeError(
-            f"measure must be an instance: write {measure.__name__}(), with its settings in the brackets"
+            f"measure must be an instance: write {measure.__name__}(), "
+            "with its settings in the brackets"
         )
     if not isinstance(measure, Measure):
         raise TypeError(f"measure must be a measure such as RieszEnergy(s=2); got {measure!r}")
@@ -207,8 +240,8 @@ def check_state(measure: Measure, x: Tensor, state: State) -> None:
     """Refuse a state of another measure, or for neurons of another shape than x (..., n, d)."""
     if not measure.fits(x, state):
         raise ValueError(
-            f"the state is not one of {measure!r} for neurons of shape {tuple(x.shape)}: take it from prepare(x, state), "
-            "which replaces one that does not fit"
+            f"the state is not one of {measure!r} for neurons of shape {tuple(x.shape)}: "
+            "take it from prepare(x, state), which replaces one that does not fit"
         )
 
 

@@ -29,32 +29,35 @@ _GAMMAS_AFRESH = (10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0)
 
 @dataclass(frozen=True)
 class Covering(WitnessMeasure):
-    r"""Covering radius of the neurons (MHC): the angle from the loneliest point of the sphere to its nearest neuron.
+    r"""Covering radius (MHC): the angle of the loneliest point of the sphere to its nearest neuron.
 
-    The value is the maximum over unit vectors v of the minimum over neurons of the angle between x_i and v, in
-    radians. Lower is better; the penalty is the value. Its gradient is that of the angles of the neurons that touch the
-    empty cap around v, weighted so that their pulls on v cancel: the derivative of the radius itself. Caps of equal size
-    share it.
+    The value is the maximum over unit vectors v of the minimum over neurons of the angle between
+    x_i and v, in radians. Lower is better; the penalty is the value. Its gradient is that of the
+    angles of the neurons that touch the empty cap around v, weighted so that their pulls on v
+    cancel: the derivative of the radius itself. Caps of equal size share it.
 
-    :meth:`prepare` finds v. The value is exact, to 1e-6 or so, where it can be proven: in two dimensions; where all neurons
-    lie in a hemisphere, as n <= d neurons do; for few enough neurons (20000 subsets of d at most) that every
-    facet of their hull can be tried; for d <= 4 if scipy is installed. Else it is a lower bound from
-    several witnesses::
+    :meth:`prepare` finds v. The value is exact, to 1e-6 or so, where it can be proven: in two
+    dimensions; where all neurons lie in a hemisphere, as n <= d neurons do; for few enough neurons
+    (20000 subsets of d at most) that every facet of their hull can be tried; for d <= 4 if scipy is
+    installed. Else it is a lower bound from several witnesses::
 
         state = measure.prepare(x)
         radius, exact = measure(x, state), state["exact"]
 
-    Evaluate with the state prepared at the same x. A second derivative is that with the witnesses and weights fixed.
+    Evaluate with the state prepared at the same x. A second derivative is that with the witnesses
+    and weights fixed.
 
     Args:
-        half_space: Measure the 2n points ``x`` and ``-x`` instead. With n < d neurons some v is orthogonal to all
-            of them: the radius is pi / 2 and the gradient zero, whatever the neurons.
+        half_space: Measure the 2n points ``x`` and ``-x`` instead. With n < d neurons some v is
+            orthogonal to all of them: the radius is pi / 2 and the gradient zero, whatever the
+            neurons.
         witnesses: How many witnesses look for the deepest hole where no exact way is known, >= 1.
-        steps: Steps of each witness in each training step, >= 1; a fresh start takes 20 times as many.
+        steps: Steps of each witness in each training step, >= 1; a fresh start takes 20 times as
+            many.
 
     Shape:
-        Neurons (..., n, d), rows of any positive norm, to a value (...). Zero rows take no part; fewer than two
-        neurons have the value 0.
+        Neurons (..., n, d), rows of any positive norm, to a value (...). Zero rows take no part;
+        fewer than two neurons have the value 0.
 
     Raises:
         ValueError: for a half_space that is no bool, or witnesses or steps that are no int >= 1.
@@ -79,11 +82,17 @@ class Covering(WitnessMeasure):
     steps: int = 10
 
     def bound(self, n: int, d: int) -> float | None:
-        """The largest of the known bounds: n caps must cover the sphere, hemispheres, the simplex, Fejes Toth's for d = 3."""
+        """Return the largest of the known bounds.
+
+        n caps must cover the sphere; n <= d neurons lie in a hemisphere; the simplex is best for
+        n = d + 1; Fejes Toth's bound holds for d = 3.
+        """
         points = 2 * n if self.half_space else n
         bounds = [cap_angle(1.0 / points, d)]
         if points <= d or (self.half_space and n < d):
-            bounds.append(math.pi if points == 1 else math.pi / 2)
+            bounds.append(math.pi / 2)
+        if points == 1:
+            bounds.append(math.pi)
         if points == d + 1:
             bounds.append(math.acos(1.0 / d))
         if d == 3 and points >= 3:

@@ -21,16 +21,18 @@ from lightning_hsu.measures.state import State
 class GramDeterminant(SphereMeasure):
     r"""Log-determinant of the neurons' Gaussian Gram matrix; large when they are spread out (MGD).
 
-    ``log det(K + jitter I)`` with ``K_ij = exp(-|x_i - x_j|**2 / bandwidth**2)``, at most about 0. Training minimises its
-    negative. It grows with the number of neurons, as published. In float64, O(n**3) time and O(n**2) memory.
+    ``log det(K + jitter I)`` with ``K_ij = exp(-|x_i - x_j|**2 / bandwidth**2)``, at most about 0.
+    Training minimises its negative. It grows with the number of neurons, as published. In float64,
+    O(n**3) time and O(n**2) memory.
 
     Args:
         bandwidth: Width of the kernel, a chord in [0.01, 10]; 1 as published.
         half_space: Measure the 2n points ``x`` and ``-x`` instead, by two n x n determinants.
-        jitter: Added to the diagonal, in [0, 1]; 1e-6 as published. It bounds what coincident neurons cost, about
-            ``log(2 jitter)`` a pair, and the force between near ones, which is largest at a chord of
-            ``bandwidth * sqrt(jitter)``: with that force coincident neurons part along a seeded direction. Where the
-            factorisation fails all the same, which takes a jitter below 1e-12, a larger one is used.
+        jitter: Added to the diagonal, in [0, 1]; 1e-6 as published. It bounds what coincident
+            neurons cost, about ``log(2 jitter)`` a pair, and the force between near ones, which is
+            largest at a chord of ``bandwidth * sqrt(jitter)``: with that force coincident neurons
+            part along a seeded direction. Where the factorisation fails all the same, which takes a
+            jitter below 1e-12, a larger one is used.
 
     Shape:
         Neurons (..., n, d), rows of any positive norm, to a value (...).
@@ -44,7 +46,8 @@ class GramDeterminant(SphereMeasure):
     Example:
         >>> import torch
         >>> from lightning_hsu.measures import GramDeterminant
-        >>> print(f"{GramDeterminant(jitter=0)(torch.eye(3)):.6f}")  # 2 log(1 - k) + log(1 + 2 k), k = exp(-2)
+        >>> measure = GramDeterminant(jitter=0)
+        >>> print(f"{measure(torch.eye(3)):.6f}")  # 2 log(1 - k) + log(1 + 2 k), k = exp(-2)
         -0.051282
     """
 
@@ -75,7 +78,10 @@ class GramDeterminant(SphereMeasure):
         return -self._log_det(near + mirrored) - self._log_det(near - mirrored)
 
     def closed_form(self, x: Tensor, state: State | None) -> tuple[Tensor, Tensor] | None:
-        """From one Cholesky factor and its inverse; None for zero rows and for coincident neurons, which are separated."""
+        """From one Cholesky factor and its inverse.
+
+        None if there are zero rows, or coincident neurons, which are separated first.
+        """
         unit, inverse_norm = self._unit(x)
         if x.shape[-2] < 2 or not bool((inverse_norm > 0).all()):
             return None
@@ -93,10 +99,10 @@ class GramDeterminant(SphereMeasure):
         return self._shaped(value, x), self._to_weights(grad, unit, inverse_norm, x)
 
     def _blocks(self, cosine: Tensor) -> list[Tensor]:
-        """The kernel matrix (b, n, n), in half space its even and its odd block, of cosines, which are overwritten.
+        """The kernel matrix (b, n, n) of cosines, which are overwritten; in half space two blocks.
 
-        The slope of the log-determinant in the cosines is 2 / bandwidth**2 times the inverse of the one times the other,
-        elementwise, summed over both blocks.
+        The slope of the log-determinant in the cosines is 2 / bandwidth**2 times the inverse of the
+        one times the other, elementwise, summed over both blocks.
         """
         if not self.half_space:
             return [self._kernel_of(cosine, 1.0)]
@@ -105,19 +111,23 @@ class GramDeterminant(SphereMeasure):
         return [near + mirrored, near - mirrored]
 
     def _kernel_of(self, cosine: Tensor, itself: float) -> Tensor:
-        """The kernel at cosines (b, n, n), in place; ``itself`` is the cosine of a neuron with itself."""
+        """The kernel at cosines (b, n, n), in place; ``itself`` is the cosine on the diagonal."""
         cosine.diagonal(dim1=-2, dim2=-1).fill_(itself)
         return cosine.clamp_(-1.0, 1.0).sub_(1.0).mul_(2.0 / self.bandwidth**2).exp_()
 
     def ratio(self, value: Tensor, reference: float) -> Tensor:
-        """Value over that of random points: both are negative, and the less uniform is further from 0.
+        """Value over that of random points; both are negative, the less uniform further from 0.
 
-        Both are shifted down by 0.01: neurons so far apart that jitter alone is left compare as equal.
+        Both are shifted down by 0.01: neurons so far apart that jitter alone is left compare as
+        equal.
         """
         return (value - 0.01) / (reference - 0.01)
 
     def bound(self, n: int, d: int) -> float | None:
-        """From the mean of the kernel: given that, the determinant is largest where all entries are equal."""
+        """Return the bound that follows from that of the mean kernel.
+
+        Among Gram matrices of one mean the determinant is largest where all entries are equal.
+        """
         t = self.bandwidth**-2
         mean: float | None = 0.0
         if t <= 150:
@@ -145,7 +155,7 @@ class GramDeterminant(SphereMeasure):
 
 
 class _LogDet(torch.autograd.Function):
-    """Log-determinant (b,) of positive definite matrices (b, n, n), jitter on the diagonal, by Cholesky.
+    """Log-determinant (b,) of positive definite matrices (b, n, n) with jitter on the diagonal.
 
     Returns also the factors (b, n, n) and the jitter that each matrix took (b,), for the gradient.
     """
@@ -181,7 +191,7 @@ class _LogDet(torch.autograd.Function):
 
 
 def _cosines(x: Tensor) -> Tensor:
-    """Cosines (b, n, n) of unit rows x (b, n, d), of which only one triangle is computed, in panels."""
+    """Cosines (b, n, n) of unit rows x (b, n, d): one triangle, in panels, and its mirror image."""
     cosine = x.new_empty(*x.shape[:2], x.shape[1])
     for start in range(0, x.shape[1], PANEL):
         rows = slice(start, start + PANEL)
@@ -191,7 +201,10 @@ def _cosines(x: Tensor) -> Tensor:
 
 
 def _factor(gram: Tensor, jitter: float) -> tuple[Tensor, Tensor]:
-    """Cholesky factors of positive definite matrices (b, n, n) with jitter on the diagonal, and the jitter each took, (b,)."""
+    """Cholesky factors (b, n, n) of matrices with jitter on the diagonal, and that jitter (b,).
+
+    A matrix that cannot be factorised with the given jitter takes a larger one.
+    """
     taken = gram.new_full(gram.shape[:1], jitter)
     factor, info = torch.linalg.cholesky_ex(_with_diagonal(gram, taken))
     while bool(((info != 0) & (taken < 1.0)).any()):

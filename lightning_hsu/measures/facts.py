@@ -1,13 +1,12 @@
-"""What is known of a measure besides its function, and whether a subclass with another function may keep it."""
+"""What is known of a measure's function, and whether a subclass with another one keeps it."""
 
 from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
-from typing import TypeVar
 
 FUNCTION = ("penalty", "on_sphere", "kernel")
-"""The methods in which a measure writes down its function: its own, or the one its base class asks for."""
+"""The methods in which a measure writes down its function."""
 
 
 @dataclass(frozen=True)
@@ -16,10 +15,11 @@ class Fact:
 
     Args:
         rests_on: The methods that make up this function.
-        needs_function: Whether a class may override the attribute only together with one of these methods. Then a
-            class cannot give the gradient of one function and leave another one in place.
-        otherwise: The attribute's value where no statement holds; None for the very first statement, which then is one that
-            is true of any function.
+        needs_function: Whether a class may override the attribute only together with one of these
+            methods. Then a class cannot give the gradient of one function and leave another one in
+            place.
+        otherwise: The attribute's value where no statement holds; None for the very first
+            statement, which then is one that is true of any function.
     """
 
     rests_on: tuple[str, ...]
@@ -33,21 +33,20 @@ GRADIENT = Fact(FUNCTION, needs_function=True)
 VALUE = Fact((*FUNCTION, "natural"))
 """A value that the measure takes: the expected one, the best one."""
 
-Kind = TypeVar("Kind", bound=type)
 
-
-def keep_what_holds(kind: Kind, facts: dict[str, Fact]) -> None:
+def keep_what_holds(kind: type, facts: dict[str, Fact]) -> None:
     """Set on a new class the facts that hold for it.
 
-    A fact rests on the methods that the class which states it has, except on those which that class itself leaves
-    abstract: it is written for whatever they will be. Where a later class, a mixin too, overrides one of the others, the
-    fact does not hold any more. Then the next statement in the method resolution order does, that of a base class.
+    A fact rests on the methods that the class stating it has, except on those which that class
+    itself leaves abstract: it is written for whatever they will be. If a later class, maybe a
+    mixin, overrides one of the others, the fact no longer holds. Then the next statement in the
+    method resolution order does, that of a base class.
 
     Raises:
         TypeError: if a class overrides a fact that it may override only together with the function.
     """
-    replaced = set[str]()
-    kind._replaced = replaced  # type: ignore[attr-defined]  # these are not statements of this class
+    replaced = set[str]()  # what is set here is no statement of the class
+    kind._replaced = replaced  # type: ignore[attr-defined]
     for name, fact in facts.items():
         stated_by = _classes_with(kind, name)
         if not stated_by:
@@ -57,7 +56,9 @@ def keep_what_holds(kind: Kind, facts: dict[str, Fact]) -> None:
             owner = stated_by[-1]
         if owner is not None and fact.needs_function:
             _check_function(kind, owner, name, fact)
-        value = fact.otherwise if owner is None else vars(owner)[name]
+        value = fact.otherwise
+        if owner is not None:
+            value = vars(owner)[name]
         if inspect.getattr_static(kind, name) is not value:
             setattr(kind, name, value)
             replaced.add(name)
@@ -73,7 +74,7 @@ def _classes_with(kind: type, name: str) -> list[type]:
 
 
 def _holds(kind: type, owner: type, fact: Fact) -> bool:
-    """Whether what ``owner`` states is true of ``kind``: no method it rests on was overridden after it."""
+    """Whether what ``owner`` states is true of ``kind``, which overrides no method of it."""
     for method in fact.rests_on:
         known = inspect.getattr_static(owner, method, None)
         left_open = method in vars(owner) and getattr(known, "__isabstractmethod__", False)
@@ -91,6 +92,6 @@ def _check_function(kind: type, owner: type, name: str, fact: Fact) -> None:
         return
     methods = " or ".join(method for method in fact.rests_on if hasattr(kind, method))
     raise TypeError(
-        f"{owner.__name__} overrides {name} without the function it belongs to: define {methods} in {owner.__name__} as "
-        f"well, or only that, and {name} follows from it"
+        f"{owner.__name__} overrides {name} without the function it belongs to: "
+        f"define {methods} in {owner.__name__} as well, or only that, and {name} follows from it"
     )

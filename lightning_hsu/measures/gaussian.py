@@ -15,10 +15,10 @@ _NARROW = 15.0  # above this t the mean potential may be below what float32 can 
 
 @dataclass(frozen=True)
 class GaussianPotential(PairwiseMeasure):
-    r"""Mean over unordered pairs of ``exp(-t |x - y|**2)``; what training minimises is its logarithm.
+    r"""Mean over unordered pairs of ``exp(-t |x - y|**2)``; training minimises its logarithm.
 
-    The logarithm is the published uniformity loss. It keeps the size of the gradient where the mean is tiny, about
-    ``exp(-2 t)`` in high dimension.
+    The logarithm is the published uniformity loss. It keeps the size of the gradient where the mean
+    is tiny, about ``exp(-2 t)`` in high dimension.
 
     Args:
         t: Inverse squared width in (0, 150]; 2 as published. Larger t looks at near neurons only.
@@ -31,15 +31,16 @@ class GaussianPotential(PairwiseMeasure):
         ValueError: for a t outside (0, 150] or a half_space that is no bool.
 
     Reference:
-        Wang & Isola, "Understanding Contrastive Representation Learning through Alignment and Uniformity on the
-        Hypersphere", ICML 2020, arXiv 2005.10242; Cohn & Kumar, "Universally optimal distribution of points on
-        spheres", 2007.
+        Wang & Isola, "Understanding Contrastive Representation Learning through Alignment and
+        Uniformity on the Hypersphere", ICML 2020, arXiv 2005.10242; Cohn & Kumar, "Universally
+        optimal distribution of points on spheres", 2007.
 
     Example:
         >>> import torch
         >>> from lightning_hsu.measures import GaussianPotential
         >>> measure = GaussianPotential(t=2)
-        >>> print(f"{measure(torch.eye(3)):.6f} {measure.penalty(torch.eye(3)):.6f}")  # squared chord 2: exp(-4)
+        >>> x = torch.eye(3)  # squared chord 2: exp(-4)
+        >>> print(f"{measure(x):.6f} {measure.penalty(x):.6f}")
         0.018316 -4.000000
     """
 
@@ -65,5 +66,5 @@ class GaussianPotential(PairwiseMeasure):
 
     @property
     def in_float64(self) -> bool:  # type: ignore[override]
-        """Only a narrow Gaussian takes it: ``exp(-4 t)`` is too small for float32."""
+        """For a narrow Gaussian only, whose ``exp(-4 t)`` is too small for float32."""
         return self.t > _NARROW

@@ -23,17 +23,18 @@ from lightning_hsu.measures.state import State
 
 
 class NearestMeasure(SphereMeasure):
-    """A kernel of the distance to the nearest: at the nearest pair, or its mean over neurons at their nearest other.
+    """A kernel at the nearest pair, or its mean over neurons, each with its nearest other.
 
-    A new member needs one method, :meth:`kernel`. Neighbours whose squared chords agree to 64 roundings of float32, or
-    to 1e-9 for float64 neurons, are tied: value and gradient are the means over them. So a regular simplex stays
-    where it is. Exactly coincident neurons part along a seeded direction, with the force that the kernel has at a chord
-    of ``softening``, or of 1e-6 if that is smaller.
+    A new member needs one method, :meth:`kernel`. Neighbours whose squared chords agree to 64
+    roundings of float32, or to 1e-9 for float64 neurons, are tied: value and gradient are the means
+    over them, so that a regular simplex stays where it is. Exactly coincident neurons are pushed
+    apart along a seeded direction, with the force that the kernel has at a chord of ``softening``,
+    or of 1e-6 if that is smaller.
 
     Attributes:
-        half_space: Distances to the nearer of a neuron and its mirror image: between lines.
-        every_neuron: The mean over neurons; else the nearest pair alone counts.
-        softening: A chord, see above; a kernel that softens itself below it says so here.
+        half_space: Whether to take the nearer of a neuron and its mirror image, as between lines.
+        every_neuron: Whether to take the mean over neurons; else the nearest pair alone counts.
+        softening: The chord below which the kernel softens itself, if it does.
     """
 
     in_float64: ClassVar[bool] = True
@@ -43,15 +44,18 @@ class NearestMeasure(SphereMeasure):
 
     @abstractmethod
     def kernel(self, q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the penalty of a neuron and its nearest, and its slope; finite for coincident and opposite ones, too.
+        """Return the penalty of a neuron and its nearest, and its slope.
+
+        Both are finite, for coincident and opposite neurons too.
 
         Args:
-            q: Squared chords ``|x_i - x_j|**2 = 2 - 2 cos``, any shape, in [0, 4]; in half space in [0, 2].
+            q: Squared chords ``|x_i - x_j|**2 = 2 - 2 cos``, any shape, in [0, 4]; in half space in
+                [0, 2].
             p: Squared chords ``|x_i + x_j|**2 = 4 - q``, as exact near 0 as q is.
 
         Returns:
-            The value and its derivative with respect to q, elementwise, out of place. For second derivatives the
-            value must be differentiable by autograd.
+            The value and its derivative with respect to q, elementwise, out of place. For second
+            derivatives the value must be differentiable by autograd.
         """
 
     def closed_form(self, x: Tensor, state: State | None) -> tuple[Tensor, Tensor] | None:
@@ -59,7 +63,7 @@ class NearestMeasure(SphereMeasure):
         return nearest_energy(x, self._term())
 
     def on_sphere(self, x: Tensor, state: State | None) -> Tensor:
-        """Penalty (b,) of unit rows x (b, n, d); the state may hold the tolerance of ties, ``tie`` (b,)."""
+        """Penalty (b,) of unit rows x (b, n, d); the state may hold a tolerance of ties (b,)."""
         tie = tie_tolerance(x.dtype)
         if state is not None and "tie" in state:
             tie = float(state["tie"].amax())
@@ -77,13 +81,18 @@ class NearestMeasure(SphereMeasure):
         return (weight * value).sum((-2, -1)) + self._push(x, weight * sign * coincident)
 
     def _prepared(self, x: Tensor, state: State | None) -> State | None:
-        """The state, and the tolerance of ties, which goes with the precision of x and not with that of the rows."""
+        """The state, and the tolerance of ties in the precision of x, not of its unit rows."""
         tie = tie_tolerance(working_dtype(x.dtype))
         ties = torch.full((x.shape[:-2].numel(),), tie, dtype=torch.float64)
         return {**(super()._prepared(x, state) or {}), "tie": ties}
 
     def _push(self, x: Tensor, weight: Tensor) -> Tensor:
-        """Zero (b,), with the gradient that separates the coincident neurons of x (b, n, d), of signed weights (b, n, n)."""
+        """Zero (b,), with the gradient that separates coincident neurons.
+
+        Args:
+            x: Unit rows, shape (b, n, d).
+            weight: Signed weights of the coincident pairs, shape (b, n, n).
+        """
         weight = weight + weight.mT
         noise = seeded_noise(*x.shape[1:], like=x.detach())
         tangents = separating_tangents(
@@ -111,14 +120,16 @@ def _term_of(measure: NearestMeasure) -> NearestTerm:
 class Separation(NearestMeasure):
     r"""Smallest angle between two neurons, in radians (MHS); large when no two are alike.
 
-    Its gradient moves the nearest two neurons only; where several pairs are tied, all of them, each by its share.
+    Its gradient moves the nearest two neurons only; where several pairs are tied, all of them, each
+    by its share.
 
     Args:
-        half_space: True or False. Measure the angle between lines, in [0, pi / 2]: opposite neurons coincide.
+        half_space: True or False. Measure the angle between lines, in [0, pi / 2]: opposite neurons
+            coincide.
 
     Shape:
-        Neurons (..., n, d), rows of any positive norm, to a value (...) in [0, pi]. Zero rows take no part; fewer than
-        two neurons have the value 0.
+        Neurons (..., n, d), rows of any positive norm, to a value (...) in [0, pi]. Zero rows take
+        no part; fewer than two neurons have the value 0.
 
     Raises:
         ValueError: for a half_space that is neither True nor False.
@@ -157,23 +168,24 @@ class Separation(NearestMeasure):
 
 @dataclass(frozen=True)
 class MinimalAngle(NearestMeasure):
-    r"""Mean over neurons of the angle to the nearest other, in radians (MMA); large when all keep their distance.
+    r"""Mean over neurons of the angle to the nearest other, in radians (MMA).
 
-    Where several neighbours are equally near, their mean is the gradient.
+    It is large when all keep their distance. Where several neighbours are equally near, the
+    gradient is the mean of theirs.
 
     Shape:
-        Neurons (..., n, d), rows of any positive norm, to a value (...) in [0, pi]. Zero rows take no part; fewer than
-        two neurons have the value 0.
+        Neurons (..., n, d), rows of any positive norm, to a value (...) in [0, pi]. Zero rows take
+        no part; fewer than two neurons have the value 0.
 
     Reference:
-        Wang et al., "MMA Regularization: Decorrelating Weights of Neural Networks by Maximizing the Minimal Angles",
-        NeurIPS 2020, arXiv 2006.06527.
+        Wang et al., "MMA Regularization: Decorrelating Weights of Neural Networks by Maximizing the
+        Minimal Angles", NeurIPS 2020, arXiv 2006.06527.
 
     Example:
         >>> import torch
         >>> from lightning_hsu.measures import MinimalAngle
-        >>> neurons = torch.tensor([[1.0, 0.0], [0.0, 2.0], [-1.0, 0.0], [-3.0, 0.0]])  # 90, 90, 0 and 0 degrees
-        >>> round(float(MinimalAngle()(neurons).rad2deg()), 4)
+        >>> neurons = torch.tensor([[1.0, 0.0], [0.0, 2.0], [-1.0, 0.0], [-3.0, 0.0]])
+        >>> round(float(MinimalAngle()(neurons).rad2deg()), 4)  # of 90, 90, 0 and 0 degrees
         45.0
     """
 
@@ -185,39 +197,44 @@ class MinimalAngle(NearestMeasure):
         return _minus_angle(q, p)
 
     def bound(self, n: int, d: int) -> float | None:
-        """The smaller of two bounds, which only two neurons attain; None below 2 neurons or dimensions.
+        """Return the smaller of two bounds, which only two neurons attain.
 
-        Caps of half the nearest angle around each neuron do not overlap; and the mean cosine of the nearest angles is at
-        least -1 / (n - 1), so that the mean angle lies below the concave envelope of arccos there.
+        Caps of half the nearest angle around each neuron do not overlap; and the mean cosine of the
+        nearest angles is at least -1 / (n - 1), so that the mean angle lies below the concave
+        envelope of arccos there.
         """
         if n < 2 or d < 2:
             return None
-        slope = 1.3800  # of the line from (-1, pi) that touches arccos, rounded towards 0: the envelope up to there
+        # The envelope begins with the line from (-1, pi) that touches arccos; its slope is rounded
+        # towards 0.
+        slope = 1.3800
         return min(2.0 * cap_angle(1.0 / n, d), math.pi - slope * (1.0 - 1.0 / (n - 1)))
 
 
 @dataclass(frozen=True)
 class KoLeo(NearestMeasure):
-    r"""Mean over neurons of ``-log`` of the chord to the nearest other; small when all keep their distance.
+    r"""Mean over neurons of ``-log`` of the chord to the nearest other (KoLeo).
 
-    The Kozachenko-Leonenko estimate of the entropy, up to sign and constants; without the original's factor n in the
-    logarithm, as in DINOv2. Where several neighbours are equally near, their mean is the gradient.
+    It is small when all keep their distance: the Kozachenko-Leonenko estimate of the entropy, up to
+    sign and constants, and without the original's factor n in the logarithm, as in DINOv2. Where
+    several neighbours are equally near, the gradient is the mean of theirs.
 
     Args:
-        softening: Chord in [0, 2) below which the logarithm continues as its tangent line in the squared chord.
-            Exactly equal neurons feel the force at that chord along a seeded direction. 0 switches it off down to
-            a chord of 1e-6.
+        softening: Chord in [0, 2) below which the logarithm continues as its tangent line in the
+            squared chord. Exactly equal neurons feel the force at that chord along a seeded
+            direction. 0 switches it off down to a chord of 1e-6.
 
     Shape:
-        Neurons (..., n, d), rows of any positive norm, to a value (...) >= -log(2). Zero rows take no part; fewer than
-        two neurons have the value 0.
+        Neurons (..., n, d), rows of any positive norm, to a value (...) >= -log(2). Zero rows take
+        no part; fewer than two neurons have the value 0.
 
     Raises:
         ValueError: for a softening outside [0, 2).
 
     Reference:
-        Sablayrolles et al., "Spreading vectors for similarity search", ICLR 2019, arXiv 1806.03198; Oquab et al.,
-        "DINOv2: Learning Robust Visual Features without Supervision", TMLR 2024, arXiv 2304.07193.
+        Sablayrolles et al., "Spreading vectors for similarity search", ICLR 2019, arXiv 1806.03198;
+        Oquab et al., "DINOv2: Learning Robust Visual Features without Supervision", TMLR 2024,
+        arXiv 2304.07193.
 
     Example:
         >>> import torch
@@ -238,24 +255,31 @@ class KoLeo(NearestMeasure):
         return PairTerm(_minus_log, softening=self.softening).softened(q, p)
 
     def ratio(self, value: Tensor, reference: float) -> Tensor:
-        """Geometric mean chord of random neurons over that of these: 1 as random, above 1 less uniform."""
+        """Geometric mean chord of random neurons over that of these."""
         return (value - reference).exp()
 
     def bound(self, n: int, d: int) -> float | None:
-        """From the mean squared chord, at most 2 + 2 / (n - 1), and from the mean angle; None below 2 neurons or dimensions."""
+        """Return the larger of two bounds.
+
+        One follows from the mean squared chord, which is at most 2 + 2 / (n - 1), the other from
+        the mean angle.
+        """
         if n < 2 or d < 2:
             return None
         chord = 2.0 * math.sin(cap_angle(1.0 / n, d))
         by_square = -0.5 * math.log(2.0 + 2.0 / (n - 1))
-        # Below the softening the value is not convex in the angle; its tangent there at this angle must stay below.
-        by_angle = -math.log(chord) if chord >= math.e * self.softening else by_square
-        return max(by_square, by_angle)
+        # Below the softening the kernel is not convex in the angle. The second bound holds if the
+        # kernel's tangent at this angle stays below it there.
+        if chord < math.e * self.softening:
+            return by_square
+        return max(by_square, -math.log(chord))
 
 
 def _chords(x: Tensor, y: Tensor) -> Tensor:
-    """Squared chords (b, n, n) from unit rows x to unit rows y, both (b, n, d) float64, differentiable twice.
+    """Squared chords (b, n, n) from unit rows x to unit rows y, both (b, n, d) float64.
 
-    From cosines, in O(n n) memory; the near ones, where those are off, by differences.
+    Differentiable twice. By cosines, in O(n n) memory; near ones, for which cosines lose digits, by
+    differences.
     """
     q = 2.0 - 2.0 * x @ y.mT
     group, i, j = (q.detach() < NEAR).nonzero(as_tuple=True)
@@ -264,9 +288,9 @@ def _chords(x: Tensor, y: Tensor) -> Tensor:
 
 def _minus_angle(q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
     """Minus the angle, and its slope, which is finite at 0 and at pi."""
-    return -2.0 * torch.atan2(_root(q), _root(p)), -(
-        q.clamp_min(COINCIDENT) * p.clamp_min(COINCIDENT)
-    ).rsqrt()
+    angle = 2.0 * torch.atan2(_root(q), _root(p))
+    slope = (q.clamp_min(COINCIDENT) * p.clamp_min(COINCIDENT)).rsqrt()
+    return -angle, -slope
 
 
 def _root(q: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lightning_hsu._checks import check_choice
 from lightning_hsu.measures.nearest import NearestMeasure
 from lightning_hsu.measures.sphere import SphereMeasure
 from lightning_hsu.measures.state import State
@@ -26,20 +27,25 @@ class _Coherence(NearestMeasure):
 
 @dataclass(frozen=True)
 class Orthogonality(SphereMeasure):
-    r"""How far the unit neurons, the rows of X, are from orthogonal: the rival to compare uniformity with.
+    r"""How far the unit neurons, the rows of X, are from orthogonal: to compare uniformity with.
 
     Args:
-        kind: ``"so"``, soft orthogonality, ``|X X^T - I|_F**2``: the sum of squared cosines over ordered pairs;
-            ``"dso"``, double soft orthogonality, ``|X X^T - I|_F**2 + |X^T X - I|_F**2``;
-            ``"mc"``, mutual coherence, ``max |X X^T - I|``: the largest absolute cosine, ties as in
-            :class:`Separation`; ``"srip"``, the spectral norm of ``X X^T - I``, or of ``X^T X - I`` where n > d.
+        kind: One of
 
-    The first two take the cheaper of the n x n and the d x d Gram matrix, mutual coherence runs over panels of rows, and
-    srip finds the eigenvalues of the smaller Gram matrix, in float64 and O(min(n, d)**3).
+            - ``"so"``, soft orthogonality: ``|X X^T - I|_F**2``, the sum of squared cosines over
+              ordered pairs;
+            - ``"dso"``, double soft orthogonality: ``|X X^T - I|_F**2 + |X^T X - I|_F**2``; -
+            ``"mc"``, mutual coherence: ``max |X X^T - I|``, the largest absolute cosine, with ties
+              as in :class:`Separation`;
+            - ``"srip"``: the spectral norm of ``X X^T - I``, or of ``X^T X - I`` where n > d.
 
-    The published penalties take the weights as they are, and so pull their norms to 1 as well. Here, as in every
-    measure, rows are normalised first. Exactly equal neurons feel no force
-    that parts them, but for mc.
+    The first two take the cheaper of the n x n and the d x d Gram matrix, mutual coherence goes
+    over panels of rows, and srip finds the eigenvalues of the smaller Gram matrix, in float64 and
+    O(min(n, d)**3).
+
+    The published penalties take the weights as they are, and so pull their norms to 1 as well.
+    Here, as in every measure, rows are normalised first. Only mc pushes exactly equal neurons
+    apart.
 
     Shape:
         Neurons (..., n, d), rows of any positive norm, to a value (...) >= 0.
@@ -48,8 +54,8 @@ class Orthogonality(SphereMeasure):
         ValueError: for an unknown kind.
 
     Reference:
-        Bansal, Chen & Wang, "Can We Gain More from Orthogonality Regularizations in Training Deep CNNs?", NeurIPS 2018,
-        arXiv 1810.09102.
+        Bansal, Chen & Wang, "Can We Gain More from Orthogonality Regularizations in Training Deep
+        CNNs?", NeurIPS 2018, arXiv 1810.09102.
 
     Example:
         >>> import torch
@@ -61,8 +67,7 @@ class Orthogonality(SphereMeasure):
     kind: Literal["so", "dso", "mc", "srip"] = "so"
 
     def __post_init__(self) -> None:
-        if self.kind not in ("so", "dso", "mc", "srip"):
-            raise ValueError(f"kind must be 'so', 'dso', 'mc' or 'srip'; got {self.kind!r}")
+        check_choice("kind", self.kind, "so", "dso", "mc", "srip")
 
     def on_sphere(self, x: Tensor, state: State | None) -> Tensor:
         """Penalty (b,) of unit rows x (b, n, d)."""
@@ -74,7 +79,10 @@ class Orthogonality(SphereMeasure):
         return self._frobenius(off, *x.shape[-2:]).to(x.dtype)
 
     def closed_form(self, x: Tensor, state: State | None) -> tuple[Tensor, Tensor] | None:
-        """Of so and dso in 4 n d min(n, d) FLOP, and of mc by the two nearest lines; None for srip and for zero rows."""
+        """For so and dso in 4 n d min(n, d) FLOP, for mc by the two nearest lines.
+
+        None for srip, and if there are zero rows.
+        """
         n, d = x.shape[-2:]
         if self.kind == "mc":
             return _Coherence().value_and_grad(x)
@@ -86,7 +94,9 @@ class Orthogonality(SphereMeasure):
         off = self._off(unit)
         value = self._frobenius(off, n, d)
         grad = off @ unit if n <= d else unit @ off
-        grad = grad.mul_(4.0 if self.kind == "so" else 8.0)
+        grad.mul_(4.0)
+        if self.kind == "dso":
+            grad.mul_(2.0)
         return self._shaped(value, x), self._to_weights(grad, unit, inverse_norm, x)
 
     @staticmethod
@@ -99,7 +109,8 @@ class Orthogonality(SphereMeasure):
     def _frobenius(self, off: Tensor, n: int, d: int) -> Tensor:
         """Penalty (b,) in float64 of what :meth:`_off` returns, for so and dso."""
         square = off.square().sum((-2, -1), dtype=torch.float64)
-        # |X X^T|_F = |X^T X|_F, and both traces are n: the larger Gram matrix minus I has |n - d| more.
+        # |X X^T|_F = |X^T X|_F and both traces are n, so the larger Gram matrix minus I has |n - d|
+        # more.
         if self.kind == "so":
             return square + max(n - d, 0)
         return 2.0 * square + abs(n - d)
@@ -112,7 +123,7 @@ class Orthogonality(SphereMeasure):
         return gram
 
     def grad_flops(self, n: int, d: int) -> float:
-        """The smaller Gram matrix and its product with the neurons; for srip its eigenvalues, by autograd."""
+        """The smaller Gram matrix and its product with the neurons; for srip its eigenvalues."""
         least = min(n, d)
         gram = 4.0 * n * d * least
         if self.kind == "mc":
@@ -122,24 +133,26 @@ class Orthogonality(SphereMeasure):
         return gram
 
     def expectation(self, n: int, d: int) -> float | None:
-        """Exact for so and dso: a squared cosine has mean 1 / d."""
+        """Return it for so and dso: a squared cosine has mean 1 / d."""
         pairs = n * (n - 1) / d
         return {"so": pairs, "dso": 2.0 * pairs - n + d}.get(self.kind)
 
     def bound(self, n: int, d: int) -> float | None:
-        """Orthonormal neurons, and beyond n = d a tight frame; for mc the Welch bound."""
-        tight = max(0.0, n * n / d - n)
+        """That of orthonormal neurons, beyond n = d of a tight frame; for mc the Welch bound."""
+        if n <= d:
+            return float(d - n) if self.kind == "dso" else 0.0
+        tight = n * n / d - n
         if self.kind == "so":
             return tight
         if self.kind == "dso":
-            return 2.0 * tight - n + d if n > d else float(d - n)
+            return 2.0 * tight - n + d
         if self.kind == "srip":
-            return max(0.0, n / d - 1.0)
-        return math.sqrt((n - d) / (d * (n - 1))) if n > d else 0.0
+            return n / d - 1.0
+        return math.sqrt((n - d) / (d * (n - 1)))
 
 
 def _spectral_norm(symmetric: Tensor, tie: float) -> Tensor:
-    """Largest absolute eigenvalue (b,) of symmetric matrices, the mean of those that tie up to rounding."""
+    """Largest absolute eigenvalue (b,) of symmetric matrices: the mean of those that tie."""
     size = torch.linalg.eigvalsh(symmetric).abs()
     largest = size.detach().amax(-1, keepdim=True)
     tied = size.detach() >= largest * (1.0 - tie)

@@ -1,6 +1,6 @@
 """Means over pairs of neurons of a kernel of their distance."""
 
-from __future__ import annotations
+# No postponed annotations here: see measures/base.py.
 
 import math
 from abc import abstractmethod
@@ -35,11 +35,13 @@ class PairwiseMeasure(Measure):
 
     Attributes:
         softening: Chord below which the kernel continues as its tangent line in the squared chord.
-        logarithm: Whether training minimises the logarithm of the mean; the natural value is the mean itself.
+        logarithm: Whether training minimises the logarithm of the mean; the natural value is the
+            mean itself.
         in_float64: Whether to compute in float64.
-        absolutely_monotone: Whether the kernel, as a function of the cosine, and all its derivatives are >= 0, apart from
-            a constant: then the universal lower bound holds.
-        compiled_as: The kernel by a name that compiled kernels know, and its one number; None for your own.
+        absolutely_monotone: Whether the kernel, as a function of the cosine, and all its
+            derivatives are >= 0, apart from a constant: then the universal lower bound holds.
+        compiled_as: The kernel by a name that compiled kernels know, and its one number; None for
+            your own.
 
     Example:
         >>> from dataclasses import dataclass
@@ -72,8 +74,8 @@ class PairwiseMeasure(Measure):
 
         Args:
             q: Squared chords ``|x_i - x_j|**2 = 2 - 2 cos``, any shape, in (0, 4].
-            p: Squared chords ``|x_i + x_j|**2 = 4 - q`` to the mirror image, as exact near 0 as q is; most
-                kernels need only q.
+            p: Squared chords ``|x_i + x_j|**2 = 4 - q`` to the mirror image, as exact near 0 as q
+                is; most kernels need only q.
 
         Returns:
             The value and its derivative with respect to q, elementwise, out of place. For second
@@ -82,14 +84,16 @@ class PairwiseMeasure(Measure):
 
     def natural(self, penalty: Tensor) -> Tensor:
         """Return the mean that belongs to a penalty."""
-        return penalty.exp() if self.logarithm else super().natural(penalty)
+        if self.logarithm:
+            return penalty.exp()
+        return super().natural(penalty)
 
     def penalty(self, x: Tensor, state: State | None = None) -> Tensor:
         """Mean energy over unordered pairs, (...), or its logarithm; differentiable, twice too.
 
         Args:
-            x: Neurons, shape (..., n, d), floating; rows of any positive norm. Zero rows take no part;
-                fewer than two neurons have penalty 0.
+            x: Neurons, shape (..., n, d), floating; rows of any positive norm. Zero rows take no
+                part; fewer than two neurons have penalty 0.
             state: Not used; a kernel needs no memory.
 
         Raises:
@@ -103,7 +107,7 @@ class PairwiseMeasure(Measure):
         return self._penalty_of(energy, x)
 
     def value_and_grad(self, x: Tensor, state: State | None = None) -> tuple[Tensor, Tensor]:
-        """Penalty (...) and its gradient (..., n, d) in one pass of about 3 n n d FLOP; see :meth:`penalty`."""
+        """Return the penalty and its gradient in one pass of about 3 n n d FLOP."""
         check_neurons(x)
         energy, grad = pair_energy(self._widened(x), self._term())
         assert grad is not None
@@ -113,7 +117,7 @@ class PairwiseMeasure(Measure):
         return self._penalty_of(energy, x), grad.to(x.device, x.dtype)
 
     def gradient_rows(self, x: Tensor, rows: Tensor, state: State | None = None) -> Tensor:
-        """The gradient in the k wanted rows of a group for about 4 k n d FLOP, each against all; see :class:`Measure`.
+        """Return the gradient in k rows of a group for about 4 k n d FLOP; see :class:`Measure`.
 
         Example:
             >>> from lightning_hsu.measures import RieszEnergy
@@ -128,10 +132,11 @@ class PairwiseMeasure(Measure):
         return pair_rows(self._widened(x), self._term(), rows).to(x.device, x.dtype)
 
     def gradient_part(self, x: Tensor, part: int, parts: int) -> tuple[Tensor, Tensor] | None:
-        """A summand of the gradient for about 3 n n d / ``parts`` FLOP; see :class:`Measure`.
+        """Return a summand of the gradient for 3 n n d / ``parts`` FLOP; see :class:`Measure`.
 
-        Coincident neurons part along one common direction, which is no sum over pairs. A part that meets them says so, and
-        so does one that has shortened a row which the dtype of x might not hold.
+        Coincident neurons part along one common direction, which is no sum over pairs. A part that
+        meets them says so, and so does one that has shortened a row which the dtype of x might not
+        hold.
 
         Raises:
             TypeError: if x is not a floating-point tensor.
@@ -140,8 +145,10 @@ class PairwiseMeasure(Measure):
         Example:
             >>> from lightning_hsu.measures import RieszEnergy
             >>> x = torch.randn(1, 64, 32)
-            >>> grads, apart = zip(*(RieszEnergy(s=1).gradient_part(x, part, 3) for part in range(3)))
-            >>> torch.allclose(sum(grads), RieszEnergy(s=1).value_and_grad(x)[1], atol=1e-6), float(sum(apart))
+            >>> measure = RieszEnergy(s=1)
+            >>> grads, apart = zip(*(measure.gradient_part(x, part, 3) for part in range(3)))
+            >>> whole = measure.value_and_grad(x)[1]
+            >>> torch.allclose(sum(grads), whole, atol=1e-6), float(sum(apart))
             (True, 0.0)
         """
         check_neurons(x)
@@ -154,11 +161,14 @@ class PairwiseMeasure(Measure):
         return None if self.in_float64 else self._term()
 
     def grad_flops(self, n: int, d: int) -> float:
-        """The upper triangle of the cosines, and twice that for the gradient."""
+        """Return those of the upper triangle of cosines, and twice that for the gradient."""
         return 3.0 * n * n * d
 
     def expectation(self, n: int, d: int) -> float | None:
-        """Exact but for softening, by quadrature; in half space each neuron also meets its own mirror image."""
+        """Return it by quadrature, exact but for softening.
+
+        In half space each neuron also meets its own mirror image.
+        """
         check_kernel(self)
         pair = self._pair_expectation(d)
         if not self.half_space:
@@ -167,7 +177,10 @@ class PairwiseMeasure(Measure):
         return (2 * (n - 1) * pair + mirror) / (2 * n - 1)
 
     def deviation(self, n: int, d: int) -> float | None:
-        """Exact but for softening, by quadrature: the pairs of random neurons are independent two by two."""
+        """Return it by quadrature, exact but for softening.
+
+        Two pairs of random neurons are independent, also if they share one.
+        """
         check_kernel(self)
         pairs = n * (n - 1) / 2
         share: float = pairs**-0.5
@@ -176,7 +189,11 @@ class PairwiseMeasure(Measure):
         return _deviation(self, d) * share
 
     def bound(self, n: int, d: int) -> float | None:
-        """By the kernel's convex envelope, and where it is absolutely monotone the universal bound."""
+        """Return the better of two bounds.
+
+        One is by the kernel's convex envelope, the other the universal bound, which holds where the
+        kernel is absolutely monotone.
+        """
         return _bound(self, n, d)
 
     def _pair_expectation(self, d: int) -> float:
@@ -191,8 +208,9 @@ class PairwiseMeasure(Measure):
         """Neurons (..., n, d) as they go into the pair sums."""
         if self.in_float64:
             return with_float64(x).double()
-        # A gradient that is yet to be divided by the mean is not rounded to half precision before.
-        return x.to(working_dtype(x.dtype)) if self.logarithm else x
+        if self.logarithm:  # the gradient is not rounded to half before it is divided by the mean
+            return x.to(working_dtype(x.dtype))
+        return x
 
     def _penalty_of(self, energy: Tensor, x: Tensor) -> Tensor:
         """The penalty (...) of neurons x from their mean energy (...)."""
@@ -225,7 +243,10 @@ def _quadrature(measure: PairwiseMeasure, d: int) -> float:
 
 @lru_cache(maxsize=4096)
 def _deviation(measure: PairwiseMeasure, d: int) -> float:
-    """Standard deviation of the kernel of one random pair; in half space of the kernels at both chords together."""
+    """Standard deviation of the energy of one random pair.
+
+    In half space that is the sum of the kernels at both chords.
+    """
 
     def value(q: Tensor, p: Tensor) -> Tensor:
         energy = measure.kernel(q, p)[0]
@@ -235,7 +256,9 @@ def _deviation(measure: PairwiseMeasure, d: int) -> float:
 
     mean = pair_expectation(lambda q, p: (value(q, p), q), d)
     square = pair_expectation(lambda q, p: (value(q, p).square(), q), d)
-    return math.inf if math.isinf(square) else math.sqrt(max(square - mean * mean, 0.0))
+    if math.isinf(square):
+        return math.inf
+    return math.sqrt(max(square - mean * mean, 0.0))
 
 
 @lru_cache(maxsize=4096)

@@ -1,4 +1,4 @@
-"""Maximum hyperspherical polarization (MHP): how the neurons look from the loneliest point of the sphere."""
+"""Maximum hyperspherical polarization (MHP): the potential at the loneliest point of the sphere."""
 
 from __future__ import annotations
 
@@ -15,39 +15,44 @@ from lightning_hsu._core.witness import Objective, descend, lowest_on_circle, or
 from lightning_hsu.measures.riesz import RieszEnergy
 from lightning_hsu.measures.witness import Solution, WitnessMeasure
 
-# Squared chord below which the kernel stays constant: a witness flees from neurons.
+# Squared chord below which the kernel stays constant. Witnesses move away from neurons.
 _NEAREST = 1e-12
-_LARGEST = 1e150  # kernels and slopes stay below, so that no product is inf * 0
+# Kernels and slopes stay below this, so that no product is inf * 0.
+_LARGEST = 1e150
 
 
 @dataclass(frozen=True)
 class Polarization(WitnessMeasure):
-    r"""Mean kernel between the neurons and the point of the sphere where it is smallest (MHP); large when no place is lonely.
+    r"""Mean kernel between the neurons and the point of the sphere where it is smallest (MHP).
 
-    The value is the minimum over unit vectors v of the mean over neurons of K(x_i, v), with ``rho`` the chord from x_i
-    to v and ``K = rho**-s`` for s > 0, ``log(1 / rho)`` for s = 0. Higher is better; the penalty is minus the value.
+    The value is the minimum over unit vectors v of the mean over neurons of K(x_i, v), with ``rho``
+    the chord from x_i to v and ``K = rho**-s`` for s > 0, ``log(1 / rho)`` for s = 0. Higher is
+    better; the penalty is minus the value.
 
-    The minimum is found by :meth:`prepare`, from several witnesses at once, and its gradient is that of the mean
-    kernel at the best witness (witnesses that tie share it), held fixed. The value is exact, to 1e-6 or so, where it can
-    be proven: in two dimensions, where each arc between neighbours holds one minimum; where the kernel, being
-    convex in the cosine, shows that no v is lower, as for most layers with n <= d; in half space with n < d, where some v
-    is orthogonal to all neurons and the gradient is zero. Else it is an upper bound of the minimum, tight if one of
-    the witnesses found the right hole::
+    :meth:`prepare` looks for the minimum with several witnesses at once. The gradient is that of
+    the mean kernel at the best witness, which is held fixed; witnesses that tie share it. The value
+    is exact, to about 1e-6, where that can be proven: in two dimensions, where each arc between
+    neighbours holds one minimum; where the kernel, which is convex in the cosine, shows that no v
+    is lower, as for most layers with n <= d; in half space with n < d, where some v is orthogonal
+    to all neurons and the gradient is zero. Otherwise it is an upper bound of the minimum, tight if
+    a witness has found the right hole::
 
         state = measure.prepare(x)
         value, exact = measure(x, state), state["exact"]
 
-    Evaluate with the state prepared at the same x. A second derivative is that with the witnesses fixed.
+    Evaluate with the state prepared at the same x. Second derivatives hold the witnesses fixed.
 
     Args:
-        s: A number in [0, 100]. Larger s weighs near neurons more; s = 0, 1, 2 are the published choices.
+        s: A number in [0, 100]. Larger s weighs near neurons more; s = 0, 1, 2 are the published
+            choices.
         half_space: Measure the 2n points ``x`` and ``-x`` instead.
         witnesses: How many witnesses look for the minimum, >= 1.
-        steps: Steps of each witness in each training step, >= 1; a fresh start takes 20 times as many.
+        steps: Steps of each witness in each training step, >= 1; a fresh start takes 20 times as
+            many.
 
     Shape:
-        Neurons (..., n, d), rows of any positive norm, to a value (...). Zero rows take no part; fewer than two
-        neurons have the value 0.
+        Neurons (..., n, d), rows of any positive norm, to a value (...). Zero rows take no part;
+        fewer than two neurons have the value 0.
 
     Raises:
         ValueError: for an s out of range, a half_space that is no bool, or witnesses or steps
@@ -59,7 +64,8 @@ class Polarization(WitnessMeasure):
     Example:
         >>> import torch
         >>> from lightning_hsu.measures import Polarization
-        >>> round(float(Polarization(s=2)(torch.eye(4))), 6)  # the witness is opposite the mean: 1 / (2 + 2 / sqrt(4))
+        >>> # the witness is opposite the mean: 1 / (2 + 2 / sqrt(4))
+        >>> round(float(Polarization(s=2)(torch.eye(4))), 6)
         0.333333
     """
 
@@ -81,9 +87,14 @@ class Polarization(WitnessMeasure):
         super().__post_init__()
 
     def bound(self, n: int, d: int) -> float | None:
-        """The mean kernel of two random points, as the minimum over v is below the mean over v; None if that is infinite."""
+        """Return the mean kernel of two random points; None if that is infinite.
+
+        The minimum over v is at most the mean over v.
+        """
         mean = RieszEnergy(s=self.s).expectation(2, d)
-        return None if mean is None or math.isinf(mean) else mean
+        if mean is None or math.isinf(mean):
+            return None
+        return mean
 
     def ratio(self, value: Tensor, reference: float) -> Tensor:
         """Polarization of random points over this; for s = 0 the exponential of the difference."""
@@ -98,11 +109,11 @@ class Polarization(WitnessMeasure):
         return -q.pow(-0.5 * self.s).clamp_max(_LARGEST)
 
     def _mean(self, x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """The mean kernel (k,) between points x (m, d) and witnesses v (k, d), and its slope in v (k, d)."""
+        """Mean kernel (k,) of points x (m, d) at witnesses v (k, d), and its slope in v (k, d)."""
         cosine = v @ x.T
         value = -self._kernel(cosine)
-        slope: Tensor | float = self.s * value if self.s else 1.0
-        slope = slope / (2.0 - 2.0 * cosine).clamp_min(_NEAREST)
+        q = (2.0 - 2.0 * cosine).clamp_min(_NEAREST)
+        slope = 1.0 / q if self.s == 0 else self.s * value / q
         return value.mean(1), slope.clamp_max(_LARGEST) @ x / len(x)
 
     def _solve(self, x: Tensor, start: Tensor, steps: int) -> Solution:
@@ -123,8 +134,8 @@ class Polarization(WitnessMeasure):
     def _proven(self, x: Tensor, mean: Objective) -> Tensor | None:
         """Witnesses (k, d) that are certain to hold the smallest mean, or None.
 
-        On the circle these are the lowest points of all arcs. In half space a direction that is orthogonal to all neurons
-        has the smallest mean of all.
+        On the circle these are the lowest points of all arcs. In half space a direction that is
+        orthogonal to all neurons has the smallest mean of all.
         """
         if x.shape[1] == 2:
             return lowest_on_circle(x, mean)

@@ -15,15 +15,16 @@ from lightning_hsu.measures.state import State
 
 @dataclass(frozen=True)
 class ResultantLength(SphereMeasure):
-    r"""Length of the sum of the unit neurons, Rayleigh's statistic; small when they are balanced (relaxed MHP).
+    r"""Length of the sum of the unit neurons (relaxed MHP, Rayleigh's statistic).
 
-    Polarization with the kernel ``-|x - v|**2`` has a closed form, and maximising it is minimising this length. O(n d).
-    Any balanced set has length 0, even n / 2 copies of one neuron and of its opposite: duplicates go unseen. There is no
-    half-space form: with the mirror images the sum is always 0.
+    Polarization with the kernel ``-|x - v|**2`` has a closed form, and maximising it is minimising
+    this length. O(n d). Any balanced set has length 0, even n / 2 copies of one neuron and of its
+    opposite: duplicates go unseen. There is no half-space form: with the mirror images the sum is
+    always 0.
 
     Args:
-        softening: Length in [0, 1) below which the length is bent to a smooth minimum, so that the gradient fades there
-            instead of jumping from side to side; 0 switches it off.
+        softening: Length in [0, 1) below which the length is bent to a smooth minimum, so that the
+            gradient fades there instead of jumping from side to side; 0 switches it off.
 
     Shape:
         Neurons (..., n, d), rows of any positive norm, to a value (...) in [0, n].
@@ -32,8 +33,8 @@ class ResultantLength(SphereMeasure):
         ValueError: for a softening out of range.
 
     Reference:
-        Liu et al., "Learning with Hyperspherical Uniformity", AISTATS 2021, arXiv 2103.01649; Mardia & Jupp, "Directional
-        Statistics", 2000, section 10.4.1.
+        Liu et al., "Learning with Hyperspherical Uniformity", AISTATS 2021, arXiv 2103.01649;
+        Mardia & Jupp, "Directional Statistics", 2000, section 10.4.1.
 
     Example:
         >>> import torch
@@ -56,14 +57,18 @@ class ResultantLength(SphereMeasure):
         """Length (b,) of the sum of unit rows x (b, n, d)."""
         square = x.sum(-2).square().sum(-1)
         knee = max(self.softening, FLOOR)
-        # 2 r**2 - r**3 meets r at 1 with slope 1, and has slope 0 at 0; r**2 and no root keeps every derivative finite.
+        # 2 r**2 - r**3 meets r at 1 with slope 1 and has slope 0 at 0. Written in r**2, without a
+        # root at 0, it has finite derivatives.
         bent = square.clamp_max(knee**2)
         length = torch.where(square < knee**2, 1.0, square).sqrt()
         bend = 2.0 * bent / knee - (bent * torch.where(square > 0, bent, 1.0).sqrt()) / knee**2
         return torch.where(square < knee**2, bend, length)
 
     def closed_form(self, x: Tensor, state: State | None) -> tuple[Tensor, Tensor] | None:
-        """One direction for all neurons, made tangent, in six passes; None for zero rows and for norms beyond range."""
+        """One direction for all neurons, made tangent, in six passes.
+
+        None if there are zero rows, or norms whose squares leave the range of float32.
+        """
         w = with_float64(x.detach()).reshape(-1, *x.shape[-2:]).to(working_dtype(x.dtype))
         if w.shape[1] < 2:
             return None

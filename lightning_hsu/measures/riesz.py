@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_hsu._checks import check_flag, check_number, check_softening
+from lightning_hsu._checks import check_choice, check_flag, check_number, check_softening
 from lightning_hsu.measures.pairwise import PairwiseMeasure
 
 
@@ -17,27 +17,32 @@ from lightning_hsu.measures.pairwise import PairwiseMeasure
 class RieszEnergy(PairwiseMeasure):
     r"""Mean Riesz s-energy over unordered pairs of neurons; small when they are spread out.
 
-    With ``rho`` the distance of two neurons on the unit sphere, the kernel is ``rho**-s`` for s > 0,
-    ``log(1 / rho)`` for s = 0 and ``-rho**-s`` for s < 0.
+    With ``rho`` the distance of two neurons on the unit sphere, the kernel is ``rho**-s`` for s >
+    0, ``log(1 / rho)`` for s = 0 and ``-rho**-s`` for s < 0.
 
     Args:
-        s: Any finite real number. Larger s weighs near pairs more; s = 0, 1, 2 are the published choices.
-        half_space: Measure the 2n points ``x`` and ``-x`` instead: neurons repel each other's mirror image
-            too. Computed from one n x n Gram matrix.
-        distance: ``"chordal"``, ``rho = |x - y|`` in (0, 2], or ``"geodesic"``, the angle in (0, pi].
-        softening: Chord in [0, 2) below which the kernel continues as its tangent line in the squared chord,
-            so that value and slope stay finite and the slope does not vanish. Exactly equal neurons feel the
-            force at that chord along a seeded direction. 0 switches it off down to a chord of 1e-6.
+        s: Any finite real number. Larger s weighs near pairs more; s = 0, 1, 2 are the published
+            choices.
+        half_space: Measure the 2n points ``x`` and ``-x`` instead: neurons repel each other's
+            mirror image too. Computed from one n x n Gram matrix.
+        distance: ``"chordal"``, ``rho = |x - y|`` in (0, 2], or ``"geodesic"``, the angle in (0,
+            pi].
+        softening: Chord in [0, 2) below which the kernel continues as its tangent line in the
+            squared chord, so that value and slope stay finite and the slope does not vanish.
+            Exactly equal neurons feel the force at that chord along a seeded direction. 0 switches
+            it off down to a chord of 1e-6.
 
     Shape:
         Neurons (..., n, d), rows of any positive norm, to a value (...).
 
     Raises:
-        ValueError: for an s that is not a finite number, an unknown distance or a softening outside [0, 2).
+        ValueError: for an s that is not a finite number, an unknown distance or a softening outside
+            [0, 2).
 
     Reference:
-        Liu et al., "Learning towards Minimum Hyperspherical Energy", NeurIPS 2018, arXiv 1805.09298;
-        Liu et al., "Learning with Hyperspherical Uniformity", AISTATS 2021, arXiv 2103.01649.
+        Liu et al., "Learning towards Minimum Hyperspherical Energy", NeurIPS 2018, arXiv
+        1805.09298; Liu et al., "Learning with Hyperspherical Uniformity", AISTATS 2021, arXiv
+        2103.01649.
 
     Example:
         >>> import torch
@@ -61,13 +66,12 @@ class RieszEnergy(PairwiseMeasure):
             "a finite real number such as 0, 1 or 2 (0 is the logarithmic energy)",
             lambda s: True,
         )
-        if self.distance not in ("chordal", "geodesic"):
-            raise ValueError(f"distance must be 'chordal' or 'geodesic'; got {self.distance!r}")
+        check_choice("distance", self.distance, "chordal", "geodesic")
         check_flag("half_space", self.half_space)
         check_softening(self.softening)
 
     def kernel(self, q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
-        """Value and slope in the squared chord q; the geodesic slope is kept finite at the antipode, p = 0."""
+        """Value and slope in the squared chord q; finite at the antipode, p = 0."""
         if self.distance == "chordal" and self.s == 2:
             inverse_square = q.reciprocal()
             return inverse_square, (inverse_square * inverse_square).neg_()
@@ -91,13 +95,16 @@ class RieszEnergy(PairwiseMeasure):
         return self.distance == "chordal" and self.s >= -2
 
     def ratio(self, value: Tensor, reference: float) -> Tensor:
-        """Energy over the energy of random points; for s = 0 the exponential of the difference, for s < 0 inverted.
+        """Energy over that of random points; the inverse for s < 0.
 
-        The s = 0 form is the limit of the others: the geometric mean distance of random points over that of these.
+        For s = 0 the exponential of the difference, the limit of the others: the geometric mean
+        distance of random points over that of these.
         """
         if self.s == 0:
             return (value - reference).exp()
-        return value / reference if self.s > 0 else reference / value
+        if self.s < 0:
+            return reference / value
+        return value / reference
 
     def _pair_expectation(self, d: int) -> float:
         if self.s >= d - 1:
@@ -114,11 +121,16 @@ def _powers(inverse: Tensor, s: float) -> tuple[Tensor, Tensor]:
         return inverse.log(), -0.5 * square
     power = _power(inverse, square, s)
     slope = (power * square).mul_(-0.5 * abs(s))
-    return (power if s > 0 else -power), slope
+    if s < 0:
+        power = -power
+    return power, slope
 
 
 def _power(inverse: Tensor, square: Tensor, s: float) -> Tensor:
-    """The inverse distance to the power s. ``pow`` costs as much as the matrix product; roots and products do not."""
+    """The inverse distance to the power s.
+
+    ``pow`` takes as long as the matrix product; roots and products do not.
+    """
     if s == 0.5:
         return inverse.sqrt()
     if s == 1:

@@ -28,7 +28,12 @@ from lightning_hsu.measures.wrapper import MeasureWrapper
 
 
 class SamplingError(NamedTuple):
-    """Standard errors of a sampled energy (...): of its natural value, and of its gradient over the gradient's norm."""
+    """Standard errors of a sampled energy.
+
+    Args:
+        value: Of its natural value, shape (...).
+        gradient: Of its gradient, over the norm of the gradient, shape (...).
+    """
 
     value: Tensor
     gradient: Tensor
@@ -38,14 +43,15 @@ class SamplingError(NamedTuple):
 class Sampled(MeasureWrapper):
     r"""A pair energy estimated from blocks of neurons: n * block * d FLOP instead of n * n * d.
 
-    Each step the neurons are divided at random into blocks of ``block`` or a few more, from a seed that all ranks share, and
-    only pairs within a block are counted. Value and gradient are unbiased (the logarithm of :class:`GaussianPotential`
-    nearly so), all neurons but fewer than one a block get their gradient, and :meth:`error` states the standard errors.
-    Up to twice ``block`` neurons are computed exactly. A value without a state belongs to the first draw.
+    Each step the neurons are divided at random into blocks of ``block`` or a few more, from a seed
+    that all ranks share, and only pairs within a block are counted. Value and gradient are unbiased
+    (the logarithm of :class:`GaussianPotential` nearly so), all neurons but fewer than one a block
+    get their gradient, and :meth:`error` states the standard errors. Up to twice ``block`` neurons
+    are computed exactly. A value without a state belongs to the first draw.
 
     Args:
-        measure: A mean over pairs: :class:`RieszEnergy` (by default in half space, s = 2), :class:`GaussianPotential` or your
-            own :class:`PairwiseMeasure`.
+        measure: A mean over pairs: :class:`RieszEnergy` (by default in half space, s = 2),
+            :class:`GaussianPotential` or your own :class:`PairwiseMeasure`.
         block: Neurons of a block, 4 or more.
 
     Shape:
@@ -56,7 +62,8 @@ class Sampled(MeasureWrapper):
         ValueError: for a block that is no int of at least 4.
 
     Reference:
-        Hoeffding, "A class of statistics with asymptotically normal distribution", 1948, for the errors.
+        Hoeffding, "A class of statistics with asymptotically normal distribution", 1948, for the
+        errors.
 
     Example:
         >>> import torch
@@ -82,12 +89,15 @@ class Sampled(MeasureWrapper):
         check_count("block", self.block, 4)
         if self.measure.pair_term() is None:
             raise TypeError(
-                f"only a mean over pairs, such as RieszEnergy(s=2), can be sampled; got {self.measure!r}"
+                "only a mean over pairs, such as RieszEnergy(s=2), can be sampled; "
+                f"got {self.measure!r}"
             )
 
     def prepare(self, x: Tensor, state: State | None = None) -> State | None:
         """Number the draw: 0, then one more each step; None where all pairs are counted."""
-        return next_draw(x, state) if self.blocks(x.shape[-2]) > 1 else None
+        if self.blocks(x.shape[-2]) == 1:
+            return None
+        return next_draw(x, state)
 
     def fits(self, x: Tensor, state: State) -> bool:
         """Tell whether the state counts draws."""
@@ -114,7 +124,7 @@ class Sampled(MeasureWrapper):
         return Evaluation(partial(Sampled.value_and_grad, self), self.recorded)(x, state)
 
     def value_and_grad(self, x: Tensor, state: State | None = None) -> tuple[Tensor, Tensor]:
-        """Penalty (...) and its gradient (..., n, d), a block at a time, without an autograd graph; see :meth:`penalty`."""
+        """Return the penalty (...) and its gradient (..., n, d), a block at a time."""
         self._check(x, state)
         if self._takes_all(x):
             return self.measure.value_and_grad(x)
@@ -138,14 +148,17 @@ class Sampled(MeasureWrapper):
 
     @torch.no_grad()
     def error(self, x: Tensor, state: State | None = None) -> SamplingError:
-        """Standard errors of the estimate under a state, from the same blocks, in float64; 0 where all pairs are counted.
+        """Return standard errors of the estimate under a state, from the same blocks, in float64.
+
+        They are 0 where all pairs are counted.
 
         Args:
             x: Neurons, shape (..., n, d), floating.
             state: From :meth:`prepare`.
 
         Returns:
-            That of the natural value (...), and that of the gradient over the norm of the gradient (...), NaN where that is 0.
+            That of the natural value (...), and that of the gradient over the norm of the gradient
+            (...), NaN where that is 0.
 
         Raises:
             TypeError: if x is not a floating-point tensor.
@@ -195,7 +208,7 @@ class Sampled(MeasureWrapper):
         return random_blocks(live, self.block, draw_of(state)), int(live.sum())
 
     def _add_gradient(self, x: Tensor, grad: Tensor, blocks: Tensor, live: int) -> Tensor:
-        """Put the gradient of neurons x (n, d) into ``grad``, which holds zeros; returns the penalty."""
+        """Put the gradient of neurons x (n, d) into ``grad``, which is zero; return the penalty."""
         factor = of_all_pairs(self._term, live, blocks.shape[1])[0] / len(blocks)
         energies = []
         for block in blocks:
@@ -217,7 +230,7 @@ class Sampled(MeasureWrapper):
         return energy
 
     def _error_of_group(self, x: Tensor, blocks: Tensor, live: int) -> Tensor:
-        """Standard errors (2,) of the value and of the gradient of neurons x (n, d), of which so many are alive."""
+        """Standard errors (2,) of value and gradient of x (n, d), ``live`` neurons of it alive."""
         grad = torch.zeros_like(x)
         penalty = self._add_gradient(x, grad, blocks, live)
         value, distance = block_spread(x, blocks, self._term, live)
@@ -233,7 +246,7 @@ def _groups(x: Tensor) -> Tensor:
 
 
 def sampled_above(measure: Measure, n: int, limit: int | None) -> Measure:
-    """Return the measure, sampled where there are more than ``limit`` neurons and it is a mean over pairs."""
+    """Return a mean over pairs sampled for more than ``limit`` neurons, else the measure itself."""
     if limit is None or n <= limit or measure.pair_term() is None:
         return measure
     return Sampled(measure)

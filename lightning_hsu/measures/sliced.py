@@ -16,22 +16,23 @@ from lightning_hsu.measures.state import State, counts_draws, draw_of, next_draw
 
 @dataclass(frozen=True)
 class SlicedWasserstein(SphereMeasure):
-    r"""Spherical sliced Wasserstein distance, squared, from the neurons to the uniform distribution; small is uniform.
+    r"""Squared spherical sliced Wasserstein distance from the neurons to the uniform distribution.
 
-    The neurons are projected on random great circles; on each the squared 2-Wasserstein distance to the uniform
-    distribution has a closed form in the sorted angles, counted in turns. O(circles (n d + n log n)).
+    The neurons are projected on random great circles; on each the squared 2-Wasserstein distance to
+    the uniform distribution has a closed form in the sorted angles, counted in turns. O(circles (n
+    d + n log n)).
 
-    The circles are drawn anew each training step from a seed that all ranks share, and a call without a state uses the
-    first draw: the value belongs to these circles, and a common rotation of the neurons changes it as another draw would
-    (not in two dimensions, where there is one circle). Exactly equal neurons are parted, for each takes its own place on
-    the circle.
+    The circles are drawn anew each training step from a seed that all ranks share, and a call
+    without a state uses the first draw: the value belongs to these circles, and a common rotation
+    of the neurons changes it as another draw would (not in two dimensions, where there is one
+    circle). Exactly equal neurons are parted, for each takes its own place on the circle.
 
     Args:
         circles: Great circles to average over, at least 1.
 
     Shape:
-        Neurons (..., n, d), rows of any positive norm, to a value (...) in [1 / (12 n**2), 1 / 12]: equidistant on each
-        circle to all equal. Random neurons have 1 / (12 n).
+        Neurons (..., n, d), rows of any positive norm, to a value (...) in [1 / (12 n**2), 1 / 12]:
+        equidistant on each circle to all equal. Random neurons have 1 / (12 n).
 
     Raises:
         ValueError: for circles below 1.

@@ -1,6 +1,6 @@
 """Measures written as a plain function of unit rows."""
 
-# No postponed annotations here, see measures/base.py.
+# No postponed annotations here, as in base.py.
 
 from abc import abstractmethod
 from functools import partial
@@ -27,9 +27,9 @@ from lightning_hsu.measures.state import State, state_of_group
 class SphereMeasure(Measure):
     """A measure written as a plain differentiable function of unit rows, :meth:`on_sphere`.
 
-    Normalising, zero rows, precision and the step from the sphere to the weights are done here. A member with a faster
-    way to its gradient overrides :meth:`closed_form`; :meth:`on_sphere` then stays as its readable twin and gives the
-    second derivative.
+    Normalising, zero rows, precision and the step from the sphere to the weights are done here. A
+    member with a faster way to its gradient overrides :meth:`closed_form`; :meth:`on_sphere` then
+    stays as its readable twin and gives the second derivative.
 
     Attributes:
         in_float64: Compute in float64.
@@ -45,23 +45,35 @@ class SphereMeasure(Measure):
 
     @abstractmethod
     def on_sphere(self, x: Tensor, state: State | None) -> Tensor:
-        """Return the penalty (b,) of unit rows x (b, n, d), n >= 2, float32 or wider; plain differentiable torch."""
+        """Return the penalty in plain differentiable torch.
+
+        Args:
+            x: Unit rows, shape (b, n, d), n >= 2, float32 or float64.
+            state: From :meth:`prepare`, for these groups.
+
+        Returns:
+            One value a group, shape (b,).
+        """
 
     def closed_form(self, x: Tensor, state: State | None) -> tuple[Tensor, Tensor] | None:
-        """Return the penalty (...) and its gradient (..., n, d) faster than by autograd; None if there is no way for x."""
+        """Return the penalty (...) and its gradient (..., n, d) by a faster way than autograd.
+
+        None if there is no such way for these neurons x (..., n, d).
+        """
         return None
 
     def penalty(self, x: Tensor, state: State | None = None) -> Tensor:
         """Penalty (...); differentiable, twice too, also under ``torch.func``.
 
         Args:
-            x: Neurons, shape (..., n, d), floating; rows of any positive norm. Zero rows take no part; fewer than
-                two neurons have penalty 0.
+            x: Neurons, shape (..., n, d), floating; rows of any positive norm. Zero rows take no
+                part; fewer than two neurons have penalty 0.
             state: From :meth:`prepare`; None prepares afresh.
 
         Raises:
             TypeError: if x is not a floating-point tensor.
-            ValueError: if x has fewer than two dimensions, or the state is one of another measure or shape.
+            ValueError: if x has fewer than two dimensions, or the state is one of another measure
+                or shape.
         """
         check_neurons(x)
         # The gradient of on_sphere, also where a subclass has another penalty.
@@ -69,7 +81,7 @@ class SphereMeasure(Measure):
         return Evaluation(gradient, self.recorded)(x, state)
 
     def value_and_grad(self, x: Tensor, state: State | None = None) -> tuple[Tensor, Tensor]:
-        """Penalty (...) and its gradient (..., n, d) without an autograd graph; see :meth:`penalty`."""
+        """Return the penalty (...) and its gradient (..., n, d); see :meth:`penalty`."""
         check_neurons(x)
         if not x.numel():
             return x.new_zeros(x.shape[:-2], dtype=working_dtype(x.dtype)), torch.zeros_like(x)
@@ -88,7 +100,7 @@ class SphereMeasure(Measure):
             return self._shaped(value.detach(), x), self._to_weights(grad, unit, inverse_norm, x)
 
     def recorded(self, x: Tensor, state: State | None = None) -> Tensor:
-        """Penalty (...) of x (..., n, d) by autograd alone: any derivative, with a graph as large as it gets."""
+        """Return the penalty (...) of x (..., n, d) with the whole graph, for any derivative."""
         state = self._prepared(x, state)
         unit, inverse_norm = self._unit(x)
         return self._shaped(self._by_group(unit, inverse_norm, state), x)
@@ -121,7 +133,7 @@ class SphereMeasure(Measure):
         return to_weights(tangent(grad, unit), inverse_norm, x.dtype).reshape(x.shape).to(x.device)
 
     def _by_group(self, unit: Tensor, inverse_norm: Tensor, state: State | None) -> Tensor:
-        """Penalty (b,) of unit rows (b, n, d); groups with zero rows, which are left out, one at a time."""
+        """Penalty (b,) of unit rows (b, n, d) without the zero rows among them."""
         alive = inverse_norm.squeeze(-1) > 0  # (b, n)
         enough = alive.shape[-1] > 1 and unit.numel() > 0
         with exact_arithmetic(unit):
@@ -139,7 +151,8 @@ class SphereMeasure(Measure):
         """The value (b,) that :meth:`on_sphere` returned, or an error if it has another shape."""
         if value.shape != unit.shape[:1]:
             raise ValueError(
-                f"{type(self).__name__}.on_sphere must return one value a group, shape ({len(unit)},), for unit rows of shape "
-                f"{tuple(unit.shape)}; got shape {tuple(value.shape)}: sum over the last two dimensions only"
+                f"{type(self).__name__}.on_sphere must return one value a group, "
+                f"shape ({len(unit)},), for unit rows of shape {tuple(unit.shape)}; "
+                f"got shape {tuple(value.shape)}: sum over the last two dimensions only"
             )
         return value

@@ -1,4 +1,4 @@
-"""Measures with an inner problem: a few witnesses look for the point of the sphere that the value is about."""
+"""Measures with an inner problem: witnesses search the sphere for the point that decides."""
 
 from __future__ import annotations
 
@@ -17,14 +17,24 @@ from lightning_hsu.measures.state import State
 AFRESH = 20  # times as many steps without a state
 
 Solution = tuple[Tensor, Tensor, bool]
-"""Witnesses (k, d), the weight (k, m) of each pair of witness and point in the penalty, and whether it is exact."""
+"""Witnesses (k, d), the weights (k, m) of witnesses and points, and whether it is exact."""
 
 
 class WitnessMeasure(SphereMeasure):
-    """A weighted sum of a kernel between a few witnesses and the points; the state holds the witnesses and the weights."""
+    """A weighted sum of a kernel between a few witnesses and the points.
+
+    The state holds the witnesses and the weights.
+
+    Attributes:
+        weights_name: Name of the weights in the state, another one for each member, so that no
+            member takes the state of another.
+        half_space: Whether the points are the 2n neurons ``x`` and ``-x``.
+        witnesses: How many witnesses search.
+        steps: How many steps each witness makes at each training step.
+    """
 
     in_float64: ClassVar[bool] = True
-    weights_name: ClassVar[str]  # in the state, so that one member's is not taken for another's
+    weights_name: ClassVar[str]
     half_space: bool
     witnesses: int
     steps: int
@@ -40,21 +50,22 @@ class WitnessMeasure(SphereMeasure):
 
     @abstractmethod
     def _solve(self, x: Tensor, start: Tensor, steps: int) -> Solution:
-        """Find the witnesses of points x (m, d), from those in start (k, d) unless there is an exact way."""
+        """Find the witnesses of points x (m, d): exactly, or by a search from ``start`` (k, d)."""
 
     def prepare(self, x: Tensor, state: State | None = None) -> State:
         """Solve the inner problem at x (..., n, d): find the witnesses.
 
         Args:
             x: Neurons.
-            state: What the last step's call returned: its witnesses go on from where they are, the worst one from a
-                new place. A state that does not fit is replaced by a fresh start, with 20 times as many steps.
+            state: What the last step's call returned: its witnesses go on from where they are, the
+                worst one from a new place. A state that does not fit is replaced by a fresh start,
+                with 20 times as many steps.
 
         Returns:
-            ``points`` (b, k, d), the witnesses of the b groups; ``shares`` (polarization) or ``multipliers``
-            (covering) (b, k, m), the part of each witness and point in the penalty; ``exact`` (b,), whether the value is
-            proven to be that of the definition; ``step`` (b,), how many calls came before. The value at x is that of
-            x with these witnesses held fixed.
+            ``points`` (b, k, d), the witnesses of the b groups; ``shares`` (polarization) or
+            ``multipliers`` (covering) (b, k, m), the part of each witness and point in the penalty;
+            ``exact`` (b,), whether the value is proven to be that of the definition; ``step`` (b,),
+            how many calls came before. The value at x is that of x with these witnesses held fixed.
         """
         check_neurons(x)
         with torch.no_grad():
@@ -71,7 +82,7 @@ class WitnessMeasure(SphereMeasure):
         return {"points": points, self.weights_name: weights, "exact": exact, "step": step}
 
     def on_sphere(self, x: Tensor, state: State | None) -> Tensor:
-        """Penalty (b,) of unit rows x (b, n, d): a sum over witnesses and points, the witnesses held fixed."""
+        """Penalty (b,) of unit rows x (b, n, d), the witnesses held fixed."""
         assert state is not None
         points, weights = state["points"].to(x.device), state[self.weights_name].to(x.device)
         used = (weights != 0).any(2).any(0)
@@ -104,7 +115,7 @@ class WitnessMeasure(SphereMeasure):
         return search + 20.0 * n * n * max(min(n, 3 * d), d)
 
     def _goes_on(self, state: State, x: Tensor) -> bool:
-        """Whether the search can start from the witnesses of a state, even of other neurons or another number of them."""
+        """Whether the search can start from a state, even one of another number of neurons."""
         points, step = state.get("points"), state.get("step")
         if points is None or step is None or points.ndim != 3 or step.shape != x.shape[:1]:
             return False
@@ -113,7 +124,7 @@ class WitnessMeasure(SphereMeasure):
         return bool(points.isfinite().all())
 
     def _solutions(self, x: Tensor, inverse_norm: Tensor, known: State | None) -> list[Solution]:
-        """The solution for each group of unit rows x (b, n, d), of which those of inverse norm 0 take no part."""
+        """The solution of each group of unit rows x (b, n, d), without those of inverse norm 0."""
         alive = inverse_norm.squeeze(-1) > 0
         with exact_arithmetic(x):
             return [self._of_group(rows[alive[i]], i, known) for i, rows in enumerate(x)]
@@ -137,7 +148,7 @@ class WitnessMeasure(SphereMeasure):
         return self._solve(x, first_witnesses(x, self.witnesses), AFRESH * self.steps)
 
     def _stacked(self, found: list[Solution], x: Tensor) -> tuple[Tensor, Tensor]:
-        """Witnesses (b, k, d) and weights (b, k, m) of all groups x (b, n, d); zero rows where a group has fewer."""
+        """Witnesses (b, k, d) and weights (b, k, m) of all groups x (b, n, d), filled up with 0."""
         most = max([self.witnesses, *(len(points) for points, _, _ in found)])
         points = x.new_zeros(len(x), most, x.shape[2])
         weights = x.new_zeros(len(x), most, self._mirrored(x).shape[1])
@@ -151,4 +162,7 @@ class WitnessMeasure(SphereMeasure):
         """What the witnesses v (k, d) make small among points x (m, d): (k,)."""
 
     def _mirrored(self, x: Tensor) -> Tensor:
-        return torch.cat([x, -x], -2) if self.half_space else x
+        """The neurons (..., n, d), in half space with their mirror images, (..., 2n, d)."""
+        if self.half_space:
+            return torch.cat([x, -x], -2)
+        return x
