@@ -1,4 +1,4 @@
-"""Measures of projected neurons: compressive minimum hyperspherical energy (CoMHE), with any measure inside."""
+"""Measures of projected neurons, as in compressive hyperspherical energy (CoMHE)."""
 
 from lightning_hsu.projections.kinds import GroupProjection, Projection, RandomProjection
 from lightning_hsu.projections.learned import Adversarial, AnglePreserving

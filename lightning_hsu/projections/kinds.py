@@ -1,4 +1,4 @@
-"""Linear maps of neurons to fewer dimensions, drawn anew each step."""
+"""Linear maps of neurons to fewer dimensions: what they have in common, and random ones."""
 
 from __future__ import annotations
 
@@ -27,19 +27,25 @@ class Projection(ABC):
 
     @abstractmethod
     def prepare(self, x: Tensor, measure: Measure, state: State | None) -> State:
-        """Return the projections for unit rows x (b, n, d) as a state, carried on from the last step's."""
+        """Return the state of the projections of unit rows x (b, n, d).
+
+        Args:
+            x: Unit rows.
+            measure: The measure of the projected neurons.
+            state: The last step's state, which is carried on; None begins afresh.
+        """
 
     def copies(self, d: int) -> int:
         """Return how many projections of neurons in d dimensions are made at once."""
         return 1
 
     def prepare_flops(self, n: int, d: int) -> float:
-        """Return about how many FLOP a fresh :meth:`prepare` for n neurons in d dimensions takes."""
+        """Return about how many FLOP a fresh :meth:`prepare` of (n, d) neurons takes."""
         return 0.0
 
     @abstractmethod
     def fits(self, x: Tensor, state: State) -> bool:
-        """Tell whether a state is one of this projection for unit rows of the shape of x (b, n, d)."""
+        """Tell whether a state is one of this projection for the shape of x (b, n, d)."""
 
     @abstractmethod
     def project(self, x: Tensor, state: State) -> Tensor:
@@ -87,7 +93,9 @@ class RandomProjection(Projection):
 
 @dataclass(frozen=True)
 class GroupProjection(Projection):
-    """Coordinates in groups of ``dim``, shuffled anew each step; what is left over sits out until the next shuffle.
+    """Coordinates in groups of ``dim``, shuffled anew each step.
+
+    The coordinates that are left over take no part until the next shuffle.
 
     Args:
         dim: Coordinates in a group, at least 2.

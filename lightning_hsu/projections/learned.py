@@ -20,10 +20,15 @@ _SAMPLE = 512  # neurons that a projection is learned from
 
 
 class _Learned(Projection):
-    """One matrix (dim, d) for each group, refined by some steps of descent at each training step; kept in checkpoints."""
+    """One matrix (dim, d) for each group, refined by some steps of descent at each training step.
+
+    Attributes:
+        steps: Steps at each training step.
+        fresh: Steps of a fresh start, if more.
+    """
 
     steps: int
-    fresh: ClassVar[int]  # steps of a fresh start, if more
+    fresh: ClassVar[int]
 
     def __post_init__(self) -> None:
         check_count("dim", self.dim, 2)
@@ -58,22 +63,25 @@ class _Learned(Projection):
         return (x @ state["matrix"].to(x).mT)[:, None]
 
     def prepare_flops(self, n: int, d: int) -> float:
-        """A fresh start: each step a forward and a backward product, and the measure of its sample, twice."""
+        """Those of a fresh start: two products and the measure of the sample twice a step."""
         steps, sample = max(self.fresh, self.steps), min(n, _SAMPLE)
         return 8.0 * steps * sample * self.dim * (d + sample)
 
     @abstractmethod
     def objective(self, x: Tensor, measure: Measure) -> Callable[[Tensor], Tensor]:
-        """Return what the matrices (b, dim, d) minimise for unit rows x (b, n, d), a function of them to (b,)."""
+        """Return what the matrices minimise for unit rows x (b, n, d).
+
+        It is a function of matrices (b, dim, d) to values (b,).
+        """
 
     @abstractmethod
     def retract(self, matrix: Tensor) -> Tensor:
-        """Return matrices with the same loss and the scale fixed that the loss does not depend on."""
+        """Return matrices of the same loss whose scale, which the loss ignores, is fixed."""
 
 
 @dataclass(frozen=True)
 class AnglePreserving(_Learned):
-    """The projection that keeps the neurons' cosines best, in the mean square, learned along the way.
+    """The projection that keeps the cosines best, in the mean square, learned in training.
 
     Args:
         dim: Dimension to project to, at least 2; 30 as published.
@@ -105,13 +113,14 @@ class AnglePreserving(_Learned):
 
 @dataclass(frozen=True)
 class Adversarial(_Learned):
-    """A subspace in which the neurons are least uniform, learned along the way: training then spreads them there.
+    """A subspace in which the neurons are least uniform, learned in training, which spreads them.
 
-    Its rows are orthonormal: else the projection would shrink to one direction, in which all neurons coincide. Take few
-    steps: a search to the end finds a subspace in which two neurons coincide, and tells no more than which two. The
-    longer the search, the worse its subspace, so there is no random reference: ratio and score are NaN. Each step evaluates
-    the measure twice, from scratch, so do not use it with Polarization and Covering, which search themselves. Begin with a
-    coefficient of about 0.01.
+    Its rows are orthonormal: otherwise the projection would shrink to one direction, in which all
+    neurons coincide. Take few steps: a search to the end finds a subspace in which two neurons
+    coincide, and tells no more than which two. The longer the search, the worse its subspace, so
+    there is no random reference, and ratio and score are NaN. Each step evaluates the measure
+    twice, from scratch, so do not use it with Polarization and Covering, which search themselves.
+    Begin with a coefficient of about 0.01.
 
     Args:
         dim: Dimension to project to, at least 2; 30 as published.
@@ -144,7 +153,20 @@ def _descend(
     steps: int,
     retract: Callable[[Tensor], Tensor],
 ) -> tuple[Tensor, Tensor]:
-    """Steps along the normalised gradient, kept for each matrix (b, dim, d) where its loss falls, halved where not."""
+    """Descend along the normalised gradient of each matrix, with a step length that adapts.
+
+    Args:
+        loss: From matrices to values (b,).
+        matrix: The matrices to begin with, (b, dim, d).
+        length: The step lengths to begin with, (b,), relative to the norm of the matrix. Where the
+            loss falls the step is taken and the next one longer; where it does not the step is not
+            taken and the next one half as long.
+        steps: How many steps to try.
+        retract: Fixes the scale after each step.
+
+    Returns:
+        The matrices and the step lengths.
+    """
     for _ in range(steps):
         with torch.enable_grad():
             leaf = matrix.detach().requires_grad_()

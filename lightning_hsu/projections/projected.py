@@ -21,15 +21,18 @@ _INNER = "inner."
 
 @dataclass(frozen=True)
 class Projected(MeasureWrapper, SphereMeasure):
-    r"""A measure of projected neurons, mean over the projections (CoMHE: the measure is a Riesz energy).
+    r"""A measure of projected neurons, mean over the projections (CoMHE with a Riesz energy).
 
-    In fewer dimensions the energy has a steeper way down. Neurons of ``projection.dim`` dimensions or less are measured
-    as they are, and so is a class head. Fresh random projections come from a seed that all ranks share, learned ones are
-    kept from step to step and in checkpoints. A value without a state belongs to the first draw.
+    In fewer dimensions the energy has a steeper way down. Neurons of ``projection.dim`` dimensions
+    or less are measured as they are, and so is a class head. Fresh random projections come from a
+    seed that all ranks share, learned ones are kept from step to step and in checkpoints. A value
+    without a state belongs to the first draw.
 
     Args:
-        measure: What to measure after the projection; by default the half-space Riesz energy with s = 2, as published.
-        projection: :class:`RandomProjection`, :class:`AnglePreserving`, :class:`Adversarial` or :class:`GroupProjection`.
+        measure: What to measure after the projection; by default the half-space Riesz energy with s
+            = 2, as published.
+        projection: :class:`RandomProjection`, :class:`AnglePreserving`, :class:`Adversarial` or
+            :class:`GroupProjection`.
 
     Shape:
         Neurons (..., n, d), rows of any positive norm, to a value (...).
@@ -38,7 +41,8 @@ class Projected(MeasureWrapper, SphereMeasure):
         TypeError: for a measure or a projection of the wrong kind.
 
     Reference:
-        Lin et al., "Regularizing Neural Networks via Minimizing Hyperspherical Energy", CVPR 2020, arXiv 1906.04892.
+        Lin et al., "Regularizing Neural Networks via Minimizing Hyperspherical Energy", CVPR 2020,
+        arXiv 1906.04892.
 
     Example:
         >>> import torch
@@ -61,11 +65,12 @@ class Projected(MeasureWrapper, SphereMeasure):
         check_measure(self.measure)
         if not isinstance(self.projection, Projection):
             raise TypeError(
-                f"projection must be a projection such as RandomProjection(dim=30); got {self.projection!r}"
+                "projection must be a projection such as RandomProjection(dim=30); "
+                f"got {self.projection!r}"
             )
 
     def prepare(self, x: Tensor, state: State | None = None) -> State:
-        """The projections, and under names that begin with "inner." what the measure needs in the projections."""
+        """Return the state of the projections and, under names with "inner.", of the measure."""
         if not x.numel():
             return {}
         with torch.no_grad():
@@ -81,7 +86,7 @@ class Projected(MeasureWrapper, SphereMeasure):
         return own | _inner(inner, len(unit))
 
     def fits(self, x: Tensor, state: State) -> bool:
-        """Tell whether the state is one of the projection and, if there is one of the measure, of the measure too."""
+        """Tell whether the state fits the projection, and its inner part, if any, the measure."""
         inner = _of_inner(state)
         if self._as_it_is(x):
             return self.measure.fits(x, inner or {})
@@ -106,10 +111,15 @@ class Projected(MeasureWrapper, SphereMeasure):
         return self.measure.for_head()
 
     def expectation(self, n: int, d: int) -> float | None:
-        """The measure's where nothing is projected; NaN if random neurons would first have to be searched as long."""
+        """The measure's where nothing is projected, else None.
+
+        NaN if there is no reference, as the longer a search is, the worse it finds the neurons.
+        """
         if d <= self.projection.dim:
             return self.measure.expectation(n, d)
-        return None if self.projection.comparable else math.nan
+        if not self.projection.comparable:
+            return math.nan
+        return None
 
     def bound(self, n: int, d: int) -> float | None:
         """The measure's in the dimension projected to."""
@@ -128,7 +138,7 @@ class Projected(MeasureWrapper, SphereMeasure):
         return self.projection.prepare_flops(n, d) + self.projection.copies(d) * each
 
     def grad_flops(self, n: int, d: int) -> float:
-        """Learning a projection, projecting, the measure's gradient there, and projecting that back."""
+        """Learning a projection, projecting, the measure's gradient, and projecting that back."""
         dim = self.projection.dim
         if d <= dim:
             return self.measure.grad_flops(n, d)
