@@ -13,15 +13,17 @@ from lightning_hsu.measures import Measure
 from lightning_hsu.measures.state import State
 
 MOMENTUM = 0.9
-WEIGHT_DECAY = 5e-4  # of every trained tensor, as 5e-4 / 2 times the sum of its squares
+# Of every trained tensor: half of this times the sum of its squares.
+WEIGHT_DECAY = 5e-4
 
 
 class OfficialMeasure(Measure):
-    """A published formula as its official code has it; a subclass writes it down in :meth:`formula`.
+    """A published formula as in its official code; a subclass defines :meth:`formula`.
 
-    Everything is float64, which autocast leaves alone, with n x n matrices and plain autograd: these are for
-    repeating a published experiment, the members of :mod:`lightning_hsu.measures` for everything else. With 1e-4
-    inside the norms the values depend on the scale of the weights a little; fewer than two neurons have penalty 0.
+    It is computed in float64, which autocast leaves alone, with n x n matrices and plain autograd,
+    to repeat a published experiment. For everything else take the members of
+    :mod:`lightning_hsu.measures`. With 1e-4 inside the norms the values depend a little on the
+    scale of the weights. Fewer than two neurons have penalty 0.
     """
 
     def value_flops(self, n: int, d: int) -> float:
@@ -33,17 +35,30 @@ class OfficialMeasure(Measure):
         """Return the penalty (b,) of raw rows w (b, n, d), float64; differentiable."""
 
     def penalty(self, x: Tensor, state: State | None = None) -> Tensor:
-        """Penalty (...) of neurons x (..., n, d), differentiable; without a ``state`` one is prepared afresh."""
+        """Penalty (...), differentiable.
+
+        Args:
+            x: Neurons, shape (..., n, d), floating.
+            state: From :meth:`prepare`; None prepares afresh.
+
+        Raises:
+            TypeError: if x is not a floating-point tensor.
+            ValueError: if x has fewer than two dimensions.
+        """
         check_neurons(x)
-        state = self.prepare(x) if state is None else state
         w = wide(x)
-        value = self.formula(w, state or {}) if w.shape[1] > 1 else 0.0 * w.sum((1, 2))
+        if w.shape[1] < 2 or not w.numel():
+            value = 0.0 * w.sum((1, 2))
+        else:
+            if state is None:
+                state = self.prepare(x)
+            value = self.formula(w, state or {})
         return value.reshape(x.shape[:-2]).to(x.device, working_dtype(x.dtype))
 
 
 def wide(x: Tensor) -> Tensor:
     """Neurons (..., n, d) as a stack (b, n, d) in float64."""
-    return with_float64(x).double().reshape(-1, *x.shape[-2:])
+    return with_float64(x).double().reshape(x.shape[:-2].numel(), *x.shape[-2:])
 
 
 def normalised(w: Tensor) -> Tensor:
@@ -52,7 +67,10 @@ def normalised(w: Tensor) -> Tensor:
 
 
 def pair_cosines(unit: Tensor, *, half_space: bool) -> Tensor:
-    """Cosines (..., pairs) of all unordered pairs of rows (..., n, d); in half space of the 2n rows and negated rows."""
+    """Cosines (..., pairs) of all unordered pairs of rows (..., n, d).
+
+    In half space the pairs are those of the 2n rows and negated rows.
+    """
     gram = unit @ unit.mT
     n = gram.shape[-1]
     i, j = torch.triu_indices(n, n, offset=1, device=gram.device)
@@ -63,12 +81,12 @@ def pair_cosines(unit: Tensor, *, half_space: bool) -> Tensor:
 
 
 def has_shapes(state: State | None, **shapes: tuple[int, ...]) -> bool:
-    """Whether a state has tensors of these shapes: one of another model has not."""
-    return state is not None and all(
-        name in state and state[name].shape == shape for name, shape in shapes.items()
-    )
+    """Whether a state has tensors of these shapes, unlike that of another model."""
+    if state is None:
+        return False
+    return all(name in state and state[name].shape == shapes[name] for name in shapes)
 
 
 def kept(x: Tensor, **tensors: Tensor) -> State:
-    """A state in the precision of the neurons x and beside them."""
+    """A state in the precision and on the device of the neurons x."""
     return {name: part.to(x.device, working_dtype(x.dtype)) for name, part in tensors.items()}

@@ -1,4 +1,4 @@
-"""The published formulas of compressive energy: half-space energy with s = 2 of projected neurons."""
+"""The published formulas of compressive energy: half-space energy of projected neurons."""
 
 from __future__ import annotations
 
@@ -27,11 +27,14 @@ _PLAIN = OfficialMHE("2", half_space=True)
 
 
 class _CoMHE(OfficialMeasure):
-    """Energy of projected neurons; layers of ``dim`` dimensions or less are measured as they are, and so is the head."""
+    """Energy of projected neurons, in half space.
+
+    The head, and layers of ``dim`` dimensions or less, are not projected.
+    """
 
     dim: int
 
-    half_space = True  # for the monitor, which gives the angle between lines then
+    half_space = True
 
     def formula(self, w: Tensor, state: State) -> Tensor:
         """Mean over the projections (b, count, dim, d) of the half-space energy."""
@@ -54,15 +57,16 @@ class _CoMHE(OfficialMeasure):
 
 @dataclass(frozen=True)
 class OfficialRandomCoMHE(_CoMHE):
-    """Energy of randomly projected neurons as ``rmlin/CoMHE`` computes it (random_projection/architecture.py).
+    """Energy of randomly projected neurons as ``rmlin/CoMHE`` computes it.
 
-    The mean over 20 projections to 40 dimensions, drawn anew from N(0, 1) at each step: the seeds in the official code
-    fix the sequence of draws, not one draw. Here the draws are seeded, too, but are other numbers. The official code
-    leaves the first layer unprojected, which has 27 dimensions there; here that holds for layers of ``dim``
+    Its file is random_projection/architecture.py. The mean over 20 projections to 40 dimensions,
+    drawn anew from N(0, 1) at each step: the seeds in the official code fix the sequence of draws,
+    not one draw. Here the draws are seeded, too, but are other numbers. The official code does not
+    project the first layer, which has 27 dimensions there; here that holds for layers of ``dim``
     dimensions or less. Takes ``count`` n x n matrices.
 
-    ``Projected`` with a ``RandomProjection`` of :mod:`lightning_hsu.projections` normalises the neurons first and has
-    no 1e-4 inside the norms.
+    ``Projected`` with a ``RandomProjection`` of :mod:`lightning_hsu.projections` normalises the
+    neurons first and has no 1e-4 inside the norms.
 
     Args:
         dim: Dimension to project to.
@@ -87,7 +91,7 @@ class OfficialRandomCoMHE(_CoMHE):
         check_count("count", self.count)
 
     def prepare(self, x: Tensor, state: State | None = None) -> State:
-        """Count the draw."""
+        """Number the draw."""
         return next_draw(x, state)
 
     def projections(self, w: Tensor, state: State) -> Tensor:
@@ -99,7 +103,10 @@ class OfficialRandomCoMHE(_CoMHE):
 
 @dataclass(frozen=True)
 class TrainedCoMHE(_CoMHE):
-    """One projection for each group, trained by plain SGD; the penalty looks one more, differentiable step ahead."""
+    """One projection for each group, trained by plain SGD.
+
+    The penalty looks one more step ahead, which is differentiable.
+    """
 
     dim: int = 30
     inner_lr: float = 0.1
@@ -141,14 +148,16 @@ class TrainedCoMHE(_CoMHE):
 
 @dataclass(frozen=True)
 class OfficialAngleCoMHE(TrainedCoMHE):
-    """Energy of neurons projected with their angles kept, as ``rmlin/CoMHE`` computes it (angle_projection).
+    """Energy of neurons projected with their angles kept, as ``rmlin/CoMHE`` computes it.
 
-    The projection takes one step of SGD before each step of the network, down the Frobenius norm of the change in
-    cosines, and the penalty is taken one such step further on, without weight decay: gradients in the neurons go
-    through that step. The start is N(0, 1). Layers of ``dim`` dimensions or less are not projected.
+    Its folder is angle_projection. The projection takes one step of SGD before each step of the
+    network, down the Frobenius norm of the change in cosines, and the penalty is taken one such
+    step further on, without weight decay: gradients in the neurons go through that step. The start
+    is N(0, 1). Layers of ``dim`` dimensions or less are not projected.
 
-    ``Projected`` with ``AnglePreserving`` of :mod:`lightning_hsu.projections` holds the projection fixed in the penalty,
-    normalises the neurons first and chooses the length of the projection's steps itself.
+    ``Projected`` with ``AnglePreserving`` of :mod:`lightning_hsu.projections` holds the projection
+    fixed in the penalty, normalises the neurons first and chooses the length of the projection's
+    steps itself.
 
     Args:
         dim: Dimension to project to.
@@ -173,15 +182,16 @@ class OfficialAngleCoMHE(TrainedCoMHE):
 
 @dataclass(frozen=True)
 class OfficialAdversarialCoMHE(TrainedCoMHE):
-    """Energy of adversarially projected neurons as ``rmlin/CoMHE`` computes it (adversarial_projection).
+    """Energy of adversarially projected neurons as ``rmlin/CoMHE`` computes it.
 
-    The projection takes ten steps of SGD before each step of the network, up the full-space energy with s = 2 of the
-    projected neurons, and the penalty, in half space, is taken one such step further on, without weight decay:
-    gradients in the neurons go through that step. The start is N(0, 1). Layers of ``dim`` dimensions or less are not
-    projected.
+    Its folder is adversarial_projection. The projection takes ten steps of SGD before each step of
+    the network, up the full-space energy with s = 2 of the projected neurons, and the penalty, in
+    half space, is taken one such step further on, without weight decay: gradients in the neurons go
+    through that step. The start is N(0, 1). Layers of ``dim`` dimensions or less are not projected.
 
-    ``Projected`` with ``Adversarial`` of :mod:`lightning_hsu.projections` maximises the measure that is penalised,
-    holds the projection fixed in the penalty and its rows orthonormal, and chooses the length of its steps itself.
+    ``Projected`` with ``Adversarial`` of :mod:`lightning_hsu.projections` maximises the measure
+    that is penalised, holds the projection fixed in the penalty and its rows orthonormal, and
+    chooses the length of its steps itself.
 
     Args:
         dim: Dimension to project to.

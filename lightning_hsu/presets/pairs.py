@@ -14,7 +14,15 @@ from lightning_hsu.measures.state import State
 from lightning_hsu.presets.base import OfficialMeasure, normalised, pair_cosines
 
 Power = Literal["0", "1", "2", "a0", "a1", "a2"]
-_POWERS = ("0", "1", "2", "a0", "a1", "a2")
+# Of the squared chord D or of A = angle / pi + 1e-4; 0 stands for the logarithm.
+_EXPONENTS: dict[Power, float] = {
+    "0": 0.0,
+    "1": -0.5,
+    "2": -1.0,
+    "a0": 0.0,
+    "a1": -1.0,
+    "a2": -2.0,
+}
 
 
 @dataclass(frozen=True)
@@ -29,8 +37,9 @@ class OfficialMHE(OfficialMeasure):
     2     1 / D            a2    1 / A**2
     ====  ===============  ====  =========
 
-    :class:`~lightning_hsu.measures.RieszEnergy` takes the logarithm of the distance for s = 0, not of its square,
-    and the angle in radians; it does not depend on the norms of the neurons, and coincident neurons part.
+    :class:`~lightning_hsu.measures.RieszEnergy` takes the logarithm of the distance for s = 0, not
+    of its square, and the angle in radians; it does not depend on the norms of the neurons, and
+    coincident neurons part.
 
     Args:
         power: "0", "1", "2", "a0", "a1" or "a2".
@@ -41,7 +50,7 @@ class OfficialMHE(OfficialMeasure):
 
     Example:
         >>> import torch
-        >>> float(OfficialMHE("2", half_space=False)(100 * torch.eye(4)))  # orthogonal neurons: D = 2
+        >>> float(OfficialMHE("2", half_space=False)(100 * torch.eye(4)))  # orthogonal: D = 2
         0.5
     """
 
@@ -49,8 +58,8 @@ class OfficialMHE(OfficialMeasure):
     half_space: bool = True
 
     def __post_init__(self) -> None:
-        if self.power not in _POWERS:
-            raise ValueError(f"power must be one of {', '.join(_POWERS)}; got {self.power!r}")
+        if self.power not in _EXPONENTS:
+            raise ValueError(f"power must be one of {', '.join(_EXPONENTS)}; got {self.power!r}")
         check_flag("half_space", self.half_space)
 
     def formula(self, w: Tensor, state: State) -> Tensor:
@@ -59,13 +68,17 @@ class OfficialMHE(OfficialMeasure):
         distance = 2.0 - 2.0 * cosine
         if self.power.startswith("a"):
             distance = cosine.acos() / math.pi + 1e-4
-        exponent = {"0": 0.0, "1": -0.5, "2": -1.0, "a0": 0.0, "a1": -1.0, "a2": -2.0}[self.power]
-        return (distance.pow(exponent) if exponent else -distance.log()).mean(-1)
+        exponent = _EXPONENTS[self.power]
+        if exponent == 0.0:
+            return -distance.log().mean(-1)
+        return distance.pow(exponent).mean(-1)
 
     def ratio(self, value: Tensor, reference: float) -> Tensor:
-        """Energy over that of random neurons; for a logarithm that of the geometric mean distances."""
-        if self.power in ("0", "a0"):
-            return ((value - reference) * (0.5 if self.power == "0" else 1.0)).exp()
+        """Energy over that of random neurons; for a logarithm, of geometric mean distances."""
+        if self.power == "0":  # the logarithm of squares
+            return ((value - reference) * 0.5).exp()
+        if self.power == "a0":
+            return (value - reference).exp()
         return value / reference
 
 
@@ -73,10 +86,12 @@ class OfficialMHE(OfficialMeasure):
 class OfficialMHS(OfficialMeasure):
     """Separation as ``wy1iu/Sphere-Uniformity`` computes it (mhs/architecture.py).
 
-    Training minimises minus the smallest squared chord, summed over the pairs that attain it. In half space each
-    pair occurs twice, (w, v) and (-w, -v), so the published coefficient of 0.1 acts as 0.2. Rows are normalised twice.
+    Training minimises minus the smallest squared chord, summed over the pairs that attain it. In
+    half space each pair occurs twice, (w, v) and (-w, -v), so the published coefficient of 0.1 acts
+    as 0.2. Rows are normalised twice.
 
-    ``Separation`` of :mod:`lightning_hsu.measures` is the smallest angle itself, each pair once, whatever the norms.
+    ``Separation`` of :mod:`lightning_hsu.measures` is the smallest angle itself, each pair once,
+    whatever the norms.
 
     Args:
         half_space: Measure the 2n neurons ``w`` and ``-w``.
@@ -86,7 +101,8 @@ class OfficialMHS(OfficialMeasure):
 
     Example:
         >>> import torch
-        >>> print(f"{OfficialMHS()(torch.tensor([[4.0, 0.0], [4.0, 3.0]])):.2f}")  # twice 2 - 2 * 0.8
+        >>> x = torch.tensor([[4.0, 0.0], [4.0, 3.0]])
+        >>> print(f"{OfficialMHS()(x):.2f}")  # twice 2 - 2 * 0.8
         0.80
     """
 
@@ -107,11 +123,11 @@ class OfficialMHS(OfficialMeasure):
 class OfficialMGD(OfficialMeasure):
     """Gram determinant as ``wy1iu/Sphere-Uniformity`` computes it (mgd/architecture.py).
 
-    Training minimises ``-log det(exp(-D) + 1e-6 I)`` with ``D = 2 - 2 cos``: a sum, not over the number of neurons.
-    Rows are normalised twice, so that the diagonal is a little below 1.
+    Training minimises ``-log det(exp(-D) + 1e-6 I)`` with ``D = 2 - 2 cos``: a sum, not over the
+    number of neurons. Rows are normalised twice, so that the diagonal is a little below 1.
 
-    ``GramDeterminant`` of :mod:`lightning_hsu.measures` is the same without the 1e-4 inside the norms, in half space by
-    two n x n determinants.
+    ``GramDeterminant`` of :mod:`lightning_hsu.measures` is the same without the 1e-4 inside the
+    norms, in half space by two n x n determinants.
 
     Args:
         half_space: Measure the 2n neurons ``w`` and ``-w``.
@@ -133,11 +149,13 @@ class OfficialMGD(OfficialMeasure):
 
     def formula(self, w: Tensor, state: State) -> Tensor:
         """Minus the log-determinant."""
-        unit = normalised(normalised(torch.cat([w, -w], 1) if self.half_space else w))
+        if self.half_space:
+            w = torch.cat([w, -w], 1)
+        unit = normalised(normalised(w))
         jitter = 1e-6 * torch.eye(unit.shape[1], dtype=w.dtype, device=w.device)
         value: Tensor = -torch.linalg.slogdet((2.0 * unit @ unit.mT - 2.0).exp() + jitter).logabsdet
         return value
 
     def ratio(self, value: Tensor, reference: float) -> Tensor:
-        """Value over that of random neurons: both are negative, and the less uniform is further from 0."""
+        """Value over that of random neurons; both are negative, the less uniform further from 0."""
         return value / reference

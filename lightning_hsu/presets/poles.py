@@ -1,4 +1,4 @@
-"""The published formulas of polarization and covering, with a pole that is trained along the way, and the relaxed one."""
+"""The published formulas of polarization, covering and relaxed polarization."""
 
 from __future__ import annotations
 
@@ -26,11 +26,15 @@ from lightning_hsu.presets.base import (
 
 @dataclass(frozen=True)
 class PoledMeasure(OfficialMeasure):
-    """A measure at one pole (d,) for each group, which starts as N(0, 1) and follows the neurons by momentum SGD."""
+    """A measure at one pole (d,) for each group.
 
-    coefficients: ClassVar[
-        tuple[float, float]
-    ]  # of hidden layers and of the head: the pole feels them, too
+    The pole starts as N(0, 1) and follows the neurons by SGD with momentum.
+
+    Attributes:
+        coefficients: Those of hidden layers and of the head, which also scale the pole's steps.
+    """
+
+    coefficients: ClassVar[tuple[float, float]]
     half_space: bool = True
     inner_lr: float = 0.1
     inner_steps: int = 10
@@ -45,20 +49,21 @@ class PoledMeasure(OfficialMeasure):
         """Return the penalty (b,) of twice normalised rows (b, n, d) at poles (b, d)."""
 
     def prepare(self, x: Tensor, state: State | None = None) -> State:
-        """Train the poles (b, d), which raise what the neurons lower; their velocity is part of the state."""
+        """Train the poles (b, d), which raise what the neurons lower, and their velocities."""
         unit = normalised(normalised(wide(x.detach())))
         shape = (unit.shape[0], unit.shape[2])
         if state is not None and has_shapes(state, pole=shape, velocity=shape):
-            pole, velocity = state["pole"].to(unit), state["velocity"].to(unit)
+            pole = state["pole"].to(unit)
+            velocity = state["velocity"].to(unit)
         else:
-            pole, velocity = seeded_noise(shape[1], like=unit).expand(shape), unit.new_zeros(shape)
-        coefficient = self.coefficients[0 if self.half_space else 1]
+            pole = seeded_noise(shape[1], like=unit).expand(shape)
+            velocity = unit.new_zeros(shape)
+        hidden, head = self.coefficients
+        coefficient = hidden if self.half_space else head
 
         def loss(pole: Tensor) -> Tensor:
-            return (
-                WEIGHT_DECAY / 2 * pole.square().sum()
-                - coefficient * self.at_pole(unit, pole).sum()
-            )
+            decay = WEIGHT_DECAY / 2 * pole.square().sum()
+            return decay - coefficient * self.at_pole(unit, pole).sum()
 
         for _ in range(self.inner_steps):
             velocity = MOMENTUM * velocity + torch.func.grad(loss)(pole)
@@ -70,22 +75,25 @@ class PoledMeasure(OfficialMeasure):
         return self.at_pole(normalised(normalised(w)), state["pole"].to(w))
 
     def _squared_chords(self, unit: Tensor, pole: Tensor) -> Tensor:
-        """From the neurons, in half space also from the negated ones, to the pole."""
+        """Squared chords (b, n or 2n) from the neurons, in half space also the negated ones."""
         cosine = (unit @ normalised(pole)[..., None]).squeeze(-1)
-        return 2.0 - 2.0 * (torch.cat([cosine, -cosine], -1) if self.half_space else cosine)
+        if self.half_space:
+            cosine = torch.cat([cosine, -cosine], -1)
+        return 2.0 - 2.0 * cosine
 
 
 @dataclass(frozen=True)
 class OfficialMHP(PoledMeasure):
     """Polarization as ``wy1iu/Sphere-Uniformity`` computes it (mhp/architecture.py, mhp/train.py).
 
-    Training maximises the mean of ``1 / D``, D the squared chord from a neuron to the pole, while the pole takes ten
-    steps of SGD with momentum 0.9 down the same, times the coefficient and with weight decay 5e-4, before each step of
-    the network. Rows are normalised twice.
+    Training maximises the mean of ``1 / D``, D the squared chord from a neuron to the pole, while
+    the pole takes ten steps of SGD with momentum 0.9 down the same, times the coefficient and with
+    weight decay 5e-4, before each step of the network. Rows are normalised twice.
 
-    ``Polarization`` of :mod:`lightning_hsu.measures` looks for the pole where the potential is lowest, from several
-    starts; a single pole that is carried along stays in one basin. With fewer neurons than dimensions it ends up
-    orthogonal to all of them, where the half-space penalty has no gradient any more.
+    ``Polarization`` of :mod:`lightning_hsu.measures` looks for the pole where the potential is
+    lowest, from several starts; a single pole that is carried along stays in one basin. With fewer
+    neurons than dimensions it ends up orthogonal to all of them, where the half-space penalty has
+    no gradient any more.
 
     Args:
         half_space: Measure the 2n neurons ``w`` and ``-w``.
@@ -115,13 +123,15 @@ class OfficialMHP(PoledMeasure):
 class OfficialMHC(PoledMeasure):
     """Covering as ``wy1iu/Sphere-Uniformity`` computes it (mhc/architecture.py, mhc/train.py).
 
-    Training minimises the soft minimum ``-log(mean(exp(-10 D))) / 10``, D the squared chord from a neuron to the pole,
-    while the pole takes ten steps of SGD with momentum 0.9 up the same, times the coefficient and with weight decay
-    5e-4, before each step of the network. Rows are normalised twice.
+    Training minimises the soft minimum ``-log(mean(exp(-10 D))) / 10``, D the squared chord from a
+    neuron to the pole, while the pole takes ten steps of SGD with momentum 0.9 up the same, times
+    the coefficient and with weight decay 5e-4, before each step of the network. Rows are normalised
+    twice.
 
-    ``Covering`` of :mod:`lightning_hsu.measures` is the angle from the deepest hole that it finds, from several starts,
-    to the nearest neuron; a single pole that is carried along stays in one basin. With fewer neurons than dimensions
-    it ends up orthogonal to all of them, where the half-space penalty has no gradient any more.
+    ``Covering`` of :mod:`lightning_hsu.measures` is the angle from the deepest hole that it finds,
+    from several starts, to the nearest neuron; a single pole that is carried along stays in one
+    basin. With fewer neurons than dimensions it ends up orthogonal to all of them, where the
+    half-space penalty has no gradient any more.
 
     Args:
         half_space: Measure the 2n neurons ``w`` and ``-w``.
@@ -149,8 +159,9 @@ class OfficialMHC(PoledMeasure):
 class OfficialRMHP(OfficialMeasure):
     """Relaxed polarization as ``wy1iu/Sphere-Uniformity`` computes it (r_mhp/architecture.py).
 
-    The length of the sum of the neurons as they are, not normalised and never in half space, so that shorter neurons
-    are better, too. ``ResultantLength`` of :mod:`lightning_hsu.measures` is that of the unit neurons.
+    The length of the sum of the neurons as they are, not normalised and never in half space, so
+    that shorter neurons are better, too. ``ResultantLength`` of :mod:`lightning_hsu.measures` is
+    that of the unit neurons.
 
     Example:
         >>> import torch
@@ -164,5 +175,5 @@ class OfficialRMHP(OfficialMeasure):
         return length
 
     def ratio(self, value: Tensor, reference: float) -> Tensor:
-        """NaN: the value goes with the norms, so that random neurons are no reference."""
+        """NaN: the value depends on the norms, so that random neurons are no reference."""
         return torch.full_like(value, math.nan)

@@ -16,6 +16,10 @@ from lightning_hsu.presets.comhe import (
 from lightning_hsu.presets.pairs import OfficialMGD, OfficialMHE, OfficialMHS, Power
 from lightning_hsu.presets.poles import OfficialMHC, OfficialMHP, OfficialRMHP, PoledMeasure
 
+Recipe = tuple[OfficialMeasure, tuple[float, float]]
+"""A measure, and the coefficients of hidden layers and of the head."""
+
+# Coefficients by the power of the energy.
 _ENERGIES: dict[Power, tuple[float, float]] = {
     "0": (1.0, 10.0),
     "1": (1.0, 10.0),
@@ -24,26 +28,28 @@ _ENERGIES: dict[Power, tuple[float, float]] = {
     "a1": (0.1, 1.0),
     "a2": (0.1, 1.0),
 }
-# name: measure, coefficient of hidden layers and of the head
-_RECIPES: dict[str, tuple[OfficialMeasure, tuple[float, float]]] = {
-    **{
-        f"mhe_{power}": (OfficialMHE(power, half_space=False), both)
-        for power, both in _ENERGIES.items()
-    },
-    **{
-        f"half_mhe_{power}": (OfficialMHE(power, half_space=True), both)
-        for power, both in _ENERGIES.items()
-    },
-    "mhs": (OfficialMHS(), (0.1, 1.0)),
-    "mhp": (OfficialMHP(), OfficialMHP.coefficients),
-    "r_mhp": (OfficialRMHP(), (0.01, 0.1)),
-    "mhc": (OfficialMHC(), OfficialMHC.coefficients),
-    "mgd": (OfficialMGD(), (0.01, 0.1)),
-    "comhe_rp": (OfficialRandomCoMHE(), (1.0, 10.0)),
-    "comhe_ap": (OfficialAngleCoMHE(), (1.0, 10.0)),
-    "comhe_adv": (OfficialAdversarialCoMHE(), (1.0, 10.0)),
-}
-_RECIPES |= {"mhe": _RECIPES["mhe_2"], "half_mhe": _RECIPES["half_mhe_2"]}
+
+
+def _recipes() -> dict[str, Recipe]:
+    found: dict[str, Recipe] = {}
+    for power, coefficients in _ENERGIES.items():
+        found[f"mhe_{power}"] = OfficialMHE(power, half_space=False), coefficients
+    for power, coefficients in _ENERGIES.items():
+        found[f"half_mhe_{power}"] = OfficialMHE(power, half_space=True), coefficients
+    found["mhs"] = OfficialMHS(), (0.1, 1.0)
+    found["mhp"] = OfficialMHP(), OfficialMHP.coefficients
+    found["r_mhp"] = OfficialRMHP(), (0.01, 0.1)
+    found["mhc"] = OfficialMHC(), OfficialMHC.coefficients
+    found["mgd"] = OfficialMGD(), (0.01, 0.1)
+    found["comhe_rp"] = OfficialRandomCoMHE(), (1.0, 10.0)
+    found["comhe_ap"] = OfficialAngleCoMHE(), (1.0, 10.0)
+    found["comhe_adv"] = OfficialAdversarialCoMHE(), (1.0, 10.0)
+    found["mhe"] = found["mhe_2"]
+    found["half_mhe"] = found["half_mhe_2"]
+    return found
+
+
+_RECIPES = _recipes()
 
 PRESETS = tuple(_RECIPES)
 """The names that :func:`sphere_uniformity` knows."""
@@ -59,47 +65,50 @@ def sphere_uniformity(
     prefix: str = "hsu",
     verbose: bool = True,
 ) -> HypersphericalUniformity:
-    """A published recipe as a callback: official formula, official coefficients, every step, no step limit.
+    """A published recipe as a callback: official formula and coefficients, without a step limit.
 
-    ========================  ==============  =======================================  =======  =======
-    name                      hidden layers   what is minimised                        hidden   head
-    ========================  ==============  =======================================  =======  =======
-    mhe_0, _1, _2, _a0        full space      mean energy of pairs                     1        10
-    mhe_a1, _a2               full space      mean energy of pairs                     0.1      1
-    mhe                       full space      is mhe_2                                 1        10
-    half_mhe_0, _1, _2, _a0   half space      mean energy of pairs                     1        10
-    half_mhe_a1, _a2          half space      mean energy of pairs                     0.1      1
-    half_mhe                  half space      is half_mhe_2                            1        10
-    mhs                       half space      - smallest squared chord, ties summed    0.1      1
-    mhp                       half space      - mean of 1 / squared chord to a pole    1        10
-    r_mhp                     full space      length of the sum of the raw neurons     0.01     0.1
-    mhc                       half space      soft minimum of squared chords to a pole 0.01     0.1
-    mgd                       half space      - log-determinant of the Gram matrix     0.01     0.1
-    comhe_rp                  half space      mhe_2 after 20 random projections        1        10
-    comhe_ap                  half space      mhe_2, projected with angles kept        1        10
-    comhe_adv                 half space      mhe_2, projected where it is worst       1        10
-    ========================  ==============  =======================================  =======  =======
+    =======================  =============  ======================================  ======  ====
+    name                     hidden layers  what is minimised                       hidden  head
+    =======================  =============  ======================================  ======  ====
+    mhe_0, _1, _2, _a0       full space     mean energy of pairs                    1       10
+    mhe_a1, _a2              full space     mean energy of pairs                    0.1     1
+    mhe                      full space     is mhe_2                                1       10
+    half_mhe_0, _1, _2, _a0  half space     mean energy of pairs                    1       10
+    half_mhe_a1, _a2         half space     mean energy of pairs                    0.1     1
+    half_mhe                 half space     is half_mhe_2                           1       10
+    mhs                      half space     - smallest squared chord, ties summed   0.1     1
+    mhp                      half space     - mean of 1 / squared chord to a pole   1       10
+    r_mhp                    full space     length of the sum of the raw neurons    0.01    0.1
+    mhc                      half space     soft minimum of squared chords to pole  0.01    0.1
+    mgd                      half space     - log-determinant of the Gram matrix    0.01    0.1
+    comhe_rp                 half space     mhe_2 after 20 random projections       1       10
+    comhe_ap                 half space     mhe_2, projected with angles kept       1       10
+    comhe_adv                half space     mhe_2, projected where it is worst      1       10
+    =======================  =============  ======================================  ======  ====
 
-    The head is in full space in all of them, and for comhe not projected. The coefficients are those of the committed
-    code; the logs beside it of the runs in full space (mhe) show a tenth of them.
+    The head is in full space in all of them, and for comhe not projected. The coefficients are
+    those of the committed code. The logs committed with the code show a tenth of them for the runs
+    in full space (mhe).
 
-    The formulas keep the quirks of the official code, 1e-4 inside the norms among them; each measure's own docstring says
-    what they are and what the package's own member does instead. For new work take that one. Random starts and draws are
-    seeded, but are not the numbers of the official runs. No bound is known for these formulas, so there is no score; and r_mhp,
-    whose value goes with the norms, has no ratio either. Poles and projections keep the learning rate ``inner_lr``,
-    while in the official code it falls with that of the network.
+    The formulas keep the peculiarities of the official code, such as 1e-4 inside the norms. Each
+    measure's docstring says what they are and what the package's own member does instead; for new
+    work take that one. Random starts and draws are seeded, but are not the numbers of the official
+    runs. No bound is known for these formulas, so there is no score; r_mhp, whose value depends on
+    the norms, has no ratio either. Poles and projections keep the learning rate ``inner_lr``, while
+    in the official code it falls with that of the network.
 
-    The rest of the recipe is yours to set. The official network has nine convolutions with batch normalisation (64, 128
-    and 256 filters, CIFAR-100), a 4 x 4 convolution to 256 features and a linear score; it is trained by SGD with
-    momentum 0.9, learning rate 0.1, weight decay 5e-4 also on the scales and shifts of batch normalisation, label
-    smoothing 0.01, batches of 128, and the learning rate is divided by ten after 30, 50 and 65 thousand of 75 thousand
-    steps (mhe: after 20, 30 and 37.5 of 42.5 thousand).
+    The rest of the recipe is yours to set. The official network has nine convolutions with batch
+    normalisation (64, 128 and 256 filters, CIFAR-100), a 4 x 4 convolution to 256 features and a
+    linear score. It is trained by SGD with momentum 0.9, learning rate 0.1, weight decay 5e-4, also
+    on the scales and shifts of batch normalisation, label smoothing 0.01 and batches of 128. The
+    learning rate is divided by ten after 30, 50 and 65 thousand of 75 thousand steps (mhe: after
+    20, 30 and 37.5 of 42.5 thousand).
 
     Args:
         name: One of :data:`PRESETS`.
         head: The class head: "auto" is the last Linear, a name is that layer, None is no head.
-        inner_lr: Learning rate of the pole (mhp, mhc) or projection (comhe_ap, comhe_adv); others have none. The
-            published one is that of the network.
+        inner_lr: Learning rate of the pole (mhp, mhc) or projection (comhe_ap, comhe_adv); others
+            have none. The published one is that of the network.
         include: Patterns of layer names to take, shell style; None takes all but embeddings.
         exclude: Patterns of layer names to leave out.
         prefix: What the logged names begin with.
@@ -109,12 +118,14 @@ def sphere_uniformity(
         The callback, ready for ``Trainer(callbacks=[...])``.
 
     Raises:
-        ValueError: for an unknown name or an ``inner_lr`` that is not positive; see also the callback.
+        ValueError: for an unknown name or an ``inner_lr`` that is not positive; see also the
+            callback.
 
     Reference:
-        Liu et al., "Learning towards Minimum Hyperspherical Energy", NeurIPS 2018, arXiv 1805.09298 (mhe);
-        Lin et al., "Regularizing Neural Networks via Minimizing Hyperspherical Energy", CVPR 2020, arXiv 1906.04892 (comhe);
-        Liu et al., "Learning with Hyperspherical Uniformity", AISTATS 2021, arXiv 2103.01649 (the others).
+        Liu et al., "Learning towards Minimum Hyperspherical Energy", NeurIPS 2018, arXiv 1805.09298
+        (mhe); Lin et al., "Regularizing Neural Networks via Minimizing Hyperspherical Energy", CVPR
+        2020, arXiv 1906.04892 (comhe); Liu et al., "Learning with Hyperspherical Uniformity",
+        AISTATS 2021, arXiv 2103.01649 (the others).
 
     Example:
         >>> from lightning.pytorch import Trainer
