@@ -1,4 +1,4 @@
-"""Errors that a user of a measure can act on."""
+"""Argument checks whose errors say what to do."""
 
 from __future__ import annotations
 
@@ -19,16 +19,20 @@ class _HasKernel(Hashable, Protocol):
 
 
 def check_kernel(measure: _HasKernel) -> None:
-    """Refuse, once a measure, a kernel whose slope is not the derivative of its value: training would go astray unseen."""
+    """Refuse a kernel whose slope is not the derivative of its value; checked once a measure.
+
+    Training would go wrong unnoticed.
+    """
     check_hashable(measure)
     _check_slope(measure)
 
 
 def check_hashable(measure: object) -> None:
-    """Refuse a measure that cannot be looked up."""
+    """Refuse a measure that cannot be a key of a dict."""
     if type(measure).__hash__ is None:
         raise TypeError(
-            f"a measure must be hashable: decorate {type(measure).__name__} with @dataclass(frozen=True)"
+            "a measure must be hashable: "
+            f"decorate {type(measure).__name__} with @dataclass(frozen=True)"
         )
 
 
@@ -40,14 +44,17 @@ def _check_slope(measure: _HasKernel) -> None:
         found = measure.kernel(q, 4.0 - q)
         if not isinstance(found, tuple) or len(found) != 2:
             raise TypeError(
-                f"{name} must return (value, slope), the slope being the derivative with respect to q; got {found!r}"
+                f"{name} must return (value, slope), the slope being the derivative with respect "
+                f"to q; got {found!r}"
             )
         value, slope = found
-        expected = torch.autograd.grad(value.sum(), q)[0] if value.requires_grad else None
-    if expected is not None and not torch.allclose(slope.detach(), expected, rtol=1e-6, atol=1e-9):
+        if not value.requires_grad:
+            return
+        (expected,) = torch.autograd.grad(value.sum(), q)
+    if not torch.allclose(slope.detach(), expected, rtol=1e-6, atol=1e-9):
         raise ValueError(
-            f"the slope of {name} is not the derivative of its value with respect to q: at q = {q.tolist()} the slope is "
-            f"{slope.tolist()}, the derivative {expected.tolist()}"
+            f"the slope of {name} is not the derivative of its value with respect to q: "
+            f"at q = {q.tolist()} the slope is {slope.tolist()}, the derivative {expected.tolist()}"
         )
 
 
@@ -55,7 +62,8 @@ def check_neurons(x: Tensor) -> None:
     """Refuse what cannot be rows of neurons."""
     if not isinstance(x, Tensor):
         raise TypeError(
-            f"neurons must be a floating-point tensor, got {type(x).__name__}; make one with torch.as_tensor"
+            f"neurons must be a floating-point tensor, got {type(x).__name__}; "
+            "make one with torch.as_tensor"
         )
     if not x.is_floating_point():
         raise TypeError(
@@ -93,9 +101,8 @@ def check_flag(name: str, value: object) -> None:
 def check_choice(name: str, value: str, *choices: str) -> str:
     """Refuse a setting that is none of the choices, and return it."""
     if value not in choices:
-        raise ValueError(
-            f"{name} must be {', '.join(map(repr, choices[:-1]))} or {choices[-1]!r}; got {value!r}"
-        )
+        *others, last = [repr(choice) for choice in choices]
+        raise ValueError(f"{name} must be {', '.join(others)} or {last}; got {value!r}")
     return value
 
 

@@ -1,4 +1,4 @@
-"""What a value means: that of uniformly random neurons, one that no neurons can beat, and where a layer stands."""
+"""What a value means: beside that of random neurons, and beside one that no neurons can beat."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from lightning_hsu._core import unit_rows
 from lightning_hsu.measures import Measure
 from lightning_hsu.measures.base import check_measure
 
-_DRAWS, _FEWEST = 101, 5  # simulated layers
-_WORK = 2e10  # FLOP or so for all of them together
+# Simulated layers: so many, fewer where all of them together would take more FLOP than this.
+_DRAWS = 101
+_FEWEST = 5
+_FLOPS = 2e10
 
 
 class Level(float):
@@ -30,9 +32,10 @@ class Level(float):
     source: str
 
     def __new__(cls, value: float, standard_error: float = 0.0, source: str = "exact") -> Level:
-        """Make the float and note the rest."""
+        """Make the float with its standard error and source."""
         level = super().__new__(cls, value)
-        level.standard_error, level.source = standard_error, source
+        level.standard_error = standard_error
+        level.source = source
         return level
 
     def __reduce__(self) -> tuple[type[Level], tuple[float, float, str]]:
@@ -42,11 +45,12 @@ class Level(float):
 def random_expectation(measure: Measure, n: int, d: int) -> Level:
     r"""Expected value of a measure for independent, uniformly random neurons.
 
-    Exact where the measure knows it: the chordal Riesz energy has the closed form
-    ``2**(d-2-s) G(d/2) G((d-1-s)/2) / (sqrt(pi) G(d-1-s/2))`` (G the gamma function), for s = 0
-    ``-log 2 + (psi(d-1) - psi((d-1)/2)) / 2``; other pairwise measures go by quadrature of their kernel against the density
-    ``sin(t)**(d-2)`` of the angle, to about 1e-10, softening not counted in. Otherwise the mean over simulated layers
-    from a fixed seed, cached, with its standard error: 101 of them, down to 5 where one is much work.
+    Exact where the measure knows it. The chordal Riesz energy has the closed form
+    ``2**(d-2-s) G(d/2) G((d-1-s)/2) / (sqrt(pi) G(d-1-s/2))``, G the gamma function, and for s = 0
+    ``-log 2 + (psi(d-1) - psi((d-1)/2)) / 2``. Other pairwise measures integrate their kernel
+    against the density ``sin(t)**(d-2)`` of the angle, to about 1e-10; softening is neglected.
+    Otherwise it is the mean over simulated layers from a fixed seed, cached, with its standard
+    error: 101 of them, down to 5 where one takes much work.
 
     Args:
         measure: A measure.
@@ -54,15 +58,15 @@ def random_expectation(measure: Measure, n: int, d: int) -> Level:
         d: Dimension, at least 2.
 
     Returns:
-        The expectation, a float with a ``standard_error`` and a ``source``; ``inf`` where it is infinite (Riesz energy with
-        s >= d - 1; :func:`random_level` then gives the median).
+        The expectation, a float with a ``standard_error`` and a ``source``; ``inf`` where it is
+        infinite (Riesz energy with s >= d - 1; :func:`random_level` then gives the median).
 
     Raises:
         ValueError: if n or d is below 2.
 
     Reference:
-        Brauchart, Hardin & Saff, "The next-order term for optimal Riesz and logarithmic energy asymptotics on
-        the sphere", 2012, for the continuous energies.
+        Brauchart, Hardin & Saff, "The next-order term for optimal Riesz and logarithmic energy
+        asymptotics on the sphere", 2012, for the continuous energies.
 
     Example:
         >>> from lightning_hsu.measures import GramDeterminant, RieszEnergy
@@ -85,7 +89,7 @@ def random_expectation(measure: Measure, n: int, d: int) -> Level:
 
 
 def random_level(measure: Measure, n: int, d: int) -> Level:
-    """The value to compare a layer with: the expectation, or where that is infinite the median of random layers.
+    """The value to compare a layer with: the expectation, or the median where that is infinite.
 
     Args:
         measure: A measure.
@@ -100,7 +104,8 @@ def random_level(measure: Measure, n: int, d: int) -> Level:
 
     Example:
         >>> from lightning_hsu.measures import RieszEnergy
-        >>> round(random_level(RieszEnergy(s=2), n=32, d=4), 9)  # the expectation, (d - 2) / (2 (d - 3))
+        >>> # the expectation is (d - 2) / (2 (d - 3))
+        >>> round(random_level(RieszEnergy(s=2), n=32, d=4), 9)
         1.0
         >>> level = random_level(RieszEnergy(s=2), n=32, d=3)  # no expectation: the median
         >>> 1 < level < 10, level.source
@@ -110,17 +115,19 @@ def random_level(measure: Measure, n: int, d: int) -> Level:
     if not math.isinf(level):
         return level
     values = _simulated(measure, n, d)
-    # Asymptotic standard error of a median, the density from the quartiles of a normal distribution.
-    low, middle, high = (float(values.quantile(p)) for p in (0.25, 0.5, 0.75))
+    quantiles = torch.tensor([0.25, 0.5, 0.75], dtype=values.dtype)
+    low, middle, high = values.quantile(quantiles).tolist()
+    # Asymptotic standard error of a median, with the density of a normal distribution of these
+    # quartiles.
     return Level(middle, 0.93 * (high - low) / math.sqrt(len(values)), "simulated median")
 
 
 def random_range(measure: Measure, n: int, d: int, groups: int = 1) -> tuple[float, float]:
     """Natural values that random layers have: what lies outside is not chance.
 
-    Three standard deviations around the mean for means over pairs, exact but for softening: pairs of random neurons are
-    independent two by two. For other measures, and where the deviation is infinite, that of simulated layers, or their extremes
-    if these are wider.
+    Three standard deviations around the mean. For means over pairs the deviation is exact but for
+    softening. For other measures, and where it is infinite, it is that of simulated layers, or
+    their extremes if these are wider.
 
     Args:
         measure: A measure.
@@ -141,37 +148,34 @@ def random_range(measure: Measure, n: int, d: int, groups: int = 1) -> tuple[flo
         (True, True)
     """
     _check(measure, n, d)
-    deviation, mean = measure.deviation(n, d), measure.expectation(n, d)
-    if (
-        deviation is not None
-        and mean is not None
-        and math.isfinite(deviation)
-        and math.isfinite(mean)
-    ):
-        low, high, draws = mean - 3.0 * deviation, mean + 3.0 * deviation, math.inf
+    expectation = measure.expectation(n, d)
+    deviation = measure.deviation(n, d)
+    mean = math.inf if expectation is None else expectation
+    if math.isfinite(mean) and deviation is not None and math.isfinite(deviation):
+        low = mean - 3.0 * deviation
+        high = mean + 3.0 * deviation
+        part = math.sqrt(1.0 / groups)
     else:
         values = _simulated(measure, n, d)
-        mean, spread, draws = float(values.mean()), 3.0 * float(values.std()), len(values)
-        low, high = (
-            min(mean - spread, float(values.amin())),
-            max(mean + spread, float(values.amax())),
-        )
-    infinite = measure.expectation(n, d) in (
-        math.inf,
-        -math.inf,
-    )  # then a mean over layers is no closer to one value
-    part = (
-        1.0 if infinite else math.sqrt(1.0 / groups + 1.0 / draws)
-    )  # a simulated mean is uncertain, too
+        mean = float(values.mean())
+        spread = 3.0 * float(values.std())
+        low = min(mean - spread, float(values.amin()))
+        high = max(mean + spread, float(values.amax()))
+        part = math.sqrt(1.0 / groups + 1.0 / len(values))  # a simulated mean is uncertain, too
+        if expectation is not None and math.isinf(expectation):
+            part = 1.0  # a mean over layers is no closer to one value
     return mean - part * (mean - low), mean + part * (high - mean)
 
 
 def lower_bound(measure: Measure, n: int, d: int) -> float:
-    """A natural value that no n neurons in d dimensions can beat: none is lower, or none higher where higher is better.
+    """A natural value that no n neurons in d dimensions can beat.
 
-    For energies the simplex and Welch bounds and the universal bound by Levenshtein's quadrature, which sharp
-    configurations attain: the simplex, the cross-polytope, the icosahedron, the roots of E8. For the smallest angle
-    the bounds of Rankin, Welch and Levenshtein. In half space the 2n points x and -x count.
+    No value is lower, or higher where higher is better.
+
+    For energies the simplex and Welch bounds and the universal bound by Levenshtein's quadrature,
+    which sharp configurations attain: the simplex, the cross-polytope, the icosahedron, the roots
+    of E8. For the smallest angle the bounds of Rankin, Welch and Levenshtein. In half space the 2n
+    points x and -x count.
 
     Args:
         measure: A measure.
@@ -185,9 +189,10 @@ def lower_bound(measure: Measure, n: int, d: int) -> float:
         ValueError: if n or d is below 2.
 
     Reference:
-        Boyvalenkov, Dragnev, Hardin, Saff & Stoyanova, "Universal lower bounds for potential energy of spherical codes",
-        Constructive Approximation, 2016; Levenshtein, "Universal bounds for codes and designs", 1998; Welch, "Lower bounds
-        on the maximum cross correlation of signals", 1974.
+        Boyvalenkov, Dragnev, Hardin, Saff & Stoyanova, "Universal lower bounds for potential energy
+        of spherical codes", Constructive Approximation, 2016; Levenshtein, "Universal bounds for
+        codes and designs", 1998; Welch, "Lower bounds on the maximum cross correlation of signals",
+        1974.
 
     Example:
         >>> from lightning_hsu.measures import RieszEnergy, Separation
@@ -197,15 +202,17 @@ def lower_bound(measure: Measure, n: int, d: int) -> float:
         1.570796
     """
     _check(measure, n, d)
-    best = measure.bound(n, d)
-    return math.nan if best is None else best
+    bound = measure.bound(n, d)
+    if bound is None:
+        return math.nan
+    return bound
 
 
 def uniformity_ratio(measure: Measure, x: Tensor) -> Tensor:
-    """Value of the neurons over that of random ones: 1 as random, above 1 more redundant, below 1 more uniform.
+    """Value of the neurons over that of random ones: above 1 more redundant, below 1 more uniform.
 
-    Where higher is better the inverse; for a Riesz energy with s = 0 the exponential of the difference, for s < 0 the
-    inverse; see the measure's ``ratio``.
+    Where higher is better the inverse; for a Riesz energy with s = 0 the exponential of the
+    difference, for s < 0 the inverse; see the measure's ``ratio``.
 
     Args:
         measure: A measure.
@@ -230,15 +237,17 @@ def uniformity_ratio(measure: Measure, x: Tensor) -> Tensor:
 
 
 def uniformity_score(measure: Measure, x: Tensor) -> Tensor:
-    """Where the neurons stand between random ones, 0, and the bound that none can beat, 1; below 0 worse than random.
+    """Where the neurons stand between random ones, 0, and the bound that none can beat, 1.
+
+    Below 0 they are worse than random.
 
     Args:
         measure: A measure.
         x: Neurons, shape (..., n, d).
 
     Returns:
-        The score, shape (...), at most 1; NaN where no bound is known, or none can be better than random, or fewer than two
-        rows are neither zero nor NaN.
+        The score, shape (...), at most 1; NaN where no bound is known, or none can be better than
+        random, or fewer than two rows are neither zero nor NaN.
 
     Raises:
         ValueError: for fewer than 2 neurons or dimensions.
@@ -255,23 +264,25 @@ def uniformity_score(measure: Measure, x: Tensor) -> Tensor:
 
 
 def score(measure: Measure, value: Tensor, n: int, d: int) -> Tensor:
-    """The score of natural values (...) of n neurons in d dimensions; see :func:`uniformity_score`."""
-    level, bound = random_level(measure, n, d), lower_bound(measure, n, d)
-    room = bound - level if abs(bound - level) > 1e-6 * max(1.0, abs(level)) else math.nan
+    """Scores of natural values (...) of n neurons in d dimensions; see :func:`uniformity_score`."""
+    level = random_level(measure, n, d)
+    room = lower_bound(measure, n, d) - level
+    if abs(room) <= 1e-6 * max(1.0, abs(level)):
+        room = math.nan
     return (value - level) / room
 
 
 @lru_cache(maxsize=256)
 def _simulated(measure: Measure, n: int, d: int) -> Tensor:
     """Values of random layers (n, d) from a fixed seed, float64."""
-    draws = int(min(_DRAWS, max(_FEWEST, _WORK / (measure.value_flops(n, d) + 400.0 * n * d))))
+    flops = measure.value_flops(n, d) + 400.0 * n * d  # the latter for drawing a layer
+    draws = int(min(_DRAWS, max(_FEWEST, _FLOPS / flops)))
     generator = torch.Generator().manual_seed(n * 65537 + d)
-    return torch.stack(
-        [
-            measure(torch.randn(n, d, generator=generator, dtype=torch.float32)).double()
-            for _ in range(draws)
-        ]
-    )
+    values = []
+    for _ in range(draws):
+        layer = torch.randn(n, d, generator=generator, dtype=torch.float32)
+        values.append(measure(layer).double())
+    return torch.stack(values)
 
 
 def _check(measure: Measure, n: int, d: int) -> None:
