@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import pytest
 import torch
 from lightning.pytorch.strategies import FSDPStrategy
 from torch import nn
@@ -18,6 +19,10 @@ except ImportError:  # before torch 2.6 FSDP2 is not public, and asks for a GPU
     from torch.distributed._tensor import Replicate, distribute_tensor
 
     fully_shard = None
+
+needs_fsdp2 = pytest.mark.skipif(
+    fully_shard is None, reason="FSDP2 before torch 2.6 asks for a GPU"
+)
 
 
 class Parallel(Automatic):

@@ -20,7 +20,7 @@ from tests.compatibility import MODES
 from tests.models import Automatic, Manual
 from tests.processes import world
 from tests.ranks import make_module, max_difference
-from tests.sharding import FSDPOnTheCPU, Tied, Tokens, Untied, layer_by_layer
+from tests.sharding import FSDPOnTheCPU, Tied, Tokens, Untied, layer_by_layer, needs_fsdp2
 
 TOLERANCE = 1e-6  # measured: 4e-7
 
@@ -31,10 +31,6 @@ pytestmark = [
         "ignore:DTensor random operators may not have complete support",  # torch 2.4's
     ),
 ]
-
-needs_fsdp2 = pytest.mark.skipif(
-    sharding.fully_shard is None, reason="FSDP2 before torch 2.6 asks for a GPU"
-)
 
 
 def rising(step):
