@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from lightning_hsu import _trainer
 from lightning_hsu._checks import check_choice
-from lightning_hsu._engine.apply import GradientStats
+from lightning_hsu._engine.plan import GradientStats
 from lightning_hsu._figures.recorder import FigureRecorder
 from lightning_hsu._monitor.measure import LayerUniformity, aggregates, by_layer
 from lightning_hsu._monitor.tables import BeforeAfter

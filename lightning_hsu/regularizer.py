@@ -13,9 +13,9 @@ from torch.optim import Optimizer
 
 from lightning_hsu._checks import check_choice, check_count, check_number
 from lightning_hsu._core import bf16_products
-from lightning_hsu._engine.apply import GradientStats, LayerUpdate
+from lightning_hsu._engine.apply import LayerUpdate
 from lightning_hsu._engine.layer import Layer
-from lightning_hsu._engine.plan import Plan, StepContext, learning_rates
+from lightning_hsu._engine.plan import GradientStats, Plan, StepContext, learning_rates
 from lightning_hsu._engine.state import TrainingState
 from lightning_hsu._engine.step import act_on_buckets, loss_terms
 from lightning_hsu._monitor.measure import LayerUniformity, measure_layers
@@ -293,12 +293,12 @@ class UniformityRegularizer:
         placement = self._attached.placement
         with placement.whole_parameters(with_grads=True), self._products():
             plan = self._current_plan()
-            buckets = plan.buckets
-            if not stats:
-                buckets = plan.rest + plan.add_plain(self.state, context)
-            if not buckets:
-                return {}
-            return act_on_buckets(buckets, LayerUpdate.add, self.state, context, placement)
+            left, plain_stats = plan.add_plain(self.state, context)
+            buckets = [*plan.rest, left]
+            if not any(buckets):
+                return plain_stats
+            rest_stats = act_on_buckets(buckets, LayerUpdate.add, self.state, context, placement)
+            return plain_stats | rest_stats
 
     @torch.no_grad()
     def move(

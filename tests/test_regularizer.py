@@ -9,7 +9,7 @@ from torch import nn
 
 from lightning_hsu import UniformityRegularizer
 from lightning_hsu._monitor.measure import measure_neurons
-from lightning_hsu.measures import RieszEnergy
+from lightning_hsu.measures import Orthogonality, RieszEnergy
 from tests.models import Automatic, batches, mean_square, network
 from tests.plain import Penalty, layers, train
 
@@ -136,12 +136,13 @@ def test_layers_of_equal_shape_go_together_and_get_the_same_as_alone(monkeypatch
         nn.Linear(600, 600),
     )
     calls = []
-    value_and_grad = RieszEnergy.value_and_grad
-    monkeypatch.setattr(
-        RieszEnergy,
-        "value_and_grad",
-        lambda m, x, _=None: calls.append(tuple(x.shape)) or value_and_grad(m, x),
-    )
+    value_and_grad = Orthogonality.value_and_grad
+
+    def noted(measure, x, state=None):
+        calls.append(tuple(x.shape))
+        return value_and_grad(measure, x, state)
+
+    monkeypatch.setattr(Orthogonality, "value_and_grad", noted)
     together, alone = {}, {}
     for found, parts in ((together, [None]), (alone, [str(i) for i in range(8)])):
         for p in net.parameters():
@@ -149,12 +150,15 @@ def test_layers_of_equal_shape_go_together_and_get_the_same_as_alone(monkeypatch
         calls.clear()
         for include in parts:
             regularizer = UniformityRegularizer(
-                include=include, head=None, coefficient={"0": 2.0, "*": 0.5} if not include else 0.5
+                Orthogonality(),
+                include=include,
+                head=None,
+                coefficient={"0": 2.0, "*": 0.5} if not include else 0.5,
             )
             if include == "0":
                 regularizer.coefficient = UniformityRegularizer(coefficient=2.0).coefficient
             optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
-            regularizer.attach(net).add_gradients(optimizer, stats=True)
+            regularizer.attach(net).add_gradients(optimizer)
         found |= {name: p.grad.clone() for name, p in net.named_parameters()}
         if include is None:
             assert calls == [(5, 6, 6), (1, 4, 6), (2, 6, 6), (1, 600, 600)]

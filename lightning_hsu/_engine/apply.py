@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_hsu._core.foreach import SMALL, shortening
 from lightning_hsu._engine.layer import Layer, to_compute_dtype
-from lightning_hsu._engine.plan import limit_of_gradient
+from lightning_hsu._engine.plan import GradientStats, limit_of_gradient
 from lightning_hsu._engine.state import ShareMeans
 from lightning_hsu._neurons.placement import NeuronView, Placement
 from lightning_hsu.coefficients import Share
@@ -18,20 +18,6 @@ from lightning_hsu.measures import State
 
 GradView = tuple[nn.Parameter, Tensor, Tensor]
 """A parameter, the part of its ``.grad`` that a layer's neurons own, and what to add there."""
-
-
-@dataclass(frozen=True)
-class GradientStats:
-    """What one update did to one layer: tensors, without host-device synchronisation.
-
-    Args:
-        share: Norm of the added gradient over the norm of the task's; not finite where the task's
-            is 0 or not finite.
-        limited: Neurons whose penalty gradient was shortened by the step limit.
-    """
-
-    share: Tensor
-    limited: Tensor
 
 
 @dataclass(frozen=True, eq=False)

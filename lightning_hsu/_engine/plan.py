@@ -11,10 +11,11 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_hsu._core import PairTerm
+from lightning_hsu._core import PairTerm, working_dtype
 from lightning_hsu._core.foreach import SMALL, add_pair_gradients
 from lightning_hsu._core.updates import GradientUpdate
 from lightning_hsu._engine.layer import Layer
@@ -46,6 +47,20 @@ class StepContext:
     same_step: bool
     step_limit: float | None
     stats: bool = False
+
+
+@dataclass(frozen=True)
+class GradientStats:
+    """What one update did to one layer: tensors, without host-device synchronisation.
+
+    Args:
+        share: Norm of the added gradient over the norm of the task's; not finite where the task's
+            is 0 or not finite.
+        limited: Neurons whose penalty gradient was shortened by the step limit.
+    """
+
+    share: Tensor
+    limited: Tensor
 
 
 class PlainLayer:
@@ -138,14 +153,17 @@ class Plan:
                 return False
         return True
 
-    def add_plain(self, state: TrainingState, context: StepContext) -> list[list[Layer]]:
+    def add_plain(
+        self, state: TrainingState, context: StepContext
+    ) -> tuple[list[Layer], dict[str, GradientStats]]:
         """Add the gradients of the plain layers to ``.grad``, all at once.
 
         Returns:
-            Buckets of the layers that it could not serve.
+            The layers that it could not serve; and stats by layer, where they are asked for.
         """
         left = []
         updates: dict[PairTerm, list[GradientUpdate]] = {}
+        watched: dict[str, WatchedUpdate] = {}
         limits: dict[float, float | None] = {}  # by learning rate
         grad_scale = float(context.factor)
         for plain in self.plain:
@@ -164,12 +182,51 @@ class Plan:
                 limits[rate] = limit_of_gradient(context.step_limit, rate)
             update = plain.update(coefficient, limits[rate], grad_scale)
             if update is None:
-                left.append([layer])
-            else:
-                updates.setdefault(plain.term, []).append(update)
+                left.append(layer)
+                continue
+            updates.setdefault(plain.term, []).append(update)
+            if context.stats:
+                watched[layer.target.name] = WatchedUpdate(update)
         for term, members in updates.items():
             add_pair_gradients(members, term)
-        return left
+        return left, {name: update.settle() for name, update in watched.items()}
+
+
+class WatchedUpdate:
+    """An update that goes through a buffer, so that it can be told apart from the task's gradient.
+
+    The buffer gets what ``.grad`` would get, by the same arithmetic: a step with stats and one
+    without change the weights alike, to the bit.
+
+    Args:
+        update: The update; what it adds goes into the buffer from now on.
+    """
+
+    def __init__(self, update: GradientUpdate) -> None:
+        self._update = update
+        self._grad = update.out
+        update.out = torch.zeros_like(update.w, dtype=working_dtype(update.w.dtype))
+
+    def settle(self) -> GradientStats:
+        """Add the buffer to ``.grad``, and describe what it holds."""
+        update = self._update
+        added = update.out
+        task = torch.linalg.vector_norm(self._grad, dtype=added.dtype)
+        share = torch.linalg.vector_norm(added) / task
+        self._grad.add_(added)
+        return GradientStats(share, self._limited(added))
+
+    def _limited(self, added: Tensor) -> Tensor:
+        """How many rows are as long as the step limit, or the range of the dtype, allows."""
+        w = self._update.w.to(added.dtype)
+        room = torch.full_like(w[..., 0], torch.finfo(self._update.w.dtype).max / 2)
+        if self._update.limit is not None:
+            room = room.minimum(torch.linalg.vector_norm(w, dim=-1) * self._update.limit)
+        room = room * self._update.grad_scale
+        length = torch.linalg.vector_norm(added, dim=-1)
+        rounding = 16 * torch.finfo(added.dtype).eps
+        limited = (length > 0) & (length >= room * (1.0 - rounding))
+        return torch.count_nonzero(limited)
 
 
 def buckets(layers: Sequence[Layer], placement: Placement) -> list[list[Layer]]:

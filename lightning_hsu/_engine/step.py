@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from lightning_hsu._core import exact_arithmetic
-from lightning_hsu._engine.apply import GradientStats, LayerUpdate, penalty_gradients
+from lightning_hsu._engine.apply import LayerUpdate, penalty_gradients
 from lightning_hsu._engine.layer import Layer, to_compute_dtype
-from lightning_hsu._engine.plan import StepContext
+from lightning_hsu._engine.plan import GradientStats, StepContext
 from lightning_hsu._engine.state import TrainingState
 from lightning_hsu._neurons.placement import Gathered, Placement
 from lightning_hsu.coefficients import Share
@@ -28,7 +28,8 @@ def act_on_buckets(
 ) -> dict[str, GradientStats]:
     """Let buckets of layers act on the weighted gradients of their penalties, one after the other."""
     stats: dict[str, GradientStats] = {}
-    with exact_arithmetic(buckets[0][0].parameters[0]):  # a hook may run within autocast
+    first = next(layer for bucket in buckets for layer in bucket)
+    with exact_arithmetic(first.parameters[0]):  # a hook may run within autocast
         for bucket in buckets:
             updates = _updates(bucket, state, context)
             grads = penalty_gradients(updates, placement)
