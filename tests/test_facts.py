@@ -107,6 +107,10 @@ def as_a_dataclass(base):
     return dataclass(frozen=True)(directly(base))
 
 
+def as_a_dataclass_with_slots(base):
+    return dataclass(frozen=True, slots=True)(by_a_mixin(base))
+
+
 def on_the_sphere(base):
     class Direct(base):
         def on_sphere(self, x, state):
@@ -145,6 +149,7 @@ PENALTIES = [
     by_a_mixin,
     beside_an_unchanged_sibling,
     as_a_dataclass,
+    as_a_dataclass_with_slots,
 ]
 CASES = [(way, measure) for way in PENALTIES for measure in MEMBERS]
 CASES += [

@@ -389,7 +389,7 @@ def test_members_are_values(measure):
             == measure
         )
         assert type(measure)() == type(measure)()
-    assert not getattr(measure.for_head(), "half_space", False)
+    assert not measure.for_head().half_space
 
 
 @every_member

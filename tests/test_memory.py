@@ -6,7 +6,15 @@ import pytest
 import torch
 
 from lightning_hsu import UniformityRegularizer
-from lightning_hsu.measures import Covering, Polarization, RieszEnergy, Sampled, SlicedWasserstein
+from lightning_hsu.measures import (
+    Covering,
+    GaussianPotential,
+    Polarization,
+    RieszEnergy,
+    Sampled,
+    Separation,
+    SlicedWasserstein,
+)
 from lightning_hsu.presets import sphere_uniformity
 from lightning_hsu.projections import (
     Adversarial,
@@ -76,6 +84,33 @@ def test_looking_changes_nothing(measure):
     without = [p.detach() for p in plain.parameters()]
     assert same_bits(fitted(uniformity(measure=measure, coefficient=0), 1)[1], without)
     assert not same_bits(watched, without)
+
+
+@pytest.mark.parametrize("act", ["add_gradients", "move"])
+@pytest.mark.parametrize(
+    "measure",
+    [
+        RieszEnergy(s=2),
+        RieszEnergy(s=1, half_space=True, distance="geodesic"),
+        GaussianPotential(),
+        Separation(),
+        *CARRYING,
+    ],
+    ids=repr,
+)
+def test_a_step_that_is_logged_is_the_same_step(measure, act):
+    """Else a run that is resumed, which logs its first step, would not be the uninterrupted one."""
+    ends = []
+    for stats in (False, True):
+        torch.manual_seed(0)
+        net = network()
+        for p in net.parameters():
+            p.grad = torch.randn_like(p)
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        regularizer = UniformityRegularizer(measure).attach(net)
+        assert bool(getattr(regularizer, act)(optimizer, stats=stats)) == stats
+        ends.append([part.detach() for p in net.parameters() for part in (p, p.grad)])
+    assert same_bits(*ends)
 
 
 def fitted_unwatched(measure):

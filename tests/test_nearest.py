@@ -342,18 +342,18 @@ def test_ascent_reaches_the_simplex(n, d):
 
 
 def test_bounds():
-    assert Separation().best(12, 3) == pytest.approx(math.radians(63.434948822922), abs=1e-9)
-    assert Separation().best(240, 8) == pytest.approx(math.pi / 3, abs=1e-9)
-    assert Separation(half_space=True).best(6, 3) == pytest.approx(
+    assert Separation().bound(12, 3) == pytest.approx(math.radians(63.434948822922), abs=1e-9)
+    assert Separation().bound(240, 8) == pytest.approx(math.pi / 3, abs=1e-9)
+    assert Separation(half_space=True).bound(6, 3) == pytest.approx(
         math.radians(63.434948822922), abs=1e-9
     )
-    assert Separation(half_space=True).best(5, 8) == pytest.approx(math.pi / 2)
+    assert Separation(half_space=True).bound(5, 8) == pytest.approx(math.pi / 2)
     for n in (3, 4, 9):
-        assert Separation().best(n, 2) == pytest.approx(2 * math.pi / n, abs=1e-9)
-        assert MinimalAngle().best(n, 2) == pytest.approx(2 * math.pi / n, abs=1e-9)
-    assert KoLeo().best(4, 3) == pytest.approx(float(KoLeo()(c.simplex(4, 3))), abs=1e-12)
-    assert MinimalAngle().best(2, 5) == pytest.approx(math.pi)
-    assert all(measure.best(1, 3) is None and measure.best(3, 1) is None for measure in EVERY)
+        assert Separation().bound(n, 2) == pytest.approx(2 * math.pi / n, abs=1e-9)
+        assert MinimalAngle().bound(n, 2) == pytest.approx(2 * math.pi / n, abs=1e-9)
+    assert KoLeo().bound(4, 3) == pytest.approx(float(KoLeo()(c.simplex(4, 3))), abs=1e-12)
+    assert MinimalAngle().bound(2, 5) == pytest.approx(math.pi)
+    assert all(measure.bound(1, 3) is None and measure.bound(3, 1) is None for measure in EVERY)
 
 
 @settings(deadline=None, max_examples=100)
@@ -365,7 +365,7 @@ def test_bounds():
 )
 def test_nothing_beats_the_bounds(measure, n, d, seed):
     x = torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    best, value = measure.best(n, d), float(measure(x))
+    best, value = measure.bound(n, d), float(measure(x))
     assert value <= best + 1e-9 if measure.higher_is_better else value >= best - 1e-9
 
 

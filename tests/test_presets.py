@@ -355,3 +355,14 @@ def test_measures_compare_hash_print_and_pickle(name):
     for twin in (pickle.loads(pickle.dumps(measure)), eval(repr(measure), vars(presets))):
         assert twin == measure
         assert hash(twin) == hash(measure)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("shape", [(1, 5), (0, 5), (5, 0), (2, 1, 4), (0, 3, 4)])
+def test_too_few_neurons_have_penalty_zero(name, shape):
+    x, measure = torch.randn(shape), sphere_uniformity(name).regularizer.measure
+    value, grad = measure.value_and_grad(x)
+    assert value.shape == shape[:-2]
+    assert grad.shape == shape
+    assert not value.any()
+    assert not grad.any()

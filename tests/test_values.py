@@ -123,9 +123,9 @@ def test_regular_polygons(n):
     assert float(RieszEnergy(s=2)(x)) * pairs == pytest.approx(n * (n * n - 1) / 24, rel=1e-12)
     for measure in (Separation(), MinimalAngle()):
         assert float(measure(x)) == pytest.approx(2 * math.pi / n, rel=1e-9)
-        assert measure.best(n, 2) >= 2 * math.pi / n - 1e-9
+        assert measure.bound(n, 2) >= 2 * math.pi / n - 1e-9
     assert float(Covering()(x)) == pytest.approx(math.pi / n, rel=1e-9)
-    assert Covering().best(n, 2) == pytest.approx(math.pi / n, rel=1e-9)
+    assert Covering().bound(n, 2) == pytest.approx(math.pi / n, rel=1e-9)
 
 
 @pytest.mark.parametrize(

@@ -303,7 +303,7 @@ def test_a_state_that_does_not_fit_is_replaced():
 @pytest.mark.parametrize("measure", MEASURES, ids=repr)
 @pytest.mark.parametrize("shape", [(2, 2), (4, 3), (12, 3), (5, 6), (9, 8), (40, 5), (7, 2)])
 def test_nothing_beats_the_best(measure, shape):
-    best = measure.best(*shape)
+    best = measure.bound(*shape)
     for seed in range(3):
         value = float(measure(random(*shape, seed=seed)))
         if best is not None:
@@ -319,7 +319,7 @@ def test_some_reach_the_best():
         c.simplex(9, 8),
         c.polygon(11),
     ):
-        assert float(Covering()(points)) == pytest.approx(Covering().best(*points.shape), abs=1e-9)
+        assert float(Covering()(points)) == pytest.approx(Covering().bound(*points.shape), abs=1e-9)
 
 
 @pytest.mark.parametrize(
