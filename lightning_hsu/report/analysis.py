@@ -135,7 +135,9 @@ def _singular_values(x: Tensor, live: Tensor) -> tuple[float, ...]:
     return tuple(torch.cat(found).sort(descending=True).values.tolist())
 
 
-def _heat_map(x: Tensor, live: Tensor, surveys: list[PairHistogram]) -> tuple[tuple[int, ...], Tensor]:
+def _heat_map(
+    x: Tensor, live: Tensor, surveys: list[PairHistogram]
+) -> tuple[tuple[int, ...], Tensor]:
     """Neurons to show, in order, and their cosines (m, m), of the group with most similar pairs."""
     group = max(range(len(surveys)), key=lambda i: surveys[i].similar)
     index = live[group].nonzero().flatten()
