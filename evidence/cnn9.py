@@ -41,7 +41,12 @@ from evidence.tables import error_cell, markdown
 from lightning_hsu import UniformityRegularizer
 from lightning_hsu.presets import PRESETS, sphere_uniformity
 
-BATCH, RATE, DECAY, SMOOTHING, FLOOR = 128, 0.1, 5e-4, 0.01, 1e-4
+BATCH = 128
+RATE = 0.1
+DECAY = 5e-4
+SMOOTHING = 0.01
+FLOOR = 1e-4
+"""What the loss adds to every probability."""
 DROPS = (0.4, 2 / 3, 13 / 15)
 """Of all steps, where the learning rate falls to a tenth."""
 
@@ -61,8 +66,10 @@ class CNN9(pl.LightningModule):
         self, shape: Sequence[int], classes: int, steps: int, width: int = 64, rate: float = RATE
     ) -> None:
         super().__init__()
-        self.steps, self.rate, self.history = steps, rate, list[float]()
-        channels, height, sides = shape[0], shape[1], shape[2]
+        self.steps = steps
+        self.rate = rate
+        self.history: list[float] = []
+        channels, height, breadth = shape
         layers: list[nn.Module] = []
         for block in (width, 2 * width, 4 * width):
             for _ in range(3):
@@ -72,9 +79,10 @@ class CNN9(pl.LightningModule):
                     nn.ReLU(),
                 ]
                 channels = block
-            layers, height, sides = [*layers, nn.MaxPool2d(2)], height // 2, sides // 2
+            layers.append(nn.MaxPool2d(2))
+            height, breadth = height // 2, breadth // 2
         self.features = nn.Sequential(*layers)
-        self.fc6 = nn.Conv2d(channels, 4 * width, (height, sides), bias=False)
+        self.fc6 = nn.Conv2d(channels, 4 * width, (height, breadth), bias=False)
         self.score = nn.Linear(4 * width, classes, bias=False)
         for layer in self.modules():
             if isinstance(layer, nn.Conv2d | nn.Linear):
@@ -121,21 +129,24 @@ class CNN9(pl.LightningModule):
 
 
 def bounded_cross_entropy(scores: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross entropy of scores (batch, classes), with smoothed labels, of probabilities + 1e-4: never above 9.21."""
+    """Mean cross entropy of smoothed labels and of probabilities + 1e-4, so never above 9.21.
+
+    Args:
+        scores: Shape (batch, classes).
+        labels: Shape (batch,).
+    """
     likelihood = (scores.float().softmax(1) + FLOOR).log()
-    return (
-        nn.functional.nll_loss(likelihood, labels) * (1 - SMOOTHING) - SMOOTHING * likelihood.mean()
-    )
+    hard = nn.functional.nll_loss(likelihood, labels)
+    return hard * (1 - SMOOTHING) - SMOOTHING * likelihood.mean()
 
 
 def _moved(images: Tensor) -> Tensor:
     """Each image moved by up to 4 pixels each way, its edges mirrored, and flipped or not."""
     batch, _, height, width = images.shape
-    down, right = (torch.randint(-4, 5, (batch, 1), device=images.device) for _ in range(2))
-    rows, cols = (
-        _mirrored(by + torch.arange(size, device=images.device), size)
-        for by, size in ((down, height), (right, width))
-    )
+    down = torch.randint(-4, 5, (batch, 1), device=images.device)
+    right = torch.randint(-4, 5, (batch, 1), device=images.device)
+    rows = _mirrored(down + torch.arange(height, device=images.device), height)
+    cols = _mirrored(right + torch.arange(width, device=images.device), width)
     cols = torch.where(torch.rand(batch, 1, device=images.device) < 0.5, cols.flip(1), cols)
     every = torch.arange(batch, device=images.device)[:, None, None]
     return images[every, :, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2)
@@ -153,10 +164,9 @@ def main() -> int:
     try:
         data = _bytes(load(args.data), args.images)
         folder = _folder(args, data)
-        for path in (
-            folder / f"{preset}-{seed}.json" for seed in args.seeds for preset in args.presets
-        ):
-            _check_same(path, args)
+        for seed in args.seeds:
+            for preset in args.presets:
+                _check_same(folder / f"{preset}-{seed}.json", args)
     except MissingDataError as error:
         print(error, file=sys.stderr)
         return 2
@@ -168,34 +178,35 @@ def main() -> int:
     if rank_zero_only.rank:
         return 0
     images = args.images or len(data.pool[1])
-    print(
-        f"\n{data.title}, {args.steps} steps, learning rate {args.rate:g}, width {args.width}, {images} images\n"
-    )
+    print(f"\n{data.title}, {args.steps} steps, learning rate {args.rate:g}, ", end="")
+    print(f"width {args.width}, {images} images\n")
     print(table(folder, args.presets, args.seeds))
     return 0
 
 
 def _folder(args: argparse.Namespace, data: Data) -> Path:
     """Where results of these settings are."""
-    name = f"{data.name}-width{args.width}-steps{args.steps}" + f"-rate{args.rate:g}" * (
-        args.rate != RATE
-    )
+    name = f"{data.name}-width{args.width}-steps{args.steps}"
+    if args.rate != RATE:
+        name += f"-rate{args.rate:g}"
     return Path(args.out) / name / (f"n{args.images}" if args.images else "all")
 
 
 def _check_same(path: Path, args: argparse.Namespace) -> None:
     """Refuse a result that was made with other settings than its folder tells."""
-    if path.exists():
-        asked = json.loads(path.read_text())["asked"]
-        for name in ("test_every", "precision"):
-            if asked[name] != (wanted := str(getattr(args, name))):
-                raise MissingDataError(
-                    f"{path} was made with {name} = {asked[name]}, not {wanted}: name another --out"
-                )
+    if not path.exists():
+        return
+    asked = json.loads(path.read_text())["asked"]
+    for name in ("test_every", "precision"):
+        wanted = str(getattr(args, name))
+        if asked[name] != wanted:
+            raise MissingDataError(
+                f"{path} was made with {name} = {asked[name]}, not {wanted}: name another --out"
+            )
 
 
 def _bytes(data: Data, count: int = 0) -> Data:
-    """The data, where its pixels are bytes and there are as many images as are asked for, a batch at least."""
+    """The data; refused if pixels are not bytes, or images fewer than asked for or than a batch."""
     images = data.pool[0]
     if not BATCH <= (count or len(images)) <= len(images):
         raise MissingDataError(
@@ -210,17 +221,19 @@ def _bytes(data: Data, count: int = 0) -> Data:
 def _train(data: Data, preset: str, seed: int, args: argparse.Namespace, path: Path) -> None:
     """One run; ended and begun again, it goes on from its last checkpoint."""
     pl.seed_everything(seed, verbose=False)
-    kept = torch.randperm(len(data.pool[1]), generator=torch.Generator().manual_seed(seed))[
-        : args.images or None
-    ]
-    train, test = (
-        (x.view(-1, *data.shape).byte(), y)
-        for x, y in ((data.pool[0][kept], data.pool[1][kept]), data.test)
-    )
+    order = torch.randperm(len(data.pool[1]), generator=torch.Generator().manual_seed(seed))
+    kept = order[: args.images or None]
+    train = _dataset(data, data.pool[0][kept], data.pool[1][kept])
+    test = _dataset(data, *data.test)
     network = CNN9(data.shape, data.classes, args.steps, args.width, args.rate)
     checkpoints = path.with_suffix("")
     start = time.perf_counter()
     before = _ratios(network)
+    callbacks: list[pl.Callback] = [  # a checkpoint after each test
+        ModelCheckpoint(checkpoints, save_last=True, save_on_train_epoch_end=False)
+    ]
+    if preset != "none":
+        callbacks.append(sphere_uniformity(preset, verbose=False))
     trainer = pl.Trainer(
         max_steps=args.steps,
         max_epochs=-1,
@@ -231,22 +244,15 @@ def _train(data: Data, preset: str, seed: int, args: argparse.Namespace, path: P
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
         logger=pl.loggers.CSVLogger(checkpoints, name="log"),
-        callbacks=[
-            ModelCheckpoint(
-                checkpoints, save_last=True, save_on_train_epoch_end=False
-            ),  # after each test
-            *([] if preset == "none" else [sphere_uniformity(preset, verbose=False)]),
-        ],
+        callbacks=callbacks,
         enable_model_summary=False,
     )
-    loader = DataLoader(
-        TensorDataset(*train), BATCH // trainer.world_size, shuffle=True, drop_last=True
-    )
+    loader = DataLoader(train, BATCH // trainer.world_size, shuffle=True, drop_last=True)
     last = checkpoints / "last.ckpt"
     trainer.fit(
         network,
         loader,
-        DataLoader(TensorDataset(*test), 500),
+        DataLoader(test, 500),
         ckpt_path=last if last.exists() else None,
         weights_only=False,
     )
@@ -266,6 +272,11 @@ def _train(data: Data, preset: str, seed: int, args: argparse.Namespace, path: P
     trainer.strategy.barrier()  # all ranks see the file before they look for it
 
 
+def _dataset(data: Data, images: Tensor, labels: Tensor) -> TensorDataset:
+    """Images (m, d) as bytes in their shape, with their labels."""
+    return TensorDataset(images.view(-1, *data.shape).byte(), labels)
+
+
 def _ratios(network: nn.Module) -> dict[str, float]:
     """Half-space ratios of all layers."""
     return {
@@ -275,51 +286,39 @@ def _ratios(network: nn.Module) -> dict[str, float]:
 
 
 def table(folder: Path, presets: Sequence[str], seeds: Sequence[int]) -> str:
-    """A row a preset: the last and the best test error, the change from none, the largest ratio after training."""
-    runs = {
-        (preset, seed): json.loads((folder / f"{preset}-{seed}.json").read_text())
-        for preset in presets
-        for seed in seeds
-    }
-    last = {preset: [runs[preset, seed]["errors"][-1] for seed in seeds] for preset in presets}
-    rivals = (
-        [preset for preset in presets if preset != "none"]
-        if "none" in presets and len(seeds) > 1
-        else []
-    )
-    changes = {preset: paired(last[preset], last["none"]) for preset in rivals}
-    corrected = dict(zip(rivals, holm([one.p for one in changes.values()]), strict=True))
-    rows = []
+    """A row a preset: test errors, the change of the last from none, ratios before and after."""
+    head = ["preset", "last error", "best error", "change of the last", "p (Holm)"]
+    head += ["largest ratio", "not finite"]
+    runs = {}
     for preset in presets:
-        own, change = [runs[preset, seed] for seed in seeds], changes.get(preset)
-        cell = (
-            error_cell({"test_error": last[preset]}) if len(seeds) > 1 else f"{last[preset][0]:.2f}"
-        )
-        told = (
-            f"{change.mean:+.2f} ({change.error:.2f}), {change.wins}/{change.seeds}"
-            if change
-            else ""
-        )
-        p = f"{corrected[preset]:.2g}" if change else ""
-        ratios = [
-            f"{sum(max(one[when].values()) for one in own) / len(own):.2f}"
-            for when in ("ratio_before", "ratio_after")
-        ]
-        best, broken = (
-            sum(one["best"] for one in own) / len(own),
-            sum(not one["finite"] for one in own),
-        )
-        rows.append([preset, cell, f"{best:.2f}", told, p, " → ".join(ratios), broken])
-    head = [
-        "preset",
-        "last error",
-        "best error",
-        "change of the last",
-        "p (Holm)",
-        "largest ratio",
-        "not finite",
-    ]
+        paths = [folder / f"{preset}-{seed}.json" for seed in seeds]
+        runs[preset] = [json.loads(path.read_text()) for path in paths]
+    last = {preset: [run["errors"][-1] for run in own] for preset, own in runs.items()}
+    changes = {}
+    if "none" in presets and len(seeds) > 1:
+        rivals = [preset for preset in presets if preset != "none"]
+        changes = {preset: paired(last[preset], last["none"]) for preset in rivals}
+    corrected = dict(zip(changes, holm([one.p for one in changes.values()]), strict=True))
+    rows = []
+    for preset, own in runs.items():
+        error = f"{last[preset][0]:.2f}"
+        if len(seeds) > 1:
+            error = error_cell({"test_error": last[preset]})
+        told = p = ""
+        if preset in changes:
+            change = changes[preset]
+            told = f"{change.mean:+.2f} ({change.error:.2f}), {change.wins}/{change.seeds}"
+            p = f"{corrected[preset]:.2g}"
+        best = f"{sum(run['best'] for run in own) / len(own):.2f}"
+        ratios = f"{_largest(own, 'ratio_before'):.2f} → {_largest(own, 'ratio_after'):.2f}"
+        broken = sum(not run["finite"] for run in own)
+        rows.append([preset, error, best, told, p, ratios, broken])
     return markdown(head, rows)
+
+
+def _largest(runs: Sequence[Mapping[str, Any]], when: str) -> float:
+    """The largest ratio of a layer, mean over runs."""
+    return sum(max(run[when].values()) for run in runs) / len(runs)
 
 
 def _arguments() -> argparse.Namespace:
@@ -357,7 +356,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--precision", default="32-true")
     parser.add_argument("--out", default="out/cnn9")
     args = parser.parse_args()
-    args.seeds, args.presets = list(dict.fromkeys(args.seeds)), list(dict.fromkeys(args.presets))
+    args.seeds = list(dict.fromkeys(args.seeds))
+    args.presets = list(dict.fromkeys(args.presets))
     return args
 
 

@@ -41,7 +41,9 @@ class Comparison:
     @property
     def verdict(self) -> str:
         """Gain or worse, where the corrected p says so; else null."""
-        return "null" if self.corrected >= LEVEL else "gain" if self.paired.mean < 0 else "worse"
+        if self.corrected >= LEVEL:
+            return "null"
+        return "gain" if self.paired.mean < 0 else "worse"
 
     @property
     def failed(self) -> bool:
@@ -52,38 +54,37 @@ class Comparison:
 def setting_title(result: Result) -> str:
     """The setting of a cell in words."""
     one = result["asked"]["setting"]
-    network = (
-        f"{one['depth']} x 64"
-        if one["network"] == "plain"
-        else f"2 conv{' + BN' * (one['network'] == 'batch norm')}"
-    )
-    parts = [
-        TITLES.get(one["data"], one["data"]),
-        network,
-        f"n = {one['images']}",
-        f"{one['epochs']} epochs",
-    ]
-    parts += [f"scale {one['scale']:g}"]
-    parts += ["AdamW"] * (one["optimizer"] == "adamw") + ["20 % noise"] * (one["noise"] == 0.2)
-    parts += [f"tail {one['imbalance']:g}:1"] * (one["imbalance"] != 1)
+    network = f"{one['depth']} x 64"
+    if one["network"] == "convolutions":
+        network = "2 conv"
+    elif one["network"] == "batch norm":
+        network = "2 conv + BN"
+    parts = [TITLES.get(one["data"], one["data"]), network]
+    parts += [f"n = {one['images']}", f"{one['epochs']} epochs", f"scale {one['scale']:g}"]
+    if one["optimizer"] == "adamw":
+        parts.append("AdamW")
+    if one["noise"] == 0.2:
+        parts.append("20 % noise")
+    if one["imbalance"] != 1:
+        parts.append(f"tail {one['imbalance']:g}:1")
     return ", ".join(parts)
 
 
 def compare(results: Iterable[Result]) -> list[Comparison]:
-    """Every method against weight decay in its setting, where both are there; p corrected for all of them."""
-    results = list(results)
-    baselines = {_key(one): one for one in results if one["asked"]["method"]["name"] == "decay"}
-    rest = [
-        one
-        for one in results
-        if one["asked"]["method"]["name"] != "decay" and _key(one) in baselines
-    ]
-    found = [paired(one["test_error"], baselines[_key(one)]["test_error"]) for one in rest]
-    corrected = holm([one.p for one in found])
-    return [
-        Comparison(one, baselines[_key(one)], *both)
-        for one, *both in zip(rest, found, corrected, strict=True)
-    ]
+    """Every method against weight decay where both are there; p corrected for all comparisons."""
+    baselines, rest = {}, []
+    for result in results:
+        if result["asked"]["method"]["name"] == "decay":
+            baselines[_key(result)] = result
+        else:
+            rest.append(result)
+    rest = [one for one in rest if _key(one) in baselines]
+    changes = [paired(one["test_error"], baselines[_key(one)]["test_error"]) for one in rest]
+    corrected = holm([change.p for change in changes])
+    found = []
+    for result, change, p in zip(rest, changes, corrected, strict=True):
+        found.append(Comparison(result, baselines[_key(result)], change, p))
+    return found
 
 
 def hypothesis(
@@ -93,7 +94,7 @@ def hypothesis(
     ratio: str = "ratio_after",
     relative: bool = False,
 ) -> Correlation:
-    """Does the ratio of the tuned network without a penalty go with what the penalty gains? Over settings."""
+    """Rank correlation, over settings, of the ratio without a penalty and what the penalty gains."""
     x, y = ratio_and_gain(comparisons, method, ratio, relative)
     return rank_correlation(x, y)
 
@@ -101,11 +102,21 @@ def hypothesis(
 def ratio_and_gain(
     comparisons: Sequence[Comparison], method: str, ratio: str, relative: bool
 ) -> tuple[list[float], list[float]]:
-    """Each setting's ratio without a penalty, and what the method gains there: points, or a part of the error."""
-    own = [one for one in comparisons if one.method == method]
-    x = [mean_ratio(one.baseline, ratio) for one in own]
-    scale = [mean(one.baseline["test_error"]) if relative else 1.0 for one in own]
-    return x, [-one.paired.mean / size for one, size in zip(own, scale, strict=True)]
+    """Each setting's ratio without a penalty, and what the method gains there.
+
+    Args:
+        comparisons: All of them.
+        method: Its name.
+        ratio: ``ratio_before`` training or ``ratio_after``.
+        relative: Whether the gain is a part of weight decay's error, or in points.
+    """
+    ratios, gains = [], []
+    for one in comparisons:
+        if one.method == method:
+            scale = mean(one.baseline["test_error"]) if relative else 1.0
+            ratios.append(mean_ratio(one.baseline, ratio))
+            gains.append(-one.paired.mean / scale)
+    return ratios, gains
 
 
 def mean_ratio(result: Result, ratio: str = "ratio_after") -> float:

@@ -16,7 +16,7 @@ MARKS = ("<!-- evidence: written by `python -m evidence --commit` -->", "<!-- en
 
 
 def write(results: Sequence[Result], planned: int, folder: Path) -> bool:
-    """Write cells.json, tables.md and, where there are settings enough, ratio.png; tells whether there are."""
+    """Write cells.json, tables.md and, with five settings or more, ratio.png; return whether it was."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = ",\n".join(json.dumps(one, allow_nan=False) for one in results)
     (folder / "cells.json").write_text(f"[\n{lines}\n]\n")
@@ -29,21 +29,26 @@ def write(results: Sequence[Result], planned: int, folder: Path) -> bool:
 
 
 def readme(results: Sequence[Result]) -> str:
-    """What the main README quotes: the methods, where they help, against each other, and, folded, every setting."""
+    """What the main README quotes: methods, conditions, rivals and, folded, every setting."""
     comparisons = compare(results)
     settings = tables.settings_table(comparisons, tables.beside_decay(CORE))
-    seeds, count = len(results[0]["test_error"]), len({one.setting for one in comparisons})
-    return "\n\n".join(
-        [
-            tables.summary(comparisons, least=5),
-            tables.conditions_table(comparisons),
-            tables.rivals_table(comparisons),
-            tables.hypothesis_table(comparisons),
-            f"<details>\n<summary>All methods, in three settings</summary>\n\n{tables.family_table(comparisons)}\n\n</details>",
-            f"<details>\n<summary>All {count} settings, {seeds} seeds each</summary>\n\n{legend(comparisons)}\n\n"
-            f"{settings}\n\n</details>",
-        ]
-    )
+    seeds = len(results[0]["test_error"])
+    count = len({one.setting for one in comparisons})
+    parts = [
+        tables.summary(comparisons, least=5),
+        tables.conditions_table(comparisons),
+        tables.rivals_table(comparisons),
+        tables.hypothesis_table(comparisons),
+        _folded("All methods, in three settings", tables.family_table(comparisons)),
+        _folded(
+            f"All {count} settings, {seeds} seeds each", f"{legend(comparisons)}\n\n{settings}"
+        ),
+    ]
+    return "\n\n".join(parts)
+
+
+def _folded(summary: str, text: str) -> str:
+    return f"<details>\n<summary>{summary}</summary>\n\n{text}\n\n</details>"
 
 
 def quoted(text: str, block: str) -> str:
@@ -58,8 +63,8 @@ def _sections(
     hours = sum(one["seconds"] for one in results) / 3600
     seeds = sorted({len(one["test_error"]) for one in results})
     intro = (
-        f"{len(results)} of {planned} cells, {len(comparisons)} comparisons with weight decay, {'/'.join(map(str, seeds))} "
-        f"test seeds, {hours:.1f} core hours. {legend(comparisons)}"
+        f"{len(results)} of {planned} cells, {len(comparisons)} comparisons with weight decay, "
+        f"{'/'.join(map(str, seeds))} test seeds, {hours:.1f} core hours. {legend(comparisons)}"
     )
     return [
         "# Does the penalty help, and where",
@@ -82,9 +87,10 @@ def _sections(
 def legend(comparisons: Sequence[Comparison]) -> str:
     """What the tables of settings show."""
     return (
-        "Test error in %, mean (standard error); for a method its difference from weight decay only in points (standard "
-        f"error), seeds on which it is lower, \\*\\* where p < 0.05 after Holm's correction for all {len(comparisons)} "
-        "comparisons, \\* where only the uncorrected p is. ↑ and ↓: the best learning rate (r), weight decay (d) or strength "
-        "(s) is the largest or the smallest that was tried. Ratio: energy of the hidden layers over that of random neurons, "
-        "of the tuned network without a penalty, after training."
+        "Test error in %, mean (standard error); for a method its difference from weight decay "
+        "only in points (standard error), seeds on which it is lower, \\*\\* where p < 0.05 after "
+        f"Holm's correction for all {len(comparisons)} comparisons, \\* where only the uncorrected "
+        "p is. ↑ and ↓: the best learning rate (r), weight decay (d) or strength (s) is the largest "
+        "or the smallest that was tried. Ratio: energy of the hidden layers over that of random "
+        "neurons, of the tuned network without a penalty, after training."
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import mean, median, stdev
 from typing import Any
 
@@ -46,142 +46,126 @@ def beside_decay(methods: Sequence[str]) -> list[str]:
 
 
 def summary(comparisons: Sequence[Comparison], least: int = 1) -> str:
-    """A row a method, of those compared in so many settings at least: in how many of them it helps."""
-    rows = []
-    for name in METHODS:
-        own = [one for one in comparisons if one.method == name]
-        if len(own) >= least:
-            verdicts = [one.verdict for one in own]
-            change = [one.paired.mean for one in own]
-            rows.append(
-                [
-                    METHODS[name].title,
-                    len(own),
-                    *(verdicts.count(kind) for kind in ("gain", "null", "worse")),
-                    f"{median(change):+.2f}",
-                    f"{min(change):+.2f}",
-                    f"{max(change):+.2f}",
-                    sum(one.failed for one in own),
-                ]
-            )
+    """In how many settings each method helps: a row a method that is compared in ``least`` or more."""
     head = ["method", "settings", "gain", "null", "worse", "median", "best", "worst", "failures"]
-    return (
-        markdown(head, rows)
-        + "\n\nFailures: weights that are not finite, or worse by two standard errors (uncorrected)."
-    )
+    rows: list[list[object]] = []
+    for name in METHODS:
+        own = of_method(comparisons, name)
+        if len(own) < least:
+            continue
+        verdicts = [one.verdict for one in own]
+        change = [one.paired.mean for one in own]
+        row: list[object] = [METHODS[name].title, len(own)]
+        row += [verdicts.count("gain"), verdicts.count("null"), verdicts.count("worse")]
+        row += [f"{median(change):+.2f}", f"{min(change):+.2f}", f"{max(change):+.2f}"]
+        row.append(sum(one.failed for one in own))
+        rows.append(row)
+    failures = "weights that are not finite, or worse by two standard errors (uncorrected)."
+    return f"{markdown(head, rows)}\n\nFailures: {failures}"
+
+
+def of_method(comparisons: Sequence[Comparison], name: str) -> list[Comparison]:
+    """The comparisons of one method."""
+    return [one for one in comparisons if one.method == name]
 
 
 def conditions_table(comparisons: Sequence[Comparison]) -> str:
-    """A row a condition: gains, nulls and losses of each method over its settings, and the median change."""
-    methods = [
-        name for name in beside_decay(CORE) if any(one.method == name for one in comparisons)
-    ]
-    trained = _trained(comparisons)
-    groups = {"weight decay alone trains": trained} | {
-        name: [one for one in trained if holds(one.result["asked"]["setting"])]
-        for name, holds in CONDITIONS.items()
-    }
-    groups["weight decay alone hardly trains"] = [one for one in comparisons if one not in trained]
-    rows = [
-        [
-            name,
-            len({one.setting for one in group}),
-            *(_tally([one for one in group if one.method == m]) for m in methods),
-        ]
-        for name, group in groups.items()
-        if group
-    ]
+    """Gains, nulls, losses and median change of each method under each condition."""
+    methods = [name for name in beside_decay(CORE) if of_method(comparisons, name)]
+    rows: list[list[object]] = []
+    for name, group in _groups(comparisons).items():
+        if group:
+            settings = {one.setting for one in group}
+            tallies = [_tally(of_method(group, method)) for method in methods]
+            rows.append([name, len(settings), *tallies])
+    head = ["where", "settings", *titles_of(methods)]
     told = "Gains–nulls–losses, and the median change of the test error in points. Of settings in which weight decay alone "
     told += f"trains (test error below {UNTRAINED:g} %), but the last row."
-    return (
-        markdown(["where", "settings", *(METHODS[name].title for name in methods)], rows)
-        + f"\n\n{told}"
-    )
+    return f"{markdown(head, rows)}\n\n{told}"
+
+
+def _groups(comparisons: Sequence[Comparison]) -> dict[str, list[Comparison]]:
+    """The comparisons under each condition: those that train, parts of these, and the others."""
+    trained = _trained(comparisons)
+    groups = {"weight decay alone trains": trained}
+    for name, holds in CONDITIONS.items():
+        groups[name] = [one for one in trained if holds(one.result["asked"]["setting"])]
+    groups["weight decay alone hardly trains"] = [one for one in comparisons if one not in trained]
+    return groups
+
+
+def titles_of(methods: Sequence[str]) -> list[str]:
+    """What tables call some methods."""
+    return [METHODS[name].title for name in methods]
 
 
 def _tally(own: Sequence[Comparison]) -> str:
+    if not own:
+        return ""
     verdicts = [one.verdict for one in own]
     counts = "–".join(str(verdicts.count(kind)) for kind in ("gain", "null", "worse"))
-    return f"{counts}, {median(one.paired.mean for one in own):+.2f}" if own else ""
+    return f"{counts}, {median(one.paired.mean for one in own):+.2f}"
 
 
 def rivals_table(comparisons: Sequence[Comparison]) -> str:
-    """Methods against each other, setting by setting, each tuned by itself; p corrected for the settings."""
-    rows = []
+    """Methods against each other, each tuned by itself in each setting; p corrected for the settings."""
+    head = ["method", "against", "settings", "better", "worse", "median difference"]
+    rows: list[list[object]] = []
     for name, rival in RIVALS:
         changes = [change for _, _, change in against(comparisons, name, rival)]
-        if changes:
-            corrected = holm([one.p for one in changes])
-            better, worse = (
-                sum(
-                    p < LEVEL and sign * one.mean < 0
-                    for one, p in zip(changes, corrected, strict=True)
-                )
-                for sign in (1, -1)
-            )
-            titles = (METHODS[name].title, METHODS[rival].title)
-            rows.append(
-                [
-                    *titles,
-                    len(changes),
-                    better,
-                    worse,
-                    f"{median(one.mean for one in changes):+.2f}",
-                ]
-            )
-    return markdown(["method", "against", "settings", "better", "worse", "median difference"], rows)
+        if not changes:
+            continue
+        better = worse = 0
+        for change, p in zip(changes, holm([one.p for one in changes]), strict=True):
+            if p < LEVEL:
+                better += change.mean < 0
+                worse += change.mean > 0
+        middle = f"{median(one.mean for one in changes):+.2f}"
+        rows.append([*titles_of([name, rival]), len(changes), better, worse, middle])
+    return markdown(head, rows)
 
 
 def against(
     comparisons: Sequence[Comparison], name: str, rival: str
 ) -> list[tuple[Comparison, Comparison, Paired]]:
-    """Two methods in the settings that have both, and the first's paired difference from the second."""
-    own = {(one.method, one.setting): one for one in comparisons}
-    pairs = [
-        (one, own[rival, one.setting])
-        for one in comparisons
-        if one.method == name and (rival, one.setting) in own
-    ]
-    return [(a, b, paired(a.result["test_error"], b.result["test_error"])) for a, b in pairs]
+    """Two methods in the settings that have both, with the paired difference of the first from the second."""
+    rivals = {one.setting: one for one in of_method(comparisons, rival)}
+    found = []
+    for one in of_method(comparisons, name):
+        if one.setting in rivals:
+            other = rivals[one.setting]
+            change = paired(one.result["test_error"], other.result["test_error"])
+            found.append((one, other, change))
+    return found
 
 
 def settings_table(
     comparisons: Sequence[Comparison], methods: Sequence[str], needed: str | None = None
 ) -> str:
-    """A row a setting: weight decay's error and each method's difference."""
+    """Weight decay's error and each method's difference: a row a setting, of those with method ``needed``."""
+    head = ["setting", "ratio", "weight decay only", *titles_of(methods)]
+    shown = comparisons if needed is None else of_method(comparisons, needed)
     rows = []
-    for setting in dict.fromkeys(
-        one.setting for one in comparisons if needed in (None, one.method)
-    ):
+    for setting in dict.fromkeys(one.setting for one in shown):
         own = {one.method: one for one in comparisons if one.setting == setting}
         base = next(iter(own.values())).baseline
-        rows.append(
-            [setting, f"{mean_ratio(base):.2f}", error_cell(base) + edge_marks(base)]
-            + [change_cell(own[name]) if name in own else "" for name in methods]
-        )
-    return markdown(
-        ["setting", "ratio", "weight decay only", *(METHODS[name].title for name in methods)], rows
-    )
+        row = [setting, f"{mean_ratio(base):.2f}", error_cell(base) + edge_marks(base)]
+        row += [change_cell(own.get(name)) for name in methods]
+        rows.append(row)
+    return markdown(head, rows)
 
 
 def family_table(comparisons: Sequence[Comparison]) -> str:
     """A row a method, a column a setting in which all methods were compared."""
-    places = list(dict.fromkeys(one.setting for one in comparisons if one.method == "mhs"))
-    own = {(one.method, one.setting): one for one in comparisons}
-    rows = [
-        [
-            METHODS[name].title,
-            *(change_cell(own[name, place]) if (name, place) in own else "" for place in places),
-        ]
-        for name in METHODS
-        if any((name, place) in own for place in places)
-    ]
+    places = list(dict.fromkeys(one.setting for one in of_method(comparisons, "mhs")))
     bases = {one.setting: one.baseline for one in comparisons}
-    rows = (
-        [["weight decay only", *(error_cell(bases[place]) for place in places)], *rows]
-        if places
-        else rows
-    )
+    rows = []
+    if places:
+        rows.append(["weight decay only", *(error_cell(bases[place]) for place in places)])
+    for name in METHODS:
+        own = {one.setting: one for one in of_method(comparisons, name)}
+        if not own.keys().isdisjoint(places):
+            rows.append([METHODS[name].title, *(change_cell(own.get(place)) for place in places)])
     return markdown(["method", *places], rows)
 
 
@@ -190,66 +174,47 @@ def share_table(comparisons: Sequence[Comparison]) -> str:
     pairs = against(comparisons, "share", "half_mhe_2")
     if not pairs:
         return markdown([], [])
-    rows = [
-        [
-            title,
-            len(pairs),
-            sum(one.verdict == "gain" for one in side),
-            sum(one.failed for one in side),
-            sum(bool(one.result["nonfinite"]) for one in side),
-            f"{median(one.paired.mean for one in side):+.2f}",
-        ]
-        for title, side in (
-            ("Share(0.05)", [a for a, _, _ in pairs]),
-            ("best coefficient of the setting", [b for _, b, _ in pairs]),
-        )
-    ]
     head = ["coefficient", "settings", "gain", "failures", "of them not finite", "median change"]
-    return markdown(head, rows)
+    shares = _share_row("Share(0.05)", [share for share, _, _ in pairs])
+    tuned = _share_row("best coefficient of the setting", [best for _, best, _ in pairs])
+    return markdown(head, [shares, tuned])
+
+
+def _share_row(title: str, group: Sequence[Comparison]) -> list[object]:
+    gains = sum(one.verdict == "gain" for one in group)
+    failures = sum(one.failed for one in group)
+    broken = sum(bool(one.result["nonfinite"]) for one in group)
+    change = f"{median(one.paired.mean for one in group):+.2f}"
+    return [title, len(group), gains, failures, broken, change]
 
 
 def hypothesis_table(comparisons: Sequence[Comparison]) -> str:
     """Rank correlations; the first row is the one that the protocol names."""
+    head = ["method", "ratio of weight decay alone", "gain", "settings", "Spearman's rho"]
+    head.append("95 % bootstrap interval")
+    trained = _trained(comparisons)
     asked = [
-        (method, "ratio_after", False, "", comparisons)
-        for method in ("half_mhe_2", "mgd", "orthogonality")
-    ]
-    asked[1:1] = [
+        ("half_mhe_2", "ratio_after", False, "", comparisons),
         ("half_mhe_2", "ratio_after", True, "", comparisons),
         ("half_mhe_2", "ratio_before", False, "", comparisons),
+        ("mgd", "ratio_after", False, "", comparisons),
+        ("orthogonality", "ratio_after", False, "", comparisons),
     ]
     for data, title in TITLES.items():
         own = [one for one in comparisons if one.result["asked"]["setting"]["data"] == data]
         asked.append(("half_mhe_2", "ratio_after", False, f", {title} only", own))
-    asked += [
-        ("half_mhe_2", "ratio_after", relative, ", where that trains", _trained(comparisons))
-        for relative in (False, True)
-    ]
-    rows = []
+    for relative in (False, True):
+        asked.append(("half_mhe_2", "ratio_after", relative, ", where that trains", trained))
+    rows: list[list[object]] = []
     for method, ratio, relative, where, group in asked:
-        if sum(one.method == method for one in group) >= 5:
-            found = hypothesis(group, method, ratio=ratio, relative=relative)
-            when = "after training" if ratio == "ratio_after" else "before training"
-            gain = "gain over weight decay's error" if relative else "gain in points"
-            interval = f"{found.low:+.2f} to {found.high:+.2f}"
-            rows.append(
-                [
-                    METHODS[method].title + where,
-                    f"ratio {when}",
-                    gain,
-                    found.count,
-                    f"{found.rho:+.2f}",
-                    interval,
-                ]
-            )
-    head = [
-        "method",
-        "ratio of weight decay alone",
-        "gain",
-        "settings",
-        "Spearman's rho",
-        "95 % bootstrap interval",
-    ]
+        if len(of_method(group, method)) < 5:
+            continue
+        found = hypothesis(group, method, ratio=ratio, relative=relative)
+        when = "after training" if ratio == "ratio_after" else "before training"
+        gain = "gain over weight decay's error" if relative else "gain in points"
+        row: list[object] = [METHODS[method].title + where, f"ratio {when}", gain, found.count]
+        row += [f"{found.rho:+.2f}", f"{found.low:+.2f} to {found.high:+.2f}"]
+        rows.append(row)
     return markdown(head, rows)
 
 
@@ -260,40 +225,26 @@ def _trained(comparisons: Sequence[Comparison]) -> list[Comparison]:
 
 def edges_table(results: Sequence[Result]) -> str:
     """How often the best trial takes the smallest or largest value that was tried."""
-    rows = []
+    head = ["method", "cells"]
+    kinds = []
+    for what in ("rate", "decay", "strength"):
+        head += [f"{what}: smallest", "largest"]
+        kinds += [f"smallest {what}", f"largest {what}"]
+    rows: list[list[object]] = []
     for name, method in METHODS.items():
         own = [one["edges"] for one in results if one["asked"]["method"]["name"] == name]
-        kinds = [
-            f"{end} {what}"
-            for what in ("rate", "decay", "strength")
-            for end in ("smallest", "largest")
-        ]
         if own:
-            rows.append(
-                [method.title, len(own), *(sum(kind in one for one in own) or "" for kind in kinds)]
-            )
-    head = [
-        "method",
-        "cells",
-        "rate: smallest",
-        "largest",
-        "decay: smallest",
-        "largest",
-        "strength: smallest",
-        "largest",
-    ]
+            counts = [sum(kind in edges for edges in own) for kind in kinds]
+            rows.append([method.title, len(own), *(count or "" for count in counts)])
     return markdown(head, rows)
 
 
-def markdown(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+def markdown(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """A table, or a word where there is nothing to tell."""
-    rows = list(rows)
+    if not rows:
+        return "Not run."
     lines = [head, ["---"] * len(head), *rows]
-    return (
-        "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
-        if rows
-        else "Not run."
-    )
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
 def error_cell(result: Result) -> str:
@@ -302,18 +253,25 @@ def error_cell(result: Result) -> str:
     return f"{mean(errors):.2f} ({stdev(errors) / len(errors) ** 0.5:.2f})"
 
 
-def change_cell(one: Comparison) -> str:
-    """Difference, its standard error, wins, stars."""
-    star = " **" if one.corrected < LEVEL else " *" if one.paired.p < LEVEL else ""
-    bad = f", {one.result['nonfinite']} not finite" if one.result["nonfinite"] else ""
-    text = f"{one.paired.mean:+.2f} ({one.paired.error:.2f}), {one.paired.wins}/{one.paired.seeds}{star}{bad}"
+def change_cell(one: Comparison | None) -> str:
+    """Difference, its standard error, wins, stars; nothing where the method was not run."""
+    if one is None:
+        return ""
+    text = f"{one.paired.mean:+.2f} ({one.paired.error:.2f}), {one.paired.wins}/{one.paired.seeds}"
+    if one.corrected < LEVEL:
+        text += " **"
+    elif one.paired.p < LEVEL:
+        text += " *"
+    if one.result["nonfinite"]:
+        text += f", {one.result['nonfinite']} not finite"
     return (text + edge_marks(one.result)).replace("*", "\\*")
 
 
 def edge_marks(result: Result) -> str:
     """Which of learning rate, decay and strength lie on an edge of their grid, and on which."""
-    marks = [
-        f"{what[0]}{'↑' if end == 'largest' else '↓'}"
-        for end, what in map(str.split, result["edges"])
-    ]
-    return f" {' '.join(marks)}" if marks else ""
+    arrows = {"largest": "↑", "smallest": "↓"}
+    text = ""
+    for edge in result["edges"]:
+        end, what = edge.split()
+        text += f" {what[0]}{arrows[end]}"
+    return text
