@@ -1,1 +1,1 @@
-"""Does the penalty help, and where: many small networks on real data, by a protocol fixed before its results."""
+"""Does the penalty help, and where: small networks on real data, by a protocol fixed beforehand."""

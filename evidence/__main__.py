@@ -7,7 +7,7 @@ import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +23,6 @@ from evidence.training import BATCH
 
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parents[1] / "README.md"
-OUT = Path("out/evidence")
 
 
 def main() -> int:
@@ -31,10 +30,8 @@ def main() -> int:
     args = _arguments()
     try:
         plan, tuning, testing = _plan(args)
-        wanted = {
-            cell: running.asked(cell, tuning, testing)
-            for cell in sorted(plan, key=lambda cell: cell.setting.data)
-        }
+        by_data = sorted(plan, key=lambda cell: cell.setting.data)  # each is read once
+        wanted = {cell: running.asked(cell, tuning, testing) for cell in by_data}
     except MissingDataError as error:
         print(error, file=sys.stderr)
         return 2
@@ -45,15 +42,12 @@ def main() -> int:
     folder = Path(args.out) / "cells"
     if args.resume_committed:
         _unpack(folder)
-    left = [cell for cell in plan if not running.kept(folder, cell, wanted[cell])]
+    left = _not_kept(plan, folder, wanted)
     print(f"{len(plan)} cells, {len(plan) - len(left)} done before; results in {folder}")
     if not args.tables:
         _run(left, tuning, testing, folder, args.jobs, args.minutes)
-    done = [
-        running.read(folder / f"{cell.name}.json")
-        for cell in plan
-        if running.kept(folder, cell, wanted[cell])
-    ]
+    still_left = set(_not_kept(plan, folder, wanted))
+    done = [running.read(folder / f"{cell.name}.json") for cell in plan if cell not in still_left]
     target = RESULTS if args.commit else Path(args.out)
     if done:
         pictured = write(done, len(plan), target)
@@ -62,6 +56,13 @@ def main() -> int:
         picture = f", picture: {target / 'ratio.png'}" if pictured else ""
         print(f"\n{len(done)} of {len(plan)} cells; tables: {target / 'tables.md'}{picture}")
     return 0 if len(done) == len(plan) else 3
+
+
+def _not_kept(
+    plan: Sequence[Cell], folder: Path, wanted: Mapping[Cell, running.Result]
+) -> list[Cell]:
+    """The cells that a folder has no result of, as they are asked now."""
+    return [cell for cell in plan if not running.kept(folder, cell, wanted[cell])]
 
 
 def _arguments() -> argparse.Namespace:
@@ -101,11 +102,12 @@ def _arguments() -> argparse.Namespace:
         parser.error("--commit takes the whole plan: leave out --quick, --data and --only")
     if args.jobs < 1:
         parser.error("--jobs is 1 or more")
-    args.out = args.out or str(
-        OUT
-        if not (args.quick or args.data)
-        else OUT.with_name("evidence-quick" if args.quick else "evidence-own")
-    )
+    if args.out is None:
+        args.out = "out/evidence"
+        if args.quick:
+            args.out = "out/evidence-quick"
+        elif args.data:
+            args.out = "out/evidence-own"
     return args
 
 
@@ -113,28 +115,28 @@ def _plan(args: argparse.Namespace) -> tuple[list[Cell], Sequence[int], Sequence
     """The cells, the seeds to tune on and the seeds to test on."""
     if args.quick:
         base = Setting("digits", 200, 4, held_out=200)
-        settings = [
-            base,
-            replace(base, scale=0.3),
-            replace(base, depth=4),
-            replace(base, imbalance=20.0),
-        ]
-        names = ("decay", "half_mhe_2", "orthogonality", "share")
-        found = [Cell(one, METHODS[name]) for one in settings for name in names]
+        settings = [base, replace(base, scale=0.3), replace(base, depth=4)]
+        settings.append(replace(base, imbalance=20.0))
+        found = _crossed(settings, ("decay", "half_mhe_2", "orthogonality", "share"))
         return _chosen(found, args.only), TUNING_SEEDS[:2], TEST_SEEDS[:3]
     if args.data:
         data = running.data_of(Cell(Setting(args.data, 0, 0), METHODS["decay"]))
-        if (pool := len(data.pool[1])) < 2 * BATCH:
+        pool = len(data.pool[1])
+        if pool < 2 * BATCH:
             raise MissingDataError(
-                f"{data.title} has {pool} training images; {2 * BATCH} are the least that can be compared on."
+                f"{data.title} has {pool} training images; "
+                f"{2 * BATCH} are the least that can be compared on."
             )
         base = Setting(args.data, min(1000, pool // 2), 30, held_out=min(2000, pool // 4))
-        found = [
-            Cell(replace(base, scale=scale), METHODS[name]) for scale in SCALES for name in CORE
-        ]
+        found = _crossed([replace(base, scale=scale) for scale in SCALES], CORE)
     else:
         found = cells()
     return _chosen(found, args.only), TUNING_SEEDS, TEST_SEEDS
+
+
+def _crossed(settings: Sequence[Setting], methods: Sequence[str]) -> list[Cell]:
+    """Every setting with every method."""
+    return [Cell(setting, METHODS[name]) for setting in settings for name in methods]
 
 
 def _chosen(cells: Sequence[Cell], only: str | None) -> list[Cell]:
@@ -153,8 +155,9 @@ def _run(
     jobs: int,
     minutes: float,
 ) -> None:
-    """Run cells, each on one core, and save each as it ends; one that fails is told and does not end the others."""
-    start, waiting = time.monotonic(), list(left)
+    """Run cells, each on one core, and save each; one that fails does not end the others."""
+    start = time.monotonic()
+    waiting = list(left)
     context = multiprocessing.get_context("spawn")
     with (
         ProcessPoolExecutor(jobs, context, running.end_with, (os.getpid(),)) as pool,
@@ -171,7 +174,8 @@ def _run(
             cell = pending.pop(future)
             bar.set_postfix_str(cell.name)
             bar.update()
-            if (error := future.exception()) is None:
+            error = future.exception()
+            if error is None:
                 running.save(future.result(), folder)
             elif isinstance(error, BrokenExecutor):
                 raise error

@@ -29,7 +29,8 @@ _load = lru_cache(maxsize=1)(load)
 def asked(cell: Cell, tuning: Sequence[int], testing: Sequence[int]) -> Result:
     """What decides the numbers of a cell; a result that was asked otherwise is not its result."""
     trials = [asdict(trial) for trial in cell.trials(_load(cell.setting.data))]
-    setting = asdict(cell.setting) | {"data": Path(cell.setting.data).resolve().name}
+    setting = asdict(cell.setting)
+    setting["data"] = Path(cell.setting.data).resolve().name
     if cell.setting.data not in NAMED:  # a folder, whose content may change under its name
         setting["content"] = _load(cell.setting.data).digest
     measure = repr(cell.method.measure) if cell.method.measure else None
@@ -51,7 +52,8 @@ def asked(cell: Cell, tuning: Sequence[int], testing: Sequence[int]) -> Result:
 def run(cell: Cell, tuning: Sequence[int], testing: Sequence[int]) -> Result:
     """Tune and test one cell on one core."""
     torch.set_num_threads(1)
-    start, data = time.perf_counter(), _load(cell.setting.data)
+    start = time.perf_counter()
+    data = _load(cell.setting.data)
     trials = cell.trials(data)
     tuned = train(data, cell.setting, cell.method, trials, tuning, test=False)
     chosen = int(tuned.error.mean(1).argmin())
@@ -77,9 +79,14 @@ def edges(trials: Sequence[Trial], chosen: Trial) -> list[str]:
     """Of what the chosen trial takes the smallest or largest value that was tried."""
     found = []
     for name in ("rate", "decay", "strength"):
-        values, own = sorted({getattr(trial, name) for trial in trials}), getattr(chosen, name)
-        if len(values) > 1 and own in (values[0], values[-1]):
-            found.append(f"{'smallest' if own == values[0] else 'largest'} {name}")
+        values = {getattr(trial, name) for trial in trials}
+        value = getattr(chosen, name)
+        if len(values) == 1:
+            continue
+        if value == min(values):
+            found.append(f"smallest {name}")
+        elif value == max(values):
+            found.append(f"largest {name}")
     return found
 
 
@@ -126,12 +133,14 @@ def data_of(cell: Cell) -> Data:
 
 
 def _told(tested: Trained) -> Result:
-    ratio = {"ratio_before": tested.before[0], "ratio_after": tested.after[0]}
+    """What the test of the chosen trial found."""
     return {
         "test_error": _rounded(tested.error[0]),
         "train_error": _rounded(tested.train_error[0]),
         "nonfinite": int((~tested.finite).sum()),
-    } | {name: _rounded(values, 5) for name, values in ratio.items()}
+        "ratio_before": _rounded(tested.before[0], 5),
+        "ratio_after": _rounded(tested.after[0], 5),
+    }
 
 
 def _rounded(values: torch.Tensor, digits: int = 3) -> Any:

@@ -1,20 +1,23 @@
-"""``python -m evidence.cnn9``: the published recipes on the paper's CNN-9; resumes, and reports like the harness.
+"""``python -m evidence.cnn9``: the published recipes on the paper's CNN-9, with resuming and a table.
 
 CIFAR-100 as its authors publish it ("python version") lies in a folder:
 
-    python -m evidence.cnn9 --data cifar-100-python --presets none half_mhe_2 mgd --seeds 0 1 2 --devices 1
+    python -m evidence.cnn9 --data cifar-100-python --presets none half_mhe_2 mgd --devices 1
 
-The recipe is that of the official code (github.com/wy1iu/Sphere-Uniformity): three times three 3 x 3 convolutions of 64, 128
-and 256 channels with batch norm and ReLU, a pooling after each three, a convolution over all that is left to 256, the head;
-no biases. Cross entropy of smoothed labels (0.01) and of probabilities + 1e-4, which bounds it. SGD with momentum 0.9, weight
-decay 5e-4, batches of 128 over all devices, learning rate 0.1, a tenth of it after 0.4, 2/3 and 13/15 of 75000 steps, padding
-by 4, crops and flips. Pixels are bytes, 0 to 255. There is no tuning here: one set of numbers for all, as published; running
-means of batch norm are PyTorch's (0.1 a step; 0.001 there). A run that goes on from a checkpoint draws batches and crops
-anew. On several devices a few test images may count twice.
+The recipe is that of the official code (github.com/wy1iu/Sphere-Uniformity): three times three
+3 x 3 convolutions of 64, 128 and 256 channels with batch norm and ReLU, a pooling after each three,
+a convolution over all that is left to 256, the head; no biases. Cross entropy of smoothed labels
+(0.01) and of probabilities + 1e-4, which bounds it. SGD with momentum 0.9, weight decay 5e-4,
+batches of 128 over all devices, learning rate 0.1, a tenth of it after 0.4, 2/3 and 13/15 of 75000
+steps, padding by 4, crops and flips. Pixels are bytes, 0 to 255. There is no tuning here: one set
+of numbers for all, as published; running means of batch norm are PyTorch's (0.1 a step; 0.001
+there). A run that goes on from a checkpoint draws batches and crops anew. On several devices a few
+test images may count twice.
 
-From these initial weights a learning rate of 0.1 throws the head so far that its probabilities saturate and the loss has no
-slope; weight decay then takes some 2000 steps to bring it back. So it is in the published logs, too (github.com/wy1iu/MHE:
-the training loss leaves 9 after 1600 to 3100 of 42500 steps, without a penalty after 2200). ``--rate 0.02`` learns at once.
+From these initial weights a learning rate of 0.1 throws the head so far that its probabilities
+saturate and the loss has no slope; weight decay then takes some 2000 steps to bring it back. So it
+is in the published logs, too (github.com/wy1iu/MHE: the training loss leaves 9 after 1600 to 3100
+of 42500 steps, without a penalty after 2200). ``--rate 0.02`` learns at once.
 """
 
 from __future__ import annotations

@@ -94,7 +94,7 @@ def hypothesis(
     ratio: str = "ratio_after",
     relative: bool = False,
 ) -> Correlation:
-    """Rank correlation, over settings, of the ratio without a penalty and what the penalty gains."""
+    """Rank correlation, over settings, of the ratio without a penalty and the penalty's gain."""
     x, y = ratio_and_gain(comparisons, method, ratio, relative)
     return rank_correlation(x, y)
 

@@ -39,7 +39,7 @@ class MissingDataError(Exception):
 
 @dataclass(frozen=True)
 class Data:
-    """A pool to draw training images from, and test images that are never trained on or chosen by."""
+    """A pool to draw training images from, and test images never trained on or chosen by."""
 
     name: str  # in file names
     title: str
@@ -93,9 +93,10 @@ class Draw:
 def load(source: str) -> Data:
     """The data by name (digits, fashion-mnist, mnist1d), or from a folder.
 
-    A folder holds four idx files, gzipped or plain; or one .npz with x_train, y_train, x_test, y_test (or train_images,
-    train_labels, test_images, test_labels); or CIFAR-100's files train and test, as its authors pickled them. Images of
-    four axes in an .npz have their channels last, but where the second axis is 4 or less and the last is more.
+    A folder holds four idx files, gzipped or plain; or one .npz with x_train, y_train, x_test,
+    y_test (or train_images, train_labels, test_images, test_labels); or CIFAR-100's files train and
+    test, as its authors pickled them. Images of four axes in an .npz have their channels last,
+    unless the second axis is 4 or less and the last is more.
 
     Raises:
         MissingDataError: if the data is not there or not whole; the message says what to do.
@@ -108,14 +109,14 @@ def load(source: str) -> Data:
         return _mnist1d()
     folder = Path(source).expanduser()
     name = folder.resolve().name
-    if len(archives := sorted(folder.glob("*.npz"))) > 1:
-        raise MissingDataError(
-            f"{folder} holds {', '.join(one.name for one in archives)}: leave one of them there."
-        )
+    archives = sorted(folder.glob("*.npz"))
+    if len(archives) > 1:
+        names = ", ".join(one.name for one in archives)
+        raise MissingDataError(f"{folder} holds {names}: leave one of them there.")
     if archives:
         return _npz(archives[0], name)
     for place in (folder, folder / "cifar-100-python"):
-        if all((place / part).is_file() for part in ("train", "test")):
+        if (place / "train").is_file() and (place / "test").is_file():
             return _cifar100(place, place.resolve().name)
     return _idx(folder, name, name)
 
@@ -137,20 +138,23 @@ def draw(
         count: Training images.
         held_out: Images to validate on, clean and as frequent as in the pool.
         noise: Fraction of the training labels that are replaced by another class.
-        imbalance: How many times the most frequent class is as frequent as the rarest; those between decay geometrically.
+        imbalance: How many times as frequent as the rarest class the most frequent one is; those
+            between decay geometrically.
     """
-    if count + held_out > len(data.pool[1]):
+    images, labels = data.pool
+    if count + held_out > len(labels):
         raise ValueError(
-            f"{count} images to train on and {held_out} to validate on are more than the {len(data.pool[1])} there are"
+            f"{count} images to train on and {held_out} to validate on are more than the "
+            f"{len(labels)} there are"
         )
     chance = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(data.pool[1]), generator=chance)
+    order = torch.randperm(len(labels), generator=chance)
     if imbalance == 1.0:
         chosen, held = order[: count + held_out].tensor_split([count])
     else:
         held, rest = order.tensor_split([held_out])
-        chosen = rest[_long_tail(data.pool[1][rest], data.classes, count, imbalance, chance)]
-    images, labels = (part[chosen] for part in data.pool)
+        chosen = rest[_long_tail(labels[rest], data.classes, count, imbalance, chance)]
+    images, labels = images[chosen], labels[chosen]
     if noise:
         wrong = torch.rand(len(labels), generator=chance) < noise
         shift = torch.randint(1, data.classes, labels.shape, generator=chance)
@@ -163,7 +167,7 @@ def _long_tail(
 ) -> Tensor:
     """Indices of ``count`` labels, classes in random order ever rarer.
 
-    What rounding leaves, and what a class has too few images for, goes to the most frequent classes.
+    What rounding leaves, and what a class has too few images for, goes to the most frequent ones.
     """
     rank = torch.randperm(classes, generator=chance)
     wanted = imbalance ** (-rank.double() / (classes - 1))
@@ -178,16 +182,13 @@ def _long_tail(
 def _digits() -> Data:
     from sklearn.datasets import load_digits
 
-    images, labels = (torch.from_numpy(array) for array in load_digits(return_X_y=True))
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
-    images, labels = images[order].float(), labels[order].long()
-    return Data(
-        "digits",
-        "scikit-learn's digits",
-        (images[:1000], labels[:1000]),
-        (images[1000:], labels[1000:]),
-        (1, 8, 8),
-    )
+    found = load_digits()
+    order = torch.randperm(len(found.target), generator=torch.Generator().manual_seed(0))
+    images = torch.from_numpy(found.data)[order].float()
+    labels = torch.from_numpy(found.target)[order].long()
+    pool = images[:1000], labels[:1000]
+    test = images[1000:], labels[1000:]
+    return Data("digits", "scikit-learn's digits", pool, test, (1, 8, 8))
 
 
 def _mnist1d() -> Data:
@@ -195,30 +196,26 @@ def _mnist1d() -> Data:
         from mnist1d.data import get_dataset_args, make_dataset
     except ImportError:
         raise MissingDataError("MNIST1D needs a package: pip install mnist1d") from None
-    made = make_dataset(
-        Namespace(
-            **vars(get_dataset_args()) | {"num_samples": 15_000, "train_split": 2 / 3, "seed": 42}
-        )
-    )
-    x, y, test_x, test_y = (torch.as_tensor(made[part]) for part in ("x", "y", "x_test", "y_test"))
-    return Data(
-        "mnist1d",
-        "MNIST1D",
-        (x.float(), y.long()),
-        (test_x.float(), test_y.long()),
-        (1, 1, x.shape[1]),
-    )
+    settings = vars(get_dataset_args()) | {"num_samples": 15_000, "train_split": 2 / 3, "seed": 42}
+    made = make_dataset(Namespace(**settings))
+    made = {name: torch.as_tensor(made[name]) for name in ("x", "y", "x_test", "y_test")}
+    pool = made["x"].float(), made["y"].long()
+    test = made["x_test"].float(), made["y_test"].long()
+    return Data("mnist1d", "MNIST1D", pool, test, (1, 1, made["x"].shape[1]))
 
 
 def _idx(folder: Path, name: str, title: str) -> Data:
-    paths = [
-        next((p for p in (folder / f"{file}.gz", folder / file) if p.is_file()), None)
-        for file in IDX_FILES
-    ]
-    missing = [file for file, path in zip(IDX_FILES, paths, strict=True) if path is None]
+    paths, missing = [], []
+    for file in IDX_FILES:
+        if (folder / f"{file}.gz").is_file():
+            paths.append(folder / f"{file}.gz")
+        elif (folder / file).is_file():
+            paths.append(folder / file)
+        else:
+            missing.append(file)
     if missing:
         raise MissingDataError(_ways_out(folder, missing))
-    return _made(name, title, *(_read(path) for path in paths if path is not None))
+    return _made(name, title, *map(_read, paths))
 
 
 def _npz(path: Path, name: str) -> Data:
@@ -226,8 +223,11 @@ def _npz(path: Path, name: str) -> Data:
 
     try:
         with np.load(path, allow_pickle=False) as archive:
-            names = next((one for one in NPZ_NAMES if set(one) <= set(archive.files)), None)
-            found = [torch.as_tensor(archive[part]) for part in names or ()]
+            found = []
+            for names in NPZ_NAMES:
+                if set(names) <= set(archive.files):
+                    found = [torch.as_tensor(archive[part]) for part in names]
+                    break
     except (OSError, ValueError, TypeError, zlib.error) as error:
         raise MissingDataError(f"{path} cannot be read: {error}") from None
     if not found:
@@ -237,23 +237,29 @@ def _npz(path: Path, name: str) -> Data:
 
 
 def _made(name: str, title: str, *arrays: Tensor, channels_last: bool = False) -> Data:
-    """Data from images (m, h, w), (m, channels, h, w) or, where so said, (m, h, w, channels), or rows (m, d), and labels."""
+    """Data from images and labels, to train and to test with.
+
+    Args:
+        name: In file names.
+        title: In tables and errors.
+        arrays: Images (m, h, w), (m, channels, h, w) or rows (m, d), and their labels; twice.
+        channels_last: Whether images may be (m, h, w, channels), too.
+    """
     images, labels, test_images, test_labels = arrays
-    for what, one, answers in (("training", images, labels), ("test", test_images, test_labels)):
-        _check(title, what, one, answers)
+    _check(title, "training", images, labels)
+    _check(title, "test", test_images, test_labels)
     if images.shape[1:] != test_images.shape[1:]:
-        sizes = [" x ".join(map(str, one.shape[1:])) for one in (images, test_images)]
+        size, test_size = (" x ".join(map(str, x.shape[1:])) for x in (images, test_images))
         raise MissingDataError(
-            f"{title} has training images of {sizes[0]} and test images of {sizes[1]}."
+            f"{title} has training images of {size} and test images of {test_size}."
         )
     if images.ndim == 4 and channels_last and not images.shape[1] <= 4 < images.shape[3]:
-        images, test_images = images.permute(0, 3, 1, 2), test_images.permute(0, 3, 1, 2)
+        images = images.permute(0, 3, 1, 2)
+        test_images = test_images.permute(0, 3, 1, 2)
     size = tuple(images.shape[1:])
     shape = (1,) * (3 - len(size)) + size
-    pool, test = (
-        (x.flatten(1).float(), y.flatten().long())
-        for x, y in ((images, labels), (test_images, test_labels))
-    )
+    pool = images.flatten(1).float(), labels.flatten().long()
+    test = test_images.flatten(1).float(), test_labels.flatten().long()
     return Data(name, title, pool, test, shape)
 
 
@@ -265,7 +271,8 @@ def _check(title: str, what: str, images: Tensor, labels: Tensor) -> None:
         )
     if not len(images) or not 2 <= images.ndim <= 4:
         raise MissingDataError(
-            f"{title} has {what} images of shape {tuple(images.shape)}: (m, h, w), with channels, or rows."
+            f"{title} has {what} images of shape {tuple(images.shape)}: "
+            "(m, h, w), with channels, or rows."
         )
     if not images.float().isfinite().all() or images.min() == images.max():
         raise MissingDataError(
@@ -276,22 +283,22 @@ def _check(title: str, what: str, images: Tensor, labels: Tensor) -> None:
 
 
 def _cifar100(folder: Path, name: str) -> Data:
-    """The "python version" of CIFAR-100: pickles of a dict with the pixels (m, 3072) and the fine labels."""
-    parts = [_unpickled(folder / part) for part in ("train", "test")]
-    arrays = [torch.as_tensor(part[key]) for part in parts for key in ("data", "fine_labels")]
-    return _made(
-        name, "CIFAR-100", *(one.view(-1, 3, 32, 32) if one.ndim == 2 else one for one in arrays)
-    )
+    """CIFAR-100's "python version": pickles of a dict with pixels (m, 3072) and fine labels."""
+    arrays = []
+    for part in ("train", "test"):
+        found = _unpickled(folder / part)
+        arrays.append(torch.as_tensor(found["data"]).view(-1, 3, 32, 32))
+        arrays.append(torch.as_tensor(found["fine_labels"]))
+    return _made(name, "CIFAR-100", *arrays)
 
 
 class _ArraysOnly(pickle.Unpickler):
     """Unpickles arrays and plain containers, and nothing that could run."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if (
-            module.removeprefix("numpy.").startswith(("core.multiarray", "_core.multiarray"))
-            and name == "_reconstruct"
-        ):
+        within_numpy = module.removeprefix("numpy.")
+        arrays = within_numpy.startswith(("core.multiarray", "_core.multiarray"))
+        if arrays and name == "_reconstruct":
             return super().find_class("numpy._core.multiarray", name)
         if (module, name) in (("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode")):
             return super().find_class(module, name)
@@ -311,9 +318,11 @@ def _unpickled(path: Path) -> Mapping[str, Any]:
 
 
 def _read(path: Path) -> Tensor:
-    """An idx file of bytes: two zeros, the type 8, the number of axes, their lengths, the values."""
+    """An idx file of bytes: two zeros, the type 8, the number of axes, their lengths, values."""
     try:
-        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        raw = path.read_bytes()
+        if path.suffix == ".gz":
+            raw = gzip.decompress(raw)
     except (EOFError, OSError, zlib.error):
         raw = b""
     axes = raw[3] if len(raw) > 3 else 0

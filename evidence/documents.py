@@ -16,7 +16,11 @@ MARKS = ("<!-- evidence: written by `python -m evidence --commit` -->", "<!-- en
 
 
 def write(results: Sequence[Result], planned: int, folder: Path) -> bool:
-    """Write cells.json, tables.md and, with five settings or more, ratio.png; return whether it was."""
+    """Write cells.json, tables.md and, with five settings or more, ratio.png.
+
+    Returns:
+        Whether there are as many settings.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     lines = ",\n".join(json.dumps(one, allow_nan=False) for one in results)
     (folder / "cells.json").write_text(f"[\n{lines}\n]\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal
@@ -31,7 +32,8 @@ class Method:
     Args:
         name: In results.
         title: In tables.
-        measure: What is minimised in hidden layers; the head takes the measure's own form for heads. None is weight decay.
+        measure: What is minimised in hidden layers; the head takes the measure's own form for
+            heads. None is weight decay.
         apply: As in the callback.
         share: A coefficient that follows the task instead of one that is tuned.
     """
@@ -45,36 +47,44 @@ class Method:
 
 HALF_MHE = RieszEnergy(s=2.0, half_space=True)
 
-METHODS = {
-    method.name: method
-    for method in (
-        Method("decay", "weight decay only"),
-        Method("half_mhe_2", "half-space MHE, s = 2", HALF_MHE),
-        Method("mgd", "MGD", GramDeterminant()),
-        Method("orthogonality", "orthogonality", Orthogonality()),
-        Method("share", "half-space MHE, s = 2, Share(0.05)", HALF_MHE, share=Share(0.05)),
-        Method("loss", "half-space MHE, s = 2, in the loss", HALF_MHE, apply="loss"),
-        Method("decoupled", "half-space MHE, s = 2, decoupled", HALF_MHE, apply="decoupled"),
-        *(
-            Method(
-                f"{'half_' * half}mhe_{'a' * (distance == 'geodesic')}{s}",
-                f"{'half-space ' * half}MHE, s = {s}{', angular' * (distance == 'geodesic')}",
-                RieszEnergy(s=float(s), half_space=half, distance=distance),
-            )
-            for half in (False, True)
-            for distance in ("chordal", "geodesic")
-            for s in (0, 1, 2)
-            if (half, distance, s) != (True, "chordal", 2)
-        ),
-        Method("mhs", "MHS", Separation()),
-        Method("mhp", "MHP", Polarization(witnesses=2, steps=3)),
-        Method("r_mhp", "R-MHP", ResultantLength()),
-        Method("mhc", "MHC", Covering(witnesses=2, steps=3)),
-        Method("comhe", "CoMHE, random projection", Projected(HALF_MHE, RandomProjection(dim=20))),
-        Method("koleo", "KoLeo", KoLeo()),
-        Method("mma", "MMA", MinimalAngle()),
-    )
-}
+
+def _methods() -> Iterator[Method]:
+    """All of them, in the order of the tables."""
+    yield Method("decay", "weight decay only")
+    yield Method("half_mhe_2", "half-space MHE, s = 2", HALF_MHE)
+    yield Method("mgd", "MGD", GramDeterminant())
+    yield Method("orthogonality", "orthogonality", Orthogonality())
+    yield Method("share", "half-space MHE, s = 2, Share(0.05)", HALF_MHE, share=Share(0.05))
+    yield Method("loss", "half-space MHE, s = 2, in the loss", HALF_MHE, apply="loss")
+    yield Method("decoupled", "half-space MHE, s = 2, decoupled", HALF_MHE, apply="decoupled")
+    for half_space in (False, True):
+        for distance in ("chordal", "geodesic"):
+            for s in (0, 1, 2):
+                method = _energy(s, half_space, distance)
+                if method.measure != HALF_MHE:
+                    yield method
+    yield Method("mhs", "MHS", Separation())
+    yield Method("mhp", "MHP", Polarization(witnesses=2, steps=3))
+    yield Method("r_mhp", "R-MHP", ResultantLength())
+    yield Method("mhc", "MHC", Covering(witnesses=2, steps=3))
+    projected = Projected(HALF_MHE, RandomProjection(dim=20))
+    yield Method("comhe", "CoMHE, random projection", projected)
+    yield Method("koleo", "KoLeo", KoLeo())
+    yield Method("mma", "MMA", MinimalAngle())
+
+
+def _energy(s: int, half_space: bool, distance: Literal["chordal", "geodesic"]) -> Method:
+    """Minimum hyperspherical energy under the paper's names."""
+    name, title = f"mhe_{s}", f"MHE, s = {s}"
+    if distance == "geodesic":
+        name, title = f"mhe_a{s}", f"{title}, angular"
+    if half_space:
+        name, title = f"half_{name}", f"half-space {title}"
+    measure = RieszEnergy(s=float(s), half_space=half_space, distance=distance)
+    return Method(name, title, measure)
+
+
+METHODS = {method.name: method for method in _methods()}
 
 CORE = ("decay", "half_mhe_2", "mgd", "orthogonality", "share")
 """Compared in every setting."""
@@ -82,15 +92,14 @@ CORE = ("decay", "half_mhe_2", "mgd", "orthogonality", "share")
 
 @cache
 def unit_coefficient(measure: Measure, n: int, d: int) -> float:
-    """The coefficient that gives n unit neurons in a cone, all cosines about a half, gradients of root mean square 1.
+    """The coefficient whose gradients have root mean square 1 on n unit neurons in a cone.
 
-    So the strengths of all measures are numbers of one kind; the coefficient stays one for all layers, as a user sets it.
+    All cosines of the cone are about a half. So the strengths of all measures are numbers of one
+    kind; the coefficient stays one for all layers, as a user sets it.
     """
     chance = torch.Generator().manual_seed(0)
-    axis, x = (
-        torch.nn.functional.normalize(torch.randn(rows, d, generator=chance), dim=-1)
-        for rows in (1, n)
-    )
+    axis = torch.nn.functional.normalize(torch.randn(1, d, generator=chance), dim=-1)
+    x = torch.nn.functional.normalize(torch.randn(n, d, generator=chance), dim=-1)
     x = torch.nn.functional.normalize(axis + x, dim=-1)
     grad = measure.value_and_grad(x, measure.prepare(x, None))[1]
     return 1.0 / float(grad.norm(dim=-1).square().mean().sqrt())

@@ -1,4 +1,4 @@
-"""Many small networks as one: those of several trials, each with several seeds, side by side in every product."""
+"""Many small networks as one: those of several trials and seeds, side by side in every product."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CHANNELS = (8, 16)
 
 @dataclass(frozen=True)
 class Architecture:
-    """A plain ReLU network: hidden layers of 64, or two convolutions, with batch norm or without; and the class head."""
+    """A plain ReLU network: hidden layers of 64, or two convolutions, and the class head."""
 
     shape: tuple[int, ...]  # of an image: channels, height, width
     classes: int
@@ -40,11 +40,18 @@ class Architecture:
 
 
 class Piece(nn.Module):
-    """One layer of one trial's networks, one a seed: weights (seeds, n, ...), biases and, with batch norm, gains (seeds, n)."""
+    """One layer of one trial's networks, one a seed.
+
+    Args:
+        weight: Shape (seeds, n, ...).
+        bias: Shape (seeds, n).
+        gain: Whether there are gains of that shape, too, for batch norm.
+    """
 
     def __init__(self, weight: Tensor, bias: Tensor, *, gain: bool) -> None:
         super().__init__()
-        self.weight, self.bias = nn.Parameter(weight), nn.Parameter(bias)
+        self.weight = nn.Parameter(weight)
+        self.bias = nn.Parameter(bias)
         self.gain = nn.Parameter(torch.ones_like(bias)) if gain else None
 
 
@@ -62,11 +69,9 @@ class Side(nn.ModuleList):
         """Weights or biases of all networks, (seeds, trials, n, ...)."""
         parts = [getattr(piece, name) for piece in self]
         each = len(parts) // self.trials
-        rows = [
-            torch.cat(parts[i : i + each]) if each > 1 else parts[i]
-            for i in range(0, len(parts), each)
-        ]
-        return torch.stack(rows, dim=1)
+        if each > 1:
+            parts = [torch.cat(parts[i : i + each]) for i in range(0, len(parts), each)]
+        return torch.stack(parts, dim=1)
 
 
 class Networks(nn.Module):
@@ -76,45 +81,47 @@ class Networks(nn.Module):
         architecture: What each of them is.
         trials: How many trials.
         seeds: Each decides the initial weights of its networks.
-        apart: A layer of each network is a module of its own, for coefficients that follow the network.
+        apart: A layer of each network is a module of its own, for coefficients that follow it.
     """
 
     def __init__(
         self, architecture: Architecture, trials: int, seeds: Sequence[int], *, apart: bool = False
     ) -> None:
         super().__init__()
-        self.architecture, self.trials, self.seeds = architecture, trials, len(seeds)
-        first = [_initial(architecture, seed) for seed in seeds]
+        self.architecture = architecture
+        self.trials = trials
+        self.seeds = len(seeds)
+        shapes = architecture.weights()
+        initial = [_initial(architecture, seed) for seed in seeds]
         sides = []
-        for i in range(len(first[0])):
-            weight, bias = (torch.stack([one[i][part] for one in first]) for part in (0, 1))
-            gain = architecture.norm and i < len(first[0]) - 1
-            parts = (
-                [(weight[j : j + 1], bias[j : j + 1]) for j in range(len(seeds))]
-                if apart
-                else [(weight, bias)]
-            )
-            pieces = [
-                Piece(w.clone(), b.clone(), gain=gain) for _ in range(trials) for w, b in parts
-            ]
+        for i in range(len(shapes)):
+            weight = torch.stack([one[i][0] for one in initial])
+            bias = torch.stack([one[i][1] for one in initial])
+            gain = architecture.norm and i < len(shapes) - 1
+            parts = [(weight, bias)]
+            if apart:
+                parts = list(zip(weight.split(1), bias.split(1), strict=True))
+            pieces = []
+            for _ in range(trials):
+                pieces += [Piece(w.clone(), b.clone(), gain=gain) for w, b in parts]
             sides.append(Side(pieces, trials))
-        self.hidden, self.head = nn.ModuleList(sides[:-1]), sides[-1]
-        self.norms = nn.ModuleList(
-            nn.BatchNorm2d(trials * len(seeds) * shape[0], affine=False)
-            if architecture.norm
-            else nn.Identity()
-            for shape in architecture.weights()[:-1]
-        )
+        self.hidden = nn.ModuleList(sides[:-1])
+        self.head = sides[-1]
+        self.norms = nn.ModuleList()
+        for shape in shapes[:-1]:
+            if architecture.norm:
+                self.norms.append(nn.BatchNorm2d(trials * len(seeds) * shape[0], affine=False))
+            else:
+                self.norms.append(nn.Identity())
 
     def trial_parameters(self, trial: int) -> list[nn.Parameter]:
         """The parameters of one trial's networks."""
-        return [
-            p
-            for side in (*self.hidden, self.head)
-            for i, piece in enumerate(side)
-            if i // (len(side) // self.trials) == trial
-            for p in piece.parameters()
-        ]
+        found: list[nn.Parameter] = []
+        for side in (*self.hidden, self.head):
+            each = len(side) // self.trials
+            for piece in list(side)[trial * each : (trial + 1) * each]:
+                found += piece.parameters()
+        return found
 
     def forward(self, x: Tensor) -> Tensor:
         """Map each seed's images (seeds, batch, d) to scores (seeds, trials, batch, classes)."""
@@ -127,24 +134,32 @@ class Networks(nn.Module):
         return _linear(x, self.head).view(seeds, self.trials, batch, -1)
 
     def _convolved(self, x: Tensor) -> Tensor:
-        """Features (seeds, trials, batch, d) of images, by convolutions in groups, a network each."""
+        """Features (seeds, trials, batch, d) of images, by convolutions with a group a network."""
         seeds, batch, _ = x.shape
         x = x.view(seeds, batch, *self.architecture.shape).transpose(0, 1).flatten(1, 2)
         groups = seeds
         for side, norm in zip(self.hidden, self.norms, strict=True):
-            weight, bias = side.joined("weight").flatten(0, 2), side.joined("bias").flatten()
+            weight = side.joined("weight").flatten(0, 2)
+            bias = side.joined("bias").flatten()
             if self.architecture.norm:
                 x = norm(functional.conv2d(x, weight, None, stride=2, padding=1, groups=groups))
                 x = x * side.joined("gain").flatten()[:, None, None] + bias[:, None, None]
             else:
                 x = functional.conv2d(x, weight, bias, stride=2, padding=1, groups=groups)
-            x, groups = x.relu(), seeds * self.trials
+            x = x.relu()
+            groups = seeds * self.trials
         return x.view(batch, seeds, self.trials, -1).permute(1, 2, 0, 3)
 
 
 def _linear(x: Tensor, side: Side) -> Tensor:
-    """A layer of all networks on (seeds, batch, d), shared by the trials, or (seeds, trials, batch, d): the latter's shape."""
-    weight, bias = side.joined("weight"), side.joined("bias")
+    """A layer of all networks, (seeds, trials, batch, n).
+
+    Args:
+        x: Shape (seeds, batch, d), the same for all trials, or (seeds, trials, batch, d).
+        side: The layer.
+    """
+    weight = side.joined("weight")
+    bias = side.joined("bias")
     seeds, trials, n, _ = weight.shape
     if x.ndim == 3:  # one wide product a seed
         found = torch.baddbmm(bias.view(seeds, 1, -1), x, weight.flatten(1, 2).mT)
@@ -154,13 +169,12 @@ def _linear(x: Tensor, side: Side) -> Tensor:
 
 
 def _initial(architecture: Architecture, seed: int) -> list[tuple[Tensor, Tensor]]:
-    """Weights and biases of one network, uniform within 1 over the root of the inputs, as torch has it; weights scaled."""
-    chance, found = torch.Generator().manual_seed(seed), []
+    """Weights, scaled, and biases of one network, uniform within 1 / sqrt(inputs) as in torch."""
+    chance = torch.Generator().manual_seed(seed)
+    found = []
     for shape in architecture.weights():
         bound = torch.Size(shape[1:]).numel() ** -0.5
-        weight, bias = (
-            torch.empty(size).uniform_(-bound, bound, generator=chance)
-            for size in (shape, shape[:1])
-        )
+        weight = torch.empty(shape).uniform_(-bound, bound, generator=chance)
+        bias = torch.empty(shape[:1]).uniform_(-bound, bound, generator=chance)
         found.append((weight * architecture.scale, bias))
     return found

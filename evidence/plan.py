@@ -1,11 +1,10 @@
-"""Which cells are run: the settings, the methods compared in each, and the budget that every method gets."""
+"""Which cells are run: settings, the methods compared in each, and the budget of every method."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import product
 from pathlib import Path
 from typing import Literal
 
@@ -58,25 +57,28 @@ class Setting:
     def name(self) -> str:
         """A name for files, which says what is not as usual."""
         parts = [Path(self.data).resolve().name, f"n{self.images}", f"e{self.epochs}"]
-        parts += (
-            [self.network.replace(" ", "")] if self.network != "plain" else [f"depth{self.depth}"]
-        )
-        parts += [f"scale{self.scale:g}"]
-        parts += [self.optimizer] * (self.optimizer != "sgd")
-        parts += [f"noise{self.noise:g}"] * bool(self.noise)
-        parts += [f"tail{self.imbalance:g}"] * (self.imbalance != 1.0)
+        if self.network == "plain":
+            parts.append(f"depth{self.depth}")
+        else:
+            parts.append(self.network.replace(" ", ""))
+        parts.append(f"scale{self.scale:g}")
+        if self.optimizer != "sgd":
+            parts.append(self.optimizer)
+        if self.noise:
+            parts.append(f"noise{self.noise:g}")
+        if self.imbalance != 1.0:
+            parts.append(f"tail{self.imbalance:g}")
         return "-".join(parts)
 
     def architecture(self, data: Data) -> Architecture:
         """One network."""
-        convolutions = self.network != "plain"
         return Architecture(
             data.shape,
             data.classes,
-            self.depth,
-            convolutions,
-            self.network == "batch norm",
-            self.scale,
+            depth=self.depth,
+            convolutions=self.network != "plain",
+            norm=self.network == "batch norm",
+            scale=self.scale,
         )
 
 
@@ -103,24 +105,24 @@ class Cell:
         return f"{self.setting.name}--{self.method.name}"
 
     def trials(self, data: Data) -> list[Trial]:
-        """Sixteen of them for every method: four learning rates times four decays, and on them strengths as a Latin square.
+        """Sixteen for every method: four learning rates times four decays, and strengths on them.
 
-        So every strength meets every learning rate once and every decay once.
+        The strengths are a Latin square: each meets every learning rate once and every decay once.
         """
         decays = DECAYS[self.setting.optimizer]
-        rates = RATES.get(
-            "adamw" if self.setting.optimizer == "adamw" else self.setting.data, USUAL_RATES
-        )
-        pairs = list(product(enumerate(rates), enumerate(decays)))
+        rates = RATES.get(self.setting.data, USUAL_RATES)
+        if self.setting.optimizer == "adamw":
+            rates = RATES["adamw"]
         if self.method.measure is None or self.method.share is not None:
-            return [Trial(rate, decay) for (_, rate), (_, decay) in pairs]
+            return [Trial(rate, decay) for rate in rates for decay in decays]
         n, *rest = self.setting.architecture(data).weights()[0]
         unit = unit_coefficient(self.method.measure, n, math.prod(rest))
-        strengths = [STRENGTHS[(i + j) % len(STRENGTHS)] for (i, _), (j, _) in pairs]
-        return [
-            Trial(rate, decay, own, own * unit)
-            for own, ((_, rate), (_, decay)) in zip(strengths, pairs, strict=True)
-        ]
+        found = []
+        for i, rate in enumerate(rates):
+            for j, decay in enumerate(decays):
+                strength = STRENGTHS[(i + j) % len(STRENGTHS)]
+                found.append(Trial(rate, decay, strength, strength * unit))
+        return found
 
 
 SCALES = (0.03, 0.1, 0.3, 1.0)
@@ -134,28 +136,23 @@ def _settings() -> Iterator[Setting]:
         "digits": Setting("digits", 500, 40, held_out=400),
     }
     for base in usual.values():
-        yield from (_with(base, scale=scale) for scale in SCALES)
-        yield from (
-            _with(base, depth=4, scale=scale) for scale in SCALES[2:]
-        )  # with smaller ones nothing trains
+        for scale in SCALES:
+            yield _with(base, scale=scale)
+        for scale in SCALES[2:]:  # with smaller ones nothing trains
+            yield _with(base, depth=4, scale=scale)
+        few = 200 if base.data == "digits" else base.images
         for scale in (0.1, 1.0):
             yield _with(base, scale=scale, noise=0.2)
-            yield _with(
-                base,
-                scale=scale,
-                images=200 if base.data == "digits" else base.images,
-                imbalance=20.0,
-            )
+            yield _with(base, scale=scale, images=few, imbalance=20.0)
             yield _with(base, scale=scale, optimizer="adamw")
+    fashion, mnist1d = usual["fashion-mnist"], usual["mnist1d"]
     for scale in (0.1, 1.0):
-        yield _with(usual["fashion-mnist"], scale=scale, images=5000, epochs=10)
-        yield _with(usual["fashion-mnist"], scale=scale, epochs=100)  # to convergence
-        yield _with(usual["mnist1d"], scale=scale, depth=4, images=5000, epochs=10)
-        yield _with(
-            usual["mnist1d"], scale=scale, depth=4, images=5000, epochs=30
-        )  # to convergence
+        yield _with(fashion, scale=scale, images=5000, epochs=10)
+        yield _with(fashion, scale=scale, epochs=100)  # to convergence
+        yield _with(mnist1d, scale=scale, depth=4, images=5000, epochs=10)
+        yield _with(mnist1d, scale=scale, depth=4, images=5000, epochs=30)  # to convergence
         for network in ("convolutions", "batch norm"):
-            yield _with(usual["fashion-mnist"], scale=scale, network=network, epochs=20)
+            yield _with(fashion, scale=scale, network=network, epochs=20)
 
 
 def _with(base: Setting, **changes: object) -> Setting:
@@ -178,10 +175,6 @@ def cells() -> list[Cell]:
     """All of them, in the order in which they are run."""
     found = [Cell(setting, METHODS[name]) for setting in SETTINGS for name in CORE]
     found += [Cell(setting, METHODS[name]) for setting in MODES for name in ("loss", "decoupled")]
-    found += [
-        Cell(setting, method)
-        for setting in FAMILY
-        for method in METHODS.values()
-        if method.name not in CORE
-    ]
+    others = [method for name, method in METHODS.items() if name not in CORE]
+    found += [Cell(setting, method) for setting in FAMILY for method in others]
     return found

@@ -11,10 +11,10 @@ from scipy import stats
 
 @dataclass(frozen=True)
 class Paired:
-    """A method against weight decay, seed by seed: what it changes in the test error, in points; below 0 is better.
+    """A method against weight decay, seed by seed: the change of the test error, below 0 if better.
 
     Args:
-        mean: Mean difference.
+        mean: Mean difference, in points.
         error: Its standard error.
         wins: Seeds on which the method's error is lower.
         seeds: How many seeds.
@@ -37,14 +37,17 @@ def paired(method: Sequence[float], baseline: Sequence[float]) -> Paired:
     """Compare test errors of the same seeds."""
     change = np.asarray(method) - np.asarray(baseline)
     error = float(change.std(ddof=1) / len(change) ** 0.5)
-    p = float(stats.ttest_rel(method, baseline).pvalue) if error > 0 else 1.0
+    p = 1.0
+    if error > 0:
+        p = float(stats.ttest_rel(method, baseline).pvalue)
     return Paired(float(change.mean()), error, int((change < 0).sum()), len(change), p)
 
 
 def holm(p: Sequence[float]) -> list[float]:
     """Values of p corrected for their number (Holm, 1979)."""
-    order, corrected, largest = np.argsort(p), [0.0] * len(p), 0.0
-    for rank, i in enumerate(order):
+    corrected = [0.0] * len(p)
+    largest = 0.0
+    for rank, i in enumerate(np.argsort(p)):
         largest = max(largest, min(1.0, (len(p) - rank) * p[i]))
         corrected[i] = largest
     return corrected
@@ -64,10 +67,8 @@ def rank_correlation(
     x: Sequence[float], y: Sequence[float], resamples: int = 10_000
 ) -> Correlation:
     """Spearman's rho of x and y, resampled in pairs with a fixed seed; percentiles."""
-    pairs, chance = (
-        np.asarray(sorted(zip(x, y, strict=True))).T,
-        np.random.default_rng(0),
-    )  # in whatever order they came
+    pairs = np.asarray(sorted(zip(x, y, strict=True))).T  # the same in whatever order they came
+    chance = np.random.default_rng(0)
     drawn = chance.integers(0, pairs.shape[1], (resamples, pairs.shape[1]))
     found = _spearman(pairs[0][drawn], pairs[1][drawn])
     low, high = np.percentile(found[np.isfinite(found)], [2.5, 97.5])
@@ -76,9 +77,12 @@ def rank_correlation(
 
 def _spearman(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Rank correlations of arrays (..., settings); NaN where all are equal."""
-    a, b = (
-        ranks - ranks.mean(-1, keepdims=True)
-        for ranks in (stats.rankdata(one, axis=-1) for one in (x, y))
-    )
+    a = _centred_ranks(x)
+    b = _centred_ranks(y)
     with np.errstate(invalid="ignore"):
         return (a * b).sum(-1) / np.sqrt((a * a).sum(-1) * (b * b).sum(-1))
+
+
+def _centred_ranks(x: np.ndarray) -> np.ndarray:
+    ranks = stats.rankdata(x, axis=-1)
+    return ranks - ranks.mean(-1, keepdims=True)

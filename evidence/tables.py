@@ -46,7 +46,7 @@ def beside_decay(methods: Sequence[str]) -> list[str]:
 
 
 def summary(comparisons: Sequence[Comparison], least: int = 1) -> str:
-    """In how many settings each method helps: a row a method that is compared in ``least`` or more."""
+    """In how many settings each method helps, of those compared in ``least`` settings or more."""
     head = ["method", "settings", "gain", "null", "worse", "median", "best", "worst", "failures"]
     rows: list[list[object]] = []
     for name in METHODS:
@@ -79,8 +79,10 @@ def conditions_table(comparisons: Sequence[Comparison]) -> str:
             tallies = [_tally(of_method(group, method)) for method in methods]
             rows.append([name, len(settings), *tallies])
     head = ["where", "settings", *titles_of(methods)]
-    told = "Gains–nulls–losses, and the median change of the test error in points. Of settings in which weight decay alone "
-    told += f"trains (test error below {UNTRAINED:g} %), but the last row."
+    told = (
+        "Gains–nulls–losses, and the median change of the test error in points. Of settings in "
+        f"which weight decay alone trains (test error below {UNTRAINED:g} %), but the last row."
+    )
     return f"{markdown(head, rows)}\n\n{told}"
 
 
@@ -108,7 +110,7 @@ def _tally(own: Sequence[Comparison]) -> str:
 
 
 def rivals_table(comparisons: Sequence[Comparison]) -> str:
-    """Methods against each other, each tuned by itself in each setting; p corrected for the settings."""
+    """Methods against each other, each tuned by itself; p corrected for the settings."""
     head = ["method", "against", "settings", "better", "worse", "median difference"]
     rows: list[list[object]] = []
     for name, rival in RIVALS:
@@ -128,7 +130,7 @@ def rivals_table(comparisons: Sequence[Comparison]) -> str:
 def against(
     comparisons: Sequence[Comparison], name: str, rival: str
 ) -> list[tuple[Comparison, Comparison, Paired]]:
-    """Two methods in the settings that have both, with the paired difference of the first from the second."""
+    """Two methods in the settings that have both, with the paired difference of the first."""
     rivals = {one.setting: one for one in of_method(comparisons, rival)}
     found = []
     for one in of_method(comparisons, name):
@@ -142,7 +144,7 @@ def against(
 def settings_table(
     comparisons: Sequence[Comparison], methods: Sequence[str], needed: str | None = None
 ) -> str:
-    """Weight decay's error and each method's difference: a row a setting, of those with method ``needed``."""
+    """Weight decay's error and each method's difference, in settings that have ``needed``."""
     head = ["setting", "ratio", "weight decay only", *titles_of(methods)]
     shown = comparisons if needed is None else of_method(comparisons, needed)
     rows = []
@@ -234,8 +236,10 @@ def edges_table(results: Sequence[Result]) -> str:
     for name, method in METHODS.items():
         own = [one["edges"] for one in results if one["asked"]["method"]["name"] == name]
         if own:
-            counts = [sum(kind in edges for edges in own) for kind in kinds]
-            rows.append([method.title, len(own), *(count or "" for count in counts)])
+            row: list[object] = [method.title, len(own)]
+            for kind in kinds:
+                row.append(sum(kind in edges for edges in own) or "")
+            rows.append(row)
     return markdown(head, rows)
 
 

@@ -14,7 +14,7 @@ from evidence.data import Data, Draw, draw
 from evidence.methods import HALF_MHE, Method
 from evidence.networks import Networks
 from evidence.plan import Setting, Trial
-from lightning_hsu import UniformityRegularizer
+from lightning_hsu import Share, UniformityRegularizer
 from lightning_hsu.reference import uniformity_ratio
 
 BATCH = 50
@@ -30,7 +30,8 @@ class Trained:
         error: On the held-out or the test images, in percent.
         train_error: On the training images, as labelled.
         finite: Whether all weights are.
-        before: Ratios of the hidden layers' half-space energy, s = 2, to that of random neurons, mean over layers.
+        before: Ratios of the hidden layers' half-space energy, s = 2, to that of random neurons,
+            mean over layers.
         after: The same at the end.
     """
 
@@ -50,7 +51,7 @@ def train(
     *,
     test: bool,
 ) -> Trained:
-    """Train len(trials) * len(seeds) networks; those of a seed see the same images in the same order.
+    """Train len(trials) * len(seeds) networks; a seed's see the same images in the same order.
 
     Args:
         data: The data of the setting.
@@ -71,15 +72,17 @@ def train(
     before = _ratios(networks)
     _fit(networks, optimizer, penalties, method, setting, draws, seeds)
     networks.eval()
-    judged = [
-        data.test if test else (data.pool[0][one.held], data.pool[1][one.held]) for one in draws
-    ]
+    judged, trained_on = [], []
+    for one in draws:
+        held = data.pool[0][one.held], data.pool[1][one.held]
+        judged.append(data.test if test else held)
+        trained_on.append((one.images, one.labels))
     return Trained(
-        _error(networks, draws, judged),
-        _error(networks, draws, [(one.images, one.labels) for one in draws]),
-        _finite(networks),
-        before,
-        _ratios(networks),
+        error=_error(networks, draws, judged),
+        train_error=_error(networks, draws, trained_on),
+        finite=_finite(networks),
+        before=before,
+        after=_ratios(networks),
     )
 
 
@@ -109,26 +112,25 @@ def _optimizer(
 def _penalties(
     networks: Networks, method: Method, trials: Sequence[Trial]
 ) -> list[UniformityRegularizer]:
-    """The engine for the hidden layers and, in full space, for the heads: a layer is that of a trial, with its coefficient.
+    """The engines of the hidden layers and, in full space, of the heads.
 
-    The engine takes the mean over the networks of a layer, hence their number as a factor.
+    Each trial has its coefficient. An engine takes the mean over the networks of a layer, hence their number as a factor.
     """
     if method.measure is None:
         return []
-    each = 1 if method.share is not None else networks.seeds
     found = []
-    for measure, side, include in (
-        (method.measure, "hidden.*.", "hidden.*"),
-        (method.measure.for_head(), "head.", "head.*"),
-    ):
-        strength = method.share or {
-            f"{side}{i}": trial.coefficient * each
-            for i, trial in enumerate(trials)
-            if trial.coefficient
-        }
-        found.append(
-            UniformityRegularizer(measure, strength, include=include, head=None).attach(networks)
-        )
+    for measure, side in ((method.measure, "hidden.*."), (method.measure.for_head(), "head.")):
+        strength: Share | dict[str, float]
+        if method.share is not None:
+            strength = method.share
+        else:
+            strength = {}
+            for i, trial in enumerate(trials):
+                if trial.coefficient:
+                    strength[f"{side}{i}"] = trial.coefficient * networks.seeds
+        include = f"{side.partition('.')[0]}.*"
+        regularizer = UniformityRegularizer(measure, strength, include=include, head=None)
+        found.append(regularizer.attach(networks))
     return found
 
 
@@ -141,15 +143,16 @@ def _fit(
     draws: Sequence[Draw],
     seeds: Sequence[int],
 ) -> None:
-    images, labels = (torch.stack(part) for part in zip(*(one.train for one in draws), strict=True))
+    trained_on = [one.train for one in draws]
+    images = torch.stack([x for x, _ in trained_on])
+    labels = torch.stack([y for _, y in trained_on])
     chances = [torch.Generator().manual_seed(seed) for seed in seeds]
     per_epoch = images.shape[1] // BATCH
     schedule = CosineAnnealingLR(optimizer, setting.epochs * per_epoch)
     rows = torch.arange(len(seeds)).unsqueeze(1)
     for _ in range(setting.epochs):
-        order = torch.stack(
-            [torch.randperm(images.shape[1], generator=chance) for chance in chances]
-        )
+        orders = [torch.randperm(images.shape[1], generator=chance) for chance in chances]
+        order = torch.stack(orders)
         for i in range(per_epoch):
             chosen = order[:, i * BATCH : (i + 1) * BATCH]
             optimizer.zero_grad()
@@ -173,10 +176,9 @@ def _fit(
 def _loss(scores: Tensor, labels: Tensor) -> Tensor:
     """Each network's mean cross entropy, summed over networks."""
     _seeds, trials, batch, _ = scores.shape
-    each = functional.cross_entropy(
-        scores.flatten(0, 2), labels.unsqueeze(1).expand(-1, trials, -1).flatten(), reduction="sum"
-    )
-    return each / batch
+    targets = labels.unsqueeze(1).expand(-1, trials, -1).flatten()
+    summed = functional.cross_entropy(scores.flatten(0, 2), targets, reduction="sum")
+    return summed / batch
 
 
 @torch.no_grad()
@@ -184,25 +186,26 @@ def _error(
     networks: Networks, draws: Sequence[Draw], judged: Sequence[tuple[Tensor, Tensor]]
 ) -> Tensor:
     """Share of wrong answers (trials, seeds), in percent."""
-    wrong, count = torch.zeros(len(draws), networks.trials), len(judged[0][1])
+    wrong = torch.zeros(len(draws), networks.trials)
+    count = len(judged[0][1])
     for start in range(0, count, CHUNK):
         part = slice(start, start + CHUNK)
-        images = torch.stack(
-            [one.standardised(x[part]) for one, (x, _) in zip(draws, judged, strict=True)]
-        )
-        labels = torch.stack([y[part] for _, y in judged])
-        wrong += (networks(images).argmax(-1) != labels.unsqueeze(1)).sum(-1)
+        images, labels = [], []
+        for one, (x, y) in zip(draws, judged, strict=True):
+            images.append(one.standardised(x[part]))
+            labels.append(y[part])
+        answers = networks(torch.stack(images)).argmax(-1)
+        wrong += (answers != torch.stack(labels).unsqueeze(1)).sum(-1)
     return (100.0 * wrong / count).T
 
 
 def _finite(networks: Networks) -> Tensor:
     """Whether all weights and biases of a network are (trials, seeds)."""
-    parts = [
-        side.joined(name)
-        for side in (*networks.hidden, networks.head)
-        for name in ("weight", "bias")
-    ]
-    return torch.stack([part.isfinite().flatten(2).all(-1) for part in parts]).all(0).T
+    found = []
+    for side in (*networks.hidden, networks.head):
+        for name in ("weight", "bias"):
+            found.append(side.joined(name).isfinite().flatten(2).all(-1))
+    return torch.stack(found).all(0).T
 
 
 def _ratios(networks: Networks) -> Tensor:
