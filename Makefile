@@ -23,8 +23,8 @@ setup: .venv/dev.installed  ## Install everything, and lint before each commit
 demo: .venv/demo.installed  ## Train with and without the callback on real data: DATA=digits, fashion-mnist or a folder
 	$(BIN)/python -m notebooks.demo --data "$(DATA)"
 
-test: .venv/test.installed  ## All tests, slow ones too
-	$(PYTEST) -m "not versions and not pretrained"
+test: .venv/test.installed  ## All tests, slow ones too; COVERAGE=--cov tells which lines they reach
+	$(PYTEST) $(COVERAGE) -m "not versions and not pretrained"
 
 coverage: .venv/test.installed  ## The fast tests, and which lines they reach
 	$(PYTEST) --cov --cov-report=term -m "$(FAST)"
