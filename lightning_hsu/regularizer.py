@@ -293,12 +293,14 @@ class UniformityRegularizer:
         placement = self._attached.placement
         with placement.whole_parameters(with_grads=True), self._products():
             plan = self._current_plan()
-            left, plain_stats = plan.add_plain(self.state, context)
+            updates, left = plan.plain_updates(self.state, context)
+            stats_by_layer: dict[str, GradientStats] = {}
             buckets = [*plan.rest, left]
-            if not any(buckets):
-                return plain_stats
-            rest_stats = act_on_buckets(buckets, LayerUpdate.add, self.state, context, placement)
-            return plain_stats | rest_stats
+            if any(buckets):  # first, since a layer may be refused: then nothing has been added
+                stats_by_layer = act_on_buckets(
+                    buckets, LayerUpdate.add, self.state, context, placement
+                )
+            return stats_by_layer | updates.add()
 
     @torch.no_grad()
     def move(

@@ -90,6 +90,27 @@ def frozen(net):
     net[0].weight.requires_grad_(False)
 
 
+def more_rows(net):
+    net[0].weight.data = torch.cat([net[0].weight.data, torch.randn(3, 12)])
+
+
+def fewer_rows(net):
+    net[2].weight.data = net[2].weight.data[:5]
+
+
+def computed_by_a_hook(net):
+    class Halving:
+        name = "weight"
+
+        def compute_weight(self, module):
+            return module.weight * torch.linspace(0.5, 1.0, module.weight.shape[1])
+
+        def __call__(self, module, inputs):
+            return None
+
+    net[0].register_forward_pre_hook(Halving())
+
+
 CHANGES = [
     replaced_weight,
     weight_of_another_shape,
@@ -101,6 +122,9 @@ CHANGES = [
     weight_norm,
     parametrized,
     frozen,
+    more_rows,
+    fewer_rows,
+    computed_by_a_hook,
 ]
 
 
@@ -116,6 +140,74 @@ def test_a_change_under_way_is_followed(change):
     assert found.keys() == fresh.keys()
     for name, part in fresh.items():
         torch.testing.assert_close(found[name], 0.5 * part, rtol=1e-5, atol=1e-7)
+
+
+class Slim(nn.Linear):
+    """A weight that is a part of a larger parameter: so many rows."""
+
+    def __init__(self):
+        super().__init__(12, 16)
+        self.full = nn.Parameter(self.weight.detach().clone())
+        self.rows = 16
+        del self.weight
+
+    @property
+    def weight(self):
+        return self.full[: self.rows]
+
+
+class Switched(nn.Module):
+    """A parametrization that returns the weight itself until it is switched on."""
+
+    on = False
+
+    def forward(self, weight):
+        return weight * torch.linspace(0.5, 1.0, weight.shape[1]) if self.on else weight
+
+
+def test_a_weight_that_is_picked_or_computed_is_read_at_each_step():
+    slim = nn.Sequential(Slim())
+    regularizer = UniformityRegularizer(head=None).attach(slim)
+    added(slim, regularizer)
+    slim[0].rows = 5
+    found, fresh = added(slim, regularizer)["0.full"], added_alone(slim)["0.full"]
+    torch.testing.assert_close(found, fresh, rtol=1e-5, atol=1e-7)
+    assert not found[5:].any()
+    net = nn.Sequential(nn.Linear(6, 9))
+    switched = Switched()
+    parametrize.register_parametrization(net[0], "weight", switched)
+    regularizer = UniformityRegularizer(head=None).attach(net)
+    added(net, regularizer)
+    switched.on = True
+    found, fresh = added(net, regularizer), added_alone(net)
+    for name, part in fresh.items():
+        torch.testing.assert_close(found[name], part, rtol=1e-5, atol=1e-7)
+
+
+def added_alone(net):
+    return added(net, UniformityRegularizer(head=None).attach(net))
+
+
+def test_other_groups_and_another_padding_are_followed():
+    conv = nn.Sequential(nn.Conv2d(8, 8, 3, groups=2))
+    table = nn.Sequential(nn.Embedding(9, 6, padding_idx=0))
+    for net, name, value in ((conv, "groups", 4), (table, "padding_idx", 8)):
+        regularizer = UniformityRegularizer(head=None, include="*").attach(net)
+        added(net, regularizer)
+        setattr(net[0], name, value)
+        found = added(net, regularizer)["0.weight"]
+        fresh = added(net, UniformityRegularizer(head=None, include="*").attach(net))["0.weight"]
+        torch.testing.assert_close(found, fresh, rtol=1e-5, atol=1e-7)
+
+
+def test_a_refused_step_adds_nothing():
+    net = nn.Sequential(nn.Embedding(20, 6, sparse=True), nn.Linear(6, 9))
+    regularizer = UniformityRegularizer(head=None, include="*").attach(net)
+    net(torch.tensor([1, 2])).sum().backward()
+    before = net[1].weight.grad.clone()
+    with pytest.raises(NotImplementedError, match="sparse gradients"):
+        regularizer.add_gradients(torch.optim.SGD(net.parameters(), lr=0.1))
+    assert torch.equal(net[1].weight.grad, before)
 
 
 def test_another_memory_format_is_followed():

@@ -21,7 +21,7 @@ from lightning_hsu._core.updates import GradientUpdate
 from lightning_hsu._engine.layer import Layer
 from lightning_hsu._engine.state import TrainingState
 from lightning_hsu._neurons.placement import Placement
-from lightning_hsu._neurons.rules import has_built_in_rule
+from lightning_hsu._neurons.rules import REGISTERED, has_built_in_rule
 
 Owner = tuple[dict[str, nn.Parameter | None], str, nn.Parameter]
 """The parameters of a module by name, the name of one, and that parameter as the plan knows it."""
@@ -73,50 +73,67 @@ class PlainLayer:
         view: Its neurons (groups, n, d), a view of the parameter.
     """
 
-    __slots__ = ("_address", "_dtype", "_offset", "_strides", "layer", "parameter", "term", "w")
+    __slots__ = (
+        "_dtype",
+        "_offset",
+        "_shape",
+        "_signature",
+        "_strides",
+        "layer",
+        "parameter",
+        "term",
+        "view_shape",
+        "view_strides",
+    )
 
     def __init__(self, layer: Layer, term: PairTerm, parameter: nn.Parameter, view: Tensor) -> None:
         self.layer = layer
         self.term = term
         self.parameter = parameter
-        self.w = view.detach()
+        self.view_shape = view.shape
+        self.view_strides = view.stride()
         self._offset = int(view.storage_offset()) - int(parameter.storage_offset())
-        self._address = _address(parameter)
+        self._shape = parameter.shape
         self._strides = parameter.stride()
         self._dtype = parameter.dtype
+        self._signature = _signature(layer.target.module)
 
     def is_current(self) -> bool:
-        """Whether the parameter is laid out as it was; where only its address changed, follow it."""
+        """Whether the parameter is laid out as it was, and the module reads it as it did."""
         p = self.parameter
-        if p.stride() != self._strides or p.dtype != self._dtype:
+        if p.shape != self._shape or p.stride() != self._strides or p.dtype != self._dtype:
             return False
-        address = _address(p)
-        if address != self._address:
-            offset = self._offset + int(p.storage_offset())
-            self.w = p.detach().as_strided(self.w.shape, self.w.stride(), offset)
-            self._address = address
-        return True
+        return _signature(self.layer.target.module) == self._signature
 
     def update(
         self, coefficient: float, limit: float | None, grad_scale: float
     ) -> GradientUpdate | None:
         """What to add to the parameter's gradient; None if the two are not laid out alike."""
-        grad = self.parameter.grad
+        p = self.parameter
+        grad = p.grad
         if grad is None or grad.is_sparse or grad.dtype != self._dtype:
             return None
         if grad.stride() != self._strides:
             return None
-        w = self.w
-        out = grad.as_strided(w.shape, w.stride(), self._offset + int(grad.storage_offset()))
-        return GradientUpdate(w, out, coefficient / w.shape[0], limit, grad_scale)
+        shape, strides, offset = self.view_shape, self.view_strides, self._offset
+        w = p.as_strided(shape, strides, offset + int(p.storage_offset()))
+        out = grad.as_strided(shape, strides, offset + int(grad.storage_offset()))
+        return GradientUpdate(w, out, coefficient / shape[0], limit, grad_scale)
 
     def overlaps(self, other: PlainLayer) -> bool:
         """Whether both have entries in one stretch of the same parameter."""
         if self.parameter is not other.parameter:
             return False
-        begin, end = _stretch(self.w)
-        other_begin, other_end = _stretch(other.w)
+        begin, end = self._stretch()
+        other_begin, other_end = other._stretch()
         return begin < other_end and other_begin < end
+
+    def _stretch(self) -> tuple[int, int]:
+        """The first and last place of the neurons within the parameter; the latter excluded."""
+        steps = 0
+        for size, stride in zip(self.view_shape, self.view_strides, strict=True):
+            steps += (size - 1) * int(stride)
+        return self._offset, self._offset + 1 + steps
 
 
 class Plan:
@@ -141,9 +158,12 @@ class Plan:
         without_plain = ([layer for layer in some if layer not in plain] for some in self.buckets)
         self.rest = [some for some in without_plain if some]
         self._owners = [owner for layer in layers for owner in _owners(layer)]
+        self._rules = len(REGISTERED)
 
     def is_current(self) -> bool:
         """Whether the parameters that the plan rests on are still there, laid out as they were."""
+        if len(REGISTERED) != self._rules:
+            return False
         for parameters, name, parameter in self._owners:
             if parameters.get(name) is not parameter:
                 return False
@@ -153,17 +173,12 @@ class Plan:
                 return False
         return True
 
-    def add_plain(
+    def plain_updates(
         self, state: TrainingState, context: StepContext
-    ) -> tuple[list[Layer], dict[str, GradientStats]]:
-        """Add the gradients of the plain layers to ``.grad``, all at once.
-
-        Returns:
-            The layers that it could not serve; and stats by layer, where they are asked for.
-        """
+    ) -> tuple[PlainUpdates, list[Layer]]:
+        """What the plain layers get at this step, and those that are to be served otherwise."""
+        updates = PlainUpdates()
         left = []
-        updates: dict[PairTerm, list[GradientUpdate]] = {}
-        watched: dict[str, WatchedUpdate] = {}
         limits: dict[float, float | None] = {}  # by learning rate
         grad_scale = float(context.factor)
         for plain in self.plain:
@@ -184,12 +199,29 @@ class Plan:
             if update is None:
                 left.append(layer)
                 continue
-            updates.setdefault(plain.term, []).append(update)
+            updates.by_term.setdefault(plain.term, []).append(update)
             if context.stats:
-                watched[layer.target.name] = WatchedUpdate(update)
-        for term, members in updates.items():
-            add_pair_gradients(members, term)
-        return left, {name: update.settle() for name, update in watched.items()}
+                updates.watched[layer.target.name] = WatchedUpdate(update)
+        return updates, left
+
+
+class PlainUpdates:
+    """The updates of the plain layers at one step.
+
+    Attributes:
+        by_term: The updates by the kernel of their measure.
+        watched: Those of which stats are asked for, by layer.
+    """
+
+    def __init__(self) -> None:
+        self.by_term: dict[PairTerm, list[GradientUpdate]] = {}
+        self.watched: dict[str, WatchedUpdate] = {}
+
+    def add(self) -> dict[str, GradientStats]:
+        """Add the gradients, all at once; return stats by layer where they are asked for."""
+        for term, updates in self.by_term.items():
+            add_pair_gradients(updates, term)
+        return {name: update.settle() for name, update in self.watched.items()}
 
 
 class WatchedUpdate:
@@ -218,14 +250,14 @@ class WatchedUpdate:
 
     def _limited(self, added: Tensor) -> Tensor:
         """How many rows are as long as the step limit, or the range of the dtype, allows."""
-        w = self._update.w.to(added.dtype)
-        room = torch.full_like(w[..., 0], torch.finfo(self._update.w.dtype).max / 2)
+        norm = torch.linalg.vector_norm(self._update.w, dim=-1, dtype=added.dtype)
+        room = torch.full_like(norm, torch.finfo(self._update.w.dtype).max / 2)
         if self._update.limit is not None:
-            room = room.minimum(torch.linalg.vector_norm(w, dim=-1) * self._update.limit)
+            room = room.minimum(norm * self._update.limit)
         room = room * self._update.grad_scale
         length = torch.linalg.vector_norm(added, dim=-1)
         rounding = 16 * torch.finfo(added.dtype).eps
-        limited = (length > 0) & (length >= room * (1.0 - rounding))
+        limited = (norm > 0) & (length >= room * (1.0 - rounding))
         return torch.count_nonzero(limited)
 
 
@@ -304,7 +336,7 @@ def _as_plain(layer: Layer, placement: Placement) -> PlainLayer | None:
     if not has_built_in_rule(layer.target.module):
         return None  # a user's rule may give other neurons at another time
     view = layer.target.read()
-    if view.parameter is None:
+    if view.parameter is None or not _is_read_directly(layer.target.module, view.parameter):
         return None
     return PlainLayer(layer, term, view.parameter, view.x)
 
@@ -322,16 +354,18 @@ def _owners(layer: Layer) -> list[Owner]:
     return found
 
 
-def _stretch(x: Tensor) -> tuple[int, int]:
-    """The first and last place of a tensor within its storage, in entries; the latter excluded."""
-    start = int(x.storage_offset())
-    steps = [(size - 1) * int(stride) for size, stride in zip(x.shape, x.stride(), strict=True)]
-    return start, start + 1 + sum(steps)
+def _signature(module: nn.Module) -> tuple[object, ...]:
+    """What decides, beside its parameters, how a module with a built-in rule is read."""
+    settings = module.__dict__
+    hooks = tuple(module._forward_pre_hooks)
+    return type(module), settings.get("groups"), settings.get("padding_idx"), hooks
 
 
-def _address(p: Tensor) -> int:
-    """Where a tensor's entries begin in memory; 0 for one that only pretends to have some."""
-    try:
-        return p.data_ptr()
-    except RuntimeError:
-        return 0
+def _is_read_directly(module: nn.Module, parameter: nn.Parameter) -> bool:
+    """Whether the module's weight is this parameter itself, and nothing computes or picks it."""
+    if hasattr(module, "parametrizations"):
+        return False
+    for name, p in module._parameters.items():
+        if p is parameter and "weight" in name:
+            return name not in module.__dict__ and not hasattr(type(module), name)
+    return False

@@ -19,6 +19,8 @@ LSTM_GATES = "ifgo"  # in the order in which torch stores their rows
 GRU_GATES = "rzn"
 
 _RULES: dict[type[nn.Module], Rule] = {}
+REGISTERED: list[type[nn.Module]] = []
+"""The classes with a rule, an entry for each registration: its length tells of a new one."""
 
 
 def register_neurons(kind: type[nn.Module], rule: Rule) -> None:
@@ -49,6 +51,7 @@ def register_neurons(kind: type[nn.Module], rule: Rule) -> None:
             f"register_neurons takes the class of a layer, not {kind!r}; use type(layer)"
         )
     _RULES[kind] = rule
+    REGISTERED.append(kind)
 
 
 def has_rule(module: nn.Module) -> bool:
