@@ -64,10 +64,8 @@ class SequenceNetwork(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.lstm, self.attention = (
-            nn.LSTM(6, 4, batch_first=True),
-            nn.MultiheadAttention(4, 2, batch_first=True),
-        )
+        self.lstm = nn.LSTM(6, 4, batch_first=True)
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
         self.head = nn.Linear(4, 3)
 
     def forward(self, x):
@@ -153,13 +151,11 @@ class Manual(Automatic):
     def __init__(self, parts=1, every=1, clip=None, zero_after=False, raw=False, **kwargs):
         super().__init__(**kwargs)
         self.automatic_optimization = False
-        self.parts, self.every, self.clip, self.zero_after, self.raw = (
-            parts,
-            every,
-            clip,
-            zero_after,
-            raw,
-        )
+        self.parts = parts
+        self.every = every
+        self.clip = clip
+        self.zero_after = zero_after
+        self.raw = raw
 
     def training_step(self, batch, batch_idx):
         optimizer = self.optimizers(use_pl_optimizer=not self.raw)

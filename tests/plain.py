@@ -34,50 +34,45 @@ class Layer:
     key: str = "weight"
 
     def parameters(self):
-        return [
-            p
-            for name, p in self.module.named_parameters(recurse=self.key == "weight")
-            if self.key in name
-        ]
+        named = self.module.named_parameters(recurse=self.key == "weight")
+        return [p for name, p in named if self.key in name]
 
     def energy(self):
         """Mean over the groups of the penalty."""
-        pruned = hasattr(self.module, "weight_orig")
-        weight = (
-            self.module.weight_orig * self.module.weight_mask
-            if pruned
-            else getattr(self.module, self.key)
-        )
+        if hasattr(self.module, "weight_orig"):  # pruned
+            weight = self.module.weight_orig * self.module.weight_mask
+        else:
+            weight = getattr(self.module, self.key)
         return energy(self.measure, self.rows(weight)).mean()
 
     def gradients(self, owned):
         """Pairs of a parameter and the energy's gradient in it, of those that are about to move."""
-        moving = [
-            p
-            for p in self.parameters()
-            if id(p) in owned and p.requires_grad and p.grad is not None
-        ]
-        return (
-            list(zip(moving, torch.autograd.grad(self.energy(), moving), strict=True))
-            if moving
-            else []
-        )
+        moving = []
+        for p in self.parameters():
+            if id(p) in owned and p.requires_grad and p.grad is not None:
+                moving.append(p)
+        if not moving:
+            return []
+        gradients = torch.autograd.grad(self.energy(), moving)
+        return list(zip(moving, gradients, strict=True))
 
     def move(self, p, way):
         """``p - way``; where the neurons are entries of p, they keep their norms."""
-        old, moved = p.double().flatten(), (p.double() - way.double()).flatten()
+        old = p.double().flatten()
+        moved = (p.double() - way.double()).flatten()
         if p is self.module._parameters.get(self.key):
             entries = self.rows(torch.arange(p.numel()).view(p.shape))
-            moved[entries] *= old[entries].norm(dim=-1, keepdim=True) / moved[entries].norm(
-                dim=-1, keepdim=True
-            )
+            before = old[entries].norm(dim=-1, keepdim=True)
+            after = moved[entries].norm(dim=-1, keepdim=True)
+            moved[entries] *= before / after
         p.copy_(moved.view(p.shape))
 
 
 def energy(measure, neurons):
-    """The penalty (groups,) of neurons (groups, n, d); pairwise ones in float64 with every difference written out.
+    """The penalty (groups,) of neurons (groups, n, d).
 
-    The others, which are held against closed forms elsewhere, in the precision of the neurons: two neighbours that are
+    Pairwise ones are in float64 with every difference written out. The others, which are held
+    against closed forms elsewhere, are in the precision of the neurons: two neighbours that are
     equally near in float32 share a gradient, in float64 the nearer one takes it all.
     """
     if not isinstance(measure, PairwiseMeasure):
@@ -98,7 +93,9 @@ def layers(net, prefix="net.", measure=HALF_SPACE, head=True):
     """Those of ``tests.models.network``; the last is the head, in full space."""
     found = [Layer(f"{prefix}{i}", net[i], measure) for i in (0, 2, 5, 7)]
     found[1] = replace(found[1], rows=in_groups)
-    return [*found[:3], replace(found[3], measure=measure.for_head())] if head else found
+    if head:
+        found[3] = replace(found[3], measure=measure.for_head())
+    return found
 
 
 def adversarial_layers(module):
@@ -119,26 +116,18 @@ def image_layers(module):
 def sequence_layers(module):
     """Those of ``tests.models.SequenceNetwork``: gates, queries, keys and values apart."""
     lstm, attention = module.net.lstm, module.net.attention
-    gates = [
-        (f"net.lstm.{key}.{gate}", key, i)
-        for key in ("weight_ih_l0", "weight_hh_l0")
-        for i, gate in enumerate("ifgo")
-    ]
-    found = [Layer(name, lstm, rows=partial(chunk, i=i, of=4), key=key) for name, key, i in gates]
+    found = []
+    for key in ("weight_ih_l0", "weight_hh_l0"):
+        for i, gate in enumerate("ifgo"):
+            rows = partial(chunk, i=i, of=4)
+            found.append(Layer(f"net.lstm.{key}.{gate}", lstm, rows=rows, key=key))
     for i, part in enumerate("qkv"):
-        found.append(
-            Layer(
-                f"net.attention.{part}",
-                attention,
-                rows=partial(chunk, i=i, of=3),
-                key="in_proj_weight",
-            )
-        )
-    return [
-        *found,
-        Layer("net.attention.out_proj", attention.out_proj),
-        Layer("net.head", module.net.head, FULL_SPACE),
-    ]
+        rows = partial(chunk, i=i, of=3)
+        name = f"net.attention.{part}"
+        found.append(Layer(name, attention, rows=rows, key="in_proj_weight"))
+    found.append(Layer("net.attention.out_proj", attention.out_proj))
+    found.append(Layer("net.head", module.net.head, FULL_SPACE))
+    return found
 
 
 def chunk(weight, i, of):
@@ -146,18 +135,21 @@ def chunk(weight, i, of):
 
 
 class Penalty:
-    """Coefficient times energy of several layers: ``term`` in the loss, ``before_step`` and ``after_step``.
+    """Coefficient times energy of several layers: ``term``, ``before_step`` and ``after_step``.
 
-    Each does nothing unless ``mode`` is its own. ``coefficient`` takes the optimizer steps done and a layer's name.
+    Each does nothing unless ``mode`` is its own. ``coefficient`` takes the optimizer steps done and
+    a layer's name.
     """
 
     def __init__(self, layers, mode, coefficient, every=1, accumulate=1):
-        self.layers, self.mode, self.coefficient, self.every = layers, mode, coefficient, every
+        self.layers = layers
+        self.mode = mode
+        self.coefficient = coefficient
+        self.every = every
         self.accumulate = accumulate
         self.steps: dict[int, int] = {}  # by optimizer
-        self.means: dict[
-            str, list[float]
-        ] = {}  # of the gradients' norms, the task's and the penalty's, by layer
+        # By layer, of the norms of the gradients: the task's and the penalty's.
+        self.means: dict[str, list[float]] = {}
         self.again = False  # another evaluation within the same step
 
     def term(self, optimizer):
@@ -165,11 +157,11 @@ class Penalty:
         step = self.steps.get(id(optimizer), 0)
         if self.mode != "loss" or step % self.every:
             return 0.0
-        live = [layer for layer in self.layers if any(p.requires_grad for p in layer.parameters())]
-        return (
-            sum(self.coefficient(step, layer.name) * layer.energy() for layer in live)
-            / self.accumulate
-        )
+        total = 0.0
+        for layer in self.layers:
+            if any(p.requires_grad for p in layer.parameters()):
+                total = total + self.coefficient(step, layer.name) * layer.energy()
+        return total / self.accumulate
 
     def before_step(self, optimizer, scale=1.0):
         """Add to the gradients, which may still carry a GradScaler's factor."""
@@ -181,14 +173,15 @@ class Penalty:
 
     @torch.no_grad()
     def after_step(self, optimizer, skipped=False):
-        """Move the neurons and count the step; one that the GradScaler skipped does not count where neurons are moved."""
+        """Move the neurons and count the step, but not one that the GradScaler skipped if they move."""
         self.again = False
         if self.mode == "decoupled":
             if skipped:
                 return
-            rates = {
-                id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]
-            }
+            rates = {}
+            for group in optimizer.param_groups:
+                for p in group["params"]:
+                    rates[id(p)] = group["lr"]
             for layer, strength, found in self._due(optimizer):
                 for p, gradient in found:
                     layer.move(p, rates[id(p)] * strength * gradient)
@@ -196,28 +189,31 @@ class Penalty:
 
     @torch.enable_grad()
     def _due(self, optimizer, scale=1.0):
-        """Triples of a layer, its coefficient and its gradients, for what this optimizer is about to move."""
+        """Triples of a layer, its coefficient and its gradients in what the optimizer will move."""
         step = self.steps.get(id(optimizer), 0)
+        if step % self.every:
+            return []
         owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        due = [(layer, layer.gradients(owned)) for layer in self.layers if step % self.every == 0]
-        return [
-            (layer, self._strength(layer, step, found, scale), found)
-            for layer, found in due
-            if found
-        ]
+        due = []
+        for layer in self.layers:
+            found = layer.gradients(owned)
+            if found:
+                due.append((layer, self._strength(layer, step, found, scale), found))
+        return due
 
     def _strength(self, layer, step, found, scale):
         given = self.coefficient(step, layer.name)
         if not isinstance(given, Share):
             return given
-        norms = norm([p.grad for p, _ in found]) / scale, norm([gradient for _, gradient in found])
+        task = norm([p.grad for p, _ in found]) / scale
+        penalty = norm([gradient for _, gradient in found])
         means = self.means.setdefault(layer.name, [0.0, 0.0])
-        if all(math.isfinite(one) for one in norms) and not self.again:
-            means[:] = (
-                given.smoothing * m + (1 - given.smoothing) * one
-                for m, one in zip(means, norms, strict=True)
-            )
-        return min(given.fraction * means[0] / means[1], given.maximum) if means[1] else 0.0
+        if math.isfinite(task) and math.isfinite(penalty) and not self.again:
+            means[0] = given.smoothing * means[0] + (1 - given.smoothing) * task
+            means[1] = given.smoothing * means[1] + (1 - given.smoothing) * penalty
+        if not means[1]:
+            return 0.0
+        return min(given.fraction * means[0] / means[1], given.maximum)
 
 
 def norm(parts):
@@ -257,21 +253,15 @@ def train(
         unscales: Whether gradients are unscaled also for an optimizer that does so itself.
         at_epoch_start: Takes module, optimizer and epoch; ``at_epoch_end``, and ``after_step`` alike.
     """
-    net, optimizer = module.net, module.configure_optimizers()
-    fused = (
-        scaler is not None
-        and not unscales
-        and getattr(optimizer, "_step_supports_amp_scaling", False)
-    )
+    net = module.net
+    optimizer = module.configure_optimizers()
+    fused = getattr(optimizer, "_step_supports_amp_scaling", False) and scaler and not unscales
     for epoch in range(epochs):
         at_epoch_start(module, optimizer, epoch)
         for start in range(0, len(data), accumulate):
             optimizer.zero_grad()
-            window = [
-                (x, y)
-                for i, (x, y) in enumerate(data)
-                if start <= i < start + accumulate and i not in silent
-            ]
+            places = range(start, min(start + accumulate, len(data)))
+            window = [data[i] for i in places if i not in silent]
             for x, y in window:
                 for _ in range(parts):
                     with torch.autocast("cpu", autocast) if autocast else nullcontext():
@@ -284,7 +274,7 @@ def train(
             clip_first(net.parameters())
             penalty.before_step(optimizer, scale)
             clip(net.parameters())
-            # A window without a loss: Lightning steps without gradients all the same, but not with a GradScaler.
+            # Without a loss Lightning steps all the same, but not with a GradScaler.
             skipped = step(optimizer, scaler) if window else scaler is not None
             penalty.after_step(optimizer, skipped)
             after_step(module, optimizer, epoch)
@@ -303,7 +293,7 @@ def step(optimizer, scaler):
 
 
 def train_with_closure(module, data, penalty, epochs=2):
-    """For optimizers that ask for the gradient several times a step; the loss that they compare is the task's."""
+    """For optimizers that ask for the gradient several times a step, and compare the task's loss."""
     optimizer = module.configure_optimizers()
 
     def closure(x, y):

@@ -34,7 +34,9 @@ class World:
             self._start()
         for _, pipe in self._members:
             pipe.send_bytes(pickle.dumps((function, args, warnings.filters)))
-        answers, errors, end = [], [], time.monotonic() + SECONDS
+        answers = []
+        errors = []
+        end = time.monotonic() + SECONDS
         for rank, (process, pipe) in enumerate(self._members):
             answer, error = _answer(process, pipe, end)
             answers.append(answer)

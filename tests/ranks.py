@@ -101,7 +101,9 @@ def fit_alone(make, callback, settings):
 
 
 def _fit(make, callback, settings, **given):
-    module, keep, reductions = make(), Keep(), []
+    module = make()
+    keep = Keep()
+    reductions = []
     fit = trainer(uniformity(**callback), **{"logger": keep, "log_every_n_steps": 3, **settings})
     with (
         counted_reductions(reductions),

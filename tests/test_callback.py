@@ -55,7 +55,9 @@ def test_logged_numbers_are_those_of_the_weights(tmp_path):
     assert list(rows) == [6]
     row = rows[6]
     layers = {"net.0": (0, 1), "net.2": (2, 2), "net.5": (5, 1), "net.7": (7, 1)}
-    penalty, ratios, angles = 0.0, [], []
+    penalty = 0.0
+    ratios = []
+    angles = []
     for name, (index, groups) in layers.items():
         measure = RieszEnergy(s=2, half_space=name != "net.7")
         neurons = (
@@ -80,7 +82,9 @@ def test_logged_numbers_are_those_of_the_weights(tmp_path):
 
 
 def test_gradient_share_is_the_norm_of_what_was_added_over_the_tasks(tmp_path):
-    module, logger, seen = Automatic(), CSVLogger(tmp_path), {}
+    module = Automatic()
+    logger = CSVLogger(tmp_path)
+    seen = {}
 
     class Before(pl.Callback):
         def on_before_optimizer_step(self, trainer, pl_module, optimizer):
@@ -129,7 +133,9 @@ def test_off_logging_steps_nothing_is_noted(monkeypatch):
 
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_layers_are_logged_on_logging_steps_only(tmp_path, accumulate, monkeypatch):
-    callback, logger, measured = uniformity(coefficient=0.1), CSVLogger(tmp_path), []
+    callback = uniformity(coefficient=0.1)
+    logger = CSVLogger(tmp_path)
+    measured = []
     measure = callback.regularizer.measure_layers
     monkeypatch.setattr(
         callback.regularizer, "measure_layers", lambda: measured.append(1) or measure()
@@ -566,7 +572,9 @@ def test_one_instance_serves_two_fits_and_keeps_no_model():
 
 
 def test_a_second_fit_of_the_same_trainer_goes_on_counting():
-    callback, data, module = uniformity(coefficient=0.1), loader(batches()), Automatic()
+    callback = uniformity(coefficient=0.1)
+    data = loader(batches())
+    module = Automatic()
     fit = trainer(callback, max_epochs=1)
     fit.fit(module, data)
     fit.fit_loop.max_epochs = 2
@@ -576,10 +584,8 @@ def test_a_second_fit_of_the_same_trainer_goes_on_counting():
 
 def test_a_new_trainer_counts_from_zero_after_a_fit_of_one_step():
     seen = []
-    callback, data = (
-        uniformity(coefficient=lambda step: seen.append(step) or 0.1, include="net.5"),
-        loader(batches()),
-    )
+    callback = uniformity(coefficient=lambda step: seen.append(step) or 0.1, include="net.5")
+    data = loader(batches())
     trainer(callback, fast_dev_run=True).fit(Automatic(), data)
     seen.clear()
     trainer(callback, max_epochs=1).fit(Automatic(), data)
@@ -617,10 +623,8 @@ def test_a_trainer_of_pytorch_lightning(apply):
     class Module(other.LightningModule):
         def __init__(self):
             super().__init__()
-            self.net, self.silent = (
-                nn.Sequential(nn.Flatten(), nn.Linear(36, 5), nn.Linear(5, 3)),
-                (),
-            )
+            self.net = nn.Sequential(nn.Flatten(), nn.Linear(36, 5), nn.Linear(5, 3))
+            self.silent = ()
 
         training_step = Automatic.training_step
 

@@ -103,7 +103,9 @@ def draw(number, attempt=0):
     mixed = precision not in ("fp32", "64-true")
     # Lightning refuses the first, and scaled gradients mean another threshold.
     unclipped = (mixed and optimizer == "fused Adam") or (manual and precision in SCALERS)
-    clip = None if unclipped else dice.choice([None, "norm"] if manual else [None, "norm", "value"])
+    clip = None
+    if not unclipped:
+        clip = dice.choice([None, "norm"] if manual else [None, "norm", "value"])
     # Torch cannot clip by value where there is no gradient at all, and with an overflow no real step would be left.
     silent = accumulate == 1 and not manual and clip != "value" and precision != "overflow"
     return Draw(
@@ -145,32 +147,33 @@ def strengths(one):
     if one.strength == "rising":
         return (lambda step: most * (step + 1) / 8), (lambda step, layer: most * (step + 1) / 8)
     if one.strength == "by layer":
-        return {"net.5": most / 2, "net.[07]": most}, lambda step, layer: {
-            "net.5": most / 2,
-            "net.2": 0.0,
-        }.get(layer, most)
+        by_layer = {"net.5": most / 2, "net.2": 0.0}
+        given = {"net.5": most / 2, "net.[07]": most}
+        return given, lambda step, layer: by_layer.get(layer, most)
     given = Share(0.3) if one.strength == "share" else most
     return given, lambda step, layer: given
 
 
 def trainer_settings(one):
-    clips = {None: {}, "norm": {"gradient_clip_val": 0.3}}
-    clips["value"] = {"gradient_clip_val": 0.02, "gradient_clip_algorithm": "value"}
-    precision = {} if one.precision in ("fp32", *SCALERS) else {"precision": one.precision}
-    automatic = {} if one.manual else {"accumulate_grad_batches": one.accumulate, **clips[one.clip]}
-    return {"max_epochs": one.epochs, **precision, **automatic}
+    settings = {"max_epochs": one.epochs}
+    if one.precision not in ("fp32", *SCALERS):
+        settings["precision"] = one.precision
+    if not one.manual:
+        settings["accumulate_grad_batches"] = one.accumulate
+        if one.clip == "norm":
+            settings["gradient_clip_val"] = 0.3
+        elif one.clip == "value":
+            settings |= {"gradient_clip_val": 0.02, "gradient_clip_algorithm": "value"}
+    return settings
 
 
 def plain_settings(one):
-    clip = {"clip_first" if one.manual else "clip": CLIPS[one.clip]} if one.clip else {}
-    half = {"autocast": torch.bfloat16} if one.precision == "bf16-mixed" else {}
-    return {
-        "epochs": one.epochs,
-        "accumulate": one.accumulate,
-        "silent": one.silent,
-        **clip,
-        **half,
-    }
+    settings = {"epochs": one.epochs, "accumulate": one.accumulate, "silent": one.silent}
+    if one.clip:
+        settings["clip_first" if one.manual else "clip"] = CLIPS[one.clip]
+    if one.precision == "bf16-mixed":
+        settings["autocast"] = torch.bfloat16
+    return settings
 
 
 def situation(one):

@@ -108,7 +108,9 @@ def test_nothing_is_left(apply, end, tmp_path):
     kept = []
     for callbacks in ([], [uniformity(measure=Covering(), coefficient=0.1, apply=apply)]):
         torch.manual_seed(0)
-        module, optimizers, data = make(), [], loader(batches())
+        module = make()
+        optimizers = []
+        data = loader(batches())
         module.configure_optimizers = partial(configured, module, optimizers)
         before, after = (
             [settings[key]()] if key in settings else [] for key in ("before", "after")
@@ -166,7 +168,9 @@ class FailingEnd(pl.Callback):
 @pytest.mark.parametrize("apply", MODES)
 def test_a_callback_that_was_not_told_of_the_end_begins_anew(apply):
     """Another callback fails in its own on_exception, and Lightning calls no further."""
-    callback, data, ends = uniformity(coefficient=0.1, apply=apply), loader(batches()), []
+    callback = uniformity(coefficient=0.1, apply=apply)
+    data = loader(batches())
+    ends = []
     with pytest.raises(StopError):
         trainer(FailingEnd(), callback).fit(FailingStep(), data)
     for ours in (callback, uniformity(coefficient=0.1, apply=apply)):

@@ -166,11 +166,9 @@ def test_a_share_is_of_the_tasks_gradient_where_layers_have_one_parameter():
 
 
 def test_another_model_begins_without_means():
-    used, fresh, gradients = (
-        UniformityRegularizer(coefficient=Share(0.1)),
-        UniformityRegularizer(coefficient=Share(0.1)),
-        [],
-    )
+    used = UniformityRegularizer(coefficient=Share(0.1))
+    fresh = UniformityRegularizer(coefficient=Share(0.1))
+    gradients = []
     for regularizer in (used, used, fresh):
         torch.manual_seed(0)
         net = stepped(network())

@@ -28,7 +28,9 @@ def brute(w, above, half_space):
 def test_it_equals_a_loop_over_all_pairs(half_space, entries, monkeypatch):
     monkeypatch.setattr(module, "_ENTRIES", entries)  # a few rows at a time, and all at once
     w = torch.randn(61, 5, generator=torch.Generator().manual_seed(1))
-    w[7], w[40], w[13] = 3.0 * w[5], -0.1 * w[5], 0.0
+    w[7] = 3.0 * w[5]
+    w[40] = -0.1 * w[5]
+    w[13] = 0.0
     w[14] = math.nan
     found = pair_histogram(w, above=0.9, half_space=half_space, keep=1000)
     angles, near = brute(torch.where(w.isnan(), 0.0, w), 0.9, half_space)

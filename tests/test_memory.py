@@ -137,11 +137,9 @@ def stepped(regularizer, net, steps=1):
 
 
 def test_each_step_has_its_own_draw_and_its_own_gradient():
-    net, regularizer = (
-        network(),
-        UniformityRegularizer(
-            Projected(projection=RandomProjection(dim=4)), include="5", head=None
-        ),
+    net = network()
+    regularizer = UniformityRegularizer(
+        Projected(projection=RandomProjection(dim=4)), include="5", head=None
     )
     regularizer.attach(net)
     gradients = []
@@ -183,7 +181,9 @@ def test_another_model_begins_afresh_and_the_same_one_goes_on():
 
 
 def test_loaded_states_serve_the_next_model_if_they_fit():
-    net, other, wider = network(), network(), network()
+    net = network()
+    other = network()
+    wider = network()
     wider[5] = torch.nn.Linear(32, 13)
     saved = copy.deepcopy(
         stepped(

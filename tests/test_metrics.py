@@ -203,10 +203,8 @@ def test_ranks_that_take_turns_keep_what_one_process_keeps(capacity, monkeypatch
 
 def test_samples_merge_by_seed_and_refuse_where_they_cannot():
     x, y = embeddings(90), embeddings(90, seed=1)
-    metric, other = (
-        filled(FeatureUniformity(capacity=30), x),
-        filled(FeatureUniformity(capacity=30, seed=1), y),
-    )
+    metric = filled(FeatureUniformity(capacity=30), x)
+    other = filled(FeatureUniformity(capacity=30, seed=1), y)
     metric.merge_state(other.metric_state)
     assert int(metric.seen) == 180
     assert len(metric._kept()[0]) == 30
@@ -592,7 +590,9 @@ def test_states_of_other_settings_are_not_loaded():
 @pytest.mark.parametrize("case", range(4))
 def test_forward_gives_the_batch_and_goes_on(case):
     make, first, second = makers()[case]
-    by_forward, by_update, alone = make(), make(), make()
+    by_forward = make()
+    by_update = make()
+    alone = make()
     for batch in (first, second):
         alone.reset()
         alone.update(batch)
@@ -623,11 +623,9 @@ class Watched(pl.LightningModule):
     def __init__(self, capacity=None):
         super().__init__()
         self.net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4))
-        self.features, self.weights, self.seen = (
-            FeatureUniformity(capacity=capacity),
-            WeightUniformity(),
-            [],
-        )
+        self.features = FeatureUniformity(capacity=capacity)
+        self.weights = WeightUniformity()
+        self.seen = []
 
     def training_step(self, batch, batch_idx):
         z = self.net(batch)
@@ -689,10 +687,8 @@ def on_rank(capacity, dtype):
     weights.update(net)
     if rank == 0:
         half.update(net)
-    found.weights, found.half = (
-        float(weights.compute()),
-        {name: float(x) for name, x in computed(half).items()},
-    )
+    found.weights = float(weights.compute())
+    found.half = {name: float(x) for name, x in computed(half).items()}
     return found
 
 
@@ -790,11 +786,9 @@ def test_an_infinite_ratio_of_weights_is_not_left_out():
 
 def test_weights_of_other_settings_are_not_merged():
     model = nn.Linear(8, 6)
-    first, second, other = (
-        WeightUniformity(),
-        WeightUniformity(),
-        WeightUniformity(quantity="min_angle"),
-    )
+    first = WeightUniformity()
+    second = WeightUniformity()
+    other = WeightUniformity(quantity="min_angle")
     first.update(model)
     second.merge_state(first)
     assert float(second.compute()) == float(first.compute())

@@ -207,24 +207,25 @@ def test_nearest_neighbour_members_reach_the_simplex(n, d):
     )
 
 
-SIMPLEX, CROSS_POLYTOPE, BASIS = (
-    (lambda d: c.simplex(d + 1, d)),
-    c.cross_polytope,
-    (lambda d: c.orthonormal(d, d)),
-)
+def simplex_in(d):
+    return c.simplex(d + 1, d)
+
+
+def basis_of(d):
+    return c.orthonormal(d, d)
 
 
 KINKED = [
-    (Covering(), SIMPLEX),
-    (Polarization(s=2), SIMPLEX),
-    (Separation(), CROSS_POLYTOPE),
-    (Separation(half_space=True), BASIS),
-    (ResultantLength(), SIMPLEX),
-    (ResultantLength(), CROSS_POLYTOPE),
-    (Orthogonality("mc"), BASIS),
-    (Orthogonality("srip"), SIMPLEX),
-    (Orthogonality("srip"), CROSS_POLYTOPE),
-    (Orthogonality("srip"), BASIS),
+    (Covering(), simplex_in),
+    (Polarization(s=2), simplex_in),
+    (Separation(), c.cross_polytope),
+    (Separation(half_space=True), basis_of),
+    (ResultantLength(), simplex_in),
+    (ResultantLength(), c.cross_polytope),
+    (Orthogonality("mc"), basis_of),
+    (Orthogonality("srip"), simplex_in),
+    (Orthogonality("srip"), c.cross_polytope),
+    (Orthogonality("srip"), basis_of),
 ]
 SMOOTH_RELATIVES = {Separation(): RieszEnergy(s=8), Orthogonality("srip"): Orthogonality("so")}
 

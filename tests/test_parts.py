@@ -338,7 +338,9 @@ def work(function):
 
 
 def test_the_work_is_shared():
-    n, d, measure = 1500, 64, RieszEnergy(s=1)
+    n = 1500
+    d = 64
+    measure = RieszEnergy(s=1)
     x = torch.randn(1, n, d)
     whole = work(lambda: measure.value_and_grad(x))
     assert whole == pytest.approx(
@@ -356,11 +358,9 @@ def test_the_work_is_shared():
 
 def test_groups_that_do_not_go_together(monkeypatch):
     """More groups than fit in memory at once are the same groups one by one."""
-    x, rows, measure = (
-        layers(20, 24, duplicates, plain, plain),
-        torch.rand(3, 20) < 0.5,
-        RieszEnergy(s=1),
-    )
+    x = layers(20, 24, duplicates, plain, plain)
+    rows = torch.rand(3, 20) < 0.5
+    measure = RieszEnergy(s=1)
     rows[1] = rows[0]
     before = [measure.gradient_rows(x, rows), measure.gradient_part(x, 0, 2)[0]]
     monkeypatch.setattr(pairwise, "_GRAM_ENTRIES", 1)

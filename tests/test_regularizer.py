@@ -54,10 +54,8 @@ def test_a_parameter_frozen_with_a_gradient_left_is_not_touched():
 def test_the_step_limit_follows_the_larger_learning_rate():
     """A weight_norm's two parameters in groups of their own: the limit holds for the faster."""
     layer = nn.utils.parametrizations.weight_norm(nn.Linear(6, 4, bias=False))
-    direction, size = (
-        layer.parametrizations.weight.original1,
-        layer.parametrizations.weight.original0,
-    )
+    direction = layer.parametrizations.weight.original1
+    size = layer.parametrizations.weight.original0
     with torch.no_grad():
         direction[1] = direction[0]
     added = []
@@ -223,7 +221,9 @@ def test_it_says_when_it_has_no_model():
 )
 @pytest.mark.parametrize("mode", ["gradient", "loss", "decoupled"])
 def test_a_loop_with_fabric_trains_as_a_plain_loop(mode, late):
-    fabric, data, module = Fabric(accelerator="cpu", devices=1), batches(), Automatic()
+    fabric = Fabric(accelerator="cpu", devices=1)
+    data = batches()
+    module = Automatic()
     twin, plain_model = copy.deepcopy(module), module.net
     regularizer = UniformityRegularizer(coefficient=0.5)
     if not late:

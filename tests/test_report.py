@@ -332,7 +332,9 @@ def test_the_worst_ratio_is_that_of_the_layer_furthest_above():
 def test_dead_is_next_to_the_median():
     weight = torch.randn(9, 16)
     weight = weight / weight.norm(dim=1, keepdim=True)
-    weight[0], weight[1], weight[2] = weight[0] * 0.9e-4, weight[1] * 1.1e-4, weight[2] * 1e6
+    weight[0] = weight[0] * 0.9e-4
+    weight[1] = weight[1] * 1.1e-4
+    weight[2] = weight[2] * 1e6
     (layer,) = report({"weight": weight}, head=None).layers
     assert layer.dead_rows == (0,)
 

@@ -37,7 +37,9 @@ class Tags(HTMLParser):
 
     def __init__(self, page):
         super().__init__()
-        self.open, self.elements, self.text = [], [], []
+        self.open = []
+        self.elements = []
+        self.text = []
         self.feed(page)
         self.close()
         assert not self.open, self.open

@@ -55,7 +55,10 @@ class Resumable:
     """A loader that says where it stands: after the batch that it gave last or, ``again``, before it."""
 
     def __init__(self, data=DATA, again=False):
-        self.data, self.again, self.place, self.start = data, again, 0, 0
+        self.data = data
+        self.again = again
+        self.place = 0
+        self.start = 0
 
     def __len__(self):
         return len(self.data)
@@ -73,11 +76,9 @@ class Resumable:
         self.start = state["place"]
 
 
-IN_ORDER, AGAIN, EVERY_OTHER = (
-    partial(loader, DATA),
-    partial(Resumable, again=True),
-    partial(Manual, every=2),
-)
+IN_ORDER = partial(loader, DATA)
+AGAIN = partial(Resumable, again=True)
+EVERY_OTHER = partial(Manual, every=2)
 
 
 class In(pl.Callback):
@@ -437,7 +438,9 @@ def test_killed_between_checkpoints(tmp_path):
 )
 def test_changed_settings_keep_the_state(before, after, tmp_path):
     whole = fitted([saving(tmp_path), uniformity(measure=DRAWN, **before)])
-    saved, callback, seen = saved_state(tmp_path / "4.ckpt"), uniformity(measure=DRAWN, **after), []
+    saved = saved_state(tmp_path / "4.ckpt")
+    callback = uniformity(measure=DRAWN, **after)
+    seen = []
     resumed = fitted(
         [callback, In("on_train_start", lambda *_: seen.append(callback.state_dict()))],
         ckpt=tmp_path / "4.ckpt",
@@ -518,10 +521,10 @@ def test_the_same_callback_goes_on_after_an_exception(mode, hook, tmp_path):
 @pytest.mark.parametrize("mode", MODES)
 def test_the_same_trainer_goes_on_after_an_exception(mode, hook):
     """A cell of a notebook that is run again: the step that was broken off is done again, and counts once."""
-    callback, seen = (
-        uniformity(measure=DRAWN, coefficient=lambda step: seen.append(step) or 0.1, apply=mode),
-        [],
+    callback = uniformity(
+        measure=DRAWN, coefficient=lambda step: seen.append(step) or 0.1, apply=mode
     )
+    seen = []
     module, fit = Automatic(), trainer(callback)
     failing = In(hook, fail, 3)
     fit.callbacks.append(failing)

@@ -44,7 +44,9 @@ def test_errors_are_what_they_say(measure, kind, n, block):
     x, sampled = neurons(kind, n), Sampled(measure, block=block)
     penalty, exact = measure.value_and_grad(x)
     value = measure.natural(penalty)
-    off, away, mean = [], [], torch.zeros_like(x)
+    off = []
+    away = []
+    mean = torch.zeros_like(x)
     for k in range(DRAWS):
         error = sampled.error(x, draw(k))
         estimate, grad = sampled.value_and_grad(x, draw(k))
@@ -86,10 +88,8 @@ def test_few_neurons_are_computed_exactly():
 
 
 def test_groups_have_an_error_each_and_empty_ones_none():
-    x, sampled = (
-        torch.stack([neurons("as random"), neurons("a cone")]),
-        Sampled(RieszEnergy(s=2), block=50),
-    )
+    x = torch.stack([neurons("as random"), neurons("a cone")])
+    sampled = Sampled(RieszEnergy(s=2), block=50)
     state = sampled.prepare(x, sampled.prepare(x))
     apart = [sampled.error(group, draw(1)) for group in x]
     for together, alone in zip(sampled.error(x, state), zip(*apart, strict=True), strict=True):

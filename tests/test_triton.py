@@ -100,7 +100,9 @@ class Watched:
     """A kernel that notes when it is launched."""
 
     def __init__(self, name, kernel, names):
-        self.name, self.kernel, self.names = name, kernel, names
+        self.name = name
+        self.kernel = kernel
+        self.names = names
 
     def __getitem__(self, grid):
         self.names.append(self.name)
@@ -133,7 +135,9 @@ def test_odd_shapes_together(backend, measure):
 
 def test_views_of_any_strides(backend):
     term = RieszEnergy(s=1).pair_term()
-    packed, conv, plain = neurons(3 * 17, 12), neurons(6, 4, 3, 3), neurons(21, 19)
+    packed = neurons(3 * 17, 12)
+    conv = neurons(6, 4, 3, 3)
+    plain = neurons(21, 19)
     ws = [
         plain.T[None],
         packed.reshape(3, 17, 12)[1:2],
@@ -170,7 +174,9 @@ def test_near_pairs(backend, chord, half):
 @pytest.mark.parametrize("half", [False, True])
 def test_coincident_neurons_part_in_the_same_way(monkeypatch, half):
     term, w = RieszEnergy(s=1, half_space=half).pair_term(), neurons(1, 70, 6)
-    w[0, 66], w[0, 67], w[0, 3] = w[0, 2], 5 * w[0, 2], -w[0, 9]
+    w[0, 66] = w[0, 2]
+    w[0, 67] = 5 * w[0, 2]
+    w[0, 3] = -w[0, 9]
     choose("torch", monkeypatch)
     (expected,) = added([w], term)
     choose("triton", monkeypatch)
@@ -204,11 +210,9 @@ def test_dead_rows_and_any_norm(backend):
 
 @pytest.mark.parametrize(("dtype", "close"), [(torch.bfloat16, 5e-3), (torch.float16, 1e-3)])
 def test_half_precision_weights(backend, dtype, close):
-    term, w, single = (
-        RieszEnergy(s=2).pair_term(),
-        neurons(1, 65, 33, dtype=dtype),
-        neurons(1, 9, 4),
-    )
+    term = RieszEnergy(s=2).pair_term()
+    w = neurons(1, 65, 33, dtype=dtype)
+    single = neurons(1, 9, 4)
     out, plain = added([w, single], term, scale=64.0)
     assert out.dtype == dtype
     assert (
@@ -312,19 +316,17 @@ def test_the_nearest(launch, monkeypatch, half, every):
     for shape in ((1, 1, 3), (2, 2, 2), (1, 65, 70), (3, 130, 5), (1, 200, 17)):
         w = neurons(*shape)
         if shape[1] > 100:
-            w[0, 3], w[0, 100], w[0, 5] = 0.0, w[0, 7], -2 * w[0, 99]
+            w[0, 3] = 0.0
+            w[0, 100] = w[0, 7]
+            w[0, 5] = -2 * w[0, 99]
         monkeypatch.setenv("LIGHTNING_HSU_BACKEND", "triton")
         x = torch.nn.functional.normalize(w, dim=-1)
         alive = x.ne(0).any(-1)
-        found, (first, index, second) = (
-            Nearest(w, half, every),
-            largest_two(x, alive, half_space=half, every=every),
-        )
+        found = Nearest(w, half, every)
+        first, index, second = largest_two(x, alive, half_space=half, every=every)
         monkeypatch.setenv("LIGHTNING_HSU_BACKEND", "torch")
-        plain, (its_first, its_index, its_second) = (
-            Nearest(w, half, every),
-            largest_two(x, alive, half_space=half, every=every),
-        )
+        plain = Nearest(w, half, every)
+        its_first, its_index, its_second = largest_two(x, alive, half_space=half, every=every)
         torch.testing.assert_close(first, its_first, rtol=0, atol=1e-6)
         torch.testing.assert_close(second, its_second, rtol=0, atol=1e-6)
         sure = its_first > its_second + 1e-5

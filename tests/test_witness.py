@@ -54,11 +54,9 @@ def polarized_simplex(s, d):
 
 @pytest.mark.parametrize("d", [2, 3, 4, 8, 16])
 def test_closed_forms(d):
-    simplex, cross, basis = (
-        c.rotated(c.simplex(d + 1, d)),
-        c.rotated(c.cross_polytope(d)),
-        c.rotated(c.orthonormal(d, d)),
-    )
+    simplex = c.rotated(c.simplex(d + 1, d))
+    cross = c.rotated(c.cross_polytope(d))
+    basis = c.rotated(c.orthonormal(d, d))
     assert solved(Covering(), simplex) == (pytest.approx(math.acos(1 / d), abs=1e-11), True)
     assert solved(Covering(), basis) == (
         pytest.approx(math.acos(-1 / math.sqrt(d)), abs=1e-11),
@@ -154,10 +152,8 @@ def test_the_value_is_a_bound_that_random_points_do_not_beat(measure, shape):
     x = random(*shape, seed=1)
     state = measure.prepare(x)
     value = float(measure(x, state))
-    seen, there = (
-        values(measure, x, random(200_000, shape[1])),
-        values(measure, x, state["points"][0][state["points"][0].any(1)]),
-    )
+    seen = values(measure, x, random(200_000, shape[1]))
+    there = values(measure, x, state["points"][0][state["points"][0].any(1)])
     if isinstance(measure, Covering):
         assert value == pytest.approx(float(there.max()), abs=1e-8)
         assert value >= float(seen.max())
@@ -267,7 +263,9 @@ def test_batches_and_zero_rows(measure):
 
 @pytest.mark.parametrize("measure", MEASURES, ids=repr)
 def test_a_warm_start_keeps_up_with_moving_points(measure):
-    x, state, kept = random(40, 6), None, 0
+    x = random(40, 6)
+    state = None
+    kept = 0
     for step in range(15):
         x = x + 0.02 * random(*x.shape, seed=step)
         state = measure.prepare(x, state)
@@ -343,9 +341,14 @@ def descended(measure, x, target, steps):
         return float(value), gradient.flatten()
 
     shape, x = x.shape, unit_rows(x)[0].flatten()
-    (value, gradient), inverse, eye = at(x), torch.eye(len(x)).double(), torch.eye(len(x)).double()
+    value, gradient = at(x)
+    inverse = torch.eye(len(x)).double()
+    eye = torch.eye(len(x)).double()
     for _ in range(steps):
-        way, low, high, length = -inverse @ gradient, 0.0, math.inf, 1.0
+        way = -inverse @ gradient
+        low = 0.0
+        high = math.inf
+        length = 1.0
         falling = float(gradient @ way)
         for _ in range(25):
             new_value, new_gradient = at(x + length * way)
@@ -359,7 +362,9 @@ def descended(measure, x, target, steps):
         moved, turned = length * way, new_gradient - gradient
         if new_value >= value or float(moved @ turned) <= 0:
             break
-        x, value, gradient = x + moved, new_value, new_gradient
+        x = x + moved
+        value = new_value
+        gradient = new_gradient
         part = eye - torch.outer(moved, turned) / (moved @ turned)
         inverse = part @ inverse @ part.T + torch.outer(moved, moved) / (moved @ turned)
         if value <= target:
