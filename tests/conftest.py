@@ -21,6 +21,15 @@ def _seeded():
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def _few_random_layers(monkeypatch):
+    """Random layers for references of measures without an expectation: the usual number takes long."""
+    from lightning_hsu import reference
+    from tests.ranks import few_random_layers
+
+    monkeypatch.setattr(reference, "_simulated", few_random_layers)
+
+
 @pytest.fixture(autouse=True)
 def _in_a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

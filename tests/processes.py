@@ -59,7 +59,7 @@ class World:
         if sys.platform != "linux":
             pytest.skip("groups of processes are tested on Linux only")
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["lightning.pytorch", "torch.distributed.tensor.parallel"])
+        context.set_forkserver_preload(["torch.distributed.tensor.parallel", "tests.sharding"])
         store = tempfile.mkdtemp(dir=os.getcwd())
         for rank in range(self.size):
             here, there = context.Pipe()

@@ -63,6 +63,7 @@ def test_a_resumed_fit_is_the_uninterrupted_one_bit_for_bit(measure, tmp_path):
     assert not same_bits(half, whole)
 
 
+@pytest.mark.usefixtures("_few_random_layers")
 def test_a_published_pole_is_kept_as_well(tmp_path):
     whole = fitted(sphere_uniformity("mhp", verbose=False), 2)[1]
     first, _ = fitted(sphere_uniformity("mhp", verbose=False), 1)
@@ -74,6 +75,7 @@ def test_a_published_pole_is_kept_as_well(tmp_path):
 
 
 @every_one
+@pytest.mark.usefixtures("_few_random_layers")
 def test_looking_changes_nothing(measure):
     """Training is the same with and without measuring, and with coefficient 0 as without us."""
     watched = fitted(uniformity(measure=measure), 1)[1]

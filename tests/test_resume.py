@@ -40,6 +40,8 @@ from tests.models import (
 from tests.processes import world
 from tests.test_memory import CARRYING
 
+pytestmark = pytest.mark.usefixtures("_few_random_layers")
+
 MODES = ("gradient", "loss", "decoupled")
 DATA, LAST = batches(count=5), 10  # two epochs
 EVERY = tuple(range(1, LAST + 1))

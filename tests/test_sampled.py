@@ -30,12 +30,18 @@ def draw(k):
 
 @pytest.mark.parametrize("kind", ["as random", "a cone", "dead ones"])
 @pytest.mark.parametrize(
-    "measure",
-    [RieszEnergy(s=2), RieszEnergy(s=1, half_space=True), GaussianPotential(), InverseFourth()],
-    ids=repr,
+    ("measure", "n", "block"),
+    [
+        # Blocks of 110 would leave neurons over if they did not grow.
+        (RieszEnergy(s=2), 600, 110),
+        (RieszEnergy(s=1, half_space=True), 600, 110),
+        (GaussianPotential(), 600, 110),
+        (InverseFourth(), 600, 110),
+        (RieszEnergy(s=2, half_space=True), 240, 20),
+        (GaussianPotential(), 240, 20),
+    ],
+    ids=str,
 )
-# Blocks of 110 would leave neurons over if they did not grow.
-@pytest.mark.parametrize(("n", "block"), [(240, 20), (600, 110)])
 def test_errors_are_what_they_say(measure, kind, n, block):
     """Over many draws the mean is right, and what is said of the errors is true.
 

@@ -266,17 +266,21 @@ def test_rounds_and_row_panels(launch, monkeypatch):
     ws = [neurons(1, 65, 5), neurons(1, 330, 9), neurons(2, 130, 5), neurons(1, 30, 3)]
     ws[1][0, 300] = 2 * ws[1][0, 10] + 1e-3 * neurons(9)
     ws[1][0, 200] = ws[1][0, 201] + 1e-3 * neurons(9)
-    for measure in (RieszEnergy(s=2), GaussianPotential(t=5)):
+    for measure, room, height, launches in (
+        (RieszEnergy(s=2), 2**30, 4, 4),
+        (RieszEnergy(s=2), 900_000, 4, 12),
+        (RieszEnergy(s=2), 100_000, 1, 40),
+        (GaussianPotential(t=5), 900_000, 4, 12),
+    ):
         term = measure.pair_term()
-        for room, height, launches in ((2**30, 4, 4), (900_000, 4, 12), (100_000, 1, 40)):
-            monkeypatch.setattr(launch, "WORKSPACE", room)
-            monkeypatch.setattr(launch, "STRIP", height)
-            with monkeypatch.context() as patch:
-                names = counted(launch, patch)
-                outs = added(ws, term)
-            assert len(names) == launches
-            for w, out in zip(ws, outs, strict=True):
-                assert relative_error(out, exact(w, term)) < CLOSE
+        monkeypatch.setattr(launch, "WORKSPACE", room)
+        monkeypatch.setattr(launch, "STRIP", height)
+        with monkeypatch.context() as patch:
+            names = counted(launch, patch)
+            outs = added(ws, term)
+        assert len(names) == launches
+        for w, out in zip(ws, outs, strict=True):
+            assert relative_error(out, exact(w, term)) < CLOSE
 
 
 def test_a_model_takes_four_launches_and_the_same_bits_again(launch, monkeypatch):
