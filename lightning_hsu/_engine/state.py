@@ -135,7 +135,7 @@ class ShareMeans:
 
 @dataclass
 class SinceAttach:
-    """What is known of the model that is attached; made anew for each.
+    """What is known of the attached model; made anew when it is let go of.
 
     Attributes:
         coefficients: The coefficient of each layer at its last step.

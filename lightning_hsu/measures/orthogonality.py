@@ -34,9 +34,9 @@ class Orthogonality(SphereMeasure):
 
             - ``"so"``, soft orthogonality: ``|X X^T - I|_F**2``, the sum of squared cosines over
               ordered pairs;
-            - ``"dso"``, double soft orthogonality: ``|X X^T - I|_F**2 + |X^T X - I|_F**2``; -
-            ``"mc"``, mutual coherence: ``max |X X^T - I|``, the largest absolute cosine, with ties
-              as in :class:`Separation`;
+            - ``"dso"``, double soft orthogonality: ``|X X^T - I|_F**2 + |X^T X - I|_F**2``;
+            - ``"mc"``, mutual coherence: ``max |X X^T - I|``, the largest absolute cosine, with
+              ties as in :class:`Separation`;
             - ``"srip"``: the spectral norm of ``X X^T - I``, or of ``X^T X - I`` where n > d.
 
     The first two take the cheaper of the n x n and the d x d Gram matrix, mutual coherence goes

@@ -133,15 +133,7 @@ class JsonData(ABC):
 
 @dataclass(frozen=True, eq=False)
 class ReportData(JsonData):
-    """Every layer of a network beside random neurons.
-
-    Args:
-        source: What was read: a file, or the class of a model.
-        measure: How layers were measured, except for those in full space.
-        similar_above: Cosine from which two neurons are near-duplicates.
-        layers: The layers, in the model's order.
-        skips: Weights that were left out, with the reason.
-    """
+    """The fields of a report; :class:`Report` says what they are."""
 
     source: str
     measure: Measure
@@ -183,15 +175,7 @@ class LayerComparison:
 
 @dataclass(frozen=True, eq=False)
 class ComparisonData(JsonData):
-    """What moved between two networks.
-
-    Args:
-        before: The report on the first.
-        after: The report on the second.
-        layers: The layers that both have, in the order of the second.
-        only_before: Names of layers that only the first has.
-        only_after: Names of layers that only the second has.
-    """
+    """The fields of a comparison; :class:`Comparison` says what they are."""
 
     before: ReportData
     after: ReportData
