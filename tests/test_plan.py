@@ -424,6 +424,6 @@ def calls_of_a_step():
 
 
 def test_a_plain_step_takes_few_calls_through_few_files():
-    files = calls_of_a_step()
-    assert 20 < len(files) <= 120, len(files)
-    assert len(set(files)) <= 12, sorted(set(files))
+    calls = calls_of_a_step()
+    assert 20 < len(calls) <= 120, len(calls)
+    assert len(set(calls)) <= 12, sorted(set(calls))
