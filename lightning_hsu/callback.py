@@ -22,6 +22,7 @@ from lightning_hsu._neurons.placement import placement_of
 from lightning_hsu._neurons.select import uninitialized
 from lightning_hsu.coefficients import Strength, Strengths
 from lightning_hsu.measures import Measure
+from lightning_hsu.measures.defaults import SAMPLE_ABOVE
 from lightning_hsu.regularizer import UniformityRegularizer
 
 _LOGGING = ("log", "log_dict")  # bound methods of the model, which Lightning hangs onto callbacks
@@ -132,7 +133,7 @@ class HypersphericalUniformity(_trainer.EveryCallback):
         every_n_steps: int = 1,
         step_limit: float | None = 1.0,
         matmul_precision: Literal["highest", "medium"] = "highest",
-        sample_above: int | None = 16384,
+        sample_above: int | None = SAMPLE_ABOVE,
         split_above: int | None = 2048,
         figures_every_n_steps: int | None = None,
         prefix: str = "hsu",

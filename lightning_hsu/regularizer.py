@@ -15,7 +15,13 @@ from lightning_hsu._checks import check_choice, check_count, check_number
 from lightning_hsu._core import bf16_products
 from lightning_hsu._engine.apply import LayerUpdate
 from lightning_hsu._engine.layer import Layer
-from lightning_hsu._engine.plan import GradientStats, Plan, StepContext, learning_rates
+from lightning_hsu._engine.plan import (
+    GradientStats,
+    Plan,
+    StepContext,
+    buckets,
+    learning_rates,
+)
 from lightning_hsu._engine.state import TrainingState
 from lightning_hsu._engine.step import act_on_buckets, loss_terms
 from lightning_hsu._monitor.measure import LayerUniformity, measure_layers
@@ -28,7 +34,7 @@ from lightning_hsu._neurons.wrappers import unwrapped
 from lightning_hsu.coefficients import Coefficient, Strength
 from lightning_hsu.measures import Measure
 from lightning_hsu.measures.base import check_measure
-from lightning_hsu.measures.defaults import DEFAULT_MEASURE
+from lightning_hsu.measures.defaults import DEFAULT_MEASURE, SAMPLE_ABOVE
 from lightning_hsu.measures.sampled import sampled_above
 
 
@@ -102,7 +108,7 @@ class UniformityRegularizer:
         every_n_steps: int = 1,
         step_limit: float | None = 1.0,
         matmul_precision: Literal["highest", "medium"] = "highest",
-        sample_above: int | None = 16384,
+        sample_above: int | None = SAMPLE_ABOVE,
     ) -> None:
         check_count("every_n_steps", every_n_steps)
         if sample_above is not None:
@@ -295,10 +301,10 @@ class UniformityRegularizer:
             plan = self._current_plan()
             updates, left = plan.plain_updates(self.state, context)
             stats_by_layer: dict[str, GradientStats] = {}
-            buckets = [*plan.rest, left]
-            if any(buckets):  # first, since a layer may be refused: then nothing has been added
+            together = plan.rest + buckets(left, placement)
+            if together:  # before the plain layers: a layer that is refused stops the step there
                 stats_by_layer = act_on_buckets(
-                    buckets, LayerUpdate.add, self.state, context, placement
+                    together, LayerUpdate.add, self.state, context, placement
                 )
             return stats_by_layer | updates.add()
 
@@ -333,9 +339,9 @@ class UniformityRegularizer:
         rates = learning_rates(optimizer)
         context = StepContext(step, rates, 1.0, False, self.step_limit, stats)
         with self._attached.placement.whole_parameters(with_grads=True), self._products():
-            buckets = self._current_plan().buckets
+            plan = self._current_plan()
             return act_on_buckets(
-                buckets, LayerUpdate.move, self.state, context, self._attached.placement
+                plan.buckets, LayerUpdate.move, self.state, context, self._attached.placement
             )
 
     def measure_layers(self) -> list[LayerUniformity]:

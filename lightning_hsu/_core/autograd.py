@@ -53,7 +53,7 @@ class _Energy(torch.autograd.Function):
     def vmap(
         info: Any, in_dims: tuple[int | None, ...], w: Tensor, term: PairTerm, with_grad: bool
     ) -> tuple[tuple[Tensor, Tensor], tuple[int, int | None]]:
-        w = _batch_first(w, in_dims[0], info.batch_size)
+        w = batch_first(w, in_dims[0], info.batch_size)
         with_grad = with_grad or w.requires_grad  # which only shows once the batch is unwrapped
         found = _Energy.apply(w, term, with_grad)  # type: ignore[no-untyped-call]
         return found, (0, 0 if with_grad else None)
@@ -82,8 +82,8 @@ class _Gradient(torch.autograd.Function):
     def vmap(
         info: Any, in_dims: tuple[int | None, ...], w: Tensor, grad: Tensor, term: PairTerm
     ) -> tuple[Tensor, int]:
-        w = _batch_first(w, in_dims[0], info.batch_size)
-        grad = _batch_first(grad, in_dims[1], info.batch_size)
+        w = batch_first(w, in_dims[0], info.batch_size)
+        grad = batch_first(grad, in_dims[1], info.batch_size)
         return _Gradient.apply(w, grad, term), 0  # type: ignore[no-untyped-call]
 
 
@@ -107,12 +107,12 @@ class _HessianVector(torch.autograd.Function):
     def vmap(
         info: Any, in_dims: tuple[int | None, ...], w: Tensor, vector: Tensor, term: PairTerm
     ) -> tuple[Tensor, int]:
-        w = _batch_first(w, in_dims[0], info.batch_size)
-        vector = _batch_first(vector, in_dims[1], info.batch_size)
+        w = batch_first(w, in_dims[0], info.batch_size)
+        vector = batch_first(vector, in_dims[1], info.batch_size)
         return _HessianVector.apply(w, vector, term), 0  # type: ignore[no-untyped-call]
 
 
-def _batch_first(x: Tensor, dim: int | None, size: int) -> Tensor:
+def batch_first(x: Tensor, dim: int | None, size: int) -> Tensor:
     """The batch that ``vmap`` hides as the first dimension; an x without one is repeated."""
     if dim is None:
         return x.expand(size, *x.shape)

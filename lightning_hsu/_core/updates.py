@@ -33,16 +33,6 @@ class GradientUpdate:
         w, out = self.w[i, None], self.out[i, None]
         return GradientUpdate(w, out, self.scale, self.limit, self.grad_scale)
 
-    def overlaps(self, other: GradientUpdate) -> bool:
-        """Whether another update may add to the same entries, by the ends of both in memory."""
-        if other is self:
-            return False
-        if self.out.untyped_storage().data_ptr() != other.out.untyped_storage().data_ptr():
-            return False
-        start, stop = _memory_span(self.out)
-        other_start, other_stop = _memory_span(other.out)
-        return start < other_stop and other_start < stop
-
 
 def alike(updates: Sequence[GradientUpdate]) -> list[list[GradientUpdate]]:
     """Group the updates that differ in ``w`` and ``out`` only."""
@@ -100,12 +90,3 @@ def shortening(
         room = (torch.linalg.vector_norm(w, dim=-1, keepdim=True) * limit).clamp_max(bound)
     length = torch.linalg.vector_norm(grad, dim=-1, keepdim=True) * scale
     return torch.where(length > room, room / length, 1.0)
-
-
-def _memory_span(x: Tensor) -> tuple[int, int]:
-    """First entry of a tensor within its storage, and the one after its last."""
-    start = int(x.storage_offset())
-    stop = start + 1
-    for size, stride in zip(x.shape, x.stride(), strict=True):
-        stop += (size - 1) * int(stride)
-    return start, stop

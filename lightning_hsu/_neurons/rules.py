@@ -61,10 +61,7 @@ def has_rule(module: nn.Module) -> bool:
 
 def has_built_in_rule(module: nn.Module) -> bool:
     """Whether the rule for this module is one of the library's, not a registered one."""
-    for kind in type(module).__mro__:
-        if kind in _RULES:
-            return _RULES[kind] is _BUILT_IN.get(kind)
-    return False
+    return _rule_of(module) in _BUILT_IN.values()
 
 
 def neurons_of(module: nn.Module) -> dict[str, Tensor]:

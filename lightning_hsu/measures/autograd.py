@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_hsu._core import exact_arithmetic
+from lightning_hsu._core.autograd import batch_first
 from lightning_hsu.measures.state import State
 
 
@@ -76,7 +77,7 @@ class _ValueAndGrad(torch.autograd.Function):
         names: tuple[str, ...] | None,
         *parts: Tensor,
     ) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
-        x = _in_front(x, in_dims[0], info.batch_size)
+        x = batch_first(x, in_dims[0], info.batch_size)
         parts = _per_group(parts, in_dims[3:], info.batch_size)
         return _ValueAndGrad.apply(x, how, names, *parts), (0, 0)  # type: ignore[no-untyped-call]
 
@@ -123,8 +124,8 @@ class _HessianProduct(torch.autograd.Function):
         names: tuple[str, ...] | None,
         *parts: Tensor,
     ) -> tuple[Tensor, int]:
-        x = _in_front(x, in_dims[0], info.batch_size)
-        direction = _in_front(direction, in_dims[1], info.batch_size)
+        x = batch_first(x, in_dims[0], info.batch_size)
+        direction = batch_first(direction, in_dims[1], info.batch_size)
         inputs = (x, direction, how, names, *_per_group(parts, in_dims[4:], info.batch_size))
         return _HessianProduct.apply(*inputs), 0  # type: ignore[no-untyped-call]
 
@@ -135,18 +136,11 @@ def _state(names: tuple[str, ...] | None, parts: tuple[Tensor, ...]) -> State | 
     return dict(zip(names, parts, strict=True))
 
 
-def _in_front(x: Tensor, dim: int | None, size: int) -> Tensor:
-    """The mapped dimension in front; copies where x has none."""
-    if dim is None:
-        return x.expand(size, *x.shape)
-    return x.movedim(dim, 0)
-
-
 def _per_group(
     parts: tuple[Tensor, ...], dims: tuple[int | None, ...], size: int
 ) -> tuple[Tensor, ...]:
     """The parts of a state, the mapped dimension as one with that of the groups."""
     found = []
     for part, dim in zip(parts, dims, strict=True):
-        found.append(_in_front(part, dim, size).flatten(0, 1))
+        found.append(batch_first(part, dim, size).flatten(0, 1))
     return tuple(found)

@@ -1,4 +1,4 @@
-"""The measure that everything uses where none is given."""
+"""What everything uses where nothing is given."""
 
 from __future__ import annotations
 
@@ -7,3 +7,6 @@ from lightning_hsu.measures.riesz import RieszEnergy
 
 DEFAULT_MEASURE: Measure = RieszEnergy(s=2.0, half_space=True)
 """Half-space minimum hyperspherical energy with s = 2."""
+
+SAMPLE_ABOVE = 16384
+"""Neurons above which pair energies are estimated from a sample of the pairs."""

@@ -19,13 +19,13 @@ from lightning_hsu._core import (
     working_dtype,
 )
 from lightning_hsu.measures import GaussianPotential, Measure, Sampled
+from lightning_hsu.measures.defaults import SAMPLE_ABOVE
 from lightning_hsu.measures.sampled import sampled_above
 from lightning_hsu.metrics.base import Quantity, UniformityMetric, decoded, nonempty, parts_of
 from lightning_hsu.metrics.hashing import hashed
 from lightning_hsu.reference import random_level, score
 
 _DEFAULT_MEASURE = GaussianPotential(t=2.0)
-_SAMPLE_ABOVE = 16384  # rows, as in the callback
 
 
 class FeatureUniformity(UniformityMetric):
@@ -284,7 +284,7 @@ def quantity_of(measure: Measure, quantity: Quantity, x: Tensor) -> Tensor:
     n, d = x.shape
     if n < 2:
         return _quantity_of_few(measure, quantity)
-    measure = sampled_above(measure, n, _SAMPLE_ABOVE)
+    measure = sampled_above(measure, n, SAMPLE_ABOVE)
     x = with_float64(x)[None]
     state = measure.prepare(x)
     if quantity == "min_angle":
