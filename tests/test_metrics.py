@@ -124,7 +124,7 @@ def test_many_rows_are_sampled_as_the_callback_does(monkeypatch):
         whole, rel=1e-6
     )
     nearest = value(FeatureUniformity(quantity="min_angle", capacity=None), x)
-    monkeypatch.setattr(features, "_SAMPLE_ABOVE", 2100)
+    monkeypatch.setattr(features, "SAMPLE_ABOVE", 2100)
     assert value(FeatureUniformity(quantity="energy", capacity=None), x) == pytest.approx(
         sampled, rel=1e-6
     )
