@@ -215,9 +215,19 @@ def test_another_memory_format_is_followed():
     regularizer = UniformityRegularizer(coefficient=0.5).attach(net)
     added(net, regularizer)
     net.to(memory_format=torch.channels_last)
+    assert not net[0].weight.is_contiguous()
     found, fresh = added(net, regularizer), added(net)
     for name, part in fresh.items():
         torch.testing.assert_close(found[name], 0.5 * part, rtol=1e-5, atol=1e-7)
+    assert len(regularizer._attached.plan.plain) == 3  # the short way serves it, too
+
+
+def test_channels_last_gets_what_the_usual_format_gets():
+    net = pictures()
+    usual = added(net)
+    net.to(memory_format=torch.channels_last)
+    for name, part in added(net).items():
+        torch.testing.assert_close(part, usual[name], rtol=1e-5, atol=1e-7)
 
 
 def test_a_plan_is_replayed_until_something_changes(monkeypatch):

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from lightning_hsu._core.backend import Backend, active
 from lightning_hsu._core.kernel import PairTerm
@@ -78,19 +79,20 @@ class TorchBackend(Backend):
         """Add small layers of one shape together, and those on a GPU without waiting for it."""
         without_sync: list[GradientUpdate] = []
         for members in alike(updates):
-            if avoids_sync(members[0].w, term):
+            w = members[0].w
+            if avoids_sync(w, term):
                 without_sync += members
                 continue
-            for some in chunks(members, _how_many(members[0])):
+            for some in chunks(members, _how_many(w)):
                 _add(some, term)
         if without_sync:
             stacks = stacks_of(without_sync)
             add_where_valid(stacks, _gradients(stacks, term), term)
 
 
-def _how_many(update: GradientUpdate) -> int:
-    """How many layers like this one go together."""
-    b, n, d = update.w.shape
+def _how_many(w: Tensor) -> int:
+    """How many layers of the shape (b, n, d) of w go together."""
+    b, n, d = w.shape
     if b * n * d > SMALL:
         return 1
     return max(1, _GRAM_ENTRIES // max(1, b * n * n))

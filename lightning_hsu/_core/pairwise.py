@@ -91,14 +91,14 @@ def small_pair_gradient(w: Tensor, term: PairTerm) -> tuple[Tensor, Tensor, Tens
         return None
     norm = torch.linalg.vector_norm(w, dim=-1, keepdim=True)
     shortest, longest = norm.aminmax()
-    if not (shortest > 1e-15 and longest < 1e15):
+    if not (shortest.item() > 1e-15 and longest.item() < 1e15):
         return None
     x = w / norm
     cosine = torch.bmm(x, x.mT)
     q = torch.rsub(cosine, 2.0, alpha=2.0)
     q.diagonal(dim1=1, dim2=2).fill_(2.0)
     nearest, farthest = q.aminmax()
-    if not (nearest >= NEAR and farthest <= 4.0 - NEAR):
+    if not (nearest.item() >= NEAR and farthest.item() <= 4.0 - NEAR):
         return None
     value, slope = term.folded(q, NEAR)
     slope.diagonal(dim1=1, dim2=2).fill_(0.0)

@@ -14,19 +14,36 @@ class GradientUpdate:
     """One layer's update: ``out += grad_scale * shortened(scale * gradient)``.
 
     Args:
-        w: Neurons, shape (b, n, d), any strides, without a graph.
-        out: The tensor to add to, shape (b, n, d), any strides; of the dtype of ``w``.
+        entries: The neurons, shape (b, n, d), any strides. A parameter that is its neurons entry
+            by entry may come as it is: any shape, contiguous.
+        out_entries: What to add to, of the shape and dtype of ``entries``.
         scale: Factor of the gradient of the groups' summed energies.
         limit: Largest length of a row of ``scale * gradient`` over the norm of its neuron; None
             for no limit.
         grad_scale: Factor that the rest of ``out`` still carries, as under mixed precision.
+        shape: The shape (b, n, d) in which ``entries`` are read; None is their own.
     """
 
-    w: Tensor
-    out: Tensor
+    entries: Tensor
+    out_entries: Tensor
     scale: float
     limit: float | None = None
     grad_scale: float = 1.0
+    shape: torch.Size | None = None
+
+    @property
+    def w(self) -> Tensor:
+        """The neurons (b, n, d), without a graph."""
+        if self.shape is None:
+            return self.entries
+        return self.entries.detach().view(self.shape)
+
+    @property
+    def out(self) -> Tensor:
+        """The tensor (b, n, d) to add to."""
+        if self.shape is None:
+            return self.out_entries
+        return self.out_entries.view(self.shape)
 
     def group(self, i: int) -> GradientUpdate:
         """The update of one group alone, as a layer of shape (1, n, d)."""
@@ -35,11 +52,12 @@ class GradientUpdate:
 
 
 def alike(updates: Sequence[GradientUpdate]) -> list[list[GradientUpdate]]:
-    """Group the updates that differ in ``w`` and ``out`` only."""
+    """Group the updates that differ in their tensors' contents only."""
     found: dict[object, list[GradientUpdate]] = {}
     for update in updates:
-        w = update.w
-        key = (w.shape, w.dtype, w.device, update.scale, update.limit, update.grad_scale)
+        w = update.entries
+        how = (update.scale, update.limit, update.grad_scale)
+        key = (update.shape, w.shape, w.dtype, w.device, how)
         found.setdefault(key, []).append(update)
     return list(found.values())
 
@@ -63,14 +81,14 @@ def add_to_layers(
     first = updates[0]
     if value is not None:
         grad.div_(torch.where(value > 0, value, 1.0)[:, None, None].to(grad.dtype))
-    room: Tensor | float = torch.finfo(first.w.dtype).max / 2
+    room: Tensor | float = torch.finfo(first.entries.dtype).max / 2
     if first.limit is not None:
         room = (norm * first.limit).clamp_max(room)
     length = torch.linalg.vector_norm(grad, dim=-1, keepdim=True).mul_(first.scale)
     factor = torch.where(length > room, room / length, 1.0)
     grad.mul_(factor.mul_(first.scale * first.grad_scale))
-    parts = torch.split(grad, first.w.shape[0])
-    torch._foreach_add_([update.out for update in updates], list(parts))
+    parts = grad.reshape(len(updates), *first.out_entries.shape).unbind()
+    torch._foreach_add_([update.out_entries for update in updates], list(parts))
 
 
 def shortening(

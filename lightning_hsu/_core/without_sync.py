@@ -65,7 +65,9 @@ def stack_neurons(updates: Sequence[GradientUpdate]) -> Tensor:
     first = updates[0].w
     stack = first
     if len(updates) > 1:
-        stack = torch.cat([update.w for update in updates])
+        b, n, d = first.shape
+        entries = torch.cat([update.entries for update in updates])
+        stack = entries.view(len(updates) * b, n, d)
     return stack.to(working_dtype(first.dtype))
 
 

@@ -21,7 +21,8 @@ from lightning_hsu._core.updates import GradientUpdate
 from lightning_hsu._engine.layer import Layer
 from lightning_hsu._engine.state import TrainingState
 from lightning_hsu._neurons.placement import Placement
-from lightning_hsu._neurons.rules import REGISTERED, has_built_in_rule
+from lightning_hsu._neurons.placement.base import viewed_parameter
+from lightning_hsu._neurons.rules import REGISTERED, channels_last, has_built_in_rule
 
 Owner = tuple[dict[str, nn.Parameter | None], str, nn.Parameter]
 """The parameters of a module by name, the name of one, and that parameter as the plan knows it."""
@@ -75,6 +76,7 @@ class PlainLayer:
 
     __slots__ = (
         "_dtype",
+        "_is_whole",
         "_offset",
         "_shape",
         "_signature",
@@ -97,6 +99,8 @@ class PlainLayer:
         self._strides = parameter.stride()
         self._dtype = parameter.dtype
         self._signature = _signature(layer.target.module)
+        in_order = parameter.is_contiguous() and view.is_contiguous()
+        self._is_whole = in_order and view.numel() == parameter.numel()
 
     def is_current(self) -> bool:
         """Whether the parameter is laid out as it was, and the module reads it as it did."""
@@ -116,9 +120,12 @@ class PlainLayer:
         if grad.stride() != self._strides:
             return None
         shape, strides, offset = self.view_shape, self.view_strides, self._offset
+        scale = coefficient / shape[0]
+        if self._is_whole:
+            return GradientUpdate(p, grad, scale, limit, grad_scale, shape)
         w = p.as_strided(shape, strides, offset + int(p.storage_offset()))
         out = grad.as_strided(shape, strides, offset + int(grad.storage_offset()))
-        return GradientUpdate(w, out, coefficient / shape[0], limit, grad_scale)
+        return GradientUpdate(w, out, scale, limit, grad_scale)
 
     def overlaps(self, other: PlainLayer) -> bool:
         """Whether both have entries in one stretch of the same parameter."""
@@ -236,17 +243,18 @@ class WatchedUpdate:
 
     def __init__(self, update: GradientUpdate) -> None:
         self._update = update
-        self._grad = update.out
-        update.out = torch.zeros_like(update.w, dtype=working_dtype(update.w.dtype))
+        self._grad = update.out_entries
+        dtype = working_dtype(update.entries.dtype)
+        update.out_entries = torch.zeros_like(update.entries, dtype=dtype)
 
     def settle(self) -> GradientStats:
         """Add the buffer to ``.grad``, and describe what it holds."""
         update = self._update
-        added = update.out
+        added = update.out_entries
         task = torch.linalg.vector_norm(self._grad, dtype=added.dtype)
         share = torch.linalg.vector_norm(added) / task
         self._grad.add_(added)
-        return GradientStats(share, self._limited(added))
+        return GradientStats(share, self._limited(update.out))
 
     def _limited(self, added: Tensor) -> Tensor:
         """How many rows are as long as the step limit, or the range of the dtype, allows."""
@@ -336,9 +344,15 @@ def _as_plain(layer: Layer, placement: Placement) -> PlainLayer | None:
     if not has_built_in_rule(layer.target.module):
         return None  # a user's rule may give other neurons at another time
     view = layer.target.read()
-    if view.parameter is None or not _is_read_directly(layer.target.module, view.parameter):
+    x, parameter = view.x, view.parameter
+    if parameter is None:
+        in_memory_order = channels_last(layer.target.module)
+        if in_memory_order is None:
+            return None
+        x, parameter = in_memory_order, viewed_parameter(in_memory_order, {})
+    if parameter is None or not _is_read_directly(layer.target.module, parameter):
         return None
-    return PlainLayer(layer, term, view.parameter, view.x)
+    return PlainLayer(layer, term, parameter, x)
 
 
 def _owners(layer: Layer) -> list[Owner]:

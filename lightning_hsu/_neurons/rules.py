@@ -129,6 +129,20 @@ def _convolution(module: nn.Module) -> Tensor:
     return _by_group(module).flatten(2)
 
 
+def channels_last(module: nn.Module) -> Tensor | None:
+    """The neurons of a convolution in channels last with their entries as they lie in memory.
+
+    So they are a view. What depends on inner products alone does not see the order of entries.
+    None for all other modules.
+    """
+    if _rule_of(module) is not _convolution:
+        return None
+    kernels = _by_group(module).movedim(2, -1)
+    if not kernels.is_contiguous():
+        return None
+    return kernels.flatten(2)
+
+
 def _transposed_convolution(module: nn.Module) -> Tensor:
     """Kernels (in, out / groups, *k) as neurons (groups, out / groups, in / groups * k)."""
     return _by_group(module).transpose(1, 2).flatten(2)
