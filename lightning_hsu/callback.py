@@ -185,7 +185,7 @@ class HypersphericalUniformity(_trainer.EveryCallback):
             return
         self._release()  # from a fit whose end we were not told of: another callback failed then
         if trainer.global_step == 0:
-            self.regularizer.load_state_dict({"steps": []})
+            self.regularizer.reset()
         else:
             before = self._fit.open_step.state_before()
             if before is not None:  # broken off within a step, which is done again

@@ -191,6 +191,11 @@ class UniformityRegularizer:
         self.state.detach()
         self._attached = _Attached()
 
+    def reset(self) -> None:
+        """Let go of the model and forget all steps: the next one is the first of a training."""
+        self.state = TrainingState()
+        self._attached = _Attached()
+
     def penalty(self, step: int = 0) -> Tensor:
         """Coefficient times penalty, summed over the layers: a differentiable scalar for your loss.
 
@@ -449,6 +454,8 @@ class UniformityRegularizer:
         attached = self._attached
         if attached.model is not None and any(x.in_forward_precision for x in attached.layers):
             attached.placement.reshard(attached.model)
+        if attached.placement.loss_refusal is None:  # else the weights are not whole here
+            self._current_plan()
         same_step = self.state.now.loss_step == step
         context = StepContext(step, rates, factor, same_step, self.step_limit)
         with self._products():

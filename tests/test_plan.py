@@ -142,6 +142,70 @@ def test_a_change_under_way_is_followed(change):
         torch.testing.assert_close(found[name], 0.5 * part, rtol=1e-5, atol=1e-7)
 
 
+def moved(net, regularizer=None):
+    """How one move changes the weights: of a regularizer attached before, or of a fresh one."""
+    regularizer = regularizer or UniformityRegularizer().attach(net)
+    before = {name: p.detach().clone() for name, p in net.named_parameters()}
+    regularizer.move(with_zero_gradients(net))
+    return {name: p.detach() - before[name] for name, p in net.named_parameters()}
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_a_change_under_way_is_followed_past_the_optimizer(change):
+    net = network()
+    regularizer = UniformityRegularizer().attach(net)
+    moved(net, regularizer)
+    change(net)
+    start = {name: p.detach().clone() for name, p in net.named_parameters()}
+    found = moved(net, regularizer)
+    with torch.no_grad():
+        for name, p in net.named_parameters():
+            p.copy_(start[name])
+    fresh = moved(net)
+    assert any(bool(part.any()) for part in found.values())
+    assert found.keys() == fresh.keys()
+    for name, part in fresh.items():
+        torch.testing.assert_close(found[name], part, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(12, 16), nn.Embedding(16, 12, padding_idx=0)])
+def test_other_data_under_a_gradient_that_stays_are_followed(layer):
+    net = nn.Sequential(layer)
+    regularizer = UniformityRegularizer(head=None, include="*").attach(net)
+    optimizer = with_zero_gradients(net)
+    regularizer.add_gradients(optimizer)
+    optimizer.zero_grad(set_to_none=False)  # the gradient stays, laid out as it was
+    layer.weight.data = torch.randn(12, 16).T
+    regularizer.add_gradients(optimizer)
+    kept = layer.weight.grad
+    assert kept.stride() != layer.weight.stride()
+    fresh = UniformityRegularizer(head=None, include="*").attach(net)
+    torch.testing.assert_close(kept, added(net, fresh)["0.weight"], rtol=1e-5, atol=1e-7)
+
+
+def test_a_replaced_weight_keeps_the_step_limit_of_a_loss():
+    net = network()
+    regularizer = UniformityRegularizer(coefficient=1e4, step_limit=1e-3).attach(net)
+    replaced_weight(net)
+    optimizer = torch.optim.SGD(net.parameters(), lr=1.0)
+    loss = net(torch.randn(4, 12)).sum() * 0.0
+    regularizer.add_to_loss(loss, optimizer)
+    loss.backward()
+    steps = net[0].weight.grad.norm(dim=1) / net[0].weight.detach().norm(dim=1)
+    assert 0.5e-3 < steps.max() <= 1.001e-3
+    regularizer.count_step(optimizer)
+    assert regularizer.unreached() == []
+
+
+def test_another_model_begins_without_what_was_known_of_the_first():
+    net, other = network(), network()
+    regularizer = UniformityRegularizer().attach(net)
+    added(net, regularizer)
+    assert regularizer.unreached() == []
+    regularizer.attach(other)
+    assert regularizer.unreached() == ["0", "2", "4"]
+
+
 class Slim(nn.Linear):
     """A weight that is a part of a larger parameter: so many rows."""
 
@@ -200,14 +264,17 @@ def test_other_groups_and_another_padding_are_followed():
         torch.testing.assert_close(found, fresh, rtol=1e-5, atol=1e-7)
 
 
-def test_a_refused_step_adds_nothing():
-    net = nn.Sequential(nn.Embedding(20, 6, sparse=True), nn.Linear(6, 9))
-    regularizer = UniformityRegularizer(head=None, include="*").attach(net)
-    net(torch.tensor([1, 2])).sum().backward()
-    before = net[1].weight.grad.clone()
+@pytest.mark.parametrize("measure", [None, Covering()])
+def test_a_refused_step_adds_nothing(measure):
+    dense, sparse = nn.Linear(6, 9), nn.Embedding(20, 6, sparse=True)
+    regularizer = UniformityRegularizer(measure, head=None, include="*")
+    regularizer.attach(nn.ModuleList([dense, sparse]))
+    dense(sparse(torch.tensor([1, 2]))).sum().backward()
+    before = dense.weight.grad.clone()
+    optimizer = torch.optim.SGD([*dense.parameters(), *sparse.parameters()], lr=0.1)
     with pytest.raises(NotImplementedError, match="sparse gradients"):
-        regularizer.add_gradients(torch.optim.SGD(net.parameters(), lr=0.1))
-    assert torch.equal(net[1].weight.grad, before)
+        regularizer.add_gradients(optimizer)
+    assert torch.equal(dense.weight.grad, before)
 
 
 def test_another_memory_format_is_followed():

@@ -166,10 +166,11 @@ class TrainingState:
         self._monitor_states = MeasureStates()
 
     def attach(self, model: nn.Module) -> None:
-        """Drop another model's states and means."""
+        """Drop another model's states and means, and what was known of the model before."""
         self._monitor_states.attach(model)
         if self.measure_states.attach(model):
             self.share_means = ShareMeans()
+        self.now = SinceAttach()
 
     def detach(self) -> None:
         """Let go of the model and its optimizers; counts, states and means stay."""

@@ -27,6 +27,9 @@ def act_on_buckets(
     placement: Placement,
 ) -> dict[str, GradientStats]:
     """Let buckets of layers act on the weighted gradients of their penalties, one after the other."""
+    for bucket in buckets:
+        for layer in bucket:  # before any of them acts: a refused step changes nothing
+            _refuse_sparse(layer, state, context)
     stats: dict[str, GradientStats] = {}
     first = next(layer for bucket in buckets for layer in bucket)
     with exact_arithmetic(first.parameters[0]):  # a hook may run within autocast
@@ -65,7 +68,6 @@ def _updates(
         state.now.reached.add(layer.name)
         if not layer.has_share and state.coefficient(layer, context.step) == 0:
             continue
-        _refuse_sparse(layer)
         with torch.enable_grad():
             view = layer.target.read(gathered)
         measure_state = state.measure_state(layer, view.x, same_step=context.same_step)
@@ -114,8 +116,12 @@ def _loss_term(layer: Layer, state: TrainingState, context: StepContext) -> Tens
     return coefficient * layer.measure.penalty(x, measure_state).mean()
 
 
-def _refuse_sparse(layer: Layer) -> None:
-    """A sparse gradient has no room for the rows that the batch did not touch."""
+def _refuse_sparse(layer: Layer, state: TrainingState, context: StepContext) -> None:
+    """Refuse a sparse gradient: it has no room for the rows that the batch did not touch."""
+    if not layer.rates(context.learning_rates):
+        return
+    if not layer.has_share and state.coefficient(layer, context.step) == 0:
+        return
     if any(p.grad is not None and p.grad.is_sparse for p in layer.parameters):
         raise NotImplementedError(
             f"layer '{layer.name}' {layer.target.shape} has sparse gradients, which cannot hold the "
