@@ -67,7 +67,7 @@ def walk(number):
     """The files that a walk names."""
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     found = re.search(rf"^{number}\. (.*?)(?=^\d\. |\Z)", text, re.DOTALL | re.MULTILINE)
-    return {name for name in re.findall(r"`([\w./-]+\.py)`", found[1])}
+    return set(re.findall(r"`([\w./-]+\.py)`", found[1]))
 
 
 def test_the_walks_of_a_step_and_a_logged_number_are_those_of_the_program():

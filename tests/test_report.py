@@ -477,7 +477,7 @@ def test_compare_tells_what_only_one_has_and_what_is_left_out():
         )
     )
     assert said.splitlines()[-1] == "only after (state dict): new"
-    assert "before, not measured (1):\n  b 6x8: its weights are torch.int8" in said
+    assert "before, not measured (1):\n  b 6 x 8: its weights are torch.int8" in said
 
 
 def test_compare_tells_what_is_broken_and_what_is_left_out(tmp_path, capsys):

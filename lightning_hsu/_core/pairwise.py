@@ -25,6 +25,7 @@ from lightning_hsu._core.bf16 import kind_of_sums
 from lightning_hsu._core.kernel import PairTerm, softened_at
 from lightning_hsu._core.near import NEAR
 from lightning_hsu._core.precision import exact_arithmetic, with_float64, working_dtype
+from lightning_hsu._core.sphere import LONGEST, SHORTEST
 from lightning_hsu._core.sums import PairSums
 
 PANEL = 256
@@ -91,7 +92,7 @@ def small_pair_gradient(w: Tensor, term: PairTerm) -> tuple[Tensor, Tensor, Tens
         return None
     norm = torch.linalg.vector_norm(w, dim=-1, keepdim=True)
     shortest, longest = norm.aminmax()
-    if not (shortest.item() > 1e-15 and longest.item() < 1e15):
+    if not (shortest.item() > SHORTEST and longest.item() < LONGEST):
         return None
     x = w / norm
     cosine = torch.bmm(x, x.mT)

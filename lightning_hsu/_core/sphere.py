@@ -5,6 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+SHORTEST = 1e-15
+LONGEST = 1e15
+"""Norms between which no square of an entry that matters vanishes or overflows in float32."""
+
 _SEED = 20210415
 
 
@@ -44,7 +48,7 @@ def _squares_are_safe(length: Tensor) -> bool:
     if not length.numel():
         return False
     low, high = length.aminmax()
-    return bool((low > 1e-15) & (high < 1e15))
+    return bool((low > SHORTEST) & (high < LONGEST))
 
 
 def largest_entries(x: Tensor) -> Tensor:

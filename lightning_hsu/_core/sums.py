@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_hsu._core.kernel import PairTerm
 from lightning_hsu._core.near import NEAR, NearPairs
-from lightning_hsu._core.sphere import largest_entries, to_weights, unit_rows
+from lightning_hsu._core.sphere import SHORTEST, largest_entries, to_weights, unit_rows
 
 
 @dataclass(slots=True)
@@ -55,7 +55,7 @@ class PairSums:
             self.alive = inverse_norm > 0
             self.live = self.alive.sum((-2, -1)).tolist()
         # Then no gradient over a norm overflows, unless it comes from near pairs.
-        self.in_range = bool(high < 1e15)
+        self.in_range = bool(high < 1.0 / SHORTEST)
         self.rows = self.x  # those that gather a gradient, (b, k, d)
         self.inverse_norm = inverse_norm
         if index is not None:

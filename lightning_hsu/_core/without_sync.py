@@ -17,6 +17,7 @@ from lightning_hsu._core.kernel import PairTerm
 from lightning_hsu._core.near import NEAR
 from lightning_hsu._core.pairwise import pair_energy, too_steep
 from lightning_hsu._core.precision import bf16_allowed, working_dtype
+from lightning_hsu._core.sphere import LONGEST, SHORTEST
 from lightning_hsu._core.updates import GradientUpdate, add_to_layers, alike, chunks
 
 _PANEL_ENTRIES = 2**26
@@ -33,8 +34,8 @@ class StackGradient(NamedTuple):
         grad: Gradients of the mean energies, shape (b, n, d).
         norm: Norms of the neurons, shape (b, n, 1).
         value: Mean energies (b,) in float64 if their logarithm is minimised, else None.
-        valid: Groups without near (or nearly opposite) pairs and with norms between 1e-15 and 1e15,
-            bool, shape (b,). The other groups' results may be anything.
+        valid: Groups without near (or nearly opposite) pairs and with norms between
+            ``SHORTEST`` and ``LONGEST``, bool, shape (b,). The other groups' results may be anything.
     """
 
     grad: Tensor
@@ -80,7 +81,7 @@ def gradients_without_sync(w: Tensor, term: PairTerm) -> StackGradient:
     """
     b, n, _ = w.shape
     norm = torch.linalg.vector_norm(w, dim=-1, keepdim=True)
-    valid = ((norm > 1e-15) & (norm < 1e15)).flatten(1).all(1)
+    valid = ((norm > SHORTEST) & (norm < LONGEST)).flatten(1).all(1)
     x = w / norm
     grad = torch.zeros_like(x)
     radial = torch.zeros_like(norm)

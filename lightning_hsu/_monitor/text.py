@@ -122,8 +122,12 @@ def shape_of(groups: int, neurons: int, dimension: int) -> str:
 
 def skip_line(skip: Skip) -> str:
     """A line on a weight that is left out: its name, its shape and the reason."""
-    shape = "x".join(map(str, skip.shape))
-    return f"  {skip.name} {shape}: {skip.reason}"
+    return f"  {skip.name} {weight_shape(skip)}: {skip.reason}"
+
+
+def weight_shape(skip: Skip) -> str:
+    """The shape of a weight that is left out, such as "1000 x 64"."""
+    return " x ".join(map(str, skip.shape))
 
 
 def column_widths(rows: Sequence[Sequence[str]]) -> list[int]:

@@ -17,6 +17,7 @@ They are views of the module's parameters where they can be.
 
 LSTM_GATES = "ifgo"  # in the order in which torch stores their rows
 GRU_GATES = "rzn"
+PROJECTIONS = "qkv"  # of attention, in the order in which torch packs their rows
 
 _RULES: dict[type[nn.Module], Rule] = {}
 REGISTERED: list[type[nn.Module]] = []
@@ -159,8 +160,8 @@ def _attention(module: nn.Module) -> dict[str, Tensor]:
     """Queries, keys and values apart; the output projection is a Linear of its own."""
     if module.in_proj_weight is not None:
         packed = effective_weight(module, "in_proj_weight")
-        return dict(zip("qkv", packed.chunk(3), strict=True))
-    return {part: effective_weight(module, f"{part}_proj_weight") for part in "qkv"}
+        return dict(zip(PROJECTIONS, packed.chunk(3), strict=True))
+    return {part: effective_weight(module, f"{part}_proj_weight") for part in PROJECTIONS}
 
 
 def _recurrent(module: nn.Module) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from lightning_hsu._neurons.candidates import (
     full_name,
     shape_by_group,
 )
-from lightning_hsu._neurons.rules import GRU_GATES, LSTM_GATES
+from lightning_hsu._neurons.rules import GRU_GATES, LSTM_GATES, PROJECTIONS
 from lightning_hsu._neurons.select import Patterns, as_list, matches
 from lightning_hsu._neurons.stored import effective_weights
 from lightning_hsu._neurons.wrappers import plain_name, without_prefixes
@@ -206,7 +206,7 @@ def _kind_of(path: str, sets: Mapping[str, Tensor], leaves: Mapping[str, Tensor]
 def _sets_of_weight(leaf: str, x: Tensor, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The sets of neurons in one effective weight, by key."""
     if leaf == "in_proj_weight" and len(x) % 3 == 0:
-        return dict(zip("qkv", x.chunk(3), strict=True))
+        return dict(zip(PROJECTIONS, x.chunk(3), strict=True))
     if leaf in ("q_proj_weight", "k_proj_weight", "v_proj_weight"):
         return {leaf[0]: x}
     if leaf.startswith(("weight_ih", "weight_hh")):

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightning_hsu._checks import check_number
 from lightning_hsu._core import FLOOR, to_weights, with_float64, working_dtype
+from lightning_hsu._core.sphere import LONGEST, SHORTEST
 from lightning_hsu.measures.sphere import SphereMeasure
 from lightning_hsu.measures.state import State
 
@@ -74,7 +75,7 @@ class ResultantLength(SphereMeasure):
             return None
         length = torch.linalg.vector_norm(w, dim=-1, keepdim=True)
         shortest, longest = length.aminmax()
-        if not (float(shortest) > 1e-15 and float(longest) < 1e15):
+        if not (float(shortest) > SHORTEST and float(longest) < LONGEST):
             return None
         inverse_norm = length.reciprocal()
         blocks = zip(torch.split(w, 1024, 1), torch.split(inverse_norm, 1024, 1), strict=True)

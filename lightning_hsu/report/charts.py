@@ -96,7 +96,7 @@ def _kind(layer: LayerReport) -> str:
         return "even"
     if layer.above:
         return "above"
-    if layer.ratio < 0.98:
+    if layer.below:
         return "below"
     return "even"
 

@@ -17,6 +17,8 @@ from lightning_hsu._monitor.text import shape_of
 from lightning_hsu._neurons.candidates import Skip
 from lightning_hsu.measures import Measure
 
+_MARGIN = 0.02  # of a ratio around 1
+
 HEAT_MAP_SIZE = 128
 """Neurons that a heat map shows at most."""
 
@@ -93,7 +95,12 @@ class LayerReport:
     @property
     def above(self) -> bool:
         """Whether the ratio is more than 2 % above that of random neurons."""
-        return self.ratio > 1.02
+        return self.ratio > 1.0 + _MARGIN
+
+    @property
+    def below(self) -> bool:
+        """Whether the ratio is more than 2 % below that of random neurons."""
+        return self.ratio < 1.0 - _MARGIN
 
     @property
     def as_random(self) -> bool:

@@ -7,7 +7,7 @@ import math
 from html import escape
 from importlib.resources import files
 
-from lightning_hsu._monitor.text import counted, number
+from lightning_hsu._monitor.text import counted, number, weight_shape
 from lightning_hsu.report.charts import (
     angle_chart,
     heat_map_png,
@@ -171,9 +171,8 @@ def _skipped(found: ReportData) -> str:
         return ""
     rows = ""
     for skip in found.skips:
-        shape = " x ".join(map(str, skip.shape))
         rows += (
-            f"<tr><td>{breakable(skip.name)}</td><td>{shape}</td>"
+            f"<tr><td>{breakable(skip.name)}</td><td>{weight_shape(skip)}</td>"
             f"<td>{escape(skip.reason)}</td></tr>\n"
         )
     return (

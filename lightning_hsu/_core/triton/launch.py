@@ -14,7 +14,7 @@ from lightning_hsu._core.kernel import PairTerm
 from lightning_hsu._core.near import NEAR, NearPairs
 from lightning_hsu._core.precision import exact_arithmetic
 from lightning_hsu._core.triton import pairs
-from lightning_hsu._core.triton.machine import precision
+from lightning_hsu._core.triton.machine import DTYPES, precision
 from lightning_hsu._core.triton.scalars import scalar_of
 from lightning_hsu._core.updates import GradientUpdate
 
@@ -31,8 +31,6 @@ ROWS = 4
 COLS = 512
 WARPS = 4
 STRIP = 4  # tiles of rows whose near pairs are redone together
-
-DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 @dataclass(eq=False)
@@ -166,7 +164,7 @@ class _Pass:
             self.x,
             self.inverse_norm,
             self.alive,
-            DTYPES[self.groups[0].update.w.dtype],
+            getattr(tl, DTYPES[self.groups[0].update.w.dtype]),
             ROWS,
             COLS,
             num_warps=WARPS,
@@ -186,7 +184,7 @@ class _Pass:
             self.x,
             self.inverse_norm,
             self.pulls,
-            DTYPES[self.groups[0].update.out.dtype],
+            getattr(tl, DTYPES[self.groups[0].update.out.dtype]),
             ROWS,
             COLS,
             num_warps=WARPS,

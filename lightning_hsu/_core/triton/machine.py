@@ -12,8 +12,8 @@ from torch import Tensor
 from lightning_hsu._core.backend import VARIABLE
 from lightning_hsu._core.precision import bf16_allowed
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-"""Of neurons that the kernels read."""
+DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+"""Of neurons that the kernels read, with Triton's names for them."""
 
 _VERSION = (3, 2)
 """The oldest Triton that the kernels are written for."""
