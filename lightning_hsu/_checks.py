@@ -87,7 +87,7 @@ def check_softening(softening: float) -> None:
 
 
 def check_number(name: str, value: object, what: str, fits: Callable[[float], bool]) -> None:
-    """Refuse a setting that is no real number or out of its range, which ``what`` describes."""
+    """Refuse a setting that is not a real number, or out of its range, which ``what`` describes."""
     if not plain_number(value) or not fits(cast(float, value)):
         raise ValueError(f"{name} must be {what}; got {value!r}")
 
@@ -107,7 +107,7 @@ def check_choice(name: str, value: str, *choices: str) -> str:
 
 
 def check_count(name: str, value: object, least: int = 1) -> None:
-    """Refuse a setting that is no int, or too small."""
+    """Refuse a setting that is not an int, or too small."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ValueError(f"{name} must be an int >= {least}; got {value!r}")
 

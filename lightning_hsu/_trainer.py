@@ -130,7 +130,7 @@ class OpenStep:
 
 
 def check_settings(prefix: object, split_above: object) -> None:
-    """Refuse a prefix that is no name, and a limit that is no number of neurons."""
+    """Refuse a prefix that is not a name, and a limit that is not a number of neurons."""
     if not isinstance(prefix, str) or not prefix or prefix.endswith("/"):
         raise ValueError(
             f"prefix must be a name such as 'hsu', without a slash at its end; got {prefix!r}"

@@ -94,7 +94,7 @@ class HypersphericalUniformity(_trainer.EveryCallback):
             gradient is 2e-3 for s <= 2, and 2e-2 at most.
         sample_above: Energies of more neurons are estimated
             (:class:`~lightning_hsu.measures.Sampled`); None computes them.
-        split_above: Under DDP, layers of at least so many neurons are computed by all ranks
+        split_above: Under DDP, layers of at least this many neurons are computed by all ranks
             together, each its part of the pairs; None computes every layer on every rank.
         figures_every_n_steps: Optimizer steps between figures for every logger: ratios over time,
             the worst layers' angles, gradient shares; also at the end of fit. Without a logger that
@@ -176,7 +176,7 @@ class HypersphericalUniformity(_trainer.EveryCallback):
         return self.regularizer.state_dict() if before is None else before
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on where a checkpoint was taken."""
+        """Restore what a checkpoint holds."""
         self.regularizer.load_state_dict(state_dict)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -204,7 +204,7 @@ class HypersphericalUniformity(_trainer.EveryCallback):
         self._fit.seen_step = trainer.global_step
         act = partial(self._after_step, trainer, pl_module)
         self._fit.hooks = [_trainer.AfterStep(optimizer, act) for optimizer in trainer.optimizers]
-        if self.regularizer.layers and self._tells(trainer):
+        if self.regularizer.layers and self._prints_or_draws(trainer):
             self._keep(trainer, self.regularizer.measure_layers(), {})
 
     def on_before_backward(
@@ -361,7 +361,7 @@ class HypersphericalUniformity(_trainer.EveryCallback):
             return True
         return _trainer.is_logging_step(trainer)
 
-    def _tells(self, trainer: pl.Trainer) -> bool:
+    def _prints_or_draws(self, trainer: pl.Trainer) -> bool:
         """Whether something is told of the fit beside its metrics: a table or figures."""
         return self.verbose or self._figures.wanted(trainer)
 
@@ -379,7 +379,7 @@ class HypersphericalUniformity(_trainer.EveryCallback):
 
     def _conclude(self, trainer: pl.Trainer) -> None:
         """Draw once more, and print how each layer stood and stands."""
-        if not self.regularizer.layers or not self._tells(trainer):
+        if not self.regularizer.layers or not self._prints_or_draws(trainer):
             return
         # Anew, since another callback may have changed the weights, as averaging does.
         measured = self.regularizer.measure_layers()

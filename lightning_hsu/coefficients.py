@@ -78,7 +78,7 @@ class _WarmedUp(Schedule):
         """The part of the way from ``value`` to ``final`` that remains: 1 at progress 0, 0 at 1."""
 
     def _check_steps(self, what: str, steps: object) -> None:
-        """Refuse what is no number of optimizer steps."""
+        """Refuse what is not a number of optimizer steps."""
         if not isinstance(steps, int) or isinstance(steps, bool) or steps < 0:
             raise ValueError(
                 f"{type(self).__name__}'s {what} counts optimizer steps, an int >= 0; got {steps!r}"
@@ -197,7 +197,7 @@ class Coefficient:
 
     Raises:
         ValueError: for a negative, infinite or NaN number, or an empty mapping.
-        TypeError: for anything else that is no number, schedule, share or mapping.
+        TypeError: for anything else that is not a number, schedule, share or mapping.
     """
 
     given: Strength | Mapping[str, Strength]
@@ -217,7 +217,7 @@ class Coefficient:
 
     @classmethod
     def of_head(cls, given: Strength) -> Coefficient:
-        """The coefficient of the head alone, which is no mapping."""
+        """The coefficient of the head alone, which is not a mapping."""
         if isinstance(given, Mapping):
             raise TypeError(
                 f"head_coefficient is a number or a schedule, not a mapping; got {given!r}"
@@ -258,7 +258,7 @@ def strength_at(strength: Strength, step: int, name: str) -> float:
     """Evaluate a number or schedule after ``step`` optimizer steps.
 
     Raises:
-        ValueError: if the value is no finite number >= 0; the error names the layer.
+        ValueError: if the value is not a finite number >= 0; the error names the layer.
     """
     given: Any = strength(step) if callable(strength) else strength
     try:

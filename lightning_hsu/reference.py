@@ -13,7 +13,7 @@ from lightning_hsu._core import unit_rows
 from lightning_hsu.measures import Measure
 from lightning_hsu.measures.base import check_measure
 
-# Simulated layers: so many, fewer where all of them together would take more FLOP than this.
+# Layers that are simulated, and the FLOP that all of them together may take.
 _DRAWS = 101
 _FEWEST = 5
 _FLOPS = 2e10
@@ -133,7 +133,7 @@ def random_range(measure: Measure, n: int, d: int, groups: int = 1) -> tuple[flo
         measure: A measure.
         n: Neurons, at least 2.
         d: Dimension, at least 2.
-        groups: The value is a mean over so many layers of this shape.
+        groups: Number of layers of this shape whose mean the value is.
 
     Returns:
         The lowest and the highest; NaN where random layers have no finite value.

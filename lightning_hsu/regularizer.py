@@ -1,4 +1,4 @@
-"""The engine: targets, coefficients, schedule and state. It has no idea of a Trainer."""
+"""The engine: targets, coefficients, schedule and state. It knows nothing of a Trainer."""
 
 from __future__ import annotations
 
@@ -399,7 +399,7 @@ class UniformityRegularizer:
         return self.state.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where :meth:`state_dict` was taken."""
+        """Restore what :meth:`state_dict` returned."""
         self.state.load_state_dict(state)
 
     def table(self) -> str:

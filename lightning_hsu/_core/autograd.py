@@ -101,7 +101,7 @@ class _HessianVector(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None]:
-        raise NotImplementedError("a pair energy has no third derivative: it is not implemented")
+        raise NotImplementedError("the third derivative of a pair energy is not implemented")
 
     @staticmethod
     def vmap(

@@ -168,7 +168,7 @@ def _split_over_replicas(updates: Sequence[LayerUpdate], placement: Placement) -
     summed = placement.sum_over_ranks(flat)
     found = {}
     for i, grad, not_additive in zip(parts, summed[::2], summed[1::2], strict=True):
-        if float(not_additive) > 0:  # coincident neurons: their separation is no sum over pairs
+        if float(not_additive) > 0:  # coincident neurons: their separation is not a sum over pairs
             grad = updates[i].layer.measure.value_and_grad(updates[i].neurons)[1]
         found[i] = grad
     return found

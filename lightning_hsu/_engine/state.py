@@ -92,7 +92,7 @@ class MeasureStates:
         return {name: dict(state) for name, state in self.by_layer.items()}
 
     def load_state_dict(self, states: Mapping[str, State]) -> None:
-        """Go on from states by layer."""
+        """Restore states by layer."""
         self.by_layer = {name: dict(state) for name, state in states.items()}
         self._model = None
 
@@ -129,7 +129,7 @@ class ShareMeans:
         return dict(self.means)
 
     def load_state_dict(self, means: Mapping[str, Tensor]) -> None:
-        """Go on from means by layer."""
+        """Restore means by layer."""
         self.means = dict(means)
 
 
@@ -178,7 +178,7 @@ class TrainingState:
         self.now = SinceAttach()
 
     def coefficient(self, layer: Layer, step: int) -> Tensor | float:
-        """Note and return the coefficient of a layer after so many steps."""
+        """Note and return the coefficient of a layer at a step."""
         strength = layer.strength
         value: Tensor | float
         if isinstance(strength, float):
@@ -238,7 +238,7 @@ class TrainingState:
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where :meth:`state_dict` was taken."""
+        """Restore what :meth:`state_dict` returned."""
         self.counter.done = list(state["steps"])
         self.measure_states.load_state_dict(state.get("states", {}))
         self.share_means.load_state_dict(state.get("shares", {}))

@@ -87,7 +87,7 @@ def describe(layers: Sequence[Layer], skips: Sequence[Skip], every_n_steps: int 
     Args:
         layers: The layers.
         skips: Weights that are not measured.
-        every_n_steps: The penalty is applied every so many steps of each optimizer.
+        every_n_steps: The penalty is applied on every n-th step of each optimizer.
     """
     rows = [_START_COLUMNS]
     total = 0.0

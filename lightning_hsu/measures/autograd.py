@@ -105,7 +105,7 @@ class _HessianProduct(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        """Nothing is kept: there is no third derivative."""
+        """Keep nothing: the third derivative is not implemented."""
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[None, ...]:

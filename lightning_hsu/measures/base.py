@@ -110,7 +110,7 @@ class Measure(ABC):
 
         Raises:
             TypeError: if x is not a floating-point tensor.
-            ValueError: if x has fewer than two dimensions, or rows is no bool tensor of the shape
+            ValueError: if x has fewer than two dimensions, or rows is not a bool tensor of the shape
                 (..., n).
 
         Example:
@@ -142,7 +142,7 @@ class Measure(ABC):
     def pair_term(self) -> PairTerm | None:
         """Return the kernel whose mean over pairs, or its logarithm, is the penalty.
 
-        None if the penalty is no such mean.
+        None if the penalty is not such a mean.
         """
         return None
 
@@ -225,7 +225,7 @@ class Measure(ABC):
 
 
 def check_measure(measure: object) -> None:
-    """Refuse what is no measure, a class instead of an instance, and unhashable measures."""
+    """Refuse what is not a measure, a class instead of an instance, and unhashable measures."""
     if isinstance(measure, type) and issubclass(measure, Measure):
         raise TypeError(
             f"measure must be an instance: write {measure.__name__}(), "

@@ -38,7 +38,7 @@ class GramDeterminant(SphereMeasure):
         Neurons (..., n, d), rows of any positive norm, to a value (...).
 
     Raises:
-        ValueError: for a bandwidth or a jitter out of range or a half_space that is no bool.
+        ValueError: for a bandwidth or a jitter out of range or a half_space that is not a bool.
 
     Reference:
         Liu et al., "Learning with Hyperspherical Uniformity", AISTATS 2021, arXiv 2103.01649.

@@ -45,7 +45,7 @@ def keep_what_holds(kind: type, facts: dict[str, Fact]) -> None:
     Raises:
         TypeError: if a class overrides a fact that it may override only together with the function.
     """
-    # What is set here is no statement of the class; dataclass(slots=True) copies it to another one.
+    # What is set here was not stated by the class; dataclass(slots=True) copies it to another one.
     replaced = set[str](vars(kind).get("_replaced", ()))
     kind._replaced = replaced  # type: ignore[attr-defined]
     for name, fact in facts.items():

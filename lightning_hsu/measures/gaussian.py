@@ -28,7 +28,7 @@ class GaussianPotential(PairwiseMeasure):
         Neurons (..., n, d), rows of any positive norm, to a value (...) in (0, 1].
 
     Raises:
-        ValueError: for a t outside (0, 150] or a half_space that is no bool.
+        ValueError: for a t outside (0, 150] or a half_space that is not a bool.
 
     Reference:
         Wang & Isola, "Understanding Contrastive Representation Learning through Alignment and

@@ -134,7 +134,7 @@ class PairwiseMeasure(Measure):
     def gradient_part(self, x: Tensor, part: int, parts: int) -> tuple[Tensor, Tensor] | None:
         """Return a summand of the gradient for 3 n n d / ``parts`` FLOP; see :class:`Measure`.
 
-        Coincident neurons part along one common direction, which is no sum over pairs. A part that
+        Coincident neurons part along one common direction, which is not a sum over pairs. A part that
         meets them says so, and so does one that has shortened a row which the dtype of x might not
         hold.
 

@@ -55,8 +55,8 @@ class Polarization(WitnessMeasure):
         fewer than two neurons have the value 0.
 
     Raises:
-        ValueError: for an s out of range, a half_space that is no bool, or witnesses or steps
-            that are no int >= 1.
+        ValueError: for an s out of range, a half_space that is not a bool, or witnesses or steps
+            that are not ints >= 1.
 
     Reference:
         Liu et al., "Learning with Hyperspherical Uniformity", AISTATS 2021, arXiv 2103.01649.

@@ -58,8 +58,8 @@ class Sampled(MeasureWrapper):
         Neurons (..., n, d), rows of any positive norm, to a value (...).
 
     Raises:
-        TypeError: for a measure that is no mean over pairs.
-        ValueError: for a block that is no int of at least 4.
+        TypeError: for a measure that is not a mean over pairs.
+        ValueError: for a block that is not an int of at least 4.
 
     Reference:
         Hoeffding, "A class of statistics with asymptotically normal distribution", 1948, for the

@@ -30,7 +30,7 @@ class UniformityMetric(Metric):
         kwargs: Those of every torchmetrics metric.
 
     Raises:
-        TypeError: if ``measure`` is no measure.
+        TypeError: if ``measure`` is not a measure.
         ValueError: for an unknown quantity.
     """
 

@@ -66,7 +66,7 @@ class FeatureUniformity(UniformityMetric):
         float32.
 
     Raises:
-        TypeError: if ``measure`` is no measure, or embeddings are no floating-point tensor.
+        TypeError: if ``measure`` is not a measure, or embeddings are not a floating-point tensor.
         ValueError: for an unknown quantity, or a capacity or seed out of range; in an update for
             embeddings of fewer than two dimensions, d < 2, or another d than before.
 
@@ -136,7 +136,7 @@ class FeatureUniformity(UniformityMetric):
             incoming_state: The other metric, or its ``metric_state``.
 
         Raises:
-            ValueError: if it is no such metric, capacities differ, or both have dropped rows by the
+            ValueError: if it is another metric, capacities differ, or both have dropped rows by the
                 same priorities: give each its own seed.
         """
         state = self._state_of(incoming_state)

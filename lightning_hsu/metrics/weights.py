@@ -60,7 +60,7 @@ class WeightUniformity(UniformityMetric):
         A scalar, float32; with ``reduction="none"`` one for each layer.
 
     Raises:
-        TypeError: if ``measure`` is no measure, or for an update with neither a module nor a
+        TypeError: if ``measure`` is not a measure, or for an update with neither a module nor a
             mapping of names to tensors.
         ValueError: for an unknown quantity or reduction; in an update for a pattern that matches
             nothing, a model without a layer to measure, or other layers than before.
@@ -152,7 +152,7 @@ class WeightUniformity(UniformityMetric):
             incoming_state: The other metric, or its ``metric_state``.
 
         Raises:
-            ValueError: if it is no such metric, or its settings or its layers are others.
+            ValueError: if it is another metric, or its settings or layers differ.
         """
         state = self._state_of(incoming_state)
         mine = decoded(self.settings)

@@ -46,7 +46,7 @@ class OfficialMHE(OfficialMeasure):
         half_space: Measure the 2n neurons ``w`` and ``-w``.
 
     Raises:
-        ValueError: for an unknown power or a half_space that is no bool.
+        ValueError: for an unknown power or a half_space that is not a bool.
 
     Example:
         >>> import torch
@@ -97,7 +97,7 @@ class OfficialMHS(OfficialMeasure):
         half_space: Measure the 2n neurons ``w`` and ``-w``.
 
     Raises:
-        ValueError: for a half_space that is no bool.
+        ValueError: for a half_space that is not a bool.
 
     Example:
         >>> import torch
@@ -133,7 +133,7 @@ class OfficialMGD(OfficialMeasure):
         half_space: Measure the 2n neurons ``w`` and ``-w``.
 
     Raises:
-        ValueError: for a half_space that is no bool.
+        ValueError: for a half_space that is not a bool.
 
     Example:
         >>> import torch

@@ -98,7 +98,7 @@ def _stand_ins(path: Path, bases: Mapping[str, type]) -> AbstractContextManager[
 
 
 class Opaque:
-    """Stands for an object that is not looked at."""
+    """Stands for an object that is not read."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Opaque:
         """Take any arguments."""

@@ -42,7 +42,7 @@ TINY = tl.constexpr(1.1754943508222875e-38)
 HELD = tl.constexpr(2.0**-125)
 """Stands among the slopes for a pair that is held back, since it is too near.
 
-As a number it is so small that adding it is no error.
+As a number it is so small that adding it changes nothing.
 """
 
 

@@ -51,7 +51,7 @@ def placement_of(
         model: The model, also as DDP, FSDP or Fabric wrap it.
         wrapped: The same model within FSDP1 or DDP, if these wrap it from outside.
         group: The ranks that train the same weights; None takes those of a DDP wrapper.
-        split_above: Layers of at least so many neurons are computed by all ranks of the group
+        split_above: Layers of at least this many neurons are computed by all ranks of the group
             together; None if every rank computes every layer.
 
     Raises:

@@ -44,7 +44,7 @@ class Placement:
         strategies: Names of the Lightning strategies that place weights this way.
         loss_refusal: Why ``apply="loss"`` cannot be right, with ``{strategy}`` for the strategy's
             name; None if it can.
-        split_above: Layers of at least so many neurons are computed by all ranks together; None
+        split_above: Layers of at least this many neurons are computed by all ranks together; None
             if every rank computes every layer.
     """
 
@@ -171,7 +171,7 @@ class Placement:
         return 1
 
     def splits(self, neurons: int) -> bool:
-        """Whether a layer of so many neurons is computed by all ranks together."""
+        """Whether a layer of this many neurons is computed by all ranks together."""
         return False
 
     def sum_over_ranks(self, parts: Sequence[Tensor]) -> list[Tensor]:

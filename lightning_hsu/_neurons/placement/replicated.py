@@ -20,7 +20,7 @@ class ReplicatedPlacement(Placement):
 
     Args:
         group: The process group of these ranks.
-        split_above: Layers of at least so many neurons are computed by all ranks together; None
+        split_above: Layers of at least this many neurons are computed by all ranks together; None
             if every rank computes every layer.
     """
 
@@ -58,7 +58,7 @@ class ReplicatedPlacement(Placement):
         return torch.distributed.get_world_size(self.group)
 
     def splits(self, neurons: int) -> bool:
-        """Whether a layer of so many neurons is computed by all ranks together."""
+        """Whether a layer of this many neurons is computed by all ranks together."""
         return self.split_above is not None and neurons >= self.split_above and self.size > 1
 
     def sum_over_ranks(self, parts: Sequence[Tensor]) -> list[Tensor]:
