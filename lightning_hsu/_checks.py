@@ -19,9 +19,9 @@ class _HasKernel(Hashable, Protocol):
 
 
 def check_kernel(measure: _HasKernel) -> None:
-    """Refuse a kernel whose slope is not the derivative of its value; checked once a measure.
+    """Refuse a kernel whose slope is not the derivative of its value.
 
-    Training would go wrong unnoticed.
+    Training with such a kernel would go wrong unnoticed. Each measure is checked once.
     """
     check_hashable(measure)
     _check_slope(measure)
@@ -59,7 +59,7 @@ def _check_slope(measure: _HasKernel) -> None:
 
 
 def check_neurons(x: Tensor) -> None:
-    """Refuse what cannot be rows of neurons."""
+    """Refuse anything that cannot be rows of neurons."""
     if not isinstance(x, Tensor):
         raise TypeError(
             f"neurons must be a floating-point tensor, got {type(x).__name__}; "
@@ -87,7 +87,7 @@ def check_softening(softening: float) -> None:
 
 
 def check_number(name: str, value: object, what: str, fits: Callable[[float], bool]) -> None:
-    """Refuse a setting that is not a real number, or out of its range, which ``what`` describes."""
+    """Refuse a setting that is not a real number in its range; ``what`` describes the range."""
     if not plain_number(value) or not fits(cast(float, value)):
         raise ValueError(f"{name} must be {what}; got {value!r}")
 
@@ -99,7 +99,7 @@ def check_flag(name: str, value: object) -> None:
 
 
 def check_choice(name: str, value: str, *choices: str) -> str:
-    """Refuse a setting that is none of the choices, and return it."""
+    """Return a setting that is one of the choices, and refuse any other."""
     if value not in choices:
         *others, last = [repr(choice) for choice in choices]
         raise ValueError(f"{name} must be {', '.join(others)} or {last}; got {value!r}")
@@ -107,7 +107,7 @@ def check_choice(name: str, value: str, *choices: str) -> str:
 
 
 def check_count(name: str, value: object, least: int = 1) -> None:
-    """Refuse a setting that is not an int, or too small."""
+    """Refuse a setting that is not an int or is too small."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ValueError(f"{name} must be an int >= {least}; got {value!r}")
 

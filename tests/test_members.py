@@ -373,7 +373,7 @@ def test_bad_parts_of_a_projected_measure_are_told():
         (
             lambda: Total()(torch.eye(3)),
             ValueError,
-            r"Total.on_sphere must return one value a group, shape \(1,\)",
+            r"Total.on_sphere must return one value for each group, shape \(1,\)",
         ),
         (
             lambda: Covering()(torch.eye(3), Polarization().prepare(torch.eye(3))),

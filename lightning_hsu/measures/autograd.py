@@ -16,12 +16,12 @@ from lightning_hsu.measures.state import State
 
 @dataclass(frozen=True)
 class Evaluation:
-    """How a penalty is computed, in two ways that give the same.
+    """Two ways to compute a penalty, with the same result.
 
     Args:
-        value_and_grad: From neurons (..., n, d) and a state to the penalty (...) and its gradient
+        value_and_grad: Maps neurons (..., n, d) and a state to the penalty (...) and its gradient
             (..., n, d).
-        recorded: From the same to the penalty by plain differentiable torch, for the second
+        recorded: Maps the same to the penalty by plain differentiable torch, for the second
             derivative.
     """
 
@@ -110,7 +110,7 @@ class _HessianProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[None, ...]:
         raise NotImplementedError(
-            "a penalty can be differentiated twice; for a third derivative take that of "
+            "a penalty can be differentiated twice; for a third derivative differentiate "
             "measure.recorded(x, state)"
         )
 
@@ -139,7 +139,7 @@ def _state(names: tuple[str, ...] | None, parts: tuple[Tensor, ...]) -> State | 
 def _per_group(
     parts: tuple[Tensor, ...], dims: tuple[int | None, ...], size: int
 ) -> tuple[Tensor, ...]:
-    """The parts of a state, the mapped dimension as one with that of the groups."""
+    """The parts of a state, with the mapped dimension merged into that of the groups."""
     found = []
     for part, dim in zip(parts, dims, strict=True):
         found.append(batch_first(part, dim, size).flatten(0, 1))

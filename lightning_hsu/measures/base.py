@@ -19,27 +19,27 @@ from lightning_hsu.measures.state import State
 class Measure(ABC):
     """A notion of hyperspherical uniformity; subclasses are frozen dataclasses.
 
-    A measure knows tensors only: nothing of modules, trainers or ranks. It does not depend on the
-    norms of the neurons, their order or a common rotation. It has no memory either: a measure with
-    an inner problem or with random draws gets what it needs from :meth:`prepare`, and the training
-    loop keeps that from step to step.
+    A measure works on tensors only and knows nothing of modules, trainers or ranks. It does not
+    depend on the norms of the neurons, their order or a common rotation. It has no memory either: a
+    measure with an inner problem or with random draws gets what it needs from :meth:`prepare`, and
+    the training loop keeps that from step to step.
 
-    A new measure writes down its function once, in :meth:`penalty`, or in the method that its base
+    A new measure defines its function once, in :meth:`penalty`, or in the method that its base
     class asks for: ``kernel`` of a :class:`PairwiseMeasure` and ``on_sphere`` of a
     :class:`SphereMeasure`. The gradient follows.
 
-    What else a class states about its function (closed forms, compiled kernels, expected values,
-    bounds) holds for that function only. In a subclass that overrides the function, at any depth or
-    by a mixin, it does not hold unless the subclass states it again: :meth:`value_and_grad`
-    differentiates the subclass's own :meth:`penalty`, :meth:`gradient_rows` computes the whole
-    gradient, and :meth:`gradient_part`, :meth:`pair_term`, :meth:`expectation`, :meth:`deviation`,
-    :meth:`bound` and :meth:`idle` return None. Conversely a class that overrides the gradient must
-    define the function in the same class: without it Python raises a TypeError where the class is
-    defined.
+    Everything else that a class states about its function (closed forms, compiled kernels, expected
+    values, bounds) holds for that function only. In a subclass that overrides the function, at any
+    depth or by a mixin, it does not hold unless the subclass states it again. Otherwise
+    :meth:`value_and_grad` differentiates the subclass's own :meth:`penalty`, :meth:`gradient_rows`
+    computes the whole gradient, and :meth:`gradient_part`, :meth:`pair_term`, :meth:`expectation`,
+    :meth:`deviation`, :meth:`bound` and :meth:`idle` return None. Conversely a class that overrides
+    the gradient must define the function in the same class; otherwise the class statement raises a
+    TypeError.
 
     Attributes:
         higher_is_better: Whether uniform neurons have a large value.
-        half_space: Whether the neurons are lines: opposite ones count as the same.
+        half_space: Whether the neurons count as lines, so that opposite ones are the same.
         has_state: Whether :meth:`prepare` may return a state; True in a class that overrides it.
     """
 
@@ -71,16 +71,16 @@ class Measure(ABC):
     def natural(self, penalty: Tensor) -> Tensor:
         """Return the natural value that belongs to a penalty."""
         if self.higher_is_better:
-            return 0.0 - penalty  # no minus 0
+            return 0.0 - penalty  # avoids -0.0
         return penalty
 
     @abstractmethod
     def penalty(self, x: Tensor, state: State | None = None) -> Tensor:
-        """Return what training minimises, (...), differentiable twice.
+        """Return what training minimises, shape (...); twice differentiable.
 
         Args:
             x: Neurons, shape (..., n, d), floating.
-            state: From :meth:`prepare`; None where there is none.
+            state: From :meth:`prepare`; None if the measure has none.
         """
 
     def value_and_grad(self, x: Tensor, state: State | None = None) -> tuple[Tensor, Tensor]:
@@ -97,7 +97,7 @@ class Measure(ABC):
         return value.detach(), grad.contiguous()
 
     def gradient_rows(self, x: Tensor, rows: Tensor, state: State | None = None) -> Tensor:
-        """Return the gradient that :meth:`value_and_grad` gives in some rows, and 0 in the others.
+        """Return the gradient of :meth:`value_and_grad` in some rows, and 0 in the others.
 
         Args:
             x: Neurons, shape (..., n, d), floating; all of them, whichever rows are wanted.
@@ -106,7 +106,7 @@ class Measure(ABC):
 
         Returns:
             The gradient of the penalty, summed over the groups, with the shape and dtype of x. A
-            measure without a cheaper way computes the whole.
+            measure without a cheaper way computes the whole gradient.
 
         Raises:
             TypeError: if x is not a floating-point tensor.
@@ -124,7 +124,7 @@ class Measure(ABC):
         return grad.masked_fill(~rows.to(grad.device)[..., None], 0.0)
 
     def gradient_part(self, x: Tensor, part: int, parts: int) -> tuple[Tensor, Tensor] | None:
-        """Return one of several summands of the gradient, each about as much work.
+        """Return one of several summands of the gradient, which all take about the same work.
 
         Args:
             x: Neurons, shape (..., n, d), floating.
@@ -132,10 +132,10 @@ class Measure(ABC):
             parts: How many there are, 1 or more.
 
         Returns:
-            None where the gradient cannot be split, whatever x is. Otherwise the summand with the
-            shape and dtype of x, and a number, shape () in float32, that is 0 in every part if they
-            add up to the gradient. Where one is positive they may not, and the whole is to be
-            computed instead. The sum is finite in either case.
+            None if the gradient cannot be split, whatever x is. Otherwise the summand, with the
+            shape and dtype of x, and a number, shape () in float32. If this number is 0 in every
+            part, the summands add up to the gradient. If it is positive in any part they may not,
+            and the whole gradient must be computed instead. The sum is finite in either case.
         """
         return None
 
@@ -152,7 +152,7 @@ class Measure(ABC):
         """Return what an evaluation at x (..., n, d) needs besides x.
 
         None for most measures. A state that does not fit x, such as another model's, is replaced by
-        a fresh one. The same x and state give the same bits, on every rank.
+        a fresh one. The same x and state give bitwise the same result on every rank.
         """
         return None
 
@@ -169,10 +169,10 @@ class Measure(ABC):
     # What values mean, and what they cost
 
     def ratio(self, value: Tensor, reference: float) -> Tensor:
-        """Compare natural values with that of random points: 1 as random, above 1 less uniform.
+        """Compare natural values with that of random points: 1 is as random, above 1 less uniform.
 
-        Their quotient, or the exponential of their difference where the value of random points is
-        not positive.
+        The result is their quotient, or the exponential of their difference if the value of random
+        points is not positive.
         """
         if reference <= 0:
             worse = reference - value if self.higher_is_better else value - reference
@@ -206,16 +206,16 @@ class Measure(ABC):
         return None
 
     def idle(self, n: int, d: int) -> str | None:
-        """Return why n neurons in d dimensions feel no force whatever they are, and the way out.
+        """Return why no n neurons in d dimensions feel a force, and what to do about it.
 
-        None if they do feel a force.
+        None if they can feel a force.
         """
         return None
 
     def value_flops(self, n: int, d: int) -> float:
         """Return about how many FLOP one value takes, including a fresh :meth:`prepare`.
 
-        The more it takes, the fewer random layers are simulated for a reference.
+        The more FLOP it takes, the fewer random layers are simulated for a reference.
         """
         return 2.0 * n * n * max(d, 64)
 
@@ -225,7 +225,7 @@ class Measure(ABC):
 
 
 def check_measure(measure: object) -> None:
-    """Refuse what is not a measure, a class instead of an instance, and unhashable measures."""
+    """Refuse anything but a hashable instance of a measure."""
     if isinstance(measure, type) and issubclass(measure, Measure):
         raise TypeError(
             f"measure must be an instance: write {measure.__name__}(), "
@@ -237,7 +237,7 @@ def check_measure(measure: object) -> None:
 
 
 def check_state(measure: Measure, x: Tensor, state: State) -> None:
-    """Refuse a state of another measure, or for neurons of another shape than x (..., n, d)."""
+    """Refuse a state of another measure, or one for neurons of a shape unlike x (..., n, d)."""
     if not measure.fits(x, state):
         raise ValueError(
             f"the state is not one of {measure!r} for neurons of shape {tuple(x.shape)}: "
@@ -246,7 +246,7 @@ def check_state(measure: Measure, x: Tensor, state: State) -> None:
 
 
 def check_rows(x: Tensor, rows: Tensor) -> None:
-    """Refuse neurons x (..., n, d) that are none, and rows that do not mark some of them."""
+    """Refuse an x that is not neurons (..., n, d), and rows that are not a mask (..., n)."""
     check_neurons(x)
     if isinstance(rows, Tensor) and rows.dtype == torch.bool and rows.shape == x.shape[:-1]:
         return

@@ -22,36 +22,36 @@ from lightning_hsu._core.levenshtein import cap_angle
 from lightning_hsu._core.witness import shares
 from lightning_hsu.measures.witness import Solution, WitnessMeasure
 
-# Sharpness of the smooth maxima of the cosine that the witnesses lower one after the other.
+# Sharpness of the smooth maxima of the cosine, which the witnesses minimise one after the other.
 _GAMMAS = (300.0, 3000.0)
 _GAMMAS_AFRESH = (10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0)
 
 
 @dataclass(frozen=True)
 class Covering(WitnessMeasure):
-    r"""Covering radius (MHC): the angle of the loneliest point of the sphere to its nearest neuron.
+    r"""Covering radius (MHC): the angle from the sphere's loneliest point to its nearest neuron.
 
     The value is the maximum over unit vectors v of the minimum over neurons of the angle between
     x_i and v, in radians. Lower is better; the penalty is the value. Its gradient is that of the
     angles of the neurons that touch the empty cap around v, weighted so that their pulls on v
     cancel: the derivative of the radius itself. Caps of equal size share it.
 
-    :meth:`prepare` finds v. The value is exact, to 1e-6 or so, where it can be proven: in two
-    dimensions; where all neurons lie in a hemisphere, as n <= d neurons do; for few enough neurons
-    (20000 subsets of d at most) that every facet of their hull can be tried; for d <= 4 if scipy is
-    installed. Else it is a lower bound from several witnesses::
+    :meth:`prepare` finds v. The value is exact, to about 1e-6, where this can be proven: in two
+    dimensions; where all neurons lie in a hemisphere, as n <= d neurons do; where the neurons are
+    so few (at most 20000 subsets of d) that every facet of their hull can be tried; for d <= 4 if
+    scipy is installed. Otherwise it is a lower bound from several witnesses::
 
         state = measure.prepare(x)
         radius, exact = measure(x, state), state["exact"]
 
-    Evaluate with the state prepared at the same x. A second derivative is that with the witnesses
-    and weights fixed.
+    Evaluate with the state prepared at the same x. Second derivatives hold the witnesses and
+    weights fixed.
 
     Args:
         half_space: Measure the 2n points ``x`` and ``-x`` instead. With n < d neurons some v is
             orthogonal to all of them: the radius is pi / 2 and the gradient zero, whatever the
             neurons.
-        witnesses: How many witnesses look for the deepest hole where no exact way is known, >= 1.
+        witnesses: How many witnesses look for the deepest hole if it cannot be found exactly, >= 1.
         steps: Steps of each witness in each training step, >= 1; a fresh start takes 20 times as
             many.
 
@@ -101,7 +101,7 @@ class Covering(WitnessMeasure):
         return max(bounds)
 
     def _kernel(self, cosine: Tensor) -> Tensor:
-        """The angle; its slope is 0 where it has none, at equal and opposite points."""
+        """The angle; its slope is set to 0 where it is undefined, at equal and opposite points."""
         smooth = cosine.abs() < 1.0 - 1e-14
         angle = torch.where(smooth, cosine, 0.0).acos()
         end = cosine.detach().clamp(-1.0, 1.0).acos()

@@ -1,4 +1,4 @@
-"""What everything uses where nothing is given."""
+"""Defaults, used wherever nothing else is given."""
 
 from __future__ import annotations
 

@@ -29,10 +29,10 @@ class GramDeterminant(SphereMeasure):
         bandwidth: Width of the kernel, a chord in [0.01, 10]; 1 as published.
         half_space: Measure the 2n points ``x`` and ``-x`` instead, by two n x n determinants.
         jitter: Added to the diagonal, in [0, 1]; 1e-6 as published. It bounds what coincident
-            neurons cost, about ``log(2 jitter)`` a pair, and the force between near ones, which is
-            largest at a chord of ``bandwidth * sqrt(jitter)``: with that force coincident neurons
-            part along a seeded direction. Where the factorisation fails all the same, which takes a
-            jitter below 1e-12, a larger one is used.
+            neurons cost, about ``log(2 jitter)`` for each pair, and the force between near ones,
+            which is largest at a chord of ``bandwidth * sqrt(jitter)``. That force separates
+            coincident neurons along a seeded direction. If the factorisation still fails, which
+            takes a jitter below 1e-12, a larger one is used.
 
     Shape:
         Neurons (..., n, d), rows of any positive norm, to a value (...).
@@ -78,9 +78,9 @@ class GramDeterminant(SphereMeasure):
         return -self._log_det(near + mirrored) - self._log_det(near - mirrored)
 
     def closed_form(self, x: Tensor, state: State | None) -> tuple[Tensor, Tensor] | None:
-        """From one Cholesky factor and its inverse.
+        """Compute both from one Cholesky factor and its inverse.
 
-        None if there are zero rows, or coincident neurons, which are separated first.
+        None if there are zero rows, or coincident neurons, which :meth:`on_sphere` separates first.
         """
         unit, inverse_norm = self._unit(x)
         if x.shape[-2] < 2 or not bool((inverse_norm > 0).all()):
@@ -101,8 +101,8 @@ class GramDeterminant(SphereMeasure):
     def _blocks(self, cosine: Tensor) -> list[Tensor]:
         """The kernel matrix (b, n, n) of cosines, which are overwritten; in half space two blocks.
 
-        The slope of the log-determinant in the cosines is 2 / bandwidth**2 times the inverse of the
-        one times the other, elementwise, summed over both blocks.
+        The slope of the log-determinant in the cosines is 2 / bandwidth**2 times the inverse of one
+        block times the other block, elementwise, summed over both blocks.
         """
         if not self.half_space:
             return [self._kernel_of(cosine, 1.0)]
@@ -118,15 +118,16 @@ class GramDeterminant(SphereMeasure):
     def ratio(self, value: Tensor, reference: float) -> Tensor:
         """Value over that of random points; both are negative, the less uniform further from 0.
 
-        Both are shifted down by 0.01: neurons so far apart that jitter alone is left compare as
-        equal.
+        Both are shifted down by 0.01, so that neurons so far apart that only the jitter is left
+        compare as equal.
         """
         return (value - 0.01) / (reference - 0.01)
 
     def bound(self, n: int, d: int) -> float | None:
         """Return the bound that follows from that of the mean kernel.
 
-        Among Gram matrices of one mean the determinant is largest where all entries are equal.
+        Among Gram matrices with the same mean kernel, the determinant is largest if all entries off
+        the diagonal are equal.
         """
         t = self.bandwidth**-2
         mean: float | None = 0.0
@@ -157,7 +158,7 @@ class GramDeterminant(SphereMeasure):
 class _LogDet(torch.autograd.Function):
     """Log-determinant (b,) of positive definite matrices (b, n, n) with jitter on the diagonal.
 
-    Returns also the factors (b, n, n) and the jitter that each matrix took (b,), for the gradient.
+    Also returns the factors (b, n, n) and the jitter that each matrix took (b,), for the gradient.
     """
 
     @staticmethod
@@ -203,7 +204,7 @@ def _cosines(x: Tensor) -> Tensor:
 def _factor(gram: Tensor, jitter: float) -> tuple[Tensor, Tensor]:
     """Cholesky factors (b, n, n) of matrices with jitter on the diagonal, and that jitter (b,).
 
-    A matrix that cannot be factorised with the given jitter takes a larger one.
+    A matrix that cannot be factorised with the given jitter gets a larger one.
     """
     taken = gram.new_full(gram.shape[:1], jitter)
     factor, info = torch.linalg.cholesky_ex(_with_diagonal(gram, taken))

@@ -1,4 +1,4 @@
-"""What is known of a measure's function, and whether a subclass with another one keeps it."""
+"""Facts about a measure's function, and whether they hold in a subclass with another function."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import inspect
 from dataclasses import dataclass
 
 FUNCTION = ("penalty", "on_sphere", "kernel")
-"""The methods in which a measure writes down its function."""
+"""The methods in which a measure defines its function."""
 
 
 @dataclass(frozen=True)
@@ -18,8 +18,8 @@ class Fact:
         needs_function: Whether a class may override the attribute only together with one of these
             methods. Then a class cannot give the gradient of one function and leave another one in
             place.
-        otherwise: The attribute's value where no statement holds; None for the very first
-            statement, which then is one that is true of any function.
+        otherwise: The attribute's value if no class's statement holds. None means the very first
+            statement, which must then be true of any function.
     """
 
     rests_on: tuple[str, ...]
@@ -31,21 +31,21 @@ GRADIENT = Fact(FUNCTION, needs_function=True)
 """A gradient, or what a gradient is computed from."""
 
 VALUE = Fact((*FUNCTION, "natural"))
-"""A value that the measure takes: the expected one, the best one."""
+"""A value of the measure, such as the expected or the best one."""
 
 
 def keep_what_holds(kind: type, facts: dict[str, Fact]) -> None:
     """Set on a new class the facts that hold for it.
 
-    A fact rests on the methods that the class stating it has, except on those which that class
-    itself leaves abstract: it is written for whatever they will be. If a later class, maybe a
-    mixin, overrides one of the others, the fact no longer holds. Then the next statement in the
-    method resolution order does, that of a base class.
+    A fact rests on the methods of the class that states it, except those that this class itself
+    leaves abstract: the fact is true whatever they will be. If a later class, perhaps a mixin,
+    overrides one of the other methods, the fact no longer holds. Then the next statement in the
+    method resolution order, that of a base class, applies.
 
     Raises:
         TypeError: if a class overrides a fact that it may override only together with the function.
     """
-    # What is set here was not stated by the class; dataclass(slots=True) copies it to another one.
+    # The class did not state what is set here; dataclass(slots=True) copies it to another class.
     replaced = set[str](vars(kind).get("_replaced", ()))
     kind._replaced = replaced  # type: ignore[attr-defined]
     for name, fact in facts.items():
@@ -75,7 +75,7 @@ def _classes_with(kind: type, name: str) -> list[type]:
 
 
 def _holds(kind: type, owner: type, fact: Fact) -> bool:
-    """Whether what ``owner`` states is true of ``kind``, which overrides no method of it."""
+    """Whether what ``owner`` states is true of ``kind``: nothing it rests on is overridden."""
     for method in fact.rests_on:
         known = inspect.getattr_static(owner, method, None)
         left_open = method in vars(owner) and getattr(known, "__isabstractmethod__", False)
@@ -88,7 +88,7 @@ def _holds(kind: type, owner: type, fact: Fact) -> bool:
 
 
 def _check_function(kind: type, owner: type, name: str, fact: Fact) -> None:
-    """Refuse a class that overrides a gradient and not the function."""
+    """Refuse a class that overrides a gradient but not the function."""
     if any(method in vars(owner) for method in fact.rests_on):
         return
     methods = " or ".join(method for method in fact.rests_on if hasattr(kind, method))

@@ -10,18 +10,18 @@ from torch import Tensor
 from lightning_hsu._checks import check_flag, check_number
 from lightning_hsu.measures.pairwise import PairwiseMeasure
 
-_NARROW = 15.0  # above this t the mean potential may be below what float32 can divide by
+_NARROW = 15.0  # above this t the mean potential may be too small for float32 to divide by
 
 
 @dataclass(frozen=True)
 class GaussianPotential(PairwiseMeasure):
     r"""Mean over unordered pairs of ``exp(-t |x - y|**2)``; training minimises its logarithm.
 
-    The logarithm is the published uniformity loss. It keeps the size of the gradient where the mean
-    is tiny, about ``exp(-2 t)`` in high dimension.
+    The logarithm is the published uniformity loss. It keeps the gradient from vanishing where the
+    mean is tiny, about ``exp(-2 t)`` in high dimension.
 
     Args:
-        t: Inverse squared width in (0, 150]; 2 as published. Larger t looks at near neurons only.
+        t: Inverse squared width in (0, 150]; 2 as published. With larger t only near neurons count.
         half_space: Measure the 2n points ``x`` and ``-x`` instead.
 
     Shape:

@@ -23,17 +23,17 @@ from lightning_hsu.measures.state import State
 
 
 class NearestMeasure(SphereMeasure):
-    """A kernel at the nearest pair, or its mean over neurons, each with its nearest other.
+    """A kernel at the nearest pair, or its mean over neurons, each with its nearest neighbour.
 
     A new member needs one method, :meth:`kernel`. Neighbours whose squared chords agree to 64
-    roundings of float32, or to 1e-9 for float64 neurons, are tied: value and gradient are the means
-    over them, so that a regular simplex stays where it is. Exactly coincident neurons are pushed
-    apart along a seeded direction, with the force that the kernel has at a chord of ``softening``,
-    or of 1e-6 if that is smaller.
+    rounding errors of float32, or to 1e-9 for float64 neurons, are tied: value and gradient are the
+    means over them, so that a regular simplex stays where it is. Exactly coincident neurons are
+    pushed apart along a seeded direction, with the force that the kernel has at a chord of
+    ``softening``, but at least 1e-6.
 
     Attributes:
         half_space: Whether to take the nearer of a neuron and its mirror image, as between lines.
-        every_neuron: Whether to take the mean over neurons; else the nearest pair alone counts.
+        every_neuron: Whether to take the mean over neurons; otherwise only the nearest pair counts.
         softening: The chord below which the kernel softens itself, if it does.
     """
 
@@ -44,7 +44,7 @@ class NearestMeasure(SphereMeasure):
 
     @abstractmethod
     def kernel(self, q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the penalty of a neuron and its nearest, and its slope.
+        """Return the penalty of a neuron and its nearest neighbour, and its slope.
 
         Both are finite, for coincident and opposite neurons too.
 
@@ -63,7 +63,7 @@ class NearestMeasure(SphereMeasure):
         return nearest_energy(x, self._term())
 
     def on_sphere(self, x: Tensor, state: State | None) -> Tensor:
-        """Penalty (b,) of unit rows x (b, n, d); the state may hold a tolerance of ties (b,)."""
+        """Penalty (b,) of unit rows x (b, n, d); the state may hold a tolerance for ties (b,)."""
         tie = tie_tolerance(x.dtype)
         if state is not None and "tie" in state:
             tie = float(state["tie"].amax())
@@ -81,7 +81,7 @@ class NearestMeasure(SphereMeasure):
         return (weight * value).sum((-2, -1)) + self._push(x, weight * sign * coincident)
 
     def _prepared(self, x: Tensor, state: State | None) -> State | None:
-        """The state, and the tolerance of ties in the precision of x, not of its unit rows."""
+        """The state, and the tolerance for ties in the precision of x, not of its unit rows."""
         tie = tie_tolerance(working_dtype(x.dtype))
         ties = torch.full((x.shape[:-2].numel(),), tie, dtype=torch.float64)
         return {**(super()._prepared(x, state) or {}), "tie": ties}
@@ -120,12 +120,11 @@ def _term_of(measure: NearestMeasure) -> NearestTerm:
 class Separation(NearestMeasure):
     r"""Smallest angle between two neurons, in radians (MHS); large when no two are alike.
 
-    Its gradient moves the nearest two neurons only; where several pairs are tied, all of them, each
-    by its share.
+    Its gradient moves only the nearest two neurons. If several pairs are tied, it moves all of
+    them, each by its share.
 
     Args:
-        half_space: True or False. Measure the angle between lines, in [0, pi / 2]: opposite neurons
-            coincide.
+        half_space: Measure the angle between lines, in [0, pi / 2]: opposite neurons coincide.
 
     Shape:
         Neurons (..., n, d), rows of any positive norm, to a value (...) in [0, pi]. Zero rows take
@@ -168,9 +167,9 @@ class Separation(NearestMeasure):
 
 @dataclass(frozen=True)
 class MinimalAngle(NearestMeasure):
-    r"""Mean over neurons of the angle to the nearest other, in radians (MMA).
+    r"""Mean over neurons of the angle to the nearest other neuron, in radians (MMA).
 
-    It is large when all keep their distance. Where several neighbours are equally near, the
+    It is large when all neurons keep their distance. Where several neighbours are equally near, the
     gradient is the mean of theirs.
 
     Shape:
@@ -199,9 +198,9 @@ class MinimalAngle(NearestMeasure):
     def bound(self, n: int, d: int) -> float | None:
         """Return the smaller of two bounds, which only two neurons attain.
 
-        Caps of half the nearest angle around each neuron do not overlap; and the mean cosine of the
-        nearest angles is at least -1 / (n - 1), so that the mean angle lies below the concave
-        envelope of arccos there.
+        Caps of half the nearest angle around each neuron do not overlap. And the mean cosine of the
+        nearest angles is at least -1 / (n - 1), so the mean angle lies below the concave envelope
+        of arccos there.
         """
         if n < 2 or d < 2:
             return None
@@ -213,16 +212,16 @@ class MinimalAngle(NearestMeasure):
 
 @dataclass(frozen=True)
 class KoLeo(NearestMeasure):
-    r"""Mean over neurons of ``-log`` of the chord to the nearest other (KoLeo).
+    r"""Mean over neurons of ``-log`` of the chord to the nearest other neuron (KoLeo).
 
-    It is small when all keep their distance: the Kozachenko-Leonenko estimate of the entropy, up to
-    sign and constants, and without the original's factor n in the logarithm, as in DINOv2. Where
-    several neighbours are equally near, the gradient is the mean of theirs.
+    It is small when all neurons keep their distance. It is the Kozachenko-Leonenko estimate of the
+    entropy, up to sign and constants, and without the original's factor n in the logarithm, as in
+    DINOv2. Where several neighbours are equally near, the gradient is the mean of theirs.
 
     Args:
         softening: Chord in [0, 2) below which the logarithm continues as its tangent line in the
             squared chord. Exactly equal neurons feel the force at that chord along a seeded
-            direction. 0 switches it off down to a chord of 1e-6.
+            direction. 0 switches it off for chords above 1e-6.
 
     Shape:
         Neurons (..., n, d), rows of any positive norm, to a value (...) >= -log(2). Zero rows take
@@ -278,8 +277,8 @@ class KoLeo(NearestMeasure):
 def _chords(x: Tensor, y: Tensor) -> Tensor:
     """Squared chords (b, n, n) from unit rows x to unit rows y, both (b, n, d) float64.
 
-    Differentiable twice. By cosines, in O(n n) memory; near ones, for which cosines lose digits, by
-    differences.
+    Twice differentiable. Chords come from cosines, in O(n n) memory; near ones, for which cosines
+    lose digits, from differences.
     """
     q = 2.0 - 2.0 * x @ y.mT
     group, i, j = (q.detach() < NEAR).nonzero(as_tuple=True)
@@ -294,7 +293,7 @@ def _minus_angle(q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _root(q: Tensor) -> Tensor:
-    """Square root, constant for autograd where its slope would have no bound."""
+    """Square root, constant for autograd where its slope would be unbounded."""
     return torch.where(q < COINCIDENT, q.detach().sqrt(), q.clamp_min(COINCIDENT).sqrt())
 
 

@@ -27,7 +27,7 @@ class _Coherence(NearestMeasure):
 
 @dataclass(frozen=True)
 class Orthogonality(SphereMeasure):
-    r"""How far the unit neurons, the rows of X, are from orthogonal: to compare uniformity with.
+    r"""How far the unit neurons, the rows of X, are from orthogonal: a baseline for uniformity.
 
     Args:
         kind: One of
@@ -79,7 +79,7 @@ class Orthogonality(SphereMeasure):
         return self._frobenius(off, *x.shape[-2:]).to(x.dtype)
 
     def closed_form(self, x: Tensor, state: State | None) -> tuple[Tensor, Tensor] | None:
-        """For so and dso in 4 n d min(n, d) FLOP, for mc by the two nearest lines.
+        """Compute so and dso in 4 n d min(n, d) FLOP, and mc from the two nearest lines.
 
         None for srip, and if there are zero rows.
         """
@@ -133,12 +133,12 @@ class Orthogonality(SphereMeasure):
         return gram
 
     def expectation(self, n: int, d: int) -> float | None:
-        """Return it for so and dso: a squared cosine has mean 1 / d."""
+        """Return the expected value of so and dso: a squared cosine has mean 1 / d."""
         pairs = n * (n - 1) / d
         return {"so": pairs, "dso": 2.0 * pairs - n + d}.get(self.kind)
 
     def bound(self, n: int, d: int) -> float | None:
-        """That of orthonormal neurons, beyond n = d of a tight frame; for mc the Welch bound."""
+        """The value of orthonormal neurons, for n > d of a tight frame; for mc the Welch bound."""
         if n <= d:
             return float(d - n) if self.kind == "dso" else 0.0
         tight = n * n / d - n

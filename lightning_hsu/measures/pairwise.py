@@ -40,8 +40,8 @@ class PairwiseMeasure(Measure):
         in_float64: Whether to compute in float64.
         absolutely_monotone: Whether the kernel, as a function of the cosine, and all its
             derivatives are >= 0, apart from a constant: then the universal lower bound holds.
-        compiled_as: The kernel by a name that compiled kernels know, and its one number; None for
-            your own.
+        compiled_as: The name of the compiled version of the kernel, and its one parameter; None for
+            a kernel of your own.
 
     Example:
         >>> from dataclasses import dataclass
@@ -89,12 +89,12 @@ class PairwiseMeasure(Measure):
         return super().natural(penalty)
 
     def penalty(self, x: Tensor, state: State | None = None) -> Tensor:
-        """Mean energy over unordered pairs, (...), or its logarithm; differentiable, twice too.
+        """Mean energy over unordered pairs, (...), or its logarithm; twice differentiable.
 
         Args:
             x: Neurons, shape (..., n, d), floating; rows of any positive norm. Zero rows take no
                 part; fewer than two neurons have penalty 0.
-            state: Not used; a kernel needs no memory.
+            state: Not used; a kernel needs no state.
 
         Raises:
             TypeError: if x is not a floating-point tensor.
@@ -102,7 +102,7 @@ class PairwiseMeasure(Measure):
         """
         check_neurons(x)
         if not torch.is_grad_enabled():
-            x = x.detach()  # else the gradient would be computed for nothing
+            x = x.detach()  # otherwise the gradient would be computed in vain
         energy: Tensor = PairEnergy.apply(self._widened(x), self._term())
         return self._penalty_of(energy, x)
 
@@ -134,13 +134,13 @@ class PairwiseMeasure(Measure):
     def gradient_part(self, x: Tensor, part: int, parts: int) -> tuple[Tensor, Tensor] | None:
         """Return a summand of the gradient for 3 n n d / ``parts`` FLOP; see :class:`Measure`.
 
-        Coincident neurons part along one common direction, which is not a sum over pairs. A part that
-        meets them says so, and so does one that has shortened a row which the dtype of x might not
-        hold.
+        The force that separates coincident neurons acts along one common direction and is not a sum
+        over pairs. A part that meets such neurons reports it, and so does a part that has shortened
+        a row which might overflow the dtype of x.
 
         Raises:
             TypeError: if x is not a floating-point tensor.
-            ValueError: if x has fewer than two dimensions, or there is no such part.
+            ValueError: if x has fewer than two dimensions, or ``part`` is out of range.
 
         Example:
             >>> from lightning_hsu.measures import RieszEnergy
@@ -157,15 +157,15 @@ class PairwiseMeasure(Measure):
         return pair_part(x, self._term(), part, parts)
 
     def pair_term(self) -> PairTerm | None:
-        """Return the kernel; None where it takes float64. The same object each time."""
+        """Return the kernel, the same object each time; None if it needs float64."""
         return None if self.in_float64 else self._term()
 
     def grad_flops(self, n: int, d: int) -> float:
-        """Return those of the upper triangle of cosines, and twice that for the gradient."""
+        """Return the FLOP of the upper triangle of cosines, plus twice that for the gradient."""
         return 3.0 * n * n * d
 
     def expectation(self, n: int, d: int) -> float | None:
-        """Return it by quadrature, exact but for softening.
+        """Return the expected value by quadrature, exact except for softening.
 
         In half space each neuron also meets its own mirror image.
         """
@@ -177,9 +177,9 @@ class PairwiseMeasure(Measure):
         return (2 * (n - 1) * pair + mirror) / (2 * n - 1)
 
     def deviation(self, n: int, d: int) -> float | None:
-        """Return it by quadrature, exact but for softening.
+        """Return the standard deviation by quadrature, exact except for softening.
 
-        Two pairs of random neurons are independent, also if they share one.
+        Two pairs of random neurons are independent, even if they share a neuron.
         """
         check_kernel(self)
         pairs = n * (n - 1) / 2
@@ -191,8 +191,8 @@ class PairwiseMeasure(Measure):
     def bound(self, n: int, d: int) -> float | None:
         """Return the better of two bounds.
 
-        One is by the kernel's convex envelope, the other the universal bound, which holds where the
-        kernel is absolutely monotone.
+        One comes from the kernel's convex envelope. The other is the universal bound, which holds
+        if the kernel is absolutely monotone.
         """
         return _bound(self, n, d)
 
@@ -208,7 +208,7 @@ class PairwiseMeasure(Measure):
         """Neurons (..., n, d) as they go into the pair sums."""
         if self.in_float64:
             return with_float64(x).double()
-        if self.logarithm:  # the gradient is not rounded to half before it is divided by the mean
+        if self.logarithm:  # divide the gradient by the mean before it is rounded to half
             return x.to(working_dtype(x.dtype))
         return x
 
@@ -220,7 +220,7 @@ class PairwiseMeasure(Measure):
 
 
 def _or_one(energy: Tensor) -> Tensor:
-    """A mean energy to divide by: 1 where it is 0, for want of pairs."""
+    """A mean energy to divide by: 1 where it is 0 because there are no pairs."""
     return torch.where(energy > 0, energy, 1.0)
 
 

@@ -43,8 +43,8 @@ class Polarization(WitnessMeasure):
     Evaluate with the state prepared at the same x. Second derivatives hold the witnesses fixed.
 
     Args:
-        s: A number in [0, 100]. Larger s weighs near neurons more; s = 0, 1, 2 are the published
-            choices.
+        s: A number in [0, 100]. Larger s gives near neurons more weight; s = 0, 1, 2 are the
+            published choices.
         half_space: Measure the 2n points ``x`` and ``-x`` instead.
         witnesses: How many witnesses look for the minimum, >= 1.
         steps: Steps of each witness in each training step, >= 1; a fresh start takes 20 times as
@@ -97,7 +97,7 @@ class Polarization(WitnessMeasure):
         return mean
 
     def ratio(self, value: Tensor, reference: float) -> Tensor:
-        """Polarization of random points over this; for s = 0 the exponential of the difference."""
+        """Value of random points over this value; for s = 0 the exponential of the difference."""
         if self.s == 0:
             return (reference - value).exp()
         return super().ratio(value, reference)
@@ -134,8 +134,8 @@ class Polarization(WitnessMeasure):
     def _proven(self, x: Tensor, mean: Objective) -> Tensor | None:
         """Witnesses (k, d) that are certain to hold the smallest mean, or None.
 
-        On the circle these are the lowest points of all arcs. In half space a direction that is
-        orthogonal to all neurons has the smallest mean of all.
+        On the circle these are the lowest points of all arcs. In half space a direction orthogonal
+        to all neurons has the smallest mean of all.
         """
         if x.shape[1] == 2:
             return lowest_on_circle(x, mean)

@@ -18,14 +18,14 @@ from lightning_hsu.measures.state import State
 class ResultantLength(SphereMeasure):
     r"""Length of the sum of the unit neurons (relaxed MHP, Rayleigh's statistic).
 
-    Polarization with the kernel ``-|x - v|**2`` has a closed form, and maximising it is minimising
-    this length. O(n d). Any balanced set has length 0, even n / 2 copies of one neuron and of its
-    opposite: duplicates go unseen. There is no half-space form: with the mirror images the sum is
-    always 0.
+    Polarization with the kernel ``-|x - v|**2`` has a closed form: maximising it means minimising
+    this length. It takes O(n d). Any balanced set has length 0, even n / 2 copies of one neuron and
+    of its opposite, so duplicates go unnoticed. There is no half-space form: with the mirror images
+    the sum is always 0.
 
     Args:
         softening: Length in [0, 1) below which the length is bent to a smooth minimum, so that the
-            gradient fades there instead of jumping from side to side; 0 switches it off.
+            gradient fades out there instead of jumping from side to side; 0 switches it off.
 
     Shape:
         Neurons (..., n, d), rows of any positive norm, to a value (...) in [0, n].
@@ -66,7 +66,7 @@ class ResultantLength(SphereMeasure):
         return torch.where(square < knee**2, bend, length)
 
     def closed_form(self, x: Tensor, state: State | None) -> tuple[Tensor, Tensor] | None:
-        """One direction for all neurons, made tangent, in six passes.
+        """Take one direction for all neurons and make it tangent, in six passes.
 
         None if there are zero rows, or norms whose squares leave the range of float32.
         """

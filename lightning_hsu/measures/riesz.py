@@ -1,4 +1,4 @@
-"""Riesz energy: minimum hyperspherical energy (MHE), half-space and angular variants included."""
+"""Riesz energy: minimum hyperspherical energy (MHE), with half-space and angular variants."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ class RieszEnergy(PairwiseMeasure):
     0, ``log(1 / rho)`` for s = 0 and ``-rho**-s`` for s < 0.
 
     Args:
-        s: Any finite real number. Larger s weighs near pairs more; s = 0, 1, 2 are the published
-            choices.
-        half_space: Measure the 2n points ``x`` and ``-x`` instead: neurons repel each other's
-            mirror image too. Computed from one n x n Gram matrix.
+        s: Any finite real number. Larger s gives near pairs more weight; s = 0, 1, 2 are the
+            published choices.
+        half_space: Measure the 2n points ``x`` and ``-x`` instead: neurons also repel each other's
+            mirror images. Computed from one n x n Gram matrix.
         distance: ``"chordal"``, ``rho = |x - y|`` in (0, 2], or ``"geodesic"``, the angle in (0,
             pi].
         softening: Chord in [0, 2) below which the kernel continues as its tangent line in the
             squared chord, so that value and slope stay finite and the slope does not vanish.
             Exactly equal neurons feel the force at that chord along a seeded direction. 0 switches
-            it off down to a chord of 1e-6.
+            it off for chords above 1e-6.
 
     Shape:
         Neurons (..., n, d), rows of any positive norm, to a value (...).
@@ -91,14 +91,14 @@ class RieszEnergy(PairwiseMeasure):
 
     @property
     def absolutely_monotone(self) -> bool:  # type: ignore[override]
-        """Chordal kernels are from s = -2 on; the angle to a power is not."""
+        """Chordal kernels are if s >= -2; powers of the angle are not."""
         return self.distance == "chordal" and self.s >= -2
 
     def ratio(self, value: Tensor, reference: float) -> Tensor:
         """Energy over that of random points; the inverse for s < 0.
 
-        For s = 0 the exponential of the difference, the limit of the others: the geometric mean
-        distance of random points over that of these.
+        For s = 0 it is the exponential of the difference, the limit of the other cases: the
+        geometric mean distance of random points over that of these neurons.
         """
         if self.s == 0:
             return (value - reference).exp()

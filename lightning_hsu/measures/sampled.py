@@ -1,4 +1,4 @@
-"""Pair energies of very many neurons: each step over another random partition into blocks."""
+"""Pair energies of very many neurons, at each step over a new random partition into blocks."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class SamplingError(NamedTuple):
     """Standard errors of a sampled energy.
 
     Args:
-        value: Of its natural value, shape (...).
-        gradient: Of its gradient, over the norm of the gradient, shape (...).
+        value: Standard error of its natural value, shape (...).
+        gradient: Standard error of its gradient, over the norm of the gradient, shape (...).
     """
 
     value: Tensor
@@ -43,16 +43,17 @@ class SamplingError(NamedTuple):
 class Sampled(MeasureWrapper):
     r"""A pair energy estimated from blocks of neurons: n * block * d FLOP instead of n * n * d.
 
-    Each step the neurons are divided at random into blocks of ``block`` or a few more, from a seed
-    that all ranks share, and only pairs within a block are counted. Value and gradient are unbiased
-    (the logarithm of :class:`GaussianPotential` nearly so), all neurons but fewer than one a block
-    get their gradient, and :meth:`error` states the standard errors. Up to twice ``block`` neurons
-    are computed exactly. A value without a state belongs to the first draw.
+    At each step the neurons are divided at random into blocks of ``block`` or a few more, from a
+    seed that all ranks share, and only pairs within a block are counted. Value and gradient are
+    unbiased (the logarithm of :class:`GaussianPotential` nearly so). All neurons get their gradient
+    except a few left over, fewer than there are blocks. :meth:`error` returns the standard errors.
+    Fewer than twice ``block`` neurons are computed exactly. Without a state the value is that of
+    the first draw.
 
     Args:
         measure: A mean over pairs: :class:`RieszEnergy` (by default in half space, s = 2),
             :class:`GaussianPotential` or your own :class:`PairwiseMeasure`.
-        block: Neurons of a block, 4 or more.
+        block: Neurons in a block, 4 or more.
 
     Shape:
         Neurons (..., n, d), rows of any positive norm, to a value (...).
@@ -78,7 +79,7 @@ class Sampled(MeasureWrapper):
     measure: Measure = DEFAULT_MEASURE
     block: int = 1024
 
-    # The estimate is unbiased: what is known of the values of the measure inside holds for it, too.
+    # The estimate is unbiased: what is known of the values of the inner measure holds for it, too.
     expectation = MeasureWrapper.expectation
     deviation = MeasureWrapper.deviation
     bound = MeasureWrapper.bound
@@ -112,7 +113,7 @@ class Sampled(MeasureWrapper):
         return max(1, n // self.block)
 
     def penalty(self, x: Tensor, state: State | None = None) -> Tensor:
-        """Penalty (...), differentiable, twice too; see :meth:`Measure.penalty`.
+        """Penalty (...), twice differentiable; see :meth:`Measure.penalty`.
 
         Raises:
             TypeError: if x is not a floating-point tensor.
@@ -137,7 +138,7 @@ class Sampled(MeasureWrapper):
         return value.to(working_dtype(x.dtype)), grads.reshape(x.shape)
 
     def recorded(self, x: Tensor, state: State | None = None) -> Tensor:
-        """Penalty (...) of x (..., n, d) by autograd alone, differentiable twice."""
+        """Penalty (...) of x (..., n, d) by autograd alone, twice differentiable."""
         self._check(x, state)
         values = []
         for group in _groups(x):
@@ -157,8 +158,8 @@ class Sampled(MeasureWrapper):
             state: From :meth:`prepare`.
 
         Returns:
-            That of the natural value (...), and that of the gradient over the norm of the gradient
-            (...), NaN where that is 0.
+            The error of the natural value (...), and that of the gradient over the norm of the
+            gradient (...), NaN where this norm is 0.
 
         Raises:
             TypeError: if x is not a floating-point tensor.
@@ -183,7 +184,7 @@ class Sampled(MeasureWrapper):
         return replace(self, measure=self.measure.for_head())
 
     def grad_flops(self, n: int, d: int) -> float:
-        """Those of the blocks."""
+        """Return the FLOP of all blocks."""
         blocks = self.blocks(n)
         return blocks * self.measure.grad_flops(n // blocks, d)
 
@@ -203,7 +204,7 @@ class Sampled(MeasureWrapper):
         return self.blocks(x.shape[-2]) == 1 or not x.numel()
 
     def _drawn(self, x: Tensor, state: State | None) -> tuple[Tensor, int]:
-        """Blocks (k, m) of the live neurons among x (n, d), and how many those are."""
+        """Blocks (k, m) of the live neurons among x (n, d), and how many neurons are live."""
         live = takes_part(x.detach().to(working_dtype(x.dtype)))
         return random_blocks(live, self.block, draw_of(state)), int(live.sum())
 
@@ -230,7 +231,7 @@ class Sampled(MeasureWrapper):
         return energy
 
     def _error_of_group(self, x: Tensor, blocks: Tensor, live: int) -> Tensor:
-        """Standard errors (2,) of value and gradient of x (n, d), ``live`` neurons of it alive."""
+        """Standard errors (2,) of value and gradient of x (n, d), with ``live`` live neurons."""
         grad = torch.zeros_like(x)
         penalty = self._add_gradient(x, grad, blocks, live)
         value, distance = block_spread(x, blocks, self._term, live)
@@ -246,7 +247,7 @@ def _groups(x: Tensor) -> Tensor:
 
 
 def sampled_above(measure: Measure, n: int, limit: int | None) -> Measure:
-    """Return a mean over pairs sampled for more than ``limit`` neurons, else the measure itself."""
+    """Return the measure, sampled if it is a mean over pairs and n is above ``limit``."""
     if limit is None or n <= limit or measure.pair_term() is None:
         return measure
     return Sampled(measure)

@@ -18,21 +18,21 @@ from lightning_hsu.measures.state import State, counts_draws, draw_of, next_draw
 class SlicedWasserstein(SphereMeasure):
     r"""Squared spherical sliced Wasserstein distance from the neurons to the uniform distribution.
 
-    The neurons are projected on random great circles; on each the squared 2-Wasserstein distance to
-    the uniform distribution has a closed form in the sorted angles, counted in turns. O(circles (n
-    d + n log n)).
+    The neurons are projected onto random great circles. On each, the squared 2-Wasserstein distance
+    to the uniform distribution has a closed form in the sorted angles, measured in turns. It takes
+    O(circles (n d + n log n)).
 
-    The circles are drawn anew each training step from a seed that all ranks share, and a call
-    without a state uses the first draw: the value belongs to these circles, and a common rotation
-    of the neurons changes it as another draw would (not in two dimensions, where there is one
-    circle). Exactly equal neurons are parted, for each takes its own place on the circle.
+    The circles are drawn anew at each training step, from a seed that all ranks share; a call
+    without a state uses the first draw. The value belongs to these circles, so a common rotation of
+    the neurons changes it as another draw would (but not in two dimensions, where there is only one
+    circle). Exactly equal neurons are separated, since each takes its own place on the circle.
 
     Args:
         circles: Great circles to average over, at least 1.
 
     Shape:
         Neurons (..., n, d), rows of any positive norm, to a value (...) in [1 / (12 n**2), 1 / 12]:
-        equidistant on each circle to all equal. Random neurons have 1 / (12 n).
+        from equidistant on each circle to all equal. Random neurons have 1 / (12 n) on average.
 
     Raises:
         ValueError: for circles below 1.
@@ -66,7 +66,7 @@ class SlicedWasserstein(SphereMeasure):
         n = x.shape[-2]
         on_circle = (x @ self._planes(x, state)).reshape(*x.shape[:-1], 2, -1).double()
         across, along = on_circle.unbind(-2)  # (b, n, circles)
-        # At right angles to the circle any place will do, and atan2 has no slope.
+        # At right angles to the circle any place will do, and atan2 has no slope there.
         lost = across.square() + along.square() < 1e-30
         angle = torch.atan2(torch.where(lost, 0.0, across), torch.where(lost, 1.0, along))
         turn = angle / (2.0 * math.pi)
@@ -81,7 +81,7 @@ class SlicedWasserstein(SphereMeasure):
         return 1.0 / (12.0 * n)
 
     def bound(self, n: int, d: int) -> float | None:
-        """Equidistant on every circle, which only two dimensions allow."""
+        """The value of neurons equidistant on every circle, possible only in two dimensions."""
         return 1.0 / (12.0 * n * n)
 
     def _planes(self, x: Tensor, state: State | None) -> Tensor:

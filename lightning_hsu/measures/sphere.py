@@ -27,13 +27,13 @@ from lightning_hsu.measures.state import State, state_of_group
 class SphereMeasure(Measure):
     """A measure written as a plain differentiable function of unit rows, :meth:`on_sphere`.
 
-    Normalising, zero rows, precision and the step from the sphere to the weights are done here. A
-    member with a faster way to its gradient overrides :meth:`closed_form`; :meth:`on_sphere` then
-    stays as its readable twin and gives the second derivative.
+    This class handles normalisation, zero rows, precision and the step from the sphere to the
+    weights. A member with a faster way to its gradient overrides :meth:`closed_form`;
+    :meth:`on_sphere` then stays as its readable version and gives the second derivative.
 
     Attributes:
-        in_float64: Compute in float64.
-        takes_zero_rows: :meth:`on_sphere` leaves out zero rows itself.
+        in_float64: Whether to compute in float64.
+        takes_zero_rows: Whether :meth:`on_sphere` leaves out zero rows itself.
     """
 
     facts: ClassVar[dict[str, Fact]] = {
@@ -52,7 +52,7 @@ class SphereMeasure(Measure):
             state: From :meth:`prepare`, for these groups.
 
         Returns:
-            One value a group, shape (b,).
+            One value for each group, shape (b,).
         """
 
     def closed_form(self, x: Tensor, state: State | None) -> tuple[Tensor, Tensor] | None:
@@ -63,7 +63,7 @@ class SphereMeasure(Measure):
         return None
 
     def penalty(self, x: Tensor, state: State | None = None) -> Tensor:
-        """Penalty (...); differentiable, twice too, also under ``torch.func``.
+        """Penalty (...); twice differentiable, also under ``torch.func``.
 
         Args:
             x: Neurons, shape (..., n, d), floating; rows of any positive norm. Zero rows take no
@@ -76,7 +76,7 @@ class SphereMeasure(Measure):
                 or shape.
         """
         check_neurons(x)
-        # The gradient of on_sphere, also where a subclass has another penalty.
+        # The gradient of on_sphere, even if a subclass overrides the penalty.
         gradient = partial(SphereMeasure.value_and_grad, self)
         return Evaluation(gradient, self.recorded)(x, state)
 
@@ -124,7 +124,7 @@ class SphereMeasure(Measure):
 
     @staticmethod
     def _shaped(value: Tensor, x: Tensor) -> Tensor:
-        """Values (b,) as the caller of neurons x (..., n, d) gets them, (...)."""
+        """Values (b,) in the shape (...), device and dtype that neurons x (..., n, d) call for."""
         return value.reshape(x.shape[:-2]).to(x.device, working_dtype(x.dtype))
 
     @staticmethod
@@ -133,7 +133,7 @@ class SphereMeasure(Measure):
         return to_weights(tangent(grad, unit), inverse_norm, x.dtype).reshape(x.shape).to(x.device)
 
     def _by_group(self, unit: Tensor, inverse_norm: Tensor, state: State | None) -> Tensor:
-        """Penalty (b,) of unit rows (b, n, d) without the zero rows among them."""
+        """Penalty (b,) of unit rows (b, n, d), leaving out the zero rows among them."""
         alive = inverse_norm.squeeze(-1) > 0  # (b, n)
         enough = alive.shape[-1] > 1 and unit.numel() > 0
         with exact_arithmetic(unit):
@@ -151,7 +151,7 @@ class SphereMeasure(Measure):
         """The value (b,) that :meth:`on_sphere` returned, or an error if it has another shape."""
         if value.shape != unit.shape[:1]:
             raise ValueError(
-                f"{type(self).__name__}.on_sphere must return one value a group, "
+                f"{type(self).__name__}.on_sphere must return one value for each group, "
                 f"shape ({len(unit)},), for unit rows of shape {tuple(unit.shape)}; "
                 f"got shape {tuple(value.shape)}: sum over the last two dimensions only"
             )

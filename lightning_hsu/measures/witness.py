@@ -1,4 +1,4 @@
-"""Measures with an inner problem: witnesses search the sphere for the point that decides."""
+"""Measures with an inner problem: witnesses search the sphere for the decisive point."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class WitnessMeasure(SphereMeasure):
     The state holds the witnesses and the weights.
 
     Attributes:
-        weights_name: Name of the weights in the state, another one for each member, so that no
+        weights_name: Name of the weights in the state, different for each member, so that no
             member takes the state of another.
         half_space: Whether the points are the 2n neurons ``x`` and ``-x``.
         witnesses: How many witnesses search.
@@ -57,15 +57,15 @@ class WitnessMeasure(SphereMeasure):
 
         Args:
             x: Neurons.
-            state: What the last step's call returned: its witnesses go on from where they are, the
-                worst one from a new place. A state that does not fit is replaced by a fresh start,
-                with 20 times as many steps.
+            state: What the last step's call returned. Its witnesses continue from where they are,
+                but the worst one restarts from a new place. A state that does not fit is replaced
+                by a fresh start, with 20 times as many steps.
 
         Returns:
             ``points`` (b, k, d), the witnesses of the b groups; ``shares`` (polarization) or
             ``multipliers`` (covering) (b, k, m), the part of each witness and point in the penalty;
             ``exact`` (b,), whether the value is proven to be that of the definition; ``step`` (b,),
-            how many calls came before. The value at x is that of x with these witnesses held fixed.
+            how many calls came before. The value at x is computed with these witnesses held fixed.
         """
         check_neurons(x)
         with torch.no_grad():
@@ -82,7 +82,7 @@ class WitnessMeasure(SphereMeasure):
         return {"points": points, self.weights_name: weights, "exact": exact, "step": step}
 
     def on_sphere(self, x: Tensor, state: State | None) -> Tensor:
-        """Penalty (b,) of unit rows x (b, n, d), the witnesses held fixed."""
+        """Penalty (b,) of unit rows x (b, n, d), with the witnesses held fixed."""
         assert state is not None
         points, weights = state["points"].to(x.device), state[self.weights_name].to(x.device)
         used = (weights != 0).any(2).any(0)
@@ -104,18 +104,18 @@ class WitnessMeasure(SphereMeasure):
         ].shape == (groups, witnesses, points)
 
     def idle(self, n: int, d: int) -> str | None:
-        """In half space fewer neurons than dimensions leave out a direction, whatever they are."""
+        """In half space, fewer neurons than dimensions always leave some direction orthogonal."""
         if self.half_space and n < d:
             return "no force in half space with fewer neurons than dimensions: use half_space=False"
         return None
 
     def value_flops(self, n: int, d: int) -> float:
-        """A fresh search, and the systems that exact solutions take."""
+        """A fresh search, and the linear systems that exact solutions need."""
         search = 4.0 * AFRESH * self.steps * self.witnesses * n * d
         return search + 20.0 * n * n * max(min(n, 3 * d), d)
 
     def _goes_on(self, state: State, x: Tensor) -> bool:
-        """Whether the search can start from a state, even one of another number of neurons."""
+        """Whether the search can start from a state, even one for another number of neurons."""
         points, step = state.get("points"), state.get("step")
         if points is None or step is None or points.ndim != 3 or step.shape != x.shape[:1]:
             return False
@@ -124,7 +124,7 @@ class WitnessMeasure(SphereMeasure):
         return bool(points.isfinite().all())
 
     def _solutions(self, x: Tensor, inverse_norm: Tensor, known: State | None) -> list[Solution]:
-        """The solution of each group of unit rows x (b, n, d), without those of inverse norm 0."""
+        """The solution for each group of unit rows x (b, n, d), without rows of inverse norm 0."""
         alive = inverse_norm.squeeze(-1) > 0
         with exact_arithmetic(x):
             return [self._of_group(rows[alive[i]], i, known) for i, rows in enumerate(x)]
@@ -148,7 +148,7 @@ class WitnessMeasure(SphereMeasure):
         return self._solve(x, first_witnesses(x, self.witnesses), AFRESH * self.steps)
 
     def _stacked(self, found: list[Solution], x: Tensor) -> tuple[Tensor, Tensor]:
-        """Witnesses (b, k, d) and weights (b, k, m) of all groups x (b, n, d), filled up with 0."""
+        """Witnesses (b, k, d) and weights (b, k, m) of all groups x (b, n, d), padded with 0."""
         most = max([self.witnesses, *(len(points) for points, _, _ in found)])
         points = x.new_zeros(len(x), most, x.shape[2])
         weights = x.new_zeros(len(x), most, self._mirrored(x).shape[1])
@@ -159,7 +159,7 @@ class WitnessMeasure(SphereMeasure):
 
     @abstractmethod
     def _heights(self, x: Tensor, v: Tensor) -> Tensor:
-        """What the witnesses v (k, d) make small among points x (m, d): (k,)."""
+        """What the witnesses v (k, d) minimise among points x (m, d), shape (k,)."""
 
     def _mirrored(self, x: Tensor) -> Tensor:
         """The neurons (..., n, d), in half space with their mirror images, (..., 2n, d)."""

@@ -8,40 +8,40 @@ from lightning_hsu.measures.base import Measure
 
 
 class MeasureWrapper(Measure):
-    """A measure around another one, whose values mean what those of the other one mean."""
+    """A measure around another one; its values mean the same as those of the inner measure."""
 
     measure: Measure
 
     @property
     def higher_is_better(self) -> bool:  # type: ignore[override]
-        """As in the measure inside."""
+        """The same as for the inner measure."""
         return self.measure.higher_is_better
 
     @property
     def half_space(self) -> bool:  # type: ignore[override]
-        """As in the measure inside."""
+        """The same as for the inner measure."""
         return self.measure.half_space
 
     def natural(self, penalty: Tensor) -> Tensor:
-        """As in the measure inside."""
+        """The same as for the inner measure."""
         return self.measure.natural(penalty)
 
     def ratio(self, value: Tensor, reference: float) -> Tensor:
-        """As in the measure inside."""
+        """The same as for the inner measure."""
         return self.measure.ratio(value, reference)
 
     def expectation(self, n: int, d: int) -> float | None:
-        """As in the measure inside."""
+        """The same as for the inner measure."""
         return self.measure.expectation(n, d)
 
     def deviation(self, n: int, d: int) -> float | None:
-        """As in the measure inside."""
+        """The same as for the inner measure."""
         return self.measure.deviation(n, d)
 
     def bound(self, n: int, d: int) -> float | None:
-        """As in the measure inside."""
+        """The same as for the inner measure."""
         return self.measure.bound(n, d)
 
     def idle(self, n: int, d: int) -> str | None:
-        """As in the measure inside."""
+        """The same as for the inner measure."""
         return self.measure.idle(n, d)
