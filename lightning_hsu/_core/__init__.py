@@ -1,4 +1,4 @@
-"""Numerics: pair sums over the sphere in closed form. Knows tensors only."""
+"""Numerics: pair sums over the sphere in closed form. Works on tensors only."""
 
 from lightning_hsu._core.autograd import PairEnergy
 from lightning_hsu._core.bounds import pair_bound

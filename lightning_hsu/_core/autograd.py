@@ -1,7 +1,7 @@
-"""The closed form as a differentiable function: one pass forward, a product backward, twice.
+"""The closed form as a twice differentiable function: one pass forward, a product backward.
 
 The functions below work under autograd and under ``torch.func``: ``grad``, ``vjp``, ``jacrev``,
-``vmap`` and what these compose to. A dimension that ``vmap`` adds is one more dimension of groups.
+``vmap`` and their compositions. A dimension that ``vmap`` adds is one more dimension of groups.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class PairEnergy:
 
 
 class _Energy(torch.autograd.Function):
-    """Value and gradient; the gradient is an output only so that backward finds it."""
+    """Value and gradient; the gradient is an output only so that backward can find it."""
 
     @staticmethod
     def forward(w: Tensor, term: PairTerm, with_grad: bool) -> tuple[Tensor, Tensor]:
@@ -43,7 +43,7 @@ class _Energy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
-        """Scale the stored gradient; under ``create_graph`` as a function of w."""
+        """Scale the stored gradient; under ``create_graph`` it is a function of w."""
         w, grad = ctx.saved_tensors
         if torch.is_grad_enabled():
             grad = _Gradient.apply(w, grad, ctx.term)  # type: ignore[no-untyped-call]
@@ -54,7 +54,7 @@ class _Energy(torch.autograd.Function):
         info: Any, in_dims: tuple[int | None, ...], w: Tensor, term: PairTerm, with_grad: bool
     ) -> tuple[tuple[Tensor, Tensor], tuple[int, int | None]]:
         w = batch_first(w, in_dims[0], info.batch_size)
-        with_grad = with_grad or w.requires_grad  # which only shows once the batch is unwrapped
+        with_grad = with_grad or w.requires_grad  # known only once the batch is unwrapped
         found = _Energy.apply(w, term, with_grad)  # type: ignore[no-untyped-call]
         return found, (0, 0 if with_grad else None)
 
@@ -88,7 +88,7 @@ class _Gradient(torch.autograd.Function):
 
 
 class _HessianVector(torch.autograd.Function):
-    """The second derivative at w times a vector, which can be differentiated no further."""
+    """The second derivative at w times a vector; it cannot be differentiated further."""
 
     @staticmethod
     def forward(w: Tensor, vector: Tensor, term: PairTerm) -> Tensor:
@@ -113,7 +113,7 @@ class _HessianVector(torch.autograd.Function):
 
 
 def batch_first(x: Tensor, dim: int | None, size: int) -> Tensor:
-    """The batch that ``vmap`` hides as the first dimension; an x without one is repeated."""
+    """Move the dimension that ``vmap`` hides to the front; an x without one is expanded."""
     if dim is None:
         return x.expand(size, *x.shape)
     return x.movedim(dim, 0)

@@ -1,4 +1,4 @@
-"""Back ends: who computes the gradients of many layers, and the nearest neighbours of many neurons.
+"""Back ends, which compute the gradients of many layers and the nearest neighbours of neurons.
 
 A new back end is one module with a subclass of :class:`Backend` and one line in the registry.
 """
@@ -32,13 +32,13 @@ LargestTwo = tuple[Tensor, Tensor, Tensor]
 
 
 class Backend(ABC):
-    """A way to compute. What a back end does not take goes through plain torch."""
+    """A way to compute. Plain torch computes whatever a back end does not take."""
 
     name: ClassVar[str]
 
     @abstractmethod
     def check_machine(self) -> None:
-        """Raise a RuntimeError with a way out if this machine cannot run the back end."""
+        """Raise a RuntimeError that says what to do if this machine cannot run the back end."""
 
     @abstractmethod
     def takes_update(self, update: GradientUpdate, term: PairTerm) -> bool:
@@ -58,19 +58,19 @@ class Backend(ABC):
         return False
 
     def largest_two(self, x: Tensor, alive: Tensor, *, half_space: bool, every: bool) -> LargestTwo:
-        """Find the largest two cosines of every row, as the function of that name does.
+        """Find the largest two cosines of every row, like the function of the same name.
 
         Args:
             x: Unit rows, shape (b, n, d), that :meth:`takes_rows` has accepted.
             alive: Rows that take part, bool, shape (b, n).
             half_space: Compare absolute cosines.
-            every: Compare every row with all others; else with those after it.
+            every: Compare every row with all others; otherwise only with those after it.
         """
         raise NotImplementedError(f"the back end {self.name!r} has no search for neighbours")
 
 
 def active() -> Backend:
-    """Return the back end that the environment variable names; plain torch where it is not set.
+    """Return the back end that the environment variable names; plain torch if it is not set.
 
     Raises:
         ValueError: if the variable names no back end.

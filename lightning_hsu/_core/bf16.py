@@ -1,10 +1,10 @@
 """Pair sums with bfloat16 products: the same sums to about 1e-3, for half the time or less.
 
-Cosines and pulls are multiplied in bfloat16 and all else is done in float32, with two measures that
-keep the error small. Where neurons come so near (or so near to opposite) that a rounded cosine
-would tell their distance badly, these pairs are redone in float64, and a panel with many of them is
-computed in float32. And of the slopes only the difference to the slope at right angles is rounded:
-the rest, the same for all pairs, pulls along the sum of all neurons, which is known in float32.
+The products for cosines and pulls are taken in bfloat16, all else in float32. Two measures keep
+the error small. Pairs so near (or so near to opposite) that a rounded cosine would give a poor
+distance are redone in float64, and a panel with many of them is computed in float32. And only the
+difference of the slopes to the slope at right angles is rounded: the rest, the same for all pairs,
+pulls along the sum of all neurons, which is known in float32.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from lightning_hsu._core.precision import bf16_allowed
 from lightning_hsu._core.sums import GramPanel, PairSums, outside, product
 
 _NEAREST = 1.0
-"""Squared chord from which rounding to 2**-9 leaves an error of 2e-3 (full space, s <= 2)."""
+"""Squared chord above which rounding to 2**-9 leaves an error of 2e-3 (full space, s <= 2)."""
 
 _FEW = 1 / 32
-"""Part of a panel that is redone in float64 at most; else all of it is computed in float32."""
+"""Largest part of a panel to redo in float64; above it the whole panel is computed in float32."""
 
 SMALLEST = 128
-"""Neurons and dimensions below which conversions cost what the products save."""
+"""Number of neurons or dimensions below which conversions cost what the products save."""
 
 
 class BF16PairSums(PairSums):
@@ -37,8 +37,8 @@ class BF16PairSums(PairSums):
         self.bf16 = self.x.bfloat16()
         self.bf16_rows = self.rows.bfloat16()
         self.centre = _slope_at_right_angles(term)
-        # The sum of all rows, of those before the panel, and what all rows from some row on still
-        # get, by that row.
+        # The sum of all rows, that of the rows before the panel, and, by row number, the pull to
+        # add to all rows from that one on.
         self.sum = self.x.sum(1, keepdim=True)
         self.before = torch.zeros_like(self.sum)
         self.onward: dict[int, Tensor] = {}
@@ -73,7 +73,7 @@ class BF16PairSums(PairSums):
         self._leave(panel, self.centre)
 
     def _leave(self, panel: GramPanel, centre: float) -> None:
-        """Go on behind a panel, whose rows pull those that follow by ``centre`` each."""
+        """Leave a panel behind; each of its rows pulls all later rows by ``centre``."""
         if self.index is None:
             own_sum = self.x[:, panel.start : panel.stop].sum(1, keepdim=True)
             self.before = self.before + own_sum
@@ -82,21 +82,21 @@ class BF16PairSums(PairSums):
     def _tangent(self) -> Tensor:
         """The tangent part of the gathered pulls.
 
-        Their products with the rows are taken anew, for pulls and cosines agree to rounding only.
+        Their products with the rows are taken anew, since pulls and cosines agree only to rounding.
         """
         self.radial = (self.grad * self.rows).sum(-1)
         return super()._tangent()
 
 
 def kind_of_sums(w: Tensor) -> type[PairSums]:
-    """The sums by which to compute the gradient of neurons w (b, n, d) here."""
+    """The class of sums that computes the gradient of neurons w (b, n, d) here."""
     if bf16_allowed() and w.dtype == torch.float32 and min(w.shape[1:]) >= SMALLEST:
         return BF16PairSums
     return PairSums
 
 
 def _add_to(out: Tensor, part: Tensor, fresh: bool) -> None:
-    """Add a part to ``out``; where that is ``fresh``, write it there."""
+    """Add a part to ``out``, or overwrite ``out`` if it is ``fresh``."""
     if fresh:
         out.copy_(part)
     else:

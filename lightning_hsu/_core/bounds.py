@@ -20,10 +20,10 @@ Point = tuple[float, float]
 def pair_bound(term: PairTerm, n: int, d: int, *, absolutely_monotone: bool) -> float:
     """Lower bound on the mean pair energy of n points on the sphere in d dimensions.
 
-    From the convex envelope of the kernel: the mean cosine of n points is at least -1 / (n - 1),
-    and the mean squared cosine of n lines at least (n - d) / (d (n - 1)) (Welch). The regular
-    simplex, orthonormal bases and equiangular tight frames attain it. For an absolutely monotone
-    kernel also the universal bound, in half space for the 2n points x, -x.
+    It comes from the convex envelope of the kernel: the mean cosine of n points is at least
+    -1 / (n - 1), and the mean squared cosine of n lines at least (n - d) / (d (n - 1)) (Welch). The
+    regular simplex, orthonormal bases and equiangular tight frames attain it. For an absolutely
+    monotone kernel the universal bound holds as well, in half space for the 2n points x, -x.
 
     Args:
         term: The kernel.
@@ -46,9 +46,9 @@ def pair_bound(term: PairTerm, n: int, d: int, *, absolutely_monotone: bool) -> 
         points = n
     if absolutely_monotone:
         nodes, weights = universal_quadrature(points, d)
-        # The bound rests on a polynomial below the kernel. With the knee so far inside it is below
-        # the softened kernel, too: 1.6 instead of 2 would do for every n up to 200, d up to 8 and s
-        # from 0 to 8 that was tried.
+        # The bound rests on a polynomial below the kernel. If the knee is so far inside, it is also
+        # below the softened kernel: 1.6 instead of 2 was enough for every n up to 200, d up to 8
+        # and s from 0 to 8 that was tried.
         if 2.0 - 2.0 * float(nodes.max()) >= (2.0 * term.knee) ** 2:
             bound = max(bound, float((weights * _value(term, nodes)).sum()))
     return bound
@@ -62,9 +62,9 @@ def _value(term: PairTerm, t: Tensor) -> Tensor:
 def _envelope(function: Callable[[Tensor], Tensor], low: float, least: float) -> float:
     """Least value, at means >= ``least``, of the convex envelope of a function on [low, 1].
 
-    No sample of numbers with such a mean has a lower mean of the function. It is exact for convex
-    functions that rise from ``least`` on. Others are sampled, and lowered by what they may fall
-    between two samples, by their slopes there.
+    Over numbers with such a mean, the mean of the function is never lower. It is exact for convex
+    functions that rise from ``least`` on. Other functions are sampled, and the samples lowered by
+    as much as the function may fall between two of them, judging by its slopes there.
     """
     # Even steps in the angle resolve the steep end.
     turns = torch.linspace(0.0, math.pi / 2, _GRID, dtype=torch.float64)

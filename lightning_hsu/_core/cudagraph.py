@@ -21,7 +21,7 @@ from lightning_hsu._core.without_sync import (
 )
 
 _KEPT = 4
-"""CUDA graphs kept with their results, as for the measures and optimizers of a model."""
+"""CUDA graphs kept with their results, such as for the measures and optimizers of a model."""
 
 Stacks = Sequence[Sequence[GradientUpdate]]
 
@@ -35,7 +35,7 @@ class CudaGraphBackend(Backend):
         self._graphs: dict[object, tuple[torch.cuda.CUDAGraph, list[StackGradient]]] = {}
 
     def check_machine(self) -> None:
-        """Ask for a CUDA device."""
+        """Require a CUDA device."""
         if not torch.cuda.is_available():
             raise RuntimeError(
                 f"{VARIABLE} is 'cudagraph', but torch sees no CUDA device; unset it"
@@ -46,7 +46,7 @@ class CudaGraphBackend(Backend):
         return avoids_sync(update.w, term)
 
     def add_pair_gradients(self, updates: Sequence[GradientUpdate], term: PairTerm) -> None:
-        """Replay one graph for each device; compute groups with near pairs again, exactly."""
+        """Replay one graph for each device; recompute groups with near pairs by the exact way."""
         by_device: dict[torch.device, list[GradientUpdate]] = {}
         for update in updates:
             by_device.setdefault(update.w.device, []).append(update)
@@ -55,7 +55,7 @@ class CudaGraphBackend(Backend):
             add_where_valid(stacks, self._replay(stacks, term), term)
 
     def _replay(self, stacks: Stacks, term: PairTerm) -> list[StackGradient]:
-        """Gradients of all stacks, from a graph captured when these weights first came.
+        """Gradients of all stacks, from a graph captured when these weights first appeared.
 
         The next replay overwrites what this one returns.
         """
@@ -75,11 +75,11 @@ class CudaGraphBackend(Backend):
 
 
 def _captured(stacks: Stacks, term: PairTerm) -> tuple[torch.cuda.CUDAGraph, list[StackGradient]]:
-    """A graph that computes the gradients of all stacks, and where it leaves them."""
+    """A graph that computes the gradients of all stacks, and the tensors that it writes them to."""
     first = stacks[0][0].w
     graph = torch.cuda.CUDAGraph()
     with exact_arithmetic(first), torch.cuda.device(first.device):
-        # A run before the capture: what libraries set up at their first call must not be captured.
+        # Run once before the capture, which must not contain what libraries set up at first use.
         side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):

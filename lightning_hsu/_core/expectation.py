@@ -9,16 +9,16 @@ from torch import Tensor
 
 from lightning_hsu._core.kernel import Kernel
 
-_FINE = 32  # points at which a density is taken in each bin
+_FINE = 32  # points in each bin at which the density is evaluated
 
 
 def pair_expectation(kernel: Kernel, d: int) -> float:
     """Mean of a kernel over two independent uniform points of the sphere in d dimensions.
 
-    It is taken against the density sin(t)**(d-2) of their angle by the tanh-sinh rule: endpoint
-    singularities are harmless, and the error is about 1e-10. Where the kernel grows too fast
-    towards coincident or opposite points, by its power of the squared chord there, the mean is
-    infinite.
+    It is the integral against the density sin(t)**(d-2) of their angle, by the tanh-sinh rule:
+    endpoint singularities are harmless, and the error is about 1e-10. If the kernel grows too fast
+    towards coincident or opposite points, judging by its power of the squared chord there, the mean
+    is infinite.
 
     Args:
         kernel: Value and slope at squared chords.
@@ -57,7 +57,7 @@ def expected_angles(pairs: float, d: int, bins: int) -> Tensor:
     """
     width = math.pi / (bins * _FINE)
     middles = (torch.arange(bins * _FINE, dtype=torch.float64) + 0.5) * width
-    # The density is sin(t)**(d - 2); in logarithms, for d may be large.
+    # The density is sin(t)**(d - 2); in logarithms, since d may be large.
     density = torch.softmax((d - 2) * middles.sin().log(), 0)
     return density.view(bins, _FINE).sum(1) * pairs
 
@@ -68,7 +68,7 @@ def _squared_chord(angle: Tensor) -> Tensor:
 
 
 def _diverging(kernel: Kernel, d: int) -> float:
-    """Infinity, with the kernel's sign, if its mean has no bound towards an end; else 0."""
+    """Infinity, with the kernel's sign, if its mean diverges towards an end; else 0."""
     near = torch.tensor([1e-20, 1e-19], dtype=torch.float64)
     far = torch.tensor([4.0, 4.0], dtype=torch.float64)
     for q, p in ((near, far), (far, near)):
@@ -76,7 +76,7 @@ def _diverging(kernel: Kernel, d: int) -> float:
         power = 0.0
         if float(value[0]) != 0.0:
             power = -math.log10(float((value[1] / value[0]).abs().clamp_min(1e-300)))
-        # Near an end the density of the squared chord goes with its (d - 3) / 2-th power.
+        # Near an end the density of the squared chord is proportional to its power (d - 3) / 2.
         if power >= (d - 1) / 2 - 1e-6:
             return math.copysign(math.inf, float(value[0]))
     return 0.0

@@ -1,4 +1,4 @@
-"""The gradients of many layers at once, weighted and added to where they belong."""
+"""The gradients of many layers at once, weighted and added to their targets."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ from lightning_hsu._core.without_sync import (
 __all__ = ["SMALL", "TorchBackend", "add_pair_gradients", "shortening"]
 
 SMALL = 2**16
-"""Entries of a layer up to which equal shapes are stacked: there calls are what costs."""
+"""Layers with up to this many entries are stacked by shape: there calls dominate the cost."""
 
 _GRAM_ENTRIES = 2**22
-"""Gram entries of the layers that are stacked, so that they stay in a cache."""
+"""Gram entries of the layers in a stack, few enough to stay in a cache."""
 
 
 def add_pair_gradients(updates: Sequence[GradientUpdate], term: PairTerm) -> None:
@@ -76,7 +76,7 @@ class TorchBackend(Backend):
         return True
 
     def add_pair_gradients(self, updates: Sequence[GradientUpdate], term: PairTerm) -> None:
-        """Add small layers of one shape together, and those on a GPU without waiting for it."""
+        """Add small layers of one shape together, and layers on a GPU without synchronisation."""
         without_sync: list[GradientUpdate] = []
         for members in alike(updates):
             w = members[0].w
@@ -99,7 +99,7 @@ def _how_many(w: Tensor) -> int:
 
 
 def _add(updates: Sequence[GradientUpdate], term: PairTerm) -> None:
-    """Add the gradients of layers that differ in ``w`` and ``out`` only."""
+    """Add the gradients of layers that differ only in ``w`` and ``out``."""
     w = stack_neurons(updates)
     with exact_arithmetic(w):
         found = small_pair_gradient(w, term)

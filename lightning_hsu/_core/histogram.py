@@ -17,15 +17,15 @@ _ENTRIES = 2**22  # cosines held at once
 
 @dataclass(frozen=True)
 class PairHistogram:
-    """What is known of the pairs of n neurons.
+    """Summary of the pairs of n neurons.
 
     Args:
         angles: Number of pairs by angle, in equal bins of [0, 180] degrees, int64, shape (bins,).
         similar: How many pairs are similar.
-        opposite: How many of these are similar as lines only: they point opposite ways.
+        opposite: How many of these are similar only as lines: they point opposite ways.
         pairs: Indices of the most similar of them, nearest first, int64, shape (k, 2). They are
-            chosen by float32 cosines: of more than k pairs below about 0.05 degrees it is up to
-            rounding which are kept.
+            chosen by float32 cosines: if more than k pairs are below about 0.05 degrees, rounding
+            decides which are kept.
         pair_angles: Their angles in degrees, float64, shape (k,).
     """
 
@@ -50,11 +50,11 @@ def pair_histogram(
 
     Args:
         w: Neurons, shape (n, d), rows of any positive norm. Zero and non-finite rows take no part.
-        above: Cosine from which a pair is similar, in (0, 1).
+        above: Cosine at or above which a pair is similar, in (0, 1).
         half_space: Compare absolute cosines: opposite neurons are similar.
         keep: How many similar pairs to list.
         bins: Bins of the histogram over [0, 180] degrees.
-        done: Called now and then with the fraction of the work that is done.
+        done: Called after each panel of rows with the fraction of the work that is done.
 
     Example:
         >>> found = pair_histogram(torch.tensor([[1.0, 0.0], [2.0, 0.01], [0.0, 3.0]]))
@@ -89,7 +89,7 @@ def pair_histogram(
                 done(1.0 - ((n - stop) / n) ** 2)
         pair_angles = _angles(w, kept.pairs)
     between = pair_angles
-    if half_space:  # of lines
+    if half_space:  # between lines
         between = torch.minimum(pair_angles, 180.0 - pair_angles)
     order = between.argsort(stable=True)
     return PairHistogram(angles, kept.count, opposite, kept.pairs[order], pair_angles[order])
@@ -130,7 +130,7 @@ def _counts(positions: Tensor, bins: int) -> Tensor:
 
 
 def _angles(w: Tensor, pairs: Tensor) -> Tensor:
-    """Angles in degrees (k,) of pairs (k, 2) of rows, by differences in float64."""
+    """Angles in degrees (k,) of pairs (k, 2) of rows, from differences in float64."""
     x = unit_rows(w[pairs[:, 0]].double())[0]
     y = unit_rows(w[pairs[:, 1]].double())[0]
     apart = torch.linalg.vector_norm(x - y, dim=1)

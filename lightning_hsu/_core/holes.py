@@ -13,16 +13,16 @@ from lightning_hsu._core.witness import arcs, descend, distinct, on_circle, orth
 TIED = 1e-9
 """Cosines this near the largest one count as equal to it."""
 SHARED = 1e-6
-"""Holes whose depths, as cosines, differ by less share the gradient.
+"""Holes whose depths, as cosines, differ by less than this share the gradient.
 
 Rounding to float32 then does not choose among them.
 """
 
-_SUBSETS = 20000  # every subset of d points is tried if there are no more of them
-_SUBSET_FLOP = 1e8  # and if it costs no more
+_SUBSETS = 20000  # every subset of d points is tried if there are no more subsets than this
+_SUBSET_FLOP = 1e8  # and if that takes no more FLOP than this
 _HULL_DIMENSIONS = 4  # up to this dimension scipy's convex hull is used, if it is installed
 _DENSE = 2048  # up to this many points the n x n system of the hemisphere is solved
-_PIVOTS = 40  # rounds after which a guess of the positive weights is taken; the certificate decides
+_PIVOTS = 40  # rounds after which the guess of the positive weights stands; the certificate decides
 _KEPT = 512  # holes of equal depth that are kept
 
 
@@ -32,20 +32,20 @@ def height(x: Tensor, v: Tensor) -> Tensor:
 
 
 def deepest_holes(x: Tensor, *, mirrored: bool) -> tuple[Tensor, Tensor] | None:
-    """The largest empty caps between points, where it is certain which they are; else None.
+    """The largest empty caps between points, if it is certain which they are; else None.
 
     Args:
         x: Points, shape (n, d).
         mirrored: Whether the second half of x is the first half with the sign changed.
 
     Returns:
-        Their centres (k, d), and weights (k, n) of sum 1: for each centre its :func:`multipliers`,
-        over k.
+        Their centres (k, d), and weights (k, n) of sum 1: the :func:`multipliers` of each centre,
+        divided by k.
     """
     candidates = _candidates(x)
     if candidates is not None:
         heights = height(x, candidates)
-        # With the origin outside the hull no facet need face the hole.
+        # If the origin is outside the hull, no facet need face the hole.
         if x.shape[1] == 2 or float(heights.min()) >= -TIED:
             v = candidates[heights <= heights.min() + SHARED][: 8 * _KEPT]
             v = v[distinct(v)][:_KEPT]
@@ -79,7 +79,7 @@ def multipliers(x: Tensor, v: Tensor, within: float = TIED) -> Tensor:
     Args:
         x: Points, shape (n, d).
         v: The centre of the cap, shape (d,).
-        within: Points touch whose cosines differ by no more from the largest.
+        within: Points whose cosines differ from the largest by no more than this touch the cap.
 
     Returns:
         Weights (n,) >= 0 of sum 1.
@@ -94,7 +94,7 @@ def multipliers(x: Tensor, v: Tensor, within: float = TIED) -> Tensor:
 
 
 def sink(x: Tensor, v: Tensor, gammas: tuple[float, ...], steps: int) -> Tensor:
-    """Lower ``max_i cos(x_i, v)`` from every witness by way of smooth maxima.
+    """Lower ``max_i cos(x_i, v)`` from every witness with the help of smooth maxima.
 
     Args:
         x: Points, shape (n, d).
@@ -118,7 +118,7 @@ def settle(x: Tensor, v: Tensor, rounds: int) -> Tensor:
     Args:
         x: Points, shape (n, d).
         v: Where to begin, shape (d,).
-        rounds: Points to go to at most.
+        rounds: The most points to go to.
     """
     for _ in range(rounds):
         pull = tangent(multipliers(x, v) @ x, v)
@@ -129,8 +129,8 @@ def settle(x: Tensor, v: Tensor, rounds: int) -> Tensor:
         cosine = x @ v
         rate = x @ ahead
         top = float(cosine.max())
-        # Go along the great circle to its lowest point (in a hemisphere), or to where it meets the
-        # next point.
+        # Go along the great circle to its lowest point (in a hemisphere), or to where the next
+        # point becomes as near.
         angle = math.atan2(strength, -top) if top < 0 else math.pi / 4
         later = (cosine < top - TIED) & (rate > -strength)
         meets = torch.atan2(top - cosine[later], rate[later] + strength)
@@ -162,7 +162,7 @@ def _in_hemisphere(x: Tensor) -> tuple[Tensor, Tensor] | None:
 
 
 def _orthogonal_hole(x: Tensor) -> tuple[Tensor, Tensor] | None:
-    """The hole and its multipliers if points and mirror images leave out a direction, or None."""
+    """The hole and its multipliers if some direction is orthogonal to all points, or None."""
     v = orthogonal_to(x[: len(x) // 2])
     if v is None:
         return None
@@ -172,9 +172,9 @@ def _orthogonal_hole(x: Tensor) -> tuple[Tensor, Tensor] | None:
 def _nearest_to_origin(x: Tensor) -> Tensor:
     """Weights (n,) >= 0 of sum 1 of the point of the convex hull of x (n, d) nearest to the origin.
 
-    Least squares with weights >= 0 of ``sum_i weights_i (x_i, 1) = (0, 1)``. A ridge makes the
-    solution unique: first a large one, for a good guess of which weights are positive, at last one
-    at the level of rounding.
+    Solves ``sum_i weights_i (x_i, 1) = (0, 1)`` by least squares with weights >= 0. A ridge makes
+    the solution unique: first a large one, for a good guess of which weights are positive, finally
+    one at the level of rounding.
     """
     gram = x @ x.T + 1.0
     positive = torch.ones(len(x), dtype=torch.bool, device=x.device)
@@ -191,8 +191,8 @@ def _nearest_to_origin(x: Tensor) -> Tensor:
 def _positive_weights(gram: Tensor, positive: Tensor) -> Tensor:
     """Which weights are positive, with ``gram @ weights`` = 1 there and >= 1 elsewhere.
 
-    Block principal pivoting (Kim & Park, 2011): solve for a guess and exchange all that came out
-    with the wrong sign; where that does not help, one at a time.
+    Block principal pivoting (Kim & Park, 2011): solve for a guess and exchange all weights with the
+    wrong sign; if that does not help, exchange one at a time.
 
     Args:
         gram: Positive definite matrix, shape (n, n).
@@ -228,7 +228,7 @@ def _solve(gram: Tensor, positive: Tensor, right: Tensor) -> Tensor:
 
 
 def _candidates(x: Tensor) -> Tensor | None:
-    """Unit vectors (m, d), the outward normals of all facets of the hull among them, or None.
+    """Unit vectors (m, d) that include the outward normals of all facets of the hull, or None.
 
     Args:
         x: Points, shape (n, d).
@@ -261,7 +261,7 @@ def _normals_by_subsets(centred: Tensor) -> Tensor:
 
 
 def _subsets(n: int, d: int, device: torch.device) -> Tensor:
-    """All subsets of d out of n as rising indices, (m, d)."""
+    """All subsets of d out of n as ascending indices, (m, d)."""
     every = torch.arange(n, device=device)
     rows = every[: n - d + 1, None]
     for size in range(1, d):

@@ -14,10 +14,10 @@ Kernel = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 value and its derivative with respect to q."""
 
 FLOOR = 1e-6
-"""The smallest softening, a chord: it keeps the energy of coincident neurons finite without one."""
+"""The smallest softening, a chord: it keeps the energy of coincident neurons finite."""
 
 FORMULAS = ("chordal", "geodesic", "gaussian")
-"""Names of the kernels that have compiled twins; others go through torch."""
+"""Names of the kernels that have a compiled version; others go through torch."""
 
 # Softened kernel values and slopes stay below this, so that no later product is inf * 0.
 _BOUND = {torch.float64: 1e150, torch.float32: 1e18}
@@ -31,7 +31,7 @@ class PairTerm:
         kernel: Value and slope at squared chords.
         half_space: Count each neuron together with its mirror image.
         softening: Chord below which the kernel continues as its tangent line in the squared chord.
-        formula: The name of the kernel's compiled twin and its one number, such as
+        formula: The name of the kernel's compiled version and its one parameter, such as
             ("chordal", 2.0); None if there is none.
         logarithm: Training minimises the logarithm of the mean, not the mean itself.
     """
@@ -48,7 +48,7 @@ class PairTerm:
         return max(self.softening, FLOOR)
 
     def softened(self, q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
-        """Value and slope at squared chords q, p = 4 - q; of the tangent line below the knee."""
+        """Value and slope at squared chords q, p = 4 - q; the tangent line's below the knee."""
         square = self.knee**2
         bound = _BOUND[q.dtype]
         curved = q.clamp_min(square)
@@ -96,9 +96,9 @@ class PairTerm:
         return 2.0 / (live * (live - 1))
 
     def constant(self, live: float) -> float:
-        """The part of the pair sum that no neuron can change.
+        """The part of the pair sum that does not depend on the neurons.
 
-        In half space that is the energy of each neuron with its own mirror image.
+        In half space it is the energy of each neuron with its own mirror image.
         """
         return live * softened_at(self, 4.0)[0] / 2 if self.half_space else 0.0
 

@@ -1,4 +1,4 @@
-"""What no arrangement on the sphere can beat: bounds on energies and cosines, and sizes of caps."""
+"""Bounds that no arrangement on the sphere can beat, on energies and cosines; sizes of caps."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def universal_quadrature(n: int, d: int) -> tuple[Tensor, Tensor]:
 
     The rule is Levenshtein's: with a further node at 1 of weight 1 / n it integrates polynomials up
     to a degree tau exactly over the sphere, and tau is the largest for which n points could be a
-    design. Any n and d work: the polynomials enter through their recurrence and binomials through
-    exact integers, no power of t is formed.
+    design. Any n and d work: the polynomials enter through their recurrence and the binomials as
+    exact integers; no power of t is formed.
 
     Args:
         n: Points, at least 2.
@@ -58,11 +58,10 @@ def universal_quadrature(n: int, d: int) -> tuple[Tensor, Tensor]:
 
 
 def largest_cosine(n: int, d: int) -> float:
-    """Largest cosine that n unit vectors of R^d cannot all stay below.
+    """Lower bound on the largest cosine between any two of n unit vectors of R^d.
 
-    It bounds how far apart they can be.
-
-    Attained for n <= 2 d (Rankin), for every n in the plane and for the sharp configurations.
+    It limits how far apart they can be. The bound is attained for n <= 2 d (Rankin), for every n in
+    the plane and for the sharp configurations.
 
     Args:
         n: Points, at least 2.
@@ -170,13 +169,13 @@ def _polygon(n: int) -> tuple[Tensor, Tensor]:
         Nodes and weights, both of shape (n // 2,).
     """
     steps = torch.arange(n // 2, 0, -1, dtype=torch.float64)
-    # The opposite point is one, any other cosine belongs to two.
+    # There is one opposite point; any other cosine belongs to two points.
     others = 2.0 - (2 * steps == n).to(steps)
     return torch.cos(steps * (2 * math.pi / n)), others / (n - 1)
 
 
 def _levenshtein(n: int, d: int) -> tuple[Tensor, Tensor]:
-    """The rule for D(tau) < n <= D(tau + 1), D the fewest points of a design.
+    """The rule for D(tau) < n <= D(tau + 1), where D is the fewest points of a design.
 
     Without its fixed nodes (1; for even tau also -1) the rule is one of k nodes for the sphere's
     measure times 1 - t (or 1 - t**2), exact to degree 2 k - 2. So its nodes are the zeros of p_k -

@@ -15,7 +15,7 @@ from lightning_hsu._core.sphere import (
 )
 
 NEAR = 0.05
-"""Squared chord below which a pair is redone: 2 - 2 * cos has lost half of its digits there."""
+"""Squared chord below which a pair is redone: there 2 - 2 * cos has lost half of its digits."""
 
 COINCIDENT = 1e-7**2
 """Squared chord below which float32 cannot tell two neurons apart."""
@@ -33,7 +33,7 @@ class NearPairs:
         self.w = w
         self.term = term
         self.energy = torch.zeros((), dtype=torch.float64, device=w.device)
-        # Rows that have a near neighbour, and their gradient; the other rows of grad hold nothing.
+        # Rows that have a near neighbour, and their gradient; the other rows of grad are not set.
         self.met = torch.zeros(len(w), dtype=torch.bool, device=w.device)
         self.grad = torch.empty_like(w, dtype=torch.float64)
         self.duplicates: _Duplicates | None = None
@@ -47,10 +47,10 @@ class NearPairs:
             mask: The pairs to add, bool, shape (k, m).
             rows: Indices of the panel's rows in the group, shape (k,).
             cols: Indices of its columns, shape (m,).
-            seam: The first column, in [0, m], whose pairs the panel holds once: these count for
-                their transposed pairs, too, and the column gathers a gradient as the row does.
-                Pairs before it are held twice.
-            with_grad: Gather the gradient, not the energy alone.
+            seam: The first column, in [0, m], whose pairs the panel holds once: these also count
+                for their transposed pairs, and the column gathers a gradient as the row does. Pairs
+                before it are held twice.
+            with_grad: Gather the gradient as well as the energy.
         """
         near_rows = mask.any(1).nonzero().squeeze(1)
         near_cols = mask.any(0).nonzero().squeeze(1)
@@ -96,7 +96,7 @@ class NearPairs:
         self.grad.index_add_(0, index, tangent(2.0 * total, x))
 
     def gradient(self) -> tuple[Tensor, Tensor]:
-        """The gradient of the sum over near pairs on the sphere.
+        """The gradient, on the sphere, of the sum over near pairs.
 
         Returns:
             The rows (m,) that have a near neighbour, and their gradient (m, d) in float64.
@@ -125,5 +125,5 @@ class _Duplicates:
         self.degree.index_add_(0, rows, weight.abs().sum(1, keepdim=True))
 
     def tangents(self, rows: Tensor, x: Tensor) -> Tensor:
-        """Tangents (m, d) along which rows (m,), at points x (m, d), leave their partners."""
+        """Tangents (m, d) along which rows (m,), at points x (m, d), move off their partners."""
         return separating_tangents(x, self.away[rows], self.degree[rows], self.noise[rows])

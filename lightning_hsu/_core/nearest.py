@@ -1,9 +1,10 @@
-"""The nearest other of every neuron, or the nearest two neurons: a kernel of their distance.
+"""A kernel of the distance to the nearest neighbour of every neuron, or of the nearest pair.
 
 One pass over row panels of the upper triangle of the Gram matrix, n*n*d FLOP, finds the largest and
-second largest cosine of every row. Where the two differ by more than rounding the nearest is known;
-other rows list their candidates. Listed pairs are told apart by differences in float64 where
-float32 would not do. Only rows with many candidates are compared with all neurons in float64.
+second largest cosine of every row. If the two differ by more than rounding, the nearest neighbour
+is known; other rows list their candidates. Where float32 is not precise enough, listed pairs are
+compared by differences in float64. Only rows with many candidates are compared with all neurons in
+float64.
 """
 
 from __future__ import annotations
@@ -27,19 +28,19 @@ from lightning_hsu._core.sphere import (
 )
 
 _GRAM_ENTRIES = 2**22
-"""Gram entries of the groups that are computed together."""
+"""Gram entries of the groups computed together."""
 
 
 @dataclass(frozen=True)
 class NearestTerm:
-    """A kernel of the distance to the nearest.
+    """A kernel of the distance to the nearest neuron.
 
     Args:
         kernel: Value and slope at squared chords q and p = 4 - q, both in [0, 4]; finite.
-        half_space: A neuron's mirror image counts as well: the nearer of the two.
-        every_neuron: The mean over neurons of the kernel at their nearest; else the kernel at the
-            nearest pair.
-        knee: The chord at whose force coincident neurons separate.
+        half_space: A neuron's mirror image counts as well; the nearer of the two is taken.
+        every_neuron: Take the mean over neurons of the kernel at their nearest neighbour; otherwise
+            the kernel at the nearest pair.
+        knee: Coincident neurons separate with the force at this chord.
     """
 
     kernel: Kernel
@@ -62,7 +63,7 @@ def smallest_angle(w: Tensor, *, half_space: bool = False) -> Tensor:
 
     Returns:
         Angles (...) in [0, pi] (half space: [0, pi / 2]), float64; NaN where fewer than two neurons
-        are left.
+        take part.
     """
     if w.numel() == 0:
         return w.new_full(w.shape[:-2], float("nan"), dtype=torch.float64)
@@ -77,7 +78,7 @@ def smallest_angle(w: Tensor, *, half_space: bool = False) -> Tensor:
 
 
 def nearest_energy(w: Tensor, term: NearestTerm) -> tuple[Tensor, Tensor]:
-    """Kernel at the nearest neurons and its gradient, the mean over ties.
+    """Kernel at the nearest neurons and its gradient, both as means over ties.
 
     Args:
         w: Neurons, shape (..., n, d), any floating dtype; rows of any positive norm. Zero and
@@ -86,7 +87,7 @@ def nearest_energy(w: Tensor, term: NearestTerm) -> tuple[Tensor, Tensor]:
 
     Returns:
         The value (...) in float32 or wider, 0 with fewer than two neurons, and the gradient with
-        the shape and dtype of ``w``. Both are finite, and the same weights give the same bits.
+        the shape and dtype of ``w``. Both are finite, and bitwise the same for the same weights.
     """
     dtype = working_dtype(w.dtype)
     if w.numel() == 0:
@@ -105,17 +106,17 @@ def nearest_energy(w: Tensor, term: NearestTerm) -> tuple[Tensor, Tensor]:
 
 
 def _split(stack: Tensor) -> tuple[Tensor, ...]:
-    """Split a stack (b, n, d) into groups whose Gram matrices are small enough together."""
+    """Split a stack (b, n, d) into runs of groups whose Gram matrices together are small enough."""
     n = stack.shape[1]
     count = max(1, _GRAM_ENTRIES // (min(PANEL, n) * n))
     return torch.split(stack.to(working_dtype(stack.dtype)), count)
 
 
 class _NearestEnergy(Nearest):
-    """Value and gradient of a kernel at the nearest.
+    """Value and gradient of a kernel at the nearest neurons.
 
-    The gradient of listed pairs is computed in the dtype of the neurons. That of crowded rows and
-    of coincident neurons is rare and computed in float64, in tensors that are made when needed.
+    The gradient of listed pairs is computed in the dtype of the neurons. Crowded rows and
+    coincident neurons are rare: theirs is computed in float64, in tensors made only when needed.
     """
 
     def __init__(self, w: Tensor, term: NearestTerm) -> None:
@@ -142,11 +143,11 @@ class _NearestEnergy(Nearest):
         return self.total * inverse_mass, to_weights(grad, self.inverse_norm, out)
 
     def _add(self, part: CandidatePairs | CrowdedRows, smallest: Tensor | None) -> Tensor:
-        """Add to the value the pairs that are tied with the nearest, and note coincident ones.
+        """Add the pairs tied with the nearest to the value, and note coincident ones.
 
         Args:
             part: Candidates, (m,) pairs or (k, n) entries of rows.
-            smallest: Smallest squared chord (b,) of each group; None for that of each row.
+            smallest: Smallest squared chord (b,) of each group; None to take that of each row.
 
         Returns:
             The weights of the pulls, in the shape of the candidates; 0 for coincident pairs.
@@ -179,9 +180,9 @@ class _NearestEnergy(Nearest):
     def _gradient_of_pairs(self, pull: Tensor) -> Tensor:
         """The gradient of listed pairs on the sphere, (b * n, d) in the dtype of the neurons.
 
-        It is minus their pulls (m,) times the tangent parts of x at y and of y at x. With
-        ``e = x - s y`` and sides s those are ``e + s |e|**2 / 2 y`` and ``-s (e - |e|**2 / 2 x)``:
-        close pairs lose no digits.
+        It is minus their pulls (m,) times the tangent parts of x at y and of y at x. With sides s
+        and ``e = x - s y`` these are ``e + s |e|**2 / 2 y`` and ``-s (e - |e|**2 / 2 x)``, so close
+        pairs lose no digits.
         """
         pairs = self.pairs
         x = self.x.flatten(0, 1)
@@ -208,13 +209,13 @@ class _NearestEnergy(Nearest):
         return grad
 
     def _bounded(self, part: Tensor) -> Tensor:
-        """In the dtype of the neurons, and so that no product with a unit row overflows it."""
+        """The part in the dtype of the neurons, bounded so that its products are finite."""
         bound = torch.finfo(self.w.dtype).max ** 0.75
         return part.clamp(-bound, bound).to(self.w.dtype)
 
 
 class _RareGradient:
-    """The float64 part of a gradient: from crowded rows, and what separates coincident neurons.
+    """The float64 part of a gradient: that of crowded rows, and that which separates duplicates.
 
     Args:
         w: Neurons, shape (b, n, d).
@@ -229,7 +230,7 @@ class _RareGradient:
         self.degree = torch.zeros(0)  # (b * n, 1), the weight of all partners
 
     def add_duplicates(self, part: CandidatePairs | CrowdedRows, weight: Tensor) -> None:
-        """Note coincident pairs; ``weight`` is 0 for the others, and negative for mirror images."""
+        """Note coincident pairs; ``weight`` is 0 for other pairs, negative for mirror images."""
         if self.noise is None:
             b, n, d = self.shape
             self.noise = seeded_noise(n, d, like=self.points).repeat(b, 1)
@@ -239,7 +240,7 @@ class _RareGradient:
         part.spread(self.degree, -weight.abs(), torch.ones_like(self.degree))
 
     def tangents(self, force: float) -> Tensor:
-        """The gradient (b * n, d) on the sphere, with coincident neurons separated at a force."""
+        """The gradient (b * n, d) on the sphere; a force separates coincident neurons."""
         grad = self.grad
         if self.noise is not None:
             apart = separating_tangents(self.points, self.away, self.degree, self.noise)

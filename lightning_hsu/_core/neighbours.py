@@ -1,4 +1,4 @@
-"""Which neurons may be nearest to which: their pairs, squared chords and ties."""
+"""Candidates for the nearest neighbour of each neuron: their pairs, squared chords and ties."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from lightning_hsu._core.sphere import squared_chords, unit_rows
 from lightning_hsu._core.topk import NONE, largest_two
 
 _CACHED = 2**17  # entries of neurons that are read together, few enough for a cache
-_FAR = 0.5  # squared chord from which float32 loses less than a digit of a difference
-_FEW = 8  # tied neighbours of a row up to which they are listed
+_FAR = 0.5  # squared chord above which float32 loses less than a digit of a difference
+_FEW = 8  # a row with more tied neighbours than this is not listed
 
 
 def tie_tolerance(dtype: torch.dtype) -> float:
-    """Relative difference below which squared chords tie: 64 roundings; in float64 1e-9."""
+    """Relative difference below which squared chords tie: 64 rounding errors; in float64 1e-9."""
     if dtype == torch.float64:
         return 1e-9
     return 64.0 * torch.finfo(dtype).eps
@@ -30,7 +30,7 @@ def nearer(q: Tensor, p: Tensor, half_space: bool, tie: float) -> tuple[Tensor, 
     Args:
         q: Squared chords to the neurons.
         p: Squared chords to their mirror images, of the shape of q.
-        half_space: Whether mirror images count; else the neuron itself is taken as nearer.
+        half_space: Whether mirror images count; if not, the neuron itself is taken as nearer.
         tie: Difference between q and p below which they tie.
 
     Returns:
@@ -49,14 +49,14 @@ def nearer(q: Tensor, p: Tensor, half_space: bool, tie: float) -> tuple[Tensor, 
 
 @dataclass
 class CandidatePairs:
-    """Listed pairs, each under the row that it may be nearest to; m entries each.
+    """Listed pairs, each under the row whose nearest it may be; tensors of m entries.
 
     Args:
-        total: Rows b * n of the flat stack.
+        total: Number of rows, b * n, of the flat stack.
         rows: Index of the first neuron in the flat stack.
         cols: Index of the second neuron.
-        close: Indices (k,) of the pairs for which float32 would not do.
-        step: For these the first unit row minus the second times its side, (k, d).
+        close: Indices (k,) of the pairs for which float32 is not precise enough.
+        step: For the close pairs, the first unit row minus side times the second, (k, d).
         square: Squared length of the step.
         side: -1.0 for close pairs whose mirror image is nearer, else 1.0.
         near: Squared chord to the nearer of neuron and mirror image; see :func:`nearer`.
@@ -81,7 +81,7 @@ class CandidatePairs:
         return least.scatter_reduce_(0, self.rows, self.near, "amin")[self.rows]
 
     def count(self, tied: Tensor) -> Tensor:
-        """How many pairs of its row are tied, for each pair, (m,)."""
+        """For each pair, how many pairs of its row are tied, (m,)."""
         count = self.near.new_zeros(self.total)
         return count.index_put_((self.rows,), tied.double(), accumulate=True)[self.rows]
 
@@ -94,7 +94,7 @@ class CandidatePairs:
 
 @dataclass
 class CrowdedRows:
-    """Rows with many candidates, each compared with all columns of its group; (k, n) entries each.
+    """Rows with many candidates, each compared with all columns of its group; (k, n) tensors.
 
     Args:
         rows: Indices (k,) in the flat stack (b * n, d).
@@ -115,7 +115,7 @@ class CrowdedRows:
         return self.near.amin(1, keepdim=True)
 
     def count(self, tied: Tensor) -> Tensor:
-        """How many are tied in each row, (k, 1)."""
+        """How many pairs are tied in each row, (k, 1)."""
         return tied.sum(1, keepdim=True)
 
     def spread(self, out: Tensor, weight: Tensor, points: Tensor) -> None:
@@ -130,8 +130,9 @@ class Nearest:
     Args:
         w: Neurons, shape (b, n, d), float32 or float64.
         half_space: Mirror images count as well.
-        every: Find the nearest of every neuron; else only the nearest pairs, under the earlier one.
-        settled: Cosine below which ties in rounding are left as they are.
+        every: Find the nearest of every neuron; otherwise only the nearest pairs, each listed under
+            its earlier neuron.
+        settled: Cosine below which ties within rounding are not resolved.
     """
 
     def __init__(
@@ -145,7 +146,7 @@ class Nearest:
         self.alive = self.inverse_norm.squeeze(-1) > 0  # (b, n)
         first, index, second = largest_two(self.x, self.alive, half_space=half_space, every=every)
         best = first if every else first.amax(-1, keepdim=True)
-        # Cosines from here on may be the largest: they tie, or differ by rounding only.
+        # Cosines above this may be the largest: they tie, or differ only by rounding.
         self.threshold = best - self.tie * (1.0 - best) - 64.0 * torch.finfo(w.dtype).eps
         counts = (first > NONE) & (first >= self.threshold)
         unclear = counts & (second >= self.threshold) & (first >= settled)
@@ -194,9 +195,9 @@ class Nearest:
         return x.div_(torch.linalg.vector_norm(x, dim=1, keepdim=True))
 
     def _measured(self, rows: Tensor, cols: Tensor, cosine: Tensor) -> CandidatePairs:
-        """Pairs with their squared chords, by differences in float64 where float32 would not do.
+        """Pairs with their squared chords, from differences in float64 where float32 will not do.
 
-        It does for a mean over neurons, in full space, where pairs are far apart.
+        Float32 will do for a mean over neurons, in full space, where pairs are far apart.
         """
         d = self.w.shape[2]
         square = 2.0 - 2.0 * cosine.double()
@@ -224,7 +225,7 @@ class Nearest:
         return CandidatePairs(total, rows, cols, close, step, square, side, near, far, sign)
 
     def crowded_rows(self) -> Iterator[CrowdedRows]:
-        """The rows that have many candidates, some of a group at a time."""
+        """The rows that have many candidates, some rows of a group at a time."""
         n = self.w.shape[1]
         for i in self.crowded.any(1).nonzero().flatten().tolist():
             y = unit_rows(self.w[i].double())[0]

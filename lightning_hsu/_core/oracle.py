@@ -1,7 +1,7 @@
-"""The readable twin of the pair sums: every difference written out, in float64, by plain autograd.
+"""The readable version of the pair sums: all differences written out, in float64, with autograd.
 
-The fast path is tested against it; it takes O(n * n * d) memory. Second derivatives are taken of
-the same sums, a block of rows at a time.
+The fast path is tested against it; it takes O(n * n * d) memory. Second derivatives come from the
+same sums, a block of rows at a time.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def hessian_vector(w: Tensor, v: Tensor, term: PairTerm) -> Tensor:
 
 
 def _to_mean(inverse_norm: Tensor, term: PairTerm) -> tuple[Tensor, Tensor]:
-    """What makes means of pair sums: a summand (...), then a factor (...)."""
+    """What turns pair sums into means: a summand (...), then a factor (...)."""
     live = (inverse_norm > 0).sum((-2, -1))
     counts = live.flatten().tolist()
     numbers = [[term.constant(count), term.scale(count)] for count in counts]
@@ -72,7 +72,7 @@ def _by_differences(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _by_cosines(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """The same in k * n memory; in float64 good to 1e-8 at a chord of 1e-4."""
+    """The same in k * n memory; in float64 accurate to 1e-8 at a chord of 1e-4."""
     cosine = x @ y.mT
     return (2.0 - 2.0 * cosine).clamp_min(0.0), (2.0 + 2.0 * cosine).clamp_min(0.0)
 

@@ -8,8 +8,8 @@ is
 so one Gram matrix gives both. Only its upper triangle is formed, a panel of rows at a time: n*n*d
 FLOP for the cosines and 2*n*n*d for the gradient, and never more than panel * n entries in memory.
 
-The gradient can be shared out in two ways: by parts of the triangle that cost the same and add up
-to it, or by rows, each against all others, k of them for 4*k*n*d FLOP.
+The work for the gradient can be divided in two ways: into parts of the triangle that cost the same
+and add up to the gradient, or by rows, each against all others: k rows take 4*k*n*d FLOP.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from lightning_hsu._core.sphere import LONGEST, SHORTEST
 from lightning_hsu._core.sums import PairSums
 
 PANEL = 256
-"""Rows of a panel."""
+"""Rows in a panel."""
 
 _GRAM_ENTRIES = 2**22
-"""Gram entries of the groups that are computed together."""
+"""Gram entries of the groups computed together."""
 
 
 def pair_energy(
@@ -48,7 +48,7 @@ def pair_energy(
 
     Returns:
         The value (...) in float32 or wider, and the gradient with the shape and dtype of ``w``
-        (None without ``with_grad``). Both are finite, and the same weights give the same bits.
+        (None without ``with_grad``). Both are finite, and bitwise the same for the same weights.
     """
     dtype = working_dtype(w.dtype)
     if w.numel() == 0:
@@ -57,7 +57,7 @@ def pair_energy(
             return value, None
         return value, torch.zeros_like(w)
     n = w.shape[-2]
-    # The block on the diagonal is formed whole: it weighs more where there are few rows.
+    # The block on the diagonal is formed whole, which costs relatively more if there are few rows.
     height = PANEL if 640 < n <= 16384 else PANEL // 2
     stack = _stack(w, term)
     values = []
@@ -83,9 +83,9 @@ def small_pair_gradient(w: Tensor, term: PairTerm) -> tuple[Tensor, Tensor, Tens
 
     Returns:
         The gradient (b, n, d), the norms of the neurons (b, n, 1) and, if the logarithm of the mean
-        energies is minimised, these (b,) in float64. None where :func:`pair_energy` must be asked:
-        for more neurons than a panel has rows, near or nearly opposite pairs, rows of unusual norm
-        or a kernel too steep for float32.
+        energies is minimised, these means (b,) in float64. None if only :func:`pair_energy` will
+        do: for many neurons, near or nearly opposite pairs, rows of unusual norm or a kernel too
+        steep for float32.
     """
     n = w.shape[1]
     if w.numel() == 0 or n >= PANEL // 2 or w.is_mps or too_steep(term):
@@ -123,8 +123,8 @@ def pair_rows(w: Tensor, term: PairTerm, rows: Tensor) -> Tensor:
             FLOP.
 
     Returns:
-        The gradient with the shape and dtype of ``w``, 0 in the other rows; finite, and the same
-        inputs give the same bits.
+        The gradient with the shape and dtype of ``w``, 0 in the other rows; finite, and bitwise the
+        same for the same inputs.
     """
     if w.numel() == 0:
         return torch.zeros_like(w)
@@ -133,7 +133,7 @@ def pair_rows(w: Tensor, term: PairTerm, rows: Tensor) -> Tensor:
     grad = torch.zeros_like(stack, dtype=w.dtype)
     count = wanted.sum(-1)
     with torch.no_grad(), exact_arithmetic(stack):
-        for k in sorted(set(count.tolist()) - {0}):  # groups with as many rows go together
+        for k in sorted(set(count.tolist()) - {0}):  # groups with equally many rows go together
             alike = (count == k).nonzero().squeeze(1)
             for some in torch.split(alike, _groups_at_once(k, w.shape[-2])):
                 index = wanted[some].nonzero()[:, 1].reshape(-1, k)
@@ -145,7 +145,7 @@ def pair_rows(w: Tensor, term: PairTerm, rows: Tensor) -> Tensor:
 
 
 def pair_part(w: Tensor, term: PairTerm, part: int, parts: int) -> tuple[Tensor, Tensor]:
-    """One of ``parts`` summands of the gradient of :func:`pair_energy`, each about as much work.
+    """One of ``parts`` summands of the gradient of :func:`pair_energy`, each about the same work.
 
     Args:
         w: Neurons, shape (..., n, d), as there.
@@ -155,18 +155,18 @@ def pair_part(w: Tensor, term: PairTerm, part: int, parts: int) -> tuple[Tensor,
 
     Returns:
         The summand with the shape and dtype of ``w``, and a number, shape () in float32: > 0 if
-        this part met coincident neurons or pulls beyond its range; then the summands may not add up
-        to the gradient. They and their sum are finite, and the same inputs give the same bits.
+        this part met coincident neurons or pulls beyond its range. Then the summands may not add up
+        to the gradient. They and their sum are finite, and bitwise the same for the same inputs.
 
     Raises:
-        ValueError: if there is no such part.
+        ValueError: if ``part`` is out of range.
     """
     if not 0 <= part < parts:
         raise ValueError(f"part must be one of 0 to parts - 1; got part {part} of {parts}")
     if w.numel() == 0:
         return torch.zeros_like(w), torch.zeros((), device=w.device)
     n = w.shape[-2]
-    # Up to a row the triangle has a share of 1 - (1 - row / n)**2.
+    # The rows before a row hold a share of 1 - (1 - row / n)**2 of the triangle.
     first = round(n * (1.0 - math.sqrt(1.0 - part / parts)))
     last = round(n * (1.0 - math.sqrt(1.0 - (part + 1) / parts)))
     stack = _stack(w, term)
@@ -191,7 +191,7 @@ def too_steep(term: PairTerm) -> bool:
 def _gathered(
     stack: Tensor, term: PairTerm, first: int, last: int, height: int, with_grad: bool
 ) -> Iterator[PairSums]:
-    """The sums over pairs of the rows from ``first`` to before ``last``, some groups at a time.
+    """The sums over pairs of the rows from ``first`` to ``last`` - 1, some groups at a time.
 
     Args:
         stack: Neurons, shape (b, n, d).
@@ -218,7 +218,7 @@ def _stack(w: Tensor, term: PairTerm) -> Tensor:
 
 
 def _groups_at_once(k: int, n: int) -> int:
-    """How many groups are computed together if k rows of each meet n columns."""
+    """How many groups are computed together if k rows of each are paired with n columns."""
     return max(1, _GRAM_ENTRIES // max(1, min(PANEL, k) * n))
 
 

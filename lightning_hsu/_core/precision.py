@@ -1,4 +1,4 @@
-"""The same arithmetic whatever surrounds a call: no autocast, full float32 products."""
+"""The same arithmetic in any surroundings: no autocast, full float32 products."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ _BF16_ALLOWED = ContextVar("bf16_allowed", default=False)
 
 @contextmanager
 def bf16_products(on: bool) -> Iterator[None]:
-    """Let the gradients of pair energies multiply in bfloat16 within the block, if ``on``."""
+    """If ``on``, let the gradients of pair energies multiply in bfloat16 within the block."""
     before = _BF16_ALLOWED.set(on)
     try:
         yield
@@ -59,15 +59,15 @@ def bf16_allowed() -> bool:
     return _BF16_ALLOWED.get()
 
 
-# Since torch 2.9 each backend has its own setting. Where a user has set one of these, reading the
-# older, common setting raises.
+# Since torch 2.9 each backend has its own setting. Once a user has set one of these, reading the
+# older, common setting raises an error.
 _BACKENDS: tuple[str, ...] = ()
 if hasattr(torch.backends.cuda.matmul, "fp32_precision"):
     _BACKENDS = ("cuda", "mkldnn")
 
 
 def _reduced_settings() -> dict[str, str]:
-    """Settings below full precision, by backend; before torch 2.9 one for all, named ""."""
+    """Settings below full precision, by backend; before torch 2.9 a common one, named ""."""
     if not _BACKENDS:
         setting = torch.get_float32_matmul_precision()
         if setting == "highest":

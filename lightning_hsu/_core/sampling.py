@@ -15,9 +15,9 @@ class Spread(NamedTuple):
     """Standard errors of the mean over blocks.
 
     Args:
-        value: Of the mean pair energy.
-        gradient: Of its gradient, a length: the root of the expected squared distance to the
-            gradient over all pairs.
+        value: Standard error of the mean pair energy.
+        gradient: Standard error of its gradient, a length: the root of the expected squared
+            distance to the gradient over all pairs.
     """
 
     value: float
@@ -29,11 +29,11 @@ def random_blocks(live: Tensor, size: int, draw: int) -> Tensor:
 
     Args:
         live: Which neurons take part, bool, shape (n,), at least ``size`` of them.
-        size: Neurons of a block, or a few more, so that few are left over.
-        draw: Each number is another partition.
+        size: Neurons in a block, or a few more, so that few are left over.
+        draw: Each number gives another partition.
 
     Returns:
-        Indices (k, m). The n - k * m < k neurons that are left over are others each time.
+        Indices (k, m). The neurons left over, fewer than k, differ from draw to draw.
     """
     index = live.nonzero().squeeze(1)
     count = max(1, len(index) // size)
@@ -43,9 +43,9 @@ def random_blocks(live: Tensor, size: int, draw: int) -> Tensor:
 
 
 def of_all_pairs(term: PairTerm, n: int, m: int) -> tuple[float, float]:
-    """From the expected mean energy of m of n neurons to that of all n: a factor and a summand.
+    """A factor and a summand from the expected mean energy of m of n neurons to that of all n.
 
-    In half space they differ, since each neuron also meets its own mirror image.
+    The two means differ in half space, since each neuron also meets its own mirror image.
     """
     factor = 1.0
     if m > 1:
@@ -57,9 +57,10 @@ def of_all_pairs(term: PairTerm, n: int, m: int) -> tuple[float, float]:
 def block_spread(w: Tensor, blocks: Tensor, term: PairTerm, n: int) -> Spread:
     """Estimate, from the blocks themselves, how far their mean is from that over all pairs.
 
-    A pair's energy is a constant, a part of either neuron and a rest. The parts of the neurons
-    average out over blocks that hold them all. What is left is the rest, in the share of all pairs
-    that the blocks leave out, and the parts of the few neurons left over.
+    A pair's energy is the sum of a constant, a part for each of its neurons and a rest. The
+    neurons' parts cause no error as long as the blocks hold every neuron. The error comes from the
+    rest, over the share of all pairs that the blocks leave out, and from the parts of the few
+    neurons left over.
 
     Args:
         w: Neurons, shape (n, d).
@@ -90,9 +91,9 @@ def _block_moments(w: Tensor, term: PairTerm) -> Tensor:
     """Moments of the pairs of one block of neurons (m, d).
 
     Returns:
-        Four numbers: the variance of what is left of a pair's energy without the neurons' parts,
-        the variance of these parts; and summed over the neurons, the squared error of the mean pull
-        of the other m - 1, and the squared length of that mean.
+        Four numbers: the variance of the rest of a pair's energy, without the neurons' parts; the
+        variance of these parts; and, summed over the neurons, the squared error of the mean pull of
+        the other m - 1 neurons and the squared length of that mean.
     """
     m = len(w)
     x, inverse_norm = unit_rows(w.double())
@@ -119,5 +120,5 @@ def _block_moments(w: Tensor, term: PairTerm) -> Tensor:
 
 
 def _weight(term: PairTerm, n: int) -> float:
-    """The weight of pairs of different neurons in the mean energy: 1 in full space."""
+    """The total weight of pairs of different neurons in the mean energy: 1 in full space."""
     return n * (n - 1) / 2 * term.scale(n)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 SHORTEST = 1e-15
 LONGEST = 1e15
-"""Norms between which no square of an entry that matters vanishes or overflows in float32."""
+"""Between these norms no square of an entry that matters vanishes or overflows in float32."""
 
 _SEED = 20210415
 
@@ -78,13 +78,13 @@ def tangent(v: Tensor, x: Tensor) -> Tensor:
 def squared_chords(x: Tensor, y: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
     """Squared chords from unit rows x to unit rows y, and to their mirror images -y.
 
-    In float64 ``2 - 2 * cos`` is off by 4e-16 or so: enough down to a chord of 1e-3. Nearer pairs
-    are redone by differences, which keep what the cosine cancels away.
+    In float64 ``2 - 2 * cos`` is off by about 4e-16, precise enough down to a chord of 1e-3. Nearer
+    pairs are redone from differences, which keep the digits that the cosine loses.
 
     Args:
         x: Unit rows, shape (k, d), float64.
         y: Unit rows, shape (m, d), float64.
-        wanted: The pairs whose chords have to be good to 1e-9, bool, shape (k, m).
+        wanted: The pairs whose chords must be accurate to 1e-9, bool, shape (k, m).
 
     Returns:
         Two tensors of shape (k, m).
@@ -108,7 +108,7 @@ def _redo_by_differences(q: Tensor, x: Tensor, y: Tensor, wanted: Tensor) -> Non
 
 
 def seeded(draw: int = 0) -> torch.Generator:
-    """A generator with the same numbers on every rank, and others for each other ``draw``."""
+    """A generator with the same numbers on every rank, and different ones for each ``draw``."""
     return torch.Generator("cpu").manual_seed(_SEED + draw)
 
 
@@ -118,7 +118,7 @@ def seeded_noise(*shape: int, like: Tensor, draw: int = 0) -> Tensor:
     Args:
         shape: Shape of the result.
         like: A tensor of the wanted device and dtype.
-        draw: Each number is another draw.
+        draw: Each number gives another draw.
     """
     noise = torch.randn(*shape, generator=seeded(draw), dtype=torch.float64)
     return noise.to(like.device, like.dtype)
@@ -138,8 +138,8 @@ def separating_tangents(
 ) -> Tensor:
     """Tangents along which coincident rows separate, as long as the weight of their partners.
 
-    Between coincident rows no direction is given. So each row is taken to stand an infinitesimal,
-    seeded step beside itself, its noise: then its partners push it along the difference of both
+    Coincident rows have no direction between them. So each row is thought to be shifted by an
+    infinitesimal, seeded step, its noise. Then its partners push it along the difference of both
     steps.
 
     Args:
@@ -158,7 +158,7 @@ def separate_duplicates(x: Tensor, chord: float, *, half_space: bool = False) ->
     Args:
         x: Unit rows, shape (b, n, d), float64; gradients pass through.
         chord: How far a row is moved.
-        half_space: Rows that are each other's mirror image coincide, too.
+        half_space: Rows that are each other's mirror images also coincide.
     """
     with torch.no_grad():
         moves = coincident(x @ x.mT, half_space=half_space)

@@ -15,15 +15,15 @@ from lightning_hsu._core.sphere import SHORTEST, largest_entries, to_weights, un
 
 @dataclass(slots=True)
 class GramPanel:
-    """Some rows of the Gram matrix, and the columns that they meet.
+    """Some rows of the Gram matrix, and the columns that they are paired with.
 
     Args:
         start: The first row.
         stop: The row after the last.
         left: The first column.
-        seam: The first column, counted from ``left``, whose pairs the panel holds once: they count
-            for their transposed pairs, too. Pairs in the columns before it are held twice.
-        fresh: Whether the gradients that the panel adds to are not yet written.
+        seam: The first column, counted from ``left``, whose pairs the panel holds once: they also
+            count for their transposed pairs. Pairs in the columns before it are held twice.
+        fresh: Whether the panel is the first to write the gradients that it adds to.
     """
 
     start: int
@@ -39,8 +39,9 @@ class PairSums:
     Args:
         w: Neurons, shape (b, n, d), float32 or float64.
         term: The kernel.
-        index: Rows (b, k) that meet all rows and alone gather a gradient. None for the triangle:
-            each row meets itself and those after it, which gather their share of the gradient, too.
+        index: Rows (b, k) that are paired with all rows; only they gather a gradient. None for the
+            triangle: each row is paired with itself and the rows after it, which also gather their
+            share of the gradient.
     """
 
     def __init__(self, w: Tensor, term: PairTerm, index: Tensor | None = None) -> None:
@@ -54,9 +55,9 @@ class PairSums:
         if not bool(low > 0):
             self.alive = inverse_norm > 0
             self.live = self.alive.sum((-2, -1)).tolist()
-        # Then no gradient over a norm overflows, unless it comes from near pairs.
+        # If in range, no gradient over a norm overflows, unless it comes from near pairs.
         self.in_range = bool(high < 1.0 / SHORTEST)
-        self.rows = self.x  # those that gather a gradient, (b, k, d)
+        self.rows = self.x  # rows that gather a gradient, (b, k, d)
         self.inverse_norm = inverse_norm
         if index is not None:
             self.rows = torch.take_along_dim(self.x, index[..., None], 1)
@@ -73,7 +74,7 @@ class PairSums:
         if with_grad:
             self.grad = torch.empty_like(self.rows)
             if not first == 0 < last:
-                # Only the first row meets all others, so that what begins there writes everything.
+                # Only the first row meets all others: sums that begin there write every row.
                 self.grad.zero_()
         n = self.x.shape[1]
         for start in range(first, last, height):
@@ -102,7 +103,7 @@ class PairSums:
             _add_product(self.grad[:, panel.stop :], below, rows, panel.fresh)
 
     def _squared_chords(self, cosine: Tensor, panel: GramPanel) -> Tensor:
-        """Squared chords at a panel's cosines (b, k, m); a row meets itself at a right angle."""
+        """Squared chords at a panel's cosines (b, k, m); 2 where a row meets itself."""
         q = torch.rsub(cosine, 2.0, alpha=2.0)
         self._fill_diagonal(q, panel, 2.0)
         return q
@@ -110,14 +111,14 @@ class PairSums:
     def _add_energies(
         self, panel: GramPanel, q: Tensor, redo: Tensor | None, nearest: float, with_grad: bool
     ) -> Tensor:
-        """Add the energies of a panel, and near pairs altogether.
+        """Add the energies of a panel; for near pairs add the gradients, too.
 
         Args:
             panel: The panel.
             q: Squared chords, shape (b, k, m); overwritten.
-            redo: Pairs nearer than ``nearest``, which are redone in float64; None if there are
-                none.
-            nearest: The squared chord from which, and up to 4 minus it, q is precise enough.
+            redo: Pairs with q outside [nearest, 4 - nearest], which are redone in float64; None if
+                there are none.
+            nearest: q is precise enough from this squared chord up to 4 minus it.
             with_grad: Also add the gradients of near pairs.
 
         Returns:
@@ -132,7 +133,7 @@ class PairSums:
             value.masked_fill_(redo, 0.0)
             slope.masked_fill_(redo, 0.0)
         if self.alive is not None:
-            # A zero row has cosine 0 with all: no pull on the others, but a value.
+            # A zero row has cosine 0 with every row: it pulls on none, but would add a value.
             alive_rows = self.inverse_norm[:, panel.start : panel.stop] > 0
             value *= alive_rows & self.alive[:, panel.left :].mT
         self.total += value[..., : panel.seam].sum((-2, -1), dtype=torch.float64) * 0.5
@@ -141,7 +142,7 @@ class PairSums:
         return slope
 
     def _fill_diagonal(self, part: Tensor, panel: GramPanel, value: float) -> None:
-        """Fill in where the rows of a panel (b, k, m) meet themselves."""
+        """Set the entries where the rows of a panel (b, k, m) meet themselves."""
         if self.index is None:
             part.diagonal(dim1=1, dim2=2).fill_(value)
         else:
@@ -166,13 +167,13 @@ class PairSums:
         return (total + self._by_group(self.term.constant)) * self._by_group(self.term.scale)
 
     def gradient(self, out: torch.dtype) -> Tensor:
-        """Gradient of the mean energy in the rows, (b, k, d) in ``out``; to be called once."""
+        """Gradient of the mean energy in the rows, (b, k, d) in dtype ``out``; call it once."""
         if self.in_range and not self.near and out == self.grad.dtype:
             return self._tangent().mul_(self.inverse_norm * self._mean())
         return to_weights(self._on_sphere(), self.inverse_norm, out)
 
     def share(self, out: torch.dtype, parts: int) -> Tensor:
-        """The same, with rows so short that ``parts`` such tensors have a finite sum."""
+        """The same, with rows shortened so that the sum of ``parts`` such tensors is finite."""
         grad = self._on_sphere()
         tiny = torch.finfo(grad.dtype).tiny
         room = torch.finfo(out).max / 2 / parts / largest_entries(grad).clamp_min(tiny)
@@ -189,7 +190,7 @@ class PairSums:
             self.additive &= pairs.duplicates is None and not bool((near.abs() > bound).any())
             near = near.clamp_(-bound, bound).to(grad.dtype)
             if self.index is not None:
-                # From rows of the group to their places in the index, if they are there.
+                # Map rows of the group to their places in the index, if they are in it.
                 k = len(grad[i])
                 place = torch.full((self.x.shape[1],), k, device=rows.device)
                 place[self.index[i]] = torch.arange(k, device=rows.device)
@@ -203,14 +204,14 @@ class PairSums:
         return self.grad.addcmul_(self.rows, self.radial[..., None], value=-1.0)
 
     def _mean(self) -> Tensor | float:
-        """The factor, a number or (b, 1, 1), that makes of these the gradient of a mean."""
+        """The factor, a number or (b, 1, 1), that turns the sums into the gradient of the mean."""
         scale = self._by_group(self.term.scale)
         if isinstance(scale, Tensor):
             scale = scale[:, None, None].to(self.grad.dtype)
         return -2.0 * scale
 
     def _by_group(self, function: Callable[[float], float]) -> Tensor | float:
-        """A function of how many rows take part: a number, or (b,) where groups may differ."""
+        """A function of how many rows take part: a number, or (b,) if groups may differ."""
         if self.alive is None:
             return function(self.w.shape[1])
         numbers = [function(live) for live in self.live]
@@ -226,12 +227,12 @@ def outside(q: Tensor, nearest: float) -> Tensor | None:
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """``a @ b``; stacks of one go through the plain matrix product, which is faster."""
+    """``a @ b``; a stack of one goes through the plain matrix product, which is faster."""
     return torch.mm(a[0], b[0])[None] if len(a) == 1 else torch.bmm(a, b)
 
 
 def _add_product(out: Tensor, a: Tensor, b: Tensor, fresh: bool) -> None:
-    """Add ``a @ b`` to ``out`` in place; where that is ``fresh``, write it there."""
+    """Add ``a @ b`` to ``out`` in place, or overwrite ``out`` if it is ``fresh``."""
     beta = 0.0 if fresh else 1.0
     if len(a) == 1:
         out[0].addmm_(a[0], b[0], beta=beta)

@@ -13,7 +13,7 @@ NONE = float("-inf")
 
 _PANEL = 192
 _FOLD = 16
-"""Entries that are first reduced to their largest: ten times as fast as finding its place."""
+"""Entries first reduced to their maximum, which is ten times as fast as finding its place."""
 
 
 def largest_two(x: Tensor, alive: Tensor, *, half_space: bool, every: bool) -> LargestTwo:
@@ -23,11 +23,11 @@ def largest_two(x: Tensor, alive: Tensor, *, half_space: bool, every: bool) -> L
         x: Unit rows, shape (b, n, d).
         alive: Rows that take part, bool, shape (b, n).
         half_space: Compare absolute cosines.
-        every: Compare every row with all others; else with those after it.
+        every: Compare every row with all others; otherwise only with those after it.
 
     Returns:
         The largest cosine of every row, its column, and the second largest cosine, (b, n) each;
-        -inf where there is none.
+        -inf if there is none.
     """
     backend = active()
     if backend.takes_rows(x):
@@ -61,7 +61,7 @@ def largest_two(x: Tensor, alive: Tensor, *, half_space: bool, every: bool) -> L
 
 
 def _update(known: LargestTwo, new: LargestTwo, start: int) -> None:
-    """Update in place what is known of some rows; the places in ``new`` count from ``start``."""
+    """Update in place what is known about some rows; places in ``new`` count from ``start``."""
     first, index, second = known
     largest, at, runner_up = new
     second.copy_(torch.maximum(torch.minimum(first, largest), torch.maximum(second, runner_up)))

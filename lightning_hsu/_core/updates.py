@@ -1,4 +1,4 @@
-"""What each of many layers is to receive, and how the gradients of a stack of layers reach it."""
+"""The update of each of many layers, and how the gradients of a stack are added to its layers."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ class GradientUpdate:
     """One layer's update: ``out += grad_scale * shortened(scale * gradient)``.
 
     Args:
-        entries: The neurons, shape (b, n, d), any strides. A parameter that is its neurons entry
-            by entry may come as it is: any shape, contiguous.
+        entries: The neurons, shape (b, n, d), any strides. A contiguous parameter whose entries are
+            those of the neurons, in the same order, may keep its own shape.
         out_entries: What to add to, of the shape and dtype of ``entries``.
         scale: Factor of the gradient of the groups' summed energies.
         limit: Largest length of a row of ``scale * gradient`` over the norm of its neuron; None
             for no limit.
-        grad_scale: Factor that the rest of ``out`` still carries, as under mixed precision.
-        shape: The shape (b, n, d) in which ``entries`` are read; None is their own.
+        grad_scale: Factor by which ``out`` is already scaled, as under mixed precision.
+        shape: The shape (b, n, d) in which ``entries`` are read; None for their own.
     """
 
     entries: Tensor
@@ -46,13 +46,13 @@ class GradientUpdate:
         return self.out_entries.view(self.shape)
 
     def group(self, i: int) -> GradientUpdate:
-        """The update of one group alone, as a layer of shape (1, n, d)."""
+        """The update of a single group, as a layer of shape (1, n, d)."""
         w, out = self.w[i, None], self.out[i, None]
         return GradientUpdate(w, out, self.scale, self.limit, self.grad_scale)
 
 
 def alike(updates: Sequence[GradientUpdate]) -> list[list[GradientUpdate]]:
-    """Group the updates that differ in their tensors' contents only."""
+    """Group the updates that differ only in the contents of their tensors."""
     found: dict[object, list[GradientUpdate]] = {}
     for update in updates:
         w = update.entries
@@ -70,7 +70,7 @@ def chunks(updates: Sequence[GradientUpdate], count: int) -> list[Sequence[Gradi
 def add_to_layers(
     updates: Sequence[GradientUpdate], grad: Tensor, norm: Tensor, value: Tensor | None = None
 ) -> None:
-    """Add the gradients of a stack to its layers, which differ in ``w`` and ``out`` only.
+    """Add the gradients of a stack to its layers, which differ only in ``w`` and ``out``.
 
     Args:
         updates: Layers of shape (b, n, d) each.

@@ -1,8 +1,8 @@
 """Pair gradients of layers on a GPU without host-device synchronisation.
 
-Each question to the device ("is any pair near?") would make the host wait for it. Here the answers
-are computed beside the results. Whoever uses these reads all answers at once, and computes again,
-exactly, the groups that have near pairs or rows of unusual norm.
+Each check on the device ("is any pair near?") would make the host wait for the answer. Here the
+answers are computed along with the results. The caller reads all answers at once, and computes the
+groups that have near pairs or rows of unusual norm again, by the exact way.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ _STACK_ENTRIES = 2**26
 
 
 class StackGradient(NamedTuple):
-    """The gradients of a stack of neurons, and for which of its groups they are right.
+    """The gradients of a stack of neurons, and for which of its groups they are valid.
 
     Args:
         grad: Gradients of the mean energies, shape (b, n, d).
         norm: Norms of the neurons, shape (b, n, 1).
         value: Mean energies (b,) in float64 if their logarithm is minimised, else None.
         valid: Groups without near (or nearly opposite) pairs and with norms between
-            ``SHORTEST`` and ``LONGEST``, bool, shape (b,). The other groups' results may be anything.
+            ``SHORTEST`` and ``LONGEST``, bool, shape (b,). The other groups' results are undefined.
     """
 
     grad: Tensor
@@ -45,9 +45,9 @@ class StackGradient(NamedTuple):
 
 
 def avoids_sync(w: Tensor, term: PairTerm) -> bool:
-    """Whether neurons (b, n, d) are to be computed here: on a GPU, with float32 products.
+    """Whether to compute neurons (b, n, d) here: on a GPU, with float32 products.
 
-    Bfloat16 products need answers on the way, and very steep kernels need float64.
+    Bfloat16 products need intermediate answers, and very steep kernels need float64.
     """
     return w.is_cuda and w.shape[1] > 1 and not bf16_allowed() and not too_steep(term)
 
@@ -73,7 +73,7 @@ def stack_neurons(updates: Sequence[GradientUpdate]) -> Tensor:
 
 
 def gradients_without_sync(w: Tensor, term: PairTerm) -> StackGradient:
-    """Compute what :func:`pair_energy` does where nothing is special about the neurons.
+    """Compute the same as :func:`pair_energy` for neurons without near pairs or unusual norms.
 
     Args:
         w: Neurons, shape (b, n, d), float32 or float64, n >= 2.
@@ -116,19 +116,19 @@ def gradients_without_sync(w: Tensor, term: PairTerm) -> StackGradient:
 def add_where_valid(
     stacks: Sequence[Sequence[GradientUpdate]], found: Iterable[StackGradient], term: PairTerm
 ) -> None:
-    """Add the gradients of stacks to their layers; compute groups that are not valid exactly.
+    """Add the gradients of stacks to their layers; recompute invalid groups by the exact way.
 
     Args:
         stacks: The layers, a list for each stack.
-        found: The gradients of each stack, which stay as they are; a generator is asked for one
-            stack at a time.
+        found: The gradients of each stack, which are not changed; a generator yields one stack at a
+            time.
         term: The kernel.
     """
     answers = []
     for updates, (grad, norm, value, valid) in zip(stacks, found, strict=True):
         add_to_layers(updates, torch.where(valid[:, None, None], grad, 0.0), norm, value)
         answers.append(valid)
-    for updates, valid in zip(stacks, answers, strict=True):  # only now the host waits
+    for updates, valid in zip(stacks, answers, strict=True):  # the host waits only now
         groups = len(updates[0].w)
         for place, is_valid in enumerate(valid.tolist()):
             if not is_valid:

@@ -1,4 +1,4 @@
-"""Witnesses, points of the sphere that look for its emptiest place: starts, descent and ties."""
+"""Witnesses, points that search the sphere for its emptiest place: starts, descent and ties."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ Objective = Callable[[Tensor], tuple[Tensor, Tensor]]
 """Maps witnesses v (k, d) to values (k,) and Euclidean gradients (k, d)."""
 
 _SEED = 2103_01649
-_SAME = 1e-6  # two witnesses this near, as 1 - cos, are one: they settled in the same hole
-_SMALL = 64  # up to this dimension a direction that n >= d points leave out is looked for
+_SAME = 1e-6  # two witnesses this near, as 1 - cos, count as one: they settled in the same hole
+_SMALL = 64  # up to this dimension a direction orthogonal to n >= d points is looked for
 _ARCS = 1024  # up to this many points the circle is searched arc by arc
 _HALVINGS = 54  # of an arc
 
@@ -26,7 +26,7 @@ def random_witnesses(count: int, like: Tensor, draw: int) -> Tensor:
     Args:
         count: How many.
         like: A tensor of the wanted dimension (last) and device.
-        draw: Each number is another draw.
+        draw: Each number gives another draw.
 
     Returns:
         Unit rows (count, d) in float64.
@@ -37,7 +37,7 @@ def random_witnesses(count: int, like: Tensor, draw: int) -> Tensor:
 
 
 def first_witnesses(x: Tensor, count: int) -> Tensor:
-    """Where to begin a search: opposite the mean of x (n, d), opposite some rows, and anywhere.
+    """Starts of a search: opposite the mean of x (n, d), opposite some rows, and at random.
 
     Returns:
         Witnesses (count, d).
@@ -75,10 +75,10 @@ def orthogonal_to(x: Tensor) -> Tensor | None:
 
 
 def descend(objective: Objective, v: Tensor, steps: int) -> Tensor:
-    """Lower the objective from every witness, by Barzilai-Borwein steps kept only where they help.
+    """Minimise the objective from each witness, by Barzilai-Borwein steps kept only if they help.
 
     Args:
-        objective: What to lower.
+        objective: What to minimise.
         v: Witnesses, shape (k, d).
         steps: Steps at most.
     """
@@ -113,7 +113,7 @@ def shares(v: Tensor, value: Tensor, tolerance: float) -> Tensor:
     Args:
         v: Witnesses, shape (k, d).
         value: Their values, shape (k,).
-        tolerance: Difference of values that tie.
+        tolerance: Values that differ by at most this are tied.
 
     Returns:
         Weights (k,) of sum 1.
@@ -145,10 +145,10 @@ def lowest_on_circle(x: Tensor, objective: Objective) -> Tensor | None:
 
     Args:
         x: Points, shape (n, 2).
-        objective: What to lower; convex along every arc and growing towards its ends.
+        objective: What to minimise; convex along every arc and growing towards its ends.
 
     Returns:
-        Points (m, 2); None if there are very many.
+        Points (m, 2); None if x has very many points.
     """
     if len(x) > _ARCS:
         return None

@@ -1,1 +1,1 @@
-"""Compiled twins of the hot loops, in Triton: imported only for the back end "triton"."""
+"""Compiled versions of the hot loops, in Triton; imported only for the back end "triton"."""

@@ -21,11 +21,11 @@ class TritonBackend(Backend):
     name: ClassVar[str] = "triton"
 
     def check_machine(self) -> None:
-        """Ask for a Triton that is new enough, and a GPU or Triton's interpreter."""
+        """Require a Triton that is new enough, and a GPU or Triton's interpreter."""
         machine.check_machine()
 
     def takes_update(self, update: GradientUpdate, term: PairTerm) -> bool:
-        """Layers in float32 or narrower, and kernels that have a compiled twin."""
+        """Layers in float32 or narrower, and kernels that have a compiled version."""
         if not machine.takes(update.w):
             return False
         if update.out.dtype not in machine.DTYPES or update.out.device != update.w.device:

@@ -24,7 +24,7 @@ WORKSPACE = 2**30
 Layers that need more go one batch after the other.
 """
 
-# Of the tiles that `make kernels` measures these are the deepest that spill on no chip.
+# The deepest tiles that spill on no chip, among those that `make kernels` measures.
 TILE = 64
 DEPTH = 16
 ROWS = 4
@@ -35,7 +35,7 @@ STRIP = 4  # tiles of rows whose near pairs are redone together
 
 @dataclass(eq=False)
 class Group:
-    """The neurons of one group of a layer, and what the float64 pass has found out about them."""
+    """The neurons of one group of a layer, and what the float64 pass has found."""
 
     update: GradientUpdate
     index: int
@@ -49,12 +49,12 @@ class Group:
 
     @property
     def tiles(self) -> int:
-        """Tiles of rows."""
+        """Number of tiles of rows."""
         return -(-self.n // TILE)
 
     @property
     def rows(self) -> int:
-        """Rows, padded to whole tiles."""
+        """Number of rows, padded to whole tiles."""
         return self.tiles * TILE
 
     @property
@@ -64,7 +64,7 @@ class Group:
 
     @property
     def entries(self) -> int:
-        """Entries of the padded unit rows."""
+        """Number of entries of the padded unit rows."""
         return self.rows * self.width
 
     @property
@@ -73,7 +73,7 @@ class Group:
         return 8 * self.entries + 4 * self.rows**2
 
     def addresses(self) -> list[int]:
-        """Addresses and strides of the weights and of where to add."""
+        """Addresses and strides of the weights and of the tensor to add to."""
         found = []
         for tensor in (self.update.w, self.update.out):
             group, row, col = tensor.stride()
@@ -84,17 +84,17 @@ class Group:
 
 @dataclass(frozen=True)
 class TileRows:
-    """Tiles of rows from ``first`` to before ``last``, which meet all columns from ``first`` on."""
+    """Tiles of rows ``first`` to ``last`` - 1, paired with all columns from ``first`` on."""
 
     first: int
     last: int
 
     def slopes(self, group: Group) -> int:
-        """Entries of the slopes of these rows."""
+        """Number of slopes of these rows."""
         return TILE**2 * (self.last - self.first) * (group.tiles - self.first)
 
     def mirrored_slopes(self, group: Group) -> int:
-        """Entries of their mirror image below the last row."""
+        """Number of slopes in their mirror image below the last row."""
         return TILE**2 * (self.last - self.first) * (group.tiles - self.last)
 
 
@@ -117,7 +117,7 @@ def add_pair_gradients(updates: Sequence[GradientUpdate], term: PairTerm) -> Non
 
 
 def _batches(groups: list[Group]) -> list[list[Group]]:
-    """Split groups into batches that fit the workspace; one that does not fit alone is one, too."""
+    """Split groups into batches that fit the workspace; a group too large for it is one batch."""
     batches: list[list[Group]] = []
     used = 0
     for group in groups:
@@ -130,7 +130,7 @@ def _batches(groups: list[Group]) -> list[list[Group]]:
 
 
 class _Pass:
-    """Four launches for a batch of groups, and two more for each further round of a large one.
+    """Four launches for a batch of groups, and two more for each further round of a large group.
 
     Args:
         groups: Groups of layers of one dtype and device.
@@ -191,7 +191,7 @@ class _Pass:
         )
 
     def _rounds(self) -> list[list[TileRows]]:
-        """The rows of each group in each round: all in one, or those of a large group in turn."""
+        """The rows of each group in each round: all in one round, or a large group's in several."""
         first = self.groups[0]
         if len(self.groups) > 1 or first.workspace <= WORKSPACE:
             return [[TileRows(0, group.tiles) for group in self.groups]]
@@ -203,7 +203,7 @@ class _Pass:
         return rounds
 
     def _most_slopes(self, rounds: list[list[TileRows]]) -> int:
-        """Entries of the slopes of the largest round."""
+        """Number of slopes in the largest round."""
         most = 0
         for tile_rows in rounds:
             size = 0
@@ -284,7 +284,7 @@ class _Pass:
     def _collect_near(
         self, group: Group, row: list[int], slopes: Tensor, strips: list[int]
     ) -> None:
-        """Redo the pairs that were held back in some strips of rows, in float64.
+        """Redo in float64 the pairs that were held back in some strips of rows.
 
         Args:
             group: The group.
@@ -308,7 +308,7 @@ class _Pass:
             group.near.add_panel(held, cols[start:stop], cols[start:], stop - start, with_grad=True)
 
     def _add_near_pulls(self) -> None:
-        """Add the pulls of near pairs, which are tangent already; the kernels leave them so."""
+        """Add the pulls of near pairs, which are already tangent; the kernels keep them so."""
         start = 0
         bound = torch.finfo(torch.float32).max / 4
         for group in self.groups:
@@ -348,14 +348,14 @@ class _Pass:
 
 
 def _upload(table: Tensor, device: torch.device) -> Tensor:
-    """A copy on the device. From pinned memory the host need not wait for earlier launches."""
+    """A copy on the device; from pinned memory, so that the host need not wait for launches."""
     if device.type == "cuda":
         return table.pin_memory().to(device, non_blocking=True)
     return table.to(device)
 
 
 def _download(part: Tensor) -> Callable[[], Tensor]:
-    """Begin a copy to the host; the result waits for it, and for nothing that is launched after."""
+    """Begin a copy to the host; the result waits for it, and for nothing launched later."""
     if part.device.type != "cuda":
         return lambda: part
     host = torch.empty_like(part, device="cpu", pin_memory=True)
@@ -384,8 +384,8 @@ def _pair_tiles(
     """Every tile on or above the diagonal.
 
     Args:
-        spans: Tiles of rows of each group, and the first and the last of the round.
-        device: Where to.
+        spans: For each group its tiles of rows, and the first and the last of the round.
+        device: Where to put the table.
 
     Returns:
         Group, row and column of each tile, (tiles, 3), on the device and on the host; and how many
@@ -403,8 +403,8 @@ def _product_tiles(spans: tuple[tuple[int, int, int], ...], device: torch.device
     """Group, row and column of every tile of the pulls that a round adds to, (tiles, 3).
 
     Args:
-        spans: Tiles of rows of each group, the first of the round, and tiles of columns.
-        device: Where to.
+        spans: For each group its tiles of rows, the first of the round, and its tiles of columns.
+        device: Where to put the table.
     """
     parts = []
     for tiles, first, wide in spans:
@@ -413,7 +413,7 @@ def _product_tiles(spans: tuple[tuple[int, int, int], ...], device: torch.device
 
 
 def _numbered(parts: list[Tensor]) -> Tensor:
-    """The tables (k, m) of all groups, one under the other, the group's number before each row."""
+    """The tables (k, m) of all groups, stacked, with the group's number before each row."""
     tables = []
     for i, part in enumerate(parts):
         number = torch.full_like(part[:, :1], i)

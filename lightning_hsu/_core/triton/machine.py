@@ -1,4 +1,4 @@
-"""What the compiled kernels need of a machine, known without importing Triton."""
+"""What the compiled kernels require of a machine, checked without importing Triton."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from lightning_hsu._core.backend import VARIABLE
 from lightning_hsu._core.precision import bf16_allowed
 
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
-"""Of neurons that the kernels read, with Triton's names for them."""
+"""Dtypes of neurons that the kernels read, with Triton's names for them."""
 
 _VERSION = (3, 2)
-"""The oldest Triton that the kernels are written for."""
+"""The oldest Triton that the kernels support."""
 
 _CAPABILITY = (8, 0)
-"""The oldest compute capability, that of the A100."""
+"""The lowest compute capability that the kernels support, that of the A100."""
 
 
 def interpreted() -> bool:
@@ -28,7 +28,7 @@ def interpreted() -> bool:
 
 
 def precision() -> str:
-    """How kernels multiply: as precisely as float32, or in TF32 where that is allowed."""
+    """How kernels multiply: as precisely as float32, or in TF32 if that is allowed."""
     if bf16_allowed() and not interpreted():
         return "tf32"
     return exact_precision()
@@ -51,10 +51,10 @@ def check_machine() -> None:
 
 
 def takes(x: Tensor) -> bool:
-    """Whether the kernels take such a tensor: others have another dtype, or are on another device.
+    """Whether the kernels take a tensor of this dtype and on this device.
 
     Raises:
-        RuntimeError: if its GPU is too old.
+        RuntimeError: if the GPU is too old.
     """
     if x.dtype not in DTYPES:
         return False
@@ -68,7 +68,7 @@ def takes(x: Tensor) -> bool:
 
 @lru_cache
 def new_enough() -> bool:
-    """Whether a Triton is installed that the kernels are written for."""
+    """Whether a Triton is installed that the kernels support."""
     try:
         parts = version("triton").split(".")
     except PackageNotFoundError:

@@ -1,8 +1,8 @@
 """Gradients of many layers in four launches: unit rows, slopes of pairs, products, additions.
 
-A program knows its layer and tile from tables, so that one launch serves layers of any shapes. Rows
-are padded with zeros to whole tiles, and columns likewise: no load or product needs a mask. Nothing
-is added atomically.
+A program looks up its layer and tile in tables, so that one launch serves layers of any shapes.
+Rows and columns are padded with zeros to whole tiles, so that no load or product needs a mask.
+There are no atomic additions.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import triton.language as tl
 W = tl.constexpr(0)  # address of the weights, and strides
 W_ROW = tl.constexpr(1)
 W_COL = tl.constexpr(2)
-OUT = tl.constexpr(3)  # where to add, and strides
+OUT = tl.constexpr(3)  # address of the tensor to add to, and strides
 OUT_ROW = tl.constexpr(4)
 OUT_COL = tl.constexpr(5)
 N = tl.constexpr(6)  # neurons, and padded
@@ -40,7 +40,7 @@ NUMBERS = tl.constexpr(5)
 LARGEST = tl.constexpr(3.4028234663852886e38)  # of float32
 TINY = tl.constexpr(1.1754943508222875e-38)
 HELD = tl.constexpr(2.0**-125)
-"""Stands among the slopes for a pair that is held back, since it is too near.
+"""Marks a pair among the slopes that is held back because it is too near.
 
 As a number it is so small that adding it changes nothing.
 """
@@ -159,7 +159,7 @@ def pair_slopes(
         value, slope = value + mirrored, slope - mirrored_slope
     slope = tl.where(near, HELD, tl.where(counts, slope, 0.0))
     tl.store(near_tiles + program, tl.max(tl.max(near.to(tl.int32), 1), 0))
-    if ENERGY:  # a zero row has cosine 0 with all: no pull on the others, but a value
+    if ENERGY:  # a zero row has cosine 0 with every row: it pulls on none, but would add a value
         norms = inverse_norm + tl.load(group + ROW)
         counts = (
             counts & (tl.load(norms + row) > 0.0)[:, None] & (tl.load(norms + col) > 0.0)[None, :]
@@ -198,7 +198,7 @@ def products(
     width, first = tl.load(group + D_PAD).to(tl.int32), tl.load(group + FIRST).to(tl.int32)
     last = tl.load(group + LAST).to(tl.int32)
     depth = tl.arange(0, DEPTH)
-    # Rows of the panel meet all columns from its first on; those below meet the panel's rows.
+    # Rows of the panel pair with all columns from its first on; rows below, with the panel's rows.
     below = tl.load(tiles + 3 * program + 1) * TILE >= last
     count = tl.where(below, last, tl.load(group + N_PAD).to(tl.int32)) - first
     start_of = tl.load(group + tl.where(below, BELOW, PANEL))
@@ -232,7 +232,7 @@ def additions(
 ):
     """Add the pulls to ``out``: their tangent part over the norm, weighted and within the limit.
 
-    Norms of rows never overflow on the way.
+    No norm of a row overflows on the way.
     """
     block = tl.program_id(0)
     index = tl.load(blocks + 2 * block)

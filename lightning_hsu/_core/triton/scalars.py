@@ -1,6 +1,6 @@
-"""Kernels of the squared chord for compiled loops: value and slope of one number, in float32.
+"""Kernels of the squared chord for compiled loops: value and slope, elementwise, in float32.
 
-Each takes the squared chord q to a neuron, p = 4 - q to its mirror image, and the kernel's number.
+Each takes the squared chord q to a neuron, p = 4 - q to its mirror image, and its one parameter.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def chordal(q, p, number):
 
 @triton.jit
 def angle_of(q, p):
-    """The angle at squared chords q and p = 4 - q, good to 2 units in the last place."""
+    """The angle at squared chords q and p = 4 - q, accurate to 2 units in the last place."""
     # The squared sine of half the angle, or of half its supplement, in [0, 1 / 2].
     z = 0.25 * tl.minimum(q, p)
     # arcsin(sqrt(z)) / sqrt(z), interpolated at Chebyshev nodes: off by 3e-9.
@@ -89,14 +89,14 @@ SPECIAL = {
     ("chordal", 2.0): chordal_two,
     ("geodesic", 0.0): geodesic_log,
 }
-"""Kernels for one number of a formula."""
+"""Kernels for one value of a formula's parameter."""
 
 GENERAL = {"chordal": chordal, "geodesic": geodesic, "gaussian": gaussian}
-"""Kernels for any other number."""
+"""Kernels for any other value."""
 
 
 def scalar_of(term: PairTerm) -> triton.runtime.JITFunction | None:
-    """The compiled twin of a term's kernel; None if there is none."""
+    """The compiled version of a term's kernel; None if there is none."""
     if term.formula is None:
         return None
     return SPECIAL.get(term.formula) or GENERAL.get(term.formula[0])

@@ -30,7 +30,7 @@ def largest_two(
 ):
     """Largest cosine of a tile of rows, its column, and the second largest.
 
-    Each row is compared with all other columns if EVERY, else with later ones only.
+    Each row is compared with all other columns if EVERY, otherwise only with later ones.
     """
     tiles = tl.cdiv(n, TILE)
     group = (tl.program_id(0) // tiles).to(tl.int64)
@@ -84,7 +84,7 @@ def scan(
         x: Unit rows, shape (b, n, d), float32.
         alive: Rows that take part, bool, shape (b, n).
         half_space: Compare absolute cosines.
-        every: Compare every row with all others, 2 n n d FLOP; else with later ones, n n d FLOP.
+        every: Compare every row with all others, 2 n n d FLOP; otherwise with later ones, n n d.
 
     Returns:
         The largest cosine of every row, its column, and the second largest cosine, (b, n) each.
