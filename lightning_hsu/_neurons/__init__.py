@@ -1,1 +1,1 @@
-"""From a model or a state dict to its sets of neurons."""
+"""Finds the sets of neurons of a model or a state dict."""

@@ -1,4 +1,4 @@
-"""Named sets of neurons: what ``select`` chooses among, wherever they come from."""
+"""Named sets of neurons, from any source: ``select`` chooses among them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Skip:
     Args:
         name: Name of the layer.
         shape: Shape of its neurons, or of the weight if it has none; () if that is not known.
-        reason: Why, in a user's words.
+        reason: Why, in words for the user.
     """
 
     name: str
@@ -69,7 +69,7 @@ class Candidates(Generic[AnySet]):
     """All sets of neurons of a model or a state dict, in its order.
 
     Args:
-        source: What they are from: the class of the model, or "StateDict".
+        source: Where they come from: the class of the model, or "StateDict".
         sets: The sets.
         skips: Weights whose neurons are not known or cannot be measured.
         not_weights: Tensors of a state dict that are not taken for weights.

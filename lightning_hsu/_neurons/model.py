@@ -25,8 +25,8 @@ def neurons_of_model(model: nn.Module, placement: Placement | None = None) -> Ca
         placement: How its weights are placed over ranks; None looks at the model.
 
     Raises:
-        TypeError: if a user's rule does not give tensors.
-        ValueError: if a user's rule gives tensors of a wrong shape, or detached ones.
+        TypeError: if a user's rule does not return tensors.
+        ValueError: if a user's rule returns tensors of a wrong shape, or detached ones.
 
     Example:
         >>> found = neurons_of_model(nn.Sequential(nn.Conv2d(3, 16, 3), nn.LazyLinear(10)))
@@ -77,7 +77,7 @@ def _add_sets(
     found: Candidates[Target], layer: str, module: nn.Module, placement: Placement
 ) -> None:
     """Add the sets of neurons of one module that has a rule."""
-    # Only recorded views know their parameter.
+    # A view knows its parameter only if autograd records it.
     with torch.inference_mode(False), torch.enable_grad(), without_side_effects(module):
         views = placement.read(module)
     for key, view in views.items():
@@ -100,7 +100,7 @@ def _add_sets(
 
 
 def _check_rule(module: nn.Module, name: str, view: NeuronView) -> None:
-    """Refuse what a user's rule must not give."""
+    """Refuse what a user's rule must not return."""
     x: object = view.x
     rule = f"the rule for {type(module).__name__} gave"
     if not isinstance(x, Tensor):

@@ -12,7 +12,7 @@ from torch.nn.utils.prune import BasePruningMethod
 Rule = Callable[[nn.Module], "Tensor | Mapping[str, Tensor]"]
 """Maps a module to its neurons (n, d) or (groups, n, d), or to several such sets by key.
 
-They are views of the module's parameters where they can be.
+They are views of the module's parameters where possible.
 """
 
 LSTM_GATES = "ifgo"  # in the order in which torch stores their rows
@@ -21,7 +21,7 @@ PROJECTIONS = "qkv"  # of attention, in the order in which torch packs their row
 
 _RULES: dict[type[nn.Module], Rule] = {}
 REGISTERED: list[type[nn.Module]] = []
-"""The classes with a rule, an entry for each registration: its length tells of a new one."""
+"""The classes with a rule, one entry for each registration: its length reveals a new one."""
 
 
 def register_neurons(kind: type[nn.Module], rule: Rule) -> None:
@@ -56,7 +56,7 @@ def register_neurons(kind: type[nn.Module], rule: Rule) -> None:
 
 
 def has_rule(module: nn.Module) -> bool:
-    """Whether a rule knows the class of this module, or one it inherits from."""
+    """Whether there is a rule for the class of this module, or for one that it inherits from."""
     return _rule_of(module) is not None
 
 
@@ -84,7 +84,7 @@ def _rule_of(module: nn.Module) -> Rule | None:
 
 
 def effective_weight(module: nn.Module, name: str) -> Tensor:
-    """The weight as the forward pass uses it, also if a hook computes it.
+    """The weight as the forward pass uses it, even if a hook computes it.
 
     Pruning and the older weight and spectral norms are such hooks.
     """
@@ -113,7 +113,7 @@ def _embedding(module: nn.Module) -> Tensor:
     assert isinstance(padding, int)
     before = weight[:padding]
     after = weight[padding + 1 :]
-    # A view of the weight where it can be one.
+    # A view of the weight if possible.
     if len(after) == 0:
         return before
     if len(before) == 0:
@@ -131,10 +131,10 @@ def _convolution(module: nn.Module) -> Tensor:
 
 
 def channels_last(module: nn.Module) -> Tensor | None:
-    """The neurons of a convolution in channels last with their entries as they lie in memory.
+    """The neurons of a channels-last convolution, with their entries in memory order: a view.
 
-    So they are a view. What depends on inner products alone does not see the order of entries.
-    None for all other modules.
+    The order of entries does not matter to a function of inner products. None for all other
+    modules.
     """
     if _rule_of(module) is not _convolution:
         return None
@@ -157,7 +157,7 @@ def _by_group(module: nn.Module) -> Tensor:
 
 
 def _attention(module: nn.Module) -> dict[str, Tensor]:
-    """Queries, keys and values apart; the output projection is a Linear of its own."""
+    """Queries, keys and values separately; the output projection is a Linear of its own."""
     if module.in_proj_weight is not None:
         packed = effective_weight(module, "in_proj_weight")
         return dict(zip(PROJECTIONS, packed.chunk(3), strict=True))
@@ -165,7 +165,7 @@ def _attention(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _recurrent(module: nn.Module) -> dict[str, Tensor]:
-    """The rows of each gate apart; a plain RNN has no gates, nor has the projection of an LSTM."""
+    """The rows of each gate separately; a plain RNN and the projection of an LSTM have no gates."""
     gates = ""
     if isinstance(module, (nn.LSTM, nn.LSTMCell)):
         gates = LSTM_GATES

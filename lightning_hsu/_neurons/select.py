@@ -1,4 +1,4 @@
-"""Which sets of neurons are measured, and for the others the reason why they are not."""
+"""Which sets of neurons are measured, and why the others are not."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def select(
             the name it matches). None takes everything except embeddings, which must be asked for.
         exclude: Patterns of layer names to leave out.
         head: The class head: "auto" is the last Linear, a name is that layer, None is no head.
-        everything: For looking, not for training: also take embeddings, and depthwise convolutions
+        everything: For reports, not for training: also take embeddings, and depthwise convolutions
             as one set of neurons over all their channels.
         placement: How the weights of a model are placed over ranks; None looks at the model.
 
@@ -70,7 +70,7 @@ def select(
 
     Raises:
         ValueError: if a pattern or the head's name matches nothing, or no set is left.
-        TypeError: if ``include`` or ``exclude`` are no patterns.
+        TypeError: if ``include`` or ``exclude`` is not made of patterns.
 
     Example:
         >>> convolutions = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3, groups=16)
@@ -102,11 +102,11 @@ def _choose(
     head_name = _find_head(sets, names, head)
     included = _checked("include", include, names)
     excluded = _checked("exclude", exclude, names)
-    named_head = None if head == "auto" else head_name  # to name the head is to ask for it
+    named_head = None if head == "auto" else head_name  # naming the head asks for it
 
     reasons: dict[str, str] = {}
     taken: dict[Hashable, str] = {}
-    # The head comes first, so that of tied weights it is the one that is measured.
+    # The head comes first, so that it is the one measured if its weights are tied to another's.
     for one in sorted(sets, key=lambda one: one.name != head_name):
         reason = _not_asked_for(one, included, excluded, everything=everything)
         if reason == NOT_INCLUDED and one.name == named_head:
@@ -228,7 +228,7 @@ def _not_asked_for(
 
 
 def _too_small(one: NeuronSet) -> str | None:
-    """Why a set has no two neurons on a sphere; None if it has."""
+    """Why a set does not have two neurons on a sphere; None if it does."""
     groups, n, d = one.shape
     if n < 2 and groups == 1:
         return "a single neuron"
@@ -240,7 +240,7 @@ def _too_small(one: NeuronSet) -> str | None:
 
 
 def _nothing_left(source: str, skips: Sequence[Skip]) -> str:
-    """The error if no set is left, with everything there was."""
+    """The error message if no set is left, with every weight that was skipped."""
     if not skips:
         return (
             f"no neurons found in {source}: it has no weight matrix. If it is built later, attach "

@@ -47,18 +47,18 @@ def neurons_of_state_dict(
     """Find every set of neurons of a state dict.
 
     A matrix named ``weight`` is a Linear, or an Embedding if its name says so. Other weights are
-    flattened to one neuron an output channel. Weights of attention and recurrent layers are split
-    into their parts. For weight norm, spectral norm and pruning the effective weights are taken,
-    for spectral norm up to a factor. If a weight's bias has the length of its second axis, that
-    axis holds the neurons (transposed convolutions, the Conv1D of GPT-2). Without a bias, or if
-    both axes are as long, it is the first axis.
+    flattened to one neuron for each output channel. Weights of attention and recurrent layers are
+    split into their parts. For weight norm, spectral norm and pruning the effective weights are
+    taken, for spectral norm up to a factor. If a weight's bias has the length of its second axis,
+    that axis holds the neurons (transposed convolutions, the Conv1D of GPT-2). Without a bias, or
+    if both axes have the same length, the first axis does.
 
     Args:
         state: Tensors by name.
         asked: Patterns of names to take even if they are not named like a weight.
 
     Raises:
-        TypeError: if the mapping holds no tensors by name, or ``asked`` are no patterns.
+        TypeError: if the mapping holds no tensors by name, or ``asked`` is not made of patterns.
 
     Example:
         >>> from torch import nn
@@ -112,7 +112,7 @@ def _split_name(name: str) -> tuple[str, str]:
 
 
 def _in_tree_order(paths: Iterable[str]) -> list[str]:
-    """Paths as a model lists them: a layer before those inside it, else what came first first."""
+    """Paths in a model's order: a layer before those inside it, otherwise as first seen."""
     first_seen: dict[tuple[str, ...], int] = {}
     positions: dict[str, list[int]] = {}
     for path in paths:
@@ -222,7 +222,7 @@ def _sets_of_weight(leaf: str, x: Tensor, leaves: Mapping[str, Tensor]) -> dict[
 
 
 def _gates(leaf: str, x: Tensor, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The gates of a recurrent weight; the length of the hidden state says how many there are."""
+    """The gates of a recurrent weight; the length of the hidden state tells how many there are."""
     hidden = leaves.get(leaf.replace("weight_ih", "weight_hh"))
     projected = leaves.get(leaf.replace("weight_ih", "weight_hr").replace("weight_hh", "weight_hr"))
     if projected is not None:
@@ -239,7 +239,7 @@ def _gates(leaf: str, x: Tensor, leaves: Mapping[str, Tensor]) -> dict[str, Tens
 
 
 def _by_output(x: Tensor, outputs: int | None) -> Tensor:
-    """The neurons of a weight, one an output channel.
+    """The neurons of a weight, one for each output channel.
 
     Args:
         x: The weight, (outputs, inputs / groups, *kernel) or, if it is transposed,

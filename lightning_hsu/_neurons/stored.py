@@ -1,4 +1,4 @@
-"""From the tensors that a layer stores to the weights that its forward pass uses."""
+"""Computes the weights that a layer's forward pass uses from the tensors that it stores."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def effective_weights(leaves: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], 
         leaves: What the layer stores, by name.
 
     Returns:
-        Effective tensors by name; and for the stored ones whose use is not known, the reason.
+        Effective tensors by name, and the reason for each stored tensor whose use is not known.
     """
     effective: dict[str, Tensor] = {}
     unknown: dict[str, str] = {}
@@ -94,7 +94,7 @@ def _hooked(leaf: str, leaves: Mapping[str, Tensor]) -> tuple[str, Tensor | None
 
 
 def _are_norms(norms: Tensor, x: Tensor) -> bool:
-    """Whether a tensor may hold the norms of weight norm: one for all of x, or along one axis."""
+    """Whether a tensor may hold the norms of weight norm: one for all of x, or one axis of them."""
     if not x.is_floating_point() or x.ndim < 2:
         return False
     if len(_long_axes(x)) < 2:

@@ -65,7 +65,7 @@ class Target(NeuronSet):
         *,
         values: bool = False,
     ) -> Iterator[tuple[nn.Parameter, Tensor, Tensor]]:
-        """Where a change of the neurons goes.
+        """Find the tensors that a change of the neurons is added to.
 
         Args:
             view: ``self.read()``, taken while gradients were recorded.
@@ -101,7 +101,7 @@ class Target(NeuronSet):
                 yield p, p.detach() if values else p.grad, part
 
     def own_part(self, view: NeuronView, parameter: nn.Parameter, part: Tensor) -> Tensor:
-        """What :meth:`grad_views` gives, with zeros for entries that are not of these neurons.
+        """A part from :meth:`grad_views`, with zeros for entries of other neurons.
 
         Only a sharded parameter that holds several sets of neurons has such entries.
         """
@@ -121,7 +121,7 @@ class Target(NeuronSet):
         named = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
         if not named or not view.x.requires_grad:
             return False
-        # Pruning and parametrizing change the names, also in the middle of training.
+        # Pruning and parametrizing change the names, even in the middle of training.
         key = tuple(named)
         if key not in self._rearranged:
             leaves = list(named.values())
@@ -141,8 +141,8 @@ class Target(NeuronSet):
 def _is_rearranged(x: Tensor, leaves: Sequence[nn.Parameter], placement: Placement) -> bool:
     """Whether x consists of entries of one of its leaves, each at most once.
 
-    Pulled back to the leaf, ones count how often x has each entry, and x itself is the leaf where
-    the count is 1.
+    Pulled back to the leaf, ones count how often x contains each entry, and x itself equals the
+    leaf where the count is 1.
     """
     ones = torch.ones_like(x)
     counts = torch.autograd.grad(x, leaves, ones, allow_unused=True, retain_graph=True)
@@ -164,7 +164,7 @@ def _is_rearranged(x: Tensor, leaves: Sequence[nn.Parameter], placement: Placeme
 def without_side_effects(module: nn.Module) -> Iterator[None]:
     """Read weights without autocast and without changing state.
 
-    In training a spectral norm iterates at each access.
+    In training mode a spectral norm iterates at each access.
     """
     switched = []
     if module._modules:
@@ -192,7 +192,7 @@ def _switched_off(parametrizations: ParametrizationList) -> list[nn.Module]:
 def _without_autocast(module: nn.Module) -> AbstractContextManager[object]:
     """Switch autocast off on the device of a module's parameters, if it is on."""
     device = "cpu"
-    # Most modules have parameters of their own; to walk the modules inside takes longer.
+    # Most modules have parameters of their own; walking the modules inside takes longer.
     for p in chain(module._parameters.values(), module.parameters()):
         if p is not None:
             device = p.device.type

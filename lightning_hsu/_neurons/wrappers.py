@@ -1,4 +1,4 @@
-"""What others wrap around a model, and what that adds to the names of its layers."""
+"""Wrappers around a model, and what they add to the names of its layers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Value = TypeVar("Value")
 
 
 def peeled(model: nn.Module) -> Iterator[nn.Module]:
-    """The model as it was given, then without its outermost wrapper of Fabric or DDP, and so on."""
+    """The model as given, then without its outermost wrapper of Fabric or DDP, and so on."""
     current: Any = model
     inner: Any = model
     while inner is not None:
@@ -44,7 +44,7 @@ def plain_name(path: str) -> str:
 
 
 def without_prefixes(state: Mapping[str, Value]) -> dict[str, Value]:
-    """A state dict without what a wrapper around the whole model puts before every name."""
+    """A state dict without the prefix that a wrapper around the whole model adds to every name."""
     state = dict(state)
     for prefix in _AROUND_ALL_NAMES:
         if state and all(name.startswith(prefix) for name in state):

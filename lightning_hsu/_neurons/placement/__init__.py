@@ -21,7 +21,7 @@ PLACEMENTS: tuple[type[Placement], ...] = (
     ReplicatedPlacement,
     Placement,
 )
-"""Every kind; a model has the placement of the first that recognises it, else the last."""
+"""Every kind. A model gets the first placement that recognises it, or else the last."""
 
 __all__ = [
     "PLACEMENTS",
@@ -48,7 +48,7 @@ def placement_of(
     """Find how the weights of a model are placed.
 
     Args:
-        model: The model, also as DDP, FSDP or Fabric wrap it.
+        model: The model, possibly wrapped by DDP, FSDP or Fabric.
         wrapped: The same model within FSDP1 or DDP, if these wrap it from outside.
         group: The ranks that train the same weights; None takes those of a DDP wrapper.
         split_above: Layers of at least this many neurons are computed by all ranks of the group

@@ -62,7 +62,7 @@ class Placement:
     ) -> Placement | None:
         """Return the placement of this model if it is of this kind, else None.
 
-        This base class is taken for every model that no other kind recognises.
+        This base class serves every model that no other kind recognises.
 
         Args:
             model: The model without the wrappers of Fabric and DDP.
@@ -180,7 +180,7 @@ class Placement:
 
 
 def neurons_with(module: nn.Module, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A module's neurons, by key, with tensors in the place of the parameters of these names."""
+    """A module's neurons, by key, with tensors in place of the parameters of these names."""
     replaced = {}
     for name, x in given.items():
         replaced[f"module.{name}"] = x
@@ -203,7 +203,7 @@ def viewed_parameter(x: object, origins: Mapping[int, nn.Parameter]) -> nn.Param
     """The parameter that x is, or is a view of; None if x is computed.
 
     Args:
-        x: What a rule gave; a user's own rule may give something other than a tensor.
+        x: What a rule returned; a user's own rule may return something other than a tensor.
         origins: Sharded parameters by the id of the whole tensor that stands for each.
     """
     if not isinstance(x, Tensor):

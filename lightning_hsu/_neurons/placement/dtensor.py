@@ -1,4 +1,4 @@
-"""FSDP2, tensor parallel and both at once: parameters are DTensors, of which a rank holds parts."""
+"""FSDP2, tensor parallel or both: parameters are DTensors, of which each rank holds parts."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 
 
 def is_dtensor(x: object) -> bool:
-    """Whether x is a DTensor: a rank holds a part, or a copy, of it."""
+    """Whether x is a DTensor: each rank holds a part, or a copy, of it."""
     return hasattr(x, "full_tensor")
 
 
 class DTensorPlacement(Placement):
-    """Parameters are DTensors, all of them or module by module beside plain ones."""
+    """Parameters are DTensors: all of them, or those of some modules."""
 
     strategies: ClassVar[frozenset[str]] = frozenset({"ModelParallelStrategy"})
 
@@ -38,7 +38,7 @@ class DTensorPlacement(Placement):
         group: ProcessGroup | None,
         split_above: int | None,
     ) -> Placement | None:
-        """A parameter is a DTensor, or FSDP2 has left all of them whole for now."""
+        """A model with a DTensor among its parameters, or one that FSDP2 has left whole for now."""
         for module in model.modules():
             is_fsdp2 = hasattr(type(module), "reshard")
             if is_fsdp2 or any(is_dtensor(p) for p in module.parameters(recurse=False)):
@@ -68,7 +68,7 @@ class DTensorPlacement(Placement):
         """Mask of the neurons of which this rank holds a part; None if it needs all gradients.
 
         Every rank fills its parts with its own number. The module's rule, applied to the gathered
-        numbers, shows to which neurons they belong.
+        numbers, shows which neurons they belong to.
         """
         sharded = _dtensors(module)
         if not sharded or self.read(module)[key].parameter is None:
@@ -83,7 +83,7 @@ class DTensorPlacement(Placement):
         return rows
 
     def reshard(self, model: nn.Module) -> None:
-        """Let FSDP2 take back the weights that it left whole, in the forward pass's precision."""
+        """Let FSDP2 reshard the weights that it left whole, in the forward pass's precision."""
         for module in model.modules():
             take_back = getattr(type(module), "reshard", None)
             if take_back is not None:
@@ -122,7 +122,7 @@ def _dtensors(module: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def _holders(p: Any, rank: int) -> Tensor:
-    """A whole tensor of the shape of p: in each entry the number of the rank that holds it."""
+    """A whole tensor of the shape of p; each entry is the number of the rank that holds it."""
     held = torch.full_like(p.to_local(), rank, dtype=torch.float32, requires_grad=False)
     numbers = type(p).from_local(
         held, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride()

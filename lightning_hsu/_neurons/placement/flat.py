@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class FlatPlacement(DTensorPlacement):
-    """FSDP1 holds the weights in flat pieces; what is tensor parallel below it stays so.
+    """FSDP1 holds the weights in flat pieces; modules inside may be tensor parallel as well.
 
     Args:
         root: The model as FSDP1 wraps it.
@@ -41,13 +41,13 @@ class FlatPlacement(DTensorPlacement):
         group: ProcessGroup | None,
         split_above: int | None,
     ) -> Placement | None:
-        """A module is wrapped in FSDP1.
+        """A model with a module wrapped in FSDP1.
 
         Raises:
             NotImplementedError: if FSDP1 was not told to keep the original parameters.
         """
         if "torch.distributed.fsdp" not in sys.modules:
-            return None  # nothing is wrapped in a class that nobody has imported; it loads slowly
+            return None  # not imported, so nothing is wrapped in it; importing it is slow
         from torch.distributed.fsdp import FullyShardedDataParallel
 
         root = unwrapped(wrapped)

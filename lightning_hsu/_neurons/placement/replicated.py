@@ -38,7 +38,7 @@ class ReplicatedPlacement(Placement):
         group: ProcessGroup | None,
         split_above: int | None,
     ) -> Placement | None:
-        """A group was given, or the model is wrapped in DDP, which knows its group."""
+        """A model wrapped in DDP, which knows its group, or any model if a group is given."""
         if group is None:
             for inner in peeled(wrapped):
                 if isinstance(inner, nn.parallel.DistributedDataParallel):
