@@ -1,1 +1,1 @@
-"""One step of the penalty: what it acts on, how strongly, and where."""
+"""One step of the penalty: what it acts on, how strongly and where."""

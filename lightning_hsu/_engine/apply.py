@@ -26,11 +26,11 @@ class LayerUpdate:
 
     Args:
         layer: The layer.
-        learning_rates: Those of the parameters that may be touched, by id.
-        rate: The learning rate that its neurons will move with.
+        learning_rates: Those of the parameters that may be changed, by id.
+        rate: The learning rate with which its neurons will move.
         view: Its neurons, read while gradients were recorded.
         state: What its measure carries from step to step, prepared for these neurons.
-        grad_scale: Factor that the task's gradients still carry.
+        grad_scale: Factor by which the task's gradients are still scaled.
     """
 
     layer: Layer
@@ -46,7 +46,7 @@ class LayerUpdate:
         return to_compute_dtype(self.view.x.detach())
 
     def update_share(self, share: Share, grad: Tensor, means: ShareMeans) -> None:
-        """Let the means of a share take in this step's penalty gradient (groups, n, d)."""
+        """Update the means of a share with this step's penalty gradient (groups, n, d)."""
         views = self._grad_views(grad / grad.shape[0])
         if views:
             task, penalty = self._norms(views)
@@ -58,14 +58,14 @@ class LayerUpdate:
         """Multiply a gradient (groups, n, d) by coefficient / groups, within the step limit.
 
         Returns:
-            The gradient, overwritten, and by which factors (groups, n, 1) it was shortened.
+            The gradient, overwritten, and the factors (groups, n, 1) by which it was shortened.
         """
         scale = coefficient / grad.shape[0]
         factor = self.shortening(grad, step_limit, scale)
         return grad.mul_(factor * scale), factor
 
     def stats(self, grad: Tensor, factor: Tensor) -> GradientStats | None:
-        """Describe a weighted gradient (groups, n, d); None where nothing can be added."""
+        """Describe a weighted gradient (groups, n, d); None if nothing can be added."""
         views = self._grad_views(grad)
         if not views:
             return None
@@ -90,8 +90,8 @@ class LayerUpdate:
     def move(self, grad: Tensor) -> None:
         """Move by learning rate times a weighted gradient (groups, n, d), along the sphere.
 
-        Neurons that are a parameter's entries keep their norms. Where neurons are computed from
-        parameters, the parameters move by the gradient pulled back.
+        Neurons that are entries of a parameter keep their norms. If neurons are computed from
+        parameters, the parameters move along the gradient pulled back to them.
         """
         target = self.layer.target
         are_entries = target.rearranges(self.view)
@@ -101,7 +101,7 @@ class LayerUpdate:
             value.add_(part if are_entries else part * self.learning_rates[id(p)])
 
     def _along_the_sphere(self, grad: Tensor) -> Tensor:
-        """The change (groups, n, d) of a step against a tangent gradient that keeps the norms."""
+        """The change (groups, n, d) of a step against a tangent gradient, keeping the norms."""
         x = self.neurons
         moved = x - self.rate * grad
         before = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
@@ -109,7 +109,7 @@ class LayerUpdate:
         return torch.where(before > 0, moved * (before / after) - x, 0.0)
 
     def _grad_views(self, grad: Tensor) -> list[GradView]:
-        """Where a gradient (groups, n, d) of the neurons goes."""
+        """The tensors that a gradient (groups, n, d) of the neurons is added to."""
         return list(self.layer.target.grad_views(self.view, grad, self.learning_rates))
 
     def _norms(self, views: list[GradView]) -> tuple[Tensor, Tensor]:
@@ -123,8 +123,9 @@ class LayerUpdate:
 def penalty_gradients(updates: Sequence[LayerUpdate], placement: Placement) -> list[Tensor]:
     """Gradient (groups, n, d) of each layer's penalty, summed over its groups.
 
-    Small layers of equal shape are computed together, large ones each by all replicas together. Of
-    a sharded layer only the rows that this rank holds are computed, against all; others are zero.
+    Small layers of equal shape are computed together. Each large layer is computed by all replicas
+    together. For a sharded layer only the rows that this rank holds are computed, against all rows;
+    the others are zero.
     """
     found = _split_over_replicas(updates, placement)
     stacks: dict[object, list[int]] = {}
@@ -145,7 +146,7 @@ def penalty_gradients(updates: Sequence[LayerUpdate], placement: Placement) -> l
 
 
 def _stack_key(i: int, update: LayerUpdate) -> object:
-    """What layers that are computed together have in common; ``i`` where a layer goes alone."""
+    """What layers that are computed together have in common; ``i`` for a layer on its own."""
     x = update.view.x
     if update.state is not None or update.layer.rows is not None or x.numel() > SMALL:
         return i
@@ -153,7 +154,7 @@ def _stack_key(i: int, update: LayerUpdate) -> object:
 
 
 def _split_over_replicas(updates: Sequence[LayerUpdate], placement: Placement) -> dict[int, Tensor]:
-    """Gradients of the large layers of which each replica computes a part of the pairs."""
+    """Gradients of the large layers, where each replica computes a part of the pairs."""
     parts: dict[int, tuple[Tensor, Tensor]] = {}
     for i, update in enumerate(updates):
         layer = update.layer

@@ -23,8 +23,8 @@ class Layer:
         measure: How it is measured.
         strength: Its coefficient.
         parameters: The parameters that its neurons depend on.
-        rows: Neurons (groups, n) of which this rank holds some part; None where the rank needs the
-            gradient of all.
+        rows: Mask (groups, n) of the neurons of which this rank holds a part; None if this rank
+            needs the gradient of every neuron.
     """
 
     target: Target
@@ -45,12 +45,12 @@ class Layer:
 
     @property
     def sharded(self) -> bool:
-        """Whether ranks hold parts of its parameters."""
+        """Whether its parameters are sharded over ranks."""
         return any(self.target.placement.is_sharded(p) for p in self.parameters)
 
     @property
     def in_forward_precision(self) -> bool:
-        """Whether FSDP2 shows its parameters whole, in the lower precision of the forward pass."""
+        """Whether FSDP2 presents its parameters whole, in the forward pass's lower precision."""
         shown = next(self.target.module.parameters())
         return self.sharded and shown.dtype != self.parameters[0].dtype
 
@@ -63,7 +63,7 @@ class Layer:
             return not self.target.neurons().requires_grad
 
     def rates(self, learning_rates: Mapping[int, float]) -> list[float]:
-        """Learning rates of its parameters that have a gradient; none where nothing can be added.
+        """Learning rates of its parameters that have a gradient; empty if nothing can be added.
 
         Args:
             learning_rates: Those of one optimizer's parameters, by id.
@@ -83,5 +83,5 @@ class Layer:
 
 
 def to_compute_dtype(x: Tensor) -> Tensor:
-    """Half-precision neurons in float32, so that small gradients do not underflow; others as is."""
+    """Convert half-precision neurons to float32, so that small gradients do not underflow."""
     return x.to(working_dtype(x.dtype))

@@ -1,8 +1,8 @@
-"""The plan of a step: what is worked out once at attach and replayed at every step.
+"""The plan of a step: worked out once at attach and replayed at every step.
 
 Most layers are *plain*: their neurons are entries of one parameter that this process holds whole,
-their measure is a mean over pairs and their coefficient is a number or a schedule. Of these a step
-needs numbers only, and all are computed at once. The others are read anew at each step (step.py).
+their measure is a mean over pairs and their coefficient is a number or a schedule. A step needs
+only their numbers, and computes them all at once. The others are read anew at each step (step.py).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from lightning_hsu._neurons.placement.base import viewed_parameter
 from lightning_hsu._neurons.rules import REGISTERED, channels_last, has_built_in_rule
 
 Owner = tuple[dict[str, nn.Parameter | None], str, nn.Parameter]
-"""The parameters of a module by name, the name of one, and that parameter as the plan knows it."""
+"""A module's parameters by name, the name of one, and that parameter when the plan was made."""
 
 
 @dataclass(frozen=True)
@@ -34,12 +34,12 @@ class StepContext:
 
     Args:
         step: Steps that the optimizer has done before.
-        learning_rates: Those of its parameters, by id; empty where they are not known.
+        learning_rates: Those of its parameters, by id; empty if they are not known.
         factor: What the task's gradients, or its loss, are multiplied by.
         same_step: Whether this is another evaluation within the same step.
-        step_limit: The fraction of its norm by which a step moves a neuron at most; None is no
+        step_limit: The largest fraction of its norm by which a step may move a neuron; None is no
             limit.
-        stats: Whether to return what was done.
+        stats: Whether to return statistics of what was done.
     """
 
     step: int
@@ -55,9 +55,9 @@ class GradientStats:
     """What one update did to one layer: tensors, without host-device synchronisation.
 
     Args:
-        share: Norm of the added gradient over the norm of the task's; not finite where the task's
-            is 0 or not finite.
-        limited: Neurons whose penalty gradient was shortened by the step limit.
+        share: Norm of the added gradient over the norm of the task's; not finite if the task's is 0
+            or not finite.
+        limited: Number of neurons whose penalty gradient the step limit shortened.
     """
 
     share: Tensor
@@ -103,7 +103,7 @@ class PlainLayer:
         self._is_whole = in_order and view.numel() == parameter.numel()
 
     def is_current(self) -> bool:
-        """Whether the parameter is laid out as it was, and the module reads it as it did."""
+        """Whether the parameter's layout and the module's way to read it have not changed."""
         p = self.parameter
         if p.shape != self._shape or p.stride() != self._strides or p.dtype != self._dtype:
             return False
@@ -112,7 +112,7 @@ class PlainLayer:
     def update(
         self, coefficient: float, limit: float | None, grad_scale: float
     ) -> GradientUpdate | None:
-        """What to add to the parameter's gradient; None if the two are not laid out alike."""
+        """What to add to the parameter's gradient; None if the two have different layouts."""
         p = self.parameter
         grad = p.grad
         if grad is None or grad.is_sparse or grad.dtype != self._dtype:
@@ -128,7 +128,7 @@ class PlainLayer:
         return GradientUpdate(w, out, scale, limit, grad_scale)
 
     def overlaps(self, other: PlainLayer) -> bool:
-        """Whether both have entries in one stretch of the same parameter."""
+        """Whether the stretches of both within the same parameter overlap."""
         if self.parameter is not other.parameter:
             return False
         begin, end = self._stretch()
@@ -136,7 +136,7 @@ class PlainLayer:
         return begin < other_end and other_begin < end
 
     def _stretch(self) -> tuple[int, int]:
-        """The first and last place of the neurons within the parameter; the latter excluded."""
+        """The places where the neurons begin and end within the parameter; the end is excluded."""
         steps = 0
         for size, stride in zip(self.view_shape, self.view_strides, strict=True):
             steps += (size - 1) * int(stride)
@@ -148,10 +148,10 @@ class Plan:
 
     Args:
         layers: The layers, in the model's order.
-        placement: How their weights lie over the ranks.
+        placement: How their weights are placed over the ranks.
 
     Attributes:
-        plain: Layers of which a step needs numbers only.
+        plain: Layers of which a step needs only the numbers.
         rest: Buckets of the other layers.
         buckets: All layers, in buckets.
         is_active: Whether any layer has a coefficient other than the number 0.
@@ -168,7 +168,7 @@ class Plan:
         self._rules = len(REGISTERED)
 
     def is_current(self) -> bool:
-        """Whether the parameters that the plan rests on are still there, laid out as they were."""
+        """Whether the parameters that the plan rests on are still there, in the same layout."""
         if len(REGISTERED) != self._rules:
             return False
         for parameters, name, parameter in self._owners:
@@ -183,7 +183,7 @@ class Plan:
     def plain_updates(
         self, state: TrainingState, context: StepContext
     ) -> tuple[PlainUpdates, list[Layer]]:
-        """What the plain layers get at this step, and those that are to be served otherwise."""
+        """The updates of the plain layers at this step, and those layers that need another way."""
         updates = PlainUpdates()
         left = []
         limits: dict[float, float | None] = {}  # by learning rate
@@ -217,7 +217,7 @@ class PlainUpdates:
 
     Attributes:
         by_term: The updates by the kernel of their measure.
-        watched: Those of which stats are asked for, by layer.
+        watched: Those whose stats are asked for, by layer.
     """
 
     def __init__(self) -> None:
@@ -225,17 +225,17 @@ class PlainUpdates:
         self.watched: dict[str, WatchedUpdate] = {}
 
     def add(self) -> dict[str, GradientStats]:
-        """Add the gradients, all at once; return stats by layer where they are asked for."""
+        """Add the gradients, all at once; return stats by layer if they are asked for."""
         for term, updates in self.by_term.items():
             add_pair_gradients(updates, term)
         return {name: update.settle() for name, update in self.watched.items()}
 
 
 class WatchedUpdate:
-    """An update that goes through a buffer, so that it can be told apart from the task's gradient.
+    """An update that goes through a buffer, which keeps it apart from the task's gradient.
 
-    The buffer gets what ``.grad`` would get, by the same arithmetic: a step with stats and one
-    without change the weights alike, to the bit.
+    The buffer gets what ``.grad`` would get, by the same arithmetic: a step changes the weights
+    bitwise the same with stats and without.
 
     Args:
         update: The update; what it adds goes into the buffer from now on.
@@ -257,7 +257,7 @@ class WatchedUpdate:
         return GradientStats(share, self._limited(update.out))
 
     def _limited(self, added: Tensor) -> Tensor:
-        """How many rows are as long as the step limit, or the range of the dtype, allows."""
+        """How many rows have the largest length that the step limit, or the dtype, allows."""
         norm = torch.linalg.vector_norm(self._update.w, dim=-1, dtype=added.dtype)
         room = torch.full_like(norm, torch.finfo(self._update.w.dtype).max / 2)
         if self._update.limit is not None:
@@ -270,9 +270,10 @@ class WatchedUpdate:
 
 
 def buckets(layers: Sequence[Layer], placement: Placement) -> list[list[Layer]]:
-    """Layers that go together, and no more of them than must, since a bucket's gradients coexist.
+    """Buckets of layers that must be computed together.
 
-    They share a parameter or a sharded module, are small and of one shape, or are split over ranks.
+    Such layers share a parameter or a sharded module, are small and of one shape, or are split over
+    ranks. A bucket has no others, since all its gradients are in memory at once.
     """
     found: list[tuple[set[object], list[Layer]]] = []
     for layer in layers:
@@ -317,7 +318,7 @@ def _labels(layer: Layer, placement: Placement) -> set[object]:
 
 
 def _plain_layers(layers: Sequence[Layer], placement: Placement) -> list[PlainLayer]:
-    """The plain layers; none of a parameter that others share, or in which two overlap."""
+    """The plain layers, without those that share or overlap in a parameter with another layer."""
     found = []
     others: set[int] = set()  # ids of the parameters of layers that are not plain
     for layer in layers:
@@ -335,14 +336,14 @@ def _overlaps_any(one: PlainLayer, others: Sequence[PlainLayer]) -> bool:
 
 
 def _as_plain(layer: Layer, placement: Placement) -> PlainLayer | None:
-    """A layer as a plain one; None if a step needs more than numbers of it."""
+    """A layer as a plain one; None if a step needs more than its numbers."""
     term = layer.measure.pair_term()
     if term is None or layer.measure.has_state or layer.has_share or layer.rows is not None:
         return None
     if layer.sharded or placement.splits(layer.target.shape[1]):
         return None
     if not has_built_in_rule(layer.target.module):
-        return None  # a user's rule may give other neurons at another time
+        return None  # a user's rule may return other neurons at another time
     view = layer.target.read()
     x, parameter = view.x, view.parameter
     if parameter is None:
@@ -356,7 +357,7 @@ def _as_plain(layer: Layer, placement: Placement) -> PlainLayer | None:
 
 
 def _owners(layer: Layer) -> list[Owner]:
-    """Where the parameters of a layer are registered; none of sharded ones, which FSDP2 swaps."""
+    """Where a layer's parameters are registered; empty for sharded ones, which FSDP2 swaps."""
     if layer.sharded:
         return []
     wanted = {id(p) for p in layer.parameters}
@@ -369,14 +370,14 @@ def _owners(layer: Layer) -> list[Owner]:
 
 
 def _signature(module: nn.Module) -> tuple[object, ...]:
-    """What decides, beside its parameters, how a module with a built-in rule is read."""
+    """What decides, besides its parameters, how a module with a built-in rule is read."""
     settings = module.__dict__
     hooks = tuple(module._forward_pre_hooks)
     return type(module), settings.get("groups"), settings.get("padding_idx"), hooks
 
 
 def _is_read_directly(module: nn.Module, parameter: nn.Parameter) -> bool:
-    """Whether the module's weight is this parameter itself, and nothing computes or picks it."""
+    """Whether the module's weight is this parameter itself, and nothing computes or replaces it."""
     if hasattr(module, "parametrizations"):
         return False
     for name, p in module._parameters.items():

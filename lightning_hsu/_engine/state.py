@@ -31,14 +31,14 @@ class StepCounter:
     def count(
         self, optimizer: Optimizer, index: int | None = None, *, same_step: bool = False
     ) -> int:
-        """Count a step, unless it is the ``same_step`` once more; return the steps done before it."""
+        """Count a step, unless it is the ``same_step`` again; return the steps done before it."""
         position = self._position(optimizer, index)
         if not same_step:
             self.done[position] += 1
         return max(self.done[position] - 1, 0)
 
     def forget_optimizers(self) -> None:
-        """Let go of the optimizers; the counts stay."""
+        """Release the optimizers; the counts stay."""
         self._optimizers = []
 
     def _position(self, optimizer: Optimizer, index: int | None) -> int:
@@ -52,7 +52,7 @@ class StepCounter:
 
 
 class MeasureStates:
-    """What the measures of a model's layers carry on: witnesses, projections, numbers of draws.
+    """What the measures carry from step to step: witnesses, projections, numbers of draws.
 
     The states are the same on all ranks, since the same weights and seeds made them.
     """
@@ -64,7 +64,7 @@ class MeasureStates:
     def attach(self, model: nn.Module) -> bool:
         """Drop another model's states; return whether the model is another.
 
-        States that were just loaded belong to the first model that comes.
+        States that were just loaded belong to the first model attached.
         """
         another = self._model is not None and self._model() is not model
         if another:
@@ -102,13 +102,13 @@ class MeasureStates:
 
 
 class ShareMeans:
-    """Running means of the gradients' norms by layer, (task's, penalty's); alike on all ranks."""
+    """Running means of gradient norms by layer, (task's, penalty's); the same on all ranks."""
 
     def __init__(self) -> None:
         self.means: dict[str, Tensor] = {}
 
     def update(self, name: str, share: Share, task: Tensor, penalty: Tensor) -> None:
-        """Take the norms of one step into a layer's means, unless they are not finite."""
+        """Update a layer's means with the norms of one step, if these are finite."""
         norms = torch.stack([task, penalty])
         known = self.means.get(name)
         known = torch.zeros_like(norms) if known is None else known.to(norms)
@@ -135,7 +135,7 @@ class ShareMeans:
 
 @dataclass
 class SinceAttach:
-    """What is known of the attached model; made anew when it is let go of.
+    """What is known about the attached model; replaced when the model is released.
 
     Attributes:
         coefficients: The coefficient of each layer at its last step.
@@ -153,9 +153,9 @@ class TrainingState:
 
     Attributes:
         counter: Steps done by each optimizer: schedules and ``every_n_steps`` count in them.
-        measure_states: What measures carry on.
+        measure_states: What measures carry from step to step.
         share_means: Means of the gradients' norms.
-        now: What is known of the attached model.
+        now: What is known about the attached model.
     """
 
     def __init__(self) -> None:
@@ -166,14 +166,14 @@ class TrainingState:
         self._monitor_states = MeasureStates()
 
     def attach(self, model: nn.Module) -> None:
-        """Drop another model's states and means, and what was known of the model before."""
+        """Drop another model's states and means, and what was known about the last model."""
         self._monitor_states.attach(model)
         if self.measure_states.attach(model):
             self.share_means = ShareMeans()
         self.now = SinceAttach()
 
     def detach(self) -> None:
-        """Let go of the model and its optimizers; counts, states and means stay."""
+        """Release the model and its optimizers; counts, states and means stay."""
         self.counter.forget_optimizers()
         self.now = SinceAttach()
 
@@ -191,9 +191,9 @@ class TrainingState:
         return value
 
     def last_coefficient(self, layer: Layer, every_n_steps: int) -> float:
-        """Return the coefficient of a layer at its last step, also after a resume.
+        """Return the coefficient of a layer at its last step, even after a resume.
 
-        Before any step it is the coefficient that the layer begins with.
+        Before any step it is the coefficient that the layer starts with.
         """
         if layer.name not in self.now.coefficients:
             last = max([0, *(done - 1 for done in self.counter.done)])
@@ -218,9 +218,9 @@ class TrainingState:
         return self.measure_states.next(layer, to_compute_dtype(x))
 
     def monitor_state(self, layer: Layer, x: Tensor) -> State | None:
-        """Return a state for looking at neurons x (groups, n, d), of which training sees nothing.
+        """Return a state for monitoring neurons x (groups, n, d), without any effect on training.
 
-        It goes on from where training stands, or else from the last look.
+        It continues from training's state, or else from that of the last monitoring.
         """
         if not layer.measure.has_state:
             return None
@@ -229,7 +229,7 @@ class TrainingState:
         return self._monitor_states.next(layer, x)
 
     def state_dict(self) -> dict[str, Any]:
-        """Counts, and states and means by layer where there are some."""
+        """Counts, and states and means by layer if there are any."""
         state: dict[str, Any] = {"steps": list(self.counter.done)}
         if self.measure_states.by_layer:
             state["states"] = self.measure_states.state_dict()

@@ -1,4 +1,4 @@
-"""One step of the layers that are not plain, and the terms that go into a loss."""
+"""One step of the layers that are not plain, and the penalty terms of a loss."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lightning_hsu._neurons.placement import Gathered, Placement
 from lightning_hsu.coefficients import Share
 
 Act = Callable[[LayerUpdate, Tensor], None]
-"""What is done with a layer's weighted gradient: :meth:`LayerUpdate.add` or ``move``."""
+"""What to do with a layer's weighted gradient: :meth:`LayerUpdate.add` or ``move``."""
 
 
 def act_on_buckets(
@@ -26,7 +26,7 @@ def act_on_buckets(
     context: StepContext,
     placement: Placement,
 ) -> dict[str, GradientStats]:
-    """Let buckets of layers act on the weighted gradients of their penalties, one after the other."""
+    """Act on the weighted penalty gradients of the layers, one bucket after the other."""
     for bucket in buckets:
         for layer in bucket:  # before any of them acts: a refused step changes nothing
             _refuse_sparse(layer, state, context)
@@ -36,7 +36,7 @@ def act_on_buckets(
         for bucket in buckets:
             updates = _updates(bucket, state, context)
             grads = penalty_gradients(updates, placement)
-            # All norms come before any gradient is added: layers may share a parameter.
+            # Take all norms before adding any gradient: layers may share a parameter.
             for i, update in enumerate(updates):
                 coefficient = _coefficient(update, grads[i], state, context)
                 grads[i], factor = update.weight(grads[i], coefficient, context.step_limit)
@@ -80,7 +80,7 @@ def _updates(
 def _coefficient(
     update: LayerUpdate, grad: Tensor, state: TrainingState, context: StepContext
 ) -> Tensor | float:
-    """The coefficient of a layer; a share first takes in this step's gradients."""
+    """The coefficient of a layer; a share first updates its means with this step's gradients."""
     layer = update.layer
     if isinstance(layer.strength, Share):
         if not context.same_step:
