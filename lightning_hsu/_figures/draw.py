@@ -26,7 +26,7 @@ QUIET = "#6B6B6B"
 FAINT = "#C9C9C9"
 OTHERS = "#B4B4B4"
 NEURONS = "#0072B2"
-RANDOM = "#D55E00"  # differs from NEURONS for colour-blind readers, too
+RANDOM = "#D55E00"  # differs from NEURONS even for colour-blind readers
 COLORS = (
     "#0072B2",
     "#D55E00",
@@ -66,9 +66,9 @@ def over_time(
     detail: str,
     reference: tuple[float, str] | None = None,
 ) -> Figure:
-    """Draw one line a layer over optimizer steps, with the layer's name at its end.
+    """Draw one line for each layer over optimizer steps, with the layer's name at its end.
 
-    Of more than ten layers, those that end highest have colours and names; the others are grey.
+    With more than ten layers, those that end highest get colours and names; the others are grey.
 
     Args:
         curves: Pairs of step and value, by layer; non-finite values are left out.
@@ -111,10 +111,10 @@ def over_time(
 
 
 def angle_panels(layers: Sequence[Angles]) -> Figure:
-    """Draw how many pairs of neurons have which angle, beside as many pairs of random neurons.
+    """Draw histograms of pairs of neurons by angle, beside as many pairs of random neurons.
 
     Args:
-        layers: One panel each.
+        layers: The layers, one panel for each.
     """
     columns = 3 if len(layers) in (3, 5, 6) else 2
     rows = math.ceil(len(layers) / columns)
@@ -173,7 +173,7 @@ def _style_axes(ax: Axes) -> None:
 
 
 def _finite(curves: Mapping[str, Curve]) -> dict[str, Curve]:
-    """The curves without non-finite values, and without those that have no other."""
+    """The curves without non-finite values; curves without finite values are dropped."""
     kept: dict[str, Curve] = {}
     for name, curve in curves.items():
         points = [point for point in curve if math.isfinite(point[1])]
@@ -229,7 +229,7 @@ def _draw_lines(ax: Axes, curves: Mapping[str, Curve]) -> list[_Label]:
 
 
 def _draw_labels(ax: Axes, labels: Sequence[_Label]) -> None:
-    """Write labels right of the axes, each as close to the height of its value as there is room."""
+    """Write labels to the right of the axes, each as close to its value as space allows."""
     to_axes = ax.transScale + ax.transLimits
     left = ax.get_xlim()[0]
     heights = [float(to_axes.transform((left, label.value))[1]) for label in labels]
@@ -243,8 +243,8 @@ def _draw_labels(ax: Axes, labels: Sequence[_Label]) -> None:
 def _spread(heights: Sequence[float]) -> list[float]:
     """Move heights at least a gap apart, as little as possible, keeping their order.
 
-    With the gaps taken out, the order is all that has to hold: neighbours that break it are pooled
-    into blocks, and a block's members share its mean.
+    With the gaps subtracted, only the order has to hold: neighbours that break it are pooled into
+    blocks, and the members of a block share its mean.
     """
     order = sorted(range(len(heights)), key=lambda i: heights[i])
     blocks: list[list[float]] = []
@@ -301,8 +301,8 @@ def _window(counts: Tensor, expected: Tensor) -> tuple[int, int]:
     """Choose what a panel shows of pairs by angle, counted and expected, (bins,) each.
 
     Returns:
-        The bins shown on either side of a right angle, as many as the neurons or random ones
-        reach, and how many bins are merged into one bar.
+        How many bins to show on either side of a right angle, enough for the neurons and random
+        ones, and how many bins to merge into one bar.
     """
     bins = len(counts)
     middle = bins // 2
@@ -323,7 +323,7 @@ def _window(counts: Tensor, expected: Tensor) -> tuple[int, int]:
 
 
 def _scale_pairs(ax: Axes, most: float) -> None:
-    """Set a logarithmic axis of up to ``most`` pairs."""
+    """Set a logarithmic axis for up to ``most`` pairs."""
     ax.set_yscale("log")
     ax.set_ylim(_FEWEST, 2.0 * max(1.0, most))
     if most < 100:
@@ -343,7 +343,7 @@ def _pairs_text(pairs: float, _: int | None) -> str:
 
 
 def _write_above(ax: Axes, points: float, text: str, *, size: float, color: str) -> None:
-    """Write text above the axes, as many points over them."""
+    """Write text above the axes, at a distance in points."""
     ax.annotate(
         text,
         xy=(0, 1),
@@ -357,7 +357,7 @@ def _write_above(ax: Axes, points: float, text: str, *, size: float, color: str)
 
 
 def _shorten(name: str, longest: int = 26) -> str:
-    """The end of a long name, which tells layers apart."""
+    """Shorten a long name to its end, which tells layers apart."""
     if len(name) <= longest:
         return name
     return f"…{name[1 - longest :]}"

@@ -1,4 +1,4 @@
-"""What figures show: the numbers of all measured steps, and the angles of a layer's neurons."""
+"""The data of figures: the numbers of all measured steps, and the angles between neurons."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ class Angles:
 
 
 def angles_of(name: str, x: Tensor, ratio: float) -> Angles:
-    """Count the pairs of a layer's neurons by angle; of a large layer, those of a sample.
+    """Count the pairs of a layer's neurons by angle; for a large layer, those of a sample.
 
     Args:
         name: The layer.

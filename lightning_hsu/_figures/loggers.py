@@ -17,9 +17,9 @@ Sender = Callable[[Any, str, "Figure", int], None]
 
 
 def sender_for(logger: object) -> Sender | None:
-    """What sends figures to a logger; None for a kind of logger that is not known.
+    """The function that sends figures to a logger; None for an unknown kind of logger.
 
-    Kinds are known by class names: no logger's package has to be installed, and lightning and
+    Kinds are recognised by class names: no logger's package has to be installed, and lightning and
     pytorch_lightning each have classes of their own.
     """
     for kind in type(logger).__mro__:
@@ -50,14 +50,14 @@ def _to_tensorboard(logger: Any, tag: str, figure: Figure, step: int) -> None:
 
 
 def _to_files(logger: Any, tag: str, figure: Figure, step: int) -> None:
-    _ = logger.experiment  # makes its folder first: it warns of a folder that is not empty
+    _ = logger.experiment  # creates its folder first: it would warn if the folder were not empty
     save_png(join(logger.log_dir, "figures"), tag, figure, step)
 
 
 def _to_wandb(logger: Any, tag: str, figure: Figure, step: int) -> None:
     from lightning_hsu._figures.draw import pixels
 
-    # Not the figure itself, for which it imports pyplot.
+    # Not the figure itself, since that would import pyplot.
     logger.log_image(key=tag, images=[pixels(figure).numpy()], step=step)
 
 

@@ -1,4 +1,4 @@
-"""Figures while training: when they are due, what they show and which loggers get them."""
+"""Figures during training: when they are due, what they show and which loggers get them."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class FigureRecorder:
 
     Args:
         prefix: What the figures' names begin with.
-        every_n_steps: Optimizer steps between two sets, >= 1; None draws and keeps nothing.
+        every_n_steps: Optimizer steps between two sets of figures, >= 1; None draws and keeps none.
 
     Raises:
         ValueError: for an interval below 1.
@@ -75,7 +75,7 @@ class FigureRecorder:
     def due(self, trainer: pl.Trainer, seen_step: int) -> bool:
         """Return whether a multiple of the interval was reached after global step ``seen_step``.
 
-        A batch may have several optimizer steps, and so jump over the multiple.
+        A batch may have several optimizer steps, and so skip the multiple itself.
         """
         if self.every_n_steps is None or not self.wanted(trainer):
             return False
@@ -87,13 +87,13 @@ class FigureRecorder:
         layers: Sequence[Layer],
         gathered: Callable[[], AbstractContextManager[None]],
     ) -> None:
-        """Draw and send a set of figures, at most once a global step.
+        """Draw and send a set of figures, at most once per global step.
 
         Args:
             trainer: The trainer, whose loggers get the figures.
             layers: The layers.
-            gathered: Within its context the layers' neurons can be read. Where ranks share the
-                weights, all must call ``show``.
+            gathered: Makes a context in which the layers' neurons can be read. Where ranks share
+                the weights, all must call ``show``.
         """
         if self._shown_at == trainer.global_step:
             return
@@ -109,7 +109,7 @@ class FigureRecorder:
                 self._send(trainer, f"{self.prefix}/{tag}", draw())
 
     def _angles(self, layers: Sequence[Layer], names: list[str], *, count: bool) -> list[Angles]:
-        """The angles in the named layers: every rank reads them, those told to also count."""
+        """The angles in the named layers: every rank reads the neurons, and counts if told to."""
         targets = {layer.target.name: layer.target for layer in layers}
         found = []
         for name in names:

@@ -1,1 +1,1 @@
-"""What is measured of the layers, and its numbers and tables as text."""
+"""Measurements of the layers, and their numbers and tables as text."""

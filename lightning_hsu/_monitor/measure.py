@@ -1,4 +1,4 @@
-"""What the monitor measures of a layer, and the numbers that are logged of it."""
+"""What the monitor measures for each layer, and the numbers that are logged."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class LayerUniformity:
         name: Name of the layer.
         groups: Groups measured separately (a grouped convolution), else 1; values are means over
             them.
-        neurons: Neurons a group.
+        neurons: Neurons in a group.
         dimension: Dimension of a neuron.
         energy: Natural value of the measure.
         penalty: What training minimises, before the coefficient.
@@ -32,7 +32,7 @@ class LayerUniformity:
         score: Where the energy lies between that of random neurons, 0, and a bound that none can
             beat, 1; below 0 it is worse than random. NaN where no bound is known.
         min_angle: Smallest angle between two neurons, in degrees; between two lines in half space.
-            Of a sampled energy, the smallest within its blocks.
+            For a sampled energy, the smallest within its blocks.
         dead: Neurons whose weights are all zero; they are left out.
         nonfinite: Neurons with a NaN or infinite weight; they are left out.
         exact: Whether the energy is exact. That of a sampled measure is an estimate; that of a
@@ -65,7 +65,7 @@ def measure_layers(
 
     Args:
         layers: The layers.
-        prepared: Gives the state of a layer's measure for its neurons (groups, n, d).
+        prepared: Returns the state of a layer's measure for its neurons (groups, n, d).
     """
     measured = []
     for layer in layers:
@@ -92,7 +92,7 @@ def measure_neurons(
     penalty = penalties.mean()
     energy = measure.natural(penalties).mean()
 
-    parts = [x]  # neurons (..., n, d) among which angles are seen
+    parts = [x]  # neurons (..., n, d) between which angles are measured
     errors = torch.zeros(2, groups)  # of the energy, and of the gradient over its norm
     if isinstance(measure, Sampled) and not measure.is_exact(state):
         parts = measure.sample(x, state)

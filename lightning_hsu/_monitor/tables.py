@@ -19,7 +19,7 @@ _NUMBERS = range(2, 6)  # columns of _COLUMNS that are aligned on the right
 
 
 class BeforeAfter:
-    """Keeps the first measurement of a fit and sets the last one beside it.
+    """Keeps the first measurement of a fit and compares the last one with it.
 
     Example:
         >>> import torch
@@ -50,7 +50,7 @@ class BeforeAfter:
             self._before = {layer.name: layer for layer in measured}
 
     def table(self, step: int, layers: Sequence[Layer], measured: Sequence[LayerUniformity]) -> str:
-        """The last measurement beside the first, one row a layer.
+        """The last measurement beside the first, one row for each layer.
 
         Args:
             step: Optimizer steps done.

@@ -12,7 +12,7 @@ from lightning_hsu.reference import random_range
 
 _CLOSE = 0.01  # a ratio this close to 1 counts as random, however many neurons there are
 _SPREAD = 0.5
-"""Score from which neurons are called more even than random although their ratio is close to 1.
+"""Score at which neurons are called more even than random although their ratio is close to 1.
 
 In many dimensions the ratio is always close to 1.
 """
@@ -21,7 +21,7 @@ In many dimensions the ratio is always close to 1.
 def finding(
     layer: LayerUniformity, measure: Measure, *, dead: int | None = None, similar: int = 0
 ) -> str:
-    """Compare a layer with random neurons, in words: facts, no advice.
+    """Compare a layer with random neurons, in words: facts, not advice.
 
     Args:
         layer: Its numbers.
@@ -30,8 +30,8 @@ def finding(
         similar: Near-duplicate pairs, where they were counted.
 
     Returns:
-        Such as "1.42x random, 11 near-duplicate pairs, 3 dead"; "as random" where the ratio is
-        within 1 % of 1 or within what random layers of this shape have.
+        A text such as "1.42x random, 11 near-duplicate pairs, 3 dead"; "as random" if the ratio is
+        within 1 % of 1 or within the range of random layers of this shape.
     """
     words = [_beside_random(layer, measure)]
     if similar:
@@ -46,7 +46,7 @@ def finding(
 
 
 def _beside_random(layer: LayerUniformity, measure: Measure) -> str:
-    """Say how the ratio compares with random neurons, or why there is none."""
+    """Say how the ratio compares with random neurons, or why there is no ratio."""
     if not math.isfinite(layer.ratio):
         return _no_ratio(layer)
     close = abs(layer.ratio - 1.0) <= _CLOSE
@@ -121,7 +121,7 @@ def shape_of(groups: int, neurons: int, dimension: int) -> str:
 
 
 def skip_line(skip: Skip) -> str:
-    """A line on a weight that is left out: its name, its shape and the reason."""
+    """A line about a weight that is left out: its name, its shape and the reason."""
     return f"  {skip.name} {weight_shape(skip)}: {skip.reason}"
 
 
