@@ -102,9 +102,9 @@ def test_broken_files(tmp_path):
     (tmp_path / "text.safetensors").write_text("hello")
     (tmp_path / "cut.pt").write_bytes(b"\x80\x02 and no more")
     words = {
-        "text.pt": "no file of weights",
+        "text.pt": "not a file of weights",
         "empty.pt": "empty",
-        "text.safetensors": "no .safetensors",
+        "text.safetensors": "not a .safetensors",
         "cut.pt": "running code",
         "cut_zip.pt": "is cut short",
         "script.pt": "cannot be read",

@@ -1,4 +1,4 @@
-"""One layer looked at closely: its energy, its pairs, its angles, its singular values."""
+"""A close look at one layer: its energy, its pairs, its angles, its singular values."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from lightning_hsu.report.data import HEAT_MAP_SIZE, LayerReport, SimilarPair
 BINS = 90
 """Bins of [0, 180] degrees in a histogram of angles."""
 
-_DEAD_BELOW = 1e-4  # of the median length: a shorter neuron does nothing
-_DEAD_LISTED = 100  # dead neurons by index
-_LARGEST_GRAM = 4096  # rows of a Gram matrix of which singular values are computed
+_DEAD_BELOW = 1e-4  # of the median length: a neuron this short counts as dead
+_DEAD_LISTED = 100  # dead neurons that are listed by index
+_LARGEST_GRAM = 4096  # rows of the largest Gram matrix whose eigenvalues are computed
 
-# About what share of the time goes into measuring and into the histogram; singular values and the
-# heat map take the rest.
+# Approximate shares of the time for measuring and for the histogram; singular values and the heat
+# map take the rest.
 _MEASURED = 0.4
 _SURVEYED = 0.4
 
@@ -43,7 +43,7 @@ def look_at(
         name: Its name.
         x: Its neurons (groups, n, d).
         measure: How to measure them.
-        similar_above: Cosine from which two neurons are near-duplicates, in (0, 1).
+        similar_above: Cosine at or above which two neurons are near-duplicates, in (0, 1).
         keep: How many near-duplicate pairs to list.
         done: Called with the fraction of the work that is done.
     """
@@ -96,7 +96,7 @@ def _survey(
 
 
 def _dead(x: Tensor) -> Tensor:
-    """Which neurons of x (groups, n, d) are next to nothing beside the others, (groups, n)."""
+    """Which neurons of x (groups, n, d) are negligibly short beside the others, (groups, n)."""
     length = torch.linalg.vector_norm(x.double(), dim=-1)
     dead: Tensor = length <= _DEAD_BELOW * length.nanmedian()
     return dead
@@ -120,9 +120,9 @@ def _nearest(surveys: list[PairHistogram], half_space: bool, keep: int) -> tuple
 
 
 def _singular_values(x: Tensor, live: Tensor) -> tuple[float, ...]:
-    """Singular values of the live unit rows of each group, all together, in falling order.
+    """Singular values of the live unit rows of each group, all together, in descending order.
 
-    By a Gram matrix in float64; none where that is too large.
+    They come from a Gram matrix in float64; none if that is too large.
     """
     if min(x.shape[1:]) > _LARGEST_GRAM:
         return ()
@@ -130,7 +130,7 @@ def _singular_values(x: Tensor, live: Tensor) -> tuple[float, ...]:
     for group, alive in zip(x, live, strict=True):
         unit = unit_rows(group[alive].double())[0]
         if len(unit) >= unit.shape[1]:
-            unit = unit.mT  # of the two Gram matrices the smaller one
+            unit = unit.mT  # gives the smaller of the two Gram matrices
         found.append(torch.linalg.eigvalsh(unit @ unit.mT).clamp_min(0.0).sqrt())
     return tuple(torch.cat(found).sort(descending=True).values.tolist())
 
@@ -138,7 +138,7 @@ def _singular_values(x: Tensor, live: Tensor) -> tuple[float, ...]:
 def _heat_map(
     x: Tensor, live: Tensor, surveys: list[PairHistogram]
 ) -> tuple[tuple[int, ...], Tensor]:
-    """Neurons to show, in order, and their cosines (m, m), of the group with most similar pairs."""
+    """Neurons to show, in order, and their cosines (m, m), from the group with the most pairs."""
     group = max(range(len(surveys)), key=lambda i: surveys[i].similar)
     index = live[group].nonzero().flatten()
     unit = unit_rows(x[group, index])[0].float()  # (n, d)
@@ -163,7 +163,7 @@ def _largest_cosines(unit: Tensor) -> Tensor:
 
 
 def _chain(similarity: Tensor) -> list[int]:
-    """An order of the rows of (m, m): each is followed by the most similar row that is left."""
+    """An order of the rows of (m, m) in which each is followed by the most similar one left."""
     if len(similarity) < 2:
         return list(range(len(similarity)))
     left = similarity.clone().fill_diagonal_(-1.0)

@@ -25,16 +25,16 @@ from lightning_hsu.report.tables import plain, report_table
 
 Source = nn.Module | Mapping[str, Tensor] | str | Path
 Progress = Callable[[str, float], None]
-"""Told the layer at work and the fraction of all work that is done."""
+"""Called with the current layer and the fraction of all work that is done."""
 
 
 class Report(ReportData):
-    """Every layer of a network beside random neurons; print it, or write it as a page or as JSON.
+    """Every layer of a network compared with random neurons; print it, or write a page or JSON.
 
     Args:
         source: What was read: a file, or the class of a model.
         measure: How layers were measured, except for those in full space.
-        similar_above: Cosine from which two neurons are near-duplicates.
+        similar_above: Cosine at or above which two neurons are near-duplicates.
         layers: The layers, in the model's order.
         skips: Weights that were left out, with the reason.
     """
@@ -67,9 +67,9 @@ def report(
     """Look at the neurons of every layer of a network.
 
     A model is read as in training, but with embeddings, and with depthwise convolutions over all
-    their channels. In a state dict or a file the layers are guessed by names and shapes: groups of
-    convolutions are not known there. The head and layers of two neurons are measured in full space,
-    where opposite neurons are as far apart as they should be.
+    their channels. In a state dict or a file the layers are guessed from names and shapes, so the
+    groups of convolutions are not known. The head and layers of two neurons are measured in full
+    space, where opposite neurons rightly count as far apart.
 
     Args:
         source: A model, a state dict, or a file: Lightning's .ckpt, a state dict in .pt or .pth,
@@ -78,7 +78,7 @@ def report(
         include: Patterns of layer names to take, shell style; None takes all.
         exclude: Patterns of layer names to leave out.
         head: The class head: "auto" is the last Linear, a name is that layer, None is no head.
-        similar_above: Cosine from which two neurons are near-duplicates, in (0, 1).
+        similar_above: Cosine at or above which two neurons are near-duplicates, in (0, 1).
         keep: How many of a layer's near-duplicate pairs to list.
         key: Where in a file the state dict is; None finds it.
         progress: Called with the layer's name and the fraction of the work that is done.
@@ -110,7 +110,7 @@ def look_at_all(
     keep: int = 100,
     progress: Progress | None = None,
 ) -> Report:
-    """Report on what :func:`find_targets` found; other arguments as of :func:`report`."""
+    """Report on what :func:`find_targets` found; other arguments as in :func:`report`."""
     if measure is None:
         measure = DEFAULT_MEASURE
     check_measure(measure)
@@ -139,7 +139,7 @@ def look_at_all(
 def _done(
     target: NeuronSet, work_before: int, all_work: int, progress: Progress | None
 ) -> Callable[[float], None]:
-    """What is called with the done fraction of one layer, and passes on that of all layers."""
+    """A function that takes the fraction done of one layer and passes on that of all layers."""
     work = _work(target)
 
     def done(part: float) -> None:
@@ -150,13 +150,13 @@ def _done(
 
 
 def _work(target: NeuronSet) -> int:
-    """Arithmetic of looking at one layer, up to a factor."""
+    """The arithmetic of reporting on one layer, up to a factor."""
     groups, n, d = target.shape
     return groups * n * n * d
 
 
 def _measure_for(target: NeuronSet, measure: Measure) -> Measure:
-    """The measure of a layer: in full space for a head and for two neurons."""
+    """The measure for a layer: in full space for a head and for two neurons."""
     if target.head or target.shape[1] == 2:
         return measure.for_head()
     return measure
@@ -179,7 +179,7 @@ class Found(NamedTuple):
 def find_targets(
     source: Source, include: Patterns, exclude: Patterns, head: str | None, key: str | None
 ) -> Found:
-    """Find the neurons of a source; arguments as of :func:`report`."""
+    """Find the neurons of a source; arguments as in :func:`report`."""
     if isinstance(source, nn.Module) and not isinstance(source, torch.jit.ScriptModule):
         model = unwrapped(source)
         targets, skips = select(model, include, exclude, head, everything=True)

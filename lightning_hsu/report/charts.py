@@ -18,16 +18,16 @@ from lightning_hsu.report.svg import Axis, circle, figure, line, path, place, sh
 
 _WIDTH, _HEIGHT = 360, 240  # of a figure of one layer, in pixels
 _LEFT, _RIGHT, _TOP, _BOTTOM = 44.0, 352.0, 28.0, 204.0  # of its axes
-_POINTS = 200  # singular values that are drawn
+_POINTS = 200  # the most singular values that are drawn
 _LAW_STEPS = 2000  # points at which the law of singular values is summed
 _RATIO_HEIGHT = 210  # of the chart of ratios, in pixels
-_NAMED = 3  # highest ratios that are named
+_NAMED = 3  # number of highest ratios that get a name
 _NAME_WIDTH = 0.25  # of the chart's width: no name is longer on a wide page
 
 COSINE_STEPS = 16
 """Steps of the absolute cosine that a heat map shows."""
 
-# Colours that can be told apart without red and green, on white and on black.
+# Colours that can be told apart without telling red from green, on white and on black.
 _POSITIVE = bytes((214, 96, 20))
 _NEGATIVE = bytes((38, 118, 214))
 
@@ -35,7 +35,7 @@ _NEGATIVE = bytes((38, 118, 214))
 def ratio_chart(layers: Sequence[LayerReport]) -> str:
     """Ratios by layer, in the model's order, each a link to its layer.
 
-    The chart is as wide as the page. Places along the layers are in percent, so that text keeps its
+    The chart is as wide as the page. Horizontal positions are in percent, so that text keeps its
     size on a phone.
     """
     axis = ratio_axis(layers)
@@ -61,9 +61,9 @@ def ratio_chart(layers: Sequence[LayerReport]) -> str:
 
 
 def ratio_axis(layers: Sequence[LayerReport]) -> Axis:
-    """An axis with 1 on it, logarithmic where the largest ratio is above 3.
+    """An axis that includes 1, logarithmic if the largest ratio is above 3.
 
-    An infinite ratio goes to the axis's end.
+    An infinite ratio is drawn at the end of the axis.
     """
     finite = [ratio for ratio in known_ratios(layers) if math.isfinite(ratio)]
     low = min([0.95, *finite])
@@ -91,7 +91,7 @@ def _dot(i: int, layer: LayerReport, part: float, axis: Axis, radius: float) -> 
 
 
 def _kind(layer: LayerReport) -> str:
-    """How a layer stands beside random neurons."""
+    """How a layer compares with random neurons."""
     if layer.as_random:
         return "even"
     if layer.above:
@@ -102,7 +102,7 @@ def _kind(layer: LayerReport) -> str:
 
 
 def _names_of_highest(layers: Sequence[LayerReport], axis: Axis) -> list[str]:
-    """Names at the highest ratios, where they do not cover each other."""
+    """Names at the highest ratios, unless they would cover each other."""
     known = [i for i, layer in enumerate(layers) if not math.isnan(layer.ratio)]
     known.sort(key=lambda i: -layers[i].ratio)
     marks = []
@@ -137,7 +137,7 @@ def _anchor(part: float) -> str:
 
 
 def shortened(name: str, most: int) -> str:
-    """A name of at most so many characters, its middle left out if it is longer."""
+    """A name cut to at most ``most`` characters by leaving out its middle."""
     if len(name) <= most:
         return name
     half = (most - 1) // 2
@@ -145,7 +145,7 @@ def shortened(name: str, most: int) -> str:
 
 
 def angle_chart(layer: LayerReport) -> str:
-    """How many pairs have which angle, beside as many pairs of uniform vectors."""
+    """A histogram of pairs by angle, beside as many pairs of uniform vectors."""
     bins = len(layer.angles)
     pairs = sum(layer.angles)
     width = 180.0 / bins
@@ -176,7 +176,7 @@ def _bars(counts: Sequence[int], x: Axis, y: Axis, width: float) -> str:
 
 
 def singular_chart(layer: LayerReport) -> str:
-    """Singular values in falling order, beside the law and its ends for random unit vectors."""
+    """Singular values in descending order, beside the law and its ends for random unit vectors."""
     values = layer.singular_values
     low, high = layer.edges
     x = Axis(0.0, float(len(values)), _LEFT, _RIGHT)
@@ -189,7 +189,7 @@ def singular_chart(layer: LayerReport) -> str:
     for i, expected in zip(drawn, law, strict=True):
         curve.append((x(i + 0.5), y(expected)))
         points.append((x(i + 0.5), y(values[i])))
-    low_label = y(low) + 12  # below the line no value is near: the first values are the largest
+    low_label = y(low) + 12  # no value is near here: the first values are the largest
     if low_label >= _BOTTOM:
         low_label = y(low) - 4
     marks = _grid(y, "singular value")
@@ -208,7 +208,7 @@ def singular_chart(layer: LayerReport) -> str:
 
 
 def sampled(count: int, most: int) -> list[int]:
-    """At most so many of the indices below count, evenly spread, both ends among them."""
+    """At most ``most`` of the indices below ``count``, evenly spread, including both ends."""
     if count <= most:
         return list(range(count))
     return [round(i * (count - 1) / (most - 1)) for i in range(most)]
@@ -217,9 +217,9 @@ def sampled(count: int, most: int) -> list[int]:
 def random_singular_values(
     vectors: float, dimension: int, quantiles: Sequence[float]
 ) -> list[float]:
-    """Quantiles of the singular values other than 0 of random unit vectors.
+    """Quantiles of the nonzero singular values of random unit vectors.
 
-    The law for many vectors of large dimension, by Marchenko and Pastur.
+    They follow the law for many vectors of large dimension, by Marchenko and Pastur.
 
     Args:
         vectors: How many; a mean over groups, so not always a whole number.
@@ -240,7 +240,7 @@ def random_singular_values(
 
 
 def _values(points: list[tuple[float, float]]) -> str:
-    """A line through the singular values, with a dot at each where they are few."""
+    """A line through the singular values, with a dot at each if they are few."""
     dots = ""
     if len(points) <= 40:
         for x, y in points:
@@ -264,7 +264,7 @@ def _axis_name(name: str) -> str:
 
 
 def _key(layer_mark: str) -> list[str]:
-    """What the marks mean, above them: shapes differ, not only colours."""
+    """The legend above the chart: its marks differ in shape, not only in colour."""
     return [
         layer_mark,
         text(170, 12, "this layer"),
@@ -287,7 +287,7 @@ def heat_map_png(cosines: Tensor) -> bytes:
     alphas = bytearray()
     for step in range(-COSINE_STEPS, COSINE_STEPS + 1):
         alphas.append(round(255 * abs(step) / COSINE_STEPS))
-    # Cosines have few repetitions, and this strategy looks for few.
+    # Cosines rarely repeat, and this strategy expects few repetitions.
     compressor = zlib.compressobj(9, strategy=zlib.Z_FILTERED)
     data = compressor.compress(pixels) + compressor.flush()
     return (

@@ -1,4 +1,4 @@
-"""Weights from files, without running what is in them."""
+"""Reads weights from files without running code in them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_hsu.report.unpickle import Opaque, is_torchscript, read_pickle, read_torchscript
 
-_KEYS = (  # where a file has its state dict, in the order they are looked for
+_KEYS = (  # where a file may have its state dict, in the order of the search
     "state_dict",
     "model_state_dict",
     "model",
@@ -24,7 +24,7 @@ _KEYS = (  # where a file has its state dict, in the order they are looked for
     "params",
     "ema",
 )
-_HEADS = (  # modules that come last, whatever order a file has
+_HEADS = (  # modules that come last, whatever the order in the file
     "head",
     "classifier",
     "fc",
@@ -45,8 +45,8 @@ def read_weights(path: str | Path, key: str | None = None) -> dict[str, Tensor]:
     Raises:
         FileNotFoundError: if there is no such file.
         ValueError: if it holds no weights that can be read without running code. Before torch 2.6
-            this also goes for files with other objects beside the weights (hyperparameters that are
-            not numbers or strings).
+            this includes files with other objects beside the weights (hyperparameters that are not
+            numbers or strings).
         ModuleNotFoundError: for .safetensors without that package.
 
     Example:
@@ -72,7 +72,7 @@ def read_weights(path: str | Path, key: str | None = None) -> dict[str, Tensor]:
 
 
 def _check_is_pickle(path: Path) -> None:
-    """Refuse what torch.save cannot have written."""
+    """Refuse a file that torch.save cannot have written."""
     with path.open("rb") as file:
         start = file.read(2)
     if zipfile.is_zipfile(path) or tarfile.is_tarfile(path) or start.startswith(b"\x80"):
@@ -80,7 +80,7 @@ def _check_is_pickle(path: Path) -> None:
     if start == b"PK":  # a zip file without the directory at its end
         raise ValueError(f"{path} is cut short")
     raise ValueError(
-        f"{path} is no file of weights: it is not from torch.save, torch.jit.save or safetensors"
+        f"{path} is not a file of weights: it is not from torch.save, torch.jit.save or safetensors"
     )
 
 
@@ -121,7 +121,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except Exception as error:  # of that package's own types
-        raise ValueError(f"{path} is no .safetensors file that can be read: {error}") from error
+        raise ValueError(f"{path} is not a .safetensors file that can be read: {error}") from error
 
 
 def _in_order(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -130,7 +130,7 @@ def _in_order(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _position(name: str) -> tuple[bool, list[tuple[int, str]]]:
-    """What names are sorted by: whether it is in a head, then its texts and numbers in turn."""
+    """The sorting key of a name: whether it is in a head, then its texts and numbers in turn."""
     outer_modules = name.split(".")[:-1][:2]
     in_head = not set(_HEADS).isdisjoint(outer_modules)
     parts = []
@@ -143,7 +143,7 @@ def _position(name: str) -> tuple[bool, list[tuple[int, str]]]:
 
 
 def _printable(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors under names that do nothing to a terminal."""
+    """The tensors under names that are safe to print in a terminal."""
     found = {}
     for name, x in tensors.items():
         shown = printable(name)
@@ -187,9 +187,9 @@ def _state_dict(found: Any, path: Path, key: str | None) -> dict[str, Tensor]:
 
 
 def _state_dicts(found: Any) -> dict[str, Any]:
-    """The state dicts in what a file holds, by their path; "" is the whole."""
+    """The state dicts in what a file holds, by their path; "" stands for all that it holds."""
     inside = _inside(found, depth=1)
-    # Beside a state dict with one of the usual names, a matrix is something else, such as the
+    # A matrix beside a state dict with one of the usual names is something else, such as the
     # weights of classes.
     if _is_state_dict(found) and set(_KEYS).isdisjoint(inside):
         return {"": found}
@@ -199,9 +199,9 @@ def _state_dicts(found: Any) -> dict[str, Any]:
 
 
 def _inside(found: Any, above: str = "", *, depth: int) -> dict[str, Any]:
-    """The state dicts within mappings, nested at most so deeply, by their path.
+    """The state dicts within mappings, nested at most ``depth`` deep, by their path.
 
-    Names that are no strings are passed over: an optimizer's state has numbers for names.
+    Names that are not strings are passed over: an optimizer's state has numbers for names.
     """
     held: dict[str, Any] = {}
     if depth == 0 or not isinstance(found, Mapping):
@@ -217,7 +217,7 @@ def _inside(found: Any, above: str = "", *, depth: int) -> dict[str, Any]:
 
 
 def _at(found: Any, key: str) -> Any:
-    """What nested mappings hold under a key, or a path of keys with dots; None if nothing."""
+    """What nested mappings hold under a key or a dotted path of keys; None if nothing."""
     if not isinstance(found, Mapping):
         return None
     if key in found:
@@ -240,7 +240,7 @@ def _tensors(found: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def _contents(found: Any, held: Mapping[str, Any]) -> str:
-    """What a file holds, for an error."""
+    """What a file holds, for an error message."""
     if isinstance(found, Opaque):
         return "it holds one object, such as a whole model: save its state_dict() instead"
     if not isinstance(found, Mapping):

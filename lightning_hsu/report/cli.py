@@ -50,13 +50,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _BROKEN
     except KeyboardInterrupt:
         return _INTERRUPTED
-    except Exception:  # a fault of this program must not look like a failed --fail-above
+    except Exception:  # a bug in this program must not look like a failed --fail-above
         traceback.print_exc()
         return _BROKEN
 
 
 def _complain(message: str) -> None:
-    """Print an error, which may quote a file, without control characters."""
+    """Print an error without control characters, since it may quote a file."""
     lines = [printable(line) for line in message.split("\n")]
     print("lightning-hsu: " + "\n".join(lines), file=sys.stderr)
 
@@ -68,8 +68,8 @@ def parse_measure(text: str) -> Measure:
         text: Such as ``KoLeo`` or ``RieszEnergy(s=1, half_space=True)``.
 
     Raises:
-        ValueError: for anything else than a measure of this library with plain numbers, strings and
-            flags.
+        ValueError: for anything other than a measure of this library with plain numbers, strings
+            and flags.
 
     Example:
         >>> parse_measure("KoLeo"), parse_measure("GaussianPotential(t=3)")
@@ -94,7 +94,7 @@ def _measure_of(expression: ast.expr) -> Measure:
             settings[str(keyword.arg)] = ast.literal_eval(keyword.value)
     kinds = _measures()
     if not isinstance(name, ast.Name) or name.id not in kinds:
-        raise ValueError(f"it is no measure with settings by name; there are {', '.join(kinds)}")
+        raise ValueError(f"it is not a measure with settings by name; there are {', '.join(kinds)}")
     return kinds[name.id](**settings)
 
 
@@ -102,7 +102,7 @@ def _measures() -> dict[str, Callable[..., Measure]]:
     """The measures that can be made from plain settings, by name."""
     found = {}
     for name in measures.__all__:
-        if name == "State":  # no class: the type of a measure's state
+        if name == "State":  # not a class, but the type of a measure's state
             continue
         kind = getattr(measures, name)
         if issubclass(kind, Measure) and not inspect.isabstract(kind):
@@ -133,7 +133,7 @@ def _parser() -> argparse.ArgumentParser:
         "--fail-above",
         metavar="RATIO",
         type=_limit,
-        help="exit with 1 if a layer's ratio is above this, or if a layer has none",
+        help="exit with 1 if a layer's ratio is above this, or if a layer has no ratio",
     )
     one.set_defaults(run=_report)
     two = commands.add_parser("compare", help="show what moved between two checkpoints")
@@ -174,7 +174,7 @@ def _add_common(command: argparse.ArgumentParser) -> None:
         metavar="COSINE",
         type=float,
         default=0.95,
-        help="cosine from which two neurons are near-duplicates; by default 0.95",
+        help="cosine at or above which two neurons are near-duplicates; by default 0.95",
     )
 
 
@@ -262,7 +262,7 @@ def _compare(given: argparse.Namespace) -> int:
 
 
 def _check_writable(*paths: str | None, keep: Sequence[str]) -> None:
-    """Refuse, before the work, files that cannot be written after it, and those that are read."""
+    """Refuse, before the work, output files that cannot be written or are also read."""
     for name in paths:
         if not name:
             continue
@@ -285,9 +285,9 @@ def _write_json(found: Report | Comparison, path: str | None) -> None:
 
 @contextmanager
 def _progress() -> Iterator[Progress | None]:
-    """A progress bar of rich in a terminal, gone when the work is done.
+    """A progress bar of rich in a terminal, removed when the work is done.
 
-    It shows the time, too: within a large layer the bar may stand still.
+    It also shows the time, since the bar may stand still within a large layer.
     """
     try:
         from rich.console import Console

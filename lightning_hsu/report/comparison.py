@@ -52,8 +52,8 @@ def compare(
     """Compare two networks, or one network at two times, layer by layer.
 
     Layers are matched by name, and neurons by index. Both are measured in the same space: a layer
-    that both networks have counts as the class head only if it is the head of both. The last layer
-    of a network without its head, for example, is none.
+    that both networks have counts as the class head only if it is the head of both. So the last
+    layer of a network stored without its head, for example, does not count as one.
 
     Args:
         before: The first network: a model, a state dict or a file.
@@ -62,7 +62,7 @@ def compare(
         include: Patterns of layer names to take, shell style; None takes all.
         exclude: Patterns of layer names to leave out.
         head: The class head: "auto" is the last Linear, a name is that layer, None is no head.
-        similar_above: Cosine from which two neurons are near-duplicates, in (0, 1).
+        similar_above: Cosine at or above which two neurons are near-duplicates, in (0, 1).
         key: Where in a file the state dict is; None finds it.
         progress: Called with the layer's name and the fraction of the work that is done.
 
@@ -95,7 +95,7 @@ def compare(
 
 
 def _half(progress: Progress | None, i: int) -> Progress | None:
-    """What the i-th of two reports calls, so that both together go from 0 to 1."""
+    """The progress function of the i-th of two reports, which together go from 0 to 1."""
     if progress is None:
         return None
 
@@ -106,7 +106,7 @@ def _half(progress: Progress | None, i: int) -> Progress | None:
 
 
 def _in_space_of(found: Found, other: Found) -> Found:
-    """The neurons of a network, in the same space as the layers of the same name in another."""
+    """The neurons of a network, in the same space as layers of the same name in another network."""
     others = {target.name: target for target in other.targets}
     targets = []
     for target in found.targets:
@@ -147,7 +147,7 @@ def _names(found: Report) -> list[str]:
 
 @torch.no_grad()
 def _moved(before: Tensor, after: Tensor) -> float:
-    """Median angle in degrees between neurons of the same index in (groups, n, d) and the same."""
+    """Median angle in degrees between neurons of the same index, both sets (groups, n, d)."""
     if before.shape != after.shape:
         return math.nan
     x, x_inverse = unit_rows(with_float64(before.cpu()).double())

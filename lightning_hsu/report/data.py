@@ -1,4 +1,4 @@
-"""What a report holds: plain data, apart from how it is found and how it is shown."""
+"""The data of a report, separate from how it is found and how it is shown."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from lightning_hsu.measures import Measure
 _MARGIN = 0.02  # of a ratio around 1
 
 HEAT_MAP_SIZE = 128
-"""Neurons that a heat map shows at most."""
+"""The most neurons that a heat map shows."""
 
 
 class SimilarPair(NamedTuple):
     """Two neurons that are nearly the same.
 
     Args:
-        group: Their group; 0 where the layer has only one.
+        group: Their group; 0 if the layer has only one.
         first: Index of the first neuron within the group.
         second: Index of the second.
-        angle: Angle between them in degrees; near 180 where only their lines are the same.
+        angle: Angle between them in degrees; near 180 if only their lines are the same.
     """
 
     group: int
@@ -41,7 +41,7 @@ class SimilarPair(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class LayerReport:
-    """What a report knows of one layer.
+    """What a report says about one layer.
 
     Args:
         uniformity: Its numbers.
@@ -54,12 +54,12 @@ class LayerReport:
         dead_rows: Indices group * n + row of the first hundred dead neurons.
         angles: Number of pairs by angle, in 90 equal bins of [0, 180] degrees.
         singular_values: Singular values of the unit neurons (n, d), of all groups together, in
-            falling order; empty where n and d are both above 4096.
+            descending order; empty if n and d are both above 4096.
         live: Live neurons per group, on average.
         shown: Neurons in the heat map, by index within their group: those closest to another one,
             each followed by the most similar neuron that is left.
         cosines: Cosines between the shown neurons, float32 (m, m).
-        finding: All of it in words.
+        finding: The result in words.
     """
 
     uniformity: LayerUniformity
@@ -89,7 +89,7 @@ class LayerReport:
 
     @property
     def ratio(self) -> float:
-        """Energy over that of random neurons; NaN where it is not defined."""
+        """Energy over that of random neurons; NaN if it is not defined."""
         return self.uniformity.ratio
 
     @property
@@ -104,7 +104,7 @@ class LayerReport:
 
     @property
     def as_random(self) -> bool:
-        """Whether random neurons may well have such a ratio, in however few dimensions."""
+        """Whether the finding is "as random": random neurons may well have such a ratio."""
         return self.finding.startswith("as random")
 
     @property
@@ -114,9 +114,9 @@ class LayerReport:
 
     @property
     def edges(self) -> tuple[float, float]:
-        """Least and largest singular value of as many random unit vectors.
+        """Smallest and largest singular value of as many random unit vectors.
 
-        The limits for large n and d, by Marchenko and Pastur.
+        These are the limits for large n and d, by Marchenko and Pastur.
         """
         root = math.sqrt(self.live / self.uniformity.dimension)
         return abs(1.0 - root), 1.0 + root
@@ -140,7 +140,7 @@ class JsonData(ABC):
 
 @dataclass(frozen=True, eq=False)
 class ReportData(JsonData):
-    """The fields of a report; :class:`Report` says what they are."""
+    """The fields of a report; :class:`Report` describes them."""
 
     source: str
     measure: Measure
@@ -150,11 +150,11 @@ class ReportData(JsonData):
 
     @property
     def worst_ratio(self) -> float:
-        """The highest ratio of a layer, infinite where one is; NaN if no layer has a ratio."""
+        """The highest ratio of a layer, which may be infinite; NaN if no layer has a ratio."""
         return max(known_ratios(self.layers), default=math.nan)
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it but the heat maps, as lists, numbers, strings and None (for NaN)."""
+        """All of it except the heat maps, as lists, numbers, strings and None (for NaN)."""
         return {
             "source": self.source,
             "measure": repr(self.measure),
@@ -170,9 +170,8 @@ class LayerComparison:
 
     Args:
         before: The earlier report on it.
-        after: The later one.
-        moved: Median angle between a neuron before and after, in degrees; NaN where the shapes
-            differ.
+        after: The later report on it.
+        moved: Median angle between a neuron before and after, in degrees; NaN if the shapes differ.
     """
 
     before: LayerReport
@@ -182,7 +181,7 @@ class LayerComparison:
 
 @dataclass(frozen=True, eq=False)
 class ComparisonData(JsonData):
-    """The fields of a comparison; :class:`Comparison` says what they are."""
+    """The fields of a comparison; :class:`Comparison` describes them."""
 
     before: ReportData
     after: ReportData

@@ -33,7 +33,7 @@ _COLUMNS = (  # heading and classes; minor ones are left out on a phone
     ("dead", "number"),
     ("finding", "minor"),
 )
-_LISTED = 20  # pairs, and dead neurons, of a layer
+_LISTED = 20  # pairs and dead neurons that are listed for a layer
 
 
 def report_page(found: ReportData) -> str:
@@ -198,7 +198,7 @@ def _worst(found: ReportData) -> int:
     worst = 0
     highest = -math.inf
     for i, layer in enumerate(found.layers):
-        if layer.ratio > highest:  # never true of NaN
+        if layer.ratio > highest:  # never true for NaN
             worst = i
             highest = layer.ratio
     return worst

@@ -1,4 +1,4 @@
-"""Axes of charts, and the few marks of SVG that charts are made of."""
+"""Axes of charts, and the few SVG elements that charts are made of."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Axis:
         high: The value at ``stop``.
         start: Place of the lowest value.
         stop: Place of the highest value.
-        kind: "linear", "log", or "log1p", which is close to log and has a place for 0.
+        kind: "linear", "log", or "log1p", which is nearly logarithmic and has a place for 0.
     """
 
     low: float
@@ -67,7 +67,7 @@ def _decades(low: float, high: float, steps: Sequence[float] = (1.0,)) -> list[f
 
 
 def _thinned(values: list[float], most: int) -> list[float]:
-    """At most so many of the values, evenly spread, the first among them."""
+    """At most ``most`` of the values, evenly spread, including the first."""
     if not values:
         return []
     return values[:: math.ceil(len(values) / most)]
@@ -86,7 +86,7 @@ def _round_steps(low: float, high: float, most: int) -> list[float]:
 
 
 def short(value: float) -> str:
-    """A number as the label of a tick."""
+    """A number as a short label for a tick."""
     if abs(value) >= 1e6:
         return f"{value / 1e6:,.4g}M"
     if abs(value) >= 1e4:
@@ -108,13 +108,13 @@ def text(x: float | str, y: float, content: str, *, end: str = "start", kind: st
 
 
 def line(x1: float | str, y1: float, x2: float | str, y2: float, kind: str) -> str:
-    """A line of a kind, which is its CSS class."""
+    """A line; ``kind`` is its CSS class."""
     ends = f'x1="{place(x1)}" y1="{place(y1)}" x2="{place(x2)}" y2="{place(y2)}"'
     return f'<line {ends} class="{kind}"/>'
 
 
 def circle(x: str, y: float, radius: float, kind: str) -> str:
-    """A disc of a kind."""
+    """A disc; ``kind`` is its CSS class."""
     return f'<circle cx="{x}" cy="{place(y)}" r="{radius}" class="{kind}"/>'
 
 
@@ -125,7 +125,7 @@ def path(points: list[tuple[float, float]], kind: str) -> str:
 
 
 def figure(name: str, size: tuple[int, int], marks: list[str]) -> str:
-    """A chart that grows with its box; its name is there for those who cannot see it."""
+    """A chart that scales with its box; its name is for those who cannot see it."""
     label = escape(name)
     width, height = size
     return (

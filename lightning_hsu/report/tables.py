@@ -1,4 +1,4 @@
-"""Tables for a terminal: in colours where rich is installed, else plain."""
+"""Tables for a terminal: in colour if rich is installed, otherwise plain."""
 
 from __future__ import annotations
 
@@ -76,11 +76,11 @@ class Table:
     below: list[str]
 
     def with_heading(self) -> list[tuple[str, ...]]:
-        """The rows, and above them the heading."""
+        """The rows with the heading above them."""
         return [tuple(column.heading for column in self.columns), *self.rows]
 
     def width(self) -> int:
-        """How wide the table is, with two spaces for each column."""
+        """The width of the table, with two spaces for each column."""
         return sum(column_widths(self.with_heading())) + 2 * len(self.columns)
 
     def narrow(self) -> Table:
@@ -156,14 +156,14 @@ def _report_row(layer: LayerReport, mixed: bool) -> tuple[str, ...]:
 
 
 def _name(layer: LayerReport, mixed: bool) -> str:
-    """The name of a layer, with a star where it is measured in full space unlike others."""
+    """The name of a layer, with a star if it is measured in full space, unlike others."""
     if mixed and layer.full_space:
         return f"{layer.name} *"
     return layer.name
 
 
 def skipped_lines(skips: Sequence[Skip]) -> list[str]:
-    """What was left out, and why; what the caller's patterns leave out is only counted."""
+    """What was left out, and why; what the caller's patterns left out is only counted."""
     if not skips:
         return []
     lines = [f"not measured ({len(skips)}):"]
@@ -213,7 +213,7 @@ def comparison_table(found: ComparisonData) -> Table:
 
 
 def _only_one_has(when: str, only: Sequence[str], one: ReportData, other: ReportData) -> list[str]:
-    """Lines on layers that only one of two networks has, and on its weights that are left out."""
+    """Lines about the layers that only one of two networks has, and its skipped weights."""
     skipped_there = {skip.name for skip in other.skips}  # the other has these, but not measured
     names = [name for name in only if name not in skipped_there]
     lines = []
@@ -241,21 +241,21 @@ def _comparison_row(one: LayerComparison, mixed: bool) -> tuple[str, ...]:
 
 
 def change(before: str, after: str) -> str:
-    """Two cells as one, or the one where they are the same."""
+    """Two cells as one text; a single one if they are the same."""
     if before == after:
         return before
     return f"{before} -> {after}"
 
 
 def plain(table: Table) -> str:
-    """The table in plain text, as wide as it is."""
+    """The table in plain text, at its full width."""
     right = [i for i, column in enumerate(table.columns) if column.right]
     lines = table_lines(table.with_heading(), right=right)
     return "\n".join([*lines, *table.below])
 
 
 def show(table: Table) -> None:
-    """Print a table: by rich in a terminal, fitted to it and in colours; else plain."""
+    """Print a table: in a terminal with rich, in colour and fitted to its width; else plain."""
     try:
         from rich.console import Console
     except ModuleNotFoundError:
@@ -293,7 +293,7 @@ def _show_rich(table: Table, console: Console) -> None:
 
 
 def _style(cell: str) -> str:
-    """The colour of a finding: dim if as random, yellow if pairs, dead or infinite neurons."""
+    """The style of a finding: dim if as random, yellow for pairs, dead or infinite neurons."""
     if cell.startswith("as random") and "," not in cell:
         return "dim"
     if "near-duplicate" in cell or cell.endswith((" dead", "infinite")):

@@ -38,15 +38,16 @@ _CANNOT_FILL = re.compile(r"but got <class '[\w.]*\b(Opaque\d+)'>")  # torch's e
 
 
 def read_pickle(path: Path) -> Any:
-    """Read a file of torch.save: tensors and plain values only, all other objects left empty.
+    """Read a file of torch.save: tensors and plain values only; all other objects stay empty.
 
     No code of those objects is run.
 
     Raises:
         ValueError: if the file cannot be read that way.
     """
-    # torch's reader fills nothing but its own lists and mappings. It names a class that it cannot
-    # fill: this then stands for a list or a mapping, and the file is read again.
+    # torch's reader fills only its own lists and mappings. Its error names a class that it cannot
+    # fill. The stand-in for this class then becomes a list or a mapping, and the reader starts
+    # again.
     bases: dict[str, type] = {}
     while True:
         try:
@@ -68,26 +69,26 @@ def read_pickle(path: Path) -> Any:
 
 
 def _reason(message: str) -> str:
-    """What torch says, without its advice."""
+    """The reason in torch's error, without its advice."""
     text = re.split(r"WeightsUnpickler error:|from a trusted source\.", message)[-1]
     text = text.partition("Check the documentation")[0]
     return re.sub(r"\s+", " ", text)[:300].strip()
 
 
 def _stand_ins(path: Path, bases: Mapping[str, type]) -> AbstractContextManager[Any]:
-    """While a file is read, stand-ins for the classes in it that torch does not know.
+    """A context with stand-ins for the classes in a file that torch does not know.
 
-    These are hyperparameters or states of callbacks, for example.
+    Such classes are those of hyperparameters or states of callbacks, for example.
 
     Args:
         path: The file.
-        bases: Base classes of stand-ins that are not :class:`Opaque`; that of the n-th unknown
-            class is named Opaque<n>.
+        bases: Base classes of the stand-ins whose base is not :class:`Opaque`, by the name of the
+            stand-in: Opaque<n> for the n-th unknown class.
     """
     find = getattr(torch.serialization, "get_unsafe_globals_in_checkpoint", None)  # torch >= 2.6
     if find is None or not zipfile.is_zipfile(path):
         return nullcontext()
-    classes: list[Any] = []  # pairs of a stand-in and the name it is found by
+    classes: list[Any] = []  # pairs of a stand-in and the name that it stands for
     for i, unknown in enumerate(sorted(find(path))):
         stand_in = _BUILTINS.get(unknown)
         if stand_in is None:
@@ -119,14 +120,14 @@ class _OpaqueMapping:
 
 
 class _OpaqueList:
-    """Stands for what is filled like a list."""
+    """Stands for an object that is filled like a list."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         return []
 
 
 def is_torchscript(path: Path) -> bool:
-    """Whether torch takes a file for TorchScript, by the test that torch.load makes."""
+    """Whether torch takes a file for TorchScript, by the same test as torch.load."""
     try:
         return "constants.pkl" in torch._C.PyTorchFileReader(str(path)).get_all_records()
     except RuntimeError:
@@ -136,7 +137,7 @@ def is_torchscript(path: Path) -> bool:
 def read_torchscript(path: Path) -> dict[str, Tensor]:
     """All tensors that the modules in a TorchScript file hold, by name.
 
-    They are read from its pickle: torch's own loader would run code that is stored beside it.
+    They are read from its pickle, since torch's own loader would run code stored in the file.
 
     Raises:
         ValueError: if the file cannot be read that way.
@@ -146,11 +147,11 @@ def read_torchscript(path: Path) -> dict[str, Tensor]:
             module = _TorchScriptReader(archive).load()
         return dict(_tensors(module))
     except Exception as error:  # of any type that a broken file can cause in the reader
-        raise ValueError(f"{path} is no TorchScript that can be read: {error}") from error
+        raise ValueError(f"{path} is not a TorchScript file that can be read: {error}") from error
 
 
 def _tensors(found: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Tensors of an object and, recursively, of the objects it has as attributes."""
+    """Tensors of an object and, recursively, of the objects in its attributes."""
     if isinstance(found, Tensor):
         yield name, found
     elif isinstance(found, _Attributes):
