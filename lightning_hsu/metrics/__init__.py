@@ -1,4 +1,4 @@
-"""Uniformity as torchmetrics: of a model's neurons and of embeddings, by any measure."""
+"""Uniformity as torchmetrics, for a model's neurons and for embeddings, by any measure."""
 
 from lightning_hsu.metrics.features import FeatureUniformity
 from lightning_hsu.metrics.weights import WeightUniformity

@@ -1,4 +1,4 @@
-"""What both metrics share: measure and quantity, which way is better, plots, checkpoints."""
+"""What both metrics share: measure and quantity, which direction is better, plots, checkpoints."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class UniformityMetric(Metric):
     Args:
         measure: How to measure.
         quantity: Which number to compute.
-        kwargs: Those of every torchmetrics metric.
+        kwargs: The keyword arguments of every torchmetrics metric.
 
     Raises:
         TypeError: if ``measure`` is not a measure.
@@ -46,21 +46,21 @@ class UniformityMetric(Metric):
 
     @property
     def higher_is_better(self) -> bool:  # type: ignore[override]
-        """Whether a larger value is a more uniform one."""
+        """Whether a larger value means more uniform."""
         if self.quantity == "energy":
             return self.measure.higher_is_better
         return self.quantity in ("score", "min_angle")
 
     @property
     def plot_lower_bound(self) -> float | None:  # type: ignore[override]
-        """0 for angles, the worst value; None for other quantities: theirs depends on n and d."""
+        """0 for angles, the worst value; None for other quantities, which depend on n and d."""
         if self.quantity == "min_angle":
             return 0.0
         return None
 
     @property
     def plot_upper_bound(self) -> float | None:  # type: ignore[override]
-        """1 for a score, the best value there can be."""
+        """1 for a score, the best possible value."""
         if self.quantity == "score":
             return 1.0
         return None
@@ -71,11 +71,11 @@ class UniformityMetric(Metric):
         Ratios are plotted with a dotted line at 1, the ratio of random vectors.
 
         Args:
-            val: What ``compute`` or ``forward`` returned, or a list of that; None computes it now.
+            val: What ``compute`` or ``forward`` returned, or a list of such; None computes it now.
             ax: Matplotlib axes to draw on; None makes a figure.
 
         Returns:
-            The figure, None where ``ax`` is given, and the axes.
+            The figure (None if ``ax`` is given) and the axes.
 
         Raises:
             ModuleNotFoundError: if matplotlib is not installed.
@@ -101,7 +101,7 @@ class UniformityMetric(Metric):
         return state
 
     def _add_settings(self, *settings: object) -> None:
-        """Add a state that keeps MetricCollection from sharing states of other settings."""
+        """Add a state that keeps MetricCollection from sharing states across settings."""
         self.add_state("settings", encoded(settings), "max")
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
@@ -118,26 +118,26 @@ class UniformityMetric(Metric):
 
 
 def encoded(value: object) -> Tensor:
-    """A value as JSON in bytes, uint8: ranks and checkpoints exchange tensors only."""
+    """A value as bytes of JSON, uint8, since ranks and checkpoints only exchange tensors."""
     return torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8)
 
 
 def decoded(stored: Tensor) -> Any:
-    """The value that was :func:`encoded`; None from no bytes."""
+    """The value that was :func:`encoded`; None if there are no bytes."""
     if stored.numel() == 0:
         return None
     return json.loads(bytes(stored.tolist()))
 
 
 def parts_of(state: Tensor | list[Tensor]) -> list[Tensor]:
-    """A list state as a list: it is one tensor after ranks were joined."""
+    """A list state as a list, even after joining ranks has made it one tensor."""
     if isinstance(state, Tensor):
         return [state]
     return state
 
 
 def nonempty(parts: list[Tensor]) -> list[Tensor]:
-    """The parts that hold anything, all on the device of the first."""
+    """The parts that are not empty, all on the device of the first."""
     found: list[Tensor] = []
     for part in parts:
         if part.numel() > 0:

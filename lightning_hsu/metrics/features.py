@@ -31,26 +31,26 @@ _DEFAULT_MEASURE = GaussianPotential(t=2.0)
 class FeatureUniformity(UniformityMetric):
     r"""Uniformity of embeddings on the sphere, over all batches and ranks.
 
-    The quantity of all rows at once, not a mean over batches. With the default measure and
+    It is the quantity of all rows together, not a mean over batches. With the default measure and
     ``quantity="penalty"`` it is the uniformity of Wang & Isola, over the pairs of rows x, y of
     length 1::
 
         log mean exp(-2 |x - y|**2)
 
     A uniform sample of ``capacity`` rows stands for all: row i gets a pseudo-random priority, a
-    hash of (seed, i), and the rows with the smallest are kept. On rank r of R row i is its row
-    number ``(i - r) / R``, the order of a DistributedSampler without shuffling. So all ranks
-    together keep, and compute, exactly what one process would. Rows that the sampler repeats to
-    give all ranks as many count as duplicates. Memory is about ``2 * capacity * d`` floats and a
-    batch.
+    hash of (seed, i), and the rows with the smallest priorities are kept. On rank r of R ranks, row
+    i is the rank's own row number ``(i - r) / R``, the order of a DistributedSampler without
+    shuffling. So all ranks together keep, and compute, exactly what one process would. Rows that
+    the sampler repeats to give all ranks the same number count as duplicates. Memory is about
+    ``2 * capacity * d`` floats plus a batch.
 
-    Rows are normalised, whatever their length, and kept in float32, float64 ones too. Zero and
-    non-finite rows fill places of the sample but take no part. With fewer than two others the
-    ratio, the score and the smallest angle are NaN, the penalty is 0 and the energy is the one of
-    penalty 0: 0, for a GaussianPotential 1. Duplicates count as often as they come. Energies of
-    more than 16384 rows are estimated (:class:`~lightning_hsu.measures.Sampled`). For measures
-    whose random level is simulated, ratio and score take several times the work of the energy, once
-    for each number of rows.
+    Rows of any length are normalised and kept in float32, even float64 ones. Zero and non-finite
+    rows fill places of the sample but take no part. With fewer than two other rows the ratio, the
+    score and the smallest angle are NaN, the penalty is 0 and the energy is that of penalty 0: 0,
+    or 1 for a GaussianPotential. Duplicates count as often as they occur. Energies of more than
+    16384 rows are estimated (:class:`~lightning_hsu.measures.Sampled`). For measures whose random
+    level is simulated, ratio and score take several times the work of the energy, once for each
+    number of rows.
 
     Args:
         measure: How to measure; None is ``GaussianPotential(t=2)``.
@@ -124,7 +124,7 @@ class FeatureUniformity(UniformityMetric):
         self._add(unit.float())
 
     def compute(self) -> Tensor:
-        """The quantity of the rows that are kept, on all ranks together."""
+        """The quantity of the rows that all ranks together keep."""
         rows, _ = self._kept()
         live = rows.any(-1)
         return quantity_of(self.measure, self.quantity, rows[live]).to(self.device)
@@ -169,7 +169,7 @@ class FeatureUniformity(UniformityMetric):
         self._update_count += 1
 
     def _check(self, x: Tensor) -> None:
-        """Refuse what cannot be embeddings, or those of another dimension than before."""
+        """Refuse what cannot be embeddings, or embeddings of another dimension than before."""
         if not isinstance(x, Tensor):
             raise TypeError(
                 "embeddings must be a floating-point tensor of shape (..., d); "
@@ -194,7 +194,7 @@ class FeatureUniformity(UniformityMetric):
             )
 
     def _add(self, rows: Tensor) -> None:
-        """Count unit rows (N, d) and keep those that the sample has a place for."""
+        """Count unit rows (N, d) and keep those that belong to the sample."""
         rank, ranks = self._rank()
         index = rank + ranks * (self.seen + torch.arange(len(rows), device=rows.device))
         priorities = index  # without a limit: rows of all ranks end in the order of one process
@@ -207,7 +207,7 @@ class FeatureUniformity(UniformityMetric):
         self._shrink()
 
     def _shrink(self) -> None:
-        """Drop rows when there are twice as many as the sample keeps."""
+        """Drop rows once there are more than twice as many as the sample keeps."""
         if self.capacity is not None and sum(map(len, self.rows)) > 2 * self.capacity:
             rows, priorities = self._kept()
             self.rows = [rows]
@@ -221,7 +221,7 @@ class FeatureUniformity(UniformityMetric):
         return rows[order], priorities[order]
 
     def _rank(self) -> tuple[int, int]:
-        """This process's rank among those that share the metric, and their number."""
+        """This process's rank among those that share the metric, and how many there are."""
         available = distributed.is_available() and distributed.is_initialized()
         if not available or not self.distributed_available_fn():
             return 0, 1
@@ -233,8 +233,8 @@ class FeatureUniformity(UniformityMetric):
     ) -> None:
         """Join the samples of all ranks.
 
-        A rank without rows must give each gathering a tensor of the right type, too. No public hook
-        of torchmetrics runs between saving the rank's own state and gathering it.
+        A rank without rows must also pass a tensor of the right type to each gathering. No public
+        hook of torchmetrics runs between saving the rank's own state and gathering it.
         """
         rows, priorities = self._kept()
         self.rows = [rows.to(self.device, torch.float32)]
@@ -246,7 +246,7 @@ class _Sample(NamedTuple):
     """The rows that a metric holds.
 
     Args:
-        rows: Rows (n, d), in the order they came if none was dropped.
+        rows: Rows (n, d), in order of arrival if none was dropped.
         priorities: Their priorities (n,), int64.
         seen: How many rows the metric has seen, a scalar.
     """
@@ -268,7 +268,7 @@ class _Sample(NamedTuple):
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
-    """Rows or priorities of batches or ranks, those without any left out."""
+    """Rows or priorities of batches or ranks, joined; empty ones are left out."""
     known = nonempty(parts)
     if not known:
         return parts[0] if parts else torch.zeros(0, 0)
@@ -280,7 +280,7 @@ def _joined(parts: list[Tensor]) -> Tensor:
 
 @torch.no_grad()
 def quantity_of(measure: Measure, quantity: Quantity, x: Tensor) -> Tensor:
-    """A quantity of live unit rows x (n, d), a float32 scalar; only what it needs is computed."""
+    """A quantity of live unit rows x (n, d), a float32 scalar, computing only what it needs."""
     n, d = x.shape
     if n < 2:
         return _quantity_of_few(measure, quantity)

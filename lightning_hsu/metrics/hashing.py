@@ -1,4 +1,4 @@
-"""Pseudo-random numbers by a counter: the same on every device and rank, in any order."""
+"""Pseudo-random numbers from a counter: the same on every device and rank, in any order."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _GOLDEN, _FIRST, _SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133
 def hashed(index: Tensor, seed: int) -> Tensor:
     """Mix (seed, index) to 64 bits by SplitMix64.
 
-    For one seed this is one to one, so that no two indices tie.
+    For a fixed seed this is one-to-one, so that no two indices tie.
 
     Args:
         index: Counters, int64, any shape.
@@ -35,12 +35,12 @@ def hashed(index: Tensor, seed: int) -> Tensor:
 
 
 def _shifted(z: Tensor, bits: int) -> Tensor:
-    """Shift int64 to the right and bring in zeros; ``>>`` alone brings in the sign."""
+    """Shift int64 to the right and fill with zeros; ``>>`` alone fills with the sign bit."""
     return (z >> bits) & ((1 << (64 - bits)) - 1)
 
 
 def _mixed(seed: int) -> int:
-    """Mix a seed in the same way: 0 stays 0, and neighbouring seeds end far apart."""
+    """Mix a seed in the same way: 0 stays 0, and neighbouring seeds end up far apart."""
     z = seed
     z = (z ^ (z >> 30)) * _FIRST % 2**64
     z = (z ^ (z >> 27)) * _SECOND % 2**64

@@ -33,15 +33,15 @@ from lightning_hsu.regularizer import UniformityRegularizer
 class WeightUniformity(UniformityMetric):
     r"""Uniformity of the neurons of a model's layers, as the callback's monitor measures them.
 
-    The mean over updates of one quantity of each layer, then the mean or the largest over layers.
-    With the defaults this is the callback's ``hsu/ratio_mean``::
+    It takes the mean over updates of one quantity of each layer, then the mean or the largest over
+    layers. With the defaults this is the callback's ``hsu/ratio_mean``::
 
         mean over layers of  energy(neurons) / energy(random neurons of the same n and d)
 
-    Layers where it is not defined, such as the ratio with fewer than two live neurons, are left
-    out; NaN if all are. If one is infinite, such as the energy of duplicates with a large s, the
-    whole is infinite. Ranks that hold the same weights get what one process gets; where they share
-    the weights, all must call ``update``.
+    Layers where the quantity is not defined, such as the ratio with fewer than two live neurons,
+    are left out; the result is NaN if all are. If one is infinite, such as the energy of duplicates
+    with a large s, the result is infinite. Ranks that hold the same weights get the same result as
+    one process; if the weights are sharded over ranks, all must call ``update``.
 
     Args:
         measure: How to measure; None is the half-space Riesz energy with s = 2. The head is
@@ -109,9 +109,9 @@ class WeightUniformity(UniformityMetric):
         """Measure the layers as they are now.
 
         Args:
-            model: A module, also as DDP, FSDP or Fabric wrap it, or a state dict, whose layers are
-                guessed by names and shapes: there groups of convolutions are not known, and
-                embeddings are layers by name.
+            model: A module, possibly wrapped by DDP, FSDP or Fabric, or a state dict, whose layers
+                are guessed from names and shapes: groups of convolutions are not known there, and
+                embeddings are recognised by name.
         """
         found = self._measured(model)
         names = []
@@ -129,7 +129,7 @@ class WeightUniformity(UniformityMetric):
         )
 
     def compute(self) -> Tensor | dict[str, Tensor]:
-        """The mean over updates, over layers as ``reduction`` says.
+        """The mean over updates, reduced over layers as ``reduction`` says.
 
         NaN, or an empty dict, before any update.
         """
@@ -146,7 +146,7 @@ class WeightUniformity(UniformityMetric):
         return defined.amax()
 
     def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
-        """Add the updates that another metric of the same settings has seen.
+        """Add the updates that another metric with the same settings has seen.
 
         Args:
             incoming_state: The other metric, or its ``metric_state``.
@@ -182,8 +182,8 @@ class WeightUniformity(UniformityMetric):
     ) -> None:
         """Join the updates of all ranks.
 
-        A rank without an update must give each gathering a tensor of the right type, too. No public
-        hook of torchmetrics runs between saving the rank's own state and gathering it.
+        A rank without an update must also pass a tensor of the right type to each gathering. No
+        public hook of torchmetrics runs between saving the rank's own state and gathering it.
         """
         self.layers = [_agreed(parts_of(self.layers)).to(self.device)]
         self.means = [_pooled(parts_of(self.means)).to(self.device)]
@@ -198,7 +198,7 @@ class WeightUniformity(UniformityMetric):
         self._computed = None
 
     def _pool(self, layers: list[Tensor], means: list[Tensor]) -> None:
-        """Keep states of several updates as those of one."""
+        """Merge the states of several updates into one."""
         self.layers = [_agreed(layers)]
         self.means = [_pooled(means)]
 
