@@ -1,4 +1,4 @@
-"""What the published formulas have in common: float64, plain autograd, and 1e-4 inside the norm."""
+"""What the published formulas share: float64, plain autograd, and 1e-4 inside the norm."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from lightning_hsu.measures import Measure
 from lightning_hsu.measures.state import State
 
 MOMENTUM = 0.9
-# Of every trained tensor: half of this times the sum of its squares.
+# For every trained tensor the loss contains half of this times the sum of squares.
 WEIGHT_DECAY = 5e-4
 
 
 class OfficialMeasure(Measure):
     """A published formula as in its official code; a subclass defines :meth:`formula`.
 
-    It is computed in float64, which autocast leaves alone, with n x n matrices and plain autograd,
-    to repeat a published experiment. For everything else take the members of
-    :mod:`lightning_hsu.measures`. With 1e-4 inside the norms the values depend a little on the
-    scale of the weights. Fewer than two neurons have penalty 0.
+    Use it to repeat a published experiment; for everything else take the members of
+    :mod:`lightning_hsu.measures`. It is computed in float64, which autocast leaves alone, with
+    n x n matrices and plain autograd. Because of the 1e-4 inside the norms, values depend a little
+    on the scale of the weights. Fewer than two neurons have penalty 0.
     """
 
     def value_flops(self, n: int, d: int) -> float:

@@ -47,7 +47,7 @@ class _CoMHE(OfficialMeasure):
         """Return the projections (b or 1, count, dim, d)."""
 
     def for_head(self) -> Measure:
-        """The plain energy in full space."""
+        """Return the plain energy in full space."""
         return OfficialMHE("2", half_space=False)
 
     def as_it_is(self, x: Tensor) -> bool:
@@ -59,11 +59,11 @@ class _CoMHE(OfficialMeasure):
 class OfficialRandomCoMHE(_CoMHE):
     """Energy of randomly projected neurons as ``rmlin/CoMHE`` computes it.
 
-    Its file is random_projection/architecture.py. The mean over 20 projections to 40 dimensions,
-    drawn anew from N(0, 1) at each step: the seeds in the official code fix the sequence of draws,
-    not one draw. Here the draws are seeded, too, but are other numbers. The official code does not
-    project the first layer, which has 27 dimensions there; here that holds for layers of ``dim``
-    dimensions or less. Takes ``count`` n x n matrices.
+    The official file is random_projection/architecture.py. The value is the mean over 20
+    projections to 40 dimensions, drawn anew from N(0, 1) at each step: the seeds in the official
+    code fix the sequence of draws, not a single draw. The draws here are also seeded, but are
+    different numbers. The official code does not project the first layer, which has 27 dimensions;
+    here layers of ``dim`` dimensions or less are not projected. It takes ``count`` n x n matrices.
 
     ``Projected`` with a ``RandomProjection`` of :mod:`lightning_hsu.projections` normalises the
     neurons first and has no 1e-4 inside the norms.
@@ -105,7 +105,7 @@ class OfficialRandomCoMHE(_CoMHE):
 class TrainedCoMHE(_CoMHE):
     """One projection for each group, trained by plain SGD.
 
-    The penalty looks one more step ahead, which is differentiable.
+    The penalty is taken one more SGD step ahead, and is differentiated through this step.
     """
 
     dim: int = 30
@@ -137,7 +137,7 @@ class TrainedCoMHE(_CoMHE):
         return kept(x, projection=projection)
 
     def projections(self, w: Tensor, state: State) -> Tensor:
-        """One step on from the state: the gradient in the neurons goes through this step."""
+        """One step further than the state; the neurons' gradient goes through this step."""
         projection = state["projection"].to(w)
         return (projection - self.inner_lr * self._slope(w, projection))[:, None]
 
@@ -150,9 +150,9 @@ class TrainedCoMHE(_CoMHE):
 class OfficialAngleCoMHE(TrainedCoMHE):
     """Energy of neurons projected with their angles kept, as ``rmlin/CoMHE`` computes it.
 
-    Its folder is angle_projection. The projection takes one step of SGD before each step of the
-    network, down the Frobenius norm of the change in cosines, and the penalty is taken one such
-    step further on, without weight decay: gradients in the neurons go through that step. The start
+    The official folder is angle_projection. Before each step of the network the projection takes
+    one step of SGD down the Frobenius norm of the change in cosines. The penalty is taken one such
+    step further, without weight decay, and the neurons' gradients go through that step. The start
     is N(0, 1). Layers of ``dim`` dimensions or less are not projected.
 
     ``Projected`` with ``AnglePreserving`` of :mod:`lightning_hsu.projections` holds the projection
@@ -161,7 +161,7 @@ class OfficialAngleCoMHE(TrainedCoMHE):
 
     Args:
         dim: Dimension to project to.
-        inner_lr: Learning rate of the projection: that of the network as published.
+        inner_lr: Learning rate of the projection; as published, that of the network.
         inner_steps: Steps of the projection before each step of the network.
 
     Raises:
@@ -184,10 +184,11 @@ class OfficialAngleCoMHE(TrainedCoMHE):
 class OfficialAdversarialCoMHE(TrainedCoMHE):
     """Energy of adversarially projected neurons as ``rmlin/CoMHE`` computes it.
 
-    Its folder is adversarial_projection. The projection takes ten steps of SGD before each step of
-    the network, up the full-space energy with s = 2 of the projected neurons, and the penalty, in
-    half space, is taken one such step further on, without weight decay: gradients in the neurons go
-    through that step. The start is N(0, 1). Layers of ``dim`` dimensions or less are not projected.
+    The official folder is adversarial_projection. Before each step of the network the projection
+    takes ten steps of SGD up the full-space energy with s = 2 of the projected neurons. The
+    penalty, in half space, is taken one such step further, without weight decay, and the neurons'
+    gradients go through that step. The start is N(0, 1). Layers of ``dim`` dimensions or less are
+    not projected.
 
     ``Projected`` with ``Adversarial`` of :mod:`lightning_hsu.projections` maximises the measure
     that is penalised, holds the projection fixed in the penalty and its rows orthonormal, and
@@ -195,7 +196,7 @@ class OfficialAdversarialCoMHE(TrainedCoMHE):
 
     Args:
         dim: Dimension to project to.
-        inner_lr: Learning rate of the projection: that of the network as published.
+        inner_lr: Learning rate of the projection; as published, that of the network.
         inner_steps: Steps of the projection before each step of the network.
 
     Raises:

@@ -38,8 +38,8 @@ class OfficialMHE(OfficialMeasure):
     ====  ===============  ====  =========
 
     :class:`~lightning_hsu.measures.RieszEnergy` takes the logarithm of the distance for s = 0, not
-    of its square, and the angle in radians; it does not depend on the norms of the neurons, and
-    coincident neurons part.
+    of its square, and the angle in radians. It does not depend on the norms of the neurons, and it
+    separates coincident neurons.
 
     Args:
         power: "0", "1", "2", "a0", "a1" or "a2".
@@ -90,8 +90,8 @@ class OfficialMHS(OfficialMeasure):
     half space each pair occurs twice, (w, v) and (-w, -v), so the published coefficient of 0.1 acts
     as 0.2. Rows are normalised twice.
 
-    ``Separation`` of :mod:`lightning_hsu.measures` is the smallest angle itself, each pair once,
-    whatever the norms.
+    ``Separation`` of :mod:`lightning_hsu.measures` is the smallest angle itself. It counts each
+    pair once and does not depend on the norms.
 
     Args:
         half_space: Measure the 2n neurons ``w`` and ``-w``.
@@ -123,11 +123,11 @@ class OfficialMHS(OfficialMeasure):
 class OfficialMGD(OfficialMeasure):
     """Gram determinant as ``wy1iu/Sphere-Uniformity`` computes it (mgd/architecture.py).
 
-    Training minimises ``-log det(exp(-D) + 1e-6 I)`` with ``D = 2 - 2 cos``: a sum, not over the
+    Training minimises ``-log det(exp(-D) + 1e-6 I)`` with ``D = 2 - 2 cos``, not divided by the
     number of neurons. Rows are normalised twice, so that the diagonal is a little below 1.
 
     ``GramDeterminant`` of :mod:`lightning_hsu.measures` is the same without the 1e-4 inside the
-    norms, in half space by two n x n determinants.
+    norms; in half space it takes two n x n determinants.
 
     Args:
         half_space: Measure the 2n neurons ``w`` and ``-w``.

@@ -31,7 +31,8 @@ class PoledMeasure(OfficialMeasure):
     The pole starts as N(0, 1) and follows the neurons by SGD with momentum.
 
     Attributes:
-        coefficients: Those of hidden layers and of the head, which also scale the pole's steps.
+        coefficients: The coefficients of hidden layers and of the head; they also scale the steps
+            of the pole.
     """
 
     coefficients: ClassVar[tuple[float, float]]
@@ -49,7 +50,7 @@ class PoledMeasure(OfficialMeasure):
         """Return the penalty (b,) of twice normalised rows (b, n, d) at poles (b, d)."""
 
     def prepare(self, x: Tensor, state: State | None = None) -> State:
-        """Train the poles (b, d), which raise what the neurons lower, and their velocities."""
+        """Train the poles (b, d), which raise what the neurons lower; keep their velocities."""
         unit = normalised(normalised(wide(x.detach())))
         shape = (unit.shape[0], unit.shape[2])
         if state is not None and has_shapes(state, pole=shape, velocity=shape):
@@ -86,18 +87,18 @@ class PoledMeasure(OfficialMeasure):
 class OfficialMHP(PoledMeasure):
     """Polarization as ``wy1iu/Sphere-Uniformity`` computes it (mhp/architecture.py, mhp/train.py).
 
-    Training maximises the mean of ``1 / D``, D the squared chord from a neuron to the pole, while
-    the pole takes ten steps of SGD with momentum 0.9 down the same, times the coefficient and with
-    weight decay 5e-4, before each step of the network. Rows are normalised twice.
+    Training maximises the mean of ``1 / D``, where D is the squared chord from a neuron to the
+    pole. Before each step of the network, the pole takes ten steps of SGD with momentum 0.9 down
+    the same mean, times the coefficient and with weight decay 5e-4. Rows are normalised twice.
 
     ``Polarization`` of :mod:`lightning_hsu.measures` looks for the pole where the potential is
     lowest, from several starts; a single pole that is carried along stays in one basin. With fewer
-    neurons than dimensions it ends up orthogonal to all of them, where the half-space penalty has
-    no gradient any more.
+    neurons than dimensions the pole ends up orthogonal to all of them, where the half-space penalty
+    no longer has a gradient.
 
     Args:
         half_space: Measure the 2n neurons ``w`` and ``-w``.
-        inner_lr: Learning rate of the pole: that of the network as published.
+        inner_lr: Learning rate of the pole; as published, that of the network.
         inner_steps: Steps of the pole before each step of the network.
 
     Raises:
@@ -123,19 +124,19 @@ class OfficialMHP(PoledMeasure):
 class OfficialMHC(PoledMeasure):
     """Covering as ``wy1iu/Sphere-Uniformity`` computes it (mhc/architecture.py, mhc/train.py).
 
-    Training minimises the soft minimum ``-log(mean(exp(-10 D))) / 10``, D the squared chord from a
-    neuron to the pole, while the pole takes ten steps of SGD with momentum 0.9 up the same, times
-    the coefficient and with weight decay 5e-4, before each step of the network. Rows are normalised
-    twice.
+    Training minimises the soft minimum ``-log(mean(exp(-10 D))) / 10``, where D is the squared
+    chord from a neuron to the pole. Before each step of the network, the pole takes ten steps of
+    SGD with momentum 0.9 up the same soft minimum, times the coefficient and with weight decay
+    5e-4. Rows are normalised twice.
 
     ``Covering`` of :mod:`lightning_hsu.measures` is the angle from the deepest hole that it finds,
     from several starts, to the nearest neuron; a single pole that is carried along stays in one
-    basin. With fewer neurons than dimensions it ends up orthogonal to all of them, where the
-    half-space penalty has no gradient any more.
+    basin. With fewer neurons than dimensions the pole ends up orthogonal to all of them, where the
+    half-space penalty no longer has a gradient.
 
     Args:
         half_space: Measure the 2n neurons ``w`` and ``-w``.
-        inner_lr: Learning rate of the pole: that of the network as published.
+        inner_lr: Learning rate of the pole; as published, that of the network.
         inner_steps: Steps of the pole before each step of the network.
 
     Raises:
@@ -159,9 +160,9 @@ class OfficialMHC(PoledMeasure):
 class OfficialRMHP(OfficialMeasure):
     """Relaxed polarization as ``wy1iu/Sphere-Uniformity`` computes it (r_mhp/architecture.py).
 
-    The length of the sum of the neurons as they are, not normalised and never in half space, so
-    that shorter neurons are better, too. ``ResultantLength`` of :mod:`lightning_hsu.measures` is
-    that of the unit neurons.
+    It is the length of the sum of the neurons, not normalised and never in half space, so that
+    making the neurons shorter also lowers it. ``ResultantLength`` of :mod:`lightning_hsu.measures`
+    is that of the unit neurons.
 
     Example:
         >>> import torch
@@ -175,5 +176,5 @@ class OfficialRMHP(OfficialMeasure):
         return length
 
     def ratio(self, value: Tensor, reference: float) -> Tensor:
-        """NaN: the value depends on the norms, so that random neurons are no reference."""
+        """NaN: the value depends on the norms, so random neurons are no reference."""
         return torch.full_like(value, math.nan)

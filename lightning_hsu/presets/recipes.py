@@ -86,29 +86,29 @@ def sphere_uniformity(
     comhe_adv                half space     mhe_2, projected where it is worst      1       10
     =======================  =============  ======================================  ======  ====
 
-    The head is in full space in all of them, and for comhe not projected. The coefficients are
+    All of them measure the head in full space, and comhe does not project it. The coefficients are
     those of the committed code. The logs committed with the code show a tenth of them for the runs
     in full space (mhe).
 
     The formulas keep the peculiarities of the official code, such as 1e-4 inside the norms. Each
-    measure's docstring says what they are and what the package's own member does instead; for new
-    work take that one. Random starts and draws are seeded, but are not the numbers of the official
+    measure's docstring says what they are and what the package's own member does instead; use that
+    member for new work. Random starts and draws are seeded, but are not the numbers of the official
     runs. No bound is known for these formulas, so there is no score; r_mhp, whose value depends on
-    the norms, has no ratio either. Poles and projections keep the learning rate ``inner_lr``, while
-    in the official code it falls with that of the network.
+    the norms, has no ratio either. Poles and projections keep the learning rate ``inner_lr``,
+    whereas in the official code it falls with that of the network.
 
     The rest of the recipe is yours to set. The official network has nine convolutions with batch
     normalisation (64, 128 and 256 filters, CIFAR-100), a 4 x 4 convolution to 256 features and a
-    linear score. It is trained by SGD with momentum 0.9, learning rate 0.1, weight decay 5e-4, also
-    on the scales and shifts of batch normalisation, label smoothing 0.01 and batches of 128. The
-    learning rate is divided by ten after 30, 50 and 65 thousand of 75 thousand steps (mhe: after
-    20, 30 and 37.5 of 42.5 thousand).
+    linear score. It is trained by SGD with momentum 0.9, learning rate 0.1, weight decay 5e-4
+    (which includes the scales and shifts of batch normalisation), label smoothing 0.01 and batches
+    of 128. The learning rate is divided by ten after 30, 50 and 65 thousand of 75 thousand steps
+    (mhe: after 20, 30 and 37.5 of 42.5 thousand).
 
     Args:
         name: One of :data:`PRESETS`.
         head: The class head: "auto" is the last Linear, a name is that layer, None is no head.
         inner_lr: Learning rate of the pole (mhp, mhc) or projection (comhe_ap, comhe_adv); others
-            have none. The published one is that of the network.
+            have none. As published it is that of the network.
         include: Patterns of layer names to take, shell style; None takes all but embeddings.
         exclude: Patterns of layer names to leave out.
         prefix: What the logged names begin with.
