@@ -19,7 +19,7 @@ class Projection(ABC):
 
     Attributes:
         dim: The dimension to project to.
-        comparable: Whether one value of random neurons is a reference for the value in training.
+        comparable: Whether the value of random neurons is a reference for the value in training.
     """
 
     comparable: ClassVar[bool] = True
@@ -32,11 +32,11 @@ class Projection(ABC):
         Args:
             x: Unit rows.
             measure: The measure of the projected neurons.
-            state: The last step's state, which is carried on; None begins afresh.
+            state: The last step's state, to continue from; None starts afresh.
         """
 
     def copies(self, d: int) -> int:
-        """Return how many projections of neurons in d dimensions are made at once."""
+        """Return how many projections of neurons in d dimensions are made together."""
         return 1
 
     def prepare_flops(self, n: int, d: int) -> float:
@@ -95,7 +95,7 @@ class RandomProjection(Projection):
 class GroupProjection(Projection):
     """Coordinates in groups of ``dim``, shuffled anew each step.
 
-    The coordinates that are left over take no part until the next shuffle.
+    Coordinates left over take no part until the next shuffle.
 
     Args:
         dim: Coordinates in a group, at least 2.

@@ -1,4 +1,4 @@
-"""Projections that are learned along the way, one matrix for each group of neurons."""
+"""Projections that are learned during training, one matrix for each group of neurons."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class _Learned(Projection):
 
     Attributes:
         steps: Steps at each training step.
-        fresh: Steps of a fresh start, if more.
+        fresh: Steps of a fresh start, if this is more.
     """
 
     steps: int
@@ -35,7 +35,7 @@ class _Learned(Projection):
         check_count("steps", self.steps)
 
     def prepare(self, x: Tensor, measure: Measure, state: State | None) -> State:
-        """The matrices, and the length of the last step that worked."""
+        """The matrices, and the current step lengths."""
         x = x[:, :: math.ceil(x.shape[1] / _SAMPLE)]
         shape = (len(x), self.dim, x.shape[-1])
         steps = self.steps
@@ -63,7 +63,7 @@ class _Learned(Projection):
         return (x @ state["matrix"].to(x).mT)[:, None]
 
     def prepare_flops(self, n: int, d: int) -> float:
-        """Those of a fresh start: two products and the measure of the sample twice a step."""
+        """Return the FLOP of a fresh start: two products and two measures a step."""
         steps, sample = max(self.fresh, self.steps), min(n, _SAMPLE)
         return 8.0 * steps * sample * self.dim * (d + sample)
 
@@ -76,7 +76,7 @@ class _Learned(Projection):
 
     @abstractmethod
     def retract(self, matrix: Tensor) -> Tensor:
-        """Return matrices of the same loss whose scale, which the loss ignores, is fixed."""
+        """Return matrices with the same loss and a fixed scale, which the loss ignores."""
 
 
 @dataclass(frozen=True)
@@ -116,11 +116,11 @@ class Adversarial(_Learned):
     """A subspace in which the neurons are least uniform, learned in training, which spreads them.
 
     Its rows are orthonormal: otherwise the projection would shrink to one direction, in which all
-    neurons coincide. Take few steps: a search to the end finds a subspace in which two neurons
-    coincide, and tells no more than which two. The longer the search, the worse its subspace, so
-    there is no random reference, and ratio and score are NaN. Each step evaluates the measure
-    twice, from scratch, so do not use it with Polarization and Covering, which search themselves.
-    Begin with a coefficient of about 0.01.
+    neurons coincide. Take few steps: an exhaustive search would only find a subspace in which two
+    neurons coincide. The longer the search, the worse its subspace, so there is no random
+    reference, and ratio and score are NaN. Each step evaluates the measure twice from scratch, so
+    do not use it with Polarization and Covering, which run searches of their own. Start with a
+    coefficient of about 0.01.
 
     Args:
         dim: Dimension to project to, at least 2; 30 as published.
@@ -156,11 +156,11 @@ def _descend(
     """Descend along the normalised gradient of each matrix, with a step length that adapts.
 
     Args:
-        loss: From matrices to values (b,).
-        matrix: The matrices to begin with, (b, dim, d).
-        length: The step lengths to begin with, (b,), relative to the norm of the matrix. Where the
-            loss falls the step is taken and the next one longer; where it does not the step is not
-            taken and the next one half as long.
+        loss: Maps matrices to values (b,).
+        matrix: The matrices to start with, (b, dim, d).
+        length: The step lengths to start with, (b,), relative to the norm of the matrix. If the
+            loss falls, the step is taken and the next one is longer; otherwise it is not taken and
+            the next one is half as long.
         steps: How many steps to try.
         retract: Fixes the scale after each step.
 

@@ -23,10 +23,10 @@ _INNER = "inner."
 class Projected(MeasureWrapper, SphereMeasure):
     r"""A measure of projected neurons, mean over the projections (CoMHE with a Riesz energy).
 
-    In fewer dimensions the energy has a steeper way down. Neurons of ``projection.dim`` dimensions
-    or less are measured as they are, and so is a class head. Fresh random projections come from a
-    seed that all ranks share, learned ones are kept from step to step and in checkpoints. A value
-    without a state belongs to the first draw.
+    In fewer dimensions the energy is steeper to descend. Neurons of ``projection.dim`` dimensions
+    or less are measured without projection, and so is a class head. Random projections come from a
+    seed that all ranks share; learned ones are kept from step to step and in checkpoints. Without a
+    state the value is that of the first draw.
 
     Args:
         measure: What to measure after the projection; by default the half-space Riesz energy with s
@@ -111,9 +111,9 @@ class Projected(MeasureWrapper, SphereMeasure):
         return self.measure.for_head()
 
     def expectation(self, n: int, d: int) -> float | None:
-        """The measure's where nothing is projected, else None.
+        """Return the measure's expected value if nothing is projected, else None.
 
-        NaN if there is no reference, as the longer a search is, the worse it finds the neurons.
+        NaN if there is no reference: the longer a search, the less uniform the neurons appear.
         """
         if d <= self.projection.dim:
             return self.measure.expectation(n, d)
@@ -122,11 +122,11 @@ class Projected(MeasureWrapper, SphereMeasure):
         return None
 
     def bound(self, n: int, d: int) -> float | None:
-        """The measure's in the dimension projected to."""
+        """Return the measure's bound in the dimension projected to."""
         return self.measure.bound(n, min(d, self.projection.dim))
 
     def idle(self, n: int, d: int) -> str | None:
-        """As in the measure in the dimension projected to."""
+        """Return the measure's reason in the dimension projected to."""
         return self.measure.idle(n, min(d, self.projection.dim))
 
     def value_flops(self, n: int, d: int) -> float:
@@ -146,7 +146,7 @@ class Projected(MeasureWrapper, SphereMeasure):
         return self.projection.prepare_flops(n, d) + self.projection.copies(d) * each
 
     def _as_it_is(self, x: Tensor) -> bool:
-        """Whether neurons of so few dimensions are not projected."""
+        """Whether neurons have so few dimensions that they are not projected."""
         return x.shape[-1] <= self.projection.dim
 
 
@@ -156,7 +156,7 @@ def _of_projection(state: State | None) -> State:
 
 
 def _of_inner(state: State | None) -> State | None:
-    """The measure's part of a state: first dimension (group, projection) as one."""
+    """The measure's part of a state, with groups and projections as one first dimension."""
     found: State = {}
     for name, part in (state or {}).items():
         if name.startswith(_INNER):
@@ -165,7 +165,7 @@ def _of_inner(state: State | None) -> State | None:
 
 
 def _inner(state: State | None, groups: int) -> State:
-    """The measure's state as part of a larger one: first dimension groups again."""
+    """The measure's state as part of a larger one, with groups as the first dimension again."""
     found: State = {}
     for name, part in (state or {}).items():
         copies = len(part) // max(groups, 1)
