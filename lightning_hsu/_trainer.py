@@ -1,4 +1,4 @@
-"""What the callback asks of a Trainer, and what it warns of."""
+"""What the callback needs to know about a Trainer, and its warnings."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from lightning_hsu._neurons.placement import known_strategies, placement_for_str
 
 
 def _bases() -> tuple[type, ...]:
-    """Callback of lightning and, if it is installed, of pytorch_lightning, the same code."""
+    """The class Callback of lightning and, if it is installed, that of pytorch_lightning."""
     log = rank_zero.log
     category = rank_zero.rank_zero_deprecation_category
     try:
         return pl.Callback, import_module("pytorch_lightning").Callback
-    except Exception:  # not installed, or broken: then nobody has a Trainer of it
+    except Exception:  # not installed, or broken: then nobody has a Trainer from it
         return (pl.Callback,)
     finally:
         # Each package, once imported, sends all messages through its own logger. The user may have
@@ -69,7 +69,7 @@ class AfterStep:
 
     def _before(self, *_: Any) -> None:
         step = sys._getframe(1)
-        # A parent's step is called within. A step that raised an error is not around this one.
+        # A parent's step runs within the step. A step that raised an error does not contain it.
         if self._outermost is None or not _is_within(step, self._outermost):
             self._outermost = step
 
@@ -98,10 +98,10 @@ class OpenStep:
         self._trainer: weakref.ref[pl.Trainer] | None = None
         self._step = -1
         self._state: dict[str, Any] = {}
-        self._counted: list[int | None] = []  # the optimizer whose step is counted already
+        self._counted: list[int | None] = []  # the optimizer whose step is already counted
 
     def begin(self, trainer: pl.Trainer, state: Callable[[], dict[str, Any]]) -> None:
-        """Keep the state, unless this step has begun already."""
+        """Keep the state, unless this step has already begun."""
         if self._trainer is None or self._step != trainer.global_step:
             self._trainer = weakref.ref(trainer)
             self._step = trainer.global_step
@@ -109,7 +109,7 @@ class OpenStep:
             self._counted = []
 
     def is_counted(self, index: int | None) -> bool:
-        """Whether the step of the optimizer at this position is counted: a closure runs again."""
+        """Whether the step of the optimizer at this position is counted; a closure then reruns."""
         return index in self._counted
 
     def count(self, index: int | None) -> None:
@@ -117,7 +117,7 @@ class OpenStep:
         self._counted = [index]
 
     def end(self) -> None:
-        """The step is complete, whether or not Lightning counts it."""
+        """Note that the step is complete, whether or not Lightning counts it."""
         self._trainer = None
         self._counted = []
 
@@ -140,7 +140,7 @@ def check_settings(prefix: object, split_above: object) -> None:
 
 
 def check_training(trainer: pl.Trainer, pl_module: pl.LightningModule, apply: str) -> None:
-    """Refuse unknown strategies, and ``apply="loss"`` where losses are not ours to change."""
+    """Refuse unknown strategies, and ``apply="loss"`` where the loss cannot be changed."""
     strategy = type(trainer.strategy).__name__
     known = _lightning_class(trainer.strategy)
     if known not in known_strategies():
@@ -163,7 +163,7 @@ def check_training(trainer: pl.Trainer, pl_module: pl.LightningModule, apply: st
 
 
 def _lightning_class(strategy: object) -> str:
-    """Name of the nearest class of Lightning's own; its two packages have classes of one name."""
+    """Name of the nearest class of Lightning's own; the names in its two packages are the same."""
     for kind in type(strategy).__mro__:
         if kind.__module__.startswith(("lightning.", "pytorch_lightning.")):
             return kind.__name__
@@ -204,7 +204,7 @@ def _leaves_of(loss: Tensor) -> set[int]:
 
 
 def usable_split(trainer: pl.Trainer, split_above: int | None) -> int | None:
-    """From how many neurons on ranks share a layer's work; None where they cannot."""
+    """The number of neurons from which ranks share a layer's work; None if they cannot."""
     if getattr(trainer.strategy, "_model_averager", None) is not None:
         return None  # local SGD: between averages each rank has weights of its own
     return split_above
@@ -212,7 +212,8 @@ def usable_split(trainer: pl.Trainer, split_above: int | None) -> int | None:
 
 def is_logging_step(trainer: pl.Trainer) -> bool:
     """Whether Lightning logs at this batch."""
-    # The same private property that Lightning's own LearningRateMonitor asks; it knows log_every_n_steps=0.
+    # The private property that Lightning's own LearningRateMonitor reads; it allows for
+    # log_every_n_steps=0.
     return bool(trainer._logger_connector.should_update_logs)
 
 
@@ -225,14 +226,14 @@ def position(trainer: pl.Trainer, optimizer: Optimizer) -> int | None:
 
 
 def remaining_scale(trainer: pl.Trainer, optimizer: Optimizer) -> float:
-    """The GradScaler's factor where Lightning leaves it in the gradients.
+    """The GradScaler's factor if Lightning leaves it in the gradients, else 1.
 
-    It does for fused optimizers, which unscale in their own step.
+    It leaves it there for fused optimizers, which unscale in their own step.
     """
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     if scaler is None or not getattr(optimizer, "_step_supports_amp_scaling", False):
         return 1.0
-    # Its step asks the same: in manual optimisation you may have unscaled the gradients yourself.
+    # The scaler's step checks the same: in manual optimisation users may unscale the gradients.
     state = scaler._per_optimizer_states.get(id(optimizer))
     if state is not None and state["stage"] is not OptState.READY:
         return 1.0
@@ -240,7 +241,7 @@ def remaining_scale(trainer: pl.Trainer, optimizer: Optimizer) -> float:
 
 
 def loss_factor(trainer: pl.Trainer, loss: Tensor) -> Tensor | float:
-    """What the loss before backward is multiplied by: the scaler's factor over accumulated batches."""
+    """The factor of the loss before backward: the scaler's, over the accumulated batches."""
     share = 1.0 / trainer.accumulate_grad_batches
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     if scaler is None:
@@ -253,22 +254,22 @@ class Warnings:
     """The warnings of one fit, each given once."""
 
     def __init__(self) -> None:
-        self._nonfinite: set[str] = set()  # layers that were named
+        self._nonfinite: set[str] = set()  # layers that were already named
         self._unreached: set[str] = set()
         self._line_search = False
 
     def line_search(self, optimizer: Optimizer) -> None:
-        """Warn of a search along the gradient: it compares losses, which are the task's alone."""
+        """Warn of a line search: it compares losses, which do not include the penalty."""
         if self._line_search or not getattr(optimizer, "defaults", {}).get("line_search_fn"):
             return
         self._line_search = True
         rank_zero_warn(
-            f"{type(optimizer).__name__} with a line search: the gradient has the penalty, the loss "
-            "that the search compares has not. Use line_search_fn=None."
+            f"{type(optimizer).__name__} with a line search: the gradient includes the penalty, "
+            "but the loss that the search compares does not. Use line_search_fn=None."
         )
 
     def nonfinite(self, measured: Sequence[LayerUniformity]) -> None:
-        """Warn of layers whose weights broke: a user should know where training was lost."""
+        """Warn of layers with NaN or infinite weights, so that users see where training broke."""
         broken = []
         for layer in measured:
             if layer.nonfinite and layer.name not in self._nonfinite:

@@ -25,21 +25,21 @@ from lightning_hsu.measures import Measure
 from lightning_hsu.measures.defaults import SAMPLE_ABOVE
 from lightning_hsu.regularizer import UniformityRegularizer
 
-_LOGGING = ("log", "log_dict")  # bound methods of the model, which Lightning hangs onto callbacks
+_LOGGING = ("log", "log_dict")  # bound methods of the model, which Lightning sets on callbacks
 
 
 @dataclass
 class _Fit:
-    """What belongs to one fit; made anew for each.
+    """What belongs to one fit; each fit gets a new one.
 
     Attributes:
-        hooks: On the optimizers.
-        stats: Of the updates since the last batch ended, by layer.
+        hooks: Hooks on the optimizers.
+        stats: Stats of the updates since the last batch ended, by layer.
         open_step: The optimizer step under way.
-        warnings: Which were given.
+        warnings: The warnings, with those already given.
         before_after: The first measurement.
-        has_measured: Whether anything was logged or drawn so far.
-        has_run: Whether a batch was done so far.
+        has_measured: Whether anything has been logged so far.
+        has_run: Whether a batch has been done so far.
         seen_step: Global step when the last batch ended.
     """
 
@@ -66,7 +66,7 @@ class HypersphericalUniformity(_trainer.EveryCallback):
     ModelCheckpoint can watch them; they are also refreshed on the first step and at the end of each
     epoch. Per layer ``hsu/ratio/<layer>``, ``hsu/score/<layer>`` (0 as random, 1 the best there can
     be), ``hsu/energy/<layer>``, ``hsu/min_angle/<layer>`` and ``hsu/gradient_share/<layer>`` go to
-    every logger, and of a schedule or a share ``hsu/coefficient/<layer>``.
+    every logger, and ``hsu/coefficient/<layer>`` for a schedule or a share.
 
     Args:
         measure: What to minimise. None is the half-space Riesz energy with s = 2; the class head is
@@ -75,11 +75,11 @@ class HypersphericalUniformity(_trainer.EveryCallback):
             task's gradient (``Share``), or a mapping of layer patterns to these, of which the first
             match counts. 0 only monitors and leaves training as it is.
         apply: How the penalty enters. "gradient": its gradient is added before each optimizer step,
-            before Lightning's clipping, after your own in manual optimisation. "loss": it is added
-            to the loss before each backward, divided by ``accumulate_grad_batches``; automatic
-            optimisation only. "decoupled": after each step the neurons move along the sphere by
-            learning rate times coefficient times gradient and keep their norms, past the optimizer
-            and clipping.
+            before Lightning's clipping, but after your own in manual optimisation. "loss": it is
+            added to the loss before each backward, divided by ``accumulate_grad_batches``;
+            automatic optimisation only. "decoupled": after each step the neurons move along the
+            sphere by learning rate times coefficient times gradient and keep their norms; neither
+            the optimizer nor clipping sees this.
         include: Patterns of layer names to take, shell style; None takes all but embeddings, which
             must be asked for.
         exclude: Patterns of layer names to leave out.
@@ -95,21 +95,21 @@ class HypersphericalUniformity(_trainer.EveryCallback):
         sample_above: Energies of more neurons are estimated
             (:class:`~lightning_hsu.measures.Sampled`); None computes them.
         split_above: Under DDP, layers of at least this many neurons are computed by all ranks
-            together, each its part of the pairs; None computes every layer on every rank.
+            together, each a part of the pairs; None computes every layer on every rank.
         figures_every_n_steps: Optimizer steps between figures for every logger: ratios over time,
-            the worst layers' angles, gradient shares; also at the end of fit. Without a logger that
-            takes figures, PNG files. None draws nothing.
-        prefix: What the logged names begin with; several callbacks need one each.
-        verbose: Print the table of layers at the start of fit, and at its end how each stood before
-            and stands after.
+            the worst layers' angles, gradient shares; they are also drawn at the end of fit.
+            Without a logger that takes figures they become PNG files. None draws nothing.
+        prefix: What the logged names begin with; each of several callbacks needs its own.
+        verbose: Print the table of layers at the start of fit, and the layers before and after at
+            its end.
 
     Raises:
         ImportError: for figures without matplotlib.
         ValueError: for a negative or NaN coefficient, an unknown ``apply``, or at the start of fit
             a pattern that matches nothing or a model without neurons.
         TypeError: for a measure or a coefficient of the wrong kind.
-        NotImplementedError: at the start of fit, where the penalty could not be right: DeepSpeed
-            and strategies that are not known, ``apply="loss"`` with manual optimisation or FSDP.
+        NotImplementedError: at the start of fit, where the penalty could not be right: with
+            DeepSpeed and unknown strategies, or ``apply="loss"`` with manual optimisation or FSDP.
 
     Reference:
         Liu et al., "Learning with Hyperspherical Uniformity", AISTATS 2021, arXiv 2103.01649.
@@ -171,7 +171,7 @@ class HypersphericalUniformity(_trainer.EveryCallback):
         return self._generate_state_key(prefix=self.prefix)
 
     def state_dict(self) -> dict[str, Any]:
-        """Where training stands after the last complete step; an interrupted one is done again."""
+        """The training state after the last complete step; an interrupted step is done again."""
         before = self._fit.open_step.state_before()
         return self.regularizer.state_dict() if before is None else before
 
@@ -180,15 +180,15 @@ class HypersphericalUniformity(_trainer.EveryCallback):
         self.regularizer.load_state_dict(state_dict)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Start counting anew with a new trainer; a checkpoint's counts are loaded after this."""
+        """Restart the counts with a new trainer; a checkpoint's counts are loaded after this."""
         if stage != "fit":
             return
-        self._release()  # from a fit whose end we were not told of: another callback failed then
+        self._release()  # from a fit that never called its end hooks: another callback failed
         if trainer.global_step == 0:
             self.regularizer.reset()
         else:
             before = self._fit.open_step.state_before()
-            if before is not None:  # broken off within a step, which is done again
+            if before is not None:  # interrupted within a step, which is done again
                 self.regularizer.load_state_dict(before)
         self._fit = _Fit()
         self._figures.begin()
@@ -210,7 +210,7 @@ class HypersphericalUniformity(_trainer.EveryCallback):
     def on_before_backward(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor
     ) -> None:
-        """Add the penalty to the loss: here it is divided by the accumulated batches and scaled."""
+        """Add the penalty to the loss, which at this point is already divided and scaled."""
         if self.apply != "loss":
             return
         self._attach(trainer, pl_module)
@@ -261,7 +261,7 @@ class HypersphericalUniformity(_trainer.EveryCallback):
     def _after_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
-        """Move the neurons if ``apply`` says so; a step that was skipped does not come here."""
+        """Move the neurons if ``apply`` says so; this is not called for a skipped step."""
         self._fit.open_step.end()
         if self.apply != "decoupled":
             return
@@ -279,7 +279,7 @@ class HypersphericalUniformity(_trainer.EveryCallback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Measure and log after the step, on logging steps only."""
+        """Measure and log after the step, only on logging steps."""
         fit = self._fit
         has_stepped = trainer.global_step != fit.seen_step
         if batch_idx == 0 or has_stepped:
@@ -303,12 +303,12 @@ class HypersphericalUniformity(_trainer.EveryCallback):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Warn, once, of layers that the penalty does not reach."""
         if not self._fit.has_run:
-            return  # resumed so late in an epoch that there was no step in it
-        self._attach(trainer, pl_module)  # lazy layers, where Lightning saw no optimizer step
+            return  # resumed so late in an epoch that it had no step left
+        self._attach(trainer, pl_module)  # for lazy layers if Lightning saw no optimizer step
         self._fit.warnings.unreached(self.regularizer.unreached())
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Print how each layer stood and stands; let go of the model and the optimizers."""
+        """Print each layer before and after; release the model and the optimizers."""
         try:
             if self._fit.has_run:
                 self._conclude(trainer)
@@ -318,21 +318,21 @@ class HypersphericalUniformity(_trainer.EveryCallback):
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
-        """Let go of the model and the optimizers."""
+        """Release the model and the optimizers."""
         self._release()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Let go of the model and the optimizers."""
+        """Release the model and the optimizers."""
         self._release()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Pickle and copy the settings and where training stands, never the model nor a hook."""
+        """Pickle and copy the settings and the training state, never the model or a hook."""
         kept = {name: value for name, value in self.__dict__.items() if name not in _LOGGING}
         kept["_fit"] = replace(self._fit, hooks=[], stats={}, open_step=_trainer.OpenStep())
         return kept
 
     def _release(self) -> None:
-        """Let go of the model and the optimizers."""
+        """Release the model and the optimizers."""
         for hook in self._fit.hooks:
             hook.remove()
         self._fit.hooks = []
@@ -342,7 +342,7 @@ class HypersphericalUniformity(_trainer.EveryCallback):
         self.regularizer.detach()
 
     def _attach(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Find the neurons, unless that is done."""
+        """Find the neurons, unless that is already done."""
         if self.regularizer.layers:
             return
         split_above = _trainer.usable_split(trainer, self.split_above)
@@ -362,7 +362,7 @@ class HypersphericalUniformity(_trainer.EveryCallback):
         return _trainer.is_logging_step(trainer)
 
     def _prints_or_draws(self, trainer: pl.Trainer) -> bool:
-        """Whether something is told of the fit beside its metrics: a table or figures."""
+        """Whether the fit has a table or figures besides its metrics."""
         return self.verbose or self._figures.wanted(trainer)
 
     def _keep(
@@ -378,10 +378,10 @@ class HypersphericalUniformity(_trainer.EveryCallback):
         self._figures.show(trainer, self.regularizer.layers, self.regularizer.gathered)
 
     def _conclude(self, trainer: pl.Trainer) -> None:
-        """Draw once more, and print how each layer stood and stands."""
+        """Draw once more, and print each layer before and after."""
         if not self.regularizer.layers or not self._prints_or_draws(trainer):
             return
-        # Anew, since another callback may have changed the weights, as averaging does.
+        # Measure again, since another callback may have changed the weights, as averaging does.
         measured = self.regularizer.measure_layers()
         self._keep(trainer, measured, {})
         if self._figures.wanted(trainer):
@@ -411,7 +411,7 @@ class HypersphericalUniformity(_trainer.EveryCallback):
             pl_module.log_dict(self._prefixed(values), on_step=True, on_epoch=False, batch_size=1)
         if _trainer.is_logging_step(trainer):
             self._fit.warnings.nonfinite(measured)
-            # The step under which Lightning logs its own.
+            # The step under which Lightning logs its own metrics.
             step = trainer.fit_loop.epoch_loop._batches_that_stepped
             varying = self.regularizer.varying_coefficients()
             values = self._prefixed(by_layer(measured, varying, self._shares()))

@@ -14,14 +14,14 @@ from lightning_hsu._neurons.select import check_patterns, matches
 
 
 class Varying(ABC):
-    """A coefficient that changes during training: a class that a LightningCLI's config may name.
+    """A coefficient that changes during training; the config of a LightningCLI can name the class.
 
-    It is abstract and no dataclass, so that a CLI reads a mapping of layer patterns as a mapping.
+    It is abstract and not a dataclass, so that a CLI reads a mapping of patterns as a mapping.
     """
 
     @abstractmethod
     def label(self) -> str:
-        """Name it in a word or two, for the table of layers."""
+        """Describe it in a word or two, for the table of layers."""
 
 
 class Schedule(Varying):
@@ -31,7 +31,7 @@ class Schedule(Varying):
     """
 
     def label(self) -> str:
-        """The word schedule."""
+        """The word "schedule"."""
         return "schedule"
 
     @abstractmethod
@@ -78,7 +78,7 @@ class _WarmedUp(Schedule):
         """The part of the way from ``value`` to ``final`` that remains: 1 at progress 0, 0 at 1."""
 
     def _check_steps(self, what: str, steps: object) -> None:
-        """Refuse what is not a number of optimizer steps."""
+        """Refuse anything that is not a number of optimizer steps."""
         if not isinstance(steps, int) or isinstance(steps, bool) or steps < 0:
             raise ValueError(
                 f"{type(self).__name__}'s {what} counts optimizer steps, an int >= 0; got {steps!r}"
@@ -87,11 +87,11 @@ class _WarmedUp(Schedule):
 
 @dataclass(frozen=True)
 class LinearSchedule(_WarmedUp):
-    """A coefficient that warms up along a line, then follows a line to its final value.
+    """A coefficient that warms up linearly, then goes linearly to its final value.
 
     Args:
         value: The coefficient after the warm-up, >= 0.
-        warmup: Steps over which it rises along a line: after k < warmup steps it is
+        warmup: Steps over which it rises linearly: after k < warmup steps it is
             ``value * (k + 1) / (warmup + 1)``.
         end: Steps after which it is ``final``; None keeps it at ``value``.
         final: The coefficient from ``end`` on, >= 0.
@@ -112,11 +112,11 @@ class LinearSchedule(_WarmedUp):
 
 @dataclass(frozen=True)
 class CosineSchedule(_WarmedUp):
-    """A coefficient that warms up along a line, then follows half a cosine to its final value.
+    """A coefficient that warms up linearly, then follows half a cosine to its final value.
 
     Args:
         value: The coefficient after the warm-up, >= 0.
-        warmup: Steps over which it rises along a line: after k < warmup steps it is
+        warmup: Steps over which it rises linearly: after k < warmup steps it is
             ``value * (k + 1) / (warmup + 1)``.
         end: Steps after which it is ``final``; None keeps it at ``value``.
         final: The coefficient from ``end`` on, >= 0.
@@ -152,7 +152,7 @@ class Share(Varying):
     Args:
         fraction: Norm of the penalty's gradient over that of the task's, > 0.
         smoothing: Weight of the past in [0, 1); 0 takes each step by itself.
-        maximum: The largest coefficient, > 0, where the penalty's gradient vanishes.
+        maximum: The largest coefficient, > 0, used where the penalty's gradient vanishes.
 
     Raises:
         ValueError: for a number out of its range.
@@ -179,9 +179,9 @@ class Share(Varying):
 
 
 Strength = float | Varying | Callable[[int], float]
-"""A number, a share, or a schedule: optimizer steps done so far to a number."""
+"""A number, a share, or a schedule, which maps the optimizer steps done so far to a number."""
 
-# A LightningCLI tries these in order, in writing a config and in reading it again.
+# A LightningCLI tries these in order, both to write a config and to read it back.
 Strengths = float | Varying | dict[str, Strength] | Callable[[int], float]
 """One for all layers, or by layer pattern."""
 
@@ -242,7 +242,7 @@ class Coefficient:
             self._matching(self.given, name) if isinstance(self.given, Mapping) else self.given
         )
         if isinstance(strength, Real):
-            return float(strength)  # also a number of numpy
+            return float(strength)  # a number of numpy, too
         return strength
 
     @staticmethod
@@ -274,7 +274,7 @@ def strength_at(strength: Strength, step: int, name: str) -> float:
 
 
 def _check(strength: object, what: str) -> None:
-    """Refuse what is neither a number >= 0 nor a schedule nor a share."""
+    """Refuse anything that is not a number >= 0, a schedule or a share."""
     if isinstance(strength, type):
         raise TypeError(
             f"{what} must be an instance: write {strength.__name__}(...), with its settings in the "

@@ -1,4 +1,4 @@
-"""What a value means: beside that of random neurons, and beside one that no neurons can beat."""
+"""What a value means, compared with random neurons and with a bound that no neurons can beat."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lightning_hsu._core import unit_rows
 from lightning_hsu.measures import Measure
 from lightning_hsu.measures.base import check_measure
 
-# Layers that are simulated, and the FLOP that all of them together may take.
+# Numbers of layers that are simulated, and the FLOP that all of them together may take.
 _DRAWS = 101
 _FEWEST = 5
 _FLOPS = 2e10
@@ -24,7 +24,7 @@ class Level(float):
 
     Args:
         value: The value.
-        standard_error: Its standard error; 0 where it is exact.
+        standard_error: Its standard error; 0 if it is exact.
         source: "exact", "simulated mean" or "simulated median".
     """
 
@@ -45,12 +45,12 @@ class Level(float):
 def random_expectation(measure: Measure, n: int, d: int) -> Level:
     r"""Expected value of a measure for independent, uniformly random neurons.
 
-    Exact where the measure knows it. The chordal Riesz energy has the closed form
-    ``2**(d-2-s) G(d/2) G((d-1-s)/2) / (sqrt(pi) G(d-1-s/2))``, G the gamma function, and for s = 0
-    ``-log 2 + (psi(d-1) - psi((d-1)/2)) / 2``. Other pairwise measures integrate their kernel
-    against the density ``sin(t)**(d-2)`` of the angle, to about 1e-10; softening is neglected.
-    Otherwise it is the mean over simulated layers from a fixed seed, cached, with its standard
-    error: 101 of them, down to 5 where one takes much work.
+    It is exact if the measure knows it. The chordal Riesz energy has the closed form
+    ``2**(d-2-s) G(d/2) G((d-1-s)/2) / (sqrt(pi) G(d-1-s/2))``, where G is the gamma function, and
+    for s = 0 ``-log 2 + (psi(d-1) - psi((d-1)/2)) / 2``. Other pairwise measures integrate their
+    kernel against the density ``sin(t)**(d-2)`` of the angle, to about 1e-10; softening is
+    neglected. Otherwise it is the mean over simulated layers from a fixed seed, cached, with its
+    standard error: over 101 layers, or as few as 5 if one takes much work.
 
     Args:
         measure: A measure.
@@ -58,7 +58,7 @@ def random_expectation(measure: Measure, n: int, d: int) -> Level:
         d: Dimension, at least 2.
 
     Returns:
-        The expectation, a float with a ``standard_error`` and a ``source``; ``inf`` where it is
+        The expectation, a float with a ``standard_error`` and a ``source``; ``inf`` if it is
         infinite (Riesz energy with s >= d - 1; :func:`random_level` then gives the median).
 
     Raises:
@@ -89,7 +89,7 @@ def random_expectation(measure: Measure, n: int, d: int) -> Level:
 
 
 def random_level(measure: Measure, n: int, d: int) -> Level:
-    """The value to compare a layer with: the expectation, or the median where that is infinite.
+    """The value to compare a layer with: the expectation, or the median if that is infinite.
 
     Args:
         measure: A measure.
@@ -97,7 +97,7 @@ def random_level(measure: Measure, n: int, d: int) -> Level:
         d: Dimension, at least 2.
 
     Returns:
-        A finite value with a ``standard_error`` and a ``source``; NaN where there is no reference.
+        A finite value with a ``standard_error`` and a ``source``; NaN if there is no reference.
 
     Raises:
         ValueError: if n or d is below 2.
@@ -117,17 +117,17 @@ def random_level(measure: Measure, n: int, d: int) -> Level:
     values = _simulated(measure, n, d)
     quantiles = torch.tensor([0.25, 0.5, 0.75], dtype=values.dtype)
     low, middle, high = values.quantile(quantiles).tolist()
-    # Asymptotic standard error of a median, with the density of a normal distribution of these
+    # Asymptotic standard error of a median, with the density of a normal distribution with these
     # quartiles.
     return Level(middle, 0.93 * (high - low) / math.sqrt(len(values)), "simulated median")
 
 
 def random_range(measure: Measure, n: int, d: int, groups: int = 1) -> tuple[float, float]:
-    """Natural values that random layers have: what lies outside is not chance.
+    """The range of natural values that random layers have: a value outside it is not chance.
 
-    Three standard deviations around the mean. For means over pairs the deviation is exact but for
-    softening. For other measures, and where it is infinite, it is that of simulated layers, or
-    their extremes if these are wider.
+    It is three standard deviations around the mean. For means over pairs the deviation is exact
+    except for softening. For other measures, and if it is infinite, it is that of simulated layers,
+    or their extremes if these are wider.
 
     Args:
         measure: A measure.
@@ -136,7 +136,7 @@ def random_range(measure: Measure, n: int, d: int, groups: int = 1) -> tuple[flo
         groups: Number of layers of this shape whose mean the value is.
 
     Returns:
-        The lowest and the highest; NaN where random layers have no finite value.
+        The lowest and the highest value; NaN if random layers have no finite value.
 
     Raises:
         ValueError: if n or d is below 2.
@@ -161,7 +161,7 @@ def random_range(measure: Measure, n: int, d: int, groups: int = 1) -> tuple[flo
         spread = 3.0 * float(values.std())
         low = min(mean - spread, float(values.amin()))
         high = max(mean + spread, float(values.amax()))
-        part = math.sqrt(1.0 / groups + 1.0 / len(values))  # a simulated mean is uncertain, too
+        part = math.sqrt(1.0 / groups + 1.0 / len(values))  # the simulated mean is uncertain, too
         if expectation is not None and math.isinf(expectation):
             part = 1.0  # a mean over layers is no closer to one value
     return mean - part * (mean - low), mean + part * (high - mean)
@@ -170,12 +170,12 @@ def random_range(measure: Measure, n: int, d: int, groups: int = 1) -> tuple[flo
 def lower_bound(measure: Measure, n: int, d: int) -> float:
     """A natural value that no n neurons in d dimensions can beat.
 
-    No value is lower, or higher where higher is better.
+    No value is lower, or higher if higher is better.
 
-    For energies the simplex and Welch bounds and the universal bound by Levenshtein's quadrature,
-    which sharp configurations attain: the simplex, the cross-polytope, the icosahedron, the roots
-    of E8. For the smallest angle the bounds of Rankin, Welch and Levenshtein. In half space the 2n
-    points x and -x count.
+    For energies these are the simplex and Welch bounds and the universal bound by Levenshtein's
+    quadrature, which sharp configurations attain: the simplex, the cross-polytope, the icosahedron,
+    the roots of E8. For the smallest angle they are the bounds of Rankin, Welch and Levenshtein. In
+    half space the 2n points x and -x count.
 
     Args:
         measure: A measure.
@@ -183,7 +183,7 @@ def lower_bound(measure: Measure, n: int, d: int) -> float:
         d: Dimension, at least 2.
 
     Returns:
-        The bound; NaN where none is known.
+        The bound; NaN if none is known.
 
     Raises:
         ValueError: if n or d is below 2.
@@ -211,8 +211,8 @@ def lower_bound(measure: Measure, n: int, d: int) -> float:
 def uniformity_ratio(measure: Measure, x: Tensor) -> Tensor:
     """Value of the neurons over that of random ones: above 1 more redundant, below 1 more uniform.
 
-    Where higher is better the inverse; for a Riesz energy with s = 0 the exponential of the
-    difference, for s < 0 the inverse; see the measure's ``ratio``.
+    It is the inverse if higher is better, and for a Riesz energy with s < 0; for one with s = 0 it
+    is the exponential of the difference. See the measure's ``ratio``.
 
     Args:
         measure: A measure.
@@ -246,8 +246,8 @@ def uniformity_score(measure: Measure, x: Tensor) -> Tensor:
         x: Neurons, shape (..., n, d).
 
     Returns:
-        The score, shape (...), at most 1; NaN where no bound is known, or none can be better than
-        random, or fewer than two rows are neither zero nor NaN.
+        The score, shape (...), at most 1; NaN where no bound is known, or no neurons can be better
+        than random, or fewer than two rows are neither zero nor NaN.
 
     Raises:
         ValueError: for fewer than 2 neurons or dimensions.

@@ -1,4 +1,4 @@
-"""The engine: targets, coefficients, schedule and state. It knows nothing of a Trainer."""
+"""The engine: targets, coefficients, schedule and state. It knows nothing about a Trainer."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from lightning_hsu.measures.sampled import sampled_above
 
 @dataclass
 class _Attached:
-    """What holds the model; made anew where the model goes."""
+    """Everything that refers to the model; replaced when the model is released."""
 
     model: nn.Module | None = None
     placement: Placement = field(default_factory=Placement)
@@ -142,7 +142,7 @@ class UniformityRegularizer:
 
     @property
     def skips(self) -> list[Skip]:
-        """The weights that are left out, with the reasons."""
+        """The weights that are not measured, with the reasons."""
         return self._attached.skips
 
     @property
@@ -163,12 +163,12 @@ class UniformityRegularizer:
         """Find the model's neurons; return self. Where ranks share the weights, all must call it.
 
         Args:
-            model: The model, also as DDP, FSDP or Fabric wrap it.
-            placement: How its weights lie over the ranks; None looks at the model.
+            model: The model, possibly wrapped by DDP, FSDP or Fabric.
+            placement: How its weights are placed over the ranks; None looks at the model.
 
         Raises:
-            ValueError: if a pattern matches nothing, no layer is left to measure, or
-                ``head_coefficient`` has no head.
+            ValueError: if a pattern matches nothing, no layer is left to measure, or there is no
+                head for ``head_coefficient``.
             NotImplementedError: if FSDP1 does not keep the original parameters.
         """
         placement = placement_of(model) if placement is None else placement
@@ -187,26 +187,26 @@ class UniformityRegularizer:
         return self
 
     def detach(self) -> None:
-        """Let go of the model; the step counts, the measures' states and the means of shares stay."""
+        """Release the model; the step counts, the measures' states and the means of shares stay."""
         self.state.detach()
         self._attached = _Attached()
 
     def reset(self) -> None:
-        """Let go of the model and forget all steps: the next one is the first of a training."""
+        """Release the model and forget all steps: the next one is the first of a new training."""
         self.state = TrainingState()
         self._attached = _Attached()
 
     def penalty(self, step: int = 0) -> Tensor:
         """Coefficient times penalty, summed over the layers: a differentiable scalar for your loss.
 
-        Measures that carry a state, such as :class:`~lightning_hsu.measures.Covering`, take it one
-        step on.
+        Each call takes the state of measures such as :class:`~lightning_hsu.measures.Covering` one
+        step further.
 
         Args:
             step: Optimizer steps done, for schedules.
 
         Raises:
-            ValueError: for a :class:`~lightning_hsu.Share`, which needs the task's gradient apart.
+            ValueError: for a :class:`~lightning_hsu.Share`, which needs the task's gradient alone.
         """
         self._check_attached()
         self.state.now.loss_step = None
@@ -226,11 +226,11 @@ class UniformityRegularizer:
         Call :meth:`count_step` once a step.
 
         Args:
-            loss: A scalar that its own graph does not need.
+            loss: A scalar that its own backward pass does not need.
             optimizer: The optimizer that will step; its learning rates set the step limit.
-            index: Its position where there are several; by default the order of their first steps.
-            factor: Of the loss: a GradScaler's, over the number of accumulated batches.
-            same_step: The step is counted already: the optimizer evaluates its closure again
+            index: Its position among several; by default the order of their first steps.
+            factor: The loss's factor: a GradScaler's, over the number of accumulated batches.
+            same_step: The step is already counted: the optimizer evaluates its closure again
                 (LBFGS).
         """
         self._check_attached()
@@ -249,7 +249,7 @@ class UniformityRegularizer:
     def count_step(
         self, optimizer: Optimizer, *, index: int | None = None, same_step: bool = False
     ) -> None:
-        """Count a step of an optimizer whose loss has the penalty."""
+        """Count a step of an optimizer whose loss includes the penalty."""
         self.state.counter.count(optimizer, index, same_step=same_step)
         self.note_reached(optimizer)
 
@@ -262,7 +262,7 @@ class UniformityRegularizer:
         if len(reached) == len(self.layers):
             return
         whole: AbstractContextManager[None] = nullcontext()
-        if not reached:  # under FSDP1 all ranks gather the model for this, until all know one layer
+        if not reached:  # FSDP1: all ranks gather the model for this, until each has seen a layer
             whole = self._attached.placement.whole_parameters(with_grads=True)
         with whole:
             self.state.note_reached(self.layers, learning_rates(optimizer))
@@ -283,16 +283,15 @@ class UniformityRegularizer:
 
         Args:
             optimizer: The optimizer about to step; its learning rates set the step limit.
-            index: Its position where there are several; by default the order of their first steps.
-            grad_scale: Factor that the gradients still carry (a GradScaler's, for optimizers that
-                unscale themselves).
+            index: Its position among several; by default the order of their first steps.
+            grad_scale: Factor by which the gradients are still scaled (a GradScaler's, for
+                optimizers that unscale by themselves).
             stats: Also return what was done, by layer.
             same_step: The optimizer evaluates its closure again within one step (LBFGS): do not
                 count it.
 
         Returns:
-            Stats by layer name; empty without ``stats``, or on a step that ``every_n_steps`` leaves
-            out.
+            Stats by layer name; empty without ``stats``, or on a step that ``every_n_steps`` skips.
         """
         self._check_attached()
         step = self.state.counter.count(optimizer, index, same_step=same_step)
@@ -307,7 +306,7 @@ class UniformityRegularizer:
             updates, left = plan.plain_updates(self.state, context)
             stats_by_layer: dict[str, GradientStats] = {}
             together = plan.rest + buckets(left, placement)
-            if together:  # before the plain layers: a layer that is refused stops the step there
+            if together:  # before the plain layers, so that a refused layer stops the whole step
                 stats_by_layer = act_on_buckets(
                     together, LayerUpdate.add, self.state, context, placement
                 )
@@ -319,19 +318,18 @@ class UniformityRegularizer:
     ) -> dict[str, GradientStats]:
         """Move the neurons along the sphere by learning rate times coefficient times gradient.
 
-        Call it after each step. The norms of the neurons stay. Parameters that are frozen or have
-        no gradient are left alone. Neurons that are computed from parameters (weight_norm, pruning)
-        follow these.
+        Call it after each step. The norms of the neurons do not change. Parameters that are frozen
+        or have no gradient are left alone. Neurons that are computed from parameters (weight_norm,
+        pruning) follow these.
 
         Args:
             optimizer: The optimizer that has stepped; each parameter moves with its own group's
                 learning rate.
-            index: Its position where there are several; by default the order of their first steps.
+            index: Its position among several; by default the order of their first steps.
             stats: Also return what was done, by layer.
 
         Returns:
-            Stats by layer name; empty without ``stats``, or on a step that ``every_n_steps`` leaves
-            out.
+            Stats by layer name; empty without ``stats``, or on a step that ``every_n_steps`` skips.
         """
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is not None and bool(found_inf):
@@ -356,28 +354,28 @@ class UniformityRegularizer:
             return measure_layers(self.layers, self.state.monitor_state)
 
     def gathered(self) -> AbstractContextManager[None]:
-        """Hold the neurons of ``layers`` whole while they are read, under FSDP1.
+        """A context in which the neurons of ``layers`` are whole and can be read, under FSDP1 too.
 
-        All ranks that share weights must call it.
+        All ranks that share weights must enter it.
         """
         return self._attached.placement.whole_parameters(with_grads=False)
 
     def current_penalty(self, measured: list[LayerUniformity]) -> float:
-        """Coefficient times penalty, summed over measured layers, at the coefficients last used."""
+        """Coefficient times penalty, summed over measured layers, with the last coefficients."""
         total = 0.0
         for layer, one in zip(self.layers, measured, strict=True):
             total += self.state.last_coefficient(layer, self.every_n_steps) * one.penalty
         return total
 
     def varying_coefficients(self) -> dict[str, float]:
-        """The last coefficients of the layers where they change over time, by layer."""
+        """The last coefficients, by layer, of the layers whose coefficient changes over time."""
         changing = [layer for layer in self.layers if not isinstance(layer.strength, float)]
         return {
             layer.name: self.state.last_coefficient(layer, self.every_n_steps) for layer in changing
         }
 
     def unreached(self) -> list[str]:
-        """Names of layers that have a coefficient but got no gradient so far, but for frozen ones."""
+        """Names of layers, except frozen ones, that have a coefficient but no gradient so far."""
         missing = []
         for layer in self.layers:
             if layer.strength != 0 and layer.name not in self.state.now.reached:
@@ -386,7 +384,7 @@ class UniformityRegularizer:
             return [layer.name for layer in missing if not layer.frozen]
 
     def idle(self) -> dict[str, str]:
-        """Why the penalty exerts no force in a layer, whatever its weights, and the way out, by layer."""
+        """Layers in which the penalty never exerts a force, with the reason and what to do."""
         found = {}
         for layer in self.layers:
             reason = layer.idle_reason()
@@ -395,7 +393,7 @@ class UniformityRegularizer:
         return found
 
     def state_dict(self) -> dict[str, Any]:
-        """The steps done by each optimizer, and what measures and shares carry on, by layer."""
+        """The steps done by each optimizer, and the state of measures and shares by layer."""
         return self.state.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -403,13 +401,13 @@ class UniformityRegularizer:
         self.state.load_state_dict(state)
 
     def table(self) -> str:
-        """Every layer with its shape, measure and coefficient, and every weight left out and why."""
+        """Every layer with its shape, measure and coefficient, and weights left out with reasons."""
         self._check_attached()
         with self.gathered():
             return describe(self.layers, self.skips, self.every_n_steps)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Pickle and copy the settings and where training stands, never the model."""
+        """Pickle and copy the settings and the training state, never the model."""
         return self.__dict__ | {"_attached": _Attached()}
 
     def _layer(self, target: Target) -> Layer:
@@ -423,7 +421,7 @@ class UniformityRegularizer:
         return Layer(target, measure, strength, tuple(target.parameters()), target.held_rows())
 
     def _current_plan(self) -> Plan:
-        """The plan, made anew where a parameter that it rests on has changed."""
+        """The plan, made anew if a parameter that it rests on has changed."""
         attached = self._attached
         assert attached.plan is not None
         if not attached.plan.is_current():
@@ -436,7 +434,7 @@ class UniformityRegularizer:
         return attached.plan
 
     def _reread(self, layer: Layer) -> Layer:
-        """A layer with the parameters that its module has now."""
+        """A layer with its module's present parameters."""
         if layer.sharded:
             return layer
         shape = layer.target.neurons().shape
@@ -454,7 +452,7 @@ class UniformityRegularizer:
         attached = self._attached
         if attached.model is not None and any(x.in_forward_precision for x in attached.layers):
             attached.placement.reshard(attached.model)
-        if attached.placement.loss_refusal is None:  # else the weights are not whole here
+        if attached.placement.loss_refusal is None:  # otherwise the weights are not whole here
             self._current_plan()
         same_step = self.state.now.loss_step == step
         context = StepContext(step, rates, factor, same_step, self.step_limit)
