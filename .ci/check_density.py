@@ -1,4 +1,4 @@
-"""Whether the package reads one thought a line: `python .ci/check_density.py [--files]`; exits 1 over a limit."""
+"""Check that the package reads one thought per line: `python .ci/check_density.py [--files]`; exits 1 over a limit."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 
 
 def docstring_lines(tree: ast.Module) -> set[int]:
-    """Numbers of the lines that belong to docstrings, of attributes too."""
+    """Numbers of the lines that belong to docstrings, including those of attributes."""
     lines: set[int] = set()
     for node in ast.walk(tree):
         if (
@@ -45,12 +45,12 @@ def code_lines(source: str, tree: ast.Module) -> int:
 
 
 def is_nested(node: ast.IfExp) -> bool:
-    """Whether another conditional expression stands within this one."""
+    """Whether this conditional expression contains another one."""
     return any(isinstance(part, ast.IfExp) for part in ast.walk(node) if part is not node)
 
 
 def counts(path: Path) -> dict[str, int]:
-    """What is counted in one file."""
+    """The counts of one file."""
     source = path.read_text()
     tree = ast.parse(source)
     nodes = list(ast.walk(tree))

@@ -1,4 +1,4 @@
-"""Whether facts that stand in two files agree: pins of tools, and the version; exits 1 where not."""
+"""Check that facts stated in two files agree: pins of tools, and the version; exit 1 if not."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ ROOT = Path(__file__).parents[1]
 
 
 def text(name: str) -> str:
-    """What a file of the repository says."""
+    """The text of a file of the repository."""
     return (ROOT / name).read_text(encoding="utf-8")
 
 
 def first(pattern: str, name: str) -> str:
-    """The group of the first line that matches in a file."""
+    """The first group of the first match in a file."""
     found = re.search(pattern, text(name), re.MULTILINE)
     if found is None:
         raise SystemExit(f"{name} has no line like {pattern}")
@@ -23,7 +23,7 @@ def first(pattern: str, name: str) -> str:
 
 
 def hook_pins() -> dict[str, str]:
-    """What pre-commit installs, by package."""
+    """The versions that pre-commit installs, by package."""
     config = ".pre-commit-config.yaml"
     pins = dict(re.findall(r"^ +- ([\w-]+)==(\S+)$", text(config), re.MULTILINE))
     pins["ruff"] = first(r"ruff-pre-commit\n +rev: v(\S+)$", config)

@@ -1,4 +1,4 @@
-"""Run inside an environment that holds nothing but the installed wheel: import it, and use it once."""
+"""Import and use the installed wheel once, in an environment that holds nothing else."""
 
 from importlib.metadata import version
 from importlib.resources import files

@@ -1,4 +1,4 @@
-"""Compile every kernel for its chips, without one: print resources, and fail if one spills."""
+"""Compile every kernel for its chips, without a GPU; print resources, and fail if one spills."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def slope_cases(precision: str, scalar: Any) -> Iterator[Case]:
 
 
 class Resources(NamedTuple):
-    """What a program takes: registers and spilled bytes of a thread, KiB of shared memory."""
+    """What a program uses: registers and spilled bytes of a thread, KiB of shared memory."""
 
     registers: int
     spilled: int
@@ -96,7 +96,7 @@ class Resources(NamedTuple):
 
 
 def resources(case: Case, chip: int) -> Resources:
-    """Compile a kernel for a chip, and read what it takes; what is spilled lies on the stack."""
+    """Compile a kernel for a chip, and read what it uses; spilled registers are on the stack."""
     signature = {}
     aligned = {}
     for i, name in enumerate(case.kernel.arg_names):

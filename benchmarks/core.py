@@ -1,4 +1,4 @@
-"""What the penalty costs beside its floor and beside plain implementations, on a CPU in one thread.
+"""What the penalty costs, compared with its floor and plain implementations, on one CPU thread.
 
 The floor of an exact pair energy with its gradient is 3 n n d FLOP at the rate of a plain float32
 matrix product of the same weights, measured in the same round. ``--quick`` runs everything in
@@ -74,7 +74,7 @@ class Row:
 
 
 class Layers(nn.Module):
-    """Linear layers of given shapes, with gradients as if of a task."""
+    """Linear layers of given shapes, with gradients as if from a task."""
 
     def __init__(self, shapes: Shapes) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ class Layers(nn.Module):
 
 
 def products(weights: list[Tensor]) -> None:
-    """One product a layer, 2 n n d FLOP each: two thirds of the floor."""
+    """One product for each layer, 2 n n d FLOP each: two thirds of the floor."""
     for w in weights:
         torch.mm(w, w.T)
 
@@ -105,7 +105,7 @@ def product_of(w: Tensor) -> Callable[[], Tensor]:
 
 
 def single_layers(quick: bool) -> Iterator[Row]:
-    """One large layer over the floor, and half space beside both signs concatenated."""
+    """One large layer over the floor, and half space over both signs concatenated."""
     shapes = [SMALL] if quick else [(2304, 768), (3072, 768), (2048, 1024)]
     rounds = 3 if quick else 9
     for n, d in shapes:
@@ -127,7 +127,7 @@ def single_layers(quick: bool) -> Iterator[Row]:
 
 
 def small_layers(quick: bool) -> Iterator[Row]:
-    """Layers of 64 x 576, of which models have many: one alone, and eight in one batch."""
+    """Layers of 64 x 576, which are common in models: one alone, and eight in one batch."""
     rounds = 5 if quick else 101
     for count in (1, 8):
         w = torch.randn(count, 64, 576)
@@ -257,7 +257,7 @@ def energies(quick: bool) -> Iterator[Row]:
 
 
 def short_name(measure: Measure) -> str:
-    """The name of a measure, and what tells it from others of the table."""
+    """The name of a measure, with what distinguishes it from others in the table."""
     name = type(measure).__name__
     if getattr(measure, "distance", "") == "geodesic":
         name += " geodesic"
@@ -265,7 +265,7 @@ def short_name(measure: Measure) -> str:
 
 
 def workspace(quick: bool) -> Iterator[Row]:
-    """Memory beside weights and `.grad`, MiB: the growth of a process over one application."""
+    """Memory besides weights and `.grad`, MiB: the growth of a process over one application."""
     if quick:
         return
     for name, goal in WORKSPACE.items():

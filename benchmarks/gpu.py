@@ -4,7 +4,7 @@ All are compared with a training step. The step is a stand-in: the matrix produc
 forward and backward under bf16 autocast, with as many rows as a step of the model has tokens or
 pixels (ResNets: 256 images of 224 x 224, convolutions as products of the same FLOP; ViT-B/16: 256
 images; GPT-2: 65536 tokens). It leaves out attention, norms, the loss and the optimizer, so shares
-of a whole step are smaller. Rivals take turns; CUDA events keep the time, host included.
+of a whole step are smaller. Rivals take turns; CUDA events measure the time, including the host.
 ``--quick`` runs little and writes nothing.
 """
 
@@ -38,7 +38,7 @@ EMBEDDING = (50257, 768)
 
 
 class Layers(nn.Module):
-    """Linear layers of given shapes on the GPU, with gradients as if of a task."""
+    """Linear layers of given shapes on the GPU, with gradients as if from a task."""
 
     def __init__(self, shapes: Shapes) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ def rows_of(name: str, n: int, d: int) -> int:
 
 
 class Step:
-    """The products of a training step, layer by layer; inputs and gradients are in one buffer."""
+    """The products of a training step, layer by layer; inputs and gradients share one buffer."""
 
     def __init__(self, name: str, model: Layers) -> None:
         self.weights = list(model.parameters())
@@ -185,7 +185,7 @@ def rivals_for(name: str, model: Layers) -> dict[str, Callable[[], object]]:
 
 
 def of_the_embedding(shape: tuple[int, int]) -> dict[str, object]:
-    """Time of a very large layer, and its peak of memory beside the weights and their gradient."""
+    """Time of a very large layer, and its peak memory besides the weights and their gradient."""
     w = torch.randn(1, *shape, device="cuda")
     update = GradientUpdate(w, torch.zeros_like(w), 1.0)
     term = MEASURE.pair_term()
@@ -204,7 +204,7 @@ def of_the_embedding(shape: tuple[int, int]) -> dict[str, object]:
 
 
 def difference() -> dict[str, object]:
-    """Relative difference between the back ends' gradients; tests only see the interpreter's."""
+    """Relative difference between the back ends' gradients; tests only check the interpreter's."""
     w = torch.randn(1, 3072, 768, device="cuda")
     term = MEASURE.pair_term()
     assert term is not None

@@ -2,14 +2,14 @@
 
 The model has 60 small Linear layers, the worst case: nothing but overhead. Within one training run
 the steps take turns: no callback, one that does nothing (Lightning's own price of a callback), the
-monitor, the penalty; a drift of the machine's speed affects all alike. Printed are the differences
-of the medians over the rounds, and the time inside the monitor's hooks. The goals are below 0.1 ms
-a step for the monitor and 0.8 ms for the penalty.
+monitor, the penalty. A drift of the machine's speed affects all alike. It prints the differences of
+the medians over the rounds, and the time inside the monitor's hooks. The goals are below 0.1 ms per
+step for the monitor and 0.8 ms for the penalty.
 
-Then the time of a step of the engine without Lightning, and how much of it is bookkeeping, not pair
-sums; the goal is 15 us a layer. Last, the time of a 512 x 512 layer whose neurons have condensed
-onto four directions (a quarter of its pairs is computed again in float64) over that of a random
-one, and the time to draw and write one set of figures for ten layers.
+Then it prints the time of a step of the engine without Lightning, and how much of it is
+bookkeeping, not pair sums; the goal is 15 us per layer. Last, it prints the time of a 512 x 512
+layer whose neurons have condensed onto four directions (a quarter of its pairs is computed again in
+float64) over that of a random one, and the time to draw and write a set of figures for ten layers.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from lightning_hsu import HypersphericalUniformity, UniformityRegularizer
 from lightning_hsu._engine import plan
 from lightning_hsu.measures import RieszEnergy
 
-GOAL_MS = 0.1  # of the monitor; that of the penalty is 0.8 ms, and 15 us of bookkeeping a layer
+GOAL_MS = 0.1  # of the monitor; that of the penalty is 0.8 ms, and 15 us of bookkeeping per layer
 QUIET = {
     "logger": False,
     "enable_checkpointing": False,
@@ -145,7 +145,7 @@ def one_round(steps: int) -> dict[str, float]:
 
 
 def host_time(steps: int = 300) -> dict[str, float]:
-    """Time the engine on sixty layers: a whole step, and its bookkeeping a layer.
+    """Time the engine on sixty layers: a whole step, and its bookkeeping per layer.
 
     Bookkeeping is a step less the pair sums, which are timed within it.
     """
@@ -208,7 +208,7 @@ class Drawing:
         self.times.append(1e3 * (time.perf_counter() - start))
 
     def train(self, steps: int) -> None:
-        """Train for so many steps, with a set of figures after each."""
+        """Train for a number of steps, with a set of figures after each."""
         model = Deep()
         model.net = nn.Sequential(*(nn.Linear(256, 256) for _ in range(10)))
         trainer = pl.Trainer(

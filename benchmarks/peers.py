@@ -1,4 +1,4 @@
-"""The same energies written plainly from their formulas: what the measures are timed against.
+"""The same energies, written plainly from their formulas; the measures are timed against them.
 
 Each function maps neurons (n, d) that require a gradient to the mean energy; autograd does the
 rest.

@@ -86,6 +86,6 @@ def peak_mib(module: str, *arguments: str) -> float:
 
 def resident_mib() -> float:
     """The largest resident memory of this process so far, MiB."""
-    # Not ru_maxrss: that is the parent's, if the parent had more.
+    # Not ru_maxrss: it is the parent's if the parent had more.
     status = Path("/proc/self/status").read_text()
     return int(status.partition("VmHWM:")[2].split()[0]) / 1024
