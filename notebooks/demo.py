@@ -51,7 +51,7 @@ CHOSEN = {
 
 @dataclass(frozen=True)
 class Comparison:
-    """Runs without and with the penalty at one scale; the same position is the same seed."""
+    """Runs without and with the penalty at one scale; runs at the same position share a seed."""
 
     without: list[Outcome]
     penalised: list[Outcome]
@@ -103,7 +103,7 @@ def _arguments() -> argparse.Namespace:
 
 
 def _train(data: Data, known: str, folder: Path) -> list[Comparison]:
-    """Run everything, seed by seed; print a line a run, readable in a terminal and a log file."""
+    """Run everything, seed by seed; print one line per run, readable in a terminal and a log file."""
     shutil.rmtree(folder, ignore_errors=True)  # loggers would append to an earlier demo's files
     start = time.perf_counter()
     total = 4 * len(SEEDS)
@@ -127,7 +127,7 @@ def _train(data: Data, known: str, folder: Path) -> list[Comparison]:
 
 
 def _progress(settings: Settings, seed: int, outcome: Outcome) -> str:
-    """The result of one run in a line."""
+    """The result of one run in one line."""
     penalty = "with penalty" if settings.coefficient else "no penalty  "
     worst = max(layer.ratio for layer in outcome.after)
     return (
@@ -163,7 +163,7 @@ def _print_table(data: Data, plan: Plan, comparisons: list[Comparison]) -> None:
 
 
 def _print_legend(chosen_on: str) -> None:
-    """Say what the columns mean, and on which data the settings were chosen if on others."""
+    """Say what the columns mean and, if the settings were chosen on other data, on which."""
     where = f", on {chosen_on}, not on these data" if chosen_on else ""
     print(
         "\nratio: energy of a layer's neurons over that of random ones; 1 is random, above 1 is "
@@ -182,7 +182,7 @@ def _print_legend(chosen_on: str) -> None:
 
 
 def _layer_rows(comparison: Comparison) -> list[str]:
-    """A row a layer: shape, ratio before and after, smallest angle after; medians over seeds."""
+    """One row per layer: shape, ratio before and after, smallest angle after; medians over seeds."""
     rows = []
     for i, layer in enumerate(comparison.without[0].before):
         before = median(run.before[i].ratio for run in comparison.without)
@@ -229,7 +229,7 @@ def _error_row(name: str, errors: list[float], settings: Settings) -> str:
 
 
 def _verdict(change: float, sem: float) -> str:
-    """Judge a change of the error: null within two standard errors."""
+    """Judge a change of the error: it is null within two standard errors."""
     if abs(change) < 2 * sem or change == 0:
         return "null"
     if change < 0:

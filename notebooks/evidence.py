@@ -48,7 +48,7 @@ print(
 # %% [markdown]
 # ## In how many settings does each method help?
 #
-# Gain and worse: p below 0.05 after correction for all comparisons. All else is null.
+# Gain and worse: p below 0.05 after correction for all comparisons. Everything else is null.
 
 # %%
 Markdown(tables.summary(comparisons))
@@ -83,7 +83,7 @@ plt.show()
 # %% [markdown]
 # ## Where, and against each other
 #
-# Orthogonality is the rival to beat: it costs less and aims at the same. Both tables were added after the results were known.
+# Orthogonality is the rival to beat: it costs less and has the same aim. Both tables were added after the results were known.
 
 # %%
 Markdown(tables.conditions_table(comparisons))

@@ -12,7 +12,7 @@
 # # Measures: what each of them wants
 #
 # Every measure of the library, on the circle and on the sphere: where descent on it takes the same random points, and
-# what it says of
+# what it says about
 # them. At the end two classical optima, Thomson's and Tammes', beside their known values.
 
 # %%
@@ -33,7 +33,7 @@ kinds = {panel.title.replace("\n", ""): panel.measure for panel in PANELS}
 
 
 def descend(measure, x, steps=STEPS, rate=0.2):
-    """Points (..., n, d) after so many steps along the normalised gradient, each shorter than the last; the best of them."""
+    """Points (..., n, d) after some steps along the normalised gradient, each shorter than the last; the best of them."""
     state, best, least = None, x, torch.full(x.shape[:-2], math.inf, dtype=x.dtype)
     for step in range(steps):
         state = measure.prepare(x, state)
@@ -54,9 +54,9 @@ def smallest_angle(x):
 # %% [markdown]
 # ## The circle
 #
-# Seven points from the same random start. Whatever sees pairs spaces them evenly; in half space x and -x count as one.
+# Seven points from the same random start. Measures that see pairs space them evenly; in half space x and -x count as one.
 # `ResultantLength` only
-# balances them, `Orthogonality` only spreads them over the axes: both are content with points that lie on each other.
+# balances them, `Orthogonality` only spreads them over the axes: both are content with points on top of each other.
 
 # %%
 start = torch.nn.functional.normalize(
@@ -90,7 +90,7 @@ assert abs(smallest_angle(circle["KoLeo()"]) - 360 / 7) < 3
 # %% [markdown]
 # ## The sphere
 #
-# Twelve points. Lines join neighbours that are as near as the nearest, but for a tenth.
+# Twelve points. Lines join neighbours that are at most a tenth further apart than the nearest.
 
 # %%
 start = torch.nn.functional.normalize(

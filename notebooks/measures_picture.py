@@ -32,7 +32,7 @@ from lightning_hsu.measures import (
 )
 
 STEP = "#0072B2"
-HOLE = "#D55E00"  # differs from STEP for colour-blind readers, too
+HOLE = "#D55E00"  # differs from STEP even for colour-blind readers
 INK = "#222222"
 QUIET = "#6B6B6B"
 FAINT = "#C9C9C9"
