@@ -35,7 +35,7 @@ from lightning_hsu.coefficients import Coefficient, Strength
 from lightning_hsu.measures import Measure
 from lightning_hsu.measures.base import check_measure
 from lightning_hsu.measures.defaults import DEFAULT_MEASURE, SAMPLE_ABOVE
-from lightning_hsu.measures.sampled import sampled_above
+from lightning_hsu.measures.sampled import measure_of_layer
 
 
 @dataclass
@@ -412,8 +412,12 @@ class UniformityRegularizer:
 
     def _layer(self, target: Target) -> Layer:
         """A target with its measure and coefficient."""
-        measure = self.measure.for_head() if target.head else self.measure
-        measure = sampled_above(measure, target.shape[1], self.sample_above)
+        measure = measure_of_layer(
+            self.measure,
+            is_head=target.head,
+            neurons=target.shape[1],
+            sample_above=self.sample_above,
+        )
         coefficient = self.coefficient
         if target.head and self.head_coefficient is not None:
             coefficient = self.head_coefficient
@@ -450,9 +454,10 @@ class UniformityRegularizer:
     def _penalty(self, step: int, rates: Mapping[int, float], factor: Tensor | float) -> Tensor:
         """Coefficient times penalty, summed over the layers; learning rates set the step limit."""
         attached = self._attached
-        if attached.model is not None and any(x.in_forward_precision for x in attached.layers):
-            attached.placement.reshard(attached.model)
-        if attached.placement.loss_refusal is None:  # otherwise the weights are not whole here
+        if attached.model is not None:
+            shown = [(layer.target.module, layer.parameters[0]) for layer in attached.layers]
+            attached.placement.take_back_forward_weights(attached.model, shown)
+        if attached.placement.loss_refusal is None:  # else the weights are not whole here
             self._current_plan()
         same_step = self.state.now.loss_step == step
         context = StepContext(step, rates, factor, same_step, self.step_limit)

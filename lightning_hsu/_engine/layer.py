@@ -49,12 +49,6 @@ class Layer:
         return any(self.target.placement.is_sharded(p) for p in self.parameters)
 
     @property
-    def in_forward_precision(self) -> bool:
-        """Whether FSDP2 presents its parameters whole, in the forward pass's lower precision."""
-        shown = next(self.target.module.parameters())
-        return self.sharded and shown.dtype != self.parameters[0].dtype
-
-    @property
     def frozen(self) -> bool:
         """Whether no gradient reaches its neurons."""
         if self.sharded:  # without a collective call

@@ -246,6 +246,15 @@ def _groups(x: Tensor) -> Tensor:
     return x.reshape(x.shape[:-2].numel(), *x.shape[-2:])
 
 
+def measure_of_layer(
+    measure: Measure, *, is_head: bool, neurons: int, sample_above: int | None
+) -> Measure:
+    """The measure of one layer: a head's is in full space, that of very many neurons is sampled."""
+    if is_head:
+        measure = measure.for_head()
+    return sampled_above(measure, neurons, sample_above)
+
+
 def sampled_above(measure: Measure, n: int, limit: int | None) -> Measure:
     """Return the measure, sampled if it is a mean over pairs and n is above ``limit``."""
     if limit is None or n <= limit or measure.pair_term() is None:

@@ -18,7 +18,7 @@ from lightning_hsu._neurons.select import Patterns, select
 from lightning_hsu._neurons.state_dict import StoredNeurons, neurons_of_state_dict
 from lightning_hsu.measures import Measure
 from lightning_hsu.measures.defaults import DEFAULT_MEASURE
-from lightning_hsu.measures.sampled import sampled_above
+from lightning_hsu.measures.sampled import measure_of_layer
 from lightning_hsu.metrics.base import (
     Quantity,
     UniformityMetric,
@@ -208,9 +208,9 @@ def _measure_stored(
     stored: StoredNeurons, measure: Measure, sample_above: int | None
 ) -> LayerUniformity:
     """Measure one set of neurons of a state dict as the regularizer measures a layer."""
-    if stored.head:
-        measure = measure.for_head()
-    measure = sampled_above(measure, stored.shape[1], sample_above)
+    measure = measure_of_layer(
+        measure, is_head=stored.head, neurons=stored.shape[1], sample_above=sample_above
+    )
     x = with_float64(to_compute_dtype(stored.neurons()))
     with exact_arithmetic(x):
         state = measure.prepare(x)

@@ -17,6 +17,7 @@ from lightning_hsu._neurons.wrappers import unwrapped
 from lightning_hsu.measures import Measure
 from lightning_hsu.measures.base import check_measure
 from lightning_hsu.measures.defaults import DEFAULT_MEASURE
+from lightning_hsu.measures.sampled import measure_of_layer
 from lightning_hsu.report.analysis import look_at
 from lightning_hsu.report.checkpoints import read_weights
 from lightning_hsu.report.data import ReportData
@@ -125,7 +126,12 @@ def look_at_all(
         layer = look_at(
             target.name,
             target.neurons(),
-            _measure_for(target, measure),
+            measure_of_layer(
+                measure,
+                is_head=target.head or target.shape[1] == 2,  # two neurons are at best opposite
+                neurons=target.shape[1],
+                sample_above=None,
+            ),
             similar_above=similar_above,
             keep=keep,
             done=done,
@@ -153,13 +159,6 @@ def _work(target: NeuronSet) -> int:
     """The arithmetic of reporting on one layer, up to a factor."""
     groups, n, d = target.shape
     return groups * n * n * d
-
-
-def _measure_for(target: NeuronSet, measure: Measure) -> Measure:
-    """The measure for a layer: in full space for a head and for two neurons."""
-    if target.head or target.shape[1] == 2:
-        return measure.for_head()
-    return measure
 
 
 class Found(NamedTuple):

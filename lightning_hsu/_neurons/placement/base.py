@@ -125,8 +125,15 @@ class Placement:
                 behind.append(p)
         return behind
 
-    def reshard(self, model: nn.Module) -> None:
-        """Take back weights that were left whole after the forward pass."""
+    def take_back_forward_weights(
+        self, model: nn.Module, held: Sequence[tuple[nn.Module, nn.Parameter]]
+    ) -> None:
+        """Take back the weights that the forward pass left in a lower precision.
+
+        Args:
+            model: The model.
+            held: Modules, each with a parameter that it holds at other times.
+        """
 
     # Tensors that may be sharded.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
@@ -82,8 +83,17 @@ class DTensorPlacement(Placement):
             return None
         return rows
 
-    def reshard(self, model: nn.Module) -> None:
-        """Let FSDP2 reshard the weights that it left whole, in the forward pass's precision."""
+    def take_back_forward_weights(
+        self, model: nn.Module, held: Sequence[tuple[nn.Module, nn.Parameter]]
+    ) -> None:
+        """Let FSDP2 take back the weights that it left whole, in the forward pass's precision."""
+        left_whole = False
+        for module, parameter in held:
+            shown = next(module.parameters())
+            if self.is_sharded(parameter) and shown.dtype != parameter.dtype:
+                left_whole = True
+        if not left_whole:
+            return
         for module in model.modules():
             take_back = getattr(type(module), "reshard", None)
             if take_back is not None:
