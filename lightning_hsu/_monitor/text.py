@@ -10,6 +10,9 @@ from lightning_hsu._neurons.candidates import Skip
 from lightning_hsu.measures import Measure
 from lightning_hsu.reference import random_range
 
+AS_RANDOM = "as random"
+"""What a finding begins with where a layer is no more uniform or crowded than random neurons."""
+
 _CLOSE = 0.01  # a ratio this close to 1 counts as random, however many neurons there are
 _SPREAD = 0.5
 """Score at which neurons are called more even than random although their ratio is close to 1.
@@ -52,7 +55,7 @@ def _beside_random(layer: LayerUniformity, measure: Measure) -> str:
     close = abs(layer.ratio - 1.0) <= _CLOSE
     spread = layer.score >= _SPREAD  # False for a score of NaN
     if (close and not spread) or _within_random(layer, measure):
-        return "as random"
+        return AS_RANDOM
     if layer.ratio > 1.0:
         digits = 2 if layer.ratio < 100 else 0
         return f"{number(layer.ratio, digits)}x random"

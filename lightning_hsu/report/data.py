@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from lightning_hsu._monitor.measure import LayerUniformity
-from lightning_hsu._monitor.text import shape_of
+from lightning_hsu._monitor.text import AS_RANDOM, shape_of
 from lightning_hsu._neurons.candidates import Skip
 from lightning_hsu.measures import Measure
 
@@ -104,8 +104,8 @@ class LayerReport:
 
     @property
     def as_random(self) -> bool:
-        """Whether the finding is "as random": random neurons may well have such a ratio."""
-        return self.finding.startswith("as random")
+        """Whether random neurons may well have such a ratio, in however few dimensions."""
+        return self.finding.startswith(AS_RANDOM)
 
     @property
     def full_space(self) -> bool:

@@ -8,6 +8,7 @@ from itertools import compress
 from typing import TYPE_CHECKING, NamedTuple
 
 from lightning_hsu._monitor.text import (
+    AS_RANDOM,
     column_widths,
     counted,
     number,
@@ -293,8 +294,8 @@ def _show_rich(table: Table, console: Console) -> None:
 
 
 def _style(cell: str) -> str:
-    """The style of a finding: dim if as random, yellow for pairs, dead or infinite neurons."""
-    if cell.startswith("as random") and "," not in cell:
+    """The colour of a finding: dim if as random, yellow if pairs, dead or infinite neurons."""
+    if cell.startswith(AS_RANDOM) and "," not in cell:
         return "dim"
     if "near-duplicate" in cell or cell.endswith((" dead", "infinite")):
         return "yellow"
