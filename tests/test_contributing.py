@@ -23,6 +23,12 @@ def test_what_it_names_is_there(name):
     assert (ROOT / name).exists() or (PACKAGE / name).exists()
 
 
+@pytest.mark.parametrize("text", ["README.md", "evidence/README.md", "CHANGELOG.md"])
+def test_the_tests_that_a_text_tells_of_are_there(text):
+    named = re.findall(r"tests/\w+\.py", (ROOT / text).read_text(encoding="utf-8"))
+    assert [name for name in named if not (ROOT / name).exists()] == []
+
+
 def test_it_names_every_room():
     rooms = {path.name for path in PACKAGE.glob("*.py")}
     rooms |= {f"{path.parent.name}/" for path in PACKAGE.glob("*/__init__.py")}
