@@ -297,6 +297,17 @@ def test_channels_last_gets_what_the_usual_format_gets():
         torch.testing.assert_close(part, usual[name], rtol=1e-5, atol=1e-7)
 
 
+def test_weights_of_one_shape_are_read_in_their_own_groups():
+    net = nn.ModuleList([nn.Conv2d(4, 8, 3), nn.Conv2d(8, 8, 3, groups=2)])
+    assert net[0].weight.shape == net[1].weight.shape
+    together = UniformityRegularizer(coefficient={"0": 0.5, "1": 1.0}, head=None).attach(net)
+    found = added(net, together)
+    for name, coefficient in (("0", 0.5), ("1", 1.0)):  # the same factor of the sum over groups
+        alone = UniformityRegularizer(coefficient=coefficient, include=name, head=None).attach(net)
+        expected = added(net, alone)[f"{name}.weight"]
+        torch.testing.assert_close(found[f"{name}.weight"], expected, rtol=1e-5, atol=1e-9)
+
+
 def test_a_plan_is_replayed_until_something_changes(monkeypatch):
     made = []
     init = Plan.__init__
