@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lightning_hsu._core import backend, foreach, pair_energy, without_sync
 from lightning_hsu._core.foreach import TorchBackend, add_pair_gradients
 from lightning_hsu._core.pairwise import PANEL, small_pair_gradient
-from lightning_hsu._core.updates import GradientUpdate
+from lightning_hsu._core.updates import GradientUpdate, shortening
 from lightning_hsu._core.without_sync import gradients_without_sync
 from lightning_hsu.measures import GaussianPotential, RieszEnergy
 from tests.members import InverseFourth
@@ -256,3 +256,19 @@ def test_on_a_gpu(backend, monkeypatch):
             added(RieszEnergy(s=2, half_space=True), "cuda"),
             added(RieszEnergy(s=2, half_space=True)),
         )
+
+
+@pytest.mark.parametrize("norm", [1e-15, 1e-17])
+def test_near_duplicates_of_tiny_norm_feel_a_force(norm):
+    """At 1e-17 the squares of their gradient's entries overflow; the limit is all they may move."""
+    w = neurons(1, 8, 12)
+    w[0, 1] = w[0, 0] + 1e-3 * w[0, 2]
+    w[0, :2] *= norm / w[0, :2].norm(dim=-1, keepdim=True)
+    out = torch.zeros_like(w)
+    term = RieszEnergy(s=2).pair_term()
+    add_pair_gradients([GradientUpdate(w, out, 1.0, 0.5)], term)
+    steps = out.norm(dim=-1) / w.norm(dim=-1)
+    assert steps[0, :2].tolist() == pytest.approx([0.5, 0.5], rel=1e-5)
+    grad = pair_energy(w, term)[1]
+    factor = shortening(grad, w, 1.0, 0.5, 1e38)
+    torch.testing.assert_close(out, grad * factor, rtol=1e-5, atol=0.0)

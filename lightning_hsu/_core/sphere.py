@@ -57,6 +57,17 @@ def largest_entries(x: Tensor) -> Tensor:
     return torch.maximum(x.amax(-1, keepdim=True), -x.amin(-1, keepdim=True))
 
 
+def row_lengths(x: Tensor) -> Tensor:
+    """Norms (..., n, 1) of the rows of x, even where squares of their entries overflow."""
+    length: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    is_known_finite = x.device.type == "cpu" and bool(torch.isfinite(length).all())
+    if is_known_finite or x.numel() == 0:
+        return length
+    largest = largest_entries(x).clamp_min(torch.finfo(x.dtype).tiny)
+    length = torch.linalg.vector_norm(x / largest, dim=-1, keepdim=True)
+    return length * largest
+
+
 def to_weights(grad: Tensor, inverse_norm: Tensor, out: torch.dtype) -> Tensor:
     """Turn a tangent gradient at unit rows into the gradient at the rows themselves.
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_hsu._core.sphere import row_lengths
+
 
 @dataclass(eq=False, slots=True)
 class GradientUpdate:
@@ -68,7 +70,12 @@ def chunks(updates: Sequence[GradientUpdate], count: int) -> list[Sequence[Gradi
 
 
 def add_to_layers(
-    updates: Sequence[GradientUpdate], grad: Tensor, norm: Tensor, value: Tensor | None = None
+    updates: Sequence[GradientUpdate],
+    grad: Tensor,
+    norm: Tensor,
+    value: Tensor | None = None,
+    *,
+    may_overflow: bool = False,
 ) -> None:
     """Add the gradients of a stack to its layers, which differ only in ``w`` and ``out``.
 
@@ -77,6 +84,7 @@ def add_to_layers(
         grad: Gradients of their k * b groups, shape (k * b, n, d); overwritten.
         norm: Norms of the neurons, shape (k * b, n, 1).
         value: The mean energies (k * b,) if their logarithm is minimised, else None.
+        may_overflow: Whether squares of the gradients' entries may leave the range of the dtype.
     """
     first = updates[0]
     if value is not None:
@@ -84,7 +92,11 @@ def add_to_layers(
     room: Tensor | float = torch.finfo(first.entries.dtype).max / 2
     if first.limit is not None:
         room = (norm * first.limit).clamp_max(room)
-    length = torch.linalg.vector_norm(grad, dim=-1, keepdim=True).mul_(first.scale)
+    if may_overflow:
+        length = row_lengths(grad)
+    else:
+        length = torch.linalg.vector_norm(grad, dim=-1, keepdim=True)
+    length.mul_(first.scale)
     factor = torch.where(length > room, room / length, 1.0)
     grad.mul_(factor.mul_(first.scale * first.grad_scale))
     parts = grad.reshape(len(updates), *first.out_entries.shape).unbind()
@@ -106,5 +118,5 @@ def shortening(
     room: Tensor | float = bound
     if limit is not None:
         room = (torch.linalg.vector_norm(w, dim=-1, keepdim=True) * limit).clamp_max(bound)
-    length = torch.linalg.vector_norm(grad, dim=-1, keepdim=True) * scale
+    length = row_lengths(grad) * scale
     return torch.where(length > room, room / length, 1.0)

@@ -142,4 +142,5 @@ def add_exactly(updates: Sequence[GradientUpdate], term: PairTerm) -> None:
     value, grad = pair_energy(w, term)
     assert grad is not None
     norm = torch.linalg.vector_norm(w, dim=-1, keepdim=True)
-    add_to_layers(updates, grad, norm, value if term.logarithm else None)
+    energy = value if term.logarithm else None
+    add_to_layers(updates, grad, norm, energy, may_overflow=True)
