@@ -238,10 +238,10 @@ class UniformityRegularizer:
             raise NotImplementedError(
                 "the loss is a DTensor: add the penalty to its gradients, or return loss.full_tensor()"
             )
-        step = self.state.counter.before(optimizer, index)
-        if same_step:
-            step -= 1
+        step = self.state.counter.before(optimizer, index, same_step=same_step)
         if step % self.every_n_steps == 0:
+            if self._attached.placement.loss_refusal is None:  # else weights are not whole here
+                self._current_plan()
             with torch.enable_grad():
                 term = self._penalty(step, learning_rates(optimizer), factor)
                 loss.add_((term * factor).to(loss))
@@ -294,23 +294,27 @@ class UniformityRegularizer:
             Stats by layer name; empty without ``stats``, or on a step that ``every_n_steps`` skips.
         """
         self._check_attached()
-        step = self.state.counter.count(optimizer, index, same_step=same_step)
+        counter = self.state.counter
+        step = counter.before(optimizer, index, same_step=same_step)
+        found: dict[str, GradientStats] = {}
         if step % self.every_n_steps:
             self.note_reached(optimizer)
-            return {}
-        rates = learning_rates(optimizer)
-        context = StepContext(step, rates, grad_scale, same_step, self.step_limit, stats)
-        placement = self._attached.placement
-        with placement.whole_parameters(with_grads=True), self._products():
-            plan = self._current_plan()
-            updates, left = plan.plain_updates(self.state, context)
-            stats_by_layer: dict[str, GradientStats] = {}
-            together = plan.rest + buckets(left, placement)
-            if together:  # before the plain layers, so that a refused layer stops the whole step
-                stats_by_layer = act_on_buckets(
-                    together, LayerUpdate.add, self.state, context, placement
-                )
-            return stats_by_layer | updates.add()
+        else:
+            rates = learning_rates(optimizer)
+            context = StepContext(step, rates, grad_scale, same_step, self.step_limit, stats)
+            placement = self._attached.placement
+            with placement.whole_parameters(with_grads=True), self._products():
+                plan = self._current_plan()
+                updates, left = plan.plain_updates(self.state, context)
+                together = plan.rest + buckets(left, placement)
+                if (
+                    together
+                ):  # before the plain layers, so that a refused layer stops the whole step
+                    act = LayerUpdate.add
+                    found = act_on_buckets(together, act, self.state, context, placement)
+                found |= updates.add()
+        counter.count(optimizer, index, same_step=same_step)  # only now: a refused step is none
+        return found
 
     @torch.no_grad()
     def move(
@@ -335,17 +339,21 @@ class UniformityRegularizer:
         if found_inf is not None and bool(found_inf):
             return {}  # a fused optimizer under a GradScaler skipped this step in its kernel
         self._check_attached()
-        step = self.state.counter.count(optimizer, index)
+        counter = self.state.counter
+        step = counter.before(optimizer, index)
+        found: dict[str, GradientStats] = {}
         if step % self.every_n_steps:
             self.note_reached(optimizer)
-            return {}
-        rates = learning_rates(optimizer)
-        context = StepContext(step, rates, 1.0, False, self.step_limit, stats)
-        with self._attached.placement.whole_parameters(with_grads=True), self._products():
-            plan = self._current_plan()
-            return act_on_buckets(
-                plan.buckets, LayerUpdate.move, self.state, context, self._attached.placement
-            )
+        else:
+            rates = learning_rates(optimizer)
+            context = StepContext(step, rates, 1.0, False, self.step_limit, stats)
+            placement = self._attached.placement
+            with placement.whole_parameters(with_grads=True), self._products():
+                plan = self._current_plan()
+                act = LayerUpdate.move
+                found = act_on_buckets(plan.buckets, act, self.state, context, placement)
+        counter.count(optimizer, index)  # only now: a refused step is none
+        return found
 
     def measure_layers(self) -> list[LayerUniformity]:
         """Measure every layer as it is now; where ranks share the weights, all must call it."""
@@ -441,9 +449,16 @@ class UniformityRegularizer:
         """A layer with its module's present parameters."""
         if layer.sharded:
             return layer
-        shape = layer.target.neurons().shape
-        target = replace(layer.target, shape=(shape[0], shape[1], shape[2]))
-        return replace(layer, target=target, parameters=tuple(target.parameters()))
+        try:
+            groups, n, d = layer.target.neurons().shape
+            target = replace(layer.target, shape=(groups, n, d))
+            return replace(layer, target=target, parameters=tuple(target.parameters()))
+        except Exception as error:
+            raise RuntimeError(
+                f"the neurons of layer '{layer.name}' {layer.target.shape} can no longer be read: "
+                f"{error}. Call attach(model) after changing a layer's kind or its parameters' "
+                "names, or leave it out with exclude="
+            ) from error
 
     def _products(self) -> AbstractContextManager[None]:
         """The precision of matrix products in a step."""
@@ -457,8 +472,6 @@ class UniformityRegularizer:
         if attached.model is not None:
             shown = [(layer.target.module, layer.parameters[0]) for layer in attached.layers]
             attached.placement.take_back_forward_weights(attached.model, shown)
-        if attached.placement.loss_refusal is None:  # else the weights are not whole here
-            self._current_plan()
         same_step = self.state.now.loss_step == step
         context = StepContext(step, rates, factor, same_step, self.step_limit)
         with self._products():

@@ -1,5 +1,7 @@
 """The plan of a step: replayed while what it rests on stays, made anew where that changed, and short."""
 
+import copy
+import pickle
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -197,6 +199,81 @@ def test_a_replaced_weight_keeps_the_step_limit_of_a_loss():
     assert regularizer.unreached() == []
 
 
+def test_a_penalty_of_other_weights_leaves_nothing_behind():
+    """torch.func puts other tensors in the place of parameters for one call."""
+
+    class Penalty(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = network()
+            self.regularizer = UniformityRegularizer().attach(self.net)
+
+        def forward(self):
+            return self.regularizer.penalty()
+
+    module = Penalty()
+    added(module.net, module.regularizer)
+    plan = module.regularizer._attached.plan
+    weights = {name: p.detach().clone() for name, p in module.named_parameters()}
+    found = torch.func.grad(lambda w: torch.func.functional_call(module, w, ()))(weights)
+    module.zero_grad()
+    module().backward()
+    for name, p in module.named_parameters():
+        expected = torch.zeros_like(p) if p.grad is None else p.grad
+        torch.testing.assert_close(found[name], expected, rtol=1e-5, atol=1e-8)
+    assert module.regularizer._attached.plan is plan
+    assert module.regularizer.unreached() == []
+
+
+def scheduled(net):
+    return UniformityRegularizer(coefficient=LinearSchedule(1.0, warmup=10)).attach(net)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))])
+def test_a_copy_goes_on_where_the_original_stands(copied):
+    net = network()
+    regularizer = scheduled(net)
+    optimizer = with_zero_gradients(net)
+    for _ in range(5):
+        regularizer.add_gradients(optimizer)
+    twin = copied(regularizer)
+    net = network()
+    twin.attach(net).add_gradients(with_zero_gradients(net))
+    assert twin.state_dict() == {"steps": [6]}
+    assert set(twin.varying_coefficients().values()) == {6 / 11}
+
+
+def test_every_optimizer_has_its_own_count():
+    """Also where one has the address of another that is gone."""
+    net = network()
+    regularizer = scheduled(net)
+    for _ in range(20):
+        regularizer.add_gradients(with_zero_gradients(net))
+    assert regularizer.state_dict() == {"steps": [1] * 20}
+
+
+def no_weight(net):
+    del net[0].weight
+
+
+def weight_of_none(net):
+    net[0].register_parameter("weight", None)
+
+
+def weight_without_rows(net):
+    net[0].weight.data = torch.empty(0)
+
+
+@pytest.mark.parametrize("change", [no_weight, weight_of_none, weight_without_rows])
+def test_a_layer_that_can_no_longer_be_read_is_named(change):
+    net = network()
+    regularizer = UniformityRegularizer().attach(net)
+    optimizer = with_zero_gradients(net)
+    change(net)
+    with pytest.raises(RuntimeError, match=r"layer '0' \(1, 16, 12\) can no longer be read"):
+        regularizer.add_gradients(optimizer)
+
+
 def test_another_model_begins_without_what_was_known_of_the_first():
     net, other = network(), network()
     regularizer = UniformityRegularizer().attach(net)
@@ -275,6 +352,7 @@ def test_a_refused_step_adds_nothing(measure):
     with pytest.raises(NotImplementedError, match="sparse gradients"):
         regularizer.add_gradients(optimizer)
     assert torch.equal(dense.weight.grad, before)
+    assert sum(regularizer.state_dict()["steps"]) == 0  # done again, it is the same step
 
 
 def test_another_memory_format_is_followed():

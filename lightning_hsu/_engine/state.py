@@ -22,20 +22,26 @@ class StepCounter:
 
     def __init__(self) -> None:
         self.done: list[int] = []
-        self._optimizers: list[int] = []  # ids of those that came without a position
+        self._optimizers: list[weakref.ref[Optimizer]] = []  # those without a position
 
-    def before(self, optimizer: Optimizer, index: int | None = None) -> int:
-        """Return the steps that an optimizer has done."""
-        return self.done[self._position(optimizer, index)]
+    def before(
+        self, optimizer: Optimizer, index: int | None = None, *, same_step: bool = False
+    ) -> int:
+        """Return the steps done before this one; the ``same_step`` again is counted already."""
+        done = self.done[self._position(optimizer, index)]
+        return max(done - 1, 0) if same_step else done
 
     def count(
         self, optimizer: Optimizer, index: int | None = None, *, same_step: bool = False
-    ) -> int:
-        """Count a step, unless it is the ``same_step`` again; return the steps done before it."""
-        position = self._position(optimizer, index)
+    ) -> None:
+        """Count a step, unless it is the ``same_step`` again."""
         if not same_step:
-            self.done[position] += 1
-        return max(self.done[position] - 1, 0)
+            self.done[self._position(optimizer, index)] += 1
+
+    def restore(self, done: Sequence[int]) -> None:
+        """Restore counts; they belong to the next optimizers, in the order of their steps."""
+        self.done = list(done)
+        self._optimizers = []
 
     def forget_optimizers(self) -> None:
         """Release the optimizers; the counts stay."""
@@ -43,12 +49,22 @@ class StepCounter:
 
     def _position(self, optimizer: Optimizer, index: int | None) -> int:
         if index is None:
-            if id(optimizer) not in self._optimizers:
-                self._optimizers.append(id(optimizer))
-            index = self._optimizers.index(id(optimizer))
+            index = self._order_of(optimizer)
         missing = index + 1 - len(self.done)
         self.done += [0] * missing
         return index
+
+    def _order_of(self, optimizer: Optimizer) -> int:
+        """How many other optimizers stepped before this one did so first."""
+        for i, known in enumerate(self._optimizers):
+            if known() is optimizer:
+                return i
+        self._optimizers.append(weakref.ref(optimizer))
+        return len(self._optimizers) - 1
+
+    def __getstate__(self) -> dict[str, object]:
+        """Pickle and copy the counts, never the optimizers."""
+        return {"done": list(self.done), "_optimizers": []}
 
 
 class MeasureStates:
@@ -170,6 +186,7 @@ class TrainingState:
         self._monitor_states.attach(model)
         if self.measure_states.attach(model):
             self.share_means = ShareMeans()
+            self.counter.forget_optimizers()
         self.now = SinceAttach()
 
     def detach(self) -> None:
@@ -239,7 +256,7 @@ class TrainingState:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned."""
-        self.counter.done = list(state["steps"])
+        self.counter.restore(state["steps"])
         self.measure_states.load_state_dict(state.get("states", {}))
         self.share_means.load_state_dict(state.get("shares", {}))
         self.now.loss_step = None

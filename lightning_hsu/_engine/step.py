@@ -118,11 +118,11 @@ def _loss_term(layer: Layer, state: TrainingState, context: StepContext) -> Tens
 
 def _refuse_sparse(layer: Layer, state: TrainingState, context: StepContext) -> None:
     """Refuse a sparse gradient: it has no room for the rows that the batch did not touch."""
+    if not any(p.grad is not None and p.grad.is_sparse for p in layer.parameters):
+        return
     if not layer.rates(context.learning_rates):
         return
-    if not layer.has_share and state.coefficient(layer, context.step) == 0:
-        return
-    if any(p.grad is not None and p.grad.is_sparse for p in layer.parameters):
+    if layer.has_share or state.coefficient(layer, context.step) != 0:
         raise NotImplementedError(
             f"layer '{layer.name}' {layer.target.shape} has sparse gradients, which cannot hold the "
             "penalty's; use sparse=False, a coefficient of 0 for it, or "
