@@ -55,7 +55,7 @@ class Case(NamedTuple):
 def cases() -> Iterator[Case]:
     """All kernels in all the ways that they are launched."""
     for kernel in (pairs.unit_rows, pairs.additions):
-        for dtype in launch.DTYPES.values():
+        for dtype in launch.TL_DTYPES.values():
             constants = {"DTYPE": dtype, "ROWS": launch.ROWS, "COLS": launch.COLS}
             yield Case(f"{kernel.__name__} {dtype}", kernel, constants, launch.WARPS)
     for precision in ("tf32x3", "tf32"):

@@ -15,10 +15,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning_utilities.core import rank_zero
 from torch import Tensor
 from torch.amp.grad_scaler import OptState
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from lightning_hsu._engine.layer import Layer
 from lightning_hsu._monitor.measure import LayerUniformity
 from lightning_hsu._monitor.text import counted, shape_of
 from lightning_hsu._neurons.placement import known_strategies, placement_for_strategy
@@ -168,39 +166,6 @@ def _lightning_class(strategy: object) -> str:
         if kind.__module__.startswith(("lightning.", "pytorch_lightning.")):
             return kind.__name__
     return ""
-
-
-def check_used(trainer: pl.Trainer, loss: Tensor, layers: Sequence[Layer]) -> None:
-    """Refuse a penalty on parameters that DDP's find_unused_parameters closed without a gradient."""
-    model = trainer.strategy.model
-    if not (isinstance(model, DistributedDataParallel) and model.find_unused_parameters):
-        return
-    used = _leaves_of(loss)
-    for layer in layers:
-        trained = {id(p) for p in layer.parameters if p.requires_grad}
-        if layer.strength != 0 and trained and not trained & used:
-            raise RuntimeError(
-                f"layer '{layer.name}' {layer.target.shape} took no part in this batch's loss, and DDP "
-                "with find_unused_parameters=True has closed its gradient before apply='loss' could "
-                f"add the penalty: use apply='gradient', or exclude='{layer.name}'"
-            )
-
-
-def _leaves_of(loss: Tensor) -> set[int]:
-    """Ids of the parameters on which a loss depends."""
-    reached: set[Any] = set()
-    waiting: list[Any] = [loss.grad_fn]
-    leaves = set()
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in reached:
-            continue
-        reached.add(node)
-        variable = getattr(node, "variable", None)
-        if variable is not None:
-            leaves.add(id(variable))
-        waiting += [parent for parent, _ in node.next_functions]
-    return leaves
 
 
 def usable_split(trainer: pl.Trainer, split_above: int | None) -> int | None:

@@ -216,7 +216,6 @@ class HypersphericalUniformity(_trainer.EveryCallback):
         self._attach(trainer, pl_module)
         if not self.regularizer.active:
             return
-        _trainer.check_used(trainer, loss, self.regularizer.layers)
         open_step = self._fit.open_step
         open_step.begin(trainer, self.regularizer.state_dict)
         self.regularizer.add_to_loss(
@@ -292,9 +291,10 @@ class HypersphericalUniformity(_trainer.EveryCallback):
         fit.seen_step = trainer.global_step
         if logs or draws:
             measured = self.regularizer.measure_layers()
-            self._keep(trainer, measured, self._shares())
+            shares = self._shares()
+            self._keep(trainer, measured, shares)
             if logs:
-                self._log(trainer, pl_module, measured)
+                self._log(trainer, pl_module, measured, shares)
                 fit.has_measured = True
             if draws:
                 self._draw(trainer)
@@ -400,7 +400,11 @@ class HypersphericalUniformity(_trainer.EveryCallback):
         return shares
 
     def _log(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, measured: list[LayerUniformity]
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        measured: list[LayerUniformity],
+        shares: dict[str, float],
     ) -> None:
         """Log aggregates through Lightning, and on logging steps the layers to every logger."""
         if not trainer.barebones:
@@ -414,7 +418,7 @@ class HypersphericalUniformity(_trainer.EveryCallback):
             # The step under which Lightning logs its own metrics.
             step = trainer.fit_loop.epoch_loop._batches_that_stepped
             varying = self.regularizer.varying_coefficients()
-            values = self._prefixed(by_layer(measured, varying, self._shares()))
+            values = self._prefixed(by_layer(measured, varying, shares))
             for logger in trainer.loggers:
                 logger.log_metrics(values, step=step)
 

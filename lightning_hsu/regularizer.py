@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -27,7 +27,7 @@ from lightning_hsu._engine.step import act_on_buckets, loss_terms
 from lightning_hsu._monitor.measure import LayerUniformity, measure_layers
 from lightning_hsu._monitor.tables import describe
 from lightning_hsu._neurons.candidates import Skip
-from lightning_hsu._neurons.placement import Placement, is_dtensor, placement_of
+from lightning_hsu._neurons.placement import PenalisedLayer, Placement, placement_of
 from lightning_hsu._neurons.select import Patterns, check_head, select
 from lightning_hsu._neurons.target import Target
 from lightning_hsu._neurons.wrappers import unwrapped
@@ -234,13 +234,14 @@ class UniformityRegularizer:
                 (LBFGS).
         """
         self._check_attached()
-        if is_dtensor(loss):
-            raise NotImplementedError(
-                "the loss is a DTensor: add the penalty to its gradients, or return loss.full_tensor()"
-            )
+        penalised = []
+        for layer in self.layers:
+            if layer.strength != 0:
+                penalised.append(PenalisedLayer(layer.name, layer.target.shape, layer.parameters))
+        self._attached.placement.check_loss(loss, penalised)
         step = self.state.counter.before(optimizer, index, same_step=same_step)
         if step % self.every_n_steps == 0:
-            if self._attached.placement.loss_refusal is None:  # else weights are not whole here
+            if self._attached.placement.keeps_whole:
                 self._current_plan()
             with torch.enable_grad():
                 term = self._penalty(step, learning_rates(optimizer), factor)
@@ -263,7 +264,7 @@ class UniformityRegularizer:
             return
         whole: AbstractContextManager[None] = nullcontext()
         if not reached:  # FSDP1: all ranks gather the model for this, until each has seen a layer
-            whole = self._attached.placement.whole_parameters(with_grads=True)
+            whole = self._whole_with_grads()
         with whole:
             self.state.note_reached(self.layers, learning_rates(optimizer))
 
@@ -294,27 +295,9 @@ class UniformityRegularizer:
             Stats by layer name; empty without ``stats``, or on a step that ``every_n_steps`` skips.
         """
         self._check_attached()
-        counter = self.state.counter
-        step = counter.before(optimizer, index, same_step=same_step)
-        found: dict[str, GradientStats] = {}
-        if step % self.every_n_steps:
-            self.note_reached(optimizer)
-        else:
-            rates = learning_rates(optimizer)
-            context = StepContext(step, rates, grad_scale, same_step, self.step_limit, stats)
-            placement = self._attached.placement
-            with placement.whole_parameters(with_grads=True), self._products():
-                plan = self._current_plan()
-                updates, left = plan.plain_updates(self.state, context)
-                together = plan.rest + buckets(left, placement)
-                if (
-                    together
-                ):  # before the plain layers, so that a refused layer stops the whole step
-                    act = LayerUpdate.add
-                    found = act_on_buckets(together, act, self.state, context, placement)
-                found |= updates.add()
-        counter.count(optimizer, index, same_step=same_step)  # only now: a refused step is none
-        return found
+        return self._step(
+            self._add, optimizer, index, grad_scale=grad_scale, stats=stats, same_step=same_step
+        )
 
     @torch.no_grad()
     def move(
@@ -339,21 +322,7 @@ class UniformityRegularizer:
         if found_inf is not None and bool(found_inf):
             return {}  # a fused optimizer under a GradScaler skipped this step in its kernel
         self._check_attached()
-        counter = self.state.counter
-        step = counter.before(optimizer, index)
-        found: dict[str, GradientStats] = {}
-        if step % self.every_n_steps:
-            self.note_reached(optimizer)
-        else:
-            rates = learning_rates(optimizer)
-            context = StepContext(step, rates, 1.0, False, self.step_limit, stats)
-            placement = self._attached.placement
-            with placement.whole_parameters(with_grads=True), self._products():
-                plan = self._current_plan()
-                act = LayerUpdate.move
-                found = act_on_buckets(plan.buckets, act, self.state, context, placement)
-        counter.count(optimizer, index)  # only now: a refused step is none
-        return found
+        return self._step(self._move, optimizer, index, stats=stats)
 
     def measure_layers(self) -> list[LayerUniformity]:
         """Measure every layer as it is now; where ranks share the weights, all must call it."""
@@ -432,6 +401,48 @@ class UniformityRegularizer:
         strength = coefficient.of(target.name)
         return Layer(target, measure, strength, tuple(target.parameters()), target.held_rows())
 
+    def _step(
+        self,
+        act: Callable[[StepContext], dict[str, GradientStats]],
+        optimizer: Optimizer,
+        index: int | None,
+        *,
+        grad_scale: float = 1.0,
+        stats: bool = False,
+        same_step: bool = False,
+    ) -> dict[str, GradientStats]:
+        """Act if ``every_n_steps`` does not skip this step, and count it if it was not refused."""
+        counter = self.state.counter
+        step = counter.before(optimizer, index, same_step=same_step)
+        found: dict[str, GradientStats] = {}
+        if step % self.every_n_steps:
+            self.note_reached(optimizer)
+        else:
+            rates = learning_rates(optimizer)
+            context = StepContext(step, rates, grad_scale, same_step, self.step_limit, stats)
+            with self._whole_with_grads(), self._products():
+                found = act(context)
+        counter.count(optimizer, index, same_step=same_step)
+        return found
+
+    def _add(self, context: StepContext) -> dict[str, GradientStats]:
+        """Add gradients."""
+        plan = self._current_plan()
+        placement = self._attached.placement
+        updates, left = plan.plain_updates(self.state, context)
+        together = plan.rest + buckets(left, placement)
+        stats = {}
+        if together:
+            # Before the plain layers: a layer that is refused stops the whole step.
+            stats = act_on_buckets(together, LayerUpdate.add, self.state, context, placement)
+        return stats | updates.add()
+
+    def _move(self, context: StepContext) -> dict[str, GradientStats]:
+        """Move neurons."""
+        plan = self._current_plan()
+        placement = self._attached.placement
+        return act_on_buckets(plan.buckets, LayerUpdate.move, self.state, context, placement)
+
     def _current_plan(self) -> Plan:
         """The plan, made anew if a parameter that it rests on has changed."""
         attached = self._attached
@@ -451,14 +462,20 @@ class UniformityRegularizer:
             return layer
         try:
             groups, n, d = layer.target.neurons().shape
-            target = replace(layer.target, shape=(groups, n, d))
-            return replace(layer, target=target, parameters=tuple(target.parameters()))
+            return self._layer(replace(layer.target, shape=(groups, n, d)))
         except Exception as error:
             raise RuntimeError(
                 f"the neurons of layer '{layer.name}' {layer.target.shape} can no longer be read: "
                 f"{error}. Call attach(model) after changing a layer's kind or its parameters' "
                 "names, or leave it out with exclude="
             ) from error
+
+    def _whole_with_grads(self) -> AbstractContextManager[None]:
+        """A context in which parameters and gradients are whole."""
+        placement = self._attached.placement
+        if placement.keeps_whole:
+            return nullcontext()
+        return placement.whole_parameters(with_grads=True)
 
     def _products(self) -> AbstractContextManager[None]:
         """The precision of matrix products in a step."""

@@ -110,12 +110,12 @@ def test_a_share_without_smoothing_is_that_fraction_of_every_step():
     for seed in range(3):
         stepped(net, seed)
         before = {name: p.grad.clone() for name, p in net.named_parameters()}
-        notes = regularizer.add_gradients(optimizer, stats=True)
+        stats = regularizer.add_gradients(optimizer, stats=True)
         for name, p in net.named_parameters():
             if name.endswith("weight"):
                 share = float((p.grad - before[name]).norm() / before[name].norm())
                 assert share == pytest.approx(0.2, rel=1e-5)  # measured: 3e-7
-                assert float(notes[name.removesuffix(".weight")].share) == pytest.approx(
+                assert float(stats[name.removesuffix(".weight")].share) == pytest.approx(
                     0.2, rel=1e-5
                 )
         optimizer.step()
@@ -158,11 +158,11 @@ def test_a_share_is_of_the_tasks_gradient_where_layers_have_one_parameter():
     net(torch.randn(7, 2, 5))[0].square().sum().backward()
     originals = [p for name, p in net.named_parameters() if "original" in name]
     task = float(torch.cat([p.grad.flatten() for p in originals]).norm())
-    notes = regularizer.add_gradients(torch.optim.SGD(net.parameters(), lr=1e-3), stats=True)
+    stats = regularizer.add_gradients(torch.optim.SGD(net.parameters(), lr=1e-3), stats=True)
     means = regularizer.state.share_means.means
     assert len(means) == 4
     assert all(float(of_task) == pytest.approx(task, rel=1e-5) for of_task, _ in means.values())
-    assert all(float(note.share) == pytest.approx(0.5, rel=1e-5) for note in notes.values())
+    assert all(float(one.share) == pytest.approx(0.5, rel=1e-5) for one in stats.values())
 
 
 def test_another_model_begins_without_means():

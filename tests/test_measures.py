@@ -121,10 +121,10 @@ def test_what_is_noted_and_what_is_not_act_alike(measure, make):
     torch.manual_seed(0)
     module, grads = make(), []
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
-    for note in (False, True):
+    for stats in (False, True):
         module.weight.grad = torch.zeros_like(module.weight)
         UniformityRegularizer(measure, head=None).attach(module).add_gradients(
-            optimizer, stats=note
+            optimizer, stats=stats
         )
         grads.append(module.weight.grad)
     torch.testing.assert_close(*grads)

@@ -133,13 +133,11 @@ def test_parts_add_up_to_the_whole(measure, dtype, n, d):
         whole = pair_energy(x, term_of(measure))[1]
         for parts in (1, 2, 3, 7, n + 3) if n < 10 else (2, 7):
             grad, apart = summed(x, term_of(measure), parts)
-            if apart and tolerance is TIGHT and dtype == torch.float32:
-                assert (
-                    measure.s == 30
-                )  # the pull at a chord of 1e-2 or less is beyond float32: the rows were shortened
-                continue
-            assert not apart
-            assert off(grad, whole) < tolerance[dtype]
+            # The pull at a chord of 1e-2 or less may be beyond float32: the rows are shortened then.
+            steep = getattr(measure, "s", 0) == 30
+            may_be_apart = steep and tolerance is TIGHT and dtype == torch.float32
+            assert may_be_apart or not apart
+            assert apart or off(grad, whole) < tolerance[dtype]
 
 
 @every_dtype

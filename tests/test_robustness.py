@@ -304,9 +304,9 @@ def test_the_step_limit_bounds_a_step_and_touches_nothing_else():
         regularizer = UniformityRegularizer(RieszEnergy(s=2), head=None, step_limit=limit).attach(
             layer
         )
-        notes = regularizer.add_gradients(optimizer, stats=True)
+        stats = regularizer.add_gradients(optimizer, stats=True)
         moved[limit] = 0.5 * layer.weight.grad.norm(dim=1) / layer.weight.detach().norm(dim=1)
-        assert int(notes["weight"].limited) == (0 if limit is None else 2)
+        assert int(stats["weight"].limited) == (0 if limit is None else 2)
     assert (moved[None][:2] > 100).all()
     torch.testing.assert_close(moved[1.0][:2], torch.ones(2))
     torch.testing.assert_close(moved[1.0][2:], moved[None][2:])

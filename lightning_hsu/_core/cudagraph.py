@@ -9,14 +9,13 @@ import torch
 
 from lightning_hsu._core.backend import VARIABLE, Backend
 from lightning_hsu._core.kernel import PairTerm
+from lightning_hsu._core.pairwise import avoids_sync
 from lightning_hsu._core.precision import exact_arithmetic
-from lightning_hsu._core.updates import GradientUpdate
+from lightning_hsu._core.updates import GradientUpdate, stack_neurons
 from lightning_hsu._core.without_sync import (
     StackGradient,
     add_where_valid,
-    avoids_sync,
     gradients_without_sync,
-    stack_neurons,
     stacks_of,
 )
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_hsu._core.backend import Backend, active
 from lightning_hsu._core.kernel import PairTerm
-from lightning_hsu._core.pairwise import small_pair_gradient
+from lightning_hsu._core.pairwise import avoids_sync, small_pair_gradient
 from lightning_hsu._core.precision import exact_arithmetic
 from lightning_hsu._core.updates import (
     GradientUpdate,
@@ -18,14 +18,13 @@ from lightning_hsu._core.updates import (
     alike,
     chunks,
     shortening,
+    stack_neurons,
 )
 from lightning_hsu._core.without_sync import (
     StackGradient,
     add_exactly,
     add_where_valid,
-    avoids_sync,
     gradients_without_sync,
-    stack_neurons,
     stacks_of,
 )
 

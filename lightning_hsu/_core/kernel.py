@@ -14,7 +14,7 @@ Kernel = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 value and its derivative with respect to q."""
 
 FLOOR = 1e-6
-"""The smallest softening, a chord: it keeps the energy of coincident neurons finite."""
+"""The smallest softening, a chord: with softening 0, too, coincident neurons have finite energy."""
 
 FORMULAS = ("chordal", "geodesic", "gaussian")
 """Names of the kernels that have a compiled version; others go through torch."""

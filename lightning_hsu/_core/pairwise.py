@@ -24,7 +24,12 @@ from torch import Tensor
 from lightning_hsu._core.bf16 import kind_of_sums
 from lightning_hsu._core.kernel import PairTerm, softened_at
 from lightning_hsu._core.near import NEAR
-from lightning_hsu._core.precision import exact_arithmetic, with_float64, working_dtype
+from lightning_hsu._core.precision import (
+    bf16_allowed,
+    exact_arithmetic,
+    with_float64,
+    working_dtype,
+)
 from lightning_hsu._core.sphere import LONGEST, SHORTEST
 from lightning_hsu._core.sums import PairSums
 
@@ -186,6 +191,15 @@ def too_steep(term: PairTerm) -> bool:
     """Whether float32 would overflow, as for a Riesz kernel with s above 25 or below -100."""
     ends = torch.tensor([softened_at(term, NEAR), softened_at(term, 4.0)], dtype=torch.float64)
     return float(ends.abs().max()) > 1e18
+
+
+def avoids_sync(w: Tensor, term: PairTerm) -> bool:
+    """Whether neurons (b, n, d) are computed without synchronisation (without_sync.py).
+
+    They are on a GPU, with float32 products: bfloat16 products need intermediate answers, and very
+    steep kernels need float64.
+    """
+    return w.is_cuda and w.shape[1] > 1 and not bf16_allowed() and not too_steep(term)
 
 
 def _gathered(

@@ -58,7 +58,10 @@ def largest_entries(x: Tensor) -> Tensor:
 
 
 def row_lengths(x: Tensor) -> Tensor:
-    """Norms (..., n, 1) of the rows of x, even where squares of their entries overflow."""
+    """Norms (..., n, 1) of finite rows x (..., n, d), even where squares of entries overflow.
+
+    Only a CPU is asked whether one did: on a GPU the host would wait for the answer.
+    """
     length: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     is_known_finite = x.device.type == "cpu" and bool(torch.isfinite(length).all())
     if is_known_finite or x.numel() == 0:

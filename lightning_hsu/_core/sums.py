@@ -56,7 +56,7 @@ class PairSums:
             self.alive = inverse_norm > 0
             self.live = self.alive.sum((-2, -1)).tolist()
         # If in range, no gradient over a norm overflows, unless it comes from near pairs.
-        self.in_range = bool(high < 1.0 / SHORTEST)
+        self.in_range = bool(high < 1.0 / SHORTEST)  # all norms are above SHORTEST
         self.rows = self.x  # rows that gather a gradient, (b, k, d)
         self.inverse_norm = inverse_norm
         if index is not None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_hsu._core.precision import working_dtype
 from lightning_hsu._core.sphere import row_lengths
 
 
@@ -18,7 +19,8 @@ class GradientUpdate:
     Args:
         entries: The neurons, shape (b, n, d), any strides. A contiguous parameter whose entries are
             those of the neurons, in the same order, may keep its own shape.
-        out_entries: What to add to, of the shape and dtype of ``entries``.
+        out_entries: What to add to, of the shape of ``entries``: a ``.grad``, or a buffer of a
+            wider dtype.
         scale: Factor of the gradient of the groups' summed energies.
         limit: Largest length of a row of ``scale * gradient`` over the norm of its neuron; None
             for no limit.
@@ -67,6 +69,17 @@ def alike(updates: Sequence[GradientUpdate]) -> list[list[GradientUpdate]]:
 def chunks(updates: Sequence[GradientUpdate], count: int) -> list[Sequence[GradientUpdate]]:
     """Split the updates into runs of ``count`` or fewer."""
     return [updates[start : start + count] for start in range(0, len(updates), count)]
+
+
+def stack_neurons(updates: Sequence[GradientUpdate]) -> Tensor:
+    """The neurons of layers of one shape (b, n, d) as one stack, in float32 or wider."""
+    first = updates[0].w
+    stack = first
+    if len(updates) > 1:
+        b, n, d = first.shape
+        entries = torch.cat([update.entries for update in updates])
+        stack = entries.view(len(updates) * b, n, d)
+    return stack.to(working_dtype(first.dtype))
 
 
 def add_to_layers(

@@ -15,10 +15,9 @@ from torch import Tensor
 
 from lightning_hsu._core.kernel import PairTerm
 from lightning_hsu._core.near import NEAR
-from lightning_hsu._core.pairwise import pair_energy, too_steep
-from lightning_hsu._core.precision import bf16_allowed, working_dtype
+from lightning_hsu._core.pairwise import pair_energy
 from lightning_hsu._core.sphere import LONGEST, SHORTEST
-from lightning_hsu._core.updates import GradientUpdate, add_to_layers, alike, chunks
+from lightning_hsu._core.updates import GradientUpdate, add_to_layers, alike, chunks, stack_neurons
 
 _PANEL_ENTRIES = 2**26
 """Gram entries held at once: 256 MiB in float32."""
@@ -44,14 +43,6 @@ class StackGradient(NamedTuple):
     valid: Tensor
 
 
-def avoids_sync(w: Tensor, term: PairTerm) -> bool:
-    """Whether to compute neurons (b, n, d) here: on a GPU, with float32 products.
-
-    Bfloat16 products need intermediate answers, and very steep kernels need float64.
-    """
-    return w.is_cuda and w.shape[1] > 1 and not bf16_allowed() and not too_steep(term)
-
-
 def stacks_of(updates: Sequence[GradientUpdate]) -> list[Sequence[GradientUpdate]]:
     """Group the updates into stacks of layers of one shape that fit in memory together."""
     stacks: list[Sequence[GradientUpdate]] = []
@@ -59,17 +50,6 @@ def stacks_of(updates: Sequence[GradientUpdate]) -> list[Sequence[GradientUpdate
         count = max(1, _STACK_ENTRIES // max(1, members[0].w.numel()))
         stacks += chunks(members, count)
     return stacks
-
-
-def stack_neurons(updates: Sequence[GradientUpdate]) -> Tensor:
-    """The neurons of layers of one shape (b, n, d) as one stack, in float32 or wider."""
-    first = updates[0].w
-    stack = first
-    if len(updates) > 1:
-        b, n, d = first.shape
-        entries = torch.cat([update.entries for update in updates])
-        stack = entries.view(len(updates) * b, n, d)
-    return stack.to(working_dtype(first.dtype))
 
 
 def gradients_without_sync(w: Tensor, term: PairTerm) -> StackGradient:

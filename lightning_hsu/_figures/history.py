@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_hsu._core.histogram import pair_histogram
 from lightning_hsu._monitor.measure import LayerUniformity
+from lightning_hsu._monitor.text import shape_of
 
 Curve = Sequence[tuple[int, float]]
 """Pairs of optimizer step and value."""
@@ -126,14 +127,12 @@ def angles_of(name: str, x: Tensor, ratio: float) -> Angles:
     counts = torch.zeros(BINS, dtype=torch.int64, device=x.device)
     for group in sample:
         counts += pair_histogram(group, keep=1, bins=BINS).angles
-    shape = f"{n:,} × {d:,}"
+    sampled = None
     if sample.shape != x.shape:
         sampled = sample.shape[0] * sample.shape[1]
-        shape = f"{sampled:,} of {groups * n:,} × {d:,}"
-    elif groups > 1:
-        shape = f"{groups:,} groups of {shape}"
+    shape = shape_of(groups, n, d, sampled=sampled)
     digits = 2 if ratio < 100 else 0
-    note = f"{ratio:,.{digits}f}× random, {shape}"
+    note = f"{ratio:,.{digits}f}x random, {shape}".replace("x ", "× ")
     return Angles(name, tuple(counts.tolist()), d, note)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -37,6 +38,21 @@ _SHARE: dict[str, Any] = {
 }
 
 
+@dataclass
+class _FiguresOfFit:
+    """What belongs to one fit; made anew for each.
+
+    Attributes:
+        history: What was measured.
+        shown_at: Global step of the last figures.
+        warned: What was warned of.
+    """
+
+    history: History = field(default_factory=History)
+    shown_at: int = -1
+    warned: set[str] = field(default_factory=set)
+
+
 class FigureRecorder:
     """Draws the history of a fit at an interval and sends the figures to every logger.
 
@@ -64,9 +80,12 @@ class FigureRecorder:
 
     def begin(self) -> None:
         """Start a new fit: forget the last one."""
-        self.history = History()
-        self._shown_at = -1  # global step of the last figures
-        self._warned = set[str]()
+        self._fit = _FiguresOfFit()
+
+    @property
+    def history(self) -> History:
+        """What was measured in this fit."""
+        return self._fit.history
 
     def wanted(self, trainer: pl.Trainer) -> bool:
         """Return whether this fit has figures; a barebones Trainer has none."""
@@ -95,9 +114,9 @@ class FigureRecorder:
             gathered: Makes a context in which the layers' neurons can be read. Where ranks share
                 the weights, all must call ``show``.
         """
-        if self._shown_at == trainer.global_step:
+        if self._fit.shown_at == trainer.global_step:
             return
-        self._shown_at = trainer.global_step
+        self._fit.shown_at = trainer.global_step
         # All ranks read the same layers: the worst that rank zero measured.
         worst: list[str] = trainer.strategy.broadcast(self.history.worst(PANELS))
         with torch.no_grad(), gathered():
@@ -169,6 +188,6 @@ class FigureRecorder:
             )
 
     def _warn(self, key: str, message: str) -> None:
-        if key not in self._warned:
-            self._warned.add(key)
+        if key not in self._fit.warned:
+            self._fit.warned.add(key)
             rank_zero_warn(message)

@@ -110,13 +110,15 @@ def number(x: float, digits: int) -> str:
     return f"{x:.1e}"
 
 
-def shape_of(groups: int, neurons: int, dimension: int) -> str:
-    """The shape of a layer's neurons, as a user writes it.
+def shape_of(groups: int, neurons: int, dimension: int, *, sampled: int | None = None) -> str:
+    """The shape of a layer's neurons, as a user writes it, or how many of them were ``sampled``.
 
     Example:
-        >>> shape_of(1, 256, 512), shape_of(4, 64, 576)
-        ('256 x 512', '4 groups of 64 x 576')
+        >>> shape_of(1, 256, 512), shape_of(4, 64, 576), shape_of(1, 9000, 64, sampled=4096)
+        ('256 x 512', '4 groups of 64 x 576', '4,096 of 9,000 x 64')
     """
+    if sampled is not None:
+        return f"{sampled:,} of {groups * neurons:,} x {dimension}"
     shape = f"{neurons} x {dimension}"
     if groups == 1:
         return shape

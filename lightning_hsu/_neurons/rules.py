@@ -133,8 +133,8 @@ def _convolution(module: nn.Module) -> Tensor:
 def channels_last(module: nn.Module) -> Tensor | None:
     """The neurons of a channels-last convolution, with their entries in memory order: a view.
 
-    The order of entries does not matter to a function of inner products. None for all other
-    modules.
+    The order of entries does not matter to a function of inner products. None for other modules,
+    and where the kernels do not lie in memory like that.
     """
     if _rule_of(module) is not _convolution:
         return None

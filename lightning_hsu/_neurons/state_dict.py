@@ -207,7 +207,7 @@ def _sets_of_weight(leaf: str, x: Tensor, leaves: Mapping[str, Tensor]) -> dict[
     """The sets of neurons in one effective weight, by key."""
     if leaf == "in_proj_weight" and len(x) % 3 == 0:
         return dict(zip(PROJECTIONS, x.chunk(3), strict=True))
-    if leaf in ("q_proj_weight", "k_proj_weight", "v_proj_weight"):
+    if leaf in [f"{part}_proj_weight" for part in PROJECTIONS]:
         return {leaf[0]: x}
     if leaf.startswith(("weight_ih", "weight_hh")):
         return _gates(leaf, x, leaves)

@@ -1,4 +1,11 @@
-"""Facts about a measure's function, and whether they hold in a subclass with another function."""
+"""Facts about a measure's function, and whether they hold in a subclass with another function.
+
+A closed form, an expectation or a bound is true of one function only. ``@final`` would keep it true
+by forbidding subclasses with a function of their own, which users write. A ClassVar that names the
+function would have to be reset by each such subclass, and whoever forgets gets a wrong gradient in
+silence. So what a class defines is compared once, when the class is made; nothing is compared in a
+step. A method assigned to the class later is not seen.
+"""
 
 from __future__ import annotations
 

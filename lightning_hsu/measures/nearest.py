@@ -29,7 +29,7 @@ class NearestMeasure(SphereMeasure):
     rounding errors of float32, or to 1e-9 for float64 neurons, are tied: value and gradient are the
     means over them, so that a regular simplex stays where it is. Exactly coincident neurons are
     pushed apart along a seeded direction, with the force that the kernel has at a chord of
-    ``softening``, but at least 1e-6.
+    ``softening``, or of 1e-6 if that is larger.
 
     Attributes:
         half_space: Whether to take the nearer of a neuron and its mirror image, as between lines.

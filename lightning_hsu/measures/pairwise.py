@@ -103,13 +103,13 @@ class PairwiseMeasure(Measure):
         check_neurons(x)
         if not torch.is_grad_enabled():
             x = x.detach()  # otherwise the gradient would be computed in vain
-        energy: Tensor = PairEnergy.apply(self._widened(x), self._term())
+        energy: Tensor = PairEnergy.apply(self._in_working_dtype(x), self._term())
         return self._penalty_of(energy, x)
 
     def value_and_grad(self, x: Tensor, state: State | None = None) -> tuple[Tensor, Tensor]:
         """Return the penalty and its gradient in one pass of about 3 n n d FLOP."""
         check_neurons(x)
-        energy, grad = pair_energy(self._widened(x), self._term())
+        energy, grad = pair_energy(self._in_working_dtype(x), self._term())
         assert grad is not None
         if self.logarithm and grad.numel():
             scale = 1.0 / _or_one(energy)
@@ -129,7 +129,7 @@ class PairwiseMeasure(Measure):
         if self.logarithm:  # that needs the mean over all pairs
             return super().gradient_rows(x, rows, state)
         check_rows(x, rows)
-        return pair_rows(self._widened(x), self._term(), rows).to(x.device, x.dtype)
+        return pair_rows(self._in_working_dtype(x), self._term(), rows).to(x.device, x.dtype)
 
     def gradient_part(self, x: Tensor, part: int, parts: int) -> tuple[Tensor, Tensor] | None:
         """Return a summand of the gradient for 3 n n d / ``parts`` FLOP; see :class:`Measure`.
@@ -204,7 +204,7 @@ class PairwiseMeasure(Measure):
         check_hashable(self)
         return _term_of(self)
 
-    def _widened(self, x: Tensor) -> Tensor:
+    def _in_working_dtype(self, x: Tensor) -> Tensor:
         """Neurons (..., n, d) as they go into the pair sums."""
         if self.in_float64:
             return with_float64(x).double()

@@ -107,8 +107,8 @@ class FeatureUniformity(UniformityMetric):
         self.capacity = capacity
         self.seed = seed
         self._add_settings(capacity, seed)
-        self.add_state("rows", [], _joined)
-        self.add_state("priorities", [], _joined)
+        self.add_state("rows", [], _concatenated)
+        self.add_state("priorities", [], _concatenated)
         self.add_state("seen", torch.tensor(0), "sum")
 
     def update(self, embeddings: Tensor) -> None:
@@ -215,8 +215,8 @@ class FeatureUniformity(UniformityMetric):
 
     def _kept(self) -> tuple[Tensor, Tensor]:
         """The sample (n, d) and its priorities (n,), smallest priority first."""
-        rows = _joined(parts_of(self.rows))
-        priorities = _joined(parts_of(self.priorities)).flatten().long()
+        rows = _concatenated(parts_of(self.rows))
+        priorities = _concatenated(parts_of(self.priorities)).flatten().long()
         order = priorities.argsort()[: self.capacity]
         return rows[order], priorities[order]
 
@@ -258,8 +258,8 @@ class _Sample(NamedTuple):
     @classmethod
     def of(cls, state: dict[str, Any], device: torch.device) -> _Sample:
         """The sample in a metric's state, on a device."""
-        rows = _joined(parts_of(state["rows"])).to(device)
-        priorities = _joined(parts_of(state["priorities"])).flatten()
+        rows = _concatenated(parts_of(state["rows"])).to(device)
+        priorities = _concatenated(parts_of(state["priorities"])).flatten()
         return cls(rows, priorities.to(device, torch.int64), state["seen"].to(device))
 
     def is_whole(self) -> bool:
@@ -267,7 +267,7 @@ class _Sample(NamedTuple):
         return len(self.rows) == int(self.seen)
 
 
-def _joined(parts: list[Tensor]) -> Tensor:
+def _concatenated(parts: list[Tensor]) -> Tensor:
     """Rows or priorities of batches or ranks, joined; empty ones are left out."""
     known = nonempty(parts)
     if not known:

@@ -50,18 +50,18 @@ def look_at(
     x = with_float64(x.detach().to(working_dtype(x.dtype)))
     uniformity = measure_neurons(name, x, measure, measure.prepare(x))
     done(_MEASURED)
-    surveys = _survey(x, measure, similar_above, keep, done)
-    similar = sum(survey.similar for survey in surveys)
-    angles = torch.stack([survey.angles for survey in surveys]).sum(0)
+    histograms = _histograms(x, measure, similar_above, keep, done)
+    similar = sum(histogram.similar for histogram in histograms)
+    angles = torch.stack([histogram.angles for histogram in histograms]).sum(0)
     live = unit_rows(x)[1].squeeze(-1) > 0  # (groups, n)
     dead = _dead(x).flatten().nonzero().flatten()
-    shown, cosines = _heat_map(x, live, surveys)
+    shown, cosines = _heat_map(x, live, histograms)
     return LayerReport(
         uniformity=uniformity,
         measure=measure,
         similar=similar,
-        opposite=sum(survey.opposite for survey in surveys),
-        pairs=_nearest(surveys, measure.half_space, keep),
+        opposite=sum(histogram.opposite for histogram in histograms),
+        pairs=_nearest(histograms, measure.half_space, keep),
         dead=len(dead),
         dead_rows=tuple(dead[:_DEAD_LISTED].tolist()),
         angles=tuple(angles.tolist()),
@@ -73,17 +73,17 @@ def look_at(
     )
 
 
-def _survey(
+def _histograms(
     x: Tensor, measure: Measure, similar_above: float, keep: int, done: Callable[[float], None]
 ) -> list[PairHistogram]:
     """Angles and near-duplicates of each group of x (groups, n, d)."""
-    surveys = []
+    histograms = []
     for i, group in enumerate(x):
 
         def within_group(part: float, i: int = i) -> None:
             done(_MEASURED + _SURVEYED * (i + part) / len(x))
 
-        survey = pair_histogram(
+        histogram = pair_histogram(
             group,
             above=similar_above,
             half_space=measure.half_space,
@@ -91,8 +91,8 @@ def _survey(
             bins=BINS,
             done=within_group,
         )
-        surveys.append(survey)
-    return surveys
+        histograms.append(histogram)
+    return histograms
 
 
 def _dead(x: Tensor) -> Tensor:
@@ -102,12 +102,14 @@ def _dead(x: Tensor) -> Tensor:
     return dead
 
 
-def _nearest(surveys: list[PairHistogram], half_space: bool, keep: int) -> tuple[SimilarPair, ...]:
+def _nearest(
+    histograms: list[PairHistogram], half_space: bool, keep: int
+) -> tuple[SimilarPair, ...]:
     """The nearest pairs of all groups."""
     pairs = []
-    for group, survey in enumerate(surveys):
-        angles = survey.pair_angles.tolist()
-        for (first, second), angle in zip(survey.pairs.tolist(), angles, strict=True):
+    for group, histogram in enumerate(histograms):
+        angles = histogram.pair_angles.tolist()
+        for (first, second), angle in zip(histogram.pairs.tolist(), angles, strict=True):
             pairs.append(SimilarPair(group, first, second, angle))
 
     def distance(pair: SimilarPair) -> float:
@@ -136,10 +138,10 @@ def _singular_values(x: Tensor, live: Tensor) -> tuple[float, ...]:
 
 
 def _heat_map(
-    x: Tensor, live: Tensor, surveys: list[PairHistogram]
+    x: Tensor, live: Tensor, histograms: list[PairHistogram]
 ) -> tuple[tuple[int, ...], Tensor]:
     """Neurons to show, in order, and their cosines (m, m), from the group with the most pairs."""
-    group = max(range(len(surveys)), key=lambda i: surveys[i].similar)
+    group = max(range(len(histograms)), key=lambda i: histograms[i].similar)
     index = live[group].nonzero().flatten()
     unit = unit_rows(x[group, index])[0].float()  # (n, d)
     with exact_arithmetic(unit):

@@ -105,7 +105,7 @@ def report(
 
 
 def look_at_all(
-    found: Found,
+    found: FoundTargets,
     measure: Measure | None,
     similar_above: float,
     keep: int = 100,
@@ -117,11 +117,11 @@ def look_at_all(
     check_measure(measure)
     check_count("keep", keep, 0)
     check_number("similar_above", similar_above, "in (0, 1)", lambda x: 0 < x < 1)
-    all_work = sum(_work(target) for target in found.targets)
-    work_before = 0
+    all_flops = sum(_flops_of(target) for target in found.targets)
+    flops_before = 0
     layers = []
     for target in found.targets:
-        done = _done(target, work_before, all_work, progress)
+        done = _done(target, flops_before, all_flops, progress)
         done(0.0)
         layer = look_at(
             target.name,
@@ -138,30 +138,30 @@ def look_at_all(
         )
         layers.append(layer)
         done(1.0)
-        work_before += _work(target)
+        flops_before += _flops_of(target)
     return Report(found.source, measure, similar_above, tuple(layers), tuple(found.skips))
 
 
 def _done(
-    target: NeuronSet, work_before: int, all_work: int, progress: Progress | None
+    target: NeuronSet, flops_before: int, all_flops: int, progress: Progress | None
 ) -> Callable[[float], None]:
     """A function that takes the fraction done of one layer and passes on that of all layers."""
-    work = _work(target)
+    flops = _flops_of(target)
 
     def done(part: float) -> None:
         if progress is not None:
-            progress(target.name, (work_before + part * work) / all_work)
+            progress(target.name, (flops_before + part * flops) / all_flops)
 
     return done
 
 
-def _work(target: NeuronSet) -> int:
+def _flops_of(target: NeuronSet) -> int:
     """The arithmetic of reporting on one layer, up to a factor."""
     groups, n, d = target.shape
     return groups * n * n * d
 
 
-class Found(NamedTuple):
+class FoundTargets(NamedTuple):
     """The neurons of a source.
 
     Args:
@@ -177,12 +177,12 @@ class Found(NamedTuple):
 
 def find_targets(
     source: Source, include: Patterns, exclude: Patterns, head: str | None, key: str | None
-) -> Found:
+) -> FoundTargets:
     """Find the neurons of a source; arguments as in :func:`report`."""
     if isinstance(source, nn.Module) and not isinstance(source, torch.jit.ScriptModule):
         model = unwrapped(source)
         targets, skips = select(model, include, exclude, head, everything=True)
-        return Found(type(model).__name__, targets, skips)
+        return FoundTargets(type(model).__name__, targets, skips)
     name, state = _state_dict_of(source, key)
     candidates = neurons_of_state_dict(state, include)
     others = candidates.not_weights
@@ -193,7 +193,7 @@ def find_targets(
         for skip in others:
             message += f"\n  {skip.name} {skip.shape}: {skip.reason}"
         raise ValueError(message) from error
-    return Found(name, stored, [*skips, *others])
+    return FoundTargets(name, stored, [*skips, *others])
 
 
 def _state_dict_of(source: Source, key: str | None) -> tuple[str, Mapping[str, Tensor]]:

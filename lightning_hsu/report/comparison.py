@@ -12,7 +12,14 @@ from lightning_hsu._core import unit_rows, with_float64
 from lightning_hsu._neurons.candidates import NeuronSet
 from lightning_hsu._neurons.select import Patterns
 from lightning_hsu.measures import Measure
-from lightning_hsu.report.build import Found, Progress, Report, Source, find_targets, look_at_all
+from lightning_hsu.report.build import (
+    FoundTargets,
+    Progress,
+    Report,
+    Source,
+    find_targets,
+    look_at_all,
+)
 from lightning_hsu.report.data import ComparisonData, LayerComparison
 from lightning_hsu.report.tables import comparison_table, plain
 
@@ -105,7 +112,7 @@ def _half(progress: Progress | None, i: int) -> Progress | None:
     return half
 
 
-def _in_space_of(found: Found, other: Found) -> Found:
+def _in_space_of(found: FoundTargets, other: FoundTargets) -> FoundTargets:
     """The neurons of a network, in the same space as layers of the same name in another network."""
     others = {target.name: target for target in other.targets}
     targets = []
@@ -121,7 +128,9 @@ def _full_space(one: NeuronSet, other: NeuronSet) -> bool:
     return (one.head and other.head) or 2 in (one.shape[1], other.shape[1])
 
 
-def _matched(earlier: Report, later: Report, first: Found, second: Found) -> list[LayerComparison]:
+def _matched(
+    earlier: Report, later: Report, first: FoundTargets, second: FoundTargets
+) -> list[LayerComparison]:
     """The layers that both networks have, in the order of the second."""
     before = {}
     for layer, target in zip(earlier.layers, first.targets, strict=True):

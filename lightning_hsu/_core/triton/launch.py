@@ -32,6 +32,8 @@ COLS = 512
 WARPS = 4
 STRIP = 4  # tiles of rows whose near pairs are redone together
 
+TL_DTYPES = {dtype: getattr(tl, name) for dtype, name in DTYPES.items()}
+
 
 @dataclass(eq=False)
 class Group:
@@ -164,7 +166,7 @@ class _Pass:
             self.x,
             self.inverse_norm,
             self.alive,
-            getattr(tl, DTYPES[self.groups[0].update.w.dtype]),
+            TL_DTYPES[self.groups[0].update.w.dtype],
             ROWS,
             COLS,
             num_warps=WARPS,
@@ -184,7 +186,7 @@ class _Pass:
             self.x,
             self.inverse_norm,
             self.pulls,
-            getattr(tl, DTYPES[self.groups[0].update.out.dtype]),
+            TL_DTYPES[self.groups[0].update.out.dtype],
             ROWS,
             COLS,
             num_warps=WARPS,
@@ -294,7 +296,7 @@ class _Pass:
         """
         first = row[pairs.FIRST.value]
         last = row[pairs.LAST.value]
-        begin = row[pairs.PANEL.value]
+        begin = row[pairs.PANEL_START.value]
         width = group.rows - first
         panel = slopes[begin : begin + (last - first) * width].view(-1, width)
         if group.near is None:

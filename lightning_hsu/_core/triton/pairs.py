@@ -25,7 +25,9 @@ ROW = tl.constexpr(10)  # first row among those of all groups
 X = tl.constexpr(11)  # first entry among the unit rows of all groups
 FIRST = tl.constexpr(12)  # the panel of rows: [first, last), columns from first on
 LAST = tl.constexpr(13)
-PANEL = tl.constexpr(14)  # first entry of the panel among the slopes; rows are N_PAD - first long
+PANEL_START = tl.constexpr(
+    14
+)  # first entry of the panel among the slopes; rows are N_PAD - first long
 BELOW = tl.constexpr(15)  # first entry of its mirror image from row last on; rows last - first long
 FIELDS = tl.constexpr(16)
 
@@ -169,7 +171,7 @@ def pair_slopes(
 
     first, last = tl.load(group + FIRST).to(tl.int32), tl.load(group + LAST).to(tl.int32)
     long, short = tl.load(group + N_PAD) - first, tl.load(group + LAST) - first
-    panel = slopes + tl.load(group + PANEL)
+    panel = slopes + tl.load(group + PANEL_START)
     tl.store(panel + ((row - first) * long)[:, None] + (col - first)[None, :], slope)
     if j > i:
         if j * TILE >= last:
@@ -201,7 +203,7 @@ def products(
     # Rows of the panel pair with all columns from its first on; rows below, with the panel's rows.
     below = tl.load(tiles + 3 * program + 1) * TILE >= last
     count = tl.where(below, last, tl.load(group + N_PAD).to(tl.int32)) - first
-    start_of = tl.load(group + tl.where(below, BELOW, PANEL))
+    start_of = tl.load(group + tl.where(below, BELOW, PANEL_START))
     top = tl.where(below, last, first)
     left = slopes + start_of + ((row - top).to(tl.int64) * count)[:, None] + depth[None, :]
     base = x + tl.load(group + X)

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from lightning_hsu._neurons.placement.base import Gathered, NeuronView, Placement
-from lightning_hsu._neurons.placement.dtensor import DTensorPlacement, is_dtensor
+from lightning_hsu._neurons.placement.base import Gathered, NeuronView, PenalisedLayer, Placement
+from lightning_hsu._neurons.placement.dtensor import DTensorPlacement
 from lightning_hsu._neurons.placement.flat import FlatPlacement
 from lightning_hsu._neurons.placement.replicated import ReplicatedPlacement
 from lightning_hsu._neurons.wrappers import unwrapped
@@ -29,9 +29,9 @@ __all__ = [
     "FlatPlacement",
     "Gathered",
     "NeuronView",
+    "PenalisedLayer",
     "Placement",
     "ReplicatedPlacement",
-    "is_dtensor",
     "known_strategies",
     "placement_for_strategy",
     "placement_of",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,20 @@ class NeuronView:
     parameter: nn.Parameter | None
 
 
+class PenalisedLayer(NamedTuple):
+    """A layer whose penalty is about to be added to a loss.
+
+    Args:
+        name: Its name in the model.
+        shape: Shape of its neurons (groups, n, d).
+        parameters: The parameters that its neurons depend on.
+    """
+
+    name: str
+    shape: tuple[int, int, int]
+    parameters: Sequence[nn.Parameter]
+
+
 class Placement:
     """How the weights of a model are placed: here, whole on this process.
 
@@ -44,12 +58,14 @@ class Placement:
         strategies: Names of the Lightning strategies that place weights this way.
         loss_refusal: Why ``apply="loss"`` cannot be right, with ``{strategy}`` for the strategy's
             name; None if it can.
+        keeps_whole: Whether parameters can be read without :meth:`whole_parameters`.
         split_above: Layers of at least this many neurons are computed by all ranks together; None
             if every rank computes every layer.
     """
 
     strategies: ClassVar[frozenset[str]] = frozenset({"SingleDeviceStrategy"})
     loss_refusal: ClassVar[str | None] = None
+    keeps_whole: ClassVar[bool] = True
     split_above: int | None = None
 
     @classmethod
@@ -134,6 +150,19 @@ class Placement:
             model: The model.
             held: Modules, each with a parameter that it holds at other times.
         """
+
+    def check_loss(self, loss: Tensor, layers: Sequence[PenalisedLayer]) -> None:
+        """Refuse a loss to which the penalty of some layer cannot be added.
+
+        Raises:
+            NotImplementedError: if the loss is a DTensor.
+            RuntimeError: if a gradient of the layer is closed already.
+        """
+        if hasattr(loss, "full_tensor"):
+            raise NotImplementedError(
+                "the loss is a DTensor: add the penalty to its gradients, or return "
+                "loss.full_tensor()"
+            )
 
     # Tensors that may be sharded.
 

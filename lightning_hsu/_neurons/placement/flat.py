@@ -30,6 +30,8 @@ class FlatPlacement(DTensorPlacement):
         "apply='gradient' or 'decoupled', or ModelParallelStrategy"
     )
 
+    keeps_whole: ClassVar[bool] = False
+
     def __init__(self, root: nn.Module) -> None:
         self._root = root
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from lightning_hsu._neurons.placement.base import Placement
+from lightning_hsu._neurons.placement.base import PenalisedLayer, Placement
 from lightning_hsu._neurons.wrappers import peeled
 
 if TYPE_CHECKING:
@@ -22,13 +22,17 @@ class ReplicatedPlacement(Placement):
         group: The process group of these ranks.
         split_above: Layers of at least this many neurons are computed by all ranks together; None
             if every rank computes every layer.
+        finds_unused: Whether DDP closes the gradients of parameters that a loss does not use.
     """
 
     strategies: ClassVar[frozenset[str]] = frozenset({"DDPStrategy"})
 
-    def __init__(self, group: ProcessGroup, split_above: int | None = None) -> None:
+    def __init__(
+        self, group: ProcessGroup, split_above: int | None = None, *, finds_unused: bool = False
+    ) -> None:
         self.group = group
         self.split_above = split_above
+        self.finds_unused = finds_unused
 
     @classmethod
     def recognise(
@@ -39,13 +43,29 @@ class ReplicatedPlacement(Placement):
         split_above: int | None,
     ) -> Placement | None:
         """A model wrapped in DDP, which knows its group, or any model if a group is given."""
-        if group is None:
-            for inner in peeled(wrapped):
-                if isinstance(inner, nn.parallel.DistributedDataParallel):
-                    group = inner.process_group
+        finds_unused = False
+        for inner in peeled(wrapped):
+            if isinstance(inner, nn.parallel.DistributedDataParallel):
+                finds_unused = inner.find_unused_parameters
+                group = group or inner.process_group
         if group is None:
             return None
-        return cls(group, split_above)
+        return cls(group, split_above, finds_unused=finds_unused)
+
+    def check_loss(self, loss: Tensor, layers: Sequence[PenalisedLayer]) -> None:
+        """Refuse, too, a penalty on parameters that DDP has closed without a gradient."""
+        super().check_loss(loss, layers)
+        if not self.finds_unused:
+            return
+        used = _leaves_of(loss)
+        for layer in layers:
+            trained = {id(p) for p in layer.parameters if p.requires_grad}
+            if trained and not trained & used:
+                raise RuntimeError(
+                    f"layer '{layer.name}' {layer.shape} took no part in this batch's loss, and DDP "
+                    "with find_unused_parameters=True has closed its gradient before apply='loss' "
+                    f"could add the penalty: use apply='gradient', or exclude='{layer.name}'"
+                )
 
     @property
     def rank(self) -> int:
@@ -76,3 +96,20 @@ class ReplicatedPlacement(Placement):
                 sums[i] = flat[start:end].view(parts[i].shape)
                 start = end
         return sums
+
+
+def _leaves_of(loss: Tensor) -> set[int]:
+    """Ids of the parameters on which a loss depends."""
+    reached: set[Any] = set()
+    waiting: list[Any] = [loss.grad_fn]
+    leaves = set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in reached:
+            continue
+        reached.add(node)
+        variable = getattr(node, "variable", None)
+        if variable is not None:
+            leaves.add(id(variable))
+        waiting += [parent for parent, _ in node.next_functions]
+    return leaves
