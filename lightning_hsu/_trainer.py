@@ -182,6 +182,11 @@ def is_logging_step(trainer: pl.Trainer) -> bool:
     return bool(trainer._logger_connector.should_update_logs)
 
 
+def logged_step(trainer: pl.Trainer) -> int:
+    """The step under which Lightning logs its own values."""
+    return trainer.fit_loop.epoch_loop._batches_that_stepped
+
+
 def position(trainer: pl.Trainer, optimizer: Optimizer) -> int | None:
     """Position of an optimizer among the trainer's, so that a resumed schedule finds its count."""
     for i, other in enumerate(trainer.optimizers):

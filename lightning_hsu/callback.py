@@ -415,8 +415,7 @@ class HypersphericalUniformity(_trainer.EveryCallback):
             pl_module.log_dict(self._prefixed(values), on_step=True, on_epoch=False, batch_size=1)
         if _trainer.is_logging_step(trainer):
             self._fit.warnings.nonfinite(measured)
-            # The step under which Lightning logs its own metrics.
-            step = trainer.fit_loop.epoch_loop._batches_that_stepped
+            step = _trainer.logged_step(trainer)
             varying = self.regularizer.varying_coefficients()
             values = self._prefixed(by_layer(measured, varying, shares))
             for logger in trainer.loggers:

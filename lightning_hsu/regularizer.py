@@ -487,8 +487,9 @@ class UniformityRegularizer:
         """Coefficient times penalty, summed over the layers; learning rates set the step limit."""
         attached = self._attached
         if attached.model is not None:
-            shown = [(layer.target.module, layer.parameters[0]) for layer in attached.layers]
-            attached.placement.take_back_forward_weights(attached.model, shown)
+            held = [(layer.target.module, layer.parameters[0]) for layer in attached.layers]
+            attached.placement.take_back_forward_weights(attached.model, held)
+        # Further losses of one step, as of accumulated batches, have the first one's random draw.
         same_step = self.state.now.loss_step == step
         context = StepContext(step, rates, factor, same_step, self.step_limit)
         with self._products():

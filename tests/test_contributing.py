@@ -1,5 +1,6 @@
 """CONTRIBUTING names the rooms that there are, files that are there, and walks that a program takes."""
 
+import inspect
 import re
 import sys
 from functools import partial
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_hsu import HypersphericalUniformity
+from lightning_hsu import HypersphericalUniformity, measures
 from lightning_hsu.report.cli import main
 from tests.models import Automatic, batches, loader, network, trainer
 
@@ -27,6 +28,20 @@ def test_what_it_names_is_there(name):
 def test_the_tests_that_a_text_tells_of_are_there(text):
     named = re.findall(r"tests/\w+\.py", (ROOT / text).read_text(encoding="utf-8"))
     assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+def test_readme_has_a_row_for_every_measure():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    members = [name for name, kind in vars(measures).items() if is_member(kind)]
+    assert len(members) > 9
+    assert [name for name in members if f"| `{name}(" not in readme] == []
+
+
+def is_member(kind):
+    """Whether this is a measure's class that can be used as it is."""
+    if not isinstance(kind, type) or not issubclass(kind, measures.Measure):
+        return False
+    return not inspect.isabstract(kind) and kind is not measures.Sampled
 
 
 def test_it_names_every_room():

@@ -306,7 +306,10 @@ DEGENERATE = {
 
 
 def sees_pairs(measure):
-    """Whether two equal neurons push each other; the others document that they do not."""
+    """Whether two equal neurons push each other.
+
+    A measure for which they do not says so in its docstring and is named here.
+    """
     if isinstance(measure, Orthogonality):
         return measure.kind == "mc"
     return not isinstance(measure, ResultantLength) and not searches(measure)

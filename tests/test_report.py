@@ -573,7 +573,7 @@ def test_command_line(tmp_path, capsys):
     ("arguments", "message"),
     [
         (["none.pt"], "no such file"),
-        (["FILE", "--measure", "Foo"], "there are Covering, GaussianPotential"),
+        (["FILE", "--measure", "Foo"], "there are Covering, "),
         (["FILE", "--measure", "RieszEnergy(t=1)"], "cannot make a measure"),
         (["FILE", "--measure", "__import__('os').system('true')"], "cannot make a measure"),
         (["FILE", "--include", "nothing"], "matches no layer"),

@@ -52,7 +52,7 @@ class LayerUpdate:
             task, penalty = self._norms(views)
             means.update(self.layer.name, share, task / self.grad_scale, penalty)
 
-    def weight(
+    def weighted(
         self, grad: Tensor, coefficient: Tensor | float, step_limit: float | None
     ) -> tuple[Tensor, Tensor]:
         """Multiply a gradient (groups, n, d) by coefficient / groups, within the step limit.

@@ -120,7 +120,7 @@ class PlainLayer:
         if grad.stride() != self._strides:
             return None
         shape, strides, offset = self.view_shape, self.view_strides, self._offset
-        scale = coefficient / shape[0]
+        scale = coefficient / shape[0]  # the penalty is a mean over groups
         if self._is_whole:
             return GradientUpdate(p, grad, scale, limit, grad_scale, shape)
         w = p.as_strided(shape, strides, offset + int(p.storage_offset()))
@@ -269,22 +269,31 @@ class WatchedUpdate:
         return torch.count_nonzero(limited)
 
 
+@dataclass(frozen=True)
+class _Bucket:
+    """Layers that must be computed together, and what they have in common with others."""
+
+    labels: set[object]
+    layers: list[Layer]
+
+
 def buckets(layers: Sequence[Layer], placement: Placement) -> list[list[Layer]]:
     """Buckets of layers that must be computed together.
 
     Such layers share a parameter or a sharded module, are small and of one shape, or are split over
     ranks. A bucket has no others, since all its gradients are in memory at once.
     """
-    found: list[tuple[set[object], list[Layer]]] = []
+    found: list[_Bucket] = []
     for layer in layers:
-        labels = _labels(layer, placement)
-        members = [layer]
-        for known in [one for one in found if one[0] & labels]:
-            found.remove(known)
-            labels = labels | known[0]
-            members = known[1] + members
-        found.append((labels, members))
-    return [members for _, members in found]
+        bucket = _Bucket(_labels(layer, placement), [layer])
+        others = []
+        for known in found:
+            if known.labels & bucket.labels:
+                bucket = _Bucket(known.labels | bucket.labels, known.layers + bucket.layers)
+            else:
+                others.append(known)
+        found = [*others, bucket]
+    return [bucket.layers for bucket in found]
 
 
 def learning_rates(optimizer: Optimizer) -> dict[int, float]:
@@ -346,7 +355,7 @@ def _as_plain(layer: Layer, placement: Placement) -> PlainLayer | None:
         return None  # a user's rule may return other neurons at another time
     view = layer.target.read()
     x, parameter = view.x, view.parameter
-    if parameter is None:
+    if parameter is None:  # a rule copies what lies in channels last
         in_memory_order = channels_last(layer.target.module)
         if in_memory_order is None:
             return None
@@ -382,5 +391,7 @@ def _is_read_directly(module: nn.Module, parameter: nn.Parameter) -> bool:
         return False
     for name, p in module._parameters.items():
         if p is parameter and "weight" in name:
-            return name not in module.__dict__ and not hasattr(type(module), name)
+            is_computed_by_hook = name in module.__dict__  # as the older weight_norm leaves it
+            is_property = hasattr(type(module), name)
+            return not is_computed_by_hook and not is_property
     return False

@@ -36,15 +36,17 @@ def act_on_buckets(
         for bucket in buckets:
             updates = _updates(bucket, state, context)
             grads = penalty_gradients(updates, placement)
+            weighted_grads = []
             # Take all norms before adding any gradient: layers may share a parameter.
-            for i, update in enumerate(updates):
-                coefficient = _coefficient(update, grads[i], state, context)
-                grads[i], factor = update.weight(grads[i], coefficient, context.step_limit)
-                layer_stats = update.stats(grads[i], factor) if context.stats else None
+            for update, grad in zip(updates, grads, strict=True):
+                coefficient = _coefficient(update, grad, state, context)
+                weighted, shortened_by = update.weighted(grad, coefficient, context.step_limit)
+                weighted_grads.append(weighted)
+                layer_stats = update.stats(weighted, shortened_by) if context.stats else None
                 if layer_stats is not None:
                     stats[update.layer.name] = layer_stats
-            for update, grad in zip(updates, grads, strict=True):
-                act(update, grad)
+            for update, weighted in zip(updates, weighted_grads, strict=True):
+                act(update, weighted)
     return stats
 
 
@@ -86,7 +88,7 @@ def _coefficient(
         if not context.same_step:
             update.update_share(layer.strength, grad, state.share_means)
         return state.coefficient(layer, context.step)
-    return state.now.coefficients[layer.name]
+    return state.now.coefficients[layer.name]  # as _updates noted it
 
 
 def _loss_term(layer: Layer, state: TrainingState, context: StepContext) -> Tensor:
