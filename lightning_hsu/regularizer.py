@@ -234,6 +234,8 @@ class UniformityRegularizer:
                 (LBFGS).
         """
         self._check_attached()
+        if self._attached.placement.keeps_whole:
+            self._current_plan()
         penalised = []
         for layer in self.layers:
             if layer.strength != 0:
@@ -241,8 +243,6 @@ class UniformityRegularizer:
         self._attached.placement.check_loss(loss, penalised)
         step = self.state.counter.before(optimizer, index, same_step=same_step)
         if step % self.every_n_steps == 0:
-            if self._attached.placement.keeps_whole:
-                self._current_plan()
             with torch.enable_grad():
                 term = self._penalty(step, learning_rates(optimizer), factor)
                 loss.add_((term * factor).to(loss))
