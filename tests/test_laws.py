@@ -341,7 +341,7 @@ def test_a_small_step_down_the_gradient_lowers_the_penalty(measure, layer):
 
 
 @every_member
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=15)
 @given(layer=layers)
 def test_no_neurons_beat_the_bound(measure, layer):
     """Random neurons, and the same after some steps of descent."""

@@ -33,10 +33,10 @@ def draw(k):
     ("measure", "n", "block"),
     [
         # Blocks of 110 would leave neurons over if they did not grow.
-        (RieszEnergy(s=2), 600, 110),
-        (RieszEnergy(s=1, half_space=True), 600, 110),
-        (GaussianPotential(), 600, 110),
-        (InverseFourth(), 600, 110),
+        (RieszEnergy(s=2), 400, 110),
+        (RieszEnergy(s=1, half_space=True), 400, 110),
+        (GaussianPotential(), 400, 110),
+        (InverseFourth(), 400, 110),
         (RieszEnergy(s=2, half_space=True), 240, 20),
         (GaussianPotential(), 240, 20),
     ],

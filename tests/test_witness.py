@@ -148,7 +148,7 @@ def test_exact_on_the_sphere_against_a_grid(n, half_space):
 @pytest.mark.parametrize("measure", MEASURES, ids=repr)
 @pytest.mark.parametrize(
     ("shape", "count"),
-    [((30, 3), 200_000), ((12, 4), 50_000), ((40, 4), 50_000), ((30, 6), 50_000)],
+    [((30, 3), 50_000), ((12, 4), 50_000), ((40, 4), 50_000), ((30, 6), 50_000)],
 )
 def test_the_value_is_a_bound_that_random_points_do_not_beat(measure, shape, count):
     """Witnesses are as deep as the deepest of many random ones, and see what they claim to see."""
