@@ -2,19 +2,17 @@
 
 import inspect
 import re
-import sys
-from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
-from lightning_hsu import HypersphericalUniformity, measures
+from lightning_hsu import measures
 from lightning_hsu.report.cli import main
 from tests.models import Automatic, batches, loader, network, trainer
+from tests.tracing import PACKAGE, Traced, files_called
 
 ROOT = Path(__file__).parents[1]
-PACKAGE = ROOT / "lightning_hsu"
 NAMED = re.findall(r"`([\w./-]+)`", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"))
 PATHS = sorted({name for name in NAMED if "/" in name or name.endswith((".py", ".md"))})
 
@@ -50,40 +48,6 @@ def test_it_names_every_room():
     assert rooms - {"__init__.py"} <= set(NAMED)
 
 
-class Traced(HypersphericalUniformity):
-    """Notes the files that its hooks enter, by name of the hook, at each call."""
-
-    def __init__(self):
-        super().__init__(coefficient=1e-3, verbose=False)
-        self.entered = {"step": [], "end": []}
-
-    def on_before_optimizer_step(self, *args):
-        hook = partial(super().on_before_optimizer_step, *args)
-        self.entered["step"].append(files_entered(hook))
-
-    def on_train_batch_end(self, *args):
-        hook = partial(super().on_train_batch_end, *args)
-        self.entered["end"].append(files_entered(hook))
-
-
-def files_entered(act):
-    """The package's files whose functions are called while something is done."""
-    files = set()
-
-    def note(frame, event, argument):
-        name = Path(frame.f_code.co_filename)
-        if event == "call" and name.is_relative_to(PACKAGE):
-            files.add(str(name.relative_to(PACKAGE)))
-
-    before = sys.getprofile()
-    sys.setprofile(note)
-    try:
-        act()
-    finally:
-        sys.setprofile(before)
-    return files
-
-
 def walk(number):
     """The files that a walk names."""
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
@@ -95,10 +59,10 @@ def test_the_walks_of_a_step_and_a_logged_number_are_those_of_the_program():
     traced = Traced()
     fit = trainer(traced, logger=False, log_every_n_steps=3, max_steps=5)
     fit.fit(Automatic(), loader(batches()))
-    named, entered = walk(1), traced.entered["step"][3]
+    named, entered = walk(1), set(traced.before_step[3])
     assert entered <= named, entered - named
     assert named - entered == {"_engine/step.py", "_engine/apply.py"}
-    named, entered = walk(2), traced.entered["end"][2]
+    named, entered = walk(2), set(traced.after_batch[2])
     assert entered <= named, entered - named
     assert named <= entered, named - entered
 
@@ -106,7 +70,8 @@ def test_the_walks_of_a_step_and_a_logged_number_are_those_of_the_program():
 def test_the_walk_of_a_checkpoint_is_that_of_the_program(tmp_path, capsys):
     torch.save(network().state_dict(), tmp_path / "net.pt")
     page = str(tmp_path / "page.html")
-    entered = files_entered(lambda: main(["report", str(tmp_path / "net.pt"), "--html", page]))
+    arguments = ["report", str(tmp_path / "net.pt"), "--html", page]
+    entered = set(files_called(lambda: main(arguments)))
     named = walk(2) | walk(3)
     assert entered <= named, entered - named
     reports = {name for name in walk(3) if name.startswith("report/")}

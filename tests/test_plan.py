@@ -2,19 +2,14 @@
 
 import copy
 import pickle
-import sys
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
-import lightning_hsu
 from lightning_hsu import (
-    HypersphericalUniformity,
     LinearSchedule,
     Share,
     UniformityRegularizer,
@@ -23,8 +18,7 @@ from lightning_hsu import (
 from lightning_hsu._engine.plan import Plan
 from lightning_hsu.measures import Covering, Measure, RieszEnergy
 from tests.models import Automatic, loader, trainer
-
-PACKAGE = str(Path(lightning_hsu.__file__).parent)
+from tests.tracing import Traced
 
 
 def network():
@@ -577,36 +571,12 @@ def test_the_interval_stands_in_one_place():
     assert resumed.current_penalty(resumed.measure_layers()) == told
 
 
-class Traced(HypersphericalUniformity):
-    """Notes the files of the package's own functions that its hook calls, step by step."""
-
-    def __init__(self):
-        super().__init__(verbose=False)
-        self.steps = []
-
-    def on_before_optimizer_step(self, *args):
-        files = []
-
-        def note(frame, event, argument):
-            if event == "call" and frame.f_code.co_filename.startswith(PACKAGE):
-                files.append(frame.f_code.co_filename)
-
-        hook = partial(super().on_before_optimizer_step, *args)
-        before = sys.getprofile()
-        sys.setprofile(note)
-        try:
-            hook()
-        finally:
-            sys.setprofile(before)
-        self.steps.append(files)
-
-
 def test_a_plain_step_takes_few_calls_through_few_files():
     """As a Trainer takes it; it was 430 calls through 26 files."""
     traced = Traced()
     fit = trainer(traced, logger=False, max_steps=5)
     data = [(torch.randn(4, 12), torch.randn(4, 5)) for _ in range(6)]
     fit.fit(Automatic(net=network()), loader(data))
-    calls = traced.steps[3]  # what is kept from the first steps is not counted
+    calls = traced.before_step[3]  # what is kept from the first steps is not counted
     assert 20 < len(calls) <= 120, len(calls)
     assert len(set(calls)) <= 12, sorted(set(calls))

@@ -1,8 +1,9 @@
 """The plan of a step: worked out once at attach and replayed at every step.
 
 Most layers are *plain*: their neurons are entries of one parameter that this process holds whole,
-their measure is a mean over pairs and their coefficient is a number or a schedule. A step
-computes all of them at once, and reads nothing anew but numbers. The others are read anew at each step (step.py).
+their measure is a mean over pairs and their coefficient is a number or a schedule. A step computes
+all of them at once, and reads nothing anew but numbers. The others are read anew at each step
+(step.py).
 """
 
 from __future__ import annotations
