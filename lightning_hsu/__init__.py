@@ -6,6 +6,7 @@ from lightning_hsu._neurons.rules import register_neurons
 from lightning_hsu.callback import HypersphericalUniformity
 from lightning_hsu.coefficients import CosineSchedule, LinearSchedule, Schedule, Share
 from lightning_hsu.regularizer import UniformityRegularizer
+from lightning_hsu.summary import Summary, summarize
 
 __version__ = "0.1.0"
 
@@ -16,6 +17,7 @@ __all__ = [
     "LinearSchedule",
     "Schedule",
     "Share",
+    "Summary",
     "UniformityRegularizer",
     "measures",
     "metrics",
@@ -23,6 +25,7 @@ __all__ = [
     "projections",
     "reference",
     "register_neurons",
+    "summarize",
 ]
 
 

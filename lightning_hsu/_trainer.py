@@ -175,6 +175,11 @@ def usable_split(trainer: pl.Trainer, split_above: int | None) -> int | None:
     return split_above
 
 
+def warn_off(error: Exception) -> None:
+    """Warn that a callback which only monitors has given up."""
+    rank_zero_warn(f"HypersphericalUniformity monitors nothing in this fit: {error}")
+
+
 def is_logging_step(trainer: pl.Trainer) -> bool:
     """Whether Lightning logs at this batch."""
     # The private property that Lightning's own LearningRateMonitor reads; it allows for
@@ -264,6 +269,14 @@ class Warnings:
                 "optimisation use self.optimizers(), not use_pl_optimizer=False; leave out a layer "
                 "that is not trained with exclude=."
             )
+
+    def nothing_trains(self) -> None:
+        """Warn that the penalty cannot do anything, since all layers are frozen."""
+        rank_zero_warn(
+            "no layer with a coefficient trains: all of them are frozen, in copies, or quantised, so "
+            "the penalty does nothing until one is unfrozen. The table of layers has the reasons; "
+            "coefficient=0 only monitors"
+        )
 
     def idle(self, reasons: Mapping[str, str]) -> None:
         """Warn of layers in which the penalty exerts no force."""

@@ -17,7 +17,9 @@ from lightning_hsu._checks import check_choice
 from lightning_hsu._engine.plan import GradientStats
 from lightning_hsu._figures.recorder import FigureRecorder
 from lightning_hsu._monitor.measure import LayerUniformity, aggregates, by_layer
+from lightning_hsu._monitor.summary import Summary
 from lightning_hsu._monitor.tables import BeforeAfter
+from lightning_hsu._neurons.how import How
 from lightning_hsu._neurons.placement import placement_of
 from lightning_hsu._neurons.select import uninitialized
 from lightning_hsu.coefficients import Strength, Strengths
@@ -38,6 +40,11 @@ class _Fit:
         open_step: The optimizer step under way.
         warnings: The warnings, with those already given.
         before_after: The first measurement.
+        frozen: The first measurement of the layers that are frozen, by name.
+        logged: Names of the layers that were logged.
+        is_fresh: Whether no step was done before, so that the head may still be found.
+        is_told: Whether the table of layers has been printed.
+        is_off: Whether monitoring was given up, with a warning.
         has_measured: Whether anything has been logged so far.
         has_run: Whether a batch has been done so far.
         seen_step: Global step when the last batch ended.
@@ -48,6 +55,11 @@ class _Fit:
     open_step: _trainer.OpenStep = field(default_factory=_trainer.OpenStep)
     warnings: _trainer.Warnings = field(default_factory=_trainer.Warnings)
     before_after: BeforeAfter = field(default_factory=BeforeAfter)
+    frozen: dict[str, LayerUniformity] = field(default_factory=dict)
+    logged: set[str] = field(default_factory=set)
+    is_fresh: bool = True
+    is_told: bool = False
+    is_off: bool = False
     has_measured: bool = False
     has_run: bool = False
     seen_step: int = 0
@@ -83,7 +95,13 @@ class HypersphericalUniformity(_trainer.EveryCallback):
         include: Patterns of layer names to take, shell style; None takes all but embeddings, which
             must be asked for.
         exclude: Patterns of layer names to leave out.
-        head: The class head: "auto" is the last Linear, a name is that layer, None is no head.
+        head: The head: "auto" finds the layers that give the model's output: what the model declares,
+            else what acts last before the loss at the first forward pass, else the last Linear. Or
+            a name, a list of names, or None for no head.
+        neurons: How weights hold neurons: a mapping from patterns of their names to "rows",
+            "columns", a number of equal parts along the rows (3 for a fused qkv), or a function of
+            the weight to its neurons (..., n, d). What it names is measured, embeddings, bare
+            parameters and stacks of matrices too.
         head_coefficient: A number, schedule or share for the head; None uses ``coefficient``.
         every_n_steps: Apply on every n-th step of each optimizer, at the coefficient's full
             strength.
@@ -128,7 +146,8 @@ class HypersphericalUniformity(_trainer.EveryCallback):
         apply: Literal["gradient", "loss", "decoupled"] = "gradient",
         include: str | list[str] | None = None,
         exclude: str | list[str] | None = None,
-        head: str | None = "auto",
+        head: str | list[str] | None = "auto",
+        neurons: dict[str, How] | None = None,
         head_coefficient: Strength | None = None,
         every_n_steps: int = 1,
         step_limit: float | None = 1.0,
@@ -146,6 +165,7 @@ class HypersphericalUniformity(_trainer.EveryCallback):
             include=include,
             exclude=exclude,
             head=head,
+            neurons=neurons,
             head_coefficient=head_coefficient,
             every_n_steps=every_n_steps,
             step_limit=step_limit,
@@ -164,6 +184,11 @@ class HypersphericalUniformity(_trainer.EveryCallback):
         self.verbose = verbose
         self._figures = FigureRecorder(prefix, figures_every_n_steps)
         self._fit = _Fit()
+
+    @property
+    def summary(self) -> Summary | None:
+        """What is measured of the model in this fit, and what is not; None outside a fit."""
+        return self.regularizer.summary
 
     @property
     def state_key(self) -> str:
@@ -195,25 +220,26 @@ class HypersphericalUniformity(_trainer.EveryCallback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Find the neurons; lazy layers have none before their first batch."""
-        _trainer.check_training(trainer, pl_module, self.apply)
         if not uninitialized(pl_module):
             self._attach(trainer, pl_module)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Hook the optimizers, and measure before the first step."""
         self._fit.seen_step = trainer.global_step
+        self._fit.is_fresh = not self.regularizer.has_stepped
         act = partial(self._after_step, trainer, pl_module)
         self._fit.hooks = [_trainer.AfterStep(optimizer, act) for optimizer in trainer.optimizers]
-        if self.regularizer.layers and self._prints_or_draws(trainer):
-            self._keep(trainer, self.regularizer.measure_layers(), {})
+        if self.regularizer.head_is_settled:
+            self._begin(trainer)
 
     def on_before_backward(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor
     ) -> None:
-        """Add the penalty to the loss, which at this point is already divided and scaled."""
+        """Find the head. Add the penalty to the loss, which is already divided and scaled here."""
+        self._attach(trainer, pl_module)
+        self._find_head(trainer, loss)
         if self.apply != "loss":
             return
-        self._attach(trainer, pl_module)
         if not self.regularizer.active:
             return
         open_step = self._fit.open_step
@@ -235,6 +261,7 @@ class HypersphericalUniformity(_trainer.EveryCallback):
         batches, but not yet clipped.
         """
         self._attach(trainer, pl_module)
+        self._begin(trainer)
         if not self.regularizer.active:
             return
         if self.apply == "decoupled":  # not a step yet: a GradScaler may skip it
@@ -286,11 +313,12 @@ class HypersphericalUniformity(_trainer.EveryCallback):
         accumulates = pl_module.automatic_optimization and not has_stepped
         if accumulates or not self.regularizer.layers:
             return
+        self._begin(trainer)
         logs = self._will_measure(trainer)
         draws = self._figures.due(trainer, fit.seen_step)
         fit.seen_step = trainer.global_step
         if logs or draws:
-            measured = self.regularizer.measure_layers()
+            measured = self._measure()
             shares = self._shares()
             self._keep(trainer, measured, shares)
             if logs:
@@ -343,14 +371,56 @@ class HypersphericalUniformity(_trainer.EveryCallback):
 
     def _attach(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Find the neurons, unless that is already done."""
-        if self.regularizer.layers:
+        if self.regularizer.layers or self._fit.is_off:
             return
-        split_above = _trainer.usable_split(trainer, self.split_above)
-        placement = placement_of(pl_module, trainer.strategy.model, split_above=split_above)
-        self.regularizer.attach(pl_module, placement=placement)
+        try:
+            _trainer.check_training(trainer, pl_module, self.apply)
+            split_above = _trainer.usable_split(trainer, self.split_above)
+            placement = placement_of(pl_module, trainer.strategy.model, split_above=split_above)
+            self.regularizer.attach(pl_module, placement=placement, watch=False)
+        except Exception as error:
+            if not self.regularizer.only_monitors:
+                raise
+            self._fit.is_off = True
+            _trainer.warn_off(error)
+            return
+        self._fit.is_off = not self.regularizer.layers  # of which there was a warning
         self._fit.warnings.idle(self.regularizer.idle())
+        if self.regularizer.nothing_trains():
+            self._fit.warnings.nothing_trains()
+
+    def _find_head(self, trainer: pl.Trainer, loss: Tensor) -> None:
+        """Take the layers that act last before the losses of the first batch for heads."""
+        fit = self._fit
+        if fit.has_run or not self.regularizer.layers:
+            return
+        if fit.is_fresh:
+            self.regularizer.find_head(loss)
+        self._begin(trainer)
+
+    def _begin(self, trainer: pl.Trainer) -> None:
+        """Print the layers and measure them before the first step, once the head is known."""
+        fit = self._fit
+        if fit.is_told or not self.regularizer.layers:
+            return
+        fit.is_told = True
         if self.verbose:
-            rank_zero_info(f"Hyperspherical uniformity:\n{self.regularizer.table()}")
+            rank_zero_info(f"Hyperspherical uniformity:\n{self.summary}")
+        if self._prints_or_draws(trainer):
+            self._keep(trainer, self._measure(), {})
+
+    def _measure(self) -> list[LayerUniformity]:
+        """Measure the layers as they are now; frozen ones only once."""
+        fit = self._fit
+        frozen = {layer.name for layer in self.regularizer.layers}
+        frozen -= {layer.name for layer in self.regularizer.trained_layers}
+        if frozen <= set(fit.frozen) and frozen:
+            measured = self.regularizer.measure_layers(frozen=False)
+            by_name = fit.frozen | {one.name: one for one in measured}
+            return [by_name[layer.name] for layer in self.regularizer.layers]
+        measured = self.regularizer.measure_layers()
+        fit.frozen = {one.name: one for one in measured if one.name in frozen}
+        return measured
 
     def _will_measure(self, trainer: pl.Trainer) -> bool:
         """Whether this batch ends with a measurement.
@@ -382,7 +452,7 @@ class HypersphericalUniformity(_trainer.EveryCallback):
         if not self.regularizer.layers or not self._prints_or_draws(trainer):
             return
         # Measure again, since another callback may have changed the weights, as averaging does.
-        measured = self.regularizer.measure_layers()
+        measured = self._measure()
         self._keep(trainer, measured, {})
         if self._figures.wanted(trainer):
             self._draw(trainer)
@@ -409,17 +479,29 @@ class HypersphericalUniformity(_trainer.EveryCallback):
         """Log aggregates through Lightning, and on logging steps the layers to every logger."""
         if not trainer.barebones:
             limited = None
+            trained = {layer.name for layer in self.regularizer.trained_layers}
+            together = [one for one in measured if one.name in trained] or measured
             if self._fit.stats:
                 limited = sum(int(stats.limited) for stats in self._fit.stats.values())
-            values = aggregates(measured, self.regularizer.current_penalty(measured), limited)
+            values = aggregates(together, self.regularizer.current_penalty(measured), limited)
             pl_module.log_dict(self._prefixed(values), on_step=True, on_epoch=False, batch_size=1)
         if _trainer.is_logging_step(trainer):
             self._fit.warnings.nonfinite(measured)
             step = _trainer.logged_step(trainer)
             varying = self.regularizer.varying_coefficients()
-            values = self._prefixed(by_layer(measured, varying, shares))
+            values = self._prefixed(by_layer(self._new(measured), varying, shares))
             for logger in trainer.loggers:
                 logger.log_metrics(values, step=step)
+
+    def _new(self, measured: list[LayerUniformity]) -> list[LayerUniformity]:
+        """Of measured layers those that were measured just now, or not yet logged."""
+        fit = self._fit
+        new = []
+        for one in measured:
+            if one.name not in fit.logged or fit.frozen.get(one.name) is not one:
+                new.append(one)
+        fit.logged.update(one.name for one in new)
+        return new
 
     def _prefixed(self, values: dict[str, float]) -> dict[str, float]:
         """Values under the names that are logged."""

@@ -10,7 +10,7 @@ from numbers import Real
 from typing import Any
 
 from lightning_hsu._checks import check_number, plain_number
-from lightning_hsu._neurons.select import check_patterns, matches
+from lightning_hsu._neurons.patterns import check_patterns, matches
 
 
 class Varying(ABC):
@@ -230,6 +230,11 @@ class Coefficient:
         if isinstance(self.given, Mapping):
             return any(isinstance(strength, Share) for strength in self.given.values())
         return isinstance(self.given, Share)
+
+    @property
+    def is_zero(self) -> bool:
+        """Whether it is the number 0, with which layers are only monitored."""
+        return isinstance(self.given, Real) and float(self.given) == 0
 
     def check_names(self, names: Sequence[str]) -> None:
         """Refuse a pattern that matches no layer."""

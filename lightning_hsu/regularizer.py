@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from lightning_hsu._checks import check_choice, check_count, check_number
 from lightning_hsu._core import bf16_products
 from lightning_hsu._engine.apply import LayerUpdate
+from lightning_hsu._engine.attached import Attached, FirstOutputs
 from lightning_hsu._engine.layer import Layer
 from lightning_hsu._engine.plan import (
     GradientStats,
@@ -25,10 +27,14 @@ from lightning_hsu._engine.plan import (
 from lightning_hsu._engine.state import TrainingState
 from lightning_hsu._engine.step import act_on_buckets, loss_terms
 from lightning_hsu._monitor.measure import LayerUniformity, measure_layers
-from lightning_hsu._monitor.tables import describe
+from lightning_hsu._monitor.summary import Summary
+from lightning_hsu._monitor.tables import summary_of
 from lightning_hsu._neurons.candidates import Skip
+from lightning_hsu._neurons.how import Neurons, check_neurons
+from lightning_hsu._neurons.model import neurons_of_model
+from lightning_hsu._neurons.patterns import Patterns
 from lightning_hsu._neurons.placement import PenalisedLayer, Placement, placement_of
-from lightning_hsu._neurons.select import Patterns, check_head, select
+from lightning_hsu._neurons.select import Head, check_head, nothing_left, select
 from lightning_hsu._neurons.target import Target
 from lightning_hsu._neurons.wrappers import unwrapped
 from lightning_hsu.coefficients import Coefficient, Strength
@@ -36,17 +42,6 @@ from lightning_hsu.measures import Measure
 from lightning_hsu.measures.base import check_measure
 from lightning_hsu.measures.defaults import DEFAULT_MEASURE, SAMPLE_ABOVE
 from lightning_hsu.measures.sampled import measure_of_layer
-
-
-@dataclass
-class _Attached:
-    """Everything that refers to the model; replaced when the model is released."""
-
-    model: nn.Module | None = None
-    placement: Placement = field(default_factory=Placement)
-    layers: list[Layer] = field(default_factory=list)
-    skips: list[Skip] = field(default_factory=list)
-    plan: Plan | None = None
 
 
 class UniformityRegularizer:
@@ -65,7 +60,13 @@ class UniformityRegularizer:
             matching pattern counts.
         include: Patterns of layers to take, shell style; None takes all but embeddings.
         exclude: Patterns of layers to leave out.
-        head: "auto" (the last Linear), the head's name, or None for no head.
+        head: "auto" finds the layers that give the model's output: what the model declares, else
+            what acts last before its outputs at the first training forward, else the last Linear.
+            Or a name, a list of names, or None for no head.
+        neurons: How weights hold neurons: a mapping from patterns of their names to "rows",
+            "columns", a number of equal parts along the rows (3 for a fused qkv), or a function of
+            the weight to its neurons (..., n, d). What it names is measured, embeddings, bare
+            parameters and stacks of matrices too.
         head_coefficient: A number, schedule or share for the head; None uses ``coefficient``.
         every_n_steps: Apply on every n-th step of each optimizer, at the coefficient's full
             strength.
@@ -103,7 +104,8 @@ class UniformityRegularizer:
         *,
         include: Patterns = None,
         exclude: Patterns = None,
-        head: str | None = "auto",
+        head: Head = "auto",
+        neurons: Neurons = None,
         head_coefficient: Strength | None = None,
         every_n_steps: int = 1,
         step_limit: float | None = 1.0,
@@ -126,6 +128,7 @@ class UniformityRegularizer:
         self.include = include
         self.exclude = exclude
         self.head = head
+        self.neurons = check_neurons(neurons)
         self.every_n_steps = every_n_steps
         self.step_limit = step_limit
         self.matmul_precision = check_choice(
@@ -133,23 +136,55 @@ class UniformityRegularizer:
         )
         self.sample_above = sample_above
         self.state = TrainingState()
-        self._attached = _Attached()
+        self._attached: Attached | None = None
+        self._watch: RemovableHandle | None = None
 
     @property
     def layers(self) -> list[Layer]:
         """The layers that are measured, in the model's order; empty without a model."""
-        return self._attached.layers
+        return [] if self._attached is None else self._attached.layers
 
     @property
     def skips(self) -> list[Skip]:
         """The weights that are not measured, with the reasons."""
-        return self._attached.skips
+        return [] if self._attached is None else self._attached.skips
+
+    @property
+    def summary(self) -> Summary | None:
+        """What is measured of the attached model, and what is not; None without a model."""
+        attached = self._attached
+        if attached is None:
+            return None
+        with self.gathered():
+            return summary_of(
+                type(attached.model).__name__,
+                attached.layers,
+                attached.skips,
+                attached.coverage,
+                self.every_n_steps,
+            )
 
     @property
     def active(self) -> bool:
         """Whether any layer has a coefficient other than the number 0."""
-        plan = self._attached.plan
-        return plan is not None and plan.is_active
+        return self._attached is not None and self._attached.plan.is_active
+
+    @property
+    def only_monitors(self) -> bool:
+        """Whether every coefficient is the number 0."""
+        return self.coefficient.is_zero and (
+            self.head_coefficient is None or self.head_coefficient.is_zero
+        )
+
+    @property
+    def head_is_settled(self) -> bool:
+        """Whether the first training forward can no longer change what the head is."""
+        return self.head != "auto" or bool(self.state.heads) or self.has_stepped
+
+    @property
+    def has_stepped(self) -> bool:
+        """Whether any optimizer has stepped, in this training or in the one that is resumed."""
+        return any(self.state.counter.done)
 
     @property
     def has_share(self) -> bool:
@@ -158,13 +193,22 @@ class UniformityRegularizer:
         return self.coefficient.has_share or (head is not None and head.has_share)
 
     def attach(
-        self, model: nn.Module, *, placement: Placement | None = None
+        self,
+        model: nn.Module,
+        *,
+        placement: Placement | None = None,
+        watch: bool = True,
+        strict: bool = True,
     ) -> UniformityRegularizer:
         """Find the model's neurons; return self. Where ranks share the weights, all must call it.
 
         Args:
             model: The model, possibly wrapped by DDP, FSDP or Fabric.
             placement: How its weights are placed over the ranks; None looks at the model.
+            watch: Whether ``head="auto"`` takes the layers that act last before the model's outputs
+                at its first training forward; else call :meth:`find_head` with the loss.
+            strict: Whether to refuse a model without a layer to measure. With a coefficient of 0
+                there is only a warning.
 
         Raises:
             ValueError: if a pattern matches nothing, no layer is left to measure, or there is no
@@ -173,28 +217,71 @@ class UniformityRegularizer:
         """
         placement = placement_of(model) if placement is None else placement
         model = unwrapped(model)
-        with placement.whole_parameters(with_grads=False):
-            targets, skips = select(
-                model, self.include, self.exclude, self.head, placement=placement
-            )
-            self.coefficient.check_names([target.name for target in targets])
-            if self.head_coefficient is not None:
-                check_head(targets)
-            layers = [self._layer(target) for target in targets]
-            plan = Plan(layers, placement)
-        self._attached = _Attached(model, placement, layers, skips, plan)
+        self.detach()
         self.state.attach(model)
+        with placement.whole_parameters(with_grads=False):
+            candidates = neurons_of_model(model, placement, self.neurons)
+
+            def choose(traced: Sequence[str]) -> tuple[list[Target], list[Skip]]:
+                return select(
+                    candidates,
+                    self.include,
+                    self.exclude,
+                    self.head,
+                    traced=traced,
+                    may_be_empty=True,
+                )
+
+            attached = Attached(model, placement, candidates, choose, self._layer)
+            known = {one.name for one in candidates.sets}
+            attached.choose([name for name in self.state.heads if name in known])
+            if not attached.layers and strict:
+                self._refuse(nothing_left(candidates.source, attached.skips))
+            names = [layer.name for layer in attached.layers]
+            if names:
+                self.coefficient.check_names(names)
+            if self.head_coefficient is not None and names:
+                check_head([layer.target for layer in attached.layers])
+        self._attached = attached
+        if watch and not self.head_is_settled:
+            self._watch = model.register_forward_hook(FirstOutputs(self))
         return self
+
+    def find_head(self, outputs: object) -> None:
+        """With ``head="auto"``, take the layers that act last before a loss for the head.
+
+        Call it before the first step, if at all: :meth:`attach` watches the model's outputs. What
+        the model itself declares counts first. Where ranks train together, all must call it.
+
+        Args:
+            outputs: A loss, or a model's outputs, with their graph; several losses in a tuple.
+        """
+        attached = self._check_attached()
+        if self.head != "auto":
+            return
+        with self.gathered():
+            traced = attached.placement.agree(attached.last_before(outputs))
+            heads = [name for name in traced if name not in self.state.heads]
+            if not heads:
+                return
+            if attached.placement.keeps_whole:
+                self._current_plan()
+            self.state.heads += heads
+            self.state.heads_as_expected = attached.expects(self.state.heads)
+            attached.choose(self.state.heads)
 
     def detach(self) -> None:
         """Release the model; the step counts, the measures' states and the means of shares stay."""
         self.state.detach()
-        self._attached = _Attached()
+        self._attached = None
+        if self._watch is not None:
+            self._watch.remove()
+            self._watch = None
 
     def reset(self) -> None:
         """Release the model and forget all steps: the next one is the first of a new training."""
+        self.detach()
         self.state = TrainingState()
-        self._attached = _Attached()
 
     def penalty(self, step: int = 0) -> Tensor:
         """Coefficient times penalty, summed over the layers: a differentiable scalar for your loss.
@@ -233,14 +320,14 @@ class UniformityRegularizer:
             same_step: The step is already counted: the optimizer evaluates its closure again
                 (LBFGS).
         """
-        self._check_attached()
-        if self._attached.placement.keeps_whole:
+        attached = self._check_attached()
+        if attached.placement.keeps_whole:
             self._current_plan()
         penalised = []
         for layer in self.layers:
             if layer.strength != 0:
                 penalised.append(PenalisedLayer(layer.name, layer.target.shape, layer.parameters))
-        self._attached.placement.check_loss(loss, penalised)
+        attached.placement.check_loss(loss, penalised)
         step = self.state.counter.before(optimizer, index, same_step=same_step)
         if step % self.every_n_steps == 0:
             with torch.enable_grad():
@@ -324,24 +411,44 @@ class UniformityRegularizer:
         self._check_attached()
         return self._step(self._move, optimizer, index, stats=stats)
 
-    def measure_layers(self) -> list[LayerUniformity]:
-        """Measure every layer as it is now; where ranks share the weights, all must call it."""
+    def measure_layers(self, *, frozen: bool = True) -> list[LayerUniformity]:
+        """Measure every layer as it is now; where ranks share the weights, all must call it.
+
+        Args:
+            frozen: Whether to measure frozen layers, too.
+        """
         self._check_attached()
+        layers = self.layers if frozen else self.trained_layers
         with self.gathered():
-            return measure_layers(self.layers, self.state.monitor_state)
+            return measure_layers(layers, self.state.monitor_state)
+
+    @property
+    def trained_layers(self) -> list[Layer]:
+        """The layers that are not frozen, or have had a gradient."""
+        found = []
+        for layer in self.layers:
+            if not layer.frozen or (layer.target.in_copy and layer.name in self.state.now.reached):
+                found.append(layer)
+        return found
 
     def gathered(self) -> AbstractContextManager[None]:
         """A context in which the neurons of ``layers`` are whole and can be read, under FSDP1 too.
 
         All ranks that share weights must enter it.
         """
-        return self._attached.placement.whole_parameters(with_grads=False)
+        return self._check_attached().placement.whole_parameters(with_grads=False)
 
-    def current_penalty(self, measured: list[LayerUniformity]) -> float:
-        """Coefficient times penalty, summed over measured layers, with the last coefficients."""
+    def current_penalty(self, measured: Sequence[LayerUniformity]) -> float:
+        """Coefficient times penalty, summed over measured layers, with the last coefficients.
+
+        Frozen layers add nothing.
+        """
+        penalties = {one.name: one.penalty for one in measured}
         total = 0.0
-        for layer, one in zip(self.layers, measured, strict=True):
-            total += self.state.last_coefficient(layer, self.every_n_steps) * one.penalty
+        for layer in self.trained_layers:
+            if layer.name in penalties:
+                coefficient = self.state.last_coefficient(layer, self.every_n_steps)
+                total += coefficient * penalties[layer.name]
         return total
 
     def varying_coefficients(self) -> dict[str, float]:
@@ -378,14 +485,28 @@ class UniformityRegularizer:
         self.state.load_state_dict(state)
 
     def table(self) -> str:
-        """Every layer with its shape, measure and coefficient, and weights left out with reasons."""
+        """The :attr:`summary` as a table."""
         self._check_attached()
-        with self.gathered():
-            return describe(self.layers, self.skips, self.every_n_steps)
+        return str(self.summary)
+
+    def nothing_trains(self) -> bool:
+        """Whether there are layers with a coefficient, and all of them are frozen."""
+        penalised = [layer for layer in self.layers if layer.strength != 0]
+        return bool(penalised) and all(layer.frozen for layer in penalised)
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle and copy the settings and the training state, never the model."""
-        return self.__dict__ | {"_attached": _Attached()}
+        return self.__dict__ | {"_attached": None, "_watch": None}
+
+    def _refuse(self, message: str) -> None:
+        """Raise an error, or only warn if this regularizer only monitors.
+
+        Raises:
+            ValueError: with the message, if any coefficient is not the number 0.
+        """
+        if not self.only_monitors:
+            raise ValueError(message)
+        warnings.warn(message, stacklevel=3)
 
     def _layer(self, target: Target) -> Layer:
         """A target with its measure and coefficient."""
@@ -398,8 +519,11 @@ class UniformityRegularizer:
         coefficient = self.coefficient
         if target.head and self.head_coefficient is not None:
             coefficient = self.head_coefficient
-        strength = coefficient.of(target.name)
-        return Layer(target, measure, strength, tuple(target.parameters()), target.held_rows())
+        parameters = tuple(target.parameters())
+        strength: Strength = 0.0  # a buffer, or a quantised weight: no gradient can reach it
+        if parameters:
+            strength = coefficient.of(target.name)
+        return Layer(target, measure, strength, parameters, target.held_rows())
 
     def _step(
         self,
@@ -428,7 +552,7 @@ class UniformityRegularizer:
     def _add(self, context: StepContext) -> dict[str, GradientStats]:
         """Add gradients."""
         plan = self._current_plan()
-        placement = self._attached.placement
+        placement = self._check_attached().placement
         updates, left = plan.plain_updates(self.state, context)
         together = plan.rest + buckets(left, placement)
         stats = {}
@@ -440,39 +564,20 @@ class UniformityRegularizer:
     def _move(self, context: StepContext) -> dict[str, GradientStats]:
         """Move neurons."""
         plan = self._current_plan()
-        placement = self._attached.placement
+        placement = self._check_attached().placement
         return act_on_buckets(plan.buckets, LayerUpdate.move, self.state, context, placement)
 
     def _current_plan(self) -> Plan:
         """The plan, made anew if a parameter that it rests on has changed."""
-        attached = self._attached
-        assert attached.plan is not None
+        attached = self._check_attached()
         if not attached.plan.is_current():
-            layers = [self._reread(layer) for layer in attached.layers]
-            for before, now in zip(attached.layers, layers, strict=True):
-                if [*map(id, now.parameters)] != [*map(id, before.parameters)]:
-                    self.state.now.reached.discard(now.name)  # until an optimizer has the new ones
-            attached.layers = layers
-            attached.plan = Plan(layers, attached.placement)
+            for name in attached.plan_anew():
+                self.state.now.reached.discard(name)  # until an optimizer has the new ones
         return attached.plan
-
-    def _reread(self, layer: Layer) -> Layer:
-        """A layer with its module's present parameters."""
-        if layer.sharded:
-            return layer
-        try:
-            groups, n, d = layer.target.neurons().shape
-            return self._layer(replace(layer.target, shape=(groups, n, d)))
-        except Exception as error:
-            raise RuntimeError(
-                f"the neurons of layer '{layer.name}' {layer.target.shape} can no longer be read: "
-                f"{error}. Call attach(model) after changing a layer's kind or its parameters' "
-                "names, or leave it out with exclude="
-            ) from error
 
     def _whole_with_grads(self) -> AbstractContextManager[None]:
         """A context in which parameters and gradients are whole."""
-        placement = self._attached.placement
+        placement = self._check_attached().placement
         if placement.keeps_whole:
             return nullcontext()
         return placement.whole_parameters(with_grads=True)
@@ -485,16 +590,17 @@ class UniformityRegularizer:
 
     def _penalty(self, step: int, rates: Mapping[int, float], factor: Tensor | float) -> Tensor:
         """Coefficient times penalty, summed over the layers; learning rates set the step limit."""
-        attached = self._attached
-        if attached.model is not None:
-            held = [(layer.target.module, layer.parameters[0]) for layer in attached.layers]
-            attached.placement.take_back_forward_weights(attached.model, held)
+        attached = self._check_attached()
+        penalised = [layer for layer in attached.layers if layer.parameters]
+        held = [(layer.target.module, layer.parameters[0]) for layer in penalised]
+        attached.placement.take_back_forward_weights(attached.model, held)
         # Further losses of one step, as of accumulated batches, have the first one's random draw.
         same_step = self.state.now.loss_step == step
         context = StepContext(step, rates, factor, same_step, self.step_limit)
         with self._products():
-            return loss_terms(self.layers, self.state, context)
+            return loss_terms(penalised, self.state, context)
 
-    def _check_attached(self) -> None:
-        if self._attached.plan is None:
+    def _check_attached(self) -> Attached:
+        if self._attached is None:
             raise RuntimeError("the regularizer has no model yet: call attach(model) first")
+        return self._attached

@@ -16,7 +16,7 @@ FLOORS = [
     {"_engine"},
     {"_monitor"},
     {"regularizer", "report", "_figures"},
-    {"metrics", "_trainer"},
+    {"metrics", "summary", "_trainer"},
     {"callback"},
     {"presets"},
     {"__init__"},

@@ -415,11 +415,12 @@ def test_the_table_names_nested_measures_shortly():
         .attach(net)
         .table()
     )
+    words = " ".join(table.split())
     assert (
-        "Projected(measure=Covering(half_space=True), projection=RandomProjection(dim=8, count=2))"
-        in table
-    )
-    assert "Covering(half_space=False) head" in table
+        "measure: Projected(measure=Covering(half_space=True), "
+        "projection=RandomProjection(dim=8, count=2))"
+    ) in words
+    assert "head: Covering(half_space=False)" in words
 
 
 @pytest.mark.parametrize(

@@ -345,9 +345,10 @@ def test_other_groups_and_another_padding_are_followed():
 
 @pytest.mark.parametrize("measure", [None, Covering()])
 def test_a_refused_step_adds_nothing(measure):
-    dense, sparse = nn.Linear(6, 9), nn.Embedding(20, 6, sparse=True)
+    dense, sparse = nn.Linear(6, 9), nn.Embedding(20, 6)
     regularizer = UniformityRegularizer(measure, head=None, include="*")
     regularizer.attach(nn.ModuleList([dense, sparse]))
+    sparse.sparse = True
     dense(sparse(torch.tensor([1, 2]))).sum().backward()
     before = dense.weight.grad.clone()
     optimizer = torch.optim.SGD([*dense.parameters(), *sparse.parameters()], lr=0.1)

@@ -136,7 +136,8 @@ class TestInTheEngine:
         model, _ = self.model()
         regularizer = self.regularizer(monkeypatch, sample_above=299).attach(model)
         table = regularizer.table()
-        assert "RieszEnergy(s=2), sampled in 18 blocks of 16" in table
+        assert "measure: RieszEnergy(s=2)\n" in table
+        assert "sampled in 18 blocks of 16" in table
         assert table.count("sampled") == 1
         assert (
             "sampled" not in self.regularizer(monkeypatch, sample_above=300).attach(model).table()

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from lightning_hsu._core import working_dtype
@@ -50,11 +49,10 @@ class Layer:
 
     @property
     def frozen(self) -> bool:
-        """Whether no gradient reaches its neurons."""
-        if self.sharded:  # without a collective call
-            return not any(p.requires_grad for p in self.parameters)
-        with torch.enable_grad():
-            return not self.target.neurons().requires_grad
+        """Whether no gradient reaches its neurons: their parameters are frozen, or in a copy."""
+        if self.target.in_copy:
+            return True
+        return not any(p.requires_grad for p in self.parameters)
 
     def rates(self, learning_rates: Mapping[int, float]) -> list[float]:
         """Learning rates of its parameters that have a gradient; empty if nothing can be added.
@@ -68,6 +66,15 @@ class Layer:
             if rate is not None and p.grad is not None and p.requires_grad:
                 found.append(rate)
         return found
+
+    def why_refused(self) -> str | None:
+        """Why it cannot be penalised although it has a coefficient; None if it can."""
+        if self.strength != 0 and getattr(self.target.module, "sparse", False) is True:
+            return (
+                "its gradients are sparse and cannot hold the penalty's: build it with "
+                "sparse=False, or give it a coefficient of 0"
+            )
+        return None
 
     def idle_reason(self) -> str | None:
         """Why the penalty exerts no force here although it has a coefficient; None if it does."""

@@ -21,9 +21,16 @@ from lightning_hsu._core.foreach import SMALL, add_pair_gradients
 from lightning_hsu._core.updates import GradientUpdate
 from lightning_hsu._engine.layer import Layer
 from lightning_hsu._engine.state import TrainingState
+from lightning_hsu._neurons.how import WeightRule
 from lightning_hsu._neurons.placement import Placement
 from lightning_hsu._neurons.placement.base import viewed_parameter
-from lightning_hsu._neurons.rules import REGISTERED, channels_last, has_built_in_rule
+from lightning_hsu._neurons.rules import (
+    REGISTERED,
+    channels_last,
+    class_rule,
+    has_built_in_rule,
+)
+from lightning_hsu._neurons.target import Target
 
 Owner = tuple[dict[str, nn.Parameter | None], str, nn.Parameter]
 """A module's parameters by name, the name of one, and that parameter when the plan was made."""
@@ -159,6 +166,7 @@ class Plan:
     """
 
     def __init__(self, layers: Sequence[Layer], placement: Placement) -> None:
+        layers = [layer for layer in layers if layer.parameters]  # others have no gradient
         self.is_active = any(layer.strength != 0 for layer in layers)
         self.plain = _plain_layers(layers, placement)
         self.buckets = buckets(layers, placement)
@@ -352,16 +360,18 @@ def _as_plain(layer: Layer, placement: Placement) -> PlainLayer | None:
         return None
     if layer.sharded or placement.splits(layer.target.shape[1]):
         return None
-    if not has_built_in_rule(layer.target.module):
+    module, rule = layer.target.module, layer.target.rule
+    is_torch_layer = rule is class_rule and has_built_in_rule(module)
+    if not is_torch_layer and not isinstance(rule, WeightRule):
         return None  # a user's rule may return other neurons at another time
     view = layer.target.read()
     x, parameter = view.x, view.parameter
     if parameter is None:  # a rule copies what lies in channels last
-        in_memory_order = channels_last(layer.target.module)
+        in_memory_order = channels_last(rule, module)
         if in_memory_order is None:
             return None
         x, parameter = in_memory_order, viewed_parameter(in_memory_order, {})
-    if parameter is None or not _is_read_directly(layer.target.module, parameter):
+    if parameter is None or not _is_read_directly(layer.target, parameter):
         return None
     return PlainLayer(layer, term, parameter, x)
 
@@ -386,12 +396,15 @@ def _signature(module: nn.Module) -> tuple[object, ...]:
     return type(module), settings.get("groups"), settings.get("padding_idx"), hooks
 
 
-def _is_read_directly(module: nn.Module, parameter: nn.Parameter) -> bool:
+def _is_read_directly(target: Target, parameter: nn.Parameter) -> bool:
     """Whether the module's weight is this parameter itself, and nothing computes or replaces it."""
+    module = target.module
     if hasattr(module, "parametrizations"):
         return False
     for name, p in module._parameters.items():
-        if p is parameter and "weight" in name:
+        if p is not parameter:
+            continue
+        if "weight" in name or name == getattr(target.rule, "attribute", None):
             is_computed_by_hook = name in module.__dict__  # as the older weight_norm leaves it
             is_property = hasattr(type(module), name)
             return not is_computed_by_hook and not is_property

@@ -171,10 +171,15 @@ class TrainingState:
         counter: Steps done by each optimizer: schedules and ``every_n_steps`` count in them.
         measure_states: What measures carry from step to step.
         share_means: Means of the gradients' norms.
+        heads: Names of the layers that acted last before the loss at the first forward pass; [] if
+            that is not known.
+        heads_as_expected: Whether they are found without a forward pass, too.
         now: What is known about the attached model.
     """
 
     def __init__(self) -> None:
+        self.heads: list[str] = []
+        self.heads_as_expected = False
         self.counter = StepCounter()
         self.measure_states = MeasureStates()
         self.share_means = ShareMeans()
@@ -186,6 +191,7 @@ class TrainingState:
         self._monitor_states.attach(model)
         if self.measure_states.attach(model):
             self.share_means = ShareMeans()
+            self.heads = []
             self.counter.forget_optimizers()
         self.now = SinceAttach()
 
@@ -252,6 +258,8 @@ class TrainingState:
             state["states"] = self.measure_states.state_dict()
         if self.share_means.means:
             state["shares"] = self.share_means.state_dict()
+        if self.heads and not self.heads_as_expected:
+            state["heads"] = list(self.heads)
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -259,6 +267,8 @@ class TrainingState:
         self.counter.restore(state["steps"])
         self.measure_states.load_state_dict(state.get("states", {}))
         self.share_means.load_state_dict(state.get("shares", {}))
+        self.heads = [str(name) for name in state.get("heads", [])]
+        self.heads_as_expected = False
         self.now.loss_step = None
 
 

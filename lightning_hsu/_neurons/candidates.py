@@ -9,7 +9,7 @@ from typing import Generic, Literal, TypeVar
 
 from torch import Tensor
 
-Kind = Literal["linear", "embedding", "other"]
+Kind = Literal["linear", "convolution", "embedding", "codebook", "other"]
 
 
 @dataclass(frozen=True)
@@ -33,20 +33,33 @@ class NeuronSet(ABC):
 
     Args:
         name: Name of the layer, followed by a dot and the set's key if a layer has several sets.
+        layer: Name of the layer.
         shape: (groups, n, d).
-        kind: The kind of layer: by default the last Linear is the class head, and embeddings are
-            not measured.
+        kind: The kind of layer: embeddings are not measured by default.
         identity: Equal for two names of the same weights.
-        head: Whether this is the class head.
+        head: Whether this is a head, a layer that gives the model's output.
+        head_reason: Why it is taken for a head; "" if it is none.
+        asked: Whether the user has named it in ``neurons=``.
+        trains: Whether it trains as the model was found: not in a copy, and not frozen.
+        in_copy: Whether it is in a copy of a model whose weights are averages.
+        kernel: How many places the kernel of a convolution has; 1 for other layers.
         merged: Whether groups of one neuron each are taken as one group.
+        note: What a user should know of how it is read; "" if there is nothing.
     """
 
     name: str
+    layer: str
     shape: tuple[int, int, int]
     kind: Kind
     identity: Hashable = field(repr=False)
     head: bool = False
+    head_reason: str = ""
+    asked: bool = False
+    trains: bool = True
+    in_copy: bool = False
+    kernel: int = 1
     merged: bool = False
+    note: str = ""
 
     @abstractmethod
     def neurons(self) -> Tensor:
@@ -65,6 +78,19 @@ AnySet = TypeVar("AnySet", bound=NeuronSet)
 
 
 @dataclass(frozen=True)
+class Broken:
+    """A layer that cannot be read because of what the user said about it.
+
+    Args:
+        name: Name of the layer.
+        error: What is raised if the layer is to be measured.
+    """
+
+    name: str
+    error: Exception
+
+
+@dataclass(frozen=True)
 class Candidates(Generic[AnySet]):
     """All sets of neurons of a model or a state dict, in its order.
 
@@ -73,12 +99,16 @@ class Candidates(Generic[AnySet]):
         sets: The sets.
         skips: Weights whose neurons are not known or cannot be measured.
         not_weights: Tensors of a state dict that are not taken for weights.
+        broken: Layers that cannot be read because of what the user said.
+        declared: Names of the sets that the model declares to be its heads.
     """
 
     source: str
     sets: list[AnySet]
     skips: list[Skip]
     not_weights: list[Skip] = field(default_factory=list)
+    broken: list[Broken] = field(default_factory=list)
+    declared: list[str] = field(default_factory=list)
 
 
 def shape_by_group(x: Tensor) -> tuple[int, int, int]:

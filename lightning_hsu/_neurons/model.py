@@ -2,31 +2,67 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+import math
+from collections.abc import Hashable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
-from lightning_hsu._neurons.candidates import Candidates, Kind, Skip, full_name, shape_by_group
+from lightning_hsu._neurons import names, sizes
+from lightning_hsu._neurons.adapters import Adapter, adapter_of, unused_of
+from lightning_hsu._neurons.candidates import (
+    Broken,
+    Candidates,
+    Kind,
+    Skip,
+    full_name,
+    shape_by_group,
+)
+from lightning_hsu._neurons.fused import Part, parts_of
+from lightning_hsu._neurons.heads import declared_heads, is_copy
+from lightning_hsu._neurons.how import (
+    CentredRule,
+    How,
+    Neurons,
+    PartedRule,
+    StoredValues,
+    WeightRule,
+    check_neurons,
+    rule_for,
+)
+from lightning_hsu._neurons.patterns import matches, unknown_pattern
 from lightning_hsu._neurons.placement import NeuronView, Placement, placement_of
-from lightning_hsu._neurons.rules import has_rule
+from lightning_hsu._neurons.quantised import why_unreadable
+from lightning_hsu._neurons.rules import (
+    PROJECTIONS,
+    Rule,
+    class_rule,
+    effective_weight,
+    has_built_in_rule,
+    rule_of,
+)
 from lightning_hsu._neurons.target import Target, without_side_effects
 from lightning_hsu._neurons.wrappers import plain_name
 
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+_LEVELS = 4  # from a fused projection up to the module that knows its sizes
+_CONVOLUTIONS = (nn.modules.conv._ConvNd,)
 
 
-def neurons_of_model(model: nn.Module, placement: Placement | None = None) -> Candidates[Target]:
+def neurons_of_model(
+    model: nn.Module, placement: Placement | None = None, neurons: Neurons = None
+) -> Candidates[Target]:
     """Find every set of neurons of a model. A collective call if its weights are sharded.
 
     Args:
         model: Any module.
         placement: How its weights are placed over ranks; None looks at the model.
+        neurons: Patterns of weights' names, each with how such weights hold neurons.
 
     Raises:
-        TypeError: if a user's rule does not return tensors.
-        ValueError: if a user's rule returns tensors of a wrong shape, or detached ones.
+        TypeError: if ``neurons`` is not made of patterns and ways of holding neurons.
+        ValueError: if a pattern of ``neurons`` matches no weight.
 
     Example:
         >>> found = neurons_of_model(nn.Sequential(nn.Conv2d(3, 16, 3), nn.LazyLinear(10)))
@@ -37,70 +73,528 @@ def neurons_of_model(model: nn.Module, placement: Placement | None = None) -> Ca
     """
     if placement is None:
         placement = placement_of(model)
-    found = Candidates[Target](type(model).__name__, [], [])
-    parametrizations: set[nn.Module] = set()
-    for path, module in model.named_modules():
-        if isinstance(module, ParametrizationList):
-            parametrizations.update(module.modules())
-        if module in parametrizations:
-            continue
+    return _Finder(model, placement, check_neurons(neurons)).find()
+
+
+class _Finder:
+    """Goes through a model once.
+
+    Args:
+        model: The model.
+        placement: How its weights are placed over ranks.
+        asked: The user's patterns of weights' names.
+    """
+
+    def __init__(self, model: nn.Module, placement: Placement, asked: Mapping[str, How]) -> None:
+        self._model = model
+        self._placement = placement
+        self._asked = asked
+        self._used: set[str] = set()  # patterns that matched a weight
+        self._found = Candidates[Target](type(model).__name__, [], [])
+        self._modules = dict(model.named_modules())
+        self._left_out: set[nn.Module] = set()  # parts of layers, such as the factors of adapters
+        self._copies: set[nn.Module] = set()
+        self._adapters: dict[nn.Module, Adapter] = {}
+        self._weights: list[str] = []  # names of all weights, for errors
+
+    def find(self) -> Candidates[Target]:
+        """The candidates."""
+        for module in self._modules.values():
+            if is_copy(module):
+                self._copies.update(module.modules())
+            if isinstance(module, ParametrizationList):
+                self._left_out.update(module.modules())
+            for unused in unused_of(module):
+                self._left_out.update(unused.modules())
+            if module in self._left_out or _has_users_rule(module):
+                continue
+            adapter = adapter_of(module)
+            if adapter is not None:  # some share factors, which may come first
+                self._adapters[module] = adapter
+                self._left_out.update(adapter.inside)
+        for path, module in self._modules.items():
+            self._add_module(path, module)
+        for pattern in self._asked:
+            if pattern not in self._used:
+                raise ValueError(unknown_pattern("neurons", pattern, self._weights, "weight"))
+        declared = set(declared_heads(self._model))
+        for target in self._found.sets:
+            if declared and self._is_part_of(target.module, declared):
+                self._found.declared.append(target.name)
+        return self._found
+
+    def _is_part_of(self, module: nn.Module, declared: set[nn.Module]) -> bool:
+        """Whether a module is one of those declared, or the only layer inside one of them."""
+        if module in declared:
+            return True
+        return any(module in list(one.modules()) for one in declared)
+
+    def _add_module(self, path: str, module: nn.Module) -> None:
+        """Add the sets of neurons of one module, and its weights that are left out."""
         layer = plain_name(path)
-        skips = _unreadable(layer, module)
-        if skips is not None:
-            found.skips.extend(skips)
-            continue
-        _add_sets(found, layer, module, placement)
-    return found
+        taken = self._add_asked(path, layer, module)
+        if module in self._left_out:
+            return
+        if module in self._adapters:
+            self._add_adapted(path, layer, module, self._adapters[module])
+            return
+        if rule_of(module) is None:
+            self._add_foreign(path, layer, module, taken)
+            return
+        if self._is_unreadable(layer, module, taken):
+            return
+        rule: Rule = class_rule
+        if has_built_in_rule(module):
+            rule = self._refined(path, module)
+            reason = _why_computed(module)
+            if reason is not None:
+                self._skip(full_name(layer, ""), (), reason)
+                return
+        if taken and isinstance(module, (nn.Linear, *_CONVOLUTIONS, *_EMBEDDINGS)):
+            return  # its weight is read as asked for
+        kind = self._kind_of(path, module)
+        note = self._note(path, module)
+        self._add_sets(layer, module, rule, kind=kind, without=_keys_of(taken), note=note)
 
+    # What the user asked for.
 
-def _unreadable(layer: str, module: nn.Module) -> list[Skip] | None:
-    """The weights of a module whose neurons cannot be read; None if they can."""
-    parameters = dict(module.named_parameters(recurse=False))
-    if not has_rule(module):
-        reason = f"no rule for {type(module).__name__}: see register_neurons"
-        skips = []
-        for key, p in parameters.items():
-            if p.ndim >= 2:
-                skips.append(Skip(full_name(layer, key), tuple(p.shape), reason))
-        return skips
-    for key, p in parameters.items():
-        if nn.parameter.is_lazy(p):
-            reason = "a lazy layer that has seen no batch: it has no shape yet"
-            return [Skip(full_name(layer, key), (), reason)]
-    if any(p.is_meta for p in module.parameters()):
-        reason = "it holds no numbers yet (device meta): load the weights first"
-        return [Skip(full_name(layer, ""), (), reason)]
-    return None
+    def _add_asked(self, path: str, layer: str, module: nn.Module) -> set[str]:
+        """Add the weights of a module that the user has named; return their attributes."""
+        taken = set()
+        for attribute, shape in _weights_of(module):
+            name = full_name(layer, "" if attribute == "weight" else attribute)
+            exact = full_name(layer, attribute)
+            self._weights.append(name)
+            how = self._asked_how(name, exact, attribute, len(shape))
+            if how is None:
+                continue
+            taken.add(attribute)
+            try:
+                rule = self._asked_rule(how, module, attribute, shape, name)
+            except (ValueError, TypeError) as error:
+                self._found.broken.append(Broken(name, error))
+                continue
+            key = "" if attribute == "weight" else attribute
+            kind = self._kind_of(path, module)
+            self._add_sets(layer, module, rule, kind=kind, prefix=key, asked=True)
+        for attribute, x in module.named_buffers(recurse=False):
+            name = full_name(layer, attribute)
+            how = None
+            if x.ndim >= 2 and x.is_floating_point():
+                how = self._asked_how(name, name, attribute, x.ndim)
+            if how is not None:
+                taken.add(attribute)
+                rule = rule_for(how, attribute, x, name)
+                self._add_sets(layer, module, rule, prefix=attribute, asked=True)
+        return taken
 
+    def _asked_how(self, name: str, exact: str, attribute: str, ndim: int) -> How | None:
+        """What the user says of a weight; the first pattern that matches counts."""
+        found: How | None = None
+        for pattern, how in self._asked.items():
+            is_named = matches(name, [pattern], below=False) or exact == pattern
+            is_below = matches(name, [pattern]) and ndim >= 2 and "bias" not in attribute
+            if is_named or is_below:
+                self._used.add(pattern)
+                if found is None:
+                    found = how
+        return found
 
-def _add_sets(
-    found: Candidates[Target], layer: str, module: nn.Module, placement: Placement
-) -> None:
-    """Add the sets of neurons of one module that has a rule."""
-    # A view knows its parameter only if autograd records it.
-    with torch.inference_mode(False), torch.enable_grad(), without_side_effects(module):
-        views = placement.read(module)
-    for key, view in views.items():
+    def _asked_rule(
+        self, how: How, module: nn.Module, attribute: str, shape: tuple[int, ...], name: str
+    ) -> Rule:
+        """The rule that reads a weight as the user says."""
+        if isinstance(module, _EMBEDDINGS) and how == "rows" and attribute == "weight":
+            return class_rule  # without the row of the padding
+        is_transposed = isinstance(module, nn.modules.conv._ConvTransposeNd)
+        if is_transposed and how == "rows" and attribute == "weight":
+            return class_rule
+        kernels = isinstance(module, _CONVOLUTIONS) and attribute == "weight"
+        groups = int(getattr(module, "groups", 1)) if kernels and not is_transposed else 1
+        weight = torch.empty(shape, device="meta")
+        return rule_for(how, attribute, weight, name, kernels=kernels, groups=groups)
+
+    # Layers of torch.
+
+    def _refined(self, path: str, module: nn.Module) -> Rule:
+        """The rule of one of torch's layers, with what the module around it says."""
+        if isinstance(module, _CONVOLUTIONS) and names.is_standardised(module):
+            return CentredRule(class_rule)
+        if not isinstance(module, nn.Linear):
+            return class_rule
+        parent, name = self._parent(path)
+        if parent is None:
+            return class_rule
+        parts = self._fused_parts(path, module.out_features)
+        if parts:
+            return WeightRule("weight", parts=parts)
+        if names.mirrored_encoder(parent, name, module):
+            return WeightRule("weight", columns=True)
+        return class_rule
+
+    def _note(self, path: str, module: nn.Module) -> str:
+        """What a user should know of how a Linear is read."""
+        if not isinstance(module, nn.Linear) or not names.sounds_like_dictionary(path):
+            return ""
+        parent, name = self._parent(path)
+        layer = full_name(plain_name(path), "")
+        if parent is not None and names.mirrored_encoder(parent, name, module):
+            return f"read by columns, as a dictionary; for its rows: neurons={{'{layer}': 'rows'}}"
+        return f"read by rows; if its columns are directions: neurons={{'{layer}': 'columns'}}"
+
+    def _kind_of(self, path: str, module: nn.Module) -> Kind:
+        if isinstance(module, nn.Linear):
+            return "linear"
+        if isinstance(module, _CONVOLUTIONS):
+            return "convolution"
+        if isinstance(module, _EMBEDDINGS):
+            parent, name = self._parent(path)
+            is_table = parent is not None and names.is_codebook(parent, name)
+            if is_table or names.means_codebook(path) or names.means_prototypes(path):
+                return "codebook"
+            return "embedding"
+        return "other"
+
+    def _parent(self, path: str) -> tuple[nn.Module | None, str]:
+        """The module that holds the one at a path, and the name under which it does."""
+        above, _, name = path.rpartition(".")
+        if not path:
+            return None, ""
+        return self._modules.get(above), name
+
+    def _is_unreadable(self, layer: str, module: nn.Module, taken: set[str]) -> bool:
+        """Whether the weights of a module with a rule cannot be read; then say why."""
+        is_torch_layer = has_built_in_rule(module)
+        for key, p in module._parameters.items():
+            if p is None or key in taken:
+                continue
+            if nn.parameter.is_lazy(p):
+                reason = "a lazy layer that has seen no batch: it has no shape yet"
+                self._skip(full_name(layer, key), (), reason)
+                return True
+        for key, p in module._parameters.items():
+            if p is None or key in taken or "bias" in key or not is_torch_layer:
+                continue
+            reason_or_none = why_unreadable(module, key, p)
+            if reason_or_none is None:
+                continue
+            if not self._add_values(layer, module, key):
+                self._skip(full_name(layer, ""), tuple(p.shape), reason_or_none)
+            return True
+        if any(p.is_meta for p in module.parameters()):
+            reason = "it holds no numbers yet (device meta): load the weights first"
+            self._skip(full_name(layer, ""), (), reason)
+            return True
+        return False
+
+    def _add_adapted(self, path: str, layer: str, module: nn.Module, adapter: Adapter) -> None:
+        """Add the effective weight of a layer with an adapter, or say why it is left out."""
+        if adapter.rule is None:
+            shape = tuple(next((p.shape for p in module.parameters() if p.ndim >= 2), ()))
+            self._skip(full_name(layer, ""), shape, adapter.reason)
+            return
+        rule: Rule = adapter.rule
+        if adapter.base is not None:
+            try:
+                outputs = self._read(module, rule)[""].x.shape[-2]
+            except Exception:  # it is told below
+                outputs = 0
+            parts = self._fused_parts(path, outputs)
+            if parts:
+                rule = PartedRule(rule, parts)
+        self._add_sets(layer, module, rule, kind=_kind_of_base(adapter.base))
+
+    # Layers of other libraries.
+
+    def _add_foreign(self, path: str, layer: str, module: nn.Module, taken: set[str]) -> None:
+        """Add what a module without a rule holds, as its sizes and names say."""
+        for attribute, shape in _weights_of(module):
+            if attribute in taken:
+                continue
+            self._add_weight(path, layer, module, attribute, shape)
+        for attribute, x in module.named_buffers(recurse=False):
+            if attribute in taken or x.ndim < 2 or not x.is_floating_point():
+                continue
+            rule = names.rule_by_name(module, attribute, x)
+            if rule is not None and names.is_table_of_codes(module, attribute):
+                note = "a buffer: monitored, not penalised"
+                kind: Kind = "codebook"
+                self._add_sets(layer, module, rule, kind=kind, prefix=attribute, note=note)
+
+    def _add_weight(
+        self, path: str, layer: str, module: nn.Module, attribute: str, shape: tuple[int, ...]
+    ) -> None:
+        """Add one weight of a module without a rule, or say why it is left out."""
+        key = "" if attribute == "weight" else attribute
         name = full_name(layer, key)
-        _check_rule(module, name, view)
-        if not view.x.is_floating_point():
-            reason = f"its weights are {view.x.dtype}, not floating-point"
-            found.skips.append(Skip(name, tuple(view.x.shape), reason))
+        stored = module._parameters.get(attribute)
+        if stored is not None:
+            if stored.is_meta:
+                self._skip(
+                    name, shape, "it holds no numbers yet (device meta): load the weights first"
+                )
+                return
+            reason = why_unreadable(module, attribute, stored)
+            if reason is not None:
+                if not self._add_values(layer, module, attribute):
+                    self._skip(name, shape, reason)
+                return
+        weight = torch.empty(shape, device="meta")
+        reason = names.why_no_neurons(attribute, weight)
+        if reason is not None:
+            self._skip(name, shape, reason)
+            return
+        if sizes.is_factor(attribute):
+            self._skip(name, shape, "a factor or shift by entry: it has no directions")
+            return
+        rule = sizes.rule_by_sizes(module, attribute, weight)
+        if rule is None:
+            rule = names.rule_by_name(module, attribute, weight)
+        if rule is None:
+            self._skip(name, shape, _advice(module, attribute, name, weight))
+            return
+        parts = self._parts(path, module, attribute, rule, weight)
+        if parts is not None:
+            rule = parts
+        kind: Kind = "other"
+        if attribute == "weight" and weight.ndim == 2:
+            kind = "linear"
+        if names.is_table_of_codes(module, attribute):
+            kind = "codebook"
+        self._add_sets(layer, module, rule, kind=kind, prefix=key)
+
+    def _fused_parts(self, path: str, outputs: int) -> tuple[Part, ...]:
+        """The parts of the weight of a module, which an owner some levels above may tell.
+
+        Between them are only containers, and modules around a single layer.
+        """
+        for _ in range(_LEVELS):
+            parent, name = self._parent(path)
+            if parent is None:
+                return ()
+            parts = parts_of(parent, name, outputs)
+            if parts:
+                return parts
+            with_weights = 0
+            for child in parent.children():
+                if any(p.ndim >= 2 for p in child.parameters()):
+                    with_weights += 1
+            is_container = isinstance(parent, (nn.ModuleDict, nn.ModuleList))
+            if with_weights > 1 and not is_container:
+                return ()
+            path = path.rpartition(".")[0]
+        return ()
+
+    def _parts(
+        self, path: str, module: nn.Module, attribute: str, rule: WeightRule, weight: Tensor
+    ) -> WeightRule | None:
+        """The rule with the parts of a fused projection; None if it is not fused."""
+        outputs = rule.arrange(weight).shape[-2]
+        parts = parts_of(module, attribute, outputs)
+        if not parts and attribute == "weight":
+            parts = self._fused_parts(path, outputs)
+        if not parts:
+            return None
+        return WeightRule(attribute, columns=rule.columns, kernels=rule.kernels, parts=parts)
+
+    # Sets.
+
+    def _add_values(self, layer: str, module: nn.Module, attribute: str) -> bool:
+        """Add a quantised weight whose values can be computed; return whether they can."""
+        rule = StoredValues(attribute)
+        if rule.values(module) is None:
+            return False
+        key = "" if attribute == "weight" else attribute
+        note = "quantised: monitored, not penalised"
+        kind: Kind = "linear" if isinstance(module, nn.Linear) else "other"
+        self._add_sets(layer, module, rule, kind=kind, prefix=key, note=note)
+        return True
+
+    def _add_sets(
+        self,
+        layer: str,
+        module: nn.Module,
+        rule: Rule,
+        *,
+        kind: Kind = "other",
+        prefix: str = "",
+        without: set[str] | None = None,
+        asked: bool = False,
+        note: str = "",
+    ) -> None:
+        """Add the sets of neurons that a rule finds in a module.
+
+        Args:
+            layer: Name of the module.
+            module: The module.
+            rule: The rule.
+            kind: Its kind.
+            prefix: What the names of its sets have between the layer's name and their keys.
+            without: Attributes of the module whose weights are left out here.
+            asked: Whether the user has named it.
+            note: What a user should know of how it is read.
+        """
+        is_users = rule is class_rule and not has_built_in_rule(module)
+        try:
+            views = self._read(module, rule)
+            for key, view in views.items():
+                name = full_name(layer, f"{prefix}.{key}".strip("."))
+                _check_rule(module, name, view, is_own=not is_users)
+        except Exception as error:
+            name = full_name(layer, prefix)
+            if is_users or asked:
+                self._found.broken.append(Broken(name, error))
+            else:
+                shape = tuple(next((p.shape for p in module.parameters()), ()))
+                self._skip(name, shape, _unread(module, error))
+            return
+        frozen_by_kind = isinstance(rule, StoredValues)
+        for key, view in views.items():
+            if without and key.partition(".")[0] in without:
+                continue
+            name = full_name(layer, f"{prefix}.{key}".strip("."))
+            if not view.x.is_floating_point():
+                reason = f"its weights are {view.x.dtype}, not floating-point"
+                self._skip(name, tuple(view.x.shape), reason)
+                continue
+            in_copy = module in self._copies
+            trains = not frozen_by_kind and not in_copy and _may_train(view)
+            target = Target(
+                name=name,
+                layer=layer,
+                shape=shape_by_group(view.x),
+                kind=kind,
+                identity=_identity(module, name, view),
+                module=module,
+                rule=rule,
+                key=key,
+                placement=self._placement,
+                asked=asked,
+                trains=trains,
+                in_copy=in_copy,
+                kernel=_kernel_places(module),
+                note=note,
+            )
+            self._found.sets.append(target)
+
+    def _read(self, module: nn.Module, rule: Rule) -> dict[str, NeuronView]:
+        """The neurons of a module; a view knows its parameter only if autograd records it."""
+        with torch.inference_mode(False), torch.enable_grad(), without_side_effects(module):
+            return self._placement.read(module, rule)
+
+    def _skip(self, name: str, shape: tuple[int, ...], reason: str) -> None:
+        self._found.skips.append(Skip(name, shape, reason))
+
+
+def _keys_of(attributes: set[str]) -> set[str]:
+    """The first parts of the keys under which a module's sets hold these weights."""
+    keys = set(attributes)
+    for part in PROJECTIONS:
+        if attributes & {"in_proj_weight", f"{part}_proj_weight"}:
+            keys.add(part)
+    return keys
+
+
+def _weights_of(module: nn.Module) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """The weights of a module with two or more axes: names as its forward pass uses them, shapes.
+
+    Parametrized weights and those of older norms and pruning count under their own name.
+    """
+    computed: set[str] = set()  # names of parameters from which a weight is computed
+    for hook in module._forward_pre_hooks.values():
+        name = getattr(hook, "name", None) or getattr(hook, "_tensor_name", None)
+        if isinstance(name, str) and isinstance(getattr(module, name, None), Tensor):
+            computed.update((f"{name}_orig", f"{name}_g", f"{name}_v"))
+            x = getattr(module, name)
+            if x.ndim >= 2:
+                yield name, tuple(x.shape)
+    parametrizations = getattr(module, "parametrizations", None)
+    if isinstance(parametrizations, nn.ModuleDict):
+        with torch.no_grad(), without_side_effects(module):
+            for name in parametrizations:
+                x = getattr(module, name)
+                if x.ndim >= 2:
+                    yield name, tuple(x.shape)
+    for name, p in module._parameters.items():
+        if p is None or name in computed or nn.parameter.is_lazy(p):
             continue
-        target = Target(
-            name=name,
-            shape=shape_by_group(view.x),
-            kind=_kind_of(module),
-            identity=_identity(module, key, view),
-            module=module,
-            key=key,
-            placement=placement,
+        if p.ndim >= 2:
+            yield name, tuple(p.shape)
+
+
+def _may_train(view: NeuronView) -> bool:
+    """Whether a gradient could reach neurons."""
+    if view.parameter is not None:
+        return view.parameter.requires_grad
+    return view.x.requires_grad
+
+
+def _kernel_places(module: nn.Module) -> int:
+    """How many places the kernel of a convolution has; 1 for other layers."""
+    if isinstance(module, _CONVOLUTIONS):
+        return math.prod(module.kernel_size)
+    return 1
+
+
+def _has_users_rule(module: nn.Module) -> bool:
+    """Whether a user has registered a rule for a module's class."""
+    return rule_of(module) is not None and not has_built_in_rule(module)
+
+
+def _kind_of_base(base: object) -> Kind:
+    """The kind of layer that an adapter wraps."""
+    if isinstance(base, nn.Linear) or type(base).__name__ == "Conv1D":
+        return "linear"
+    if isinstance(base, _CONVOLUTIONS):
+        return "convolution"
+    if isinstance(base, _EMBEDDINGS):
+        return "embedding"
+    return "other"
+
+
+def _why_computed(module: nn.Module) -> str | None:
+    """Why the weight of one of torch's layers is not known: it is set anew in each forward pass."""
+    if hasattr(module, "parametrizations"):
+        return None
+    if not hasattr(module, "weight"):
+        if isinstance(module, (nn.Linear, *_CONVOLUTIONS, *_EMBEDDINGS)):
+            return f"{sizes.qualified(module)} has lost its weight: it is set in the forward pass"
+        return None
+    weight = module.__dict__.get("weight")
+    if not isinstance(weight, Tensor):
+        return None
+    if effective_weight(module, "weight") is not weight:
+        return None  # a hook of torch's computes it
+    others = [name for name, p in module._parameters.items() if p is not None and p.ndim >= 2]
+    source = f", from {', '.join(others)}" if others else ""
+    return (
+        f"its weight is computed in the forward pass{source}: no gradient would reach it from "
+        "here; compute it by torch.nn.utils.parametrize, or see register_neurons"
+    )
+
+
+def _advice(module: nn.Module, attribute: str, name: str, weight: Tensor) -> str:
+    """Why a weight without a rule is left out, and the line that takes it in."""
+    if names.is_table_of_tokens(attribute, weight):
+        return (
+            "an embedding of tokens or positions, measured only when asked for: "
+            f"neurons={{'{name}': 'rows'}}"
         )
-        found.sets.append(target)
+    kind = sizes.qualified(module)
+    return f"no rule for {kind}: neurons={{'{name}': 'rows'}} or 'columns', or see register_neurons"
 
 
-def _check_rule(module: nn.Module, name: str, view: NeuronView) -> None:
-    """Refuse what a user's rule must not return."""
+def _unread(module: nn.Module, error: Exception) -> str:
+    """Why a layer could not be read: an error in somebody else's code."""
+    text = str(error).split("\n")[0][:100]
+    return (
+        f"{sizes.qualified(module)} could not be read ({type(error).__name__}: {text}); see "
+        "register_neurons"
+    )
+
+
+def _check_rule(module: nn.Module, name: str, view: NeuronView, *, is_own: bool) -> None:
+    """Refuse what a rule must not return; only a user's own may be wrong about gradients."""
     x: object = view.x
     rule = f"the rule for {type(module).__name__} gave"
     if not isinstance(x, Tensor):
@@ -113,6 +607,8 @@ def _check_rule(module: nn.Module, name: str, view: NeuronView) -> None:
             f"{rule} neurons of shape {tuple(x.shape)} for layer '{name}'; it must give (n, d) or "
             "(groups, n, d)"
         )
+    if is_own or rule_of(module) is None:
+        return
     trains = all(p.requires_grad for p in module.parameters())
     detached = view.parameter is None and not x.requires_grad
     if trains and detached and x.is_floating_point():
@@ -122,15 +618,7 @@ def _check_rule(module: nn.Module, name: str, view: NeuronView) -> None:
         )
 
 
-def _kind_of(module: nn.Module) -> Kind:
-    if isinstance(module, nn.Linear):
-        return "linear"
-    if isinstance(module, _EMBEDDINGS):
-        return "embedding"
-    return "other"
-
-
-def _identity(module: nn.Module, key: str, view: NeuronView) -> Hashable:
+def _identity(module: nn.Module, name: str, view: NeuronView) -> Hashable:
     """Equal for two sets of neurons that are the same entries of one parameter."""
     x: Tensor | None = view.x
     parameter = view.parameter
@@ -140,7 +628,7 @@ def _identity(module: nn.Module, key: str, view: NeuronView) -> Hashable:
         x = weight
         parameter = weight
     if x is None or parameter is None:
-        return id(module), key
+        return id(module), name
     if x.ndim == 2:
         x = x.unsqueeze(0)
     return id(parameter), x.storage_offset(), x.stride(), x.shape

@@ -39,13 +39,14 @@ def register_neurons(kind: type[nn.Module], rule: Rule) -> None:
     Example:
         >>> import torch
         >>> from torch import nn
+        >>> from lightning_hsu import summarize
         >>> class Dictionary(nn.Module):
         ...     def __init__(self):
         ...         super().__init__()
         ...         self.atoms = nn.Parameter(torch.randn(16, 64))  # 64 atoms, one a column
         >>> register_neurons(Dictionary, lambda module: module.atoms.T)
-        >>> neurons_of(Dictionary())[""].shape
-        torch.Size([64, 16])
+        >>> summarize(Dictionary()).layers[0].shape
+        (1, 64, 16)
     """
     if not isinstance(kind, type) or not issubclass(kind, nn.Module):
         raise TypeError(
@@ -55,27 +56,27 @@ def register_neurons(kind: type[nn.Module], rule: Rule) -> None:
     REGISTERED.append(kind)
 
 
-def has_rule(module: nn.Module) -> bool:
-    """Whether there is a rule for the class of this module, or for one that it inherits from."""
-    return _rule_of(module) is not None
+def class_rule(module: nn.Module) -> Tensor | Mapping[str, Tensor]:
+    """The neurons of a module by the rule that its class has at the time."""
+    rule = rule_of(module)
+    assert rule is not None
+    return rule(module)
 
 
 def has_built_in_rule(module: nn.Module) -> bool:
-    """Whether the rule for this module is one of the library's, not a registered one."""
-    return _rule_of(module) in _BUILT_IN.values()
+    """Whether the rule of this module's class is one of the library's, not a registered one."""
+    return rule_of(module) in _BUILT_IN.values()
 
 
-def neurons_of(module: nn.Module) -> dict[str, Tensor]:
-    """The neurons of a module that has a rule, by key; the key is "" if there is a single set."""
-    rule = _rule_of(module)
-    assert rule is not None
+def neurons_by(rule: Rule, module: nn.Module) -> dict[str, Tensor]:
+    """The neurons of a module as a rule reads them, by key; "" if there is a single set."""
     neurons = rule(module)
     if isinstance(neurons, Mapping):
         return dict(neurons)
     return {"": neurons}
 
 
-def _rule_of(module: nn.Module) -> Rule | None:
+def rule_of(module: nn.Module) -> Rule | None:
     """The rule of a module's class, or of the nearest class that it inherits from."""
     for kind in type(module).__mro__:
         if kind in _RULES:
@@ -130,13 +131,13 @@ def _convolution(module: nn.Module) -> Tensor:
     return _by_group(module).flatten(2)
 
 
-def channels_last(module: nn.Module) -> Tensor | None:
+def channels_last(rule: Rule, module: nn.Module) -> Tensor | None:
     """The neurons of a channels-last convolution, with their entries in memory order: a view.
 
     The order of entries does not matter to a function of inner products. None for other modules,
     and where the kernels do not lie in memory like that.
     """
-    if _rule_of(module) is not _convolution:
+    if rule is not class_rule or rule_of(module) is not _convolution:
         return None
     kernels = _by_group(module).movedim(2, -1)
     if not kernels.is_contiguous():

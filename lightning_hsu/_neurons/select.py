@@ -4,20 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import replace
-from fnmatch import fnmatchcase
 from typing import overload
 
 from torch import nn
 
 from lightning_hsu._neurons.candidates import AnySet, Candidates, NeuronSet, Skip
+from lightning_hsu._neurons.heads import DECLARED, NAMED, TRACED, guessed_heads
+from lightning_hsu._neurons.how import Neurons
 from lightning_hsu._neurons.model import neurons_of_model
+from lightning_hsu._neurons.patterns import Patterns, as_list, checked, known_names, matches
 from lightning_hsu._neurons.placement import Placement
 from lightning_hsu._neurons.target import Target
 
-Patterns = str | Sequence[str] | None
-
 NOT_INCLUDED = "not in include"
 EXCLUDED = "excluded by pattern"
+_BY_PATTERN = (NOT_INCLUDED, EXCLUDED)
+
+Head = str | Sequence[str] | None
+"""The head: "auto", a name, several names, or None for none."""
 
 
 @overload
@@ -25,8 +29,9 @@ def select(
     source: nn.Module,
     include: Patterns = None,
     exclude: Patterns = None,
-    head: str | None = "auto",
+    head: Head = "auto",
     *,
+    neurons: Neurons = None,
     everything: bool = False,
     placement: Placement | None = None,
 ) -> tuple[list[Target], list[Skip]]: ...
@@ -37,9 +42,11 @@ def select(
     source: Candidates[AnySet],
     include: Patterns = None,
     exclude: Patterns = None,
-    head: str | None = "auto",
+    head: Head = "auto",
     *,
     everything: bool = False,
+    traced: Sequence[str] = (),
+    may_be_empty: bool = False,
 ) -> tuple[list[AnySet], list[Skip]]: ...
 
 
@@ -47,10 +54,13 @@ def select(
     source: nn.Module | Candidates[AnySet],
     include: Patterns = None,
     exclude: Patterns = None,
-    head: str | None = "auto",
+    head: Head = "auto",
     *,
+    neurons: Neurons = None,
     everything: bool = False,
     placement: Placement | None = None,
+    traced: Sequence[str] = (),
+    may_be_empty: bool = False,
 ) -> tuple[list[Target], list[Skip]] | tuple[list[AnySet], list[Skip]]:
     """Choose the sets of neurons that are measured.
 
@@ -60,10 +70,14 @@ def select(
         include: Patterns of layer names to take (shell style; a pattern also takes what lies below
             the name it matches). None takes everything except embeddings, which must be asked for.
         exclude: Patterns of layer names to leave out.
-        head: The class head: "auto" is the last Linear, a name is that layer, None is no head.
+        head: The head: "auto" finds the layers that give the model's output, a name or several are
+            these layers, None is no head.
+        neurons: Patterns of weights' names of a model, each with how such weights hold neurons.
         everything: For reports, not for training: also take embeddings, and depthwise convolutions
             as one set of neurons over all their channels.
         placement: How the weights of a model are placed over ranks; None looks at the model.
+        traced: Names of the layers that came last before the loss, if that is known.
+        may_be_empty: Whether no set may be left.
 
     Returns:
         The sets in their order, and every weight that was skipped, with the reason.
@@ -81,35 +95,51 @@ def select(
         'depthwise: each of its 16 groups has one neuron'
     """
     if isinstance(source, nn.Module):
-        candidates = neurons_of_model(source, placement)
+        candidates = neurons_of_model(source, placement, neurons)
         return _choose(candidates, include, exclude, head, everything=everything)
-    return _choose(source, include, exclude, head, everything=everything)
+    return _choose(
+        source,
+        include,
+        exclude,
+        head,
+        everything=everything,
+        traced=traced,
+        may_be_empty=may_be_empty,
+    )
 
 
 def _choose(
     candidates: Candidates[AnySet],
     include: Patterns,
     exclude: Patterns,
-    head: str | None,
+    head: Head,
     *,
     everything: bool,
+    traced: Sequence[str] = (),
+    may_be_empty: bool = False,
 ) -> tuple[list[AnySet], list[Skip]]:
     """Choose among candidates; arguments as of :func:`select`."""
     sets = candidates.sets
     if everything:
         sets = [_merged(one) for one in sets]
     names = [one.name for one in sets]
-    head_name = _find_head(sets, names, head)
-    included = _checked("include", include, names)
-    excluded = _checked("exclude", exclude, names)
-    named_head = None if head == "auto" else head_name  # naming the head asks for it
+    unread = [one.name for one in candidates.broken] + [one.name for one in candidates.skips]
+    heads = find_heads(candidates, head, traced)
+    included = checked("include", include, names + unread)
+    excluded = checked("exclude", exclude, names + unread)
+    for broken in candidates.broken:
+        if _is_wanted(broken.name, included, excluded):
+            raise broken.error
 
     reasons: dict[str, str] = {}
     taken: dict[Hashable, str] = {}
-    # The head comes first, so that it is the one measured if its weights are tied to another's.
-    for one in sorted(sets, key=lambda one: one.name != head_name):
+    # Heads come first, so that they are the ones measured if their weights are tied to others'.
+    for one in sorted(sets, key=lambda one: one.name not in heads):
         reason = _not_asked_for(one, included, excluded, everything=everything)
-        if reason == NOT_INCLUDED and one.name == named_head:
+        head_reason = heads.get(one.name)
+        if head_reason == NAMED and reason == NOT_INCLUDED:
+            reason = None  # naming the head asks for it
+        if head_reason is not None and one.kind == "embedding" and reason not in _BY_PATTERN:
             reason = None
         if reason is None:
             reason = _too_small(one)
@@ -118,6 +148,10 @@ def _choose(
             reason = None if first == one.name else f"tied to {first}"
         if reason is not None:
             reasons[one.name] = reason
+    for one in sets:  # an embedding that is measured under another name
+        first_name = taken.get(one.identity)
+        if one.name in reasons and first_name is not None and first_name != one.name:
+            reasons[one.name] = f"tied to {first_name}"
 
     chosen: list[AnySet] = []
     skips = list(candidates.skips)
@@ -125,40 +159,60 @@ def _choose(
         if one.name in reasons:
             skips.append(Skip(one.name, one.shape, reasons[one.name]))
         else:
-            chosen.append(replace(one, head=one.name == head_name))
-    if not chosen:
-        raise ValueError(_nothing_left(candidates.source, skips))
+            reason = heads.get(one.name, "")
+            chosen.append(replace(one, head=one.name in heads, head_reason=reason))
+    if not chosen and not may_be_empty:
+        raise ValueError(nothing_left(candidates.source, skips))
     return chosen, skips
 
 
-def matches(name: str, patterns: Sequence[str]) -> bool:
-    """Whether a layer's name, or a module above it, matches one of the shell-style patterns."""
-    return any(
-        fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*") for pattern in patterns
-    )
+def find_heads(
+    candidates: Candidates[AnySet], head: Head, traced: Sequence[str] = ()
+) -> dict[str, str]:
+    """Names of the sets that are heads, each with the reason.
 
+    Args:
+        candidates: All sets of a model.
+        head: What the user says.
+        traced: Names of the layers that came last before the loss, if that is known.
 
-def check_patterns(what: str, patterns: Sequence[str], names: Sequence[str]) -> None:
-    """Refuse a pattern that matches no layer."""
-    for pattern in patterns:
-        if not any(matches(name, [pattern]) for name in names):
-            known = ", ".join(names) or "none"
+    Raises:
+        ValueError: if a name is no layer of the model.
+        TypeError: if ``head`` is not made of names.
+    """
+    if head is None:
+        return {}
+    names = [one.name for one in candidates.sets]
+    if head == "auto":
+        return _automatic_heads(candidates, traced)
+    wanted = as_list("head", head) or []
+    for name in wanted:
+        if name not in names:
             raise ValueError(
-                f"{what} pattern {pattern!r} matches no layer; the layers are: {known}"
+                f"head {name!r} is no layer of the model; {known_names(name, names)}; head=None "
+                "switches it off"
             )
+    return dict.fromkeys(wanted, NAMED)
 
 
-def as_list(what: str, patterns: Patterns) -> list[str] | None:
-    """Patterns as a list; None stays None."""
-    if patterns is None:
-        return None
-    if isinstance(patterns, str):
-        return [patterns]
-    if not isinstance(patterns, Sequence) or not all(isinstance(one, str) for one in patterns):
-        raise TypeError(
-            f"{what} takes a pattern or a list of patterns such as 'encoder.*'; got {patterns!r}"
-        )
-    return list(patterns)
+def _automatic_heads(candidates: Candidates[AnySet], traced: Sequence[str]) -> dict[str, str]:
+    """The heads that a model declares, that came last before the loss, or that are guessed."""
+    declared = []
+    frozen = []  # which leave no trace
+    for one in candidates.sets:
+        if one.name in candidates.declared and not one.in_copy:
+            declared.append(one.name)
+            if not one.trains:
+                frozen.append(one.name)
+    if traced and not frozen:
+        # What a model declares may be unused in a larger one.
+        both = [name for name in declared if name in traced]
+        if both:
+            return dict.fromkeys(both, DECLARED)
+        return dict.fromkeys(traced, TRACED)
+    if declared:
+        return dict.fromkeys(declared, DECLARED)
+    return guessed_heads(candidates.sets)
 
 
 def uninitialized(model: nn.Module) -> list[str]:
@@ -179,33 +233,6 @@ def check_head(targets: Sequence[NeuronSet]) -> None:
     )
 
 
-def _checked(what: str, patterns: Patterns, names: Sequence[str]) -> list[str] | None:
-    """Patterns as a list, each of which matches a layer."""
-    found = as_list(what, patterns)
-    if found is not None:
-        check_patterns(what, found, names)
-    return found
-
-
-def _find_head(sets: Sequence[NeuronSet], names: Sequence[str], head: str | None) -> str | None:
-    """Name of the class head among the sets."""
-    if head is None:
-        return None
-    if head == "auto":
-        last = None
-        for one in sets:
-            if one.kind == "linear":
-                last = one.name
-        return last
-    if head not in names:
-        known = ", ".join(names) or "none"
-        raise ValueError(
-            f"head {head!r} is no layer of the model; the layers are: {known}; head=None switches "
-            "it off"
-        )
-    return head
-
-
 def _merged(one: AnySet) -> AnySet:
     """Groups of one neuron each as one group; any other set as it is."""
     groups, n, d = one.shape
@@ -214,16 +241,25 @@ def _merged(one: AnySet) -> AnySet:
     return replace(one, shape=(1, groups, d), merged=True)
 
 
+def _is_wanted(name: str, include: list[str] | None, exclude: list[str] | None) -> bool:
+    """Whether the user's patterns leave a layer in."""
+    if exclude is not None and matches(name, exclude):
+        return False
+    return include is None or matches(name, include)
+
+
 def _not_asked_for(
     one: NeuronSet, include: list[str] | None, exclude: list[str] | None, *, everything: bool
 ) -> str | None:
     """Why the user does not want a set to be measured; None if it is wanted."""
     if exclude is not None and matches(one.name, exclude):
         return EXCLUDED
+    if one.asked:
+        return None
     if include is not None:
         return None if matches(one.name, include) else NOT_INCLUDED
     if one.kind == "embedding" and not everything:
-        return f"an embedding, measured only when asked for: include='{one.name}'"
+        return f"an embedding, measured only when asked for: neurons={{'{one.name}': 'rows'}}"
     return None
 
 
@@ -239,7 +275,7 @@ def _too_small(one: NeuronSet) -> str | None:
     return None
 
 
-def _nothing_left(source: str, skips: Sequence[Skip]) -> str:
+def nothing_left(source: str, skips: Sequence[Skip]) -> str:
     """The error message if no set is left, with every weight that was skipped."""
     if not skips:
         return (

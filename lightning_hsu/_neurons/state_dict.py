@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -16,8 +17,8 @@ from lightning_hsu._neurons.candidates import (
     full_name,
     shape_by_group,
 )
+from lightning_hsu._neurons.patterns import Patterns, as_list, matches
 from lightning_hsu._neurons.rules import GRU_GATES, LSTM_GATES, PROJECTIONS
-from lightning_hsu._neurons.select import Patterns, as_list, matches
 from lightning_hsu._neurons.stored import effective_weights
 from lightning_hsu._neurons.wrappers import plain_name, without_prefixes
 
@@ -183,24 +184,41 @@ def _add_sets(
             found.skips.append(Skip(name, tuple(x.shape), reason))
             continue
         identity: Hashable = (path, key)
-        if kind != "other":  # tied weights are stored as one
+        if kind in ("linear", "embedding"):  # tied weights are stored as one
             identity = (x.data_ptr(), x.shape, x.stride())
         stored = StoredNeurons(
-            name=name, shape=shape_by_group(x), kind=kind, identity=identity, x=x
+            name=name,
+            layer=layer,
+            shape=shape_by_group(x),
+            kind=kind,
+            identity=identity,
+            kernel=_kernel_places(leaves),
+            x=x,
         )
         found.sets.append(stored)
 
 
 def _kind_of(path: str, sets: Mapping[str, Tensor], leaves: Mapping[str, Tensor]) -> Kind:
-    """A layer of one matrix named ``weight`` is a Linear, or an Embedding if its name says so."""
+    """A layer of one matrix named ``weight`` is a Linear, or an Embedding if its name says so.
+
+    With more than two axes it is a convolution.
+    """
     x = sets.get("")
-    if x is None or len(sets) > 1 or x.ndim != 2 or x.numel() == 0:
+    if x is None or len(sets) > 1 or x.numel() == 0:
         return "other"
     if any(leaf.ndim > 2 for leaf in leaves.values()):
+        return "convolution"
+    if x.ndim != 2:
         return "other"
     if _has_one_of(path.rpartition(".")[2], _TABLE_NAMES):
         return "embedding"
     return "linear"
+
+
+def _kernel_places(leaves: Mapping[str, Tensor]) -> int:
+    """How many places the kernel of a convolution has; 1 for other layers."""
+    largest = max(leaves.values(), key=lambda x: x.ndim)
+    return math.prod(largest.shape[2:])
 
 
 def _sets_of_weight(leaf: str, x: Tensor, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:

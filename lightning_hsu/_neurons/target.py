@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from lightning_hsu._neurons.candidates import NeuronSet
+from lightning_hsu._neurons.how import StoredValues
 from lightning_hsu._neurons.placement import Gathered, NeuronView, Placement
+from lightning_hsu._neurons.rules import Rule
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -21,11 +23,13 @@ class Target(NeuronSet):
 
     Args:
         module: The module.
+        rule: How its neurons are read.
         key: Which of the module's sets; "" if there is one.
         placement: How the module's weights are placed over ranks.
     """
 
     module: nn.Module
+    rule: Rule
     key: str
     placement: Placement = field(default_factory=Placement, repr=False)
     _rearranged: dict[tuple[str, ...], bool] = field(default_factory=dict, repr=False)
@@ -39,7 +43,7 @@ class Target(NeuronSet):
             gathered: Whole parameters that this step has gathered already; more are added.
         """
         with without_side_effects(self.module):
-            view = self.placement.read(self.module, gathered)[self.key]
+            view = self.placement.read(self.module, self.rule, gathered)[self.key]
         return NeuronView(self.by_group(view.x), view.parameter)
 
     def neurons(self) -> Tensor:
@@ -52,7 +56,7 @@ class Target(NeuronSet):
         None if this rank needs the gradient of every neuron.
         """
         with without_side_effects(self.module), torch.no_grad():
-            rows = self.placement.held_rows(self.module, self.key)
+            rows = self.placement.held_rows(self.module, self.rule, self.key)
         if rows is not None and rows.ndim == 1:
             return rows.unsqueeze(0)
         return rows
@@ -129,13 +133,14 @@ class Target(NeuronSet):
         return self._rearranged[key]
 
     def parameters(self) -> list[nn.Parameter]:
-        """The parameters that the neurons depend on."""
+        """The parameters that the neurons depend on; [] for those of a buffer or quantised ones."""
+        if isinstance(self.rule, StoredValues):
+            return []
         parameter = self.read().parameter
         if parameter is not None:
             return [parameter]
         with without_side_effects(self.module):
-            behind = self.placement.parameters_behind(self.module, self.key)
-        return behind or list(self.module.parameters())
+            return self.placement.parameters_behind(self.module, self.rule, self.key)
 
 
 def _is_rearranged(x: Tensor, leaves: Sequence[nn.Parameter], placement: Placement) -> bool:

@@ -14,7 +14,8 @@ from lightning_hsu._checks import check_choice
 from lightning_hsu._core import exact_arithmetic, with_float64
 from lightning_hsu._engine.layer import to_compute_dtype
 from lightning_hsu._monitor.measure import LayerUniformity, measure_neurons
-from lightning_hsu._neurons.select import Patterns, select
+from lightning_hsu._neurons.patterns import Patterns
+from lightning_hsu._neurons.select import select
 from lightning_hsu._neurons.state_dict import StoredNeurons, neurons_of_state_dict
 from lightning_hsu.measures import Measure
 from lightning_hsu.measures.defaults import DEFAULT_MEASURE

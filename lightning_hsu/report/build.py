@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from lightning_hsu._checks import check_count, check_number
 from lightning_hsu._neurons.candidates import NeuronSet, Skip
-from lightning_hsu._neurons.select import Patterns, select
+from lightning_hsu._neurons.patterns import Patterns
+from lightning_hsu._neurons.select import select
 from lightning_hsu._neurons.state_dict import neurons_of_state_dict
 from lightning_hsu._neurons.wrappers import unwrapped
 from lightning_hsu.measures import Measure

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_hsu._core import unit_rows, with_float64
 from lightning_hsu._neurons.candidates import NeuronSet
-from lightning_hsu._neurons.select import Patterns
+from lightning_hsu._neurons.patterns import Patterns
 from lightning_hsu.measures import Measure
 from lightning_hsu.report.build import (
     FoundTargets,

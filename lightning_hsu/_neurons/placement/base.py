@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lightning_hsu._neurons.rules import neurons_of
+from lightning_hsu._neurons.rules import Rule, neurons_by
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -98,26 +98,29 @@ class Placement:
         """
         yield
 
-    def read(self, module: nn.Module, gathered: Gathered | None = None) -> dict[str, NeuronView]:
+    def read(
+        self, module: nn.Module, rule: Rule, gathered: Gathered | None = None
+    ) -> dict[str, NeuronView]:
         """Read the neurons of a module, by key. A collective call if its parameters are sharded.
 
         Args:
-            module: A module that has a rule.
+            module: The module.
+            rule: How its neurons are read.
             gathered: Whole parameters that this step has gathered already; more are added.
         """
         views = {}
-        for key, x in neurons_of(module).items():
+        for key, x in neurons_by(rule, module).items():
             views[key] = NeuronView(x, viewed_parameter(x, {}))
         return views
 
-    def held_rows(self, module: nn.Module, key: str) -> Tensor | None:
+    def held_rows(self, module: nn.Module, rule: Rule, key: str) -> Tensor | None:
         """Mask (n) or (groups, n) of the neurons of which this rank holds a part.
 
         None if this rank needs the gradient of every neuron.
         """
         return None
 
-    def parameters_behind(self, module: nn.Module, key: str) -> list[nn.Parameter]:
+    def parameters_behind(self, module: nn.Module, rule: Rule, key: str) -> list[nn.Parameter]:
         """Parameters of a module, trained or frozen, on which its neurons depend.
 
         A collective call if its parameters are sharded.
@@ -129,7 +132,7 @@ class Placement:
                 if p.is_floating_point():
                     parameters.append(p)
                     leaves[name] = self.whole(p.detach()).requires_grad_()
-            x = neurons_with(module, leaves)[key]
+            x = neurons_with(module, rule, leaves)[key]
             if not x.requires_grad:
                 return []
             grads = torch.autograd.grad(
@@ -150,6 +153,14 @@ class Placement:
             model: The model.
             held: Modules, each with a parameter that it holds at other times.
         """
+
+    def stand_ins(self, model: nn.Module) -> dict[int, nn.Parameter]:
+        """Parameters by the ids of the tensors that stand for them in autograd's graph."""
+        return {}
+
+    def agree(self, names: list[str]) -> list[str]:
+        """The names that rank 0 has found. A collective call if ranks train together."""
+        return names
 
     def check_loss(self, loss: Tensor, layers: Sequence[PenalisedLayer]) -> None:
         """Refuse a loss to which the penalty of some layer cannot be added.
@@ -215,24 +226,37 @@ class Placement:
         return list(parts)
 
 
-def neurons_with(module: nn.Module, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def names_of_first(names: list[str], group: ProcessGroup | None) -> list[str]:
+    """The names that the first rank of a group has. A collective call."""
+    first = 0
+    if group is not None:
+        first = torch.distributed.get_global_rank(group, 0)
+    agreed = [names]
+    torch.distributed.broadcast_object_list(agreed, src=first, group=group)
+    return agreed[0]
+
+
+def neurons_with(
+    module: nn.Module, rule: Rule, given: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
     """A module's neurons, by key, with tensors in place of the parameters of these names."""
     replaced = {}
     for name, x in given.items():
         replaced[f"module.{name}"] = x
-    neurons: dict[str, Tensor] = functional_call(_Rule(module), replaced, ())
+    neurons: dict[str, Tensor] = functional_call(_Rule(module, rule), replaced, ())
     return neurons
 
 
 class _Rule(nn.Module):
     """A module's rule as a forward pass, which is what ``functional_call`` takes."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, rule: Rule) -> None:
         super().__init__()
         self.module = module
+        self.rule = rule
 
     def forward(self) -> dict[str, Tensor]:
-        return neurons_of(self.module)
+        return neurons_by(self.rule, self.module)
 
 
 def viewed_parameter(x: object, origins: Mapping[int, nn.Parameter]) -> nn.Parameter | None:

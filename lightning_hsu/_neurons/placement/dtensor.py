@@ -12,10 +12,12 @@ from lightning_hsu._neurons.placement.base import (
     Gathered,
     NeuronView,
     Placement,
+    names_of_first,
     neurons_with,
     view_base,
     viewed_parameter,
 )
+from lightning_hsu._neurons.rules import Rule
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -46,11 +48,13 @@ class DTensorPlacement(Placement):
                 return cls()
         return None
 
-    def read(self, module: nn.Module, gathered: Gathered | None = None) -> dict[str, NeuronView]:
+    def read(
+        self, module: nn.Module, rule: Rule, gathered: Gathered | None = None
+    ) -> dict[str, NeuronView]:
         """Read the neurons of a module, by key, from its parameters gathered to whole tensors."""
         sharded = _dtensors(module)
         if not sharded:
-            return super().read(module)
+            return super().read(module, rule)
         if gathered is None:
             gathered = {}
         whole = {}
@@ -61,24 +65,24 @@ class DTensorPlacement(Placement):
             whole[name] = gathered[id(p)]
             origins[id(view_base(whole[name]))] = p
         views = {}
-        for key, x in neurons_with(module, whole).items():
+        for key, x in neurons_with(module, rule, whole).items():
             views[key] = NeuronView(x, viewed_parameter(x, origins))
         return views
 
-    def held_rows(self, module: nn.Module, key: str) -> Tensor | None:
+    def held_rows(self, module: nn.Module, rule: Rule, key: str) -> Tensor | None:
         """Mask of the neurons of which this rank holds a part; None if it needs all gradients.
 
         Every rank fills its parts with its own number. The module's rule, applied to the gathered
         numbers, shows which neurons they belong to.
         """
         sharded = _dtensors(module)
-        if not sharded or self.read(module)[key].parameter is None:
+        if not sharded or self.read(module, rule)[key].parameter is None:
             return None
         rank = torch.distributed.get_rank()
         numbers: Gathered = {}
         for p in sharded.values():
             numbers[id(p)] = _holders(p, rank)
-        rows = (self.read(module, numbers)[key].x == rank).any(-1)
+        rows = (self.read(module, rule, numbers)[key].x == rank).any(-1)
         if bool(rows.all()):
             return None
         return rows
@@ -98,6 +102,25 @@ class DTensorPlacement(Placement):
             take_back = getattr(type(module), "reshard", None)
             if take_back is not None:
                 take_back(module)
+
+    def stand_ins(self, model: nn.Module) -> dict[int, nn.Parameter]:
+        """Sharded parameters by the ids of the whole ones that FSDP2's forward pass uses."""
+        found = {}
+        for module in model.modules():
+            get_state = getattr(type(module), "_get_fsdp_state", None)
+            if get_state is None:
+                continue
+            # A private part of torch: where it has moved, heads are declared or guessed.
+            group = getattr(get_state(module), "_fsdp_param_group", None)
+            for one in getattr(group, "fsdp_params", ()):
+                whole = getattr(one, "_unsharded_param", None)
+                if whole is not None:
+                    found[id(whole)] = one.sharded_param
+        return found
+
+    def agree(self, names: list[str]) -> list[str]:
+        """The names that rank 0 has found. A collective call."""
+        return names_of_first(names, None)
 
     def is_sharded(self, x: Tensor) -> bool:
         """Whether a tensor is a DTensor."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lightning_hsu._neurons.placement.base import PenalisedLayer, Placement
+from lightning_hsu._neurons.placement.base import PenalisedLayer, Placement, names_of_first
 from lightning_hsu._neurons.wrappers import peeled
 
 if TYPE_CHECKING:
@@ -66,6 +66,10 @@ class ReplicatedPlacement(Placement):
                     "with find_unused_parameters=True has closed its gradient before apply='loss' "
                     f"could add the penalty: use apply='gradient', or exclude='{layer.name}'"
                 )
+
+    def agree(self, names: list[str]) -> list[str]:
+        """The names that rank 0 has found. A collective call."""
+        return names_of_first(names, self.group)
 
     @property
     def rank(self) -> int:

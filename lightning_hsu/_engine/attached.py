@@ -1,0 +1,181 @@
+"""A model as the regularizer holds it: its layers, its heads, and the plan of a step."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from lightning_hsu._engine.layer import Layer
+from lightning_hsu._engine.plan import Plan
+from lightning_hsu._neurons.candidates import Candidates, Skip
+from lightning_hsu._neurons.heads import last_before
+from lightning_hsu._neurons.placement import Placement
+from lightning_hsu._neurons.select import find_heads
+from lightning_hsu._neurons.target import Target
+
+
+class HeadFinder(Protocol):
+    """What takes a model's outputs to find its head."""
+
+    def find_head(self, outputs: object) -> None:
+        """Take the layers that act last before these outputs for the head."""
+
+
+Choose = Callable[[Sequence[str]], tuple[list[Target], list[Skip]]]
+"""Chooses what is measured, given the names of the layers that came last before the loss."""
+
+
+class Attached:
+    """A model as the regularizer holds it.
+
+    Args:
+        model: The model, without wrappers.
+        placement: How its weights are placed over the ranks.
+        candidates: All sets of neurons in it.
+        choose: Chooses among them.
+        make_layer: Gives a target its measure and coefficient.
+
+    Attributes:
+        layers: The layers that are measured.
+        skips: The weights that are not, with the reasons.
+        plan: The plan of a step.
+        coverage: Measured entries over those of all weights with two or more axes; NaN if there are
+            none.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        placement: Placement,
+        candidates: Candidates[Target],
+        choose: Choose,
+        make_layer: Callable[[Target], Layer],
+    ) -> None:
+        self.model = model
+        self.placement = placement
+        self.candidates = candidates
+        self._choose = choose
+        self._make_layer = make_layer
+        self.layers: list[Layer] = []
+        self.skips: list[Skip] = []
+        self.coverage = float("nan")
+        self.plan: Plan
+
+    def choose(self, traced: Sequence[str]) -> None:
+        """Take the layers that are chosen.
+
+        Args:
+            traced: Names of the layers that came last before the loss; [] if that is not known.
+        """
+        shapes = {layer.name: layer.target.shape for layer in self.layers}
+        targets, self.skips = self._choose(traced)
+        kept = []
+        for target in targets:
+            shape = shapes.get(target.name, target.shape)
+            layer = self._make_layer(replace(target, shape=shape))
+            reason = layer.why_refused()
+            if reason is None:
+                kept.append(layer)
+            else:
+                self.skips.append(Skip(layer.name, layer.target.shape, reason))
+        self.layers = kept
+        self.plan = Plan(kept, self.placement)
+        self.coverage = _coverage(self.model, kept)
+
+    def expects(self, heads: Sequence[str]) -> bool:
+        """Whether these heads would be chosen without a forward pass, too."""
+        without = set(find_heads(self.candidates, "auto"))
+        return set(find_heads(self.candidates, "auto", heads)) == without
+
+    def last_before(self, outputs: object) -> list[str]:
+        """Names of the sets that act last on the way to a loss or to a model's outputs."""
+        owners: dict[int, list[str]] = {}
+        tables: dict[int, list[str]] = {}  # embeddings, which count where nothing else is tied
+        for target in self.candidates.sets:
+            if target.kind == "codebook":  # its own loss comes after nothing
+                continue
+            for p in target.parameters():
+                names = tables if target.kind == "embedding" else owners
+                names.setdefault(id(p), []).append(target.name)
+        for key, named in tables.items():
+            owners.setdefault(key, named)
+        for stand_in, p in self.placement.stand_ins(self.model).items():
+            if id(p) in owners:
+                owners[stand_in] = owners[id(p)]
+        return last_before(outputs, owners)
+
+    def plan_anew(self) -> list[str]:
+        """Read all layers again; return the names of those that have other parameters now."""
+        layers = [self._reread(layer) for layer in self.layers]
+        changed = []
+        for before, now in zip(self.layers, layers, strict=True):
+            if [*map(id, now.parameters)] != [*map(id, before.parameters)]:
+                changed.append(now.name)
+        self.layers = layers
+        self.plan = Plan(layers, self.placement)
+        return changed
+
+    def _reread(self, layer: Layer) -> Layer:
+        """A layer with its module's present parameters."""
+        if layer.sharded:
+            return layer
+        try:
+            groups, n, d = layer.target.neurons().shape
+            return self._make_layer(replace(layer.target, shape=(groups, n, d)))
+        except Exception as error:
+            raise RuntimeError(
+                f"the neurons of layer '{layer.name}' {layer.target.shape} can no longer be read: "
+                f"{error}. Call attach(model) after changing a layer's kind or its parameters' "
+                "names, or leave it out with exclude="
+            ) from error
+
+
+class FirstOutputs:
+    """A forward hook that shows a regularizer the model's outputs at its first training forward.
+
+    Copies and pickles of the model, which take its hooks along, get one that does nothing.
+
+    Args:
+        owner: The regularizer; it is not kept alive.
+    """
+
+    def __init__(self, owner: HeadFinder | None = None) -> None:
+        self._owner = None if owner is None else weakref.ref(owner)
+
+    def __call__(self, module: nn.Module, inputs: object, outputs: object) -> None:
+        """Show the outputs once, if they have a graph."""
+        owner = None if self._owner is None else self._owner()
+        if owner is None or not module.training or not torch.is_grad_enabled():
+            return
+        self._owner = None
+        owner.find_head(outputs)
+
+    def __reduce__(self) -> tuple[type[FirstOutputs], tuple[()]]:
+        return FirstOutputs, ()
+
+
+def _coverage(model: nn.Module, layers: Sequence[Layer]) -> float:
+    """Entries measured over the entries of all floating parameters of two or more axes."""
+    entries = {}
+    for p in model.parameters():
+        if p.ndim >= 2 and p.is_floating_point():
+            entries[id(p)] = p.numel()
+    measured = dict.fromkeys(entries, 0)
+    for layer in layers:
+        groups, n, d = layer.target.shape
+        for p in layer.parameters:
+            if id(p) not in entries:
+                continue
+            whole = entries[id(p)]
+            # One parameter may hold several layers. Of several that make one layer, all counts.
+            part = groups * n * d if len(layer.parameters) == 1 else whole
+            measured[id(p)] = min(whole, measured[id(p)] + part)
+    total = sum(entries.values())
+    if total == 0:
+        return float("nan")
+    return sum(measured.values()) / total

@@ -1,0 +1,142 @@
+"""What the names of weights say: dictionaries, codebooks, prototypes, and what holds no neurons."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from lightning_hsu._neurons.how import WeightRule
+
+_DICTIONARIES = ("W_dec", "dictionary", "atoms")
+_ENCODERS = ("W_enc",)  # of features, whose directions lie along the same axis
+_CODEBOOKS = ("codebook", "codebooks", "codevectors", "code_book")
+_PROTOTYPES = ("prototypes", "proxies", "centers", "centres", "centroids", "class_centers")
+_TOKENS = (
+    "token",
+    "pos_emb",
+    "position",
+    "pos_enc",
+    "w_pos",
+    "query",
+    "queries",
+    "prompt",
+    "latents",
+    "mem_k",
+    "mem_v",
+)
+_PROJECTIONS = ("proj", "text_projection", "image_projection", "visual_projection")
+"""Bare parameters (in, out) by which CLIP and its descendants multiply from the right."""
+_POSITION_BIASES = ("relative", "bias_table", "attention_bias")
+_IN_QUANTIZERS = ("embed", "embedding", "embeddings")
+_QUANTIZERS = ("codebook", "quantiz", "quantis")
+
+
+def rule_by_name(module: nn.Module, attribute: str, weight: Tensor) -> WeightRule | None:
+    """How to read a bare parameter or buffer whose name says what it holds; None if none does.
+
+    Args:
+        module: The module that holds it.
+        attribute: Its name in the module.
+        weight: The tensor.
+    """
+    if weight.ndim not in (2, 3):
+        return None
+    if is_table_of_codes(module, attribute):
+        return WeightRule(attribute)
+    if weight.ndim != 2:
+        return None
+    if attribute in _PROTOTYPES:
+        return WeightRule(attribute)
+    if attribute in _PROJECTIONS:
+        return WeightRule(attribute, columns=True)
+    classes = module.__dict__.get("num_classes")
+    if attribute == "W" and classes in weight.shape:  # of a loss with a margin
+        return WeightRule(attribute, columns=weight.shape[1] == classes)
+    if attribute in _DICTIONARIES or attribute in _ENCODERS:
+        # There are more features than dimensions.
+        return WeightRule(attribute, columns=weight.shape[1] > weight.shape[0])
+    return None
+
+
+def is_table_of_codes(module: nn.Module, attribute: str) -> bool:
+    """Whether a bare tensor of a module is a codebook."""
+    return attribute in _CODEBOOKS or is_codebook(module, attribute)
+
+
+def is_codebook(module: nn.Module, attribute: str) -> bool:
+    """Whether a tensor of a module, or an embedding in it, is a quantiser's table of codes."""
+    kind = type(module).__name__.lower()
+    return attribute in _IN_QUANTIZERS and any(part in kind for part in _QUANTIZERS)
+
+
+def means_codebook(path: str) -> bool:
+    """Whether the last part of an embedding's path says that it is a table of codes."""
+    return path.rpartition(".")[2] in _CODEBOOKS
+
+
+def means_prototypes(path: str) -> bool:
+    """Whether the last part of an embedding's path says that it holds prototypes."""
+    return path.rpartition(".")[2] in _PROTOTYPES
+
+
+def is_standardised(module: nn.Module) -> bool:
+    """Whether a convolution standardises its weight in the forward pass, as its class's name says."""
+    for kind in type(module).__mro__:
+        if any(part in kind.__name__ for part in ("StdConv", "WeightStandardized", "WSConv")):
+            return True
+    return False
+
+
+def mirrored_encoder(parent: nn.Module, name: str, decoder: nn.Linear) -> bool:
+    """Whether a Linear decodes what the encoder beside it encodes, into fewer dimensions.
+
+    Then its columns are the directions that it adds up: the dictionary of a sparse autoencoder.
+
+    Args:
+        parent: The module that holds both.
+        name: Name of the Linear in it.
+        decoder: The Linear.
+    """
+    if "dec" not in name.lower() or decoder.in_features <= decoder.out_features:
+        return False
+    for other, module in parent.named_children():
+        if "enc" not in other.lower():
+            continue
+        linears = [inner for inner in module.modules() if isinstance(inner, nn.Linear)]
+        if len(linears) != 1:
+            continue
+        encoder = linears[0]
+        if (encoder.in_features, encoder.out_features) == (
+            decoder.out_features,
+            decoder.in_features,
+        ):
+            return True
+    return False
+
+
+def sounds_like_dictionary(path: str) -> bool:
+    """Whether a layer's name suggests that its columns, not its rows, may be the directions."""
+    last = path.rpartition(".")[2].lower()
+    return last in ("decoder", "dec", "w_dec", "dictionary")
+
+
+def why_no_neurons(attribute: str, weight: Tensor) -> str | None:
+    """Why a parameter of two or more axes holds no neurons, as its name and shape say."""
+    long_axes = [size for size in weight.shape if size != 1]
+    if len(long_axes) < 2:
+        return "a vector"
+    lower = attribute.lower()
+    if any(part in lower for part in _POSITION_BIASES):
+        return "a table of position biases"
+    if "bias" in lower:
+        return "biases"
+    if lower in ("att", "att_src", "att_dst", "att_edge"):
+        return "attention vectors, one a head"
+    return None
+
+
+def is_table_of_tokens(attribute: str, weight: Tensor) -> bool:
+    """Whether a bare parameter is a table of tokens, positions or queries, as an embedding is."""
+    lower = attribute.lower()
+    if any(part in lower for part in _TOKENS):
+        return True
+    return weight.ndim == 3 and weight.shape[0] == 1 and "embed" in lower
