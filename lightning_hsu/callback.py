@@ -41,6 +41,7 @@ class _Fit:
         warnings: The warnings, with those already given.
         before_after: The first measurement.
         frozen: The first measurement of the layers that are frozen, by name.
+        fingerprints: Numbers that show whether the weights of these have changed since.
         logged: Names of the layers that were logged.
         is_fresh: Whether no step was done before, so that the head may still be found.
         is_told: Whether the table of layers has been printed.
@@ -56,6 +57,7 @@ class _Fit:
     warnings: _trainer.Warnings = field(default_factory=_trainer.Warnings)
     before_after: BeforeAfter = field(default_factory=BeforeAfter)
     frozen: dict[str, LayerUniformity] = field(default_factory=dict)
+    fingerprints: dict[str, float] = field(default_factory=dict)
     logged: set[str] = field(default_factory=set)
     is_fresh: bool = True
     is_told: bool = False
@@ -420,7 +422,16 @@ class HypersphericalUniformity(_trainer.EveryCallback):
             return [by_name[layer.name] for layer in self.regularizer.layers]
         measured = self.regularizer.measure_layers()
         fit.frozen = {one.name: one for one in measured if one.name in frozen}
+        fit.fingerprints = self.regularizer.fingerprints(frozen)
         return measured
+
+    def _forget_changed(self) -> None:
+        """Forget the measurements of frozen layers whose weights were changed, as in a teacher."""
+        fit = self._fit
+        now = self.regularizer.fingerprints(fit.fingerprints)
+        for name, fingerprint in fit.fingerprints.items():
+            if now.get(name) != fingerprint:
+                fit.frozen.pop(name, None)
 
     def _will_measure(self, trainer: pl.Trainer) -> bool:
         """Whether this batch ends with a measurement.
@@ -452,6 +463,7 @@ class HypersphericalUniformity(_trainer.EveryCallback):
         if not self.regularizer.layers or not self._prints_or_draws(trainer):
             return
         # Measure again, since another callback may have changed the weights, as averaging does.
+        self._forget_changed()
         measured = self._measure()
         self._keep(trainer, measured, {})
         if self._figures.wanted(trainer):

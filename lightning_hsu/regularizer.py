@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
@@ -422,6 +422,16 @@ class UniformityRegularizer:
         with self.gathered():
             return measure_layers(layers, self.state.monitor_state)
 
+    def fingerprints(self, names: Collection[str]) -> dict[str, float]:
+        """Numbers that show whether layers' weights have changed, by layer.
+
+        Where ranks share the weights, all must call it.
+        """
+        if not names:
+            return {}
+        with self.gathered():
+            return {one.name: one.fingerprint() for one in self.layers if one.name in names}
+
     @property
     def trained_layers(self) -> list[Layer]:
         """The layers that are not frozen, or have had a gradient."""
@@ -436,7 +446,9 @@ class UniformityRegularizer:
 
         All ranks that share weights must enter it.
         """
-        return self._check_attached().placement.whole_parameters(with_grads=False)
+        if self._attached is None:
+            return nullcontext()
+        return self._attached.placement.whole_parameters(with_grads=False)
 
     def current_penalty(self, measured: Sequence[LayerUniformity]) -> float:
         """Coefficient times penalty, summed over measured layers, with the last coefficients.

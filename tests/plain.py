@@ -99,7 +99,8 @@ def layers(net, prefix="net.", measure=HALF_SPACE, head=True):
 
 
 def adversarial_layers(module):
-    return [*layers(module.first, "first.", head=False), Layer("second", module.second, FULL_SPACE)]
+    """Each network's last layer is a head: its output goes into a loss."""
+    return [*layers(module.first, "first."), Layer("second", module.second, FULL_SPACE)]
 
 
 def image_layers(module):

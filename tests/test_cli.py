@@ -249,7 +249,8 @@ def test_help_is_the_docstring(package, capsys):
         ),
         (
             {"coefficient": {"encodr.*": 0.3}},
-            r"coefficient pattern 'encodr.\*' matches no layer; the layers are: layer, enc",
+            r"coefficient pattern 'encodr.\*' matches no layer; did you mean 'encoder.2'\? The layers "
+            "are: layer, enc",
         ),
         ({"coefficient": {"fraction": 0.05}}, "coefficient pattern 'fraction' matches no layer"),
     ],

@@ -525,10 +525,10 @@ def test_no_table_after_an_error_and_none_that_is_not_wanted(caplog):
 
 
 @pytest.mark.filterwarnings("ignore:.*[Ll]azy modules.*", "ignore:.*UninitializedParameter.*")
-def test_lazy_layers_are_first_measured_after_the_first_step(caplog):
+def test_lazy_layers_are_first_measured_before_the_first_step(caplog):
     with caplog.at_level(logging.INFO):
         fitted(module=test_callback.Lazy(), callback=uniformity(verbose=True))
-    assert table_of(caplog)[0].endswith("steps 1 to 7:")
+    assert table_of(caplog)[0].endswith("steps 0 to 7:")
 
 
 @pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint.*")

@@ -13,6 +13,7 @@ from lightning_hsu._neurons.placement import (
     placement_for_strategy,
     placement_of,
 )
+from lightning_hsu._neurons.rules import class_rule
 
 
 class Group:
@@ -59,6 +60,6 @@ def test_norm_of_several_tensors():
 
 def test_parameters_behind_neurons():
     layer = nn.utils.parametrizations.weight_norm(nn.Linear(3, 4))
-    behind = Placement().parameters_behind(layer, "")
+    behind = Placement().parameters_behind(layer, class_rule, "")
     weights = layer.parametrizations.weight
     assert [id(p) for p in behind] == [id(weights.original0), id(weights.original1)]

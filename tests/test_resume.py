@@ -278,6 +278,7 @@ def held(path):
         int,
         float,
         bool,
+        str,  # names of heads
     }
     assert not any(leaf.requires_grad for leaf in tensors.values())
     assert all(

@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lightning_hsu import LinearSchedule, UniformityRegularizer
+from lightning_hsu._monitor.fold import fold as _fold
+from lightning_hsu._monitor.fold import fold_names
 from lightning_hsu._monitor.summary import (
     LayerSummary,
     Summary,
-    _fold,
     _view,
     coefficient_text,
-    fold_names,
     giga_flops,
 )
 from lightning_hsu._neurons.candidates import Skip
@@ -372,6 +372,39 @@ def test_the_cut_is_told_once_whatever_the_remarks(length):
     usual = [layer(f"usual.{i}", 8, 4) for i in range(100)]  # with the measure of most layers
     lines = str(summary(*layers, *usual)).splitlines()
     assert sum(line.startswith("... and 130 more layers") for line in lines) == 1
+
+
+def test_many_rows_of_blocks_become_one_with_all_their_shapes():
+    layers, wide = [layer("stem", 32, 27)], 64
+    for stage in range(4):
+        for block in range(stage + 7):
+            name = f"dense{stage}.{block}"
+            layers.append(layer(f"{name}.conv1", 128, wide, giga_flops=0.5))
+            layers.append(layer(f"{name}.conv2", 32, 1152, giga_flops=0.25))
+            wide += 32
+        layers.append(layer(f"between.{stage}", wide // 2, wide, groups=2, frozen=stage == 3))
+        wide //= 2
+    layers.append(layer("fc", 1000, wide, "declared"))
+    assert str(summary(*layers)) == table("""
+        |Net: 74 layers measured
+        |measure: RieszEnergy(s=2.0, half_space=True)
+        |head: RieszEnergy(s=2.0)
+        |
+        |layer                neurons x dimension              GFLOP/step
+        |-------------------  -------------------------------  ----------
+        |stem                 32 x 27                                   0
+        |dense*.*.conv1 (34)  128 x 64..532                            17
+        |dense*.*.conv2 (34)  32 x 1152                               8.5
+        |between.{0..2} (3)   2 groups of 144..244 x 288..488           0
+        |between.3            2 groups of 282 x 564                     0
+        |    frozen
+        |fc                   1000 x 282                                0
+        |    head (declared)
+        |
+        |penalty: 26 GFLOP/step in total
+        |1 layer frozen: measured once, no penalty until it trains
+        |measured: 100 % of the entries of all weight matrices
+    """)
 
 
 def test_one_hidden_row_may_be_many_layers():

@@ -163,7 +163,7 @@ def _coverage(model: nn.Module, layers: Sequence[Layer]) -> float:
     """Entries measured over the entries of all floating parameters of two or more axes."""
     entries = {}
     for p in model.parameters():
-        if p.ndim >= 2 and p.is_floating_point():
+        if p.ndim >= 2 and p.is_floating_point() and not p.is_nested:
             entries[id(p)] = p.numel()
     measured = dict.fromkeys(entries, 0)
     for layer in layers:

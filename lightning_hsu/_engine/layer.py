@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from lightning_hsu._core import working_dtype
@@ -53,6 +54,12 @@ class Layer:
         if self.target.in_copy:
             return True
         return not any(p.requires_grad for p in self.parameters)
+
+    def fingerprint(self) -> float:
+        """A number that is another one after its weights have changed, however that was done."""
+        x = self.target.neurons().detach()
+        weights = torch.arange(1, x.shape[-1] + 1, device=x.device, dtype=torch.float32)
+        return float((to_compute_dtype(x) @ weights.to(to_compute_dtype(x))).abs().sum())
 
     def rates(self, learning_rates: Mapping[int, float]) -> list[float]:
         """Learning rates of its parameters that have a gradient; empty if nothing can be added.

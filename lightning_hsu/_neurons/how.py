@@ -212,8 +212,7 @@ def rule_for(
         groups: See :class:`WeightRule`.
 
     Raises:
-        ValueError: if the parts do not divide the rows, or a function gives a wrong shape.
-        TypeError: if a function does not give a tensor.
+        ValueError: if the weight has one axis, or the parts do not divide the rows.
     """
     shape = tuple(weight.shape)
     if weight.ndim < 2:
@@ -235,7 +234,6 @@ def rule_for(
             )
         return WeightRule(attribute, kernels=kernels, groups=groups) if how == 1 else rule
     assert callable(how)
-    apply_function(how, weight, name)
     return FunctionRule(attribute, how, name)
 
 
@@ -244,7 +242,7 @@ def apply_function(function: Callable[[Tensor], Tensor], weight: Tensor, name: s
     shape = tuple(weight.shape)
     try:
         x: object = function(weight)
-    except (RuntimeError, ValueError, IndexError) as error:
+    except Exception as error:
         raise ValueError(
             f"the function in neurons= for layer '{name}' {shape} failed: {error}"
         ) from error

@@ -148,7 +148,8 @@ class _Finder:
             rule = self._refined(path, module)
             reason = _why_computed(module)
             if reason is not None:
-                self._skip(full_name(layer, ""), (), reason)
+                shape = shape_of_weight(module.__dict__.get("weight", torch.empty(0)))
+                self._skip(full_name(layer, ""), shape, reason)
                 return
         if taken and isinstance(module, (nn.Linear, *_CONVOLUTIONS, *_EMBEDDINGS)):
             return  # its weight is read as asked for
@@ -279,7 +280,7 @@ class _Finder:
             if reason_or_none is None:
                 continue
             if not self._add_values(layer, module, key):
-                self._skip(full_name(layer, ""), tuple(p.shape), reason_or_none)
+                self._skip(full_name(layer, ""), shape_of_weight(p), reason_or_none)
             return True
         if any(p.is_meta for p in module.parameters()):
             reason = "it holds no numbers yet (device meta): load the weights first"
@@ -339,6 +340,8 @@ class _Finder:
                 if not self._add_values(layer, module, attribute):
                     self._skip(name, shape, reason)
                 return
+        if not shape:
+            return
         weight = torch.empty(shape, device="meta")
         reason = names.why_no_neurons(attribute, weight)
         if reason is not None:
@@ -519,7 +522,15 @@ def _weights_of(module: nn.Module) -> Iterator[tuple[str, tuple[int, ...]]]:
         if p is None or name in computed or nn.parameter.is_lazy(p):
             continue
         if p.ndim >= 2:
-            yield name, tuple(p.shape)
+            yield name, shape_of_weight(p)
+
+
+def shape_of_weight(x: Tensor) -> tuple[int, ...]:
+    """The shape of a weight; () if it has none, as a nested tensor."""
+    try:
+        return tuple(x.shape)
+    except RuntimeError:
+        return ()
 
 
 def _may_train(view: NeuronView) -> bool:

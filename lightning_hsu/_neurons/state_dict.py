@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from lightning_hsu._neurons.candidates import (
+    Broken,
     Candidates,
     Kind,
     NeuronSet,
@@ -17,7 +18,15 @@ from lightning_hsu._neurons.candidates import (
     full_name,
     shape_by_group,
 )
-from lightning_hsu._neurons.patterns import Patterns, as_list, matches
+from lightning_hsu._neurons.how import (
+    How,
+    Neurons,
+    WeightRule,
+    apply_function,
+    check_neurons,
+    rule_for,
+)
+from lightning_hsu._neurons.patterns import Patterns, as_list, matches, unknown_pattern
 from lightning_hsu._neurons.rules import GRU_GATES, LSTM_GATES, PROJECTIONS
 from lightning_hsu._neurons.stored import effective_weights
 from lightning_hsu._neurons.wrappers import plain_name, without_prefixes
@@ -42,8 +51,65 @@ class StoredNeurons(NeuronSet):
         return self.by_group(self.x)
 
 
+@dataclass(frozen=True)
+class _Read:
+    """The neurons of one set, as they are read from a layer's tensors.
+
+    Args:
+        x: The neurons, (n, d) or (groups, n, d), of any number of axes above 2 if they are not
+            asked for.
+        kind: The kind of layer.
+        asked: Whether the user has named their weight in ``neurons=``.
+    """
+
+    x: Tensor
+    kind: Kind
+    asked: bool = False
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """What the user says of weights in ``neurons=``.
+
+    Args:
+        ways: Patterns of weights' names, each with how such weights hold neurons.
+        used: The patterns that have matched a weight.
+        names: Names of all weights, for errors.
+    """
+
+    ways: Mapping[str, How]
+    used: set[str] = field(default_factory=set)
+    names: dict[str, None] = field(default_factory=dict)
+
+    def of(self, layer: str, attribute: str) -> How | None:
+        """What is said of a weight of two or more axes; the first pattern that matches counts.
+
+        Args:
+            layer: Name of the layer.
+            attribute: Name of the weight within it.
+        """
+        name = full_name(layer, _key_of(attribute))
+        self.names[name] = None
+        found: How | None = None
+        for pattern, how in self.ways.items():
+            is_named = matches(name, [pattern], below=False)
+            is_named = is_named or full_name(layer, attribute) == pattern
+            is_below = matches(name, [pattern]) and "bias" not in attribute
+            if is_named or is_below:
+                self.used.add(pattern)
+                if found is None:
+                    found = how
+        return found
+
+    def check_used(self) -> None:
+        """Refuse a pattern that has matched no weight."""
+        for pattern in self.ways:
+            if pattern not in self.used:
+                raise ValueError(unknown_pattern("neurons", pattern, list(self.names), "weight"))
+
+
 def neurons_of_state_dict(
-    state: Mapping[str, Tensor], asked: Patterns = None
+    state: Mapping[str, Tensor], asked: Patterns = None, neurons: Neurons = None
 ) -> Candidates[StoredNeurons]:
     """Find every set of neurons of a state dict.
 
@@ -57,25 +123,45 @@ def neurons_of_state_dict(
     Args:
         state: Tensors by name.
         asked: Patterns of names to take even if they are not named like a weight.
+        neurons: Patterns of weights' names, each with how such weights hold neurons: "rows",
+            "columns", a number of equal parts along the rows, or a function of the weight, as the
+            layer uses it, to its neurons (..., n, d). They take what lies below a name too, except
+            biases. A weight of three or more axes is a stack of matrices (..., n, d), but if it is
+            named ``weight`` it is a convolution's, (out, in, *kernel): its rows are its outputs,
+            flattened, and its columns its inputs. The groups of convolutions are not known.
+
+    Returns:
+        The sets; those that ``neurons`` names are marked as asked for. Parts are named after their
+        layer and their number. A weight that does not have the parts or the shape that ``neurons``
+        says is broken: :func:`~lightning_hsu._neurons.select.select` raises its error unless it is
+        excluded.
 
     Raises:
-        TypeError: if the mapping holds no tensors by name, or ``asked`` is not made of patterns.
+        TypeError: if the mapping holds no tensors by name, ``asked`` is not made of patterns, or
+            ``neurons`` not of patterns and ways of holding neurons.
+        ValueError: for an unknown way of holding neurons, or a pattern of ``neurons`` that matches
+            no weight.
 
     Example:
         >>> from torch import nn
         >>> model = nn.Sequential(nn.Conv2d(16, 16, 3, groups=16), nn.Linear(16, 10))
         >>> found = neurons_of_state_dict(model.state_dict())
         >>> [(one.name, one.shape, one.kind) for one in found.sets]
-        [('0', (1, 16, 9), 'other'), ('1', (1, 10, 16), 'linear')]
+        [('0', (1, 16, 9), 'convolution'), ('1', (1, 10, 16), 'linear')]
+        >>> found = neurons_of_state_dict({"W_dec": torch.randn(8, 64)}, neurons={"W_dec": "columns"})
+        >>> [(one.name, one.shape) for one in found.sets]
+        [('W_dec', (1, 64, 8))]
     """
     patterns = as_list("include", asked) or []
+    wanted = _Wanted(check_neurons(neurons))
     layers = _layers(state)
     found = Candidates[StoredNeurons]("StateDict", [], [])
-    sets: dict[str, dict[str, Tensor]] = {}
+    sets: dict[str, dict[str, _Read]] = {}
     for path, leaves in layers.items():
-        sets_of_layer = _sets_of_layer(path, leaves, patterns, found.not_weights)
+        sets_of_layer = _sets_of_layer(path, leaves, patterns, wanted, found)
         if sets_of_layer:
             sets[path] = sets_of_layer
+    wanted.check_used()
     for path in _in_tree_order(sets):
         _add_sets(found, path, sets[path], layers[path])
     return found
@@ -126,9 +212,14 @@ def _in_tree_order(paths: Iterable[str]) -> list[str]:
 
 
 def _sets_of_layer(
-    path: str, leaves: Mapping[str, Tensor], asked: Sequence[str], not_weights: list[Skip]
-) -> dict[str, Tensor]:
-    """The sets of neurons of a layer by key; what is left out is added to ``not_weights``."""
+    path: str,
+    leaves: Mapping[str, Tensor],
+    asked: Sequence[str],
+    wanted: _Wanted,
+    found: Candidates[StoredNeurons],
+) -> dict[str, _Read]:
+    """The sets of neurons of a layer by key; what is left out or broken is added to ``found``."""
+    layer = _layer_name(path)
     readable = {}
     reasons = {}
     for leaf, x in leaves.items():
@@ -142,19 +233,109 @@ def _sets_of_layer(
     reasons |= unknown
     for leaf, x in leaves.items():
         if leaf in reasons and x.ndim > 1:
-            not_weights.append(Skip(_stored_name(path, leaf), tuple(x.shape), reasons[leaf]))
+            wanted.of(layer, _attribute_of(leaf))  # it is known, if not readable
+            found.not_weights.append(Skip(_stored_name(path, leaf), tuple(x.shape), reasons[leaf]))
 
-    sets: dict[str, Tensor] = {}
+    named: dict[str, _Read] = {}
+    others: dict[str, Tensor] = {}
     for leaf, x in effective.items():
         if x.ndim < 2:
             continue
+        how = wanted.of(layer, leaf)
         name = _stored_name(path, leaf)
-        if _has_one_of(leaf, _WEIGHT_NAMES) or matches(name, asked):
-            sets |= _sets_of_weight(leaf, x, effective)
+        if how is not None:
+            named |= _sets_as_asked(path, leaf, x, how, effective, found)
+        elif _has_one_of(leaf, _WEIGHT_NAMES) or matches(name, asked):
+            others |= _sets_of_weight(leaf, x, effective)
         else:
             reason = f"not named like a weight, measured only when asked for: include='{name}'"
-            not_weights.append(Skip(name, tuple(x.shape), reason))
+            found.not_weights.append(Skip(name, tuple(x.shape), reason))
+    kind = _kind_of(path, others, leaves)
+    return named | {key: _Read(x, kind) for key, x in others.items()}
+
+
+def _sets_as_asked(
+    path: str,
+    attribute: str,
+    weight: Tensor,
+    how: How,
+    leaves: Mapping[str, Tensor],
+    found: Candidates[StoredNeurons],
+) -> dict[str, _Read]:
+    """The sets of neurons of one effective weight by key, as the user says.
+
+    Args:
+        path: Path of the layer.
+        attribute: Name of the weight within it.
+        weight: The weight.
+        how: What the user says.
+        leaves: The effective tensors of the layer by name.
+        found: Takes the layer if it is broken or left out; then there are no sets.
+    """
+    layer = _layer_name(path)
+    key = _key_of(attribute)
+    name = full_name(layer, key)
+    weight = weight.detach()
+    if not weight.is_floating_point():
+        found.skips.append(_no_floats(name, weight))
+        return {}
+    try:
+        neurons = _as_asked(attribute, weight, how, name, _outputs(leaves))
+    except (ValueError, TypeError) as error:
+        found.broken.append(Broken(name, error))
+        return {}
+    kind: Kind = "other"
+    if attribute == "weight":
+        kind = _kind_of(path, {"": weight}, {attribute: weight})
+    sets = {}
+    for part, x in neurons.items():
+        sets[f"{key}.{part}".strip(".")] = _Read(x, kind, asked=True)
     return sets
+
+
+def _as_asked(
+    attribute: str, weight: Tensor, how: How, name: str, outputs: int | None
+) -> dict[str, Tensor]:
+    """The neurons (n, d) or (groups, n, d) of each part of a weight; "" if it is not parted.
+
+    Args:
+        attribute: Name of the weight in its layer.
+        weight: The weight.
+        how: What the user says.
+        name: Name of the layer, for errors.
+        outputs: How many outputs the layer has; None if that is not known.
+    """
+    if callable(how):
+        return {"": apply_function(how, weight, name)}
+    is_kernels = attribute == "weight" and weight.ndim > 2
+    if is_kernels and how == "rows":
+        return {"": _by_output(weight, outputs)}
+    rule = rule_for(how, attribute, weight, name, kernels=is_kernels)
+    assert isinstance(rule, WeightRule)
+    x = rule.arrange(weight)
+    if not rule.parts:
+        return {"": x}
+    return {part.key: part.take(x) for part in rule.parts}
+
+
+def _layer_name(path: str) -> str:
+    """Name of the layer at a path."""
+    return plain_name(path.lstrip("."))
+
+
+def _attribute_of(leaf: str) -> str:
+    """Name of the weight that a stored tensor belongs to."""
+    return leaf.removeprefix("parametrizations.").partition(".")[0]
+
+
+def _key_of(attribute: str) -> str:
+    """The key of a weight's set of neurons in its layer."""
+    return "" if attribute == "weight" else attribute
+
+
+def _no_floats(name: str, x: Tensor) -> Skip:
+    """That a weight does not hold floating-point numbers."""
+    return Skip(name, tuple(x.shape), f"its weights are {x.dtype}, not floating-point")
 
 
 def _stored_name(path: str, leaf: str) -> str:
@@ -168,30 +349,29 @@ def _has_one_of(name: str, parts: Sequence[str]) -> bool:
 def _add_sets(
     found: Candidates[StoredNeurons],
     path: str,
-    sets: Mapping[str, Tensor],
+    sets: Mapping[str, _Read],
     leaves: Mapping[str, Tensor],
 ) -> None:
     """Add the sets of neurons of one layer."""
-    layer = plain_name(path.lstrip("."))
-    kind = _kind_of(path, sets, leaves)
-    for key, x in sets.items():
-        x = x.detach()
+    layer = _layer_name(path)
+    for key, read in sets.items():
+        x = read.x.detach()
         if x.ndim > 3:
             x = x.flatten(1)
         name = full_name(layer, key)
         if not x.is_floating_point():
-            reason = f"its weights are {x.dtype}, not floating-point"
-            found.skips.append(Skip(name, tuple(x.shape), reason))
+            found.skips.append(_no_floats(name, x))
             continue
         identity: Hashable = (path, key)
-        if kind in ("linear", "embedding"):  # tied weights are stored as one
+        if read.asked or read.kind in ("linear", "embedding"):  # tied weights are stored as one
             identity = (x.data_ptr(), x.shape, x.stride())
         stored = StoredNeurons(
             name=name,
             layer=layer,
             shape=shape_by_group(x),
-            kind=kind,
+            kind=read.kind,
             identity=identity,
+            asked=read.asked,
             kernel=_kernel_places(leaves),
             x=x,
         )
@@ -231,12 +411,15 @@ def _sets_of_weight(leaf: str, x: Tensor, leaves: Mapping[str, Tensor]) -> dict[
         return _gates(leaf, x, leaves)
     if leaf.startswith("weight_hr"):
         return {leaf: x}
+    return {_key_of(leaf): _by_output(x, _outputs(leaves))}
+
+
+def _outputs(leaves: Mapping[str, Tensor]) -> int | None:
+    """How many outputs a layer has, as its bias tells; None if it has none."""
     bias = leaves.get("bias")
-    outputs = None
     if bias is not None and bias.ndim == 1:
-        outputs = len(bias)
-    key = "" if leaf == "weight" else leaf
-    return {key: _by_output(x, outputs)}
+        return len(bias)
+    return None
 
 
 def _gates(leaf: str, x: Tensor, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -14,8 +14,9 @@ from lightning_hsu._checks import check_choice
 from lightning_hsu._core import exact_arithmetic, with_float64
 from lightning_hsu._engine.layer import to_compute_dtype
 from lightning_hsu._monitor.measure import LayerUniformity, measure_neurons
+from lightning_hsu._neurons.how import Neurons, check_neurons
 from lightning_hsu._neurons.patterns import Patterns
-from lightning_hsu._neurons.select import select
+from lightning_hsu._neurons.select import Head, select
 from lightning_hsu._neurons.state_dict import StoredNeurons, neurons_of_state_dict
 from lightning_hsu.measures import Measure
 from lightning_hsu.measures.defaults import DEFAULT_MEASURE
@@ -54,17 +55,23 @@ class WeightUniformity(UniformityMetric):
             ``self.log_dict``.
         include: Patterns of layers to take, shell style; None takes all but embeddings.
         exclude: Patterns of layers to leave out.
-        head: "auto" (the last Linear), the head's name, or None for no head.
+        head: "auto" (what the model declares, else a guess by names and order), the head's name, a
+            list of names, or None for no head.
+        neurons: How weights hold neurons: a mapping from patterns of their names to "rows",
+            "columns", a number of equal parts along the rows (3 for a fused qkv), or a function of
+            the weight to its neurons (..., n, d). What it names is measured, embeddings and bare
+            parameters too. Metrics whose functions are not the same objects do not merge.
         kwargs: Those of every torchmetrics metric.
 
     Shape:
         A scalar, float32; with ``reduction="none"`` one for each layer.
 
     Raises:
-        TypeError: if ``measure`` is not a measure, or for an update with neither a module nor a
-            mapping of names to tensors.
-        ValueError: for an unknown quantity or reduction; in an update for a pattern that matches
-            nothing, a model without a layer to measure, or other layers than before.
+        TypeError: if ``measure`` is not a measure, or ``neurons`` not made of patterns and ways of
+            holding neurons; for an update with neither a module nor a mapping of names to tensors.
+        ValueError: for an unknown quantity, reduction or way of holding neurons; in an update for a
+            pattern that matches nothing, a weight without the parts or the shape that ``neurons``
+            says, a model without a layer to measure, or other layers than before.
 
     Reference:
         Liu et al., "Learning towards Minimum Hyperspherical Energy", NeurIPS 2018,
@@ -92,7 +99,8 @@ class WeightUniformity(UniformityMetric):
         reduction: Literal["mean", "max", "none"] = "mean",
         include: Patterns = None,
         exclude: Patterns = None,
-        head: str | None = "auto",
+        head: Head = "auto",
+        neurons: Neurons = None,
         **kwargs: Any,
     ) -> None:
         if measure is None:
@@ -102,7 +110,11 @@ class WeightUniformity(UniformityMetric):
         self.include = include
         self.exclude = exclude
         self.head = head
-        self._add_settings(repr(self.measure), quantity, repr((include, exclude, head)))
+        self.neurons = check_neurons(neurons)
+        choice: tuple[object, ...] = (include, exclude, head)
+        if self.neurons:
+            choice = (*choice, self.neurons)
+        self._add_settings(repr(self.measure), quantity, repr(choice))
         self.add_state("layers", [], _agreed)
         self.add_state("means", [], _pooled)
 
@@ -112,7 +124,7 @@ class WeightUniformity(UniformityMetric):
         Args:
             model: A module, possibly wrapped by DDP, FSDP or Fabric, or a state dict, whose layers
                 are guessed from names and shapes: groups of convolutions are not known there, and
-                embeddings are recognised by name.
+                embeddings are recognised by name. ``neurons`` says more.
         """
         found = self._measured(model)
         names = []
@@ -170,11 +182,16 @@ class WeightUniformity(UniformityMetric):
         if not isinstance(model, (nn.Module, Mapping)):
             raise TypeError(f"update takes a model or its state dict; got {type(model).__name__}")
         regularizer = UniformityRegularizer(
-            self.measure, 0.0, include=self.include, exclude=self.exclude, head=self.head
+            self.measure,
+            0.0,
+            include=self.include,
+            exclude=self.exclude,
+            head=self.head,
+            neurons=self.neurons,
         )
         if isinstance(model, nn.Module):
-            return regularizer.attach(model).measure_layers()
-        candidates = neurons_of_state_dict(model, self.include)
+            return regularizer.attach(model, watch=False).measure_layers()
+        candidates = neurons_of_state_dict(model, self.include, self.neurons)
         stored, _ = select(candidates, self.include, self.exclude, self.head)
         return [_measure_stored(one, self.measure, regularizer.sample_above) for one in stored]
 

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from lightning_hsu._checks import check_count, check_number
 from lightning_hsu._neurons.candidates import NeuronSet, Skip
+from lightning_hsu._neurons.how import Neurons
 from lightning_hsu._neurons.patterns import Patterns
-from lightning_hsu._neurons.select import select
+from lightning_hsu._neurons.select import Head, select
 from lightning_hsu._neurons.state_dict import neurons_of_state_dict
 from lightning_hsu._neurons.wrappers import unwrapped
 from lightning_hsu.measures import Measure
@@ -60,7 +61,8 @@ def report(
     *,
     include: Patterns = None,
     exclude: Patterns = None,
-    head: str | None = "auto",
+    head: Head = "auto",
+    neurons: Neurons = None,
     similar_above: float = 0.95,
     keep: int = 100,
     key: str | None = None,
@@ -70,7 +72,8 @@ def report(
 
     A model is read as in training, but with embeddings, and with depthwise convolutions over all
     their channels. In a state dict or a file the layers are guessed from names and shapes, so the
-    groups of convolutions are not known. The head and layers of two neurons are measured in full
+    groups of convolutions are not known, and a weight that is named like none is left out unless
+    ``include`` or ``neurons`` names it. The head and layers of two neurons are measured in full
     space, where opposite neurons rightly count as far apart.
 
     Args:
@@ -79,7 +82,11 @@ def report(
         measure: How to measure; None is the half-space Riesz energy with s = 2.
         include: Patterns of layer names to take, shell style; None takes all.
         exclude: Patterns of layer names to leave out.
-        head: The class head: "auto" is the last Linear, a name is that layer, None is no head.
+        head: The class head: "auto" is what a model declares, else a guess by names and order; a
+            name or a list of names are these layers; None is no head.
+        neurons: How weights hold neurons: a mapping from patterns of their names ("decoder",
+            "experts.*.W") to "rows", "columns", a number of equal parts along the rows, or a
+            function of the weight to its neurons (..., n, d). What it names is taken in.
         similar_above: Cosine at or above which two neurons are near-duplicates, in (0, 1).
         keep: How many of a layer's near-duplicate pairs to list.
         key: Where in a file the state dict is; None finds it.
@@ -87,8 +94,9 @@ def report(
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if a file holds no weights that can be read, or a pattern matches nothing.
-        TypeError: for a source or a measure of the wrong type.
+        ValueError: if a file holds no weights that can be read, a pattern or a head's name matches
+            nothing, or a weight does not have the parts or the shape that ``neurons`` says.
+        TypeError: for a source, a measure or a way of holding neurons of the wrong type.
 
     Example:
         >>> import torch
@@ -100,8 +108,11 @@ def report(
         ['1 near-duplicate pair', 'as random']
         >>> found.layers[0].pairs
         (SimilarPair(group=0, first=3, second=7, angle=0.0),)
+        >>> found = report({"W_dec": torch.randn(16, 64)}, neurons={"W_dec": "columns"})
+        >>> [(layer.name, layer.shape) for layer in found.layers]
+        [('W_dec', '64 x 16')]
     """
-    found = find_targets(source, include, exclude, head, key)
+    found = find_targets(source, include, exclude, head, key, neurons)
     return look_at_all(found, measure, similar_above, keep, progress)
 
 
@@ -177,17 +188,25 @@ class FoundTargets(NamedTuple):
 
 
 def find_targets(
-    source: Source, include: Patterns, exclude: Patterns, head: str | None, key: str | None
+    source: Source,
+    include: Patterns,
+    exclude: Patterns,
+    head: Head,
+    key: str | None,
+    neurons: Neurons = None,
 ) -> FoundTargets:
     """Find the neurons of a source; arguments as in :func:`report`."""
     if isinstance(source, nn.Module) and not isinstance(source, torch.jit.ScriptModule):
         model = unwrapped(source)
-        targets, skips = select(model, include, exclude, head, everything=True)
+        targets, skips = select(
+            model, include, exclude, head, neurons=neurons, everything=True
+        )
         return FoundTargets(type(model).__name__, targets, skips)
     name, state = _state_dict_of(source, key)
-    candidates = neurons_of_state_dict(state, include)
-    others = candidates.not_weights
+    others: list[Skip] = []
     try:
+        candidates = neurons_of_state_dict(state, include, neurons)
+        others = candidates.not_weights
         stored, skips = select(candidates, include, exclude, head, everything=True)
     except ValueError as error:
         message = f"{name}: {error}"

@@ -16,6 +16,8 @@ from typing import Any
 
 from lightning_hsu import measures
 from lightning_hsu._monitor.text import number
+from lightning_hsu._neurons.how import How
+from lightning_hsu._neurons.select import Head
 from lightning_hsu.measures import Measure
 from lightning_hsu.report.build import Progress, Report, report
 from lightning_hsu.report.checkpoints import printable
@@ -166,8 +168,16 @@ def _add_common(command: argparse.ArgumentParser) -> None:
     command.add_argument("--exclude", metavar="PATTERN", nargs="+", help="layers to leave out")
     command.add_argument(
         "--head",
-        default="auto",
-        help="the class head: a layer's name, or 'none'; by default the last Linear",
+        metavar="NAME",
+        action="append",
+        help="the class head, or 'none'; may be given several times; by default it is guessed",
+    )
+    command.add_argument(
+        "--neurons",
+        metavar="NAME=HOW",
+        action="append",
+        type=_way,
+        help="where a weight's neurons are: rows, columns, or a number of parts; may be repeated",
     )
     command.add_argument(
         "--similar-above",
@@ -183,17 +193,51 @@ def _settings(given: argparse.Namespace) -> dict[str, Any]:
     measure = None
     if given.measure is not None:
         measure = parse_measure(given.measure)
-    head = given.head
-    if head.lower() == "none":
-        head = None
     return {
         "measure": measure,
         "include": given.include,
         "exclude": given.exclude,
-        "head": head,
+        "head": _head(given.head),
+        "neurons": _neurons(given.neurons),
         "similar_above": given.similar_above,
         "key": given.key,
     }
+
+
+def _head(names: list[str] | None) -> Head:
+    """The head that one or more ``--head`` name; "auto" without any."""
+    if names is None:
+        return "auto"
+    if len(names) > 1:
+        for name in names:
+            if name.lower() in ("none", "auto"):
+                raise ValueError(f"--head {name} cannot be given together with another --head")
+        return names
+    return None if names[0].lower() == "none" else names[0]
+
+
+def _neurons(ways: list[tuple[str, How]] | None) -> dict[str, How] | None:
+    """The names that ``--neurons`` gives, each with where the neurons are; None without any."""
+    if ways is None:
+        return None
+    neurons: dict[str, How] = {}
+    for name, how in ways:
+        if neurons.setdefault(name, how) != how:
+            raise ValueError(f"--neurons says both {name}={neurons[name]} and {name}={how}")
+    return neurons
+
+
+def _way(text: str) -> tuple[str, How]:
+    """A weight's name and where its neurons are, of ``NAME=HOW``."""
+    name, _, how = text.rpartition("=")
+    if name and how in ("rows", "columns"):
+        return name, how
+    if name and how.isascii() and how.isdigit() and int(how) > 0:
+        return name, int(how)
+    raise argparse.ArgumentTypeError(
+        "it must be NAME=HOW, where HOW is rows, columns or a number of equal parts, such as "
+        f"'decoder=columns' or 'attn.qkv=3'; got {text!r}"
+    )
 
 
 def _count(text: str) -> int:

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from lightning_hsu._core import unit_rows, with_float64
 from lightning_hsu._neurons.candidates import NeuronSet
+from lightning_hsu._neurons.how import Neurons
 from lightning_hsu._neurons.patterns import Patterns
+from lightning_hsu._neurons.select import Head
 from lightning_hsu.measures import Measure
 from lightning_hsu.report.build import (
     FoundTargets,
@@ -51,7 +53,8 @@ def compare(
     *,
     include: Patterns = None,
     exclude: Patterns = None,
-    head: str | None = "auto",
+    head: Head = "auto",
+    neurons: Neurons = None,
     similar_above: float = 0.95,
     key: str | None = None,
     progress: Progress | None = None,
@@ -68,7 +71,9 @@ def compare(
         measure: How to measure; None is the half-space Riesz energy with s = 2.
         include: Patterns of layer names to take, shell style; None takes all.
         exclude: Patterns of layer names to leave out.
-        head: The class head: "auto" is the last Linear, a name is that layer, None is no head.
+        head: The class head: "auto" is what a model declares, else a guess by names and order; a
+            name or a list of names are these layers; None is no head.
+        neurons: How weights of both hold neurons, as for :func:`~lightning_hsu.report.report`.
         similar_above: Cosine at or above which two neurons are near-duplicates, in (0, 1).
         key: Where in a file the state dict is; None finds it.
         progress: Called with the layer's name and the fraction of the work that is done.
@@ -84,8 +89,8 @@ def compare(
         >>> round(compare(before, after).layers[0].moved, 3)
         0.0
     """
-    first = find_targets(before, include, exclude, head, key)
-    second = find_targets(after, include, exclude, head, key)
+    first = find_targets(before, include, exclude, head, key, neurons)
+    second = find_targets(after, include, exclude, head, key, neurons)
     first, second = _in_space_of(first, second), _in_space_of(second, first)
     earlier = look_at_all(first, measure, similar_above, progress=_half(progress, 0))
     later = look_at_all(second, measure, similar_above, progress=_half(progress, 1))

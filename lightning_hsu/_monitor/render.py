@@ -1,0 +1,234 @@
+"""A table with lines above and below it, as text of 80 columns and as HTML."""
+
+from __future__ import annotations
+
+import textwrap
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+
+from lightning_hsu._monitor.fold import NO_BREAK
+from lightning_hsu._monitor.text import column_widths, table_lines
+
+WIDTH = 80
+"""Columns of the text."""
+
+SHAPE = "neurons x dimension"
+GIGA = "GFLOP/step"
+
+_SHAPE_IF_NARROW = "neurons x dim"
+_NARROWEST_NAMES = 40  # columns; where there is less room, remarks stand below their row
+_WIDE = "\0"  # follows a character that is two columns wide, so that len() counts columns
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the table. Its texts, and those of a line, are made by :func:`printable`.
+
+    Args:
+        names: The layer, or a pattern of several; then the same in less room.
+        count: How many they are, in brackets; "" for one.
+        values: The cells between the name and the remarks.
+        remarks: What is special about them.
+    """
+
+    names: list[str]
+    count: str
+    values: list[str]
+    remarks: str
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of text, which may need to be wrapped."""
+
+    text: str
+    indent: int = 0
+    hanging: int = 4  # the indent of all lines but the first
+
+
+@dataclass(frozen=True)
+class View:
+    """What is shown.
+
+    Args:
+        above: Lines above the table.
+        columns: Titles of the columns between the names and the remarks.
+        rows: The rows.
+        hidden: A line about layers without a row; "" if all have one.
+        hidden_at: The number of rows above that line.
+        below: Lines below the table.
+    """
+
+    above: list[Line]
+    columns: list[str]
+    rows: list[Row]
+    hidden: str
+    hidden_at: int
+    below: list[Line]
+
+    def text(self) -> str:
+        """The view as lines of at most 80 columns."""
+        lines: list[str] = []
+        for line in self.above:
+            lines += _wrap(line)
+        if self.rows:
+            lines += ["", *_table(self), ""]
+        for line in self.below:
+            lines += _wrap(line)
+        return "\n".join(lines).replace(_WIDE, "").replace(NO_BREAK, " ")
+
+    def html(self) -> str:
+        """The view for a notebook, in the colors of the page, so that it can be light or dark."""
+        parts = ['<div style="overflow-x:auto">', *map(_html_line, self.above)]
+        if self.rows:
+            parts += _html_table(self)
+        parts += [*map(_html_line, self.below), "</div>"]
+        return "\n".join(parts).replace(_WIDE, "")
+
+
+def printable(text: str) -> str:
+    """A text without line breaks and control characters, whose length is its width in columns."""
+    if text.isascii() and text.isprintable():
+        return text
+    characters = []
+    for character in unicodedata.normalize("NFC", text):
+        if not character.isprintable():
+            character = ascii(character)[1:-1]
+        characters.append(character)
+        if unicodedata.east_asian_width(character[0]) in "WF":
+            characters.append(_WIDE)
+    return "".join(characters)
+
+
+# Text.
+
+
+def _wrap(line: Line) -> list[str]:
+    """A line as one or several, each at most as wide as the text; none if it is empty."""
+    words = [_shorten(word, WIDTH - line.hanging) for word in line.text.split(" ")]
+    return textwrap.wrap(
+        " ".join(words),
+        WIDTH,
+        initial_indent=" " * line.indent,
+        subsequent_indent=" " * line.hanging,
+        break_on_hyphens=False,
+    )
+
+
+def _shorten(text: str, width: int) -> str:
+    """Cut a text in its middle, so that both ends can be read.
+
+    Example:
+        >>> _shorten("encoder.layers.0.attention.query", 20)
+        'encoder.l...on.query'
+    """
+    if len(text) <= width:
+        return text
+    width = max(width, 5)
+    end = (width - 3) // 2
+    begin = width - 3 - end
+    left, right = text[:begin], text[-end:]
+    # No wide character is cut from its mark.
+    if text[begin] == _WIDE:
+        left = left[:-1]
+    return f"{left}...{right.removeprefix(_WIDE)}"
+
+
+def _table(view: View) -> list[str]:
+    """The lines of the table."""
+    columns, name_width, beside = _layout(view)
+    heading = ["layer", *columns]
+    if beside:
+        heading.append("remarks")
+    cells = [heading]
+    below: list[list[str]] = []  # lines below each row
+    for i, row in enumerate(view.rows, start=1):
+        cells.append([_fitting_name(row, name_width), *row.values])
+        below.append([])
+        if beside:
+            cells[-1].append(row.remarks)
+        else:
+            below[-1] += _wrap(Line(row.remarks, indent=4))
+        if i == view.hidden_at:
+            below[-1] += _wrap(Line(view.hidden))
+    right = [i for i, title in enumerate(heading) if title == GIGA]
+    title, rule, *rows = table_lines(cells, right=right)
+    lines = [title, rule]
+    for one, more in zip(rows, below, strict=True):
+        lines += [one, *more]
+    return lines
+
+
+def _layout(view: View) -> tuple[list[str], int, bool]:
+    """Divide the columns of the text.
+
+    Returns:
+        The titles of the columns in the middle, the room for names, and whether the remarks have a
+        column. If not, they stand below their row.
+    """
+    longest = shortest = len("layer")
+    remarks = 0
+    for row in view.rows:
+        longest = max(longest, len(row.names[0] + row.count))
+        shortest = max(shortest, len(row.names[-1] + row.count))
+        if row.remarks:
+            remarks = max(remarks, len("  remarks"), len("  " + row.remarks))
+    wide = _room(view, view.columns)
+    if longest + remarks <= wide:
+        return view.columns, wide - remarks, remarks > 0
+    columns = [_SHAPE_IF_NARROW if title == SHAPE else title for title in view.columns]
+    narrow = _room(view, columns)
+    if remarks and min(shortest, _NARROWEST_NAMES) + remarks <= narrow:
+        return columns, narrow - remarks, True
+    if longest <= wide:
+        return view.columns, wide, False
+    return columns, narrow, False
+
+
+def _room(view: View, columns: Sequence[str]) -> int:
+    """The columns of the text that are left for the names and the remarks."""
+    widths = column_widths([columns, *(row.values for row in view.rows)])
+    return WIDTH - sum(widths) - 2 * len(widths)
+
+
+def _fitting_name(row: Row, width: int) -> str:
+    """The name of a row in so many columns, always with its count."""
+    room = width - len(row.count)
+    for name in row.names:
+        if len(name) <= room:
+            return name + row.count
+    return _shorten(row.names[-1], room) + row.count
+
+
+# HTML.
+
+
+def _html_line(line: Line) -> str:
+    style = f"padding-left:{line.indent}ch;overflow-wrap:anywhere"
+    return f'<div style="{style}">{escape(line.text)}</div>'
+
+
+def _html_table(view: View) -> list[str]:
+    titles = ["layer", *view.columns]
+    if any(row.remarks for row in view.rows):
+        titles.append("remarks")
+    parts = ['<table style="border-collapse:collapse;margin:0.5em 0"><thead>']
+    parts += [_html_row("th", titles, titles), "</thead><tbody>"]
+    for i, row in enumerate(view.rows, start=1):
+        cells = [row.names[0] + row.count, *row.values, row.remarks]
+        parts.append(_html_row("td", titles, cells[: len(titles)]))
+        if view.hidden and i == view.hidden_at:
+            parts.append(f'<tr><td colspan="{len(titles)}">{escape(view.hidden)}</td></tr>')
+    parts.append("</tbody></table>")
+    return parts
+
+
+def _html_row(tag: str, titles: Sequence[str], cells: Sequence[str]) -> str:
+    parts = []
+    for title, cell in zip(titles, cells, strict=True):
+        align = "right" if title == GIGA else "left"
+        style = f"text-align:{align};overflow-wrap:anywhere"
+        parts.append(f'<{tag} style="{style}">{escape(cell)}</{tag}>')
+    return f"<tr>{''.join(parts)}</tr>"
