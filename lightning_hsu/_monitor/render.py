@@ -18,7 +18,9 @@ SHAPE = "neurons x dimension"
 GIGA = "GFLOP/step"
 
 _SHAPE_IF_NARROW = "neurons x dim"
-_NARROWEST_NAMES = 40  # columns; where there is less room, remarks stand below their row
+_NARROWEST_NAMES = 40  # columns; remarks that leave less room stand below their row
+_NARROWEST_REMARKS = 14  # columns, if one of them is longer
+_MOST_LINES = 2  # of a remark in its column
 _WIDE = "\0"  # follows a character that is two columns wide, so that len() counts columns
 
 
@@ -138,53 +140,66 @@ def _shorten(text: str, width: int) -> str:
 
 def _table(view: View) -> list[str]:
     """The lines of the table."""
-    columns, name_width, beside = _layout(view)
+    columns, name_width, remark_width = _layout(view)
     heading = ["layer", *columns]
-    if beside:
+    if remark_width:
         heading.append("remarks")
     cells = [heading]
-    below: list[list[str]] = []  # lines below each row
+    below: dict[int, list[str]] = {}  # lines that are no cells, by the number of cells above
     for i, row in enumerate(view.rows, start=1):
-        cells.append([_fitting_name(row, name_width), *row.values])
-        below.append([])
-        if beside:
-            cells[-1].append(row.remarks)
+        values = [_fitting_name(row, name_width), *row.values]
+        if remark_width:
+            first, *others = _folded_remark(row.remarks, remark_width) or [""]
+            cells.append([*values, first])
+            cells += [[*[""] * len(values), other] for other in others]
         else:
-            below[-1] += _wrap(Line(row.remarks, indent=4))
+            cells.append(values)
+            below[len(cells)] = _wrap(Line(row.remarks, indent=4))
         if i == view.hidden_at:
-            below[-1] += _wrap(Line(view.hidden))
+            below.setdefault(len(cells), []).extend(_wrap(Line(view.hidden)))
     right = [i for i, title in enumerate(heading) if title == GIGA]
     title, rule, *rows = table_lines(cells, right=right)
     lines = [title, rule]
-    for one, more in zip(rows, below, strict=True):
-        lines += [one, *more]
+    for i, line in enumerate(rows, start=2):
+        lines += [line, *below.get(i, [])]
     return lines
 
 
-def _layout(view: View) -> tuple[list[str], int, bool]:
+def _layout(view: View) -> tuple[list[str], int, int]:
     """Divide the columns of the text.
 
     Returns:
-        The titles of the columns in the middle, the room for names, and whether the remarks have a
-        column. If not, they stand below their row.
+        The titles of the columns in the middle, the room for names, and that for remarks, 0 if they
+        have to stand below their row.
     """
     longest = shortest = len("layer")
-    remarks = 0
+    remarks = [row.remarks for row in view.rows if row.remarks]
     for row in view.rows:
         longest = max(longest, len(row.names[0] + row.count))
         shortest = max(shortest, len(row.names[-1] + row.count))
-        if row.remarks:
-            remarks = max(remarks, len("  remarks"), len("  " + row.remarks))
     wide = _room(view, view.columns)
-    if longest + remarks <= wide:
-        return view.columns, wide - remarks, remarks > 0
     columns = [_SHAPE_IF_NARROW if title == SHAPE else title for title in view.columns]
     narrow = _room(view, columns)
-    if remarks and min(shortest, _NARROWEST_NAMES) + remarks <= narrow:
-        return columns, narrow - remarks, True
+    if remarks:
+        most = max(len("remarks"), *map(len, remarks))
+        if longest + 2 + most <= wide:
+            return view.columns, longest, most
+        for names in (longest, min(shortest, _NARROWEST_NAMES)):
+            width = min(most, narrow - 2 - names)
+            enough = width >= min(most, _NARROWEST_REMARKS)
+            if enough and all(_folded_remark(text, width) for text in remarks):
+                return columns, narrow - 2 - width, width
     if longest <= wide:
-        return view.columns, wide, False
-    return columns, narrow, False
+        return view.columns, longest, 0
+    return columns, narrow, 0
+
+
+def _folded_remark(text: str, width: int) -> list[str]:
+    """A remark as lines of its column; none if it would need too many."""
+    lines = textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False)
+    if len(lines) > _MOST_LINES or max(map(len, lines), default=0) > width:
+        return []
+    return lines
 
 
 def _room(view: View, columns: Sequence[str]) -> int:

@@ -198,9 +198,7 @@ def find_targets(
     """Find the neurons of a source; arguments as in :func:`report`."""
     if isinstance(source, nn.Module) and not isinstance(source, torch.jit.ScriptModule):
         model = unwrapped(source)
-        targets, skips = select(
-            model, include, exclude, head, neurons=neurons, everything=True
-        )
+        targets, skips = select(model, include, exclude, head, neurons=neurons, everything=True)
         return FoundTargets(type(model).__name__, targets, skips)
     name, state = _state_dict_of(source, key)
     others: list[Skip] = []

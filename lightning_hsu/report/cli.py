@@ -230,8 +230,10 @@ def _neurons(ways: list[tuple[str, How]] | None) -> dict[str, How] | None:
 def _way(text: str) -> tuple[str, How]:
     """A weight's name and where its neurons are, of ``NAME=HOW``."""
     name, _, how = text.rpartition("=")
-    if name and how in ("rows", "columns"):
-        return name, how
+    if name and how == "rows":
+        return name, "rows"
+    if name and how == "columns":
+        return name, "columns"
     if name and how.isascii() and how.isdigit() and int(how) > 0:
         return name, int(how)
     raise argparse.ArgumentTypeError(
