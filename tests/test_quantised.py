@@ -1,4 +1,7 @@
-"""Weights that are not plain floating tensors: their values where they are known, else a reason."""
+"""Weights that are not plain floating tensors: their values where they are known, else a reason.
+
+Those of libraries are in ``tests/real_models/test_quantised.py``.
+"""
 
 import warnings
 
@@ -7,37 +10,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from tests.real_models.torchvision_ops import declare_missing_operators
-
-declare_missing_operators()  # torchmetrics and transformers import torchvision
-
-from lightning_hsu._neurons.quantised import plain_values, why_unreadable  # noqa: E402
+from lightning_hsu._neurons.quantised import plain_values, why_unreadable
 
 OUT = "measure the model before it is quantised, or leave this layer out with exclude"
-
-
-def installed(name):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            return __import__(name, fromlist=["_"])
-        except Exception as error:
-            pytest.skip(f"{name} is not installed, or cannot be imported here: {error}")
-
-
-def check_values(module, weight, *, close_to=None, within=0.05, forward=True):
-    """The values are close to the weight before, and exactly what the forward pass uses."""
-    values = plain_values(module, "weight", weight)
-    assert values is not None
-    assert values.is_floating_point()
-    assert not values.requires_grad
-    if close_to is not None:
-        assert (values.float() - close_to.float()).abs().max() < within
-    if forward:
-        eye = torch.eye(values.shape[1])
-        with torch.no_grad():
-            response = module(eye) - module(torch.zeros_like(eye))
-        torch.testing.assert_close(response.T, values.float(), rtol=1e-3, atol=1e-5)
 
 
 # Ordinary tensors.
@@ -281,84 +256,6 @@ def test_four_bits_without_bitsandbytes(monkeypatch):
     x = Params4bit(torch.zeros(3, 1, dtype=torch.uint8), requires_grad=False)
     x.quant_state = object()
     assert plain_values(nn.Linear(3, 2), "weight", x) is None
-
-
-@pytest.mark.parametrize(
-    ("config", "exact"),
-    [
-        ("Int8WeightOnlyConfig", True),
-        ("Int4WeightOnlyConfig", True),
-        ("IntxWeightOnlyConfig", True),
-        ("Float8WeightOnlyConfig", True),
-        ("Int8DynamicActivationInt8WeightConfig", False),  # it rounds the inputs, too
-        ("Int8DynamicActivationIntxWeightConfig", False),
-    ],
-)
-def test_torchao(config, exact):
-    torchao = installed("torchao.quantization")
-    model = nn.Sequential(nn.Linear(128, 64))
-    before = model[0].weight.detach().clone()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            torchao.quantize_(model, getattr(torchao, config)())
-        except Exception as error:
-            pytest.skip(f"this torchao does not quantise like that here: {error}")
-    weight = model[0].weight
-    assert why_unreadable(model[0], "weight", weight).startswith("torchao.")
-    check_values(model[0], weight, close_to=before, within=0.01, forward=exact)
-
-
-def test_bitsandbytes_linears():
-    bnb = installed("bitsandbytes")
-    for make in (bnb.nn.Linear8bitLt, bnb.nn.LinearFP4, bnb.nn.LinearNF4):
-        settings = {"has_fp16_weights": False} if make is bnb.nn.Linear8bitLt else {}
-        layer = make(64, 32, **settings)
-        before = layer.weight.detach().clone()
-        assert why_unreadable(layer, "weight", layer.weight) is None
-        try:
-            layer = layer.to("cpu")
-            layer(torch.randn(2, 64))
-        except Exception as error:
-            pytest.skip(f"this bitsandbytes does not run on a CPU: {error}")
-        assert why_unreadable(layer, "weight", layer.weight).startswith("bitsandbytes.")
-        check_values(layer, layer.weight, close_to=before)
-        # On some processors four bits are rearranged here, and multiplied in bfloat16.
-        layer.eval()(torch.randn(2, 64))
-        held = layer.weight.detach().clone()
-        check_values(layer, layer.weight, close_to=before, forward=False)
-        assert torch.equal(layer.weight, held)
-        values = plain_values(layer, "weight", layer.weight)
-        x = torch.randn(4, 64)
-        with torch.no_grad():
-            y = layer(x) - layer.bias
-        assert (y - F.linear(x, values.float())).abs().max() < 0.05
-
-
-def test_bitsandbytes_embeddings():
-    bnb = installed("bitsandbytes")
-    for make in (bnb.nn.Embedding8bit, bnb.nn.Embedding4bit):
-        layer = make(10, 64).to("cpu")
-        values = plain_values(layer, "weight", layer.weight)
-        assert values.shape == (10, 64)
-        expected = layer(torch.arange(10))
-        torch.testing.assert_close(values.to(expected.dtype), expected, rtol=1e-2, atol=1e-2)
-
-
-@pytest.mark.parametrize("block", [None, (8, 16), (8, 10)])
-def test_fp8_linear_of_transformers(block):
-    fp8 = installed("transformers.integrations.finegrained_fp8")
-    layer = fp8.FP8Linear(50, 20, block_size=block)
-    with torch.no_grad():
-        layer.weight.copy_(torch.randn(20, 50).to(torch.float8_e4m3fn))
-        layer.weight_scale_inv.copy_(torch.rand(layer.weight_scale_inv.shape) + 0.5)
-    reason = why_unreadable(layer, "weight", layer.weight)
-    assert reason.startswith("transformers.integrations.finegrained_fp8.FP8Linear")
-    values = plain_values(layer, "weight", layer.weight)
-    scale = layer.weight_scale_inv.detach()
-    if block is not None:
-        scale = scale.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)[:20, :50]
-    torch.testing.assert_close(values, layer.weight.float() * scale)
 
 
 def test_torch_quantised_tensors():

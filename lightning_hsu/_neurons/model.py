@@ -93,6 +93,7 @@ class _Finder:
         self._found = Candidates[Target](type(model).__name__, [], [])
         self._modules = dict(model.named_modules())
         self._left_out: set[nn.Module] = set()  # parts of layers, such as the factors of adapters
+        self._computing: set[nn.Module] = set()  # parametrizations
         self._copies: set[nn.Module] = set()
         self._adapters: dict[nn.Module, Adapter] = {}
         self._weights: list[str] = []  # names of all weights, for errors
@@ -103,10 +104,10 @@ class _Finder:
             if is_copy(module):
                 self._copies.update(module.modules())
             if isinstance(module, ParametrizationList):
-                self._left_out.update(module.modules())
+                self._computing.update(module.modules())
             for unused in unused_of(module):
                 self._left_out.update(unused.modules())
-            if module in self._left_out or _has_users_rule(module):
+            if module in self._left_out | self._computing or _has_users_rule(module):
                 continue
             adapter = adapter_of(module)
             if adapter is not None:  # some share factors, which may come first
@@ -132,6 +133,8 @@ class _Finder:
     def _add_module(self, path: str, module: nn.Module) -> None:
         """Add the sets of neurons of one module, and its weights that are left out."""
         layer = plain_name(path)
+        if module in self._computing:
+            return
         taken = self._add_asked(path, layer, module)
         if module in self._left_out:
             return
@@ -181,7 +184,8 @@ class _Finder:
         for attribute, x in module.named_buffers(recurse=False):
             name = full_name(layer, attribute)
             how = None
-            if x.ndim >= 2 and x.is_floating_point():
+            is_mask = attribute.endswith("_mask") and f"{attribute[:-5]}_orig" in module._parameters
+            if x.ndim >= 2 and x.is_floating_point() and not is_mask:
                 how = self._asked_how(name, name, attribute, x.ndim)
             if how is not None:
                 taken.add(attribute)
@@ -193,7 +197,7 @@ class _Finder:
         """What the user says of a weight; the first pattern that matches counts."""
         found: How | None = None
         for pattern, how in self._asked.items():
-            is_named = matches(name, [pattern], below=False) or exact == pattern
+            is_named = any(matches(one, [pattern], below=False) for one in (name, exact))
             is_below = matches(name, [pattern]) and ndim >= 2 and "bias" not in attribute
             if is_named or is_below:
                 self._used.add(pattern)
@@ -467,7 +471,7 @@ class _Finder:
                 layer=layer,
                 shape=shape_by_group(view.x),
                 kind=kind,
-                identity=_identity(module, name, view),
+                identity=_identity(module, rule, name, view),
                 module=module,
                 rule=rule,
                 key=key,
@@ -629,11 +633,11 @@ def _check_rule(module: nn.Module, name: str, view: NeuronView, *, is_own: bool)
         )
 
 
-def _identity(module: nn.Module, name: str, view: NeuronView) -> Hashable:
+def _identity(module: nn.Module, rule: Rule, name: str, view: NeuronView) -> Hashable:
     """Equal for two sets of neurons that are the same entries of one parameter."""
     x: Tensor | None = view.x
     parameter = view.parameter
-    if isinstance(module, _EMBEDDINGS):
+    if isinstance(module, _EMBEDDINGS) and rule is class_rule:
         # The whole table: a tied head has a neuron for the padding, too.
         weight = module._parameters.get("weight")
         x = weight

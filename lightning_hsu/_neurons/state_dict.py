@@ -92,8 +92,8 @@ class _Wanted:
         self.names[name] = None
         found: How | None = None
         for pattern, how in self.ways.items():
-            is_named = matches(name, [pattern], below=False)
-            is_named = is_named or full_name(layer, attribute) == pattern
+            exact = full_name(layer, attribute)
+            is_named = any(matches(one, [pattern], below=False) for one in (name, exact))
             is_below = matches(name, [pattern]) and "bias" not in attribute
             if is_named or is_below:
                 self.used.add(pattern)

@@ -5,18 +5,19 @@ import warnings
 from fnmatch import fnmatchcase
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
 
 from lightning_hsu import UniformityRegularizer, summarize
 from tests.real_models.catalogue import entries
+from tests.real_models.table import BEGIN, END, table
 
 pytestmark = pytest.mark.models
 
 COVERED = 0.95  # of the entries that are not embeddings, tables, biases or vectors
 TOLERANCE = 2e-4  # of a gradient's largest entry, in float32; measured: up to 3e-5
-RECORD = {}
 
 
 @pytest.fixture(scope="module", params=entries(), ids=lambda entry: entry.name)
@@ -148,3 +149,14 @@ def double_loop(x, half_space):
     for i in range(1, len(points)):
         total = total + (1.0 / (points[:i] - points[i]).square().sum(1)).sum()
     return total / (len(points) * (len(points) - 1) / 2)
+
+
+def test_the_table_in_the_readme():
+    """Printed by ``python -m tests.real_models.table``."""
+    for one in entries():
+        for name in one.imports:
+            if find_spec(name) is None:
+                pytest.skip(f"needs {name}: make models")
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    shown = readme.partition(BEGIN)[2].partition(END)[0].strip()
+    assert shown == table()

@@ -1,0 +1,23 @@
+"""Libraries that a test needs, or else is skipped."""
+
+from __future__ import annotations
+
+import warnings
+from importlib import import_module
+from types import ModuleType
+
+import pytest
+
+
+def library(name: str) -> ModuleType:
+    """Import a module, or skip the test if it is not there or cannot be imported here.
+
+    Args:
+        name: Name of the module, such as "peft".
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # those of the library, as it is imported
+        try:
+            return import_module(name)
+        except (ImportError, RuntimeError, OSError) as error:  # also one that does not fit torch
+            pytest.skip(f"needs {name.partition('.')[0]}: make models ({error})")
