@@ -385,7 +385,9 @@ def test_weights_without_numbers_say_so(tmp_path):
     reasons = {skip.name: skip.reason for skip in found.skips}
     assert "holds no numbers" in reasons["a.weight"]
     assert "to_dense" in reasons["c.weight"]
-    with pytest.raises(ValueError, match=r"weight \(4, 4\): it holds no numbers yet \(device meta\)"):
+    with pytest.raises(
+        ValueError, match=r"weight \(4, 4\): it holds no numbers yet \(device meta\)"
+    ):
         report(nn.Linear(4, 4, device="meta"))
     torch.save({"a.weight": torch.ones(4, 4, dtype=torch.int8)}, tmp_path / "b.pt")
     with pytest.raises(

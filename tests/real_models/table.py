@@ -39,9 +39,7 @@ def table() -> str:
         shares = sorted({f"{100 * share:.0f}" for _, _, share, _ in found}, key=float)
         span = shares[0] if len(shares) == 1 else f"{shares[0]}–{shares[-1]}"
         early = sum(known for *_, known in found)
-        lines.append(
-            f"| {library} | {names} | {sets} | {span} % | {early} of {len(found)} |"
-        )
+        lines.append(f"| {library} | {names} | {sets} | {span} % | {early} of {len(found)} |")
     return "\n".join(lines)
 
 

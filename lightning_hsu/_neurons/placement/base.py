@@ -236,9 +236,7 @@ def names_of_first(names: list[str], group: ProcessGroup | None) -> list[str]:
     return agreed[0]
 
 
-def neurons_with(
-    module: nn.Module, rule: Rule, given: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
+def neurons_with(module: nn.Module, rule: Rule, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A module's neurons, by key, with tensors in place of the parameters of these names."""
     replaced = {}
     for name, x in given.items():
