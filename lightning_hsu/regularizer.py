@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -520,8 +521,13 @@ class UniformityRegularizer:
             raise ValueError(message)
         warnings.warn(message, stacklevel=3)
 
-    def _layer(self, target: Target) -> Layer:
-        """A target with its measure and coefficient."""
+    def _layer(self, target: Target, known: Layer | None) -> Layer:
+        """A target with its measure and coefficient; its parameters are those that are known."""
+        if known is None:
+            parameters, rows = tuple(target.parameters()), target.held_rows()
+        else:
+            parameters, rows = known.parameters, known.rows
+            target = replace(target, shape=known.target.shape)
         measure = measure_of_layer(
             self.measure,
             is_head=target.head,
@@ -531,11 +537,10 @@ class UniformityRegularizer:
         coefficient = self.coefficient
         if target.head and self.head_coefficient is not None:
             coefficient = self.head_coefficient
-        parameters = tuple(target.parameters())
         strength: Strength = 0.0  # a buffer, or a quantised weight: no gradient can reach it
         if parameters:
             strength = coefficient.of(target.name)
-        return Layer(target, measure, strength, parameters, target.held_rows())
+        return Layer(target, measure, strength, parameters, rows)
 
     def _step(
         self,

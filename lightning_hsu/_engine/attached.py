@@ -38,7 +38,8 @@ class Attached:
         placement: How its weights are placed over the ranks.
         candidates: All sets of neurons in it.
         choose: Chooses among them.
-        make_layer: Gives a target its measure and coefficient.
+        make_layer: Gives a target its measure and coefficient; what else there is to know of it is
+            read, or taken from a layer of the same name.
 
     Attributes:
         layers: The layers that are measured.
@@ -54,7 +55,7 @@ class Attached:
         placement: Placement,
         candidates: Candidates[Target],
         choose: Choose,
-        make_layer: Callable[[Target], Layer],
+        make_layer: Callable[[Target, Layer | None], Layer],
     ) -> None:
         self.model = model
         self.placement = placement
@@ -72,12 +73,12 @@ class Attached:
         Args:
             traced: Names of the layers that came last before the loss; [] if that is not known.
         """
-        shapes = {layer.name: layer.target.shape for layer in self.layers}
+        known = {layer.name: layer for layer in self.layers}
         targets, self.skips = self._choose(traced)
         kept = []
         for target in targets:
-            shape = shapes.get(target.name, target.shape)
-            layer = self._make_layer(replace(target, shape=shape))
+            # FSDP2 may show other parameters between a forward pass and its backward pass.
+            layer = self._make_layer(target, known.get(target.name))
             reason = layer.why_refused()
             if reason is None:
                 kept.append(layer)
@@ -85,7 +86,8 @@ class Attached:
                 self.skips.append(Skip(layer.name, layer.target.shape, reason))
         self.layers = kept
         self.plan = Plan(kept, self.placement)
-        self.coverage = _coverage(self.model, kept)
+        if {layer.name for layer in kept} != set(known):
+            self.coverage = _coverage(self.model, kept)
 
     def expects(self, heads: Sequence[str]) -> bool:
         """Whether these heads would be chosen without a forward pass, too."""
@@ -126,7 +128,7 @@ class Attached:
             return layer
         try:
             groups, n, d = layer.target.neurons().shape
-            return self._make_layer(replace(layer.target, shape=(groups, n, d)))
+            return self._make_layer(replace(layer.target, shape=(groups, n, d)), None)
         except Exception as error:
             raise RuntimeError(
                 f"the neurons of layer '{layer.name}' {layer.target.shape} can no longer be read: "
