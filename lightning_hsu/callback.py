@@ -416,14 +416,15 @@ class HypersphericalUniformity(_trainer.EveryCallback):
         fit = self._fit
         frozen = {layer.name for layer in self.regularizer.layers}
         frozen -= {layer.name for layer in self.regularizer.trained_layers}
-        if frozen <= set(fit.frozen) and frozen:
-            measured = self.regularizer.measure_layers(frozen=False)
-            by_name = fit.frozen | {one.name: one for one in measured}
-            return [by_name[layer.name] for layer in self.regularizer.layers]
-        measured = self.regularizer.measure_layers()
-        fit.frozen = {one.name: one for one in measured if one.name in frozen}
-        fit.fingerprints = self.regularizer.fingerprints(frozen)
-        return measured
+        if not frozen:
+            return self.regularizer.measure_layers()
+        known = {name: one for name, one in fit.frozen.items() if name in frozen}
+        measured = {one.name: one for one in self.regularizer.measure_layers(but=known)}
+        new = frozen - set(known)
+        fit.frozen = known | {name: measured[name] for name in new}
+        fit.fingerprints |= self.regularizer.fingerprints(new)
+        measured |= known
+        return [measured[layer.name] for layer in self.regularizer.layers]
 
     def _forget_changed(self) -> None:
         """Forget the measurements of frozen layers whose weights were changed, as in a teacher."""

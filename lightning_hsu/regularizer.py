@@ -412,14 +412,14 @@ class UniformityRegularizer:
         self._check_attached()
         return self._step(self._move, optimizer, index, stats=stats)
 
-    def measure_layers(self, *, frozen: bool = True) -> list[LayerUniformity]:
+    def measure_layers(self, *, but: Collection[str] = ()) -> list[LayerUniformity]:
         """Measure every layer as it is now; where ranks share the weights, all must call it.
 
         Args:
-            frozen: Whether to measure frozen layers, too.
+            but: Names of layers to leave out.
         """
         self._check_attached()
-        layers = self.layers if frozen else self.trained_layers
+        layers = [layer for layer in self.layers if layer.name not in but]
         with self.gathered():
             return measure_layers(layers, self.state.monitor_state)
 
