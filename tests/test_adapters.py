@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lightning_hsu._neurons.adapters import adapter_of, replaced_of, unused_of
+from lightning_hsu._neurons.adapters import adapter_of, unused_of
 
 SIZE = 16  # square, so that no shape tells rows from columns
 
@@ -161,7 +161,6 @@ def test_quantised_base():
 )
 def test_other_modules_are_no_adapters(module):
     assert adapter_of(module) is None
-    assert replaced_of(module) is None
     assert unused_of(module) == ()
 
 

@@ -55,6 +55,8 @@ trainer:
         head_coefficient: {class_path: lightning_hsu.LinearSchedule, init_args: {value: 0.1}}
         apply: decoupled
         include: [encoder.*, fc]
+        head: [fc]
+        neurons: {fc: rows, encoder.0: 1}
         step_limit: null
 """
 
@@ -116,7 +118,7 @@ def settings(callback):
         "head_coefficient": engine.head_coefficient and engine.head_coefficient.given,
         **{
             name: getattr(engine, name)
-            for name in ("include", "exclude", "head", "every_n_steps", "step_limit")
+            for name in ("include", "exclude", "head", "neurons", "every_n_steps", "step_limit")
         },
         **{name: getattr(callback, name) for name in ("apply", "prefix", "verbose")},
     }
@@ -137,7 +139,8 @@ def test_a_config_is_run_saved_and_run_again(package):
         "head_coefficient": LinearSchedule(0.1),
         "include": ["encoder.*", "fc"],
         "exclude": None,
-        "head": "auto",
+        "head": ["fc"],
+        "neurons": {"fc": "rows", "encoder.0": 1},
         "every_n_steps": 1,
         "step_limit": None,
         "apply": "decoupled",

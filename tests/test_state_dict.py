@@ -10,6 +10,7 @@ from torch.nn.utils import parametrizations, prune
 from lightning_hsu._neurons.model import neurons_of_model
 from lightning_hsu._neurons.select import select
 from lightning_hsu._neurons.state_dict import neurons_of_state_dict
+from lightning_hsu.report import report
 
 
 class HuggingFaceConv1D(nn.Module):
@@ -477,3 +478,42 @@ def test_what_cannot_be_read_is_told_even_if_it_is_named():
     reasons = {skip.name: skip.reason for skip in candidates.not_weights}
     assert "report the model itself" in reasons["0.parametrizations.weight.original"]
     assert "device meta" in reasons["b.W"]
+
+
+def dictionary():
+    model = nn.Module()
+    model.encoder, model.decoder = nn.Linear(8, 32), nn.Linear(32, 8, bias=False)
+    with torch.no_grad():
+        model.decoder.weight[:, 7] = 2 * model.decoder.weight[:, 3]
+    return model
+
+
+def test_a_dictionary_is_read_by_its_columns_in_a_file_too():
+    model = dictionary()
+    for source in (
+        model,
+        model.state_dict(),
+        {f"sae.{k}": x for k, x in model.state_dict().items()},
+    ):
+        found = report(source)
+        decoder = next(layer for layer in found.layers if layer.name.endswith("decoder"))
+        assert (decoder.uniformity.neurons, decoder.uniformity.dimension) == (32, 8)
+        assert [(pair.first, pair.second) for pair in decoder.pairs] == [(3, 7)]
+        assert "read by columns, as a dictionary" in found.to_dict()["notes"][0]["note"]
+        assert "read by columns, as a dictionary" in " ".join(str(found).split())
+        assert "read by columns, as a dictionary" in found.to_html()
+    alone = report({"decoder.weight": model.decoder.weight})
+    assert alone.layers[0].uniformity.neurons == 8
+    assert "if its columns are directions: neurons={'decoder': 'columns'}" in " ".join(
+        str(alone).split()
+    )
+
+
+def test_bare_matrices_whose_names_say_what_they_hold():
+    state = {
+        "W_dec": torch.randn(32, 8),
+        "W_enc": torch.randn(8, 32),
+        "prototypes": torch.randn(5, 8),
+    }
+    shapes = {one.name: one.shape for one in neurons_of_state_dict(state).sets}
+    assert shapes == {"W_dec": (1, 32, 8), "W_enc": (1, 32, 8), "prototypes": (1, 5, 8)}

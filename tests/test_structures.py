@@ -1124,19 +1124,8 @@ def test_weights_that_cannot_be_read(kind, bare):
     assert "0" in str(summary)
 
 
-ASKED_FOR = {
-    "sparse": pytest.mark.xfail(
-        strict=True, reason="it is taken in, and fails when it is measured"
-    ),
-    "meta": pytest.mark.xfail(strict=True, reason="an error about autocast"),
-    "nested": pytest.mark.xfail(strict=True, reason="no weight matches, although there is one"),
-}
-
-
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(
-    "kind", [pytest.param(kind, marks=ASKED_FOR.get(kind, ())) for kind in UNREADABLE]
-)
+@pytest.mark.parametrize("kind", UNREADABLE)
 def test_weights_that_cannot_be_read_although_they_are_asked_for(kind):
     model = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3))
     values = UNREADABLE[kind][0](torch.randn(4, 5))
@@ -1247,17 +1236,6 @@ def test_the_gradient_of_what_the_user_says(words):
 
 UP = nn.ConvTranspose1d
 
-COLUMNS_WRONG = pytest.mark.xfail(
-    strict=True, reason="the columns of a transposed convolution are its rows, mixed across groups"
-)
-PARTS_WRONG = pytest.mark.xfail(
-    strict=True, reason="the parts of a transposed convolution are of its inputs, not of its rows"
-)
-PADDING_WRONG = pytest.mark.xfail(
-    strict=True,
-    reason="read like that, an embedding's row of the padding is trained by the penalty",
-)
-
 
 def up_rows(m):
     """Kernels (in, out / groups, k) by output."""
@@ -1298,22 +1276,18 @@ CONVOLUTIONS = [
     ),
     pytest.param(lambda: UP(3, 4, 2), "rows", {"0": up_rows}, id="transposed rows"),
     pytest.param(lambda: UP(6, 4, 3, groups=2), "rows", {"0": up_rows}, id="transposed, grouped"),
-    pytest.param(
-        lambda: UP(3, 4, 2), "columns", {"0": up_columns}, id="its columns", marks=COLUMNS_WRONG
-    ),
+    pytest.param(lambda: UP(3, 4, 2), "columns", {"0": up_columns}, id="its columns"),
     pytest.param(
         lambda: UP(6, 4, 3, groups=2),
         "columns",
         {"0": up_columns},
         id="its columns, grouped",
-        marks=COLUMNS_WRONG,
     ),
     pytest.param(
         lambda: UP(6, 4, 3),
         2,
         {"0.0": lambda m: up_rows(m)[:, :2], "0.1": lambda m: up_rows(m)[:, 2:]},
         id="its parts",
-        marks=PARTS_WRONG,
     ),
 ]
 
@@ -1332,17 +1306,17 @@ def test_rows_and_columns_of(make, how, expected):
     "how",
     [
         "rows",
-        pytest.param("columns", marks=PADDING_WRONG),
-        pytest.param(1, marks=PADDING_WRONG),
-        pytest.param(2, marks=PADDING_WRONG),
+        "columns",
+        1,
+        2,
     ],
 )
 def test_the_row_of_a_padding_never_trains(how):
-    model = nn.Sequential(nn.Embedding(6, 4, padding_idx=0), nn.Linear(4, 4))
+    model = nn.Sequential(nn.Embedding(7, 4, padding_idx=0), nn.Linear(4, 4))
     with torch.no_grad():
         model[0].weight[0] = 0.1  # as after loading weights; a row of zeros has no direction
     regularizer = UniformityRegularizer(head=None, neurons={"0": how}).attach(model)
-    model[0].weight.grad = torch.zeros(6, 4)
+    model[0].weight.grad = torch.zeros(7, 4)
     regularizer.add_gradients(torch.optim.SGD(model.parameters(), lr=0.1))
     assert (model[0].weight.grad[1:] != 0).any()
     assert (model[0].weight.grad[0] == 0).all()
@@ -1431,7 +1405,6 @@ def first_inputs(w):
 
 
 @pytest.mark.usefixtures("_registered")
-@pytest.mark.xfail(strict=True, reason="the reading of the class comes beside the one asked for")
 @pytest.mark.parametrize(
     ("make", "neurons", "expected"),
     [

@@ -88,7 +88,7 @@ def adapter_of(module: nn.Module) -> Adapter | None:
     """
     if _is_tuner(module):
         if "ln_tuning_layers" in module._modules:
-            return None  # whole copies: see replaced_of
+            return None  # whole copies: see unused_of
         return _tuner(module)
     if any(kind.__name__ in _PROMPTS for kind in type(module).__mro__):
         reason = f"{qualified(module)}: learned prompts are no neurons of a layer"
@@ -106,19 +106,11 @@ def adapter_of(module: nn.Module) -> Adapter | None:
     return None
 
 
-def replaced_of(module: nn.Module) -> nn.Module | None:
-    """The frozen original inside a wrapper that uses a trained copy of it in its place, else None.
-
-    Such are peft's ``modules_to_save`` and its tuned normalisation layers.
-    """
-    original, _, active = _copies(module)
-    return original if active is not None else None
-
-
 def unused_of(module: nn.Module) -> tuple[nn.Module, ...]:
-    """The modules inside such a wrapper that its forward pass does not use now.
+    """The modules inside a wrapper of copies that its forward pass does not use now.
 
-    These are the original if a copy is active, and copies that are not active.
+    Such wrappers are peft's ``modules_to_save`` and its tuned normalisation layers. Unused are the
+    original if a copy is active, and copies that are not active.
     """
     original, copies, active = _copies(module)
     unused = []

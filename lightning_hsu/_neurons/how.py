@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -44,7 +44,10 @@ class WeightRule:
 
     def __call__(self, module: nn.Module) -> Tensor | dict[str, Tensor]:
         """The neurons (n, d) or (groups, n, d), or those of each part by its key."""
-        x = self.arrange(effective_weight(module, self.attribute))
+        return self.parted(self.arrange(effective_weight(module, self.attribute)))
+
+    def parted(self, x: Tensor) -> Tensor | dict[str, Tensor]:
+        """The neurons, or those of each part by its key."""
         if not self.parts:
             return x
         return {part.key: part.take(x) for part in self.parts}
@@ -104,6 +107,27 @@ class PartedRule:
         x = self.whole(module)
         assert isinstance(x, Tensor)
         return {part.key: part.take(x) for part in self.parts}
+
+
+@dataclass(frozen=True)
+class WithoutPadding:
+    """Reads an embedding without the row of its padding, which does not train, in another way.
+
+    Args:
+        table: The rule of embeddings.
+        how: The other way.
+    """
+
+    table: Rule
+    how: WeightRule | FunctionRule
+
+    def __call__(self, module: nn.Module) -> Tensor | dict[str, Tensor]:
+        """The neurons (n, d) or (groups, n, d), or those of each part by its key."""
+        weight = self.table(module)
+        assert isinstance(weight, Tensor)
+        if isinstance(self.how, FunctionRule):
+            return apply_function(self.how.function, weight, self.how.name)
+        return self.how.parted(self.how.arrange(weight))
 
 
 @dataclass(frozen=True)
@@ -199,7 +223,14 @@ def _check_how(pattern: str, how: object) -> None:
 
 
 def rule_for(
-    how: How, attribute: str, weight: Tensor, name: str, *, kernels: bool = False, groups: int = 1
+    how: How,
+    attribute: str,
+    weight: Tensor,
+    name: str,
+    *,
+    kernels: bool = False,
+    groups: int = 1,
+    transposed: bool = False,
 ) -> WeightRule | FunctionRule:
     """The rule that reads a weight as the user says.
 
@@ -210,6 +241,8 @@ def rule_for(
         name: Name of the layer, for errors.
         kernels: See :class:`WeightRule`.
         groups: See :class:`WeightRule`.
+        transposed: Whether the weight is (in, out, *kernel), so that its rows are along the second
+            axis.
 
     Raises:
         ValueError: if the weight has one axis, or the parts do not divide the rows.
@@ -220,19 +253,20 @@ def rule_for(
             f"neurons={{'{name}': {how!r}}}: layer '{name}' {shape} has one axis; neurons are the "
             "rows or columns of a matrix"
         )
+    by_row = WeightRule(attribute, columns=transposed, kernels=kernels, groups=groups)
     if how == "rows":
-        return WeightRule(attribute, kernels=kernels, groups=groups)
+        return by_row
     if how == "columns":
-        return WeightRule(attribute, columns=True, kernels=kernels, groups=groups)
+        return replace(by_row, columns=not transposed)
     if isinstance(how, int):
-        rule = WeightRule(attribute, kernels=kernels, groups=groups, parts=equal_parts(how))
+        rule = replace(by_row, parts=equal_parts(how))
         rows = rule.arrange(weight).shape[-2]
         if rows % how:
             raise ValueError(
                 f"neurons={{'{name}': {how}}}: the {rows} rows of layer '{name}' {shape} do not "
                 f"divide into {how} equal parts"
             )
-        return WeightRule(attribute, kernels=kernels, groups=groups) if how == 1 else rule
+        return by_row if how == 1 else rule
     assert callable(how)
     return FunctionRule(attribute, how, name)
 

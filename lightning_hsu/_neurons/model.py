@@ -28,14 +28,14 @@ from lightning_hsu._neurons.how import (
     PartedRule,
     StoredValues,
     WeightRule,
+    WithoutPadding,
     check_neurons,
     rule_for,
 )
 from lightning_hsu._neurons.patterns import matches, unknown_pattern
 from lightning_hsu._neurons.placement import NeuronView, Placement, placement_of
-from lightning_hsu._neurons.quantised import why_unreadable
+from lightning_hsu._neurons.quantised import qualified, why_unreadable
 from lightning_hsu._neurons.rules import (
-    PROJECTIONS,
     Rule,
     class_rule,
     effective_weight,
@@ -46,8 +46,10 @@ from lightning_hsu._neurons.target import Target, without_side_effects
 from lightning_hsu._neurons.wrappers import plain_name
 
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+_PARTS = ("orig", "g", "v")  # of a weight that an older hook of torch's computes
 _LEVELS = 4  # from a fused projection up to the module that knows its sizes
 _CONVOLUTIONS = (nn.modules.conv._ConvNd,)
+_READ_BY_ROWS = (*_EMBEDDINGS, *_CONVOLUTIONS, nn.Bilinear)  # "rows" is how they are read anyway
 
 
 def neurons_of_model(
@@ -139,7 +141,7 @@ class _Finder:
         if module in self._left_out:
             return
         if module in self._adapters:
-            self._add_adapted(path, layer, module, self._adapters[module])
+            self._add_adapted(path, layer, module, self._adapters[module], taken)
             return
         if rule_of(module) is None:
             self._add_foreign(path, layer, module, taken)
@@ -154,11 +156,9 @@ class _Finder:
                 shape = shape_of_weight(module.__dict__.get("weight", torch.empty(0)))
                 self._skip(full_name(layer, ""), shape, reason)
                 return
-        if taken and isinstance(module, (nn.Linear, *_CONVOLUTIONS, *_EMBEDDINGS)):
-            return  # its weight is read as asked for
         kind = self._kind_of(path, module)
         note = self._note(path, module)
-        self._add_sets(layer, module, rule, kind=kind, without=_keys_of(taken), note=note)
+        self._add_sets(layer, module, rule, kind=kind, without=taken, note=note)
 
     # What the user asked for.
 
@@ -166,19 +166,21 @@ class _Finder:
         """Add the weights of a module that the user has named; return their attributes."""
         taken = set()
         for attribute, shape in _weights_of(module):
-            name = full_name(layer, "" if attribute == "weight" else attribute)
+            key = "" if attribute == "weight" else attribute
+            name = full_name(layer, key)
             exact = full_name(layer, attribute)
             self._weights.append(name)
             how = self._asked_how(name, exact, attribute, len(shape))
             if how is None:
                 continue
             taken.add(attribute)
+            if self._is_unreadable_weight(layer, module, attribute, shape):
+                continue
             try:
-                rule = self._asked_rule(how, module, attribute, shape, name)
+                rule = self._asked_rule(how, path, module, attribute, shape, name)
             except (ValueError, TypeError) as error:
                 self._found.broken.append(Broken(name, error))
                 continue
-            key = "" if attribute == "weight" else attribute
             kind = self._kind_of(path, module)
             self._add_sets(layer, module, rule, kind=kind, prefix=key, asked=True)
         for attribute, x in module.named_buffers(recurse=False):
@@ -206,18 +208,38 @@ class _Finder:
         return found
 
     def _asked_rule(
-        self, how: How, module: nn.Module, attribute: str, shape: tuple[int, ...], name: str
+        self,
+        how: How,
+        path: str,
+        module: nn.Module,
+        attribute: str,
+        shape: tuple[int, ...],
+        name: str,
     ) -> Rule:
         """The rule that reads a weight as the user says."""
-        if isinstance(module, _EMBEDDINGS) and how == "rows" and attribute == "weight":
-            return class_rule  # without the row of the padding
-        is_transposed = isinstance(module, nn.modules.conv._ConvTransposeNd)
-        if is_transposed and how == "rows" and attribute == "weight":
-            return class_rule
-        kernels = isinstance(module, _CONVOLUTIONS) and attribute == "weight"
-        groups = int(getattr(module, "groups", 1)) if kernels and not is_transposed else 1
-        weight = torch.empty(shape, device="meta")
-        return rule_for(how, attribute, weight, name, kernels=kernels, groups=groups)
+        is_weight = attribute == "weight"
+        if is_weight and how == "rows" and isinstance(module, _READ_BY_ROWS):
+            return self._refined(path, module)
+        kernels = is_weight and isinstance(module, _CONVOLUTIONS)
+        groups = 1
+        if kernels:
+            assert isinstance(module.groups, int)
+            groups = module.groups
+        padded = is_weight and getattr(module, "padding_idx", None) is not None
+        if padded:
+            shape = (shape[0] - 1, *shape[1:])
+        rule = rule_for(
+            how,
+            attribute,
+            torch.empty(shape, device="meta"),
+            name,
+            kernels=kernels,
+            groups=groups,
+            transposed=kernels and isinstance(module, nn.modules.conv._ConvTransposeNd),
+        )
+        if padded and isinstance(module, _EMBEDDINGS):
+            return WithoutPadding(class_rule, rule)
+        return rule
 
     # Layers of torch.
 
@@ -242,10 +264,8 @@ class _Finder:
         if not isinstance(module, nn.Linear) or not names.sounds_like_dictionary(path):
             return ""
         parent, name = self._parent(path)
-        layer = full_name(plain_name(path), "")
-        if parent is not None and names.mirrored_encoder(parent, name, module):
-            return f"read by columns, as a dictionary; for its rows: neurons={{'{layer}': 'rows'}}"
-        return f"read by rows; if its columns are directions: neurons={{'{layer}': 'columns'}}"
+        mirrored = parent is not None and names.mirrored_encoder(parent, name, module)
+        return names.dictionary_note(full_name(plain_name(path), ""), mirrored=mirrored)
 
     def _kind_of(self, path: str, module: nn.Module) -> Kind:
         if isinstance(module, nn.Linear):
@@ -280,19 +300,16 @@ class _Finder:
         for key, p in module._parameters.items():
             if p is None or key in taken or "bias" in key or not is_torch_layer:
                 continue
-            reason_or_none = why_unreadable(module, key, p)
-            if reason_or_none is None:
-                continue
-            if not self._add_values(layer, module, key):
-                self._skip(full_name(layer, ""), shape_of_weight(p), reason_or_none)
-            return True
+            if self._is_unreadable_weight(layer, module, key, shape_of_weight(p)):
+                return True
         if any(p.is_meta for p in module.parameters()):
-            reason = "it holds no numbers yet (device meta): load the weights first"
-            self._skip(full_name(layer, ""), (), reason)
+            self._skip(full_name(layer, ""), (), "it holds no numbers yet (device meta): load them")
             return True
         return False
 
-    def _add_adapted(self, path: str, layer: str, module: nn.Module, adapter: Adapter) -> None:
+    def _add_adapted(
+        self, path: str, layer: str, module: nn.Module, adapter: Adapter, taken: set[str]
+    ) -> None:
         """Add the effective weight of a layer with an adapter, or say why it is left out."""
         if adapter.rule is None:
             shape = tuple(next((p.shape for p in module.parameters() if p.ndim >= 2), ()))
@@ -307,7 +324,22 @@ class _Finder:
             parts = self._fused_parts(path, outputs)
             if parts:
                 rule = PartedRule(rule, parts)
-        self._add_sets(layer, module, rule, kind=_kind_of_base(adapter.base))
+        self._add_sets(layer, module, rule, kind=_kind_of_base(adapter.base), without=taken)
+
+    def _is_unreadable_weight(
+        self, layer: str, module: nn.Module, attribute: str, shape: tuple[int, ...]
+    ) -> bool:
+        """Whether one weight of a module cannot be read; then say why, or take its values."""
+        name = full_name(layer, "" if attribute == "weight" else attribute)
+        stored = module._parameters.get(attribute)
+        if stored is None:
+            return False
+        reason = why_unreadable(module, attribute, stored)
+        if reason is None:
+            return False
+        if not self._add_values(layer, module, attribute):
+            self._skip(name, shape, reason)
+        return True
 
     # Layers of other libraries.
 
@@ -332,19 +364,7 @@ class _Finder:
         """Add one weight of a module without a rule, or say why it is left out."""
         key = "" if attribute == "weight" else attribute
         name = full_name(layer, key)
-        stored = module._parameters.get(attribute)
-        if stored is not None:
-            if stored.is_meta:
-                self._skip(
-                    name, shape, "it holds no numbers yet (device meta): load the weights first"
-                )
-                return
-            reason = why_unreadable(module, attribute, stored)
-            if reason is not None:
-                if not self._add_values(layer, module, attribute):
-                    self._skip(name, shape, reason)
-                return
-        if not shape:
+        if self._is_unreadable_weight(layer, module, attribute, shape):
             return
         weight = torch.empty(shape, device="meta")
         reason = names.why_no_neurons(attribute, weight)
@@ -437,7 +457,7 @@ class _Finder:
             rule: The rule.
             kind: Its kind.
             prefix: What the names of its sets have between the layer's name and their keys.
-            without: Attributes of the module whose weights are left out here.
+            without: Weights of the module that the user has named: sets of them are left out.
             asked: Whether the user has named it.
             note: What a user should know of how it is read.
         """
@@ -457,7 +477,7 @@ class _Finder:
             return
         frozen_by_kind = isinstance(rule, StoredValues)
         for key, view in views.items():
-            if without and key.partition(".")[0] in without:
+            if without and self._depends_on(module, rule, key, view, without):
                 continue
             name = full_name(layer, f"{prefix}.{key}".strip("."))
             if not view.x.is_floating_point():
@@ -484,6 +504,19 @@ class _Finder:
             )
             self._found.sets.append(target)
 
+    def _depends_on(
+        self, module: nn.Module, rule: Rule, key: str, view: NeuronView, attributes: set[str]
+    ) -> bool:
+        """Whether neurons depend on one of these weights of their module."""
+        named = set()
+        for attribute in attributes:
+            for p in _parameters_of(module, attribute):
+                named.add(id(p))
+        if view.parameter is not None:
+            return id(view.parameter) in named
+        behind = self._placement.parameters_behind(module, rule, key)
+        return any(id(p) in named for p in behind)
+
     def _read(self, module: nn.Module, rule: Rule) -> dict[str, NeuronView]:
         """The neurons of a module; a view knows its parameter only if autograd records it."""
         with torch.inference_mode(False), torch.enable_grad(), without_side_effects(module):
@@ -493,13 +526,16 @@ class _Finder:
         self._found.skips.append(Skip(name, shape, reason))
 
 
-def _keys_of(attributes: set[str]) -> set[str]:
-    """The first parts of the keys under which a module's sets hold these weights."""
-    keys = set(attributes)
-    for part in PROJECTIONS:
-        if attributes & {"in_proj_weight", f"{part}_proj_weight"}:
-            keys.add(part)
-    return keys
+def _parameters_of(module: nn.Module, attribute: str) -> list[nn.Parameter]:
+    """The parameters that are, or make up, a weight of a module."""
+    parametrizations = getattr(module, "parametrizations", None)
+    if isinstance(parametrizations, nn.ModuleDict) and attribute in parametrizations:
+        return list(parametrizations[attribute].parameters())
+    found = []
+    for name, p in module._parameters.items():
+        if p is not None and name in (attribute, *(f"{attribute}_{part}" for part in _PARTS)):
+            found.append(p)
+    return found
 
 
 def _weights_of(module: nn.Module) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -511,7 +547,7 @@ def _weights_of(module: nn.Module) -> Iterator[tuple[str, tuple[int, ...]]]:
     for hook in module._forward_pre_hooks.values():
         name = getattr(hook, "name", None) or getattr(hook, "_tensor_name", None)
         if isinstance(name, str) and isinstance(getattr(module, name, None), Tensor):
-            computed.update((f"{name}_orig", f"{name}_g", f"{name}_v"))
+            computed.update(f"{name}_{part}" for part in _PARTS)
             x = getattr(module, name)
             if x.ndim >= 2:
                 yield name, tuple(x.shape)
@@ -573,7 +609,7 @@ def _why_computed(module: nn.Module) -> str | None:
         return None
     if not hasattr(module, "weight"):
         if isinstance(module, (nn.Linear, *_CONVOLUTIONS, *_EMBEDDINGS)):
-            return f"{sizes.qualified(module)} has lost its weight: it is set in the forward pass"
+            return f"{qualified(module)} has lost its weight: it is set in the forward pass"
         return None
     weight = module.__dict__.get("weight")
     if not isinstance(weight, Tensor):
@@ -595,7 +631,7 @@ def _advice(module: nn.Module, attribute: str, name: str, weight: Tensor) -> str
             "an embedding of tokens or positions, measured only when asked for: "
             f"neurons={{'{name}': 'rows'}}"
         )
-    kind = sizes.qualified(module)
+    kind = qualified(module)
     return f"no rule for {kind}: neurons={{'{name}': 'rows'}} or 'columns', or see register_neurons"
 
 
@@ -603,7 +639,7 @@ def _unread(module: nn.Module, error: Exception) -> str:
     """Why a layer could not be read: an error in somebody else's code."""
     text = str(error).split("\n")[0][:100]
     return (
-        f"{sizes.qualified(module)} could not be read ({type(error).__name__}: {text}); see "
+        f"{qualified(module)} could not be read ({type(error).__name__}: {text}); see "
         "register_neurons"
     )
 

@@ -119,6 +119,18 @@ def sounds_like_dictionary(path: str) -> bool:
     return last in ("decoder", "dec", "w_dec", "dictionary")
 
 
+def dictionary_note(layer: str, *, mirrored: bool) -> str:
+    """What a user should know of how a layer is read that may be a dictionary.
+
+    Args:
+        layer: Its name.
+        mirrored: Whether its encoder mirrors it, so that its columns are taken.
+    """
+    if mirrored:
+        return f"read by columns, as a dictionary; for its rows: neurons={{'{layer}': 'rows'}}"
+    return f"read by rows; if its columns are directions: neurons={{'{layer}': 'columns'}}"
+
+
 def why_no_neurons(attribute: str, weight: Tensor) -> str | None:
     """Why a parameter of two or more axes holds no neurons, as its name and shape say."""
     long_axes = [size for size in weight.shape if size != 1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from lightning_hsu._neurons.how import WeightRule
+from lightning_hsu._neurons.quantised import qualified
 
 _OUTPUTS_AND_INPUTS = (
     ("out_features", "in_features"),
@@ -71,12 +72,6 @@ def rule_by_sizes(module: nn.Module, attribute: str, weight: Tensor) -> WeightRu
 def is_factor(attribute: str) -> bool:
     """Whether a parameter multiplies or shifts entry by entry, as its name says."""
     return attribute.lower().rpartition("_")[2] in _FACTORS
-
-
-def qualified(value: object) -> str:
-    """Name of a value's class with its module, such as "torch_geometric.nn.GCNConv"."""
-    kind = type(value)
-    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def whole_number(module: nn.Module, name: str) -> int | None:

@@ -7,8 +7,9 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from lightning_hsu._neurons import names
 from lightning_hsu._neurons.candidates import (
     Broken,
     Candidates,
@@ -60,11 +61,13 @@ class _Read:
             asked for.
         kind: The kind of layer.
         asked: Whether the user has named their weight in ``neurons=``.
+        note: What a user should know of how they are read.
     """
 
     x: Tensor
     kind: Kind
     asked: bool = False
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -157,8 +160,8 @@ def neurons_of_state_dict(
     layers = _layers(state)
     found = Candidates[StoredNeurons]("StateDict", [], [])
     sets: dict[str, dict[str, _Read]] = {}
-    for path, leaves in layers.items():
-        sets_of_layer = _sets_of_layer(path, leaves, patterns, wanted, found)
+    for path in layers:
+        sets_of_layer = _sets_of_layer(path, layers, patterns, wanted, found)
         if sets_of_layer:
             sets[path] = sets_of_layer
     wanted.check_used()
@@ -213,12 +216,13 @@ def _in_tree_order(paths: Iterable[str]) -> list[str]:
 
 def _sets_of_layer(
     path: str,
-    leaves: Mapping[str, Tensor],
+    layers: Mapping[str, Mapping[str, Tensor]],
     asked: Sequence[str],
     wanted: _Wanted,
     found: Candidates[StoredNeurons],
 ) -> dict[str, _Read]:
     """The sets of neurons of a layer by key; what is left out or broken is added to ``found``."""
+    leaves = layers[path]
     layer = _layer_name(path)
     readable = {}
     reasons = {}
@@ -247,11 +251,43 @@ def _sets_of_layer(
             named |= _sets_as_asked(path, leaf, x, how, effective, found)
         elif _has_one_of(leaf, _WEIGHT_NAMES) or matches(name, asked):
             others |= _sets_of_weight(leaf, x, effective)
+        elif names.rule_by_name(nn.Module(), leaf, x) is not None:
+            rule = names.rule_by_name(nn.Module(), leaf, x)
+            assert rule is not None
+            others[leaf] = rule.arrange(x)
         else:
             reason = f"not named like a weight, measured only when asked for: include='{name}'"
             found.not_weights.append(Skip(name, tuple(x.shape), reason))
     kind = _kind_of(path, others, leaves)
-    return named | {key: _Read(x, kind) for key, x in others.items()}
+    note = ""
+    if kind == "linear" and names.sounds_like_dictionary(path):
+        mirrored = _is_mirrored(path, layers)
+        note = names.dictionary_note(layer, mirrored=mirrored)
+        if mirrored:
+            others[""] = others[""].T
+    return named | {key: _Read(x, kind, note=note) for key, x in others.items()}
+
+
+def _is_mirrored(path: str, layers: Mapping[str, Mapping[str, Tensor]]) -> bool:
+    """Whether a matrix decodes what that of the encoder beside it encodes, into fewer dimensions.
+
+    See :func:`~lightning_hsu._neurons.names.mirrored_encoder`.
+    """
+    above, _, _ = path.rpartition(".")
+    outputs, inputs = layers[path]["weight"].shape
+    if inputs <= outputs:
+        return False
+    encoders: dict[str, list[Tensor]] = {}
+    for other, leaves in layers.items():
+        first = other.removeprefix(f"{above}.").partition(".")[0]
+        is_beside = not above or other.startswith(f"{above}.")
+        if is_beside and "enc" in first.lower() and "weight" in leaves:
+            encoders.setdefault(first, []).append(leaves["weight"])
+    for weights in encoders.values():
+        matrices = [x for x in weights if x.ndim == 2]
+        if len(matrices) == 1 and tuple(matrices[0].shape) == (inputs, outputs):
+            return True
+    return False
 
 
 def _sets_as_asked(
@@ -372,6 +408,7 @@ def _add_sets(
             kind=read.kind,
             identity=identity,
             asked=read.asked,
+            note=read.note,
             kernel=_kernel_places(leaves),
             x=x,
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from lightning_hsu._checks import check_number
+from lightning_hsu._neurons.how import How
 from lightning_hsu.callback import HypersphericalUniformity
 from lightning_hsu.presets.base import OfficialMeasure
 from lightning_hsu.presets.comhe import (
@@ -58,7 +59,8 @@ PRESETS = tuple(_RECIPES)
 def sphere_uniformity(
     name: str,
     *,
-    head: str | None = "auto",
+    head: str | list[str] | None = "auto",
+    neurons: dict[str, How] | None = None,
     inner_lr: float = 0.1,
     include: str | list[str] | None = None,
     exclude: str | list[str] | None = None,
@@ -106,7 +108,9 @@ def sphere_uniformity(
 
     Args:
         name: One of :data:`PRESETS`.
-        head: The class head: "auto" is the last Linear, a name is that layer, None is no head.
+        head: The head: "auto" finds the layers that give the model's output, a name or a list of
+            names are these layers, None is no head.
+        neurons: How weights hold neurons, by patterns of their names; see the callback.
         inner_lr: Learning rate of the pole (mhp, mhc) or projection (comhe_ap, comhe_adv); others
             have none. As published it is that of the network.
         include: Patterns of layer names to take, shell style; None takes all but embeddings.
@@ -147,6 +151,7 @@ def sphere_uniformity(
         include=include,
         exclude=exclude,
         head=head,
+        neurons=neurons,
         head_coefficient=None if head is None else head_coefficient,
         step_limit=None,
         prefix=prefix,

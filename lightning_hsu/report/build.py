@@ -40,6 +40,7 @@ class Report(ReportData):
         similar_above: Cosine at or above which two neurons are near-duplicates.
         layers: The layers, in the model's order.
         skips: Weights that were left out, with the reason.
+        notes: Names of layers with what one should know of how they were read.
     """
 
     def __str__(self) -> str:
@@ -151,7 +152,8 @@ def look_at_all(
         layers.append(layer)
         done(1.0)
         flops_before += _flops_of(target)
-    return Report(found.source, measure, similar_above, tuple(layers), tuple(found.skips))
+    notes = tuple((target.name, target.note) for target in found.targets if target.note)
+    return Report(found.source, measure, similar_above, tuple(layers), tuple(found.skips), notes)
 
 
 def _done(

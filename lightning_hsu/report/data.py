@@ -147,6 +147,7 @@ class ReportData(JsonData):
     similar_above: float
     layers: tuple[LayerReport, ...]
     skips: tuple[Skip, ...]
+    notes: tuple[tuple[str, str], ...] = ()
 
     @property
     def worst_ratio(self) -> float:
@@ -161,6 +162,7 @@ class ReportData(JsonData):
             "similar_above": self.similar_above,
             "layers": [_layer_dict(layer) for layer in self.layers],
             "skipped": [_skip_dict(skip) for skip in self.skips],
+            "notes": [{"name": name, "note": note} for name, note in self.notes],
         }
 
 

@@ -167,15 +167,18 @@ def _row(i: int, layer: LayerReport) -> str:
 
 def _skipped(found: ReportData) -> str:
     """What was not measured, and why."""
+    notes = ""
+    for name, note in found.notes:
+        notes += f"<p>{breakable(name)}: {escape(note)}</p>\n"
     if not found.skips:
-        return ""
+        return notes
     rows = ""
     for skip in found.skips:
         rows += (
             f"<tr><td>{breakable(skip.name)}</td><td>{weight_shape(skip)}</td>"
             f"<td>{escape(skip.reason)}</td></tr>\n"
         )
-    return (
+    return notes + (
         '<h2>Left out</h2>\n<div class="scroll"><table><thead><tr><th scope="col">weight</th>'
         '<th scope="col">shape</th><th scope="col">reason</th></tr></thead>\n'
         f"<tbody>\n{rows}</tbody></table></div>\n"

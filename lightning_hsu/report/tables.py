@@ -111,6 +111,7 @@ def report_table(found: ReportData) -> Table:
     ]
     if mixed:
         below.append(_FULL_SPACE)
+    below += [f"note: {name}: {note}" for name, note in found.notes]
     below += skipped_lines(found.skips)
     return Table(_REPORT_COLUMNS, rows, below)
 
