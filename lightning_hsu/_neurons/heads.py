@@ -235,35 +235,39 @@ def last_before(outputs: object, owners: Mapping[int, Sequence[str]]) -> list[st
 
 def _terms(outputs: object) -> list[Any]:
     """The nodes of autograd's graph at which the terms of a loss, or a model's outputs, begin."""
-    waiting = [x.grad_fn for x in _tensors(outputs) if x.grad_fn is not None]
-    seen = set(waiting)
-    terms = []
-    while waiting:
-        node = waiting.pop()
-        if _is_sum_of_terms(node):
-            waiting += _new_parents(node, seen)
+    terms: list[Any] = []
+    numbers: list[Any] = []  # nodes that compute one number
+    for x in _tensors(outputs):
+        if x.grad_fn is not None:
+            (numbers if x.numel() == 1 else terms).append(x.grad_fn)
+    roots = [*terms, *numbers]
+    seen = set(roots)
+    while numbers:
+        node = numbers.pop()
+        stacked = _stacked_by(node)
+        if node.name() in _SUMS:  # by entry: what it sums are numbers, too
+            numbers += _new_parents(node, seen)
+        elif stacked is not None:
+            numbers += _new_parents(stacked, seen)
         else:
             terms.append(node)
     if len(terms) > _MOST_TERMS:  # such as one for each step of a sequence
-        return [x.grad_fn for x in _tensors(outputs) if x.grad_fn is not None][:_MOST_TERMS]
+        return roots[:_MOST_TERMS]
     return terms
 
 
-def _is_sum_of_terms(node: Any) -> bool:
-    """Whether a node puts numbers together, so that each may be a term of a loss."""
-    name = node.name()
+def _stacked_by(node: Any) -> Any:
+    """The node that stacks the numbers that a node sums, or takes the mean of; None if none does."""
+    if node.name() not in ("SumBackward0", "MeanBackward0"):
+        return None
     parents = [parent for parent, _ in node.next_functions if parent is not None]
-    if name == "StackBackward0":
-        return all(_is_scalar(parent) for parent in parents)
-    if name in ("SumBackward0", "MeanBackward0"):
-        return len(parents) == 1 and parents[0].name() == "StackBackward0"
-    return name in _SUMS and _is_scalar(node)
-
-
-def _is_scalar(node: Any) -> bool:
-    """Whether what a node computes is one number."""
-    shapes: Sequence[Any] = getattr(node, "_input_metadata", None) or ()
-    return len(shapes) > 0 and all(math.prod(one.shape) == 1 for one in shapes)
+    if len(parents) != 1 or parents[0].name() != "StackBackward0":
+        return None
+    for parent, _ in parents[0].next_functions:
+        shapes = getattr(parent, "_input_metadata", ())  # torch 2.5 has it
+        if any(math.prod(one.shape) != 1 for one in shapes):
+            return None
+    return parents[0]
 
 
 def _ends(term: Any, owners: Mapping[int, Sequence[str]]) -> dict[Any, list[str]] | None:
