@@ -276,8 +276,8 @@ def test_nothing_is_measured():
         |not measured (2):
         |  1 excluded by pattern: fc (64 x 32)
         |  1 no rule for Net: see register_neurons: kernel (3 x 8 x 8)
-        |to measure one, ask for it by name: include='fc', or say where its neurons are:
-        |    neurons={'fc': 'rows'} or 'columns'
+        |to measure one, say where its neurons are: neurons={'kernel': 'rows'} or
+        |    'columns'
         |measured: none
     """)
 

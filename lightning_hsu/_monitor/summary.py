@@ -14,6 +14,7 @@ from lightning_hsu._monitor.fold import NO_BREAK, Pattern, fold, fold_names, fol
 from lightning_hsu._monitor.render import GIGA, SHAPE, WIDTH, Line, Row, View, printable
 from lightning_hsu._monitor.text import counted, shape_of
 from lightning_hsu._neurons.candidates import Skip
+from lightning_hsu._neurons.select import EXCLUDED, NOT_INCLUDED
 from lightning_hsu.coefficients import Varying
 from lightning_hsu.measures import Measure, Sampled
 
@@ -396,11 +397,12 @@ def _about_skips(summary: Summary) -> list[Line]:
     for text, members in fold_texts(names, reasons):
         lines += _reason_lines(text, [skips[i] for i in members])
     said = any("neurons=" in reason or "include=" in reason for reason in reasons)
-    if not summary.layers and not said:
-        name = names[0] if len(names[0]) <= _LONGEST_EXAMPLE else "NAME"
+    open_to = [skip.name for skip in skips if skip.reason not in (EXCLUDED, NOT_INCLUDED)]
+    if not summary.layers and open_to and not said:
+        name = open_to[0] if len(open_to[0]) <= _LONGEST_EXAMPLE else "NAME"
         text = (
-            f"to measure one, ask for it by name: include='{name}', or say where its neurons "
-            f"are: neurons={{'{name}': 'rows'}} or 'columns'"
+            f"to measure one, say where its neurons are: neurons={{'{name}': 'rows'}} or "
+            "'columns'"
         )
         lines.append(Line(text))
     return lines
