@@ -13,10 +13,10 @@ from torch import nn
 from lightning_hsu._engine.layer import Layer
 from lightning_hsu._engine.plan import Plan
 from lightning_hsu._neurons.candidates import Candidates, Skip
-from lightning_hsu._neurons.heads import last_before
 from lightning_hsu._neurons.placement import Placement
 from lightning_hsu._neurons.select import find_heads
 from lightning_hsu._neurons.target import Target
+from lightning_hsu._neurons.trace import last_before
 
 
 class HeadFinder(Protocol):
@@ -95,21 +95,27 @@ class Attached:
         return set(find_heads(self.candidates, "auto", heads)) == without
 
     def last_before(self, outputs: object) -> list[str]:
-        """Names of the sets that act last on the way to a loss or to a model's outputs."""
-        owners: dict[int, list[str]] = {}
-        tables: dict[int, list[str]] = {}  # embeddings, which count where nothing else is tied
+        """Names of the sets that act last on the way to a loss or to a model's outputs.
+
+        Parameters that are no set of neurons have their own names.
+        """
+        layers: dict[int, list[str]] = {}
+        tables: dict[int, list[str]] = {}  # embeddings, and matrices that are not measured
+        codes: dict[int, list[str]] = {}  # whose own loss comes after nothing
+        by_kind = {"embedding": tables, "codebook": codes}
         for target in self.candidates.sets:
-            if target.kind == "codebook":  # its own loss comes after nothing
-                continue
             for p in target.parameters():
-                names = tables if target.kind == "embedding" else owners
+                names = by_kind.get(target.kind, layers)
                 names.setdefault(id(p), []).append(target.name)
-        for key, named in tables.items():
-            owners.setdefault(key, named)
+        for name, p in self.model.named_parameters():
+            if p.ndim >= 2 and id(p) not in layers and id(p) not in codes:
+                tables.setdefault(id(p), [name])
         for stand_in, p in self.placement.stand_ins(self.model).items():
-            if id(p) in owners:
-                owners[stand_in] = owners[id(p)]
-        return last_before(outputs, owners)
+            for known in (layers, tables):
+                if id(p) in known:
+                    known[stand_in] = known[id(p)]
+        only_tables = {key: names for key, names in tables.items() if key not in layers}
+        return last_before(outputs, layers, only_tables)
 
     def plan_anew(self) -> list[str]:
         """Read all layers again; return the names of those that have other parameters now."""

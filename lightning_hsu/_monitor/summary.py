@@ -401,8 +401,7 @@ def _about_skips(summary: Summary) -> list[Line]:
     if not summary.layers and open_to and not said:
         name = open_to[0] if len(open_to[0]) <= _LONGEST_EXAMPLE else "NAME"
         text = (
-            f"to measure one, say where its neurons are: neurons={{'{name}': 'rows'}} or "
-            "'columns'"
+            f"to measure one, say where its neurons are: neurons={{'{name}': 'rows'}} or 'columns'"
         )
         lines.append(Line(text))
     return lines
