@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning_utilities.core import rank_zero
-from torch import Tensor
+from torch import Tensor, nn
 from torch.amp.grad_scaler import OptState
 from torch.optim import Optimizer
 
@@ -192,6 +193,19 @@ def logged_step(trainer: pl.Trainer) -> int:
     return trainer.fit_loop.epoch_loop._batches_that_stepped
 
 
+@contextmanager
+def trainable(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Let parameters train for a moment that a toggled optimizer, or a user, has switched off."""
+    switched = [p for p in parameters if p.is_leaf and not p.requires_grad]
+    for p in switched:
+        p.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for p in switched:
+            p.requires_grad_(False)
+
+
 def position(trainer: pl.Trainer, optimizer: Optimizer) -> int | None:
     """Position of an optimizer among the trainer's, so that a resumed schedule finds its count."""
     for i, other in enumerate(trainer.optimizers):
@@ -269,14 +283,6 @@ class Warnings:
                 "optimisation use self.optimizers(), not use_pl_optimizer=False; leave out a layer "
                 "that is not trained with exclude=."
             )
-
-    def nothing_trains(self) -> None:
-        """Warn that the penalty cannot do anything, since all layers are frozen."""
-        rank_zero_warn(
-            "no layer with a coefficient trains: all of them are frozen, in copies, or quantised, so "
-            "the penalty does nothing until one is unfrozen. The table of layers has the reasons; "
-            "coefficient=0 only monitors"
-        )
 
     def idle(self, reasons: Mapping[str, str]) -> None:
         """Warn of layers in which the penalty exerts no force."""

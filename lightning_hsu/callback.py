@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_hsu import _trainer
@@ -43,7 +43,8 @@ class _Fit:
         frozen: The first measurement of the layers that are frozen, by name.
         fingerprints: Numbers that show whether the weights of these have changed since.
         logged: Names of the layers that were logged.
-        is_fresh: Whether no step was done before, so that the head may still be found.
+        trained: The parameters that were not frozen when the training began.
+        is_fresh: Whether the first forward pass is still to come, or under way.
         is_told: Whether the table of layers has been printed.
         is_off: Whether monitoring was given up, with a warning.
         has_measured: Whether anything has been logged so far.
@@ -59,6 +60,7 @@ class _Fit:
     frozen: dict[str, LayerUniformity] = field(default_factory=dict)
     fingerprints: dict[str, float] = field(default_factory=dict)
     logged: set[str] = field(default_factory=set)
+    trained: list[nn.Parameter] = field(default_factory=list)
     is_fresh: bool = True
     is_told: bool = False
     is_off: bool = False
@@ -229,6 +231,7 @@ class HypersphericalUniformity(_trainer.EveryCallback):
         """Hook the optimizers, and measure before the first step."""
         self._fit.seen_step = trainer.global_step
         self._fit.is_fresh = not self.regularizer.has_stepped
+        self._fit.trained = [p for p in pl_module.parameters() if p.requires_grad]
         act = partial(self._after_step, trainer, pl_module)
         self._fit.hooks = [_trainer.AfterStep(optimizer, act) for optimizer in trainer.optimizers]
         if self.regularizer.head_is_settled:
@@ -312,6 +315,8 @@ class HypersphericalUniformity(_trainer.EveryCallback):
         has_stepped = trainer.global_step != fit.seen_step
         if batch_idx == 0 or has_stepped:
             fit.has_run = True
+        if has_stepped or self.regularizer.state.heads:
+            fit.is_fresh = False  # what follows is no first forward pass
         accumulates = pl_module.automatic_optimization and not has_stepped
         if accumulates or not self.regularizer.layers:
             return
@@ -321,6 +326,8 @@ class HypersphericalUniformity(_trainer.EveryCallback):
         fit.seen_step = trainer.global_step
         if logs or draws:
             measured = self._measure()
+            if not measured:
+                return
             shares = self._shares()
             self._keep(trainer, measured, shares)
             if logs:
@@ -358,7 +365,9 @@ class HypersphericalUniformity(_trainer.EveryCallback):
     def __getstate__(self) -> dict[str, Any]:
         """Pickle and copy the settings and the training state, never the model or a hook."""
         kept = {name: value for name, value in self.__dict__.items() if name not in _LOGGING}
-        kept["_fit"] = replace(self._fit, hooks=[], stats={}, open_step=_trainer.OpenStep())
+        kept["_fit"] = replace(
+            self._fit, hooks=[], stats={}, trained=[], open_step=_trainer.OpenStep()
+        )
         return kept
 
     def _release(self) -> None:
@@ -367,6 +376,7 @@ class HypersphericalUniformity(_trainer.EveryCallback):
             hook.remove()
         self._fit.hooks = []
         self._fit.stats = {}
+        self._fit.trained = []
         for name in _LOGGING:
             self.__dict__.pop(name, None)
         self.regularizer.detach()
@@ -381,24 +391,47 @@ class HypersphericalUniformity(_trainer.EveryCallback):
             placement = placement_of(pl_module, trainer.strategy.model, split_above=split_above)
             self.regularizer.attach(pl_module, placement=placement, watch=False)
         except Exception as error:
-            if not self.regularizer.only_monitors:
-                raise
-            self._fit.is_off = True
-            _trainer.warn_off(error)
+            self._give_up(error)
             return
         self._fit.is_off = not self.regularizer.layers  # of which there was a warning
         self._fit.warnings.idle(self.regularizer.idle())
-        if self.regularizer.nothing_trains():
-            self._fit.warnings.nothing_trains()
+
+    def _give_up(self, error: Exception) -> None:
+        """Raise an error, or stop monitoring with a warning if that is all that is done."""
+        if not self.regularizer.only_monitors:
+            raise error
+        self._fit.is_off = True
+        self.regularizer.detach()
+        _trainer.warn_off(error)
 
     def _find_head(self, trainer: pl.Trainer, loss: Tensor) -> None:
         """Take the layers that act last before the losses of the first batch for heads."""
         fit = self._fit
-        if fit.has_run or not self.regularizer.layers:
+        if not fit.is_fresh or not self.regularizer.layers:
             return
-        if fit.is_fresh:
+        before = self._heads()
+        try:
             self.regularizer.find_head(loss)
-        self._begin(trainer)
+        except Exception as error:
+            self._give_up(error)
+        if not fit.is_told:
+            self._begin(trainer)
+        elif self._heads() != before:  # of another optimizer, which has not stepped yet
+            self._begin_anew(trainer, before)
+
+    def _heads(self) -> set[str]:
+        """Names of the heads."""
+        return {layer.name for layer in self.regularizer.layers if layer.target.head}
+
+    def _begin_anew(self, trainer: pl.Trainer, known: set[str]) -> None:
+        """Tell of more heads, and measure the layers again in the spaces that they now have."""
+        more = sorted(self._heads() - known)
+        if self.verbose:
+            rank_zero_info(f"Hyperspherical uniformity: more heads: {', '.join(more)}")
+        self._fit.frozen = {}
+        if self._prints_or_draws(trainer):
+            self._fit.before_after.forget()
+            self._keep(trainer, self._measure(), {})
 
     def _begin(self, trainer: pl.Trainer) -> None:
         """Print the layers and measure them before the first step, once the head is known."""
@@ -406,17 +439,27 @@ class HypersphericalUniformity(_trainer.EveryCallback):
         if fit.is_told or not self.regularizer.layers:
             return
         fit.is_told = True
-        if self.verbose:
-            rank_zero_info(f"Hyperspherical uniformity:\n{self.summary}")
-        if self._prints_or_draws(trainer):
-            self._keep(trainer, self._measure(), {})
+        with _trainer.trainable(fit.trained):  # toggled off at this moment, perhaps
+            if self.verbose:
+                rank_zero_info(f"Hyperspherical uniformity:\n{self.summary}")
+            if self._prints_or_draws(trainer):
+                self._keep(trainer, self._measure(), {})
 
     def _measure(self) -> list[LayerUniformity]:
+        """Measure the layers as they are now; frozen ones only once. [] if it has to give up."""
+        try:
+            return self._measured()
+        except Exception as error:
+            self._give_up(error)
+            return []
+
+    def _measured(self) -> list[LayerUniformity]:
         """Measure the layers as they are now; frozen ones only once."""
         fit = self._fit
         frozen = {layer.name for layer in self.regularizer.layers}
         frozen -= {layer.name for layer in self.regularizer.trained_layers}
         if not frozen:
+            fit.frozen = {}
             return self.regularizer.measure_layers()
         known = {name: one for name, one in fit.frozen.items() if name in frozen}
         measured = {one.name: one for one in self.regularizer.measure_layers(but=known)}
@@ -466,6 +509,8 @@ class HypersphericalUniformity(_trainer.EveryCallback):
         # Measure again, since another callback may have changed the weights, as averaging does.
         self._forget_changed()
         measured = self._measure()
+        if not measured:
+            return
         self._keep(trainer, measured, {})
         if self._figures.wanted(trainer):
             self._draw(trainer)

@@ -233,8 +233,9 @@ class Coefficient:
 
     @property
     def is_zero(self) -> bool:
-        """Whether it is the number 0, with which layers are only monitored."""
-        return isinstance(self.given, Real) and float(self.given) == 0
+        """Whether it is 0, for all layers, with which they are only monitored."""
+        values = list(self.given.values()) if isinstance(self.given, Mapping) else [self.given]
+        return all(isinstance(value, Real) and float(value) == 0 for value in values)
 
     def check_names(self, names: Sequence[str]) -> None:
         """Refuse a pattern that matches no layer."""

@@ -35,7 +35,7 @@ from lightning_hsu._neurons.how import Neurons, check_neurons
 from lightning_hsu._neurons.model import neurons_of_model
 from lightning_hsu._neurons.patterns import Patterns
 from lightning_hsu._neurons.placement import PenalisedLayer, Placement, placement_of
-from lightning_hsu._neurons.select import Head, check_head, nothing_left, select
+from lightning_hsu._neurons.select import Head, check_head, find_heads, nothing_left, select
 from lightning_hsu._neurons.target import Target
 from lightning_hsu._neurons.wrappers import unwrapped
 from lightning_hsu.coefficients import Coefficient, Strength
@@ -43,6 +43,12 @@ from lightning_hsu.measures import Measure
 from lightning_hsu.measures.base import check_measure
 from lightning_hsu.measures.defaults import DEFAULT_MEASURE, SAMPLE_ABOVE
 from lightning_hsu.measures.sampled import measure_of_layer
+
+NOTHING_TRAINS = (
+    "no layer with a coefficient trains: all of them are frozen, in copies, or quantised, so the "
+    "penalty does nothing until one is unfrozen. summarize(model) says which and why; coefficient=0 "
+    "only monitors"
+)
 
 
 class UniformityRegularizer:
@@ -139,6 +145,7 @@ class UniformityRegularizer:
         self.state = TrainingState()
         self._attached: Attached | None = None
         self._watch: RemovableHandle | None = None
+        self._saw_outputs = False
 
     @property
     def layers(self) -> list[Layer]:
@@ -234,16 +241,19 @@ class UniformityRegularizer:
                 )
 
             attached = Attached(model, placement, candidates, choose, self._layer)
-            known = {one.name for one in candidates.sets}
-            attached.choose([name for name in self.state.heads if name in known])
+            attached.choose(attached.known(self.state.heads))
             if not attached.layers and strict:
                 self._refuse(nothing_left(candidates.source, attached.skips))
             names = [layer.name for layer in attached.layers]
             if names:
                 self.coefficient.check_names(names)
-            if self.head_coefficient is not None and names:
+            heads = find_heads(candidates, self.head, self.state.heads)
+            may_be_found = self.head == "auto" and not heads  # at the first forward pass
+            if self.head_coefficient is not None and names and not may_be_found:
                 check_head([layer.target for layer in attached.layers])
         self._attached = attached
+        if strict and placement.rank == 0 and self.nothing_trains():
+            warnings.warn(NOTHING_TRAINS, stacklevel=2)
         if watch and not self.head_is_settled:
             self._watch = model.register_forward_hook(FirstOutputs(self))
         return self
@@ -257,27 +267,51 @@ class UniformityRegularizer:
         Args:
             outputs: A loss, or a model's outputs, with their graph; several losses in a tuple.
         """
+        self._stop_watching()
+        if self._saw_outputs:  # what the user says counts more
+            self._saw_outputs = False
+            self.state.heads = []
+        self._take_heads(outputs)
+
+    def see_outputs(self, outputs: object) -> None:
+        """Take heads from the model's outputs at its first training forward."""
+        self._stop_watching()
+        self._take_heads(outputs)
+        self._saw_outputs = True
+
+    def _take_heads(self, outputs: object) -> None:
+        """Take the layers that act last before these outputs for heads, beside those known."""
         attached = self._check_attached()
-        if self.head != "auto":
+        if self.head != "auto" or not attached.placement.keeps_whole:
             return
         with self.gathered():
             traced = attached.placement.agree(attached.last_before(outputs))
             heads = [name for name in traced if name not in self.state.heads]
             if not heads:
                 return
-            if attached.placement.keeps_whole:
-                self._current_plan()
+            self._current_plan()
             self.state.heads += heads
-            self.state.heads_as_expected = attached.expects(self.state.heads)
-            attached.choose(self.state.heads)
+            known = attached.known(self.state.heads)
+            self.state.heads_as_expected = attached.expects(known)
+            attached.choose(known)
+        if self.head_coefficient is not None and not any(one.target.head for one in self.layers):
+            warnings.warn(
+                "head_coefficient has no effect: no measured layer acts last before the loss; name "
+                "one with head='...'",
+                stacklevel=3,
+            )
+
+    def _stop_watching(self) -> None:
+        """Take the hook off the model that shows its outputs."""
+        if self._watch is not None:
+            self._watch.remove()
+            self._watch = None
 
     def detach(self) -> None:
         """Release the model; the step counts, the measures' states and the means of shares stay."""
         self.state.detach()
         self._attached = None
-        if self._watch is not None:
-            self._watch.remove()
-            self._watch = None
+        self._stop_watching()
 
     def reset(self) -> None:
         """Release the model and forget all steps: the next one is the first of a new training."""
@@ -326,7 +360,7 @@ class UniformityRegularizer:
             self._current_plan()
         penalised = []
         for layer in self.layers:
-            if layer.strength != 0:
+            if layer.strength != 0 and not layer.frozen:
                 penalised.append(PenalisedLayer(layer.name, layer.target.shape, layer.parameters))
         attached.placement.check_loss(loss, penalised)
         step = self.state.counter.before(optimizer, index, same_step=same_step)
@@ -496,6 +530,9 @@ class UniformityRegularizer:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned."""
         self.state.load_state_dict(state)
+        if self._attached is not None and self.state.heads:
+            self._stop_watching()
+            self._attached.choose(self._attached.known(self.state.heads))
 
     def table(self) -> str:
         """The :attr:`summary` as a table."""
@@ -503,9 +540,10 @@ class UniformityRegularizer:
         return str(self.summary)
 
     def nothing_trains(self) -> bool:
-        """Whether there are layers with a coefficient, and all of them are frozen."""
-        penalised = [layer for layer in self.layers if layer.strength != 0]
-        return bool(penalised) and all(layer.frozen for layer in penalised)
+        """Whether there is a coefficient, and no layer that has one could train."""
+        if self.only_monitors or not self.layers:
+            return False
+        return not any(layer.trainable and layer.strength != 0 for layer in self.layers)
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle and copy the settings and the training state, never the model."""
@@ -608,7 +646,7 @@ class UniformityRegularizer:
     def _penalty(self, step: int, rates: Mapping[int, float], factor: Tensor | float) -> Tensor:
         """Coefficient times penalty, summed over the layers; learning rates set the step limit."""
         attached = self._check_attached()
-        penalised = [layer for layer in attached.layers if layer.parameters]
+        penalised = [layer for layer in attached.layers if layer.trainable]
         held = [(layer.target.module, layer.parameters[0]) for layer in penalised]
         attached.placement.take_back_forward_weights(attached.model, held)
         # Further losses of one step, as of accumulated batches, have the first one's random draw.

@@ -262,6 +262,11 @@ def test_parametrized_weights_are_read_without_autocast():
 def test_a_head_coefficient_needs_a_head():
     with pytest.raises(ValueError, match="head_coefficient is given, but no head is measured"):
         UniformityRegularizer(head_coefficient=1.0, exclude="decoder").attach(nested())
+    convolutions = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 5, 3))
+    regularizer = UniformityRegularizer(head_coefficient=2.0).attach(convolutions)
+    assert [layer.strength for layer in regularizer.layers] == [1.0, 1.0]
+    convolutions(torch.randn(2, 3, 8, 8))
+    assert [layer.strength for layer in regularizer.layers] == [1.0, 2.0]
 
 
 def reasons(model, **kwargs):
@@ -443,7 +448,7 @@ def test_what_has_no_rows_or_no_shape_is_left_out_with_a_reason():
     assert [target.name for target in targets] == ["2"]
     assert {skip.name: skip.reason for skip in skips} == {
         "0": "a single neuron",
-        "1.weight": "a lazy layer that has seen no batch: it has no shape yet",
+        "1": "a lazy layer that has seen no batch: it has no shape yet",
     }
 
 

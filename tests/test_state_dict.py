@@ -315,12 +315,11 @@ WAYS = {
     "a buffer": ({"experts.codes": "rows"}, {"experts.codes": (1, 7, 4)}),
     "biases by their name": ({"experts.table_bias": "rows"}, {"experts.table_bias": (1, 5, 6)}),
     "the first pattern counts": (
-        {"experts.W_dec": "columns", "experts": "rows"},
+        {"experts.W_dec": "columns", "experts.[gW]*": "rows"},
         {
             "experts.gate_up_proj": (3, 6, 8),
             "experts.grid": (6, 6, 8),
             "experts.W_dec": (1, 16, 4),
-            "experts.codes": (1, 7, 4),
         },
     ),
     "pruned": ({"pruned.weight": "columns"}, {"pruned": (1, 6, 4)}),

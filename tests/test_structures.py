@@ -803,7 +803,7 @@ STRUCTURES = [
         }
         | HEAD,
         {"1"},
-        {"0.conv1d": "depthwise", "0.A_log": "no rule"},
+        {"0.conv1d": "depthwise", "0.A_log": "a factor"},
         early={"1"},
     ),
     Structure(
@@ -1188,8 +1188,8 @@ WORDS = {
         {"matrix": lambda m: m.matrix, "stack": lambda m: m.stack},
     ),
     "the first pattern that matches": (
-        {"matrix": "columns", "m*": "rows"},
-        {"matrix": lambda m: m.matrix.T},
+        {"matrix": "columns", "[ms]*t[ra][rc]*": "rows"},
+        {"matrix": lambda m: m.matrix.T, "stack": lambda m: m.stack},
     ),
 }
 
@@ -1378,7 +1378,7 @@ LAYERS = {
 def test_the_user_knows_better_than_the_rule_for(case):
     make, neurons, expected = LAYERS[case]
     model = make()
-    regularizer = UniformityRegularizer(head=None, neurons=neurons).attach(model)
+    regularizer = UniformityRegularizer(head=None, neurons=neurons, coefficient=0).attach(model)
     found = {layer.name: layer.target.neurons() for layer in regularizer.layers}
     assert list(found) == list(expected)
     for name, take in expected.items():
@@ -1415,7 +1415,7 @@ def first_inputs(w):
     ids=["Bilinear", "registered class", "adapter"],
 )
 def test_a_weight_is_read_once_as_the_user_says(make, neurons, expected):
-    regularizer = UniformityRegularizer(head=None, neurons=neurons).attach(make())
+    regularizer = UniformityRegularizer(head=None, neurons=neurons, coefficient=0).attach(make())
     assert [(layer.name, layer.target.shape) for layer in regularizer.layers] == expected
 
 
@@ -1486,7 +1486,7 @@ def raises(_):
         ({"neurons": {"body": lambda w: w.detach()}}, r"'body' \(4, 4\) gave detached neurons"),
         ({"neurons": {"body.bias": "rows"}}, r"'body.bias' matches no weight; did you mean 'body'"),
         ({"head": ["head", "haed"]}, r"head 'haed' is no layer of the model; did you mean 'head'"),
-        ({"head": 5}, r"head takes a pattern or a list of patterns such as .*; got 5"),
+        ({"head": 5}, r"head takes 'auto', a layer's name, a list of names or None; got 5"),
     ],
 )
 def test_errors_say_what_and_where(arguments, message):

@@ -276,8 +276,6 @@ def test_nothing_is_measured():
         |not measured (2):
         |  1 excluded by pattern: fc (64 x 32)
         |  1 no rule for Net: see register_neurons: kernel (3 x 8 x 8)
-        |to measure one, say where its neurons are: neurons={'kernel': 'rows'} or
-        |    'columns'
         |measured: none
     """)
 

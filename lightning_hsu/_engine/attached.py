@@ -13,6 +13,7 @@ from torch import nn
 from lightning_hsu._engine.layer import Layer
 from lightning_hsu._engine.plan import Plan
 from lightning_hsu._neurons.candidates import Candidates, Skip
+from lightning_hsu._neurons.how import StoredValues
 from lightning_hsu._neurons.placement import Placement
 from lightning_hsu._neurons.select import find_heads
 from lightning_hsu._neurons.target import Target
@@ -22,7 +23,7 @@ from lightning_hsu._neurons.trace import last_before
 class HeadFinder(Protocol):
     """What takes a model's outputs to find its head."""
 
-    def find_head(self, outputs: object) -> None:
+    def see_outputs(self, outputs: object) -> None:
         """Take the layers that act last before these outputs for the head."""
 
 
@@ -86,8 +87,14 @@ class Attached:
                 self.skips.append(Skip(layer.name, layer.target.shape, reason))
         self.layers = kept
         self.plan = Plan(kept, self.placement)
-        if {layer.name for layer in kept} != set(known):
+        if not known or {layer.name for layer in kept} != set(known):
             self.coverage = _coverage(self.model, kept)
+
+    def known(self, names: Sequence[str]) -> list[str]:
+        """Those of the names that this model has, measured or not."""
+        parameters = {name for name, _ in self.model.named_parameters()}
+        sets = {one.name for one in self.candidates.sets}
+        return [name for name in names if name in sets or name in parameters]
 
     def expects(self, heads: Sequence[str]) -> bool:
         """Whether these heads would be chosen without a forward pass, too."""
@@ -103,8 +110,12 @@ class Attached:
         tables: dict[int, list[str]] = {}  # embeddings, and matrices that are not measured
         codes: dict[int, list[str]] = {}  # whose own loss comes after nothing
         by_kind = {"embedding": tables, "codebook": codes}
+        computed = []
         for target in self.candidates.sets:
-            for p in target.parameters():
+            parameters = target.parameters()
+            if len(parameters) > 1 or target.read().parameter is None:
+                computed.append(target.name)
+            for p in parameters:
                 names = by_kind.get(target.kind, layers)
                 names.setdefault(id(p), []).append(target.name)
         for name, p in self.model.named_parameters():
@@ -115,7 +126,7 @@ class Attached:
                 if id(p) in known:
                     known[stand_in] = known[id(p)]
         only_tables = {key: names for key, names in tables.items() if key not in layers}
-        return last_before(outputs, layers, only_tables)
+        return last_before(outputs, layers, only_tables, computed)
 
     def plan_anew(self) -> list[str]:
         """Read all layers again; return the names of those that have other parameters now."""
@@ -161,7 +172,7 @@ class FirstOutputs:
         if owner is None or not module.training or not torch.is_grad_enabled():
             return
         self._owner = None
-        owner.find_head(outputs)
+        owner.see_outputs(outputs)
 
     def __reduce__(self) -> tuple[type[FirstOutputs], tuple[()]]:
         return FirstOutputs, ()
@@ -176,6 +187,11 @@ def _coverage(model: nn.Module, layers: Sequence[Layer]) -> float:
     measured = dict.fromkeys(entries, 0)
     for layer in layers:
         groups, n, d = layer.target.shape
+        rule = layer.target.rule
+        if isinstance(rule, StoredValues):
+            stored = id(getattr(layer.target.module, rule.attribute))
+            if stored in entries:
+                measured[stored] = entries[stored]
         for p in layer.parameters:
             if id(p) not in entries:
                 continue

@@ -49,8 +49,15 @@ class Layer:
         return any(self.target.placement.is_sharded(p) for p in self.parameters)
 
     @property
+    def trainable(self) -> bool:
+        """Whether a gradient can reach its neurons."""
+        return not self.frozen and not self.target.in_buffer
+
+    @property
     def frozen(self) -> bool:
-        """Whether no gradient reaches its neurons: their parameters are frozen, or in a copy."""
+        """Whether its neurons stay as they are: frozen, quantised, or in a copy that averages."""
+        if self.target.in_buffer:
+            return False
         if self.target.in_copy:
             return True
         return not any(p.requires_grad for p in self.parameters)

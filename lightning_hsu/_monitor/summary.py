@@ -14,7 +14,6 @@ from lightning_hsu._monitor.fold import NO_BREAK, Pattern, fold, fold_names, fol
 from lightning_hsu._monitor.render import GIGA, SHAPE, WIDTH, Line, Row, View, printable
 from lightning_hsu._monitor.text import counted, shape_of
 from lightning_hsu._neurons.candidates import Skip
-from lightning_hsu._neurons.select import EXCLUDED, NOT_INCLUDED
 from lightning_hsu.coefficients import Varying
 from lightning_hsu.measures import Measure, Sampled
 
@@ -22,7 +21,6 @@ _MOST_ROWS = 40  # a table with more rows has one for all shapes of a pattern
 _FIRST_ROWS = 30  # of a table that still has more than _MOST_ROWS
 _MOST_SHAPES = 4  # of weights left out for one reason
 _LONGEST_COEFFICIENT = 16  # in its column; a longer one is a remark
-_LONGEST_EXAMPLE = 40  # a longer name is no example
 _COEFFICIENT = "coefficient"
 
 
@@ -34,12 +32,13 @@ class LayerSummary:
         name: Name of the layer.
         shape: (groups, neurons, dimension).
         is_head: Whether it is a class head.
-        trainable: Whether gradients reach its neurons; False if it is frozen.
+        trainable: Whether gradients can reach its neurons.
         measure: How it is measured.
         head_reason: Why it is taken for a head, such as "declared"; "" if it is none.
         coefficient: The coefficient in words; "" if it is not known.
         giga_flops: Arithmetic of its penalty in each step, in 1e9 FLOP; 0 if it has none.
         note: What else a user may want to know; "" if nothing.
+        in_buffer: Whether it is in a buffer, which something else than gradients moves.
     """
 
     name: str
@@ -51,6 +50,12 @@ class LayerSummary:
     coefficient: str = ""
     giga_flops: float = 0.0
     note: str = ""
+    in_buffer: bool = False
+
+    @property
+    def frozen(self) -> bool:
+        """Whether its neurons stay as they are."""
+        return not self.trainable and not self.in_buffer
 
 
 @dataclass(frozen=True)
@@ -294,7 +299,7 @@ def _cells(layer: LayerSummary, usual: str, *, with_coefficient: bool) -> _Cells
     remarks = []
     if layer.is_head:
         remarks.append(f"head ({layer.head_reason})" if layer.head_reason else "head")
-    if not layer.trainable:
+    if layer.frozen:
         remarks.append("frozen")
     measure = _measure(layer)
     if measure != usual:
@@ -350,7 +355,7 @@ def _hidden_text(layers: Sequence[LayerSummary]) -> str:
     neurons = [layer.shape[0] * layer.shape[1] for layer in layers]
     words = [f"... and {counted(len(layers), 'more layer')}"]
     words.append(f"{min(neurons):,} to {max(neurons):,} neurons")
-    frozen = sum(not layer.trainable for layer in layers)
+    frozen = sum(layer.frozen for layer in layers)
     if frozen:
         words.append(f"{frozen:,} of them frozen")
     giga = sum(layer.giga_flops for layer in layers)
@@ -371,7 +376,7 @@ def _about_layers(summary: Summary) -> list[Line]:
         lines.append(Line(f"penalty: {giga_text(total)} {GIGA} in total"))
     if summary.every_n_steps > 1:
         lines.append(Line(f"applied every {summary.every_n_steps} steps of each optimizer"))
-    frozen = sum(not layer.trainable for layer in layers)
+    frozen = sum(layer.frozen for layer in layers)
     if frozen:
         count = counted(frozen, "layer")
         until = "until it trains" if frozen == 1 else "until they train"
@@ -396,14 +401,6 @@ def _about_skips(summary: Summary) -> list[Line]:
     reasons = [skip.reason for skip in skips]
     for text, members in fold_texts(names, reasons):
         lines += _reason_lines(text, [skips[i] for i in members])
-    said = any("neurons=" in reason or "include=" in reason for reason in reasons)
-    open_to = [skip.name for skip in skips if skip.reason not in (EXCLUDED, NOT_INCLUDED)]
-    if not summary.layers and open_to and not said:
-        name = open_to[0] if len(open_to[0]) <= _LONGEST_EXAMPLE else "NAME"
-        text = (
-            f"to measure one, say where its neurons are: neurons={{'{name}': 'rows'}} or 'columns'"
-        )
-        lines.append(Line(text))
     return lines
 
 

@@ -45,6 +45,10 @@ class BeforeAfter:
             self._step = step
             self._before = {layer.name: layer for layer in measured}
 
+    def forget(self) -> None:
+        """Forget the first measurement: another takes its place."""
+        self._before = {}
+
     def table(self, step: int, layers: Sequence[Layer], measured: Sequence[LayerUniformity]) -> str:
         """The last measurement beside the first, one row for each layer.
 
@@ -99,12 +103,13 @@ def summary_of(
             layer.name,
             layer.target.shape,
             layer.target.head,
-            not layer.frozen,
+            layer.trainable,
             layer.measure,
             layer.target.head_reason,
             coefficient_text(layer),
             giga_flops(layer) / every_n_steps,
             layer.target.note,
+            layer.target.in_buffer,
         )
         rows.append(row)
     return Summary(model, tuple(rows), tuple(skips), coverage, every_n_steps)

@@ -42,6 +42,7 @@ class NeuronSet(ABC):
         asked: Whether the user has named it in ``neurons=``.
         trains: Whether it trains as the model was found: not in a copy, and not frozen.
         in_copy: Whether it is in a copy of a model whose weights are averages.
+        in_buffer: Whether it is in a buffer, which something else than gradients moves.
         kernel: How many places the kernel of a convolution has; 1 for other layers.
         merged: Whether groups of one neuron each are taken as one group.
         note: What a user should know of how it is read; "" if there is nothing.
@@ -57,6 +58,7 @@ class NeuronSet(ABC):
     asked: bool = False
     trains: bool = True
     in_copy: bool = False
+    in_buffer: bool = False
     kernel: int = 1
     merged: bool = False
     note: str = ""
@@ -101,6 +103,7 @@ class Candidates(Generic[AnySet]):
         not_weights: Tensors of a state dict that are not taken for weights.
         broken: Layers that cannot be read because of what the user said.
         declared: Names of the sets that the model declares to be its heads.
+        declaring: Where names within the modules begin that declare them.
     """
 
     source: str
@@ -109,6 +112,7 @@ class Candidates(Generic[AnySet]):
     not_weights: list[Skip] = field(default_factory=list)
     broken: list[Broken] = field(default_factory=list)
     declared: list[str] = field(default_factory=list)
+    declaring: list[str] = field(default_factory=list)
 
 
 def shape_by_group(x: Tensor) -> tuple[int, int, int]:

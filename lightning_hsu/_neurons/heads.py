@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from torch import nn
@@ -15,10 +16,11 @@ NAMED = "named"
 _DECLARING = ("get_output_embeddings", "get_classifier")
 """Methods by which models of transformers and of timm say what their output layers are."""
 
-_COPIES = ("AveragedModel", "ModelEma", "ModelEmaV2", "ModelEmaV3", "EMA", "EMAModel")
+_COPIES = ("AveragedModel", "ModelEma", "ModelEmaV2", "ModelEmaV3")
 """Classes that hold a copy of a model whose weights are averages of the trained ones."""
 
-_COPY_NAMES = ("ema", "ema_model", "model_ema", "swa_model", "averaged_model", "average_model")
+_COPY_WORDS = ("ema", "teacher", "momentum", "target", "swa", "averaged", "average", "shadow")
+"""Words in the names of copies of a model, of which another one is trained."""
 
 _HEAD_NAMES = (
     "head",
@@ -48,9 +50,9 @@ _HEAD_NAMES = (
 """Parts of names that output layers have."""
 
 
-def declared_heads(model: nn.Module) -> list[nn.Module]:
-    """The modules that a model, or a part of it, declares to be its output layers."""
-    found: list[nn.Module] = []
+def declared_heads(model: nn.Module) -> dict[nn.Module, list[nn.Module]]:
+    """The modules that a model, or parts of it, declare to be output layers, by who declares."""
+    found: dict[nn.Module, list[nn.Module]] = {}
     inside: set[nn.Module] = set()  # parts of models that have declared theirs
     for module in model.modules():
         if is_copy(module):
@@ -62,7 +64,7 @@ def declared_heads(model: nn.Module) -> list[nn.Module]:
             heads = []  # a teacher
             inside.update(module.modules())
         if heads:
-            found.extend(heads)
+            found[module] = heads
             inside.update(module.modules())
     return found
 
@@ -105,7 +107,7 @@ def guessed_heads(sets: Sequence[NeuronSet]) -> dict[str, str]:
     layered = [one for one in sets if one.kind in ("linear", "convolution")]
     eligible = []
     for one in layered:
-        if one.shape[1] > 1 and one.trains and not _is_named_copy(one.name):
+        if one.trains and not _is_named_copy(one.name):
             eligible.append(one)
     if not eligible:  # a frozen model
         eligible = layered
@@ -153,5 +155,6 @@ def _depth_of_head_name(name: str) -> int | None:
 
 
 def _is_named_copy(name: str) -> bool:
-    """Whether a path leads into what is named like an average of a model."""
-    return any(part in _COPY_NAMES for part in name.split("."))
+    """Whether a path leads into what is named like a copy of a model."""
+    words = re.split(r"[._]|(?<=[a-z])\d+", name.lower())
+    return any(word in _COPY_WORDS for word in words) or "encoder_k" in name

@@ -110,20 +110,23 @@ class PartedRule:
 
 
 @dataclass(frozen=True)
-class WithoutPadding:
-    """Reads an embedding without the row of its padding, which does not train, in another way.
+class Rearranged:
+    """Reads what another rule reads in another way.
+
+    Such are an embedding without the row of its padding, which does not train, and the effective
+    weight of a layer with an adapter.
 
     Args:
-        table: The rule of embeddings.
+        whole: The other rule.
         how: The other way.
     """
 
-    table: Rule
+    whole: Rule
     how: WeightRule | FunctionRule
 
     def __call__(self, module: nn.Module) -> Tensor | dict[str, Tensor]:
         """The neurons (n, d) or (groups, n, d), or those of each part by its key."""
-        weight = self.table(module)
+        weight = self.whole(module)
         assert isinstance(weight, Tensor)
         if isinstance(self.how, FunctionRule):
             return apply_function(self.how.function, weight, self.how.name)

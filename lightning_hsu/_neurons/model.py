@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -26,13 +26,13 @@ from lightning_hsu._neurons.how import (
     How,
     Neurons,
     PartedRule,
+    Rearranged,
     StoredValues,
     WeightRule,
-    WithoutPadding,
     check_neurons,
     rule_for,
 )
-from lightning_hsu._neurons.patterns import matches, unknown_pattern
+from lightning_hsu._neurons.patterns import hidden_pattern, matches, unknown_pattern
 from lightning_hsu._neurons.placement import NeuronView, Placement, placement_of
 from lightning_hsu._neurons.quantised import qualified, why_unreadable
 from lightning_hsu._neurons.rules import (
@@ -47,6 +47,11 @@ from lightning_hsu._neurons.wrappers import plain_name
 
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 _PARTS = ("orig", "g", "v")  # of a weight that an older hook of torch's computes
+_UNUSED = "a copy that the forward pass does not use: another one has its place"
+_SCRIPTED = (
+    "TorchScript: its layers' kinds are not known; measure the model before torch.jit.script, or "
+    "lightning_hsu.report.report on its state_dict()"
+)
 _LEVELS = 4  # from a fused projection up to the module that knows its sizes
 _CONVOLUTIONS = (nn.modules.conv._ConvNd,)
 _READ_BY_ROWS = (*_EMBEDDINGS, *_CONVOLUTIONS, nn.Bilinear)  # "rows" is how they are read anyway
@@ -92,12 +97,15 @@ class _Finder:
         self._placement = placement
         self._asked = asked
         self._used: set[str] = set()  # patterns that matched a weight
+        self._deciding: set[str] = set()  # those that did so first
         self._found = Candidates[Target](type(model).__name__, [], [])
         self._modules = dict(model.named_modules())
         self._left_out: set[nn.Module] = set()  # parts of layers, such as the factors of adapters
+        self._unused: set[nn.Module] = set()  # copies of which others are in use
         self._computing: set[nn.Module] = set()  # parametrizations
         self._copies: set[nn.Module] = set()
         self._adapters: dict[nn.Module, Adapter] = {}
+        self._counts: dict[nn.Module, int] = {}  # children with weights
         self._weights: list[str] = []  # names of all weights, for errors
 
     def find(self) -> Candidates[Target]:
@@ -109,7 +117,11 @@ class _Finder:
                 self._computing.update(module.modules())
             for unused in unused_of(module):
                 self._left_out.update(unused.modules())
-            if module in self._left_out | self._computing or _has_users_rule(module):
+                self._unused.add(unused)
+            is_part = module in self._left_out or module in self._computing
+            if is_part or _has_users_rule(module):
+                continue
+            if isinstance(module, torch.jit.ScriptModule):
                 continue
             adapter = adapter_of(module)
             if adapter is not None:  # some share factors, which may come first
@@ -120,24 +132,40 @@ class _Finder:
         for pattern in self._asked:
             if pattern not in self._used:
                 raise ValueError(unknown_pattern("neurons", pattern, self._weights, "weight"))
-        declared = set(declared_heads(self._model))
-        for target in self._found.sets:
-            if declared and self._is_part_of(target.module, declared):
-                self._found.declared.append(target.name)
+            if pattern not in self._deciding:
+                raise ValueError(hidden_pattern("neurons", pattern))
+        for module, heads in declared_heads(self._model).items():
+            self._add_declared(module, heads)
         return self._found
 
-    def _is_part_of(self, module: nn.Module, declared: set[nn.Module]) -> bool:
-        """Whether a module is one of those declared, or the only layer inside one of them."""
-        if module in declared:
-            return True
-        return any(module in list(one.modules()) for one in declared)
+    def _add_declared(self, module: nn.Module, heads: Sequence[nn.Module]) -> None:
+        """Note the sets of the layers that a module declares to be heads, and its name."""
+        for head in heads:
+            inside = set(head.modules())
+            names_inside = [one.layer for one in self._found.sets if one.module in inside]
+            for target in self._found.sets:
+                # Of several layers, as in a head of two, the last one.
+                if names_inside and target.layer == names_inside[-1]:
+                    self._found.declared.append(target.name)
+        for path, other in self._modules.items():
+            if other is module:
+                self._found.declaring.append(plain_name(path))
 
     def _add_module(self, path: str, module: nn.Module) -> None:
         """Add the sets of neurons of one module, and its weights that are left out."""
         layer = plain_name(path)
         if module in self._computing:
             return
+        if isinstance(module, torch.jit.ScriptModule):
+            for name, p in module.named_parameters(recurse=False):
+                if p.ndim >= 2:
+                    self._skip(full_name(layer, name), shape_of_weight(p), _SCRIPTED)
+            return
         taken = self._add_asked(path, layer, module)
+        if module in self._unused:
+            for name, p in module.named_parameters():
+                if p.ndim >= 2:
+                    self._skip(full_name(layer, name), shape_of_weight(p), _UNUSED)
         if module in self._left_out:
             return
         if module in self._adapters:
@@ -165,12 +193,18 @@ class _Finder:
     def _add_asked(self, path: str, layer: str, module: nn.Module) -> set[str]:
         """Add the weights of a module that the user has named; return their attributes."""
         taken = set()
+        for attribute, p in module._parameters.items():
+            if p is not None and nn.parameter.is_lazy(p):  # read when it has a shape
+                name = full_name(layer, "" if attribute == "weight" else attribute)
+                self._weights.append(name)
+                self._asked_how(name, full_name(layer, attribute), attribute, 2)
         for attribute, shape in _weights_of(module):
             key = "" if attribute == "weight" else attribute
             name = full_name(layer, key)
             exact = full_name(layer, attribute)
             self._weights.append(name)
-            how = self._asked_how(name, exact, attribute, len(shape))
+            is_part = module in self._left_out
+            how = self._asked_how(name, exact, attribute, len(shape), only_exact=is_part)
             if how is None:
                 continue
             taken.add(attribute)
@@ -188,23 +222,42 @@ class _Finder:
             how = None
             is_mask = attribute.endswith("_mask") and f"{attribute[:-5]}_orig" in module._parameters
             if x.ndim >= 2 and x.is_floating_point() and not is_mask:
-                how = self._asked_how(name, name, attribute, x.ndim)
+                how = self._asked_how(name, name, attribute, x.ndim, only_exact=True)
             if how is not None:
                 taken.add(attribute)
-                rule = rule_for(how, attribute, x, name)
-                self._add_sets(layer, module, rule, prefix=attribute, asked=True)
+                try:
+                    rule = rule_for(how, attribute, x, name)
+                except ValueError as error:
+                    self._found.broken.append(Broken(name, error))
+                    continue
+                self._add_sets(layer, module, rule, prefix=attribute, asked=True, in_buffer=True)
         return taken
 
-    def _asked_how(self, name: str, exact: str, attribute: str, ndim: int) -> How | None:
-        """What the user says of a weight; the first pattern that matches counts."""
+    def _asked_how(
+        self, name: str, exact: str, attribute: str, ndim: int, *, only_exact: bool = False
+    ) -> How | None:
+        """What the user says of a weight; the first pattern that matches counts.
+
+        Args:
+            name: Name of the layer, with that of the weight unless this is "weight".
+            exact: The same with the name of the weight.
+            attribute: Name of the weight in its module.
+            ndim: How many axes it has.
+            only_exact: Whether only its whole name asks for it, no pattern: an adapter's factor, or
+                a buffer.
+        """
         found: How | None = None
         for pattern, how in self._asked.items():
             is_named = any(matches(one, [pattern], below=False) for one in (name, exact))
             is_below = matches(name, [pattern]) and ndim >= 2 and "bias" not in attribute
+            if only_exact:
+                is_named = pattern in (name, exact)
+                is_below = False
             if is_named or is_below:
                 self._used.add(pattern)
                 if found is None:
                     found = how
+                    self._deciding.add(pattern)
         return found
 
     def _asked_rule(
@@ -238,7 +291,7 @@ class _Finder:
             transposed=kernels and isinstance(module, nn.modules.conv._ConvTransposeNd),
         )
         if padded and isinstance(module, _EMBEDDINGS):
-            return WithoutPadding(class_rule, rule)
+            return Rearranged(class_rule, rule)
         return rule
 
     # Layers of torch.
@@ -249,22 +302,31 @@ class _Finder:
             return CentredRule(class_rule)
         if not isinstance(module, nn.Linear):
             return class_rule
-        parent, name = self._parent(path)
-        if parent is None:
-            return class_rule
         parts = self._fused_parts(path, module.out_features)
         if parts:
             return WeightRule("weight", parts=parts)
-        if names.mirrored_encoder(parent, name, module):
+        if self._is_mirrored(path, module):
             return WeightRule("weight", columns=True)
         return class_rule
+
+    def _is_mirrored(self, path: str, module: nn.Linear) -> bool:
+        """Whether a Linear, alone in the modules up to its encoder's, is mirrored by that."""
+        for _ in range(_LEVELS):
+            parent, name = self._parent(path)
+            if parent is None:
+                return False
+            if names.mirrored_encoder(parent, name, module):
+                return True
+            if self._children_with_weights(parent) > 1:
+                return False
+            path = path.rpartition(".")[0]
+        return False
 
     def _note(self, path: str, module: nn.Module) -> str:
         """What a user should know of how a Linear is read."""
         if not isinstance(module, nn.Linear) or not names.sounds_like_dictionary(path):
             return ""
-        parent, name = self._parent(path)
-        mirrored = parent is not None and names.mirrored_encoder(parent, name, module)
+        mirrored = self._is_mirrored(path, module)
         return names.dictionary_note(full_name(plain_name(path), ""), mirrored=mirrored)
 
     def _kind_of(self, path: str, module: nn.Module) -> Kind:
@@ -295,7 +357,7 @@ class _Finder:
                 continue
             if nn.parameter.is_lazy(p):
                 reason = "a lazy layer that has seen no batch: it has no shape yet"
-                self._skip(full_name(layer, key), (), reason)
+                self._skip(full_name(layer, "" if key == "weight" else key), (), reason)
                 return True
         for key, p in module._parameters.items():
             if p is None or key in taken or "bias" in key or not is_torch_layer:
@@ -316,6 +378,19 @@ class _Finder:
             self._skip(full_name(layer, ""), shape, adapter.reason)
             return
         rule: Rule = adapter.rule
+        kind = _kind_of_base(adapter.base)
+        name = full_name(layer, "")
+        self._weights.append(name)
+        how = self._asked_how(name, f"{layer}.weight", "weight", 2)
+        if how is not None and not taken:
+            try:
+                shape = shape_of_weight(self._read(module, rule)[""].x)
+                asked = rule_for(how, "weight", torch.empty(shape, device="meta"), name)
+            except (ValueError, KeyError) as error:
+                self._found.broken.append(Broken(name, error))
+                return
+            self._add_sets(layer, module, Rearranged(rule, asked), kind=kind, asked=True)
+            return
         if adapter.base is not None:
             try:
                 outputs = self._read(module, rule)[""].x.shape[-2]
@@ -324,7 +399,7 @@ class _Finder:
             parts = self._fused_parts(path, outputs)
             if parts:
                 rule = PartedRule(rule, parts)
-        self._add_sets(layer, module, rule, kind=_kind_of_base(adapter.base), without=taken)
+        self._add_sets(layer, module, rule, kind=kind, without=taken)
 
     def _is_unreadable_weight(
         self, layer: str, module: nn.Module, attribute: str, shape: tuple[int, ...]
@@ -353,10 +428,12 @@ class _Finder:
             if attribute in taken or x.ndim < 2 or not x.is_floating_point():
                 continue
             rule = names.rule_by_name(module, attribute, x)
-            if rule is not None and names.is_table_of_codes(module, attribute):
+            if rule is not None and names.may_be_a_buffer(module, attribute):
                 note = "a buffer: monitored, not penalised"
                 kind: Kind = "codebook"
-                self._add_sets(layer, module, rule, kind=kind, prefix=attribute, note=note)
+                self._add_sets(
+                    layer, module, rule, kind=kind, prefix=attribute, note=note, in_buffer=True
+                )
 
     def _add_weight(
         self, path: str, layer: str, module: nn.Module, attribute: str, shape: tuple[int, ...]
@@ -367,7 +444,7 @@ class _Finder:
         if self._is_unreadable_weight(layer, module, attribute, shape):
             return
         weight = torch.empty(shape, device="meta")
-        reason = names.why_no_neurons(attribute, weight)
+        reason = names.why_no_neurons(module, attribute, weight)
         if reason is not None:
             self._skip(name, shape, reason)
             return
@@ -383,12 +460,15 @@ class _Finder:
         parts = self._parts(path, module, attribute, rule, weight)
         if parts is not None:
             rule = parts
+        note = ""
+        if names.sounds_like_dictionary(attribute):
+            note = names.dictionary_note(name, mirrored=rule.columns)
         kind: Kind = "other"
         if attribute == "weight" and weight.ndim == 2:
             kind = "linear"
         if names.is_table_of_codes(module, attribute):
             kind = "codebook"
-        self._add_sets(layer, module, rule, kind=kind, prefix=key)
+        self._add_sets(layer, module, rule, kind=kind, prefix=key, note=note)
 
     def _fused_parts(self, path: str, outputs: int) -> tuple[Part, ...]:
         """The parts of the weight of a module, which an owner some levels above may tell.
@@ -402,15 +482,20 @@ class _Finder:
             parts = parts_of(parent, name, outputs)
             if parts:
                 return parts
-            with_weights = 0
-            for child in parent.children():
-                if any(p.ndim >= 2 for p in child.parameters()):
-                    with_weights += 1
             is_container = isinstance(parent, (nn.ModuleDict, nn.ModuleList))
-            if with_weights > 1 and not is_container:
+            if not is_container and self._children_with_weights(parent) > 1:
                 return ()
             path = path.rpartition(".")[0]
         return ()
+
+    def _children_with_weights(self, module: nn.Module) -> int:
+        """How many children of a module have weights of two or more axes."""
+        if module not in self._counts:
+            count = 0
+            for child in module.children():
+                count += any(p.ndim >= 2 for p in child.parameters())
+            self._counts[module] = count
+        return self._counts[module]
 
     def _parts(
         self, path: str, module: nn.Module, attribute: str, rule: WeightRule, weight: Tensor
@@ -448,6 +533,7 @@ class _Finder:
         without: set[str] | None = None,
         asked: bool = False,
         note: str = "",
+        in_buffer: bool = False,
     ) -> None:
         """Add the sets of neurons that a rule finds in a module.
 
@@ -460,6 +546,7 @@ class _Finder:
             without: Weights of the module that the user has named: sets of them are left out.
             asked: Whether the user has named it.
             note: What a user should know of how it is read.
+            in_buffer: Whether they are in a buffer, which something else than gradients moves.
         """
         is_users = rule is class_rule and not has_built_in_rule(module)
         try:
@@ -499,6 +586,7 @@ class _Finder:
                 asked=asked,
                 trains=trains,
                 in_copy=in_copy,
+                in_buffer=in_buffer,
                 kernel=_kernel_places(module),
                 note=note,
             )
@@ -632,7 +720,11 @@ def _advice(module: nn.Module, attribute: str, name: str, weight: Tensor) -> str
             f"neurons={{'{name}': 'rows'}}"
         )
     kind = qualified(module)
-    return f"no rule for {kind}: neurons={{'{name}': 'rows'}} or 'columns', or see register_neurons"
+    if weight.ndim == 2:
+        ways = f"neurons={{'{name}': 'rows'}} or 'columns'"
+    else:
+        ways = f"neurons={{'{name}': lambda w: ...}}, a function to (..., n, d)"
+    return f"no rule for {kind}: {ways}, or see register_neurons"
 
 
 def _unread(module: nn.Module, error: Exception) -> str:
@@ -682,4 +774,11 @@ def _identity(module: nn.Module, rule: Rule, name: str, view: NeuronView) -> Has
         return id(module), name
     if x.ndim == 2:
         x = x.unsqueeze(0)
-    return id(parameter), x.storage_offset(), x.stride(), x.shape
+    return _memory_of(parameter), x.storage_offset(), x.stride(), x.shape
+
+
+def _memory_of(parameter: nn.Parameter) -> int:
+    """The same for two parameters that share their memory, as weights tied by transposing do."""
+    if type(parameter) is nn.Parameter and parameter.device.type in ("cpu", "cuda"):
+        return parameter.untyped_storage().data_ptr() or id(parameter)
+    return id(parameter)

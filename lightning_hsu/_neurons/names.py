@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from lightning_hsu._neurons.how import WeightRule
 
 _DICTIONARIES = ("W_dec", "dictionary", "atoms")
+_NUMBERS_OF_FEATURES = ("d_sae", "dict_size", "num_latents", "n_features", "num_features")
 _ENCODERS = ("W_enc",)  # of features, whose directions lie along the same axis
 _CODEBOOKS = ("codebook", "codebooks", "codevectors", "code_book")
 _PROTOTYPES = ("prototypes", "proxies", "centers", "centres", "centroids", "class_centers")
@@ -52,14 +53,33 @@ def rule_by_name(module: nn.Module, attribute: str, weight: Tensor) -> WeightRul
     if attribute == "W" and classes in weight.shape:  # of a loss with a margin
         return WeightRule(attribute, columns=weight.shape[1] == classes)
     if attribute in _DICTIONARIES or attribute in _ENCODERS:
-        # There are more features than dimensions.
-        return WeightRule(attribute, columns=weight.shape[1] > weight.shape[0])
+        return WeightRule(attribute, columns=_features_last(module, attribute, weight))
     return None
+
+
+def _features_last(module: nn.Module, attribute: str, weight: Tensor) -> bool:
+    """Whether the features of a dictionary, or of its encoder, lie along the second axis."""
+    first, last = weight.shape
+    for source in (module, getattr(module, "cfg", None), getattr(module, "config", None)):
+        for name in _NUMBERS_OF_FEATURES:
+            features = getattr(source, name, None)
+            if features == last and features != first:
+                return True
+            if features == first and features != last:
+                return False
+    if first == last:
+        return attribute in _ENCODERS
+    return last > first  # there are more features than dimensions
 
 
 def is_table_of_codes(module: nn.Module, attribute: str) -> bool:
     """Whether a bare tensor of a module is a codebook."""
     return attribute in _CODEBOOKS or is_codebook(module, attribute)
+
+
+def may_be_a_buffer(module: nn.Module, attribute: str) -> bool:
+    """Whether a buffer of this name holds codes, prototypes or centres."""
+    return is_table_of_codes(module, attribute) or attribute in _PROTOTYPES
 
 
 def is_codebook(module: nn.Module, attribute: str) -> bool:
@@ -98,7 +118,13 @@ def mirrored_encoder(parent: nn.Module, name: str, decoder: nn.Linear) -> bool:
     """
     if "dec" not in name.lower() or decoder.in_features <= decoder.out_features:
         return False
+    children = []  # with weights
     for other, module in parent.named_children():
+        if any(p.ndim >= 2 for p in module.parameters()):
+            children.append((other, module))
+    if len(children) != 2:  # something else lies between
+        return False
+    for other, module in children:
         if "enc" not in other.lower():
             continue
         linears = [inner for inner in module.modules() if isinstance(inner, nn.Linear)]
@@ -115,8 +141,10 @@ def mirrored_encoder(parent: nn.Module, name: str, decoder: nn.Linear) -> bool:
 
 def sounds_like_dictionary(path: str) -> bool:
     """Whether a layer's name suggests that its columns, not its rows, may be the directions."""
-    last = path.rpartition(".")[2].lower()
-    return last in ("decoder", "dec", "w_dec", "dictionary")
+    parts = [part for part in path.lower().split(".") if not part.isdigit()]
+    if not parts or "lm_head" in parts:
+        return False
+    return parts[-1] in ("decoder", "decode", "dec", "w_dec", "dictionary")
 
 
 def dictionary_note(layer: str, *, mirrored: bool) -> str:
@@ -131,17 +159,19 @@ def dictionary_note(layer: str, *, mirrored: bool) -> str:
     return f"read by rows; if its columns are directions: neurons={{'{layer}': 'columns'}}"
 
 
-def why_no_neurons(attribute: str, weight: Tensor) -> str | None:
+def why_no_neurons(module: nn.Module, attribute: str, weight: Tensor) -> str | None:
     """Why a parameter of two or more axes holds no neurons, as its name and shape say."""
     long_axes = [size for size in weight.shape if size != 1]
     if len(long_axes) < 2:
         return "a vector"
+    if type(module).__name__.endswith("Norm"):
+        return "a factor or shift by entry: it has no directions"
     lower = attribute.lower()
     if any(part in lower for part in _POSITION_BIASES):
         return "a table of position biases"
     if "bias" in lower:
         return "biases"
-    if lower in ("att", "att_src", "att_dst", "att_edge"):
+    if lower == "att" or lower.startswith(("att_", "lin_src_", "lin_dst_")):
         return "attention vectors, one a head"
     return None
 

@@ -36,6 +36,14 @@ def unknown_pattern(what: str, pattern: str, names: Sequence[str], noun: str = "
     return f"{what} pattern {pattern!r} matches no {noun}; {known_names(pattern, names, noun)}"
 
 
+def hidden_pattern(what: str, pattern: str) -> str:
+    """The message about a pattern that matches only what earlier ones match, too."""
+    return (
+        f"{what} pattern {pattern!r} never counts: earlier patterns match all that it matches, and "
+        "the first match counts; put it before them"
+    )
+
+
 def known_names(wrong: str, names: Sequence[str], noun: str = "layer") -> str:
     """The names that there are, those like the wrong one first.
 

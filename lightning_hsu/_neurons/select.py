@@ -12,7 +12,7 @@ from lightning_hsu._neurons.candidates import AnySet, Candidates, NeuronSet, Ski
 from lightning_hsu._neurons.heads import DECLARED, NAMED, TRACED, guessed_heads
 from lightning_hsu._neurons.how import Neurons
 from lightning_hsu._neurons.model import neurons_of_model
-from lightning_hsu._neurons.patterns import Patterns, as_list, checked, known_names, matches
+from lightning_hsu._neurons.patterns import Patterns, checked, known_names, matches
 from lightning_hsu._neurons.placement import Placement
 from lightning_hsu._neurons.target import Target
 
@@ -127,9 +127,14 @@ def _choose(
     heads = find_heads(candidates, head, traced)
     included = checked("include", include, names + unread)
     excluded = checked("exclude", exclude, names + unread)
+    for name, why in heads.items():
+        if why == NAMED and excluded is not None and matches(name, excluded):
+            raise ValueError(f"head {name!r} is excluded by a pattern; name another head, or None")
+    skips = list(candidates.skips)
     for broken in candidates.broken:
         if _is_wanted(broken.name, included, excluded):
             raise broken.error
+        skips.append(Skip(broken.name, (), EXCLUDED))
 
     reasons: dict[str, str] = {}
     taken: dict[Hashable, str] = {}
@@ -154,13 +159,12 @@ def _choose(
             reasons[one.name] = f"tied to {first_name}"
 
     chosen: list[AnySet] = []
-    skips = list(candidates.skips)
     for one in sets:
         if one.name in reasons:
             skips.append(Skip(one.name, one.shape, reasons[one.name]))
         else:
-            reason = heads.get(one.name, "")
-            chosen.append(replace(one, head=one.name in heads, head_reason=reason))
+            head_reason = heads.get(one.name, "")
+            chosen.append(replace(one, head=one.name in heads, head_reason=head_reason))
     if not chosen and not may_be_empty:
         raise ValueError(nothing_left(candidates.source, skips))
     return chosen, skips
@@ -182,17 +186,24 @@ def find_heads(
     """
     if head is None:
         return {}
-    names = [one.name for one in candidates.sets]
     if head == "auto":
         return _automatic_heads(candidates, traced)
-    wanted = as_list("head", head) or []
-    for name in wanted:
-        if name not in names:
-            raise ValueError(
-                f"head {name!r} is no layer of the model; {known_names(name, names)}; head=None "
-                "switches it off"
-            )
-    return dict.fromkeys(wanted, NAMED)
+    wanted = [head] if isinstance(head, str) else head
+    if not isinstance(wanted, Sequence) or not all(isinstance(name, str) for name in wanted):
+        raise TypeError(f"head takes 'auto', a layer's name, a list of names or None; got {head!r}")
+    names = [one.name for one in candidates.sets]
+    reasons = {skip.name: skip.reason for skip in candidates.skips}
+    heads: dict[str, str] = {}
+    for name in map(str, wanted):
+        parts = [one.name for one in candidates.sets if name in (one.name, one.layer)]
+        heads |= dict.fromkeys(parts, NAMED)
+        if parts or "lazy" in reasons.get(name, ""):
+            continue
+        message = f"head {name!r} is no layer of the model; {known_names(name, names)}"
+        if name in reasons:
+            message = f"head {name!r} is not measured: {reasons[name]}"
+        raise ValueError(f"{message}; head=None switches it off")
+    return heads
 
 
 def _automatic_heads(candidates: Candidates[AnySet], traced: Sequence[str]) -> dict[str, str]:
@@ -204,15 +215,23 @@ def _automatic_heads(candidates: Candidates[AnySet], traced: Sequence[str]) -> d
             declared.append(one.name)
             if not one.trains:
                 frozen.append(one.name)
-    if traced and not frozen:
-        # What a model declares may be unused in a larger one.
+    outside = [name for name in traced if not _is_inside(name, candidates.declaring)]
+    if traced and (outside or not frozen):
+        # What a model declares may be unused in a larger one, or not the only head.
         both = [name for name in declared if name in traced]
-        if both:
-            return dict.fromkeys(both, DECLARED)
-        return dict.fromkeys(traced, TRACED)
-    if declared:
+        if not both:
+            return dict.fromkeys(traced, TRACED)
+        return dict.fromkeys(outside, TRACED) | dict.fromkeys(both, DECLARED)
+    guessed = guessed_heads(candidates.sets)
+    after = [name for name in guessed if not _is_inside(name, candidates.declaring)]
+    if declared and not (after and not traced):
         return dict.fromkeys(declared, DECLARED)
-    return guessed_heads(candidates.sets)
+    return guessed
+
+
+def _is_inside(name: str, paths: Sequence[str]) -> bool:
+    """Whether a layer is in one of the modules at these paths."""
+    return any(not path or name == path or name.startswith(f"{path}.") for path in paths)
 
 
 def uninitialized(model: nn.Module) -> list[str]:

@@ -36,7 +36,17 @@ _BY_COLUMNS = ("transformers.pytorch_utils.Conv1D", "e3nn.nn.", "torch_geometric
 
 _BY_ROWS = ("torch_geometric.nn.dense.linear.Linear",)
 
-_FACTORS = ("scale", "scaler", "shift", "translation", "mask", "grid")  # by entry, not by direction
+_FACTORS = (
+    "scale",
+    "scaler",
+    "shift",
+    "translation",
+    "mask",
+    "grid",
+    "mean",
+    "std",
+    "var",
+)  # by entry, not by direction
 
 _NUMBERS_OF_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _WIDTHS = ("hidden_dim", "hidden_size", "input_size", "d_model", "dim")
@@ -54,7 +64,13 @@ def rule_by_sizes(module: nn.Module, attribute: str, weight: Tensor) -> WeightRu
     Returns:
         The rule, or None if no sizes of the module fit the weight.
     """
-    for special in (_rule_of_experts, _rule_of_packed_experts, _rule_of_graph_layers):
+    for special in (
+        _rule_of_experts,
+        _rule_of_packed_experts,
+        _rule_of_routers,
+        _rule_of_graph_layers,
+        _rule_of_convolutions,
+    ):
         rule = special(module, attribute, weight)
         if rule is not None:
             return rule
@@ -71,7 +87,8 @@ def rule_by_sizes(module: nn.Module, attribute: str, weight: Tensor) -> WeightRu
 
 def is_factor(attribute: str) -> bool:
     """Whether a parameter multiplies or shifts entry by entry, as its name says."""
-    return attribute.lower().rpartition("_")[2] in _FACTORS
+    last = attribute.lower().rpartition("_")[2]
+    return last in _FACTORS or attribute in ("scale_shift_table", "A_log")
 
 
 def whole_number(module: nn.Module, name: str) -> int | None:
@@ -161,9 +178,37 @@ def _rule_of_graph_layers(module: nn.Module, attribute: str, weight: Tensor) -> 
         size = whole_number(module, name)
         if shape[-2:] == (size, size) and "in_channels" not in module.__dict__:
             return WeightRule(attribute, columns=True)
+    if weight.ndim == 3:
+        groups = whole_number(module, "groups")
+        if shape[0] == groups and groups * shape[1] in _sizes(module, "in_channels"):
+            return WeightRule(attribute, columns=True)
+    inputs = _sizes(module, "in_channels")
+    is_convolution = ".conv." in qualified(module)
+    if is_convolution and shape[-2] in inputs and shape[-1] not in inputs:
+        return WeightRule(attribute, columns=True)
     if weight.ndim == 4:  # (relations, blocks, in / blocks, out / blocks)
-        blocks, inputs, outputs = shape[1:]
-        fits_inputs = blocks * inputs in _sizes(module, "in_channels")
+        blocks, inputs_each, outputs = shape[1:]
+        fits_inputs = blocks * inputs_each in inputs
         if fits_inputs and blocks * outputs in _sizes(module, "out_channels"):
             return WeightRule(attribute, columns=True)
+    return None
+
+
+def _rule_of_routers(module: nn.Module, attribute: str, weight: Tensor) -> WeightRule | None:
+    """How to read the weight (experts, width) of a router that keeps only the number of experts."""
+    kind = type(module).__name__
+    if attribute != "weight" or weight.ndim != 2 or not ("Router" in kind or "Gat" in kind):
+        return None
+    counts = [whole_number(module, name) for name in _NUMBERS_OF_EXPERTS]
+    if weight.shape[0] in counts:
+        return WeightRule(attribute)
+    return None
+
+
+def _rule_of_convolutions(module: nn.Module, attribute: str, weight: Tensor) -> WeightRule | None:
+    """How to read kernels (out, in, *kernel) of a class whose name says that it is a convolution."""
+    for axes in (1, 2, 3):
+        fits = f"Conv{axes}d" in type(module).__name__ and weight.ndim == axes + 2
+        if fits and attribute == "weight":
+            return WeightRule(attribute, kernels=True)
     return None

@@ -27,7 +27,13 @@ from lightning_hsu._neurons.how import (
     check_neurons,
     rule_for,
 )
-from lightning_hsu._neurons.patterns import Patterns, as_list, matches, unknown_pattern
+from lightning_hsu._neurons.patterns import (
+    Patterns,
+    as_list,
+    hidden_pattern,
+    matches,
+    unknown_pattern,
+)
 from lightning_hsu._neurons.rules import GRU_GATES, LSTM_GATES, PROJECTIONS
 from lightning_hsu._neurons.stored import effective_weights
 from lightning_hsu._neurons.wrappers import plain_name, without_prefixes
@@ -77,11 +83,13 @@ class _Wanted:
     Args:
         ways: Patterns of weights' names, each with how such weights hold neurons.
         used: The patterns that have matched a weight.
+        deciding: Those that did so first.
         names: Names of all weights, for errors.
     """
 
     ways: Mapping[str, How]
     used: set[str] = field(default_factory=set)
+    deciding: set[str] = field(default_factory=set)
     names: dict[str, None] = field(default_factory=dict)
 
     def of(self, layer: str, attribute: str) -> How | None:
@@ -102,6 +110,7 @@ class _Wanted:
                 self.used.add(pattern)
                 if found is None:
                     found = how
+                    self.deciding.add(pattern)
         return found
 
     def check_used(self) -> None:
@@ -109,6 +118,8 @@ class _Wanted:
         for pattern in self.ways:
             if pattern not in self.used:
                 raise ValueError(unknown_pattern("neurons", pattern, list(self.names), "weight"))
+            if pattern not in self.deciding:
+                raise ValueError(hidden_pattern("neurons", pattern))
 
 
 def neurons_of_state_dict(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -64,10 +64,14 @@ _VIEWS = (
 """How the names of nodes begin through which a table is used as it is, or with rows of length 1."""
 
 _MOST_TERMS = 32
+_MOST_NODES = 200  # that compute a weight
 
 
 def last_before(
-    outputs: object, layers: Mapping[int, Sequence[str]], tables: Mapping[int, Sequence[str]]
+    outputs: object,
+    layers: Mapping[int, Sequence[str]],
+    tables: Mapping[int, Sequence[str]],
+    computed: Collection[str] = (),
 ) -> list[str]:
     """Names of the layers that act last on the way to a loss or to a model's outputs.
 
@@ -80,23 +84,24 @@ def last_before(
         layers: Names of layers by the ids of their parameters.
         tables: The same of embeddings and other matrices, which may be added to inputs or act as
             inputs themselves: they count only where an input is multiplied by them.
+        computed: Names of layers whose weights are computed from parameters.
 
     Returns:
         The names, each once, in the order in which they are met; [] if no graph is recorded, or if
-        one node holds all layers, as after torch.compile.
+        one node holds all layers, as after torch.compile and for a checkpoint that is reentrant.
     """
-    graph = _Graph(layers, tables)
-    ends = []
-    for term in _terms(outputs):
-        last = graph.ends(term)
-        if last is None:
+    graph = _Graph(layers, tables, computed)
+    names: list[dict[str, None]] = []  # of the ends of each term
+    passed: list[set[str]] = []  # names of what each term passes through before its ends
+    for roots in _terms(outputs):
+        ends = graph.ends(roots)
+        if ends is None:
             return []
-        ends.append(last)
-    names = []  # of the ends of each term
-    passed = []  # names of what each term passes through before its ends
-    for last in ends:
-        names.append(dict.fromkeys(name for found in last.values() for name in found))
-        passed.append(graph.names_before(last) if len(ends) > 1 else set())
+        last, before, of_gradients = graph.last_of(roots, ends)
+        if of_gradients:  # a penalty on gradients comes after all layers
+            continue
+        names.append(last)
+        passed.append(before)
     kept: dict[str, None] = {}
     for i, mine in enumerate(names):
         for name in mine:
@@ -118,27 +123,34 @@ class _Graph:
     Args:
         layers: See :func:`last_before`.
         tables: See :func:`last_before`.
+        computed: See :func:`last_before`.
     """
 
     def __init__(
-        self, layers: Mapping[int, Sequence[str]], tables: Mapping[int, Sequence[str]]
+        self,
+        layers: Mapping[int, Sequence[str]],
+        tables: Mapping[int, Sequence[str]],
+        computed: Collection[str],
     ) -> None:
         self._layers = layers
         self._tables = tables
+        self._computed = set(computed)
         self._known: dict[Any, tuple[list[str], bool]] = {}
 
-    def ends(self, term: Any) -> dict[Any, list[str]] | None:
+    def ends(self, roots: Sequence[Any]) -> dict[Any, list[str]] | None:
         """The products at which paths back from a term meet their first layer, with its names.
 
         None if one node holds several layers, as after torch.compile.
         """
         last: dict[Any, list[str]] = {}
-        waiting = [term]
-        seen = {term}
+        waiting = list(roots)
+        seen = set(roots)
         while waiting:
             node = waiting.pop()
             names = self._names_at(node)
             if len(names) > 1 and "Compiled" in node.name():
+                return None
+            if node.name().startswith("CheckpointFunction"):  # what is inside leaves no trace
                 return None
             if names:
                 last[node] = names
@@ -146,18 +158,43 @@ class _Graph:
                 waiting += _new_parents(node, seen)
         return last
 
-    def names_before(self, nodes: Iterable[Any]) -> set[str]:
-        """Names of the layers at all products on which some node depends."""
-        seen: set[Any] = set()
-        waiting = []
-        for node in nodes:
-            waiting += _new_parents(node, seen)
-        names: set[str] = set()
+    def last_of(
+        self, roots: Sequence[Any], ends: Mapping[Any, list[str]]
+    ) -> tuple[dict[str, None], set[str], bool]:
+        """Names of a term's last layers, and of those that it passes through before its ends.
+
+        An end is not last if all paths to it lead through what other ends depend on: all layers
+        that add to a residual stream are ends, and only the newest is last. An end whose output is
+        divided, into a part of the result and a part that goes on, is last.
+
+        The third value is whether the term depends on gradients.
+        """
+        of_gradients = False
+        before: set[Any] = set()
+        divided: set[Any] = set()  # each output of those before: a node with its number
+        passed: set[str] = set()
+        waiting = list(ends)
         while waiting:
             node = waiting.pop()
-            names.update(self._names_at(node))
-            waiting += _new_parents(node, seen)
-        return names
+            if node in before:
+                passed.update(self._names_at(node))
+                of_gradients = of_gradients or _is_of_gradients(node)
+            divided.update(node.next_functions)
+            waiting += _new_parents(node, before)
+        last: dict[str, None] = {}
+        edges: list[tuple[Any, int]] = [(root, 0) for root in roots]
+        seen = set(edges)
+        while edges:
+            edge = edges.pop()
+            node = edge[0]
+            if node in ends:
+                last |= dict.fromkeys(ends[node])
+            elif edge not in divided:
+                of_gradients = of_gradients or _is_of_gradients(node)
+                new = [one for one in node.next_functions if one[0] is not None and one not in seen]
+                seen.update(new)
+                edges += new
+        return last, passed, of_gradients
 
     def _names_at(self, node: Any) -> list[str]:
         """Names of the layers whose weights act at a node; [] if it is no product."""
@@ -179,6 +216,8 @@ class _Graph:
                     found = self._table_of(operand)
                 weights += is_weight and len(found) > 0
                 names |= dict.fromkeys(found)
+            if not names and self._computed and operands and _multiplies(node):
+                names = dict.fromkeys(self._computed_of(operands[-1]))
             self._known[node] = list(names), weights > 1 and _multiplies(node)
         return self._known[node]
 
@@ -207,6 +246,24 @@ class _Graph:
             waiting += _new_parents(inner, seen)
         return list(found), is_weight
 
+    def _computed_of(self, operand: Any) -> list[str]:
+        """The layer whose computed weight an operand is, however it is computed; [] if none is."""
+        found: set[str] = set()
+        if operand is None:
+            return []
+        waiting = [operand]
+        seen = {operand}
+        while waiting and len(seen) < _MOST_NODES:
+            inner = waiting.pop()
+            variable = getattr(inner, "variable", None)
+            if variable is not None:
+                names = self._layers.get(id(variable), ())
+                if len(names) == 0 or not self._computed.issuperset(names):
+                    return []
+                found.update(names)
+            waiting += _new_parents(inner, seen)
+        return list(found) if len(found) == 1 and not waiting else []
+
     def _table_of(self, operand: Any) -> list[str]:
         """The table that an operand is, seen in another shape or with rows of length 1."""
         found: dict[str, None] = {}
@@ -225,15 +282,17 @@ class _Graph:
         return list(found)
 
 
-def _terms(outputs: object) -> list[Any]:
-    """The nodes of autograd's graph at which the terms of a loss, or a model's outputs, begin."""
+def _terms(outputs: object) -> list[list[Any]]:
+    """The nodes of autograd's graph at which each term of a loss, or a model's output, begins.
+
+    Very many, such as one for each step of a sequence, are taken as one term.
+    """
     terms: list[Any] = []
     numbers: list[Any] = []  # nodes that compute one number
     for x in _tensors(outputs):
         if x.grad_fn is not None:
             (numbers if x.numel() == 1 else terms).append(x.grad_fn)
-    roots = [*terms, *numbers]
-    seen = set(roots)
+    seen = {*terms, *numbers}
     while numbers:
         node = numbers.pop()
         stacked = _stacked_by(node)
@@ -243,9 +302,9 @@ def _terms(outputs: object) -> list[Any]:
             numbers += _new_parents(stacked, seen)
         else:
             terms.append(node)
-    if len(terms) > _MOST_TERMS:  # such as one for each step of a sequence
-        return roots[:_MOST_TERMS]
-    return terms
+    if len(terms) > _MOST_TERMS:
+        return [terms]
+    return [[term] for term in terms]
 
 
 def _stacked_by(node: Any) -> Any:
@@ -297,6 +356,12 @@ def _is_product(node: Any) -> bool:
     # A custom function, such as the product with a quantised weight.
     parents = [parent for parent, _ in node.next_functions if parent is not None]
     return len(parents) > 1
+
+
+def _is_of_gradients(node: Any) -> bool:
+    """Whether a node differentiates a derivative."""
+    name: str = node.name()
+    return name.count("Backward") > 1
 
 
 def _multiplies(node: Any) -> bool:
