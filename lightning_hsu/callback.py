@@ -44,6 +44,7 @@ class _Fit:
         fingerprints: Numbers that show whether the weights of these have changed since.
         logged: Names of the layers that were logged.
         trained: The parameters that were not frozen when the training began.
+        has_loss: Whether there was a loss so far.
         is_fresh: Whether the first forward pass is still to come, or under way.
         is_told: Whether the table of layers has been printed.
         is_off: Whether monitoring was given up, with a warning.
@@ -61,6 +62,7 @@ class _Fit:
     fingerprints: dict[str, float] = field(default_factory=dict)
     logged: set[str] = field(default_factory=set)
     trained: list[nn.Parameter] = field(default_factory=list)
+    has_loss: bool = False
     is_fresh: bool = True
     is_told: bool = False
     is_off: bool = False
@@ -315,7 +317,7 @@ class HypersphericalUniformity(_trainer.EveryCallback):
         has_stepped = trainer.global_step != fit.seen_step
         if batch_idx == 0 or has_stepped:
             fit.has_run = True
-        if has_stepped or self.regularizer.state.heads:
+        if fit.has_loss and (has_stepped or self.regularizer.state.heads):
             fit.is_fresh = False  # what follows is no first forward pass
         accumulates = pl_module.automatic_optimization and not has_stepped
         if accumulates or not self.regularizer.layers:
@@ -409,6 +411,7 @@ class HypersphericalUniformity(_trainer.EveryCallback):
         fit = self._fit
         if not fit.is_fresh or not self.regularizer.layers:
             return
+        fit.has_loss = True
         before = self._heads()
         try:
             self.regularizer.find_head(loss)

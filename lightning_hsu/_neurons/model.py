@@ -111,6 +111,8 @@ class _Finder:
     def find(self) -> Candidates[Target]:
         """The candidates."""
         for module in self._modules.values():
+            if isinstance(module, torch.jit.ScriptModule):
+                continue
             if is_copy(module):
                 self._copies.update(module.modules())
             if isinstance(module, ParametrizationList):
@@ -120,8 +122,6 @@ class _Finder:
                 self._unused.add(unused)
             is_part = module in self._left_out or module in self._computing
             if is_part or _has_users_rule(module):
-                continue
-            if isinstance(module, torch.jit.ScriptModule):
                 continue
             adapter = adapter_of(module)
             if adapter is not None:  # some share factors, which may come first

@@ -176,7 +176,8 @@ def _rule_of_graph_layers(module: nn.Module, attribute: str, weight: Tensor) -> 
     shape = tuple(weight.shape)
     for name in ("channels", "out_channels"):
         size = whole_number(module, name)
-        if shape[-2:] == (size, size) and "in_channels" not in module.__dict__:
+        is_between = weight.ndim > 2 or "in_channels" not in module.__dict__
+        if shape[-2:] == (size, size) and is_between:
             return WeightRule(attribute, columns=True)
     if weight.ndim == 3:
         groups = whole_number(module, "groups")
@@ -184,7 +185,7 @@ def _rule_of_graph_layers(module: nn.Module, attribute: str, weight: Tensor) -> 
             return WeightRule(attribute, columns=True)
     inputs = _sizes(module, "in_channels")
     is_convolution = ".conv." in qualified(module)
-    if is_convolution and shape[-2] in inputs and shape[-1] not in inputs:
+    if is_convolution and shape[-2] in inputs:
         return WeightRule(attribute, columns=True)
     if weight.ndim == 4:  # (relations, blocks, in / blocks, out / blocks)
         blocks, inputs_each, outputs = shape[1:]

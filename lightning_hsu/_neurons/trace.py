@@ -63,6 +63,9 @@ _VIEWS = (
 )
 """How the names of nodes begin through which a table is used as it is, or with rows of length 1."""
 
+_DIVISIONS = ("Chunk", "Index", "Narrow", "Select", "Slice", "Split", "Unbind")
+"""How the names of nodes begin that take a part of an output, another part of which goes on."""
+
 _MOST_TERMS = 32
 _MOST_NODES = 200  # that compute a weight
 
@@ -189,11 +192,14 @@ class _Graph:
             node = edge[0]
             if node in ends:
                 last |= dict.fromkeys(ends[node])
-            elif edge not in divided:
-                of_gradients = of_gradients or _is_of_gradients(node)
-                new = [one for one in node.next_functions if one[0] is not None and one not in seen]
-                seen.update(new)
-                edges += new
+                continue
+            of_gradients = of_gradients or _is_of_gradients(node)
+            divides = node.name().startswith(_DIVISIONS)
+            for one in node.next_functions:
+                if one[0] is None or one in seen or (one in divided and not divides):
+                    continue
+                seen.add(one)
+                edges.append(one)
         return last, passed, of_gradients
 
     def _names_at(self, node: Any) -> list[str]:
