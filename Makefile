@@ -46,7 +46,7 @@ pretrained: .venv/test.installed  ## Reports on networks that others trained; ne
 	$(BIN)/python -m pytest -m pretrained tests/test_pretrained.py
 
 models: .venv-models/models.installed  ## Real models of twenty libraries, and real Lightning programs; needs a package index
-	.venv-models/bin/python -m pytest -n auto --dist worksteal -m models tests/real_models
+	HSU_ALL_MODELS=1 .venv-models/bin/python -m pytest -n auto --dist worksteal -m models tests/real_models
 
 notebooks: .venv/notebooks.installed  ## Run the notebooks, shortened; needs a package index
 	FAST=1 $(BIN)/python -m pytest --nbmake notebooks/*.ipynb -o addopts= --nbmake-timeout=300

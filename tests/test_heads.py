@@ -387,3 +387,269 @@ def test_neurons_is_an_argument_of_the_callback():
         "layer": (1, 8, 2),
         "encoder": (1, 8, 32),
     }
+
+
+# What graphs of real programs look like
+
+
+class Block(nn.Module):
+    def __init__(self, width=8):
+        super().__init__()
+        self.first, self.second = nn.Linear(width, width), nn.Linear(width, width)
+
+    def forward(self, x):
+        return x + self.second(self.first(x).relu())
+
+
+def traced(model, loss):
+    regularizer = UniformityRegularizer().attach(model, watch=False)
+    regularizer.find_head(loss)
+    return [layer.name for layer in regularizer.layers if layer.target.head]
+
+
+def two(width=8):
+    return nn.ModuleDict({"enc": nn.Linear(6, width), "out": nn.Linear(width, 3)})
+
+
+def test_of_a_residual_stream_only_the_newest_layer_is_last():
+    model = nn.Sequential(nn.Embedding(9, 8), Block(), Block(), Block())
+    assert traced(model, model(torch.arange(9)).square().mean()) == ["3.second"]
+    model = nn.ModuleDict({"enc": nn.Linear(6, 8), "out": nn.Linear(8, 8)})
+    hidden = model["enc"](torch.randn(4, 6))
+    assert traced(model, (hidden + model["out"](hidden)).square().mean()) == ["out"]
+
+
+def test_an_output_that_is_divided_is_last():
+    """As in N-BEATS: a part of it goes on, another part is a part of the result."""
+    model = nn.ModuleList([nn.Linear(6, 9) for _ in range(3)])
+    x, total = torch.randn(4, 6), 0.0
+    for layer in model:
+        out = layer(x)
+        x, total = x - out[:, :6], total + out[:, 6:]
+    assert set(traced(model, total.square().mean())) == {"0", "1", "2"}
+
+
+def test_a_penalty_on_gradients_has_no_head_of_its_own():
+    model = two()
+    x = torch.randn(4, 6).requires_grad_()
+    loss = model["out"](model["enc"](x).tanh()).tanh().square().mean()
+    (grad,) = torch.autograd.grad(loss, x, create_graph=True)
+    assert traced(model, loss + grad.square().mean()) == ["out"]
+
+
+def test_a_penalty_on_weights_or_on_features_has_no_head_of_its_own():
+    model = two()
+    x = torch.randn(4, 6)
+    loss = model["out"](model["enc"](x).tanh()).square().mean()
+    weight = model["enc"].weight
+    assert traced(model, loss + (weight @ weight.T).square().sum()) == ["out"]
+    assert traced(model, loss + model["enc"](x).abs().mean()) == ["out"]
+    assert traced(model, loss + 0.1 * weight.square().sum()) == ["out"]
+
+
+def test_tables_that_are_added_looked_up_or_multiplied_by_entry_are_no_heads():
+    model = nn.ModuleDict(
+        {"pos": nn.Embedding(4, 8), "mix": nn.Linear(8, 8), "out": nn.Linear(8, 3)}
+    )
+    x = torch.randn(4, 8) + model["pos"].weight
+    assert traced(model, model["out"](x + model["mix"](x)).square().mean()) == ["out"]
+    x = torch.randn(4, 8) * model["pos"].weight
+    assert traced(model, model["out"](x).square().mean()) == ["out"]
+    words = nn.ModuleDict({"user": nn.Embedding(5, 8), "item": nn.Embedding(5, 8)})
+    product = words["user"](torch.arange(5)) * words["item"](torch.arange(5))
+    regularizer = UniformityRegularizer(neurons={"user": "rows"}).attach(words, watch=False)
+    regularizer.find_head(product.sum(-1).mean())
+    assert [(one.name, one.target.head) for one in regularizer.layers] == [("user", False)]
+
+
+def test_weights_that_are_not_measured_may_be_last_and_then_no_other_layer_is():
+    model = two()
+    model.weight = nn.Parameter(torch.randn(5, 8))
+    x = nn.functional.normalize(model["enc"](torch.randn(4, 6)))
+    logits = nn.functional.linear(x, nn.functional.normalize(model.weight))
+    assert traced(model, logits.logsumexp(1).mean()) == []
+
+
+@pytest.mark.parametrize(
+    "wrap", [nn.utils.parametrizations.orthogonal, nn.utils.parametrizations.weight_norm]
+)
+def test_a_parametrized_head_is_found(wrap):
+    model = two()
+    wrap(model["out"])
+    loss = model["out"](model["enc"](torch.randn(4, 6)).tanh()).square().mean()
+    assert traced(model, loss) == ["out"]
+
+
+def test_behind_a_reentrant_checkpoint_nothing_is_known():
+    model = two()
+
+    def last(x):
+        return model["out"](x.tanh())
+
+    x = torch.utils.checkpoint.checkpoint(last, model["enc"](torch.randn(4, 6)), use_reentrant=True)
+    regularizer = UniformityRegularizer().attach(model, watch=False)
+    regularizer.find_head(x.square().mean())
+    assert heads(regularizer.summary) == {"out": "guessed: last Linear"}
+
+
+class Declaring(nn.Module):
+    """As timm's: it says what its classifier is."""
+
+    def __init__(self):
+        super().__init__()
+        self.trunk, self.fc = nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def get_classifier(self):
+        return self.fc
+
+    def forward(self, x):
+        return self.fc(self.trunk(x).relu())
+
+
+def test_what_is_declared_may_be_unused_frozen_or_not_alone():
+    model = nn.ModuleDict({"net": Declaring(), "own": nn.Linear(8, 2)})
+    x = model["net"].trunk(torch.randn(4, 6)).relu()
+    both = model["net"].fc(x).square().mean() + model["own"](x).square().mean()
+    assert set(traced(model, both)) == {"net.fc", "own"}
+    assert traced(model, model["own"](x).square().mean()) == ["own"]
+    model["net"].fc.requires_grad_(False)
+    assert traced(model, model["own"](x).square().mean()) == ["own"]
+    net = Declaring()
+    net.fc.requires_grad_(False)  # it leaves no trace
+    assert traced(net, net(torch.randn(4, 6)).square().mean()) == ["fc"]
+
+
+def test_many_outputs_are_all_heads():
+    model = nn.ModuleList([nn.Linear(6, 3) for _ in range(40)])
+    x = torch.randn(4, 6)
+    assert len(traced(model, [layer(x) for layer in model])) == 40
+
+
+def test_a_first_batch_without_a_loss():
+    class FirstNone(HeadFirst):
+        def training_step(self, batch, batch_idx):
+            return None if batch_idx == 0 else super().training_step(batch, batch_idx)
+
+    _, summary = fitted(FirstNone())
+    assert heads(summary) == {"layer": "last before the loss"}
+
+
+# Lives of a regularizer
+
+
+def test_heads_that_are_loaded_after_attach_count():
+    model = HeadFirst()
+    regularizer = UniformityRegularizer().attach(model)
+    regularizer.load_state_dict({"steps": [3], "heads": ["layer"]})
+    assert heads(regularizer.summary) == {"layer": "last before the loss"}
+    assert not model._forward_hooks
+
+
+def test_what_the_user_shows_counts_more_than_what_was_watched():
+    model = HeadFirst()
+    regularizer = UniformityRegularizer().attach(model)
+    hidden = model.encoder(torch.randn(3, 32))
+    model(torch.randn(3, 32))
+    assert set(heads(regularizer.summary)) == {"layer"}
+    regularizer.find_head(hidden.square().mean())
+    assert set(heads(regularizer.summary)) == {"encoder"}
+
+
+@pytest.mark.parametrize("apply", ["gradient", "loss", "decoupled"])
+def test_copies_and_frozen_layers_never_move(apply):
+    class Copied(HeadFirst):
+        def __init__(self):
+            super().__init__()
+            self.average = AveragedModel(self.encoder)
+            self.still = nn.Linear(32, 8)
+            self.still.weight.requires_grad_(False)
+
+        def training_step(self, batch, batch_idx):
+            return self(batch).square().mean() + 0.0 * self.still(batch).sum()
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    module = Copied()
+    before = [module.average.module.weight.clone(), module.still.weight.clone()]
+    fitted(module, uniformity(coefficient=0.5, apply=apply))
+    assert torch.equal(module.average.module.weight, before[0])
+    assert torch.equal(module.still.weight, before[1])
+
+
+class EuclideanCodebook(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("embed", torch.randn(6, 8))
+
+
+def test_a_codebook_in_a_buffer_is_measured_while_it_moves(tmp_path):
+    class Quantized(HeadFirst):
+        def __init__(self):
+            super().__init__()
+            self.codes = EuclideanCodebook()
+
+        def training_step(self, batch, batch_idx):
+            self.codes.embed.lerp_(torch.ones(8), 0.3)
+            return super().training_step(batch, batch_idx)
+
+    _, summary = fitted(Quantized(), uniformity(coefficient=0.1), logger=CSVLogger(tmp_path))
+    codes = next(layer for layer in summary.layers if layer.name == "codes.embed")
+    assert (codes.trainable, codes.frozen, codes.is_head) == (False, False, False)
+    rows = (tmp_path / "lightning_logs/version_0/metrics.csv").read_text().splitlines()
+    column = rows[0].split(",").index("hsu/ratio/codes.embed")
+    seen = {row.split(",")[column] for row in rows[1:]} - {""}
+    assert len(seen) == 4
+
+
+class Adversarial(pl.LightningModule):
+    """A generator and a discriminator with toggled optimizers."""
+
+    def __init__(self, first):
+        super().__init__()
+        self.automatic_optimization = False
+        self.nets = nn.ModuleDict(
+            {
+                "d": nn.Sequential(nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 3)),
+                "g": nn.Sequential(nn.Linear(32, 8), nn.ReLU(), nn.Linear(8, 12)),
+            }
+        )
+        self.order = [first, "g" if first == "d" else "d"]
+
+    def training_step(self, batch, batch_idx):
+        for name, optimizer in zip(self.order, self.optimizers(), strict=True):
+            self.toggle_optimizer(optimizer)
+            made = self.nets["g"](batch)
+            loss = self.nets["d"](made if name == "g" else made.detach()).square().mean()
+            optimizer.zero_grad()
+            self.manual_backward(loss)
+            optimizer.step()
+            self.untoggle_optimizer(optimizer)
+
+    def configure_optimizers(self):
+        return [torch.optim.SGD(self.nets[name].parameters(), lr=0.01) for name in self.order]
+
+    train_dataloader = BoringModel.train_dataloader
+
+
+@pytest.mark.parametrize("first", ["d", "g"])
+def test_toggled_networks_are_not_frozen_and_keep_one_measure(first, caplog):
+    with caplog.at_level("INFO"):
+        _, summary = fitted(Adversarial(first), uniformity(verbose=True, coefficient=0.1))
+    start, after = (
+        record.message
+        for record in caplog.records
+        if record.message.startswith("Hyperspherical") and "\n" in record.message
+    )
+    assert "frozen" not in start
+    assert set(heads(summary)) == {"nets.d.2", "nets.g.2"}
+    assert all(layer.trainable for layer in summary.layers)
+    assert "nets.g.2" in after
+
+
+def test_one_warning_where_all_weights_are_quantised():
+    layer = nn.Linear(4, 6)
+    layer.weight = nn.Parameter(layer.weight.to(torch.float8_e4m3fn), requires_grad=False)
+    layer.weight_scale = torch.ones(())
+    with pytest.warns(UserWarning, match="no layer with a coefficient trains"):
+        UniformityRegularizer(head=None).attach(layer)

@@ -1,6 +1,6 @@
 """The table of what is measured: repeated blocks in one row, every reason once, 80 columns."""
 
-import time
+import sys
 import unicodedata
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from lightning_hsu import LinearSchedule, UniformityRegularizer
+from lightning_hsu import LinearSchedule, UniformityRegularizer, summarize
 from lightning_hsu._monitor.fold import fold as _fold
 from lightning_hsu._monitor.fold import fold_names
 from lightning_hsu._monitor.summary import (
@@ -589,14 +589,43 @@ def test_html_has_the_same_content_and_is_escaped():
 # Cost, and layers of a fit.
 
 
-def test_thousands_of_layers_take_no_time():
-    names = [f"stages.{i % 10}.blocks.{i // 10}.conv{i % 7}.w" for i in range(5000)]
+def calls_of(function, *args):
+    """How many Python functions a call enters."""
+    count = 0
+
+    def counting(frame, event, argument):
+        nonlocal count
+        count += event == "call"
+
+    sys.setprofile(counting)
+    try:
+        function(*args)
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+def many(number):
+    names = [f"stages.{i % 10}.blocks.{i // 10}.conv{i % 7}.w" for i in range(number)]
     layers = [layer(name, 64 + i % 3, 64) for i, name in enumerate(names)]
     skips = [Skip(name, (64, 64), EMBEDDING.format(name)) for name in names]
-    shown = summary(*layers, skips=skips)
-    start = time.process_time()
-    str(shown)
-    assert time.process_time() - start < 2.0  # about 0.2 s; a quadratic loop would take minutes
+    return summary(*layers, skips=skips)
+
+
+def test_the_text_of_thousands_of_layers_takes_work_in_proportion():
+    assert calls_of(str, many(4000)) < 3 * calls_of(str, many(2000))
+
+
+def test_a_model_of_300_layers_takes_work_in_proportion():
+    """About 0.2 s on one core, with some 1,300 calls a layer; a second is the limit."""
+
+    def deep(number):
+        return nn.Sequential(*[nn.Linear(16, 16) for _ in range(number)])
+
+    summarize(deep(2))  # what is done once
+    calls = calls_of(summarize, deep(300))
+    assert calls < 300 * 2000
+    assert calls < 2.2 * calls_of(summarize, deep(150))
 
 
 def test_layers_of_a_fit_in_words():

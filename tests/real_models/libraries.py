@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from importlib import import_module
 from types import ModuleType
 
 import pytest
+
+
+def missing(name: str, why: object = "not installed") -> None:
+    """Skip a test that needs a library; where all have been installed, fail."""
+    message = f"needs {name.partition('.')[0]}: make models ({why})"
+    if os.environ.get("HSU_ALL_MODELS"):
+        pytest.fail(message)
+    pytest.skip(message)
 
 
 def library(name: str) -> ModuleType:
@@ -20,4 +29,5 @@ def library(name: str) -> ModuleType:
         try:
             return import_module(name)
         except (ImportError, RuntimeError, OSError) as error:  # also one that does not fit torch
-            pytest.skip(f"needs {name.partition('.')[0]}: make models ({error})")
+            missing(name, error)
+            raise

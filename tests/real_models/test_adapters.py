@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from lightning_hsu import UniformityRegularizer
 from lightning_hsu._neurons.adapters import adapter_of, unused_of
 from tests.real_models.libraries import library
 from tests.test_adapters import (
@@ -462,3 +463,18 @@ def test_loralib_convolution(loralib):
     assert all(bool(g.any()) for g in grads)
     module.eval()
     torch.testing.assert_close(read(module)[0].detach(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_what_the_user_says_of_an_adapted_layer_is_said_of_its_effective_weight(peft):
+    config = peft.LoraConfig(target_modules=["layer"], r=2, init_lora_weights=False)
+    model, _ = adapt(peft, nn.Linear(SIZE, SIZE), config)
+    name = "base_model.model.layer"
+    delta = model.base_model.model.layer.get_delta_weight("default")
+    weight = model.base_model.model.layer.base_layer.weight + delta
+    found = UniformityRegularizer(head=None, neurons={"*.layer": "columns"}).attach(model).layers
+    columns = [layer for layer in found if layer.name == name]
+    assert not [layer.name for layer in found if "lora_" in layer.name]
+    torch.testing.assert_close(columns[0].target.neurons()[0], weight.T)
+    factor = f"{name}.lora_A.default"
+    found = UniformityRegularizer(head=None, neurons={factor: "rows"}).attach(model).layers
+    assert factor in [layer.name for layer in found]

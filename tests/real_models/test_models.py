@@ -12,6 +12,7 @@ import torch
 
 from lightning_hsu import UniformityRegularizer, summarize
 from tests.real_models.catalogue import entries
+from tests.real_models.libraries import missing
 from tests.real_models.table import BEGIN, END, table
 
 pytestmark = pytest.mark.models
@@ -29,7 +30,7 @@ def entry(request):
 def found(entry):
     for name in entry.imports:
         if find_spec(name) is None:
-            pytest.skip(f"needs {name}: make models")
+            missing(name)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # those of the libraries, as they build and run
         for name in entry.imports:
@@ -156,7 +157,7 @@ def test_the_table_in_the_readme():
     for one in entries():
         for name in one.imports:
             if find_spec(name) is None:
-                pytest.skip(f"needs {name}: make models")
+                missing(name)
     readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
     shown = readme.partition(BEGIN)[2].partition(END)[0].strip()
     assert shown == table()
