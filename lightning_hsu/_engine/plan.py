@@ -345,8 +345,15 @@ def _plain_layers(layers: Sequence[Layer], placement: Placement) -> list[PlainLa
             others.update(id(p) for p in layer.parameters)
         else:
             found.append(plain)
-    alone = [one for one in found if id(one.parameter) not in others]
-    return [one for one in alone if not _overlaps_any(one, alone)]
+    by_parameter: dict[int, list[PlainLayer]] = {}
+    for one in found:
+        by_parameter.setdefault(id(one.parameter), []).append(one)
+    kept = []
+    for one in found:
+        sharing = by_parameter[id(one.parameter)]
+        if id(one.parameter) not in others and not _overlaps_any(one, sharing):
+            kept.append(one)
+    return kept
 
 
 def _overlaps_any(one: PlainLayer, others: Sequence[PlainLayer]) -> bool:

@@ -57,6 +57,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from itertools import dropwhile, islice
 
 from torch import Tensor, nn
 
@@ -705,17 +706,20 @@ def _before_glu(p: _Projection) -> Parts:
     """A child that nn.GLU follows: the next one, or the module's ``glu``."""
     if p.outputs % 2 != 0:
         return ()
-    children = dict(p.owner.named_children())
+    children = p.owner._modules
     if p.name in _BEFORE_GLU and isinstance(children.get("glu"), nn.GLU):
         return equal(p.outputs, "up", "gate")
-    if not isinstance(p.owner, nn.Sequential) or p.name not in children:
+    before = children.get(p.name)
+    if not isinstance(p.owner, nn.Sequential) or before is None:
         return ()
-    names = list(children)
-    following = names[names.index(p.name) + 1 :]
-    for name in following:
-        child = children[name]
+    names = iter(children)
+    if p.name.isdigit():  # by its place: a long Sequential is not searched for each child
+        names = map(str, range(int(p.name), len(children)))
+    following = dropwhile(lambda name: name != p.name, names)
+    for name in list(islice(following, 1, 1 + _BETWEEN)):
+        child = children.get(name)
         if isinstance(child, nn.GLU):
-            return _split_by(child, children[p.name], p.outputs)
+            return _split_by(child, before, p.outputs)
         if not isinstance(child, (nn.Dropout, nn.Identity)):
             return ()
     return ()
@@ -731,6 +735,7 @@ def _split_by(glu: nn.GLU, before: nn.Module, outputs: int) -> Parts:
     return equal(outputs, "up", "gate")
 
 
+_BETWEEN = 4  # modules after a projection, of which one may be its GLU
 _BEFORE_GLU = ("pointwise_conv1", "up_conv")
 
 # Which recogniser a projection goes to

@@ -2,59 +2,34 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import ParametrizationList
 
 from lightning_hsu._neurons import names, sizes
-from lightning_hsu._neurons.adapters import Adapter, adapter_of, unused_of
-from lightning_hsu._neurons.candidates import (
-    Broken,
-    Candidates,
-    Kind,
-    Skip,
-    full_name,
-    shape_by_group,
-)
-from lightning_hsu._neurons.fused import Part, parts_of
-from lightning_hsu._neurons.heads import declared_heads, is_copy
-from lightning_hsu._neurons.how import (
-    CentredRule,
-    How,
-    Neurons,
-    PartedRule,
-    Rearranged,
-    StoredValues,
-    WeightRule,
-    check_neurons,
-    rule_for,
-)
-from lightning_hsu._neurons.patterns import hidden_pattern, matches, unknown_pattern
-from lightning_hsu._neurons.placement import NeuronView, Placement, placement_of
-from lightning_hsu._neurons.quantised import qualified, why_unreadable
-from lightning_hsu._neurons.rules import (
-    Rule,
-    class_rule,
-    effective_weight,
-    has_built_in_rule,
-    rule_of,
-)
-from lightning_hsu._neurons.target import Target, without_side_effects
+from lightning_hsu._neurons.adapters import Adapter
+from lightning_hsu._neurons.asked import Asked, askable_buffers, asked_rule, is_read_so_anyway
+from lightning_hsu._neurons.candidates import Candidates, Kind, full_name
+from lightning_hsu._neurons.found import Found
+from lightning_hsu._neurons.heads import declared_heads
+from lightning_hsu._neurons.how import How, Neurons, PartedRule, Rearranged, check_neurons, rule_for
+from lightning_hsu._neurons.placement import Placement, placement_of
+from lightning_hsu._neurons.quantised import qualified
+from lightning_hsu._neurons.roles import roles_of
+from lightning_hsu._neurons.rules import Rule, class_rule, has_built_in_rule, rule_of
+from lightning_hsu._neurons.surroundings import Surroundings, kind_of_base
+from lightning_hsu._neurons.target import Target
+from lightning_hsu._neurons.weights import key_of, shape_of_weight, weights_of, why_computed
 from lightning_hsu._neurons.wrappers import plain_name
 
-_EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
-_PARTS = ("orig", "g", "v")  # of a weight that an older hook of torch's computes
 _UNUSED = "a copy that the forward pass does not use: another one has its place"
+_LAZY = "a lazy layer that has seen no batch: it has no shape yet"
+_NO_NUMBERS = "it holds no numbers yet (device meta): load them"
 _SCRIPTED = (
     "TorchScript: its layers' kinds are not known; measure the model before torch.jit.script, or "
     "lightning_hsu.report.report on its state_dict()"
 )
-_LEVELS = 4  # from a fused projection up to the module that knows its sizes
-_CONVOLUTIONS = (nn.modules.conv._ConvNd,)
-_READ_BY_ROWS = (*_EMBEDDINGS, *_CONVOLUTIONS, nn.Bilinear)  # "rows" is how they are read anyway
 
 
 def neurons_of_model(
@@ -94,82 +69,51 @@ class _Finder:
 
     def __init__(self, model: nn.Module, placement: Placement, asked: Mapping[str, How]) -> None:
         self._model = model
-        self._placement = placement
-        self._asked = asked
-        self._used: set[str] = set()  # patterns that matched a weight
-        self._deciding: set[str] = set()  # those that did so first
-        self._found = Candidates[Target](type(model).__name__, [], [])
         self._modules = dict(model.named_modules())
-        self._left_out: set[nn.Module] = set()  # parts of layers, such as the factors of adapters
-        self._unused: set[nn.Module] = set()  # copies of which others are in use
-        self._computing: set[nn.Module] = set()  # parametrizations
-        self._copies: set[nn.Module] = set()
-        self._adapters: dict[nn.Module, Adapter] = {}
-        self._counts: dict[nn.Module, int] = {}  # children with weights
-        self._weights: list[str] = []  # names of all weights, for errors
+        self._asked = Asked(asked)
+        self._around = Surroundings(self._modules)
+        self._roles = roles_of(self._modules.values())
+        self._found = Found(type(model).__name__, placement, self._roles.copies)
 
     def find(self) -> Candidates[Target]:
         """The candidates."""
-        for module in self._modules.values():
-            if isinstance(module, torch.jit.ScriptModule):
-                continue
-            if is_copy(module):
-                self._copies.update(module.modules())
-            if isinstance(module, ParametrizationList):
-                self._computing.update(module.modules())
-            for unused in unused_of(module):
-                self._left_out.update(unused.modules())
-                self._unused.add(unused)
-            is_part = module in self._left_out or module in self._computing
-            if is_part or _has_users_rule(module):
-                continue
-            adapter = adapter_of(module)
-            if adapter is not None:  # some share factors, which may come first
-                self._adapters[module] = adapter
-                self._left_out.update(adapter.inside)
         for path, module in self._modules.items():
             self._add_module(path, module)
-        for pattern in self._asked:
-            if pattern not in self._used:
-                raise ValueError(unknown_pattern("neurons", pattern, self._weights, "weight"))
-            if pattern not in self._deciding:
-                raise ValueError(hidden_pattern("neurons", pattern))
+        self._asked.check()
         for module, heads in declared_heads(self._model).items():
             self._add_declared(module, heads)
-        return self._found
+        return self._found.candidates
 
     def _add_declared(self, module: nn.Module, heads: Sequence[nn.Module]) -> None:
         """Note the sets of the layers that a module declares to be heads, and its name."""
+        candidates = self._found.candidates
         for head in heads:
             inside = set(head.modules())
-            names_inside = [one.layer for one in self._found.sets if one.module in inside]
-            for target in self._found.sets:
+            names_inside = [one.layer for one in candidates.sets if one.module in inside]
+            for target in candidates.sets:
                 # Of several layers, as in a head of two, the last one.
                 if names_inside and target.layer == names_inside[-1]:
-                    self._found.declared.append(target.name)
+                    candidates.declared.append(target.name)
         for path, other in self._modules.items():
             if other is module:
-                self._found.declaring.append(plain_name(path))
+                candidates.declaring.append(plain_name(path))
 
     def _add_module(self, path: str, module: nn.Module) -> None:
         """Add the sets of neurons of one module, and its weights that are left out."""
         layer = plain_name(path)
-        if module in self._computing:
+        if module in self._roles.computing:
             return
         if isinstance(module, torch.jit.ScriptModule):
-            for name, p in module.named_parameters(recurse=False):
-                if p.ndim >= 2:
-                    self._skip(full_name(layer, name), shape_of_weight(p), _SCRIPTED)
+            self._skip_all(layer, module, _SCRIPTED, recurse=False)
             return
         taken = self._add_asked(path, layer, module)
-        if module in self._unused:
-            for name, p in module.named_parameters():
-                if p.ndim >= 2:
-                    self._skip(full_name(layer, name), shape_of_weight(p), _UNUSED)
-        if module in self._left_out:
+        taken |= self._add_asked_buffers(layer, module)
+        if module in self._roles.unused:
+            self._skip_all(layer, module, _UNUSED)
+        if module in self._roles.left_out:
             return
-        if module in self._adapters:
-            self._add_adapted(path, layer, module, self._adapters[module], taken)
+        if module in self._roles.adapters:
+            self._add_adapted(path, layer, module, self._roles.adapters[module], taken)
             return
         if rule_of(module) is None:
             self._add_foreign(path, layer, module, taken)
@@ -178,15 +122,23 @@ class _Finder:
             return
         rule: Rule = class_rule
         if has_built_in_rule(module):
-            rule = self._refined(path, module)
-            reason = _why_computed(module)
+            rule = self._around.rule_of_layer(path, module)
+            reason = why_computed(module)
             if reason is not None:
                 shape = shape_of_weight(module.__dict__.get("weight", torch.empty(0)))
-                self._skip(full_name(layer, ""), shape, reason)
+                self._found.skip(full_name(layer, ""), shape, reason)
                 return
-        kind = self._kind_of(path, module)
-        note = self._note(path, module)
-        self._add_sets(layer, module, rule, kind=kind, without=taken, note=note)
+        kind = self._around.kind_of(path, module)
+        note = self._around.note_of(path, module)
+        self._found.add(layer, module, rule, kind=kind, without=taken, note=note)
+
+    def _skip_all(
+        self, layer: str, module: nn.Module, reason: str, *, recurse: bool = True
+    ) -> None:
+        """Leave out the weights of a module, for one reason."""
+        for name, p in module.named_parameters(recurse=recurse):
+            if p.ndim >= 2:
+                self._found.skip(full_name(layer, name), shape_of_weight(p), reason)
 
     # What the user asked for.
 
@@ -195,159 +147,49 @@ class _Finder:
         taken = set()
         for attribute, p in module._parameters.items():
             if p is not None and nn.parameter.is_lazy(p):  # read when it has a shape
-                name = full_name(layer, "" if attribute == "weight" else attribute)
-                self._weights.append(name)
-                self._asked_how(name, full_name(layer, attribute), attribute, 2)
-        for attribute, shape in _weights_of(module):
-            key = "" if attribute == "weight" else attribute
+                name = full_name(layer, key_of(attribute))
+                self._asked.of_weight(name, full_name(layer, attribute), attribute, 2)
+        for attribute, shape in weights_of(module):
+            key = key_of(attribute)
             name = full_name(layer, key)
             exact = full_name(layer, attribute)
-            self._weights.append(name)
-            is_part = module in self._left_out
-            how = self._asked_how(name, exact, attribute, len(shape), only_exact=is_part)
+            is_part = module in self._roles.left_out
+            how = self._asked.of_weight(name, exact, attribute, len(shape), only_exact=is_part)
             if how is None:
                 continue
             taken.add(attribute)
-            if self._is_unreadable_weight(layer, module, attribute, shape):
+            if self._found.is_unreadable_weight(layer, module, attribute, shape):
                 continue
             try:
-                rule = self._asked_rule(how, path, module, attribute, shape, name)
+                if is_read_so_anyway(how, module, attribute):
+                    rule = self._around.rule_of_layer(path, module)
+                else:
+                    rule = asked_rule(how, module, attribute, shape, name)
             except (ValueError, TypeError) as error:
-                self._found.broken.append(Broken(name, error))
+                self._found.refuse(name, error)
                 continue
-            kind = self._kind_of(path, module)
-            self._add_sets(layer, module, rule, kind=kind, prefix=key, asked=True)
-        for attribute, x in module.named_buffers(recurse=False):
-            name = full_name(layer, attribute)
-            how = None
-            is_mask = attribute.endswith("_mask") and f"{attribute[:-5]}_orig" in module._parameters
-            if x.ndim >= 2 and x.is_floating_point() and not is_mask:
-                how = self._asked_how(name, name, attribute, x.ndim, only_exact=True)
-            if how is not None:
-                taken.add(attribute)
-                try:
-                    rule = rule_for(how, attribute, x, name)
-                except ValueError as error:
-                    self._found.broken.append(Broken(name, error))
-                    continue
-                self._add_sets(layer, module, rule, prefix=attribute, asked=True, in_buffer=True)
+            kind = self._around.kind_of(path, module)
+            self._found.add(layer, module, rule, kind=kind, prefix=key, asked=True)
         return taken
 
-    def _asked_how(
-        self, name: str, exact: str, attribute: str, ndim: int, *, only_exact: bool = False
-    ) -> How | None:
-        """What the user says of a weight; the first pattern that matches counts.
+    def _add_asked_buffers(self, layer: str, module: nn.Module) -> set[str]:
+        """Add the buffers of a module that the user has named; return their attributes."""
+        taken = set()
+        for attribute, x in askable_buffers(module):
+            name = full_name(layer, attribute)
+            how = self._asked.of_buffer(name)
+            if how is None:
+                continue
+            taken.add(attribute)
+            try:
+                rule = rule_for(how, attribute, x, name)
+            except ValueError as error:
+                self._found.refuse(name, error)
+                continue
+            self._found.add(layer, module, rule, prefix=attribute, asked=True, in_buffer=True)
+        return taken
 
-        Args:
-            name: Name of the layer, with that of the weight unless this is "weight".
-            exact: The same with the name of the weight.
-            attribute: Name of the weight in its module.
-            ndim: How many axes it has.
-            only_exact: Whether only its whole name asks for it, no pattern: an adapter's factor, or
-                a buffer.
-        """
-        found: How | None = None
-        for pattern, how in self._asked.items():
-            is_named = any(matches(one, [pattern], below=False) for one in (name, exact))
-            is_below = matches(name, [pattern]) and ndim >= 2 and "bias" not in attribute
-            if only_exact:
-                is_named = pattern in (name, exact)
-                is_below = False
-            if is_named or is_below:
-                self._used.add(pattern)
-                if found is None:
-                    found = how
-                    self._deciding.add(pattern)
-        return found
-
-    def _asked_rule(
-        self,
-        how: How,
-        path: str,
-        module: nn.Module,
-        attribute: str,
-        shape: tuple[int, ...],
-        name: str,
-    ) -> Rule:
-        """The rule that reads a weight as the user says."""
-        is_weight = attribute == "weight"
-        if is_weight and how == "rows" and isinstance(module, _READ_BY_ROWS):
-            return self._refined(path, module)
-        kernels = is_weight and isinstance(module, _CONVOLUTIONS)
-        groups = 1
-        if kernels:
-            assert isinstance(module.groups, int)
-            groups = module.groups
-        padded = is_weight and getattr(module, "padding_idx", None) is not None
-        if padded:
-            shape = (shape[0] - 1, *shape[1:])
-        rule = rule_for(
-            how,
-            attribute,
-            torch.empty(shape, device="meta"),
-            name,
-            kernels=kernels,
-            groups=groups,
-            transposed=kernels and isinstance(module, nn.modules.conv._ConvTransposeNd),
-        )
-        if padded and isinstance(module, _EMBEDDINGS):
-            return Rearranged(class_rule, rule)
-        return rule
-
-    # Layers of torch.
-
-    def _refined(self, path: str, module: nn.Module) -> Rule:
-        """The rule of one of torch's layers, with what the module around it says."""
-        if isinstance(module, _CONVOLUTIONS) and names.is_standardised(module):
-            return CentredRule(class_rule)
-        if not isinstance(module, nn.Linear):
-            return class_rule
-        parts = self._fused_parts(path, module.out_features)
-        if parts:
-            return WeightRule("weight", parts=parts)
-        if self._is_mirrored(path, module):
-            return WeightRule("weight", columns=True)
-        return class_rule
-
-    def _is_mirrored(self, path: str, module: nn.Linear) -> bool:
-        """Whether a Linear, alone in the modules up to its encoder's, is mirrored by that."""
-        for _ in range(_LEVELS):
-            parent, name = self._parent(path)
-            if parent is None:
-                return False
-            if names.mirrored_encoder(parent, name, module):
-                return True
-            if self._children_with_weights(parent) > 1:
-                return False
-            path = path.rpartition(".")[0]
-        return False
-
-    def _note(self, path: str, module: nn.Module) -> str:
-        """What a user should know of how a Linear is read."""
-        if not isinstance(module, nn.Linear) or not names.sounds_like_dictionary(path):
-            return ""
-        mirrored = self._is_mirrored(path, module)
-        return names.dictionary_note(full_name(plain_name(path), ""), mirrored=mirrored)
-
-    def _kind_of(self, path: str, module: nn.Module) -> Kind:
-        if isinstance(module, nn.Linear):
-            return "linear"
-        if isinstance(module, _CONVOLUTIONS):
-            return "convolution"
-        if isinstance(module, _EMBEDDINGS):
-            parent, name = self._parent(path)
-            is_table = parent is not None and names.is_codebook(parent, name)
-            if is_table or names.means_codebook(path) or names.means_prototypes(path):
-                return "codebook"
-            return "embedding"
-        return "other"
-
-    def _parent(self, path: str) -> tuple[nn.Module | None, str]:
-        """The module that holds the one at a path, and the name under which it does."""
-        above, _, name = path.rpartition(".")
-        if not path:
-            return None, ""
-        return self._modules.get(above), name
+    # Layers of torch, and those with adapters.
 
     def _is_unreadable(self, layer: str, module: nn.Module, taken: set[str]) -> bool:
         """Whether the weights of a module with a rule cannot be read; then say why."""
@@ -356,16 +198,15 @@ class _Finder:
             if p is None or key in taken:
                 continue
             if nn.parameter.is_lazy(p):
-                reason = "a lazy layer that has seen no batch: it has no shape yet"
-                self._skip(full_name(layer, "" if key == "weight" else key), (), reason)
+                self._found.skip(full_name(layer, key_of(key)), (), _LAZY)
                 return True
         for key, p in module._parameters.items():
             if p is None or key in taken or "bias" in key or not is_torch_layer:
                 continue
-            if self._is_unreadable_weight(layer, module, key, shape_of_weight(p)):
+            if self._found.is_unreadable_weight(layer, module, key, shape_of_weight(p)):
                 return True
         if any(p.is_meta for p in module.parameters()):
-            self._skip(full_name(layer, ""), (), "it holds no numbers yet (device meta): load them")
+            self._found.skip(full_name(layer, ""), (), _NO_NUMBERS)
             return True
         return False
 
@@ -375,52 +216,36 @@ class _Finder:
         """Add the effective weight of a layer with an adapter, or say why it is left out."""
         if adapter.rule is None:
             shape = tuple(next((p.shape for p in module.parameters() if p.ndim >= 2), ()))
-            self._skip(full_name(layer, ""), shape, adapter.reason)
+            self._found.skip(full_name(layer, ""), shape, adapter.reason)
             return
         rule: Rule = adapter.rule
-        kind = _kind_of_base(adapter.base)
+        kind = kind_of_base(adapter.base)
         name = full_name(layer, "")
-        self._weights.append(name)
-        how = self._asked_how(name, f"{layer}.weight", "weight", 2)
+        how = self._asked.of_weight(name, f"{layer}.weight", "weight", 2)
         if how is not None and not taken:
             try:
-                shape = shape_of_weight(self._read(module, rule)[""].x)
+                shape = shape_of_weight(self._found.read(module, rule)[""].x)
                 asked = rule_for(how, "weight", torch.empty(shape, device="meta"), name)
             except (ValueError, KeyError) as error:
-                self._found.broken.append(Broken(name, error))
+                self._found.refuse(name, error)
                 return
-            self._add_sets(layer, module, Rearranged(rule, asked), kind=kind, asked=True)
+            self._found.add(layer, module, Rearranged(rule, asked), kind=kind, asked=True)
             return
         if adapter.base is not None:
             try:
-                outputs = self._read(module, rule)[""].x.shape[-2]
+                outputs = self._found.read(module, rule)[""].x.shape[-2]
             except Exception:  # it is told below
                 outputs = 0
-            parts = self._fused_parts(path, outputs)
+            parts = self._around.fused_parts(path, outputs)
             if parts:
                 rule = PartedRule(rule, parts)
-        self._add_sets(layer, module, rule, kind=kind, without=taken)
-
-    def _is_unreadable_weight(
-        self, layer: str, module: nn.Module, attribute: str, shape: tuple[int, ...]
-    ) -> bool:
-        """Whether one weight of a module cannot be read; then say why, or take its values."""
-        name = full_name(layer, "" if attribute == "weight" else attribute)
-        stored = module._parameters.get(attribute)
-        if stored is None:
-            return False
-        reason = why_unreadable(module, attribute, stored)
-        if reason is None:
-            return False
-        if not self._add_values(layer, module, attribute):
-            self._skip(name, shape, reason)
-        return True
+        self._found.add(layer, module, rule, kind=kind, without=taken)
 
     # Layers of other libraries.
 
     def _add_foreign(self, path: str, layer: str, module: nn.Module, taken: set[str]) -> None:
         """Add what a module without a rule holds, as its sizes and names say."""
-        for attribute, shape in _weights_of(module):
+        for attribute, shape in weights_of(module):
             if attribute in taken:
                 continue
             self._add_weight(path, layer, module, attribute, shape)
@@ -431,7 +256,7 @@ class _Finder:
             if rule is not None and names.may_be_a_buffer(module, attribute):
                 note = "a buffer: monitored, not penalised"
                 kind: Kind = "codebook"
-                self._add_sets(
+                self._found.add(
                     layer, module, rule, kind=kind, prefix=attribute, note=note, in_buffer=True
                 )
 
@@ -439,27 +264,25 @@ class _Finder:
         self, path: str, layer: str, module: nn.Module, attribute: str, shape: tuple[int, ...]
     ) -> None:
         """Add one weight of a module without a rule, or say why it is left out."""
-        key = "" if attribute == "weight" else attribute
+        key = key_of(attribute)
         name = full_name(layer, key)
-        if self._is_unreadable_weight(layer, module, attribute, shape):
+        if self._found.is_unreadable_weight(layer, module, attribute, shape):
             return
         weight = torch.empty(shape, device="meta")
         reason = names.why_no_neurons(module, attribute, weight)
         if reason is not None:
-            self._skip(name, shape, reason)
+            self._found.skip(name, shape, reason)
             return
         if sizes.is_factor(attribute):
-            self._skip(name, shape, "a factor or shift by entry: it has no directions")
+            self._found.skip(name, shape, "a factor or shift by entry: it has no directions")
             return
         rule = sizes.rule_by_sizes(module, attribute, weight)
         if rule is None:
             rule = names.rule_by_name(module, attribute, weight)
         if rule is None:
-            self._skip(name, shape, _advice(module, attribute, name, weight))
+            self._found.skip(name, shape, _advice(module, attribute, name, weight))
             return
-        parts = self._parts(path, module, attribute, rule, weight)
-        if parts is not None:
-            rule = parts
+        rule = self._around.parted(path, module, attribute, rule, weight)
         note = ""
         if names.sounds_like_dictionary(attribute):
             note = names.dictionary_note(name, mirrored=rule.columns)
@@ -468,248 +291,7 @@ class _Finder:
             kind = "linear"
         if names.is_table_of_codes(module, attribute):
             kind = "codebook"
-        self._add_sets(layer, module, rule, kind=kind, prefix=key, note=note)
-
-    def _fused_parts(self, path: str, outputs: int) -> tuple[Part, ...]:
-        """The parts of the weight of a module, which an owner some levels above may tell.
-
-        Between them are only containers, and modules around a single layer.
-        """
-        for _ in range(_LEVELS):
-            parent, name = self._parent(path)
-            if parent is None:
-                return ()
-            parts = parts_of(parent, name, outputs)
-            if parts:
-                return parts
-            is_container = isinstance(parent, (nn.ModuleDict, nn.ModuleList))
-            if not is_container and self._children_with_weights(parent) > 1:
-                return ()
-            path = path.rpartition(".")[0]
-        return ()
-
-    def _children_with_weights(self, module: nn.Module) -> int:
-        """How many children of a module have weights of two or more axes."""
-        if module not in self._counts:
-            count = 0
-            for child in module.children():
-                count += any(p.ndim >= 2 for p in child.parameters())
-            self._counts[module] = count
-        return self._counts[module]
-
-    def _parts(
-        self, path: str, module: nn.Module, attribute: str, rule: WeightRule, weight: Tensor
-    ) -> WeightRule | None:
-        """The rule with the parts of a fused projection; None if it is not fused."""
-        outputs = rule.arrange(weight).shape[-2]
-        parts = parts_of(module, attribute, outputs)
-        if not parts and attribute == "weight":
-            parts = self._fused_parts(path, outputs)
-        if not parts:
-            return None
-        return WeightRule(attribute, columns=rule.columns, kernels=rule.kernels, parts=parts)
-
-    # Sets.
-
-    def _add_values(self, layer: str, module: nn.Module, attribute: str) -> bool:
-        """Add a quantised weight whose values can be computed; return whether they can."""
-        rule = StoredValues(attribute)
-        if rule.values(module) is None:
-            return False
-        key = "" if attribute == "weight" else attribute
-        note = "quantised: monitored, not penalised"
-        kind: Kind = "linear" if isinstance(module, nn.Linear) else "other"
-        self._add_sets(layer, module, rule, kind=kind, prefix=key, note=note)
-        return True
-
-    def _add_sets(
-        self,
-        layer: str,
-        module: nn.Module,
-        rule: Rule,
-        *,
-        kind: Kind = "other",
-        prefix: str = "",
-        without: set[str] | None = None,
-        asked: bool = False,
-        note: str = "",
-        in_buffer: bool = False,
-    ) -> None:
-        """Add the sets of neurons that a rule finds in a module.
-
-        Args:
-            layer: Name of the module.
-            module: The module.
-            rule: The rule.
-            kind: Its kind.
-            prefix: What the names of its sets have between the layer's name and their keys.
-            without: Weights of the module that the user has named: sets of them are left out.
-            asked: Whether the user has named it.
-            note: What a user should know of how it is read.
-            in_buffer: Whether they are in a buffer, which something else than gradients moves.
-        """
-        is_users = rule is class_rule and not has_built_in_rule(module)
-        try:
-            views = self._read(module, rule)
-            for key, view in views.items():
-                name = full_name(layer, f"{prefix}.{key}".strip("."))
-                _check_rule(module, name, view, is_own=not is_users)
-        except Exception as error:
-            name = full_name(layer, prefix)
-            if is_users or asked:
-                self._found.broken.append(Broken(name, error))
-            else:
-                shape = tuple(next((p.shape for p in module.parameters()), ()))
-                self._skip(name, shape, _unread(module, error))
-            return
-        frozen_by_kind = isinstance(rule, StoredValues)
-        for key, view in views.items():
-            if without and self._depends_on(module, rule, key, view, without):
-                continue
-            name = full_name(layer, f"{prefix}.{key}".strip("."))
-            if not view.x.is_floating_point():
-                reason = f"its weights are {view.x.dtype}, not floating-point"
-                self._skip(name, tuple(view.x.shape), reason)
-                continue
-            in_copy = module in self._copies
-            trains = not frozen_by_kind and not in_copy and _may_train(view)
-            target = Target(
-                name=name,
-                layer=layer,
-                shape=shape_by_group(view.x),
-                kind=kind,
-                identity=_identity(module, rule, name, view),
-                module=module,
-                rule=rule,
-                key=key,
-                placement=self._placement,
-                asked=asked,
-                trains=trains,
-                in_copy=in_copy,
-                in_buffer=in_buffer,
-                kernel=_kernel_places(module),
-                note=note,
-            )
-            self._found.sets.append(target)
-
-    def _depends_on(
-        self, module: nn.Module, rule: Rule, key: str, view: NeuronView, attributes: set[str]
-    ) -> bool:
-        """Whether neurons depend on one of these weights of their module."""
-        named = set()
-        for attribute in attributes:
-            for p in _parameters_of(module, attribute):
-                named.add(id(p))
-        if view.parameter is not None:
-            return id(view.parameter) in named
-        behind = self._placement.parameters_behind(module, rule, key)
-        return any(id(p) in named for p in behind)
-
-    def _read(self, module: nn.Module, rule: Rule) -> dict[str, NeuronView]:
-        """The neurons of a module; a view knows its parameter only if autograd records it."""
-        with torch.inference_mode(False), torch.enable_grad(), without_side_effects(module):
-            return self._placement.read(module, rule)
-
-    def _skip(self, name: str, shape: tuple[int, ...], reason: str) -> None:
-        self._found.skips.append(Skip(name, shape, reason))
-
-
-def _parameters_of(module: nn.Module, attribute: str) -> list[nn.Parameter]:
-    """The parameters that are, or make up, a weight of a module."""
-    parametrizations = getattr(module, "parametrizations", None)
-    if isinstance(parametrizations, nn.ModuleDict) and attribute in parametrizations:
-        return list(parametrizations[attribute].parameters())
-    found = []
-    for name, p in module._parameters.items():
-        if p is not None and name in (attribute, *(f"{attribute}_{part}" for part in _PARTS)):
-            found.append(p)
-    return found
-
-
-def _weights_of(module: nn.Module) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """The weights of a module with two or more axes: names as its forward pass uses them, shapes.
-
-    Parametrized weights and those of older norms and pruning count under their own name.
-    """
-    computed: set[str] = set()  # names of parameters from which a weight is computed
-    for hook in module._forward_pre_hooks.values():
-        name = getattr(hook, "name", None) or getattr(hook, "_tensor_name", None)
-        if isinstance(name, str) and isinstance(getattr(module, name, None), Tensor):
-            computed.update(f"{name}_{part}" for part in _PARTS)
-            x = getattr(module, name)
-            if x.ndim >= 2:
-                yield name, tuple(x.shape)
-    parametrizations = getattr(module, "parametrizations", None)
-    if isinstance(parametrizations, nn.ModuleDict):
-        with torch.no_grad(), without_side_effects(module):
-            for name in parametrizations:
-                x = getattr(module, name)
-                if x.ndim >= 2:
-                    yield name, tuple(x.shape)
-    for name, p in module._parameters.items():
-        if p is None or name in computed or nn.parameter.is_lazy(p):
-            continue
-        if p.ndim >= 2:
-            yield name, shape_of_weight(p)
-
-
-def shape_of_weight(x: Tensor) -> tuple[int, ...]:
-    """The shape of a weight; () if it has none, as a nested tensor."""
-    try:
-        return tuple(x.shape)
-    except RuntimeError:
-        return ()
-
-
-def _may_train(view: NeuronView) -> bool:
-    """Whether a gradient could reach neurons."""
-    if view.parameter is not None:
-        return view.parameter.requires_grad
-    return view.x.requires_grad
-
-
-def _kernel_places(module: nn.Module) -> int:
-    """How many places the kernel of a convolution has; 1 for other layers."""
-    if isinstance(module, _CONVOLUTIONS):
-        return math.prod(module.kernel_size)
-    return 1
-
-
-def _has_users_rule(module: nn.Module) -> bool:
-    """Whether a user has registered a rule for a module's class."""
-    return rule_of(module) is not None and not has_built_in_rule(module)
-
-
-def _kind_of_base(base: object) -> Kind:
-    """The kind of layer that an adapter wraps."""
-    if isinstance(base, nn.Linear) or type(base).__name__ == "Conv1D":
-        return "linear"
-    if isinstance(base, _CONVOLUTIONS):
-        return "convolution"
-    if isinstance(base, _EMBEDDINGS):
-        return "embedding"
-    return "other"
-
-
-def _why_computed(module: nn.Module) -> str | None:
-    """Why the weight of one of torch's layers is not known: it is set anew in each forward pass."""
-    if hasattr(module, "parametrizations"):
-        return None
-    if not hasattr(module, "weight"):
-        if isinstance(module, (nn.Linear, *_CONVOLUTIONS, *_EMBEDDINGS)):
-            return f"{qualified(module)} has lost its weight: it is set in the forward pass"
-        return None
-    weight = module.__dict__.get("weight")
-    if not isinstance(weight, Tensor):
-        return None
-    if effective_weight(module, "weight") is not weight:
-        return None  # a hook of torch's computes it
-    others = [name for name, p in module._parameters.items() if p is not None and p.ndim >= 2]
-    source = f", from {', '.join(others)}" if others else ""
-    return (
-        f"its weight is computed in the forward pass{source}: no gradient would reach it from "
-        "here; compute it by torch.nn.utils.parametrize, or see register_neurons"
-    )
+        self._found.add(layer, module, rule, kind=kind, prefix=key, note=note)
 
 
 def _advice(module: nn.Module, attribute: str, name: str, weight: Tensor) -> str:
@@ -725,60 +307,3 @@ def _advice(module: nn.Module, attribute: str, name: str, weight: Tensor) -> str
     else:
         ways = f"neurons={{'{name}': lambda w: ...}}, a function to (..., n, d)"
     return f"no rule for {kind}: {ways}, or see register_neurons"
-
-
-def _unread(module: nn.Module, error: Exception) -> str:
-    """Why a layer could not be read: an error in somebody else's code."""
-    text = str(error).split("\n")[0][:100]
-    return (
-        f"{qualified(module)} could not be read ({type(error).__name__}: {text}); see "
-        "register_neurons"
-    )
-
-
-def _check_rule(module: nn.Module, name: str, view: NeuronView, *, is_own: bool) -> None:
-    """Refuse what a rule must not return; only a user's own may be wrong about gradients."""
-    x: object = view.x
-    rule = f"the rule for {type(module).__name__} gave"
-    if not isinstance(x, Tensor):
-        raise TypeError(
-            f"{rule} {type(x).__name__} for layer '{name}'; it must give a tensor, or a mapping of "
-            "names to tensors"
-        )
-    if x.ndim not in (2, 3):
-        raise ValueError(
-            f"{rule} neurons of shape {tuple(x.shape)} for layer '{name}'; it must give (n, d) or "
-            "(groups, n, d)"
-        )
-    if is_own or rule_of(module) is None:
-        return
-    trains = all(p.requires_grad for p in module.parameters())
-    detached = view.parameter is None and not x.requires_grad
-    if trains and detached and x.is_floating_point():
-        raise ValueError(
-            f"{rule} detached neurons for layer '{name}': no gradient would reach its parameters; "
-            "drop .detach() or .data"
-        )
-
-
-def _identity(module: nn.Module, rule: Rule, name: str, view: NeuronView) -> Hashable:
-    """Equal for two sets of neurons that are the same entries of one parameter."""
-    x: Tensor | None = view.x
-    parameter = view.parameter
-    if isinstance(module, _EMBEDDINGS) and rule is class_rule:
-        # The whole table: a tied head has a neuron for the padding, too.
-        weight = module._parameters.get("weight")
-        x = weight
-        parameter = weight
-    if x is None or parameter is None:
-        return id(module), name
-    if x.ndim == 2:
-        x = x.unsqueeze(0)
-    return _memory_of(parameter), x.storage_offset(), x.stride(), x.shape
-
-
-def _memory_of(parameter: nn.Parameter) -> int:
-    """The same for two parameters that share their memory, as weights tied by transposing do."""
-    if type(parameter) is nn.Parameter and parameter.device.type in ("cpu", "cuda"):
-        return parameter.untyped_storage().data_ptr() or id(parameter)
-    return id(parameter)
