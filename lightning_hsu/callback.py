@@ -448,9 +448,15 @@ class HypersphericalUniformity(_trainer.EveryCallback):
             if self._prints_or_draws(trainer):
                 self._keep(trainer, self._measure(), {})
 
-    def _measure(self) -> list[LayerUniformity]:
-        """Measure the layers as they are now; frozen ones only once. [] if it has to give up."""
+    def _measure(self, *, changed: bool = False) -> list[LayerUniformity]:
+        """Measure the layers as they are now. [] if it has to give up.
+
+        Args:
+            changed: Whether frozen layers are measured again whose weights have changed.
+        """
         try:
+            if changed:
+                self._forget_changed()
             return self._measured()
         except Exception as error:
             self._give_up(error)
@@ -510,8 +516,7 @@ class HypersphericalUniformity(_trainer.EveryCallback):
         if not self.regularizer.layers or not self._prints_or_draws(trainer):
             return
         # Measure again, since another callback may have changed the weights, as averaging does.
-        self._forget_changed()
-        measured = self._measure()
+        measured = self._measure(changed=True)
         if not measured:
             return
         self._keep(trainer, measured, {})

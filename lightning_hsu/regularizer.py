@@ -311,6 +311,7 @@ class UniformityRegularizer:
         """Release the model; the step counts, the measures' states and the means of shares stay."""
         self.state.detach()
         self._attached = None
+        self._saw_outputs = False
         self._stop_watching()
 
     def reset(self) -> None:
