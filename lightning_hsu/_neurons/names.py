@@ -8,6 +8,14 @@ from lightning_hsu._neurons.how import WeightRule
 
 _DICTIONARIES = ("W_dec", "dictionary", "atoms")
 _NUMBERS_OF_FEATURES = ("d_sae", "dict_size", "num_latents", "n_features", "num_features")
+_NUMBERS_OF_CLASSES = (
+    "num_classes",
+    "n_classes",
+    "num_prototypes",
+    "n_prototypes",
+    "num_clusters",
+    "n_clusters",
+)
 _ENCODERS = ("W_enc",)  # of features, whose directions lie along the same axis
 _CODEBOOKS = ("codebook", "codebooks", "codevectors", "code_book")
 _PROTOTYPES = ("prototypes", "proxies", "centers", "centres", "centroids", "class_centers")
@@ -46,7 +54,9 @@ def rule_by_name(module: nn.Module, attribute: str, weight: Tensor) -> WeightRul
     if weight.ndim != 2:
         return None
     if attribute in _PROTOTYPES:
-        return WeightRule(attribute)
+        return WeightRule(
+            attribute, columns=_count_is_last(module, weight, _NUMBERS_OF_CLASSES) is True
+        )
     if attribute in _PROJECTIONS:
         return WeightRule(attribute, columns=True)
     classes = module.__dict__.get("num_classes")
@@ -59,17 +69,32 @@ def rule_by_name(module: nn.Module, attribute: str, weight: Tensor) -> WeightRul
 
 def _features_last(module: nn.Module, attribute: str, weight: Tensor) -> bool:
     """Whether the features of a dictionary, or of its encoder, lie along the second axis."""
+    is_last = _count_is_last(module, weight, _NUMBERS_OF_FEATURES)
+    if is_last is not None:
+        return is_last
     first, last = weight.shape
-    for source in (module, getattr(module, "cfg", None), getattr(module, "config", None)):
-        for name in _NUMBERS_OF_FEATURES:
-            features = getattr(source, name, None)
-            if features == last and features != first:
-                return True
-            if features == first and features != last:
-                return False
     if first == last:
         return attribute in _ENCODERS
     return last > first  # there are more features than dimensions
+
+
+def _count_is_last(module: nn.Module, weight: Tensor, names: tuple[str, ...]) -> bool | None:
+    """Whether the second axis of a matrix counts what a module has a number of, not the first.
+
+    None if it keeps no such number.
+
+    Args:
+        module: The module.
+        weight: The matrix.
+        names: Attributes, of the module or of its config, in which the number may be.
+    """
+    first, last = weight.shape
+    for source in (module, getattr(module, "cfg", None), getattr(module, "config", None)):
+        for name in names:
+            count = getattr(source, name, None)
+            if first != last and count in (first, last):
+                return bool(count == last)
+    return None
 
 
 def is_table_of_codes(module: nn.Module, attribute: str) -> bool:
@@ -140,7 +165,12 @@ def mirrored_encoder(parent: nn.Module, name: str, decoder: nn.Linear) -> bool:
 
 
 def sounds_like_dictionary(path: str) -> bool:
-    """Whether a layer's name suggests that its columns, not its rows, may be the directions."""
+    """Whether a layer's name suggests that its columns, not its rows, may be the directions.
+
+    Or a bare parameter's, such as "prototypes".
+    """
+    if path in _PROTOTYPES:
+        return True
     parts = [part for part in path.lower().split(".") if not part.isdigit()]
     if not parts or "lm_head" in parts:
         return False
