@@ -7,10 +7,11 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
+from lightning_hsu._neurons.candidates import full_name
 from lightning_hsu._neurons.how import How, Rearranged, rule_for
 from lightning_hsu._neurons.patterns import hidden_pattern, matches, unknown_pattern
 from lightning_hsu._neurons.rules import Rule, class_rule
-from lightning_hsu._neurons.weights import CONVOLUTIONS, EMBEDDINGS
+from lightning_hsu._neurons.weights import CONVOLUTIONS, EMBEDDINGS, key_of
 
 _READ_BY_ROWS = (*EMBEDDINGS, *CONVOLUTIONS, nn.Bilinear)  # "rows" is how they are read anyway
 
@@ -26,25 +27,23 @@ class Asked:
         self._patterns = patterns
         self._used: set[str] = set()  # patterns that matched a weight
         self._deciding: set[str] = set()  # those that did so first
-        self._weights: list[str] = []  # names of all weights, for errors
+        self._weights: dict[str, None] = {}  # names of all weights, for errors
 
-    def of_weight(
-        self, name: str, exact: str, attribute: str, ndim: int, *, only_exact: bool = False
-    ) -> How | None:
+    def of_weight(self, layer: str, attribute: str, *, only_exact: bool = False) -> How | None:
         """What the user says of a weight; the first pattern that matches counts.
 
         Args:
-            name: Name of the layer, with that of the weight unless this is "weight".
-            exact: The same with the name of the weight.
-            attribute: Name of the weight in its module.
-            ndim: How many axes it has.
+            layer: Name of the layer.
+            attribute: Name of the weight in it; a weight of two or more axes.
             only_exact: Whether only its whole name asks for it, no pattern: an adapter's factor.
         """
-        self._weights.append(name)
+        name = full_name(layer, key_of(attribute))
+        exact = full_name(layer, attribute)
+        self._weights[name] = None
         found: How | None = None
         for pattern, how in self._patterns.items():
             is_named = any(matches(one, [pattern], below=False) for one in (name, exact))
-            is_below = matches(name, [pattern]) and ndim >= 2 and "bias" not in attribute
+            is_below = matches(name, [pattern]) and "bias" not in attribute
             if only_exact:
                 is_named = pattern in (name, exact)
                 is_below = False
@@ -71,7 +70,8 @@ class Asked:
         """
         for pattern in self._patterns:
             if pattern not in self._used:
-                raise ValueError(unknown_pattern("neurons", pattern, self._weights, "weight"))
+                known = list(self._weights)
+                raise ValueError(unknown_pattern("neurons", pattern, known, "weight"))
             if pattern not in self._deciding:
                 raise ValueError(hidden_pattern("neurons", pattern))
 

@@ -114,15 +114,11 @@ def guessed_heads(sets: Sequence[NeuronSet]) -> dict[str, str]:
     linear = [one for one in eligible if one.kind == "linear"]
     best = _named_like_heads(eligible)
     reason = "guessed: its name"
-    if (
-        best is None
-        and eligible
-        and eligible[-1].kind == "convolution"
-        and eligible[-1].kernel == 1
-    ):
-        best = eligible[-1]
+    pointwise = [one for one in eligible[-1:] if one.kind == "convolution" and one.kernel == 1]
+    if best is None and pointwise:
+        best = pointwise[0]
         reason = "guessed: last 1 x 1 convolution"
-    if best is None and linear:
+    elif best is None and linear:
         best = linear[-1]
     if best is None:
         return {}

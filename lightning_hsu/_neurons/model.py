@@ -147,14 +147,12 @@ class _Finder:
         taken = set()
         for attribute, p in module._parameters.items():
             if p is not None and nn.parameter.is_lazy(p):  # read when it has a shape
-                name = full_name(layer, key_of(attribute))
-                self._asked.of_weight(name, full_name(layer, attribute), attribute, 2)
+                self._asked.of_weight(layer, attribute)
         for attribute, shape in weights_of(module):
             key = key_of(attribute)
             name = full_name(layer, key)
-            exact = full_name(layer, attribute)
             is_part = module in self._roles.left_out
-            how = self._asked.of_weight(name, exact, attribute, len(shape), only_exact=is_part)
+            how = self._asked.of_weight(layer, attribute, only_exact=is_part)
             if how is None:
                 continue
             taken.add(attribute)
@@ -221,7 +219,7 @@ class _Finder:
         rule: Rule = adapter.rule
         kind = kind_of_base(adapter.base)
         name = full_name(layer, "")
-        how = self._asked.of_weight(name, f"{layer}.weight", "weight", 2)
+        how = self._asked.of_weight(layer, "weight")
         if how is not None and not taken:
             try:
                 shape = shape_of_weight(self._found.read(module, rule)[""].x)

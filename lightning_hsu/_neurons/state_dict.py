@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from lightning_hsu._neurons import names
+from lightning_hsu._neurons.asked import Asked
 from lightning_hsu._neurons.candidates import (
     Broken,
     Candidates,
@@ -30,12 +31,11 @@ from lightning_hsu._neurons.how import (
 from lightning_hsu._neurons.patterns import (
     Patterns,
     as_list,
-    hidden_pattern,
     matches,
-    unknown_pattern,
 )
 from lightning_hsu._neurons.rules import GRU_GATES, LSTM_GATES, PROJECTIONS
 from lightning_hsu._neurons.stored import effective_weights
+from lightning_hsu._neurons.weights import key_of
 from lightning_hsu._neurons.wrappers import plain_name, without_prefixes
 
 _WEIGHT_NAMES = ("weight", "kernel", "embedding")  # one is in the last part of a weight's name
@@ -74,52 +74,6 @@ class _Read:
     kind: Kind
     asked: bool = False
     note: str = ""
-
-
-@dataclass(frozen=True)
-class _Wanted:
-    """What the user says of weights in ``neurons=``.
-
-    Args:
-        ways: Patterns of weights' names, each with how such weights hold neurons.
-        used: The patterns that have matched a weight.
-        deciding: Those that did so first.
-        names: Names of all weights, for errors.
-    """
-
-    ways: Mapping[str, How]
-    used: set[str] = field(default_factory=set)
-    deciding: set[str] = field(default_factory=set)
-    names: dict[str, None] = field(default_factory=dict)
-
-    def of(self, layer: str, attribute: str) -> How | None:
-        """What is said of a weight of two or more axes; the first pattern that matches counts.
-
-        Args:
-            layer: Name of the layer.
-            attribute: Name of the weight within it.
-        """
-        name = full_name(layer, _key_of(attribute))
-        self.names[name] = None
-        found: How | None = None
-        for pattern, how in self.ways.items():
-            exact = full_name(layer, attribute)
-            is_named = any(matches(one, [pattern], below=False) for one in (name, exact))
-            is_below = matches(name, [pattern]) and "bias" not in attribute
-            if is_named or is_below:
-                self.used.add(pattern)
-                if found is None:
-                    found = how
-                    self.deciding.add(pattern)
-        return found
-
-    def check_used(self) -> None:
-        """Refuse a pattern that has matched no weight."""
-        for pattern in self.ways:
-            if pattern not in self.used:
-                raise ValueError(unknown_pattern("neurons", pattern, list(self.names), "weight"))
-            if pattern not in self.deciding:
-                raise ValueError(hidden_pattern("neurons", pattern))
 
 
 def neurons_of_state_dict(
@@ -167,7 +121,7 @@ def neurons_of_state_dict(
         [('W_dec', (1, 64, 8))]
     """
     patterns = as_list("include", asked) or []
-    wanted = _Wanted(check_neurons(neurons))
+    wanted = Asked(check_neurons(neurons))
     layers = _layers(state)
     found = Candidates[StoredNeurons]("StateDict", [], [])
     sets: dict[str, dict[str, _Read]] = {}
@@ -175,7 +129,7 @@ def neurons_of_state_dict(
         sets_of_layer = _sets_of_layer(path, layers, patterns, wanted, found)
         if sets_of_layer:
             sets[path] = sets_of_layer
-    wanted.check_used()
+    wanted.check()
     for path in _in_tree_order(sets):
         _add_sets(found, path, sets[path], layers[path])
     return found
@@ -229,7 +183,7 @@ def _sets_of_layer(
     path: str,
     layers: Mapping[str, Mapping[str, Tensor]],
     asked: Sequence[str],
-    wanted: _Wanted,
+    wanted: Asked,
     found: Candidates[StoredNeurons],
 ) -> dict[str, _Read]:
     """The sets of neurons of a layer by key; what is left out or broken is added to ``found``."""
@@ -248,7 +202,7 @@ def _sets_of_layer(
     reasons |= unknown
     for leaf, x in leaves.items():
         if leaf in reasons and x.ndim > 1:
-            wanted.of(layer, _attribute_of(leaf))  # it is known, if not readable
+            wanted.of_weight(layer, _attribute_of(leaf))  # it is known, if not readable
             found.not_weights.append(Skip(_stored_name(path, leaf), tuple(x.shape), reasons[leaf]))
 
     named: dict[str, _Read] = {}
@@ -256,7 +210,7 @@ def _sets_of_layer(
     for leaf, x in effective.items():
         if x.ndim < 2:
             continue
-        how = wanted.of(layer, leaf)
+        how = wanted.of_weight(layer, leaf)
         name = _stored_name(path, leaf)
         if how is not None:
             named |= _sets_as_asked(path, leaf, x, how, effective, found)
@@ -320,7 +274,7 @@ def _sets_as_asked(
         found: Takes the layer if it is broken or left out; then there are no sets.
     """
     layer = _layer_name(path)
-    key = _key_of(attribute)
+    key = key_of(attribute)
     name = full_name(layer, key)
     weight = weight.detach()
     if not weight.is_floating_point():
@@ -373,11 +327,6 @@ def _layer_name(path: str) -> str:
 def _attribute_of(leaf: str) -> str:
     """Name of the weight that a stored tensor belongs to."""
     return leaf.removeprefix("parametrizations.").partition(".")[0]
-
-
-def _key_of(attribute: str) -> str:
-    """The key of a weight's set of neurons in its layer."""
-    return "" if attribute == "weight" else attribute
 
 
 def _no_floats(name: str, x: Tensor) -> Skip:
@@ -459,7 +408,7 @@ def _sets_of_weight(leaf: str, x: Tensor, leaves: Mapping[str, Tensor]) -> dict[
         return _gates(leaf, x, leaves)
     if leaf.startswith("weight_hr"):
         return {leaf: x}
-    return {_key_of(leaf): _by_output(x, _outputs(leaves))}
+    return {key_of(leaf): _by_output(x, _outputs(leaves))}
 
 
 def _outputs(leaves: Mapping[str, Tensor]) -> int | None:

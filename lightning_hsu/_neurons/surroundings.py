@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from torch import Tensor, nn
 
@@ -86,7 +87,7 @@ class Surroundings:
             parts = self.fused_parts(path, outputs)
         if not parts:
             return rule
-        return WeightRule(attribute, columns=rule.columns, kernels=rule.kernels, parts=parts)
+        return replace(rule, parts=parts)
 
     def _is_mirrored(self, path: str, module: nn.Linear) -> bool:
         """Whether a Linear, alone in the modules up to its encoder's, is mirrored by that."""

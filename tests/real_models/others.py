@@ -13,9 +13,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tests.real_models.base import RealModel
-from tests.real_models.torchvision_ops import declare_missing_operators
-
-declare_missing_operators()  # torchmetrics imports torchvision
 
 NODES = 12
 EDGES = torch.tensor(

@@ -22,13 +22,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lightning_hsu import HypersphericalUniformity
+from lightning_hsu._trainer import EveryCallback
 from tests.real_models.base import Read
-from tests.real_models.torchvision_ops import declare_missing_operators
-
-declare_missing_operators()  # torchmetrics, and so the callback, imports torchvision
-
-from lightning_hsu import HypersphericalUniformity  # noqa: E402
-from lightning_hsu._trainer import EveryCallback  # noqa: E402
 
 # Only what these libraries and Lightning say of themselves: a warning of the callback is an error.
 pytestmark = [
