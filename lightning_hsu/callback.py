@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
@@ -18,7 +19,7 @@ from lightning_hsu._engine.plan import GradientStats
 from lightning_hsu._figures.recorder import FigureRecorder
 from lightning_hsu._monitor.measure import LayerUniformity, aggregates, by_layer
 from lightning_hsu._monitor.summary import Summary
-from lightning_hsu._monitor.tables import BeforeAfter
+from lightning_hsu._monitor.tables import BeforeAfter, change_text
 from lightning_hsu._neurons.how import How
 from lightning_hsu._neurons.placement import placement_of
 from lightning_hsu._neurons.select import uninitialized
@@ -244,6 +245,7 @@ class HypersphericalUniformity(_trainer.EveryCallback):
     ) -> None:
         """Find the head. Add the penalty to the loss, which is already divided and scaled here."""
         self._attach(trainer, pl_module)
+        self._follow(trainer.optimizers, between_steps=False)
         self._find_head(trainer, loss)
         if self.apply != "loss":
             return
@@ -319,6 +321,7 @@ class HypersphericalUniformity(_trainer.EveryCallback):
             fit.has_run = True
         if fit.has_loss and (has_stepped or self.regularizer.state.heads):
             fit.is_fresh = False  # what follows is no first forward pass
+        self._follow()
         accumulates = pl_module.automatic_optimization and not has_stepped
         if accumulates or not self.regularizer.layers:
             return
@@ -344,6 +347,7 @@ class HypersphericalUniformity(_trainer.EveryCallback):
         if not self._fit.has_run:
             return  # resumed so late in an epoch that it had no step left
         self._attach(trainer, pl_module)  # for lazy layers if Lightning saw no optimizer step
+        self._follow(scan=True)
         self._fit.warnings.unreached(self.regularizer.unreached())
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -385,7 +389,7 @@ class HypersphericalUniformity(_trainer.EveryCallback):
 
     def _attach(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Find the neurons, unless that is already done."""
-        if self.regularizer.layers or self._fit.is_off:
+        if self.regularizer.is_attached or self._fit.is_off:
             return
         try:
             _trainer.check_training(trainer, pl_module, self.apply)
@@ -397,6 +401,27 @@ class HypersphericalUniformity(_trainer.EveryCallback):
             return
         self._fit.is_off = not self.regularizer.layers  # of which there was a warning
         self._fit.warnings.idle(self.regularizer.idle())
+
+    def _follow(
+        self,
+        optimizers: Sequence[Optimizer] = (),
+        *,
+        between_steps: bool = True,
+        scan: bool = False,
+    ) -> None:
+        """Look whether the model has changed, and tell what has become of its layers."""
+        fit = self._fit
+        if not self.regularizer.is_attached or fit.is_off:
+            return
+        self.regularizer.follow(optimizers, between_steps=between_steps, scan=scan)
+        change = self.regularizer.state.take_change()
+        if not change:
+            return
+        fit.is_fresh = True  # the head may be another one
+        for name in (*change.added, *change.renewed):
+            fit.frozen.pop(name, None)
+        if self.verbose:
+            rank_zero_info(f"Hyperspherical uniformity: {change_text(change)}")
 
     def _give_up(self, error: Exception) -> None:
         """Raise an error, or stop monitoring with a warning if that is all that is done."""
@@ -432,7 +457,7 @@ class HypersphericalUniformity(_trainer.EveryCallback):
         if self.verbose:
             rank_zero_info(f"Hyperspherical uniformity: more heads: {', '.join(more)}")
         self._fit.frozen = {}
-        if self._prints_or_draws(trainer):
+        if self._prints_or_draws(trainer) and not self._fit.has_run:
             self._fit.before_after.forget()
             self._keep(trainer, self._measure(), {})
 

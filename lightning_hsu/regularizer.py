@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any, Literal
@@ -20,7 +20,6 @@ from lightning_hsu._engine.attached import Attached, FirstOutputs
 from lightning_hsu._engine.layer import Layer
 from lightning_hsu._engine.plan import (
     GradientStats,
-    Plan,
     StepContext,
     buckets,
     learning_rates,
@@ -30,7 +29,7 @@ from lightning_hsu._engine.step import act_on_buckets, loss_terms
 from lightning_hsu._monitor.measure import LayerUniformity, measure_layers
 from lightning_hsu._monitor.summary import Summary
 from lightning_hsu._monitor.tables import summary_of
-from lightning_hsu._neurons.candidates import Skip
+from lightning_hsu._neurons.candidates import Candidates, Skip
 from lightning_hsu._neurons.how import Neurons, check_neurons
 from lightning_hsu._neurons.model import neurons_of_model
 from lightning_hsu._neurons.patterns import Patterns
@@ -49,6 +48,15 @@ NOTHING_TRAINS = (
     "penalty does nothing until one is unfrozen. summarize(model) says which and why; coefficient=0 "
     "only monitors"
 )
+
+
+def no_longer_measured(reasons: Mapping[str, str]) -> str:
+    """The warning about layers of a changed model that can no longer be measured."""
+    named = "; ".join(f"'{name}': {reason}" for name, reason in reasons.items())
+    return (
+        "the model has changed, and layers are no longer measured, nor penalised: "
+        f"{named}. Say with neurons= how such weights hold neurons, or leave them out with exclude="
+    )
 
 
 class UniformityRegularizer:
@@ -145,6 +153,7 @@ class UniformityRegularizer:
         self.state = TrainingState()
         self._attached: Attached | None = None
         self._watch: RemovableHandle | None = None
+        self._may_watch = False
         self._saw_outputs = False
 
     @property
@@ -228,20 +237,12 @@ class UniformityRegularizer:
         self.detach()
         self.state.attach(model)
         with placement.whole_parameters(with_grads=False):
-            candidates = neurons_of_model(model, placement, self.neurons)
 
-            def choose(traced: Sequence[str]) -> tuple[list[Target], list[Skip]]:
-                return select(
-                    candidates,
-                    self.include,
-                    self.exclude,
-                    self.head,
-                    traced=traced,
-                    may_be_empty=True,
-                )
+            def find(strict: bool) -> Candidates[Target]:
+                return neurons_of_model(model, placement, self.neurons, strict=strict)
 
-            attached = Attached(model, placement, candidates, choose, self._layer)
-            attached.choose(attached.known(self.state.heads))
+            attached = Attached(model, placement, find, self._choose, self._layer, self.state.heads)
+            candidates = attached.candidates
             if not attached.layers and strict:
                 self._refuse(nothing_left(candidates.source, attached.skips))
             names = [layer.name for layer in attached.layers]
@@ -254,9 +255,72 @@ class UniformityRegularizer:
         self._attached = attached
         if strict and placement.rank == 0 and self.nothing_trains():
             warnings.warn(NOTHING_TRAINS, stacklevel=2)
-        if watch and not self.head_is_settled:
-            self._watch = model.register_forward_hook(FirstOutputs(self))
+        self._may_watch = watch
+        if not self.head_is_settled:
+            self._watch_outputs()
         return self
+
+    def follow(
+        self,
+        optimizers: Iterable[Optimizer] = (),
+        *,
+        between_steps: bool = True,
+        scan: bool = False,
+    ) -> bool:
+        """Look whether the model has changed; if so, find its layers anew.
+
+        Every step does this: parameters, modules, ties and parametrizations that come, go or are
+        replaced are followed. Counts and states go on by the names of the layers. A layer that
+        cannot be measured any more is warned of. Where ranks share the weights, all must call it.
+
+        Args:
+            optimizers: Optimizers whose parameters may be those of new layers.
+            between_steps: Whether no forward pass is under way.
+            scan: Whether to look at all parameters of the model: else a new layer is seen by its
+                place beside others, or by an optimizer that has it.
+
+        Returns:
+            Whether the model has changed.
+        """
+        if not self._check_attached().placement.keeps_whole:
+            return False  # FSDP1: a step looks for itself, while it has the weights whole
+        return self._follow(optimizers, between_steps=between_steps, scan=scan)
+
+    def _follow(
+        self,
+        optimizers: Iterable[Optimizer] = (),
+        *,
+        between_steps: bool = True,
+        scan: bool = False,
+    ) -> bool:
+        """The same where the weights are whole already."""
+        attached = self._check_attached()
+        is_current = attached.watch.is_current(optimizers, between_steps=between_steps)
+        is_current = is_current and attached.plan.is_current()
+        if is_current and scan:
+            is_current = attached.watch.knows_all(attached.model.parameters())
+        if is_current:
+            return False
+        names = {one.name for one in attached.candidates.sets}
+        change = attached.follow(self.state.heads)
+        self.state.note_change(change)
+        if {one.name for one in attached.candidates.sets} != names:
+            self.state.heads = []  # they are found again at the next forward pass
+            self._watch_outputs()
+        if change.lost and attached.placement.rank == 0:
+            warnings.warn(no_longer_measured(change.lost), stacklevel=3)
+        return True
+
+    @property
+    def is_attached(self) -> bool:
+        """Whether there is a model."""
+        return self._attached is not None
+
+    def _watch_outputs(self) -> None:
+        """Take the head from the model's next outputs, where that was asked for."""
+        if self._may_watch and self.head == "auto" and self._watch is None:
+            model = self._check_attached().model
+            self._watch = model.register_forward_hook(FirstOutputs(self))
 
     def find_head(self, outputs: object) -> None:
         """With ``head="auto"``, take the layers that act last before a loss for the head.
@@ -289,11 +353,10 @@ class UniformityRegularizer:
             heads = [name for name in traced if name not in self.state.heads]
             if not heads:
                 return
-            self._current_plan()
+            self.follow(between_steps=False)
             self.state.heads += heads
-            known = attached.known(self.state.heads)
-            self.state.heads_as_expected = attached.expects(known)
-            attached.choose(known)
+            self.state.heads_as_expected = attached.expects(attached.known(self.state.heads))
+            attached.choose(self.state.heads)
         if self.head_coefficient is not None and not any(one.target.head for one in self.layers):
             warnings.warn(
                 "head_coefficient has no effect: no measured layer acts last before the loss; name "
@@ -331,7 +394,7 @@ class UniformityRegularizer:
         Raises:
             ValueError: for a :class:`~lightning_hsu.Share`, which needs the task's gradient alone.
         """
-        self._check_attached()
+        self.follow(between_steps=False)
         self.state.now.loss_step = None
         return self._penalty(step, {}, 1.0)
 
@@ -357,8 +420,7 @@ class UniformityRegularizer:
                 (LBFGS).
         """
         attached = self._check_attached()
-        if attached.placement.keeps_whole:
-            self._current_plan()
+        self.follow([optimizer], between_steps=False)
         penalised = []
         for layer in self.layers:
             if layer.strength != 0 and not layer.frozen:
@@ -453,9 +515,9 @@ class UniformityRegularizer:
         Args:
             but: Names of layers to leave out.
         """
-        self._check_attached()
-        layers = [layer for layer in self.layers if layer.name not in but]
         with self.gathered():
+            self._follow()
+            layers = [layer for layer in self.layers if layer.name not in but]
             return measure_layers(layers, self.state.monitor_state)
 
     def fingerprints(self, names: Collection[str]) -> dict[str, float]:
@@ -533,7 +595,7 @@ class UniformityRegularizer:
         self.state.load_state_dict(state)
         if self._attached is not None and self.state.heads:
             self._stop_watching()
-            self._attached.choose(self._attached.known(self.state.heads))
+            self._attached.choose(self.state.heads)
 
     def table(self) -> str:
         """The :attr:`summary` as a table."""
@@ -549,6 +611,20 @@ class UniformityRegularizer:
     def __getstate__(self) -> dict[str, Any]:
         """Pickle and copy the settings and the training state, never the model."""
         return self.__dict__ | {"_attached": None, "_watch": None}
+
+    def _choose(
+        self, candidates: Candidates[Target], traced: Sequence[str], strict: bool
+    ) -> tuple[list[Target], list[Skip]]:
+        """Choose among the sets of neurons of a model."""
+        return select(
+            candidates,
+            self.include,
+            self.exclude,
+            self.head,
+            traced=traced,
+            may_be_empty=True,
+            strict=strict,
+        )
 
     def _refuse(self, message: str) -> None:
         """Raise an error, or only warn if this regularizer only monitors.
@@ -601,14 +677,15 @@ class UniformityRegularizer:
             rates = learning_rates(optimizer)
             context = StepContext(step, rates, grad_scale, same_step, self.step_limit, stats)
             with self._whole_with_grads(), self._products():
+                self._follow([optimizer])
                 found = act(context)
         counter.count(optimizer, index, same_step=same_step)
         return found
 
     def _add(self, context: StepContext) -> dict[str, GradientStats]:
         """Add gradients."""
-        plan = self._current_plan()
-        placement = self._check_attached().placement
+        attached = self._check_attached()
+        plan, placement = attached.plan, attached.placement
         updates, left = plan.plain_updates(self.state, context)
         together = plan.rest + buckets(left, placement)
         stats = {}
@@ -619,17 +696,9 @@ class UniformityRegularizer:
 
     def _move(self, context: StepContext) -> dict[str, GradientStats]:
         """Move neurons."""
-        plan = self._current_plan()
-        placement = self._check_attached().placement
-        return act_on_buckets(plan.buckets, LayerUpdate.move, self.state, context, placement)
-
-    def _current_plan(self) -> Plan:
-        """The plan, made anew if a parameter that it rests on has changed."""
         attached = self._check_attached()
-        if not attached.plan.is_current():
-            for name in attached.plan_anew():
-                self.state.now.reached.discard(name)  # until an optimizer has the new ones
-        return attached.plan
+        plan, placement = attached.plan, attached.placement
+        return act_on_buckets(plan.buckets, LayerUpdate.move, self.state, context, placement)
 
     def _whole_with_grads(self) -> AbstractContextManager[None]:
         """A context in which parameters and gradients are whole."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -12,6 +11,8 @@ from torch import nn
 
 from lightning_hsu._engine.layer import Layer
 from lightning_hsu._engine.plan import Plan
+from lightning_hsu._engine.state import Change
+from lightning_hsu._engine.watch import Watch
 from lightning_hsu._neurons.candidates import Candidates, Skip
 from lightning_hsu._neurons.how import StoredValues
 from lightning_hsu._neurons.placement import Placement
@@ -27,8 +28,11 @@ class HeadFinder(Protocol):
         """Take the layers that act last before these outputs for the head."""
 
 
-Choose = Callable[[Sequence[str]], tuple[list[Target], list[Skip]]]
-"""Chooses what is measured, given the names of the layers that came last before the loss."""
+Find = Callable[[bool], Candidates[Target]]
+"""Finds all sets of neurons of the model; told whether it refuses what the user says wrongly."""
+
+Choose = Callable[[Candidates[Target], Sequence[str], bool], tuple[list[Target], list[Skip]]]
+"""Chooses among them, given the names of the layers that came last before the loss, alike."""
 
 
 class Attached:
@@ -37,15 +41,18 @@ class Attached:
     Args:
         model: The model, without wrappers.
         placement: How its weights are placed over the ranks.
-        candidates: All sets of neurons in it.
+        find: Finds all sets of neurons in it.
         choose: Chooses among them.
         make_layer: Gives a target its measure and coefficient; what else there is to know of it is
             read, or taken from a layer of the same name.
+        traced: Names of the layers that came last before the loss; [] if that is not known.
 
     Attributes:
+        candidates: All sets of neurons in the model.
         layers: The layers that are measured.
         skips: The weights that are not, with the reasons.
         plan: The plan of a step.
+        watch: Sees what changes in the model.
         coverage: Measured entries over those of all weights with two or more axes; NaN if there are
             none.
     """
@@ -54,28 +61,33 @@ class Attached:
         self,
         model: nn.Module,
         placement: Placement,
-        candidates: Candidates[Target],
+        find: Find,
         choose: Choose,
         make_layer: Callable[[Target, Layer | None], Layer],
+        traced: Sequence[str],
     ) -> None:
         self.model = model
         self.placement = placement
-        self.candidates = candidates
+        self._find = find
         self._choose = choose
         self._make_layer = make_layer
+        self._strict = True  # what the user said of the model need not be true of a changed one
         self.layers: list[Layer] = []
         self.skips: list[Skip] = []
         self.coverage = float("nan")
         self.plan: Plan
+        self.candidates = find(self._strict)
+        self.choose(traced)
+        self.watch = self._watched()
 
     def choose(self, traced: Sequence[str]) -> None:
-        """Take the layers that are chosen.
+        """Choose the layers among the sets of neurons.
 
         Args:
             traced: Names of the layers that came last before the loss; [] if that is not known.
         """
         known = {layer.name: layer for layer in self.layers}
-        targets, self.skips = self._choose(traced)
+        targets, self.skips = self._choose(self.candidates, self.known(traced), self._strict)
         kept = []
         for target in targets:
             # FSDP2 may show other parameters between a forward pass and its backward pass.
@@ -85,10 +97,49 @@ class Attached:
                 kept.append(layer)
             else:
                 self.skips.append(Skip(layer.name, layer.target.shape, reason))
-        self.layers = kept
-        self.plan = Plan(kept, self.placement)
+        self._take(kept)
         if not known or {layer.name for layer in kept} != set(known):
             self.coverage = _coverage(self.model, kept)
+
+    def follow(self, traced: Sequence[str]) -> Change:
+        """Find the layers anew, since the model has changed.
+
+        Args:
+            traced: Names of the layers that came last before the loss; [] if that is not known.
+        """
+        before = {layer.name: layer for layer in self.layers}
+        self._strict = False
+        self.layers = []
+        try:
+            self.candidates = self._find(self._strict)
+            self.choose(traced)
+        except Exception as error:  # in somebody else's code: the training goes on
+            self.skips = [Skip(name, one.target.shape, str(error)) for name, one in before.items()]
+            self._take([])
+        self.watch = self._watched(self.watch)
+        change = Change()
+        for layer in self.layers:
+            old = before.pop(layer.name, None)
+            if old is None:
+                change.added[layer.name] = layer.target.shape
+            elif [*map(id, layer.parameters)] != [*map(id, old.parameters)]:
+                change.renewed[layer.name] = layer.target.shape
+        reasons = {skip.name: skip.reason for skip in self.skips}
+        for name, layer in before.items():
+            if name in reasons:
+                change.lost[name] = reasons[name]
+            else:
+                change.gone[name] = layer.target.shape
+        return change
+
+    def _take(self, layers: list[Layer]) -> None:
+        """Take these layers, with a new plan."""
+        self.layers = layers
+        self.plan = Plan(layers, self.placement)
+
+    def _watched(self, before: Watch | None = None) -> Watch:
+        """A watch over the model as it is now."""
+        return Watch(self.model, self.candidates.sets, self.layers, self.placement, before)
 
     def known(self, names: Sequence[str]) -> list[str]:
         """Those of the names that this model has, measured or not."""
@@ -127,31 +178,6 @@ class Attached:
                     known[stand_in] = known[id(p)]
         only_tables = {key: names for key, names in tables.items() if key not in layers}
         return last_before(outputs, layers, only_tables, computed)
-
-    def plan_anew(self) -> list[str]:
-        """Read all layers again; return the names of those that have other parameters now."""
-        layers = [self._reread(layer) for layer in self.layers]
-        changed = []
-        for before, now in zip(self.layers, layers, strict=True):
-            if [*map(id, now.parameters)] != [*map(id, before.parameters)]:
-                changed.append(now.name)
-        self.layers = layers
-        self.plan = Plan(layers, self.placement)
-        return changed
-
-    def _reread(self, layer: Layer) -> Layer:
-        """A layer with its module's present parameters."""
-        if layer.sharded:
-            return layer
-        try:
-            groups, n, d = layer.target.neurons().shape
-            return self._make_layer(replace(layer.target, shape=(groups, n, d)), None)
-        except Exception as error:
-            raise RuntimeError(
-                f"the neurons of layer '{layer.name}' {layer.target.shape} can no longer be read: "
-                f"{error}. Call attach(model) after changing a layer's kind or its parameters' "
-                "names, or leave it out with exclude="
-            ) from error
 
 
 class FirstOutputs:

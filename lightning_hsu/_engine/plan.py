@@ -25,15 +25,11 @@ from lightning_hsu._neurons.how import WeightRule
 from lightning_hsu._neurons.placement import Placement
 from lightning_hsu._neurons.placement.base import viewed_parameter
 from lightning_hsu._neurons.rules import (
-    REGISTERED,
     channels_last,
     class_rule,
     has_built_in_rule,
 )
 from lightning_hsu._neurons.target import Target
-
-Owner = tuple[dict[str, nn.Parameter | None], str, nn.Parameter]
-"""A module's parameters by name, the name of one, and that parameter when the plan was made."""
 
 
 @dataclass(frozen=True)
@@ -173,16 +169,9 @@ class Plan:
         plain = {one.layer for one in self.plain}
         without_plain = ([layer for layer in some if layer not in plain] for some in self.buckets)
         self.rest = [some for some in without_plain if some]
-        self._owners = [owner for layer in layers for owner in _owners(layer)]
-        self._rules = len(REGISTERED)
 
     def is_current(self) -> bool:
-        """Whether the parameters that the plan rests on are still there, in the same layout."""
-        if len(REGISTERED) != self._rules:
-            return False
-        for parameters, name, parameter in self._owners:
-            if parameters.get(name) is not parameter:
-                return False
+        """Whether the parameters of the plain layers are still laid out in the same way."""
         for plain in self.plain:
             is_current = plain.is_current()
             if not is_current:
@@ -381,19 +370,6 @@ def _as_plain(layer: Layer, placement: Placement) -> PlainLayer | None:
     if parameter is None or not _is_read_directly(layer.target, parameter):
         return None
     return PlainLayer(layer, term, parameter, x)
-
-
-def _owners(layer: Layer) -> list[Owner]:
-    """Where a layer's parameters are registered; empty for sharded ones, which FSDP2 swaps."""
-    if layer.sharded:
-        return []
-    wanted = {id(p) for p in layer.parameters}
-    found = []
-    for module in layer.target.module.modules():
-        for name, p in module._parameters.items():
-            if p is not None and id(p) in wanted:
-                found.append((module._parameters, name, p))
-    return found
 
 
 def _signature(module: nn.Module) -> tuple[object, ...]:

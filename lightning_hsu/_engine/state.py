@@ -149,6 +149,37 @@ class ShareMeans:
         self.means = dict(means)
 
 
+Shape = tuple[int, int, int]
+
+
+@dataclass
+class Change:
+    """What has become of layers since the model was changed.
+
+    Attributes:
+        added: Shapes (groups, n, d) of the layers that were not measured before, by name.
+        renewed: Those of the layers that have other parameters now.
+        gone: Those of the layers that are no longer in the model.
+        lost: Why layers that are in the model can no longer be measured, by name.
+    """
+
+    added: dict[str, Shape] = field(default_factory=dict)
+    renewed: dict[str, Shape] = field(default_factory=dict)
+    gone: dict[str, Shape] = field(default_factory=dict)
+    lost: dict[str, str] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        """Whether anything has changed."""
+        return bool(self.added or self.renewed or self.gone or self.lost)
+
+    def add(self, later: Change) -> None:
+        """Take what has changed later into account."""
+        self.added |= later.added
+        self.renewed |= later.renewed
+        self.gone |= later.gone
+        self.lost |= later.lost
+
+
 @dataclass
 class SinceAttach:
     """What is known about the attached model; replaced when the model is released.
@@ -157,11 +188,13 @@ class SinceAttach:
         coefficients: The coefficient of each layer at its last step.
         reached: Layers that some optimizer stepped, or was about to, with a gradient.
         loss_step: The step of the last penalty in a loss; None if it has no number.
+        change: What has changed in the model since somebody last asked.
     """
 
     coefficients: dict[str, Tensor | float] = field(default_factory=dict)
     reached: set[str] = field(default_factory=set)
     loss_step: int | None = None
+    change: Change = field(default_factory=Change)
 
 
 class TrainingState:
@@ -228,6 +261,18 @@ class TrainingState:
         for layer in layers:
             if layer.rates(learning_rates):
                 self.now.reached.add(layer.name)
+
+    def note_change(self, change: Change) -> None:
+        """Note a change of the model."""
+        self.now.change.add(change)
+        for name in (*change.renewed, *change.gone, *change.lost):
+            self.now.reached.discard(name)  # until an optimizer has the new parameters
+
+    def take_change(self) -> Change:
+        """What has changed since this was last asked."""
+        change = self.now.change
+        self.now.change = Change()
+        return change
 
     def measure_state(self, layer: Layer, x: Tensor, *, same_step: bool) -> State | None:
         """Return the state of a layer's measure for its neurons x (groups, n, d).

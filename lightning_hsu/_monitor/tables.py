@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lightning_hsu._engine.layer import Layer
+from lightning_hsu._engine.state import Change
 from lightning_hsu._monitor.measure import LayerUniformity
 from lightning_hsu._monitor.summary import LayerSummary, Summary, coefficient_text, giga_flops
 from lightning_hsu._monitor.text import finding, number, shape_of, table_lines
@@ -15,7 +16,7 @@ _NUMBERS = range(2, 6)  # columns of _COLUMNS that are aligned on the right
 
 
 class BeforeAfter:
-    """Keeps the first measurement of a fit and compares the last one with it.
+    """Keeps the first measurement of each layer in a fit and compares the last one with it.
 
     Example:
         >>> import torch
@@ -35,7 +36,7 @@ class BeforeAfter:
         self._before: dict[str, LayerUniformity] = {}
 
     def note(self, step: int, measured: Sequence[LayerUniformity]) -> None:
-        """Keep a measurement if it is the first.
+        """Keep a measurement if it is the first of a layer.
 
         Args:
             step: Optimizer steps done.
@@ -43,7 +44,8 @@ class BeforeAfter:
         """
         if not self._before:
             self._step = step
-            self._before = {layer.name: layer for layer in measured}
+        for layer in measured:
+            self._before.setdefault(layer.name, layer)
 
     def forget(self) -> None:
         """Forget the first measurement: another takes its place."""
@@ -79,6 +81,27 @@ class BeforeAfter:
 
 def _ratio(x: float) -> str:
     return number(x, 3 if x < 10 else 1)
+
+
+def change_text(change: Change) -> str:
+    """What has become of the layers of a model that was changed in training.
+
+    Example:
+        >>> change_text(Change(added={"fc.1": (1, 8, 4)}, gone={"fc": (1, 16, 4)}))
+        'the model has changed: now measured: fc.1 (8 x 4); no longer there: fc (16 x 4)'
+    """
+    parts = []
+    for what, shapes in (
+        ("now measured", change.added),
+        ("with other weights", change.renewed),
+        ("no longer there", change.gone),
+    ):
+        if shapes:
+            named = [f"{name} ({shape_of(*shape)})" for name, shape in shapes.items()]
+            parts.append(f"{what}: {', '.join(named)}")
+    if change.lost:
+        parts.append(f"no longer measured: {', '.join(change.lost)}")
+    return f"the model has changed: {'; '.join(parts)}"
 
 
 def summary_of(

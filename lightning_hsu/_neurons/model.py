@@ -33,7 +33,11 @@ _SCRIPTED = (
 
 
 def neurons_of_model(
-    model: nn.Module, placement: Placement | None = None, neurons: Neurons = None
+    model: nn.Module,
+    placement: Placement | None = None,
+    neurons: Neurons = None,
+    *,
+    strict: bool = True,
 ) -> Candidates[Target]:
     """Find every set of neurons of a model. A collective call if its weights are sharded.
 
@@ -41,6 +45,7 @@ def neurons_of_model(
         model: Any module.
         placement: How its weights are placed over ranks; None looks at the model.
         neurons: Patterns of weights' names, each with how such weights hold neurons.
+        strict: Whether every pattern has to match a weight.
 
     Raises:
         TypeError: if ``neurons`` is not made of patterns and ways of holding neurons.
@@ -55,7 +60,7 @@ def neurons_of_model(
     """
     if placement is None:
         placement = placement_of(model)
-    return _Finder(model, placement, check_neurons(neurons)).find()
+    return _Finder(model, placement, check_neurons(neurons)).find(strict=strict)
 
 
 class _Finder:
@@ -75,11 +80,16 @@ class _Finder:
         self._roles = roles_of(self._modules.values())
         self._found = Found(type(model).__name__, placement, self._roles.copies)
 
-    def find(self) -> Candidates[Target]:
-        """The candidates."""
+    def find(self, *, strict: bool) -> Candidates[Target]:
+        """The candidates.
+
+        Args:
+            strict: Whether every pattern has to match a weight.
+        """
         for path, module in self._modules.items():
             self._add_module(path, module)
-        self._asked.check()
+        if strict:
+            self._asked.check()
         for module, heads in declared_heads(self._model).items():
             self._add_declared(module, heads)
         return self._found.candidates

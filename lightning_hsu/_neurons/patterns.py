@@ -70,11 +70,3 @@ def as_list(what: str, patterns: Patterns) -> list[str] | None:
             f"{what} takes a pattern or a list of patterns such as 'encoder.*'; got {patterns!r}"
         )
     return list(patterns)
-
-
-def checked(what: str, patterns: Patterns, names: Sequence[str]) -> list[str] | None:
-    """Patterns as a list, each of which matches a layer."""
-    found = as_list(what, patterns)
-    if found is not None:
-        check_patterns(what, found, names)
-    return found

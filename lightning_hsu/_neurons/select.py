@@ -12,7 +12,13 @@ from lightning_hsu._neurons.candidates import AnySet, Candidates, NeuronSet, Ski
 from lightning_hsu._neurons.heads import DECLARED, NAMED, TRACED, guessed_heads
 from lightning_hsu._neurons.how import Neurons
 from lightning_hsu._neurons.model import neurons_of_model
-from lightning_hsu._neurons.patterns import Patterns, checked, known_names, matches
+from lightning_hsu._neurons.patterns import (
+    Patterns,
+    as_list,
+    check_patterns,
+    known_names,
+    matches,
+)
 from lightning_hsu._neurons.placement import Placement
 from lightning_hsu._neurons.target import Target
 
@@ -47,6 +53,7 @@ def select(
     everything: bool = False,
     traced: Sequence[str] = (),
     may_be_empty: bool = False,
+    strict: bool = True,
 ) -> tuple[list[AnySet], list[Skip]]: ...
 
 
@@ -61,6 +68,7 @@ def select(
     placement: Placement | None = None,
     traced: Sequence[str] = (),
     may_be_empty: bool = False,
+    strict: bool = True,
 ) -> tuple[list[Target], list[Skip]] | tuple[list[AnySet], list[Skip]]:
     """Choose the sets of neurons that are measured.
 
@@ -78,6 +86,8 @@ def select(
         placement: How the weights of a model are placed over ranks; None looks at the model.
         traced: Names of the layers that came last before the loss, if that is known.
         may_be_empty: Whether no set may be left.
+        strict: Whether every pattern and every name of a head has to be met, and every set that is
+            wanted has to be readable; else these are left out.
 
     Returns:
         The sets in their order, and every weight that was skipped, with the reason.
@@ -105,6 +115,7 @@ def select(
         everything=everything,
         traced=traced,
         may_be_empty=may_be_empty,
+        strict=strict,
     )
 
 
@@ -117,6 +128,7 @@ def _choose(
     everything: bool,
     traced: Sequence[str] = (),
     may_be_empty: bool = False,
+    strict: bool = True,
 ) -> tuple[list[AnySet], list[Skip]]:
     """Choose among candidates; arguments as of :func:`select`."""
     sets = candidates.sets
@@ -124,17 +136,23 @@ def _choose(
         sets = [_merged(one) for one in sets]
     names = [one.name for one in sets]
     unread = [one.name for one in candidates.broken] + [one.name for one in candidates.skips]
-    heads = find_heads(candidates, head, traced)
-    included = checked("include", include, names + unread)
-    excluded = checked("exclude", exclude, names + unread)
+    heads = find_heads(candidates, head, traced, strict=strict)
+    included = as_list("include", include)
+    excluded = as_list("exclude", exclude)
+    if strict:
+        check_patterns("include", included or [], names + unread)
+        check_patterns("exclude", excluded or [], names + unread)
     for name, why in heads.items():
-        if why == NAMED and excluded is not None and matches(name, excluded):
+        if strict and why == NAMED and excluded is not None and matches(name, excluded):
             raise ValueError(f"head {name!r} is excluded by a pattern; name another head, or None")
     skips = list(candidates.skips)
     for broken in candidates.broken:
+        why_not = EXCLUDED
         if _is_wanted(broken.name, included, excluded):
-            raise broken.error
-        skips.append(Skip(broken.name, (), EXCLUDED))
+            if strict:
+                raise broken.error
+            why_not = str(broken.error)
+        skips.append(Skip(broken.name, (), why_not))
 
     reasons: dict[str, str] = {}
     taken: dict[Hashable, str] = {}
@@ -171,7 +189,11 @@ def _choose(
 
 
 def find_heads(
-    candidates: Candidates[AnySet], head: Head, traced: Sequence[str] = ()
+    candidates: Candidates[AnySet],
+    head: Head,
+    traced: Sequence[str] = (),
+    *,
+    strict: bool = True,
 ) -> dict[str, str]:
     """Names of the sets that are heads, each with the reason.
 
@@ -179,6 +201,7 @@ def find_heads(
         candidates: All sets of a model.
         head: What the user says.
         traced: Names of the layers that came last before the loss, if that is known.
+        strict: Whether every name that the user gives has to be a layer.
 
     Raises:
         ValueError: if a name is no layer of the model.
@@ -197,7 +220,7 @@ def find_heads(
     for name in map(str, wanted):
         parts = [one.name for one in candidates.sets if name in (one.name, one.layer)]
         heads |= dict.fromkeys(parts, NAMED)
-        if parts or "lazy" in reasons.get(name, ""):
+        if parts or not strict or "lazy" in reasons.get(name, ""):
             continue
         message = f"head {name!r} is no layer of the model; {known_names(name, names)}"
         if name in reasons:

@@ -1,0 +1,172 @@
+"""What the layers rest on, and whether it is still there: looked at without a scan of the model."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from operator import is_
+
+from torch import nn
+from torch.optim import Optimizer
+
+from lightning_hsu._engine.layer import Layer
+from lightning_hsu._neurons.placement import Placement
+from lightning_hsu._neurons.rules import REGISTERED
+from lightning_hsu._neurons.target import Target
+
+Children = Mapping[str, nn.Module | None]
+"""The modules that a module holds, by name."""
+
+Holder = Mapping[str, nn.Parameter | None]
+"""The parameters that a module holds, by name."""
+
+
+class Watch:
+    """Sees that a module or a parameter has been replaced, added or taken away.
+
+    It compares what stands at known places by identity. Modules are watched on every way from the
+    model to a layer, and parameters where they are registered.
+
+    Args:
+        model: The model.
+        targets: All sets of neurons in it, measured or not: a weight may leave its tie.
+        layers: The layers that are measured.
+        placement: How the weights are placed over the ranks.
+        before: The watch that this one replaces; what it has seen of optimizers is kept.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        targets: Sequence[Target],
+        layers: Sequence[Layer],
+        placement: Placement,
+        before: Watch | None = None,
+    ) -> None:
+        self._placement = placement
+        self._rules = len(REGISTERED)
+        inside: dict[int, nn.Module] = {}
+        for target in targets:
+            for module in target.module.modules():
+                inside[id(module)] = module
+        self._ways: list[tuple[Children, str, nn.Module | None]] = []
+        self._sizes: list[tuple[Children, int]] = []
+        for module in _on_the_way(model, inside):
+            self._sizes.append((module._modules, len(module._modules)))
+            for name, child in module._modules.items():
+                self._ways.append((module._modules, name, child))
+        wanted = {id(p) for layer in layers for p in layer.parameters}
+        self._places: list[tuple[Holder, str, nn.Parameter]] = []
+        self._sharded: list[tuple[Holder, str, nn.Parameter]] = []
+        for module in inside.values():
+            for name, p in module._parameters.items():
+                if p is None or (p.ndim < 2 and id(p) not in wanted):
+                    continue
+                places = self._sharded if placement.is_sharded(p) else self._places
+                places.append((module._parameters, name, p))
+        self._known = {id(p): weakref.ref(p) for p in model.parameters()}
+        self._groups: list[tuple[weakref.ref[Optimizer], list[list[nn.Parameter]]]] = []
+        if before is not None:
+            self._groups = before._groups
+            for _, lists in self._groups:
+                for parameters in lists:
+                    self._known |= {id(p): weakref.ref(p) for p in parameters}
+
+    def is_current(
+        self, optimizers: Iterable[Optimizer] = (), *, between_steps: bool = True
+    ) -> bool:
+        """Whether everything is where it was, and the optimizers have no parameters unseen so far.
+
+        A new layer that trains is in some optimizer, wherever it is in the model.
+
+        Args:
+            optimizers: The optimizers.
+            between_steps: Whether no forward pass is under way. In one, FSDP2 shows other
+                parameters in the place of sharded ones, and nothing can be said.
+        """
+        if self._sharded and not between_steps:
+            return True
+        if len(REGISTERED) != self._rules:
+            return False
+        for children, name, child in self._ways:
+            if children.get(name) is not child:
+                return False
+        for children, size in self._sizes:
+            if len(children) != size:
+                return False
+        for holder, name, p in self._places:
+            now = holder.get(name)
+            # torch.func puts plain tensors in the place of parameters for one call.
+            if now is not p and (now is None or isinstance(now, nn.Parameter)):
+                return False
+        for holder, name, p in self._sharded:
+            now = holder.get(name)
+            if now is not p and (now is None or self._placement.is_sharded(now)):
+                return False
+        is_known = True
+        for optimizer in optimizers:  # all of them are noted
+            if not self._knows(optimizer):
+                is_known = False
+        return is_known
+
+    def _knows(self, optimizer: Optimizer) -> bool:
+        """Whether all of an optimizer's parameters have been seen, here or in the model."""
+        groups = optimizer.param_groups
+        for known, lists in self._groups:
+            if known() is not optimizer:
+                continue
+            if len(lists) != len(groups):
+                break
+            for before, group in zip(lists, groups, strict=True):
+                now = group["params"]
+                if len(before) != len(now) or not all(map(is_, before, now)):
+                    return self._meet(optimizer)
+            return True
+        return self._meet(optimizer)
+
+    def knows_all(self, parameters: Iterator[nn.Parameter]) -> bool:
+        """Whether all of these parameters have been seen."""
+        return all(self._has_seen(p) for p in parameters)
+
+    def _meet(self, optimizer: Optimizer) -> bool:
+        """Take note of an optimizer's parameters; return whether all of them were known."""
+        others = []
+        for known, groups in self._groups:
+            one = known()
+            if one is not None and one is not optimizer:
+                others.append((known, groups))
+        lists = [list(group["params"]) for group in optimizer.param_groups]
+        self._groups = [*others, (weakref.ref(optimizer), lists)]
+        all_known = True
+        for parameters in lists:
+            for p in parameters:
+                if not self._has_seen(p):
+                    all_known = False
+                    self._known[id(p)] = weakref.ref(p)
+        return all_known
+
+    def _has_seen(self, p: nn.Parameter) -> bool:
+        known = self._known.get(id(p))
+        return known is not None and known() is p
+
+
+def _on_the_way(model: nn.Module, wanted: Mapping[int, nn.Module]) -> list[nn.Module]:
+    """The wanted modules, and all that hold one, however deep."""
+    found: list[nn.Module] = []
+    leads: dict[int, bool] = {}
+
+    def visit(module: nn.Module) -> bool:
+        if id(module) in leads:
+            return leads[id(module)]
+        leads[id(module)] = False  # a module that holds itself ends here
+        is_wanted = id(module) in wanted
+        for child in module._modules.values():
+            if child is not None and visit(child):
+                is_wanted = True
+        leads[id(module)] = is_wanted
+        if is_wanted:
+            found.append(module)
+        return is_wanted
+
+    visit(model)
+    return found
