@@ -454,11 +454,14 @@ class HypersphericalUniformity(_trainer.EveryCallback):
     def _begin_anew(self, trainer: pl.Trainer, known: set[str]) -> None:
         """Tell of more heads, and measure the layers again in the spaces that they now have."""
         more = sorted(self._heads() - known)
-        if self.verbose:
+        if self.verbose and more:
             rank_zero_info(f"Hyperspherical uniformity: more heads: {', '.join(more)}")
-        self._fit.frozen = {}
-        if self._prints_or_draws(trainer) and not self._fit.has_run:
-            self._fit.before_after.forget()
+        fit = self._fit
+        fit.frozen = {}
+        if fit.has_run:  # in a model that has changed: those layers are in another space now
+            fit.before_after.forget(self._heads() ^ known)
+        elif self._prints_or_draws(trainer):
+            fit.before_after.forget()
             self._keep(trainer, self._measure(), {})
 
     def _begin(self, trainer: pl.Trainer) -> None:

@@ -115,6 +115,52 @@ def computed_by_a_hook(net):
     net[0].register_forward_pre_hook(Halving())
 
 
+def another_layer(net):
+    net[0] = nn.Linear(12, 16)
+
+
+def a_wider_layer(net):
+    net[0], net[2] = nn.Linear(12, 20), nn.Linear(20, 12)
+
+
+def layers_in_other_places(net):
+    net[2], net[4] = net[4], net[2]
+
+
+def a_layer_in_an_activations_place(net):
+    net[1] = nn.Linear(16, 16)
+
+
+def a_further_layer(net):
+    net.append(nn.Linear(5, 7))
+
+
+def a_layer_within_a_new_block(net):
+    net[3] = nn.Sequential(nn.ReLU(), nn.Linear(12, 12))
+
+
+def a_layer_wrapped(net):
+    net[2] = nn.Sequential(net[2], nn.ReLU())
+
+
+def one_layer_less(net):
+    del net[2:4]
+
+
+def tied(net):
+    net.append(nn.Linear(12, 16))
+    net[5].weight = net[0].weight
+
+
+def one_layer_twice(net):
+    net[3] = net[2]
+
+
+def a_scaled_layer(net):
+    parametrize.register_parametrization(net[0], "weight", Doubling())
+    parametrize.register_parametrization(net[2], "weight", Doubling())
+
+
 CHANGES = [
     replaced_weight,
     weight_of_another_shape,
@@ -129,6 +175,17 @@ CHANGES = [
     more_rows,
     fewer_rows,
     computed_by_a_hook,
+    another_layer,
+    a_wider_layer,
+    layers_in_other_places,
+    a_layer_in_an_activations_place,
+    a_further_layer,
+    a_layer_within_a_new_block,
+    a_layer_wrapped,
+    one_layer_less,
+    tied,
+    one_layer_twice,
+    a_scaled_layer,
 ]
 
 
@@ -166,6 +223,77 @@ def test_a_change_under_way_is_followed_past_the_optimizer(change):
         for name, p in net.named_parameters():
             p.copy_(start[name])
     fresh = moved(net)
+    assert any(bool(part.any()) for part in found.values())
+    assert found.keys() == fresh.keys()
+    for name, part in fresh.items():
+        torch.testing.assert_close(found[name], part, rtol=1e-4, atol=1e-7)
+
+
+def with_weight_norm(net):
+    parametrizations.weight_norm(net[2])
+
+
+def without_weight_norm(net):
+    parametrize.remove_parametrizations(net[2], "weight")
+
+
+def with_older_weight_norm(net):
+    with pytest.warns(FutureWarning, match="weight_norm"):
+        nn.utils.weight_norm(net[2])
+
+
+def without_older_weight_norm(net):
+    nn.utils.remove_weight_norm(net[2])
+
+
+def without_scale(net):
+    parametrize.remove_parametrizations(net[0], "weight", leave_parametrized=False)
+
+
+def with_scale(net):
+    parametrize.register_parametrization(net[0], "weight", Doubling())
+
+
+def without_pruning(net):
+    prune.remove(net[0], "weight")
+
+
+def untied(net):
+    net[5].weight = nn.Parameter(torch.randn(16, 12))
+
+
+def untied_at_the_first(net):
+    net[0].weight = nn.Parameter(torch.randn(16, 12))
+
+
+def one_layer_twice_no_more(net):
+    net[3] = nn.Linear(12, 12)
+
+
+UNDONE = [
+    (with_weight_norm, without_weight_norm),
+    (with_older_weight_norm, without_older_weight_norm),
+    (with_scale, without_scale),
+    (pruned, without_pruning),
+    (tied, untied),
+    (tied, untied_at_the_first),
+    (one_layer_twice, one_layer_twice_no_more),
+    (a_further_layer, one_layer_less),
+]
+
+
+@pytest.mark.parametrize("act", [added, moved], ids=["gradient", "decoupled"])
+@pytest.mark.parametrize(("before", "change"), UNDONE, ids=[f"{one[1].__name__}" for one in UNDONE])
+def test_what_is_undone_under_way_is_followed(before, change, act):
+    net = network()
+    before(net)
+    regularizer = UniformityRegularizer().attach(net)
+    act(net, regularizer)
+    change(net)
+    start = copy.deepcopy(net.state_dict())
+    found = act(net, regularizer)
+    net.load_state_dict(start)
+    fresh = act(net)
     assert any(bool(part.any()) for part in found.values())
     assert found.keys() == fresh.keys()
     for name, part in fresh.items():

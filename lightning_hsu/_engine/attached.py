@@ -16,7 +16,7 @@ from lightning_hsu._engine.watch import Watch
 from lightning_hsu._neurons.candidates import Candidates, Skip
 from lightning_hsu._neurons.how import StoredValues
 from lightning_hsu._neurons.placement import Placement
-from lightning_hsu._neurons.select import find_heads
+from lightning_hsu._neurons.select import TIED, find_heads
 from lightning_hsu._neurons.target import Target
 from lightning_hsu._neurons.trace import last_before
 
@@ -126,10 +126,11 @@ class Attached:
                 change.renewed[layer.name] = layer.target.shape
         reasons = {skip.name: skip.reason for skip in self.skips}
         for name, layer in before.items():
-            if name in reasons:
-                change.lost[name] = reasons[name]
-            else:
+            reason = reasons.get(name)
+            if reason is None:
                 change.gone[name] = layer.target.shape
+            elif not reason.startswith(TIED):  # else it is measured under another name
+                change.lost[name] = reason
         return change
 
     def _take(self, layers: list[Layer]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from lightning_hsu._engine.layer import Layer
 from lightning_hsu._engine.state import Change
@@ -36,7 +36,7 @@ class BeforeAfter:
         self._before: dict[str, LayerUniformity] = {}
 
     def note(self, step: int, measured: Sequence[LayerUniformity]) -> None:
-        """Keep a measurement if it is the first of a layer.
+        """Keep a measurement if it is the first of a layer, or of one of another shape.
 
         Args:
             step: Optimizer steps done.
@@ -45,11 +45,14 @@ class BeforeAfter:
         if not self._before:
             self._step = step
         for layer in measured:
-            self._before.setdefault(layer.name, layer)
+            known = self._before.get(layer.name)
+            if known is None or _shape(known) != _shape(layer):
+                self._before[layer.name] = layer
 
-    def forget(self) -> None:
-        """Forget the first measurement: another takes its place."""
-        self._before = {}
+    def forget(self, names: Collection[str] | None = None) -> None:
+        """Forget the first measurement of some layers, or of all: another takes its place."""
+        for name in [*self._before] if names is None else names:
+            self._before.pop(name, None)
 
     def table(self, step: int, layers: Sequence[Layer], measured: Sequence[LayerUniformity]) -> str:
         """The last measurement beside the first, one row for each layer.
@@ -77,6 +80,10 @@ class BeforeAfter:
             f"{after.dead:,}",
             finding(after, layer.measure),
         )
+
+
+def _shape(layer: LayerUniformity) -> tuple[int, int, int]:
+    return layer.groups, layer.neurons, layer.dimension
 
 
 def _ratio(x: float) -> str:

@@ -24,6 +24,7 @@ from lightning_hsu._neurons.target import Target
 
 NOT_INCLUDED = "not in include"
 EXCLUDED = "excluded by pattern"
+TIED = "tied to "
 _BY_PATTERN = (NOT_INCLUDED, EXCLUDED)
 
 Head = str | Sequence[str] | None
@@ -168,13 +169,13 @@ def _choose(
             reason = _too_small(one)
         if reason is None:
             first = taken.setdefault(one.identity, one.name)
-            reason = None if first == one.name else f"tied to {first}"
+            reason = None if first == one.name else f"{TIED}{first}"
         if reason is not None:
             reasons[one.name] = reason
     for one in sets:  # an embedding that is measured under another name
         first_name = taken.get(one.identity)
         if one.name in reasons and first_name is not None and first_name != one.name:
-            reasons[one.name] = f"tied to {first_name}"
+            reasons[one.name] = f"{TIED}{first_name}"
 
     chosen: list[AnySet] = []
     for one in sets:
