@@ -245,7 +245,7 @@ class HypersphericalUniformity(_trainer.EveryCallback):
     ) -> None:
         """Find the head. Add the penalty to the loss, which is already divided and scaled here."""
         self._attach(trainer, pl_module)
-        self._follow(trainer.optimizers, between_steps=False)
+        self._follow(trainer.optimizers)
         self._find_head(trainer, loss)
         if self.apply != "loss":
             return
@@ -406,14 +406,13 @@ class HypersphericalUniformity(_trainer.EveryCallback):
         self,
         optimizers: Sequence[Optimizer] = (),
         *,
-        between_steps: bool = True,
         scan: bool = False,
     ) -> None:
         """Look whether the model has changed, and tell what has become of its layers."""
         fit = self._fit
         if not self.regularizer.is_attached or fit.is_off:
             return
-        self.regularizer.follow(optimizers, between_steps=between_steps, scan=scan)
+        self.regularizer.follow(optimizers, scan=scan)
         change = self.regularizer.state.take_change()
         if not change:
             return

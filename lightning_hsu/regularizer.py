@@ -264,7 +264,6 @@ class UniformityRegularizer:
         self,
         optimizers: Iterable[Optimizer] = (),
         *,
-        between_steps: bool = True,
         scan: bool = False,
     ) -> bool:
         """Look whether the model has changed; if so, find its layers anew.
@@ -275,7 +274,6 @@ class UniformityRegularizer:
 
         Args:
             optimizers: Optimizers whose parameters may be those of new layers.
-            between_steps: Whether no forward pass is under way.
             scan: Whether to look at all parameters of the model: else a new layer is seen by its
                 place beside others, or by an optimizer that has it.
 
@@ -284,18 +282,17 @@ class UniformityRegularizer:
         """
         if not self._check_attached().placement.keeps_whole:
             return False  # FSDP1: a step looks for itself, while it has the weights whole
-        return self._follow(optimizers, between_steps=between_steps, scan=scan)
+        return self._follow(optimizers, scan=scan)
 
     def _follow(
         self,
         optimizers: Iterable[Optimizer] = (),
         *,
-        between_steps: bool = True,
         scan: bool = False,
     ) -> bool:
         """The same where the weights are whole already."""
         attached = self._check_attached()
-        is_current = attached.watch.is_current(optimizers, between_steps=between_steps)
+        is_current = attached.watch.is_current(optimizers)
         is_current = is_current and attached.plan.is_current()
         if is_current and scan:
             is_current = attached.watch.knows_all(attached.model.parameters())
@@ -353,7 +350,7 @@ class UniformityRegularizer:
             heads = [name for name in traced if name not in self.state.heads]
             if not heads:
                 return
-            self.follow(between_steps=False)
+            self.follow()
             self.state.heads += heads
             self.state.heads_as_expected = attached.expects(attached.known(self.state.heads))
             attached.choose(self.state.heads)
@@ -394,7 +391,7 @@ class UniformityRegularizer:
         Raises:
             ValueError: for a :class:`~lightning_hsu.Share`, which needs the task's gradient alone.
         """
-        self.follow(between_steps=False)
+        self.follow()
         self.state.now.loss_step = None
         return self._penalty(step, {}, 1.0)
 
@@ -420,7 +417,7 @@ class UniformityRegularizer:
                 (LBFGS).
         """
         attached = self._check_attached()
-        self.follow([optimizer], between_steps=False)
+        self.follow([optimizer])
         penalised = []
         for layer in self.layers:
             if layer.strength != 0 and not layer.frozen:

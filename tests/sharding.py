@@ -8,6 +8,7 @@ from lightning.pytorch.strategies import FSDPStrategy
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.nn.utils import prune
 
 from tests.models import Automatic, Manual, loader
 from tests.ranks import Shared, data
@@ -205,3 +206,48 @@ class Untied(Tied):
 def as_tokens(x):
     """A dozen pixels as whole numbers from 0 to 8."""
     return (x.flatten(1)[:, :12] * 3).round().long().clamp(-4, 4) + 4
+
+
+class Rebuilt:
+    """In the second epoch two layers are new ones, cut as the first ones were, with an optimizer for all."""
+
+    def on_train_epoch_start(self):
+        if self.current_epoch != 1:
+            return
+        torch.manual_seed(1)
+        for i in (5, 7):
+            new = nn.Linear(self.net[i].in_features, self.net[i].out_features)
+            self.recut(new)
+            self.net[i] = new
+        self.trainer.strategy.optimizers = [self.make_optimizer(self.parameters())]
+
+    def recut(self, layer):
+        """Nothing is cut on one process."""
+
+
+class RebuiltParallel(Rebuilt, Parallel):
+    def recut(self, layer):
+        self.cut(layer, self.device_mesh)
+
+
+def rows_of_a_layer(net, mesh):
+    """Tensor parallel: a Linear by its rows; of a network its last two."""
+    plan = ColwiseParallel(output_layouts=Replicate())
+    for layer in [net] if isinstance(net, nn.Linear) else [net[5], net[7]]:
+        parallelize_module(layer, mesh["tensor_parallel"], plan)
+
+
+class RebuiltAlone(Rebuilt, Automatic):
+    pass
+
+
+class Changing(Automatic):
+    """In the second epoch a layer is pruned, one is frozen, and another optimizer takes over."""
+
+    def on_train_epoch_start(self):
+        if self.current_epoch == 1:
+            prune.l1_unstructured(self.net[5], "weight", 0.3)
+            self.net[2].requires_grad_(False)
+            self.trainer.strategy.optimizers = [
+                torch.optim.Adam(self.parameters(), lr=0.01, eps=1e-3)
+            ]

@@ -104,6 +104,19 @@ def test_two_ranks_equal_one_process_with_the_doubled_batch(name, mode):
     assert max_difference(ends[0], End(ranks.whole_tensors(without))) > 10 * TOLERANCE
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_a_model_that_changes_under_way_is_followed_on_both_ranks(mode):
+    make = partial(make_module, sharding.Changing, models.network, make_optimizer=ranks.sgd)
+    callback = {"coefficient": 0.5, "apply": mode}
+    flags = {"find_unused_parameters": True}  # the frozen layer
+    ends = world(2).run(ranks.fit, make, callback, partial(ddp, **flags), {})
+    assert same_bits(ends)
+    alone = ranks.fit_alone(make, callback, {})
+    assert max_difference(ends[0], alone) < TOLERANCE
+    without = ranks.fit_alone(make, callback | {"coefficient": 0.0}, {})
+    assert max_difference(ends[0], without) > 10 * TOLERANCE
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # a process forks that has threads
 def test_the_same_where_lightning_starts_the_processes(tmp_path):
     make = partial(make_module, Automatic, models.network, make_optimizer=ranks.sgd)

@@ -243,6 +243,29 @@ def test_resumed_on_another_number_of_ranks(first, second, distributed_checkpoin
         assert max_difference(end, alone) < TOLERANCE
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    ("cut", "mesh"),
+    [
+        pytest.param(sharding.as_a_whole, (2, 1), marks=needs_fsdp2),
+        (sharding.rows_of_a_layer, (1, 2)),
+    ],
+    ids=["FSDP2", "tensor parallel"],
+)
+def test_layers_that_are_replaced_under_way_are_followed(cut, mesh, mode):
+    case, callback = Case("", cut, mesh), {"coefficient": 0.5, "apply": mode}
+    make = partial(
+        make_module,
+        sharding.RebuiltParallel,
+        case.net,
+        cut=case.cut,
+        make_optimizer=case.optimizer,
+    )
+    ends = world(2).run(ranks.fit, make, callback, case.strategy, {})
+    alone = partial(make_module, sharding.RebuiltAlone, case.net, make_optimizer=case.optimizer)
+    assert_all_end_as(ranks.fit_alone(alone, callback, {}), ends)
+
+
 def add_to_sharded_loss():
     """A loss as loss_parallel leaves it."""
     net = plain_network(8)

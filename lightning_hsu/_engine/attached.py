@@ -110,6 +110,7 @@ class Attached:
         before = {layer.name: layer for layer in self.layers}
         self._strict = False
         self.layers = []
+        self.placement.take_back_weights(self.model)
         try:
             self.candidates = self._find(self._strict)
             self.choose(traced)

@@ -57,13 +57,11 @@ class Watch:
                 self._ways.append((module._modules, name, child))
         wanted = {id(p) for layer in layers for p in layer.parameters}
         self._places: list[tuple[Holder, str, nn.Parameter]] = []
-        self._sharded: list[tuple[Holder, str, nn.Parameter]] = []
         for module in inside.values():
             for name, p in module._parameters.items():
                 if p is None or (p.ndim < 2 and id(p) not in wanted):
                     continue
-                places = self._sharded if placement.is_sharded(p) else self._places
-                places.append((module._parameters, name, p))
+                self._places.append((module._parameters, name, p))
         self._known = {id(p): weakref.ref(p) for p in model.parameters()}
         self._groups: list[tuple[weakref.ref[Optimizer], list[list[nn.Parameter]]]] = []
         if before is not None:
@@ -72,20 +70,14 @@ class Watch:
                 for parameters in lists:
                     self._known |= {id(p): weakref.ref(p) for p in parameters}
 
-    def is_current(
-        self, optimizers: Iterable[Optimizer] = (), *, between_steps: bool = True
-    ) -> bool:
+    def is_current(self, optimizers: Iterable[Optimizer] = ()) -> bool:
         """Whether everything is where it was, and the optimizers have no parameters unseen so far.
 
         A new layer that trains is in some optimizer, wherever it is in the model.
 
         Args:
             optimizers: The optimizers.
-            between_steps: Whether no forward pass is under way. In one, FSDP2 shows other
-                parameters in the place of sharded ones, and nothing can be said.
         """
-        if self._sharded and not between_steps:
-            return True
         if len(REGISTERED) != self._rules:
             return False
         for children, name, child in self._ways:
@@ -96,12 +88,7 @@ class Watch:
                 return False
         for holder, name, p in self._places:
             now = holder.get(name)
-            # torch.func puts plain tensors in the place of parameters for one call.
-            if now is not p and (now is None or isinstance(now, nn.Parameter)):
-                return False
-        for holder, name, p in self._sharded:
-            now = holder.get(name)
-            if now is not p and (now is None or self._placement.is_sharded(now)):
+            if now is not p and self._placement.is_replaced(p, now):
                 return False
         is_known = True
         for optimizer in optimizers:  # all of them are noted

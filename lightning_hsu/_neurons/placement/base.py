@@ -154,6 +154,19 @@ class Placement:
             held: Modules, each with a parameter that it holds at other times.
         """
 
+    def take_back_weights(self, model: nn.Module) -> None:
+        """Take back all weights that a forward pass has left whole."""
+
+    def is_replaced(self, p: nn.Parameter, now: Tensor | None) -> bool:
+        """Whether another parameter has taken the place of one for good.
+
+        Args:
+            p: The parameter.
+            now: What is registered in its place, or nothing.
+        """
+        # torch.func puts plain tensors in the place of parameters for one call.
+        return now is not p and (now is None or isinstance(now, nn.Parameter))
+
     def stand_ins(self, model: nn.Module) -> dict[int, nn.Parameter]:
         """Parameters by the ids of the tensors that stand for them in autograd's graph."""
         return {}

@@ -96,12 +96,21 @@ class DTensorPlacement(Placement):
             shown = next(module.parameters())
             if self.is_sharded(parameter) and shown.dtype != parameter.dtype:
                 left_whole = True
-        if not left_whole:
-            return
+        if left_whole:
+            self.take_back_weights(model)
+
+    def take_back_weights(self, model: nn.Module) -> None:
+        """Let FSDP2 take back all weights that it left whole."""
         for module in model.modules():
             take_back = getattr(type(module), "reshard", None)
             if take_back is not None:
                 take_back(module)
+
+    def is_replaced(self, p: nn.Parameter, now: Any) -> bool:
+        """Whether another parameter has taken the place of one; FSDP2 shows others for a while."""
+        if is_dtensor(p) and now is not None and now is not p:
+            return is_dtensor(now) and now.device_mesh == cast(Any, p).device_mesh
+        return super().is_replaced(p, now)
 
     def stand_ins(self, model: nn.Module) -> dict[int, nn.Parameter]:
         """Sharded parameters by the ids of the whole ones that FSDP2's forward pass uses."""
