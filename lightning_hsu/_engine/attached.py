@@ -125,13 +125,13 @@ class Attached:
                 change.added[layer.name] = layer.target.shape
             elif [*map(id, layer.parameters)] != [*map(id, old.parameters)]:
                 change.renewed[layer.name] = layer.target.shape
-        reasons = {skip.name: skip.reason for skip in self.skips}
         for name, layer in before.items():
-            reason = reasons.get(name)
-            if reason is None:
+            here = [skip for skip in self.skips if f"{skip.name}.".startswith(f"{name}.")]
+            if not here:
                 change.gone[name] = layer.target.shape
-            elif not reason.startswith(TIED):  # else it is measured under another name
-                change.lost[name] = reason
+            for skip in here:
+                if not skip.reason.startswith(TIED):  # else it is measured under another name
+                    change.lost[skip.name] = skip.reason
         return change
 
     def _take(self, layers: list[Layer]) -> None:

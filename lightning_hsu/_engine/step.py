@@ -52,8 +52,10 @@ def act_on_buckets(
 
 def loss_terms(layers: Sequence[Layer], state: TrainingState, context: StepContext) -> Tensor:
     """Coefficient times penalty, summed over layers; its gradients obey the step limit."""
-    terms = [_loss_term(layer, state, context) for layer in layers]
     state.now.loss_step = context.step
+    if not layers:
+        return torch.zeros(())
+    terms = [_loss_term(layer, state, context) for layer in layers]
     return torch.stack([term.to(terms[0]) for term in terms]).sum()
 
 

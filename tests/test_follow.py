@@ -1,0 +1,260 @@
+"""What changes in a model under way is followed by the callback, told, and measured; it never stops a training."""
+
+import gc
+import weakref
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lightning_hsu import UniformityRegularizer
+from tests.compatibility import MODES
+from tests.models import Automatic, batches, loader, mean_square, trainer, uniformity
+
+
+class Once(pl.Callback):
+    """Does something at the start of the third batch, or in another hook from then on, once."""
+
+    def __init__(self, act, hook="on_train_batch_start"):
+        self.act = act
+        setattr(self, hook, self.once)
+
+    def once(self, trainer, pl_module, *_):
+        if trainer.global_step >= 2 and self.act is not None:
+            self.act(trainer, pl_module)
+            self.act = None
+
+
+class Free(Automatic):
+    """Its output may be of any size."""
+
+    def training_step(self, batch, batch_idx):
+        return mean_square(self.net(batch[0]), 1.0)
+
+
+def into_the_optimizer(trainer, *modules):
+    for module in modules:
+        trainer.optimizers[0].add_param_group({"params": list(module.parameters())})
+
+
+def new_last_layer(trainer, module):
+    module.net.append(nn.Linear(3, 4))
+    into_the_optimizer(trainer, module.net[8])
+
+
+def other_head(trainer, module):
+    module.net[7] = nn.Linear(12, 5)
+    into_the_optimizer(trainer, module.net[7])
+
+
+def wrapped_layer(trainer, module):
+    module.net[5] = nn.Sequential(module.net[5], nn.Tanh())
+
+
+def layer_less(trainer, module):
+    module.net[5] = nn.Flatten()
+    module.net[7] = nn.Linear(32, 3)
+    into_the_optimizer(trainer, module.net[7])
+
+
+class Unknown(nn.Module):
+    """Holds a weight in a way that nobody knows."""
+
+    def __init__(self):
+        super().__init__()
+        self.tensor = nn.Parameter(torch.randn(2, 6, 16))
+
+    def forward(self, x):
+        return x @ self.tensor.flatten(0, 1)[:12].T[:, :12].repeat(2, 1)
+
+
+TOLD = {
+    new_last_layer: "now measured: net.8 (4 x 3)",
+    other_head: "with other weights: net.7 (5 x 12)",
+    wrapped_layer: "now measured: net.5.0 (12 x 32); no longer there: net.5 (12 x 32)",
+    layer_less: "with other weights: net.7 (3 x 32); no longer there: net.5 (12 x 32)",
+}
+
+
+def fit(act, hook="on_train_batch_start", make=Free, **settings):
+    callback = uniformity(**{"coefficient": 0.1, "verbose": True, **settings})
+    module = make()
+    trainer(callback, Once(act, hook), logger=False).fit(module, loader(batches()))
+    return module
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("act", TOLD, ids=lambda act: act.__name__)
+def test_a_change_is_told_once_and_the_end_table_is_of_the_model_now(act, mode, caplog):
+    module = fit(act, apply=mode)
+    told = [text for text in caplog.messages if "the model has changed" in text]
+    assert told == [f"Hyperspherical uniformity: the model has changed: {TOLD[act]}"]
+    table = next(text for text in caplog.messages if "before and after" in text)
+    names = [line.split()[0] for line in table.splitlines()[3:]]
+    layers = [name for name, one in module.named_modules() if hasattr(one, "weight")]
+    assert names == layers
+
+
+def test_the_head_is_found_again(caplog):
+    fit(new_last_layer)
+    assert "Hyperspherical uniformity: more heads: net.8" in caplog.messages
+
+
+def test_the_head_is_found_again_in_an_own_loop():
+    net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 5))
+    regularizer = UniformityRegularizer().attach(net)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+
+    def heads():
+        optimizer.zero_grad()
+        net(torch.randn(4, 6)).sum().backward()
+        regularizer.add_gradients(optimizer)
+        optimizer.step()
+        return [layer.name for layer in regularizer.layers if layer.target.head]
+
+    assert heads() == ["2"]
+    net.append(nn.Linear(5, 4))
+    net.append(nn.Linear(4, 3))
+    optimizer.add_param_group({"params": [*net[3].parameters(), *net[4].parameters()]})
+    heads()  # here the layers are seen
+    assert heads() == ["4"]
+    assert not net._forward_hooks
+    kinds = {layer.name: layer.measure.half_space for layer in regularizer.layers}
+    assert kinds == {"0": True, "2": True, "3": True, "4": False}
+
+
+def hidden_layer(trainer, module, told=True):
+    """A layer in a place that held no layer before, where nobody looks."""
+    module.net[6].inner = nn.ModuleDict({"layer": nn.Linear(12, 12)})
+    if told:
+        into_the_optimizer(trainer, module.net[6].inner)
+
+
+class Behind(nn.Module):
+    def forward(self, x):
+        inner = getattr(self, "inner", None)
+        return x if inner is None else inner["layer"](x)
+
+
+class WithPlace(Free):
+    def __init__(self):
+        super().__init__()
+        self.net[6] = Behind()
+
+
+def in_a_place_unwatched(trainer, module):
+    hidden_layer(trainer, module)
+
+
+def in_no_optimizer(trainer, module):
+    hidden_layer(trainer, module, told=False)
+
+
+def test_a_new_layer_is_seen_by_its_optimizer_wherever_it_is(caplog):
+    fit(in_a_place_unwatched, make=WithPlace)
+    assert any("now measured: net.6.inner.layer (12 x 12)" in text for text in caplog.messages)
+
+
+def test_a_new_layer_that_no_optimizer_has_is_warned_of_by_name():
+    with pytest.warns(UserWarning, match="has not reached layer 'net.6.inner.layer'"):
+        fit(in_no_optimizer, make=WithPlace)
+
+
+def replaced_weight(trainer, module):
+    module.net[5].weight = nn.Parameter(torch.randn(12, 32))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_replaced_weight_that_no_optimizer_has_is_warned_of_by_name(mode):
+    with pytest.warns(UserWarning, match="has not reached layer 'net.5'"):
+        fit(replaced_weight, apply=mode)
+
+
+def unknown_layer(trainer, module):
+    module.net[5] = Unknown()
+    into_the_optimizer(trainer, module.net[5])
+
+
+def test_a_layer_that_is_replaced_by_one_that_nobody_knows_is_warned_of():
+    with pytest.warns(UserWarning, match="nor penalised: 'net.5.tensor': no rule for .*Unknown"):
+        fit(unknown_layer)
+
+
+@pytest.mark.parametrize("coefficient", [0.1, 0.0])
+@pytest.mark.parametrize("mode", MODES)
+def test_a_layer_that_can_no_longer_be_measured_is_warned_of(mode, coefficient):
+    def unreadable(trainer, module):
+        del module.net[5].weight
+        module.net[5].forward = lambda x: x[:, :12]
+
+    with pytest.warns(UserWarning, match="no longer measured, nor penalised: 'net.5'"):
+        module = fit(unreadable, apply=mode, coefficient=coefficient)
+    assert module.trainer.global_step == 14
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"exclude": "net.5"}, {"include": ["net.5", "net.7"]}, {"coefficient": {"net.5": 0.1}}],
+    ids=str,
+)
+def test_what_was_said_of_a_layer_that_is_gone_stops_nothing(settings):
+    assert fit(layer_less, **settings).trainer.global_step == 14
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_model_without_any_layer_left_trains_on(mode):
+    def nothing_left(trainer, module):
+        module.net = nn.Sequential(nn.Flatten(), Scale())
+        into_the_optimizer(trainer, module.net)
+
+    assert fit(nothing_left, apply=mode).trainer.global_step == 14
+
+
+class Scale(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(36))
+
+    def forward(self, x):
+        return x * self.scale
+
+
+def test_what_was_replaced_is_not_kept():
+    net = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 5))
+    regularizer = UniformityRegularizer().attach(net)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    old = weakref.ref(net[0])
+    for _ in range(3):
+        net[0] = nn.Linear(6, 8)
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        net(torch.randn(4, 6)).sum().backward()
+        regularizer.add_gradients(optimizer)
+    del optimizer
+    gc.collect()
+    assert old() is None
+
+
+class Counted(TorchDispatchMode):
+    """Counts what is asked of tensors: each call would be a launch on a GPU, and some a wait."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.calls += 1
+        return function(*args, **(kwargs or {}))
+
+
+def test_looking_asks_nothing_of_a_device():
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8, 5))
+    nn.utils.parametrizations.weight_norm(net[0])
+    regularizer = UniformityRegularizer().attach(net)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    regularizer.follow([optimizer])
+    with Counted() as counted:
+        assert not regularizer.follow([optimizer])
+        assert not regularizer.follow([optimizer], scan=True)
+    assert counted.calls == 0
