@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
-from typing import Any, Literal
+from functools import partial, wraps
+from typing import Any, Literal, TypeVar, cast
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info
@@ -27,6 +27,8 @@ from lightning_hsu.coefficients import Strength, Strengths
 from lightning_hsu.measures import Measure
 from lightning_hsu.measures.defaults import SAMPLE_ABOVE
 from lightning_hsu.regularizer import UniformityRegularizer
+
+Hook = TypeVar("Hook", bound=Callable[..., None])
 
 _LOGGING = ("log", "log_dict")  # bound methods of the model, which Lightning sets on callbacks
 
@@ -70,6 +72,19 @@ class _Fit:
     has_measured: bool = False
     has_run: bool = False
     seen_step: int = 0
+
+
+def _harmless(hook: Hook) -> Hook:
+    """In a callback that only monitors, make an error in a hook a warning: it never stops a fit."""
+
+    @wraps(hook)
+    def guarded(callback: HypersphericalUniformity, *args: Any, **kwargs: Any) -> None:
+        try:
+            hook(callback, *args, **kwargs)
+        except Exception as error:
+            callback._give_up(error)
+
+    return cast(Hook, guarded)
 
 
 class HypersphericalUniformity(_trainer.EveryCallback):
@@ -211,6 +226,7 @@ class HypersphericalUniformity(_trainer.EveryCallback):
         """Restore what a checkpoint holds."""
         self.regularizer.load_state_dict(state_dict)
 
+    @_harmless
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Restart the counts with a new trainer; a checkpoint's counts are loaded after this."""
         if stage != "fit":
@@ -225,11 +241,13 @@ class HypersphericalUniformity(_trainer.EveryCallback):
         self._fit = _Fit()
         self._figures.begin()
 
+    @_harmless
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Find the neurons; lazy layers have none before their first batch."""
         if not uninitialized(pl_module):
             self._attach(trainer, pl_module)
 
+    @_harmless
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Hook the optimizers, and measure before the first step."""
         self._fit.seen_step = trainer.global_step
@@ -240,6 +258,7 @@ class HypersphericalUniformity(_trainer.EveryCallback):
         if self.regularizer.head_is_settled:
             self._begin(trainer)
 
+    @_harmless
     def on_before_backward(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor
     ) -> None:
@@ -261,6 +280,7 @@ class HypersphericalUniformity(_trainer.EveryCallback):
             same_step=open_step.is_counted(0),
         )
 
+    @_harmless
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
@@ -306,6 +326,7 @@ class HypersphericalUniformity(_trainer.EveryCallback):
             stats = self._will_measure(trainer)
             self._fit.stats |= self.regularizer.move(optimizer, index=index, stats=stats)
 
+    @_harmless
     def on_train_batch_end(
         self,
         trainer: pl.Trainer,
@@ -331,8 +352,6 @@ class HypersphericalUniformity(_trainer.EveryCallback):
         fit.seen_step = trainer.global_step
         if logs or draws:
             measured = self._measure()
-            if not measured:
-                return
             shares = self._shares()
             self._keep(trainer, measured, shares)
             if logs:
@@ -342,6 +361,7 @@ class HypersphericalUniformity(_trainer.EveryCallback):
                 self._draw(trainer)
         fit.stats = {}
 
+    @_harmless
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Warn, once, of layers that the penalty does not reach."""
         if not self._fit.has_run:
@@ -350,6 +370,7 @@ class HypersphericalUniformity(_trainer.EveryCallback):
         self._follow(scan=True)
         self._fit.warnings.unreached(self.regularizer.unreached())
 
+    @_harmless
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Print each layer before and after; release the model and the optimizers."""
         try:
@@ -391,14 +412,10 @@ class HypersphericalUniformity(_trainer.EveryCallback):
         """Find the neurons, unless that is already done."""
         if self.regularizer.is_attached or self._fit.is_off:
             return
-        try:
-            _trainer.check_training(trainer, pl_module, self.apply)
-            split_above = _trainer.usable_split(trainer, self.split_above)
-            placement = placement_of(pl_module, trainer.strategy.model, split_above=split_above)
-            self.regularizer.attach(pl_module, placement=placement, watch=False)
-        except Exception as error:
-            self._give_up(error)
-            return
+        _trainer.check_training(trainer, pl_module, self.apply)
+        split_above = _trainer.usable_split(trainer, self.split_above)
+        placement = placement_of(pl_module, trainer.strategy.model, split_above=split_above)
+        self.regularizer.attach(pl_module, placement=placement, watch=False)
         self._fit.is_off = not self.regularizer.layers  # of which there was a warning
         self._fit.warnings.idle(self.regularizer.idle())
 
@@ -426,9 +443,10 @@ class HypersphericalUniformity(_trainer.EveryCallback):
         """Raise an error, or stop monitoring with a warning if that is all that is done."""
         if not self.regularizer.only_monitors:
             raise error
+        if not self._fit.is_off:
+            _trainer.warn_off(error)
         self._fit.is_off = True
         self.regularizer.detach()
-        _trainer.warn_off(error)
 
     def _find_head(self, trainer: pl.Trainer, loss: Tensor) -> None:
         """Take the layers that act last before the losses of the first batch for heads."""
@@ -437,10 +455,7 @@ class HypersphericalUniformity(_trainer.EveryCallback):
             return
         fit.has_loss = True
         before = self._heads()
-        try:
-            self.regularizer.find_head(loss)
-        except Exception as error:
-            self._give_up(error)
+        self.regularizer.find_head(loss)
         if not fit.is_told:
             self._begin(trainer)
         elif self._heads() != before:  # of another optimizer, which has not stepped yet
@@ -476,22 +491,14 @@ class HypersphericalUniformity(_trainer.EveryCallback):
                 self._keep(trainer, self._measure(), {})
 
     def _measure(self, *, changed: bool = False) -> list[LayerUniformity]:
-        """Measure the layers as they are now. [] if it has to give up.
+        """Measure the layers as they are now; frozen ones only once.
 
         Args:
             changed: Whether frozen layers are measured again whose weights have changed.
         """
-        try:
-            if changed:
-                self._forget_changed()
-            return self._measured()
-        except Exception as error:
-            self._give_up(error)
-            return []
-
-    def _measured(self) -> list[LayerUniformity]:
-        """Measure the layers as they are now; frozen ones only once."""
         fit = self._fit
+        if changed:
+            self._forget_changed()
         frozen = {layer.name for layer in self.regularizer.layers}
         frozen -= {layer.name for layer in self.regularizer.trained_layers}
         if not frozen:
@@ -544,8 +551,6 @@ class HypersphericalUniformity(_trainer.EveryCallback):
             return
         # Measure again, since another callback may have changed the weights, as averaging does.
         measured = self._measure(changed=True)
-        if not measured:
-            return
         self._keep(trainer, measured, {})
         if self._figures.wanted(trainer):
             self._draw(trainer)

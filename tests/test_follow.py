@@ -258,3 +258,33 @@ def test_looking_asks_nothing_of_a_device():
         assert not regularizer.follow([optimizer])
         assert not regularizer.follow([optimizer], scan=True)
     assert counted.calls == 0
+
+
+BROKEN = ["attach", "follow", "find_head", "measure_layers", "current_penalty", "unreached", "idle"]
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_callback_that_only_monitors_never_stops_a_training(name, monkeypatch):
+    """Whatever fails in it, it is told once, and the weights are those without it."""
+
+    def broken(*args, **kwargs):
+        raise RuntimeError("broken in the test")
+
+    ends = []
+    for coefficient in (0.0, 0.1, None):
+        monkeypatch.undo()
+        monkeypatch.setattr(UniformityRegularizer, name, broken)
+        torch.manual_seed(0)
+        module = Automatic()
+        fit = trainer(*([] if coefficient is None else [uniformity(coefficient=coefficient)]))
+        if coefficient == 0.0:
+            with pytest.warns(UserWarning, match="monitors nothing in this fit: broken") as told:
+                fit.fit(module, loader(batches()))
+            assert sum("monitors nothing" in str(one.message) for one in told) == 1
+        elif coefficient is None:
+            fit.fit(module, loader(batches()))
+        else:
+            with pytest.raises(RuntimeError, match="broken in the test"):
+                fit.fit(module, loader(batches()))
+        ends.append(nn.utils.parameters_to_vector(module.parameters()))
+    assert torch.equal(ends[0], ends[2])
