@@ -1,5 +1,6 @@
 """What changes in a model under way is followed by the callback, told, and measured; it never stops a training."""
 
+import copy
 import gc
 import weakref
 
@@ -288,3 +289,38 @@ def test_a_callback_that_only_monitors_never_stops_a_training(name, monkeypatch)
                 fit.fit(module, loader(batches()))
         ends.append(nn.utils.parameters_to_vector(module.parameters()))
     assert torch.equal(ends[0], ends[2])
+
+
+class KeepsTheBest(Free):
+    """Keeps a copy of its network after each epoch, which nothing trains."""
+
+    def on_train_epoch_end(self):
+        self.best = copy.deepcopy(self.net)
+
+    def on_train_end(self):
+        self.logged = dict(self.trainer.logged_metrics)
+
+
+def test_a_copy_that_is_kept_is_no_alarm_and_no_part_of_the_mean(caplog):
+    ends = []
+    for make in (KeepsTheBest, Free):
+        callback = uniformity(coefficient=0.1)
+        torch.manual_seed(0)
+        fit = trainer(callback, log_every_n_steps=1, max_epochs=3)
+        fit.fit(make(), loader(batches()))
+        ends.append({name: float(x) for name, x in fit.logged_metrics.items()})
+    assert ends[0] == ends[1]
+
+
+def a_block_grown(trainer, module):
+    """A copy of a layer that trains on its own."""
+    module.net[6] = nn.Sequential(nn.Linear(12, 12), nn.Linear(12, 12))
+    module.net[6][1].load_state_dict(module.net[6][0].state_dict())
+    into_the_optimizer(trainer, module.net[6])
+
+
+def test_a_copy_that_trains_is_penalised(caplog):
+    module = fit(a_block_grown)
+    told = next(text for text in caplog.messages if "the model has changed" in text)
+    assert "net.6.0 (12 x 12), net.6.1 (12 x 12)" in told
+    assert all(p.grad.any() for p in module.net[6].parameters())

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -71,6 +72,7 @@ class Attached:
         self._find = find
         self._choose = choose
         self._make_layer = make_layer
+        self._snapshots: set[nn.Module] = set()
         self._strict = True  # what the user said of the model need not be true of a changed one
         self.layers: list[Layer] = []
         self.skips: list[Skip] = []
@@ -90,6 +92,8 @@ class Attached:
         targets, self.skips = self._choose(self.candidates, self.known(traced), self._strict)
         kept = []
         for target in targets:
+            if target.module in self._snapshots:
+                target = replace(target, in_copy=True, trains=False)
             # FSDP2 may show other parameters between a forward pass and its backward pass.
             layer = self._make_layer(target, known.get(target.name))
             reason = layer.why_refused()
@@ -112,7 +116,9 @@ class Attached:
         self.layers = []
         self.placement.take_back_weights(self.model)
         try:
+            known = {one.module for one in self.candidates.sets}
             self.candidates = self._find(self._strict)
+            self._snapshots = self._find_snapshots(known)
             self.choose(traced)
         except Exception as error:  # in somebody else's code: the training goes on
             self.skips = [Skip(name, one.target.shape, str(error)) for name, one in before.items()]
@@ -133,6 +139,26 @@ class Attached:
                 if not skip.reason.startswith(TIED):  # else it is measured under another name
                     change.lost[skip.name] = skip.reason
         return change
+
+    def _find_snapshots(self, known: Set[nn.Module]) -> set[nn.Module]:
+        """New modules that hold the weights of others as they are now, and that nothing trains.
+
+        Users keep such copies: the best model so far, or the one before an average.
+        """
+        found = set()
+        old = [one for one in self.candidates.sets if one.module in known]
+        for one in self.candidates.sets:
+            if self.watch.optimizes(one.parameters()):
+                continue
+            if one.module in self._snapshots:
+                found.add(one.module)
+            if one.module in known:
+                continue
+            x = one.neurons()
+            twins = [other.neurons() for other in old if other.shape == one.shape]
+            if any(torch.equal(x.to(twin), twin) for twin in twins):
+                found.add(one.module)
+        return found
 
     def _take(self, layers: list[Layer]) -> None:
         """Take these layers, with a new plan."""

@@ -96,6 +96,17 @@ class Watch:
                 is_known = False
         return is_known
 
+    def optimizes(self, parameters: Iterable[nn.Parameter]) -> bool:
+        """Whether some optimizer seen so far has one of these parameters."""
+        wanted = {id(p) for p in parameters}
+        for known, lists in self._groups:
+            if known() is None:
+                continue
+            for group in lists:
+                if any(id(p) in wanted for p in group):
+                    return True
+        return False
+
     def _knows(self, optimizer: Optimizer) -> bool:
         """Whether all of an optimizer's parameters have been seen, here or in the model."""
         groups = optimizer.param_groups
