@@ -55,7 +55,8 @@ def no_longer_measured(reasons: Mapping[str, str]) -> str:
     named = "; ".join(f"'{name}': {reason}" for name, reason in reasons.items())
     return (
         "the model has changed, and layers are no longer measured, nor penalised: "
-        f"{named}. Say with neurons= how such weights hold neurons, or leave them out with exclude="
+        f"{named}. Say with include= or neurons= that they are measured, or leave them out with "
+        "exclude="
     )
 
 

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_hsu import UniformityRegularizer
+from lightning_hsu import Share, UniformityRegularizer
+from lightning_hsu.measures import Covering
 from tests.compatibility import MODES
 from tests.models import Automatic, batches, loader, mean_square, trainer, uniformity
 
@@ -72,10 +73,10 @@ class Unknown(nn.Module):
 
 
 TOLD = {
-    new_last_layer: "now measured: net.8 (4 x 3)",
-    other_head: "with other weights: net.7 (5 x 12)",
-    wrapped_layer: "now measured: net.5.0 (12 x 32); no longer there: net.5 (12 x 32)",
-    layer_less: "with other weights: net.7 (3 x 32); no longer there: net.5 (12 x 32)",
+    new_last_layer: ["now measured: net.8 (4 x 3)"],
+    other_head: ["with other weights: net.7 (5 x 12)"],
+    wrapped_layer: ["renamed: net.5 -> net.5.0"],
+    layer_less: ["with other weights: net.7 (3 x 32)", "no longer there: net.5 (12 x 32)"],
 }
 
 
@@ -91,7 +92,8 @@ def fit(act, hook="on_train_batch_start", make=Free, **settings):
 def test_a_change_is_told_once_and_the_end_table_is_of_the_model_now(act, mode, caplog):
     module = fit(act, apply=mode)
     told = [text for text in caplog.messages if "the model has changed" in text]
-    assert told == [f"Hyperspherical uniformity: the model has changed: {TOLD[act]}"]
+    first = "Hyperspherical uniformity: the model has changed:"
+    assert told == ["\n  ".join([first, *TOLD[act]])]
     table = next(text for text in caplog.messages if "before and after" in text)
     names = [line.split()[0] for line in table.splitlines()[3:]]
     layers = [name for name, one in module.named_modules() if hasattr(one, "weight")]
@@ -324,3 +326,42 @@ def test_a_copy_that_trains_is_penalised(caplog):
     told = next(text for text in caplog.messages if "the model has changed" in text)
     assert "net.6.0 (12 x 12), net.6.1 (12 x 12)" in told
     assert all(p.grad.any() for p in module.net[6].parameters())
+
+
+def test_a_layer_goes_on_under_another_name():
+    net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 5))
+    regularizer = UniformityRegularizer(Covering(), Share(0.1, smoothing=0.5)).attach(net)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+
+    def step():
+        optimizer.zero_grad()
+        net(torch.randn(4, 6)).square().mean().backward()
+        regularizer.add_gradients(optimizer)
+        optimizer.step()
+
+    step()
+    before = regularizer.state_dict()
+    net[0] = nn.Sequential(net[0], nn.Tanh())
+    regularizer.follow([optimizer])
+    after = regularizer.state_dict()
+    for kind in ("states", "shares"):
+        assert set(after[kind]) == {"0.0", "2"}
+        torch.testing.assert_close(after[kind]["0.0"], before[kind]["0"], rtol=0, atol=0)
+    step()
+    assert regularizer.unreached() == []
+
+
+def test_weights_that_no_pattern_takes_any_more_are_warned_of():
+    class Wrapper(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x):
+            return self.inner(x)
+
+    def wrapped(trainer, module):
+        module.net = Wrapper(module.net)
+
+    with pytest.warns(UserWarning, match="nor penalised: 'net.inner.5': not in include"):
+        fit(wrapped, include=["net.5", "net.7"])

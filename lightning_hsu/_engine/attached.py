@@ -10,14 +10,14 @@ from typing import Protocol
 import torch
 from torch import nn
 
+from lightning_hsu._engine.change import Change, compare
 from lightning_hsu._engine.layer import Layer
 from lightning_hsu._engine.plan import Plan
-from lightning_hsu._engine.state import Change
 from lightning_hsu._engine.watch import Watch
 from lightning_hsu._neurons.candidates import Candidates, Skip
 from lightning_hsu._neurons.how import StoredValues
 from lightning_hsu._neurons.placement import Placement
-from lightning_hsu._neurons.select import TIED, find_heads
+from lightning_hsu._neurons.select import find_heads
 from lightning_hsu._neurons.target import Target
 from lightning_hsu._neurons.trace import last_before
 
@@ -111,7 +111,7 @@ class Attached:
         Args:
             traced: Names of the layers that came last before the loss; [] if that is not known.
         """
-        before = {layer.name: layer for layer in self.layers}
+        before = self.layers
         self._strict = False
         self.layers = []
         self.placement.take_back_weights(self.model)
@@ -121,24 +121,10 @@ class Attached:
             self._snapshots = self._find_snapshots(known)
             self.choose(traced)
         except Exception as error:  # in somebody else's code: the training goes on
-            self.skips = [Skip(name, one.target.shape, str(error)) for name, one in before.items()]
+            self.skips = [Skip(one.name, one.target.shape, str(error)) for one in before]
             self._take([])
         self.watch = self._watched(self.watch)
-        change = Change()
-        for layer in self.layers:
-            old = before.pop(layer.name, None)
-            if old is None:
-                change.added[layer.name] = layer.target.shape
-            elif [*map(id, layer.parameters)] != [*map(id, old.parameters)]:
-                change.renewed[layer.name] = layer.target.shape
-        for name, layer in before.items():
-            here = [skip for skip in self.skips if f"{skip.name}.".startswith(f"{name}.")]
-            if not here:
-                change.gone[name] = layer.target.shape
-            for skip in here:
-                if not skip.reason.startswith(TIED):  # else it is measured under another name
-                    change.lost[skip.name] = skip.reason
-        return change
+        return compare(before, self.layers, self.skips, self.model)
 
     def _find_snapshots(self, known: Set[nn.Module]) -> set[nn.Module]:
         """New modules that hold the weights of others as they are now, and that nothing trains.

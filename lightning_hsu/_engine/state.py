@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_hsu._core import exact_arithmetic
+from lightning_hsu._engine.change import Change
 from lightning_hsu._engine.layer import Layer, to_compute_dtype
 from lightning_hsu.coefficients import Share, strength_at
 from lightning_hsu.measures import State
@@ -149,37 +150,6 @@ class ShareMeans:
         self.means = dict(means)
 
 
-Shape = tuple[int, int, int]
-
-
-@dataclass
-class Change:
-    """What has become of layers since the model was changed.
-
-    Attributes:
-        added: Shapes (groups, n, d) of the layers that were not measured before, by name.
-        renewed: Those of the layers that have other parameters now.
-        gone: Those of the layers that are no longer in the model.
-        lost: Why layers that are in the model can no longer be measured, by name.
-    """
-
-    added: dict[str, Shape] = field(default_factory=dict)
-    renewed: dict[str, Shape] = field(default_factory=dict)
-    gone: dict[str, Shape] = field(default_factory=dict)
-    lost: dict[str, str] = field(default_factory=dict)
-
-    def __bool__(self) -> bool:
-        """Whether anything has changed."""
-        return bool(self.added or self.renewed or self.gone or self.lost)
-
-    def add(self, later: Change) -> None:
-        """Take what has changed later into account."""
-        self.added |= later.added
-        self.renewed |= later.renewed
-        self.gone |= later.gone
-        self.lost |= later.lost
-
-
 @dataclass
 class SinceAttach:
     """What is known about the attached model; replaced when the model is released.
@@ -265,8 +235,24 @@ class TrainingState:
     def note_change(self, change: Change) -> None:
         """Note a change of the model."""
         self.now.change.add(change)
+        for old, new in change.renamed.items():
+            self._rename(old, new)
         for name in (*change.renewed, *change.gone, *change.lost):
             self.now.reached.discard(name)  # until an optimizer has the new parameters
+
+    def _rename(self, old: str, new: str) -> None:
+        """Let a layer of another name go on where it stood."""
+        by_name: tuple[dict[str, Any], ...] = (
+            self.measure_states.by_layer,
+            self.share_means.means,
+            self.now.coefficients,
+        )
+        for known in by_name:
+            if old in known:
+                known[new] = known.pop(old)
+        if old in self.now.reached:
+            self.now.reached.remove(old)
+            self.now.reached.add(new)
 
     def take_change(self) -> Change:
         """What has changed since this was last asked."""

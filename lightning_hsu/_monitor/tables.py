@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
+from lightning_hsu._engine.change import Change
 from lightning_hsu._engine.layer import Layer
-from lightning_hsu._engine.state import Change
 from lightning_hsu._monitor.measure import LayerUniformity
 from lightning_hsu._monitor.summary import LayerSummary, Summary, coefficient_text, giga_flops
 from lightning_hsu._monitor.text import finding, number, shape_of, table_lines
 from lightning_hsu._neurons.candidates import Skip
 
 _COLUMNS = ("layer", "neurons x dim", "ratio", "score after", "smallest angle", "dead", "finding")
+_NAMED = 6  # layers that are named of each kind of change
 _NUMBERS = range(2, 6)  # columns of _COLUMNS that are aligned on the right
 
 
@@ -94,21 +95,29 @@ def change_text(change: Change) -> str:
     """What has become of the layers of a model that was changed in training.
 
     Example:
-        >>> change_text(Change(added={"fc.1": (1, 8, 4)}, gone={"fc": (1, 16, 4)}))
-        'the model has changed: now measured: fc.1 (8 x 4); no longer there: fc (16 x 4)'
+        >>> print(change_text(Change(added={"fc.1": (1, 8, 4)}, gone={"fc": (1, 16, 4)})))
+        the model has changed:
+          now measured: fc.1 (8 x 4)
+          no longer there: fc (16 x 4)
     """
-    parts = []
-    for what, shapes in (
-        ("now measured", change.added),
-        ("with other weights", change.renewed),
-        ("no longer there", change.gone),
-    ):
-        if shapes:
-            named = [f"{name} ({shape_of(*shape)})" for name, shape in shapes.items()]
-            parts.append(f"{what}: {', '.join(named)}")
-    if change.lost:
-        parts.append(f"no longer measured: {', '.join(change.lost)}")
-    return f"the model has changed: {'; '.join(parts)}"
+    named = {
+        "now measured": _with_shapes(change.added),
+        "with other weights": _with_shapes(change.renewed),
+        "renamed": [f"{old} -> {new}" for old, new in change.renamed.items()],
+        "no longer there": _with_shapes(change.gone),
+        "no longer measured": list(change.lost),
+    }
+    lines = ["the model has changed:"]
+    for what, names in named.items():
+        if names:
+            more = len(names) - _NAMED
+            shown = ", ".join(names[:_NAMED]) + (f" and {more:,} more" if more > 0 else "")
+            lines.append(f"  {what}: {shown}")
+    return "\n".join(lines)
+
+
+def _with_shapes(shapes: Mapping[str, tuple[int, int, int]]) -> list[str]:
+    return [f"{name} ({shape_of(*shape)})" for name, shape in shapes.items()]
 
 
 def summary_of(
