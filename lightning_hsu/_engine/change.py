@@ -9,6 +9,7 @@ from torch import nn
 
 from lightning_hsu._engine.layer import Layer
 from lightning_hsu._neurons.candidates import Skip
+from lightning_hsu._neurons.model import UNUSED
 from lightning_hsu._neurons.select import TIED
 
 Shape = tuple[int, int, int]
@@ -95,7 +96,7 @@ def _reasons(layer: Layer, skips: Sequence[Skip], model: nn.Module) -> Mapping[s
         has_its_weights = any(f"{name}.".startswith(f"{skip.name}.") for name in names)
         if not in_its_place and not has_its_weights:
             continue
-        if skip.reason.startswith(TIED):  # it is measured under another name
+        if skip.reason == UNUSED or skip.reason.startswith(TIED):  # measured elsewhere
             tied = True
         else:
             found[skip.name] = skip.reason

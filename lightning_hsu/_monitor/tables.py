@@ -12,7 +12,7 @@ from lightning_hsu._monitor.text import finding, number, shape_of, table_lines
 from lightning_hsu._neurons.candidates import Skip
 
 _COLUMNS = ("layer", "neurons x dim", "ratio", "score after", "smallest angle", "dead", "finding")
-_NAMED = 6  # layers that are named of each kind of change
+_NAMED = 3  # layers that are named of each kind of change
 _NUMBERS = range(2, 6)  # columns of _COLUMNS that are aligned on the right
 
 

@@ -23,7 +23,7 @@ from lightning_hsu._neurons.target import Target
 from lightning_hsu._neurons.weights import key_of, shape_of_weight, weights_of, why_computed
 from lightning_hsu._neurons.wrappers import plain_name
 
-_UNUSED = "a copy that the forward pass does not use: another one has its place"
+UNUSED = "a copy that the forward pass does not use: another one has its place"
 _LAZY = "a lazy layer that has seen no batch: it has no shape yet"
 _NO_NUMBERS = "it holds no numbers yet (device meta): load them"
 _SCRIPTED = (
@@ -119,7 +119,7 @@ class _Finder:
         taken = self._add_asked(path, layer, module)
         taken |= self._add_asked_buffers(layer, module)
         if module in self._roles.unused:
-            self._skip_all(layer, module, _UNUSED)
+            self._skip_all(layer, module, UNUSED)
         if module in self._roles.left_out:
             return
         if module in self._roles.adapters:
