@@ -433,7 +433,8 @@ class HypersphericalUniformity(_trainer.EveryCallback):
         change = self.regularizer.state.take_change()
         if not change:
             return
-        fit.is_fresh = True  # the head may be another one
+        fit.is_fresh = True  # the head may be another one, which a loss will show
+        fit.has_loss = False
         for name in (*change.added, *change.renewed):
             fit.frozen.pop(name, None)
         if self.verbose:
@@ -453,9 +454,8 @@ class HypersphericalUniformity(_trainer.EveryCallback):
         fit = self._fit
         if not fit.is_fresh or not self.regularizer.layers:
             return
-        fit.has_loss = True
         before = self._heads()
-        self.regularizer.find_head(loss)
+        fit.has_loss = self.regularizer.find_head(loss) or fit.has_loss
         if not fit.is_told:
             self._begin(trainer)
         elif self._heads() != before:  # of another optimizer, which has not stepped yet

@@ -299,12 +299,9 @@ class UniformityRegularizer:
             is_current = attached.watch.knows_all(attached.model.parameters())
         if is_current:
             return False
-        names = {one.name for one in attached.candidates.sets}
         change = attached.follow(self.state.heads)
         self.state.note_change(change)
-        if {one.name for one in attached.candidates.sets} != names:
-            self.state.heads = []  # they are found again at the next forward pass
-            self._watch_outputs()
+        self._watch_outputs()  # the head may be another one
         if change.lost and attached.placement.rank == 0:
             warnings.warn(no_longer_measured(change.lost), stacklevel=3)
         return True
@@ -320,7 +317,7 @@ class UniformityRegularizer:
             model = self._check_attached().model
             self._watch = model.register_forward_hook(FirstOutputs(self))
 
-    def find_head(self, outputs: object) -> None:
+    def find_head(self, outputs: object) -> bool:
         """With ``head="auto"``, take the layers that act last before a loss for the head.
 
         Call it before the first step, if at all: :meth:`attach` watches the model's outputs. What
@@ -328,12 +325,15 @@ class UniformityRegularizer:
 
         Args:
             outputs: A loss, or a model's outputs, with their graph; several losses in a tuple.
+
+        Returns:
+            Whether they are of the model as it is now: layers may have been replaced since.
         """
         self._stop_watching()
         if self._saw_outputs:  # what the user says counts more
             self._saw_outputs = False
             self.state.heads = []
-        self._take_heads(outputs)
+        return self._take_heads(outputs)
 
     def see_outputs(self, outputs: object) -> None:
         """Take heads from the model's outputs at its first training forward."""
@@ -341,18 +341,30 @@ class UniformityRegularizer:
         self._take_heads(outputs)
         self._saw_outputs = True
 
-    def _take_heads(self, outputs: object) -> None:
-        """Take the layers that act last before these outputs for heads, beside those known."""
+    def _take_heads(self, outputs: object) -> bool:
+        """Take the layers that act last before these outputs for heads, beside those known.
+
+        Returns:
+            Whether the outputs are of the model as it is now.
+        """
         attached = self._check_attached()
         if self.head != "auto" or not attached.placement.keeps_whole:
-            return
+            return True
+        self.follow()
         with self.gathered():
             traced = attached.placement.agree(attached.last_before(outputs))
+            former: list[str] = []
+            ended = self.state.now.ended
+            if ended is not None:
+                acting = attached.acting_in(outputs)
+                if acting is None:
+                    return False
+                ended.update(traced)
+                former = [name for name in self.state.heads if name in acting - ended]
             heads = [name for name in traced if name not in self.state.heads]
-            if not heads:
-                return
-            self.follow()
-            self.state.heads += heads
+            if not heads and not former:
+                return True
+            self.state.heads = [name for name in self.state.heads if name not in former] + heads
             self.state.heads_as_expected = attached.expects(attached.known(self.state.heads))
             attached.choose(self.state.heads)
         if self.head_coefficient is not None and not any(one.target.head for one in self.layers):
@@ -361,6 +373,7 @@ class UniformityRegularizer:
                 "one with head='...'",
                 stacklevel=3,
             )
+        return True
 
     def _stop_watching(self) -> None:
         """Take the hook off the model that shows its outputs."""

@@ -19,7 +19,7 @@ from lightning_hsu._neurons.how import StoredValues
 from lightning_hsu._neurons.placement import Placement
 from lightning_hsu._neurons.select import find_heads
 from lightning_hsu._neurons.target import Target
-from lightning_hsu._neurons.trace import last_before
+from lightning_hsu._neurons.trace import last_before, parameters_behind
 
 
 class HeadFinder(Protocol):
@@ -192,6 +192,26 @@ class Attached:
                     known[stand_in] = known[id(p)]
         only_tables = {key: names for key, names in tables.items() if key not in layers}
         return last_before(outputs, layers, only_tables, computed)
+
+    def acting_in(self, outputs: object) -> set[str] | None:
+        """Names of the sets on which outputs depend; None if these are of an earlier model.
+
+        They are where a layer has been replaced between a forward pass and its backward pass.
+        """
+        own = {id(p): p for p in self.model.parameters()}
+        stand_ins = self.placement.stand_ins(self.model)
+        used = set()
+        for p in parameters_behind(outputs):
+            p = stand_ins.get(id(p), p)
+            if id(p) in own:
+                used.add(id(p))
+            elif isinstance(p, nn.Parameter):
+                return None
+        names = set()
+        for target in self.candidates.sets:
+            if any(id(p) in used for p in target.parameters()):
+                names.add(target.name)
+        return names
 
 
 class FirstOutputs:

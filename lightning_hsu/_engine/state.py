@@ -159,12 +159,15 @@ class SinceAttach:
         reached: Layers that some optimizer stepped, or was about to, with a gradient.
         loss_step: The step of the last penalty in a loss; None if it has no number.
         change: What has changed in the model since somebody last asked.
+        ended: Names of the layers that came last before some loss since the model was changed;
+            None if it was not.
     """
 
     coefficients: dict[str, Tensor | float] = field(default_factory=dict)
     reached: set[str] = field(default_factory=set)
     loss_step: int | None = None
     change: Change = field(default_factory=Change)
+    ended: set[str] | None = None
 
 
 class TrainingState:
@@ -235,9 +238,10 @@ class TrainingState:
     def note_change(self, change: Change) -> None:
         """Note a change of the model."""
         self.now.change.add(change)
+        self.now.ended = set()
         for old, new in change.renamed.items():
             self._rename(old, new)
-        for name in (*change.renewed, *change.gone, *change.lost):
+        for name in (*change.fresh, *change.gone, *change.lost):
             self.now.reached.discard(name)  # until an optimizer has the new parameters
 
     def _rename(self, old: str, new: str) -> None:
@@ -253,6 +257,7 @@ class TrainingState:
         if old in self.now.reached:
             self.now.reached.remove(old)
             self.now.reached.add(new)
+        self.heads = [new if name == old else name for name in self.heads]
 
     def take_change(self) -> Change:
         """What has changed since this was last asked."""

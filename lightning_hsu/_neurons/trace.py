@@ -120,6 +120,20 @@ def last_before(
     return list(kept)
 
 
+def parameters_behind(outputs: object) -> list[Tensor]:
+    """The parameters that a loss, or a model's outputs, depend on, as autograd's graph shows."""
+    nodes = [x.grad_fn for x in _tensors(outputs) if x.grad_fn is not None]
+    seen = set(nodes)
+    found = []
+    while nodes:
+        node = nodes.pop()
+        variable = getattr(node, "variable", None)
+        if variable is not None:
+            found.append(variable)
+        nodes += _new_parents(node, seen)
+    return found
+
+
 class _Graph:
     """Autograd's graph, with the names of layers at the products where their weights take part.
 
