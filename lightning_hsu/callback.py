@@ -264,7 +264,8 @@ class HypersphericalUniformity(_trainer.EveryCallback):
     ) -> None:
         """Find the head. Add the penalty to the loss, which is already divided and scaled here."""
         self._attach(trainer, pl_module)
-        self._follow(trainer.optimizers)
+        if not self.regularizer.only_monitors:
+            self._follow(trainer.optimizers)
         self._find_head(trainer, loss)
         if self.apply != "loss":
             return
@@ -342,7 +343,7 @@ class HypersphericalUniformity(_trainer.EveryCallback):
             fit.has_run = True
         if fit.has_loss and (has_stepped or self.regularizer.state.heads):
             fit.is_fresh = False  # what follows is no first forward pass
-        self._follow()
+        self._tell_change()
         accumulates = pl_module.automatic_optimization and not has_stepped
         if accumulates or not self.regularizer.layers:
             return
@@ -419,20 +420,18 @@ class HypersphericalUniformity(_trainer.EveryCallback):
         self._fit.is_off = not self.regularizer.layers  # of which there was a warning
         self._fit.warnings.idle(self.regularizer.idle())
 
-    def _follow(
-        self,
-        optimizers: Sequence[Optimizer] = (),
-        *,
-        scan: bool = False,
-    ) -> None:
+    def _follow(self, optimizers: Sequence[Optimizer] = (), *, scan: bool = False) -> None:
         """Look whether the model has changed, and tell what has become of its layers."""
-        fit = self._fit
-        if not self.regularizer.is_attached or fit.is_off:
-            return
-        self.regularizer.follow(optimizers, scan=scan)
+        if self.regularizer.is_attached:
+            self.regularizer.follow(optimizers, scan=scan)
+            self._tell_change()
+
+    def _tell_change(self) -> None:
+        """Tell what has become of the layers since this was last told."""
         change = self.regularizer.state.take_change()
-        if not change:
+        if change is None:
             return
+        fit = self._fit
         fit.is_fresh = True  # the head may be another one, which a loss will show
         fit.has_loss = False
         for name in (*change.added, *change.renewed):
@@ -497,6 +496,7 @@ class HypersphericalUniformity(_trainer.EveryCallback):
             changed: Whether frozen layers are measured again whose weights have changed.
         """
         fit = self._fit
+        self._follow()
         if changed:
             self._forget_changed()
         frozen = {layer.name for layer in self.regularizer.layers}

@@ -158,7 +158,7 @@ class SinceAttach:
         coefficients: The coefficient of each layer at its last step.
         reached: Layers that some optimizer stepped, or was about to, with a gradient.
         loss_step: The step of the last penalty in a loss; None if it has no number.
-        change: What has changed in the model since somebody last asked.
+        change: What has changed in the model since somebody last asked; None if nothing has.
         ended: Names of the layers that came last before some loss since the model was changed;
             None if it was not.
     """
@@ -166,7 +166,7 @@ class SinceAttach:
     coefficients: dict[str, Tensor | float] = field(default_factory=dict)
     reached: set[str] = field(default_factory=set)
     loss_step: int | None = None
-    change: Change = field(default_factory=Change)
+    change: Change | None = None
     ended: set[str] | None = None
 
 
@@ -237,7 +237,10 @@ class TrainingState:
 
     def note_change(self, change: Change) -> None:
         """Note a change of the model."""
-        self.now.change.add(change)
+        if self.now.change is not None:
+            self.now.change.add(change)
+        elif change:
+            self.now.change = change
         self.now.ended = set()
         for old, new in change.renamed.items():
             self._rename(old, new)
@@ -259,10 +262,10 @@ class TrainingState:
             self.now.reached.add(new)
         self.heads = [new if name == old else name for name in self.heads]
 
-    def take_change(self) -> Change:
-        """What has changed since this was last asked."""
+    def take_change(self) -> Change | None:
+        """What has changed since this was last asked; None if nothing has."""
         change = self.now.change
-        self.now.change = Change()
+        self.now.change = None
         return change
 
     def measure_state(self, layer: Layer, x: Tensor, *, same_step: bool) -> State | None:
