@@ -150,7 +150,7 @@ class Share(Varying):
     means are saved in checkpoints; if you resume with another measure, the old ones fade.
 
     Args:
-        fraction: Norm of the penalty's gradient over that of the task's, > 0.
+        fraction: Norm of the penalty's gradient over that of the task's, in (0, 1]: 0.05 is 5 %.
         smoothing: Weight of the past in [0, 1); 0 takes each step by itself.
         maximum: The largest coefficient, > 0, used where the penalty's gradient vanishes.
 
@@ -172,6 +172,8 @@ class Share(Varying):
         check_number(
             "Share's smoothing", self.smoothing, "in [0, 1)", lambda smoothing: 0 <= smoothing < 1
         )
+        if self.fraction > 1:
+            raise ValueError(_percent_meant(self.fraction))
 
     def label(self) -> str:
         """The fraction."""
@@ -277,6 +279,16 @@ def strength_at(strength: Strength, step: int, name: str) -> float:
             "it must return a finite number >= 0"
         )
     return value
+
+
+def _percent_meant(fraction: float) -> str:
+    """Say what a fraction above 1 comes to, and what was probably meant."""
+    percent = fraction if fraction <= 100 else 5.0
+    return (
+        f"Share's fraction must be at most 1; {fraction:g} is {100 * fraction:g} % of the task's "
+        f"gradient. For {percent:g} % write Share({percent / 100:g}). For a penalty stronger than "
+        "the task give a number as the coefficient, e.g. coefficient=1.0"
+    )
 
 
 def _check(strength: object, what: str) -> None:
