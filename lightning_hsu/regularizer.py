@@ -518,7 +518,7 @@ class UniformityRegularizer:
         if found_inf is not None and bool(found_inf):
             return {}  # a fused optimizer under a GradScaler skipped this step in its kernel
         self._check_attached()
-        return self._step(self._move, optimizer, index, stats=stats)
+        return self._step(self._move, optimizer, index, stats=stats, compares=False)
 
     def measure_layers(self, *, but: Collection[str] = ()) -> list[LayerUniformity]:
         """Measure every layer as it is now; where ranks share the weights, all must call it.
@@ -677,8 +677,16 @@ class UniformityRegularizer:
         grad_scale: float = 1.0,
         stats: bool = False,
         same_step: bool = False,
+        compares: bool = True,
     ) -> dict[str, GradientStats]:
-        """Act if ``every_n_steps`` does not skip this step, and count it if it was not refused."""
+        """Act if ``every_n_steps`` does not skip this step, and count it if it was not refused.
+
+        The first step is looked at even without ``stats``, and so is what follows it if the penalty
+        may be too strong; ``compares`` says whether beside the task's gradient, too.
+        """
+        strength = self._check_attached().strength
+        asked = stats
+        stats = (strength.wants(optimizer) and not same_step) or asked
         counter = self.state.counter
         step = counter.before(optimizer, index, same_step=same_step)
         found: dict[str, GradientStats] = {}
@@ -691,7 +699,12 @@ class UniformityRegularizer:
                 self._follow([optimizer])
                 found = act(context)
         counter.count(optimizer, index, same_step=same_step)
-        return found
+        if not same_step:
+            coefficients = self.state.now.coefficients
+            alarm = strength.see(optimizer, found, self.layers, coefficients, compares=compares)
+            if alarm is not None:
+                warnings.warn(alarm, stacklevel=4)
+        return found if asked else {}
 
     def _add(self, context: StepContext) -> dict[str, GradientStats]:
         """Add gradients."""

@@ -561,6 +561,7 @@ def cases(*, refused):
     ]
 
 
+@pytest.mark.filterwarnings("ignore:the penalty is too strong")  # of a task close to 0
 @pytest.mark.parametrize(("row", "mode"), cases(refused=False))
 @pytest.mark.filterwarnings("ignore:.*barebones.*", "ignore:.*overfit.*")
 def test_trains_as_a_plain_loop_does(row, mode):

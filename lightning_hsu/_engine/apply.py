@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_hsu._core.foreach import SMALL, shortening
 from lightning_hsu._engine.layer import Layer, to_compute_dtype
-from lightning_hsu._engine.plan import GradientStats, limit_of_gradient
+from lightning_hsu._engine.plan import GradientStats, limit_of_gradient, strong_neurons
 from lightning_hsu._engine.state import ShareMeans
 from lightning_hsu._neurons.placement import NeuronView, Placement
 from lightning_hsu.coefficients import Share
@@ -72,7 +72,13 @@ class LayerUpdate:
         task, penalty = self._norms(views)
         first_parameter = views[0][0]
         limited = self.layer.target.placement.any_holder(factor < 1, first_parameter)
-        return GradientStats(penalty * self.grad_scale / task, limited.sum())
+        unscaled = task / self.grad_scale
+        share = penalty / unscaled
+        # Of a sharded layer this rank has some rows only, whose norm is not that of all.
+        total = penalty if self.layer.rows is not None else torch.linalg.vector_norm(grad)
+        strong = strong_neurons(grad, total.to(grad), share.to(grad))
+        strong = self.layer.target.placement.any_holder(strong, first_parameter)
+        return GradientStats(share, limited.sum(), strong.sum(), unscaled)
 
     def shortening(
         self, grad: Tensor, step_limit: float | None, scale: Tensor | float = 1.0

@@ -13,6 +13,7 @@ from torch import nn
 from lightning_hsu._engine.change import Change, compare
 from lightning_hsu._engine.layer import Layer
 from lightning_hsu._engine.plan import Plan
+from lightning_hsu._engine.strength import StrengthWatch
 from lightning_hsu._engine.watch import Watch
 from lightning_hsu._neurons.candidates import Candidates, Skip
 from lightning_hsu._neurons.how import StoredValues
@@ -54,6 +55,7 @@ class Attached:
         skips: The weights that are not, with the reasons.
         plan: The plan of a step.
         watch: Sees what changes in the model.
+        strength: Watches how strong the penalty is.
         coverage: Measured entries over those of all weights with two or more axes; NaN if there are
             none.
     """
@@ -77,6 +79,7 @@ class Attached:
         self.layers: list[Layer] = []
         self.skips: list[Skip] = []
         self.coverage = float("nan")
+        self.strength = StrengthWatch(placement)
         self.plan: Plan
         self.candidates = find(self._strict)
         self.choose(traced)

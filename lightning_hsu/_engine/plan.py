@@ -54,6 +54,10 @@ class StepContext:
     stats: bool = False
 
 
+STRONG = 10.0
+"""How many times the task's gradient the penalty's is where it is too strong."""
+
+
 @dataclass(frozen=True)
 class GradientStats:
     """What one update did to one layer: tensors, without host-device synchronisation.
@@ -62,10 +66,15 @@ class GradientStats:
         share: Norm of the added gradient over the norm of the task's; not finite if the task's is 0
             or not finite.
         limited: Number of neurons whose penalty gradient the step limit shortened.
+        strong: Number of neurons whose penalty gradient is more than ``STRONG`` times as long as
+            the task's gradient of a neuron, in the root mean square over the layer.
+        task: Norm of the task's gradient, without a GradScaler's factor.
     """
 
     share: Tensor
     limited: Tensor
+    strong: Tensor
+    task: Tensor
 
 
 class PlainLayer:
@@ -250,9 +259,11 @@ class WatchedUpdate:
         update = self._update
         added = update.out_entries
         task = torch.linalg.vector_norm(self._grad, dtype=added.dtype)
-        share = torch.linalg.vector_norm(added) / task
+        total = torch.linalg.vector_norm(added)
+        share = total / task
+        strong = torch.count_nonzero(strong_neurons(update.out, total, share))
         self._grad.add_(added)
-        return GradientStats(share, self._limited(update.out))
+        return GradientStats(share, self._limited(update.out), strong, task / update.grad_scale)
 
     def _limited(self, added: Tensor) -> Tensor:
         """How many rows have the largest length that the step limit, or the dtype, allows."""
@@ -292,6 +303,20 @@ def buckets(layers: Sequence[Layer], placement: Placement) -> list[list[Layer]]:
                 others.append(known)
         found = [*others, bucket]
     return [bucket.layers for bucket in found]
+
+
+def strong_neurons(grad: Tensor, total: Tensor, share: Tensor) -> Tensor:
+    """Mask (groups, n) of the neurons in which the penalty is far above the task.
+
+    Args:
+        grad: The penalty's gradient (groups, n, d).
+        total: Its norm.
+        share: That over the norm of the task's.
+    """
+    length = torch.linalg.vector_norm(grad, dim=-1)
+    typical = total / math.sqrt(length.numel())  # of a neuron
+    strong: Tensor = length * share > STRONG * typical
+    return strong
 
 
 def learning_rates(optimizer: Optimizer) -> dict[int, float]:

@@ -1,0 +1,287 @@
+"""Whether the penalty is absurdly strong: what shows on the few steps that are looked at.
+
+A look reads numbers of a step and so waits for the device. The first step of each optimizer is
+looked at, and after that steps whose stats are asked for anyway, at most every twentieth. Where one
+of them is suspicious, up to ten steps in a row are looked at: one step proves little.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_hsu._engine.layer import Layer
+from lightning_hsu._engine.plan import STRONG, GradientStats
+from lightning_hsu._neurons.placement import Placement
+
+STRONG_IN_A_ROW = 10
+STRONG_AT_THE_START = 3  # steps, if most of the layers show it from the first step on
+LIMITED_IN_A_ROW = 5  # with SGD of momentum 0.9 a training is over after ten
+_EVERY = 20  # steps between looks at stats that were asked for
+_VANISHED = 0.1  # of the largest task gradient seen: below it the task has converged
+_GROWN = 5.0  # the task's gradient over that of the run's first step: it is on its way up from 0
+_MOST_NAMED = 4  # layers in a warning
+
+_WAY_OUT = (
+    "Take a smaller coefficient, or coefficient=Share(0.05), which keeps the penalty's gradient at "
+    "5 % of the task's."
+)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One layer at one step, in plain numbers.
+
+    Args:
+        name: The layer.
+        coefficient: Its coefficient.
+        neurons: How many it has.
+        limited: How many of their penalty gradients the step limit shortened.
+        strong: In how many of them the penalty's gradient is far above the task's.
+        share: Norm of the penalty's gradient over that of the task's.
+        task: Norm of the task's gradient.
+    """
+
+    name: str
+    coefficient: float
+    neurons: int
+    limited: int
+    strong: int
+    share: float
+    task: float
+
+    @property
+    def is_limited(self) -> bool:
+        """Whether the step limit shortened most of the layer."""
+        return 2 * self.limited > self.neurons
+
+    @property
+    def is_strong(self) -> bool:
+        """Whether the penalty's gradient is far above the task's, in most of the neurons.
+
+        A few near-duplicates may well feel a force that large. Where the task's gradient is 0 the
+        two cannot be compared.
+        """
+        return math.isfinite(self.share) and self.share > STRONG and 2 * self.strong > self.neurons
+
+
+@dataclass
+class _Run:
+    """Steps in a row on which a layer's penalty was far above its task.
+
+    Attributes:
+        steps: How many there were so far.
+        task: Norm of the task's gradient at the first of them.
+        largest: The largest norm of the task's gradient on any step that was looked at.
+    """
+
+    steps: int = 0
+    task: float = 0.0
+    largest: float = 0.0
+
+    def note(self, seen: Seen) -> None:
+        """Count a step, or begin again.
+
+        A share says nothing while the task's gradient has vanished, since the penalty moves what
+        the task leaves free, or while it grows from 0, as behind a layer that starts with zeros.
+        """
+        if math.isfinite(seen.task):
+            self.largest = max(self.largest, seen.task)
+        if not seen.is_strong or seen.task < _VANISHED * self.largest:
+            self.steps = 0
+            return
+        if self.steps == 0 or seen.task > _GROWN * self.task:
+            self.steps = 0
+            self.task = seen.task
+        self.steps += 1
+
+
+class Watch:
+    """Watches the steps of one optimizer and warns once.
+
+    Attributes:
+        looks: Whether the next step is to be looked at, asked for or not.
+    """
+
+    def __init__(self) -> None:
+        self.looks = True  # at the first step
+        self._start = 0  # looks from the first on at which most layers were strong
+        self._is_start = True  # whether there was no other so far
+        self._is_done = False
+        self._left = 0  # looks until a row of them ends
+        self._since = 0  # steps since the last look
+        self._limited = 0  # looks in a row at which most neurons were limited
+        self._runs: dict[str, _Run] = {}
+
+    def is_due(self) -> bool:
+        """Count a step whose stats are known; return whether to look at it."""
+        self._since += 1
+        return not self._is_done and (self.looks or self._since >= _EVERY)
+
+    def see(self, layers: Sequence[Seen], *, compares: bool) -> str | None:
+        """Look at a step; return what to warn of, once.
+
+        Args:
+            layers: The layers that the step changed, but for those with a share.
+            compares: Whether shares count. They do not where the penalty moves the weights past the
+                optimizer, which may scale the task's gradient, and not the penalty's.
+        """
+        neurons = sum(one.neurons for one in layers)
+        is_limited = 2 * sum(one.limited for one in layers) > neurons
+        self._limited = self._limited + 1 if is_limited else 0
+        strong = self._strong(layers) if compares else []
+        message = None
+        if strong:
+            message = _strong_warning(strong, self._start or STRONG_IN_A_ROW)
+        elif self._limited >= LIMITED_IN_A_ROW:
+            message = _limited_warning([one for one in layers if one.is_limited])
+        self._is_done = message is not None
+        self._plan_next()
+        return message
+
+    def _strong(self, layers: Sequence[Seen]) -> list[Seen]:
+        """The layers with a far too strong penalty, if that has lasted."""
+        lasts = False
+        for one in layers:
+            run = self._runs.setdefault(one.name, _Run())
+            run.note(one)
+            lasts |= run.steps >= STRONG_IN_A_ROW
+        strong = [one for one in layers if one.is_strong]
+        self._is_start &= 2 * len(strong) > len(layers)
+        self._start = self._start + 1 if self._is_start else 0
+        return strong if lasts or self._start >= STRONG_AT_THE_START else []
+
+    def _plan_next(self) -> None:
+        """Decide whether to look at the next step, for at most ten steps in a row."""
+        self._since = 0
+        is_suspicious = self._limited > 0 or any(run.steps > 0 for run in self._runs.values())
+        self._left = self._left - 1 if self._left else STRONG_IN_A_ROW - 1
+        self.looks = is_suspicious and self._left > 0 and not self._is_done
+        if not self.looks:
+            self._left = 0
+            self._limited = 0
+            for run in self._runs.values():
+                run.steps = 0
+
+
+class StrengthWatch:
+    """Watches how strong the penalty is, for each optimizer by itself.
+
+    Args:
+        placement: How the weights are placed over ranks, which have to look at the same steps.
+    """
+
+    def __init__(self, placement: Placement) -> None:
+        self._placement = placement
+        self._watches: WeakKeyDictionary[Optimizer, Watch] = WeakKeyDictionary()
+
+    def wants(self, optimizer: Optimizer) -> bool:
+        """Whether this optimizer's step is to be looked at, asked for or not."""
+        watch = self._watches.get(optimizer)
+        if watch is None:
+            watch = self._watches[optimizer] = Watch()
+        return watch.looks
+
+    def see(
+        self,
+        optimizer: Optimizer,
+        stats: Mapping[str, GradientStats],
+        layers: Sequence[Layer],
+        coefficients: Mapping[str, Tensor | float],
+        *,
+        compares: bool,
+    ) -> str | None:
+        """Look at a step if it is due; return what to warn of, once, on the first rank only.
+
+        Args:
+            optimizer: The optimizer, of which :meth:`wants` was asked before.
+            stats: What the step did, by layer.
+            layers: All layers.
+            coefficients: Coefficients that change over time, by layer.
+            compares: Whether shares count.
+        """
+        watch = self._watches[optimizer]
+        if not stats or not watch.is_due():
+            return None
+        seen = _read(stats, layers, coefficients)
+        message = watch.see(seen, compares=compares)
+        if any(layer.sharded for layer in layers):
+            # Stats are collective calls then, and two ranks may differ by a rounding.
+            watch.looks = bool(self._placement.agree(["looks"] if watch.looks else []))
+        return message if is_first_rank() else None
+
+
+def is_first_rank() -> bool:
+    """Whether this process is the first, or the only one."""
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return True
+    return torch.distributed.get_rank() == 0
+
+
+def _read(
+    stats: Mapping[str, GradientStats],
+    layers: Sequence[Layer],
+    coefficients: Mapping[str, Tensor | float],
+) -> list[Seen]:
+    """Read the stats of the layers without a share, which no step can make absurd; this waits."""
+    chosen = [layer for layer in layers if layer.name in stats and not layer.has_share]
+    if not chosen:
+        return []
+    device = stats[chosen[0].name].share.device
+    numbers = []
+    for layer in chosen:
+        one = stats[layer.name]
+        for value in (one.limited, one.strong, one.share, one.task):
+            numbers.append(value.detach().to(device, torch.float32))
+    values = iter(torch.stack(numbers).tolist())  # one synchronisation for all
+    seen = []
+    for layer in chosen:
+        groups, n, _ = layer.target.shape
+        strength = layer.strength
+        coefficient = strength if isinstance(strength, float) else coefficients[layer.name]
+        limited, strong, share, task = (next(values) for _ in range(4))
+        counts = groups * n, int(limited), int(strong)
+        seen.append(Seen(layer.name, float(coefficient), *counts, share, task))
+    return seen
+
+
+def _limited_warning(layers: Sequence[Seen]) -> str:
+    """Say that the step limit shortens most of the penalty."""
+    most_first = sorted(layers, key=lambda one: -one.limited)
+    named = [f"'{one.name}' ({one.limited:,} of {one.neurons:,} neurons)" for one in most_first]
+    return (
+        f"the penalty is too strong with {_coefficients(layers)}: on {LIMITED_IN_A_ROW} steps in a "
+        f"row the step limit shortened most of it, in layer {_list(named)}. {_WAY_OUT}"
+    )
+
+
+def _strong_warning(layers: Sequence[Seen], steps: int) -> str:
+    """Say that the penalty's gradient drowns the task's."""
+    most_first = sorted(layers, key=lambda one: -one.share)
+    named = [f"'{one.name}' ({one.share:,.0f} times)" for one in most_first]
+    return (
+        f"the penalty is too strong with {_coefficients(layers)}: on {steps} steps in a row its "
+        f"gradient was more than {STRONG:g} times the task's, in layer {_list(named)}. {_WAY_OUT}"
+    )
+
+
+def _coefficients(layers: Sequence[Seen]) -> str:
+    """The coefficients of the layers, in words."""
+    smallest = min(one.coefficient for one in layers)
+    largest = max(one.coefficient for one in layers)
+    if smallest == largest:
+        return f"coefficient {largest:g}"
+    return f"coefficients of {smallest:g} to {largest:g}"
+
+
+def _list(named: Sequence[str]) -> str:
+    """The first of the named layers, and how many more there are."""
+    text = ", ".join(named[:_MOST_NAMED])
+    left = len(named) - _MOST_NAMED
+    return f"{text} and {left:,} more" if left > 0 else text
