@@ -686,7 +686,8 @@ class UniformityRegularizer:
         """
         strength = self._check_attached().strength
         asked = stats
-        stats = (strength.wants(optimizer) and not same_step) or asked
+        if optimizer not in strength.quiet and not same_step:
+            stats = True
         counter = self.state.counter
         step = counter.before(optimizer, index, same_step=same_step)
         found: dict[str, GradientStats] = {}
@@ -699,9 +700,9 @@ class UniformityRegularizer:
                 self._follow([optimizer])
                 found = act(context)
         counter.count(optimizer, index, same_step=same_step)
-        if not same_step:
-            coefficients = self.state.now.coefficients
-            alarm = strength.see(optimizer, found, self.layers, coefficients, compares=compares)
+        if found and not same_step:
+            known = self.state.now.coefficients
+            alarm = strength.see(optimizer, step, found, self.layers, known, compares=compares)
             if alarm is not None:
                 warnings.warn(alarm, stacklevel=4)
         return found if asked else {}

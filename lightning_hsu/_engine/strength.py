@@ -2,7 +2,8 @@
 
 A look reads numbers of a step and so waits for the device. The first step of each optimizer is
 looked at, and after that steps whose stats are asked for anyway, at most every twentieth. Where one
-of them is suspicious, up to ten steps in a row are looked at: one step proves little.
+of them is suspicious, up to ten steps in a row are looked at: one step proves little. With
+``apply="loss"`` nothing is seen: the two gradients come as one.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor
@@ -115,19 +116,19 @@ class Watch:
         self._is_start = True  # whether there was no other so far
         self._is_done = False
         self._left = 0  # looks until a row of them ends
-        self._since = 0  # steps since the last look
+        self._last = 0  # the step of the last look
         self._limited = 0  # looks in a row at which most neurons were limited
         self._runs: dict[str, _Run] = {}
 
-    def is_due(self) -> bool:
-        """Count a step whose stats are known; return whether to look at it."""
-        self._since += 1
-        return not self._is_done and (self.looks or self._since >= _EVERY)
+    def is_due(self, step: int) -> bool:
+        """Whether to look at a step whose stats are known, after so many others."""
+        return not self._is_done and (self.looks or step - self._last >= _EVERY)
 
-    def see(self, layers: Sequence[Seen], *, compares: bool) -> str | None:
+    def see(self, step: int, layers: Sequence[Seen], *, compares: bool) -> str | None:
         """Look at a step; return what to warn of, once.
 
         Args:
+            step: Steps that the optimizer has done before.
             layers: The layers that the step changed, but for those with a share.
             compares: Whether shares count. They do not where the penalty moves the weights past the
                 optimizer, which may scale the task's gradient, and not the penalty's.
@@ -142,6 +143,7 @@ class Watch:
         elif self._limited >= LIMITED_IN_A_ROW:
             message = _limited_warning([one for one in layers if one.is_limited])
         self._is_done = message is not None
+        self._last = step
         self._plan_next()
         return message
 
@@ -159,7 +161,6 @@ class Watch:
 
     def _plan_next(self) -> None:
         """Decide whether to look at the next step, for at most ten steps in a row."""
-        self._since = 0
         is_suspicious = self._limited > 0 or any(run.steps > 0 for run in self._runs.values())
         self._left = self._left - 1 if self._left else STRONG_IN_A_ROW - 1
         self.looks = is_suspicious and self._left > 0 and not self._is_done
@@ -175,22 +176,20 @@ class StrengthWatch:
 
     Args:
         placement: How the weights are placed over ranks, which have to look at the same steps.
+
+    Attributes:
+        quiet: Optimizers whose next step is looked at only if its stats are asked for.
     """
 
     def __init__(self, placement: Placement) -> None:
+        self.quiet: WeakSet[Optimizer] = WeakSet()
         self._placement = placement
         self._watches: WeakKeyDictionary[Optimizer, Watch] = WeakKeyDictionary()
-
-    def wants(self, optimizer: Optimizer) -> bool:
-        """Whether this optimizer's step is to be looked at, asked for or not."""
-        watch = self._watches.get(optimizer)
-        if watch is None:
-            watch = self._watches[optimizer] = Watch()
-        return watch.looks
 
     def see(
         self,
         optimizer: Optimizer,
+        step: int,
         stats: Mapping[str, GradientStats],
         layers: Sequence[Layer],
         coefficients: Mapping[str, Tensor | float],
@@ -200,20 +199,25 @@ class StrengthWatch:
         """Look at a step if it is due; return what to warn of, once, on the first rank only.
 
         Args:
-            optimizer: The optimizer, of which :meth:`wants` was asked before.
+            optimizer: The optimizer.
+            step: Steps that it has done before.
             stats: What the step did, by layer.
             layers: All layers.
             coefficients: Coefficients that change over time, by layer.
             compares: Whether shares count.
         """
-        watch = self._watches[optimizer]
-        if not stats or not watch.is_due():
+        watch = self._watches.setdefault(optimizer, Watch())
+        if not stats or not watch.is_due(step):
             return None
         seen = _read(stats, layers, coefficients)
-        message = watch.see(seen, compares=compares)
+        message = watch.see(step, seen, compares=compares)
         if any(layer.sharded for layer in layers):
             # Stats are collective calls then, and two ranks may differ by a rounding.
             watch.looks = bool(self._placement.agree(["looks"] if watch.looks else []))
+        if watch.looks:
+            self.quiet.discard(optimizer)
+        else:
+            self.quiet.add(optimizer)
         return message if is_first_rank() else None
 
 
