@@ -1,6 +1,7 @@
 """The engine without Lightning."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -182,14 +183,17 @@ def test_measuring():
     net = network()
     with torch.no_grad():
         net[5].weight[3:5] = 0
-        net[5].weight[7, 2] = float("inf")
+        net[2].weight[7, 2] = float("inf")
     layers = {
         layer.name: layer
         for layer in UniformityRegularizer(RieszEnergy(s=1)).attach(net).measure_layers()
     }
-    assert (layers["5"].dead, layers["5"].nonfinite, layers["5"].neurons) == (2, 1, 12)
-    assert layers["2"].groups == 2
-    live = net[5].weight.detach()[[0, 1, 2, 5, 6, 8, 9, 10, 11]]
+    assert (layers["5"].dead, layers["5"].nonfinite, layers["5"].neurons) == (2, 0, 12)
+    assert (layers["2"].dead, layers["2"].nonfinite, layers["2"].groups) == (0, 1, 2)
+    broken = layers["2"]  # one neuron is enough
+    for number in (broken.energy, broken.penalty, broken.ratio, broken.score, broken.min_angle):
+        assert math.isnan(number)
+    live = net[5].weight.detach()[[0, 1, 2, 5, 6, 7, 8, 9, 10, 11]]
     assert layers["5"].energy == pytest.approx(float(RieszEnergy(s=1)(live)), rel=1e-6)
     net[7].weight.data[:2] = 0
     dead = UniformityRegularizer(include="7").attach(net).measure_layers()[0]

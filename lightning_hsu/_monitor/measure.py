@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -56,12 +56,24 @@ class LayerUniformity:
     standard_error: float = 0.0
     gradient_error: float = 0.0
 
+    def unless_broken(self) -> LayerUniformity:
+        """The same layer, with NaN for what says how good it is if it has NaN or infinite weights.
+
+        One NaN neuron is enough for a network that gives NaN, however well the others are spread.
+        """
+        if self.nonfinite == 0:
+            return self
+        nan = math.nan
+        return replace(self, energy=nan, penalty=nan, ratio=nan, score=nan, min_angle=nan)
+
 
 @torch.no_grad()
 def measure_layers(
     layers: Sequence[Layer], prepared: Callable[[Layer, Tensor], State | None]
 ) -> list[LayerUniformity]:
     """Measure layers as they are now; one pass of about n * n * d FLOP each.
+
+    A layer with NaN or infinite weights has NaN for its numbers.
 
     Args:
         layers: The layers.
@@ -71,7 +83,8 @@ def measure_layers(
     for layer in layers:
         x = with_float64(to_compute_dtype(layer.target.neurons().detach()))  # (groups, n, d)
         state = prepared(layer, x)
-        measured.append(measure_neurons(layer.target.name, x, layer.measure, state))
+        found = measure_neurons(layer.target.name, x, layer.measure, state)
+        measured.append(found.unless_broken())
     return measured
 
 
@@ -147,6 +160,9 @@ def aggregates(
 ) -> dict[str, float]:
     """Numbers of the whole model, by name.
 
+    With a NaN or infinite weight anywhere all that could be watched for an optimum is NaN, so that
+    EarlyStopping stops and ModelCheckpoint keeps what was better.
+
     Args:
         measured: The layers.
         penalty: Coefficient times penalty, summed over the layers.
@@ -170,6 +186,9 @@ def aggregates(
     }
     if ratios:
         values["ratio_mean"] = sum(ratios) / len(ratios)
+    if any(layer.nonfinite for layer in measured):
+        for name in ("penalty", "ratio_mean", "ratio_max", "angle_min"):
+            values[name] = math.nan
     if limited is not None:
         values["limited"] = float(limited)
     return values

@@ -41,9 +41,10 @@ class WeightUniformity(UniformityMetric):
         mean over layers of  energy(neurons) / energy(random neurons of the same n and d)
 
     Layers where the quantity is not defined, such as the ratio with fewer than two live neurons,
-    are left out; the result is NaN if all are. If one is infinite, such as the energy of duplicates
-    with a large s, the result is infinite. Ranks that hold the same weights get the same result as
-    one process; if the weights are sharded over ranks, all must call ``update``.
+    are left out; the result is NaN if all are, or if a layer has NaN or infinite weights. If one is
+    infinite, such as the energy of duplicates with a large s, the result is infinite. Ranks that
+    hold the same weights get the same result as one process; if the weights are sharded over ranks,
+    all must call ``update``.
 
     Args:
         measure: How to measure; None is the half-space Riesz energy with s = 2. The head is
@@ -129,11 +130,13 @@ class WeightUniformity(UniformityMetric):
         found = self._measured(model)
         names = []
         numbers = []
+        broken = []
         for layer in found:
             names.append(layer.name)
             numbers.append(getattr(layer, self.quantity))
+            broken.append(layer.nonfinite > 0)
         values = torch.tensor(numbers, dtype=torch.float32, device=self.device)
-        defined = ~values.isnan()
+        defined = ~values.isnan() | torch.tensor(broken, dtype=torch.bool, device=self.device)
         means = torch.where(defined, values, 0.0)
         counts = defined.to(values.dtype)
         self._pool(
@@ -232,7 +235,7 @@ def _measure_stored(
     x = with_float64(to_compute_dtype(stored.neurons()))
     with exact_arithmetic(x):
         state = measure.prepare(x)
-    return measure_neurons(stored.name, x, measure, state)
+    return measure_neurons(stored.name, x, measure, state).unless_broken()
 
 
 def _agreed(parts: list[Tensor]) -> Tensor:
