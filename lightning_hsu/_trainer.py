@@ -19,8 +19,9 @@ from torch.amp.grad_scaler import OptState
 from torch.optim import Optimizer
 
 from lightning_hsu._monitor.measure import LayerUniformity
-from lightning_hsu._monitor.text import counted, shape_of
+from lightning_hsu._monitor.text import counted, listed, shape_of
 from lightning_hsu._neurons.placement import known_strategies, placement_for_strategy
+from lightning_hsu.regularizer import UniformityRegularizer
 
 
 def _bases() -> tuple[type, ...]:
@@ -136,6 +137,109 @@ def check_settings(prefix: object, split_above: object) -> None:
         )
     if split_above is not None and (not isinstance(split_above, int) or split_above < 0):
         raise ValueError(f"split_above must be a number of neurons, or None; got {split_above!r}")
+
+
+def check_prefix_for_trainer(callback: pl.Callback) -> None:
+    """Refuse another callback of the same prefix before Lightning does.
+
+    A Trainer that is made asks each callback for its ``state_key`` and refuses two alike, in words
+    that do not say what to change. No hook comes before that, but the property can see who asks:
+    Lightning's check, which has the list of callbacks. For every other caller nothing happens.
+
+    Raises:
+        ValueError: if the list has another callback with this one's prefix.
+    """
+    asking = sys._getframe(2)  # whoever reads the property
+    if asking.f_code.co_name == "_validate_callbacks_list":
+        _refuse_equal_prefixes([callback, *asking.f_locals.get("callbacks", [])])
+
+
+def check_prefixes(callback: pl.Callback, trainer: pl.Trainer) -> None:
+    """Refuse callbacks of one prefix that came later, by ``configure_callbacks`` or ``append``.
+
+    If all of them only monitor there is a warning, from the first.
+
+    Raises:
+        ValueError: if two have the same prefix.
+    """
+    callbacks = _callbacks_of(trainer)
+    try:
+        _refuse_equal_prefixes(callbacks)
+    except ValueError as error:
+        for one in _ours(callbacks):
+            regularizer = _regularizer(one)
+            if isinstance(regularizer, UniformityRegularizer) and not regularizer.only_monitors:
+                raise
+        if callback is _ours(callbacks)[0]:
+            rank_zero_warn(str(error))
+
+
+def _refuse_equal_prefixes(callbacks: Sequence[pl.Callback]) -> None:
+    """Refuse two of our callbacks that have the same prefix."""
+    seen: dict[str, pl.Callback] = {}
+    for one in _ours(callbacks):
+        prefix = str(getattr(one, "prefix", ""))
+        if seen.setdefault(prefix, one) is not one:
+            raise ValueError(
+                f"two HypersphericalUniformity callbacks have the prefix '{prefix}', so that one's "
+                "metrics and state would replace the other's: give each its own, such as "
+                f"prefix='{prefix}_2'"
+            )
+
+
+def _callbacks_of(trainer: pl.Trainer) -> list[pl.Callback]:
+    """The callbacks of a Trainer, in its order."""
+    callbacks: list[pl.Callback] = vars(trainer)["callbacks"]  # Lightning does not declare them
+    return callbacks
+
+
+def _ours(callbacks: Sequence[pl.Callback]) -> list[pl.Callback]:
+    """Those of the callbacks that have a regularizer."""
+    return [one for one in callbacks if isinstance(_regularizer(one), UniformityRegularizer)]
+
+
+def _regularizer(callback: pl.Callback) -> object:
+    return callback.__dict__.get("regularizer")
+
+
+def warn_added_up(callback: pl.Callback, trainer: pl.Trainer) -> None:
+    """Warn of layers that an earlier callback penalises, too: the penalties add up."""
+    mine = _penalised(callback)
+    for other in _ours(_callbacks_of(trainer)):
+        if other is callback:
+            continue
+        common = []
+        for name, parameters in _penalised(other).items():
+            if not parameters.isdisjoint(mine.get(name, ())):
+                common.append(name)
+        if common:
+            prefixes = f"'{getattr(other, 'prefix', '')}' and '{getattr(callback, 'prefix', '')}'"
+            rank_zero_warn(
+                f"the callbacks with the prefixes {prefixes} both penalise layer "
+                f"{listed(map(repr, common))}: their penalties add up. If that is not meant, leave the layer "
+                "out of one of them with exclude=, or give it a coefficient of 0 there."
+            )
+
+
+def _penalised(callback: pl.Callback) -> dict[str, set[int]]:
+    """The layers with a coefficient that a callback has found so far, with their parameters' ids."""
+    found = {}
+    regularizer = _regularizer(callback)
+    if isinstance(regularizer, UniformityRegularizer):
+        for layer in regularizer.layers:
+            if layer.strength != 0:
+                found[layer.name] = {id(p) for p in layer.parameters}
+    return found
+
+
+def warn_idle(stage: str) -> None:
+    """Warn that the callback has nothing to do without a fit."""
+    name = getattr(stage, "value", stage)
+    rank_zero_warn(
+        f"HypersphericalUniformity acts and measures only in trainer.fit; in trainer.{name} it does "
+        "nothing. To measure a model as it is, use lightning_hsu.report.report(model) or the metric "
+        "lightning_hsu.metrics.WeightUniformity; lightning_hsu.summarize(model) lists its layers."
+    )
 
 
 def check_training(trainer: pl.Trainer, pl_module: pl.LightningModule, apply: str) -> None:

@@ -111,7 +111,8 @@ class HypersphericalUniformity(_trainer.EveryCallback):
         apply: How the penalty enters. "gradient": its gradient is added before each optimizer step,
             before Lightning's clipping, but after your own in manual optimisation. "loss": it is
             added to the loss before each backward, divided by ``accumulate_grad_batches``;
-            automatic optimisation only. "decoupled": after each step the neurons move along the
+            automatic optimisation only, and without the warning of a penalty that is far too strong.
+            "decoupled": after each step the neurons move along the
             sphere by learning rate times coefficient times gradient and keep their norms; neither
             the optimizer nor clipping sees this.
         include: Patterns of layer names to take, shell style; None takes all but embeddings, which
@@ -206,6 +207,7 @@ class HypersphericalUniformity(_trainer.EveryCallback):
         self.verbose = verbose
         self._figures = FigureRecorder(prefix, figures_every_n_steps)
         self._fit = _Fit()
+        self._is_used = False  # in a fit, or told that nothing happens without one
 
     @property
     def summary(self) -> Summary | None:
@@ -215,6 +217,7 @@ class HypersphericalUniformity(_trainer.EveryCallback):
     @property
     def state_key(self) -> str:
         """Tells several instances apart; a changed setting still finds its state."""
+        _trainer.check_prefix_for_trainer(self)
         return self._generate_state_key(prefix=self.prefix)
 
     def state_dict(self) -> dict[str, Any]:
@@ -230,7 +233,12 @@ class HypersphericalUniformity(_trainer.EveryCallback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Restart the counts with a new trainer; a checkpoint's counts are loaded after this."""
         if stage != "fit":
+            if not self._is_used:
+                _trainer.warn_idle(stage)
+            self._is_used = True
             return
+        self._is_used = True
+        _trainer.check_prefixes(self, trainer)
         self._release()  # from a fit that never called its end hooks: another callback failed
         if trainer.global_step == 0:
             self.regularizer.reset()
@@ -419,6 +427,7 @@ class HypersphericalUniformity(_trainer.EveryCallback):
         self.regularizer.attach(pl_module, placement=placement, watch=False)
         self._fit.is_off = not self.regularizer.layers  # of which there was a warning
         self._fit.warnings.idle(self.regularizer.idle())
+        _trainer.warn_added_up(self, trainer)
 
     def _follow(self, optimizers: Sequence[Optimizer] = (), *, scan: bool = False) -> None:
         """Look whether the model has changed, and tell what has become of its layers."""
@@ -490,15 +499,21 @@ class HypersphericalUniformity(_trainer.EveryCallback):
                 self._keep(trainer, self._measure(), {})
 
     def _measure(self, *, changed: bool = False) -> list[LayerUniformity]:
-        """Measure the layers as they are now; frozen ones only once.
+        """Measure the layers as they are now, and warn of NaN weights.
 
         Args:
             changed: Whether frozen layers are measured again whose weights have changed.
         """
-        fit = self._fit
         self._follow()
         if changed:
             self._forget_changed()
+        measured = self._measured()
+        self._fit.warnings.nonfinite(measured)
+        return measured
+
+    def _measured(self) -> list[LayerUniformity]:
+        """Measure the layers as they are now; frozen ones only once."""
+        fit = self._fit
         frozen = {layer.name for layer in self.regularizer.layers}
         frozen -= {layer.name for layer in self.regularizer.trained_layers}
         if not frozen:
@@ -584,7 +599,6 @@ class HypersphericalUniformity(_trainer.EveryCallback):
             values = aggregates(together, self.regularizer.current_penalty(measured), limited)
             pl_module.log_dict(self._prefixed(values), on_step=True, on_epoch=False, batch_size=1)
         if _trainer.is_logging_step(trainer):
-            self._fit.warnings.nonfinite(measured)
             step = _trainer.logged_step(trainer)
             varying = self.regularizer.varying_coefficients()
             values = self._prefixed(by_layer(self._new(measured), varying, shares))

@@ -553,7 +553,7 @@ def test_two_instances_have_their_own_keys_and_state():
     second = uniformity(coefficient=0.2, include="net.5", prefix="dense")
     assert first.state_key != second.state_key
     assert uniformity(coefficient=0.9, include=["net.*"]).state_key == first.state_key
-    with pytest.raises(RuntimeError, match="state_key"):
+    with pytest.raises(ValueError, match="prefix='hsu_2'"):
         trainer(first, uniformity(include="net.5"))
     fit = trainer(first, second, max_epochs=1)
     fit.fit(Automatic(), loader(batches()))

@@ -103,7 +103,7 @@ class _Run:
         self.steps += 1
 
 
-class Watch:
+class Looks:
     """Watches the steps of one optimizer and warns once.
 
     Attributes:
@@ -184,7 +184,7 @@ class StrengthWatch:
     def __init__(self, placement: Placement) -> None:
         self.quiet: WeakSet[Optimizer] = WeakSet()
         self._placement = placement
-        self._watches: WeakKeyDictionary[Optimizer, Watch] = WeakKeyDictionary()
+        self._watches: WeakKeyDictionary[Optimizer, Looks] = WeakKeyDictionary()
 
     def see(
         self,
@@ -206,7 +206,7 @@ class StrengthWatch:
             coefficients: Coefficients that change over time, by layer.
             compares: Whether shares count.
         """
-        watch = self._watches.setdefault(optimizer, Watch())
+        watch = self._watches.setdefault(optimizer, Looks())
         if not stats or not watch.is_due(step):
             return None
         seen = _read(stats, layers, coefficients)
