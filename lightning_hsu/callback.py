@@ -195,6 +195,7 @@ class HypersphericalUniformity(_trainer.EveryCallback):
             matmul_precision=matmul_precision,
             sample_above=sample_above,
         )
+        self.regularizer.checks_order = False  # the Trainer calls, and `unreached` tells
         _trainer.check_settings(prefix, split_above)
         if apply == "loss" and self.regularizer.has_share:
             raise ValueError(

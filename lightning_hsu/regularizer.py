@@ -17,7 +17,9 @@ from lightning_hsu._checks import check_choice, check_count, check_number
 from lightning_hsu._core import bf16_products
 from lightning_hsu._engine.apply import LayerUpdate
 from lightning_hsu._engine.attached import Attached, FirstOutputs
+from lightning_hsu._engine.eager import eager, outside_inference_mode
 from lightning_hsu._engine.layer import Layer
+from lightning_hsu._engine.misuse import ADD, MOVE
 from lightning_hsu._engine.plan import (
     GradientStats,
     StepContext,
@@ -156,6 +158,7 @@ class UniformityRegularizer:
         self._watch: RemovableHandle | None = None
         self._may_watch = False
         self._saw_outputs = False
+        self.checks_order = True  # of the calls in a loop; Lightning keeps its own
 
     @property
     def layers(self) -> list[Layer]:
@@ -254,6 +257,7 @@ class UniformityRegularizer:
             if self.head_coefficient is not None and names and not may_be_found:
                 check_head([layer.target for layer in attached.layers])
         self._attached = attached
+        self.state.now.order.begin(attached.layers)
         if strict and placement.rank == 0 and self.nothing_trains():
             warnings.warn(NOTHING_TRAINS, stacklevel=2)
         self._may_watch = watch
@@ -338,6 +342,8 @@ class UniformityRegularizer:
     def see_outputs(self, outputs: object) -> None:
         """Take heads from the model's outputs at its first training forward."""
         self._stop_watching()
+        if self.has_stepped:  # the first forward passes were compiled
+            return
         self._take_heads(outputs)
         self._saw_outputs = True
 
@@ -393,6 +399,7 @@ class UniformityRegularizer:
         self.detach()
         self.state = TrainingState()
 
+    @eager
     def penalty(self, step: int = 0) -> Tensor:
         """Coefficient times penalty, summed over the layers: a differentiable scalar for your loss.
 
@@ -409,6 +416,7 @@ class UniformityRegularizer:
         self.state.now.loss_step = None
         return self._penalty(step, {}, 1.0)
 
+    @eager
     def add_to_loss(
         self,
         loss: Tensor,
@@ -464,6 +472,7 @@ class UniformityRegularizer:
         with whole:
             self.state.note_reached(self.layers, learning_rates(optimizer))
 
+    @eager
     @torch.no_grad()
     def add_gradients(
         self,
@@ -491,10 +500,16 @@ class UniformityRegularizer:
             Stats by layer name; empty without ``stats``, or on a step that ``every_n_steps`` skips.
         """
         self._check_attached()
-        return self._step(
+        if self.checks_order:
+            self.state.now.order.check(ADD, optimizer, self.layers)
+        found = self._step(
             self._add, optimizer, index, grad_scale=grad_scale, stats=stats, same_step=same_step
         )
+        if self.checks_order:
+            self.state.now.order.added(optimizer)
+        return found
 
+    @eager
     @torch.no_grad()
     def move(
         self, optimizer: Optimizer, *, index: int | None = None, stats: bool = False
@@ -518,8 +533,11 @@ class UniformityRegularizer:
         if found_inf is not None and bool(found_inf):
             return {}  # a fused optimizer under a GradScaler skipped this step in its kernel
         self._check_attached()
+        if self.checks_order:
+            self.state.now.order.check(MOVE, optimizer, self.layers)
         return self._step(self._move, optimizer, index, stats=stats, compares=False)
 
+    @eager
     def measure_layers(self, *, but: Collection[str] = ()) -> list[LayerUniformity]:
         """Measure every layer as it is now; where ranks share the weights, all must call it.
 
@@ -696,7 +714,7 @@ class UniformityRegularizer:
         else:
             rates = learning_rates(optimizer)
             context = StepContext(step, rates, grad_scale, same_step, self.step_limit, stats)
-            with self._whole_with_grads(), self._products():
+            with outside_inference_mode(), self._whole_with_grads(), self._products():
                 self._follow([optimizer])
                 found = act(context)
         counter.count(optimizer, index, same_step=same_step)

@@ -44,7 +44,7 @@ class _Energy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
         """Scale the stored gradient; under ``create_graph`` it is a function of w."""
-        w, grad = ctx.saved_tensors
+        w, grad = saved_tensors(ctx)
         if torch.is_grad_enabled():
             grad = _Gradient.apply(w, grad, ctx.term)  # type: ignore[no-untyped-call]
         return grad * grad_outputs[0][..., None, None].to(grad.dtype), None, None
@@ -73,7 +73,7 @@ class _Gradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
-        (w,) = ctx.saved_tensors
+        (w,) = saved_tensors(ctx)
         (vector,) = grad_outputs
         product = _HessianVector.apply(w, vector, ctx.term)  # type: ignore[no-untyped-call]
         return product, None, None
@@ -110,6 +110,23 @@ class _HessianVector(torch.autograd.Function):
         w = batch_first(w, in_dims[0], info.batch_size)
         vector = batch_first(vector, in_dims[1], info.batch_size)
         return _HessianVector.apply(w, vector, term), 0  # type: ignore[no-untyped-call]
+
+
+def saved_tensors(ctx: Any) -> tuple[Tensor, ...]:
+    """What a forward pass saved for its backward pass.
+
+    Raises:
+        RuntimeError: if a backward pass has used it up, or a weight has changed since.
+    """
+    try:
+        found: tuple[Tensor, ...] = ctx.saved_tensors
+    except RuntimeError as error:
+        raise RuntimeError(
+            "a penalty is a value at the weights of one step, and backward() was called on this one "
+            "already, or its weights have changed since: call penalty() anew in each step, before that "
+            "step's backward()"
+        ) from error
+    return found
 
 
 def batch_first(x: Tensor, dim: int | None, size: int) -> Tensor:

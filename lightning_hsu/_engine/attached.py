@@ -230,7 +230,9 @@ class FirstOutputs:
         self._owner = None if owner is None else weakref.ref(owner)
 
     def __call__(self, module: nn.Module, inputs: object, outputs: object) -> None:
-        """Show the outputs once, if they have a graph."""
+        """Show the outputs once, if they have a graph; a compiled forward has none by layer."""
+        if torch.compiler.is_compiling():
+            return
         owner = None if self._owner is None else self._owner()
         if owner is None or not module.training or not torch.is_grad_enabled():
             return

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from lightning_hsu._core import exact_arithmetic
 from lightning_hsu._engine.change import Change
 from lightning_hsu._engine.layer import Layer, to_compute_dtype
+from lightning_hsu._engine.misuse import CallOrder, PenaltyChecks
 from lightning_hsu.coefficients import Share, strength_at
 from lightning_hsu.measures import State
 
@@ -161,6 +162,8 @@ class SinceAttach:
         change: What has changed in the model since somebody last asked; None if nothing has.
         ended: Names of the layers that came last before some loss since the model was changed;
             None if it was not.
+        order: Whether the calls of a loop are in order.
+        penalties: Whether penalties in losses can act.
     """
 
     coefficients: dict[str, Tensor | float] = field(default_factory=dict)
@@ -168,6 +171,8 @@ class SinceAttach:
     loss_step: int | None = None
     change: Change | None = None
     ended: set[str] | None = None
+    order: CallOrder = field(default_factory=CallOrder)
+    penalties: PenaltyChecks = field(default_factory=PenaltyChecks)
 
 
 class TrainingState:

@@ -10,10 +10,12 @@ from torch import Tensor
 from lightning_hsu._core import exact_arithmetic
 from lightning_hsu._engine.apply import LayerUpdate, penalty_gradients
 from lightning_hsu._engine.layer import Layer, to_compute_dtype
+from lightning_hsu._engine.misuse import in_transform
 from lightning_hsu._engine.plan import GradientStats, StepContext
 from lightning_hsu._engine.state import TrainingState
 from lightning_hsu._neurons.placement import Gathered, Placement
 from lightning_hsu.coefficients import Share
+from lightning_hsu.measures import State
 
 Act = Callable[[LayerUpdate, Tensor], None]
 """What to do with a layer's weighted gradient: :meth:`LayerUpdate.add` or ``move``."""
@@ -56,7 +58,9 @@ def loss_terms(layers: Sequence[Layer], state: TrainingState, context: StepConte
     if not layers:
         return torch.zeros(())
     terms = [_loss_term(layer, state, context) for layer in layers]
-    return torch.stack([term.to(terms[0]) for term in terms]).sum()
+    total = torch.stack([term.to(terms[0]) for term in terms]).sum()
+    acting = [layer for layer in layers if state.now.coefficients[layer.name] != 0]
+    return state.now.penalties.checked(total, acting) if acting else total
 
 
 def _updates(
@@ -116,8 +120,24 @@ def _loss_term(layer: Layer, state: TrainingState, context: StepContext) -> Tens
             return grad * update.shortening(grad / context.factor, context.step_limit)
 
         x.register_hook(shorten)  # type: ignore[no-untyped-call]
-    measure_state = state.measure_state(layer, x, same_step=context.same_step)
+    measure_state = _loss_state(layer, x, state, context)
     return coefficient * layer.measure.penalty(x, measure_state).mean()
+
+
+def _loss_state(
+    layer: Layer, x: Tensor, state: TrainingState, context: StepContext
+) -> State | None:
+    """The state of a layer's measure; what a transform of torch.func makes is not kept."""
+    if not layer.measure.has_state or not in_transform():
+        return state.measure_state(layer, x, same_step=context.same_step)
+    try:
+        return state.measure_states.peek(layer, x)
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"layer '{layer.name}': {layer.measure!r} looks at the weights to prepare its state, which "
+            "torch.func.vmap does not allow; use a measure without a state, such as RieszEnergy(), or "
+            "add up the models' penalties in a loop"
+        ) from error
 
 
 def _refuse_sparse(layer: Layer, state: TrainingState, context: StepContext) -> None:

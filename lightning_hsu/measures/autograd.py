@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_hsu._core import exact_arithmetic
-from lightning_hsu._core.autograd import batch_first
+from lightning_hsu._core.autograd import batch_first, saved_tensors
 from lightning_hsu.measures.state import State
 
 
@@ -57,7 +57,7 @@ class _ValueAndGrad(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, grad, *parts = ctx.saved_tensors
+        x, grad, *parts = saved_tensors(ctx)
         by_value, by_grad = grad_outputs
         total = None
         if by_value is not None:

@@ -1,0 +1,372 @@
+"""Calls in one's own loop that cannot do what they are for, each told once by a warning.
+
+What is known about a loop is read from autograd: which parameters have a gradient, and how often a
+tensor was changed in place (its version). Nothing here waits for a device, except where a warning
+is about to be given.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_hsu._core.autograd import saved_tensors
+from lightning_hsu._engine.layer import Layer
+
+ADD = "add_gradients"
+MOVE = "move"
+
+_ORDER = {
+    ADD: (
+        "optimizer.zero_grad(), the forward pass, loss.backward(), "
+        "regularizer.add_gradients(optimizer), optimizer.step()"
+    ),
+    MOVE: (
+        "optimizer.zero_grad(), the forward pass, loss.backward(), optimizer.step(), "
+        "regularizer.move(optimizer)"
+    ),
+}
+_STEPS_OF_OTHERS = 10  # a critic may step several times before the model that is attached
+_MOST_GRAPHS = 20
+_MOST_NAMES = 3
+_NO_GRAPH = (
+    "penalty() has no graph, so a loss that it is added to gets no gradient from it: gradients are "
+    "switched off (torch.no_grad, torch.inference_mode), or the weights were made in inference mode. "
+    "For a log call model.eval() first, or use measure_layers()"
+)
+_LATE = (
+    "the weights have changed since penalty() was computed, so backward() adds the gradient at former "
+    "weights: call penalty() anew in each step"
+)
+_CONSTANT = (
+    "penalty() is a constant here: it reads the model's own parameters, not those that torch.func "
+    "differentiates or maps. Call it in the forward of a module that torch.func.functional_call runs"
+)
+
+
+class CallOrder:
+    """Whether the calls of a loop are in an order in which the penalty can act.
+
+    Only the first steps of each optimizer are looked at, and of ``add_gradients`` whether it is
+    called again without a step.
+    """
+
+    def __init__(self) -> None:
+        self._versions: dict[int, tuple[weakref.ref[nn.Parameter], int]] = {}
+        self._seen: list[_SeenOptimizer] = []
+        self._steps_of_others = 0
+        self._told: set[str] = set()
+
+    def begin(self, layers: Sequence[Layer]) -> None:
+        """Note the versions of the parameters of layers that were just attached."""
+        for layer in layers:
+            for p in layer.parameters:
+                version = _version(p)
+                if version is not None and not layer.sharded:
+                    self._versions[id(p)] = (weakref.ref(p), version)
+
+    def check(self, call: str, optimizer: Optimizer, layers: Sequence[Layer]) -> None:
+        """Warn if this call, which is about to act, comes at the wrong place.
+
+        Args:
+            call: ``ADD`` or ``MOVE``.
+            optimizer: The optimizer that it is called with.
+            layers: The layers of the attached model.
+        """
+        seen = self._find(optimizer)
+        if seen is not None:
+            if call == ADD and "again" not in self._told and seen.adds_again():
+                self._told.add("again")
+                _warn(_added_again(seen.layer))
+            return
+        trained = [layer for layer in layers if layer.strength != 0 and layer.trainable]
+        if not trained or "order" in self._told:
+            return
+        held = _held(optimizer)
+        mine = [layer for layer in trained if not held.isdisjoint(map(id, layer.parameters))]
+        reached = [layer for layer in mine if layer.rates(dict.fromkeys(held, 1.0))]
+        if reached:
+            self._seen.append(_SeenOptimizer(optimizer, reached[0]))
+            if call == MOVE and self._has_not_stepped(optimizer, reached):
+                self._told.add("order")
+                _warn(_moved_before_step(reached))
+        elif mine:
+            self._told.add("order")
+            _warn(_no_gradient(call, mine))
+        elif not self._seen:
+            self._steps_of_others += 1
+            is_idle = all(
+                p.grad is None for group in optimizer.param_groups for p in group["params"]
+            )
+            if is_idle or self._steps_of_others >= _STEPS_OF_OTHERS:
+                self._told.add("order")
+                _warn(_holds_none(call, optimizer, trained, is_idle=is_idle))
+
+    def added(self, optimizer: Optimizer) -> None:
+        """Note that gradients have just been added."""
+        seen = self._find(optimizer)
+        if seen is not None and "again" not in self._told:
+            seen.note_added()
+
+    def _find(self, optimizer: Optimizer) -> _SeenOptimizer | None:
+        for one in self._seen:
+            if one.optimizer() is optimizer:
+                return one
+        return None
+
+    def _has_not_stepped(self, optimizer: Optimizer, layers: Sequence[Layer]) -> bool:
+        """Whether no layer's parameter has changed since attach, although it could have."""
+        if not _counts_versions(optimizer) or len(optimizer.state) > 0:
+            return False
+        held = _held(optimizer)
+        grads = []
+        for layer in layers:
+            for p in layer.parameters:
+                if p.grad is None or id(p) not in held:
+                    continue
+                known = self._versions.get(id(p))
+                if known is None or known[0]() is not p or known[1] != _version(p):
+                    return False
+                grads.append(p.grad)
+        # A GradScaler skips the step of a gradient that is not finite.
+        is_finite = all(bool(torch.isfinite(grad).all()) for grad in grads)
+        return is_finite and any(bool(grad.any()) for grad in grads)
+
+    def __reduce__(self) -> tuple[type[CallOrder], tuple[()]]:
+        """Copies and pickles begin anew: they have other optimizers."""
+        return CallOrder, ()
+
+
+class _SeenOptimizer:
+    """An optimizer that has had a gradient for a layer, and how its last addition left things.
+
+    Args:
+        optimizer: The optimizer; it is not kept alive.
+        layer: A layer for which it had a gradient.
+    """
+
+    def __init__(self, optimizer: Optimizer, layer: Layer) -> None:
+        self.optimizer = weakref.ref(optimizer)
+        self.layer = layer
+        self._parameter: nn.Parameter | None = None
+        if _counts_versions(optimizer) and not layer.sharded:
+            held = _held(optimizer)
+            self._parameter = next(p for p in layer.parameters if id(p) in held)
+        self._grad: weakref.ref[Tensor] | None = None
+        self._versions: tuple[int | None, int | None] = (None, None)
+
+    def note_added(self) -> None:
+        """Note the versions of a parameter and of its gradient."""
+        p = self._parameter
+        if p is None or p.grad is None:
+            self._grad = None
+            return
+        self._grad = weakref.ref(p.grad)
+        self._versions = _version(p), _version(p.grad)
+
+    def adds_again(self) -> bool:
+        """Whether nothing has happened since the last addition but one more backward pass.
+
+        Then the parameter is the same, and its gradient has changed in place once. A step that a
+        GradScaler skipped leaves a new gradient, or one that was also set to zero.
+        """
+        p = self._parameter
+        if p is None or self._grad is None or p.grad is None or self._grad() is not p.grad:
+            return False
+        version, grad_version = self._versions
+        if version is None or grad_version is None:
+            return False
+        once_more = _version(p) == version and _version(p.grad) == grad_version + 1
+        return once_more and bool(p.grad.any())  # else it was only set to zero
+
+
+class PenaltyChecks:
+    """Whether a penalty that is computed for a loss can act, and whether the last ones are gone."""
+
+    def __init__(self) -> None:
+        self._alive: list[tuple[weakref.ref[_Token], int]] = []
+        self._told: set[str] = set()
+
+    def checked(self, penalty: Tensor, layers: Sequence[Layer]) -> Tensor:
+        """Return the penalty, whose backward pass says if it comes too late.
+
+        Warn of a penalty without a graph, and of many graphs of former steps.
+
+        Args:
+            penalty: The penalty, summed over the layers.
+            layers: The layers that have a coefficient at this step, one or more.
+        """
+        if in_transform():
+            if not any(_is_in_transform(layer) for layer in layers):
+                self._tell("transform", _CONSTANT)
+            return penalty
+        if not penalty.requires_grad:
+            if any(layer.target.module.training for layer in layers):
+                self._tell("graph", _NO_GRAPH)
+            return penalty
+        versions: dict[nn.Parameter, int | None] = {}
+        for layer in layers:
+            if not layer.sharded:
+                versions |= {p: _version(p) for p in layer.parameters}
+        token = _Token()
+        found: Tensor = _Once.apply(penalty, self, token, versions)  # type: ignore[no-untyped-call]
+        self._note_graph(token, next(iter(versions.values()), None))
+        return found
+
+    def warn_of_late(self, versions: Mapping[nn.Parameter, int | None]) -> None:
+        """Warn if a backward pass reaches a penalty at weights that have changed since.
+
+        Most measures refuse this themselves: they need the weights in their backward pass.
+        """
+        if any(_version(p) != version for p, version in versions.items()):
+            self._tell("late", _LATE)
+
+    def _note_graph(self, token: _Token, version: int | None) -> None:
+        """Note a graph that lives as long as its token, and the version of one of its weights."""
+        if "alive" in self._told or version is None:
+            return
+        alive = [one for one in self._alive if one[0]() is not None]
+        self._alive = [*alive, (weakref.ref(token), version)]
+        former = sum(before != version for _, before in alive)
+        if former >= _MOST_GRAPHS:
+            self._alive = []
+            self._tell(
+                "alive",
+                f"the graphs of {former} penalties of former steps are still in memory. To keep a "
+                "penalty for a log or a running total, take penalty.detach() or penalty.item()",
+            )
+
+    def _tell(self, what: str, message: str) -> None:
+        if what not in self._told:
+            self._told.add(what)
+            _warn(message)
+
+    def __reduce__(self) -> tuple[type[PenaltyChecks], tuple[()]]:
+        """Copies and pickles begin anew."""
+        return PenaltyChecks, ()
+
+
+def in_transform() -> bool:
+    """Whether a transform of torch.func, such as ``grad`` or ``vmap``, is under way."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def _is_in_transform(layer: Layer) -> bool:
+    """Whether a parameter is what a transform differentiates or maps, put there for a call."""
+    parameters = layer.target.module.parameters()
+    return any(torch._C._functorch.is_functorch_wrapped_tensor(p) for p in parameters)
+
+
+class _Once(torch.autograd.Function):
+    """The penalty itself. Its backward pass comes before those of all that it was computed by."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        penalty: Tensor,
+        checks: PenaltyChecks,
+        token: _Token,
+        versions: dict[nn.Parameter, int | None],
+    ) -> Tensor:
+        ctx.save_for_backward(penalty.new_empty(0))
+        ctx.checks, ctx.token, ctx.versions = checks, token, versions
+        return penalty.view_as(penalty)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None]:
+        saved_tensors(ctx)
+        ctx.checks.warn_of_late(ctx.versions)
+        return grad_outputs[0], None, None, None
+
+
+class _Token:
+    """An object that shows by its life whether a graph is still there."""
+
+    __slots__ = ("__weakref__",)
+
+
+def _warn(message: str) -> None:
+    """Warn at the line of the loop that called the regularizer."""
+    level = 2  # of the function that calls this one
+    frame = sys._getframe(1)
+    while frame.f_back is not None and _is_inside(frame.f_globals.get("__name__", "")):
+        frame = frame.f_back
+        level += 1
+    warnings.warn(message, stacklevel=level)
+
+
+def _is_inside(module: str) -> bool:
+    """Whether a module is one of this package, or of torch, which wraps its methods."""
+    return module.partition(".")[0] in ("lightning_hsu", "torch")
+
+
+def _no_gradient(call: str, layers: Sequence[Layer]) -> str:
+    return (
+        f"{call} found no gradient in {_named(layers)}, so there the penalty does nothing. Call in "
+        f"each step: {_ORDER[call]}"
+    )
+
+
+def _holds_none(call: str, optimizer: Optimizer, layers: Sequence[Layer], *, is_idle: bool) -> str:
+    told = (
+        f"{call}: {type(optimizer).__name__} holds no parameter of {_named(layers)}, so the penalty "
+        "does nothing. Attach the model whose parameters() the optimizer was built with"
+    )
+    if is_idle:
+        told += f"; and its parameters have no gradients: call in each step {_ORDER[call]}"
+    return told
+
+
+def _moved_before_step(layers: Sequence[Layer]) -> str:
+    return (
+        f"move: {_named(layers)} has gradients, but no step has changed its weights since attach, so "
+        f"move is called before optimizer.step(). Call in each step: {_ORDER[MOVE]}"
+    )
+
+
+def _added_again(layer: Layer) -> str:
+    return (
+        f"add_gradients is called again before optimizer.step(): the gradient of {_named([layer])} "
+        "now includes the penalty more than once. With accumulated batches call it once a step, "
+        "after the last loss.backward()"
+    )
+
+
+def _named(layers: Sequence[Layer]) -> str:
+    """The first few layers, with their shapes."""
+    named = [f"'{layer.name}' {layer.target.shape}" for layer in layers[:_MOST_NAMES]]
+    if len(layers) > _MOST_NAMES:
+        named.append(f"{len(layers) - _MOST_NAMES} more")
+    return f"layer {', '.join(named)}"
+
+
+def _held(optimizer: Optimizer) -> set[int]:
+    """Ids of the optimizer's parameters."""
+    return {id(p) for group in optimizer.param_groups for p in group["params"]}
+
+
+def _version(x: Tensor) -> int | None:
+    """How often a tensor was changed in place; None for one from inference mode."""
+    if x.is_inference():
+        return None
+    return int(x._version)
+
+
+def _counts_versions(optimizer: Optimizer) -> bool:
+    """Whether each step of an optimizer shows in the versions of its parameters.
+
+    Torch's own do, but for the fused ones. Others may write to ``p.data``.
+    """
+    if any(group.get("fused") for group in optimizer.param_groups):
+        return False
+    for kind in type(optimizer).__mro__:
+        if "step" in vars(kind) and not kind.__module__.startswith("lightning."):
+            return kind.__module__.startswith("torch.optim")
+    return False
