@@ -157,6 +157,7 @@ class UniformityRegularizer:
         self._attached: Attached | None = None
         self._watch: RemovableHandle | None = None
         self._may_watch = False
+        self._watched_since = 0
         self._saw_outputs = False
         self.checks_order = True  # of the calls in a loop; Lightning keeps its own
 
@@ -320,6 +321,7 @@ class UniformityRegularizer:
         if self._may_watch and self.head == "auto" and self._watch is None:
             model = self._check_attached().model
             self._watch = model.register_forward_hook(FirstOutputs(self))
+            self._watched_since = sum(self.state.counter.done)  # a step may be under way
 
     def find_head(self, outputs: object) -> bool:
         """With ``head="auto"``, take the layers that act last before a loss for the head.
@@ -342,8 +344,8 @@ class UniformityRegularizer:
     def see_outputs(self, outputs: object) -> None:
         """Take heads from the model's outputs at its first training forward."""
         self._stop_watching()
-        if self.has_stepped:  # the first forward passes were compiled
-            return
+        if sum(self.state.counter.done) > self._watched_since + 1:
+            return  # the first forward passes were compiled
         self._take_heads(outputs)
         self._saw_outputs = True
 
@@ -714,7 +716,10 @@ class UniformityRegularizer:
         else:
             rates = learning_rates(optimizer)
             context = StepContext(step, rates, grad_scale, same_step, self.step_limit, stats)
-            with outside_inference_mode(), self._whole_with_grads(), self._products():
+            recorded: AbstractContextManager[None] = nullcontext()
+            if torch.is_inference_mode_enabled():
+                recorded = outside_inference_mode()
+            with recorded, self._whole_with_grads(), self._products():
                 self._follow([optimizer])
                 found = act(context)
         counter.count(optimizer, index, same_step=same_step)

@@ -424,8 +424,8 @@ of_dynamo = pytest.mark.filterwarnings(
 def test_a_compiled_loss_sees_new_weights_and_new_parameters(backend):
     loop, twin = Loop(), Loop()
 
-    def loss(x):
-        return loop.net(x).square().mean() + loop.regularizer.penalty()
+    def loss(outputs):  # not of inputs: torch 2.4 compiles a model with the parameters that it has
+        return outputs.square().mean() + loop.regularizer.penalty()
 
     compiled = torch.compile(loss, backend=backend)
     for step in range(4):
@@ -434,7 +434,7 @@ def test_a_compiled_loss_sees_new_weights_and_new_parameters(backend):
                 net[2].weight = nn.Parameter(net[2].weight.detach().flip(0))
         for net in (loop.net, twin.net):
             net.zero_grad()
-        compiled(X).backward()
+        compiled(loop.net(X)).backward()
         (twin.net(X).square().mean() + twin.regularizer.penalty()).backward()
         for p, q in zip(loop.net.parameters(), twin.net.parameters(), strict=True):
             torch.testing.assert_close(p.grad, q.grad, rtol=1e-5, atol=1e-7)
@@ -466,7 +466,7 @@ def test_a_full_graph_refuses_a_penalty_and_takes_the_model():
     loop = Loop()
     compiled = torch.compile(loop.net, backend="eager", fullgraph=True)
     compiled(X).square().mean().backward()
-    loop.told("as")
+    loop.told("asas")
     heads = [layer.name for layer in loop.regularizer.layers if layer.target.head]
     loop.net(X).square().mean().backward()  # a first plain pass, after a step
     assert [layer.name for layer in loop.regularizer.layers if layer.target.head] == heads

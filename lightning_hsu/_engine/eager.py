@@ -34,8 +34,5 @@ def eager(function: Callable[P, R]) -> Callable[P, R]:
 @contextmanager
 def outside_inference_mode() -> Iterator[None]:
     """Leave inference mode, in which measures cannot be differentiated, but record nothing."""
-    if torch.is_inference_mode_enabled():
-        with torch.inference_mode(False), torch.no_grad():
-            yield
-    else:
+    with torch.inference_mode(False), torch.no_grad():
         yield

@@ -84,7 +84,7 @@ class CallOrder:
         if seen is not None:
             if call == ADD and "again" not in self._told and seen.adds_again():
                 self._told.add("again")
-                _warn(_added_again(seen.layer))
+                _warn(_added_again(seen.named))
             return
         trained = [layer for layer in layers if layer.strength != 0 and layer.trainable]
         if not trained or "order" in self._told:
@@ -154,17 +154,17 @@ class _SeenOptimizer:
 
     def __init__(self, optimizer: Optimizer, layer: Layer) -> None:
         self.optimizer = weakref.ref(optimizer)
-        self.layer = layer
-        self._parameter: nn.Parameter | None = None
+        self.named = _named([layer])
+        self._parameter: weakref.ref[nn.Parameter] | None = None
         if _counts_versions(optimizer) and not layer.sharded:
             held = _held(optimizer)
-            self._parameter = next(p for p in layer.parameters if id(p) in held)
+            self._parameter = weakref.ref(next(p for p in layer.parameters if id(p) in held))
         self._grad: weakref.ref[Tensor] | None = None
         self._versions: tuple[int | None, int | None] = (None, None)
 
     def note_added(self) -> None:
         """Note the versions of a parameter and of its gradient."""
-        p = self._parameter
+        p = None if self._parameter is None else self._parameter()
         if p is None or p.grad is None:
             self._grad = None
             return
@@ -177,7 +177,7 @@ class _SeenOptimizer:
         Then the parameter is the same, and its gradient has changed in place once. A step that a
         GradScaler skipped leaves a new gradient, or one that was also set to zero.
         """
-        p = self._parameter
+        p = None if self._parameter is None else self._parameter()
         if p is None or self._grad is None or p.grad is None or self._grad() is not p.grad:
             return False
         version, grad_version = self._versions
@@ -331,9 +331,9 @@ def _moved_before_step(layers: Sequence[Layer]) -> str:
     )
 
 
-def _added_again(layer: Layer) -> str:
+def _added_again(named: str) -> str:
     return (
-        f"add_gradients is called again before optimizer.step(): the gradient of {_named([layer])} "
+        f"add_gradients is called again before optimizer.step(): the gradient of {named} "
         "now includes the penalty more than once. With accumulated batches call it once a step, "
         "after the last loss.backward()"
     )
