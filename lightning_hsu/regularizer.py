@@ -487,7 +487,8 @@ class UniformityRegularizer:
     ) -> dict[str, GradientStats]:
         """Add the penalty's gradient to ``.grad`` of the optimizer's parameters, once a step.
 
-        Parameters that are frozen or have no gradient are left alone.
+        Parameters that are frozen or have no gradient are left alone. With accumulated batches call
+        it after the last backward.
 
         Args:
             optimizer: The optimizer about to step; its learning rates set the step limit.

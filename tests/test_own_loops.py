@@ -461,16 +461,39 @@ def test_a_compiled_step_is_the_same_step(act):
     assert loop.regularizer.state_dict() == twin.regularizer.state_dict()
 
 
+class Backwards(nn.Module):
+    """The layer that acts last is registered first."""
+
+    def __init__(self):
+        super().__init__()
+        self.last = nn.Linear(8, 4)
+        self.first = nn.Linear(6, 8)
+
+    def forward(self, x):
+        return self.last(self.first(x).tanh())
+
+
 @pytest.mark.usefixtures("fresh_compiler")
-def test_a_full_graph_refuses_a_penalty_and_takes_the_model():
-    loop = Loop()
-    compiled = torch.compile(loop.net, backend="eager", fullgraph=True)
-    compiled(X).square().mean().backward()
-    loop.told("asas")
-    heads = [layer.name for layer in loop.regularizer.layers if layer.target.head]
-    loop.net(X).square().mean().backward()  # a first plain pass, after a step
-    assert [layer.name for layer in loop.regularizer.layers if layer.target.head] == heads
-    loss = torch.compile(lambda x: x.sum() + loop.regularizer.penalty(), fullgraph=True)
-    with pytest.raises(Exception, match=r"(?s)UniformityRegularizer\.penalty") as found:
+@pytest.mark.parametrize("steps", [0, 2])
+def test_a_full_graph_takes_the_model_and_later_passes_change_no_head(steps):
+    net = Backwards()
+    regularizer = UniformityRegularizer().attach(net)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    compiled = torch.compile(net, backend="eager", fullgraph=True)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        compiled(X).square().mean().backward()
+        regularizer.add_gradients(optimizer)
+        optimizer.step()
+    net(X).square().mean().backward()  # the first pass that is not compiled
+    heads = [layer.name for layer in regularizer.layers if layer.target.head]
+    assert heads == (["first"] if steps else ["last"])
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_a_full_graph_refuses_a_penalty():
+    regularizer = UniformityRegularizer().attach(network())
+    loss = torch.compile(lambda x: x.sum() + regularizer.penalty(), fullgraph=True)
+    with pytest.raises(Exception, match=r"UniformityRegularizer\.penalty") as found:
         loss(X)
     assert type(found.value).__name__ == "Unsupported"
