@@ -28,6 +28,7 @@ from lightning_hsu._engine.plan import (
 )
 from lightning_hsu._engine.state import TrainingState
 from lightning_hsu._engine.step import act_on_buckets, loss_terms
+from lightning_hsu._engine.strength import LOOKED_AT
 from lightning_hsu._monitor.measure import LayerUniformity, measure_layers
 from lightning_hsu._monitor.summary import Summary
 from lightning_hsu._monitor.tables import summary_of
@@ -702,15 +703,15 @@ class UniformityRegularizer:
     ) -> dict[str, GradientStats]:
         """Act if ``every_n_steps`` does not skip this step, and count it if it was not refused.
 
-        The first step is looked at even without ``stats``, and so is what follows it if the penalty
+        Few steps are looked at even without ``stats``, and so is what follows them if the penalty
         may be too strong; ``compares`` says whether beside the task's gradient, too.
         """
         strength = self._check_attached().strength
         asked = stats
-        if optimizer not in strength.quiet and not same_step:
-            stats = True
         counter = self.state.counter
         step = counter.before(optimizer, index, same_step=same_step)
+        if not same_step and (optimizer not in strength.quiet or step in LOOKED_AT):
+            stats = True
         found: dict[str, GradientStats] = {}
         if step % self.every_n_steps:
             self.note_reached(optimizer)

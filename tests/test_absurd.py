@@ -137,6 +137,15 @@ def test_a_row_of_looks_ends_after_ten_and_one_layer_is_enough():
     assert "'0'" not in texts[0]
 
 
+def test_a_schedule_that_grows_absurd_is_seen_in_ones_own_loop():
+    net = network()
+    schedule = {"coefficient": lambda step: 1e5 if step > 30 else 1e-3}
+    regularizer = UniformityRegularizer(**schedule, head=None).attach(net)
+    looked, texts = steps_of(net, regularizer, 115, rate=1e-7)
+    assert looked == [0, *range(100, 110)]
+    assert len(texts) == 1
+
+
 def test_a_schedule_that_grows_absurd_is_seen_when_stats_are_asked_for():
     net = network()
     regularizer = UniformityRegularizer(

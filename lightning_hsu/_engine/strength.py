@@ -1,8 +1,8 @@
 """Whether the penalty is absurdly strong: what shows on the few steps that are looked at.
 
 A look reads numbers of a step and so waits for the device. The first step of each optimizer is
-looked at, and after that steps whose stats are asked for anyway, at most every twentieth. Where one
-of them is suspicious, up to ten steps in a row are looked at: one step proves little. With
+looked at, the hundredth, the thousandth and so on, and steps whose stats are asked for anyway, at
+most every twentieth. Where one of them is suspicious, up to ten steps in a row are looked at: one step proves little. With
 ``apply="loss"`` nothing is seen: the two gradients come as one.
 """
 
@@ -24,6 +24,7 @@ from lightning_hsu._neurons.placement import Placement
 STRONG_IN_A_ROW = 10
 STRONG_AT_THE_START = 3  # steps, if most of the layers show it from the first step on
 LIMITED_IN_A_ROW = 5  # with SGD of momentum 0.9 a training is over after ten
+LOOKED_AT = frozenset({100, 1_000, 10_000, 100_000, 1_000_000})  # a schedule may have grown
 _EVERY = 20  # steps between looks at stats that were asked for
 _VANISHED = 0.1  # of the largest task gradient seen: below it the task has converged
 _GROWN = 5.0  # the task's gradient over that of the run's first step: it is on its way up from 0
