@@ -365,3 +365,26 @@ def test_weights_that_no_pattern_takes_any_more_are_warned_of():
 
     with pytest.warns(UserWarning, match="nor penalised: 'net.inner.5': not in include"):
         fit(wrapped, include=["net.5", "net.7"])
+
+
+def test_lazy_layers_are_followed_once_they_have_a_shape():
+    net = nn.Sequential(nn.Linear(6, 8), nn.LazyLinear(5))
+    regularizer = UniformityRegularizer().attach(net)
+    assert [layer.name for layer in regularizer.layers] == ["0"]
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    net(torch.randn(4, 6)).square().mean().backward()
+    before = net[1].weight.grad.clone()
+    regularizer.add_gradients(optimizer)
+    assert [layer.name for layer in regularizer.layers] == ["0", "1"]
+    assert not torch.equal(net[1].weight.grad, before)
+
+
+def new_lazy_layer(trainer, module):
+    module.net.append(nn.LazyLinear(4))
+    into_the_optimizer(trainer, module.net[8])
+
+
+def test_a_new_lazy_layer_is_followed(caplog):
+    fit(new_lazy_layer)
+    told = [text for text in caplog.messages if "the model has changed" in text]
+    assert ["now measured: net.8 (4 x 3)" in text for text in told] == [True]

@@ -59,9 +59,12 @@ class Watch:
         self._places: list[tuple[Holder, str, nn.Parameter]] = []
         for module in inside.values():
             for name, p in module._parameters.items():
-                if p is None or (p.ndim < 2 and id(p) not in wanted):
+                if p is None or nn.parameter.is_lazy(p):
+                    continue
+                if p.ndim < 2 and id(p) not in wanted:
                     continue
                 self._places.append((module._parameters, name, p))
+        self._lazy = [p for p in model.parameters() if nn.parameter.is_lazy(p)]
         self._known = {id(p): weakref.ref(p) for p in model.parameters()}
         self._groups: list[tuple[weakref.ref[Optimizer], list[list[nn.Parameter]]]] = []
         if before is not None:
@@ -80,6 +83,9 @@ class Watch:
         """
         if len(REGISTERED) != self._rules:
             return False
+        for p in self._lazy:
+            if not nn.parameter.is_lazy(p):  # it has a shape now
+                return False
         for children, name, child in self._ways:
             if children.get(name) is not child:
                 return False
