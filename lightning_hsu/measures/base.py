@@ -161,6 +161,13 @@ class Measure(ABC):
         groups = x.shape[:-2].numel()
         return all(part.shape[:1] == (groups,) for part in state.values())
 
+    def goes_on(self, x: Tensor, state: State) -> bool:
+        """Tell whether :meth:`prepare` goes on from a state at x (..., n, d), or begins afresh.
+
+        The state may come from a file and hold any tensors.
+        """
+        return self.fits(x, state)
+
     def is_exact(self, state: State | None) -> bool:
         """Tell whether values under this state are exact, not the best that a search found."""
         flags = [part for name, part in (state or {}).items() if name.endswith("exact")]

@@ -8,6 +8,8 @@ from torch import Tensor
 State = dict[str, Tensor]
 """Tensors by name; the first dimension of each counts the groups."""
 
+_MOST = 2**53  # calls: more than any training has, and every seed made from it is one
+
 
 def next_draw(x: Tensor, state: State | None) -> State:
     """Count the draws of a random measure of neurons x (..., n, d), one number for each group."""
@@ -18,7 +20,14 @@ def next_draw(x: Tensor, state: State | None) -> State:
 
 def counts_draws(x: Tensor, state: State) -> bool:
     """Tell whether a state counts draws for the groups of neurons x (..., n, d)."""
-    return set(state) == {"draw"} and state["draw"].shape == (x.shape[:-2].numel(),)
+    return set(state) == {"draw"} and counts_calls(x, state["draw"])
+
+
+def counts_calls(x: Tensor, part: Tensor) -> bool:
+    """Tell whether a part of a state counts calls for the groups of neurons x (..., n, d)."""
+    if part.dtype != torch.int64 or part.shape != (x.shape[:-2].numel(),):
+        return False
+    return bool(((part >= 0) & (part < _MOST)).all())
 
 
 def draw_of(state: State | None) -> int:

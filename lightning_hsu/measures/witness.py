@@ -12,7 +12,7 @@ from lightning_hsu._checks import check_count, check_flag, check_neurons
 from lightning_hsu._core import exact_arithmetic
 from lightning_hsu._core.witness import first_witnesses, random_witnesses
 from lightning_hsu.measures.sphere import SphereMeasure
-from lightning_hsu.measures.state import State
+from lightning_hsu.measures.state import State, counts_calls
 
 AFRESH = 20  # times as many steps without a state
 
@@ -71,7 +71,7 @@ class WitnessMeasure(SphereMeasure):
         with torch.no_grad():
             unit, inverse_norm = self._unit(x)
             known = None
-            if state is not None and self._goes_on(state, unit):
+            if state is not None and self.goes_on(unit, state):
                 known = state
             found = self._solutions(unit, inverse_norm, known)
         step = torch.zeros(len(unit), dtype=torch.int64)
@@ -103,6 +103,19 @@ class WitnessMeasure(SphereMeasure):
             self.weights_name
         ].shape == (groups, witnesses, points)
 
+    def goes_on(self, x: Tensor, state: State) -> bool:
+        """Tell whether the search can start from a state, even one for another number of neurons."""
+        points, step = state.get("points"), state.get("step")
+        if points is None or step is None or not counts_calls(x, step):
+            return False
+        if points.ndim != 3 or not points.is_floating_point():
+            return False
+        if points.shape[::2] != (len(step), x.shape[-1]) or points.shape[1] < self.witnesses:
+            return False
+        length = points.double().norm(dim=2)
+        is_unit = (length - 1.0).abs() < 1e-3
+        return bool((is_unit | (length == 0)).all())  # rows of 0 only fill up
+
     def idle(self, n: int, d: int) -> str | None:
         """In half space, fewer neurons than dimensions always leave some direction orthogonal."""
         if self.half_space and n < d:
@@ -113,15 +126,6 @@ class WitnessMeasure(SphereMeasure):
         """A fresh search, and the linear systems that exact solutions need."""
         search = 4.0 * AFRESH * self.steps * self.witnesses * n * d
         return search + 20.0 * n * n * max(min(n, 3 * d), d)
-
-    def _goes_on(self, state: State, x: Tensor) -> bool:
-        """Whether the search can start from a state, even one for another number of neurons."""
-        points, step = state.get("points"), state.get("step")
-        if points is None or step is None or points.ndim != 3 or step.shape != x.shape[:1]:
-            return False
-        if points.shape[::2] != x.shape[::2] or points.shape[1] < self.witnesses:
-            return False
-        return bool(points.isfinite().all())
 
     def _solutions(self, x: Tensor, inverse_norm: Tensor, known: State | None) -> list[Solution]:
         """The solution for each group of unit rows x (b, n, d), without rows of inverse norm 0."""

@@ -15,6 +15,7 @@ from lightning_hsu.measures.state import State
 MOMENTUM = 0.9
 # For every trained tensor the loss contains half of this times the sum of squares.
 WEIGHT_DECAY = 5e-4
+_LARGEST = 1e15  # of the numbers in a state, whose squares stay far below the limit of float32
 
 
 class OfficialMeasure(Measure):
@@ -81,10 +82,16 @@ def pair_cosines(unit: Tensor, *, half_space: bool) -> Tensor:
 
 
 def has_shapes(state: State | None, **shapes: tuple[int, ...]) -> bool:
-    """Whether a state has tensors of these shapes, unlike that of another model."""
+    """Whether a state has tensors of these shapes with sensible numbers."""
     if state is None:
         return False
-    return all(name in state and state[name].shape == shapes[name] for name in shapes)
+    for name, shape in shapes.items():
+        part = state.get(name)
+        if part is None or part.shape != shape or not part.is_floating_point():
+            return False
+        if not bool((part.abs() < _LARGEST).all()):
+            return False  # NaN, too
+    return True
 
 
 def kept(x: Tensor, **tensors: Tensor) -> State:

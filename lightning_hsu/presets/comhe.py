@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_hsu._checks import check_count, check_number
 from lightning_hsu._core import seeded_noise
 from lightning_hsu.measures import Measure
-from lightning_hsu.measures.state import State, draw_of, next_draw
+from lightning_hsu.measures.state import State, counts_draws, draw_of, next_draw
 from lightning_hsu.presets.base import (
     WEIGHT_DECAY,
     OfficialMeasure,
@@ -94,6 +94,10 @@ class OfficialRandomCoMHE(_CoMHE):
         """Number the draw."""
         return next_draw(x, state)
 
+    def goes_on(self, x: Tensor, state: State) -> bool:
+        """Tell whether the state counts draws."""
+        return counts_draws(x, state)
+
     def projections(self, w: Tensor, state: State) -> Tensor:
         """The same ones for all groups."""
         return seeded_noise(
@@ -126,15 +130,20 @@ class TrainedCoMHE(_CoMHE):
         w = wide(x.detach())
         if self.as_it_is(w):
             return None
-        shape = (w.shape[0], self.dim, w.shape[2])
-        if state is not None and has_shapes(state, projection=shape):
+        if state is not None and self.goes_on(w, state):
             projection = state["projection"].to(w)
         else:
+            shape = (w.shape[0], self.dim, w.shape[2])
             projection = seeded_noise(*shape[1:], like=w).expand(shape)
         for _ in range(self.inner_steps):
             slope = self._slope(w, projection) + 1e-3 * WEIGHT_DECAY * projection
             projection = projection - self.inner_lr * slope
         return kept(x, projection=projection)
+
+    def goes_on(self, x: Tensor, state: State) -> bool:
+        """Tell whether the state has finite projections of the right shape."""
+        shape = (x.shape[:-2].numel(), self.dim, x.shape[-1])
+        return has_shapes(state, projection=shape)
 
     def projections(self, w: Tensor, state: State) -> Tensor:
         """One step further than the state; the neurons' gradient goes through this step."""

@@ -53,7 +53,7 @@ class PoledMeasure(OfficialMeasure):
         """Train the poles (b, d), which raise what the neurons lower; keep their velocities."""
         unit = normalised(normalised(wide(x.detach())))
         shape = (unit.shape[0], unit.shape[2])
-        if state is not None and has_shapes(state, pole=shape, velocity=shape):
+        if state is not None and self.goes_on(x, state):
             pole = state["pole"].to(unit)
             velocity = state["velocity"].to(unit)
         else:
@@ -70,6 +70,11 @@ class PoledMeasure(OfficialMeasure):
             velocity = MOMENTUM * velocity + torch.func.grad(loss)(pole)
             pole = pole - self.inner_lr * velocity
         return kept(x, pole=pole, velocity=velocity)
+
+    def goes_on(self, x: Tensor, state: State) -> bool:
+        """Tell whether the state has finite poles and velocities of the right shape."""
+        shape = (x.shape[:-2].numel(), x.shape[-1])
+        return has_shapes(state, pole=shape, velocity=shape)
 
     def formula(self, w: Tensor, state: State) -> Tensor:
         """The penalty at the present pole, which is held fixed."""

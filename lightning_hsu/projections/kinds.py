@@ -47,6 +47,10 @@ class Projection(ABC):
     def fits(self, x: Tensor, state: State) -> bool:
         """Tell whether a state is one of this projection for the shape of x (b, n, d)."""
 
+    def goes_on(self, x: Tensor, state: State) -> bool:
+        """Tell whether :meth:`prepare` can go on from a state, which may hold any tensors."""
+        return self.fits(x, state)
+
     @abstractmethod
     def project(self, x: Tensor, state: State) -> Tensor:
         """Project unit rows x (b, n, d) to (b, count, n, dim), differentiably."""

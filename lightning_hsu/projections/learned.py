@@ -58,6 +58,19 @@ class _Learned(Projection):
             return False
         return bool(state["matrix"].isfinite().all())
 
+    def goes_on(self, x: Tensor, state: State) -> bool:
+        """Tell whether the state has matrices of the fixed scale, and step lengths."""
+        if not self.fits(x, state):
+            return False
+        matrix, length = state["matrix"], state["length"]
+        if not matrix.is_floating_point() or not length.is_floating_point():
+            return False
+        if not bool(((length > 0) & (length <= 1)).all()):
+            return False
+        with torch.no_grad():
+            matrix = matrix.double()
+            return torch.allclose(self.retract(matrix), matrix, rtol=0.0, atol=1e-3)
+
     def project(self, x: Tensor, state: State) -> Tensor:
         """Project with the learned matrix."""
         return (x @ state["matrix"].to(x).mT)[:, None]

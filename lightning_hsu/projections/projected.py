@@ -78,7 +78,7 @@ class Projected(MeasureWrapper, SphereMeasure):
             if self._as_it_is(unit):
                 return _inner(self.measure.prepare(unit, _of_inner(state)), len(unit))
             known: State | None = _of_projection(state)
-            if not known or not self.projection.fits(unit, known):
+            if not known or not self.projection.goes_on(unit, known):
                 known = None
             own = self.projection.prepare(unit, self.measure, known)
             projected = self.projection.project(unit, own)
@@ -90,14 +90,20 @@ class Projected(MeasureWrapper, SphereMeasure):
         inner = _of_inner(state)
         if self._as_it_is(x):
             return self.measure.fits(x, inner or {})
-        n, d = x.shape[-2:]
-        groups = x.shape[:-2].numel()
-        neurons = torch.empty(groups, n, d, device="meta")
+        neurons, projected = self._shapes(x)
         if not self.projection.fits(neurons, _of_projection(state)):
             return False
-        copies = groups * self.projection.copies(d)
-        projected = torch.empty(copies, n, self.projection.dim, device="meta")
         return inner is None or self.measure.fits(projected, inner)
+
+    def goes_on(self, x: Tensor, state: State) -> bool:
+        """Tell whether the projection can go on from the state, and the measure from its part."""
+        inner = _of_inner(state)
+        if self._as_it_is(x):
+            return self.measure.goes_on(x, inner or {})
+        neurons, projected = self._shapes(x)
+        if not self.projection.goes_on(neurons, _of_projection(state)):
+            return False
+        return inner is None or self.measure.goes_on(projected, inner)
 
     def on_sphere(self, x: Tensor, state: State | None) -> Tensor:
         """Mean penalty (b,) of the projections of unit rows x (b, n, d)."""
@@ -145,6 +151,14 @@ class Projected(MeasureWrapper, SphereMeasure):
         each = 6.0 * n * d * dim + self.measure.grad_flops(n, dim)
         return self.projection.prepare_flops(n, d) + self.projection.copies(d) * each
 
+    def _shapes(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Neurons (..., n, d) as groups, and projected, as tensors that are shapes only."""
+        n, d = x.shape[-2:]
+        groups = x.shape[:-2].numel()
+        neurons = torch.empty(groups, n, d, device="meta")
+        copies = groups * self.projection.copies(d)
+        return neurons, torch.empty(copies, n, self.projection.dim, device="meta")
+
     def _as_it_is(self, x: Tensor) -> bool:
         """Whether neurons have so few dimensions that they are not projected."""
         return x.shape[-1] <= self.projection.dim
@@ -160,7 +174,9 @@ def _of_inner(state: State | None) -> State | None:
     found: State = {}
     for name, part in (state or {}).items():
         if name.startswith(_INNER):
-            found[name.removeprefix(_INNER)] = part.flatten(0, 1)
+            if part.ndim > 1:
+                part = part.flatten(0, 1)
+            found[name.removeprefix(_INNER)] = part
     return found or None
 
 
