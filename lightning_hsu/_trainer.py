@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import OptState
 from torch.optim import Optimizer
 
+from lightning_hsu._engine.stored import Dropped
 from lightning_hsu._monitor.measure import LayerUniformity
 from lightning_hsu._monitor.text import counted, listed, shape_of
 from lightning_hsu._neurons.placement import known_strategies, placement_for_strategy
@@ -283,6 +284,50 @@ def usable_split(trainer: pl.Trainer, split_above: int | None) -> int | None:
 def warn_off(error: Exception) -> None:
     """Warn that a callback which only monitors has given up."""
     rank_zero_warn(f"HypersphericalUniformity monitors nothing in this fit: {error}")
+
+
+def warn_dropped(dropped: Dropped) -> None:
+    """Warn of what was left out of a checkpoint's state."""
+    if dropped:
+        rank_zero_warn(str(dropped))
+
+
+def strangers(trainer: pl.Trainer, checkpoint: Mapping[str, Any]) -> list[str]:
+    """Keys of states of such callbacks in a checkpoint that no callback of the trainer has."""
+    stored = checkpoint.get("callbacks")
+    if not isinstance(stored, Mapping):
+        return []
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    ours = {callback.state_key for callback in callbacks}
+    return [key for key in stored if "{'prefix': " in str(key) and key not in ours]
+
+
+def warn_without_state(
+    trainer: pl.Trainer, key: str, others: Sequence[str], counts: Sequence[str]
+) -> None:
+    """Warn of a training that is resumed from a checkpoint without this callback's state.
+
+    Args:
+        trainer: The trainer.
+        key: The state's key.
+        others: Keys of other states in the checkpoint that belong to no callback.
+        counts: What depends on the state, in words; there is no warning if nothing does.
+    """
+    if not counts or not trainer.ckpt_path or trainer.global_step == 0:
+        return
+    text = (
+        f"the checkpoint has no state under {key!r}, so this callback begins anew at global step "
+        f"{trainer.global_step}: {'; '.join(counts)}. "
+    )
+    if others:
+        named = ", ".join(map(repr, others))
+        text += f"There is a state under {named}: with the prefix written there it would go on."
+    else:
+        text += (
+            "If the callback was added just now, that is right; shift a schedule by the steps done "
+            "if it should be further on."
+        )
+    rank_zero_warn(text)
 
 
 def is_logging_step(trainer: pl.Trainer) -> bool:

@@ -16,6 +16,8 @@ from torch.optim import Optimizer
 from lightning_hsu import _trainer
 from lightning_hsu._checks import check_choice
 from lightning_hsu._engine.plan import GradientStats
+from lightning_hsu._engine.state import TrainingState
+from lightning_hsu._engine.stored import what_counts
 from lightning_hsu._figures.recorder import FigureRecorder
 from lightning_hsu._monitor.measure import LayerUniformity, aggregates, by_layer
 from lightning_hsu._monitor.summary import Summary
@@ -54,6 +56,8 @@ class _Fit:
         has_measured: Whether anything has been logged so far.
         has_run: Whether a batch has been done so far.
         seen_step: Global step when the last batch ended.
+        is_loaded: Whether a checkpoint gave this callback its state.
+        strangers: Keys of states in the checkpoint that no callback of the trainer has.
     """
 
     hooks: list[_trainer.AfterStep] = field(default_factory=list)
@@ -72,6 +76,8 @@ class _Fit:
     has_measured: bool = False
     has_run: bool = False
     seen_step: int = 0
+    is_loaded: bool = False
+    strangers: list[str] = field(default_factory=list)
 
 
 def _harmless(hook: Hook) -> Hook:
@@ -227,8 +233,17 @@ class HypersphericalUniformity(_trainer.EveryCallback):
         return self.regularizer.state_dict() if before is None else before
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what a checkpoint holds."""
-        self.regularizer.load_state_dict(state_dict)
+        """Restore what a checkpoint holds, as far as it can be used; warn of what is left out."""
+        self._fit.is_loaded = True
+        _trainer.warn_dropped(self.regularizer.restore(state_dict))
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Begin anew, and look whose states there are; this callback's is loaded after this."""
+        if trainer.state.fn == "fit":
+            self.regularizer.restore(TrainingState().state_dict())
+            self._fit.strangers = _trainer.strangers(trainer, checkpoint)
 
     @_harmless
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -246,7 +261,7 @@ class HypersphericalUniformity(_trainer.EveryCallback):
         else:
             before = self._fit.open_step.state_before()
             if before is not None:  # interrupted within a step, which is done again
-                self.regularizer.load_state_dict(before)
+                self.regularizer.restore(before)
         self._fit = _Fit()
         self._figures.begin()
 
@@ -493,6 +508,9 @@ class HypersphericalUniformity(_trainer.EveryCallback):
         if fit.is_told or not self.regularizer.layers:
             return
         fit.is_told = True
+        if not fit.is_loaded:
+            counts = what_counts(self.regularizer.layers, self.regularizer.every_n_steps)
+            _trainer.warn_without_state(trainer, self.state_key, fit.strangers, counts)
         with _trainer.trainable(fit.trained):  # toggled off at this moment, perhaps
             if self.verbose:
                 rank_zero_info(f"Hyperspherical uniformity:\n{self.summary}")

@@ -28,6 +28,7 @@ from lightning_hsu._engine.plan import (
 )
 from lightning_hsu._engine.state import TrainingState
 from lightning_hsu._engine.step import act_on_buckets, loss_terms
+from lightning_hsu._engine.stored import Dropped
 from lightning_hsu._engine.strength import LOOKED_AT
 from lightning_hsu._monitor.measure import LayerUniformity, measure_layers
 from lightning_hsu._monitor.summary import Summary
@@ -258,8 +259,12 @@ class UniformityRegularizer:
             may_be_found = self.head == "auto" and not heads  # at the first forward pass
             if self.head_coefficient is not None and names and not may_be_found:
                 check_head([layer.target for layer in attached.layers])
+            dropped = Dropped()
+            self.state.check(attached.layers, dropped)
         self._attached = attached
         self.state.now.order.begin(attached.layers)
+        if dropped and placement.rank == 0:
+            warnings.warn(str(dropped), stacklevel=2)
         if strict and placement.rank == 0 and self.nothing_trains():
             warnings.warn(NOTHING_TRAINS, stacklevel=2)
         self._may_watch = watch
@@ -624,11 +629,26 @@ class UniformityRegularizer:
         return self.state.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what :meth:`state_dict` returned."""
-        self.state.load_state_dict(state)
-        if self._attached is not None and self.state.heads:
-            self._stop_watching()
-            self._attached.choose(self.state.heads)
+        """Restore what :meth:`state_dict` returned, of this version or another.
+
+        What is missing, broken or does not fit the model begins anew, with a warning that says
+        what and what that means; the model may also be attached later. The state is copied.
+        """
+        dropped = self.restore(state)
+        if dropped:
+            warnings.warn(str(dropped), stacklevel=2)
+
+    def restore(self, state: object) -> Dropped:
+        """The same without the warning: return what was left out."""
+        dropped = self.state.load_state_dict(state)
+        if self._attached is None:
+            return dropped
+        with self.gathered():
+            if self.state.heads:
+                self._stop_watching()
+                self._attached.choose(self.state.heads)
+            self.state.check(self.layers, dropped)
+        return dropped
 
     def table(self) -> str:
         """The :attr:`summary` as a table."""

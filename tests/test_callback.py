@@ -524,7 +524,7 @@ def test_a_resumed_schedule_finds_its_optimizer_whichever_steps_first():
     fit.strategy.optimizers = [one, two]
     callback.regularizer.attach(module)
     callback.on_before_optimizer_step(fit, module, two)
-    assert callback.regularizer.state_dict() == {"steps": [5, 10]}
+    assert callback.regularizer.state_dict() == {"version": 1, "steps": [5, 10]}
 
 
 @pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint.*")
@@ -568,7 +568,7 @@ def test_one_instance_serves_two_fits_and_keeps_no_model():
     ):
         trainer(callback, max_epochs=1).fit(module, loader(batches()))
         assert callback.regularizer.layers == []
-    assert callback.state_dict() == {"steps": [7]}
+    assert callback.state_dict() == {"version": 1, "steps": [7]}
 
 
 def test_a_second_fit_of_the_same_trainer_goes_on_counting():
@@ -579,7 +579,8 @@ def test_a_second_fit_of_the_same_trainer_goes_on_counting():
     fit.fit(module, data)
     fit.fit_loop.max_epochs = 2
     fit.fit(module, data)
-    assert callback.state_dict() == {"steps": [fit.global_step]} == {"steps": [14]}
+    assert callback.state_dict() == {"version": 1, "steps": [14]}
+    assert fit.global_step == 14
 
 
 def test_a_new_trainer_counts_from_zero_after_a_fit_of_one_step():
@@ -590,7 +591,7 @@ def test_a_new_trainer_counts_from_zero_after_a_fit_of_one_step():
     seen.clear()
     trainer(callback, max_epochs=1).fit(Automatic(), data)
     assert sorted(set(seen)) == list(range(7))
-    assert callback.state_dict() == {"steps": [7]}
+    assert callback.state_dict() == {"version": 1, "steps": [7]}
 
 
 @pytest.mark.parametrize("kwargs", [{"coefficient": lambda step: 0.0}, {"every_n_steps": 5}])
@@ -613,7 +614,7 @@ def test_closures_evaluated_again_count_once(search):
     fit = trainer(callback, max_epochs=1)
     with pytest.warns(UserWarning, match="LBFGS with a line search") if search else nullcontext():
         fit.fit(module, loader(batches()))
-    assert callback.state_dict() == {"steps": [fit.global_step]}
+    assert callback.state_dict() == {"version": 1, "steps": [fit.global_step]}
     assert len(seen) > 2 * fit.global_step
     assert sorted(set(seen)) == list(range(fit.global_step))
 
@@ -643,7 +644,7 @@ def test_a_trainer_of_pytorch_lightning(apply):
     other.Trainer(accelerator="cpu", max_epochs=1, callbacks=[callback], **quiet).fit(
         Module(), loader(batches())
     )
-    assert callback.state_dict() == {"steps": [7]}
+    assert callback.state_dict() == {"version": 1, "steps": [7]}
 
 
 def test_copies_and_pickles_leave_the_model_behind():

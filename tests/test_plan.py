@@ -369,7 +369,7 @@ def test_a_copy_goes_on_where_the_original_stands(copied):
     twin = copied(regularizer)
     net = network()
     twin.attach(net).add_gradients(with_zero_gradients(net))
-    assert twin.state_dict() == {"steps": [6]}
+    assert twin.state_dict() == {"version": 1, "steps": [6]}
     assert set(twin.varying_coefficients().values()) == {6 / 11}
 
 
@@ -379,7 +379,7 @@ def test_every_optimizer_has_its_own_count():
     regularizer = scheduled(net)
     for _ in range(20):
         regularizer.add_gradients(with_zero_gradients(net))
-    assert regularizer.state_dict() == {"steps": [1] * 20}
+    assert regularizer.state_dict() == {"version": 1, "steps": [1] * 20}
 
 
 def no_weight(net):

@@ -177,7 +177,7 @@ def test_steps_are_counted_by_optimizer():
     for optimizer in (one, two, two, one, two):
         regularizer.add_gradients(optimizer)
     assert seen == [0, 0, 1, 1, 2]
-    assert regularizer.state_dict() == {"steps": [2, 3]}
+    assert regularizer.state_dict() == {"version": 1, "steps": [2, 3]}
 
 
 def test_measuring():

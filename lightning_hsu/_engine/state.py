@@ -15,6 +15,16 @@ from lightning_hsu._core import exact_arithmetic
 from lightning_hsu._engine.change import Change
 from lightning_hsu._engine.layer import Layer, to_compute_dtype
 from lightning_hsu._engine.misuse import CallOrder, PenaltyChecks
+from lightning_hsu._engine.stored import (
+    VERSION,
+    Dropped,
+    checked,
+    drop_unfit,
+    needing_means,
+    needing_state,
+    note_renamed,
+    on_device,
+)
 from lightning_hsu.coefficients import Share, strength_at
 from lightning_hsu.measures import State
 
@@ -78,6 +88,7 @@ class MeasureStates:
     def __init__(self) -> None:
         self.by_layer: dict[str, State] = {}
         self._model: weakref.ref[nn.Module] | None = None
+        self._is_loaded = False  # and no step was done since
 
     def attach(self, model: nn.Module) -> bool:
         """Drop another model's states; return whether the model is another.
@@ -93,6 +104,7 @@ class MeasureStates:
     def next(self, layer: Layer, x: Tensor) -> State | None:
         """Prepare the layer's measure for neurons x (groups, n, d), and keep the state."""
         state = self.peek(layer, x)
+        self._is_loaded = False
         if state is not None:
             self.by_layer[layer.name] = state
         return state
@@ -101,7 +113,7 @@ class MeasureStates:
         """Prepare the layer's measure for neurons x (groups, n, d) without keeping the state."""
         known = self.by_layer.get(layer.name)
         if known is not None:
-            known = {name: _on_device(part, x) for name, part in known.items()}
+            known = {name: on_device(part, x) for name, part in known.items()}
         with exact_arithmetic(x):  # a hook may run within autocast
             return layer.measure.prepare(x.detach(), known)
 
@@ -109,14 +121,21 @@ class MeasureStates:
         """The states by layer."""
         return {name: dict(state) for name, state in self.by_layer.items()}
 
-    def load_state_dict(self, states: Mapping[str, State]) -> None:
-        """Restore states by layer."""
-        self.by_layer = {name: dict(state) for name, state in states.items()}
+    def restore(self, states: dict[str, State]) -> None:
+        """Restore checked states by layer."""
+        self.by_layer = states
         self._model = None
+        self._is_loaded = bool(states)
+
+    def check(self, layers: Sequence[Layer], dropped: Dropped) -> None:
+        """Drop states that were just loaded and do not fit the layers of the model attached."""
+        if self._is_loaded:
+            note_renamed("states", self.by_layer, needing_state(layers), layers, dropped)
+            drop_unfit(self.by_layer, layers, dropped)
 
     def __getstate__(self) -> dict[str, object]:
         """Pickle and copy the states, never the model."""
-        return {"by_layer": self.by_layer, "_model": None}
+        return {"by_layer": self.by_layer, "_model": None, "_is_loaded": self._is_loaded}
 
 
 class ShareMeans:
@@ -124,9 +143,11 @@ class ShareMeans:
 
     def __init__(self) -> None:
         self.means: dict[str, Tensor] = {}
+        self._is_loaded = False  # and no step was done since
 
     def update(self, name: str, share: Share, task: Tensor, penalty: Tensor) -> None:
         """Update a layer's means with the norms of one step, if these are finite."""
+        self._is_loaded = False
         norms = torch.stack([task, penalty])
         known = self.means.get(name)
         known = torch.zeros_like(norms) if known is None else known.to(norms)
@@ -146,9 +167,15 @@ class ShareMeans:
         """The means by layer."""
         return dict(self.means)
 
-    def load_state_dict(self, means: Mapping[str, Tensor]) -> None:
-        """Restore means by layer."""
-        self.means = dict(means)
+    def restore(self, means: dict[str, Tensor]) -> None:
+        """Restore checked means by layer."""
+        self.means = means
+        self._is_loaded = bool(means)
+
+    def check(self, layers: Sequence[Layer], dropped: Dropped) -> None:
+        """Note layers whose means may have been stored under other names."""
+        if self._is_loaded:
+            note_renamed("shares", self.means, needing_means(layers), layers, dropped)
 
 
 @dataclass
@@ -296,8 +323,8 @@ class TrainingState:
         return self._monitor_states.next(layer, x)
 
     def state_dict(self) -> dict[str, Any]:
-        """Counts, and states and means by layer if there are any."""
-        state: dict[str, Any] = {"steps": list(self.counter.done)}
+        """Counts, and states and means by layer if there are any: plain types and tensors."""
+        state: dict[str, Any] = {"version": VERSION, "steps": list(self.counter.done)}
         if self.measure_states.by_layer:
             state["states"] = self.measure_states.state_dict()
         if self.share_means.means:
@@ -306,16 +333,21 @@ class TrainingState:
             state["heads"] = list(self.heads)
         return state
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what :meth:`state_dict` returned."""
-        self.counter.restore(state["steps"])
-        self.measure_states.load_state_dict(state.get("states", {}))
-        self.share_means.load_state_dict(state.get("shares", {}))
-        self.heads = [str(name) for name in state.get("heads", [])]
+    def load_state_dict(self, state: object) -> Dropped:
+        """Restore what :meth:`state_dict` returned, as far as it can be used; return the rest."""
+        stored = checked(state)
+        self.counter.restore(stored.steps)
+        self.measure_states.restore(stored.states)
+        self.share_means.restore(stored.shares)
+        self.heads = stored.heads
         self.heads_as_expected = False
         self.now.loss_step = None
+        return stored.dropped
 
+    def check(self, layers: Sequence[Layer], dropped: Dropped) -> None:
+        """Drop what was just loaded and does not fit the layers of the model attached.
 
-def _on_device(part: Tensor, x: Tensor) -> Tensor:
-    """A part of a state on the device of x; counts stay on the host."""
-    return part.to(x.device) if part.is_floating_point() else part
+        Where ranks share the weights, all must call it, while these are whole.
+        """
+        self.measure_states.check(layers, dropped)
+        self.share_means.check(layers, dropped)
