@@ -232,11 +232,13 @@ class HypersphericalUniformity(_trainer.EveryCallback):
         before = self._fit.open_step.state_before()
         return self.regularizer.state_dict() if before is None else before
 
+    @_harmless
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what a checkpoint holds, as far as it can be used; warn of what is left out."""
         self._fit.is_loaded = True
         _trainer.warn_dropped(self.regularizer.restore(state_dict))
 
+    @_harmless
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:

@@ -289,22 +289,26 @@ def _why_no_means(part: object) -> str | None:
 
 def _why_unfit(layer: Layer, state: State) -> str | None:
     """Why a layer's measure cannot go on from a state; None if it can."""
-    measure = layer.measure
-    x = to_compute_dtype(layer.target.neurons().detach())
-    state = {name: on_device(part, x) for name, part in state.items()}
-    with torch.no_grad(), exact_arithmetic(x):
-        try:
-            if not measure.goes_on(x, state):
-                return f"it is not one of {measure!r}"
-            following = measure.prepare(x, state)
-            # A search from a strange place may only break down at its next step.
-            if _is_finite_at(measure, x, following, measure.prepare(x, following)):
-                return None
-        except Exception as error:
-            return f"{type(error).__name__}: {str(error)[:200]}"
-        fresh = measure.prepare(x)
-        if not _is_finite_at(measure, x, fresh, measure.prepare(x, fresh)):
-            return None  # because of the weights: those of this layer are not finite
+    try:
+        x = to_compute_dtype(layer.target.neurons().detach())
+        state = {name: on_device(part, x) for name, part in state.items()}
+        with torch.no_grad(), exact_arithmetic(x):
+            return _why_unfit_at(layer.measure, x, state)
+    except Exception as error:  # of somebody's own measure, or of what computes the neurons
+        return f"{type(error).__name__}: {str(error)[:200]}"
+
+
+def _why_unfit_at(measure: Measure, x: Tensor, state: State) -> str | None:
+    """Why a measure cannot go on from a state at neurons x (groups, n, d); None if it can."""
+    if not measure.goes_on(x, state):
+        return f"it is not one of {measure!r}"
+    following = measure.prepare(x, state)
+    # A search from a strange place may only break down at its next step.
+    if _is_finite_at(measure, x, following, measure.prepare(x, following)):
+        return None
+    fresh = measure.prepare(x)
+    if not _is_finite_at(measure, x, fresh, measure.prepare(x, fresh)):
+        return None  # because of the weights: those of this layer are not finite
     return "it leads to a gradient that is not finite"
 
 
