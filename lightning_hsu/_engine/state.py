@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -267,8 +267,8 @@ class TrainingState:
             if layer.rates(learning_rates):
                 self.now.reached.add(layer.name)
 
-    def note_change(self, change: Change) -> None:
-        """Note a change of the model."""
+    def note_change(self, change: Change, layers: Iterable[str]) -> None:
+        """Note a change of the model, which has layers of these names now."""
         if self.now.change is not None:
             self.now.change.add(change)
         elif change:
@@ -276,8 +276,8 @@ class TrainingState:
         self.now.ended = set()
         for old, new in change.renamed.items():
             self._rename(old, new)
-        for name in (*change.fresh, *change.gone, *change.lost):
-            self.now.reached.discard(name)  # until an optimizer has the new parameters
+        self.now.reached.intersection_update(layers)
+        self.now.reached -= change.fresh  # until an optimizer has the new parameters
 
     def _rename(self, old: str, new: str) -> None:
         """Let a layer of another name go on where it stood."""
