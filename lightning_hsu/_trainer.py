@@ -6,22 +6,25 @@ import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from importlib import import_module
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning_utilities.core import rank_zero
 from torch import Tensor, nn
 from torch.amp.grad_scaler import OptState
 from torch.optim import Optimizer
 
+from lightning_hsu._engine.layer import Layer
 from lightning_hsu._engine.stored import Dropped
 from lightning_hsu._monitor.measure import LayerUniformity
 from lightning_hsu._monitor.text import counted, listed, shape_of
 from lightning_hsu._neurons.placement import known_strategies, placement_for_strategy
+from lightning_hsu._optimizers import AfterStep
 from lightning_hsu.regularizer import UniformityRegularizer
 
 
@@ -46,47 +49,6 @@ else:
     EveryCallback = type(
         "EveryCallback", _bases(), {"__doc__": "A callback for Trainers of either package."}
     )
-
-
-class AfterStep:
-    """Calls ``act(optimizer)`` once per completed step, even if ``step`` calls ``super().step()``.
-
-    Args:
-        optimizer: The optimizer to hook.
-        act: What to call.
-    """
-
-    def __init__(self, optimizer: Optimizer, act: Callable[[Optimizer], None]) -> None:
-        self._act = act
-        self._outermost: FrameType | None = None  # torch's frame around the step that was called
-        before = optimizer.register_step_pre_hook(self._before)
-        after = optimizer.register_step_post_hook(self._after)
-        self._handles = [before, after]
-
-    def remove(self) -> None:
-        """Take the hooks off the optimizer."""
-        for handle in self._handles:
-            handle.remove()
-
-    def _before(self, *_: Any) -> None:
-        step = sys._getframe(1)
-        # A parent's step runs within the step. A step that raised an error does not contain it.
-        if self._outermost is None or not _is_within(step, self._outermost):
-            self._outermost = step
-
-    def _after(self, optimizer: Optimizer, *_: Any) -> None:
-        if sys._getframe(1) is self._outermost:
-            self._outermost = None
-            self._act(optimizer)
-
-
-def _is_within(frame: FrameType | None, outer: FrameType) -> bool:
-    """Whether a frame was called, however indirectly, by another."""
-    while frame is not None:
-        if frame is outer:
-            return True
-        frame = frame.f_back
-    return False
 
 
 class OpenStep:
@@ -355,12 +317,81 @@ def trainable(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
             p.requires_grad_(False)
 
 
-def position(trainer: pl.Trainer, optimizer: Optimizer) -> int | None:
-    """Position of an optimizer among the trainer's, so that a resumed schedule finds its count."""
-    for i, other in enumerate(trainer.optimizers):
-        if other is optimizer:
-            return i
-    return None
+def is_fitting(trainer: pl.Trainer) -> bool:
+    """Whether a fit is under way; it is not after an error, even if no callback was told of that."""
+    return trainer.state.fn == "fit" and trainer.state.status == "running"
+
+
+def after_step(
+    trainer: pl.Trainer,
+    optimizer: Optimizer,
+    position: int | None,
+    act: Callable[[pl.Trainer, AfterStep], None],
+) -> AfterStep:
+    """A hook that calls ``act``, a method, after each step of an optimizer in this fit.
+
+    It keeps neither the trainer nor the method's owner alive.
+    """
+    trainer_ref = weakref.ref(trainer)
+    act_ref = weakref.WeakMethod(act)
+
+    def act_in_fit(hook: AfterStep) -> bool:
+        trainer, act = trainer_ref(), act_ref()
+        if trainer is None or act is None or not is_fitting(trainer):
+            return False
+        act(trainer, hook)
+        return True
+
+    return AfterStep(optimizer, position, act_in_fit)
+
+
+def hook_optimizers(
+    trainer: pl.Trainer,
+    hooks: Sequence[AfterStep],
+    act: Callable[[pl.Trainer, AfterStep], None],
+    stepping: Optimizer | None = None,
+) -> list[AfterStep]:
+    """Hook the optimizers that the trainer has now, and take the hooks off those that are gone.
+
+    Args:
+        trainer: The trainer.
+        hooks: The hooks so far.
+        act: The method to call after each step.
+        stepping: An optimizer that is about to step, and keeps its hook.
+    """
+    known = {id(hook.optimizer): hook for hook in hooks}
+    found = []
+    for i, optimizer in enumerate(trainer.optimizers):
+        if isinstance(optimizer, LightningOptimizer):
+            optimizer = optimizer.optimizer
+        hook = known.pop(id(optimizer), None)
+        if hook is None:
+            hook = after_step(trainer, optimizer, i, act)
+        hook.position = i
+        found.append(hook)
+    for hook in known.values():
+        if hook.optimizer is stepping:
+            found.append(hook)
+        else:
+            hook.remove()
+    return found
+
+
+def catch_late_step(trainer: pl.Trainer, hook: AfterStep) -> None:
+    """Let a hook that has not seen the step under way begin see its end."""
+    if getattr(trainer.precision_plugin, "scaler", None) is not None:
+        return  # the step is still to come
+    for outer in trainer.strategy._lightning_optimizers:
+        if outer._optimizer is hook.optimizer:
+            hook.is_late = True
+            outer._on_after_step = partial(_end_late_step, outer, outer._on_after_step, hook)
+
+
+def _end_late_step(outer: LightningOptimizer, before: Callable[[], None], hook: AfterStep) -> None:
+    """What Lightning calls once after a step, in place of what it called before."""
+    outer._on_after_step = before
+    hook.end_late_step()
+    before()
 
 
 def remaining_scale(trainer: pl.Trainer, optimizer: Optimizer) -> float:
@@ -394,6 +425,7 @@ class Warnings:
     def __init__(self) -> None:
         self._nonfinite: set[str] = set()  # layers that were already named
         self._unreached: set[str] = set()
+        self._shared: set[str] = set()
         self._line_search = False
 
     def line_search(self, optimizer: Optimizer) -> None:
@@ -421,16 +453,52 @@ class Warnings:
                 "Trainer(detect_anomaly=True)."
             )
 
-    def unreached(self, names: Sequence[str]) -> None:
+    def unreached(self, names: Sequence[str], layers: Sequence[Layer]) -> None:
         """Warn of layers that the penalty does not reach, so that it is never silently absent."""
         new = [name for name in names if name not in self._unreached]
-        if new:
-            self._unreached.update(new)
+        self._unreached.update(new)
+        in_backward = {layer.name for layer in layers if layer.steps_in_backward}
+        early = [name for name in new if name in in_backward]
+        others = [name for name in new if name not in in_backward]
+        if early:
             rank_zero_warn(
-                f"the penalty has not reached layer {', '.join(map(repr, new))} so far: these weights "
-                "are in no optimizer that steps through Lightning, or got no gradient. With manual "
-                "optimisation use self.optimizers(), not use_pl_optimizer=False; leave out a layer "
-                "that is not trained with exclude=."
+                f"the penalty has not reached layer {', '.join(map(repr, early))} so far: an "
+                "optimizer, or another hook on these weights, takes their gradients during the "
+                "backward pass. Use apply='loss', which works there; with manual optimisation add "
+                "UniformityRegularizer.penalty() to your loss."
+            )
+        if others:
+            rank_zero_warn(
+                f"the penalty has not reached layer {', '.join(map(repr, others))} so far: these "
+                "weights are in no optimizer that steps through Lightning, or got no gradient. With "
+                "manual optimisation use self.optimizers(), not use_pl_optimizer=False; leave out a "
+                "layer that is not trained with exclude=."
+            )
+
+    def shared(self, layers: Sequence[Layer], hooks: Sequence[AfterStep]) -> None:
+        """Warn of layers that several optimizers step, since each of them adds the penalty."""
+        if len(hooks) < 2:
+            return
+        owned = []
+        for hook in hooks:
+            groups = hook.optimizer.param_groups
+            ids = {id(p) for group in groups for p in group["params"]}
+            owned.append((type(hook.optimizer).__name__, ids))
+        found = {}
+        for layer in layers:
+            if layer.strength == 0 or layer.name in self._shared:
+                continue
+            ids = {id(p) for p in layer.parameters}
+            names = [name for name, owns in owned if owns & ids]
+            if len(names) > 1:
+                found[layer.name] = names
+        self._shared.update(found)
+        if found:
+            named = "; ".join(f"'{name}': {', '.join(names)}" for name, names in found.items())
+            rank_zero_warn(
+                "several optimizers have the same weights, and each applies the penalty at its own "
+                f"steps, in layer {named}. If that is not meant, give these weights to one optimizer "
+                "only, or leave the layer out with exclude=."
             )
 
     def idle(self, reasons: Mapping[str, str]) -> None:

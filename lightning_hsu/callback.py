@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial, wraps
+from functools import wraps
 from typing import Any, Literal, TypeVar, cast
 
 import lightning.pytorch as pl
@@ -25,6 +25,7 @@ from lightning_hsu._monitor.tables import BeforeAfter, change_text
 from lightning_hsu._neurons.how import How
 from lightning_hsu._neurons.placement import placement_of
 from lightning_hsu._neurons.select import uninitialized
+from lightning_hsu._optimizers import AfterStep
 from lightning_hsu.coefficients import Strength, Strengths
 from lightning_hsu.measures import Measure
 from lightning_hsu.measures.defaults import SAMPLE_ABOVE
@@ -41,6 +42,7 @@ class _Fit:
 
     Attributes:
         hooks: Hooks on the optimizers.
+        hooked: Ids of the trainer's optimizers when these were hooked.
         stats: Stats of the updates since the last batch ended, by layer.
         open_step: The optimizer step under way.
         warnings: The warnings, with those already given.
@@ -60,7 +62,8 @@ class _Fit:
         strangers: Keys of states in the checkpoint that no callback of the trainer has.
     """
 
-    hooks: list[_trainer.AfterStep] = field(default_factory=list)
+    hooks: list[AfterStep] = field(default_factory=list)
+    hooked: list[int] = field(default_factory=list)
     stats: dict[str, GradientStats] = field(default_factory=dict)
     open_step: _trainer.OpenStep = field(default_factory=_trainer.OpenStep)
     warnings: _trainer.Warnings = field(default_factory=_trainer.Warnings)
@@ -279,8 +282,7 @@ class HypersphericalUniformity(_trainer.EveryCallback):
         self._fit.seen_step = trainer.global_step
         self._fit.is_fresh = not self.regularizer.has_stepped
         self._fit.trained = [p for p in pl_module.parameters() if p.requires_grad]
-        act = partial(self._after_step, trainer, pl_module)
-        self._fit.hooks = [_trainer.AfterStep(optimizer, act) for optimizer in trainer.optimizers]
+        self._hook_optimizers(trainer)
         if self.regularizer.head_is_settled:
             self._begin(trainer)
 
@@ -290,6 +292,7 @@ class HypersphericalUniformity(_trainer.EveryCallback):
     ) -> None:
         """Find the head. Add the penalty to the loss, which is already divided and scaled here."""
         self._attach(trainer, pl_module)
+        self._hook_optimizers(trainer)
         if not self.regularizer.only_monitors:
             self._follow(trainer.optimizers)
         self._find_head(trainer, loss)
@@ -320,10 +323,10 @@ class HypersphericalUniformity(_trainer.EveryCallback):
         self._begin(trainer)
         if not self.regularizer.active:
             return
+        index = self._hook(trainer, optimizer).position
         if self.apply == "decoupled":  # not a step yet: a GradScaler may skip it
             self.regularizer.note_reached(optimizer)
             return
-        index = _trainer.position(trainer, optimizer)
         fit = self._fit
         fit.open_step.begin(trainer, self.regularizer.state_dict)
         same_step = fit.open_step.is_counted(index)
@@ -340,18 +343,41 @@ class HypersphericalUniformity(_trainer.EveryCallback):
             same_step=same_step,
         )
 
-    def _after_step(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
-    ) -> None:
+    def _hook_optimizers(self, trainer: pl.Trainer, stepping: Optimizer | None = None) -> None:
+        """Hook the trainer's optimizers if they are others than before."""
+        fit = self._fit
+        present = [*map(id, trainer.optimizers)]
+        if present == fit.hooked or self.regularizer.only_monitors:
+            return
+        fit.hooks = _trainer.hook_optimizers(trainer, fit.hooks, self._after_step, stepping)
+        fit.hooked = present
+        fit.warnings.shared(self.regularizer.layers, fit.hooks)
+
+    def _hook(self, trainer: pl.Trainer, optimizer: Optimizer) -> AfterStep:
+        """The hook on an optimizer that is about to step, wherever it has come from."""
+        self._hook_optimizers(trainer, optimizer)
+        hooks = self._fit.hooks
+        for hook in hooks:
+            if hook.optimizer is optimizer:
+                break
+        else:
+            hook = _trainer.after_step(trainer, optimizer, None, self._after_step)
+            hooks.append(hook)
+        if hook.replaces_step and not hook.is_stepping:
+            _trainer.catch_late_step(trainer, hook)
+        return hook
+
+    def _after_step(self, trainer: pl.Trainer, hook: AfterStep) -> None:
         """Move the neurons if ``apply`` says so; this is not called for a skipped step."""
         self._fit.open_step.end()
         if self.apply != "decoupled":
             return
-        self._attach(trainer, pl_module)
+        self._attach(trainer, trainer.lightning_module)
         if self.regularizer.active:
-            index = _trainer.position(trainer, optimizer)
             stats = self._will_measure(trainer)
-            self._fit.stats |= self.regularizer.move(optimizer, index=index, stats=stats)
+            self._fit.stats |= self.regularizer.move(
+                hook.optimizer, index=hook.position, stats=stats
+            )
 
     @_harmless
     def on_train_batch_end(
@@ -370,6 +396,7 @@ class HypersphericalUniformity(_trainer.EveryCallback):
         if fit.has_loss and (has_stepped or self.regularizer.state.heads):
             fit.is_fresh = False  # what follows is no first forward pass
         self._tell_change()
+        self._hook_optimizers(trainer)  # one may step next without any hook of Lightning
         accumulates = pl_module.automatic_optimization and not has_stepped
         if accumulates or not self.regularizer.layers:
             return
@@ -395,7 +422,7 @@ class HypersphericalUniformity(_trainer.EveryCallback):
             return  # resumed so late in an epoch that it had no step left
         self._attach(trainer, pl_module)  # for lazy layers if Lightning saw no optimizer step
         self._follow(scan=True)
-        self._fit.warnings.unreached(self.regularizer.unreached())
+        self._fit.warnings.unreached(self.regularizer.unreached(), self.regularizer.layers)
 
     @_harmless
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -420,7 +447,7 @@ class HypersphericalUniformity(_trainer.EveryCallback):
         """Pickle and copy the settings and the training state, never the model or a hook."""
         kept = {name: value for name, value in self.__dict__.items() if name not in _LOGGING}
         kept["_fit"] = replace(
-            self._fit, hooks=[], stats={}, trained=[], open_step=_trainer.OpenStep()
+            self._fit, hooks=[], hooked=[], stats={}, trained=[], open_step=_trainer.OpenStep()
         )
         return kept
 
@@ -429,6 +456,7 @@ class HypersphericalUniformity(_trainer.EveryCallback):
         for hook in self._fit.hooks:
             hook.remove()
         self._fit.hooks = []
+        self._fit.hooked = []
         self._fit.stats = {}
         self._fit.trained = []
         for name in _LOGGING:
@@ -510,6 +538,7 @@ class HypersphericalUniformity(_trainer.EveryCallback):
         if fit.is_told or not self.regularizer.layers:
             return
         fit.is_told = True
+        fit.warnings.shared(self.regularizer.layers, fit.hooks)
         if not fit.is_loaded:
             counts = what_counts(self.regularizer.layers, self.regularizer.every_n_steps)
             _trainer.warn_without_state(trainer, self.state_key, fit.strangers, counts)

@@ -26,8 +26,9 @@ from lightning_hsu._engine.plan import (
     buckets,
     learning_rates,
 )
+from lightning_hsu._engine.rates import Rates, keeps_elsewhere
 from lightning_hsu._engine.state import TrainingState
-from lightning_hsu._engine.step import act_on_buckets, loss_terms
+from lightning_hsu._engine.step import act_on_buckets, loss_terms, refuse_unknown_rates
 from lightning_hsu._engine.stored import Dropped
 from lightning_hsu._engine.strength import LOOKED_AT
 from lightning_hsu._monitor.measure import LayerUniformity, measure_layers
@@ -422,7 +423,7 @@ class UniformityRegularizer:
         """
         self.follow()
         self.state.now.loss_step = None
-        return self._penalty(step, {}, 1.0)
+        return self._penalty(step, Rates(), 1.0)
 
     @eager
     def add_to_loss(
@@ -455,9 +456,22 @@ class UniformityRegularizer:
         attached.placement.check_loss(loss, penalised)
         step = self.state.counter.before(optimizer, index, same_step=same_step)
         if step % self.every_n_steps == 0:
+            rates = learning_rates(optimizer)
+            for layer in self.layers:
+                if layer.strength != 0 and layer.steps_in_backward:
+                    self._note_backward(layer, rates)
             with torch.enable_grad():
-                term = self._penalty(step, learning_rates(optimizer), factor)
+                term = self._penalty(step, rates, factor)
                 loss.add_((term * factor).to(loss))
+
+    def _note_backward(self, layer: Layer, rates: Rates) -> None:
+        """Note a layer that is stepped during the backward pass, and its rates if it tells them."""
+        self.state.now.reached.add(layer.name)
+        for p in layer.parameters:
+            for optimizer in getattr(p, "_in_backward_optimizers", ()):
+                own = learning_rates(optimizer)
+                rates.update(own)
+                rates.ascending = {*rates.ascending, *own.ascending}
 
     def count_step(
         self, optimizer: Optimizer, *, index: int | None = None, same_step: bool = False
@@ -544,6 +558,8 @@ class UniformityRegularizer:
         self._check_attached()
         if self.checks_order:
             self.state.now.order.check(MOVE, optimizer, self.layers)
+        if id(optimizer) not in self.state.now.movers:
+            self._check_mover(optimizer)
         return self._step(self._move, optimizer, index, stats=stats, compares=False)
 
     @eager
@@ -768,7 +784,24 @@ class UniformityRegularizer:
         """Move neurons."""
         attached = self._check_attached()
         plan, placement = attached.plan, attached.placement
+        refuse_unknown_rates(self.layers, self.state, context)
         return act_on_buckets(plan.buckets, LayerUpdate.move, self.state, context, placement)
+
+    def _check_mover(self, optimizer: Optimizer) -> None:
+        """Warn, once, of an optimizer whose next step undoes a part of each move."""
+        self.state.now.movers.add(id(optimizer))
+        undone = []
+        for layer in self.layers:
+            if layer.strength != 0 and keeps_elsewhere(optimizer, layer.parameters):
+                undone.append(layer.name)
+        if undone and self._check_attached().placement.rank == 0:
+            warnings.warn(
+                f"{type(optimizer).__name__} computes the weights of layer "
+                f"{', '.join(map(repr, undone))} from other tensors that it keeps, so its next step "
+                "undoes most of what apply='decoupled' (move) does: use apply='gradient' "
+                "(add_gradients)",
+                stacklevel=3,
+            )
 
     def _whole_with_grads(self) -> AbstractContextManager[None]:
         """A context in which parameters and gradients are whole."""
@@ -783,7 +816,7 @@ class UniformityRegularizer:
             return bf16_products(True)
         return nullcontext()
 
-    def _penalty(self, step: int, rates: Mapping[int, float], factor: Tensor | float) -> Tensor:
+    def _penalty(self, step: int, rates: Rates, factor: Tensor | float) -> Tensor:
         """Coefficient times penalty, summed over the layers; learning rates set the step limit."""
         attached = self._check_attached()
         penalised = [layer for layer in attached.layers if layer.trainable]

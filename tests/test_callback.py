@@ -520,7 +520,8 @@ def test_a_resumed_schedule_finds_its_optimizer_whichever_steps_first():
     callback = uniformity(coefficient=0.1)
     callback.load_state_dict({"steps": [5, 9]})
     module, fit = Automatic(), trainer()
-    one, two = (torch.optim.SGD(module.parameters(), lr=0.1) for _ in range(2))
+    parts = module.net[:5].parameters(), module.net[5:].parameters()
+    one, two = (torch.optim.SGD(part, lr=0.1) for part in parts)
     fit.strategy.optimizers = [one, two]
     callback.regularizer.attach(module)
     callback.on_before_optimizer_step(fit, module, two)

@@ -22,8 +22,8 @@ class GradientUpdate:
         out_entries: What to add to, of the shape of ``entries``: a ``.grad``, or a buffer of a
             wider dtype.
         scale: Factor of the gradient of the groups' summed energies.
-        limit: Largest length of a row of ``scale * gradient`` over the norm of its neuron; None
-            for no limit.
+        limit: Largest length of a row of ``scale * gradient`` over the norm of its neuron, a number
+            or a 0-d tensor on the device of the neurons; None for no limit.
         grad_scale: Factor by which ``out`` is already scaled, as under mixed precision.
         shape: The shape (b, n, d) in which ``entries`` are read; None for their own.
     """
@@ -31,7 +31,7 @@ class GradientUpdate:
     entries: Tensor
     out_entries: Tensor
     scale: float
-    limit: float | None = None
+    limit: Tensor | float | None = None
     grad_scale: float = 1.0
     shape: torch.Size | None = None
 
@@ -60,7 +60,10 @@ def alike(updates: Sequence[GradientUpdate]) -> list[list[GradientUpdate]]:
     found: dict[object, list[GradientUpdate]] = {}
     for update in updates:
         w = update.entries
-        how = (update.scale, update.limit, update.grad_scale)
+        limit = update.limit
+        if isinstance(limit, Tensor):  # two of them cannot be compared without synchronisation
+            limit = id(limit)
+        how = (update.scale, limit, update.grad_scale)
         key = (update.shape, w.shape, w.dtype, w.device, how)
         found.setdefault(key, []).append(update)
     return list(found.values())
@@ -117,7 +120,7 @@ def add_to_layers(
 
 
 def shortening(
-    grad: Tensor, w: Tensor, scale: Tensor | float, limit: float | None, bound: float
+    grad: Tensor, w: Tensor, scale: Tensor | float, limit: Tensor | float | None, bound: float
 ) -> Tensor:
     """Factors (..., n, 1) in (0, 1] that keep the rows of ``scale * grad`` within a limit.
 

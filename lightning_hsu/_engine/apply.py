@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lightning_hsu._core.foreach import SMALL, shortening
 from lightning_hsu._engine.layer import Layer, to_compute_dtype
 from lightning_hsu._engine.plan import GradientStats, limit_of_gradient, strong_neurons
+from lightning_hsu._engine.rates import Rate, Rates
 from lightning_hsu._engine.state import ShareMeans
 from lightning_hsu._neurons.placement import NeuronView, Placement
 from lightning_hsu.coefficients import Share
@@ -34,8 +35,8 @@ class LayerUpdate:
     """
 
     layer: Layer
-    learning_rates: Mapping[int, float]
-    rate: float
+    learning_rates: Rates
+    rate: Rate
     view: NeuronView
     state: State | None = None
     grad_scale: float = 1.0
@@ -90,8 +91,11 @@ class LayerUpdate:
 
     def add(self, grad: Tensor) -> None:
         """Add a weighted gradient (groups, n, d) to ``.grad``."""
-        for _, task, part in self._grad_views(grad):
-            task.add_(part if self.grad_scale == 1.0 else part * self.grad_scale)
+        for p, task, part in self._grad_views(grad):
+            factor = self.grad_scale
+            if id(p) in self.learning_rates.ascending:  # maximize=True: the step adds what is here
+                factor = -factor
+            task.add_(part if factor == 1.0 else part * factor)
 
     def move(self, grad: Tensor) -> None:
         """Move by learning rate times a weighted gradient (groups, n, d), along the sphere.

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_hsu._core import working_dtype
+from lightning_hsu._engine.rates import Rate
 from lightning_hsu._neurons.target import Target
 from lightning_hsu.coefficients import Share, Strength
 from lightning_hsu.measures import Measure
@@ -62,13 +63,21 @@ class Layer:
             return True
         return not any(p.requires_grad for p in self.parameters)
 
+    @property
+    def steps_in_backward(self) -> bool:
+        """Whether an optimizer may step, or take its gradients away, during the backward pass."""
+        return any(
+            hasattr(p, "_in_backward_optimizers") or p._post_accumulate_grad_hooks
+            for p in self.parameters
+        )
+
     def fingerprint(self) -> float:
         """A number that is another one after its weights have changed, however that was done."""
         x = self.target.neurons().detach()
         weights = torch.arange(1, x.shape[-1] + 1, device=x.device, dtype=torch.float32)
         return float((to_compute_dtype(x) @ weights.to(to_compute_dtype(x))).abs().sum())
 
-    def rates(self, learning_rates: Mapping[int, float]) -> list[float]:
+    def rates(self, learning_rates: Mapping[int, Rate]) -> list[Rate]:
         """Learning rates of its parameters that have a gradient; empty if nothing can be added.
 
         Args:

@@ -9,7 +9,7 @@ all of them at once, and reads nothing anew but numbers. The others are read ane
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +20,7 @@ from lightning_hsu._core import PairTerm, working_dtype
 from lightning_hsu._core.foreach import SMALL, add_pair_gradients
 from lightning_hsu._core.updates import GradientUpdate
 from lightning_hsu._engine.layer import Layer
+from lightning_hsu._engine.rates import Rate, Rates, as_number, rates_on_devices
 from lightning_hsu._engine.state import TrainingState
 from lightning_hsu._neurons.how import WeightRule
 from lightning_hsu._neurons.placement import Placement
@@ -38,7 +39,7 @@ class StepContext:
 
     Args:
         step: Steps that the optimizer has done before.
-        learning_rates: Those of its parameters, by id; empty if they are not known.
+        learning_rates: Those of its parameters, by id; empty if none is known.
         factor: What the task's gradients, or its loss, are multiplied by.
         same_step: Whether this is another evaluation within the same step.
         step_limit: The largest fraction of its norm by which a step may move a neuron; None is no
@@ -47,7 +48,7 @@ class StepContext:
     """
 
     step: int
-    learning_rates: Mapping[int, float]
+    learning_rates: Rates
     factor: Tensor | float
     same_step: bool
     step_limit: float | None
@@ -123,7 +124,7 @@ class PlainLayer:
         return _signature(self.layer.target.module) == self._signature
 
     def update(
-        self, coefficient: float, limit: float | None, grad_scale: float
+        self, coefficient: float, limit: Tensor | float | None, grad_scale: float
     ) -> GradientUpdate | None:
         """What to add to the parameter's gradient; None if the two have different layouts."""
         p = self.parameter
@@ -193,7 +194,8 @@ class Plan:
         """The updates of the plain layers at this step, and those layers that need another way."""
         updates = PlainUpdates()
         left = []
-        limits: dict[float, float | None] = {}  # by learning rate
+        limits: dict[int, Tensor | float | None] = {}  # by the id of a learning rate
+        ascending = context.learning_rates.ascending
         grad_scale = float(context.factor)
         for plain in self.plain:
             p = plain.parameter
@@ -207,9 +209,11 @@ class Plan:
                 coefficient = float(state.coefficient(layer, context.step))
             if coefficient == 0:
                 continue
-            if rate not in limits:
-                limits[rate] = limit_of_gradient(context.step_limit, rate)
-            update = plain.update(coefficient, limits[rate], grad_scale)
+            if id(rate) not in limits:
+                limits[id(rate)] = limit_of_gradient(context.step_limit, rate)
+            update = None
+            if id(p) not in ascending:
+                update = plain.update(coefficient, limits[id(rate)], grad_scale)
             if update is None:
                 left.append(layer)
                 continue
@@ -319,19 +323,38 @@ def strong_neurons(grad: Tensor, total: Tensor, share: Tensor) -> Tensor:
     return strong
 
 
-def learning_rates(optimizer: Optimizer) -> dict[int, float]:
-    """Learning rates of the optimizer's parameters, by id."""
-    rates = {}
+def learning_rates(optimizer: Optimizer) -> Rates:
+    """Learning rates of the optimizer's parameters, by id, without host-device synchronisation."""
+    rates = Rates()
+    ascending: set[int] = set()
+    maximizes = getattr(optimizer, "maximize", False) is True  # as some keep it
     for group in optimizer.param_groups:
-        rate = float(group.get("lr", 1.0))
-        for p in group["params"]:
-            rates[id(p)] = rate
+        params = group["params"]
+        rate = group.get("lr")
+        is_negative = False
+        if isinstance(rate, Tensor) and rate.device.type != "cpu":
+            rates.update(rates_on_devices(rate, params))
+        else:
+            if type(rate) is not float:
+                rate = as_number(rate)
+            is_negative = rate < 0
+            if rate != rate:
+                rates.unknown_in = type(optimizer).__name__
+            rates.update(dict.fromkeys(map(id, params), abs(rate)))
+        if bool(group.get("maximize", maximizes)) != is_negative:
+            ascending.update(map(id, params))
+    if ascending:
+        rates.ascending = ascending
     return rates
 
 
-def limit_of_gradient(step_limit: float | None, rate: float) -> float | None:
+def limit_of_gradient(step_limit: float | None, rate: Rate) -> Tensor | float | None:
     """Largest length of a neuron's gradient over the neuron's norm; None is no limit."""
-    if step_limit is None or rate <= 0:
+    if step_limit is None:
+        return None
+    if isinstance(rate, Tensor):
+        return step_limit / rate.clamp_min(torch.finfo(torch.float32).tiny)
+    if not rate > 0:  # 0, or not known
         return None
     return step_limit / rate
 

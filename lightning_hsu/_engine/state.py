@@ -15,6 +15,7 @@ from lightning_hsu._core import exact_arithmetic
 from lightning_hsu._engine.change import Change
 from lightning_hsu._engine.layer import Layer, to_compute_dtype
 from lightning_hsu._engine.misuse import CallOrder, PenaltyChecks
+from lightning_hsu._engine.rates import Rate
 from lightning_hsu._engine.stored import (
     VERSION,
     Dropped,
@@ -191,6 +192,7 @@ class SinceAttach:
             None if it was not.
         order: Whether the calls of a loop are in order.
         penalties: Whether penalties in losses can act.
+        movers: Ids of the optimizers after whose steps neurons have moved.
     """
 
     coefficients: dict[str, Tensor | float] = field(default_factory=dict)
@@ -200,6 +202,7 @@ class SinceAttach:
     ended: set[str] | None = None
     order: CallOrder = field(default_factory=CallOrder)
     penalties: PenaltyChecks = field(default_factory=PenaltyChecks)
+    movers: set[int] = field(default_factory=set)
 
 
 class TrainingState:
@@ -261,7 +264,7 @@ class TrainingState:
             self.coefficient(layer, last - last % every_n_steps)
         return float(self.now.coefficients[layer.name])
 
-    def note_reached(self, layers: Sequence[Layer], learning_rates: Mapping[int, float]) -> None:
+    def note_reached(self, layers: Sequence[Layer], learning_rates: Mapping[int, Rate]) -> None:
         """Note the layers that an optimizer with these learning rates, by parameter id, reaches."""
         for layer in layers:
             if layer.rates(learning_rates):

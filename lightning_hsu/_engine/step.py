@@ -12,6 +12,7 @@ from lightning_hsu._engine.apply import LayerUpdate, penalty_gradients
 from lightning_hsu._engine.layer import Layer, to_compute_dtype
 from lightning_hsu._engine.misuse import in_transform
 from lightning_hsu._engine.plan import GradientStats, StepContext
+from lightning_hsu._engine.rates import is_unknown, largest, sign_in_loss
 from lightning_hsu._engine.state import TrainingState
 from lightning_hsu._neurons.placement import Gathered, Placement
 from lightning_hsu.coefficients import Share
@@ -81,7 +82,7 @@ def _updates(
         measure_state = state.measure_state(layer, view.x, same_step=context.same_step)
         rates_by_id = context.learning_rates
         scale = float(context.factor)
-        updates.append(LayerUpdate(layer, rates_by_id, max(rates), view, measure_state, scale))
+        updates.append(LayerUpdate(layer, rates_by_id, largest(rates), view, measure_state, scale))
     return updates
 
 
@@ -114,14 +115,34 @@ def _loss_term(layer: Layer, state: TrainingState, context: StepContext) -> Tens
     ]
     if rates and x.requires_grad:
         x = x.view_as(x)  # not the parameter itself, which would keep the hook
-        update = LayerUpdate(layer, context.learning_rates, max(rates), view)
+        update = LayerUpdate(layer, context.learning_rates, largest(rates), view)
 
         def shorten(grad: Tensor) -> Tensor:
             return grad * update.shortening(grad / context.factor, context.step_limit)
 
         x.register_hook(shorten)  # type: ignore[no-untyped-call]
     measure_state = _loss_state(layer, x, state, context)
-    return coefficient * layer.measure.penalty(x, measure_state).mean()
+    sign = sign_in_loss(layer.name, layer.parameters, context.learning_rates)
+    return sign * coefficient * layer.measure.penalty(x, measure_state).mean()
+
+
+def refuse_unknown_rates(
+    layers: Sequence[Layer], state: TrainingState, context: StepContext
+) -> None:
+    """Refuse to move neurons of which the optimizer does not tell a learning rate."""
+    optimizer = context.learning_rates.unknown_in
+    if optimizer is None:
+        return
+    for layer in layers:
+        rates = layer.rates(context.learning_rates)
+        if not rates or not is_unknown(largest(rates)):
+            continue
+        if layer.has_share or state.coefficient(layer, context.step) != 0:
+            raise NotImplementedError(
+                f"{optimizer} has no learning rate for layer '{layer.name}' {layer.target.shape}, as "
+                "with relative steps, so nothing says how far to move its neurons: use "
+                f"apply='gradient' (add_gradients), or exclude='{layer.name}'"
+            )
 
 
 def _loss_state(

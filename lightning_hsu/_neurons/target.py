@@ -65,7 +65,7 @@ class Target(NeuronSet):
         self,
         view: NeuronView,
         change: Tensor,  # (groups, n, d)
-        learning_rates: Mapping[int, float],
+        learning_rates: Mapping[int, object],
         *,
         values: bool = False,
     ) -> Iterator[tuple[nn.Parameter, Tensor, Tensor]]:

@@ -25,7 +25,9 @@ class TritonBackend(Backend):
         machine.check_machine()
 
     def takes_update(self, update: GradientUpdate, term: PairTerm) -> bool:
-        """Layers in float32 or narrower, and kernels that have a compiled version."""
+        """Layers in float32 or narrower, with limits on the host, and kernels that are compiled."""
+        if isinstance(update.limit, Tensor):
+            return False
         if not machine.takes(update.w):
             return False
         if update.out.dtype not in machine.DTYPES or update.out.device != update.w.device:
