@@ -349,15 +349,13 @@ def hook_optimizers(
     trainer: pl.Trainer,
     hooks: Sequence[AfterStep],
     act: Callable[[pl.Trainer, AfterStep], None],
-    stepping: Optimizer | None = None,
 ) -> list[AfterStep]:
-    """Hook the optimizers that the trainer has now, and take the hooks off those that are gone.
+    """Hooks on the optimizers that the trainer has now, then those on optimizers that are gone.
 
     Args:
         trainer: The trainer.
         hooks: The hooks so far.
         act: The method to call after each step.
-        stepping: An optimizer that is about to step, and keeps its hook.
     """
     known = {id(hook.optimizer): hook for hook in hooks}
     found = []
@@ -369,12 +367,7 @@ def hook_optimizers(
             hook = after_step(trainer, optimizer, i, act)
         hook.position = i
         found.append(hook)
-    for hook in known.values():
-        if hook.optimizer is stepping:
-            found.append(hook)
-        else:
-            hook.remove()
-    return found
+    return [*found, *known.values()]
 
 
 def catch_late_step(trainer: pl.Trainer, hook: AfterStep) -> None:

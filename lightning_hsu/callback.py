@@ -343,19 +343,27 @@ class HypersphericalUniformity(_trainer.EveryCallback):
             same_step=same_step,
         )
 
-    def _hook_optimizers(self, trainer: pl.Trainer, stepping: Optimizer | None = None) -> None:
+    def _hook_optimizers(self, trainer: pl.Trainer) -> None:
         """Hook the trainer's optimizers if they are others than before."""
         fit = self._fit
         present = [*map(id, trainer.optimizers)]
         if present == fit.hooked or self.regularizer.only_monitors:
             return
-        fit.hooks = _trainer.hook_optimizers(trainer, fit.hooks, self._after_step, stepping)
+        fit.hooks = _trainer.hook_optimizers(trainer, fit.hooks, self._after_step)
         fit.hooked = present
-        fit.warnings.shared(self.regularizer.layers, fit.hooks)
+        fit.warnings.shared(self.regularizer.layers, fit.hooks[: len(present)])
+
+    def _drop_hooks(self) -> None:
+        """Take the hooks off optimizers that are gone; they may have stepped once more."""
+        fit = self._fit
+        present = len(fit.hooked)
+        for hook in fit.hooks[present:]:
+            hook.remove()
+        del fit.hooks[present:]
 
     def _hook(self, trainer: pl.Trainer, optimizer: Optimizer) -> AfterStep:
         """The hook on an optimizer that is about to step, wherever it has come from."""
-        self._hook_optimizers(trainer, optimizer)
+        self._hook_optimizers(trainer)
         hooks = self._fit.hooks
         for hook in hooks:
             if hook.optimizer is optimizer:
@@ -397,6 +405,8 @@ class HypersphericalUniformity(_trainer.EveryCallback):
             fit.is_fresh = False  # what follows is no first forward pass
         self._tell_change()
         self._hook_optimizers(trainer)  # one may step next without any hook of Lightning
+        if len(fit.hooks) != len(fit.hooked):
+            self._drop_hooks()
         accumulates = pl_module.automatic_optimization and not has_stepped
         if accumulates or not self.regularizer.layers:
             return
@@ -538,7 +548,7 @@ class HypersphericalUniformity(_trainer.EveryCallback):
         if fit.is_told or not self.regularizer.layers:
             return
         fit.is_told = True
-        fit.warnings.shared(self.regularizer.layers, fit.hooks)
+        fit.warnings.shared(self.regularizer.layers, fit.hooks[: len(fit.hooked)])
         if not fit.is_loaded:
             counts = what_counts(self.regularizer.layers, self.regularizer.every_n_steps)
             _trainer.warn_without_state(trainer, self.state_key, fit.strangers, counts)
