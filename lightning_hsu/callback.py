@@ -487,7 +487,7 @@ class HypersphericalUniformity(_trainer.EveryCallback):
 
     def _follow(self, optimizers: Sequence[Optimizer] = (), *, scan: bool = False) -> None:
         """Look whether the model has changed, and tell what has become of its layers."""
-        if self.regularizer.is_attached:
+        if not self._fit.is_off:
             self.regularizer.follow(optimizers, scan=scan)
             self._tell_change()
 

@@ -522,7 +522,6 @@ class UniformityRegularizer:
         Returns:
             Stats by layer name; empty without ``stats``, or on a step that ``every_n_steps`` skips.
         """
-        self._check_attached()
         if self.checks_order:
             self.state.now.order.check(ADD, optimizer, self.layers)
         found = self._step(
@@ -555,7 +554,6 @@ class UniformityRegularizer:
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is not None and bool(found_inf):
             return {}  # a fused optimizer under a GradScaler skipped this step in its kernel
-        self._check_attached()
         if self.checks_order:
             self.state.now.order.check(MOVE, optimizer, self.layers)
         if id(optimizer) not in self.state.now.movers:

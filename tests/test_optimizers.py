@@ -268,12 +268,12 @@ def test_what_others_wrapped_further_stays_and_ours_is_inert():
     module = Automatic(Lookahead)
     callback = uniformity(apply="decoupled")
     trainer(callback, keep, max_epochs=1).fit(module, loader(batches()))
-    assert callback.state_dict() == {"steps": [7]}
+    assert callback.state_dict()["steps"] == [7]
     assert keep.optimizer.step._wrapped_by_lr_sched
     count = keep.optimizer.count
     keep.optimizer.step()
     assert keep.optimizer.count == count + 1
-    assert callback.state_dict() == {"steps": [7]}
+    assert callback.state_dict()["steps"] == [7]
 
 
 class FailingEnd(pl.Callback):
@@ -373,7 +373,7 @@ def test_a_replaced_optimizer_goes_on_from_its_first_step(kind, hook, make, mode
     penalty = plain.Penalty(plain.layers(twin.net), mode, lambda step, layer: rising(step))
     plain.train(twin, data, penalty, epochs=1)
     assert max_difference(twin, module) < TOLERANCE
-    assert callback.state_dict() == {"steps": [7]}
+    assert callback.state_dict()["steps"] == [7]
     assert replace.old
     for old in replace.old:
         assert "step" not in vars(old)
@@ -400,7 +400,7 @@ def test_an_optimizer_added_under_way_counts_for_itself(mode):
     module = Adding(make_optimizer=lambda _: SGD(module.net[:5].parameters(), lr=0.1))
     callback = uniformity(coefficient=0.1, apply=mode)
     trainer(callback, max_epochs=1).fit(module, loader(batches()))
-    assert callback.state_dict() == {"steps": [7, 5]}
+    assert callback.state_dict()["steps"] == [7, 5]
 
 
 def test_the_hook_of_an_optimizer_without_a_place_is_made_at_its_step():
@@ -419,7 +419,7 @@ def test_the_hook_of_an_optimizer_without_a_place_is_made_at_its_step():
     callback = uniformity(coefficient=0.1, apply="decoupled")
     module = Own()
     trainer(callback, max_epochs=1).fit(module, loader(batches()))
-    assert callback.state_dict() == {"steps": [7]}
+    assert callback.state_dict()["steps"] == [7]
     assert not module.own.optimizer._optimizer_step_post_hooks
 
 
@@ -495,6 +495,7 @@ def in_steps(act, change=lambda rates: rates, **kwargs):
     """Parameters and gradients after one act with these learning rates."""
     net = mixed_network()
     ours = UniformityRegularizer(coefficient=3.0, step_limit=0.5).attach(net)
+    ours.checks_order = False  # it moves without a step
     optimizer = with_gradients(net, **kwargs)
     if act == "loss":
         loss = torch.zeros((), requires_grad=True) * 1.0
@@ -841,5 +842,5 @@ def test_in_ones_own_loop(make, mode):
         if mode == "decoupled":
             ours.move(optimizer)
         penalty.after_step(other)
-    assert ours.state_dict() == {"steps": [7]}
+    assert ours.state_dict()["steps"] == [7]
     assert max_difference(twin, net) < TOLERANCE
