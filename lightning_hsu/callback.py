@@ -423,6 +423,7 @@ class HypersphericalUniformity(_trainer.EveryCallback):
                 fit.has_measured = True
             if draws:
                 self._draw(trainer)
+            self.regularizer.state.settle(self.regularizer.layers)
         fit.stats = {}
 
     @_harmless
@@ -557,6 +558,7 @@ class HypersphericalUniformity(_trainer.EveryCallback):
                 rank_zero_info(f"Hyperspherical uniformity:\n{self.summary}")
             if self._prints_or_draws(trainer):
                 self._keep(trainer, self._measure(), {})
+        self.regularizer.state.settle(self.regularizer.layers)
 
     def _measure(self, *, changed: bool = False) -> list[LayerUniformity]:
         """Measure the layers as they are now, and warn of NaN weights.

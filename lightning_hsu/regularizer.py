@@ -489,7 +489,7 @@ class UniformityRegularizer:
         if len(reached) == len(self.layers):
             return
         whole: AbstractContextManager[None] = nullcontext()
-        if not reached:  # FSDP1: all ranks gather the model for this, until each has seen a layer
+        if not reached:  # FSDP1: all ranks gather the model, until each has seen a layer
             whole = self._whole_with_grads()
         with whole:
             self.state.note_reached(self.layers, learning_rates(optimizer))
@@ -584,12 +584,8 @@ class UniformityRegularizer:
 
     @property
     def trained_layers(self) -> list[Layer]:
-        """The layers that are not frozen, or have had a gradient."""
-        found = []
-        for layer in self.layers:
-            if not layer.frozen or (layer.target.in_copy and layer.name in self.state.now.reached):
-                found.append(layer)
-        return found
+        """The layers whose weights change: of frozen ones, since the last measurement."""
+        return [layer for layer in self.layers if self.state.is_trained(layer)]
 
     def gathered(self) -> AbstractContextManager[None]:
         """A context in which the neurons of ``layers`` are whole and can be read, under FSDP1 too.
@@ -622,9 +618,10 @@ class UniformityRegularizer:
 
     def unreached(self) -> list[str]:
         """Names of layers, except frozen ones, that have a coefficient but no gradient so far."""
+        reached = self.state.now.reached | self.state.now.reached_before
         missing = []
         for layer in self.layers:
-            if layer.strength != 0 and layer.name not in self.state.now.reached:
+            if layer.strength != 0 and layer.name not in reached:
                 missing.append(layer)
         with self.gathered():
             return [layer.name for layer in missing if not layer.frozen]

@@ -156,7 +156,8 @@ class Attached:
 
     def _watched(self, before: Watch | None = None) -> Watch:
         """A watch over the model as it is now."""
-        return Watch(self.model, self.candidates.sets, self.layers, self.placement, before)
+        idle = {id(p) for module in self._snapshots for p in module.parameters()}
+        return Watch(self.model, self.candidates.sets, self.layers, self.placement, before, idle)
 
     def known(self, names: Sequence[str]) -> list[str]:
         """Those of the names that this model has, measured or not."""

@@ -71,6 +71,11 @@ class Layer:
             for p in self.parameters
         )
 
+    @property
+    def versions(self) -> tuple[int, ...]:
+        """How often each of its parameters was changed in place, as far as torch counts it."""
+        return tuple(p._version for p in self.parameters if not p.is_inference())
+
     def fingerprint(self) -> float:
         """A number that is another one after its weights have changed, however that was done."""
         x = self.target.neurons().detach()

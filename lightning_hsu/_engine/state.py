@@ -185,7 +185,10 @@ class SinceAttach:
 
     Attributes:
         coefficients: The coefficient of each layer at its last step.
-        reached: Layers that some optimizer stepped, or was about to, with a gradient.
+        reached: Layers that some optimizer stepped, or was about to, with a gradient, since the
+            last measurement.
+        reached_before: The same of earlier steps.
+        versions: Versions of the layers' parameters at the last measurement.
         loss_step: The step of the last penalty in a loss; None if it has no number.
         change: What has changed in the model since somebody last asked; None if nothing has.
         ended: Names of the layers that came last before some loss since the model was changed;
@@ -197,6 +200,8 @@ class SinceAttach:
 
     coefficients: dict[str, Tensor | float] = field(default_factory=dict)
     reached: set[str] = field(default_factory=set)
+    reached_before: set[str] = field(default_factory=set)
+    versions: dict[str, tuple[int, ...]] = field(default_factory=dict)
     loss_step: int | None = None
     change: Change | None = None
     ended: set[str] | None = None
@@ -279,8 +284,9 @@ class TrainingState:
         self.now.ended = set()
         for old, new in change.renamed.items():
             self._rename(old, new)
-        self.now.reached.intersection_update(layers)
-        self.now.reached -= change.fresh  # until an optimizer has the new parameters
+        for reached in (self.now.reached, self.now.reached_before):
+            reached.intersection_update(layers)
+            reached -= change.fresh  # until an optimizer has the new parameters
 
     def _rename(self, old: str, new: str) -> None:
         """Let a layer of another name go on where it stood."""
@@ -292,10 +298,27 @@ class TrainingState:
         for known in by_name:
             if old in known:
                 known[new] = known.pop(old)
-        if old in self.now.reached:
-            self.now.reached.remove(old)
-            self.now.reached.add(new)
+        for reached in (self.now.reached, self.now.reached_before):
+            if old in reached:
+                reached.remove(old)
+                reached.add(new)
         self.heads = [new if name == old else name for name in self.heads]
+
+    def is_trained(self, layer: Layer) -> bool:
+        """Whether a layer's weights change: of a frozen one, since the last measurement.
+
+        Some programs freeze a network whenever it is another one's turn.
+        """
+        if not layer.frozen or layer.name in self.now.reached:
+            return True
+        known = self.now.versions.get(layer.name)
+        return known is not None and not layer.target.in_copy and known != layer.versions
+
+    def settle(self, layers: Sequence[Layer]) -> None:
+        """Note that layers have been measured."""
+        self.now.reached_before |= self.now.reached
+        self.now.reached = set()
+        self.now.versions = {layer.name: layer.versions for layer in layers}
 
     def take_change(self) -> Change | None:
         """What has changed since this was last asked; None if nothing has."""

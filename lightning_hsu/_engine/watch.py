@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from operator import is_
 
 from torch import nn
@@ -33,6 +33,7 @@ class Watch:
         layers: The layers that are measured.
         placement: How the weights are placed over the ranks.
         before: The watch that this one replaces; what it has seen of optimizers is kept.
+        idle: Ids of the parameters of layers that are taken for copies which nothing trains.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class Watch:
         layers: Sequence[Layer],
         placement: Placement,
         before: Watch | None = None,
+        idle: Collection[int] = (),
     ) -> None:
         self._placement = placement
         self._rules = len(REGISTERED)
@@ -55,6 +57,9 @@ class Watch:
             self._sizes.append((module._modules, len(module._modules)))
             for name, child in module._modules.items():
                 self._ways.append((module._modules, name, child))
+        for module in model.modules():
+            if _is_empty_holder(module):
+                self._sizes.append((module._modules, 0))
         wanted = {id(p) for layer in layers for p in layer.parameters}
         self._places: list[tuple[Holder, str, nn.Parameter]] = []
         for module in inside.values():
@@ -65,13 +70,12 @@ class Watch:
                     continue
                 self._places.append((module._parameters, name, p))
         self._lazy = [p for p in model.parameters() if nn.parameter.is_lazy(p)]
-        self._known = {id(p): weakref.ref(p) for p in model.parameters()}
+        # The parameters themselves: torch.utils.swap_tensors refuses those with weak references.
+        self._in_model = {id(p): p for p in model.parameters()}
+        self._idle = idle
         self._groups: list[tuple[weakref.ref[Optimizer], list[list[nn.Parameter]]]] = []
         if before is not None:
             self._groups = before._groups
-            for _, lists in self._groups:
-                for parameters in lists:
-                    self._known |= {id(p): weakref.ref(p) for p in parameters}
 
     def is_current(self, optimizers: Iterable[Optimizer] = ()) -> bool:
         """Whether everything is where it was, and the optimizers have no parameters unseen so far.
@@ -81,7 +85,11 @@ class Watch:
         Args:
             optimizers: The optimizers.
         """
-        if len(REGISTERED) != self._rules:
+        is_known = True
+        for optimizer in optimizers:  # all of them are noted
+            if not self._knows(optimizer):
+                is_known = False
+        if not is_known or len(REGISTERED) != self._rules:
             return False
         for p in self._lazy:
             if not nn.parameter.is_lazy(p):  # it has a shape now
@@ -96,11 +104,7 @@ class Watch:
             now = holder.get(name)
             if now is not p and self._placement.is_replaced(p, now):
                 return False
-        is_known = True
-        for optimizer in optimizers:  # all of them are noted
-            if not self._knows(optimizer):
-                is_known = False
-        return is_known
+        return True
 
     def optimizes(self, parameters: Iterable[nn.Parameter]) -> bool:
         """Whether some optimizer seen so far has one of these parameters."""
@@ -128,30 +132,29 @@ class Watch:
             return True
         return self._meet(optimizer)
 
-    def knows_all(self, parameters: Iterator[nn.Parameter]) -> bool:
-        """Whether all of these parameters have been seen."""
-        return all(self._has_seen(p) for p in parameters)
+    def knows_all(self, parameters: Iterable[nn.Parameter]) -> bool:
+        """Whether all of these parameters were in the model."""
+        return all(self._in_model.get(id(p)) is p for p in parameters)
 
     def _meet(self, optimizer: Optimizer) -> bool:
-        """Take note of an optimizer's parameters; return whether all of them were known."""
+        """Note an optimizer's parameters; return whether those new to it were in the model."""
         others = []
+        former: dict[int, nn.Parameter] = {}
         for known, groups in self._groups:
             one = known()
+            for group in groups:
+                former |= {id(p): p for p in group}
             if one is not None and one is not optimizer:
                 others.append((known, groups))
         lists = [list(group["params"]) for group in optimizer.param_groups]
         self._groups = [*others, (weakref.ref(optimizer), lists)]
-        all_known = True
         for parameters in lists:
             for p in parameters:
-                if not self._has_seen(p):
-                    all_known = False
-                    self._known[id(p)] = weakref.ref(p)
-        return all_known
-
-    def _has_seen(self, p: nn.Parameter) -> bool:
-        known = self._known.get(id(p))
-        return known is not None and known() is p
+                if former.get(id(p)) is p:
+                    continue
+                if id(p) in self._idle or self._in_model.get(id(p)) is not p:
+                    return False
+        return True
 
 
 def _on_the_way(model: nn.Module, wanted: Mapping[int, nn.Module]) -> list[nn.Module]:
@@ -174,3 +177,12 @@ def _on_the_way(model: nn.Module, wanted: Mapping[int, nn.Module]) -> list[nn.Mo
 
     visit(model)
     return found
+
+
+def _is_empty_holder(module: nn.Module) -> bool:
+    """Whether layers may still be put into a module that holds nothing."""
+    if module._modules or any(p is not None for p in module._parameters.values()):
+        return False
+    if isinstance(module, (nn.ModuleList, nn.ModuleDict, nn.Sequential)):
+        return True
+    return not type(module).__module__.startswith("torch.nn.")
