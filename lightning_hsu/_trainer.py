@@ -292,6 +292,19 @@ def warn_without_state(
     rank_zero_warn(text)
 
 
+def is_last_step(trainer: pl.Trainer) -> bool:
+    """Whether an epoch ends after this batch."""
+    is_done = 0 <= trainer.max_steps <= trainer.global_step
+    return bool(trainer.is_last_batch or trainer.should_stop or is_done)
+
+
+def keep_from_breaking(checkpoint: dict[str, Any], key: str) -> None:
+    """Wrap a callback's stored state that Lightning itself would stumble over."""
+    states = checkpoint.get("callbacks")
+    if isinstance(states, dict) and isinstance(states.get(key), Tensor):
+        states[key] = {"unknown": states[key]}
+
+
 def is_logging_step(trainer: pl.Trainer) -> bool:
     """Whether Lightning logs at this batch."""
     # The private property that Lightning's own LearningRateMonitor reads; it allows for

@@ -58,6 +58,8 @@ class _Fit:
         has_measured: Whether anything has been logged so far.
         has_run: Whether a batch has been done so far.
         seen_step: Global step when the last batch ended.
+        waiting: Layers that the penalty had not reached after the last step of an epoch; None if
+            that is not known.
         is_loaded: Whether a checkpoint gave this callback its state.
         strangers: Keys of states in the checkpoint that no callback of the trainer has.
     """
@@ -79,6 +81,7 @@ class _Fit:
     has_measured: bool = False
     has_run: bool = False
     seen_step: int = 0
+    waiting: list[str] | None = None
     is_loaded: bool = False
     strangers: list[str] = field(default_factory=list)
 
@@ -247,6 +250,7 @@ class HypersphericalUniformity(_trainer.EveryCallback):
     ) -> None:
         """Begin anew, and look whose states there are; this callback's is loaded after this."""
         if trainer.state.fn == "fit":
+            _trainer.keep_from_breaking(checkpoint, self.state_key)
             self.regularizer.restore(TrainingState().state_dict())
             self._fit.strangers = _trainer.strangers(trainer, checkpoint)
 
@@ -404,6 +408,8 @@ class HypersphericalUniformity(_trainer.EveryCallback):
         if fit.has_loss and (has_stepped or self.regularizer.state.heads):
             fit.is_fresh = False  # what follows is no first forward pass
         self._tell_change()
+        if _trainer.is_last_step(trainer):  # before others unfreeze layers, or add some
+            fit.waiting = self.regularizer.unreached()
         self._hook_optimizers(trainer)  # one may step next without any hook of Lightning
         if len(fit.hooks) != len(fit.hooked):
             self._drop_hooks()
@@ -433,7 +439,11 @@ class HypersphericalUniformity(_trainer.EveryCallback):
             return  # resumed so late in an epoch that it had no step left
         self._attach(trainer, pl_module)  # for lazy layers if Lightning saw no optimizer step
         self._follow(scan=True)
-        self._fit.warnings.unreached(self.regularizer.unreached(), self.regularizer.layers)
+        unreached = self.regularizer.unreached()
+        if self._fit.waiting is not None:
+            unreached = [name for name in unreached if name in self._fit.waiting]
+        self._fit.waiting = None
+        self._fit.warnings.unreached(unreached, self.regularizer.layers)
 
     @_harmless
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

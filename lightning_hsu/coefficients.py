@@ -239,6 +239,11 @@ class Coefficient:
         values = list(self.given.values()) if isinstance(self.given, Mapping) else [self.given]
         return all(isinstance(value, Real) and float(value) == 0 for value in values)
 
+    @property
+    def patterns(self) -> list[str]:
+        """The patterns of layers that it distinguishes."""
+        return list(self.given) if isinstance(self.given, Mapping) else []
+
     def check_names(self, names: Sequence[str]) -> None:
         """Refuse a pattern that matches no layer."""
         if isinstance(self.given, Mapping):

@@ -37,9 +37,16 @@ from lightning_hsu._monitor.tables import summary_of
 from lightning_hsu._neurons.candidates import Candidates, Skip
 from lightning_hsu._neurons.how import Neurons, check_neurons
 from lightning_hsu._neurons.model import neurons_of_model
-from lightning_hsu._neurons.patterns import Patterns
+from lightning_hsu._neurons.patterns import Patterns, as_list
 from lightning_hsu._neurons.placement import PenalisedLayer, Placement, placement_of
-from lightning_hsu._neurons.select import Head, check_head, find_heads, nothing_left, select
+from lightning_hsu._neurons.select import (
+    Head,
+    check_head,
+    find_heads,
+    nothing_left,
+    select,
+    unmet,
+)
 from lightning_hsu._neurons.target import Target
 from lightning_hsu._neurons.wrappers import unwrapped
 from lightning_hsu.coefficients import Coefficient, Strength
@@ -273,12 +280,7 @@ class UniformityRegularizer:
             self._watch_outputs()
         return self
 
-    def follow(
-        self,
-        optimizers: Iterable[Optimizer] = (),
-        *,
-        scan: bool = False,
-    ) -> bool:
+    def follow(self, optimizers: Iterable[Optimizer] = (), *, scan: bool = False) -> bool:
         """Look whether the model has changed; if so, find its layers anew.
 
         Every step does this: parameters, modules, ties and parametrizations that come, go or are
@@ -297,12 +299,7 @@ class UniformityRegularizer:
             return False  # FSDP1: a step looks for itself, while it has the weights whole
         return self._follow(optimizers, scan=scan)
 
-    def _follow(
-        self,
-        optimizers: Iterable[Optimizer] = (),
-        *,
-        scan: bool = False,
-    ) -> bool:
+    def _follow(self, optimizers: Iterable[Optimizer] = (), *, scan: bool = False) -> bool:
         """The same where the weights are whole already."""
         attached = self._check_attached()
         is_current = attached.watch.is_current(optimizers)
@@ -316,7 +313,26 @@ class UniformityRegularizer:
         self._watch_outputs()  # the head may be another one
         if change.lost and attached.placement.rank == 0:
             warnings.warn(no_longer_measured(change.lost), stacklevel=3)
+        if change.added or change.renamed:
+            self._tell_unmet(attached)
         return True
+
+    def _tell_unmet(self, attached: Attached) -> None:
+        """Warn, once, of what was said of layers that have other names now."""
+        patterns = {
+            "include": as_list("include", self.include) or [],
+            "exclude": as_list("exclude", self.exclude) or [],
+            "coefficient": self.coefficient.patterns,
+        }
+        told = self.state.now.told
+        words = [one for one in unmet(attached.candidates, self.head, patterns) if one not in told]
+        told.update(words)
+        if words and attached.placement.rank == 0:
+            warnings.warn(
+                f"the model has changed, and {', '.join(words)} meets no layer any more: a pattern such "
+                "as '*head*' meets a layer under its new name, too",
+                stacklevel=4,
+            )
 
     @property
     def is_attached(self) -> bool:

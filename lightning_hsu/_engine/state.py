@@ -193,6 +193,7 @@ class SinceAttach:
         change: What has changed in the model since somebody last asked; None if nothing has.
         ended: Names of the layers that came last before some loss since the model was changed;
             None if it was not.
+        told: What was warned of.
         order: Whether the calls of a loop are in order.
         penalties: Whether penalties in losses can act.
         movers: Ids of the optimizers after whose steps neurons have moved.
@@ -205,6 +206,7 @@ class SinceAttach:
     loss_step: int | None = None
     change: Change | None = None
     ended: set[str] | None = None
+    told: set[str] = field(default_factory=set)
     order: CallOrder = field(default_factory=CallOrder)
     penalties: PenaltyChecks = field(default_factory=PenaltyChecks)
     movers: set[int] = field(default_factory=set)

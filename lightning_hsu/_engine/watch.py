@@ -69,6 +69,7 @@ class Watch:
                 if p.ndim < 2 and id(p) not in wanted:
                     continue
                 self._places.append((module._parameters, name, p))
+        self._computed = [one for one in map(_Computed, layers) if one.others]
         self._lazy = [p for p in model.parameters() if nn.parameter.is_lazy(p)]
         # The parameters themselves: torch.utils.swap_tensors refuses those with weak references.
         self._in_model = {id(p): p for p in model.parameters()}
@@ -104,7 +105,9 @@ class Watch:
             now = holder.get(name)
             if now is not p and self._placement.is_replaced(p, now):
                 return False
-        return True
+        if not self._computed:
+            return True
+        return all(one.is_current() for one in self._computed)
 
     def optimizes(self, parameters: Iterable[nn.Parameter]) -> bool:
         """Whether some optimizer seen so far has one of these parameters."""
@@ -155,6 +158,43 @@ class Watch:
                 if id(p) in self._idle or self._in_model.get(id(p)) is not p:
                     return False
         return True
+
+
+class _Computed:
+    """A layer whose neurons are computed by modules inside it, and may change their parameters.
+
+    As where a library has several adapters in one layer, of which one is active.
+
+    Args:
+        layer: The layer.
+    """
+
+    def __init__(self, layer: Layer) -> None:
+        self._layer = layer
+        own = {id(p) for p in layer.parameters}
+        self.others: list[nn.Parameter] = []
+        if own and layer.target.module._modules and not layer.sharded:
+            for p in layer.target.module.parameters():
+                if p.ndim >= 2 and id(p) not in own:
+                    self.others.append(p)
+        self._seen = {self._pattern()}
+
+    def is_current(self) -> bool:
+        """Whether its neurons still depend on the same parameters.
+
+        That is looked at whenever others of them train, or have a gradient, than before.
+        """
+        pattern = self._pattern()
+        if pattern in self._seen:
+            return True
+        self._seen.add(pattern)
+        now = {id(p) for p in self._layer.target.parameters()}
+        return now == {id(p) for p in self._layer.parameters}
+
+    def _pattern(self) -> tuple[tuple[bool, bool], ...]:
+        """Which parameters train, and which have a gradient."""
+        parameters = (*self._layer.parameters, *self.others)
+        return tuple((p.requires_grad, p.grad is not None) for p in parameters)
 
 
 def _on_the_way(model: nn.Module, wanted: Mapping[int, nn.Module]) -> list[nn.Module]:

@@ -62,6 +62,10 @@ class Asked:
         self._deciding.add(name)
         return self._patterns[name]
 
+    def unmet(self) -> list[str]:
+        """Patterns that no weight has met."""
+        return [pattern for pattern in self._patterns if pattern not in self._used]
+
     def check(self) -> None:
         """Refuse patterns that no weight has met, or none as the first.
 

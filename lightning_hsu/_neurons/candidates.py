@@ -104,6 +104,7 @@ class Candidates(Generic[AnySet]):
         broken: Layers that cannot be read because of what the user said.
         declared: Names of the sets that the model declares to be its heads.
         declaring: Where names within the modules begin that declare them.
+        unmet: Patterns of ``neurons=`` that no weight has met.
     """
 
     source: str
@@ -113,6 +114,7 @@ class Candidates(Generic[AnySet]):
     broken: list[Broken] = field(default_factory=list)
     declared: list[str] = field(default_factory=list)
     declaring: list[str] = field(default_factory=list)
+    unmet: list[str] = field(default_factory=list)
 
 
 def shape_by_group(x: Tensor) -> tuple[int, int, int]:

@@ -90,6 +90,7 @@ class _Finder:
             self._add_module(path, module)
         if strict:
             self._asked.check()
+        self._found.candidates.unmet.extend(self._asked.unmet())
         for module, heads in declared_heads(self._model).items():
             self._add_declared(module, heads)
         return self._found.candidates

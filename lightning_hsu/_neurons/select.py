@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
 from typing import overload
 
@@ -220,6 +220,8 @@ def find_heads(
     heads: dict[str, str] = {}
     for name in map(str, wanted):
         parts = [one.name for one in candidates.sets if name in (one.name, one.layer)]
+        if not parts and not strict:  # it may have been wrapped since
+            parts = [one.name for one in candidates.sets if one.name.startswith(f"{name}.")][-1:]
         heads |= dict.fromkeys(parts, NAMED)
         if parts or not strict or "lazy" in reasons.get(name, ""):
             continue
@@ -228,6 +230,33 @@ def find_heads(
             message = f"head {name!r} is not measured: {reasons[name]}"
         raise ValueError(f"{message}; head=None switches it off")
     return heads
+
+
+def unmet(
+    candidates: Candidates[AnySet], head: Head, patterns: Mapping[str, Sequence[str]]
+) -> list[str]:
+    """What a user has said that meets no layer, in words.
+
+    Args:
+        candidates: All sets of a model.
+        head: What is said of the head.
+        patterns: Patterns of layers, by the arguments that they were given for.
+    """
+    sets = [one.name for one in candidates.sets]
+    names = [
+        *sets,
+        *(one.name for one in candidates.broken),
+        *(one.name for one in candidates.skips),
+    ]
+    found = []
+    for what, given in patterns.items():
+        for pattern in given:
+            if not any(matches(name, [pattern]) for name in names):
+                found.append(f"{what} {pattern!r}")
+    for name in [head] if isinstance(head, str) else head or []:
+        if name != "auto" and not find_heads(candidates, name, strict=False):
+            found.append(f"head {name!r}")
+    return found + [f"neurons {pattern!r}" for pattern in candidates.unmet]
 
 
 def _automatic_heads(candidates: Candidates[AnySet], traced: Sequence[str]) -> dict[str, str]:
