@@ -309,7 +309,7 @@ class UniformityRegularizer:
         if is_current:
             return False
         change = attached.follow(self.state.heads)
-        self.state.note_change(change, [layer.name for layer in attached.layers])
+        self.state.note_change(change)
         self._watch_outputs()  # the head may be another one
         if change.lost and attached.placement.rank == 0:
             warnings.warn(no_longer_measured(change.lost), stacklevel=3)
@@ -501,6 +501,7 @@ class UniformityRegularizer:
 
         :meth:`unreached` names the others.
         """
+        self.follow([optimizer])
         reached = self.state.now.reached
         if len(reached) == len(self.layers):
             return

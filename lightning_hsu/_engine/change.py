@@ -22,7 +22,8 @@ class Change:
     Attributes:
         added: Shapes (groups, n, d) of the layers that were not measured before, by name.
         renewed: Those of the layers that have other parameters now.
-        fresh: Those of them whose parameters no layer had before.
+        origins: Names that layers' weights had before, by the names that they have now; fresh
+            weights had none.
         renamed: New names of layers, by the old ones.
         gone: Shapes of the layers that are no longer in the model.
         lost: Why layers that are in the model can no longer be measured, by name.
@@ -30,7 +31,7 @@ class Change:
 
     added: dict[str, Shape] = field(default_factory=dict)
     renewed: dict[str, Shape] = field(default_factory=dict)
-    fresh: set[str] = field(default_factory=set)
+    origins: dict[str, str] = field(default_factory=dict)
     renamed: dict[str, str] = field(default_factory=dict)
     gone: dict[str, Shape] = field(default_factory=dict)
     lost: dict[str, str] = field(default_factory=dict)
@@ -43,7 +44,6 @@ class Change:
         """Take what has changed later into account."""
         self.added |= later.added
         self.renewed |= later.renewed
-        self.fresh |= later.fresh
         self.renamed |= later.renamed
         self.gone |= later.gone
         self.lost |= later.lost
@@ -62,16 +62,16 @@ def compare(
     """
     change = Change()
     old = {layer.name: layer for layer in before}
-    known = {_weights(layer) for layer in before}
+    known = {_weights(layer): layer.name for layer in before}
     new: dict[Hashable, Layer] = {}
     for layer in now:
+        if _weights(layer) in known:
+            change.origins[layer.name] = known[_weights(layer)]
         same = old.pop(layer.name, None)
         if same is None:
             new[_weights(layer)] = layer
         elif _weights(same) != _weights(layer):
             change.renewed[layer.name] = layer.target.shape
-            if _weights(layer) not in known:
-                change.fresh.add(layer.name)
     for name, layer in old.items():
         moved = new.pop(_weights(layer), None)
         if moved is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -277,8 +277,8 @@ class TrainingState:
             if layer.rates(learning_rates):
                 self.now.reached.add(layer.name)
 
-    def note_change(self, change: Change, layers: Iterable[str]) -> None:
-        """Note a change of the model, which has layers of these names now."""
+    def note_change(self, change: Change) -> None:
+        """Note a change of the model."""
         if self.now.change is not None:
             self.now.change.add(change)
         elif change:
@@ -286,9 +286,8 @@ class TrainingState:
         self.now.ended = set()
         for old, new in change.renamed.items():
             self._rename(old, new)
-        for reached in (self.now.reached, self.now.reached_before):
-            reached.intersection_update(layers)
-            reached -= change.fresh  # until an optimizer has the new parameters
+        self.now.reached = _carried(self.now.reached, change.origins)
+        self.now.reached_before = _carried(self.now.reached_before, change.origins)
 
     def _rename(self, old: str, new: str) -> None:
         """Let a layer of another name go on where it stood."""
@@ -300,10 +299,6 @@ class TrainingState:
         for known in by_name:
             if old in known:
                 known[new] = known.pop(old)
-        for reached in (self.now.reached, self.now.reached_before):
-            if old in reached:
-                reached.remove(old)
-                reached.add(new)
         self.heads = [new if name == old else name for name in self.heads]
 
     def is_trained(self, layer: Layer) -> bool:
@@ -379,3 +374,8 @@ class TrainingState:
         """
         self.measure_states.check(layers, dropped)
         self.share_means.check(layers, dropped)
+
+
+def _carried(names: set[str], origins: Mapping[str, str]) -> set[str]:
+    """The names that layers have now which had these; fresh weights are not among them."""
+    return {now for now, before in origins.items() if before in names}
