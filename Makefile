@@ -14,7 +14,7 @@ FAST = not slow and not versions and not pretrained and not models
 # Other machines, on this one: no vector instructions of ATen, and none newer than AVX2 of its libraries.
 OLD_CPU = ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2
 
-.PHONY: setup demo test coverage cpus docs evidence versions pretrained models notebooks lint types wheel kernels bench bench-gpu clean
+.PHONY: setup demo test coverage cpus docs events evidence versions pretrained models notebooks lint types wheel kernels bench bench-gpu clean
 .NOTPARALLEL:  # two installations into one .venv would get in each other's way
 
 setup: .venv/dev.installed  ## Install everything, and lint before each commit
@@ -35,6 +35,9 @@ cpus: .venv/test.installed  ## The fast tests as on an older CPU, with one threa
 
 docs: .venv/test.installed  ## Run the code that README and docstrings show
 	$(PYTEST) lightning_hsu tests/test_readme.py tests/test_notebooks.py
+
+events: .venv/test.installed  ## Trainings at random in which models and optimizers change; EVENTS_COUNT=3000 EVENTS_SEED=1 for more
+	EVENTS_COUNT=$${EVENTS_COUNT:-300} $(PYTEST) tests/test_events.py
 
 evidence: .venv/evidence.installed  ## Does it help, and where: the whole plan, or QUICK=--quick; goes on where it was ended
 	$(BIN)/python -m evidence --jobs $(JOBS) $(QUICK)

@@ -456,8 +456,12 @@ def no_old_weight_norm(scene, dice):
 
 
 def frozen(scene, dice):
-    slots = [one for one in scene.slots() if any(p.requires_grad for p in one.layer.parameters())]
-    if len(slots) < 2:
+    slots = []
+    for one in scene.slots():
+        trains = any(p.requires_grad for p in one.layer.parameters())
+        if trains and one.name != scene.net.last_name():
+            slots.append(one)
+    if not slots:
         return ""
     slot = dice.choice(slots)
     if dice.random() < 0.5 and slot.is_plain:
