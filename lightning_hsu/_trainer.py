@@ -167,13 +167,15 @@ def _regularizer(callback: pl.Callback) -> object:
 
 def warn_added_up(callback: pl.Callback, trainer: pl.Trainer) -> None:
     """Warn of layers that an earlier callback penalises, too: the penalties add up."""
-    mine = _penalised(callback)
+    mine: set[tuple[int, str]] = set()
+    for weights in _penalised(callback).values():
+        mine |= weights
     for other in _ours(_callbacks_of(trainer)):
         if other is callback:
             continue
         common = []
-        for name, parameters in _penalised(other).items():
-            if not parameters.isdisjoint(mine.get(name, ())):
+        for name, weights in _penalised(other).items():
+            if not weights.isdisjoint(mine):
                 common.append(name)
         if common:
             prefixes = f"'{getattr(other, 'prefix', '')}' and '{getattr(callback, 'prefix', '')}'"
@@ -184,14 +186,17 @@ def warn_added_up(callback: pl.Callback, trainer: pl.Trainer) -> None:
             )
 
 
-def _penalised(callback: pl.Callback) -> dict[str, set[int]]:
-    """The layers with a coefficient that a callback has found so far, with their parameters' ids."""
+def _penalised(callback: pl.Callback) -> dict[str, set[tuple[int, str]]]:
+    """The layers with a coefficient that a callback has found so far.
+
+    Each has the ids of its parameters, with the part of them that it is: tied weights have two names.
+    """
     found = {}
     regularizer = _regularizer(callback)
     if isinstance(regularizer, UniformityRegularizer):
         for layer in regularizer.layers:
             if layer.strength != 0:
-                found[layer.name] = {id(p) for p in layer.parameters}
+                found[layer.name] = {(id(p), layer.target.key) for p in layer.parameters}
     return found
 
 

@@ -14,6 +14,7 @@ from lightning_hsu import Share, UniformityRegularizer
 from lightning_hsu.measures import Covering
 from tests.compatibility import MODES
 from tests.models import Automatic, batches, loader, mean_square, trainer, uniformity
+from tests.ranks import Keep
 
 
 class Once(pl.Callback):
@@ -388,3 +389,135 @@ def test_a_new_lazy_layer_is_followed(caplog):
     fit(new_lazy_layer)
     told = [text for text in caplog.messages if "the model has changed" in text]
     assert ["now measured: net.8 (4 x 3)" in text for text in told] == [True]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_layer_grown_as_a_copy_of_another_is_penalised(mode):
+    """At first it has the weights of one that is there, as a copy that is only kept."""
+
+    def grown(trainer, module):
+        module.net.insert(6, copy.deepcopy(module.net[5]))
+        module.net.insert(6, nn.Linear(12, 32))
+        into_the_optimizer(trainer, module.net[6], module.net[7])
+
+    ends = []
+    for coefficient in (0.5, 0.0):
+        torch.manual_seed(0)
+        ends.append(fit(grown, apply=mode, coefficient=coefficient).net[7].weight.detach())
+    assert (ends[0] - ends[1]).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_layer_that_the_optimizer_has_before_the_model_is_followed(mode, caplog):
+    class Waiting(Free):
+        def __init__(self):
+            super().__init__()
+            self.pool = [nn.Linear(3, 3)]
+            self.extra = nn.ModuleList()
+
+        def training_step(self, batch, batch_idx):
+            x = self.net(batch[0])
+            for layer in self.extra:
+                x = layer(x)
+            return mean_square(x, 1.0)
+
+        def configure_optimizers(self):
+            return torch.optim.SGD([*self.parameters(), *self.pool[0].parameters()], lr=0.1)
+
+    fit(lambda trainer, module: module.extra.append(module.pool[0]), make=Waiting, apply=mode)
+    told = [text for text in caplog.messages if "the model has changed" in text]
+    assert ["now measured: extra.0 (3 x 3)" in text for text in told] == [True]
+
+
+class KeepsAll(Free):
+    """Keeps a copy of its network after each epoch in a list that is empty at first."""
+
+    def __init__(self):
+        super().__init__()
+        self.kept = nn.ModuleList()
+
+    def on_train_epoch_end(self):
+        self.kept.append(copy.deepcopy(self.net))
+
+
+def test_copies_in_a_list_are_no_alarm():
+    trainer(uniformity(coefficient=0.1), max_epochs=3).fit(KeepsAll(), loader(batches()))
+
+
+class Wrapper(nn.Module):
+    def __init__(self, base):
+        super().__init__()
+        self.base = base
+
+    def forward(self, x):
+        return self.base(x)
+
+
+def test_what_was_said_of_a_layer_that_is_wrapped_holds_or_is_warned_of():
+    net = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 5), nn.Linear(5, 4))
+    settings = {"head": "3", "head_coefficient": 0.7, "neurons": {"0.weight": "columns"}}
+    regularizer = UniformityRegularizer(coefficient=0.1, **settings).attach(net)
+    net[3] = Wrapper(net[3])
+    assert regularizer.follow()
+    kinds = {one.name: (one.target.head, one.strength) for one in regularizer.layers}
+    assert kinds == {"0": (False, 0.1), "2": (False, 0.1), "3.base": (True, 0.7)}
+    net[0] = Wrapper(net[0])
+    with pytest.warns(UserWarning, match=r"neurons '0.weight' meets no layer any more"):
+        regularizer.follow()
+    assert not regularizer.follow()
+
+
+class InTurns(pl.LightningModule):
+    """Each network is frozen while the other has its turn, as many programs of two networks do."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+        self.first, self.second = nn.Linear(36, 12), nn.Linear(12, 4)
+
+    def training_step(self, batch, batch_idx):
+        x = batch[0].flatten(1)
+        for one, optimizer in zip((self.second, self.first), self.optimizers(), strict=True):
+            self.first.requires_grad_(one is self.first)
+            self.second.requires_grad_(one is self.second)
+            optimizer.zero_grad()
+            self.manual_backward(self.second(self.first(x)).square().mean())
+            optimizer.step()
+
+    def configure_optimizers(self):
+        return [torch.optim.SGD(one.parameters(), lr=0.1) for one in (self.second, self.first)]
+
+
+@pytest.mark.parametrize("coefficient", [0.1, 0.0])
+def test_a_network_that_is_frozen_out_of_its_turn_is_monitored(coefficient):
+    logger = Keep()
+    callback = uniformity(coefficient=coefficient)
+    fit = trainer(callback, logger=logger, log_every_n_steps=1, max_epochs=1)
+    fit.fit(InTurns(), loader(batches()))
+    ratios = {row["hsu/ratio/second"] for row in logger.rows.values()}
+    assert len(ratios) == 7
+
+
+class Unfreezes(pl.Callback):
+    def on_fit_start(self, trainer, pl_module):
+        pl_module.net[0].requires_grad_(False)
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        pl_module.net[0].requires_grad_(True)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_what_is_unfrozen_after_the_last_step_is_no_alarm(mode):
+    callback = uniformity(coefficient=0.1, apply=mode)
+    trainer(Unfreezes(), callback, max_epochs=1).fit(Automatic(), loader(batches()))
+    trainer(callback, Unfreezes(), max_epochs=2).fit(Automatic(), loader(batches()))
+
+
+def test_tensors_may_be_swapped():
+    """torch.utils.swap_tensors refuses those that somebody holds weakly."""
+    net = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 5))
+    regularizer = UniformityRegularizer().attach(net)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    regularizer.follow([optimizer])
+    torch.utils.swap_tensors(net[0].weight, nn.Parameter(torch.randn(8, 6)))
+    assert not regularizer.follow([optimizer])

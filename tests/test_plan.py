@@ -458,6 +458,35 @@ def test_a_weight_that_is_picked_or_computed_is_read_at_each_step():
         torch.testing.assert_close(found[name], part, rtol=1e-5, atol=1e-7)
 
 
+class Picked(nn.Module):
+    """A parametrization that picks one of two weights."""
+
+    second = False
+
+    def __init__(self):
+        super().__init__()
+        self.other = nn.Parameter(torch.randn(9, 6))
+
+    def forward(self, weight):
+        return self.other if self.second else weight
+
+
+def test_a_weight_that_depends_on_other_parameters_is_followed():
+    """As where an adapter is switched, and no module or parameter is replaced."""
+    net = nn.Sequential(nn.Linear(6, 9))
+    picked = Picked()
+    parametrize.register_parametrization(net[0], "weight", picked)
+    regularizer = UniformityRegularizer(head=None).attach(net)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    for second in (False, True, False):
+        picked.second = second
+        optimizer.zero_grad()
+        (net(torch.randn(4, 6)) * 0.0).sum().backward()
+        regularizer.add_gradients(optimizer)
+        found = picked.other.grad if second else net[0].parametrizations.weight.original.grad
+        assert found.any()
+
+
 def added_alone(net):
     return added(net, UniformityRegularizer(head=None).attach(net))
 

@@ -15,7 +15,11 @@ from tests.models import trainer
 
 pytestmark = [
     pytest.mark.models,
-    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),
+    pytest.mark.filterwarnings(
+        "ignore::DeprecationWarning",
+        "ignore::FutureWarning",
+        "ignore:the penalty is too strong",  # in adapters, whose weights are small
+    ),
 ]
 
 COEFFICIENT = 0.1
@@ -73,6 +77,23 @@ def merged(model):
     return model.merge_and_unload().requires_grad_(True)
 
 
+def with_two_adapters(model):
+    from peft import LoraConfig
+
+    model = with_lora(model)
+    config = LoraConfig(task_type="SEQ_CLS", r=4, target_modules=["query", "value"])
+    model.add_adapter("second", config)
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(p, std=0.1)
+    return model
+
+
+def switched(model):
+    model.set_adapter("second")
+    return model
+
+
 def cut_by_half(model):
     """Structured pruning: fewer neurons, in new parameters."""
     import torch_pruning
@@ -112,6 +133,7 @@ def with_more_tokens(model):
 CHANGES = {
     "peft adds LoRA": [with_lora],
     "peft merges LoRA": [with_lora, merged],
+    "peft switches adapters": [with_two_adapters, switched],
     "torch_pruning": [cut_by_half],
     "torchao prepares": [for_quantisation],
     "transformers resizes": [with_more_tokens],
