@@ -232,7 +232,7 @@ class FirstOutputs:
 
     def __call__(self, module: nn.Module, inputs: object, outputs: object) -> None:
         """Show the outputs once, if they have a graph; a compiled forward has none by layer."""
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
             return
         owner = None if self._owner is None else self._owner()
         if owner is None or not module.training or not torch.is_grad_enabled():
