@@ -521,3 +521,19 @@ def test_tensors_may_be_swapped():
     regularizer.follow([optimizer])
     torch.utils.swap_tensors(net[0].weight, nn.Parameter(torch.randn(8, 6)))
     assert not regularizer.follow([optimizer])
+
+
+def test_a_copy_is_penalised_where_no_optimizer_is_known():
+    net = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 5))
+    regularizer = UniformityRegularizer().attach(net)
+    net.insert(1, copy.deepcopy(net[0]))
+    regularizer.penalty().backward()
+    assert net[1].weight.grad.any()
+
+
+def test_a_layer_put_beside_others_that_are_none_is_followed():
+    net = nn.Sequential(nn.Linear(6, 8), nn.Sequential(nn.Tanh()), nn.Linear(8, 5))
+    regularizer = UniformityRegularizer().attach(net)
+    net[1].append(nn.Linear(8, 8))
+    regularizer.penalty().backward()
+    assert net[1][1].weight.grad.any()

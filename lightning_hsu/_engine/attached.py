@@ -134,7 +134,9 @@ class Attached:
 
         Users keep such copies: the best model so far, or the one before an average.
         """
-        found = set()
+        found: set[nn.Module] = set()
+        if not self.watch.has_optimizers:  # a penalty in a loss says nothing of what trains
+            return found
         old = [one for one in self.candidates.sets if one.module in known]
         for one in self.candidates.sets:
             if self.watch.optimizes(one.parameters()):

@@ -24,8 +24,8 @@ Holder = Mapping[str, nn.Parameter | None]
 class Watch:
     """Sees that a module or a parameter has been replaced, added or taken away.
 
-    It compares what stands at known places by identity. Modules are watched on every way from the
-    model to a layer, and parameters where they are registered.
+    It compares what stands at known places by identity: modules where others hold them, and
+    parameters where layers hold them.
 
     Args:
         model: The model.
@@ -53,13 +53,11 @@ class Watch:
                 inside[id(module)] = module
         self._ways: list[tuple[Children, str, nn.Module | None]] = []
         self._sizes: list[tuple[Children, int]] = []
-        for module in _on_the_way(model, inside):
-            self._sizes.append((module._modules, len(module._modules)))
+        for module in model.modules():
+            if module._modules or id(module) in inside or _is_empty_holder(module):
+                self._sizes.append((module._modules, len(module._modules)))
             for name, child in module._modules.items():
                 self._ways.append((module._modules, name, child))
-        for module in model.modules():
-            if _is_empty_holder(module):
-                self._sizes.append((module._modules, 0))
         wanted = {id(p) for layer in layers for p in layer.parameters}
         self._places: list[tuple[Holder, str, nn.Parameter]] = []
         for module in inside.values():
@@ -108,6 +106,11 @@ class Watch:
         if not self._computed:
             return True
         return all(one.is_current() for one in self._computed)
+
+    @property
+    def has_optimizers(self) -> bool:
+        """Whether any optimizer has been seen so far."""
+        return bool(self._groups)
 
     def optimizes(self, parameters: Iterable[nn.Parameter]) -> bool:
         """Whether some optimizer seen so far has one of these parameters."""
@@ -195,28 +198,6 @@ class _Computed:
         """Which parameters train, and which have a gradient."""
         parameters = (*self._layer.parameters, *self.others)
         return tuple((p.requires_grad, p.grad is not None) for p in parameters)
-
-
-def _on_the_way(model: nn.Module, wanted: Mapping[int, nn.Module]) -> list[nn.Module]:
-    """The wanted modules, and all that hold one, however deep."""
-    found: list[nn.Module] = []
-    leads: dict[int, bool] = {}
-
-    def visit(module: nn.Module) -> bool:
-        if id(module) in leads:
-            return leads[id(module)]
-        leads[id(module)] = False  # a module that holds itself ends here
-        is_wanted = id(module) in wanted
-        for child in module._modules.values():
-            if child is not None and visit(child):
-                is_wanted = True
-        leads[id(module)] = is_wanted
-        if is_wanted:
-            found.append(module)
-        return is_wanted
-
-    visit(model)
-    return found
 
 
 def _is_empty_holder(module: nn.Module) -> bool:
