@@ -72,6 +72,8 @@ class AfterStep:
 
     def _after(self, optimizer: Optimizer, *_: Any) -> None:
         """What torch calls after a step, and after each parent's step within it."""
+        if optimizer is not self.optimizer:  # a copy of a wrapper, which has its hooks, too
+            return
         around = sys._getframe(1)
         if _is_within_step(around.f_back, optimizer):
             return
@@ -103,7 +105,9 @@ def runs_hooks(optimizer: Optimizer) -> bool:
     if not isinstance(optimizer, Optimizer):
         return False
     is_prepared = "_optimizer_step_post_hooks" in vars(optimizer)
-    return is_prepared and getattr(type(optimizer).step, "hooked", False) is True
+    # A step on the instance may be anything; what wraps the class's, as schedulers do, keeps its marks.
+    step = vars(optimizer).get("step", type(optimizer).step)
+    return is_prepared and getattr(step, "hooked", False) is True
 
 
 def _is_within_step(frame: FrameType | None, optimizer: Optimizer) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
@@ -303,6 +303,26 @@ def is_last_step(trainer: pl.Trainer) -> bool:
     return bool(trainer.is_last_batch or trainer.should_stop or is_done)
 
 
+def waits_for_a_step(trainer: pl.Trainer, layer: Layer, stepped: Collection[int]) -> bool:
+    """Whether an optimizer has a layer's weights and has not stepped yet.
+
+    Args:
+        trainer: The trainer.
+        layer: The layer.
+        stepped: Ids of the optimizers that have.
+    """
+    own = {id(p) for p in layer.parameters}
+    for optimizer in trainer.optimizers:
+        if isinstance(optimizer, LightningOptimizer):
+            optimizer = optimizer.optimizer
+        if id(optimizer) in stepped:
+            continue
+        for group in optimizer.param_groups:
+            if any(id(p) in own for p in group["params"]):
+                return True
+    return False
+
+
 def keep_from_breaking(checkpoint: dict[str, Any], key: str) -> None:
     """Wrap a callback's stored state that Lightning itself would stumble over."""
     states = checkpoint.get("callbacks")
@@ -356,6 +376,9 @@ def after_step(
     def act_in_fit(hook: AfterStep) -> bool:
         trainer, act = trainer_ref(), act_ref()
         if trainer is None or act is None or not is_fitting(trainer):
+            return False
+        owner = getattr(act, "__self__", None)
+        if not any(one is owner for one in _callbacks_of(trainer)):  # it was taken away under way
             return False
         act(trainer, hook)
         return True
@@ -436,6 +459,7 @@ class Warnings:
     def __init__(self) -> None:
         self._nonfinite: set[str] = set()  # layers that were already named
         self._unreached: set[str] = set()
+        self._freed = False
         self._shared: set[str] = set()
         self._line_search = False
 
@@ -464,13 +488,12 @@ class Warnings:
                 "Trainer(detect_anomaly=True)."
             )
 
-    def unreached(self, names: Sequence[str], layers: Sequence[Layer]) -> None:
+    def unreached(self, layers: Sequence[Layer]) -> None:
         """Warn of layers that the penalty does not reach, so that it is never silently absent."""
-        new = [name for name in names if name not in self._unreached]
-        self._unreached.update(new)
-        in_backward = {layer.name for layer in layers if layer.steps_in_backward}
-        early = [name for name in new if name in in_backward]
-        others = [name for name in new if name not in in_backward]
+        new = [layer for layer in layers if layer.name not in self._unreached]
+        self._unreached.update(layer.name for layer in new)
+        early = [layer.name for layer in new if layer.steps_in_backward]
+        others = [layer.name for layer in new if not layer.steps_in_backward]
         if early:
             rank_zero_warn(
                 f"the penalty has not reached layer {', '.join(map(repr, early))} so far: an "
@@ -484,6 +507,16 @@ class Warnings:
                 "weights are in no optimizer that steps through Lightning, or got no gradient. With "
                 "manual optimisation use self.optimizers(), not use_pl_optimizer=False; leave out a "
                 "layer that is not trained with exclude=."
+            )
+
+    def freed(self, names: Collection[str]) -> None:
+        """Warn of layers whose gradients are taken away in a step: then nothing says what moves."""
+        if names and not self._freed:
+            self._freed = True
+            rank_zero_warn(
+                f"layer {listed(map(repr, sorted(names)))} does not move with apply='decoupled': the "
+                "optimizer, or a hook on it, takes the gradients away within its step, and only what "
+                "has a gradient moves. Use apply='gradient'."
             )
 
     def shared(self, layers: Sequence[Layer], hooks: Sequence[AfterStep]) -> None:

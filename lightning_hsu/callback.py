@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from lightning_hsu import _trainer
 from lightning_hsu._checks import check_choice
+from lightning_hsu._engine.layer import Layer
 from lightning_hsu._engine.plan import GradientStats
 from lightning_hsu._engine.state import TrainingState
 from lightning_hsu._engine.stored import what_counts
@@ -60,6 +61,8 @@ class _Fit:
         seen_step: Global step when the last batch ended.
         waiting: Layers that the penalty had not reached after the last step of an epoch; None if
             that is not known.
+        stepped: Ids of the optimizers that have stepped.
+        about_to_move: Layers that had gradients before a step which is looked at.
         is_loaded: Whether a checkpoint gave this callback its state.
         strangers: Keys of states in the checkpoint that no callback of the trainer has.
     """
@@ -82,6 +85,8 @@ class _Fit:
     has_run: bool = False
     seen_step: int = 0
     waiting: list[str] | None = None
+    stepped: set[int] = field(default_factory=set)
+    about_to_move: set[str] = field(default_factory=set)
     is_loaded: bool = False
     strangers: list[str] = field(default_factory=list)
 
@@ -330,6 +335,8 @@ class HypersphericalUniformity(_trainer.EveryCallback):
         index = self._hook(trainer, optimizer).position
         if self.apply == "decoupled":  # not a step yet: a GradScaler may skip it
             self.regularizer.note_reached(optimizer)
+            if self._will_measure(trainer):
+                self._fit.about_to_move = set(self.regularizer.reachable(optimizer))
             return
         fit = self._fit
         fit.open_step.begin(trainer, self.regularizer.state_dict)
@@ -381,15 +388,21 @@ class HypersphericalUniformity(_trainer.EveryCallback):
 
     def _after_step(self, trainer: pl.Trainer, hook: AfterStep) -> None:
         """Move the neurons if ``apply`` says so; this is not called for a skipped step."""
-        self._fit.open_step.end()
-        if self.apply != "decoupled":
-            return
+        fit = self._fit
+        is_counted = fit.open_step.is_counted(hook.position)
+        fit.open_step.end()
+        fit.stepped.add(id(hook.optimizer))
         self._attach(trainer, trainer.lightning_module)
-        if self.regularizer.active:
+        if not self.regularizer.active:
+            return
+        if self.apply == "loss" and not is_counted:  # it stepped behind Lightning's back
+            self.regularizer.count_step(hook.optimizer, index=hook.position)
+        if self.apply == "decoupled":
             stats = self._will_measure(trainer)
-            self._fit.stats |= self.regularizer.move(
-                hook.optimizer, index=hook.position, stats=stats
-            )
+            fit.stats |= self.regularizer.move(hook.optimizer, index=hook.position, stats=stats)
+            lost = fit.about_to_move - set(self.regularizer.reachable(hook.optimizer))
+            fit.warnings.freed(lost)
+            fit.about_to_move = set()
 
     @_harmless
     def on_train_batch_end(
@@ -439,11 +452,24 @@ class HypersphericalUniformity(_trainer.EveryCallback):
             return  # resumed so late in an epoch that it had no step left
         self._attach(trainer, pl_module)  # for lazy layers if Lightning saw no optimizer step
         self._follow(scan=True)
-        unreached = self.regularizer.unreached()
+        due = []
+        for layer in self._unreached():
+            if not _trainer.waits_for_a_step(trainer, layer, self._fit.stepped):
+                due.append(layer)
+        self._fit.warnings.unreached(due)
+
+    @_harmless
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Warn of layers whose optimizers have never stepped."""
+        if self._fit.has_run:
+            self._fit.warnings.unreached(self._unreached())
+
+    def _unreached(self) -> list[Layer]:
+        """The layers that the penalty has not reached, as after the last step of an epoch."""
+        names = set(self.regularizer.unreached())
         if self._fit.waiting is not None:
-            unreached = [name for name in unreached if name in self._fit.waiting]
-        self._fit.waiting = None
-        self._fit.warnings.unreached(unreached, self.regularizer.layers)
+            names &= set(self._fit.waiting)
+        return [layer for layer in self.regularizer.layers if layer.name in names]
 
     @_harmless
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -511,6 +511,13 @@ class UniformityRegularizer:
         with whole:
             self.state.note_reached(self.layers, learning_rates(optimizer))
 
+    def reachable(self, optimizer: Optimizer) -> list[str]:
+        """Names of the layers with a coefficient that an optimizer could step as things are."""
+        rates = learning_rates(optimizer)
+        with self._whole_with_grads():
+            found = [layer for layer in self.layers if layer.strength != 0 and layer.rates(rates)]
+        return [layer.name for layer in found]
+
     @eager
     @torch.no_grad()
     def add_gradients(

@@ -69,8 +69,7 @@ def test_a_huge_coefficient_is_told_once_a_fit(apply, settings, tmp_path):
         assert text.startswith("the penalty is too strong with coefficient 1e+06: on ")
         assert all(name in text for name in ("'net.0'", "'net.2'", "'net.5'", "'net.7'"))
         assert "coefficient=Share(0.05)" in text
-        expected = "12 of 12 neurons" if apply == "decoupled" else "times the task's"
-        assert expected in text
+        assert "12 of 12 neurons" in text
 
 
 @pytest.mark.parametrize("coefficient", [0.01, 0.3, 1.0, Share(1.0), 0])
@@ -119,10 +118,10 @@ def test_ones_own_loop_is_looked_at_in_its_first_step_and_no_longer():
 def test_ones_own_loop_is_told_of_a_huge_coefficient():
     net = network()
     regularizer = UniformityRegularizer(coefficient=1e5).attach(net)
-    looked, texts = steps_of(net, regularizer, 8, rate=1e-3)
-    assert looked == [0, 1, 2]
+    looked, texts = steps_of(net, regularizer, 15, rate=1e-7)
+    assert looked == list(range(10))
     assert len(texts) == 1
-    assert "on 3 steps in a row" in texts[0]
+    assert "on 10 steps in a row its gradient was more than 10 times the task's" in texts[0]
 
 
 def test_a_row_of_looks_ends_after_ten_and_one_layer_is_enough():
@@ -395,8 +394,8 @@ def looks_of_a_rank(disagrees):
     regularizer = UniformityRegularizer(coefficient=1e5, head=None).attach(net)
     if disagrees and distributed.get_rank() == 1:
         with mock.patch.object(strength, "_read", return_value=[]):
-            return steps_of(net, regularizer, 8, rate=1e-5)
-    return steps_of(net, regularizer, 8, rate=1e-5)
+            return steps_of(net, regularizer, 14, rate=1e-7)
+    return steps_of(net, regularizer, 14, rate=1e-7)
 
 
 @pytest.mark.slow
@@ -405,7 +404,7 @@ def looks_of_a_rank(disagrees):
 def test_ranks_look_at_the_same_steps_and_the_first_tells(disagrees):
     """Stats of sharded layers are collective calls: a rank that looks alone would wait for ever."""
     first, second = world(2).run(looks_of_a_rank, disagrees)
-    assert first[0] == second[0] == [0, 1, 2]
+    assert first[0] == second[0] == list(range(10))
     assert "'1' (" in first[1][0]
     assert "'3' (" in first[1][0]
     assert (len(first[1]), second[1]) == (1, [])

@@ -142,6 +142,7 @@ LESS_THAN_AN_IMAGE = 50 / 797  # in percent, of the test images
 
 
 @pytest.mark.usefixtures("_double")
+@pytest.mark.filterwarnings("ignore:the penalty is too strong")  # so that it is not missed
 @pytest.mark.parametrize("apply", ["gradient", "loss", "decoupled"])
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 @pytest.mark.parametrize("network", ["plain", "convolutions", "batch norm"])

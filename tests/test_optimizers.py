@@ -5,6 +5,7 @@ import pickle
 import warnings
 from collections import defaultdict
 from functools import partial
+from types import MethodType
 
 import lightning.pytorch as pl
 import pytest
@@ -859,3 +860,133 @@ def test_in_ones_own_loop(make, mode):
         penalty.after_step(other)
     assert ours.state_dict()["steps"] == [7]
     assert max_difference(twin, net) < TOLERANCE
+
+
+class FreesGradients(torch.optim.SGD):
+    """Keeps no gradient in memory after a step."""
+
+    def step(self, closure=None):
+        loss = super().step(closure)
+        self.zero_grad()
+        return loss
+
+
+def frees_in_a_hook(parameters):
+    optimizer = SGD(parameters, lr=0.1)
+    optimizer.register_step_post_hook(lambda stepped, *_: stepped.zero_grad())
+    return optimizer
+
+
+@pytest.mark.parametrize("make", [lambda p: FreesGradients(p, lr=0.1), frees_in_a_hook])
+def test_gradients_that_a_step_takes_away_are_missed_in_words(make):
+    callback = uniformity(apply="decoupled", coefficient=0.5)
+    with pytest.warns(UserWarning, match="'net.0'.* does not move with apply='decoupled'") as told:
+        trainer(callback, max_epochs=1).fit(Automatic(make), loader(batches()))
+    assert sum("does not move" in str(one.message) for one in told) == 1
+
+
+def with_a_step_of_its_own(parameters):
+    """Its instance has a step that knows nothing of the class's, nor of torch's hooks."""
+
+    def step(self, closure=None):
+        loss = closure()
+        with torch.no_grad():
+            for group in self.param_groups:
+                for p in group["params"]:
+                    p -= group["lr"] * p.grad
+        return loss
+
+    optimizer = SGD(parameters, lr=0.1)
+    optimizer.step = MethodType(step, optimizer)
+    return optimizer
+
+
+def ends_of(make, kind=Automatic, **settings):
+    torch.manual_seed(0)
+    module = kind(make)
+    callback = uniformity(**settings)
+    trainer(callback, max_epochs=1).fit(module, loader(batches()))
+    return nn.utils.parameters_to_vector(module.parameters()), callback.state_dict()["steps"]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_step_set_on_the_instance_is_seen(mode):
+    plain, steps = ends_of(lambda p: SGD(p, lr=0.1), apply=mode, coefficient=0.5)
+    own, own_steps = ends_of(with_a_step_of_its_own, apply=mode, coefficient=0.5)
+    torch.testing.assert_close(own, plain, rtol=1e-5, atol=1e-7)
+    assert own_steps == steps == [7]
+
+
+class BehindLightning(Automatic):
+    """Its optimizer steps without Lightning's hooks."""
+
+    def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None):
+        optimizer.optimizer.step(optimizer_closure)
+
+
+@pytest.mark.parametrize("mode", ["loss", "decoupled"])
+def test_steps_behind_lightning_are_counted(mode):
+    _, steps = ends_of(lambda p: SGD(p, lr=0.1), BehindLightning, apply=mode, coefficient=0.5)
+    assert steps == [7]
+
+
+class TakesAway(pl.Callback):
+    def __init__(self, other):
+        self.other = other
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if batch_idx == 3:
+            trainer.callbacks.remove(self.other)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_callback_that_is_taken_away_acts_no_more(mode):
+    callback = uniformity(apply=mode, coefficient=0.5)
+    kept = Keep(lambda optimizer: None)
+    module = Automatic()
+    trainer(callback, TakesAway(callback), kept, max_epochs=1).fit(module, loader(batches()))
+    assert callback.state_dict()["steps"] == [4]
+
+
+class Deepcopied(Manual):
+    """Copies Lightning's wrapper around its optimizer at its first batch."""
+
+    def training_step(self, batch, batch_idx):
+        if batch_idx == 0:
+            copy.deepcopy(self.optimizers())
+        super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("mode", ["gradient", "decoupled"])
+def test_a_copied_wrapper_does_not_make_it_act_twice(mode):
+    plain, _ = ends_of(lambda p: SGD(p, lr=0.1), in_manual, apply=mode, coefficient=0.5)
+    copied, steps = ends_of(
+        lambda p: SGD(p, lr=0.1), in_manual_and_copied, apply=mode, coefficient=0.5
+    )
+    torch.testing.assert_close(copied, plain, rtol=1e-5, atol=1e-6)
+    assert steps == [7]
+
+
+def in_manual(make):
+    return Manual(make_optimizer=make)
+
+
+def in_manual_and_copied(make):
+    return Deepcopied(make_optimizer=make)
+
+
+class StepsRarely(Manual):
+    """A step on every twentieth batch of epochs of seven."""
+
+    def training_step(self, batch, batch_idx):
+        loss = mean_square(self.net(batch[0]), batch[1])
+        self.manual_backward(loss)
+        self.seen = getattr(self, "seen", 0) + 1
+        if self.seen % 20 == 0:
+            self.optimizers().step()
+
+
+def test_an_optimizer_that_has_yet_to_step_is_no_alarm():
+    trainer(uniformity(coefficient=0.5), max_epochs=3).fit(StepsRarely(), loader(batches()))
+    with pytest.warns(UserWarning, match="has not reached layer 'net.0'"):
+        trainer(uniformity(coefficient=0.5), max_epochs=2).fit(StepsRarely(), loader(batches()))

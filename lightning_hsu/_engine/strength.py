@@ -22,7 +22,6 @@ from lightning_hsu._engine.plan import STRONG, GradientStats
 from lightning_hsu._neurons.placement import Placement
 
 STRONG_IN_A_ROW = 10
-STRONG_AT_THE_START = 3  # steps, if most of the layers show it from the first step on
 LIMITED_IN_A_ROW = 5  # with SGD of momentum 0.9 a training is over after ten
 LOOKED_AT = frozenset({100, 1_000, 10_000, 100_000, 1_000_000})  # a schedule may have grown
 _EVERY = 20  # steps between looks at stats that were asked for
@@ -113,8 +112,6 @@ class Looks:
 
     def __init__(self) -> None:
         self.looks = True  # at the first step
-        self._start = 0  # looks from the first on at which most layers were strong
-        self._is_start = True  # whether there was no other so far
         self._is_done = False
         self._left = 0  # looks until a row of them ends
         self._last = 0  # the step of the last look
@@ -140,7 +137,7 @@ class Looks:
         strong = self._strong(layers) if compares else []
         message = None
         if strong:
-            message = _strong_warning(strong, self._start or STRONG_IN_A_ROW)
+            message = _strong_warning(strong)
         elif self._limited >= LIMITED_IN_A_ROW:
             message = _limited_warning([one for one in layers if one.is_limited])
         self._is_done = message is not None
@@ -155,10 +152,9 @@ class Looks:
             run = self._runs.setdefault(one.name, _Run())
             run.note(one)
             lasts |= run.steps >= STRONG_IN_A_ROW
-        strong = [one for one in layers if one.is_strong]
-        self._is_start &= 2 * len(strong) > len(layers)
-        self._start = self._start + 1 if self._is_start else 0
-        return strong if lasts or self._start >= STRONG_AT_THE_START else []
+        if not lasts:  # at a small initial scale it is strong for a few steps, and may well help
+            return []
+        return [one for one in layers if one.is_strong]
 
     def _plan_next(self) -> None:
         """Decide whether to look at the next step, for at most ten steps in a row."""
@@ -266,12 +262,12 @@ def _limited_warning(layers: Sequence[Seen]) -> str:
     )
 
 
-def _strong_warning(layers: Sequence[Seen], steps: int) -> str:
+def _strong_warning(layers: Sequence[Seen]) -> str:
     """Say that the penalty's gradient drowns the task's."""
     most_first = sorted(layers, key=lambda one: -one.share)
     named = [f"'{one.name}' ({one.share:,.0f} times)" for one in most_first]
     return (
-        f"the penalty is too strong with {_coefficients(layers)}: on {steps} steps in a row its "
+        f"the penalty is too strong with {_coefficients(layers)}: on {STRONG_IN_A_ROW} steps in a row its "
         f"gradient was more than {STRONG:g} times the task's, in layer {_list(named)}. {_WAY_OUT}"
     )
 

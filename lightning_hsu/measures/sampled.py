@@ -23,7 +23,7 @@ from lightning_hsu._core.sampling import block_spread, of_all_pairs, random_bloc
 from lightning_hsu.measures.autograd import Evaluation
 from lightning_hsu.measures.base import Measure, check_measure, check_state
 from lightning_hsu.measures.defaults import DEFAULT_MEASURE
-from lightning_hsu.measures.state import State, counts_draws, draw_of, next_draw
+from lightning_hsu.measures.state import State, counts_draws, draw_of, holds_draws, next_draw
 from lightning_hsu.measures.wrapper import MeasureWrapper
 
 
@@ -102,6 +102,10 @@ class Sampled(MeasureWrapper):
 
     def fits(self, x: Tensor, state: State) -> bool:
         """Tell whether the state counts draws."""
+        return holds_draws(x, state)
+
+    def goes_on(self, x: Tensor, state: State) -> bool:
+        """Tell whether the state counts draws, and not beyond all steps."""
         return counts_draws(x, state)
 
     def is_exact(self, state: State | None) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_hsu._checks import check_count
 from lightning_hsu._core import seeded_noise, tangent, unit_rows
 from lightning_hsu.measures.sphere import SphereMeasure
-from lightning_hsu.measures.state import State, counts_draws, draw_of, next_draw
+from lightning_hsu.measures.state import State, counts_draws, draw_of, holds_draws, next_draw
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,10 @@ class SlicedWasserstein(SphereMeasure):
 
     def fits(self, x: Tensor, state: State) -> bool:
         """Whether the state counts draws."""
+        return holds_draws(x, state)
+
+    def goes_on(self, x: Tensor, state: State) -> bool:
+        """Tell whether the state counts draws, and not beyond all steps."""
         return counts_draws(x, state)
 
     def on_sphere(self, x: Tensor, state: State | None) -> Tensor:

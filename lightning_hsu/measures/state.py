@@ -20,14 +20,21 @@ def next_draw(x: Tensor, state: State | None) -> State:
 
 def counts_draws(x: Tensor, state: State) -> bool:
     """Tell whether a state counts draws for the groups of neurons x (..., n, d)."""
-    return set(state) == {"draw"} and counts_calls(x, state["draw"])
+    return holds_draws(x, state) and counts_calls(x, state["draw"])
+
+
+def holds_draws(x: Tensor, state: State) -> bool:
+    """Tell the same by the sizes alone, whatever the counts are."""
+    return set(state) == {"draw"} and _is_for_groups(x, state["draw"])
 
 
 def counts_calls(x: Tensor, part: Tensor) -> bool:
     """Tell whether a part of a state counts calls for the groups of neurons x (..., n, d)."""
-    if part.dtype != torch.int64 or part.shape != (x.shape[:-2].numel(),):
-        return False
-    return bool(((part >= 0) & (part < _MOST)).all())
+    return _is_for_groups(x, part) and bool(((part >= 0) & (part < _MOST)).all())
+
+
+def _is_for_groups(x: Tensor, part: Tensor) -> bool:
+    return part.dtype == torch.int64 and part.shape == (x.shape[:-2].numel(),)
 
 
 def draw_of(state: State | None) -> int:

@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_hsu._checks import check_count
 from lightning_hsu._core import seeded_noise
 from lightning_hsu.measures import Measure, State
-from lightning_hsu.measures.state import counts_draws, draw_of, next_draw
+from lightning_hsu.measures.state import counts_draws, draw_of, holds_draws, next_draw
 
 
 class Projection(ABC):
@@ -85,6 +85,10 @@ class RandomProjection(Projection):
 
     def fits(self, x: Tensor, state: State) -> bool:
         """Tell whether the state counts draws."""
+        return holds_draws(x, state)
+
+    def goes_on(self, x: Tensor, state: State) -> bool:
+        """Tell whether the state counts draws, and not beyond all steps."""
         return counts_draws(x, state)
 
     def project(self, x: Tensor, state: State) -> Tensor:
@@ -123,6 +127,10 @@ class GroupProjection(Projection):
 
     def fits(self, x: Tensor, state: State) -> bool:
         """Tell whether the state counts draws."""
+        return holds_draws(x, state)
+
+    def goes_on(self, x: Tensor, state: State) -> bool:
+        """Tell whether the state counts draws, and not beyond all steps."""
         return counts_draws(x, state)
 
     def project(self, x: Tensor, state: State) -> Tensor:
