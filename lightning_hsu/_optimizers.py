@@ -12,11 +12,13 @@ from typing import Any
 from torch.optim import Optimizer
 
 
-def _code_around_steps() -> CodeType:
-    """The code with which torch runs the hooks of a step, the same for all classes."""
-    around: Any = Optimizer.profile_hook_step(print)
-    code: CodeType = around.__code__
-    return code
+def _code_around_steps() -> CodeType | None:
+    """The code with which torch runs the hooks of a step, the same for all classes.
+
+    It is a private part of torch: where it has moved, ``super().step()`` counts as a step, too.
+    """
+    prepare: Any = getattr(Optimizer, "profile_hook_step", None)
+    return None if prepare is None else prepare(print).__code__
 
 
 _AROUND_STEP = _code_around_steps()

@@ -264,9 +264,13 @@ def strangers(trainer: pl.Trainer, checkpoint: Mapping[str, Any]) -> list[str]:
     stored = checkpoint.get("callbacks")
     if not isinstance(stored, Mapping):
         return []
-    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    ours = {callback.state_key for callback in callbacks}
-    return [key for key in stored if "{'prefix': " in str(key) and key not in ours]
+    ours = [callback.state_key for callback in _ours(_callbacks_of(trainer))]
+    begins = {key.partition("{")[0] for key in ours}  # with the names of their classes
+    found = []
+    for key in map(str, stored):
+        if key not in ours and key.partition("{")[0] in begins:
+            found.append(key)
+    return found
 
 
 def warn_without_state(
@@ -327,7 +331,7 @@ def keep_from_breaking(checkpoint: dict[str, Any], key: str) -> None:
     """Wrap a callback's stored state that Lightning itself would stumble over."""
     states = checkpoint.get("callbacks")
     if isinstance(states, dict) and isinstance(states.get(key), Tensor):
-        states[key] = {"unknown": states[key]}
+        states[key] = "a tensor"  # which is left out in words
 
 
 def is_logging_step(trainer: pl.Trainer) -> bool:

@@ -34,6 +34,8 @@ from lightning_hsu.regularizer import UniformityRegularizer
 
 Hook = TypeVar("Hook", bound=Callable[..., None])
 
+_MOST_CHANGES = 10  # of a model, that are told in a fit
+
 _LOGGING = ("log", "log_dict")  # bound methods of the model, which Lightning sets on callbacks
 
 
@@ -56,12 +58,15 @@ class _Fit:
         is_fresh: Whether the first forward pass is still to come, or under way.
         is_told: Whether the table of layers has been printed.
         is_off: Whether monitoring was given up, with a warning.
+        told: Changes of the model that were told.
         has_measured: Whether anything has been logged so far.
         has_run: Whether a batch has been done so far.
         seen_step: Global step when the last batch ended.
         waiting: Layers that the penalty had not reached after the last step of an epoch; None if
             that is not known.
-        stepped: Ids of the optimizers that have stepped.
+        stepped: Ids of the optimizers that have stepped in this epoch.
+        missing: Layers that the penalty did not reach in the last epoch.
+        reached: Layers that it reached in some epoch.
         about_to_move: Layers that had gradients before a step which is looked at.
         is_loaded: Whether a checkpoint gave this callback its state.
         strangers: Keys of states in the checkpoint that no callback of the trainer has.
@@ -77,6 +82,7 @@ class _Fit:
     fingerprints: dict[str, float] = field(default_factory=dict)
     logged: set[str] = field(default_factory=set)
     trained: list[nn.Parameter] = field(default_factory=list)
+    told: set[str] = field(default_factory=set)
     has_loss: bool = False
     is_fresh: bool = True
     is_told: bool = False
@@ -86,6 +92,8 @@ class _Fit:
     seen_step: int = 0
     waiting: list[str] | None = None
     stepped: set[int] = field(default_factory=set)
+    missing: set[str] = field(default_factory=set)
+    reached: set[str] = field(default_factory=set)
     about_to_move: set[str] = field(default_factory=set)
     is_loaded: bool = False
     strangers: list[str] = field(default_factory=list)
@@ -380,7 +388,7 @@ class HypersphericalUniformity(_trainer.EveryCallback):
             if hook.optimizer is optimizer:
                 break
         else:
-            hook = _trainer.after_step(trainer, optimizer, None, self._after_step)
+            hook = _trainer.after_step(trainer, optimizer, len(hooks), self._after_step)
             hooks.append(hook)
         if hook.replaces_step and not hook.is_stepping:
             _trainer.catch_late_step(trainer, hook)
@@ -452,17 +460,27 @@ class HypersphericalUniformity(_trainer.EveryCallback):
             return  # resumed so late in an epoch that it had no step left
         self._attach(trainer, pl_module)  # for lazy layers if Lightning saw no optimizer step
         self._follow(scan=True)
+        fit = self._fit
+        unreached = self._unreached()
         due = []
-        for layer in self._unreached():
-            if not _trainer.waits_for_a_step(trainer, layer, self._fit.stepped):
+        for layer in unreached:
+            if not _trainer.waits_for_a_step(trainer, layer, fit.stepped):
                 due.append(layer)
-        self._fit.warnings.unreached(due)
+        fit.warnings.unreached(due)
+        fit.missing = {layer.name for layer in unreached}
+        fit.reached.update(layer.name for layer in self.regularizer.layers)
+        fit.reached -= fit.missing
+        fit.stepped = set()
+        self.regularizer.state.begin_epoch()
 
     @_harmless
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Warn of layers whose optimizers have never stepped."""
-        if self._fit.has_run:
-            self._fit.warnings.unreached(self._unreached())
+        fit = self._fit
+        if fit.has_run:
+            never = fit.missing - fit.reached
+            layers = [layer for layer in self.regularizer.layers if layer.name in never]
+            fit.warnings.unreached(layers)
 
     def _unreached(self) -> list[Layer]:
         """The layers that the penalty has not reached, as after the last step of an epoch."""
@@ -538,8 +556,12 @@ class HypersphericalUniformity(_trainer.EveryCallback):
         fit.has_loss = False
         for name in (*change.added, *change.renewed):
             fit.frozen.pop(name, None)
-        if self.verbose:
-            rank_zero_info(f"Hyperspherical uniformity: {change_text(change)}")
+        text = change_text(change)
+        if self.verbose and text not in fit.told and len(fit.told) <= _MOST_CHANGES:
+            fit.told.add(text)
+            rank_zero_info(f"Hyperspherical uniformity: {text}")
+            if len(fit.told) > _MOST_CHANGES:
+                rank_zero_info("Hyperspherical uniformity: further changes are not told")
 
     def _give_up(self, error: Exception) -> None:
         """Raise an error, or stop monitoring with a warning if that is all that is done."""

@@ -315,6 +315,14 @@ class UniformityRegularizer:
             warnings.warn(no_longer_measured(change.lost), stacklevel=3)
         if change.added or change.renamed:
             self._tell_unmet(attached)
+        if not attached.layers and "nothing left" not in self.state.now.told:
+            self.state.now.told.add("nothing left")
+            if not self.only_monitors and not change.lost and attached.placement.rank == 0:
+                warnings.warn(
+                    "the model has changed and has no layer left to measure, so there is no penalty "
+                    "any more",
+                    stacklevel=3,
+                )
         return True
 
     def _tell_unmet(self, attached: Attached) -> None:
@@ -765,7 +773,7 @@ class UniformityRegularizer:
         asked = stats
         counter = self.state.counter
         step = counter.before(optimizer, index, same_step=same_step)
-        if not same_step and (optimizer not in strength.quiet or step in LOOKED_AT):
+        if not same_step and (id(optimizer) not in strength.quiet or step in LOOKED_AT):
             stats = True
         found: dict[str, GradientStats] = {}
         if step % self.every_n_steps:

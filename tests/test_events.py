@@ -990,7 +990,8 @@ def test_whatever_happens_trains_as_a_plain_loop_does(number):
     """Where the penalty's effect is too small to be missed, or nothing happened, other settings are drawn."""
     for one in (draw(number, attempt) for attempt in range(20)):
         print(
-            f"{one}\nEVENTS_SEED={BASE} python -m pytest tests/test_events.py -k draw{number:03d}"
+            f"{one}\nEVENTS_SEED={BASE} EVENTS_COUNT={number + 1} python -m pytest "
+            f"tests/test_events.py -k draw{number:03d}"
         )
         effect = check(one)
         if effect is not None and effect > 5 * one.tolerance:

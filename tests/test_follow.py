@@ -213,7 +213,9 @@ def test_a_model_without_any_layer_left_trains_on(mode):
         module.net = nn.Sequential(nn.Flatten(), Scale())
         into_the_optimizer(trainer, module.net)
 
-    assert fit(nothing_left, apply=mode).trainer.global_step == 14
+    with pytest.warns(UserWarning, match="no layer left to measure, so there is no penalty"):
+        module = fit(nothing_left, apply=mode)
+    assert module.trainer.global_step == 14
 
 
 class Scale(nn.Module):
@@ -537,3 +539,61 @@ def test_a_layer_put_beside_others_that_are_none_is_followed():
     net[1].append(nn.Linear(8, 8))
     regularizer.penalty().backward()
     assert net[1][1].weight.grad.any()
+
+
+def left_out_of_the_optimizer(trainer, module):
+    rest = [*module.net[0].parameters(), *module.net[7].parameters()]
+    trainer.strategy.optimizers = [torch.optim.SGD(rest, lr=0.1)]
+
+
+def bypassed(trainer, module):
+    module.net[5].forward = lambda x: x[:, :12]
+
+
+def made_a_buffer(trainer, module):
+    weight = module.net[5].weight.detach().clone()
+    del module.net[5].weight
+    module.net[5].register_buffer("weight", weight)
+
+
+@pytest.mark.parametrize("mode", ["gradient", "decoupled"])
+@pytest.mark.parametrize("act", [left_out_of_the_optimizer, bypassed])
+def test_a_layer_that_is_reached_no_longer_is_warned_of(act, mode):
+    """It was reached in the epochs before."""
+    with pytest.warns(UserWarning, match="has not reached layer .*'net.5'"):
+        fit(act, hook="on_train_epoch_end", apply=mode)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_weight_that_becomes_a_buffer_is_warned_of(mode):
+    with pytest.warns(UserWarning, match="'net.5': no parameter is behind it any more"):
+        fit(made_a_buffer, apply=mode)
+
+
+def replaced_at_every_step(trainer, module):
+    module.net[5].weight = nn.Parameter(module.net[5].weight.detach().clone())
+    trainer.strategy.optimizers = [torch.optim.SGD(module.parameters(), lr=0.1)]
+
+
+class Every(pl.Callback):
+    def on_train_batch_start(self, trainer, pl_module, *_):
+        replaced_at_every_step(trainer, pl_module)
+
+
+def test_the_same_change_is_told_once(caplog):
+    trainer(Every(), uniformity(coefficient=0.1, verbose=True)).fit(Free(), loader(batches()))
+    told = [text for text in caplog.messages if "the model has changed" in text]
+    assert len(told) == 1
+
+
+def test_a_first_forward_pass_within_a_transform_shows_no_head():
+    net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 5))
+    regularizer = UniformityRegularizer(coefficient=0.0).attach(net)
+    weights = {name: p.detach() for name, p in net.named_parameters()}
+
+    def loss(weights):
+        return torch.func.functional_call(net, weights, (torch.ones(2, 6),)).sum()
+
+    assert torch.func.grad(loss)(weights).keys() == weights.keys()
+    net(torch.ones(2, 6)).sum().backward()
+    assert [one.name for one in regularizer.layers if one.target.head] == ["2"]

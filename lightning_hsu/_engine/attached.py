@@ -124,7 +124,8 @@ class Attached:
             self._snapshots = self._find_snapshots(known)
             self.choose(traced)
         except Exception as error:  # in somebody else's code: the training goes on
-            self.skips = [Skip(one.name, one.target.shape, str(error)) for one in before]
+            reason = f"looking at the model failed with {type(error).__name__}: {error}"
+            self.skips = [Skip(one.name, one.target.shape, reason) for one in before]
             self._take([])
         self.watch = self._watched(self.watch)
         return compare(before, self.layers, self.skips, self.model)
@@ -235,6 +236,8 @@ class FirstOutputs:
     def __call__(self, module: nn.Module, inputs: object, outputs: object) -> None:
         """Show the outputs once, if they have a graph; a compiled forward has none by layer."""
         if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+            return
+        if torch._C._functorch.peek_interpreter_stack() is not None:  # within torch.func
             return
         owner = None if self._owner is None else self._owner()
         if owner is None or not module.training or not torch.is_grad_enabled():

@@ -72,6 +72,10 @@ def compare(
             new[_weights(layer)] = layer
         elif _weights(same) != _weights(layer):
             change.renewed[layer.name] = layer.target.shape
+            if same.parameters and not layer.parameters:
+                change.lost[layer.name] = (
+                    "no parameter is behind it any more, which a gradient reaches"
+                )
     for name, layer in old.items():
         moved = new.pop(_weights(layer), None)
         if moved is not None:

@@ -187,7 +187,7 @@ class SinceAttach:
         coefficients: The coefficient of each layer at its last step.
         reached: Layers that some optimizer stepped, or was about to, with a gradient, since the
             last measurement.
-        reached_before: The same of earlier steps.
+        reached_before: The same of earlier steps, in this epoch under Lightning.
         versions: Versions of the layers' parameters at the last measurement.
         loss_step: The step of the last penalty in a loss; None if it has no number.
         change: What has changed in the model since somebody last asked; None if nothing has.
@@ -316,6 +316,11 @@ class TrainingState:
         self.now.reached_before |= self.now.reached
         self.now.reached = set()
         self.now.versions = {layer.name: layer.versions for layer in layers}
+
+    def begin_epoch(self) -> None:
+        """Forget which layers were reached: each is to be reached in every epoch."""
+        self.now.reached = set()
+        self.now.reached_before = set()
 
     def take_change(self) -> Change | None:
         """What has changed since this was last asked; None if nothing has."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -175,13 +175,13 @@ class StrengthWatch:
         placement: How the weights are placed over ranks, which have to look at the same steps.
 
     Attributes:
-        quiet: Optimizers whose next step is looked at only if its stats are asked for.
+        quiet: Ids of optimizers whose next step is looked at only if its stats are asked for.
     """
 
     def __init__(self, placement: Placement) -> None:
-        self.quiet: WeakSet[Optimizer] = WeakSet()
+        self.quiet: set[int] = set()
         self._placement = placement
-        self._watches: WeakKeyDictionary[Optimizer, Looks] = WeakKeyDictionary()
+        self._watches: dict[int, tuple[ref[Optimizer], Looks]] = {}
 
     def see(
         self,
@@ -203,7 +203,7 @@ class StrengthWatch:
             coefficients: Coefficients that change over time, by layer.
             compares: Whether shares count.
         """
-        watch = self._watches.setdefault(optimizer, Looks())
+        watch = self._watch_of(optimizer)
         if not stats or not watch.is_due(step):
             return None
         seen = _read(stats, layers, coefficients)
@@ -212,10 +212,19 @@ class StrengthWatch:
             # Stats are collective calls then, and two ranks may differ by a rounding.
             watch.looks = bool(self._placement.agree(["looks"] if watch.looks else []))
         if watch.looks:
-            self.quiet.discard(optimizer)
+            self.quiet.discard(id(optimizer))
         else:
-            self.quiet.add(optimizer)
+            self.quiet.add(id(optimizer))
         return message if is_first_rank() else None
+
+    def _watch_of(self, optimizer: Optimizer) -> Looks:
+        """The watch of an optimizer, which need not be hashable."""
+        known = self._watches.get(id(optimizer))
+        if known is not None and known[0]() is optimizer:
+            return known[1]
+        watch = Looks()
+        self._watches[id(optimizer)] = ref(optimizer), watch
+        return watch
 
 
 def is_first_rank() -> bool:
