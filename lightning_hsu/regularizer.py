@@ -309,7 +309,7 @@ class UniformityRegularizer:
         if is_current:
             return False
         change = attached.follow(self.state.heads)
-        self.state.note_change(change)
+        self.state.note_change(change, attached.layers)
         self._watch_outputs()  # the head may be another one
         if change.lost and attached.placement.rank == 0:
             warnings.warn(no_longer_measured(change.lost), stacklevel=3)

@@ -114,3 +114,10 @@ class Layer:
 def to_compute_dtype(x: Tensor) -> Tensor:
     """Convert half-precision neurons to float32, so that small gradients do not underflow."""
     return x.to(working_dtype(x.dtype))
+
+
+def version_of(x: Tensor) -> int | None:
+    """How often a tensor was changed in place; None for one from inference mode."""
+    if x.is_inference():
+        return None
+    return int(x._version)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 import warnings
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_hsu._core.autograd import saved_tensors
-from lightning_hsu._engine.layer import Layer
+from lightning_hsu._engine.layer import Layer, version_of
 
 ADD = "add_gradients"
 MOVE = "move"
@@ -55,11 +55,12 @@ class CallOrder:
     """Whether the calls of a loop are in an order in which the penalty can act.
 
     Only the first steps of each optimizer are looked at, and of ``add_gradients`` whether it is
-    called again without a step.
+    called again without a step. Parameters are kept themselves: ``torch.utils.swap_tensors``
+    refuses those with weak references.
     """
 
     def __init__(self) -> None:
-        self._versions: dict[int, tuple[weakref.ref[nn.Parameter], int]] = {}
+        self._versions: dict[int, tuple[nn.Parameter, int]] = {}
         self._seen: list[_SeenOptimizer] = []
         self._steps_of_others = 0
         self._told: set[str] = set()
@@ -67,10 +68,21 @@ class CallOrder:
     def begin(self, layers: Sequence[Layer]) -> None:
         """Note the versions of the parameters of layers that were just attached."""
         for layer in layers:
+            if layer.sharded:
+                continue
             for p in layer.parameters:
-                version = _version(p)
-                if version is not None and not layer.sharded:
-                    self._versions[id(p)] = (weakref.ref(p), version)
+                version = version_of(p)
+                if version is not None:
+                    self._versions[id(p)] = (p, version)
+
+    def follow(self, layers: Sequence[Layer]) -> None:
+        """Drop what is known of parameters that are no longer those of a layer."""
+        current = {id(p) for layer in layers for p in layer.parameters}
+        gone = self._versions.keys() - current
+        for key in gone:
+            del self._versions[key]
+        for one in self._seen:
+            one.follow(current)
 
     def check(self, call: str, optimizer: Optimizer, layers: Sequence[Layer]) -> None:
         """Warn if this call, which is about to act, comes at the wrong place.
@@ -93,10 +105,12 @@ class CallOrder:
         mine = [layer for layer in trained if not held.isdisjoint(map(id, layer.parameters))]
         reached = [layer for layer in mine if layer.rates(dict.fromkeys(held, 1.0))]
         if reached:
-            self._seen.append(_SeenOptimizer(optimizer, reached[0]))
+            self._seen.append(_SeenOptimizer(optimizer, reached))
             if call == MOVE and self._has_not_stepped(optimizer, reached):
                 self._told.add("order")
                 _warn(_moved_before_step(reached))
+            for key in held:
+                self._versions.pop(key, None)
         elif mine:
             self._told.add("order")
             _warn(_no_gradient(call, mine))
@@ -112,7 +126,7 @@ class CallOrder:
     def added(self, optimizer: Optimizer) -> None:
         """Note that gradients have just been added."""
         seen = self._find(optimizer)
-        if seen is not None and "again" not in self._told:
+        if seen is not None:
             seen.note_added()
 
     def _find(self, optimizer: Optimizer) -> _SeenOptimizer | None:
@@ -132,7 +146,7 @@ class CallOrder:
                 if p.grad is None or id(p) not in held:
                     continue
                 known = self._versions.get(id(p))
-                if known is None or known[0]() is not p or known[1] != _version(p):
+                if known is None or known[1] != version_of(p):
                     return False
                 grads.append(p.grad)
         # A GradScaler skips the step of a gradient that is not finite.
@@ -149,41 +163,50 @@ class _SeenOptimizer:
 
     Args:
         optimizer: The optimizer; it is not kept alive.
-        layer: A layer for which it had a gradient.
+        layers: The layers for which it had a gradient. One of their parameters is looked at.
     """
 
-    def __init__(self, optimizer: Optimizer, layer: Layer) -> None:
+    def __init__(self, optimizer: Optimizer, layers: Sequence[Layer]) -> None:
         self.optimizer = weakref.ref(optimizer)
-        self.named = _named([layer])
-        self._parameter: weakref.ref[nn.Parameter] | None = None
-        if _counts_versions(optimizer) and not layer.sharded:
+        self.named = _named(layers[:1])
+        self._parameter: nn.Parameter | None = None
+        if not layers[0].sharded:
             held = _held(optimizer)
-            self._parameter = weakref.ref(next(p for p in layer.parameters if id(p) in held))
-        self._grad: weakref.ref[Tensor] | None = None
+            mine = [p for p in layers[0].parameters if id(p) in held and p.grad is not None]
+            self._parameter = min(mine, key=nn.Parameter.numel)
+        self._counts_versions = _counts_versions(optimizer)
+        self._grad: int | None = None  # the id: it may be freed
         self._versions: tuple[int | None, int | None] = (None, None)
 
+    def follow(self, current: Collection[int]) -> None:
+        """Drop a parameter that is not among the current ones, by id."""
+        if self._parameter is not None and id(self._parameter) not in current:
+            self._parameter = self._grad = None
+
     def note_added(self) -> None:
-        """Note the versions of a parameter and of its gradient."""
-        p = None if self._parameter is None else self._parameter()
+        """Note the gradient that was just added to, and the versions."""
+        p = self._parameter
+        self._grad = None
         if p is None or p.grad is None:
-            self._grad = None
             return
-        self._grad = weakref.ref(p.grad)
-        self._versions = _version(p), _version(p.grad)
+        if self._counts_versions:
+            self._grad = id(p.grad)
+            self._versions = version_of(p), version_of(p.grad)
 
     def adds_again(self) -> bool:
         """Whether nothing has happened since the last addition but one more backward pass.
 
         Then the parameter is the same, and its gradient has changed in place once. A step that a
-        GradScaler skipped leaves a new gradient, or one that was also set to zero.
+        GradScaler skipped leaves a new gradient, which has changed less often, or one that was also
+        set to zero.
         """
-        p = None if self._parameter is None else self._parameter()
-        if p is None or self._grad is None or p.grad is None or self._grad() is not p.grad:
+        p = self._parameter
+        if p is None or p.grad is None or id(p.grad) != self._grad:
             return False
         version, grad_version = self._versions
         if version is None or grad_version is None:
             return False
-        once_more = _version(p) == version and _version(p.grad) == grad_version + 1
+        once_more = version_of(p) == version and version_of(p.grad) == grad_version + 1
         return once_more and bool(p.grad.any())  # else it was only set to zero
 
 
@@ -214,7 +237,7 @@ class PenaltyChecks:
         versions: dict[nn.Parameter, int | None] = {}
         for layer in layers:
             if not layer.sharded:
-                versions |= {p: _version(p) for p in layer.parameters}
+                versions |= {p: version_of(p) for p in layer.parameters}
         token = _Token()
         found: Tensor = _Once.apply(penalty, self, token, versions)  # type: ignore[no-untyped-call]
         self._note_graph(token, next(iter(versions.values()), None))
@@ -225,7 +248,7 @@ class PenaltyChecks:
 
         Most measures refuse this themselves: they need the weights in their backward pass.
         """
-        if any(_version(p) != version for p, version in versions.items()):
+        if any(version_of(p) != version for p, version in versions.items()):
             self._tell("late", _LATE)
 
     def _note_graph(self, token: _Token, version: int | None) -> None:
@@ -244,9 +267,7 @@ class PenaltyChecks:
             )
 
     def _tell(self, what: str, message: str) -> None:
-        if what not in self._told:
-            self._told.add(what)
-            _warn(message)
+        _tell_once(self._told, what, message)
 
     def __reduce__(self) -> tuple[type[PenaltyChecks], tuple[()]]:
         """Copies and pickles begin anew."""
@@ -302,6 +323,12 @@ def _warn(message: str) -> None:
     warnings.warn(message, stacklevel=level)
 
 
+def _tell_once(told: set[str], what: str, message: str) -> None:
+    if what not in told:
+        told.add(what)
+        _warn(message)
+
+
 def _is_inside(module: str) -> bool:
     """Whether a module is one of this package, or of torch, which wraps its methods."""
     return module.partition(".")[0] in ("lightning_hsu", "torch")
@@ -350,13 +377,6 @@ def _named(layers: Sequence[Layer]) -> str:
 def _held(optimizer: Optimizer) -> set[int]:
     """Ids of the optimizer's parameters."""
     return {id(p) for group in optimizer.param_groups for p in group["params"]}
-
-
-def _version(x: Tensor) -> int | None:
-    """How often a tensor was changed in place; None for one from inference mode."""
-    if x.is_inference():
-        return None
-    return int(x._version)
 
 
 def _counts_versions(optimizer: Optimizer) -> bool:

@@ -277,8 +277,8 @@ class TrainingState:
             if layer.rates(learning_rates):
                 self.now.reached.add(layer.name)
 
-    def note_change(self, change: Change) -> None:
-        """Note a change of the model."""
+    def note_change(self, change: Change, layers: Sequence[Layer]) -> None:
+        """Note a change of the model, which has these layers now."""
         if self.now.change is not None:
             self.now.change.add(change)
         elif change:
@@ -288,6 +288,7 @@ class TrainingState:
             self._rename(old, new)
         self.now.reached = _carried(self.now.reached, change.origins)
         self.now.reached_before = _carried(self.now.reached_before, change.origins)
+        self.now.order.follow(layers)
 
     def _rename(self, old: str, new: str) -> None:
         """Let a layer of another name go on where it stood."""
