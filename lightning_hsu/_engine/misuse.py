@@ -33,7 +33,9 @@ _ORDER = {
         "regularizer.move(optimizer)"
     ),
 }
-_STEPS_OF_OTHERS = 10  # a critic may step several times before the model that is attached
+_STEPS_OF_OTHERS = 50  # a critic may step several times before the model that is attached
+_ROUNDS_OF_OTHERS = 2  # each parameter may have an optimizer: the biases' may come first
+_STEPS_WITHOUT = 10  # a layer may be dropped in its first steps
 _MOST_GRAPHS = 20
 _MOST_NAMES = 3
 _NO_GRAPH = (
@@ -62,17 +64,21 @@ class CallOrder:
     def __init__(self) -> None:
         self._versions: dict[int, tuple[nn.Parameter, int]] = {}
         self._seen: list[_SeenOptimizer] = []
+        self._waiting: list[_WaitingOptimizer] = []
         self._steps_of_others = 0
         self._told: set[str] = set()
 
     def begin(self, layers: Sequence[Layer]) -> None:
-        """Note the versions of the parameters of layers that were just attached."""
+        """Note the versions of the parameters of layers that were just attached.
+
+        With a gradient a parameter may be between a step and what follows it.
+        """
         for layer in layers:
             if layer.sharded:
                 continue
             for p in layer.parameters:
                 version = version_of(p)
-                if version is not None:
+                if version is not None and p.grad is None:
                     self._versions[id(p)] = (p, version)
 
     def follow(self, layers: Sequence[Layer]) -> None:
@@ -105,29 +111,54 @@ class CallOrder:
         mine = [layer for layer in trained if not held.isdisjoint(map(id, layer.parameters))]
         reached = [layer for layer in mine if layer.rates(dict.fromkeys(held, 1.0))]
         if reached:
-            self._seen.append(_SeenOptimizer(optimizer, reached))
-            if call == MOVE and self._has_not_stepped(optimizer, reached):
-                self._told.add("order")
-                _warn(_moved_before_step(reached))
-            for key in held:
-                self._versions.pop(key, None)
+            self._meet(call, optimizer, reached)
         elif mine:
+            waits = self._count(optimizer) < _STEPS_WITHOUT
+            if waits and any(map(_has_gradient, trained)):
+                return
             self._told.add("order")
             _warn(_no_gradient(call, mine))
         elif not self._seen:
-            self._steps_of_others += 1
-            is_idle = all(
-                p.grad is None for group in optimizer.param_groups for p in group["params"]
-            )
-            if is_idle or self._steps_of_others >= _STEPS_OF_OTHERS:
-                self._told.add("order")
-                _warn(_holds_none(call, optimizer, trained, is_idle=is_idle))
+            self._check_other(call, optimizer, trained)
 
     def added(self, optimizer: Optimizer) -> None:
         """Note that gradients have just been added."""
         seen = self._find(optimizer)
         if seen is not None:
             seen.note_added()
+
+    def _meet(self, call: str, optimizer: Optimizer, reached: Sequence[Layer]) -> None:
+        """Look at the first call with an optimizer that has a gradient for layers."""
+        self._seen = [one for one in self._seen if one.optimizer() is not None]
+        self._waiting = [one for one in self._waiting if one.is_another(optimizer)]
+        self._seen.append(_SeenOptimizer(optimizer, reached))
+        if call == MOVE and self._has_not_stepped(optimizer, reached):
+            self._told.add("order")
+            _warn(_moved_before_step(reached))
+        for key in _held(optimizer):
+            self._versions.pop(key, None)
+
+    def _check_other(self, call: str, optimizer: Optimizer, trained: Sequence[Layer]) -> None:
+        """Warn if an optimizer that holds no layer's parameter seems to be that of the model."""
+        self._steps_of_others += 1
+        rounds = self._count(optimizer)
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        is_idle = all(p.grad is None for p in parameters)
+        is_often = rounds >= _ROUNDS_OF_OTHERS and self._steps_of_others >= _STEPS_OF_OTHERS
+        trains_nothing = is_idle and not any(map(_has_gradient, trained))
+        if is_often or trains_nothing:
+            self._told.add("order")
+            _warn(_holds_none(call, optimizer, trained, is_idle=is_idle))
+
+    def _count(self, optimizer: Optimizer) -> int:
+        """Count a call with an optimizer that has had no gradient for a layer so far."""
+        for one in self._waiting:
+            if one.optimizer() is optimizer:
+                one.calls += 1
+                return one.calls
+        self._waiting = [one for one in self._waiting if one.optimizer() is not None]
+        self._waiting.append(_WaitingOptimizer(optimizer))
+        return 1
 
     def _find(self, optimizer: Optimizer) -> _SeenOptimizer | None:
         for one in self._seen:
@@ -156,6 +187,18 @@ class CallOrder:
     def __reduce__(self) -> tuple[type[CallOrder], tuple[()]]:
         """Copies and pickles begin anew: they have other optimizers."""
         return CallOrder, ()
+
+
+class _WaitingOptimizer:
+    """An optimizer that has had no gradient for a layer so far; it is not kept alive."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.optimizer = weakref.ref(optimizer)
+        self.calls = 1
+
+    def is_another(self, optimizer: Optimizer) -> bool:
+        """Whether it is alive and not this one."""
+        return self.optimizer() not in (None, optimizer)
 
 
 class _SeenOptimizer:
@@ -257,12 +300,12 @@ class PenaltyChecks:
             return
         alive = [one for one in self._alive if one[0]() is not None]
         self._alive = [*alive, (weakref.ref(token), version)]
-        former = sum(before != version for _, before in alive)
+        former = len({before for _, before in alive} - {version})
         if former >= _MOST_GRAPHS:
             self._alive = []
             self._tell(
                 "alive",
-                f"the graphs of {former} penalties of former steps are still in memory. To keep a "
+                f"the graphs of penalties of {former} former steps are still in memory. To keep a "
                 "penalty for a log or a running total, take penalty.detach() or penalty.item()",
             )
 
@@ -372,6 +415,11 @@ def _named(layers: Sequence[Layer]) -> str:
     if len(layers) > _MOST_NAMES:
         named.append(f"{len(layers) - _MOST_NAMES} more")
     return f"layer {', '.join(named)}"
+
+
+def _has_gradient(layer: Layer) -> bool:
+    """Whether a parameter of a layer has a gradient."""
+    return any(p.grad is not None for p in layer.parameters)
 
 
 def _held(optimizer: Optimizer) -> set[int]:
