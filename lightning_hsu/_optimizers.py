@@ -77,7 +77,7 @@ class AfterStep:
         if optimizer is not self.optimizer:  # a copy of a wrapper, which has its hooks, too
             return
         around = sys._getframe(1)
-        if _is_within_step(around.f_back, optimizer):
+        if is_within_step(around.f_back, optimizer):
             return
         self._done()
         if not self.is_on and _is_last(self._after, optimizer):
@@ -112,7 +112,7 @@ def runs_hooks(optimizer: Optimizer) -> bool:
     return is_prepared and getattr(step, "hooked", False) is True
 
 
-def _is_within_step(frame: FrameType | None, optimizer: Optimizer) -> bool:
+def is_within_step(frame: FrameType | None, optimizer: Optimizer) -> bool:
     """Whether a frame runs within a step of the optimizer, as ``super().step()`` does."""
     while frame is not None:
         if frame.f_code is _AROUND_STEP and frame.f_locals.get("self") is optimizer:

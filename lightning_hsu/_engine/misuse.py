@@ -10,7 +10,8 @@ from __future__ import annotations
 import sys
 import warnings
 import weakref
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_hsu._core.autograd import saved_tensors
+from lightning_hsu._engine.discarded import AddedGradient
 from lightning_hsu._engine.layer import Layer, version_of
 
 ADD = "add_gradients"
@@ -100,9 +102,11 @@ class CallOrder:
         """
         seen = self._find(optimizer)
         if seen is not None:
-            if call == ADD and "again" not in self._told and seen.adds_again():
-                self._told.add("again")
-                _warn(_added_again(seen.named))
+            if call == ADD:
+                if "again" not in self._told and seen.adds_again():
+                    self._told.add("again")
+                    _warn(_added_again(seen.named))
+                seen.begin()
             return
         trained = [layer for layer in layers if layer.strength != 0 and layer.trainable]
         if not trained or "order" in self._told:
@@ -131,7 +135,11 @@ class CallOrder:
         """Look at the first call with an optimizer that has a gradient for layers."""
         self._seen = [one for one in self._seen if one.optimizer() is not None]
         self._waiting = [one for one in self._waiting if one.is_another(optimizer)]
-        self._seen.append(_SeenOptimizer(optimizer, reached))
+        seen = _SeenOptimizer(optimizer, reached)
+        self._seen.append(seen)
+        if call == ADD and "discarded" not in self._told:
+            message = _discarded(seen.named)
+            seen.look_at_steps(partial(_tell_once, self._told, "discarded", message))
         if call == MOVE and self._has_not_stepped(optimizer, reached):
             self._told.add("order")
             _warn(_moved_before_step(reached))
@@ -218,13 +226,28 @@ class _SeenOptimizer:
             mine = [p for p in layers[0].parameters if id(p) in held and p.grad is not None]
             self._parameter = min(mine, key=nn.Parameter.numel)
         self._counts_versions = _counts_versions(optimizer)
+        self._added: AddedGradient | None = None
         self._grad: int | None = None  # the id: it may be freed
         self._versions: tuple[int | None, int | None] = (None, None)
+
+    def look_at_steps(self, tell: Callable[[], None]) -> None:
+        """Look whether the gradients that are added to are there at the next steps."""
+        optimizer = self.optimizer()
+        if optimizer is not None and self._parameter is not None:
+            self._added = AddedGradient(optimizer, self._parameter, tell)
 
     def follow(self, current: Collection[int]) -> None:
         """Drop a parameter that is not among the current ones, by id."""
         if self._parameter is not None and id(self._parameter) not in current:
-            self._parameter = self._grad = None
+            self._parameter = self._added = self._grad = None
+
+    def begin(self) -> None:
+        """Look at the gradient that is about to be added to."""
+        if self._added is None:
+            return
+        self._added.begin()
+        if self._added.is_settled:
+            self._added = None  # and its hook is off
 
     def note_added(self) -> None:
         """Note the gradient that was just added to, and the versions."""
@@ -232,6 +255,8 @@ class _SeenOptimizer:
         self._grad = None
         if p is None or p.grad is None:
             return
+        if self._added is not None:
+            self._added.note()
         if self._counts_versions:
             self._grad = id(p.grad)
             self._versions = version_of(p), version_of(p.grad)
@@ -373,8 +398,8 @@ def _tell_once(told: set[str], what: str, message: str) -> None:
 
 
 def _is_inside(module: str) -> bool:
-    """Whether a module is one of this package, or of torch, which wraps its methods."""
-    return module.partition(".")[0] in ("lightning_hsu", "torch")
+    """Whether a module is one of this package, or of those that wrap its calls and a step's."""
+    return module.partition(".")[0] in ("lightning_hsu", "torch", "lightning", "accelerate")
 
 
 def _no_gradient(call: str, layers: Sequence[Layer]) -> str:
@@ -406,6 +431,14 @@ def _added_again(named: str) -> str:
         f"add_gradients is called again before optimizer.step(): the gradient of {named} "
         "now includes the penalty more than once. With accumulated batches call it once a step, "
         "after the last loss.backward()"
+    )
+
+
+def _discarded(named: str) -> str:
+    return (
+        f"the gradients that add_gradients changed, in {named} for one, were discarded before "
+        "optimizer.step(), so the penalty does nothing: call it after loss.backward() and before "
+        f"step(), in this order: {_ORDER[ADD]}"
     )
 
 
