@@ -221,4 +221,5 @@ def test_a_compiled_step_of_an_optimizer_goes_on():
     for call in "zbas" * 3:
         loop.calls[call]()
         twin.calls[call]()
-    assert torch.equal(loop.net[0].weight, twin.net[0].weight)
+    # Measured: 0, and 2e-10 with torch 2.4, whose compiled step adds in another order.
+    torch.testing.assert_close(loop.net[0].weight, twin.net[0].weight, rtol=0, atol=1e-6)
