@@ -382,8 +382,8 @@ def after_step(
         if trainer is None or act is None or not is_fitting(trainer):
             return False
         owner = getattr(act, "__self__", None)
-        if not any(one is owner for one in _callbacks_of(trainer)):  # it was taken away under way
-            return False
+        if not any(one is owner for one in _callbacks_of(trainer)):
+            return True  # it was taken away, or a search for a learning rate does without it
         act(trainer, hook)
         return True
 
@@ -457,6 +457,33 @@ def loss_factor(trainer: pl.Trainer, loss: Tensor) -> Tensor | float:
     return scaled
 
 
+_IN_BACKWARD = (
+    "an optimizer, or another hook on these weights, takes their gradients during the backward pass. "
+    "Use apply='loss', which works there; with manual optimisation add "
+    "UniformityRegularizer.penalty() to your loss."
+)
+_IN_NO_OPTIMIZER = (
+    "these weights are in no optimizer of the Trainer, so the task does not train them either. Weights "
+    "that are new, or replaced, have to be given to it: "
+    "trainer.optimizers[0].add_param_group({'params': ...}), or make them before "
+    "configure_optimizers; leave out a layer that is not to be trained with exclude=."
+)
+_NO_GRADIENT = (
+    "they got no gradient at a step, or their optimizer steps behind Lightning's back. With manual "
+    "optimisation use self.optimizers(), not use_pl_optimizer=False; leave out a layer that is not "
+    "used with exclude=."
+)
+
+
+def _optimized(trainer: pl.Trainer) -> set[int]:
+    """Ids of the parameters that the trainer's optimizers have."""
+    found: set[int] = set()
+    for optimizer in trainer.optimizers:
+        for group in optimizer.param_groups:
+            found.update(map(id, group["params"]))
+    return found
+
+
 class Warnings:
     """The warnings of one fit, each given once."""
 
@@ -464,6 +491,7 @@ class Warnings:
         self._nonfinite: set[str] = set()  # layers that were already named
         self._unreached: set[str] = set()
         self._freed = False
+        self._said: set[str] = set()
         self._shared: set[str] = set()
         self._line_search = False
 
@@ -492,26 +520,28 @@ class Warnings:
                 "Trainer(detect_anomaly=True)."
             )
 
-    def unreached(self, layers: Sequence[Layer]) -> None:
+    def unreached(self, layers: Sequence[Layer], trainer: pl.Trainer) -> None:
         """Warn of layers that the penalty does not reach, so that it is never silently absent."""
         new = [layer for layer in layers if layer.name not in self._unreached]
         self._unreached.update(layer.name for layer in new)
-        early = [layer.name for layer in new if layer.steps_in_backward]
-        others = [layer.name for layer in new if not layer.steps_in_backward]
-        if early:
-            rank_zero_warn(
-                f"the penalty has not reached layer {', '.join(map(repr, early))} so far: an "
-                "optimizer, or another hook on these weights, takes their gradients during the "
-                "backward pass. Use apply='loss', which works there; with manual optimisation add "
-                "UniformityRegularizer.penalty() to your loss."
-            )
-        if others:
-            rank_zero_warn(
-                f"the penalty has not reached layer {', '.join(map(repr, others))} so far: these "
-                "weights are in no optimizer that steps through Lightning, or got no gradient. With "
-                "manual optimisation use self.optimizers(), not use_pl_optimizer=False; leave out a "
-                "layer that is not trained with exclude=."
-            )
+        owned = _optimized(trainer)
+        by_reason: dict[str, list[str]] = {}
+        for layer in new:
+            reason = _NO_GRADIENT
+            if layer.steps_in_backward:
+                reason = _IN_BACKWARD
+            elif owned.isdisjoint(map(id, layer.parameters)):
+                reason = _IN_NO_OPTIMIZER
+            by_reason.setdefault(reason, []).append(layer.name)
+        for reason, names in by_reason.items():
+            named = ", ".join(map(repr, names))
+            rank_zero_warn(f"the penalty has not reached layer {named} in this epoch: {reason}")
+
+    def once(self, message: str) -> None:
+        """Warn, unless it has been said."""
+        if message not in self._said:
+            self._said.add(message)
+            rank_zero_warn(message)
 
     def freed(self, names: Collection[str]) -> None:
         """Warn of layers whose gradients are taken away in a step: then nothing says what moves."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import wraps
+from functools import partial, wraps
 from typing import Any, Literal, TypeVar, cast
 
 import lightning.pytorch as pl
@@ -17,6 +17,7 @@ from lightning_hsu import _trainer
 from lightning_hsu._checks import check_choice
 from lightning_hsu._engine.layer import Layer
 from lightning_hsu._engine.plan import GradientStats
+from lightning_hsu._engine.rates import UnknownRateError
 from lightning_hsu._engine.state import TrainingState
 from lightning_hsu._engine.stored import what_counts
 from lightning_hsu._figures.recorder import FigureRecorder
@@ -68,6 +69,7 @@ class _Fit:
         missing: Layers that the penalty did not reach in the last epoch.
         reached: Layers that it reached in some epoch.
         about_to_move: Layers that had gradients before a step which is looked at.
+        is_mute: Whether logging was given up, with a warning.
         is_loaded: Whether a checkpoint gave this callback its state.
         strangers: Keys of states in the checkpoint that no callback of the trainer has.
     """
@@ -91,6 +93,7 @@ class _Fit:
     has_run: bool = False
     seen_step: int = 0
     waiting: list[str] | None = None
+    is_mute: bool = False
     stepped: set[int] = field(default_factory=set)
     missing: set[str] = field(default_factory=set)
     reached: set[str] = field(default_factory=set)
@@ -341,6 +344,7 @@ class HypersphericalUniformity(_trainer.EveryCallback):
         if not self.regularizer.active:
             return
         index = self._hook(trainer, optimizer).position
+        self._fit.about_to_move = set()
         if self.apply == "decoupled":  # not a step yet: a GradScaler may skip it
             self.regularizer.note_reached(optimizer)
             if self._will_measure(trainer):
@@ -407,7 +411,14 @@ class HypersphericalUniformity(_trainer.EveryCallback):
             self.regularizer.count_step(hook.optimizer, index=hook.position)
         if self.apply == "decoupled":
             stats = self._will_measure(trainer)
-            fit.stats |= self.regularizer.move(hook.optimizer, index=hook.position, stats=stats)
+            try:
+                moved = self.regularizer.move(hook.optimizer, index=hook.position, stats=stats)
+            except UnknownRateError as error:
+                if not self.regularizer.has_stepped:
+                    raise
+                fit.warnings.once(f"{error}. Until then the penalty does nothing there.")
+                return
+            fit.stats |= moved
             lost = fit.about_to_move - set(self.regularizer.reachable(hook.optimizer))
             fit.warnings.freed(lost)
             fit.about_to_move = set()
@@ -446,10 +457,10 @@ class HypersphericalUniformity(_trainer.EveryCallback):
             shares = self._shares()
             self._keep(trainer, measured, shares)
             if logs:
-                self._log(trainer, pl_module, measured, shares)
+                self._publish(partial(self._log, trainer, pl_module, measured, shares))
                 fit.has_measured = True
             if draws:
-                self._draw(trainer)
+                self._publish(partial(self._draw, trainer))
             self.regularizer.state.settle(self.regularizer.layers)
         fit.stats = {}
 
@@ -466,7 +477,7 @@ class HypersphericalUniformity(_trainer.EveryCallback):
         for layer in unreached:
             if not _trainer.waits_for_a_step(trainer, layer, fit.stepped):
                 due.append(layer)
-        fit.warnings.unreached(due)
+        fit.warnings.unreached(due, trainer)
         fit.missing = {layer.name for layer in unreached}
         fit.reached.update(layer.name for layer in self.regularizer.layers)
         fit.reached -= fit.missing
@@ -480,7 +491,19 @@ class HypersphericalUniformity(_trainer.EveryCallback):
         if fit.has_run:
             never = fit.missing - fit.reached
             layers = [layer for layer in self.regularizer.layers if layer.name in never]
-            fit.warnings.unreached(layers)
+            fit.warnings.unreached(layers, trainer)
+
+    def _publish(self, act: Callable[[], None]) -> None:
+        """Log or draw; an error of one rank's logger must not part it from ranks that share weights."""
+        if self._fit.is_mute:
+            return
+        try:
+            act()
+        except Exception as error:
+            if not self.regularizer.only_monitors:
+                raise
+            self._fit.is_mute = True
+            _trainer.warn_off(error)
 
     def _unreached(self) -> list[Layer]:
         """The layers that the penalty has not reached, as after the last step of an epoch."""

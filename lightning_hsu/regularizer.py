@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -31,6 +30,7 @@ from lightning_hsu._engine.state import TrainingState
 from lightning_hsu._engine.step import act_on_buckets, loss_terms, refuse_unknown_rates
 from lightning_hsu._engine.stored import Dropped
 from lightning_hsu._engine.strength import LOOKED_AT
+from lightning_hsu._engine.warn import warn
 from lightning_hsu._monitor.measure import LayerUniformity, measure_layers
 from lightning_hsu._monitor.summary import Summary
 from lightning_hsu._monitor.tables import summary_of
@@ -271,10 +271,10 @@ class UniformityRegularizer:
             self.state.check(attached.layers, dropped)
         self._attached = attached
         self.state.now.order.begin(attached.layers)
-        if dropped and placement.rank == 0:
-            warnings.warn(str(dropped), stacklevel=2)
-        if strict and placement.rank == 0 and self.nothing_trains():
-            warnings.warn(NOTHING_TRAINS, stacklevel=2)
+        if dropped:
+            warn(str(dropped))
+        if strict and self.nothing_trains():
+            warn(NOTHING_TRAINS)
         self._may_watch = watch
         if not self.head_is_settled:
             self._watch_outputs()
@@ -311,17 +311,16 @@ class UniformityRegularizer:
         change = attached.follow(self.state.heads)
         self.state.note_change(change, attached.layers)
         self._watch_outputs()  # the head may be another one
-        if change.lost and attached.placement.rank == 0:
-            warnings.warn(no_longer_measured(change.lost), stacklevel=3)
+        if change.lost:
+            warn(no_longer_measured(change.lost))
         if change.added or change.renamed:
             self._tell_unmet(attached)
         if not attached.layers and "nothing left" not in self.state.now.told:
             self.state.now.told.add("nothing left")
-            if not self.only_monitors and not change.lost and attached.placement.rank == 0:
-                warnings.warn(
+            if not self.only_monitors and not change.lost:
+                warn(
                     "the model has changed and has no layer left to measure, so there is no penalty "
-                    "any more",
-                    stacklevel=3,
+                    "any more"
                 )
         return True
 
@@ -335,11 +334,10 @@ class UniformityRegularizer:
         told = self.state.now.told
         words = [one for one in unmet(attached.candidates, self.head, patterns) if one not in told]
         told.update(words)
-        if words and attached.placement.rank == 0:
-            warnings.warn(
+        if words:
+            warn(
                 f"the model has changed, and {', '.join(words)} meets no layer any more: a pattern such "
-                "as '*head*' meets a layer under its new name, too",
-                stacklevel=4,
+                "as '*head*' meets a layer under its new name, too"
             )
 
     @property
@@ -407,10 +405,9 @@ class UniformityRegularizer:
             self.state.heads_as_expected = attached.expects(attached.known(self.state.heads))
             attached.choose(self.state.heads)
         if self.head_coefficient is not None and not any(one.target.head for one in self.layers):
-            warnings.warn(
+            warn(
                 "head_coefficient has no effect: no measured layer acts last before the loss; name "
-                "one with head='...'",
-                stacklevel=3,
+                "one with head='...'"
             )
         return True
 
@@ -679,7 +676,7 @@ class UniformityRegularizer:
         """
         dropped = self.restore(state)
         if dropped:
-            warnings.warn(str(dropped), stacklevel=2)
+            warn(str(dropped))
 
     def restore(self, state: object) -> Dropped:
         """The same without the warning: return what was left out."""
@@ -730,7 +727,7 @@ class UniformityRegularizer:
         """
         if not self.only_monitors:
             raise ValueError(message)
-        warnings.warn(message, stacklevel=3)
+        warn(message)
 
     def _layer(self, target: Target, known: Layer | None) -> Layer:
         """A target with its measure and coefficient; its parameters are those that are known."""
@@ -792,7 +789,7 @@ class UniformityRegularizer:
             known = self.state.now.coefficients
             alarm = strength.see(optimizer, step, found, self.layers, known, compares=compares)
             if alarm is not None:
-                warnings.warn(alarm, stacklevel=4)
+                warn(alarm)
         return found if asked else {}
 
     def _add(self, context: StepContext) -> dict[str, GradientStats]:
@@ -821,13 +818,12 @@ class UniformityRegularizer:
         for layer in self.layers:
             if layer.strength != 0 and keeps_elsewhere(optimizer, layer.parameters):
                 undone.append(layer.name)
-        if undone and self._check_attached().placement.rank == 0:
-            warnings.warn(
+        if undone:
+            warn(
                 f"{type(optimizer).__name__} computes the weights of layer "
                 f"{', '.join(map(repr, undone))} from other tensors that it keeps, so its next step "
                 "undoes most of what apply='decoupled' (move) does: use apply='gradient' "
-                "(add_gradients)",
-                stacklevel=3,
+                "(add_gradients)"
             )
 
     def _whole_with_grads(self) -> AbstractContextManager[None]:

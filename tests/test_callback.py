@@ -326,13 +326,14 @@ class Raw(Manual):
 def test_a_penalty_that_does_not_arrive_is_said_once():
     module = Automatic(make_optimizer=lambda p: torch.optim.SGD(list(p)[2:], lr=0.1))
     with pytest.warns(
-        UserWarning, match=r"the penalty has not reached layer 'net.0' so far: .*in no optimizer"
+        UserWarning,
+        match=r"the penalty has not reached layer 'net.0' in this epoch: .*in no optimizer",
     ) as caught:
         trainer(uniformity(coefficient=0.1)).fit(module, loader(batches()))
     assert sum("has not reached" in str(one.message) for one in caught) == 1
     with pytest.warns(
         UserWarning,
-        match=r"layer 'net.0', 'net.2', 'net.5', 'net.7' so far: .*use_pl_optimizer=False",
+        match=r"layer 'net.0', 'net.2', 'net.5', 'net.7' in this epoch: .*use_pl_optimizer=False",
     ):
         trainer(uniformity(coefficient=0.1), max_epochs=1).fit(Raw(), loader(batches()))
 

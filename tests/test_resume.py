@@ -473,7 +473,7 @@ def test_a_changed_measure_begins_with_a_fresh_state(measure, coefficient, tmp_p
     other = [{"measure": measure, "coefficient": coefficient}]
     told = nullcontext()
     if measure.has_state:
-        told = pytest.warns(UserWarning, match="stored training state .* begins anew")
+        told = pytest.warns(UserWarning, match="stored state .* begins anew")
     with told:
         changed = fitted(made(other), ckpt=tmp_path / "4.ckpt")
     fresh = fitted(made(other), ckpt=tmp_path / "without.ckpt")
@@ -612,6 +612,9 @@ def test_resumed_on_another_number_of_processes(tmp_path):
             found, expected = leaves(resumed[part]), leaves(whole[part])
             assert found.keys() == expected.keys()
             for path, value in expected.items():
+                if isinstance(value, str):
+                    assert found[path] == value
+                    continue
                 torch.testing.assert_close(
                     found[path],
                     value,

@@ -21,7 +21,7 @@ from torch import nn
 
 from lightning_hsu import LinearSchedule, Share, UniformityRegularizer
 from lightning_hsu._engine.stored import VERSION
-from lightning_hsu.measures import Covering, Measure, RieszEnergy, Sampled
+from lightning_hsu.measures import Covering, Measure, Polarization, RieszEnergy, Sampled
 from lightning_hsu.presets import (
     OfficialAdversarialCoMHE,
     OfficialAngleCoMHE,
@@ -273,7 +273,7 @@ def changed(*path, to):
 
 
 CASES = {
-    "no mapping": (["steps"], "state: it is a list, and not a mapping; the training begins anew"),
+    "no mapping": (["steps"], "state: it is a list, and not a mapping; schedules, shares"),
     "no steps": (
         {"version": 1},
         "steps: there are none; schedules and every_n_steps count from step 0",
@@ -334,7 +334,7 @@ def test_what_cannot_be_used_is_left_out_and_named(case, first):
     state, words = CASES[case]
     model = net()
     regularizer, told = loaded(state, model, first=first, **SEARCHES)
-    assert "a stored training state cannot be used as a whole" in told
+    assert "the penalty's stored state is used only in part" in told
     assert words in told
     stepped(regularizer, model)
 
@@ -492,7 +492,7 @@ def fitted(callback, *others, epochs=1, **how):
         warnings.simplefilter("always", UserWarning)
         fit.fit(module, loader(batches(count=3)), **how)
     assert all(p.isfinite().all() for p in module.parameters())
-    ours = ("stored training state", "has no state under")
+    ours = ("stored state is used", "has no state under")
     told = [str(one.message) for one in caught]
     return fit, module, [text for text in told if any(one in text for one in ours)]
 
@@ -601,3 +601,11 @@ def test_the_same_callback_begins_anew_with_a_checkpoint_that_has_no_state(tmp_p
 
 if __name__ == "__main__":
     write(sys.argv[1])
+
+
+def test_the_state_of_another_measure_is_not_taken_over():
+    """Both search for points, which have the same names and sizes."""
+    first, _ = loaded({}, net(), measure=Polarization(witnesses=2, steps=2))
+    stepped(first, net())
+    _, told = loaded(first.state_dict(), net(), measure=Covering(witnesses=2, steps=2))
+    assert "it is of another measure, 'Polarization'" in told

@@ -7,8 +7,6 @@ is about to be given.
 
 from __future__ import annotations
 
-import sys
-import warnings
 import weakref
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
@@ -21,6 +19,7 @@ from torch.optim import Optimizer
 from lightning_hsu._core.autograd import saved_tensors
 from lightning_hsu._engine.discarded import AddedGradient
 from lightning_hsu._engine.layer import Layer, version_of
+from lightning_hsu._engine.warn import warn
 
 ADD = "add_gradients"
 MOVE = "move"
@@ -105,7 +104,7 @@ class CallOrder:
             if call == ADD:
                 if "again" not in self._told and seen.adds_again():
                     self._told.add("again")
-                    _warn(_added_again(seen.named))
+                    warn(_added_again(seen.named))
                 seen.begin()
             return
         trained = [layer for layer in layers if layer.strength != 0 and layer.trainable]
@@ -121,7 +120,7 @@ class CallOrder:
             if waits and any(map(_has_gradient, trained)):
                 return
             self._told.add("order")
-            _warn(_no_gradient(call, mine))
+            warn(_no_gradient(call, mine))
         elif not self._seen:
             self._check_other(call, optimizer, trained)
 
@@ -142,7 +141,7 @@ class CallOrder:
             seen.look_at_steps(partial(_tell_once, self._told, "discarded", message))
         if call == MOVE and self._has_not_stepped(optimizer, reached):
             self._told.add("order")
-            _warn(_moved_before_step(reached))
+            warn(_moved_before_step(reached))
         for key in _held(optimizer):
             self._versions.pop(key, None)
 
@@ -156,7 +155,7 @@ class CallOrder:
         trains_nothing = is_idle and not any(map(_has_gradient, trained))
         if is_often or trains_nothing:
             self._told.add("order")
-            _warn(_holds_none(call, optimizer, trained, is_idle=is_idle))
+            warn(_holds_none(call, optimizer, trained, is_idle=is_idle))
 
     def _count(self, optimizer: Optimizer) -> int:
         """Count a call with an optimizer that has had no gradient for a layer so far."""
@@ -381,25 +380,10 @@ class _Token:
     __slots__ = ("__weakref__",)
 
 
-def _warn(message: str) -> None:
-    """Warn at the line of the loop that called the regularizer."""
-    level = 2  # of the function that calls this one
-    frame = sys._getframe(1)
-    while frame.f_back is not None and _is_inside(frame.f_globals.get("__name__", "")):
-        frame = frame.f_back
-        level += 1
-    warnings.warn(message, stacklevel=level)
-
-
 def _tell_once(told: set[str], what: str, message: str) -> None:
     if what not in told:
         told.add(what)
-        _warn(message)
-
-
-def _is_inside(module: str) -> bool:
-    """Whether a module is one of this package, or of those that wrap its calls and a step's."""
-    return module.partition(".")[0] in ("lightning_hsu", "torch", "lightning", "accelerate")
+        warn(message)
 
 
 def _no_gradient(call: str, layers: Sequence[Layer]) -> str:

@@ -24,6 +24,10 @@ Schedule-free ones, MADGRAD, D-adaptation by dual averaging, FTRL, A2Grad, SRMM,
 """
 
 
+class UnknownRateError(NotImplementedError):
+    """An optimizer that is to move neurons tells no learning rate."""
+
+
 class Rates(dict[int, Rate]):
     """Learning rates of an optimizer's parameters, by id; ``UNKNOWN`` where there is no number.
 

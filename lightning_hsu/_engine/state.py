@@ -21,6 +21,7 @@ from lightning_hsu._engine.stored import (
     Dropped,
     checked,
     drop_unfit,
+    kind_of,
     needing_means,
     needing_state,
     note_renamed,
@@ -88,6 +89,7 @@ class MeasureStates:
 
     def __init__(self) -> None:
         self.by_layer: dict[str, State] = {}
+        self.measures: dict[str, str] = {}  # whose states these are, by layer
         self._model: weakref.ref[nn.Module] | None = None
         self._is_loaded = False  # and no step was done since
 
@@ -108,6 +110,7 @@ class MeasureStates:
         self._is_loaded = False
         if state is not None:
             self.by_layer[layer.name] = state
+            self.measures[layer.name] = kind_of(layer.measure)
         return state
 
     def peek(self, layer: Layer, x: Tensor) -> State | None:
@@ -122,9 +125,10 @@ class MeasureStates:
         """The states by layer."""
         return {name: dict(state) for name, state in self.by_layer.items()}
 
-    def restore(self, states: dict[str, State]) -> None:
-        """Restore checked states by layer."""
+    def restore(self, states: dict[str, State], measures: dict[str, str]) -> None:
+        """Restore checked states by layer, and the names of their measures."""
         self.by_layer = states
+        self.measures = measures
         self._model = None
         self._is_loaded = bool(states)
 
@@ -132,11 +136,11 @@ class MeasureStates:
         """Drop states that were just loaded and do not fit the layers of the model attached."""
         if self._is_loaded:
             note_renamed("states", self.by_layer, needing_state(layers), layers, dropped)
-            drop_unfit(self.by_layer, layers, dropped)
+            drop_unfit(self.by_layer, self.measures, layers, dropped)
 
     def __getstate__(self) -> dict[str, object]:
         """Pickle and copy the states, never the model."""
-        return {"by_layer": self.by_layer, "_model": None, "_is_loaded": self._is_loaded}
+        return self.__dict__ | {"_model": None}
 
 
 class ShareMeans:
@@ -294,6 +298,7 @@ class TrainingState:
         """Let a layer of another name go on where it stood."""
         by_name: tuple[dict[str, Any], ...] = (
             self.measure_states.by_layer,
+            self.measure_states.measures,
             self.share_means.means,
             self.now.coefficients,
         )
@@ -356,6 +361,7 @@ class TrainingState:
         state: dict[str, Any] = {"version": VERSION, "steps": list(self.counter.done)}
         if self.measure_states.by_layer:
             state["states"] = self.measure_states.state_dict()
+            state["measures"] = dict(self.measure_states.measures)
         if self.share_means.means:
             state["shares"] = self.share_means.state_dict()
         if self.heads and not self.heads_as_expected:
@@ -366,7 +372,7 @@ class TrainingState:
         """Restore what :meth:`state_dict` returned, as far as it can be used; return the rest."""
         stored = checked(state)
         self.counter.restore(stored.steps)
-        self.measure_states.restore(stored.states)
+        self.measure_states.restore(stored.states, stored.measures)
         self.share_means.restore(stored.shares)
         self.heads = stored.heads
         self.heads_as_expected = False

@@ -12,7 +12,7 @@ from lightning_hsu._engine.apply import LayerUpdate, penalty_gradients
 from lightning_hsu._engine.layer import Layer, to_compute_dtype
 from lightning_hsu._engine.misuse import in_transform
 from lightning_hsu._engine.plan import GradientStats, StepContext
-from lightning_hsu._engine.rates import is_unknown, largest, sign_in_loss
+from lightning_hsu._engine.rates import UnknownRateError, is_unknown, largest, sign_in_loss
 from lightning_hsu._engine.state import TrainingState
 from lightning_hsu._neurons.placement import Gathered, Placement
 from lightning_hsu.coefficients import Share
@@ -133,16 +133,19 @@ def refuse_unknown_rates(
     optimizer = context.learning_rates.unknown_in
     if optimizer is None:
         return
+    named = []
     for layer in layers:
         rates = layer.rates(context.learning_rates)
         if not rates or not is_unknown(largest(rates)):
             continue
         if layer.has_share or state.coefficient(layer, context.step) != 0:
-            raise NotImplementedError(
-                f"{optimizer} has no learning rate for layer '{layer.name}' {layer.target.shape}, as "
-                "with relative steps, so nothing says how far to move its neurons: use "
-                f"apply='gradient' (add_gradients), or exclude='{layer.name}'"
-            )
+            named.append(f"'{layer.name}' {layer.target.shape}")
+    if named:
+        raise UnknownRateError(
+            f"{optimizer} has no learning rate for layer {', '.join(named)}, as with relative steps, "
+            "so nothing says how far to move the neurons: use apply='gradient' (add_gradients), or "
+            "give it a learning rate"
+        )
 
 
 def _loss_state(

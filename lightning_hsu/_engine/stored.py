@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -16,12 +17,13 @@ from lightning_hsu.measures import Measure, State
 VERSION = 1
 """The version of the states that are written; those without a number came before."""
 
-_KNOWN = ("version", "steps", "states", "shares", "heads")
+_KNOWN = ("version", "steps", "states", "measures", "shares", "heads")
 _MEANINGS = {
-    "state": "the training begins anew, as at its first step",
+    "state": "schedules, shares and what measures carry begin anew, as at a first step",
     "version": "what this version of lightning_hsu knows is loaded",
     "steps": "schedules and every_n_steps count from step 0 there",
     "states": "what these layers' measures search, learn or draw begins anew",
+    "measures": "a state of another measure cannot be told by that",
     "shares": "the means of these layers' gradients begin anew",
     "heads": "without them the heads are those that the model declares, or its last Linear; "
     "head='...' names another",
@@ -54,7 +56,7 @@ class Dropped:
         parts = []
         for part, reasons in self._reasons.items():
             parts.append(f"{part}: {_listed(reasons)}; {_MEANINGS[part]}")
-        return f"a stored training state cannot be used as a whole. {'. '.join(parts)}."
+        return f"the penalty's stored state is used only in part. {'. '.join(parts)}."
 
 
 @dataclass
@@ -64,6 +66,7 @@ class Stored:
     Attributes:
         steps: Steps done by each optimizer.
         states: States of measures by layer.
+        measures: Whose states these are, by layer, where that is known.
         shares: Means of gradient norms by layer.
         heads: Names of layers.
         dropped: What was left out.
@@ -71,6 +74,7 @@ class Stored:
 
     steps: list[int] = field(default_factory=list)
     states: dict[str, State] = field(default_factory=dict)
+    measures: dict[str, str] = field(default_factory=dict)
     shares: dict[str, Tensor] = field(default_factory=dict)
     heads: list[str] = field(default_factory=list)
     dropped: Dropped = field(default_factory=Dropped)
@@ -91,6 +95,9 @@ def checked(state: object) -> Stored:
         measure_state = _state_of_layer(name, part, found.dropped)
         if measure_state is not None:
             found.states[name] = measure_state
+    for name, part in _by_layer(state, "measures", found.dropped):
+        if isinstance(part, str):
+            found.measures[name] = part
     for name, part in _by_layer(state, "shares", found.dropped):
         why = _why_no_means(part)
         if why is None and isinstance(part, Tensor):
@@ -101,8 +108,25 @@ def checked(state: object) -> Stored:
     return found
 
 
-def drop_unfit(states: dict[str, State], layers: Sequence[Layer], dropped: Dropped) -> None:
-    """Drop states that the layers' measures cannot go on from.
+def kind_of(measure: Measure) -> str:
+    """The classes that a measure is made of, without their settings.
+
+    Example:
+        >>> from lightning_hsu.measures import Covering
+        >>> from lightning_hsu.projections import Projected
+        >>> kind_of(Covering()), kind_of(Projected())
+        ('Covering', 'Projected RieszEnergy RandomProjection')
+    """
+    return " ".join(re.findall(r"\b\w+(?=\()", repr(measure)))
+
+
+def drop_unfit(
+    states: dict[str, State],
+    measures: Mapping[str, str],
+    layers: Sequence[Layer],
+    dropped: Dropped,
+) -> None:
+    """Drop states that the layers' measures cannot go on from, or that are of other measures.
 
     Where ranks share the weights, all must call it, while these are whole.
     """
@@ -110,6 +134,9 @@ def drop_unfit(states: dict[str, State], layers: Sequence[Layer], dropped: Dropp
         if not layer.measure.has_state or not states.get(layer.name):
             continue
         why = _why_unfit(layer, states[layer.name])
+        kind = measures.get(layer.name)
+        if why is None and kind is not None and kind != kind_of(layer.measure):
+            why = f"it is of another measure, {_what(kind)}"
         if why is not None:
             del states[layer.name]
             dropped.add("states", f"layer {_what(layer.name)} {layer.target.shape} ({why})")

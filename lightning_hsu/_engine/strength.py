@@ -193,7 +193,7 @@ class StrengthWatch:
         *,
         compares: bool,
     ) -> str | None:
-        """Look at a step if it is due; return what to warn of, once, on the first rank only.
+        """Look at a step if it is due; return what to warn of, once.
 
         Args:
             optimizer: The optimizer.
@@ -215,7 +215,7 @@ class StrengthWatch:
             self.quiet.discard(id(optimizer))
         else:
             self.quiet.add(id(optimizer))
-        return message if is_first_rank() else None
+        return message
 
     def _watch_of(self, optimizer: Optimizer) -> Looks:
         """The watch of an optimizer, which need not be hashable."""
@@ -225,13 +225,6 @@ class StrengthWatch:
         watch = Looks()
         self._watches[id(optimizer)] = ref(optimizer), watch
         return watch
-
-
-def is_first_rank() -> bool:
-    """Whether this process is the first, or the only one."""
-    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
-        return True
-    return torch.distributed.get_rank() == 0
 
 
 def _read(

@@ -1,0 +1,32 @@
+"""Warnings at the line of the user's code that called us, on the first rank."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+
+import torch
+
+
+def warn(message: str) -> None:
+    """Warn at the line of the loop that called this package, on the first rank only."""
+    if not is_first_rank():
+        return
+    level = 2  # of the function that calls this one
+    frame = sys._getframe(1)
+    while frame.f_back is not None and _is_inside(frame.f_globals.get("__name__", "")):
+        frame = frame.f_back
+        level += 1
+    warnings.warn(message, stacklevel=level)
+
+
+def is_first_rank() -> bool:
+    """Whether this process is the first, or the only one."""
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return True
+    return torch.distributed.get_rank() == 0
+
+
+def _is_inside(module: str) -> bool:
+    """Whether a module is one of this package, or of those that wrap its calls and a step's."""
+    return module.partition(".")[0] in ("lightning_hsu", "torch", "lightning", "accelerate")
