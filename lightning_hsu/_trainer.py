@@ -465,7 +465,7 @@ _IN_BACKWARD = (
 _IN_NO_OPTIMIZER = (
     "these weights are in no optimizer of the Trainer, so the task does not train them either. Weights "
     "that are new, or replaced, have to be given to it: "
-    "trainer.optimizers[0].add_param_group({'params': ...}), or make them before "
+    'trainer.optimizers[0].add_param_group({"params": ...}), or make them before '
     "configure_optimizers; leave out a layer that is not to be trained with exclude=."
 )
 _NO_GRADIENT = (

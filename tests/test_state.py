@@ -605,7 +605,9 @@ if __name__ == "__main__":
 
 def test_the_state_of_another_measure_is_not_taken_over():
     """Both search for points, which have the same names and sizes."""
-    first, _ = loaded({}, net(), measure=Polarization(witnesses=2, steps=2))
-    stepped(first, net())
+    model = net()
+    first = UniformityRegularizer(Polarization(witnesses=2, steps=2), head=None).attach(model)
+    stepped(first, model)
+    assert first.state_dict()["states"]
     _, told = loaded(first.state_dict(), net(), measure=Covering(witnesses=2, steps=2))
     assert "it is of another measure, 'Polarization'" in told

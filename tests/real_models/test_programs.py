@@ -612,7 +612,7 @@ def test_names_exactly_the_layers_that_the_program_leaves_without_a_gradient(pro
     need(program)
     zero = run(program, uniformity(coefficient=0, apply=mode))
     named = ", ".join(map(repr, program.unreached))
-    with pytest.warns(UserWarning, match=re.escape(f"has not reached layer {named} so far")):
+    with pytest.warns(UserWarning, match=re.escape(f"has not reached layer {named} in this epoch")):
         spread = run(program, uniformity(coefficient=0.3, apply=mode))
     assert spread.steps == zero.steps == STEPS
     assert spread.unreached == list(program.unreached)
