@@ -62,6 +62,9 @@ NOTHING_TRAINS = (
 )
 
 
+_UNTOLD = 20  # steps: an optimizer of several may step rarely
+
+
 def no_longer_measured(reasons: Mapping[str, str]) -> str:
     """The warning about layers of a changed model that can no longer be measured."""
     named = "; ".join(f"'{name}': {reason}" for name, reason in reasons.items())
@@ -783,6 +786,8 @@ class UniformityRegularizer:
                 recorded = outside_inference_mode()
             with recorded, self._whole_with_grads(), self._products():
                 self._follow([optimizer])
+                if self.checks_order and self.state.now.untold:
+                    self._tell_untold()
                 found = act(context)
         counter.count(optimizer, index, same_step=same_step)
         if found and not same_step:
@@ -791,6 +796,28 @@ class UniformityRegularizer:
             if alarm is not None:
                 warn(alarm)
         return found if asked else {}
+
+    def _tell_untold(self) -> None:
+        """Warn of new weights that no optimizer has had for many steps; Lightning has its own way."""
+        attached = self._check_attached()
+        untold = self.state.now.untold
+        named = []
+        for layer in self.layers:
+            if layer.name not in untold:
+                continue
+            untold[layer.name] += 1
+            is_told = layer.strength == 0 or not layer.trainable
+            if is_told or attached.watch.optimizes(layer.parameters):
+                del untold[layer.name]
+            elif untold[layer.name] >= _UNTOLD:
+                del untold[layer.name]
+                named.append(f"'{layer.name}' {layer.target.shape}")
+        if named:
+            warn(
+                f"layer {', '.join(named)} has new weights, which no optimizer that steps has, so "
+                "neither the loss nor the penalty trains them. Give them to one: "
+                'optimizer.add_param_group({"params": ...})'
+            )
 
     def _add(self, context: StepContext) -> dict[str, GradientStats]:
         """Add gradients."""

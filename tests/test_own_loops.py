@@ -570,3 +570,24 @@ def test_a_full_graph_refuses_a_penalty():
     with pytest.raises(Exception, match=r"UniformityRegularizer\.penalty") as found:
         loss(X)
     assert type(found.value).__name__ == "Unsupported"
+
+
+@pytest.mark.parametrize("is_told", [True, False])
+def test_new_weights_that_no_optimizer_has_are_told(is_told):
+    net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 5))
+    regularizer = UniformityRegularizer(coefficient=0.1).attach(net)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for step in range(60):
+            if step == 3:
+                net[2] = nn.Linear(8, 5)
+            if step == 6 and is_told:
+                optimizer.add_param_group({"params": list(net[2].parameters())})
+            optimizer.zero_grad()
+            net(torch.randn(4, 6)).square().mean().backward()
+            regularizer.add_gradients(optimizer)
+            optimizer.step()
+    told = [str(one.message) for one in caught]
+    assert len(told) == (0 if is_told else 1)
+    assert all("layer '2' (1, 5, 8) has new weights" in text for text in told)

@@ -198,6 +198,7 @@ class SinceAttach:
         ended: Names of the layers that came last before some loss since the model was changed;
             None if it was not.
         told: What was warned of.
+        untold: Layers of new weights that no optimizer has had so far, with the steps since.
         order: Whether the calls of a loop are in order.
         penalties: Whether penalties in losses can act.
         movers: Ids of the optimizers after whose steps neurons have moved.
@@ -211,6 +212,7 @@ class SinceAttach:
     change: Change | None = None
     ended: set[str] | None = None
     told: set[str] = field(default_factory=set)
+    untold: dict[str, int] = field(default_factory=dict)
     order: CallOrder = field(default_factory=CallOrder)
     penalties: PenaltyChecks = field(default_factory=PenaltyChecks)
     movers: set[int] = field(default_factory=set)
@@ -288,6 +290,9 @@ class TrainingState:
         elif change:
             self.now.change = change
         self.now.ended = set()
+        for name in (*change.added, *change.renewed):
+            if name not in change.origins:
+                self.now.untold[name] = 0
         for old, new in change.renamed.items():
             self._rename(old, new)
         self.now.reached = _carried(self.now.reached, change.origins)
