@@ -597,3 +597,25 @@ def test_a_first_forward_pass_within_a_transform_shows_no_head():
     assert torch.func.grad(loss)(weights).keys() == weights.keys()
     net(torch.ones(2, 6)).sum().backward()
     assert [one.name for one in regularizer.layers if one.target.head] == ["2"]
+
+
+class RefusesOurs(Keep):
+    """A logger that fails at the layers' names."""
+
+    def log_metrics(self, metrics, step=None):
+        if any(name.startswith("hsu/ratio/") for name in metrics):
+            raise ValueError("names of layers are refused")
+        super().log_metrics(metrics, step)
+
+
+def test_a_logger_that_refuses_is_told_once_and_the_monitor_goes_on():
+    """Ranks that share weights measure together: one must not stop alone."""
+    callback = uniformity(coefficient=0.0)
+    measured = []
+    measure = callback.regularizer.measure_layers
+    callback.regularizer.measure_layers = lambda **how: measured.append(1) or measure(**how)
+    fit = trainer(callback, logger=RefusesOurs(), log_every_n_steps=1, max_epochs=1)
+    with pytest.warns(UserWarning, match="monitors nothing in this fit: names of layers") as told:
+        fit.fit(Automatic(), loader(batches()))
+    assert sum("monitors nothing" in str(one.message) for one in told) == 1
+    assert len(measured) == 7

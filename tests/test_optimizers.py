@@ -990,3 +990,57 @@ def test_an_optimizer_that_has_yet_to_step_is_no_alarm():
     trainer(uniformity(coefficient=0.5), max_epochs=3).fit(StepsRarely(), loader(batches()))
     with pytest.warns(UserWarning, match="has not reached layer 'net.0'"):
         trainer(uniformity(coefficient=0.5), max_epochs=2).fit(StepsRarely(), loader(batches()))
+
+
+class WithoutForAWhile(pl.Callback):
+    """Takes another callback away for some steps, as a search for a learning rate does."""
+
+    def __init__(self, other):
+        self.other = other
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if batch_idx == 1:
+            trainer.callbacks.remove(self.other)
+        if batch_idx == 3:
+            trainer.callbacks.append(self.other)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_callback_that_comes_back_acts_again(mode):
+    callback = uniformity(apply=mode, coefficient=0.5)
+    fit = trainer(callback, WithoutForAWhile(callback), max_epochs=1)
+    fit.fit(Automatic(), loader(batches()))
+    assert callback.state_dict()["steps"] == [5]
+
+
+class LosesItsRate(pl.Callback):
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if batch_idx == 3:
+            trainer.strategy.optimizers = [WithoutRate(pl_module.parameters())]
+
+
+class WithoutRate(torch.optim.Optimizer):
+    """Relative steps: there is no learning rate."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, {"lr": None})
+
+    def step(self, closure=None):
+        loss = closure()
+        with torch.no_grad():
+            for group in self.param_groups:
+                for p in group["params"]:
+                    p -= 0.01 * p.grad
+        return loss
+
+
+def test_an_optimizer_without_a_rate_under_way_does_not_stop_the_training():
+    fit = trainer(LosesItsRate(), uniformity(apply="decoupled", coefficient=0.5), max_epochs=1)
+    every = "layer 'net.0'.*'net.2'.*'net.5'.*'net.7'"
+    with pytest.warns(UserWarning, match=f"WithoutRate has no learning rate for {every}") as told:
+        fit.fit(Automatic(), loader(batches()))
+    assert sum("no learning rate" in str(one.message) for one in told) == 1
+    assert fit.global_step == 7
+    fresh = trainer(uniformity(apply="decoupled", coefficient=0.5))
+    with pytest.raises(NotImplementedError, match=f"has no learning rate for {every}"):
+        fresh.fit(Automatic(WithoutRate), loader(batches()))
