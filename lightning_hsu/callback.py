@@ -68,7 +68,7 @@ class _Fit:
         stepped: Ids of the optimizers that have stepped in this epoch.
         missing: Layers that the penalty did not reach in the last epoch.
         reached: Layers that it reached in some epoch.
-        about_to_move: Layers that had gradients before a step which is looked at.
+        about_to_move: Parameters of layers that had gradients before a step which is looked at.
         is_mute: Whether logging was given up, with a warning.
         is_loaded: Whether a checkpoint gave this callback its state.
         strangers: Keys of states in the checkpoint that no callback of the trainer has.
@@ -97,7 +97,7 @@ class _Fit:
     stepped: set[int] = field(default_factory=set)
     missing: set[str] = field(default_factory=set)
     reached: set[str] = field(default_factory=set)
-    about_to_move: set[str] = field(default_factory=set)
+    about_to_move: dict[str, tuple[nn.Parameter, ...]] = field(default_factory=dict)
     is_loaded: bool = False
     strangers: list[str] = field(default_factory=list)
 
@@ -344,11 +344,11 @@ class HypersphericalUniformity(_trainer.EveryCallback):
         if not self.regularizer.active:
             return
         index = self._hook(trainer, optimizer).position
-        self._fit.about_to_move = set()
+        self._fit.about_to_move = {}
         if self.apply == "decoupled":  # not a step yet: a GradScaler may skip it
             self.regularizer.note_reached(optimizer)
             if self._will_measure(trainer):
-                self._fit.about_to_move = set(self.regularizer.reachable(optimizer))
+                self._fit.about_to_move = self.regularizer.with_gradients(optimizer)
             return
         fit = self._fit
         fit.open_step.begin(trainer, self.regularizer.state_dict)
@@ -419,9 +419,9 @@ class HypersphericalUniformity(_trainer.EveryCallback):
                 fit.warnings.once(f"{error}. Until then the penalty does nothing there.")
                 return
             fit.stats |= moved
-            lost = fit.about_to_move - set(self.regularizer.reachable(hook.optimizer))
-            fit.warnings.freed(lost)
-            fit.about_to_move = set()
+            if fit.about_to_move:
+                fit.warnings.freed(self.regularizer.without_gradients(fit.about_to_move))
+            fit.about_to_move = {}
 
     @_harmless
     def on_train_batch_end(
@@ -535,7 +535,13 @@ class HypersphericalUniformity(_trainer.EveryCallback):
         """Pickle and copy the settings and the training state, never the model or a hook."""
         kept = {name: value for name, value in self.__dict__.items() if name not in _LOGGING}
         kept["_fit"] = replace(
-            self._fit, hooks=[], hooked=[], stats={}, trained=[], open_step=_trainer.OpenStep()
+            self._fit,
+            hooks=[],
+            hooked=[],
+            stats={},
+            trained=[],
+            about_to_move={},
+            open_step=_trainer.OpenStep(),
         )
         return kept
 
@@ -547,6 +553,7 @@ class HypersphericalUniformity(_trainer.EveryCallback):
         self._fit.hooked = []
         self._fit.stats = {}
         self._fit.trained = []
+        self._fit.about_to_move = {}
         for name in _LOGGING:
             self.__dict__.pop(name, None)
         self.regularizer.detach()

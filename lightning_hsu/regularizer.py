@@ -519,12 +519,20 @@ class UniformityRegularizer:
         with whole:
             self.state.note_reached(self.layers, learning_rates(optimizer))
 
-    def reachable(self, optimizer: Optimizer) -> list[str]:
-        """Names of the layers with a coefficient that an optimizer could step as things are."""
+    def with_gradients(self, optimizer: Optimizer) -> dict[str, tuple[nn.Parameter, ...]]:
+        """Parameters of the layers with a coefficient that an optimizer is about to step, by layer."""
         rates = learning_rates(optimizer)
+        found = {}
         with self._whole_with_grads():
-            found = [layer for layer in self.layers if layer.strength != 0 and layer.rates(rates)]
-        return [layer.name for layer in found]
+            for layer in self.layers:
+                if layer.strength != 0 and layer.rates(rates):
+                    found[layer.name] = layer.parameters
+        return found
+
+    def without_gradients(self, layers: Mapping[str, Sequence[nn.Parameter]]) -> list[str]:
+        """Names of layers of which no parameter has a gradient."""
+        with self._whole_with_grads():
+            return [name for name, own in layers.items() if all(p.grad is None for p in own)]
 
     @eager
     @torch.no_grad()
