@@ -469,7 +469,7 @@ _IN_NO_OPTIMIZER = (
     "configure_optimizers; leave out a layer that is not to be trained with exclude=."
 )
 _NO_GRADIENT = (
-    "they got no gradient at a step, or their optimizer steps behind Lightning's back. With manual "
+    "they got no gradient at a step, or their optimizer steps without Lightning. With manual "
     "optimisation use self.optimizers(), not use_pl_optimizer=False; leave out a layer that is not "
     "used with exclude=."
 )
