@@ -104,7 +104,7 @@ class Spy(EveryCallback):
                     keys = tuple(names[id(p)] for p in layer.parameters)
                     self.layers[layer.name] = Measured(keys, layer.target.head)
                 self.skips = {skip.name: skip.reason for skip in regularizer.skips}
-                self.unreached = regularizer.unreached()
+                self.unreached = sorted(callback._fit.missing)  # the epoch is over
 
     def on_train_end(self, trainer, pl_module):
         self.after = weights(pl_module)
