@@ -69,6 +69,7 @@ class _Fit:
         missing: Layers that the penalty did not reach in the last epoch.
         reached: Layers that it reached in some epoch.
         about_to_move: Parameters of layers that had gradients before a step which is looked at.
+        freed: Layers whose gradients were taken away in the last step that was looked at.
         is_mute: Whether logging was given up, with a warning.
         is_loaded: Whether a checkpoint gave this callback its state.
         strangers: Keys of states in the checkpoint that no callback of the trainer has.
@@ -97,6 +98,7 @@ class _Fit:
     stepped: set[int] = field(default_factory=set)
     missing: set[str] = field(default_factory=set)
     reached: set[str] = field(default_factory=set)
+    freed: set[str] = field(default_factory=set)
     about_to_move: dict[str, tuple[nn.Parameter, ...]] = field(default_factory=dict)
     is_loaded: bool = False
     strangers: list[str] = field(default_factory=list)
@@ -420,7 +422,9 @@ class HypersphericalUniformity(_trainer.EveryCallback):
                 return
             fit.stats |= moved
             if fit.about_to_move:
-                fit.warnings.freed(self.regularizer.without_gradients(fit.about_to_move))
+                freed = set(self.regularizer.without_gradients(fit.about_to_move))
+                fit.warnings.freed(freed & fit.freed)  # once may be a user's own doing
+                fit.freed = freed
             fit.about_to_move = {}
 
     @_harmless
