@@ -373,13 +373,22 @@ def test_a_copy_goes_on_where_the_original_stands(copied):
     assert set(twin.varying_coefficients().values()) == {6 / 11}
 
 
-def test_every_optimizer_has_its_own_count():
-    """Also where one has the address of another that is gone."""
+def test_an_optimizer_that_is_replaced_hands_on_its_count():
     net = network()
     regularizer = scheduled(net)
     for _ in range(20):
         regularizer.add_gradients(with_zero_gradients(net))
-    assert regularizer.state_dict() == {"version": 1, "steps": [1] * 20}
+    assert regularizer.state_dict()["steps"] == [20]
+
+
+def test_every_optimizer_has_its_own_count():
+    """Also where one has the address of another that is gone, of other parameters."""
+    net = network()
+    regularizer = scheduled(net)
+    with_zero_gradients(net)
+    for i in (0, 2, 4):
+        regularizer.add_gradients(torch.optim.SGD(net[i].parameters(), lr=0.1))
+    assert regularizer.state_dict()["steps"] == [1, 1, 1]
 
 
 def no_weight(net):

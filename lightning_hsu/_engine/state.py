@@ -36,7 +36,8 @@ class StepCounter:
 
     def __init__(self) -> None:
         self.done: list[int] = []
-        self._optimizers: list[weakref.ref[Optimizer]] = []  # those without a position
+        # Those without a position, with the ids of their parameters.
+        self._optimizers: list[tuple[weakref.ref[Optimizer], set[int]]] = []
 
     def before(
         self, optimizer: Optimizer, index: int | None = None, *, same_step: bool = False
@@ -69,11 +70,19 @@ class StepCounter:
         return index
 
     def _order_of(self, optimizer: Optimizer) -> int:
-        """How many other optimizers stepped before this one did so first."""
-        for i, known in enumerate(self._optimizers):
+        """How many other optimizers stepped before this one did so first.
+
+        One that is gone hands its place, and its count, to another of the same parameters.
+        """
+        for i, (known, _) in enumerate(self._optimizers):
             if known() is optimizer:
                 return i
-        self._optimizers.append(weakref.ref(optimizer))
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        for i, (known, former) in enumerate(self._optimizers):
+            if known() is None and not former.isdisjoint(held):
+                self._optimizers[i] = weakref.ref(optimizer), held
+                return i
+        self._optimizers.append((weakref.ref(optimizer), held))
         return len(self._optimizers) - 1
 
     def __getstate__(self) -> dict[str, object]:
