@@ -20,6 +20,7 @@ from torch.amp.grad_scaler import OptState
 from torch.optim import Optimizer
 
 from lightning_hsu._engine.layer import Layer
+from lightning_hsu._engine.rates import held_by
 from lightning_hsu._engine.stored import Dropped
 from lightning_hsu._monitor.measure import LayerUniformity
 from lightning_hsu._monitor.text import counted, listed, shape_of
@@ -316,15 +317,8 @@ def waits_for_a_step(trainer: pl.Trainer, layer: Layer, stepped: Collection[int]
         stepped: Ids of the optimizers that have.
     """
     own = {id(p) for p in layer.parameters}
-    for optimizer in trainer.optimizers:
-        if isinstance(optimizer, LightningOptimizer):
-            optimizer = optimizer.optimizer
-        if id(optimizer) in stepped:
-            continue
-        for group in optimizer.param_groups:
-            if any(id(p) in own for p in group["params"]):
-                return True
-    return False
+    waiting = [one for one in _optimizers_of(trainer) if id(one) not in stepped]
+    return any(not own.isdisjoint(held_by(one)) for one in waiting)
 
 
 def keep_from_breaking(checkpoint: dict[str, Any], key: str) -> None:
@@ -404,15 +398,23 @@ def hook_optimizers(
     """
     known = {id(hook.optimizer): hook for hook in hooks}
     found = []
-    for i, optimizer in enumerate(trainer.optimizers):
-        if isinstance(optimizer, LightningOptimizer):
-            optimizer = optimizer.optimizer
+    for i, optimizer in enumerate(_optimizers_of(trainer)):
         hook = known.pop(id(optimizer), None)
         if hook is None:
             hook = after_step(trainer, optimizer, i, act)
         hook.position = i
         found.append(hook)
     return [*found, *known.values()]
+
+
+def _optimizers_of(trainer: pl.Trainer) -> list[Optimizer]:
+    """The optimizers of a Trainer, without Lightning's wrappers."""
+    found = []
+    for optimizer in trainer.optimizers:
+        if isinstance(optimizer, LightningOptimizer):
+            optimizer = optimizer.optimizer
+        found.append(optimizer)
+    return found
 
 
 def catch_late_step(trainer: pl.Trainer, hook: AfterStep) -> None:
@@ -475,15 +477,6 @@ _NO_GRADIENT = (
 )
 
 
-def _optimized(trainer: pl.Trainer) -> set[int]:
-    """Ids of the parameters that the trainer's optimizers have."""
-    found: set[int] = set()
-    for optimizer in trainer.optimizers:
-        for group in optimizer.param_groups:
-            found.update(map(id, group["params"]))
-    return found
-
-
 class Warnings:
     """The warnings of one fit, each given once."""
 
@@ -524,7 +517,9 @@ class Warnings:
         """Warn of layers that the penalty does not reach, so that it is never silently absent."""
         new = [layer for layer in layers if layer.name not in self._unreached]
         self._unreached.update(layer.name for layer in new)
-        owned = _optimized(trainer)
+        owned: set[int] = set()
+        for optimizer in trainer.optimizers:
+            owned |= held_by(optimizer)
         by_reason: dict[str, list[str]] = {}
         for layer in new:
             reason = _NO_GRADIENT
@@ -559,9 +554,7 @@ class Warnings:
             return
         owned = []
         for hook in hooks:
-            groups = hook.optimizer.param_groups
-            ids = {id(p) for group in groups for p in group["params"]}
-            owned.append((type(hook.optimizer).__name__, ids))
+            owned.append((type(hook.optimizer).__name__, held_by(hook.optimizer)))
         found = {}
         for layer in layers:
             if layer.strength == 0 or layer.name in self._shared:

@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from lightning_hsu._core.autograd import saved_tensors
 from lightning_hsu._engine.discarded import AddedGradient
 from lightning_hsu._engine.layer import Layer, version_of
+from lightning_hsu._engine.rates import held_by
 from lightning_hsu._engine.warn import warn
 
 ADD = "add_gradients"
@@ -110,7 +111,7 @@ class CallOrder:
         trained = [layer for layer in layers if layer.strength != 0 and layer.trainable]
         if not trained or "order" in self._told:
             return
-        held = _held(optimizer)
+        held = held_by(optimizer)
         mine = [layer for layer in trained if not held.isdisjoint(map(id, layer.parameters))]
         reached = [layer for layer in mine if layer.rates(dict.fromkeys(held, 1.0))]
         if reached:
@@ -142,7 +143,7 @@ class CallOrder:
         if call == MOVE and self._has_not_stepped(optimizer, reached):
             self._told.add("order")
             warn(_moved_before_step(reached))
-        for key in _held(optimizer):
+        for key in held_by(optimizer):
             self._versions.pop(key, None)
 
     def _check_other(self, call: str, optimizer: Optimizer, trained: Sequence[Layer]) -> None:
@@ -177,7 +178,7 @@ class CallOrder:
         """Whether no layer's parameter has changed since attach, although it could have."""
         if not _counts_versions(optimizer) or len(optimizer.state) > 0:
             return False
-        held = _held(optimizer)
+        held = held_by(optimizer)
         grads = []
         for layer in layers:
             for p in layer.parameters:
@@ -221,7 +222,7 @@ class _SeenOptimizer:
         self.named = _named(layers[:1])
         self._parameter: nn.Parameter | None = None
         if not layers[0].sharded:
-            held = _held(optimizer)
+            held = held_by(optimizer)
             mine = [p for p in layers[0].parameters if id(p) in held and p.grad is not None]
             self._parameter = min(mine, key=nn.Parameter.numel)
         self._counts_versions = _counts_versions(optimizer)
@@ -437,11 +438,6 @@ def _named(layers: Sequence[Layer]) -> str:
 def _has_gradient(layer: Layer) -> bool:
     """Whether a parameter of a layer has a gradient."""
     return any(p.grad is not None for p in layer.parameters)
-
-
-def _held(optimizer: Optimizer) -> set[int]:
-    """Ids of the optimizer's parameters."""
-    return {id(p) for group in optimizer.param_groups for p in group["params"]}
 
 
 def _counts_versions(optimizer: Optimizer) -> bool:

@@ -40,6 +40,11 @@ class Rates(dict[int, Rate]):
     unknown_in: str | None = None
 
 
+def held_by(optimizer: Optimizer) -> set[int]:
+    """Ids of an optimizer's parameters."""
+    return {id(p) for group in optimizer.param_groups for p in group["params"]}
+
+
 def as_number(lr: Any) -> float:
     """A learning rate that is on the host; ``UNKNOWN`` if it is no number."""
     if type(lr) is float:

@@ -15,7 +15,7 @@ from lightning_hsu._core import exact_arithmetic
 from lightning_hsu._engine.change import Change
 from lightning_hsu._engine.layer import Layer, to_compute_dtype
 from lightning_hsu._engine.misuse import CallOrder, PenaltyChecks
-from lightning_hsu._engine.rates import Rate
+from lightning_hsu._engine.rates import Rate, held_by
 from lightning_hsu._engine.stored import (
     VERSION,
     Dropped,
@@ -77,7 +77,7 @@ class StepCounter:
         for i, (known, _) in enumerate(self._optimizers):
             if known() is optimizer:
                 return i
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        held = held_by(optimizer)
         for i, (known, former) in enumerate(self._optimizers):
             if known() is None and not former.isdisjoint(held):
                 self._optimizers[i] = weakref.ref(optimizer), held
