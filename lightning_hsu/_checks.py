@@ -1,9 +1,9 @@
-"""Argument checks whose errors say what to do."""
+"""Argument checks whose errors say what to do, and a list in such an error."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from functools import lru_cache
 from numbers import Real
 from typing import Protocol, cast
@@ -118,3 +118,17 @@ def plain_number(value: object) -> bool:
         return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
     except OverflowError:  # an int beyond float64
         return False
+
+
+def listed(items: Iterable[str], most: int = 4) -> str:
+    """The first of some items, and how many more there are.
+
+    Example:
+        >>> listed(["a", "b", "c"], most=2)
+        'a, b and 1 more'
+    """
+    items = list(items)
+    text = ", ".join(items[:most])
+    if len(items) > most:
+        text += f" and {len(items) - most:,} more"
+    return text

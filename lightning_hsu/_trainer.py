@@ -19,11 +19,12 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import OptState
 from torch.optim import Optimizer
 
+from lightning_hsu._checks import listed
 from lightning_hsu._engine.layer import Layer
 from lightning_hsu._engine.rates import held_by
 from lightning_hsu._engine.stored import Dropped
 from lightning_hsu._monitor.measure import LayerUniformity
-from lightning_hsu._monitor.text import counted, listed, shape_of
+from lightning_hsu._monitor.text import counted, shape_of
 from lightning_hsu._neurons.placement import known_strategies, placement_for_strategy
 from lightning_hsu._optimizers import AfterStep
 from lightning_hsu.regularizer import UniformityRegularizer

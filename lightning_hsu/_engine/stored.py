@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from lightning_hsu._checks import listed
 from lightning_hsu._core import exact_arithmetic
 from lightning_hsu._engine.layer import Layer, to_compute_dtype
 from lightning_hsu.coefficients import Share
@@ -55,7 +56,7 @@ class Dropped:
         """One message: each part, what is wrong with it, and what that means."""
         parts = []
         for part, reasons in self._reasons.items():
-            parts.append(f"{part}: {_listed(reasons)}; {_MEANINGS[part]}")
+            parts.append(f"{part}: {listed(reasons, _SHOWN)}; {_MEANINGS[part]}")
         return f"the penalty's stored state is used only in part. {'. '.join(parts)}."
 
 
@@ -89,7 +90,7 @@ def checked(state: object) -> Stored:
     _check_version(state, found.dropped)
     unknown = [_what(key) for key in state if not isinstance(key, str) or key not in _KNOWN]
     if unknown:
-        found.dropped.add("unknown", _listed(unknown))
+        found.dropped.add("unknown", listed(unknown, _SHOWN))
     found.steps = _steps(state, found.dropped)
     for name, part in _by_layer(state, "states", found.dropped):
         measure_state = _state_of_layer(name, part, found.dropped)
@@ -165,8 +166,8 @@ def note_renamed(
     if missing and strangers:
         dropped.add(
             part,
-            f"there is nothing for layer {_listed(missing)}, but something for "
-            f"{_listed(strangers)}, which is not measured",
+            f"there is nothing for layer {listed(missing, _SHOWN)}, but something for "
+            f"{listed(strangers, _SHOWN)}, which is not measured",
         )
 
 
@@ -183,13 +184,15 @@ def what_counts(layers: Sequence[Layer], every_n_steps: int) -> list[str]:
             carrying.append(_what(layer.name))
     found = []
     if scheduled:
-        found.append(f"the schedule of layer {_listed(scheduled)}, at step 0")
+        found.append(f"the schedule of layer {listed(scheduled, _SHOWN)}, at step 0")
     if active and every_n_steps > 1:
         found.append(f"the count of every_n_steps={every_n_steps}")
     if shared:
-        found.append(f"the means of gradients for the Share of layer {_listed(shared)}")
+        found.append(f"the means of gradients for the Share of layer {listed(shared, _SHOWN)}")
     if carrying:
-        found.append(f"what the measure of layer {_listed(carrying)} searches, learns or draws")
+        found.append(
+            f"what the measure of layer {listed(carrying, _SHOWN)} searches, learns or draws"
+        )
     return found
 
 
@@ -280,7 +283,7 @@ def _heads(state: Mapping[object, object], dropped: Dropped) -> list[str]:
     found = [name for name in heads if isinstance(name, str)]
     others = [_what(name) for name in heads if not isinstance(name, str)]
     if others:
-        dropped.add("heads", f"{_listed(others)} is no name of a layer")
+        dropped.add("heads", f"{listed(others, _SHOWN)} is no name of a layer")
     return found
 
 
@@ -371,11 +374,3 @@ def _what(value: object) -> str:
         short = value if len(value) <= 60 else value[:57] + "..."
         return repr(short)
     return f"a {type(value).__name__}"
-
-
-def _listed(texts: Sequence[str]) -> str:
-    """Texts in a row, the first few of many."""
-    shown = ", ".join(texts[:_SHOWN])
-    if len(texts) > _SHOWN:
-        shown += f" and {len(texts) - _SHOWN} more"
-    return shown

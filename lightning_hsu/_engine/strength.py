@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_hsu._checks import listed
 from lightning_hsu._engine.layer import Layer
 from lightning_hsu._engine.plan import STRONG, GradientStats
 from lightning_hsu._neurons.placement import Placement
@@ -27,7 +28,6 @@ LOOKED_AT = frozenset({100, 1_000, 10_000, 100_000, 1_000_000})  # a schedule ma
 _EVERY = 20  # steps between looks at stats that were asked for
 _VANISHED = 0.1  # of the largest task gradient seen: below it the task has converged
 _GROWN = 5.0  # the task's gradient over that of the run's first step: it is on its way up from 0
-_MOST_NAMED = 4  # layers in a warning
 
 _WAY_OUT = (
     "Take a smaller coefficient, or coefficient=Share(0.05), which keeps the penalty's gradient at "
@@ -260,7 +260,7 @@ def _limited_warning(layers: Sequence[Seen]) -> str:
     named = [f"'{one.name}' ({one.limited:,} of {one.neurons:,} neurons)" for one in most_first]
     return (
         f"the penalty is too strong with {_coefficients(layers)}: on {LIMITED_IN_A_ROW} steps in a "
-        f"row the step limit shortened most of it, in layer {_list(named)}. {_WAY_OUT}"
+        f"row the step limit shortened most of it, in layer {listed(named)}. {_WAY_OUT}"
     )
 
 
@@ -270,7 +270,7 @@ def _strong_warning(layers: Sequence[Seen]) -> str:
     named = [f"'{one.name}' ({one.share:,.0f} times)" for one in most_first]
     return (
         f"the penalty is too strong with {_coefficients(layers)}: on {STRONG_IN_A_ROW} steps in a row its "
-        f"gradient was more than {STRONG:g} times the task's, in layer {_list(named)}. {_WAY_OUT}"
+        f"gradient was more than {STRONG:g} times the task's, in layer {listed(named)}. {_WAY_OUT}"
     )
 
 
@@ -281,10 +281,3 @@ def _coefficients(layers: Sequence[Seen]) -> str:
     if smallest == largest:
         return f"coefficient {largest:g}"
     return f"coefficients of {smallest:g} to {largest:g}"
-
-
-def _list(named: Sequence[str]) -> str:
-    """The first of the named layers, and how many more there are."""
-    text = ", ".join(named[:_MOST_NAMED])
-    left = len(named) - _MOST_NAMED
-    return f"{text} and {left:,} more" if left > 0 else text

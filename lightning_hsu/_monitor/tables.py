@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 
+from lightning_hsu._checks import listed
 from lightning_hsu._engine.change import Change
 from lightning_hsu._engine.layer import Layer
 from lightning_hsu._monitor.measure import LayerUniformity
@@ -110,9 +111,7 @@ def change_text(change: Change) -> str:
     lines = ["the model has changed:"]
     for what, names in named.items():
         if names:
-            more = len(names) - _NAMED
-            shown = ", ".join(names[:_NAMED]) + (f" and {more:,} more" if more > 0 else "")
-            lines.append(f"  {what}: {shown}")
+            lines.append(f"  {what}: {listed(names, _NAMED)}")
     return "\n".join(lines)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 
 from lightning_hsu._monitor.measure import LayerUniformity
 from lightning_hsu._neurons.candidates import Skip
@@ -87,20 +87,6 @@ def counted(count: int, noun: str) -> str:
     """A count with its noun, such as "1 pair" or "2 pairs"."""
     plural = "" if count == 1 else "s"
     return f"{count:,} {noun}{plural}"
-
-
-def listed(items: Iterable[str], most: int = 4) -> str:
-    """The first of some items, and how many more there are.
-
-    Example:
-        >>> listed(["a", "b", "c"], most=2)
-        'a, b and 1 more'
-    """
-    items = list(items)
-    text = ", ".join(items[:most])
-    if len(items) > most:
-        text += f" and {len(items) - most:,} more"
-    return text
 
 
 def number(x: float, digits: int) -> str:

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
+from lightning_hsu._checks import listed
+
 Patterns = str | Sequence[str] | None
 
 _SHOWN = 20  # names in an error
@@ -53,9 +55,7 @@ def known_names(wrong: str, names: Sequence[str], noun: str = "layer") -> str:
     """
     close = get_close_matches(wrong.strip("*."), names, n=1)
     guess = f"did you mean '{close[0]}'? The" if close else "the"
-    shown = ", ".join(names[:_SHOWN]) or "none"
-    if len(names) > _SHOWN:
-        shown += f" and {len(names) - _SHOWN:,} more"
+    shown = listed(names, _SHOWN) or "none"
     return f"{guess} {noun}s are: {shown}"
 
 
