@@ -133,7 +133,7 @@ def check_prefixes(callback: pl.Callback, trainer: pl.Trainer) -> None:
     except ValueError as error:
         for one in _ours(callbacks):
             regularizer = _regularizer(one)
-            if isinstance(regularizer, UniformityRegularizer) and not regularizer.only_monitors:
+            if regularizer is not None and not regularizer.only_monitors:
                 raise
         if callback is _ours(callbacks)[0]:
             rank_zero_warn(str(error))
@@ -160,11 +160,13 @@ def _callbacks_of(trainer: pl.Trainer) -> list[pl.Callback]:
 
 def _ours(callbacks: Sequence[pl.Callback]) -> list[pl.Callback]:
     """Those of the callbacks that have a regularizer."""
-    return [one for one in callbacks if isinstance(_regularizer(one), UniformityRegularizer)]
+    return [one for one in callbacks if _regularizer(one) is not None]
 
 
-def _regularizer(callback: pl.Callback) -> object:
-    return callback.__dict__.get("regularizer")
+def _regularizer(callback: pl.Callback) -> UniformityRegularizer | None:
+    """The regularizer of one of our callbacks; None if it is another's."""
+    found = callback.__dict__.get("regularizer")
+    return found if isinstance(found, UniformityRegularizer) else None
 
 
 def warn_added_up(callback: pl.Callback, trainer: pl.Trainer) -> None:
@@ -195,10 +197,11 @@ def _penalised(callback: pl.Callback) -> dict[str, set[tuple[int, str]]]:
     """
     found = {}
     regularizer = _regularizer(callback)
-    if isinstance(regularizer, UniformityRegularizer):
-        for layer in regularizer.layers:
-            if layer.strength != 0:
-                found[layer.name] = {(id(p), layer.target.key) for p in layer.parameters}
+    if regularizer is None:
+        return {}
+    for layer in regularizer.layers:
+        if layer.strength != 0:
+            found[layer.name] = {(id(p), layer.target.key) for p in layer.parameters}
     return found
 
 
@@ -323,7 +326,7 @@ def waits_for_a_step(trainer: pl.Trainer, layer: Layer, stepped: Collection[int]
 
 
 def keep_from_breaking(checkpoint: dict[str, Any], key: str) -> None:
-    """Wrap a callback's stored state that Lightning itself would stumble over."""
+    """Replace a callback's stored state that Lightning itself would stumble over."""
     states = checkpoint.get("callbacks")
     if isinstance(states, dict) and isinstance(states.get(key), Tensor):
         states[key] = "a tensor"  # which is left out in words

@@ -58,7 +58,7 @@ class _Fit:
         has_loss: Whether there was a loss so far.
         is_fresh: Whether the first forward pass is still to come, or under way.
         is_told: Whether the table of layers has been printed.
-        is_off: Whether monitoring was given up, with a warning.
+        is_off: Whether nothing is measured: it was given up, or there is no layer; with a warning.
         told: Changes of the model that were told.
         has_measured: Whether anything has been logged so far.
         has_run: Whether a batch has been done so far.

@@ -41,7 +41,7 @@ class Change:
         return any((self.added, self.renewed, self.renamed, self.gone, self.lost))
 
     def add(self, later: Change) -> None:
-        """Take what has changed later into account."""
+        """Take what has changed later into account; origins are of one change only."""
         self.added |= later.added
         self.renewed |= later.renewed
         self.renamed |= later.renamed

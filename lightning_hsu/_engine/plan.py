@@ -1,4 +1,4 @@
-"""The plan of a step: worked out once at attach and replayed at every step.
+"""The plan of a step: worked out at attach, and after a change, and replayed at every step.
 
 Most layers are *plain*: their neurons are entries of one parameter that this process holds whole,
 their measure is a mean over pairs and their coefficient is a number or a schedule. A step computes
