@@ -17,6 +17,8 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune, remove_weight_norm, weight_norm
 from torch.optim import SGD, Adam, AdamW, RMSprop
 
+from tests.models import network
+
 
 def as_weight(x, layer):
     """An input in the dtype of a layer, since events convert single layers."""
@@ -30,16 +32,7 @@ class Pictures(nn.Sequential):
     head_name = "net.7"
 
     def __init__(self):
-        super().__init__(
-            nn.Conv2d(1, 6, 3),
-            nn.Tanh(),
-            nn.Conv2d(6, 8, 3, groups=2),
-            nn.Tanh(),
-            nn.Flatten(),
-            nn.Linear(32, 12),
-            nn.Tanh(),
-            nn.Linear(12, 3),
-        )
+        super().__init__(*network())
 
     def forward(self, x):
         for layer in self:

@@ -887,17 +887,8 @@ def test_gradients_that_a_step_takes_away_are_missed_in_words(make):
 
 def with_a_step_of_its_own(parameters):
     """Its instance has a step that knows nothing of the class's, nor of torch's hooks."""
-
-    def step(self, closure=None):
-        loss = closure()
-        with torch.no_grad():
-            for group in self.param_groups:
-                for p in group["params"]:
-                    p -= group["lr"] * p.grad
-        return loss
-
     optimizer = SGD(parameters, lr=0.1)
-    optimizer.step = MethodType(step, optimizer)
+    optimizer.step = MethodType(Descent.step, optimizer)
     return optimizer
 
 
@@ -931,12 +922,16 @@ def test_steps_behind_lightning_are_counted(mode):
 
 
 class TakesAway(pl.Callback):
-    def __init__(self, other):
-        self.other = other
+    """Takes another callback away after a batch, perhaps until another one, as a search for a learning rate does."""
+
+    def __init__(self, other, after=3, until=None):
+        self.other, self.after, self.until = other, after, until
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        if batch_idx == 3:
+        if batch_idx == self.after:
             trainer.callbacks.remove(self.other)
+        if batch_idx == self.until:
+            trainer.callbacks.append(self.other)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -992,23 +987,10 @@ def test_an_optimizer_that_has_yet_to_step_is_no_alarm():
         trainer(uniformity(coefficient=0.5), max_epochs=2).fit(StepsRarely(), loader(batches()))
 
 
-class WithoutForAWhile(pl.Callback):
-    """Takes another callback away for some steps, as a search for a learning rate does."""
-
-    def __init__(self, other):
-        self.other = other
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        if batch_idx == 1:
-            trainer.callbacks.remove(self.other)
-        if batch_idx == 3:
-            trainer.callbacks.append(self.other)
-
-
 @pytest.mark.parametrize("mode", MODES)
 def test_a_callback_that_comes_back_acts_again(mode):
     callback = uniformity(apply=mode, coefficient=0.5)
-    fit = trainer(callback, WithoutForAWhile(callback), max_epochs=1)
+    fit = trainer(callback, TakesAway(callback, after=1, until=3), max_epochs=1)
     fit.fit(Automatic(), loader(batches()))
     assert callback.state_dict()["steps"] == [5]
 
