@@ -72,9 +72,9 @@ class Layer:
         )
 
     @property
-    def versions(self) -> tuple[int, ...]:
+    def versions(self) -> tuple[int | None, ...]:
         """How often each of its parameters was changed in place, as far as torch counts it."""
-        return tuple(p._version for p in self.parameters if not p.is_inference())
+        return tuple(map(version_of, self.parameters))
 
     def fingerprint(self) -> float:
         """A number that is another one after its weights have changed, however that was done."""

@@ -206,7 +206,8 @@ class _WaitingOptimizer:
 
     def is_another(self, optimizer: Optimizer) -> bool:
         """Whether it is alive and not this one."""
-        return self.optimizer() not in (None, optimizer)
+        known = self.optimizer()
+        return known is not None and known is not optimizer
 
 
 class _SeenOptimizer:

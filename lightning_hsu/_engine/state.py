@@ -216,7 +216,7 @@ class SinceAttach:
     coefficients: dict[str, Tensor | float] = field(default_factory=dict)
     reached: set[str] = field(default_factory=set)
     reached_before: set[str] = field(default_factory=set)
-    versions: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    versions: dict[str, tuple[int | None, ...]] = field(default_factory=dict)
     loss_step: int | None = None
     change: Change | None = None
     ended: set[str] | None = None
