@@ -130,7 +130,9 @@ class HypersphericalUniformity(_trainer.EveryCallback):
     ModelCheckpoint can watch them; they are also refreshed on the first step and at the end of each
     epoch. Per layer ``hsu/ratio/<layer>``, ``hsu/score/<layer>`` (0 as random, 1 the best there can
     be), ``hsu/energy/<layer>``, ``hsu/min_angle/<layer>`` and ``hsu/gradient_share/<layer>`` go to
-    every logger, and ``hsu/coefficient/<layer>`` for a schedule or a share.
+    every logger, ``hsu/coefficient/<layer>`` for a schedule or a share, and with a ``tolerance``
+    ``hsu/stale_error/<layer>``: the error that the layer's last gradient had when it was replaced.
+    ``hsu/recomputed`` is the part of the arithmetic that was done since the last logging step.
 
     Args:
         measure: What to minimise. None is the half-space Riesz energy with s = 2; the class head is
@@ -167,6 +169,10 @@ class HypersphericalUniformity(_trainer.EveryCallback):
             (:class:`~lightning_hsu.measures.Sampled`); None computes them.
         split_above: Under DDP, layers of at least this many neurons are computed by all ranks
             together, each a part of the pairs; None computes every layer on every rank.
+        tolerance: The largest relative error, in (0, 1), that a layer's gradient may have from earlier
+            steps: it is kept, used for as many steps as its measured rate allows, and computed again
+            when the neurons have moved too far (``hsu/stale_error/<layer>``, ``hsu/recomputed``).
+            That takes memory for one gradient of each layer. None computes every layer at every step.
         figures_every_n_steps: Optimizer steps between figures for every logger: ratios over time,
             the worst layers' angles, gradient shares; they are also drawn at the end of fit.
             Without a logger that takes figures they become PNG files. None draws nothing.
@@ -207,6 +213,7 @@ class HypersphericalUniformity(_trainer.EveryCallback):
         matmul_precision: Literal["highest", "medium"] = "highest",
         sample_above: int | None = SAMPLE_ABOVE,
         split_above: int | None = 2048,
+        tolerance: float | None = None,
         figures_every_n_steps: int | None = None,
         prefix: str = "hsu",
         verbose: bool = True,
@@ -224,6 +231,7 @@ class HypersphericalUniformity(_trainer.EveryCallback):
             step_limit=step_limit,
             matmul_precision=matmul_precision,
             sample_above=sample_above,
+            tolerance=tolerance,
         )
         self.regularizer.checks_order = False  # the Trainer calls, and `unreached` tells
         _trainer.check_settings(prefix, split_above)
@@ -254,7 +262,9 @@ class HypersphericalUniformity(_trainer.EveryCallback):
     def state_dict(self) -> dict[str, Any]:
         """The training state after the last complete step; an interrupted step is done again."""
         before = self._fit.open_step.state_before()
-        return self.regularizer.state_dict() if before is None else before
+        found = self.regularizer.state.state_dict() if before is None else before
+        self.regularizer.state.deltas.make_due()  # on all ranks: Lightning asks each of them
+        return found
 
     @_harmless
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -323,7 +333,7 @@ class HypersphericalUniformity(_trainer.EveryCallback):
         if not self.regularizer.active:
             return
         open_step = self._fit.open_step
-        open_step.begin(trainer, self.regularizer.state_dict)
+        open_step.begin(trainer, self.regularizer.state.state_dict)
         self.regularizer.add_to_loss(
             loss,
             trainer.optimizers[0],
@@ -353,7 +363,7 @@ class HypersphericalUniformity(_trainer.EveryCallback):
                 self._fit.about_to_move = self.regularizer.with_gradients(optimizer)
             return
         fit = self._fit
-        fit.open_step.begin(trainer, self.regularizer.state_dict)
+        fit.open_step.begin(trainer, self.regularizer.state.state_dict)
         same_step = fit.open_step.is_counted(index)
         fit.open_step.count(index)
         fit.warnings.line_search(optimizer)
@@ -751,11 +761,15 @@ class HypersphericalUniformity(_trainer.EveryCallback):
             if self._fit.stats:
                 limited = sum(int(stats.limited) for stats in self._fit.stats.values())
             values = aggregates(together, self.regularizer.current_penalty(measured), limited)
+            recomputed = self.regularizer.state.deltas.share_of_work()
+            if math.isfinite(recomputed):
+                values["recomputed"] = recomputed
             pl_module.log_dict(self._prefixed(values), on_step=True, on_epoch=False, batch_size=1)
         if _trainer.is_logging_step(trainer):
             step = _trainer.logged_step(trainer)
             varying = self.regularizer.varying_coefficients()
-            values = self._prefixed(by_layer(self._new(measured), varying, shares))
+            errors = self.regularizer.state.deltas.errors()
+            values = self._prefixed(by_layer(self._new(measured), varying, shares, errors))
             for logger in trainer.loggers:
                 logger.log_metrics(values, step=step)
 

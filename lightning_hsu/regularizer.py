@@ -16,6 +16,7 @@ from lightning_hsu._checks import check_choice, check_count, check_number
 from lightning_hsu._core import bf16_products
 from lightning_hsu._engine.apply import LayerUpdate
 from lightning_hsu._engine.attached import Attached, FirstOutputs
+from lightning_hsu._engine.delta import add_plain
 from lightning_hsu._engine.eager import eager, outside_inference_mode
 from lightning_hsu._engine.layer import Layer
 from lightning_hsu._engine.misuse import ADD, MOVE
@@ -107,10 +108,14 @@ class UniformityRegularizer:
             stay exact.
         sample_above: Energies of more neurons are estimated
             (:class:`~lightning_hsu.measures.Sampled`); None computes them.
+        tolerance: The largest relative error, in (0, 1), that a layer's gradient may have from
+            earlier steps: it is kept, used for as many steps as its measured rate allows, and
+            computed again when the neurons have moved too far. That takes memory for one gradient
+            of each layer. None computes every layer at every step.
 
     Raises:
-        ValueError: for a negative or NaN coefficient, ``every_n_steps`` or ``sample_above`` below 1
-            or a ``step_limit`` <= 0.
+        ValueError: for a negative or NaN coefficient, ``every_n_steps`` or ``sample_above`` below
+            1, a ``step_limit`` <= 0 or a ``tolerance`` outside (0, 1).
         TypeError: for a measure or a coefficient of the wrong kind.
 
     Example:
@@ -142,8 +147,16 @@ class UniformityRegularizer:
         step_limit: float | None = 1.0,
         matmul_precision: Literal["highest", "medium"] = "highest",
         sample_above: int | None = SAMPLE_ABOVE,
+        tolerance: float | None = None,
     ) -> None:
         check_count("every_n_steps", every_n_steps)
+        if tolerance is not None:
+            check_number(
+                "tolerance",
+                tolerance,
+                "a relative error above 0 and below 1, or None to compute every gradient",
+                lambda error: 0 < error < 1,
+            )
         if sample_above is not None:
             check_count("sample_above", sample_above)
         if step_limit is not None:
@@ -166,7 +179,8 @@ class UniformityRegularizer:
             "matmul_precision", matmul_precision, "highest", "medium"
         )
         self.sample_above = sample_above
-        self.state = TrainingState()
+        self.tolerance = tolerance
+        self.state = TrainingState(tolerance)
         self._attached: Attached | None = None
         self._watch: RemovableHandle | None = None
         self._may_watch = False
@@ -430,7 +444,7 @@ class UniformityRegularizer:
     def reset(self) -> None:
         """Release the model and forget all steps: the next one is the first of a new training."""
         self.detach()
-        self.state = TrainingState()
+        self.state = TrainingState(self.tolerance)
 
     @eager
     def penalty(self, step: int = 0) -> Tensor:
@@ -676,7 +690,14 @@ class UniformityRegularizer:
         return found
 
     def state_dict(self) -> dict[str, Any]:
-        """The steps done by each optimizer, and the state of measures and shares by layer."""
+        """The steps done by each optimizer, and the state of measures and shares by layer.
+
+        With a ``tolerance`` the next step computes every gradient, as it does after a resume: so a
+        resumed training equals one that goes on. Not where ranks train together, of which one alone
+        may call this: there it equals it within the tolerance.
+        """
+        if self._attached is None or self._attached.placement.is_alone:
+            self.state.deltas.make_due()
         return self.state.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -796,6 +817,8 @@ class UniformityRegularizer:
                 self._follow([optimizer])
                 if self.checks_order and self.state.now.untold:
                     self._tell_untold()
+                if self.tolerance is not None:
+                    self.state.deltas.begin_step()
                 found = act(context)
         counter.count(optimizer, index, same_step=same_step)
         if found and not same_step:
@@ -837,7 +860,11 @@ class UniformityRegularizer:
         if together:
             # Before the plain layers: a layer that is refused stops the whole step.
             stats = act_on_buckets(together, LayerUpdate.add, self.state, context, placement)
-        return stats | updates.add()
+        if self.tolerance is None:
+            updates.add()
+        else:
+            add_plain(self.state.deltas, updates.found, same_step=context.same_step)
+        return stats | updates.settle() if updates.watched else stats
 
     def _move(self, context: StepContext) -> dict[str, GradientStats]:
         """Move neurons."""
@@ -883,6 +910,8 @@ class UniformityRegularizer:
         # Further losses of one step, as of accumulated batches, have the first one's random draw.
         same_step = self.state.now.loss_step == step
         context = StepContext(step, rates, factor, same_step, self.step_limit)
+        if not same_step:
+            self.state.deltas.begin_step()
         with self._products():
             return loss_terms(penalised, self.state, context)
 

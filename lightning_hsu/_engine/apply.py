@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_hsu._core.foreach import SMALL, shortening
+from lightning_hsu._engine.delta import Use, use_of
 from lightning_hsu._engine.layer import Layer, to_compute_dtype
 from lightning_hsu._engine.plan import GradientStats, limit_of_gradient, strong_neurons
 from lightning_hsu._engine.rates import Rate, Rates
@@ -52,6 +53,10 @@ class LayerUpdate:
         if views:
             task, penalty = self._norms(views)
             means.update(self.layer.name, share, task / self.grad_scale, penalty)
+
+    def use(self) -> Use:
+        """This update's layer, for a kept gradient."""
+        return use_of(self.layer, self.view.x.detach())
 
     def weighted(
         self, grad: Tensor, coefficient: Tensor | float, step_limit: float | None

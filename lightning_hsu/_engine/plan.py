@@ -217,7 +217,7 @@ class Plan:
             if update is None:
                 left.append(layer)
                 continue
-            updates.by_term.setdefault(plain.term, []).append(update)
+            updates.found.append((layer, plain.term, update))
             if context.stats:
                 updates.watched[layer.target.name] = WatchedUpdate(update)
         return updates, left
@@ -227,18 +227,24 @@ class PlainUpdates:
     """The updates of the plain layers at one step.
 
     Attributes:
-        by_term: The updates by the kernel of their measure.
-        watched: Those whose stats are asked for, by layer.
+        found: The layers, with the kernels of their measures and their updates.
+        watched: The updates whose stats are asked for, by layer.
     """
 
     def __init__(self) -> None:
-        self.by_term: dict[PairTerm, list[GradientUpdate]] = {}
+        self.found: list[tuple[Layer, PairTerm, GradientUpdate]] = []
         self.watched: dict[str, WatchedUpdate] = {}
 
-    def add(self) -> dict[str, GradientStats]:
-        """Add the gradients, all at once; return stats by layer if they are asked for."""
-        for term, updates in self.by_term.items():
+    def add(self) -> None:
+        """Add the gradients, all at once."""
+        by_term: dict[PairTerm, list[GradientUpdate]] = {}
+        for _, term, update in self.found:
+            by_term.setdefault(term, []).append(update)
+        for term, updates in by_term.items():
             add_pair_gradients(updates, term)
+
+    def settle(self) -> dict[str, GradientStats]:
+        """After the gradients are added, return stats by layer if they are asked for."""
         return {name: update.settle() for name, update in self.watched.items()}
 
 

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from lightning_hsu._core import exact_arithmetic
 from lightning_hsu._engine.change import Change
+from lightning_hsu._engine.delta import Deltas
 from lightning_hsu._engine.layer import Layer, to_compute_dtype
 from lightning_hsu._engine.misuse import CallOrder, PenaltyChecks
 from lightning_hsu._engine.rates import Rate, held_by
@@ -237,11 +238,16 @@ class TrainingState:
         heads: Names of the layers that acted last before the loss at the first forward pass; [] if
             that is not known.
         heads_as_expected: Whether they are found without a forward pass, too.
+        deltas: Gradients that are kept from step to step.
         now: What is known about the attached model.
+
+    Args:
+        tolerance: The largest relative error of gradients that are kept; None keeps none.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, tolerance: float | None = None) -> None:
         self.heads: list[str] = []
+        self.deltas = Deltas(tolerance)
         self.heads_as_expected = False
         self.counter = StepCounter()
         self.measure_states = MeasureStates()
@@ -256,11 +262,14 @@ class TrainingState:
             self.share_means = ShareMeans()
             self.heads = []
             self.counter.forget_optimizers()
+            self.deltas.forget()
+        self.deltas.make_due()
         self.now = SinceAttach()
 
     def detach(self) -> None:
         """Release the model and its optimizers; counts, states and means stay."""
         self.counter.forget_optimizers()
+        self.deltas.make_due()
         self.now = SinceAttach()
 
     def coefficient(self, layer: Layer, step: int) -> Tensor | float:
@@ -306,6 +315,7 @@ class TrainingState:
             self._rename(old, new)
         self.now.reached = _carried(self.now.reached, change.origins)
         self.now.reached_before = _carried(self.now.reached_before, change.origins)
+        self.deltas.follow(change.origins, layers)
         self.now.order.follow(layers)
 
     def _rename(self, old: str, new: str) -> None:
@@ -380,6 +390,8 @@ class TrainingState:
             state["shares"] = self.share_means.state_dict()
         if self.heads and not self.heads_as_expected:
             state["heads"] = list(self.heads)
+        if self.deltas.reuse:
+            state["reuse"] = self.deltas.state_dict()
         return state
 
     def load_state_dict(self, state: object) -> Dropped:
@@ -390,6 +402,7 @@ class TrainingState:
         self.share_means.restore(stored.shares)
         self.heads = stored.heads
         self.heads_as_expected = False
+        self.deltas.restore(stored.reuse)
         self.now.loss_step = None
         return stored.dropped
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from lightning_hsu._core import exact_arithmetic
+from lightning_hsu._core import exact_arithmetic, working_dtype
 from lightning_hsu._engine.apply import LayerUpdate, penalty_gradients
+from lightning_hsu._engine.delta import KnownGradient, refresh, use_of
 from lightning_hsu._engine.layer import Layer, to_compute_dtype
 from lightning_hsu._engine.misuse import in_transform
 from lightning_hsu._engine.plan import GradientStats, StepContext
@@ -17,6 +19,7 @@ from lightning_hsu._engine.state import TrainingState
 from lightning_hsu._neurons.placement import Gathered, Placement
 from lightning_hsu.coefficients import Share
 from lightning_hsu.measures import State
+from lightning_hsu.measures.state import is_random
 
 Act = Callable[[LayerUpdate, Tensor], None]
 """What to do with a layer's weighted gradient: :meth:`LayerUpdate.add` or ``move``."""
@@ -38,7 +41,11 @@ def act_on_buckets(
     with exact_arithmetic(first.parameters[0]):  # a hook may run within autocast
         for bucket in buckets:
             updates = _updates(bucket, state, context)
-            grads = penalty_gradients(updates, placement)
+            if state.deltas:
+                grads = _kept_gradients(updates, state, context, placement)
+            else:
+                updates = [_prepared(update, state, context) for update in updates]
+                grads = penalty_gradients(updates, placement)
             weighted_grads = []
             # Take all norms before adding any gradient: layers may share a parameter.
             for update, grad in zip(updates, grads, strict=True):
@@ -79,11 +86,49 @@ def _updates(
             continue
         with torch.enable_grad():
             view = layer.target.read(gathered)
-        measure_state = state.measure_state(layer, view.x, same_step=context.same_step)
-        rates_by_id = context.learning_rates
         scale = float(context.factor)
-        updates.append(LayerUpdate(layer, rates_by_id, largest(rates), view, measure_state, scale))
+        update = LayerUpdate(layer, context.learning_rates, largest(rates), view, None, scale)
+        updates.append(update)
     return updates
+
+
+def _prepared(update: LayerUpdate, state: TrainingState, context: StepContext) -> LayerUpdate:
+    """An update with the state of its measure, which goes one step further."""
+    x = update.view.x
+    measure_state = state.measure_state(update.layer, x, same_step=context.same_step)
+    if measure_state is None:
+        return update
+    return replace(update, state=measure_state)
+
+
+def _kept_gradients(
+    updates: Sequence[LayerUpdate],
+    state: TrainingState,
+    context: StepContext,
+    placement: Placement,
+) -> list[Tensor]:
+    """The gradients of layers, of which those that are due are computed; the caller may change them."""
+    uses = [update.use() for update in updates]
+    same_step = context.same_step
+    state.deltas.find_due(uses, same_step=same_step)
+    due, draws = [], []
+    for update, use in zip(updates, uses, strict=True):
+        if use.is_due:
+            update = _prepared(update, state, context)
+            due.append(update)
+            if is_random(update.state):
+                draws.append(update.layer.name)
+    fresh = penalty_gradients(due, placement)
+    chosen = [use for use in uses if use.is_due]
+    state.deltas.keep(chosen, fresh, draws=draws, learns=not same_step)
+    grads = []
+    for use in uses:
+        delta = state.deltas.of(use)
+        refresh(use, delta)
+        grads.append(delta.grad.to(working_dtype(use.x.dtype), copy=True))
+    if not same_step:
+        state.deltas.grow_older(uses)
+    return grads
 
 
 def _coefficient(
@@ -121,9 +166,32 @@ def _loss_term(layer: Layer, state: TrainingState, context: StepContext) -> Tens
             return grad * update.shortening(grad / context.factor, context.step_limit)
 
         x.register_hook(shorten)  # type: ignore[no-untyped-call]
-    measure_state = _loss_state(layer, x, state, context)
     sign = sign_in_loss(layer.name, layer.parameters, context.learning_rates)
+    if state.deltas and context.learning_rates:
+        return sign * coefficient * _kept_penalty(layer, x, state, context)
+    measure_state = _loss_state(layer, x, state, context)
     return sign * coefficient * layer.measure.penalty(x, measure_state).mean()
+
+
+def _kept_penalty(layer: Layer, x: Tensor, state: TrainingState, context: StepContext) -> Tensor:
+    """The penalty of neurons x (groups, n, d), meaned over groups, as it was when last computed."""
+    use = use_of(layer, x.detach())
+    same_step = context.same_step
+    state.deltas.find_due([use], same_step=same_step)
+    if use.is_due:
+        measure_state = _loss_state(layer, x, state, context)
+        with exact_arithmetic(x):
+            value, grad = layer.measure.value_and_grad(use.x, measure_state)
+        draws = [layer.name] if is_random(measure_state) else []
+        state.deltas.keep([use], [grad], draws=draws, learns=not same_step)
+        state.deltas.of(use).value = value.mean()
+    delta = state.deltas.of(use)
+    refresh(use, delta)
+    if not same_step:
+        state.deltas.grow_older([use])
+    grad = delta.grad.to(x.dtype) / x.shape[0]
+    penalty: Tensor = KnownGradient.apply(x, delta.value, grad)  # type: ignore[no-untyped-call]
+    return penalty
 
 
 def refuse_unknown_rates(

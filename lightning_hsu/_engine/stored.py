@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from lightning_hsu._checks import listed
 from lightning_hsu._core import exact_arithmetic
 from lightning_hsu._engine.layer import Layer, to_compute_dtype
+from lightning_hsu._engine.reuse import Reuse, stored_reuse
 from lightning_hsu.coefficients import Share
 from lightning_hsu.measures import Measure, State
 
 VERSION = 1
 """The version of the states that are written; those without a number came before."""
 
-_KNOWN = ("version", "steps", "states", "measures", "shares", "heads")
+_KNOWN = ("version", "steps", "states", "measures", "shares", "heads", "reuse")
 _MEANINGS = {
     "state": "schedules, shares and what measures carry begin anew, as at a first step",
     "version": "what this version of lightning_hsu knows is loaded",
@@ -28,6 +29,7 @@ _MEANINGS = {
     "shares": "the means of these layers' gradients begin anew",
     "heads": "without them the heads are those that the model declares, or its last Linear; "
     "head='...' names another",
+    "reuse": "it is measured anew how long the gradients of these layers can be used",
     "unknown": "these parts are left out",
 }
 _MOST_STEPS = 2**53  # float64 holds every count up to this, and schedules divide them
@@ -70,6 +72,7 @@ class Stored:
         measures: Whose states these are, by layer, where that is known.
         shares: Means of gradient norms by layer.
         heads: Names of layers.
+        reuse: For how long gradients may be used, by layer.
         dropped: What was left out.
     """
 
@@ -78,6 +81,7 @@ class Stored:
     measures: dict[str, str] = field(default_factory=dict)
     shares: dict[str, Tensor] = field(default_factory=dict)
     heads: list[str] = field(default_factory=list)
+    reuse: dict[str, Reuse] = field(default_factory=dict)
     dropped: Dropped = field(default_factory=Dropped)
 
 
@@ -106,6 +110,12 @@ def checked(state: object) -> Stored:
         else:
             found.dropped.add("shares", f"layer {_what(name)} ({why})")
     found.heads = _heads(state, found.dropped)
+    for name, part in _by_layer(state, "reuse", found.dropped):
+        reuse = stored_reuse(part)
+        if reuse is None:
+            found.dropped.add("reuse", f"layer {_what(name)} ({_what(part)} is no interval)")
+        else:
+            found.reuse[name] = reuse
     return found
 
 

@@ -42,6 +42,11 @@ def draw_of(state: State | None) -> int:
     return int(state["draw"][0]) if state else 0
 
 
+def is_random(state: State | None) -> bool:
+    """Tell whether a gradient under this state comes from a random draw, of which there are more."""
+    return state is not None and "draw" in state
+
+
 def state_of_group(state: State | None, group: int) -> State | None:
     """Return the part of a state that belongs to one group."""
     if state is None:

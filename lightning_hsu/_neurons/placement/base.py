@@ -58,6 +58,7 @@ class Placement:
         strategies: Names of the Lightning strategies that place weights this way.
         loss_refusal: Why ``apply="loss"`` cannot be right, with ``{strategy}`` for the strategy's
             name; None if it can.
+        is_alone: Whether no other rank trains the same weights.
         keeps_whole: Whether parameters can be read without :meth:`whole_parameters`.
         split_above: Layers of at least this many neurons are computed by all ranks together; None
             if every rank computes every layer.
@@ -65,6 +66,7 @@ class Placement:
 
     strategies: ClassVar[frozenset[str]] = frozenset({"SingleDeviceStrategy"})
     loss_refusal: ClassVar[str | None] = None
+    is_alone: ClassVar[bool] = True
     keeps_whole: ClassVar[bool] = True
     split_above: int | None = None
 
@@ -217,6 +219,13 @@ class Placement:
         A collective call if p is sharded.
         """
         return mask
+
+    def largest(self, number: Tensor, p: Tensor) -> Tensor:
+        """The largest of the numbers (0-d) of the ranks that hold parts of p.
+
+        A collective call if p is sharded.
+        """
+        return number
 
     # Work that ranks with the same weights share.
 

@@ -32,6 +32,7 @@ class DTensorPlacement(Placement):
     """Parameters are DTensors: all of them, or those of some modules."""
 
     strategies: ClassVar[frozenset[str]] = frozenset({"ModelParallelStrategy"})
+    is_alone: ClassVar[bool] = False
 
     @classmethod
     def recognise(
@@ -156,6 +157,16 @@ class DTensorPlacement(Placement):
             group = p.device_mesh.get_group(axis)
             torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX, group=group)
         return found.bool()
+
+    def largest(self, number: Tensor, p: Any) -> Tensor:
+        """The largest of the numbers of the ranks that hold parts of p; NaN counts as the largest."""
+        if not is_dtensor(p):
+            return number
+        found = number.nan_to_num(nan=torch.inf)
+        for axis in range(p.device_mesh.ndim):
+            group = p.device_mesh.get_group(axis)
+            torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX, group=group)
+        return found
 
 
 def _dtensors(module: nn.Module) -> dict[str, nn.Parameter]:

@@ -26,6 +26,7 @@ class ReplicatedPlacement(Placement):
     """
 
     strategies: ClassVar[frozenset[str]] = frozenset({"DDPStrategy"})
+    is_alone: ClassVar[bool] = False
 
     def __init__(
         self, group: ProcessGroup, split_above: int | None = None, *, finds_unused: bool = False
