@@ -761,15 +761,19 @@ class HypersphericalUniformity(_trainer.EveryCallback):
             if self._fit.stats:
                 limited = sum(int(stats.limited) for stats in self._fit.stats.values())
             values = aggregates(together, self.regularizer.current_penalty(measured), limited)
-            recomputed = self.regularizer.state.deltas.share_of_work()
-            if math.isfinite(recomputed):
-                values["recomputed"] = recomputed
+            if self.regularizer.tolerance is not None:
+                recomputed = self.regularizer.state.deltas.share_of_work()
+                if math.isfinite(recomputed):
+                    values["recomputed"] = recomputed
             pl_module.log_dict(self._prefixed(values), on_step=True, on_epoch=False, batch_size=1)
         if _trainer.is_logging_step(trainer):
             step = _trainer.logged_step(trainer)
             varying = self.regularizer.varying_coefficients()
-            errors = self.regularizer.state.deltas.errors()
-            values = self._prefixed(by_layer(self._new(measured), varying, shares, errors))
+            values = by_layer(self._new(measured), varying, shares)
+            if self.regularizer.tolerance is not None:
+                for name, error in self.regularizer.state.deltas.errors().items():
+                    values[f"stale_error/{name}"] = error
+            values = self._prefixed(values)
             for logger in trainer.loggers:
                 logger.log_metrics(values, step=step)
 

@@ -198,7 +198,6 @@ def by_layer(
     measured: Sequence[LayerUniformity],
     coefficients: Mapping[str, float],
     shares: Mapping[str, float],
-    errors: Mapping[str, float],
 ) -> dict[str, float]:
     """Numbers of each layer, by "quantity/layer".
 
@@ -206,7 +205,6 @@ def by_layer(
         measured: The layers.
         coefficients: Coefficients that change over time, by layer.
         shares: Norms of the added gradients over those of the task's, by layer.
-        errors: Relative errors of gradients from earlier steps, by layer.
     """
     values = {}
     for layer in measured:
@@ -222,6 +220,4 @@ def by_layer(
         values[f"coefficient/{name}"] = coefficient
     for name, share in shares.items():
         values[f"gradient_share/{name}"] = share
-    for name, error in errors.items():
-        values[f"stale_error/{name}"] = error
     return values
