@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -16,8 +18,8 @@ from lightning_hsu._checks import check_choice, check_count, check_number
 from lightning_hsu._core import bf16_products
 from lightning_hsu._engine.apply import LayerUpdate
 from lightning_hsu._engine.attached import Attached, FirstOutputs
-from lightning_hsu._engine.delta import add_plain
 from lightning_hsu._engine.eager import eager, outside_inference_mode
+from lightning_hsu._engine.kept import add_plain, look_ahead
 from lightning_hsu._engine.layer import Layer
 from lightning_hsu._engine.misuse import ADD, MOVE
 from lightning_hsu._engine.plan import (
@@ -26,7 +28,7 @@ from lightning_hsu._engine.plan import (
     buckets,
     learning_rates,
 )
-from lightning_hsu._engine.rates import Rates, keeps_elsewhere
+from lightning_hsu._engine.rates import Rates, held_by, keeps_elsewhere
 from lightning_hsu._engine.state import TrainingState
 from lightning_hsu._engine.step import act_on_buckets, loss_terms, refuse_unknown_rates
 from lightning_hsu._engine.stored import Dropped
@@ -50,6 +52,7 @@ from lightning_hsu._neurons.select import (
 )
 from lightning_hsu._neurons.target import Target
 from lightning_hsu._neurons.wrappers import unwrapped
+from lightning_hsu._optimizers import AfterStep
 from lightning_hsu.coefficients import Coefficient, Strength
 from lightning_hsu.measures import Measure
 from lightning_hsu.measures.base import check_measure
@@ -437,6 +440,9 @@ class UniformityRegularizer:
     def detach(self) -> None:
         """Release the model; the step counts, the measures' states and the means of shares stay."""
         self.state.detach()
+        if self._attached is not None:
+            for hook in self._attached.hooks.values():
+                hook.remove()
         self._attached = None
         self._saw_outputs = False
         self._stop_watching()
@@ -798,7 +804,8 @@ class UniformityRegularizer:
         Few steps are looked at even without ``stats``, and so is what follows them if the penalty
         may be too strong; ``compares`` says whether beside the task's gradient, too.
         """
-        strength = self._check_attached().strength
+        attached = self._check_attached()
+        strength = attached.strength
         asked = stats
         counter = self.state.counter
         step = counter.before(optimizer, index, same_step=same_step)
@@ -820,6 +827,9 @@ class UniformityRegularizer:
                 if self.tolerance is not None:
                     self.state.deltas.begin_step()
                 found = act(context)
+                plain = attached.plan.plain
+                if plain and plain[0].parameter.is_cuda and not same_step:
+                    self._hook(optimizer, index)
         counter.count(optimizer, index, same_step=same_step)
         if found and not same_step:
             known = self.state.now.coefficients
@@ -827,6 +837,41 @@ class UniformityRegularizer:
             if alarm is not None:
                 warn(alarm)
         return found if asked else {}
+
+    def _hook(self, optimizer: Optimizer, index: int | None) -> None:
+        """Look ahead after each step of an optimizer from now on."""
+        hooks = self._check_attached().hooks
+        known = hooks.get(id(optimizer))
+        if known is not None and known.optimizer is optimizer:
+            return
+        act = partial(_after_step, weakref.ref(self))
+        try:
+            hooks[id(optimizer)] = AfterStep(optimizer, index, act)
+        except NotImplementedError:  # nothing tells when it has stepped
+            return
+
+    @eager
+    @torch.no_grad()
+    def look_ahead(self, optimizer: Optimizer, *, index: int | None = None) -> None:
+        """Begin to compute what the next :meth:`add_gradients` of this optimizer adds.
+
+        On a GPU this is done by itself after each step of an optimizer that :meth:`add_gradients`
+        has met, beside the task's next forward and backward pass. On a CPU there is nothing that
+        hides it. A layer whose weights change before the step is computed again.
+
+        Args:
+            optimizer: The optimizer that has just stepped.
+            index: Its position among several; by default the order of their first steps.
+        """
+        attached = self._check_attached()
+        step = self.state.counter.before(optimizer, index)
+        is_idle = step % self.every_n_steps != 0 or not attached.placement.keeps_whole
+        if is_idle or torch.is_inference_mode_enabled():
+            return
+        with self._products():
+            look_ahead(
+                self.state.deltas, attached.plan.plain_of(held_by(optimizer)), attached.ahead
+            )
 
     def _tell_untold(self) -> None:
         """Warn of new weights that no optimizer has had for many steps; Lightning has its own way."""
@@ -860,10 +905,13 @@ class UniformityRegularizer:
         if together:
             # Before the plain layers: a layer that is refused stops the whole step.
             stats = act_on_buckets(together, LayerUpdate.add, self.state, context, placement)
-        if self.tolerance is None:
-            updates.add()
+        ahead = attached.ahead
+        if self.tolerance is not None:
+            add_plain(self.state.deltas, updates.found, ahead, same_step=context.same_step)
         else:
-            add_plain(self.state.deltas, updates.found, same_step=context.same_step)
+            if ahead:
+                updates.found = ahead.add(updates.found)
+            updates.add()
         return stats | updates.settle() if updates.watched else stats
 
     def _move(self, context: StepContext) -> dict[str, GradientStats]:
@@ -919,3 +967,12 @@ class UniformityRegularizer:
         if self._attached is None:
             raise RuntimeError("the regularizer has no model yet: call attach(model) first")
         return self._attached
+
+
+def _after_step(owner: weakref.ref[UniformityRegularizer], hook: AfterStep) -> bool:
+    """Look ahead after a step; return whether to be called again."""
+    regularizer = owner()
+    if regularizer is None or not regularizer.is_attached:
+        return False
+    regularizer.look_ahead(hook.optimizer, index=hook.position)
+    return True

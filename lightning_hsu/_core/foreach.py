@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_hsu._core.backend import Backend, active
 from lightning_hsu._core.kernel import PairTerm
-from lightning_hsu._core.pairwise import avoids_sync, small_pair_gradient
+from lightning_hsu._core.pairwise import avoids_sync, pair_energy, small_pair_gradient
 from lightning_hsu._core.precision import exact_arithmetic
 from lightning_hsu._core.updates import (
     GradientUpdate,
@@ -22,7 +22,6 @@ from lightning_hsu._core.updates import (
 )
 from lightning_hsu._core.without_sync import (
     StackGradient,
-    add_exactly,
     add_where_valid,
     gradients_without_sync,
     stacks_of,
@@ -82,14 +81,14 @@ class TorchBackend(Backend):
             if avoids_sync(w, term):
                 without_sync += members
                 continue
-            for some in chunks(members, _how_many(w)):
+            for some in chunks(members, how_many_together(w)):
                 _add(some, term)
         if without_sync:
             stacks = stacks_of(without_sync)
             add_where_valid(stacks, _gradients(stacks, term), term)
 
 
-def _how_many(w: Tensor) -> int:
+def how_many_together(w: Tensor) -> int:
     """How many layers of the shape (b, n, d) of w go together."""
     b, n, d = w.shape
     if b * n * d > SMALL:
@@ -99,13 +98,30 @@ def _how_many(w: Tensor) -> int:
 
 def _add(updates: Sequence[GradientUpdate], term: PairTerm) -> None:
     """Add the gradients of layers that differ only in ``w`` and ``out``."""
-    w = stack_neurons(updates)
+    grad, norm, value, may_overflow = stack_gradient(stack_neurons(updates), term)
+    add_to_layers(updates, grad, norm, value, may_overflow=may_overflow)
+
+
+def stack_gradient(w: Tensor, term: PairTerm) -> tuple[Tensor, Tensor, Tensor | None, bool]:
+    """The gradient of a stack of neurons, by the shortest way that is exact.
+
+    Args:
+        w: Neurons, shape (b, n, d), float32 or float64, without a graph.
+        term: The kernel.
+
+    Returns:
+        The gradient (b, n, d), the norms of the neurons (b, n, 1), the mean energies (b,) by which
+        the gradient is still to be divided if their logarithm is minimised, and whether squares of
+        the gradient's entries may leave the range of the dtype.
+    """
     with exact_arithmetic(w):
         found = small_pair_gradient(w, term)
-    if found is None:
-        add_exactly(updates, term)
-    else:
-        add_to_layers(updates, *found)
+    if found is not None:
+        return *found, False
+    value, grad = pair_energy(w, term)
+    assert grad is not None
+    norm = torch.linalg.vector_norm(w, dim=-1, keepdim=True)
+    return grad, norm, value if term.logarithm else None, True
 
 
 def _gradients(

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from lightning_hsu._core.precision import working_dtype
 from lightning_hsu._core.sphere import row_lengths
+
+Item = TypeVar("Item")
 
 
 @dataclass(eq=False, slots=True)
@@ -69,9 +72,9 @@ def alike(updates: Sequence[GradientUpdate]) -> list[list[GradientUpdate]]:
     return list(found.values())
 
 
-def chunks(updates: Sequence[GradientUpdate], count: int) -> list[Sequence[GradientUpdate]]:
-    """Split the updates into runs of ``count`` or fewer."""
-    return [updates[start : start + count] for start in range(0, len(updates), count)]
+def chunks(items: Sequence[Item], count: int) -> list[Sequence[Item]]:
+    """Split a sequence into runs of ``count`` or fewer."""
+    return [items[start : start + count] for start in range(0, len(items), count)]
 
 
 def stack_neurons(updates: Sequence[GradientUpdate]) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
+from lightning_hsu._engine.ahead import Ahead
 from lightning_hsu._engine.change import Change, compare
 from lightning_hsu._engine.layer import Layer
 from lightning_hsu._engine.plan import Plan
@@ -21,6 +22,7 @@ from lightning_hsu._neurons.placement import Placement
 from lightning_hsu._neurons.select import find_heads
 from lightning_hsu._neurons.target import Target
 from lightning_hsu._neurons.trace import last_before, parameters_behind
+from lightning_hsu._optimizers import AfterStep
 
 
 class HeadFinder(Protocol):
@@ -80,6 +82,8 @@ class Attached:
         self.skips: list[Skip] = []
         self.coverage = float("nan")
         self.strength = StrengthWatch(placement)
+        self.ahead = Ahead()
+        self.hooks: dict[int, AfterStep] = {}  # on optimizers, by id
         self.plan: Plan
         self.candidates = find(self._strict)
         self.choose(traced)
@@ -156,6 +160,7 @@ class Attached:
         """Take these layers, with a new plan."""
         self.layers = layers
         self.plan = Plan(layers, self.placement)
+        self.ahead.drop()
 
     def _watched(self, before: Watch | None = None) -> Watch:
         """A watch over the model as it is now."""

@@ -12,25 +12,20 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lightning_hsu._core import working_dtype
-from lightning_hsu._core.foreach import add_pair_gradients, shortening
-from lightning_hsu._core.kernel import PairTerm
-from lightning_hsu._core.updates import GradientUpdate
+from lightning_hsu._engine.late import LateNumbers
 from lightning_hsu._engine.layer import Layer
 from lightning_hsu._engine.reuse import Reuse
 from lightning_hsu.measures import Measure
 
 _SAMPLE = 1024
 """Entries of a layer by which it is seen how far its neurons have moved."""
-
-_FAR = 0.1
-"""Below this part of the step limit no row can reach it within the tolerance, and none is looked at."""
 
 
 @dataclass(eq=False, slots=True)
@@ -43,11 +38,14 @@ class Use:
         sample: Some entries of them.
         moved: Relative change of these since the gradient was computed; inf without a gradient.
         is_due: Whether its gradient is computed at this step.
+        token: Equal as long as its weights are the same, as far as torch knows; None if that is not
+            known.
     """
 
     layer: Layer
     x: Tensor
     sample: Tensor
+    token: object = None
     moved: float = math.inf
     is_due: bool = True
 
@@ -64,6 +62,7 @@ class Delta:
         value: The penalty (groups,) if it is needed.
         steepest: The largest length of its rows over the norm of a row's neuron; inf if not known.
         longest: The largest length of its rows; inf if not known.
+        size: The norm of the sample.
         age: Steps that have used it.
     """
 
@@ -73,7 +72,14 @@ class Delta:
     value: Tensor | None = None
     steepest: float = math.inf
     longest: float = math.inf
+    size: float = math.nan
     age: int = 0
+
+    def relative(self, change: float) -> float:
+        """A change of the sample, as a part of its norm."""
+        if change == 0 or self.size == 0:
+            return 0.0 if change == 0 else math.inf
+        return change / self.size
 
     def fits(self, use: Use) -> bool:
         """Whether it is a gradient of this layer, as far as the outside tells."""
@@ -100,6 +106,8 @@ class Deltas:
         self.computed: set[str] = set()
         self._deltas: dict[str, Delta] = {}
         self._work = _Work()
+        self._unread: list[tuple[LateNumbers, list[_Fresh]]] = []
+        self._moves: dict[str, _Move] = {}
 
     def __bool__(self) -> bool:
         """Whether gradients are kept."""
@@ -117,6 +125,7 @@ class Deltas:
             same_step: Whether this is another evaluation within a step: then every change of the
                 weights counts.
         """
+        self.settle()
         self._see_moves(uses)
         for use in uses:
             delta = self._deltas.get(use.layer.name)
@@ -142,19 +151,25 @@ class Deltas:
                 not tell how fast they age.
             learns: Whether a step has passed since the gradients that are replaced.
         """
-        numbers = _numbers(uses, grads, [self._deltas.get(use.layer.name) for use in uses])
         random = set(draws)
-        for use, grad, (error, steepest, longest) in zip(uses, grads, numbers, strict=True):
+        by_device: dict[torch.device, list[_Fresh]] = {}
+        for use, grad in zip(uses, grads, strict=True):
             name = use.layer.name
             before = self._deltas.get(name)
-            reuse = self.reuse.setdefault(name, Reuse())
-            if learns and before is not None and before.age > 0 and before.fits(use):
-                assert self.tolerance is not None
-                known = None if name in random else error
-                reuse.learn(name, before.age, use.moved, known, self.tolerance)
             kept = grad.to(_storage_dtype(use.x.dtype))
-            sample = use.sample.clone()
-            self._deltas[name] = Delta(use.layer.measure, kept, sample, None, steepest, longest)
+            if kept.untyped_storage().nbytes() > kept.nbytes:
+                kept = kept.clone()  # a part of a stack would keep all of it in memory
+            delta = Delta(use.layer.measure, kept, use.sample.clone())
+            fresh = _Fresh(use, grad, delta, before, self.reuse.setdefault(name, Reuse()))
+            fresh.is_random = name in random
+            if learns and before is not None:
+                fresh.age = before.age
+            by_device.setdefault(grad.device, []).append(fresh)
+            self._deltas[name] = delta
+        for members in by_device.values():
+            self._unread.append((LateNumbers(_numbers(members)), members))
+            for fresh in members:
+                fresh.release()
 
     def of(self, use: Use) -> Delta:
         """The kept gradient of a layer."""
@@ -167,6 +182,7 @@ class Deltas:
 
     def errors(self) -> dict[str, float]:
         """The last measured errors of gradients that were replaced, by layer."""
+        self.settle()
         return {name: one.error for name, one in self.reuse.items() if math.isfinite(one.error)}
 
     def share_of_work(self) -> float:
@@ -175,6 +191,7 @@ class Deltas:
 
     def state_dict(self) -> dict[str, dict[str, float]]:
         """For how long gradients may be used, by layer."""
+        self.settle()
         return {name: one.state() for name, one in self.reuse.items()}
 
     def restore(self, reuse: dict[str, Reuse]) -> None:
@@ -184,7 +201,9 @@ class Deltas:
 
     def make_due(self) -> None:
         """Let the next step compute every gradient, as it does after a resume."""
+        self.settle()
         self._deltas = {}
+        self._moves = {}
 
     def forget(self) -> None:
         """Forget the gradients and how they age: another model has come."""
@@ -198,6 +217,8 @@ class Deltas:
             origins: The former names of layers that go on, by their names now.
             layers: All layers.
         """
+        self.settle()
+        self._moves = {}
         kept, reuse = {}, {}
         for layer in layers:
             before = origins.get(layer.name)
@@ -210,7 +231,8 @@ class Deltas:
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle and copy what is known, never the gradients."""
-        return self.__dict__ | {"_deltas": {}, "computed": set()}
+        self.settle()
+        return self.__dict__ | {"_deltas": {}, "_moves": {}, "computed": set()}
 
     def _is_due(self, use: Use, delta: Delta, same_step: bool) -> bool:
         """Whether a kept gradient is too old, or its neurons have moved too far."""
@@ -222,22 +244,117 @@ class Deltas:
         assert self.tolerance is not None
         return reuse.is_off(use.moved, self.tolerance)
 
+    def will_be_due(self, use: Use) -> bool:
+        """Whether the next step computes a layer's gradient, however little its neurons move."""
+        delta = self._deltas.get(use.layer.name)
+        if delta is None or not delta.fits(use):
+            return True
+        return delta.age >= self.reuse[use.layer.name].interval
+
+    def look_for_moves(self, uses: Sequence[Use]) -> None:
+        """Begin to look how far neurons have moved, for a step to come."""
+        for members in self._alike(uses):
+            changes = LateNumbers(self._changes(members))
+            for place, use in enumerate(members):
+                self._moves[use.layer.name] = _Move(use.token, changes, place)
+
+    def settle(self) -> None:
+        """Learn from the numbers of the gradients that were computed last."""
+        for numbers, members in self._unread:
+            values = iter(numbers.read())
+            for fresh in members:
+                error, steepest, longest, size = (next(values) for _ in range(4))
+                fresh.delta.steepest = steepest
+                fresh.delta.longest = longest
+                fresh.delta.size = size
+                if fresh.age > 0 and self.tolerance is not None:
+                    known = None if fresh.is_random else error
+                    moved = fresh.use.moved
+                    fresh.reuse.learn(fresh.use.layer.name, fresh.age, moved, known, self.tolerance)
+        self._unread = []
+
     def _see_moves(self, uses: Sequence[Use]) -> None:
         """Note how far the neurons have moved since their gradients were computed."""
-        alike: dict[object, list[Use]] = {}
+        unseen = []
+        for use in uses:
+            known = self._moves.get(use.layer.name)
+            if known is not None and known.token is not None and known.token == use.token:
+                delta = self._deltas.get(use.layer.name)
+                if delta is not None and delta.fits(use):
+                    use.moved = delta.relative(known.numbers.read()[known.place])
+                    continue
+            unseen.append(use)
+        self._moves = {}
+        for members in self._alike(unseen):
+            changes = self._changes(members).tolist()
+            for use, change in zip(members, changes, strict=True):
+                use.moved = self._deltas[use.layer.name].relative(change)
+
+    def _alike(self, uses: Sequence[Use]) -> list[list[Use]]:
+        """Those of the layers that have a gradient, grouped by the sizes of their samples."""
+        found: dict[object, list[Use]] = {}
         for use in uses:
             delta = self._deltas.get(use.layer.name)
-            if delta is None or not delta.fits(use):
-                self._deltas.pop(use.layer.name, None)
+            if delta is None:
+                continue
+            if not delta.fits(use):
+                del self._deltas[use.layer.name]
                 continue
             sample = use.sample
-            alike.setdefault((sample.numel(), sample.dtype, sample.device), []).append(use)
-        for members in alike.values():
-            size = members[0].sample.numel()
-            now = torch.cat([use.sample for use in members]).view(-1, size)
-            then = torch.cat([self._deltas[use.layer.name].sample for use in members])
-            for use, moved in zip(members, _relative_change(now, then.view(-1, size)), strict=True):
-                use.moved = moved
+            found.setdefault((sample.numel(), sample.dtype, sample.device), []).append(use)
+        return list(found.values())
+
+    def _changes(self, uses: Sequence[Use]) -> Tensor:
+        """Norms (k,) of the changes of the samples of layers since their gradients were computed."""
+        size = uses[0].sample.numel()
+        dtype = working_dtype(uses[0].sample.dtype)
+        now = torch.cat([use.sample for use in uses])
+        then = torch.cat([self._deltas[use.layer.name].sample for use in uses])
+        change = now.to(dtype) - then.to(dtype)
+        norms: Tensor = torch.linalg.vector_norm(change.view(-1, size), dim=1)
+        return norms
+
+
+class _Move(NamedTuple):
+    """How far a layer has moved, on its way to the host.
+
+    Args:
+        token: The state of its weights.
+        numbers: The changes of several samples.
+        place: Which of them is this layer's.
+    """
+
+    token: object
+    numbers: LateNumbers
+    place: int
+
+
+@dataclass(eq=False)
+class _Fresh:
+    """A gradient that was just computed.
+
+    Args:
+        use: The layer.
+        grad: The gradient.
+        delta: What is kept of it.
+        before: The gradient that it replaces, if any.
+        reuse: What is known of how this layer's gradients age.
+        age: Steps since that one was computed; 0 if nothing can be learnt from it.
+        is_random: Whether it comes from a random draw.
+    """
+
+    use: Use
+    grad: Tensor
+    delta: Delta
+    before: Delta | None
+    reuse: Reuse
+    age: int = 0
+    is_random: bool = False
+
+    def release(self) -> None:
+        """Release the tensors that are no longer needed."""
+        self.before = None
+        self.grad = self.delta.grad
 
 
 @dataclass
@@ -266,9 +383,9 @@ class _Work:
         return share
 
 
-def use_of(layer: Layer, x: Tensor) -> Use:
+def use_of(layer: Layer, x: Tensor, token: object = None) -> Use:
     """A layer with neurons x (groups, n, d) at a step."""
-    return Use(layer, x, sample_of(x))
+    return Use(layer, x, sample_of(x), token)
 
 
 def sample_of(x: Tensor) -> Tensor:
@@ -283,63 +400,6 @@ def sample_of(x: Tensor) -> Tensor:
     if not x.is_contiguous():
         return x.reshape(-1)[::step][:size]
     return x.as_strided((size,), (step,), x.storage_offset())
-
-
-def add_plain(
-    deltas: Deltas,
-    found: Sequence[tuple[Layer, PairTerm, GradientUpdate]],
-    *,
-    same_step: bool,
-) -> None:
-    """Add the kept gradients of plain layers, after computing those that are due.
-
-    Args:
-        deltas: The kept gradients.
-        found: The layers, with the kernels of their measures and their updates.
-        same_step: Whether this is another evaluation within a step.
-    """
-    uses = [use_of(layer, update.w) for layer, _, update in found]
-    deltas.find_due(uses, same_step=same_step)
-    due = []
-    grads = []
-    by_term: dict[PairTerm, list[GradientUpdate]] = {}
-    for use, (_, term, update) in zip(uses, found, strict=True):
-        if use.is_due:
-            w = update.w
-            grad = torch.zeros(w.shape, dtype=working_dtype(w.dtype), device=w.device)
-            out = grad if update.shape is None else grad.view(update.entries.shape)
-            alone = GradientUpdate(update.entries, out, 1.0, None, 1.0, update.shape)
-            by_term.setdefault(term, []).append(alone)
-            due.append(use)
-            grads.append(grad)
-    for term, updates in by_term.items():
-        add_pair_gradients(updates, term)
-    if due:
-        deltas.keep(due, grads, learns=not same_step)
-    _add_kept(deltas, uses, [update for _, _, update in found])
-    if not same_step:
-        deltas.grow_older(uses)
-
-
-def _add_kept(deltas: Deltas, uses: Sequence[Use], updates: Sequence[GradientUpdate]) -> None:
-    """Add kept gradients to their layers: most of them in one call."""
-    together: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
-    for use, update in zip(uses, updates, strict=True):
-        delta = deltas.of(use)
-        refresh(use, delta)
-        scale = update.scale * update.grad_scale
-        if _is_far(delta, update):
-            outs, grads = together.setdefault(scale, ([], []))
-            outs.append(update.out)
-            grads.append(delta.grad)
-            continue
-        w = use.x.to(working_dtype(use.x.dtype))
-        grad = delta.grad.to(w.dtype)
-        bound = torch.finfo(use.x.dtype).max / 2
-        factor = shortening(grad, w, update.scale, update.limit, bound)
-        update.out.add_(grad * (factor * scale))
-    for scale, (outs, grads) in together.items():
-        torch._foreach_add_(outs, grads, alpha=scale)
 
 
 def refresh(use: Use, delta: Delta) -> None:
@@ -364,30 +424,9 @@ def along_tangent(grad: Tensor, w: Tensor) -> Tensor:
     return torch.addcmul(grad, along, torch.where(usable, w, 0.0), value=-1.0)
 
 
-def _is_far(delta: Delta, update: GradientUpdate) -> bool:
-    """Whether no row of a gradient can come near the step limit, or the bound of the dtype."""
-    scale = update.scale
-    if scale * delta.longest > _FAR * torch.finfo(update.entries.dtype).max / 2:
-        return False
-    if update.limit is None:
-        return True
-    if isinstance(update.limit, Tensor):
-        return False
-    return scale * delta.steepest <= _FAR * update.limit
-
-
 def _storage_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which a gradient of such neurons is kept."""
     return torch.float32 if dtype == torch.float16 else dtype
-
-
-def _relative_change(now: Tensor, then: Tensor) -> list[float]:
-    """Norms of the rows of ``now - then`` (k, m) over those of ``then``; 0 where both are equal."""
-    now, then = now.to(working_dtype(now.dtype)), then.to(working_dtype(then.dtype))
-    change = torch.linalg.vector_norm(now - then, dim=1)
-    relative = change / torch.linalg.vector_norm(then, dim=1)
-    found: list[float] = torch.where(change == 0, 0.0, relative).tolist()
-    return found
 
 
 class KnownGradient(torch.autograd.Function):
@@ -405,28 +444,27 @@ class KnownGradient(torch.autograd.Function):
         return grad * by_number, None, None
 
 
-def _numbers(
-    uses: Sequence[Use], grads: Sequence[Tensor], before: Sequence[Delta | None]
-) -> list[tuple[float, float, float]]:
-    """Of fresh gradients: relative error of what they replace, steepest and longest row."""
+def _numbers(members: Sequence[_Fresh]) -> Tensor:
+    """Four numbers (4 * k,) of each fresh gradient.
+
+    They are the error of what it replaces, the lengths of its steepest and of its longest row, and
+    the norm of the sample.
+    """
     found = []
-    for use, grad, delta in zip(uses, grads, before, strict=True):
+    for fresh in members:
+        use, grad = fresh.use, fresh.grad
         error = torch.full((), math.nan, device=grad.device)
-        if delta is not None:
-            error = _error(delta.grad.to(grad.dtype), grad)
+        if fresh.before is not None and fresh.age > 0:
+            error = _error(fresh.before.grad.to(grad.dtype), grad)
             if use.layer.rows is not None:
-                parameter = use.layer.parameters[0]
-                error = use.layer.target.placement.largest(error, parameter)
+                placement = use.layer.target.placement
+                error = placement.largest(error, use.layer.parameters[0])
         length = torch.linalg.vector_norm(grad, dim=-1)
         norm = torch.linalg.vector_norm(use.x, dim=-1, dtype=grad.dtype)
-        smallest = torch.finfo(grad.dtype).tiny
-        steepest = (length / norm.clamp_min(smallest)).amax()
-        found += [error, steepest, length.amax()]
-    if not found:
-        return []
-    device = found[0].device
-    numbers = torch.stack([number.to(device, torch.float32) for number in found]).tolist()
-    return list(zip(numbers[::3], numbers[1::3], numbers[2::3], strict=True))
+        steepest = (length / norm.clamp_min(torch.finfo(grad.dtype).tiny)).amax()
+        size = torch.linalg.vector_norm(fresh.delta.sample, dtype=grad.dtype)
+        found += [error, steepest, length.amax(), size]
+    return torch.stack([number.to(torch.float32) for number in found])
 
 
 def _error(old: Tensor, fresh: Tensor) -> Tensor:

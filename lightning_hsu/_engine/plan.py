@@ -9,7 +9,7 @@ all of them at once, and reads nothing anew but numbers. The others are read ane
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -141,6 +141,15 @@ class PlainLayer:
         out = grad.as_strided(shape, strides, offset + int(grad.storage_offset()))
         return GradientUpdate(w, out, scale, limit, grad_scale)
 
+    def reading(self) -> GradientUpdate:
+        """An update that only tells the neurons."""
+        p = self.parameter
+        if self._is_whole:
+            return GradientUpdate(p, p, 1.0, shape=self.view_shape)
+        offset = self._offset + int(p.storage_offset())
+        w = p.as_strided(self.view_shape, self.view_strides, offset)
+        return GradientUpdate(w, w, 1.0)
+
     def overlaps(self, other: PlainLayer) -> bool:
         """Whether the stretches of both within the same parameter overlap."""
         if self.parameter is not other.parameter:
@@ -187,6 +196,19 @@ class Plan:
             if not is_current:
                 return False
         return True
+
+    def plain_of(self, held: Collection[int]) -> list[tuple[Layer, PairTerm, GradientUpdate]]:
+        """The plain layers that an optimizer will step, with updates that only tell the neurons.
+
+        Args:
+            held: Ids of the optimizer's parameters.
+        """
+        found = []
+        for plain in self.plain:
+            p = plain.parameter
+            if id(p) in held and p.requires_grad and plain.layer.strength != 0:
+                found.append((plain.layer, plain.term, plain.reading()))
+        return found
 
     def plain_updates(
         self, state: TrainingState, context: StepContext

@@ -1,0 +1,176 @@
+"""Gradients of plain layers computed right after a step, for the next one.
+
+The penalty's gradient depends on the weights alone, which stay as they are from one step to the
+next. On a GPU it is computed on a stream of its own, while the task's forward and backward pass
+run. On a CPU there is nothing that hides it: there it is computed when it is needed.
+
+A layer whose weights were changed in between is computed again. Torch counts such changes, except
+those through ``p.data``. These show in the norms, which are compared on the device and read a step
+later: the layer is then left to the time before the step, with a warning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_hsu._checks import listed
+from lightning_hsu._core import PairTerm
+from lightning_hsu._core.raw import RawGradients, raw_gradients
+from lightning_hsu._core.updates import GradientUpdate
+from lightning_hsu._engine.late import (
+    LateNumbers,
+    SideWork,
+    beside,
+    keep_for_current,
+    keep_for_side,
+)
+from lightning_hsu._engine.layer import Layer, version_of
+from lightning_hsu._engine.warn import warn
+
+Found = tuple[Layer, PairTerm, GradientUpdate]
+"""A plain layer, the kernel of its measure, and its update at a step."""
+
+
+@dataclass(eq=False)
+class _Begun:
+    """A stack of gradients whose computation has begun.
+
+    Args:
+        raw: The gradients.
+        layers: Their layers, in the order of the stack.
+        tokens: The states of these layers' weights.
+        norms: The norms of these weights, shape (k,).
+        work: When it is done.
+    """
+
+    raw: RawGradients
+    layers: list[Layer]
+    tokens: list[object]
+    norms: Tensor
+    work: SideWork
+
+
+class Ahead:
+    """The gradients that were computed after the last step."""
+
+    def __init__(self) -> None:
+        self._begun: list[_Begun] = []
+        self._checks: list[tuple[LateNumbers, list[Layer]]] = []
+        self._unseen: set[str] = set()  # layers whose weights change without torch's counting it
+
+    def __bool__(self) -> bool:
+        """Whether there are any."""
+        return bool(self._begun)
+
+    def begin(self, found: Iterable[Found]) -> None:
+        """Begin to compute the gradients of these layers; what was begun before is dropped."""
+        self.drop()
+        self._look_at_checks()
+        by_place: dict[tuple[PairTerm, torch.device], list[Found]] = {}
+        for one in found:
+            layer, term, update = one
+            if layer.name not in self._unseen and token_of(layer) is not None:
+                by_place.setdefault((term, update.entries.device), []).append(one)
+        for (term, device), members in by_place.items():
+            with beside(device):
+                updates = [update for _, _, update in members]
+                for update in updates:
+                    keep_for_side(update.entries)
+                stacks = raw_gradients(updates, term)
+                for raw in stacks:
+                    layers = [members[place][0] for place in raw.places]
+                    norms = _norms([updates[place] for place in raw.places])
+                    tokens = [token_of(layer) for layer in layers]
+                    self._begun.append(_Begun(raw, layers, tokens, norms, SideWork(device)))
+
+    def take(self, found: Sequence[Found]) -> dict[Layer, Tensor]:
+        """The gradients (groups, n, d) of those of these layers for which they are still right.
+
+        What was begun for other layers is dropped.
+        """
+        taken = {}
+        for begun, updates in self._still_right({layer: update for layer, _, update in found}):
+            for layer, part in zip(begun.layers, begun.raw.parts(), strict=True):
+                if layer in updates:
+                    taken[layer] = part
+        self.drop()
+        return taken
+
+    def add(self, found: Sequence[Found]) -> list[Found]:
+        """Add the gradients to their layers; return the layers that still need one."""
+        left = {layer: (layer, term, update) for layer, term, update in found}
+        for begun, updates in self._still_right({layer: update for layer, _, update in found}):
+            places = [place for place, layer in enumerate(begun.layers) if layer in updates]
+            chosen = [begun.layers[place] for place in places]
+            begun.raw.only(places).add_to([updates[layer] for layer in chosen])
+            for layer in chosen:
+                del left[layer]
+        self.drop()
+        return list(left.values())
+
+    def drop(self) -> None:
+        """Drop what has been begun."""
+        self._begun = []
+
+    def _still_right(
+        self, updates: dict[Layer, GradientUpdate]
+    ) -> list[tuple[_Begun, dict[Layer, GradientUpdate]]]:
+        """The stacks, each with the updates of its layers whose weights are the same."""
+        found = []
+        for begun in self._begun:
+            begun.work.wait()
+            keep_for_current(begun.raw.grad)
+            keep_for_current(begun.raw.norm)
+            same = {}
+            for layer, token in zip(begun.layers, begun.tokens, strict=True):
+                if layer in updates and token_of(layer) == token:
+                    same[layer] = updates[layer]
+            if len(same) == len(begun.layers):
+                self._check(begun, [updates[layer] for layer in begun.layers])
+            if same:
+                found.append((begun, same))
+        return found
+
+    def _check(self, begun: _Begun, updates: Sequence[GradientUpdate]) -> None:
+        """Compare the weights of layers with what they were, without waiting for the answer."""
+        before = begun.norms
+        changed = (before != _norms(updates)) & (before == before)  # NaN stays NaN
+        self._checks.append((LateNumbers(changed.float()), begun.layers))
+
+    def _look_at_checks(self) -> None:
+        """Leave out layers whose weights have changed although torch counts no change."""
+        named = []
+        for numbers, layers in self._checks:
+            for changed, layer in zip(numbers.read(), layers, strict=True):
+                if changed:
+                    self._unseen.add(layer.name)
+                    named.append(f"'{layer.name}' {layer.target.shape}")
+        self._checks = []
+        if named:
+            warn(
+                f"the weights of layer {listed(named)} change between optimizer.step() and the next "
+                "step without torch's counting it, as through p.data: one penalty gradient was that "
+                "of the weights before. From now on it is computed just before the step there. "
+                "Changing p itself under torch.no_grad() keeps the faster way"
+            )
+
+
+def token_of(layer: Layer) -> object:
+    """Equal as long as the weights of a plain layer are the same, as far as torch counts changes.
+
+    None for weights from inference mode, whose changes are not counted.
+    """
+    p = layer.parameters[0]
+    version = version_of(p)
+    if version is None:
+        return None
+    return id(p), p.untyped_storage()._cdata, version
+
+
+def _norms(updates: Sequence[GradientUpdate]) -> Tensor:
+    """Norms (k,) of the weights of layers."""
+    return torch.stack(torch._foreach_norm([update.entries.detach() for update in updates]))

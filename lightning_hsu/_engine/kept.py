@@ -1,0 +1,110 @@
+"""The plain layers at a step with a tolerance: what is due is computed, and kept gradients are added."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_hsu._core import PairTerm, working_dtype
+from lightning_hsu._core.foreach import shortening
+from lightning_hsu._core.raw import raw_gradients
+from lightning_hsu._core.updates import GradientUpdate
+from lightning_hsu._engine.ahead import Ahead, Found, token_of
+from lightning_hsu._engine.delta import Delta, Deltas, Use, refresh, use_of
+
+_FAR = 0.1
+"""Below this part of the step limit no row can reach it within the tolerance, and none is looked at."""
+
+
+def _is_far(delta: Delta, update: GradientUpdate) -> bool:
+    """Whether no row of a gradient can come near the step limit, or the bound of the dtype."""
+    scale = update.scale
+    if scale * delta.longest > _FAR * torch.finfo(update.entries.dtype).max / 2:
+        return False
+    if update.limit is None:
+        return True
+    if isinstance(update.limit, Tensor):
+        return False
+    return scale * delta.steepest <= _FAR * update.limit
+
+
+def add_plain(
+    deltas: Deltas,
+    found: Sequence[Found],
+    ahead: Ahead,
+    *,
+    same_step: bool,
+) -> None:
+    """Add the kept gradients of plain layers, after computing those that are due.
+
+    Args:
+        deltas: The kept gradients.
+        found: The layers, with the kernels of their measures and their updates.
+        ahead: Gradients that were computed after the last step.
+        same_step: Whether this is another evaluation within a step.
+    """
+    uses = [use_of(layer, update.w, token_of(layer)) for layer, _, update in found]
+    deltas.find_due(uses, same_step=same_step)
+    known = ahead.take(found)
+    due: dict[PairTerm, list[tuple[Use, GradientUpdate]]] = {}
+    for use, (layer, term, update) in zip(uses, found, strict=True):
+        if use.is_due and layer in known:
+            deltas.keep([use], [known[layer]], learns=not same_step)
+        elif use.is_due:
+            due.setdefault(term, []).append((use, update))
+    for term, members in due.items():
+        for raw in raw_gradients([update for _, update in members], term):
+            chosen = [members[place][0] for place in raw.places]
+            deltas.keep(chosen, raw.parts(), learns=not same_step)
+    _add_kept(deltas, uses, [update for _, _, update in found])
+    if not same_step:
+        deltas.grow_older(uses)
+
+
+def look_ahead(deltas: Deltas, found: Sequence[Found], ahead: Ahead) -> None:
+    """After a step, begin what the next one needs of these layers.
+
+    That is the gradients which will be due, and how far the neurons of the others have moved.
+
+    Args:
+        deltas: The kept gradients, if any are kept.
+        found: The layers, with the kernels of their measures and updates of their neurons.
+        ahead: Where to begin.
+    """
+    if not deltas:
+        ahead.begin(found)
+        return
+    deltas.settle()
+    due, others = [], []
+    for one in found:
+        layer, _, update = one
+        use = use_of(layer, update.w, token_of(layer))
+        if deltas.will_be_due(use):
+            due.append(one)
+        else:
+            others.append(use)
+    ahead.begin(due)
+    deltas.look_for_moves(others)
+
+
+def _add_kept(deltas: Deltas, uses: Sequence[Use], updates: Sequence[GradientUpdate]) -> None:
+    """Add kept gradients to their layers: most of them in one call."""
+    together: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
+    for use, update in zip(uses, updates, strict=True):
+        delta = deltas.of(use)
+        refresh(use, delta)
+        scale = update.scale * update.grad_scale
+        if _is_far(delta, update):
+            outs, grads = together.setdefault(scale, ([], []))
+            outs.append(update.out)
+            grads.append(delta.grad)
+            continue
+        w = use.x.to(working_dtype(use.x.dtype))
+        grad = delta.grad.to(w.dtype)
+        bound = torch.finfo(use.x.dtype).max / 2
+        factor = shortening(grad, w, update.scale, update.limit, bound)
+        update.out.add_(grad * (factor * scale))
+    for scale, (outs, grads) in together.items():
+        torch._foreach_add_(outs, grads, alpha=scale)

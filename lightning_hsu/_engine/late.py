@@ -1,0 +1,93 @@
+"""Work beside the training on a GPU: a stream of its own, and numbers that are read a step later."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+_STREAMS: dict[torch.device, torch.cuda.Stream] = {}
+
+
+class LateNumbers:
+    """Numbers of a device whose copy to the host begins now and is read later.
+
+    Reading does not depend on time: it waits if it must, which a step later it need not.
+
+    Args:
+        numbers: Shape (k,), on any device.
+    """
+
+    def __init__(self, numbers: Tensor) -> None:
+        self._numbers = numbers
+        self._event: torch.cuda.Event | None = None
+        if numbers.is_cuda and torch.cuda.is_available():
+            host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+            self._numbers = host.copy_(numbers, non_blocking=True)
+            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._event.record(torch.cuda.current_stream(numbers.device))
+
+    def read(self) -> list[float]:
+        """The numbers."""
+        if self._event is not None:
+            self._event.synchronize()
+        found: list[float] = self._numbers.tolist()
+        return found
+
+
+class SideWork:
+    """Work that began on the side stream of a device, and the moment when it is done.
+
+    Args:
+        device: The device; for any but CUDA the work is done when this is made.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._event: torch.cuda.Event | None = None
+        if _has_streams(device):
+            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._event.record(side_stream(device))
+
+    def wait(self) -> None:
+        """Let what comes next on the current stream wait for it; the host goes on."""
+        if self._event is not None:
+            torch.cuda.current_stream(self._device).wait_event(self._event)
+
+
+@contextmanager
+def beside(device: torch.device) -> Iterator[None]:
+    """Run on the side stream what is queued within, after all that is queued on the current one."""
+    if not _has_streams(device):
+        yield
+        return
+    side = side_stream(device)
+    side.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(side):
+        yield
+
+
+def keep_for_current(x: Tensor) -> None:
+    """Keep the memory of a tensor that was made on the side stream until the current one is past it."""
+    if _has_streams(x.device):
+        x.record_stream(torch.cuda.current_stream(x.device))
+
+
+def keep_for_side(x: Tensor) -> None:
+    """Keep the memory of a tensor that the side stream reads until it is past it."""
+    if _has_streams(x.device):
+        x.record_stream(side_stream(x.device))
+
+
+def side_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream for work beside the training: of the lowest priority that CUDA has."""
+    if device not in _STREAMS:
+        _STREAMS[device] = torch.cuda.Stream(device, priority=0)  # type: ignore[no-untyped-call]
+    return _STREAMS[device]
+
+
+def _has_streams(device: torch.device) -> bool:
+    """Whether a device has streams; tensors that only pretend to be on one have none."""
+    return device.type == "cuda" and torch.cuda.is_available()
