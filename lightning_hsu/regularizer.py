@@ -909,7 +909,7 @@ class UniformityRegularizer:
         if self.tolerance is not None:
             add_plain(self.state.deltas, updates.found, ahead, same_step=context.same_step)
         else:
-            if ahead:
+            if ahead.begun:
                 updates.found = ahead.add(updates.found)
             updates.add()
         return stats | updates.settle() if updates.watched else stats

@@ -82,7 +82,8 @@ class TorchBackend(Backend):
                 without_sync += members
                 continue
             for some in chunks(members, how_many_together(w)):
-                _add(some, term)
+                grad, norm, value, may_overflow = stack_gradient(stack_neurons(some), term)
+                add_to_layers(some, grad, norm, value, may_overflow=may_overflow)
         if without_sync:
             stacks = stacks_of(without_sync)
             add_where_valid(stacks, _gradients(stacks, term), term)
@@ -94,12 +95,6 @@ def how_many_together(w: Tensor) -> int:
     if b * n * d > SMALL:
         return 1
     return max(1, _GRAM_ENTRIES // max(1, b * n * n))
-
-
-def _add(updates: Sequence[GradientUpdate], term: PairTerm) -> None:
-    """Add the gradients of layers that differ only in ``w`` and ``out``."""
-    grad, norm, value, may_overflow = stack_gradient(stack_neurons(updates), term)
-    add_to_layers(updates, grad, norm, value, may_overflow=may_overflow)
 
 
 def stack_gradient(w: Tensor, term: PairTerm) -> tuple[Tensor, Tensor, Tensor | None, bool]:

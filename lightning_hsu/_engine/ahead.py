@@ -55,16 +55,16 @@ class _Begun:
 
 
 class Ahead:
-    """The gradients that were computed after the last step."""
+    """The gradients that were computed after the last step.
+
+    Attributes:
+        begun: Stacks of them.
+    """
 
     def __init__(self) -> None:
-        self._begun: list[_Begun] = []
+        self.begun: list[_Begun] = []
         self._checks: list[tuple[LateNumbers, list[Layer]]] = []
         self._unseen: set[str] = set()  # layers whose weights change without torch's counting it
-
-    def __bool__(self) -> bool:
-        """Whether there are any."""
-        return bool(self._begun)
 
     def begin(self, found: Iterable[Found]) -> None:
         """Begin to compute the gradients of these layers; what was begun before is dropped."""
@@ -85,7 +85,7 @@ class Ahead:
                     layers = [members[place][0] for place in raw.places]
                     norms = _norms([updates[place] for place in raw.places])
                     tokens = [token_of(layer) for layer in layers]
-                    self._begun.append(_Begun(raw, layers, tokens, norms, SideWork(device)))
+                    self.begun.append(_Begun(raw, layers, tokens, norms, SideWork(device)))
 
     def take(self, found: Sequence[Found]) -> dict[Layer, Tensor]:
         """The gradients (groups, n, d) of those of these layers for which they are still right.
@@ -114,14 +114,14 @@ class Ahead:
 
     def drop(self) -> None:
         """Drop what has been begun."""
-        self._begun = []
+        self.begun = []
 
     def _still_right(
         self, updates: dict[Layer, GradientUpdate]
     ) -> list[tuple[_Begun, dict[Layer, GradientUpdate]]]:
         """The stacks, each with the updates of its layers whose weights are the same."""
         found = []
-        for begun in self._begun:
+        for begun in self.begun:
             begun.work.wait()
             keep_for_current(begun.raw.grad)
             keep_for_current(begun.raw.norm)
