@@ -24,6 +24,7 @@ from lightning_hsu._engine.layer import Layer
 from lightning_hsu._engine.misuse import ADD, MOVE
 from lightning_hsu._engine.plan import (
     GradientStats,
+    PlainUpdates,
     StepContext,
     buckets,
     learning_rates,
@@ -905,21 +906,33 @@ class UniformityRegularizer:
         if together:
             # Before the plain layers: a layer that is refused stops the whole step.
             stats = act_on_buckets(together, LayerUpdate.add, self.state, context, placement)
-        ahead = attached.ahead
+        self._add_plain(updates, context)
+        return stats | updates.settle() if updates.watched else stats
+
+    def _add_plain(self, updates: PlainUpdates, context: StepContext) -> None:
+        """Add the gradients of the plain layers."""
+        ahead = self._check_attached().ahead
         if self.tolerance is not None:
             add_plain(self.state.deltas, updates.found, ahead, same_step=context.same_step)
-        else:
-            if ahead.begun:
-                updates.found = ahead.add(updates.found)
-            updates.add()
-        return stats | updates.settle() if updates.watched else stats
+            return
+        if ahead.begun:
+            updates.found = ahead.add(updates.found)
+        updates.add()
 
     def _move(self, context: StepContext) -> dict[str, GradientStats]:
         """Move neurons."""
         attached = self._check_attached()
         plan, placement = attached.plan, attached.placement
         refuse_unknown_rates(self.layers, self.state, context)
-        return act_on_buckets(plan.buckets, LayerUpdate.move, self.state, context, placement)
+        updates, left = plan.plain_updates(self.state, context, moves=True)
+        together = plan.rest + buckets(left, placement)
+        stats = {}
+        if together:
+            stats = act_on_buckets(together, LayerUpdate.move, self.state, context, placement)
+        self._add_plain(updates, context)
+        stats |= updates.settle()
+        updates.move()
+        return stats
 
     def _check_mover(self, optimizer: Optimizer) -> None:
         """Warn, once, of an optimizer whose next step undoes a part of each move."""

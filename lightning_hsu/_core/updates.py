@@ -122,6 +122,20 @@ def add_to_layers(
     torch._foreach_add_([update.out_entries for update in updates], list(parts))
 
 
+def along_the_sphere(x: Tensor, grad: Tensor, rate: Tensor | float) -> Tensor:
+    """The change (..., n, d) of a step against a tangent gradient that keeps the norms of the rows.
+
+    Args:
+        x: Neurons, shape (..., n, d).
+        grad: Weighted gradient, shape (..., n, d).
+        rate: The learning rate.
+    """
+    moved = x - rate * grad
+    before = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    after = torch.linalg.vector_norm(moved, dim=-1, keepdim=True)
+    return torch.where(before > 0, moved * (before / after) - x, 0.0)
+
+
 def shortening(
     grad: Tensor, w: Tensor, scale: Tensor | float, limit: Tensor | float | None, bound: float
 ) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_hsu._core.foreach import SMALL, shortening
+from lightning_hsu._core.updates import along_the_sphere
 from lightning_hsu._engine.delta import Use, use_of
 from lightning_hsu._engine.layer import Layer, to_compute_dtype
 from lightning_hsu._engine.plan import GradientStats, limit_of_gradient, strong_neurons
@@ -110,18 +111,12 @@ class LayerUpdate:
         """
         target = self.layer.target
         are_entries = target.rearranges(self.view)
-        change = self._along_the_sphere(grad) if are_entries else -grad
+        change = -grad
+        if are_entries:
+            change = along_the_sphere(self.neurons, grad, self.rate)
         views = target.grad_views(self.view, change, self.learning_rates, values=True)
         for p, value, part in list(views):
             value.add_(part if are_entries else part * self.learning_rates[id(p)])
-
-    def _along_the_sphere(self, grad: Tensor) -> Tensor:
-        """The change (groups, n, d) of a step against a tangent gradient, keeping the norms."""
-        x = self.neurons
-        moved = x - self.rate * grad
-        before = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        after = torch.linalg.vector_norm(moved, dim=-1, keepdim=True)
-        return torch.where(before > 0, moved * (before / after) - x, 0.0)
 
     def _grad_views(self, grad: Tensor) -> list[GradView]:
         """The tensors that a gradient (groups, n, d) of the neurons is added to."""

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from lightning_hsu._core import PairTerm, working_dtype
 from lightning_hsu._core.foreach import SMALL, add_pair_gradients
-from lightning_hsu._core.updates import GradientUpdate
+from lightning_hsu._core.updates import GradientUpdate, along_the_sphere, chunks, stack_neurons
 from lightning_hsu._engine.layer import Layer
 from lightning_hsu._engine.rates import Rate, Rates, as_number, rates_on_devices
 from lightning_hsu._engine.state import TrainingState
@@ -211,9 +211,15 @@ class Plan:
         return found
 
     def plain_updates(
-        self, state: TrainingState, context: StepContext
+        self, state: TrainingState, context: StepContext, *, moves: bool = False
     ) -> tuple[PlainUpdates, list[Layer]]:
-        """The updates of the plain layers at this step, and those layers that need another way."""
+        """The updates of the plain layers at this step, and those layers that need another way.
+
+        Args:
+            state: The training state.
+            context: The step.
+            moves: Whether the gradients are not added to the task's but move the neurons.
+        """
         updates = PlainUpdates()
         left = []
         limits: dict[int, Tensor | float | None] = {}  # by the id of a learning rate
@@ -234,14 +240,18 @@ class Plan:
             if id(rate) not in limits:
                 limits[id(rate)] = limit_of_gradient(context.step_limit, rate)
             update = None
-            if id(p) not in ascending:
+            if moves or id(p) not in ascending:
                 update = plain.update(coefficient, limits[id(rate)], grad_scale)
             if update is None:
                 left.append(layer)
                 continue
             updates.found.append((layer, plain.term, update))
-            if context.stats:
-                updates.watched[layer.target.name] = WatchedUpdate(update)
+            if moves or context.stats:
+                watched = WatchedUpdate(update)
+                if moves:
+                    updates.moved.append((watched, rate))
+                if context.stats:
+                    updates.watched[layer.target.name] = watched
         return updates, left
 
 
@@ -251,11 +261,13 @@ class PlainUpdates:
     Attributes:
         found: The layers, with the kernels of their measures and their updates.
         watched: The updates whose stats are asked for, by layer.
+        moved: The updates that move the neurons, with their learning rates.
     """
 
     def __init__(self) -> None:
         self.found: list[tuple[Layer, PairTerm, GradientUpdate]] = []
         self.watched: dict[str, WatchedUpdate] = {}
+        self.moved: list[tuple[WatchedUpdate, Rate]] = []
 
     def add(self) -> None:
         """Add the gradients, all at once."""
@@ -267,7 +279,28 @@ class PlainUpdates:
 
     def settle(self) -> dict[str, GradientStats]:
         """After the gradients are added, return stats by layer if they are asked for."""
-        return {name: update.settle() for name, update in self.watched.items()}
+        stats = {name: update.stats() for name, update in self.watched.items()}
+        if not self.moved:
+            for update in self.watched.values():
+                update.settle()
+        return stats
+
+    def move(self) -> None:
+        """Move the neurons along the sphere, those of equal shape and learning rate together."""
+        alike: dict[object, list[tuple[WatchedUpdate, Rate]]] = {}
+        for watched, rate in self.moved:
+            rate_of = id(rate) if isinstance(rate, Tensor) else rate
+            alike.setdefault((watched.kind, rate_of), []).append((watched, rate))
+        for members in alike.values():
+            count = max(1, SMALL // max(1, members[0][0].buffer.numel()))
+            for some in chunks(members, count):
+                rate = some[0][1]
+                x = stack_neurons([watched.update for watched, _ in some])
+                grad = torch.cat([watched.update.out for watched, _ in some])
+                change = along_the_sphere(x, grad, rate)
+                parts = change.view(len(some), *some[0][0].buffer.shape).unbind()
+                entries = [watched.update.entries.detach() for watched, _ in some]
+                torch._foreach_add_(entries, list(parts))
 
 
 class WatchedUpdate:
@@ -281,29 +314,40 @@ class WatchedUpdate:
     """
 
     def __init__(self, update: GradientUpdate) -> None:
-        self._update = update
+        self.update = update
         self._grad = update.out_entries
-        dtype = working_dtype(update.entries.dtype)
-        update.out_entries = torch.zeros_like(update.entries, dtype=dtype)
+        w = update.entries
+        self.buffer = torch.zeros(w.shape, dtype=working_dtype(w.dtype), device=w.device)
+        update.out_entries = self.buffer
 
-    def settle(self) -> GradientStats:
-        """Add the buffer to ``.grad``, and describe what it holds."""
-        update = self._update
-        added = update.out_entries
+    @property
+    def kind(self) -> object:
+        """Equal for updates that can be stacked."""
+        w = self.update.entries
+        return self.update.shape, w.shape, w.dtype, w.device
+
+    def settle(self) -> None:
+        """Add the buffer to ``.grad``."""
+        self._grad.add_(self.buffer)
+
+    def stats(self) -> GradientStats:
+        """Describe what the buffer holds."""
+        update = self.update
+        added = self.buffer
         task = torch.linalg.vector_norm(self._grad, dtype=added.dtype)
         total = torch.linalg.vector_norm(added)
         share = total / task
         strong = torch.count_nonzero(strong_neurons(update.out, total, share))
-        self._grad.add_(added)
         return GradientStats(share, self._limited(update.out), strong, task / update.grad_scale)
 
     def _limited(self, added: Tensor) -> Tensor:
         """How many rows have the largest length that the step limit, or the dtype, allows."""
-        norm = torch.linalg.vector_norm(self._update.w, dim=-1, dtype=added.dtype)
-        room = torch.full_like(norm, torch.finfo(self._update.w.dtype).max / 2)
-        if self._update.limit is not None:
-            room = room.minimum(norm * self._update.limit)
-        room = room * self._update.grad_scale
+        update = self.update
+        norm = torch.linalg.vector_norm(update.w, dim=-1, dtype=added.dtype)
+        room = torch.full_like(norm, torch.finfo(update.w.dtype).max / 2)
+        if update.limit is not None:
+            room = room.minimum(norm * update.limit)
+        room = room * update.grad_scale
         length = torch.linalg.vector_norm(added, dim=-1)
         rounding = 16 * torch.finfo(added.dtype).eps
         limited = (norm > 0) & (length >= room * (1.0 - rounding))
