@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from lightning_hsu._core import exact_arithmetic, working_dtype
+from lightning_hsu._core.foreach import SMALL, shortening
 from lightning_hsu._engine.apply import LayerUpdate, penalty_gradients
 from lightning_hsu._engine.delta import KnownGradient, refresh, use_of
 from lightning_hsu._engine.layer import Layer, to_compute_dtype
 from lightning_hsu._engine.misuse import in_transform
-from lightning_hsu._engine.plan import GradientStats, StepContext
-from lightning_hsu._engine.rates import UnknownRateError, is_unknown, largest, sign_in_loss
+from lightning_hsu._engine.plan import GradientStats, StepContext, limit_of_gradient
+from lightning_hsu._engine.rates import Rate, UnknownRateError, is_unknown, largest, sign_in_loss
 from lightning_hsu._engine.state import TrainingState
 from lightning_hsu._neurons.placement import Gathered, Placement
 from lightning_hsu.coefficients import Share
@@ -65,8 +66,15 @@ def loss_terms(layers: Sequence[Layer], state: TrainingState, context: StepConte
     state.now.loss_step = context.step
     if not layers:
         return torch.zeros(())
-    terms = [_loss_term(layer, state, context) for layer in layers]
-    total = torch.stack([term.to(terms[0]) for term in terms]).sum()
+    terms: dict[object, list[_LossTerm]] = {}
+    for layer in layers:
+        term = _loss_term(layer, state, context)
+        if term is not None:
+            terms.setdefault(term.key(keeps=bool(state.deltas)), []).append(term)
+    if not terms:
+        return torch.zeros((), device=layers[0].parameters[0].device)
+    totals = [_weighted_penalty(members, state, context) for members in terms.values()]
+    total = torch.stack([one.to(totals[0]) for one in totals]).sum()
     acting = [layer for layer in layers if state.now.coefficients[layer.name] != 0]
     return state.now.penalties.checked(total, acting) if acting else total
 
@@ -143,8 +151,39 @@ def _coefficient(
     return state.now.coefficients[layer.name]  # as _updates noted it
 
 
-def _loss_term(layer: Layer, state: TrainingState, context: StepContext) -> Tensor:
-    """Coefficient times penalty of one layer."""
+@dataclass(eq=False)
+class _LossTerm:
+    """One layer's part of a loss.
+
+    Args:
+        layer: The layer.
+        x: Its neurons (groups, n, d), with a graph, in float32 or wider.
+        dtype: The dtype of the neurons themselves.
+        coefficient: Its coefficient, negative where the optimizer makes the loss as large as it can.
+        rate: The learning rate with which the neurons will move; None if no optimizer is known.
+    """
+
+    layer: Layer
+    x: Tensor
+    dtype: torch.dtype
+    coefficient: Tensor | float
+    rate: Rate | None
+
+    def key(self, *, keeps: bool) -> object:
+        """Equal for small layers that are computed together.
+
+        Args:
+            keeps: Whether gradients are kept, of each layer by itself.
+        """
+        x = self.x
+        if keeps or self.layer.measure.has_state or x.numel() > SMALL:
+            return self.layer
+        rate = id(self.rate) if isinstance(self.rate, Tensor) else self.rate
+        return self.layer.measure, x.shape, self.dtype, x.device, rate
+
+
+def _loss_term(layer: Layer, state: TrainingState, context: StepContext) -> _LossTerm | None:
+    """A layer's part of a loss; None if its coefficient is 0."""
     if layer.has_share:
         raise ValueError(
             f"the coefficient of layer '{layer.name}' is a Share, which needs the task's gradient by "
@@ -152,25 +191,39 @@ def _loss_term(layer: Layer, state: TrainingState, context: StepContext) -> Tens
         )
     coefficient = state.coefficient(layer, context.step)
     if coefficient == 0:
-        return torch.zeros((), device=layer.parameters[0].device)
+        return None
     view = layer.target.read()
-    x = to_compute_dtype(view.x)
-    rates = [
-        context.learning_rates[id(p)] for p in layer.parameters if id(p) in context.learning_rates
-    ]
-    if rates and x.requires_grad:
+    known = context.learning_rates
+    rates = [known[id(p)] for p in layer.parameters if id(p) in known]
+    rate = largest(rates) if rates else None
+    sign = sign_in_loss(layer.name, layer.parameters, known)
+    return _LossTerm(layer, to_compute_dtype(view.x), view.x.dtype, sign * coefficient, rate)
+
+
+def _weighted_penalty(
+    members: Sequence[_LossTerm], state: TrainingState, context: StepContext
+) -> Tensor:
+    """Coefficient times penalty of layers that are computed together."""
+    first = members[0]
+    x = torch.cat([one.x for one in members]) if len(members) > 1 else first.x
+    if first.rate is not None and x.requires_grad:
         x = x.view_as(x)  # not the parameter itself, which would keep the hook
-        update = LayerUpdate(layer, context.learning_rates, largest(rates), view)
+        neurons = x.detach()
+        limit = limit_of_gradient(context.step_limit, first.rate)
+        bound = torch.finfo(first.dtype).max / 2
 
         def shorten(grad: Tensor) -> Tensor:
-            return grad * update.shortening(grad / context.factor, context.step_limit)
+            return grad * shortening(grad / context.factor, neurons, 1.0, limit, bound)
 
         x.register_hook(shorten)  # type: ignore[no-untyped-call]
-    sign = sign_in_loss(layer.name, layer.parameters, context.learning_rates)
     if state.deltas and context.learning_rates:
-        return sign * coefficient * _kept_penalty(layer, x, state, context)
-    measure_state = _loss_state(layer, x, state, context)
-    return sign * coefficient * layer.measure.penalty(x, measure_state).mean()
+        return first.coefficient * _kept_penalty(first.layer, x, state, context)
+    measure_state = _loss_state(first.layer, x, state, context)
+    penalties = first.layer.measure.penalty(x, measure_state).view(len(members), -1).mean(1)
+    weighted = [
+        one.coefficient * penalty for one, penalty in zip(members, penalties.unbind(), strict=True)
+    ]
+    return torch.stack(weighted).sum()
 
 
 def _kept_penalty(layer: Layer, x: Tensor, state: TrainingState, context: StepContext) -> Tensor:
@@ -178,7 +231,7 @@ def _kept_penalty(layer: Layer, x: Tensor, state: TrainingState, context: StepCo
     use = use_of(layer, x.detach())
     same_step = context.same_step
     state.deltas.find_due([use], same_step=same_step)
-    if use.is_due:
+    if use.is_due or state.deltas.of(use).value is None:
         measure_state = _loss_state(layer, x, state, context)
         with exact_arithmetic(x):
             value, grad = layer.measure.value_and_grad(use.x, measure_state)
