@@ -11,7 +11,7 @@ later: the layer is then left to the time before the step, with a warning.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass
 
 import torch
@@ -67,8 +67,9 @@ class Ahead:
         self._unseen: set[str] = set()  # layers whose weights change without torch's counting it
 
     def begin(self, found: Iterable[Found]) -> None:
-        """Begin to compute the gradients of these layers; what was begun before is dropped."""
-        self.drop()
+        """Begin to compute the gradients of these layers, anew if that was begun before."""
+        found = list(found)
+        self._take_out({layer for layer, _, _ in found})
         self._look_at_checks()
         by_place: dict[tuple[PairTerm, torch.device], list[Found]] = {}
         for one in found:
@@ -88,16 +89,12 @@ class Ahead:
                     self.begun.append(_Begun(raw, layers, tokens, norms, SideWork(device)))
 
     def take(self, found: Sequence[Found]) -> dict[Layer, Tensor]:
-        """The gradients (groups, n, d) of those of these layers for which they are still right.
-
-        What was begun for other layers is dropped.
-        """
+        """The gradients (groups, n, d) of those of these layers for which they are still right."""
         taken = {}
         for begun, updates in self._still_right({layer: update for layer, _, update in found}):
             for layer, part in zip(begun.layers, begun.raw.parts(), strict=True):
                 if layer in updates:
                     taken[layer] = part
-        self.drop()
         return taken
 
     def add(self, found: Sequence[Found]) -> list[Found]:
@@ -109,7 +106,6 @@ class Ahead:
             begun.raw.only(places).add_to([updates[layer] for layer in chosen])
             for layer in chosen:
                 del left[layer]
-        self.drop()
         return list(left.values())
 
     def drop(self) -> None:
@@ -119,9 +115,9 @@ class Ahead:
     def _still_right(
         self, updates: dict[Layer, GradientUpdate]
     ) -> list[tuple[_Begun, dict[Layer, GradientUpdate]]]:
-        """The stacks, each with the updates of its layers whose weights are the same."""
+        """Take the stacks of these layers, each with the updates of those whose weights are the same."""
         found = []
-        for begun in self.begun:
+        for begun in self._take_out(updates.keys()):
             begun.work.wait()
             keep_for_current(begun.raw.grad)
             keep_for_current(begun.raw.norm)
@@ -134,6 +130,17 @@ class Ahead:
             if same:
                 found.append((begun, same))
         return found
+
+    def _take_out(self, layers: Set[Layer]) -> list[_Begun]:
+        """Take out the stacks that hold any of these layers."""
+        chosen, others = [], []
+        for begun in self.begun:
+            if layers.isdisjoint(begun.layers):
+                others.append(begun)
+            else:
+                chosen.append(begun)
+        self.begun = others
+        return chosen
 
     def _check(self, begun: _Begun, updates: Sequence[GradientUpdate]) -> None:
         """Compare the weights of layers with what they were, without waiting for the answer."""
