@@ -15,8 +15,8 @@ from torch.optim import Optimizer
 
 from lightning_hsu import _trainer
 from lightning_hsu._checks import check_choice
+from lightning_hsu._engine.buffered import GradientStats, LateStats, StatsNumbers
 from lightning_hsu._engine.layer import Layer
-from lightning_hsu._engine.plan import GradientStats
 from lightning_hsu._engine.rates import UnknownRateError
 from lightning_hsu._engine.state import TrainingState
 from lightning_hsu._engine.stored import what_counts
@@ -468,10 +468,11 @@ class HypersphericalUniformity(_trainer.EveryCallback):
         fit.seen_step = trainer.global_step
         if logs or draws:
             measured = self._measure()
-            shares = self._shares()
+            done = LateStats(fit.stats).read() if fit.stats else {}
+            shares = _finite_shares(done)
             self._keep(trainer, measured, shares)
             if logs:
-                self._publish(partial(self._log, trainer, pl_module, measured, shares))
+                self._publish(partial(self._log, trainer, pl_module, measured, done))
                 fit.has_measured = True
             if draws:
                 self._publish(partial(self._draw, trainer))
@@ -737,29 +738,20 @@ class HypersphericalUniformity(_trainer.EveryCallback):
             layers = self.regularizer.layers
             rank_zero_info(self._fit.before_after.table(trainer.global_step, layers, measured))
 
-    def _shares(self) -> dict[str, float]:
-        """Finite norms of the added gradients over those of the task's, by layer."""
-        shares = {}
-        for name, stats in self._fit.stats.items():
-            share = float(stats.share)
-            if math.isfinite(share):
-                shares[name] = share
-        return shares
-
     def _log(
         self,
         trainer: pl.Trainer,
         pl_module: pl.LightningModule,
         measured: list[LayerUniformity],
-        shares: dict[str, float],
+        done: dict[str, StatsNumbers],
     ) -> None:
         """Log aggregates through Lightning, and on logging steps the layers to every logger."""
         if not trainer.barebones:
             limited = None
             trained = {layer.name for layer in self.regularizer.trained_layers}
             together = [one for one in measured if one.name in trained] or measured
-            if self._fit.stats:
-                limited = sum(int(stats.limited) for stats in self._fit.stats.values())
+            if done:
+                limited = sum(one.limited for one in done.values())
             values = aggregates(together, self.regularizer.current_penalty(measured), limited)
             if self.regularizer.tolerance is not None:
                 recomputed = self.regularizer.state.deltas.share_of_work()
@@ -769,7 +761,7 @@ class HypersphericalUniformity(_trainer.EveryCallback):
         if _trainer.is_logging_step(trainer):
             step = _trainer.logged_step(trainer)
             varying = self.regularizer.varying_coefficients()
-            values = by_layer(self._new(measured), varying, shares)
+            values = by_layer(self._new(measured), varying, _finite_shares(done))
             if self.regularizer.tolerance is not None:
                 for name, error in self.regularizer.state.deltas.errors().items():
                     values[f"stale_error/{name}"] = error
@@ -790,3 +782,8 @@ class HypersphericalUniformity(_trainer.EveryCallback):
     def _prefixed(self, values: dict[str, float]) -> dict[str, float]:
         """Values under the names that are logged."""
         return {f"{self.prefix}/{name}": value for name, value in values.items()}
+
+
+def _finite_shares(done: dict[str, StatsNumbers]) -> dict[str, float]:
+    """Finite norms of the added gradients over those of the task's, by layer."""
+    return {name: one.share for name, one in done.items() if math.isfinite(one.share)}

@@ -18,12 +18,12 @@ from lightning_hsu._checks import check_choice, check_count, check_number
 from lightning_hsu._core import bf16_products
 from lightning_hsu._engine.apply import LayerUpdate
 from lightning_hsu._engine.attached import Attached, FirstOutputs
+from lightning_hsu._engine.buffered import GradientStats
 from lightning_hsu._engine.eager import eager, outside_inference_mode
 from lightning_hsu._engine.kept import add_plain, look_ahead
 from lightning_hsu._engine.layer import Layer
 from lightning_hsu._engine.misuse import ADD, MOVE
 from lightning_hsu._engine.plan import (
-    GradientStats,
     PlainUpdates,
     StepContext,
     buckets,
@@ -810,6 +810,8 @@ class UniformityRegularizer:
         asked = stats
         counter = self.state.counter
         step = counter.before(optimizer, index, same_step=same_step)
+        if strength.look is not None:
+            self._warn_of(strength.settle())
         if not same_step and (id(optimizer) not in strength.quiet or step in LOOKED_AT):
             stats = True
         found: dict[str, GradientStats] = {}
@@ -835,8 +837,7 @@ class UniformityRegularizer:
         if found and not same_step:
             known = self.state.now.coefficients
             alarm = strength.see(optimizer, step, found, self.layers, known, compares=compares)
-            if alarm is not None:
-                warn(alarm)
+            self._warn_of(alarm)
         return found if asked else {}
 
     def _hook(self, optimizer: Optimizer, index: int | None) -> None:
@@ -874,6 +875,11 @@ class UniformityRegularizer:
                 self.state.deltas, attached.plan.plain_of(held_by(optimizer)), attached.ahead
             )
 
+    def _warn_of(self, alarm: str | None) -> None:
+        """Warn, if there is anything to warn of."""
+        if alarm is not None:
+            warn(alarm)
+
     def _tell_untold(self) -> None:
         """Warn of new weights that no optimizer has had for many steps; Lightning has its own way."""
         attached = self._check_attached()
@@ -907,7 +913,10 @@ class UniformityRegularizer:
             # Before the plain layers: a layer that is refused stops the whole step.
             stats = act_on_buckets(together, LayerUpdate.add, self.state, context, placement)
         self._add_plain(updates, context)
-        return stats | updates.settle() if updates.watched else stats
+        if updates.buffered is not None:
+            stats |= updates.buffered.stats()
+            updates.buffered.add()
+        return stats
 
     def _add_plain(self, updates: PlainUpdates, context: StepContext) -> None:
         """Add the gradients of the plain layers."""
@@ -930,8 +939,10 @@ class UniformityRegularizer:
         if together:
             stats = act_on_buckets(together, LayerUpdate.move, self.state, context, placement)
         self._add_plain(updates, context)
-        stats |= updates.settle()
-        updates.move()
+        if updates.buffered is not None:
+            if context.stats:
+                stats |= updates.buffered.stats()
+            updates.buffered.move()
         return stats
 
     def _check_mover(self, optimizer: Optimizer) -> None:

@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from lightning_hsu import HypersphericalUniformity, Share, UniformityRegularizer
 from lightning_hsu._engine import strength
+from lightning_hsu._engine.buffered import LateStats, StatsNumbers
 from lightning_hsu.metrics import WeightUniformity
 from tests import sharding
 from tests.models import Adversarial, Automatic, batches, loader, network, trainer, uniformity
@@ -393,7 +394,8 @@ def looks_of_a_rank(disagrees):
         sharding.fully_shard(part, mesh=init_device_mesh("cpu", (2,)))
     regularizer = UniformityRegularizer(coefficient=1e5, head=None).attach(net)
     if disagrees and distributed.get_rank() == 1:
-        with mock.patch.object(strength, "_read", return_value=[]):
+        weak = StatsNumbers(share=0.0, limited=0, strong=0, task=1.0)
+        with mock.patch.object(LateStats, "read", return_value={"1": weak, "3": weak}):
             return steps_of(net, regularizer, 14, rate=1e-7)
     return steps_of(net, regularizer, 14, rate=1e-7)
 

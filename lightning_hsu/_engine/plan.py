@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_hsu._core import PairTerm, working_dtype
+from lightning_hsu._core import PairTerm
 from lightning_hsu._core.foreach import SMALL, add_pair_gradients
-from lightning_hsu._core.updates import GradientUpdate, along_the_sphere, chunks, stack_neurons
+from lightning_hsu._core.updates import GradientUpdate
+from lightning_hsu._engine.buffered import STRONG, BufferedUpdates
 from lightning_hsu._engine.layer import Layer
 from lightning_hsu._engine.rates import Rate, Rates, as_number, rates_on_devices
 from lightning_hsu._engine.state import TrainingState
@@ -53,29 +54,6 @@ class StepContext:
     same_step: bool
     step_limit: float | None
     stats: bool = False
-
-
-STRONG = 10.0
-"""How many times the task's gradient the penalty's is where it is too strong."""
-
-
-@dataclass(frozen=True)
-class GradientStats:
-    """What one update did to one layer: tensors, without host-device synchronisation.
-
-    Args:
-        share: Norm of the added gradient over the norm of the task's; not finite if the task's is 0
-            or not finite.
-        limited: Number of neurons whose penalty gradient the step limit shortened.
-        strong: Number of neurons whose penalty gradient is more than ``STRONG`` times as long as
-            the task's gradient of a neuron, in the root mean square over the layer.
-        task: Norm of the task's gradient, without a GradScaler's factor.
-    """
-
-    share: Tensor
-    limited: Tensor
-    strong: Tensor
-    task: Tensor
 
 
 class PlainLayer:
@@ -221,6 +199,7 @@ class Plan:
             moves: Whether the gradients are not added to the task's but move the neurons.
         """
         updates = PlainUpdates()
+        buffered = BufferedUpdates() if moves or context.stats else None
         left = []
         limits: dict[int, Tensor | float | None] = {}  # by the id of a learning rate
         ascending = context.learning_rates.ascending
@@ -246,12 +225,11 @@ class Plan:
                 left.append(layer)
                 continue
             updates.found.append((layer, plain.term, update))
-            if moves or context.stats:
-                watched = WatchedUpdate(update)
-                if moves:
-                    updates.moved.append((watched, rate))
-                if context.stats:
-                    updates.watched[layer.target.name] = watched
+            if buffered is not None:
+                buffered.take(layer.target.name, update, rate)
+        if buffered is not None:
+            buffered.begin()
+            updates.buffered = buffered
         return updates, left
 
 
@@ -260,14 +238,12 @@ class PlainUpdates:
 
     Attributes:
         found: The layers, with the kernels of their measures and their updates.
-        watched: The updates whose stats are asked for, by layer.
-        moved: The updates that move the neurons, with their learning rates.
+        buffered: Those whose stats are asked for, or which move the neurons; None if there are none.
     """
 
     def __init__(self) -> None:
         self.found: list[tuple[Layer, PairTerm, GradientUpdate]] = []
-        self.watched: dict[str, WatchedUpdate] = {}
-        self.moved: list[tuple[WatchedUpdate, Rate]] = []
+        self.buffered: BufferedUpdates | None = None
 
     def add(self) -> None:
         """Add the gradients, all at once."""
@@ -276,82 +252,6 @@ class PlainUpdates:
             by_term.setdefault(term, []).append(update)
         for term, updates in by_term.items():
             add_pair_gradients(updates, term)
-
-    def settle(self) -> dict[str, GradientStats]:
-        """After the gradients are added, return stats by layer if they are asked for."""
-        stats = {name: update.stats() for name, update in self.watched.items()}
-        if not self.moved:
-            for update in self.watched.values():
-                update.settle()
-        return stats
-
-    def move(self) -> None:
-        """Move the neurons along the sphere, those of equal shape and learning rate together."""
-        alike: dict[object, list[tuple[WatchedUpdate, Rate]]] = {}
-        for watched, rate in self.moved:
-            rate_of = id(rate) if isinstance(rate, Tensor) else rate
-            alike.setdefault((watched.kind, rate_of), []).append((watched, rate))
-        for members in alike.values():
-            count = max(1, SMALL // max(1, members[0][0].buffer.numel()))
-            for some in chunks(members, count):
-                rate = some[0][1]
-                x = stack_neurons([watched.update for watched, _ in some])
-                grad = torch.cat([watched.update.out for watched, _ in some])
-                change = along_the_sphere(x, grad, rate)
-                parts = change.view(len(some), *some[0][0].buffer.shape).unbind()
-                entries = [watched.update.entries.detach() for watched, _ in some]
-                torch._foreach_add_(entries, list(parts))
-
-
-class WatchedUpdate:
-    """An update that goes through a buffer, which keeps it apart from the task's gradient.
-
-    The buffer gets what ``.grad`` would get, by the same arithmetic: a step changes the weights
-    bitwise the same with stats and without.
-
-    Args:
-        update: The update; what it adds goes into the buffer from now on.
-    """
-
-    def __init__(self, update: GradientUpdate) -> None:
-        self.update = update
-        self._grad = update.out_entries
-        w = update.entries
-        self.buffer = torch.zeros(w.shape, dtype=working_dtype(w.dtype), device=w.device)
-        update.out_entries = self.buffer
-
-    @property
-    def kind(self) -> object:
-        """Equal for updates that can be stacked."""
-        w = self.update.entries
-        return self.update.shape, w.shape, w.dtype, w.device
-
-    def settle(self) -> None:
-        """Add the buffer to ``.grad``."""
-        self._grad.add_(self.buffer)
-
-    def stats(self) -> GradientStats:
-        """Describe what the buffer holds."""
-        update = self.update
-        added = self.buffer
-        task = torch.linalg.vector_norm(self._grad, dtype=added.dtype)
-        total = torch.linalg.vector_norm(added)
-        share = total / task
-        strong = torch.count_nonzero(strong_neurons(update.out, total, share))
-        return GradientStats(share, self._limited(update.out), strong, task / update.grad_scale)
-
-    def _limited(self, added: Tensor) -> Tensor:
-        """How many rows have the largest length that the step limit, or the dtype, allows."""
-        update = self.update
-        norm = torch.linalg.vector_norm(update.w, dim=-1, dtype=added.dtype)
-        room = torch.full_like(norm, torch.finfo(update.w.dtype).max / 2)
-        if update.limit is not None:
-            room = room.minimum(norm * update.limit)
-        room = room * update.grad_scale
-        length = torch.linalg.vector_norm(added, dim=-1)
-        rounding = 16 * torch.finfo(added.dtype).eps
-        limited = (norm > 0) & (length >= room * (1.0 - rounding))
-        return torch.count_nonzero(limited)
 
 
 @dataclass(frozen=True)

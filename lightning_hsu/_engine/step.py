@@ -11,10 +11,11 @@ from torch import Tensor
 from lightning_hsu._core import exact_arithmetic, working_dtype
 from lightning_hsu._core.foreach import SMALL, shortening
 from lightning_hsu._engine.apply import LayerUpdate, penalty_gradients
+from lightning_hsu._engine.buffered import GradientStats
 from lightning_hsu._engine.delta import KnownGradient, refresh, use_of
 from lightning_hsu._engine.layer import Layer, to_compute_dtype
 from lightning_hsu._engine.misuse import in_transform
-from lightning_hsu._engine.plan import GradientStats, StepContext, limit_of_gradient
+from lightning_hsu._engine.plan import StepContext, limit_of_gradient
 from lightning_hsu._engine.rates import Rate, UnknownRateError, is_unknown, largest, sign_in_loss
 from lightning_hsu._engine.state import TrainingState
 from lightning_hsu._neurons.placement import Gathered, Placement

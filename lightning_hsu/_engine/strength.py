@@ -11,15 +11,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 from weakref import ref
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_hsu._checks import listed
+from lightning_hsu._engine.buffered import STRONG, GradientStats, LateStats
 from lightning_hsu._engine.layer import Layer
-from lightning_hsu._engine.plan import STRONG, GradientStats
 from lightning_hsu._neurons.placement import Placement
 
 STRONG_IN_A_ROW = 10
@@ -168,6 +168,28 @@ class Looks:
                 run.steps = 0
 
 
+class _Look(NamedTuple):
+    """A step that is looked at.
+
+    Args:
+        optimizer: The id of its optimizer.
+        watch: The watch of this optimizer.
+        step: Steps that it has done before.
+        numbers: What the step did; None if no layer counts.
+        layers: The layers that count.
+        coefficients: Their coefficients.
+        compares: Whether shares count.
+    """
+
+    optimizer: int
+    watch: Looks
+    step: int
+    numbers: LateStats | None
+    layers: list[Layer]
+    coefficients: dict[str, float]
+    compares: bool
+
+
 class StrengthWatch:
     """Watches how strong the penalty is, for each optimizer by itself.
 
@@ -176,11 +198,13 @@ class StrengthWatch:
 
     Attributes:
         quiet: Ids of optimizers whose next step is looked at only if its stats are asked for.
+        look: A look whose numbers are still to be read; on a GPU that is done at the next step.
     """
 
     def __init__(self, placement: Placement) -> None:
         self.quiet: set[int] = set()
         self._placement = placement
+        self.look: _Look | None = None
         self._watches: dict[int, tuple[ref[Optimizer], Looks]] = {}
 
     def see(
@@ -204,17 +228,38 @@ class StrengthWatch:
             compares: Whether shares count.
         """
         watch = self._watch_of(optimizer)
+        chosen = [layer for layer in layers if layer.name in stats and not layer.has_share]
         if not stats or not watch.is_due(step):
             return None
-        seen = _read(stats, layers, coefficients)
-        message = watch.see(step, seen, compares=compares)
-        if any(layer.sharded for layer in layers):
+        numbers = LateStats({layer.name: stats[layer.name] for layer in chosen}) if chosen else None
+        known = {layer.name: _number(layer, coefficients) for layer in chosen}
+        self.look = _Look(id(optimizer), watch, step, numbers, chosen, known, compares)
+        if numbers is None or numbers.is_there:
+            return self.settle()
+        return None
+
+    def settle(self) -> str | None:
+        """Read the numbers of the last look; return what to warn of, once."""
+        look = self.look
+        self.look = None
+        if look is None:
+            return None
+        numbers = {} if look.numbers is None else look.numbers.read()
+        seen = []
+        for layer in look.layers:
+            groups, n, _ = layer.target.shape
+            one = numbers[layer.name]
+            counts = groups * n, one.limited, one.strong
+            coefficient = look.coefficients[layer.name]
+            seen.append(Seen(layer.name, coefficient, *counts, one.share, one.task))
+        message = look.watch.see(look.step, seen, compares=look.compares)
+        if any(layer.sharded for layer in look.layers):
             # Stats are collective calls then, and two ranks may differ by a rounding.
-            watch.looks = bool(self._placement.agree(["looks"] if watch.looks else []))
-        if watch.looks:
-            self.quiet.discard(id(optimizer))
+            look.watch.looks = bool(self._placement.agree(["looks"] if look.watch.looks else []))
+        if look.watch.looks:
+            self.quiet.discard(look.optimizer)
         else:
-            self.quiet.add(id(optimizer))
+            self.quiet.add(look.optimizer)
         return message
 
     def _watch_of(self, optimizer: Optimizer) -> Looks:
@@ -227,31 +272,10 @@ class StrengthWatch:
         return watch
 
 
-def _read(
-    stats: Mapping[str, GradientStats],
-    layers: Sequence[Layer],
-    coefficients: Mapping[str, Tensor | float],
-) -> list[Seen]:
-    """Read the stats of the layers without a share, which no step can make absurd; this waits."""
-    chosen = [layer for layer in layers if layer.name in stats and not layer.has_share]
-    if not chosen:
-        return []
-    device = stats[chosen[0].name].share.device
-    numbers = []
-    for layer in chosen:
-        one = stats[layer.name]
-        for value in (one.limited, one.strong, one.share, one.task):
-            numbers.append(value.detach().to(device, torch.float32))
-    values = iter(torch.stack(numbers).tolist())  # one synchronisation for all
-    seen = []
-    for layer in chosen:
-        groups, n, _ = layer.target.shape
-        strength = layer.strength
-        coefficient = strength if isinstance(strength, float) else coefficients[layer.name]
-        limited, strong, share, task = (next(values) for _ in range(4))
-        counts = groups * n, int(limited), int(strong)
-        seen.append(Seen(layer.name, float(coefficient), *counts, share, task))
-    return seen
+def _number(layer: Layer, coefficients: Mapping[str, Tensor | float]) -> float:
+    """The coefficient of a layer without a share."""
+    strength = layer.strength
+    return float(strength if isinstance(strength, float) else coefficients[layer.name])
 
 
 def _limited_warning(layers: Sequence[Seen]) -> str:

@@ -1,0 +1,234 @@
+"""Updates of plain layers that go through buffers: for statistics, and to move the neurons."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_hsu._core import working_dtype
+from lightning_hsu._core.foreach import SMALL
+from lightning_hsu._core.updates import GradientUpdate, along_the_sphere, chunks, stack_neurons
+from lightning_hsu._engine.late import LateNumbers
+from lightning_hsu._engine.rates import Rate
+
+STRONG = 10.0
+"""How many times the task's gradient the penalty's is where it is too strong."""
+
+
+@dataclass(frozen=True)
+class GradientStats:
+    """What one update did to one layer: tensors, without host-device synchronisation.
+
+    Args:
+        share: Norm of the added gradient over the norm of the task's; not finite if the task's is 0
+            or not finite.
+        limited: Number of neurons whose penalty gradient the step limit shortened.
+        strong: Number of neurons whose penalty gradient is more than ``STRONG`` times as long as
+            the task's gradient of a neuron, in the root mean square over the layer.
+        task: Norm of the task's gradient, without a GradScaler's factor.
+    """
+
+    share: Tensor
+    limited: Tensor
+    strong: Tensor
+    task: Tensor
+
+
+class LateStats:
+    """Stats on their way to the host.
+
+    Args:
+        stats: By layer.
+    """
+
+    def __init__(self, stats: Mapping[str, GradientStats]) -> None:
+        self._names = list(stats)
+        device = stats[self._names[0]].share.device
+        self.is_there = device.type == "cpu"
+        numbers = []
+        for one in stats.values():
+            for value in (one.share, one.limited, one.strong, one.task):
+                numbers.append(value.detach().to(device, torch.float32))
+        self._numbers = LateNumbers(torch.stack(numbers))
+
+    def read(self) -> dict[str, StatsNumbers]:
+        """The numbers by layer."""
+        values = iter(self._numbers.read())
+        found = {}
+        for name in self._names:
+            share, limited, strong, task = (next(values) for _ in range(4))
+            found[name] = StatsNumbers(share, int(limited), int(strong), task)
+        return found
+
+
+class StatsNumbers(NamedTuple):
+    """What :class:`GradientStats` holds, in plain numbers."""
+
+    share: float
+    limited: int
+    strong: int
+    task: float
+
+
+@dataclass(eq=False)
+class _Member:
+    """One update that goes through a buffer.
+
+    Args:
+        name: The layer.
+        update: Its update.
+        grad: What the update would add to without a buffer.
+        rate: The learning rate with which its neurons will move.
+    """
+
+    name: str
+    update: GradientUpdate
+    grad: Tensor
+    rate: Rate
+
+
+@dataclass(eq=False)
+class _Stack:
+    """Members of one shape, and their buffers as one tensor (k, *shape of the entries)."""
+
+    members: list[_Member] = field(default_factory=list)
+    buffer: Tensor = field(default_factory=lambda: torch.empty(0))
+
+
+class BufferedUpdates:
+    """Updates whose gradients stay apart from the task's.
+
+    A buffer gets what ``.grad`` would get, by the same arithmetic: a step changes the weights
+    bitwise the same with statistics and without. Layers of one shape are looked at together.
+    """
+
+    def __init__(self) -> None:
+        self._stacks: dict[object, _Stack] = {}
+
+    def take(self, name: str, update: GradientUpdate, rate: Rate) -> None:
+        """Let an update of a layer go through a buffer, once :meth:`begin` is called."""
+        w = update.entries
+        kind = (update.shape, w.shape, w.dtype, w.device)
+        member = _Member(name, update, update.out_entries, rate)
+        self._stacks.setdefault(kind, _Stack()).members.append(member)
+
+    def begin(self) -> None:
+        """Make the buffers; what the updates add goes into them from now on."""
+        for stack in self._stacks.values():
+            w = stack.members[0].update.entries
+            size = (len(stack.members), *w.shape)
+            stack.buffer = torch.zeros(size, dtype=working_dtype(w.dtype), device=w.device)
+            for member, part in zip(stack.members, stack.buffer.unbind(), strict=True):
+                member.update.out_entries = part
+
+    def add(self) -> None:
+        """Add the buffers to the task's gradients."""
+        for stack in self._stacks.values():
+            grads = [member.grad for member in stack.members]
+            torch._foreach_add_(grads, list(stack.buffer.unbind()))
+
+    def move(self) -> None:
+        """Move the neurons against the buffers along the sphere, keeping their norms."""
+        for stack in self._stacks.values():
+            alike: dict[object, list[_Member]] = {}
+            for member in stack.members:
+                rate = id(member.rate) if isinstance(member.rate, Tensor) else member.rate
+                alike.setdefault(rate, []).append(member)
+            count = max(1, SMALL // max(1, stack.buffer[0].numel()))
+            for members in alike.values():
+                for some in chunks(members, count):
+                    _move(some)
+
+    def stats(self) -> dict[str, GradientStats]:
+        """Describe what the buffers hold, by layer."""
+        by_device: dict[torch.device, list[_Stack]] = {}
+        for stack in self._stacks.values():
+            by_device.setdefault(stack.buffer.device, []).append(stack)
+        found: dict[str, GradientStats] = {}
+        for stacks in by_device.values():
+            found |= _stats(stacks)
+        return found
+
+
+def _move(members: Sequence[_Member]) -> None:
+    """Move layers of one shape and learning rate."""
+    x = stack_neurons([member.update for member in members])
+    grad = torch.cat([member.update.out for member in members])
+    change = along_the_sphere(x, grad, members[0].rate)
+    entries = [member.update.entries.detach() for member in members]
+    parts = change.view(len(members), *entries[0].shape).unbind()
+    torch._foreach_add_(entries, list(parts))
+
+
+def _stats(stacks: Sequence[_Stack]) -> dict[str, GradientStats]:
+    """Describe the buffers of one device in few calls, whose number does not grow with the layers."""
+    members = [member for stack in stacks for member in stack.members]
+    lengths = []  # of the rows, layer by layer
+    norms = []  # of their neurons
+    tasks = []
+    for stack in stacks:
+        w = stack_neurons([member.update for member in stack.members])
+        rows = (len(stack.members), -1)
+        added = stack.buffer.view(w.shape)
+        lengths += torch.linalg.vector_norm(added, dim=-1).view(rows).unbind()
+        norms += torch.linalg.vector_norm(w, dim=-1).view(rows).unbind()
+        grads = [member.grad for member in stack.members]
+        tasks += _norms(grads, stack.buffer.dtype)
+    totals = torch._foreach_norm(lengths)
+    sizes = [len(length) for length in lengths]
+    thresholds = torch._foreach_mul(tasks, [STRONG / math.sqrt(size) for size in sizes])
+    limited = _count(_limited(members, lengths, norms), sizes)
+    above = [
+        threshold.expand(len(length)) for threshold, length in zip(thresholds, lengths, strict=True)
+    ]
+    strong = _count(torch.cat(lengths) > torch.cat(above), sizes)
+    task = torch.stack(tasks)
+    share = (torch.stack(totals) / task).unbind()
+    unscaled = torch._foreach_mul(tasks, [1.0 / member.update.grad_scale for member in members])
+    found = {}
+    for place, member in enumerate(members):
+        numbers = share[place], limited[place], strong[place], unscaled[place]
+        found[member.name] = GradientStats(*numbers)
+    return found
+
+
+def _limited(
+    members: Sequence[_Member], lengths: Sequence[Tensor], norms: Sequence[Tensor]
+) -> Tensor:
+    """Which rows have the largest length that the step limit, or the dtype, allows; all in one."""
+    rounding = 1.0 - 16 * torch.finfo(lengths[0].dtype).eps
+    factors = []
+    bounds = []
+    rooms = list(norms)
+    for place, member in enumerate(members):
+        update = member.update
+        scale = update.grad_scale * rounding
+        largest = torch.finfo(update.entries.dtype).max / 2
+        bounds.append(min(largest * scale, torch.finfo(lengths[place].dtype).max))
+        if update.limit is None:
+            factors.append(math.inf)  # of a zero row it makes NaN, which is not counted
+        elif isinstance(update.limit, Tensor):
+            rooms[place] = rooms[place] * update.limit
+            factors.append(scale)
+        else:
+            factors.append(update.limit * scale)
+    allowed = torch._foreach_clamp_max(torch._foreach_mul(rooms, factors), bounds)
+    return (torch.cat(list(norms)) > 0) & (torch.cat(list(lengths)) >= torch.cat(list(allowed)))
+
+
+def _count(mask: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ...]:
+    """How often a mask is true in each of its parts of these sizes."""
+    parts = torch.split(mask.float(), list(sizes))
+    return torch.stack(torch._foreach_norm(list(parts), 1)).long().unbind()
+
+
+def _norms(grads: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Norms of gradients, accumulated in a wider dtype."""
+    if grads[0].dtype != dtype:
+        grads = [grad.to(dtype) for grad in grads]
+    return list(torch._foreach_norm(list(grads)))
