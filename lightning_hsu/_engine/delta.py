@@ -389,17 +389,14 @@ def use_of(layer: Layer, x: Tensor, token: object = None) -> Use:
 
 
 def sample_of(x: Tensor) -> Tensor:
-    """Up to 1024 entries of x (groups, n, d), spread over its rows and columns."""
+    """Up to about 1024 entries of x (groups, n, d), spread over all its rows and columns."""
     entries = x.numel()
-    size = min(_SAMPLE, entries)
-    if size == 0:
-        return x.reshape(-1)
-    step = entries // size
-    while step > 1 and math.gcd(step, x.shape[-1]) > 1:
-        step -= 1  # else all of them could be of one column
+    step = max(1, math.ceil(entries / _SAMPLE))
+    while math.gcd(step, x.shape[-1]) > 1:
+        step += 1  # else all of them could be of one column
     if not x.is_contiguous():
-        return x.reshape(-1)[::step][:size]
-    return x.as_strided((size,), (step,), x.storage_offset())
+        return x.reshape(-1)[::step]
+    return x.as_strided((math.ceil(entries / step),), (step,), x.storage_offset())
 
 
 def refresh(use: Use, delta: Delta) -> None:
