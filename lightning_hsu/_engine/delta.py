@@ -239,7 +239,8 @@ class Deltas:
         if same_step:
             return use.moved != 0
         reuse = self.reuse[use.layer.name]
-        if delta.age >= reuse.interval:
+        # At age 0 it is of weights within the last step, as of a closure's second evaluation.
+        if delta.age == 0 or delta.age >= reuse.interval:
             return True
         assert self.tolerance is not None
         return reuse.is_off(use.moved, self.tolerance)
