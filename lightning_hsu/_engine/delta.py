@@ -40,12 +40,14 @@ class Use:
         is_due: Whether its gradient is computed at this step.
         token: Equal as long as its weights are the same, as far as torch knows; None if that is not
             known.
+        needs_value: Whether it needs the penalty beside its gradient.
     """
 
     layer: Layer
     x: Tensor
     sample: Tensor
     token: object = None
+    needs_value: bool = False
     moved: float = math.inf
     is_due: bool = True
 
@@ -85,6 +87,8 @@ class Delta:
         """Whether it is a gradient of this layer, as far as the outside tells."""
         x = use.x
         if self.grad.shape != x.shape or self.grad.device != x.device:
+            return False
+        if use.needs_value and self.value is None:
             return False
         return self.measure == use.layer.measure and self.sample.dtype == use.sample.dtype
 

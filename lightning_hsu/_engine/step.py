@@ -230,6 +230,7 @@ def _weighted_penalty(
 def _kept_penalty(layer: Layer, x: Tensor, state: TrainingState, context: StepContext) -> Tensor:
     """The penalty of neurons x (groups, n, d), meaned over groups, as it was when last computed."""
     use = use_of(layer, x.detach())
+    use.needs_value = True
     same_step = context.same_step
     state.deltas.find_due([use], same_step=same_step)
     if use.is_due or state.deltas.of(use).value is None:
