@@ -282,14 +282,13 @@ class Deltas:
         """Note how far the neurons have moved since their gradients were computed."""
         unseen = []
         for use in uses:
-            known = self._moves.get(use.layer.name)
+            known = self._moves.pop(use.layer.name, None)
             if known is not None and known.token is not None and known.token == use.token:
                 delta = self._deltas.get(use.layer.name)
                 if delta is not None and delta.fits(use):
                     use.moved = delta.relative(known.numbers.read()[known.place])
                     continue
             unseen.append(use)
-        self._moves = {}
         for members in self._alike(unseen):
             changes = self._changes(members).tolist()
             for use, change in zip(members, changes, strict=True):
