@@ -156,7 +156,7 @@ class Deltas:
             learns: Whether a step has passed since the gradients that are replaced.
         """
         random = set(draws)
-        by_device: dict[torch.device, list[_Fresh]] = {}
+        by_device: dict[torch.device, tuple[list[Tensor], list[_Fresh]]] = {}
         for use, grad in zip(uses, grads, strict=True):
             name = use.layer.name
             before = self._deltas.get(name)
@@ -164,16 +164,16 @@ class Deltas:
             if kept.untyped_storage().nbytes() > kept.nbytes:
                 kept = kept.clone()  # a part of a stack would keep all of it in memory
             delta = Delta(use.layer.measure, kept, use.sample.clone())
-            fresh = _Fresh(use, grad, delta, before, self.reuse.setdefault(name, Reuse()))
+            self._deltas[name] = delta
+            fresh = _Fresh(name, delta, self.reuse.setdefault(name, Reuse()), use.moved)
             fresh.is_random = name in random
             if learns and before is not None:
                 fresh.age = before.age
-            by_device.setdefault(grad.device, []).append(fresh)
-            self._deltas[name] = delta
-        for members in by_device.values():
-            self._unread.append((LateNumbers(_numbers(members)), members))
-            for fresh in members:
-                fresh.release()
+            numbers, members = by_device.setdefault(grad.device, ([], []))
+            numbers += _numbers(use, grad, delta, before if fresh.age > 0 else None)
+            members.append(fresh)
+        for numbers, members in by_device.values():
+            self._unread.append((LateNumbers(torch.stack(numbers)), members))
 
     def of(self, use: Use) -> Delta:
         """The kept gradient of a layer."""
@@ -274,8 +274,7 @@ class Deltas:
                 fresh.delta.size = size
                 if fresh.age > 0 and self.tolerance is not None:
                     known = None if fresh.is_random else error
-                    moved = fresh.use.moved
-                    fresh.reuse.learn(fresh.use.layer.name, fresh.age, moved, known, self.tolerance)
+                    fresh.reuse.learn(fresh.name, fresh.age, fresh.moved, known, self.tolerance)
         self._unread = []
 
     def _see_moves(self, uses: Sequence[Use]) -> None:
@@ -335,30 +334,23 @@ class _Move(NamedTuple):
 
 @dataclass(eq=False)
 class _Fresh:
-    """A gradient that was just computed.
+    """A gradient that was just computed, whose numbers are not read yet.
 
     Args:
-        use: The layer.
-        grad: The gradient.
-        delta: What is kept of it.
-        before: The gradient that it replaces, if any.
+        name: The layer's.
+        delta: The gradient.
         reuse: What is known of how this layer's gradients age.
+        moved: How far the neurons have moved since the gradient that it replaces.
         age: Steps since that one was computed; 0 if nothing can be learnt from it.
         is_random: Whether it comes from a random draw.
     """
 
-    use: Use
-    grad: Tensor
+    name: str
     delta: Delta
-    before: Delta | None
     reuse: Reuse
+    moved: float
     age: int = 0
     is_random: bool = False
-
-    def release(self) -> None:
-        """Release the tensors that are no longer needed."""
-        self.before = None
-        self.grad = self.delta.grad
 
 
 @dataclass
@@ -445,27 +437,22 @@ class KnownGradient(torch.autograd.Function):
         return grad * by_number, None, None
 
 
-def _numbers(members: Sequence[_Fresh]) -> Tensor:
-    """Four numbers (4 * k,) of each fresh gradient.
+def _numbers(use: Use, grad: Tensor, delta: Delta, before: Delta | None) -> list[Tensor]:
+    """Four numbers of a fresh gradient.
 
     They are the error of what it replaces, the lengths of its steepest and of its longest row, and
     the norm of the sample.
     """
-    found = []
-    for fresh in members:
-        use, grad = fresh.use, fresh.grad
-        error = torch.full((), math.nan, device=grad.device)
-        if fresh.before is not None and fresh.age > 0:
-            error = _error(fresh.before.grad.to(grad.dtype), grad)
-            if use.layer.rows is not None:
-                placement = use.layer.target.placement
-                error = placement.largest(error, use.layer.parameters[0])
-        length = torch.linalg.vector_norm(grad, dim=-1)
-        norm = torch.linalg.vector_norm(use.x, dim=-1, dtype=grad.dtype)
-        steepest = (length / norm.clamp_min(torch.finfo(grad.dtype).tiny)).amax()
-        size = torch.linalg.vector_norm(fresh.delta.sample, dtype=grad.dtype)
-        found += [error, steepest, length.amax(), size]
-    return torch.stack([number.to(torch.float32) for number in found])
+    error = torch.full((), math.nan, device=grad.device)
+    if before is not None:
+        error = _error(before.grad.to(grad.dtype), grad)
+        if use.layer.rows is not None:
+            error = use.layer.target.placement.largest(error, use.layer.parameters[0])
+    length = torch.linalg.vector_norm(grad, dim=-1)
+    norm = torch.linalg.vector_norm(use.x, dim=-1, dtype=grad.dtype)
+    steepest = (length / norm.clamp_min(torch.finfo(grad.dtype).tiny)).amax()
+    size = torch.linalg.vector_norm(delta.sample, dtype=grad.dtype)
+    return [number.to(torch.float32) for number in (error, steepest, length.amax(), size)]
 
 
 def _error(old: Tensor, fresh: Tensor) -> Tensor:
