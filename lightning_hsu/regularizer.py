@@ -922,7 +922,7 @@ class UniformityRegularizer:
         """Add the gradients of the plain layers."""
         ahead = self._check_attached().ahead
         if self.tolerance is not None:
-            add_plain(self.state.deltas, updates.found, ahead, same_step=context.same_step)
+            add_plain(self.state.deltas, updates, ahead, same_step=context.same_step)
             return
         if ahead.begun:
             updates.found = ahead.add(updates.found)

@@ -109,6 +109,7 @@ class BufferedUpdates:
 
     def __init__(self) -> None:
         self._stacks: dict[object, _Stack] = {}
+        self._kept: dict[str, tuple[Tensor, float]] = {}
 
     def take(self, name: str, update: GradientUpdate, rate: Rate) -> None:
         """Let an update of a layer go through a buffer, once :meth:`begin` is called."""
@@ -126,11 +127,26 @@ class BufferedUpdates:
             for member, part in zip(stack.members, stack.buffer.unbind(), strict=True):
                 member.update.out_entries = part
 
+    def note_kept(self, name: str, grad: Tensor, scale: float) -> None:
+        """Note that a layer's buffer is a scale times a kept gradient (groups, n, d).
+
+        It is added as on any step, in one rounding.
+        """
+        self._kept[name] = grad, scale
+
     def add(self) -> None:
         """Add the buffers to the task's gradients."""
         for stack in self._stacks.values():
-            grads = [member.grad for member in stack.members]
-            torch._foreach_add_(grads, list(stack.buffer.unbind()))
+            outs, parts = [], []
+            for member, part in zip(stack.members, stack.buffer.unbind(), strict=True):
+                if member.name not in self._kept:
+                    outs.append(member.grad)
+                    parts.append(part)
+                    continue
+                grad, scale = self._kept[member.name]
+                torch._foreach_add_([member.grad.view(grad.shape)], [grad], alpha=scale)
+            if outs:
+                torch._foreach_add_(outs, parts)
 
     def move(self) -> None:
         """Move the neurons against the buffers along the sphere, keeping their norms."""

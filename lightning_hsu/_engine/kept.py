@@ -12,7 +12,9 @@ from lightning_hsu._core.foreach import shortening
 from lightning_hsu._core.raw import raw_gradients
 from lightning_hsu._core.updates import GradientUpdate
 from lightning_hsu._engine.ahead import Ahead, Found, token_of
+from lightning_hsu._engine.buffered import BufferedUpdates
 from lightning_hsu._engine.delta import Delta, Deltas, Use, refresh, use_of
+from lightning_hsu._engine.plan import PlainUpdates
 
 _FAR = 0.1
 """Below this part of the step limit no row can reach it within the tolerance, and none is looked at."""
@@ -32,7 +34,7 @@ def _is_far(delta: Delta, update: GradientUpdate) -> bool:
 
 def add_plain(
     deltas: Deltas,
-    found: Sequence[Found],
+    plain: PlainUpdates,
     ahead: Ahead,
     *,
     same_step: bool,
@@ -41,10 +43,11 @@ def add_plain(
 
     Args:
         deltas: The kept gradients.
-        found: The layers, with the kernels of their measures and their updates.
+        plain: The layers.
         ahead: Gradients that were computed after the last step.
         same_step: Whether this is another evaluation within a step.
     """
+    found = plain.found
     uses = [use_of(layer, update.w, token_of(layer)) for layer, _, update in found]
     deltas.find_due(uses, same_step=same_step)
     known = ahead.take(found)
@@ -58,7 +61,7 @@ def add_plain(
         for raw in raw_gradients([update for _, update in members], term):
             chosen = [members[place][0] for place in raw.places]
             deltas.keep(chosen, raw.parts(), learns=not same_step)
-    _add_kept(deltas, uses, [update for _, _, update in found])
+    _add_kept(deltas, uses, [update for _, _, update in found], plain.buffered)
     if not same_step:
         deltas.grow_older(uses)
 
@@ -89,7 +92,12 @@ def look_ahead(deltas: Deltas, found: Sequence[Found], ahead: Ahead) -> None:
     deltas.look_for_moves(others)
 
 
-def _add_kept(deltas: Deltas, uses: Sequence[Use], updates: Sequence[GradientUpdate]) -> None:
+def _add_kept(
+    deltas: Deltas,
+    uses: Sequence[Use],
+    updates: Sequence[GradientUpdate],
+    buffered: BufferedUpdates | None,
+) -> None:
     """Add kept gradients to their layers: most of them in one call."""
     together: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
     for use, update in zip(uses, updates, strict=True):
@@ -100,6 +108,8 @@ def _add_kept(deltas: Deltas, uses: Sequence[Use], updates: Sequence[GradientUpd
             outs, grads = together.setdefault(scale, ([], []))
             outs.append(update.out)
             grads.append(delta.grad)
+            if buffered is not None:
+                buffered.note_kept(use.layer.name, delta.grad, scale)
             continue
         w = use.x.to(working_dtype(use.x.dtype))
         grad = delta.grad.to(w.dtype)
