@@ -79,7 +79,9 @@ def stored_reuse(stored: object) -> Reuse | None:
     if not isinstance(stored, Mapping):
         return None
     interval = stored.get("interval")
-    if not isinstance(interval, int) or not 1 <= interval <= _LONGEST:
+    if not isinstance(interval, int) or isinstance(interval, bool):
+        return None
+    if not 1 <= interval <= _LONGEST:
         return None
     numbers = [stored.get("gain"), stored.get("error", 0.0)]
     if not all(map(plain_number, numbers)):
