@@ -66,6 +66,7 @@ class Delta:
         longest: The largest length of its rows; inf if not known.
         size: The norm of the sample.
         age: Steps that have used it.
+        moved: Relative change of the sample when it was last used.
     """
 
     measure: Measure
@@ -76,6 +77,7 @@ class Delta:
     longest: float = math.inf
     size: float = math.nan
     age: int = 0
+    moved: float = 0.0
 
     def relative(self, change: float) -> float:
         """A change of the sample, as a part of its norm."""
@@ -137,6 +139,8 @@ class Deltas:
             self._work.add(use)
             if use.is_due:
                 self.computed.add(use.layer.name)
+            elif delta is not None:
+                delta.moved = use.moved
 
     def keep(
         self,
@@ -241,7 +245,7 @@ class Deltas:
     def _is_due(self, use: Use, delta: Delta, same_step: bool) -> bool:
         """Whether a kept gradient is too old, or its neurons have moved too far."""
         if same_step:
-            return use.moved != 0
+            return use.moved != delta.moved
         reuse = self.reuse[use.layer.name]
         # At age 0 it is of weights within the last step, as of a closure's second evaluation.
         if delta.age == 0 or delta.age >= reuse.interval:
@@ -395,10 +399,13 @@ def sample_of(x: Tensor) -> Tensor:
     return x.as_strided((math.ceil(entries / step),), (step,), x.storage_offset())
 
 
-def refresh(use: Use, delta: Delta) -> None:
-    """Project an older gradient on the tangent of the neurons, at ages that are powers of two."""
+def refresh(use: Use, delta: Delta, *, same_step: bool) -> None:
+    """Project an older gradient on the tangent of the neurons, at ages that are powers of two.
+
+    Within the ``same_step`` it stays as it is.
+    """
     age = delta.age
-    if use.is_due or age == 0 or age & (age - 1):
+    if same_step or use.is_due or age == 0 or age & (age - 1):
         return
     dtype = working_dtype(use.x.dtype)
     delta.grad.copy_(along_tangent(delta.grad.to(dtype), use.x.to(dtype)))

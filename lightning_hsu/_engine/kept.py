@@ -61,6 +61,8 @@ def add_plain(
         for raw in raw_gradients([update for _, update in members], term):
             chosen = [members[place][0] for place in raw.places]
             deltas.keep(chosen, raw.parts(), learns=not same_step)
+    for use in uses:
+        refresh(use, deltas.of(use), same_step=same_step)
     _add_kept(deltas, uses, [update for _, _, update in found], plain.buffered)
     if not same_step:
         deltas.grow_older(uses)
@@ -102,7 +104,6 @@ def _add_kept(
     together: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
     for use, update in zip(uses, updates, strict=True):
         delta = deltas.of(use)
-        refresh(use, delta)
         scale = update.scale * update.grad_scale
         if _is_far(delta, update):
             outs, grads = together.setdefault(scale, ([], []))

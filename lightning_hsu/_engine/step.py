@@ -133,7 +133,7 @@ def _kept_gradients(
     grads = []
     for use in uses:
         delta = state.deltas.of(use)
-        refresh(use, delta)
+        refresh(use, delta, same_step=same_step)
         grads.append(delta.grad.to(working_dtype(use.x.dtype), copy=True))
     if not same_step:
         state.deltas.grow_older(uses)
@@ -241,7 +241,7 @@ def _kept_penalty(layer: Layer, x: Tensor, state: TrainingState, context: StepCo
         state.deltas.keep([use], [grad], draws=draws, learns=not same_step)
         state.deltas.of(use).value = value.mean()
     delta = state.deltas.of(use)
-    refresh(use, delta)
+    refresh(use, delta, same_step=same_step)
     if not same_step:
         state.deltas.grow_older([use])
     grad = delta.grad.to(x.dtype) / x.shape[0]
