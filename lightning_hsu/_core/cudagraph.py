@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from lightning_hsu._core.backend import VARIABLE, Backend
 from lightning_hsu._core.kernel import PairTerm
@@ -19,10 +21,24 @@ from lightning_hsu._core.without_sync import (
     stacks_of,
 )
 
-_KEPT = 4
-"""CUDA graphs kept with their results, such as for the measures and optimizers of a model."""
+_KEPT = 32
+"""CUDA graphs kept with their results: one for each measure and optimizer of each model."""
 
 Stacks = Sequence[Sequence[GradientUpdate]]
+
+
+@dataclass(frozen=True)
+class _Captured:
+    """A graph, the tensors that it writes its results to, and the memory that it reads."""
+
+    graph: torch.cuda.CUDAGraph
+    found: list[StackGradient]
+    weights: list[StorageWeakRef]
+
+    @property
+    def is_dead(self) -> bool:
+        """Whether some of its weights are gone: then no step can need it again."""
+        return any(one.expired() for one in self.weights)  # type: ignore[no-untyped-call]
 
 
 class CudaGraphBackend(Backend):
@@ -31,7 +47,7 @@ class CudaGraphBackend(Backend):
     name: ClassVar[str] = "cudagraph"
 
     def __init__(self) -> None:
-        self._graphs: dict[object, tuple[torch.cuda.CUDAGraph, list[StackGradient]]] = {}
+        self._graphs: dict[object, _Captured] = {}  # the least recently used comes first
 
     def check_machine(self) -> None:
         """Require a CUDA device."""
@@ -64,17 +80,23 @@ class CudaGraphBackend(Backend):
                 w = update.w
                 weights.append((w.data_ptr(), w.shape, w.stride(), w.dtype))
         key = (term, tuple(weights))
-        if key not in self._graphs:
-            while len(self._graphs) >= _KEPT:
-                del self._graphs[next(iter(self._graphs))]
-            self._graphs[key] = _captured(stacks, term)
-        graph, found = self._graphs[key]
-        graph.replay()
-        return found
+        captured = self._graphs.pop(key, None)
+        if captured is None or captured.is_dead:
+            self._make_room()
+            captured = _captured(stacks, term)
+        self._graphs[key] = captured
+        captured.graph.replay()
+        return captured.found
+
+    def _make_room(self) -> None:
+        """Drop the graphs of weights that are gone, and the least recently used above the limit."""
+        self._graphs = {key: one for key, one in self._graphs.items() if not one.is_dead}
+        while len(self._graphs) >= _KEPT:
+            del self._graphs[next(iter(self._graphs))]
 
 
-def _captured(stacks: Stacks, term: PairTerm) -> tuple[torch.cuda.CUDAGraph, list[StackGradient]]:
-    """A graph that computes the gradients of all stacks, and the tensors that it writes them to."""
+def _captured(stacks: Stacks, term: PairTerm) -> _Captured:
+    """Capture a graph that computes the gradients of all stacks."""
     first = stacks[0][0].w
     graph = torch.cuda.CUDAGraph()
     with exact_arithmetic(first), torch.cuda.device(first.device):
@@ -85,6 +107,12 @@ def _captured(stacks: Stacks, term: PairTerm) -> tuple[torch.cuda.CUDAGraph, lis
             for updates in stacks:
                 gradients_without_sync(stack_neurons(updates), term)
         torch.cuda.current_stream().wait_stream(side)
-        with torch.cuda.graph(graph):
+        # Other threads may go on: one that pins memory would break a capture of the whole process.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             found = [gradients_without_sync(stack_neurons(updates), term) for updates in stacks]
-    return graph, found
+    weights = []
+    for updates in stacks:
+        for update in updates:
+            storage = update.entries.untyped_storage()
+            weights.append(StorageWeakRef(storage))  # type: ignore[no-untyped-call]
+    return _Captured(graph, found, weights)
