@@ -1,7 +1,12 @@
-"""Compile every kernel for its chips, without a GPU; print resources, and fail if one spills."""
+"""Compile every kernel for its chips, without a GPU; print resources, and fail if one spills.
+
+It also fails if a matrix product's loads are narrower than 16 bytes. `--only TEXT` compiles the
+kernels with this text in their names.
+"""
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 import subprocess
@@ -41,6 +46,11 @@ KINDS = {
 }
 """Types of the kernels' arguments; the others are pointers to float32."""
 TILE = {"TILE": launch.TILE, "DEPTH": launch.DEPTH}
+WIDE = ("pair_slopes tf32x3", "products tf32x3")
+"""Kernels whose loads are 16 bytes wide.
+
+Their tables hold multiples of 16. One product in TF32 on sm_90 wants an operand the other way round.
+"""
 
 
 class Case(NamedTuple):
@@ -88,11 +98,15 @@ def slope_cases(precision: str, scalar: Any) -> Iterator[Case]:
 
 
 class Resources(NamedTuple):
-    """What a program uses: registers and spilled bytes of a thread, KiB of shared memory."""
+    """What a program uses: registers and spilled bytes of a thread, KiB of shared memory.
+
+    And how many bytes the narrowest of its loads ahead of a matrix product moves; 0 without any.
+    """
 
     registers: int
     spilled: int
     shared: float
+    loaded: int
 
 
 def resources(case: Case, chip: int) -> Resources:
@@ -108,7 +122,8 @@ def resources(case: Case, chip: int) -> Resources:
         fn=case.kernel, signature=signature, constexprs=case.constants, attrs=aligned
     )
     target = GPUTarget("cuda", chip, 32)
-    done = triton.compile(source, target=target, options={"num_warps": case.warps})
+    options = {"num_warps": case.warps, "num_stages": 3}
+    done = triton.compile(source, target=target, options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as binary:
         binary.write(done.asm["cubin"])
         binary.flush()
@@ -118,22 +133,33 @@ def resources(case: Case, chip: int) -> Resources:
     found = {}
     for name in ("REG", "STACK", "LOCAL"):
         found[name] = int(re.findall(rf"{name}:(\d+)", report)[0])
-    return Resources(found["REG"], found["STACK"] + found["LOCAL"], done.metadata.shared / 1024)
+    copies = re.findall(r"cp\.async\.c[ag]\.shared\.global [^;]*?, (0x\w+)", done.asm["ptx"])
+    loaded = min((int(copy, 16) for copy in copies), default=0)
+    spilled = found["STACK"] + found["LOCAL"]
+    return Resources(found["REG"], spilled, done.metadata.shared / 1024, loaded)
 
 
 def main() -> int:
-    """Print the table; return 1 if a kernel spills or asks for more shared memory than there is."""
+    """Print the table; return 1 if a kernel spills, loads little at once, or needs too much."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", default="", help="a part of the kernels' names")
+    only = parser.parse_args().only
     warnings.filterwarnings("ignore")
     bad = False
     print(f"Triton {triton.__version__}")
-    print(f"{'kernel':46s} chip  warps  registers  spilled  shared KiB")
+    print(f"{'kernel':46s} chip  warps  registers  spilled  shared KiB  bytes a load")
     for case in cases():
+        if only not in case.label:
+            continue
         for chip, most in CHIPS.items():
-            registers, spilled, shared = resources(case, chip)
+            registers, spilled, shared, loaded = resources(case, chip)
             fits = spilled == 0 and shared <= most
-            bad |= not fits
+            is_wide = loaded >= 16 or not case.label.startswith(WIDE)
+            bad |= not (fits and is_wide)
             verdict = "" if fits else "TOO MUCH"
-            numbers = f"{case.warps:5d} {registers:10d} {spilled:8d} {shared:11.1f}"
+            if not is_wide:
+                verdict += "NARROW"
+            numbers = f"{case.warps:5d} {registers:10d} {spilled:8d} {shared:11.1f} {loaded:13d}"
             print(f"{case.label:46s} sm_{chip} {numbers} {verdict}", flush=True)
     return int(bad)
 

@@ -30,6 +30,7 @@ DEPTH = 16
 ROWS = 4
 COLS = 512
 WARPS = 4
+STAGES = 3  # loads under way at once
 STRIP = 4  # tiles of rows whose near pairs are redone together
 
 TL_DTYPES = {dtype: getattr(tl, name) for dtype, name in DTYPES.items()}
@@ -45,9 +46,13 @@ class Group:
     energy: float = 0.0
     n: int = field(init=False)
     d: int = field(init=False)
+    limit: Tensor | None = field(init=False)
+    """The limit if it is on the device, as float64."""
 
     def __post_init__(self) -> None:
         self.n, self.d = self.update.w.shape[1:]
+        limit = self.update.limit
+        self.limit = limit.double() if isinstance(limit, Tensor) else None
 
     @property
     def tiles(self) -> int:
@@ -151,7 +156,7 @@ class _Pass:
             rows += group.rows
         self.x, self.pulls = torch.empty(2, entries, device=self.device)
         self.inverse_norm = torch.empty(rows, device=self.device)
-        self.blocks = _row_blocks(tuple(group.tiles for group in groups), self.device)
+        self.blocks = _row_blocks(tuple(group.rows // ROWS for group in groups), self.device)
         self.alive = torch.empty(len(self.blocks), dtype=torch.int32, device=self.device)
 
     def run(self) -> None:
@@ -224,7 +229,10 @@ class _Pass:
             below = slope + rows.slopes(group)
             shape = [group.n, group.rows, group.d, group.width]
             panel = [rows.first * TILE, rows.last * TILE, slope, below]
-            table.append([*group.addresses(), *shape, row, x, *panel])
+            limit_at = 0
+            if group.limit is not None:
+                limit_at = group.limit.data_ptr()
+            table.append([*group.addresses(), *shape, row, x, *panel, limit_at])
             row += group.rows
             x += group.entries
             slope = below + rows.mirrored_slopes(group)
@@ -243,7 +251,7 @@ class _Pass:
         near = torch.empty(len(tiles), dtype=torch.int32, device=self.device)
         energies = torch.empty(len(tiles) if self.term.logarithm else 1, device=self.device)
         assert self.term.formula is not None
-        sizes = {"TILE": TILE, "DEPTH": DEPTH, "num_warps": WARPS}
+        sizes = {"TILE": TILE, "DEPTH": DEPTH, "num_warps": WARPS, "num_stages": STAGES}
         pairs.pair_slopes[(len(tiles),)](
             groups,
             tiles,
@@ -341,7 +349,7 @@ class _Pass:
                     factor /= mean
             update = group.update
             limit = update.limit
-            if limit is None:
+            if limit is None or isinstance(limit, Tensor):
                 limit = float("inf")
             bound = torch.finfo(update.w.dtype).max / 2
             table.append([-2.0 * factor, update.scale, limit, update.grad_scale, bound])
@@ -373,9 +381,9 @@ def _download(part: Tensor) -> Callable[[], Tensor]:
 
 
 @lru_cache(maxsize=64)
-def _row_blocks(tiles: tuple[int, ...], device: torch.device) -> Tensor:
-    """Group and index of every block of rows, (blocks, 2)."""
-    parts = [torch.arange(count * TILE // ROWS)[:, None] for count in tiles]
+def _row_blocks(counts: tuple[int, ...], device: torch.device) -> Tensor:
+    """Group and index of every block of rows, (blocks, 2), from the number of each group's."""
+    parts = [torch.arange(count)[:, None] for count in counts]
     return _numbered(parts).to(device)
 
 

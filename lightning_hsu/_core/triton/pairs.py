@@ -29,7 +29,14 @@ PANEL_START = tl.constexpr(
     14
 )  # first entry of the panel among the slopes; rows are N_PAD - first long
 BELOW = tl.constexpr(15)  # first entry of its mirror image from row last on; rows last - first long
-FIELDS = tl.constexpr(16)
+LIMIT_AT = tl.constexpr(16)  # address of a limit on the device, float64; 0 if it is in the numbers
+FIELDS = tl.constexpr(17)
+
+STEP = tl.constexpr(16)
+"""What divides N_PAD, D_PAD and the columns from X to BELOW, as all of them count whole tiles.
+
+The compiler is told so: then it loads 16 bytes at once.
+"""
 
 # Columns of the table of numbers, one float64 row for each group; ``launch`` fills them likewise.
 FACTOR = tl.constexpr(0)  # from sums of pulls to the gradient of the mean
@@ -67,11 +74,13 @@ def unit_rows(
     block = tl.program_id(0)
     group = groups + tl.load(blocks + 2 * block) * FIELDS
     row = tl.load(blocks + 2 * block + 1) * ROWS + tl.arange(0, ROWS)
-    d, width = tl.load(group + D).to(tl.int32), tl.load(group + D_PAD).to(tl.int32)
+    d = tl.load(group + D).to(tl.int32)
+    width = tl.multiple_of(tl.load(group + D_PAD).to(tl.int32), STEP)
     inside = row < tl.load(group + N)
     source = tl.load(group + W).to(tl.pointer_type(DTYPE)) + (row * tl.load(group + W_ROW))[:, None]
     stride = tl.load(group + W_COL)
-    target = x + tl.load(group + X) + (row.to(tl.int64) * width)[:, None]
+    start_of_rows = tl.multiple_of(tl.load(group + X), STEP)
+    target = x + start_of_rows + (row.to(tl.int64) * width)[:, None]
 
     most = tl.zeros((ROWS, COLS), tl.float32)
     for start in range(0, width, COLS):
@@ -138,8 +147,9 @@ def pair_slopes(
     group = groups + tl.load(tiles + 3 * program) * FIELDS
     i, j = tl.load(tiles + 3 * program + 1), tl.load(tiles + 3 * program + 2)
     row, col = i * TILE + tl.arange(0, TILE), j * TILE + tl.arange(0, TILE)
-    n, width = tl.load(group + N).to(tl.int32), tl.load(group + D_PAD).to(tl.int32)
-    base = x + tl.load(group + X)
+    n = tl.load(group + N).to(tl.int32)
+    width = tl.multiple_of(tl.load(group + D_PAD).to(tl.int32), STEP)
+    base = x + tl.multiple_of(tl.load(group + X), STEP)
     depth = tl.arange(0, DEPTH)
     left = base + (row.to(tl.int64) * width)[:, None] + depth[None, :]
     right = base + (col.to(tl.int64) * width)[None, :] + depth[:, None]
@@ -169,13 +179,15 @@ def pair_slopes(
         total = tl.sum(tl.sum(tl.where(counts, value, 0.0), 1), 0)
         tl.store(energies + program, tl.where(i == j, 0.5, 1.0) * total)
 
-    first, last = tl.load(group + FIRST).to(tl.int32), tl.load(group + LAST).to(tl.int32)
-    long, short = tl.load(group + N_PAD) - first, tl.load(group + LAST) - first
-    panel = slopes + tl.load(group + PANEL_START)
+    first = tl.multiple_of(tl.load(group + FIRST).to(tl.int32), STEP)
+    last = tl.multiple_of(tl.load(group + LAST).to(tl.int32), STEP)
+    long = tl.multiple_of(tl.load(group + N_PAD), STEP) - first
+    panel = slopes + tl.load(group + PANEL_START)  # not said to be a multiple: wide stores spill
     tl.store(panel + ((row - first) * long)[:, None] + (col - first)[None, :], slope)
     if j > i:
         if j * TILE >= last:
-            panel, long = slopes + tl.load(group + BELOW), short
+            panel = slopes + tl.load(group + BELOW)
+            long = (last - first).to(tl.int64)
         top = tl.where(j * TILE < last, first, last)
         tl.store(panel + ((col - top) * long)[:, None] + (row - first)[None, :], tl.trans(slope))
 
@@ -197,16 +209,19 @@ def products(
     group = groups + tl.load(tiles + 3 * program) * FIELDS
     row = tl.load(tiles + 3 * program + 1) * TILE + tl.arange(0, TILE)
     col = tl.load(tiles + 3 * program + 2) * WIDTH + tl.arange(0, WIDTH)
-    width, first = tl.load(group + D_PAD).to(tl.int32), tl.load(group + FIRST).to(tl.int32)
-    last = tl.load(group + LAST).to(tl.int32)
+    width = tl.multiple_of(tl.load(group + D_PAD).to(tl.int32), STEP)
+    first = tl.multiple_of(tl.load(group + FIRST).to(tl.int32), STEP)
+    last = tl.multiple_of(tl.load(group + LAST).to(tl.int32), STEP)
     depth = tl.arange(0, DEPTH)
     # Rows of the panel pair with all columns from its first on; rows below, with the panel's rows.
     below = tl.load(tiles + 3 * program + 1) * TILE >= last
-    count = tl.where(below, last, tl.load(group + N_PAD).to(tl.int32)) - first
-    start_of = tl.load(group + tl.where(below, BELOW, PANEL_START))
+    n_pad = tl.multiple_of(tl.load(group + N_PAD).to(tl.int32), STEP)
+    count = tl.where(below, last, n_pad) - first
+    start_of = tl.multiple_of(tl.load(group + tl.where(below, BELOW, PANEL_START)), STEP)
     top = tl.where(below, last, first)
     left = slopes + start_of + ((row - top).to(tl.int64) * count)[:, None] + depth[None, :]
-    base = x + tl.load(group + X)
+    start_of_rows = tl.multiple_of(tl.load(group + X), STEP)
+    base = x + start_of_rows
     right = base + ((first + depth).to(tl.int64) * width)[:, None] + col[None, :]
 
     total = tl.zeros((TILE, WIDTH), tl.float32)
@@ -214,7 +229,7 @@ def products(
         total = tl.dot(tl.load(left), tl.load(right), total, input_precision=PRECISION)
         left += DEPTH
         right += DEPTH * width
-    target = pulls + tl.load(group + X) + (row.to(tl.int64) * width)[:, None] + col[None, :]
+    target = pulls + start_of_rows + (row.to(tl.int64) * width)[:, None] + col[None, :]
     if first > 0:
         total += tl.load(target)
     tl.store(target, total)
@@ -240,8 +255,9 @@ def additions(
     index = tl.load(blocks + 2 * block)
     group, number = groups + index * FIELDS, numbers + index * NUMBERS
     row = tl.load(blocks + 2 * block + 1) * ROWS + tl.arange(0, ROWS)
-    d, width = tl.load(group + D).to(tl.int32), tl.load(group + D_PAD).to(tl.int32)
-    offset = tl.load(group + X) + (row.to(tl.int64) * width)[:, None]
+    d = tl.load(group + D).to(tl.int32)
+    width = tl.multiple_of(tl.load(group + D_PAD).to(tl.int32), STEP)
+    offset = tl.multiple_of(tl.load(group + X), STEP) + (row.to(tl.int64) * width)[:, None]
     inverse = tl.load(inverse_norm + tl.load(group + ROW) + row).to(tl.float64)
 
     most = tl.zeros((ROWS, COLS), tl.float32)
@@ -283,7 +299,11 @@ def additions(
     weight = reach * tl.minimum(inverse, 0.5 * LARGEST / most)
     scale = tl.load(number + SCALE)
     length = tl.sqrt(tl.sum(square, 1).to(tl.float64)) * tl.abs(weight) * scale
-    room = tl.minimum(tl.load(number + BOUND), tl.load(number + LIMIT) / tl.maximum(inverse, TINY))
+    limit = tl.load(number + LIMIT)
+    limit_at = tl.load(group + LIMIT_AT)
+    if limit_at != 0:
+        limit = tl.load(limit_at.to(tl.pointer_type(tl.float64)))
+    room = tl.minimum(tl.load(number + BOUND), limit / tl.maximum(inverse, TINY))
     weight *= (
         tl.where(length > room, room / tl.where(length > room, length, 1.0), 1.0)
         * scale
