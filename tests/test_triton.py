@@ -1,18 +1,20 @@
 """Two back ends, one meaning: plain torch and the compiled kernels against differences in float64."""
 
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from importlib.metadata import PackageNotFoundError
 
 import pytest
 import torch
 
+from lightning_hsu._core import backend as backends
 from lightning_hsu._core import bf16_products, oracle_energy
 from lightning_hsu._core.foreach import add_pair_gradients
 from lightning_hsu._core.neighbours import Nearest
 from lightning_hsu._core.topk import largest_two
 from lightning_hsu._core.triton import machine
-from lightning_hsu._core.triton.machine import exact_precision, new_enough, precision
+from lightning_hsu._core.triton.machine import exact_precision, precision
+from lightning_hsu._core.triton.self_check import SelfCheck
 from lightning_hsu._core.updates import GradientUpdate
 from lightning_hsu.measures import GaussianPotential, RieszEnergy
 from tests.members import InverseFourth
@@ -46,11 +48,15 @@ def launch(monkeypatch):
     return choose("triton", monkeypatch)
 
 
-def choose(name, monkeypatch):
+def choose(name, monkeypatch, checked=True):
+    """Choose a back end; ``checked`` spares it the trial layer of test_self_check.py."""
     if name == "triton":
         pytest.importorskip(
             "triton", minversion="3.2", reason="triton >= 3.2, an optional extra, is not installed"
         )
+        if checked:
+            for name_of_check in ("gradients_are_right", "neighbours_are_right"):
+                monkeypatch.setattr(SelfCheck, name_of_check, lambda *_: True)
     monkeypatch.setenv("LIGHTNING_HSU_BACKEND", name)
     if name == "triton":
         from lightning_hsu._core.triton import launch
@@ -297,10 +303,22 @@ def test_a_model_takes_four_launches_and_the_same_bits_again(launch, monkeypatch
 
 def test_lower_products_take_one_product_where_there_are_three(monkeypatch):
     assert precision() == exact_precision()
-    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setattr(machine, "interpreted", lambda: False)
     assert precision() == "tf32x3"
     with bf16_products(True):
         assert precision() == "tf32"
+
+
+def test_rocm_has_float32_products(monkeypatch):
+    """Its GPUs are called "cuda", and have other numbers than NVIDIA's compute capability."""
+    monkeypatch.setattr(machine, "interpreted", lambda: False)
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (6, 0))
+    for allowed in (False, True):
+        with bf16_products(allowed):
+            assert precision() == exact_precision() == "ieee"
+    with asked_anew():
+        assert machine.runs_on(torch.device("cuda", 0))
 
 
 @pytest.mark.skipif(
@@ -354,6 +372,33 @@ def test_a_kernel_of_ones_own_under_a_known_name(backend):
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_limit_on_the_device(launch, monkeypatch, dtype):
+    """As it comes from a learning rate on the device: the kernels read it there."""
+    names = counted(launch, monkeypatch)
+    term, ws = RieszEnergy(s=2).pair_term(), [neurons(2, 33, 4), neurons(1, 20, 5)]
+    numbers = (1e-3, 0.1)
+    expected, found = [], []
+    for w, number in zip(ws, numbers, strict=True):
+        expected.append(torch.zeros_like(w))
+        found.append(torch.zeros_like(w))
+        limit = torch.tensor(number, dtype=dtype, device=DEVICE)
+        add_pair_gradients([GradientUpdate(w, expected[-1], 3.0, float(limit), 8.0)], term)
+    names.clear()
+    updates = []
+    for w, out, number in zip(ws, found, numbers, strict=True):
+        limit = torch.tensor(number, dtype=dtype, device=DEVICE)
+        updates.append(GradientUpdate(w, out, 3.0, limit, 8.0))
+    add_pair_gradients(updates, term)
+    assert names == ["unit_rows", "pair_slopes", "products", "additions"]
+    for w, out, right, number in zip(ws, found, expected, numbers, strict=True):
+        torch.testing.assert_close(out, right, rtol=1e-6, atol=0)
+        length = out.norm(dim=-1) / 8.0
+        room = number * w.norm(dim=-1)
+        assert bool((length <= room * 1.00001).all())
+        assert bool((length > room * 0.9999).any())
+
+
 def test_a_backend_that_is_none(monkeypatch):
     term = RieszEnergy(s=1).pair_term()
     monkeypatch.setenv("LIGHTNING_HSU_BACKEND", "cuda")
@@ -364,43 +409,103 @@ def test_a_backend_that_is_none(monkeypatch):
         added([neurons(1, 3, 2)], term)
 
 
-def version_of(found, name):
-    if found is None:
-        raise PackageNotFoundError(name)
-    return found
+@contextmanager
+def asked_anew():
+    """Forget what is known of the machine, before and after."""
+    known = (machine.runs_on, machine.new_enough, machine._why_not, backends._load)
+    for answer in known:
+        answer.cache_clear()
+    try:
+        yield
+    finally:
+        for answer in known:
+            answer.cache_clear()
 
 
-def test_a_machine_that_cannot(monkeypatch):
-    term = RieszEnergy(s=1).pair_term()
+def installed(monkeypatch, **found):
+    """Pretend that these distributions of Triton are installed, and no others."""
+
+    def version(name):
+        if name.replace("-", "_") not in found:
+            raise PackageNotFoundError(name)
+        return found[name.replace("-", "_")]
+
+    monkeypatch.setattr(machine, "version", version)
+
+
+@pytest.mark.parametrize("found", [{"triton": "3.1.0"}, {}, {"pytorch_triton": "2.9.1"}])
+def test_a_machine_without_triton(monkeypatch, found):
     monkeypatch.setenv("LIGHTNING_HSU_BACKEND", "triton")
-    for found in ("3.1.0", None):
-        new_enough.cache_clear()
-        monkeypatch.setattr(
-            "lightning_hsu._core.triton.machine.version", partial(version_of, found)
-        )
-        with pytest.raises(RuntimeError, match=r"missing or older than 3\.2; pip install"):
-            added([neurons(1, 3, 2)], term)
-    new_enough.cache_clear()
-    monkeypatch.setattr("lightning_hsu._core.triton.machine.version", partial(version_of, "3.10.0"))
-    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    installed(monkeypatch, **found)
+    with asked_anew(), pytest.raises(RuntimeError, match=r"older than 3\.2; pip install"):
+        added([neurons(1, 3, 2)], RieszEnergy(s=1).pair_term())
+
+
+@pytest.mark.parametrize(
+    "name", ["triton", "pytorch_triton", "pytorch_triton_rocm", "triton_rocm", "triton_windows"]
+)
+def test_triton_has_several_names(monkeypatch, name):
+    installed(monkeypatch, **{name: "3.10.0+git1a2b3c"})
+    with asked_anew():
+        assert machine.new_enough()
+
+
+def test_a_machine_without_a_gpu_is_refused_at_the_check(monkeypatch):
+    monkeypatch.setenv("LIGHTNING_HSU_BACKEND", "triton")
+    installed(monkeypatch, triton="3.10.0")
+    monkeypatch.setattr(machine, "interpreted", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(RuntimeError, match="no CUDA device"):
-        added([neurons(1, 3, 2)], term)
-    new_enough.cache_clear()
+    with asked_anew(), pytest.raises(RuntimeError, match="no CUDA device; unset it"):
+        added([neurons(1, 3, 2)], RieszEnergy(s=1).pair_term())
 
 
-def test_an_old_gpu_is_refused_and_a_device_is_asked_once(monkeypatch):
+def gpus(monkeypatch, *capabilities):
+    """Pretend that there are such GPUs; return the questions asked about them."""
     asked = []
 
-    def capability(device):
-        asked.append(device)
-        return (7, 5) if device.index else (8, 0)
+    def capability(device=0):
+        index = device.index if isinstance(device, torch.device) else device
+        asked.append(index)
+        return capabilities[index]
 
+    monkeypatch.setattr(machine, "interpreted", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: asked.append("any") or True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
     monkeypatch.setattr(torch.cuda, "get_device_capability", capability)
-    machine._check_capability.cache_clear()
-    with pytest.raises(RuntimeError, match=r"capability 8\.0; cuda:1 has \(7, 5\); unset it"):
-        machine._check_capability(torch.device("cuda", 1))
-    for _ in range(3):
-        machine._check_capability(torch.device("cuda", 0))
-    machine._check_capability.cache_clear()
-    assert len(asked) == 2
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=0: "a Tesla T4")
+    return asked
+
+
+def test_old_gpus_alone_are_refused_at_the_check(monkeypatch):
+    installed(monkeypatch, triton="3.10.0")
+    gpus(monkeypatch, (7, 5), (7, 0))
+    with (
+        asked_anew(),
+        pytest.raises(
+            RuntimeError, match=r"capability 8\.0, and a Tesla T4 has \(7, 5\); unset it"
+        ),
+    ):
+        machine.check_machine()
+
+
+def test_an_old_gpu_beside_a_new_one_goes_through_torch_and_is_asked_once(monkeypatch):
+    monkeypatch.setenv("LIGHTNING_HSU_BACKEND", "triton")
+    installed(monkeypatch, triton="3.10.0")
+    asked = gpus(monkeypatch, (8, 0), (7, 5))
+    with asked_anew():
+        for _ in range(3):
+            backends.active()
+            assert machine.runs_on(torch.device("cuda", 0))
+            assert not machine.runs_on(torch.device("cuda", 1))
+            assert not machine.runs_on(torch.device("cpu"))
+    assert sorted(map(str, asked)) == ["0", "1", "any"]
+
+
+def test_the_variable_counts_anew_at_each_step(monkeypatch):
+    """As benchmarks change it between steps."""
+    choose("triton", monkeypatch)
+    names = []
+    for name in ("torch", "triton", "torch"):
+        monkeypatch.setenv("LIGHTNING_HSU_BACKEND", name)
+        names.append(backends.active().name)
+    assert names == ["torch", "triton", "torch"]

@@ -1,5 +1,11 @@
 """Back ends, which compute the gradients of many layers and the nearest neighbours of neurons.
 
+Plain torch is the default. There is one compiled path, "triton"; "cudagraph" replays plain torch's
+launches. Neither has been measured on a GPU yet, so both stay behind the environment variable
+``LIGHTNING_HSU_BACKEND``, and the compiled path is taken on a device only after it has computed a
+small layer there as float64 does (``triton/self_check.py``). ``python -m benchmarks.gpu --all``
+measures them.
+
 A new back end is one module with a subclass of :class:`Backend` and one line in the registry.
 """
 
@@ -38,7 +44,10 @@ class Backend(ABC):
 
     @abstractmethod
     def check_machine(self) -> None:
-        """Raise a RuntimeError that says what to do if this machine cannot run the back end."""
+        """Raise a RuntimeError that says what to do if this machine cannot run the back end.
+
+        It is asked until it does not raise, then no more.
+        """
 
     @abstractmethod
     def takes_update(self, update: GradientUpdate, term: PairTerm) -> bool:
@@ -82,13 +91,13 @@ def active() -> Backend:
             f"the environment variable {VARIABLE} must be one of {', '.join(_REGISTRY)}; "
             f"got {name!r}"
         )
-    backend = _load(name)
-    backend.check_machine()
-    return backend
+    return _load(name)
 
 
 @lru_cache
 def _load(name: str) -> Backend:
+    """The back end, made and checked once; it is kept, and an error is not."""
     module, _, kind = _REGISTRY[name].partition(":")
     backend: Backend = getattr(import_module(module), kind)()
+    backend.check_machine()
     return backend

@@ -15,6 +15,9 @@ from lightning_hsu._core.precision import bf16_allowed
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 """Dtypes of neurons that the kernels read, with Triton's names for them."""
 
+_NAMES = ("triton", "pytorch-triton", "pytorch-triton-rocm", "triton-rocm", "triton-windows")
+"""Distributions of Triton: released, beside a nightly torch, for ROCm, and for Windows."""
+
 _VERSION = (3, 2)
 """The oldest Triton that the kernels support."""
 
@@ -22,21 +25,30 @@ _CAPABILITY = (8, 0)
 """The lowest compute capability that the kernels support, that of the A100."""
 
 
+@lru_cache
 def interpreted() -> bool:
-    """Whether Triton runs its kernels in Python, on CPU tensors."""
+    """Whether Triton runs its kernels in Python, on CPU tensors; Triton asks once, on import."""
     return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def is_rocm() -> bool:
+    """Whether torch calls AMD's GPUs "cuda"."""
+    return torch.version.hip is not None
 
 
 def precision() -> str:
     """How kernels multiply: as precisely as float32, or in TF32 if that is allowed."""
-    if bf16_allowed() and not interpreted():
+    exact = exact_precision()
+    if exact == "tf32x3" and bf16_allowed():
         return "tf32"
-    return exact_precision()
+    return exact
 
 
 def exact_precision() -> str:
-    """How kernels multiply as precisely as float32: in three TF32 products."""
-    return "ieee" if interpreted() else "tf32x3"
+    """How kernels multiply as precisely as float32: in three TF32 products where there are any."""
+    if interpreted() or is_rocm():
+        return "ieee"
+    return "tf32x3"
 
 
 def check_machine() -> None:
@@ -46,41 +58,50 @@ def check_machine() -> None:
             f"{VARIABLE} is 'triton', which is missing or older than 3.2; "
             "pip install 'lightning-hsu[triton]', or unset it"
         )
-    if not interpreted() and not torch.cuda.is_available():
-        raise RuntimeError(f"{VARIABLE} is 'triton', but torch sees no CUDA device; unset it")
+    reason = _why_not()
+    if reason:
+        raise RuntimeError(f"{VARIABLE} is 'triton', but {reason}; unset it")
 
 
 def takes(x: Tensor) -> bool:
-    """Whether the kernels take a tensor of this dtype and on this device.
+    """Whether the kernels take a tensor of this dtype and on this device."""
+    return x.dtype in DTYPES and runs_on(x.device)
 
-    Raises:
-        RuntimeError: if the GPU is too old.
-    """
-    if x.dtype not in DTYPES:
-        return False
+
+@lru_cache
+def runs_on(device: torch.device) -> bool:
+    """Whether the kernels run on a device; layers on another one go through torch."""
     if interpreted():
-        return x.device.type == "cpu"
-    if x.device.type != "cuda":
+        return device.type == "cpu"
+    if device.type != "cuda":
         return False
-    _check_capability(x.device)
-    return True
+    return is_rocm() or torch.cuda.get_device_capability(device) >= _CAPABILITY
 
 
 @lru_cache
 def new_enough() -> bool:
     """Whether a Triton is installed that the kernels support."""
-    try:
-        parts = version("triton").split(".")
-    except PackageNotFoundError:
-        return False
-    return (int(parts[0]), int(parts[1])) >= _VERSION
+    for name in _NAMES:
+        try:
+            parts = version(name).split(".")
+        except PackageNotFoundError:
+            continue
+        if (int(parts[0]), int(parts[1])) >= _VERSION:
+            return True
+    return False
 
 
 @lru_cache
-def _check_capability(device: torch.device) -> None:
-    found = torch.cuda.get_device_capability(device)
-    if found < _CAPABILITY:
-        raise RuntimeError(
-            f"{VARIABLE} is 'triton', whose kernels need compute capability 8.0; "
-            f"{device} has {found}; unset it"
-        )
+def _why_not() -> str:
+    """Why the kernels can run on none of this machine's devices; empty if they can."""
+    if interpreted():
+        return ""
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    if any(map(runs_on, devices)):
+        return ""
+    found = torch.cuda.get_device_capability()
+    return (
+        f"its kernels need compute capability 8.0, and {torch.cuda.get_device_name()} has {found}"
+    )
