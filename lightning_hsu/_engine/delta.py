@@ -298,7 +298,7 @@ class Deltas:
                 use.moved = self._deltas[use.layer.name].relative(change)
 
     def _alike(self, uses: Sequence[Use]) -> list[list[Use]]:
-        """Those of the layers that have a gradient, grouped by the sizes of their samples."""
+        """Those of the layers that have a gradient, grouped by device and dtype."""
         found: dict[object, list[Use]] = {}
         for use in uses:
             delta = self._deltas.get(use.layer.name)
@@ -308,18 +308,17 @@ class Deltas:
                 del self._deltas[use.layer.name]
                 continue
             sample = use.sample
-            found.setdefault((sample.numel(), sample.dtype, sample.device), []).append(use)
+            found.setdefault((sample.dtype, sample.device), []).append(use)
         return list(found.values())
 
     def _changes(self, uses: Sequence[Use]) -> Tensor:
         """Norms (k,) of the changes of the samples of layers since their gradients were computed."""
-        size = uses[0].sample.numel()
+        sizes = [use.sample.numel() for use in uses]
         dtype = working_dtype(uses[0].sample.dtype)
         now = torch.cat([use.sample for use in uses])
         then = torch.cat([self._deltas[use.layer.name].sample for use in uses])
         change = now.to(dtype) - then.to(dtype)
-        norms: Tensor = torch.linalg.vector_norm(change.view(-1, size), dim=1)
-        return norms
+        return torch.stack(torch._foreach_norm(list(change.split(sizes))))
 
 
 class _Move(NamedTuple):
