@@ -318,7 +318,7 @@ class Deltas:
         now = torch.cat([use.sample for use in uses])
         then = torch.cat([self._deltas[use.layer.name].sample for use in uses])
         change = now.to(dtype) - then.to(dtype)
-        return torch.stack(torch._foreach_norm(list(change.split(sizes))))
+        return torch.stack(torch._foreach_norm(list(torch.split(change, sizes))))
 
 
 class _Move(NamedTuple):
