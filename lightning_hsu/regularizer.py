@@ -21,6 +21,7 @@ from lightning_hsu._engine.attached import Attached, FirstOutputs
 from lightning_hsu._engine.buffered import GradientStats
 from lightning_hsu._engine.eager import eager, outside_inference_mode
 from lightning_hsu._engine.kept import add_plain, look_ahead
+from lightning_hsu._engine.late import is_capturing
 from lightning_hsu._engine.layer import Layer
 from lightning_hsu._engine.misuse import ADD, MOVE
 from lightning_hsu._engine.plan import (
@@ -868,7 +869,7 @@ class UniformityRegularizer:
         attached = self._check_attached()
         step = self.state.counter.before(optimizer, index)
         is_idle = step % self.every_n_steps != 0 or not attached.placement.keeps_whole
-        if is_idle or torch.is_inference_mode_enabled():
+        if is_idle or torch.is_inference_mode_enabled() or is_capturing():
             return
         with self._products():
             look_ahead(

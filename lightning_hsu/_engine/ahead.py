@@ -121,6 +121,7 @@ class Ahead:
             begun.work.wait()
             keep_for_current(begun.raw.grad)
             keep_for_current(begun.raw.norm)
+            keep_for_current(begun.norms)
             same = {}
             for layer, token in zip(begun.layers, begun.tokens, strict=True):
                 if layer in updates and token_of(layer) == token:

@@ -88,6 +88,11 @@ def side_stream(device: torch.device) -> torch.cuda.Stream:
     return _STREAMS[device]
 
 
+def is_capturing() -> bool:
+    """Whether a user captures a CUDA graph, which must not contain what is done beside it."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
 def _has_streams(device: torch.device) -> bool:
     """Whether a device has streams; tensors that only pretend to be on one have none."""
     return device.type == "cuda" and torch.cuda.is_available()
