@@ -90,7 +90,9 @@ class BF16PairSums(PairSums):
 
 def kind_of_sums(w: Tensor) -> type[PairSums]:
     """The class of sums that computes the gradient of neurons w (b, n, d) here."""
-    if bf16_allowed() and w.dtype == torch.float32 and min(w.shape[1:]) >= SMALLEST:
+    if w.is_cuda or not bf16_allowed():  # a GPU has faster float32 products: gradient_arithmetic
+        return PairSums
+    if w.dtype == torch.float32 and min(w.shape[1:]) >= SMALLEST:
         return BF16PairSums
     return PairSums
 

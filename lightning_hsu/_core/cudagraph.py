@@ -10,21 +10,20 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from lightning_hsu._core.backend import VARIABLE, Backend
+from lightning_hsu._core.foreach import add_and_note, without_crowded
 from lightning_hsu._core.kernel import PairTerm
 from lightning_hsu._core.pairwise import avoids_sync
-from lightning_hsu._core.precision import exact_arithmetic
-from lightning_hsu._core.updates import GradientUpdate, stack_neurons
+from lightning_hsu._core.precision import bf16_allowed, gradient_arithmetic
+from lightning_hsu._core.updates import GradientUpdate
 from lightning_hsu._core.without_sync import (
-    StackGradient,
-    add_where_valid,
+    Batch,
+    BatchGradient,
+    batches_of,
     gradients_without_sync,
-    stacks_of,
 )
 
 _KEPT = 32
 """CUDA graphs kept with their results: one for each measure and optimizer of each model."""
-
-Stacks = Sequence[Sequence[GradientUpdate]]
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,7 @@ class _Captured:
     """A graph, the tensors that it writes its results to, and the memory that it reads."""
 
     graph: torch.cuda.CUDAGraph
-    found: list[StackGradient]
+    found: list[BatchGradient]
     weights: list[StorageWeakRef]
 
     @property
@@ -61,29 +60,30 @@ class CudaGraphBackend(Backend):
         return avoids_sync(update.w, term)
 
     def add_pair_gradients(self, updates: Sequence[GradientUpdate], term: PairTerm) -> None:
-        """Replay one graph for each device; recompute groups with near pairs by the exact way."""
-        by_device: dict[torch.device, list[GradientUpdate]] = {}
-        for update in updates:
-            by_device.setdefault(update.w.device, []).append(update)
+        """Replay one graph for each device; known crowded layers go the exact way."""
+        by_device: dict[torch.device, list[tuple[GradientUpdate, PairTerm]]] = {}
+        for one in without_crowded([(update, term) for update in updates]):
+            by_device.setdefault(one[0].w.device, []).append(one)
         for members in by_device.values():
-            stacks = stacks_of(members)
-            add_where_valid(stacks, self._replay(stacks, term), term)
+            batches = batches_of(members)
+            for batch, found in zip(batches, self._replay(batches, term), strict=True):
+                add_and_note(batch, found)
 
-    def _replay(self, stacks: Stacks, term: PairTerm) -> list[StackGradient]:
-        """Gradients of all stacks, from a graph captured when these weights first appeared.
+    def _replay(self, batches: Sequence[Batch], term: PairTerm) -> list[BatchGradient]:
+        """Gradients of all batches, from a graph captured when these weights first appeared.
 
         The next replay overwrites what this one returns.
         """
         weights = []
-        for updates in stacks:
-            for update in updates:
+        for batch in batches:
+            for update in batch.updates:
                 w = update.w
                 weights.append((w.data_ptr(), w.shape, w.stride(), w.dtype))
-        key = (term, tuple(weights))
+        key = (term, bf16_allowed(), tuple(weights))
         captured = self._graphs.pop(key, None)
         if captured is None or captured.is_dead:
             self._make_room()
-            captured = _captured(stacks, term)
+            captured = _captured(batches)
         self._graphs[key] = captured
         captured.graph.replay()
         return captured.found
@@ -95,24 +95,24 @@ class CudaGraphBackend(Backend):
             del self._graphs[next(iter(self._graphs))]
 
 
-def _captured(stacks: Stacks, term: PairTerm) -> _Captured:
-    """Capture a graph that computes the gradients of all stacks."""
-    first = stacks[0][0].w
+def _captured(batches: Sequence[Batch]) -> _Captured:
+    """Capture a graph that computes the gradients of all batches."""
+    first = batches[0].updates[0].w
     graph = torch.cuda.CUDAGraph()
-    with exact_arithmetic(first), torch.cuda.device(first.device):
+    with gradient_arithmetic(first), torch.cuda.device(first.device):
         # Run once before the capture, which must not contain what libraries set up at first use.
         side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            for updates in stacks:
-                gradients_without_sync(stack_neurons(updates), term)
+            for batch in batches:
+                gradients_without_sync(batch)
         torch.cuda.current_stream().wait_stream(side)
         # Other threads may go on: one that pins memory would break a capture of the whole process.
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            found = [gradients_without_sync(stack_neurons(updates), term) for updates in stacks]
+            found = [gradients_without_sync(batch) for batch in batches]
     weights = []
-    for updates in stacks:
-        for update in updates:
+    for batch in batches:
+        for update in batch.updates:
             storage = update.entries.untyped_storage()
             weights.append(StorageWeakRef(storage))  # type: ignore[no-untyped-call]
     return _Captured(graph, found, weights)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -10,8 +10,9 @@ from torch import Tensor
 
 from lightning_hsu._core.backend import Backend, active
 from lightning_hsu._core.kernel import PairTerm
+from lightning_hsu._core.late import LateAnswers
 from lightning_hsu._core.pairwise import avoids_sync, pair_energy, small_pair_gradient
-from lightning_hsu._core.precision import exact_arithmetic
+from lightning_hsu._core.precision import exact_arithmetic, gradient_arithmetic
 from lightning_hsu._core.updates import (
     GradientUpdate,
     add_to_layers,
@@ -21,19 +22,50 @@ from lightning_hsu._core.updates import (
     stack_neurons,
 )
 from lightning_hsu._core.without_sync import (
-    StackGradient,
-    add_where_valid,
+    Batch,
+    BatchGradient,
+    add_batch,
+    batches_of,
     gradients_without_sync,
-    stacks_of,
 )
 
-__all__ = ["SMALL", "TorchBackend", "add_pair_gradients", "shortening"]
+__all__ = [
+    "SMALL",
+    "TorchBackend",
+    "add_all_pair_gradients",
+    "add_pair_gradients",
+    "shortening",
+]
 
 SMALL = 2**16
 """Layers with up to this many entries are stacked by shape: there calls dominate the cost."""
 
 _GRAM_ENTRIES = 2**22
 """Gram entries of the layers in a stack, few enough to stay in a cache."""
+
+
+_LATE = LateAnswers()
+
+Work = list[tuple[GradientUpdate, PairTerm]]
+"""Layers with their kernels."""
+
+
+def add_all_pair_gradients(by_term: Mapping[PairTerm, Sequence[GradientUpdate]]) -> None:
+    """Add the gradients of mean pair energies of several kernels.
+
+    Plain torch computes all layers on a GPU together.
+    """
+    backend = active()
+    if not isinstance(backend, TorchBackend):
+        for term, updates in by_term.items():
+            add_pair_gradients(updates, term)
+        return
+    with torch.no_grad():
+        work: Work = []
+        for term, updates in by_term.items():
+            work += backend.add_on_cpu(updates, term)
+        if work:
+            add_without_sync(work)
 
 
 def add_pair_gradients(updates: Sequence[GradientUpdate], term: PairTerm) -> None:
@@ -75,18 +107,48 @@ class TorchBackend(Backend):
 
     def add_pair_gradients(self, updates: Sequence[GradientUpdate], term: PairTerm) -> None:
         """Add small layers of one shape together, and layers on a GPU without synchronisation."""
-        without_sync: list[GradientUpdate] = []
+        work = self.add_on_cpu(updates, term)
+        if work:
+            add_without_sync(work)
+
+    def add_on_cpu(self, updates: Sequence[GradientUpdate], term: PairTerm) -> Work:
+        """Add the layers on a CPU, and those of very steep kernels; return the others."""
+        work: Work = []
         for members in alike(updates):
             w = members[0].w
             if avoids_sync(w, term):
-                without_sync += members
+                work += [(update, term) for update in members]
                 continue
             for some in chunks(members, how_many_together(w)):
                 grad, norm, value, may_overflow = stack_gradient(stack_neurons(some), term)
                 add_to_layers(some, grad, norm, value, may_overflow=may_overflow)
-        if without_sync:
-            stacks = stacks_of(without_sync)
-            add_where_valid(stacks, _gradients(stacks, term), term)
+        return work
+
+
+def add_without_sync(work: Work) -> None:
+    """Add the gradients of layers on a GPU."""
+    for batch in batches_of(without_crowded(work)):
+        with gradient_arithmetic(batch.updates[0].entries):
+            found = gradients_without_sync(batch)
+        add_and_note(batch, found)
+
+
+def without_crowded(work: Work) -> Work:
+    """Add layers that are known to have too many near pairs the exact way; return the others."""
+    _LATE.read(work)
+    calm: Work = []
+    for update, term in work:
+        if _LATE.is_crowded(update, term):
+            add_exactly([update], term)
+        else:
+            calm.append((update, term))
+    return calm
+
+
+def add_and_note(batch: Batch, found: BatchGradient) -> None:
+    """Add the gradients of a batch, and note for the next step which layers are crowded."""
+    add_batch(batch, found)
+    _LATE.note(batch.work, batch.layout.pieces, found.pairs)
 
 
 def how_many_together(w: Tensor) -> int:
@@ -119,11 +181,11 @@ def stack_gradient(w: Tensor, term: PairTerm) -> tuple[Tensor, Tensor, Tensor | 
     return grad, norm, value if term.logarithm else None, True
 
 
-def _gradients(
-    stacks: Sequence[Sequence[GradientUpdate]], term: PairTerm
-) -> Iterator[StackGradient]:
-    """The gradients of stacks, one stack at a time."""
-    for updates in stacks:
-        with exact_arithmetic(updates[0].w):
-            found = gradients_without_sync(stack_neurons(updates), term)
-        yield found
+def add_exactly(updates: Sequence[GradientUpdate], term: PairTerm) -> None:
+    """Add the gradients of layers that differ in ``w`` and ``out`` only, near pairs included."""
+    w = stack_neurons(updates)
+    value, grad = pair_energy(w, term)
+    assert grad is not None
+    norm = torch.linalg.vector_norm(w, dim=-1, keepdim=True)
+    energy = value if term.logarithm else None
+    add_to_layers(updates, grad, norm, energy, may_overflow=True)

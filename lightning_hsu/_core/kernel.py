@@ -73,6 +73,13 @@ class PairTerm:
         mirrored, mirrored_slope = self.softened(p, q)
         return value + mirrored, slope, mirrored_slope
 
+    def softened_slope(self, q: Tensor, p: Tensor) -> Tensor:
+        """The slope alone of :meth:`softened`."""
+        square = self.knee**2
+        bound = _BOUND[q.dtype]
+        slope = self.kernel(q.clamp_min(square), p.clamp_max(4.0 - square))[1]
+        return slope.clamp(-bound, bound)
+
     def folded(self, q: Tensor, nearest: float = 0.0) -> tuple[Tensor, Tensor]:
         """Energies of pairs and their slopes, at squared chords q in [nearest, 4 - nearest]."""
         p = 4.0 - q
@@ -86,6 +93,21 @@ class PairTerm:
             value = value + mirrored
             slope = slope - mirrored_slope
         return value, slope
+
+    def folded_slope(self, q: Tensor, nearest: float = 0.0, out: Tensor | None = None) -> Tensor:
+        """The slopes alone of :meth:`folded`, written to ``out`` if that is given."""
+        p = 4.0 - q
+        slopes_at = self.softened_slope
+        if q.dtype != torch.float64 and self.knee**2 <= nearest:
+            slopes_at = self._slope
+        slope = slopes_at(q, p)
+        if self.half_space:
+            mirrored = slopes_at(p, q)
+            return torch.sub(slope, mirrored, out=out)
+        return slope if out is None else out.copy_(slope)
+
+    def _slope(self, q: Tensor, p: Tensor) -> Tensor:
+        return self.kernel(q, p)[1]
 
     def scale(self, live: float) -> float:
         """The factor from the sum over pairs of ``live`` neurons to the mean; 0 below two."""

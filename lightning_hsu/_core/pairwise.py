@@ -25,8 +25,8 @@ from lightning_hsu._core.bf16 import kind_of_sums
 from lightning_hsu._core.kernel import PairTerm, softened_at
 from lightning_hsu._core.near import NEAR
 from lightning_hsu._core.precision import (
-    bf16_allowed,
     exact_arithmetic,
+    gradient_arithmetic,
     with_float64,
     working_dtype,
 )
@@ -67,7 +67,8 @@ def pair_energy(
     stack = _stack(w, term)
     values = []
     grads = []
-    with torch.no_grad(), exact_arithmetic(stack):
+    arithmetic = gradient_arithmetic if with_grad else exact_arithmetic
+    with torch.no_grad(), arithmetic(stack):
         for sums in _gathered(stack, term, 0, n, height, with_grad):
             values.append(sums.value())
             if with_grad:
@@ -137,7 +138,7 @@ def pair_rows(w: Tensor, term: PairTerm, rows: Tensor) -> Tensor:
     wanted = rows.to(stack.device).reshape(stack.shape[:-1])
     grad = torch.zeros_like(stack, dtype=w.dtype)
     count = wanted.sum(-1)
-    with torch.no_grad(), exact_arithmetic(stack):
+    with torch.no_grad(), gradient_arithmetic(stack):
         for k in sorted(set(count.tolist()) - {0}):  # groups with equally many rows go together
             alike = (count == k).nonzero().squeeze(1)
             for some in torch.split(alike, _groups_at_once(k, w.shape[-2])):
@@ -177,7 +178,7 @@ def pair_part(w: Tensor, term: PairTerm, part: int, parts: int) -> tuple[Tensor,
     stack = _stack(w, term)
     grads = []
     additive = True
-    with torch.no_grad(), exact_arithmetic(stack):
+    with torch.no_grad(), gradient_arithmetic(stack):
         # Smaller blocks on the diagonal, which are formed whole, keep the parts equal.
         for sums in _gathered(stack, term, first, last, PANEL // 2, with_grad=True):
             grads.append(sums.share(w.dtype, parts))
@@ -196,10 +197,9 @@ def too_steep(term: PairTerm) -> bool:
 def avoids_sync(w: Tensor, term: PairTerm) -> bool:
     """Whether neurons (b, n, d) are computed without synchronisation (without_sync.py).
 
-    They are on a GPU, with float32 products: bfloat16 products need intermediate answers, and very
-    steep kernels need float64.
+    They are on a GPU; very steep kernels need float64 throughout.
     """
-    return w.is_cuda and w.shape[1] > 1 and not bf16_allowed() and not too_steep(term)
+    return w.is_cuda and w.shape[1] > 1 and not too_steep(term)
 
 
 def _gathered(

@@ -21,6 +21,22 @@ def with_float64(x: Tensor) -> Tensor:
 
 
 @contextmanager
+def gradient_arithmetic(like: Tensor) -> Iterator[None]:
+    """The same as :func:`exact_arithmetic`, but with TF32 products on a GPU that may be rounded."""
+    with exact_arithmetic(like):
+        if not (like.is_cuda and bf16_allowed()):
+            yield
+            return
+        setting, fast = ("cuda", "tf32") if _BACKENDS else ("", "high")
+        before = _precision(setting)
+        _set_precision(setting, fast)
+        try:
+            yield
+        finally:
+            _set_precision(setting, before)
+
+
+@contextmanager
 def exact_arithmetic(like: Tensor) -> Iterator[None]:
     """Switch off autocast and reduced-precision float32 products on the device of ``like``.
 
@@ -81,6 +97,13 @@ def _reduced_settings() -> dict[str, str]:
         if in_effect not in ("ieee", "none"):
             reduced[backend] = setting
     return reduced
+
+
+def _precision(backend: str) -> str:
+    if not backend:
+        return torch.get_float32_matmul_precision()
+    found: str = getattr(torch.backends, backend).matmul.fp32_precision
+    return found
 
 
 def _set_precision(backend: str, value: str) -> None:

@@ -1,126 +1,496 @@
-"""Pair gradients of layers on a GPU without host-device synchronisation.
+"""Pair gradients of layers on a GPU in few operations, without host-device synchronisation.
 
-Each check on the device ("is any pair near?") would make the host wait for the answer. Here the
-answers are computed along with the results. The caller reads all answers at once, and computes the
-groups that have near pairs or rows of unusual norm again, by the exact way.
+Each check on the device ("is any pair near?") would make the host wait for the answer. Here
+everything is computed whatever the answer is: rows that take no part are masked, and near pairs
+are redone in float64 within the pass (repair.py). Layers of all shapes and kernels go together
+(layout.py), so that what is done to each entry of a Gram matrix is done once for all layers.
+
+Two things are left to the host, which reads of them one step later (late.py), when the answer has
+long been there: coincident neurons, which have no direction between them, and more near pairs than
+the repair has room for. Layers that have them take the exact way from the next step on. In the step
+before, coincident neurons do not push each other, and a near pair without room pulls with no force;
+the gradient is finite.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lightning_hsu._core.kernel import PairTerm
+from lightning_hsu._core.layout import Layout, Panel, Piece, Width, layout_of, triangle
 from lightning_hsu._core.near import NEAR
-from lightning_hsu._core.pairwise import pair_energy
-from lightning_hsu._core.sphere import LONGEST, SHORTEST
-from lightning_hsu._core.updates import GradientUpdate, add_to_layers, alike, chunks, stack_neurons
+from lightning_hsu._core.precision import working_dtype
+from lightning_hsu._core.repair import ListedPairs, add_pushes, listed_pairs, pair_energies
+from lightning_hsu._core.updates import GradientUpdate
 
-_PANEL_ENTRIES = 2**26
-"""Gram entries held at once: 256 MiB in float32."""
+_PANEL_ENTRIES = 2**27
+"""Gram entries computed together: 512 MiB in float32, of which a kernel takes a few."""
 
-_STACK_ENTRIES = 2**26
-"""Entries of the layers of one shape that are computed together."""
+_STACK_ENTRIES = 2**27
+"""Entries of the layers computed together, which are held three times."""
+
+_NEAREST_COSINE = 1.0 - NEAR / 2.0
 
 
-class StackGradient(NamedTuple):
-    """The gradients of a stack of neurons, and for which of its groups they are valid.
+@dataclass(frozen=True)
+class Batch:
+    """Layers that are computed together: of one device and dtype, of any shapes and kernels.
 
     Args:
-        grad: Gradients of the mean energies, shape (b, n, d).
-        norm: Norms of the neurons, shape (b, n, 1).
-        value: Mean energies (b,) in float64 if their logarithm is minimised, else None.
-        valid: Groups without near (or nearly opposite) pairs and with norms between
-            ``SHORTEST`` and ``LONGEST``, bool, shape (b,). The other groups' results are undefined.
+        updates: The layers, sorted by dimension, number of neurons and kernel.
+        terms: The kernels.
+        kinds: Which of them each layer has.
+    """
+
+    updates: list[GradientUpdate]
+    terms: tuple[PairTerm, ...]
+    kinds: list[int]
+
+    @property
+    def work(self) -> list[tuple[GradientUpdate, PairTerm]]:
+        """The layers with their kernels."""
+        terms = [self.terms[kind] for kind in self.kinds]
+        return list(zip(self.updates, terms, strict=True))
+
+    @cached_property
+    def layout(self) -> Layout:
+        """Where the layers lie in flat buffers; the same object for layers of the same shapes."""
+        shapes = []
+        for kind, update in zip(self.kinds, self.updates, strict=True):
+            b, n, d = update.w.shape
+            shapes.append((kind, b, n, d))
+        halves = tuple(term.half_space for term in self.terms)
+        return layout_of(tuple(shapes), halves, _PANEL_ENTRIES, self.updates[0].entries.device)
+
+
+class GroupStats(NamedTuple):
+    """What a logging step needs to know of each group of the layers, on the device.
+
+    Args:
+        energy: Mean energies, float64, shape (groups,).
+        cosine: Largest cosines between two neurons, in half space largest absolute cosines,
+            float64, shape (groups,); the cosine of a neuron that takes no part is 0.
+        dead: Neurons that take no part since they are zero or subnormal, shape (groups,).
+        non_finite: Neurons that take no part since they are not finite, shape (groups,).
+    """
+
+    energy: Tensor
+    cosine: Tensor
+    dead: Tensor
+    non_finite: Tensor
+
+
+class BatchGradient(NamedTuple):
+    """The gradients of a batch, as tensors that hold all its rows.
+
+    Args:
+        grad: -1/2 the gradients, on the sphere, of the groups' summed energies, one flat tensor.
+        length: Their lengths, (rows,) in float64.
+        norm: Norms of the neurons, (rows,) in float64; infinite for those that take no part.
+        scale: Factor from these sums to what is minimised, (rows,) in float64.
+        pairs: The near pairs of each piece: their places among its panels, and squared chords.
+        stats: What a logging step needs; None if it is not asked for.
     """
 
     grad: Tensor
+    length: Tensor
     norm: Tensor
-    value: Tensor | None
-    valid: Tensor
+    scale: Tensor
+    pairs: list[tuple[Tensor, Tensor]]
+    stats: GroupStats | None
 
 
-def stacks_of(updates: Sequence[GradientUpdate]) -> list[Sequence[GradientUpdate]]:
-    """Group the updates into stacks of layers of one shape that fit in memory together."""
-    stacks: list[Sequence[GradientUpdate]] = []
-    for members in alike(updates):
-        count = max(1, _STACK_ENTRIES // max(1, members[0].w.numel()))
-        stacks += chunks(members, count)
-    return stacks
+def batches_of(work: Iterable[tuple[GradientUpdate, PairTerm]]) -> list[Batch]:
+    """Divide layers into batches that fit in memory."""
+    alike: dict[object, list[tuple[GradientUpdate, PairTerm]]] = {}
+    for update, term in work:
+        w = update.entries
+        limit = update.limit
+        # Numbers may differ from layer to layer, a tensor on the device is common to all.
+        key = (w.device, w.dtype, update.grad_scale, id(limit) if isinstance(limit, Tensor) else 0)
+        alike.setdefault(key, []).append((update, term))
+    batches = []
+    for members in alike.values():
+        terms = tuple(dict.fromkeys(term for _, term in members))
+        kinds = {term: kind for kind, term in enumerate(terms)}
+        numbered = [(update, kinds[term]) for update, term in members]
+        numbered.sort(key=_by_shape)
+        for some in _that_fit(numbered):
+            used = sorted({kind for _, kind in some})
+            batches.append(
+                Batch(
+                    [update for update, _ in some],
+                    tuple(terms[kind] for kind in used),
+                    [used.index(kind) for _, kind in some],
+                )
+            )
+    return batches
 
 
-def gradients_without_sync(w: Tensor, term: PairTerm) -> StackGradient:
-    """Compute the same as :func:`pair_energy` for neurons without near pairs or unusual norms.
+def _by_shape(one: tuple[GradientUpdate, int]) -> tuple[int, int, int]:
+    update, kind = one
+    _, n, d = update.w.shape
+    return d, n, kind
+
+
+def _that_fit(
+    layers: Sequence[tuple[GradientUpdate, int]],
+) -> list[list[tuple[GradientUpdate, int]]]:
+    """Divide layers into runs that fit in memory."""
+    runs: list[list[tuple[GradientUpdate, int]]] = []
+    gram = entries = 0
+    for one in layers:
+        shape = one[0].w.shape
+        own = shape[0] * triangle(shape[1])
+        gram += own
+        entries += shape.numel()
+        if not runs or gram > _PANEL_ENTRIES or entries > _STACK_ENTRIES:
+            runs.append([])
+            gram, entries = own, shape.numel()
+        runs[-1].append(one)
+    return runs
+
+
+def gradients_without_sync(batch: Batch, *, stats: bool = False) -> BatchGradient:
+    """Compute the same as :func:`pair_energy` for all layers of a batch.
 
     Args:
-        w: Neurons, shape (b, n, d), float32 or float64, n >= 2.
-        term: The kernel; not too steep for float32.
+        batch: The layers, float32 or float64 or narrower, n >= 2; kernels not too steep for
+            float32.
+        stats: Also compute what a logging step needs.
     """
-    b, n, _ = w.shape
-    norm = torch.linalg.vector_norm(w, dim=-1, keepdim=True)
-    valid = ((norm > SHORTEST) & (norm < LONGEST)).flatten(1).all(1)
-    x = w / norm
-    grad = torch.zeros_like(x)
-    radial = torch.zeros_like(norm)
-    total = torch.zeros(b, dtype=torch.float64, device=w.device)
-    height = max(1, min(n, _PANEL_ENTRIES // (b * n)))
-    for start in range(0, n, height):
-        stop = min(start + height, n)
-        seam = stop - start  # columns before it hold each pair twice
-        rows, cols = x[:, start:stop], x[:, start:]
-        cosine = torch.bmm(rows, cols.mT)
-        q = 2.0 - 2.0 * cosine
-        q.diagonal(dim1=1, dim2=2).fill_(2.0)
-        valid &= ((q >= NEAR) & (q <= 4.0 - NEAR)).flatten(1).all(1)
-        value, slope = term.folded(q.clamp_(NEAR, 4.0 - NEAR), NEAR)
-        slope.diagonal(dim1=1, dim2=2).fill_(0.0)
-        if term.logarithm:
-            value.diagonal(dim1=1, dim2=2).fill_(0.0)
-            total += value[..., :seam].sum((1, 2), dtype=torch.float64) / 2.0
-            total += value[..., seam:].sum((1, 2), dtype=torch.float64)
-        pulled = cosine.mul_(slope)
-        radial[:, start:stop] += pulled.sum(2, keepdim=True)
-        radial[:, stop:] += pulled[..., seam:].sum(1).unsqueeze(2)
-        grad[:, start:stop].baddbmm_(slope, cols)
-        grad[:, stop:].baddbmm_(slope[..., seam:].mT, rows)
-    grad.addcmul_(x, radial, value=-1.0).mul_(-2.0 * term.scale(n) / norm)
-    energy = None
-    if term.logarithm:
-        energy = (total + term.constant(n)) * term.scale(n)
-    return StackGradient(grad, norm, energy, valid)
+    layout = batch.layout
+    first = batch.updates[0].entries
+    dtype = working_dtype(first.dtype)
+    longest = len(layout.columns)
+    w = torch.empty(layout.entries + longest, dtype=dtype, device=first.device)
+    torch._foreach_copy_(_parts(batch, w), [update.w for update in batch.updates])
+    norm = torch.empty(layout.rows, dtype=torch.float64, device=w.device)
+    for width in layout.widths:
+        torch.linalg.vector_norm(_rows(w, width), dim=1, dtype=norm.dtype, out=_own(norm, width))
+    dead = norm.clamp(torch.finfo(dtype).tiny, torch.finfo(norm.dtype).max) != norm  # NaN: true
+    divisor = norm.masked_fill(dead, torch.inf)
+    x = w.new_empty(layout.entries)
+    for width in layout.widths:
+        torch.div(_rows(w, width), _own(divisor, width)[:, None], out=_rows(x, width))
+    x.nan_to_num_(0.0, 0.0, 0.0)  # rows that are not finite
+    last, before = dead.cumsum(0)[layout.bounds].unbind()
+    missing = last - before  # by row, how many rows of its group take no part
+    scale = layout.scales[layout.block_of, missing]
+    sums = _Sums(batch, w, x, divisor, stats)
+    for piece in layout.pieces:
+        sums.add(piece)
+    length = torch.empty_like(norm)
+    for width in layout.widths:
+        rows, unit = _rows(sums.grad, width), _rows(x, width)
+        rows.addcmul_(unit, (rows * unit).sum(1, keepdim=True), value=-1.0)
+        torch.linalg.vector_norm(rows, dim=1, dtype=norm.dtype, out=_own(length, width))
+    found = None
+    if sums.energy is not None:
+        count = layout.sizes - missing[layout.firsts]
+        energy = _mean_energies(batch, sums.energy, count, scale[layout.firsts])
+        scale = _minimised(batch, scale, energy)
+        if sums.cosine is not None:
+            found = _stats(layout, energy, sums.cosine, norm, count)
+    return BatchGradient(sums.grad, length, divisor, scale, sums.pairs, found)
 
 
-def add_where_valid(
-    stacks: Sequence[Sequence[GradientUpdate]], found: Iterable[StackGradient], term: PairTerm
-) -> None:
-    """Add the gradients of stacks to their layers; recompute invalid groups by the exact way.
+class _Sums:
+    """The sums over the pairs of a batch, gathered piece by piece.
 
     Args:
-        stacks: The layers, a list for each stack.
-        found: The gradients of each stack, which are not changed; a generator yields one stack at a
-            time.
-        term: The kernel.
+        batch: The layers.
+        w: Their neurons as one flat tensor.
+        x: Their unit rows alike; 0 for rows that take no part.
+        norm: Their norms (rows,).
+        stats: Whether energies and largest cosines are wanted of all groups.
+
+    Attributes:
+        grad: Sums of slopes times unit rows, as one flat tensor.
+        energy: Sums of energies (groups,) in float64; None if no kernel needs them.
+        cosine: Largest cosines (groups,) in float64; None without ``stats``.
+        pairs: The near pairs of each piece: their places, and squared chords.
     """
-    answers = []
-    for updates, (grad, norm, value, valid) in zip(stacks, found, strict=True):
-        add_to_layers(updates, torch.where(valid[:, None, None], grad, 0.0), norm, value)
-        answers.append(valid)
-    for updates, valid in zip(stacks, answers, strict=True):  # the host waits only now
-        groups = len(updates[0].w)
-        for place, is_valid in enumerate(valid.tolist()):
-            if not is_valid:
-                update = updates[place // groups]
-                add_exactly([update.group(place % groups)], term)
+
+    def __init__(self, batch: Batch, w: Tensor, x: Tensor, norm: Tensor, stats: bool) -> None:
+        self._terms = batch.terms
+        self._layout = batch.layout
+        self._w = w
+        self._x = x
+        self._norm = norm
+        self.grad = torch.empty_like(x)
+        self.energy: Tensor | None = None
+        self.cosine: Tensor | None = None
+        if stats or any(term.logarithm for term in batch.terms):
+            self.energy = norm.new_zeros(batch.layout.groups)
+        if stats:
+            self.cosine = norm.new_full((batch.layout.groups,), -1.0)
+        self.pairs: list[tuple[Tensor, Tensor]] = []
+
+    def add(self, piece: Piece) -> None:
+        """Add the pairs of a piece."""
+        cosine = self._x.new_empty(piece.size + 1)
+        for panel in piece.panels:
+            rows, cols = _unit_rows(self._x, panel)
+            _multiply(_entries(cosine, panel), rows, cols.mT)
+        cosine.index_fill_(0, piece.own, 0.0)
+        clamped = cosine.clamp(-_NEAREST_COSINE, _NEAREST_COSINE)
+        pairs = listed_pairs(cosine != clamped, self._w, self._norm, self._layout, piece)
+        del cosine
+        if self.cosine is not None:
+            self._see_cosines(self.cosine, clamped, pairs, piece)
+        q = torch.rsub(clamped, 2.0, alpha=2.0)
+        del clamped
+        slope = self._slopes(q, pairs, piece)
+        for panel in piece.panels:
+            self._add_panel(panel, _entries(slope, panel))
+        self.pairs.append((pairs.at, pairs.squares))
+        add_pushes(self.grad, pairs, self._terms, self._layout)
+
+    def _slopes(self, q: Tensor, pairs: ListedPairs, piece: Piece) -> Tensor:
+        """Slopes at squared chords (size + 1,), 0 for near pairs; energies are added by the way."""
+        if self.energy is not None:
+            return self._slopes_with_energies(self.energy, q, pairs, piece)
+        if len(piece.stretches) == 1:
+            slope = self._terms[piece.stretches[0].kind].folded_slope(q, NEAR)
+        else:
+            slope = torch.empty_like(q)
+            for kind, start, stop in piece.stretches:
+                part = q.narrow(0, start, stop - start)
+                self._terms[kind].folded_slope(part, NEAR, slope.narrow(0, start, stop - start))
+        return slope.index_fill_(0, pairs.at, 0.0)
+
+    def _slopes_with_energies(
+        self, total: Tensor, q: Tensor, pairs: ListedPairs, piece: Piece
+    ) -> Tensor:
+        """The same, where energies (groups,) are wanted as well."""
+        energies, slope = torch.zeros_like(q), torch.empty_like(q)
+        for kind, start, stop in piece.stretches:
+            found = self._terms[kind].folded(q.narrow(0, start, stop - start), NEAR)
+            for whole, part in zip((energies, slope), found, strict=True):
+                whole.narrow(0, start, stop - start).copy_(part)
+        energies.index_fill_(0, pairs.at, 0.0).index_fill_(0, piece.own, 0.0)
+        self._add_energies(energies, piece)
+        groups = self._layout.group_of[pairs.rows[0]]
+        total.index_put_((groups,), pair_energies(pairs, self._terms), accumulate=True)
+        return slope.index_fill_(0, pairs.at, 0.0)
+
+    def _add_energies(self, energies: Tensor, piece: Piece) -> None:
+        """Add the energies of a piece, which holds those beside a diagonal twice."""
+        assert self.energy is not None
+        most = len(self._layout.weights) // 2
+        weights = self._layout.weights.to(energies.dtype)
+        by_row = energies.new_empty(len(piece.group_of_row))
+        row = 0
+        for panel in piece.panels:
+            groups, height, columns = panel.shape
+            own = energies.narrow(0, panel.at, panel.size).view(groups * height, columns)
+            weight = weights.narrow(0, most - height, columns)
+            torch.mv(own, weight, out=by_row.narrow(0, row, groups * height))
+            row += groups * height
+        self.energy.index_put_((piece.group_of_row,), by_row.double(), accumulate=True)
+
+    def _see_cosines(
+        self, largest: Tensor, cosine: Tensor, pairs: ListedPairs, piece: Piece
+    ) -> None:
+        """Note the largest cosines of a piece; those of near pairs in float64."""
+        for (kind, _, _), own in zip(piece.stretches, piece.own_of, strict=True):
+            if not self._terms[kind].half_space:
+                cosine.index_fill_(0, own, -_NEAREST_COSINE)
+        found = cosine.new_empty(len(piece.group_of))
+        group = 0
+        for panel in piece.panels:
+            groups = panel.shape[0]
+            own = _entries(cosine, panel).flatten(1)
+            out = found.narrow(0, group, groups)
+            if self._terms[panel.block.kind].half_space:
+                torch.linalg.vector_norm(own, torch.inf, dim=1, out=out)
+            else:
+                torch.amax(own, 1, out=out)
+            group += groups
+        cosine.index_fill_(0, piece.own, 0.0)
+        largest.scatter_reduce_(0, piece.group_of, found.double(), "amax")
+        groups_of_pairs = self._layout.group_of[pairs.rows[0]]
+        q, p = pairs.squares
+        near = 1.0 - q / 2.0
+        for kind, term in enumerate(self._terms):
+            if term.half_space:
+                near = torch.where(pairs.kind == kind, 1.0 - torch.minimum(q, p) / 2.0, near)
+        near = torch.where(pairs.once, near, -1.0)
+        largest.scatter_reduce_(0, groups_of_pairs, near, "amax")
+
+    def _add_panel(self, panel: Panel, slope: Tensor) -> None:
+        """Add the slopes (b, k, m) of a panel times the unit rows."""
+        rows, cols = _unit_rows(self._x, panel)
+        height = panel.stop - panel.start
+        is_first = panel.start == 0  # its sums write every row
+        sums = _of_block(self.grad, panel)
+        own = sums.narrow(1, panel.start, height)
+        _multiply(own, slope, cols, adds=not is_first)
+        later = panel.block.n - panel.stop
+        if later:
+            below = slope.narrow(2, height, later).mT
+            _multiply(sums.narrow(1, panel.stop, later), below, rows, adds=not is_first)
 
 
-def add_exactly(updates: Sequence[GradientUpdate], term: PairTerm) -> None:
-    """Add the gradients of layers that differ in ``w`` and ``out`` only, near pairs included."""
-    w = stack_neurons(updates)
-    value, grad = pair_energy(w, term)
-    assert grad is not None
-    norm = torch.linalg.vector_norm(w, dim=-1, keepdim=True)
-    energy = value if term.logarithm else None
-    add_to_layers(updates, grad, norm, energy, may_overflow=True)
+def _parts(batch: Batch, flat: Tensor) -> list[Tensor]:
+    """The entries of each layer in a flat tensor, of the shape (b, n, d)."""
+    found = []
+    for update, span in zip(batch.updates, batch.layout.spans, strict=True):
+        shape = update.w.shape
+        found.append(flat.narrow(0, span.entry, shape.numel()).view(shape))
+    return found
+
+
+def _rows(flat: Tensor, width: Width) -> Tensor:
+    """The rows (k, d) of one dimension in a flat tensor."""
+    return flat.narrow(0, width.entry, width.rows * width.d).view(width.rows, width.d)
+
+
+def _own(by_row: Tensor, width: Width) -> Tensor:
+    """What a tensor (rows,) holds for the rows of one dimension."""
+    return by_row.narrow(0, width.row, width.rows)
+
+
+def _of_block(flat: Tensor, panel: Panel) -> Tensor:
+    """The rows (b, n, d) of the groups of a panel in a flat tensor."""
+    block = panel.block
+    whole = flat.narrow(0, block.entry, block.size).view(block.groups, block.n, block.d)
+    return whole.narrow(0, panel.first, panel.last - panel.first)
+
+
+def _unit_rows(x: Tensor, panel: Panel) -> tuple[Tensor, Tensor]:
+    """The rows (b, k, d) of a panel, and the rows (b, m, d) that are its columns."""
+    whole = _of_block(x, panel)
+    rows = whole.narrow(1, panel.start, panel.stop - panel.start)
+    return rows, whole.narrow(1, panel.start, panel.block.n - panel.start)
+
+
+def _entries(flat: Tensor, panel: Panel) -> Tensor:
+    """The entries (b, k, m) of a panel."""
+    return flat.narrow(0, panel.at, panel.size).view(panel.shape)
+
+
+def _multiply(out: Tensor, a: Tensor, b: Tensor, *, adds: bool = False) -> None:
+    """Write ``a @ b`` to ``out``, or add it; a stack of one is multiplied as two matrices."""
+    if len(a) == 1:
+        out, a, b = out.select(0, 0), a.select(0, 0), b.select(0, 0)
+        if adds:
+            out.addmm_(a, b)
+        else:
+            torch.mm(a, b, out=out)
+    elif adds:
+        out.baddbmm_(a, b)
+    else:
+        torch.bmm(a, b, out=out)
+
+
+def _mean_energies(batch: Batch, total: Tensor, count: Tensor, scale: Tensor) -> Tensor:
+    """Mean energies (groups,) from sums in which rows that take no part lie at right angles.
+
+    Args:
+        batch: The layers.
+        total: The sums.
+        count: How many rows take part.
+        scale: The factors from sums to means.
+    """
+    sizes = batch.layout.sizes
+    extra = 0.5 * (sizes * (sizes - 1.0) - count * (count - 1.0))  # pairs that do not count
+    mean = None
+    for kind, term in enumerate(batch.terms):
+        own = (total - extra * _at_right_angles(term) + count * term.constant(1.0)) * scale
+        if mean is None:
+            mean = own
+        else:
+            mean = torch.where(batch.layout.kinds == kind, own, mean)
+    assert mean is not None
+    return mean
+
+
+def _minimised(batch: Batch, scale: Tensor, energy: Tensor) -> Tensor:
+    """The scales (rows,) where the logarithm of a mean is minimised."""
+    divisor = None
+    for kind, term in enumerate(batch.terms):
+        if not term.logarithm:
+            continue
+        if divisor is None:
+            divisor = torch.ones_like(energy)
+        is_used = (batch.layout.kinds == kind) & (energy > 0)
+        divisor = torch.where(is_used, energy, divisor)
+    if divisor is None:
+        return scale
+    return scale / divisor[batch.layout.group_of]
+
+
+def _stats(
+    layout: Layout, energy: Tensor, cosine: Tensor, norm: Tensor, count: Tensor
+) -> GroupStats:
+    """Stats of all groups.
+
+    Args:
+        layout: Where they lie.
+        energy: Their mean energies.
+        cosine: Their largest cosines.
+        norm: Norms of all rows.
+        count: How many rows of each group take part.
+    """
+    finite = (norm < torch.inf).cumsum(0)[layout.bounds]
+    non_finite = layout.sizes - (finite[0] - finite[1])[layout.firsts]
+    return GroupStats(energy, cosine, layout.sizes - count - non_finite, non_finite)
+
+
+@lru_cache(maxsize=256)
+def _at_right_angles(term: PairTerm) -> float:
+    """The energy of a pair at right angles, as float32 has it."""
+    return float(term.folded(torch.tensor([2.0]), NEAR)[0])
+
+
+def add_batch(batch: Batch, found: BatchGradient) -> None:
+    """Add the gradients of a batch to its layers.
+
+    Args:
+        batch: The layers.
+        found: Their gradients; overwritten.
+    """
+    first = batch.updates[0]
+    grad_scale = first.grad_scale
+    factor = found.scale / found.norm
+    # 2 is that of the sums, whose pairs count once.
+    scales = [2.0 * update.scale * grad_scale for update in batch.updates]
+    common = 1.0  # what all layers have in common is multiplied last
+    if len(set(scales)) == 1 and scales[0] > 0:
+        common = scales[0]
+    else:
+        torch._foreach_mul_(_by_layer(batch, factor), scales)
+    room = found.norm
+    if isinstance(first.limit, Tensor):  # common to all
+        room.mul_(first.limit * (grad_scale / common))
+    else:
+        limits = []
+        for update in batch.updates:
+            limit = torch.inf if update.limit is None else float(update.limit)
+            limits.append(limit * grad_scale / common)
+        if len(set(limits)) == 1:
+            room.mul_(limits[0])
+        else:
+            torch._foreach_mul_(_by_layer(batch, room), limits)
+    largest = torch.finfo(first.entries.dtype).max / 2 * grad_scale / common
+    room.clamp_max_(largest).div_(found.length)
+    torch.minimum(factor, room, out=factor)
+    for width in batch.layout.widths:
+        _rows(found.grad, width).mul_(_own(factor, width)[:, None])
+    added = []
+    for update, part in zip(batch.updates, _parts(batch, found.grad), strict=True):
+        added.append(part.view(update.out_entries.shape))
+    torch._foreach_add_([update.out_entries for update in batch.updates], added, alpha=-common)
+
+
+def _by_layer(batch: Batch, by_row: Tensor) -> list[Tensor]:
+    """What a tensor (rows,) holds for the rows of each layer."""
+    return [by_row.narrow(0, span.row, span.rows) for span in batch.layout.spans]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_hsu._core import PairTerm
-from lightning_hsu._core.foreach import SMALL, add_pair_gradients
+from lightning_hsu._core.foreach import SMALL, add_all_pair_gradients
 from lightning_hsu._core.updates import GradientUpdate
 from lightning_hsu._engine.buffered import STRONG, BufferedUpdates
 from lightning_hsu._engine.layer import Layer
@@ -250,8 +250,7 @@ class PlainUpdates:
         by_term: dict[PairTerm, list[GradientUpdate]] = {}
         for _, term, update in self.found:
             by_term.setdefault(term, []).append(update)
-        for term, updates in by_term.items():
-            add_pair_gradients(updates, term)
+        add_all_pair_gradients(by_term)
 
 
 @dataclass(frozen=True)
