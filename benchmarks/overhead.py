@@ -157,7 +157,7 @@ def host_time(steps: int = 300) -> dict[str, float]:
     for p in net.parameters():
         p.grad = torch.zeros_like(p)
     inside: list[float] = []
-    pair_sums = plan.add_pair_gradients
+    pair_sums = plan.add_all_pair_gradients
 
     def timed(*arguments: object) -> None:
         start = time.perf_counter()
@@ -165,7 +165,7 @@ def host_time(steps: int = 300) -> dict[str, float]:
         inside[-1] += time.perf_counter() - start
 
     whole = []
-    with mock.patch.object(plan, "add_pair_gradients", timed):
+    with mock.patch.object(plan, "add_all_pair_gradients", timed):
         for _ in range(steps):
             inside.append(0.0)
             start = time.perf_counter()

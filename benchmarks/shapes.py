@@ -42,9 +42,17 @@ def gpt2_small() -> Shapes:
     return [(2304, 768), (768, 768), (3072, 768), (768, 3072)] * 12
 
 
+def llama_7b() -> Shapes:
+    """32 blocks of four attention projections and the three of a gated MLP, without embeddings."""
+    return [*[(4096, 4096)] * 4, (11008, 4096), (11008, 4096), (4096, 11008)] * 32
+
+
 MODELS = {
     "ResNet-18": resnet18,
     "ResNet-50": resnet50,
     "ViT-B/16": vit_b_16,
     "GPT-2 small": gpt2_small,
 }
+
+LARGE = {"Llama-7B": llama_7b}
+"""Models that are counted and not timed."""

@@ -1,0 +1,300 @@
+"""What a step asks of a GPU, counted without one: kernel launches, waits, arithmetic and traffic.
+
+Tensors only pretend to be on a CUDA device (torch's FakeTensorMode): they have shapes and no data.
+Each call of torch that would start a kernel counts as one launch, also where it is a few of them,
+as in a sort or in a ``_foreach_`` call over many tensors. Views and empty tensors count nothing.
+What makes the host wait for the device, or copies from ordinary memory, counts as a wait.
+
+The table holds a plain step of the default back end for whole models. Traffic is what elementwise
+operations and reductions read and write, without matrix products; it is also given per entry of the
+layers' n x n Gram matrices.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from benchmarks.shapes import LARGE, MODELS, Shapes
+from lightning_hsu import UniformityRegularizer
+from lightning_hsu._core import layout
+from lightning_hsu._core.kernel import softened_at
+from lightning_hsu._core.pairwise import too_steep
+from lightning_hsu._neurons import quantised
+from lightning_hsu.measures import Measure
+
+SHAPES = {name: MODELS[name] for name in ("ResNet-50", "GPT-2 small", "ViT-B/16")} | LARGE
+
+_WITHOUT_KERNEL = frozenset(
+    {
+        "_unsafe_view",
+        "_reshape_alias",
+        "as_strided",
+        "detach",
+        "empty",
+        "empty_like",
+        "empty_strided",
+        "is_same_size",
+        "lift_fresh",
+        "new_empty",
+        "new_empty_strided",
+        "sym_numel",
+        "sym_size",
+    }
+)
+_ANSWERS = frozenset({"_local_scalar_dense", "equal", "is_nonzero", "item"})
+_WAITS = frozenset({"masked_select", "nonzero"})
+_COPIES = frozenset({"_to_copy", "copy_", "_foreach_copy_"})
+_PRODUCTS = frozenset({"mm", "bmm", "addmm", "addmm_", "baddbmm", "baddbmm_"})
+
+
+@dataclass
+class Asked:
+    """What was asked of the device.
+
+    Attributes:
+        launches: Calls that start kernels.
+        waits: Calls that make the host wait.
+        flop: Floating-point operations of matrix products in float32 or narrower.
+        traffic: Bytes that all other calls read and write.
+        calls: How often each operation was called.
+    """
+
+    launches: int = 0
+    waits: int = 0
+    flop: float = 0.0
+    traffic: float = 0.0
+    calls: Counter[str] = field(default_factory=Counter)
+
+
+class Counting(TorchDispatchMode):
+    """Counts what is asked of CUDA devices, and answers what the host waits for with a one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked = Asked()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        """Count one call."""
+        kwargs = kwargs or {}
+        name = func.overloadpacket.__name__
+        given = [part for part in tree_leaves((args, kwargs)) if isinstance(part, Tensor)]
+        if name in _ANSWERS and given[0].is_cuda:
+            self.asked.waits += 1
+            self.asked.calls[name] += 1
+            if given[0].dtype == torch.bool or name in ("equal", "is_nonzero"):
+                return True
+            return 1.0 if given[0].is_floating_point() else 1
+        result = func(*args, **kwargs)
+        made = [part for part in tree_leaves(result) if isinstance(part, Tensor)]
+        touched = [*given, *made]
+        if func.namespace != "aten" or name in _WITHOUT_KERNEL or func.is_view:
+            return result
+        if not any(part.is_cuda for part in touched):
+            return result
+        self.asked.launches += 1
+        self.asked.calls[name] += 1
+        self.asked.waits += self._waits(name, touched, args, kwargs)
+        if name in _PRODUCTS:
+            left = given[1] if name.startswith(("addmm", "baddbmm")) else given[0]
+            if left.dtype != torch.float64:
+                self.asked.flop += 2.0 * prod(made[0].shape) * left.shape[-1]
+        else:
+            written = {id(part) for part in given}
+            self.asked.traffic += sum(map(_bytes, given))
+            self.asked.traffic += sum(_bytes(part) for part in made if id(part) not in written)
+            if name.endswith("_"):
+                self.asked.traffic += sum(map(_bytes, made)) or _bytes(given[0])
+        return result
+
+    @staticmethod
+    def _waits(name: str, touched: Sequence[Tensor], args: Sequence[Any], kwargs: Any) -> int:
+        """1 if the call makes the host wait, else 0."""
+        if name in _WAITS:
+            return 1
+        if name in ("index", "index_put", "index_put_"):
+            masks = [part for part in tree_leaves(args[1]) if isinstance(part, Tensor)]
+            return int(any(part.dtype == torch.bool for part in masks))
+        if name in _COPIES and len({part.device.type for part in touched}) > 1:
+            is_asynchronous = kwargs.get("non_blocking") or (len(args) > 2 and args[2] is True)
+            return int(not is_asynchronous)
+        return 0
+
+
+def _bytes(x: Tensor) -> int:
+    """The memory that a tensor's entries take; what is repeated by a stride of 0 counts once."""
+    sizes = [size for size, stride in zip(x.shape, x.stride(), strict=True) if stride or size < 2]
+    return int(prod(sizes)) * x.element_size()
+
+
+class _Indexing(TorchFunctionMode):
+    """Takes parts of tensors by calls, since ``x[...]`` itself asks for a real device."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        """Call the function, or take the part."""
+        if func is Tensor.__getitem__ and args[0].is_cuda:
+            return _part(*args)
+        if func is Tensor.__setitem__ and args[0].is_cuda:
+            x, places, value = args
+            if isinstance(places, Tensor):
+                places = (places,)
+            if any(isinstance(place, Tensor) for place in places):
+                value = torch.as_tensor(value, dtype=x.dtype, device=x.device)
+                return x.index_put_(tuple(places), value)
+            part = _part(x, places)
+            if not isinstance(value, Tensor):
+                return part.fill_(value)
+            func, args, kwargs = Tensor.copy_, (part, value), {}
+        if func is Tensor.copy_:
+            with torch._C._AutoDispatchBelowAutograd():
+                return torch.ops.aten.copy_.default(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _tolist(x: Tensor) -> Any:
+    """What ``x.tolist()`` is if all entries are alike, for one question to the device."""
+    found = x.flatten().narrow(0, 0, 1).squeeze(0).item()
+    for size in reversed(x.shape):
+        found = [found] * size
+    return found
+
+
+def _part(x: Tensor, places: Any) -> Tensor:
+    """What ``x[places]`` is."""
+    places = places if isinstance(places, tuple) else (places,)
+    if Ellipsis in [place for place in places if not isinstance(place, Tensor)]:
+        at = next(i for i, place in enumerate(places) if place is Ellipsis)
+        named = sum(place is not None for place in places) - 1
+        places = (*places[:at], *[slice(None)] * (x.ndim - named), *places[at + 1 :])
+    axis = 0
+    tensors: list[Tensor | None] = []
+    for place in places:
+        if place is None:
+            x = x.unsqueeze(axis)
+        elif isinstance(place, int):
+            x = x.select(axis, place)
+            continue
+        elif isinstance(place, slice):
+            start, stop, step = place.indices(x.shape[axis])
+            if (start, stop, step) != (0, x.shape[axis], 1):
+                x = torch.ops.aten.slice.Tensor(x, axis, start, stop, step)
+        else:
+            tensors += [None] * (axis - len(tensors)) + [place]
+        axis += 1
+    if not tensors:
+        return x
+    return torch.ops.aten.index.Tensor(x, tensors)
+
+
+@contextmanager
+def pretending() -> Iterator[None]:
+    """Within the block tensors have no data, on any device, and may be the weights of a model.
+
+    What was kept for other tensors is forgotten.
+    """
+    layout.layout_of.cache_clear()
+    as_numbers = mock.patch.object(quantised, "_is_wrapper", return_value=False)
+    as_list = mock.patch.object(FakeTensor, "tolist", _tolist)
+    # A graph would need a real device.
+    with as_list, as_numbers, FakeTensorMode(), _Indexing(), torch.no_grad():
+        yield
+    layout.layout_of.cache_clear()
+
+
+def count(act: Callable[[], object]) -> Asked:
+    """What one call asks of the device."""
+    with Counting() as counting:
+        act()
+    return counting.asked
+
+
+class Layers(nn.Module):
+    """Linear layers of given shapes on a CUDA device, with gradients, the last of them the head."""
+
+    def __init__(self, shapes: Shapes, dtype: torch.dtype, with_head: bool) -> None:
+        super().__init__()
+        parts = [linear(n, d, dtype) for n, d in shapes]
+        if with_head:
+            self.head = parts.pop()
+        self.layers = nn.ModuleList(parts)
+
+
+def linear(n: int, d: int, dtype: torch.dtype = torch.float32) -> nn.Linear:
+    """A layer whose weight is on a CUDA device and has a gradient."""
+    layer = nn.Linear(d, n, bias=False, device="meta")
+    layer.weight = nn.Parameter(torch.empty(n, d, device="cuda", dtype=dtype))
+    layer.weight.grad = torch.empty_like(layer.weight)
+    return layer
+
+
+def plain_step(name: str, dtype: torch.dtype = torch.float32, **settings: Any) -> Asked:
+    """What a plain step of a regularizer asks for, the third of an optimizer.
+
+    Args:
+        name: The model.
+        dtype: Of its weights.
+        settings: Of the regularizer.
+    """
+    head = "head" if name in ("ResNet-50", "ViT-B/16") else None
+    settings = {"coefficient": 1e-3, "head": head} | settings
+    regularizer = UniformityRegularizer(**settings)
+    for measure in (regularizer.measure, regularizer.measure.for_head()):
+        look_at(measure)
+    with pretending():
+        model = Layers(SHAPES[name](), dtype, with_head=head is not None)
+        regularizer.attach(model)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for _ in range(2):  # the first steps are looked at
+            with Counting():
+                regularizer.add_gradients(optimizer)
+        return count(lambda: regularizer.add_gradients(optimizer))
+
+
+def look_at(measure: Measure) -> None:
+    """Learn of a kernel what is kept, which takes numbers."""
+    term = measure.pair_term()
+    if term is not None:
+        too_steep(term)
+        softened_at(term, 4.0)
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--calls", action="store_true", help="also list what was called how often")
+    arguments = parser.parse_args()
+    print(
+        f"{'model':12s} {'launches':>8s} {'waits':>6s} {'GFLOP':>9s} {'elementwise GB':>15s} "
+        f"{'bytes per Gram entry':>21s}"
+    )
+    for name in SHAPES:
+        asked = plain_step(name)
+        entries = sum(n * n for n, _ in SHAPES[name]())
+        print(
+            f"{name:12s} {asked.launches:8d} {asked.waits:6d} {asked.flop / 1e9:9.0f} "
+            f"{asked.traffic / 1e9:15.1f} {asked.traffic / entries:21.0f}"
+        )
+        if arguments.calls:
+            for call, times in asked.calls.most_common():
+                print(f"    {times:6d} {call}")
+
+
+if __name__ == "__main__":
+    main()

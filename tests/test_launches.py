@@ -1,0 +1,94 @@
+"""What a step asks of a GPU, counted with tensors that only pretend to be on one."""
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks import launches
+from benchmarks.launches import count, plain_step, pretending
+from lightning_hsu import UniformityRegularizer
+from lightning_hsu._core import precision, without_sync
+
+BUDGETS = {  # measured: 253, 112, 120, 960
+    "ResNet-50": 450,
+    "GPT-2 small": 120,
+    "ViT-B/16": 120,
+    # An eighth of it. A batch of its layers takes over a TFLOP, tens of ms; its 78 launches are below
+    # 1 % of that.
+    "Llama-7B": 980,
+}
+
+
+@pytest.mark.parametrize("name", BUDGETS)
+def test_a_plain_step_is_few_launches_and_no_wait(name, monkeypatch):
+    shapes = launches.SHAPES[name]()
+    if name == "Llama-7B":
+        shapes = shapes[: len(shapes) // 8]
+        monkeypatch.setitem(launches.SHAPES, name, lambda: shapes)
+    asked = plain_step(name)
+    assert 50 < asked.launches <= BUDGETS[name], asked.calls
+    assert asked.waits == 0, asked.calls
+    floor = 3e-9 * sum(n * n * d for n, d in shapes)
+    assert floor < 1e-9 * asked.flop < 1.16 * floor  # no product is done twice
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_as_few(dtype):
+    asked = plain_step("GPT-2 small", dtype)
+    assert asked.launches <= BUDGETS["GPT-2 small"]
+    assert asked.waits == 0
+
+
+def test_tf32_is_one_product_through_the_same_pass(monkeypatch):
+    """Of the settings of this process nothing is left afterwards."""
+    backend = "cuda" if precision._BACKENDS else ""
+    before = precision._precision(backend)
+    settings = []
+    multiply = without_sync._multiply
+
+    def noted(*args, **kwargs):
+        settings.append(precision._precision(backend))
+        multiply(*args, **kwargs)
+
+    monkeypatch.setattr(without_sync, "_multiply", noted)
+    exact = plain_step("GPT-2 small")
+    assert set(settings) <= {"ieee", "none", "highest"}
+    settings.clear()
+    fast = plain_step("GPT-2 small", matmul_precision="medium")
+    assert set(settings) == {"tf32" if backend else "high"}
+    assert precision._precision(backend) == before
+    assert (fast.launches, fast.waits) == (exact.launches, 0)
+    assert fast.flop == exact.flop
+
+
+def test_the_counter_counts():
+    """Launches, waits and traffic of calls that are known."""
+    with pretending():
+        x = torch.empty(4, 6, device="cuda")
+        assert count(lambda: x.view(6, 4).T[1:, :2]).launches == 0
+        asked = count(lambda: (x @ x.mT).exp_())
+        assert (asked.launches, asked.flop, asked.traffic) == (2, 2 * 4 * 4 * 6, 2 * 4 * 16)
+        assert count(lambda: x + x[:1].expand(4, 6)).traffic == 4 * (24 + 6 + 24)
+        for waits in (
+            lambda: x.sum().item(),
+            lambda: bool(x.any()),
+            lambda: x.tolist(),
+            lambda: x.cpu(),
+            lambda: torch.tensor([1.0, 2.0], device="cuda"),
+        ):
+            assert count(waits).waits == 1, waits
+        assert count(lambda: x.to("cpu", non_blocking=True)).waits == 0
+
+
+def test_learning_rates_on_the_device_are_not_asked():
+    with pretending():
+        model = nn.ModuleList([launches.linear(64, 32), launches.linear(64, 32)])
+        regularizer = UniformityRegularizer(coefficient=1e-3, head=None)
+        launches.look_at(regularizer.measure)
+        regularizer.attach(model)
+        rate = torch.full((), 0.1, device="cuda")
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        optimizer.param_groups[0]["lr"] = rate
+        for _ in range(2):
+            count(lambda: regularizer.add_gradients(optimizer))
+        assert count(lambda: regularizer.add_gradients(optimizer)).waits == 0
