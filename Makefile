@@ -70,9 +70,10 @@ wheel: .venv/wheel.installed  ## Build the wheel, install it into an empty envir
 	.venv-wheel/bin/python $(PIP_INSTALL) dist/*.whl
 	cd .venv-wheel && bin/python -I ../.ci/check_wheel.py
 
-bench: .venv/bench.installed  ## What the penalty costs; QUICK=--quick runs all of it in miniature
+bench: .venv/bench.installed  ## What the penalty costs; QUICK=--quick runs all of it in miniature, as what a GPU would run always is
 	$(BIN)/python -m benchmarks.core $(QUICK)
 	$(BIN)/python -m benchmarks.overhead $(QUICK)
+	$(BIN)/python -m benchmarks.gpu --all --device cpu --quick
 
 kernels: .venv/kernels.installed  ## Compile the kernels for their chips, which need not be there: registers, spills, shared memory
 	$(BIN)/python .ci/compile_kernels.py

@@ -1,20 +1,156 @@
 """What can be told of the GPU benchmark without a GPU."""
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
-from benchmarks import gpu
+from benchmarks.gpu import stand_in
+from benchmarks.gpu.table import page, verdict
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(*arguments):
+    """Run Python in a process of its own, from the root."""
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
 
 
 def test_the_benchmark_says_what_it_lacks(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr("sys.argv", ["gpu"])
-    assert gpu.main() == 2
+    assert stand_in.run(1, quick=True) == 2
     assert "needs a CUDA device" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("name", "giga"), [("ResNet-18", 1.81), ("ResNet-50", 4.1)])
 def test_the_stand_in_for_a_step_has_the_model_s_flop(name, giga):
     """Published for one image: 1.81 and 4.1 billion multiplications and additions."""
-    found = sum(gpu.rows_of(name, n, d) / 256 * n * d for n, d in gpu.MODELS[name]())
+    shapes = stand_in.MODELS[name]()
+    found = sum(stand_in.rows_of(name, n, d) / 256 * n * d for n, d in shapes)
     assert found == pytest.approx(giga * 1e9, rel=0.06)
+
+
+PARTS = """
+import os, sys, time
+from pathlib import Path
+from benchmarks.gpu.parts import parts as _  # imports here what forks would import
+from benchmarks.gpu.machine import suit_interpreter
+from benchmarks.gpu.runner import LacksError, NeedsCardError, Part, Settings, run
+
+suit_interpreter()
+
+def raises(report):
+    report.row(case="first", right=True)
+    raise ValueError("this one fails")
+
+def dies(report):
+    report.row(case="second", right=True)
+    os._exit(7)
+
+def hangs(report):
+    report.row(case="third", right=True)
+    time.sleep(60)
+
+def lacks(report):
+    raise LacksError("torchvision not installed")
+
+def needs(report):
+    raise NeedsCardError("it is fast only there")
+
+def goes(report):
+    report.row(case="last", right=True, seconds_left=report.seconds_left > 1)
+
+parts = [
+    Part("raises", raises, 0, 9), Part("dies", dies, 0, 9), Part("hangs", hangs, 0, 2),
+    Part("lacks", lacks, 0, 9), Part("needs", needs, 0, 9), Part("long", goes, 1000, 2000),
+    Part("goes", goes, 0, 9),
+]
+sys.exit(run(parts, Settings("cpu", True, Path(sys.argv[1]), 60.0)))
+"""
+
+
+def test_a_part_that_fails_crashes_or_hangs_leaves_the_others_alone(tmp_path):
+    done = run("-W", "ignore", "-c", PARTS, tmp_path)
+    assert done.returncode == 1, done.stderr
+    found = json.loads((tmp_path / "results.json").read_text())["parts"]
+    assert {name: part["status"] for name, part in found.items()} == {
+        "raises": "failed",
+        "dies": "failed",
+        "hangs": "stopped",
+        "lacks": "missing",
+        "needs": "needs a card",
+        "long": "skipped",
+        "goes": "done",
+    }
+    assert "ValueError: this one fails" in found["raises"]["traceback"]
+    assert "exit code 7" in found["dies"]["traceback"]
+    for name, case in (("raises", "first"), ("dies", "second"), ("hangs", "third")):
+        assert found[name]["rows"] == [{"case": case, "right": True}]  # what it had found by then
+    assert "it needs 1000" in found["long"]["notes"][0]
+    table = (tmp_path / "results.md").read_text()
+    assert "| last | True | True |" in table
+    assert "torchvision not installed" in table
+
+
+@pytest.mark.parametrize(
+    ("found", "reason"),
+    [
+        ({"status": "done", "rows": [{"case": "near", "right": False}]}, "1 wrong of 1: near"),
+        ({"status": "failed", "rows": []}, "'check' is failed"),
+        ({"status": "stopped", "rows": [{"case": "near", "right": True}]}, "'check' is stopped"),
+    ],
+)
+def test_timings_of_a_back_end_that_is_wrong_are_void(found, reason):
+    timed = {"status": "done", "rows": [{"back end": "triton", "ms": 1.0}], "notes": []}
+    results = {"check": found | {"notes": []}, "times": timed}
+    void = verdict(results, {"check": "triton", "times": None})
+    assert void == {"triton": reason}
+    settings = {"device": "cuda", "quick": False}
+    text = page({"settings": settings, "void": void, "parts": results})
+    assert "timings of the back end triton are VOID" in text
+    assert "| triton (VOID) | 1 |" in text
+
+
+def test_a_back_end_that_is_right_keeps_its_timings():
+    right = {"status": "done", "rows": [{"case": "near", "right": True}], "notes": []}
+    assert verdict({"check": right}, {"check": "triton"}) == {}
+
+
+def test_without_a_card_it_says_so_and_ends(tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    done = run("-m", "benchmarks.gpu", "--all", "--out", tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert "torch sees no CUDA device here" in done.stdout
+    assert len(json.loads((tmp_path / "results.json").read_text())["parts"]) == 1
+
+
+@pytest.mark.slow
+def test_every_part_runs_in_miniature_on_a_cpu(tmp_path):
+    done = run(
+        "-m", "benchmarks.gpu", "--all", "--device", "cpu", "--quick", "--out", tmp_path,
+        "--budget", "240",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    whole = json.loads((tmp_path / "results.json").read_text())
+    assert whole["void"] == {}
+    parts = whole["parts"]
+    assert {part["status"] for part in parts.values()} <= {"done", "missing", "needs a card"}
+    for name in ("machine", "correctness: torch", "Trainer against a plain loop"):
+        assert parts[name]["status"] == "done"
+        assert parts[name]["rows"]
+    cases = {(row["case"], row["space"]) for row in parts["correctness: torch"]["rows"]}
+    assert len(cases) == 22
+    assert parts["correctness: cudagraph"]["status"] == "needs a card"
+    (compared,) = parts["Trainer against a plain loop"]["rows"]
+    assert compared["moved by the penalty"] > 100 * compared["off from float64"] > 0

@@ -422,6 +422,12 @@ def _product_tiles(spans: tuple[tuple[int, int, int], ...], device: torch.device
     return _numbered(parts).to(device)
 
 
+def forget_tables() -> None:
+    """Forget the tables of tiles, which are of the sizes above."""
+    for tables in (_row_blocks, _pair_tiles, _product_tiles):
+        tables.cache_clear()
+
+
 def _numbered(parts: list[Tensor]) -> Tensor:
     """The tables (k, m) of all groups, stacked, with the group's number before each row."""
     tables = []

@@ -10,19 +10,17 @@ of a whole step are smaller. Rivals take turns; CUDA events measure the time, in
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
-import subprocess
 import sys
 from collections.abc import Callable
-from importlib.metadata import version
 from importlib.util import find_spec
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks import peers
+from benchmarks.gpu.machine import driver, version_of
 from benchmarks.shapes import MODELS, Shapes
 from benchmarks.timing import save, spread
 from lightning_hsu import UniformityRegularizer
@@ -219,13 +217,12 @@ def difference() -> dict[str, object]:
 
 def machine() -> dict[str, str]:
     """The GPU and the versions that the benchmark runs with."""
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        driver = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
-    except (OSError, subprocess.CalledProcessError, IndexError):
-        driver = "unknown"
-    card = torch.cuda.get_device_name()
-    return {"card": card, "driver": driver, "torch": torch.__version__, "triton": version("triton")}
+    return {
+        "card": torch.cuda.get_device_name(),
+        "driver, clocks": driver(),
+        "torch": torch.__version__,
+        "triton": version_of("triton"),
+    }
 
 
 def missing() -> str:
@@ -237,12 +234,8 @@ def missing() -> str:
     return ""
 
 
-def main() -> int:
+def run(rounds: int, *, quick: bool) -> int:
     """Run everything, print it and save it; return 2 on a machine that cannot run it."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="in miniature, to see that it runs")
-    parser.add_argument("--rounds", type=int, default=11)
-    arguments = parser.parse_args()
     lack = missing()
     if lack:
         print(lack, file=sys.stderr)
@@ -256,18 +249,17 @@ def main() -> int:
     print(*result.values(), sep="\n", flush=True)
     for name, shapes_of in MODELS.items():
         shapes = shapes_of()
-        rounds = arguments.rounds
-        if arguments.quick:
+        if quick:
             shapes = shapes[:4]
             rounds = 1
         rows = of_a_model(name, shapes, rounds)
         result[name] = rows
         show(name, rows)
-    n, d = (3001, 768) if arguments.quick else EMBEDDING
+    n, d = (3001, 768) if quick else EMBEDDING
     embedding = of_the_embedding((n, d))
     result["embedding"] = embedding
     show(f"{n} x {d}", embedding)
-    if not arguments.quick:
+    if not quick:
         card = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower())
         save(f"gpu-{card}", result)
     return 0
@@ -277,7 +269,3 @@ def show(name: str, rows: dict[str, object]) -> None:
     """Print one part of the table."""
     for what, value in rows.items():
         print(f"{name:12s} {what:28s} {value}", flush=True)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
