@@ -5,10 +5,11 @@ The penalty is differentiated by autograd through the float64 oracle, and enters
 
 import math
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import nn
@@ -17,6 +18,7 @@ from torch.optim.swa_utils import SWALR, AveragedModel, get_ema_avg_fn
 
 from lightning_hsu import Share
 from lightning_hsu._core import PairTerm, oracle_energy
+from lightning_hsu._engine.delta import Deltas
 from lightning_hsu.measures import GaussianPotential, Measure, PairwiseMeasure, RieszEnergy
 from tests.models import mean_square
 
@@ -37,15 +39,22 @@ class Layer:
         named = self.module.named_parameters(recurse=self.key == "weight")
         return [p for name, p in named if self.key in name]
 
-    def energy(self):
-        """Mean over the groups of the penalty."""
+    def neurons(self):
+        """Its neurons (groups, n, d)."""
         if hasattr(self.module, "weight_orig"):  # pruned
             weight = self.module.weight_orig * self.module.weight_mask
         else:
             weight = getattr(self.module, self.key)
-        return energy(self.measure, self.rows(weight)).mean()
+        return self.rows(weight)
 
-    def gradients(self, owned):
+    def energy(self, kept=None):
+        """Mean over the groups of the penalty; of ``kept`` gradients only the gradient is right."""
+        neurons = self.neurons()
+        if kept is None:
+            return energy(self.measure, neurons).mean()
+        return (neurons * kept.gradient(self.name, self.measure, neurons.detach())).sum()
+
+    def gradients(self, owned, kept=None):
         """Pairs of a parameter and the energy's gradient in it, of those that are about to move."""
         moving = []
         for p in self.parameters():
@@ -53,7 +62,7 @@ class Layer:
                 moving.append(p)
         if not moving:
             return []
-        gradients = torch.autograd.grad(self.energy(), moving)
+        gradients = torch.autograd.grad(self.energy(kept), moving)
         return list(zip(moving, gradients, strict=True))
 
     def move(self, p, way):
@@ -79,6 +88,60 @@ def energy(measure, neurons):
         return measure.penalty(neurons)
     value = oracle_energy(neurons, PairTerm(measure.kernel, measure.half_space, measure.softening))
     return value.log() if isinstance(measure, GaussianPotential) else value
+
+
+class Kept:
+    """Gradients that are kept for several steps, and computed when a schedule says so.
+
+    Args:
+        schedule: Of each layer the uses of its gradient, one after the other: whether it was computed,
+            and whether that was another evaluation within a step.
+    """
+
+    def __init__(self, schedule):
+        self.schedule = {layer: iter(uses) for layer, uses in schedule.items()}
+        self.grads: dict[Any, torch.Tensor] = {}
+        self.ages: dict[Any, int] = {}
+
+    def gradient(self, name, measure, x, key=None):
+        """That of the mean over groups at neurons x (groups, n, d), or of those before.
+
+        Args:
+            key: What tells the layer from others; None for its name.
+        """
+        key = name if key is None else key
+        is_computed, is_again = next(self.schedule[name])
+        if is_computed:
+            with torch.enable_grad():
+                x = x.detach().requires_grad_()
+                self.grads[key] = torch.autograd.grad(energy(measure, x).mean(), x)[0]
+            self.ages[key] = 0
+        elif not is_again and self.ages[key] in (1, 2, 4, 8, 16, 32):
+            grad = self.grads[key]
+            along = (grad * x).sum(-1, keepdim=True) / x.square().sum(-1, keepdim=True)
+            self.grads[key] = grad - along * x
+        if not is_again:
+            self.ages[key] += 1
+        return self.grads[key]
+
+    def is_used_up(self):
+        """Whether the schedule is at its end."""
+        return all(next(uses, None) is None for uses in self.schedule.values())
+
+
+@contextmanager
+def recorded_schedule():
+    """The uses of kept gradients by layer, as ``Kept`` takes them."""
+    schedule: dict[str, list[tuple[bool, bool]]] = {}
+    find_due = Deltas.find_due
+
+    def noted(deltas, uses, *, same_step=False):
+        find_due(deltas, uses, same_step=same_step)
+        for use in uses:
+            schedule.setdefault(use.layer.name, []).append((use.is_due, same_step))
+
+    with mock.patch.object(Deltas, "find_due", noted):
+        yield schedule
 
 
 def in_groups(weight):
@@ -139,15 +202,16 @@ class Penalty:
     """Coefficient times energy of several layers: ``term``, ``before_step`` and ``after_step``.
 
     Each does nothing unless ``mode`` is its own. ``coefficient`` takes the optimizer steps done and
-    a layer's name.
+    a layer's name; ``kept`` are gradients that are used for several steps.
     """
 
-    def __init__(self, layers, mode, coefficient, every=1, accumulate=1):
+    def __init__(self, layers, mode, coefficient, every=1, accumulate=1, kept=None):
         self.layers = layers
         self.mode = mode
         self.coefficient = coefficient
         self.every = every
         self.accumulate = accumulate
+        self.kept = kept
         self.steps: dict[int, int] = {}  # by optimizer
         # By layer, of the norms of the gradients: the task's and the penalty's.
         self.means: dict[str, list[float]] = {}
@@ -160,8 +224,9 @@ class Penalty:
             return 0.0
         total = 0.0
         for layer in self.layers:
-            if any(p.requires_grad for p in layer.parameters()):
-                total = total + self.coefficient(step, layer.name) * layer.energy()
+            strength = self.coefficient(step, layer.name)
+            if strength != 0 and any(p.requires_grad for p in layer.parameters()):
+                total = total + strength * layer.energy(self.kept)
         return total / self.accumulate
 
     def before_step(self, optimizer, scale=1.0):
@@ -197,7 +262,9 @@ class Penalty:
         owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
         due = []
         for layer in self.layers:
-            found = layer.gradients(owned)
+            if self.coefficient(step, layer.name) == 0:
+                continue
+            found = layer.gradients(owned, self.kept)
             if found:
                 due.append((layer, self._strength(layer, step, found, scale), found))
         return due

@@ -578,6 +578,55 @@ def test_trains_as_a_plain_loop_does(row, mode):
     assert max_difference(without, twin) > 10 * row.tolerance or outcome.mode == "none"
 
 
+KEEPING = (
+    "fp32",
+    "bf16-mixed",
+    "64-true",
+    "scaler, clip by norm",
+    "accumulate 3 of 5",
+    "manual accumulation",
+    "GAN",
+    "LBFGS",
+    "SAM",
+    "ModelPruning",
+    "weight_norm",
+    "LSTM, attention",
+    "channels_last, transposed",
+    "StochasticWeightAveraging",
+    "CosineSchedule, every second step",
+    "by layer, a schedule inside, none for the rest",
+    "Share, SAM",
+    "Share for a layer, clipped, every second step",
+    "two callbacks",
+)
+"""Rows that also keep gradients: one of each way in which a gradient is used."""
+
+
+def keeping():
+    return [case for case in cases(refused=False) if case.values[0].name in KEEPING]
+
+
+@pytest.mark.filterwarnings("ignore:the penalty is too strong")
+@pytest.mark.parametrize(("row", "mode"), keeping())
+def test_keeps_gradients_as_a_plain_loop_of_the_same_schedule_does(row, mode):
+    """A generous tolerance, so that some are used again in so few steps."""
+    module = row.module(make_optimizer=row.optimizer)
+    twin, fresh = (copy.deepcopy(module).to(row.dtype) for _ in range(2))
+    data = batches(row.count, dtype=row.dtype)
+    with plain.recorded_schedule() as schedule:
+        fit_with_lightning(row, mode, module, data, tolerance=0.9)
+    kept = plain.Kept(schedule)
+    fit_plainly(row, mode, twin, data, kept)
+    assert kept.is_used_up()
+    assert max_difference(twin, module) < row.tolerance
+    # A closure that runs again moves the weights within a step: nothing is used twice there.
+    evaluates_again = row.loop is plain.train_with_closure and mode != "decoupled"
+    uses = [is_computed for uses in schedule.values() for is_computed, _ in uses]
+    assert all(uses) == evaluates_again
+    fit_plainly(row, mode, fresh, data)
+    assert max_difference(fresh, module) > 2 * row.tolerance or evaluates_again
+
+
 @pytest.mark.parametrize(("row", "mode"), cases(refused=True))
 def test_is_refused_before_anything_has_moved(row, mode):
     outcome = getattr(row, mode)
@@ -593,10 +642,10 @@ def warned_of(outcome):
     return pytest.warns(UserWarning, match=outcome.message) if outcome.message else nullcontext()
 
 
-def fit_with_lightning(row, mode, module, data):
+def fit_with_lightning(row, mode, module, data, **more):
     given = row.callback if isinstance(row.callback, tuple) else (row.callback,)
     ours = [
-        row.prepare(uniformity(**{"coefficient": 0.5, "apply": mode, **settings}))
+        row.prepare(uniformity(**{"coefficient": 0.5, "apply": mode, **settings, **more}))
         for settings in given
     ]
     settings = dict(row.trainer)
@@ -607,10 +656,9 @@ def fit_with_lightning(row, mode, module, data):
     row.fit(trainer(*row.beside(), *ours, **settings), row.compiled(module), data)
 
 
-def fit_plainly(row, mode, module, data):
-    penalty = plain.Penalty(
-        row.layers(module), mode, row.strength, row.every, row.settings.get("accumulate", 1)
-    )
+def fit_plainly(row, mode, module, data, kept=None):
+    accumulate = row.settings.get("accumulate", 1)
+    penalty = plain.Penalty(row.layers(module), mode, row.strength, row.every, accumulate, kept)
     settings = dict(row.settings)
     if row.scaler:
         settings |= {"autocast": torch.float16, "scaler": torch.amp.GradScaler("cpu", **row.scaler)}

@@ -748,9 +748,8 @@ def test_measured_errors_are_within_the_tolerance(name, tolerance):
             all_at_once += len(now) == len(exact.layers)
         optimizer.step()
     found = torch.tensor(found)
-    print(
-        f"{name} {tolerance}: median {found.median():.3g}, 99 % {found.quantile(0.99):.3g}, most {found.max():.3g}, computed {sum(computed) / 100:.3g}, all {all_at_once}"
-    )
+    shown = f"median {found.median():.2g}, 99 % {found.quantile(0.99):.2g}, most {found.max():.2g}"
+    print(f"{name} {tolerance}: {shown}, computed {sum(computed) / len(computed):.2g}")
     assert found.median() <= tolerance
     assert found.quantile(0.99) <= 3 * tolerance
     assert 0 < sum(computed) / len(computed) < 0.5
@@ -1009,7 +1008,7 @@ def test_the_value_in_a_loss_is_that_of_the_kept_gradient():
     run = Run(CASES["plain"], "loss")
     x, y = batches(1, dtype=torch.float64)[0]
     known = 0.0
-    for step in range(20):
+    for _ in range(20):
         run.optimizer.zero_grad()
         loss = mean_square(run.net(x), y)
         task = float(loss.detach())
@@ -1022,7 +1021,6 @@ def test_the_value_in_a_loss_is_that_of_the_kept_gradient():
         loss.backward()
         run.regularizer.count_step(run.optimizer)
         run.optimizer.step()
-    assert step == 19
 
 
 def test_skipped_steps_do_not_make_a_gradient_too_old():

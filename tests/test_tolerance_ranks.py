@@ -1,0 +1,142 @@
+"""Gradients that are kept for several steps on ranks that train together: all compute the same layers, and train as one process."""
+
+import pytest
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.nn.parallel import DistributedDataParallel
+
+from lightning_hsu import Share, UniformityRegularizer
+from lightning_hsu.measures import Covering, GaussianPotential
+from tests import models, plain, ranks, sharding
+from tests.models import mean_square
+from tests.processes import world
+from tests.ranks import batches
+from tests.sharding import needs_fsdp2
+from tests.test_tolerance import ALL, HALF_SPACE, Kept, tower, tower_layers
+
+pytestmark = pytest.mark.slow
+
+STEPS = 18
+
+
+def data():
+    return batches(count=6, size=12, dtype=torch.float64)
+
+
+def sgd(parameters):
+    return torch.optim.SGD(parameters, lr=0.01, momentum=0.9)
+
+
+def in_parallel(net, way):
+    """The network as it is called, cut over the ranks; whether each rank has its own part of the data."""
+    size = torch.distributed.get_world_size()
+    if way == "DDP":
+        return DistributedDataParallel(net), True
+    if way == "FSDP1":
+        return sharding.flat(net, use_orig_params=True), True
+    if way == "FSDP2":
+        sharding.layer_by_layer(
+            net, init_device_mesh("cpu", (size,), mesh_dim_names=("data_parallel",))
+        )
+        return net, True
+    mesh = init_device_mesh("cpu", (size,), mesh_dim_names=("tensor_parallel",))
+    sharding.columns_and_rows(net, mesh)
+    return net, False
+
+
+def train(way, mode, make, settings):
+    """What each step computed, and the weights at the end; one rank asks for the state in between."""
+    torch.manual_seed(0)
+    net = make().double()
+    model, is_apart = in_parallel(net, way)
+    optimizer = sgd(net.parameters())
+    regularizer = UniformityRegularizer(
+        **{"coefficient": 0.05, "tolerance": 0.3, **settings}
+    ).attach(model)
+    rank, computed = torch.distributed.get_rank(), []
+    for step in range(STEPS):
+        x, y = data()[step % 6]
+        if is_apart:
+            x, y = x[rank::2], y[rank::2]
+        optimizer.zero_grad()
+        loss = mean_square(model(x), y)
+        if mode == "loss":
+            regularizer.add_to_loss(loss, optimizer)
+        loss.backward()
+        if mode == "loss":
+            regularizer.count_step(optimizer)
+        if mode == "gradient":
+            regularizer.add_gradients(optimizer)
+        optimizer.step()
+        if mode == "decoupled":
+            regularizer.move(optimizer)
+        computed.append(set(regularizer.state.deltas.computed))
+        if rank == 0 and step % 7 == 3:
+            regularizer.state_dict()
+    return computed, ranks.whole(net, model)
+
+
+def train_alone(schedule, mode, make, layers, measure=HALF_SPACE, strength=0.05):
+    """A plain loop that computes the same layers."""
+    torch.manual_seed(0)
+    net = make().double()
+    optimizer = sgd(net.parameters())
+    kept = Kept(layers(net, measure), mode, lambda *_: strength)
+    for step, computed in enumerate(schedule):
+        x, y = data()[step % 6]
+        optimizer.zero_grad()
+        mean_square(net(x), y).backward()
+        if mode != "decoupled":
+            kept.before_step(step, optimizer, computed)
+        optimizer.step()
+        if mode == "decoupled":
+            kept.after_step(step, optimizer, computed)
+    return dict(net.named_parameters())
+
+
+def pictures(net, measure):
+    return plain.layers(net, "", measure)
+
+
+def check(way, mode, make=models.network, layers=pictures, **settings):
+    ends = world(2).run(train, way, mode, make, settings)
+    schedule, weights = ends[0]
+    assert ends[1][0] == schedule
+    for name, p in ends[1][1].items():
+        assert torch.equal(p, weights[name])
+    measure = settings.get("measure", HALF_SPACE)
+    alone = train_alone(schedule, mode, make, layers, measure, settings.get("coefficient", 0.05))
+    assert weights.keys() == alone.keys()
+    for name, p in alone.items():
+        assert float((p.detach() - weights[name]).abs().max()) < 1e-10
+    return schedule
+
+
+def ways():
+    for way in ("DDP", "FSDP1", "FSDP2", "tensor parallel"):
+        for mode in ALL:
+            if way != "FSDP1" or mode != "loss":  # which is refused, see tests/test_sharded.py
+                yield pytest.param(way, mode, marks=needs_fsdp2 if way == "FSDP2" else ())
+
+
+@pytest.mark.parametrize(("way", "mode"), list(ways()))
+def test_ranks_compute_the_same_layers_and_train_as_one_process(way, mode):
+    schedule = check(way, mode)
+    assert sum(map(len, schedule)) < 3.4 * STEPS
+
+
+@pytest.mark.parametrize(
+    ("way", "mode", "settings"),
+    [
+        pytest.param("FSDP2", "decoupled", {"coefficient": Share(0.2)}, marks=needs_fsdp2),
+        ("tensor parallel", "gradient", {"coefficient": Share(0.2)}),
+        ("DDP", "gradient", {"measure": GaussianPotential()}),
+        pytest.param("FSDP2", "gradient", {"measure": Covering()}, marks=needs_fsdp2),
+    ],
+    ids=str,
+)
+def test_ranks_agree_on_shares_and_measures(way, mode, settings):
+    if "measure" in settings:
+        check(way, mode, tower, tower_layers, **settings)
+    else:
+        check(way, mode, **settings)
