@@ -86,10 +86,13 @@ class Draw:
     frozen: tuple[int, ...]
     step_limit: float | None
     seed: int
+    tolerance: float | None
 
     def __str__(self):
         manual = "-manual" if self.manual else ""
-        return f"draw{self.number:03d}-{self.mode}{manual}-{self.precision}-{self.optimizer}-{type(self.measure).__name__}"
+        kept = "" if self.tolerance is None else f"-tolerance={self.tolerance}"
+        kind = type(self.measure).__name__
+        return f"draw{self.number:03d}-{self.mode}{manual}-{self.precision}-{self.optimizer}-{kind}{kept}"
 
 
 def draw(number, attempt=0):
@@ -128,6 +131,7 @@ def draw(number, attempt=0):
         frozen=tuple(dice.sample([0, 2, 5], k=dice.choice([0, 0, 1, 2]))),
         step_limit=dice.choice([1.0, None]),
         seed=dice.randrange(2**31),
+        tolerance=dice.choice([None, None, 0.9]),
     )
 
 
@@ -178,7 +182,12 @@ def plain_settings(one):
 
 def situation(one):
     coefficient, strength = strengths(one)
-    callback = {"measure": one.measure, "every_n_steps": one.every, "step_limit": one.step_limit}
+    callback = {
+        "measure": one.measure,
+        "every_n_steps": one.every,
+        "step_limit": one.step_limit,
+        "tolerance": one.tolerance,
+    }
     return Situation(
         None,
         str(one),
@@ -214,7 +223,10 @@ def differ(one):
     row = situation(one)
     module, data = row.module(make_optimizer=row.optimizer), batches(row.count, dtype=row.dtype)
     twin, without = (copy.deepcopy(module).to(row.dtype) for _ in range(2))
-    fit_with_lightning(row, one.mode, module, data)
-    fit_plainly(row, one.mode, twin, data)
+    with plain.recorded_schedule() as schedule:
+        fit_with_lightning(row, one.mode, module, data)
+    kept = None if one.tolerance is None else plain.Kept(schedule)
+    fit_plainly(row, one.mode, twin, data, kept)
+    assert kept is None or kept.is_used_up()
     fit_plainly(row, "none", without, data)
     return max_difference(twin, module), max_difference(twin, without)

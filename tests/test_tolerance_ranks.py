@@ -1,4 +1,4 @@
-"""Gradients that are kept for several steps on ranks that train together: all compute the same layers, and train as one process."""
+"""Kept gradients on ranks that train together: all compute the same layers, and train as one process."""
 
 import pytest
 import torch
