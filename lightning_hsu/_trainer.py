@@ -94,14 +94,12 @@ class OpenStep:
         return self._state
 
 
-def check_settings(prefix: object, split_above: object) -> None:
-    """Refuse a prefix that is not a name, and a limit that is not a number of neurons."""
+def check_prefix(prefix: object) -> None:
+    """Refuse a prefix that is not a name."""
     if not isinstance(prefix, str) or not prefix or prefix.endswith("/"):
         raise ValueError(
             f"prefix must be a name such as 'hsu', without a slash at its end; got {prefix!r}"
         )
-    if split_above is not None and (not isinstance(split_above, int) or split_above < 0):
-        raise ValueError(f"split_above must be a number of neurons, or None; got {split_above!r}")
 
 
 def check_prefix_for_trainer(callback: pl.Callback) -> None:
@@ -246,11 +244,9 @@ def _lightning_class(strategy: object) -> str:
     return ""
 
 
-def usable_split(trainer: pl.Trainer, split_above: int | None) -> int | None:
-    """The number of neurons from which ranks share a layer's work; None if they cannot."""
-    if getattr(trainer.strategy, "_model_averager", None) is not None:
-        return None  # local SGD: between averages each rank has weights of its own
-    return split_above
+def trains_alike(trainer: pl.Trainer) -> bool:
+    """Whether all ranks have the same weights; in local SGD they have not, between averages."""
+    return getattr(trainer.strategy, "_model_averager", None) is None
 
 
 def warn_off(error: Exception) -> None:

@@ -167,12 +167,14 @@ class HypersphericalUniformity(_trainer.EveryCallback):
             gradient is 2e-3 for s <= 2, and 2e-2 at most.
         sample_above: Energies of more neurons are estimated
             (:class:`~lightning_hsu.measures.Sampled`); None computes them.
-        split_above: Under DDP, layers of at least this many neurons are computed by all ranks
-            together, each a part of the pairs; None computes every layer on every rank.
         tolerance: The largest relative error, in (0, 1), that a layer's gradient may have from earlier
             steps: it is kept, used for as many steps as its measured rate allows, and computed again
             when the neurons have moved too far (``hsu/stale_error/<layer>``, ``hsu/recomputed``).
             That takes memory for one gradient of each layer. None computes every layer at every step.
+        share_work: Whether the ranks of DDP divide the large layers: each layer's gradient is computed
+            by one rank and sent to all, for about 1 / ranks of the arithmetic and memory for one
+            gradient of each. False computes every layer on every rank, which may be better over a slow
+            network. ``apply="loss"`` does not share: each rank's loss has the whole penalty.
         figures_every_n_steps: Optimizer steps between figures for every logger: ratios over time,
             the worst layers' angles, gradient shares; they are also drawn at the end of fit.
             Without a logger that takes figures they become PNG files. None draws nothing.
@@ -212,8 +214,8 @@ class HypersphericalUniformity(_trainer.EveryCallback):
         step_limit: float | None = 1.0,
         matmul_precision: Literal["highest", "medium"] = "highest",
         sample_above: int | None = SAMPLE_ABOVE,
-        split_above: int | None = 2048,
         tolerance: float | None = None,
+        share_work: bool = True,
         figures_every_n_steps: int | None = None,
         prefix: str = "hsu",
         verbose: bool = True,
@@ -232,16 +234,16 @@ class HypersphericalUniformity(_trainer.EveryCallback):
             matmul_precision=matmul_precision,
             sample_above=sample_above,
             tolerance=tolerance,
+            share_work=share_work,
         )
         self.regularizer.checks_order = False  # the Trainer calls, and `unreached` tells
-        _trainer.check_settings(prefix, split_above)
+        _trainer.check_prefix(prefix)
         if apply == "loss" and self.regularizer.has_share:
             raise ValueError(
                 "a Share needs the task's gradient apart from the loss: use apply='gradient' or "
                 "'decoupled'"
             )
         self.apply = apply
-        self.split_above = split_above
         self.prefix = prefix
         self.verbose = verbose
         self._figures = FigureRecorder(prefix, figures_every_n_steps)
@@ -578,8 +580,8 @@ class HypersphericalUniformity(_trainer.EveryCallback):
         if self.regularizer.is_attached or self._fit.is_off:
             return
         _trainer.check_training(trainer, pl_module, self.apply)
-        split_above = _trainer.usable_split(trainer, self.split_above)
-        placement = placement_of(pl_module, trainer.strategy.model, split_above=split_above)
+        share_work = self.regularizer.share_work and _trainer.trains_alike(trainer)
+        placement = placement_of(pl_module, trainer.strategy.model, share_work=share_work)
         self.regularizer.attach(pl_module, placement=placement, watch=False)
         self._fit.is_off = not self.regularizer.layers  # of which there was a warning
         self._fit.warnings.idle(self.regularizer.idle())

@@ -117,6 +117,12 @@ class UniformityRegularizer:
             earlier steps: it is kept, used for as many steps as its measured rate allows, and
             computed again when the neurons have moved too far. That takes memory for one gradient
             of each layer. None computes every layer at every step.
+        share_work: Whether the ranks of DDP divide the large layers: each layer's gradient is
+            computed by one rank and sent to all, for about 1 / ranks of the arithmetic and memory
+            for one gradient of each. False computes every layer on every rank, as it must be where
+            ranks have weights of their own between averages (local SGD), and may be better over a
+            slow network. :meth:`penalty` and :meth:`add_to_loss` do not share: each rank's loss has
+            the whole penalty.
 
     Raises:
         ValueError: for a negative or NaN coefficient, ``every_n_steps`` or ``sample_above`` below
@@ -153,6 +159,7 @@ class UniformityRegularizer:
         matmul_precision: Literal["highest", "medium"] = "highest",
         sample_above: int | None = SAMPLE_ABOVE,
         tolerance: float | None = None,
+        share_work: bool = True,
     ) -> None:
         check_count("every_n_steps", every_n_steps)
         if tolerance is not None:
@@ -185,6 +192,7 @@ class UniformityRegularizer:
         )
         self.sample_above = sample_above
         self.tolerance = tolerance
+        self.share_work = share_work
         self.state = TrainingState(tolerance)
         self._attached: Attached | None = None
         self._watch: RemovableHandle | None = None
@@ -269,7 +277,8 @@ class UniformityRegularizer:
                 head for ``head_coefficient``.
             NotImplementedError: if FSDP1 does not keep the original parameters.
         """
-        placement = placement_of(model) if placement is None else placement
+        if placement is None:
+            placement = placement_of(model, share_work=self.share_work)
         model = unwrapped(model)
         self.detach()
         self.state.attach(model)
@@ -871,10 +880,9 @@ class UniformityRegularizer:
         is_idle = step % self.every_n_steps != 0 or not attached.placement.keeps_whole
         if is_idle or torch.is_inference_mode_enabled() or is_capturing():
             return
+        found = attached.plan.plain_of(held_by(optimizer))
         with self._products():
-            look_ahead(
-                self.state.deltas, attached.plan.plain_of(held_by(optimizer)), attached.ahead
-            )
+            look_ahead(self.state.deltas, found, attached.ahead, attached.placement)
 
     def _warn_of(self, alarm: str | None) -> None:
         """Warn, if there is anything to warn of."""
@@ -921,13 +929,14 @@ class UniformityRegularizer:
 
     def _add_plain(self, updates: PlainUpdates, context: StepContext) -> None:
         """Add the gradients of the plain layers."""
-        ahead = self._check_attached().ahead
+        attached = self._check_attached()
+        ahead, placement = attached.ahead, attached.placement
         if self.tolerance is not None:
-            add_plain(self.state.deltas, updates, ahead, same_step=context.same_step)
+            add_plain(self.state.deltas, updates, ahead, placement, same_step=context.same_step)
             return
         if ahead.begun:
             updates.found = ahead.add(updates.found)
-        updates.add()
+        updates.add(placement)
 
     def _move(self, context: StepContext) -> dict[str, GradientStats]:
         """Move neurons."""

@@ -18,6 +18,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_hsu import reference
+from lightning_hsu._engine import sharing
 from tests.models import batches, loader, trainer, uniformity
 
 
@@ -74,13 +75,13 @@ class End:
     Args:
         parameters: Whole, by name.
         rows: What it logged, by step.
-        reductions: How often the library reduced something over ranks.
+        messages: How often one rank had gradients for all.
         work: FLOP of the library's matrix products; 0 where they were not counted.
     """
 
     parameters: dict[str, torch.Tensor]
     rows: dict[int, dict[str, float]] = field(default_factory=dict)
-    reductions: int = 0
+    messages: int = 0
     work: int = 0
 
 
@@ -94,23 +95,36 @@ def fit(make, callback, strategy, settings, **given):
     return _fit(make, callback, shared | settings, **{"datamodule": Shared(), **given})
 
 
-def fit_alone(make, callback, settings):
+def fit_sharing(*args, **given):
+    """The same, where ranks compute layers of any size for one another."""
+    with shares_every_layer():
+        return fit(*args, **given)
+
+
+@contextmanager
+def shares_every_layer():
+    """Layers of the tests are small."""
+    with mock.patch.object(sharing, "worth_sharing", return_value=0.0):
+        yield
+
+
+def fit_alone(make, callback, settings, **given):
     """Train ``make()`` on one process with the whole batches."""
     torch.manual_seed(0)
-    return _fit(make, callback, settings, train_dataloaders=loader(data()))
+    return _fit(make, callback, settings, train_dataloaders=loader(data()), **given)
 
 
 def _fit(make, callback, settings, **given):
     module = make()
     keep = Keep()
-    reductions = []
+    messages = []
     fit = trainer(uniformity(**callback), **{"logger": keep, "log_every_n_steps": 3, **settings})
     with (
-        counted_reductions(reductions),
+        counted_messages(messages),
         mock.patch.object(reference, "_simulated", few_random_layers),
     ):
         fit.fit(module, **given)
-    return End(whole(module, fit.strategy.model), keep.rows, len(reductions))
+    return End(whole(module, fit.strategy.model), keep.rows, len(messages))
 
 
 @cache
@@ -200,34 +214,34 @@ def whole_tensors(module):
 
 
 @contextmanager
-def counted_reductions(calls):
-    """Note every reduction over ranks that the library asks for."""
-    reduce = distributed.all_reduce
+def counted_messages(calls):
+    """Note every broadcast that the library asks for."""
+    broadcast = distributed.broadcast
 
     def noted(*args, **kwargs):
         if sys._getframe(1).f_globals["__name__"].startswith("lightning_hsu"):
             calls.append(args)
-        return reduce(*args, **kwargs)
+        return broadcast(*args, **kwargs)
 
-    with mock.patch.object(distributed, "all_reduce", noted):
+    with mock.patch.object(distributed, "broadcast", noted):
         yield
 
 
 def train(net, model, x, regularizer, mode):
     """Three steps of a model, whose layers are those of ``net``."""
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
-    reductions, work = [], []
+    messages, work = [], []
     for _ in range(3):
         optimizer.zero_grad()
         model(x).square().mean().backward()
         if mode == "gradient":
-            with counted_reductions(reductions), counted_work(work):
+            with counted_messages(messages), counted_work(work):
                 regularizer.add_gradients(optimizer)
         optimizer.step()
         if mode == "decoupled":
-            with counted_reductions(reductions), counted_work(work):
+            with counted_messages(messages), counted_work(work):
                 regularizer.move(optimizer)
-    return End(whole_tensors(net), reductions=len(reductions), work=sum(work))
+    return End(whole_tensors(net), messages=len(messages), work=sum(work))
 
 
 @contextmanager

@@ -512,13 +512,13 @@ SITUATIONS = [
         ),
     ),
     Situation(
-        "DDP, layers split over the ranks (`split_above`)",
-        "DDP, split",
+        "DDP, layers divided over the ranks (`share_work`)",
+        "DDP, shared",
         exact("ranks bit-identical"),
-        Outcome("not split"),
+        Outcome("not shared"),
         exact("ranks bit-identical"),
         where=(
-            "tests/test_distributed.py::test_large_layers_are_split_over_the_ranks_in_one_reduction_a_step",
+            "tests/test_distributed.py::test_each_rank_sends_one_message_a_step_however_many_layers_there_are",
         ),
     ),
     Situation(

@@ -13,27 +13,29 @@ from lightning_hsu._neurons.placement import (
     placement_for_strategy,
     placement_of,
 )
+from lightning_hsu._neurons.placement.base import Message
 from lightning_hsu._neurons.rules import class_rule
 
 
 class Group:
     """A process group as far as this process looks at it."""
 
+    def __init__(self, size):
+        self.size = lambda: size
+
 
 def test_a_model_on_one_process_is_whole():
-    placement = placement_of(nn.Linear(3, 4), split_above=0)
+    placement = placement_of(nn.Linear(3, 4))
     assert type(placement) is Placement
-    assert (placement.rank, placement.size, placement.split_above) == (0, 1, None)
-    assert not placement.splits(1_000_000)
-    parts = [torch.ones(2), torch.zeros(3)]
-    assert placement.sum_over_ranks(parts) == parts
+    assert (placement.rank, placement.size, placement.shares_work) == (0, 1, False)
+    assert placement.send([Message(0, torch.ones(2))]) == []
 
 
 def test_a_group_has_replicas():
-    placement = placement_of(nn.Linear(3, 4), group=Group(), split_above=8)
-    assert type(placement) is ReplicatedPlacement
-    assert placement.split_above == 8
-    assert not placement.splits(7)
+    for size, share_work, shares_work in ((2, True, True), (2, False, False), (1, True, False)):
+        placement = placement_of(nn.Linear(3, 4), group=Group(size), share_work=share_work)
+        assert type(placement) is ReplicatedPlacement
+        assert placement.shares_work == shares_work
 
 
 @pytest.mark.parametrize(

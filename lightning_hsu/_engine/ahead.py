@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 
 from lightning_hsu._checks import listed
-from lightning_hsu._core import PairTerm
-from lightning_hsu._core.raw import RawGradients, raw_gradients
+from lightning_hsu._core.raw import RawGradients
 from lightning_hsu._core.updates import GradientUpdate
 from lightning_hsu._engine.late import (
     LateNumbers,
@@ -29,10 +28,9 @@ from lightning_hsu._engine.late import (
     keep_for_side,
 )
 from lightning_hsu._engine.layer import Layer, version_of
+from lightning_hsu._engine.sharing import PlainUpdate, raw_gradients
 from lightning_hsu._engine.warn import warn
-
-Found = tuple[Layer, PairTerm, GradientUpdate]
-"""A plain layer, the kernel of its measure, and its update at a step."""
+from lightning_hsu._neurons.placement import Placement
 
 
 @dataclass(eq=False)
@@ -66,29 +64,31 @@ class Ahead:
         self._checks: list[tuple[LateNumbers, list[Layer]]] = []
         self._unseen: set[str] = set()  # layers whose weights change without torch's counting it
 
-    def begin(self, found: Iterable[Found]) -> None:
-        """Begin to compute the gradients of these layers, anew if that was begun before."""
+    def begin(self, found: Iterable[PlainUpdate], placement: Placement) -> None:
+        """Begin to compute the gradients of these layers, anew if that was begun before.
+
+        Where ranks compute layers for one another, this is a collective call.
+        """
         found = list(found)
         self._take_out({layer for layer, _, _ in found})
         self._look_at_checks()
-        by_place: dict[tuple[PairTerm, torch.device], list[Found]] = {}
+        by_device: dict[torch.device, list[PlainUpdate]] = {}
         for one in found:
-            layer, term, update = one
+            layer, _, update = one
             if layer.name not in self._unseen and token_of(layer) is not None:
-                by_place.setdefault((term, update.entries.device), []).append(one)
-        for (term, device), members in by_place.items():
+                by_device.setdefault(update.entries.device, []).append(one)
+        for device, members in by_device.items():
             with beside(device):
                 updates = [update for _, _, update in members]
                 for update in updates:
                     keep_for_side(update.entries)
-                stacks = raw_gradients(updates, term)
-                for raw in stacks:
+                for raw in raw_gradients(members, placement):
                     layers = [members[place][0] for place in raw.places]
                     norms = _norms([updates[place] for place in raw.places])
                     tokens = [token_of(layer) for layer in layers]
                     self.begun.append(_Begun(raw, layers, tokens, norms, SideWork(device)))
 
-    def take(self, found: Sequence[Found]) -> dict[Layer, Tensor]:
+    def take(self, found: Sequence[PlainUpdate]) -> dict[Layer, Tensor]:
         """The gradients (groups, n, d) of those of these layers for which they are still right."""
         taken = {}
         for begun, updates in self._still_right({layer: update for layer, _, update in found}):
@@ -97,7 +97,7 @@ class Ahead:
                     taken[layer] = part
         return taken
 
-    def add(self, found: Sequence[Found]) -> list[Found]:
+    def add(self, found: Sequence[PlainUpdate]) -> list[PlainUpdate]:
         """Add the gradients to their layers; return the layers that still need one."""
         left = {layer: (layer, term, update) for layer, term, update in found}
         for begun, updates in self._still_right({layer: update for layer, _, update in found}):

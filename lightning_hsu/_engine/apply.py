@@ -15,6 +15,7 @@ from lightning_hsu._engine.delta import Use, use_of
 from lightning_hsu._engine.layer import Layer, to_compute_dtype
 from lightning_hsu._engine.plan import limit_of_gradient, strong_neurons
 from lightning_hsu._engine.rates import Rate, Rates
+from lightning_hsu._engine.sharing import Gradients, Job, begin, is_shared, may_be_sent
 from lightning_hsu._engine.state import ShareMeans
 from lightning_hsu._neurons.placement import NeuronView, Placement
 from lightning_hsu.coefficients import Share
@@ -134,15 +135,19 @@ class LayerUpdate:
 def penalty_gradients(updates: Sequence[LayerUpdate], placement: Placement) -> list[Tensor]:
     """Gradient (groups, n, d) of each layer's penalty, summed over its groups.
 
-    Small layers of equal shape are computed together. Each large layer is computed by all replicas
-    together. For a sharded layer only the rows that this rank holds are computed, against all rows;
-    the others are zero.
+    Small layers of equal shape are computed together. Each large layer is computed by one of the
+    ranks that train the same weights. For a sharded layer only the rows that this rank holds are
+    computed, against all rows; the others are zero.
     """
-    found = _split_over_replicas(updates, placement)
+    shared = []
     stacks: dict[object, list[int]] = {}
     for i, update in enumerate(updates):
-        if i not in found:
+        if is_shared(update.layer, placement) and may_be_sent(update.state):
+            shared.append(i)
+        else:
             stacks.setdefault(_stack_key(i, update), []).append(i)
+    from_ranks = _begin_shared([updates[i] for i in shared], placement)
+    found: dict[int, Tensor] = {}
     for members in stacks.values():
         neurons = [updates[i].neurons for i in members]
         first = updates[members[0]]
@@ -153,6 +158,7 @@ def penalty_gradients(updates: Sequence[LayerUpdate], placement: Placement) -> l
             grad = first.layer.measure.gradient_rows(x, first.layer.rows, first.state)
         parts = torch.split(grad, neurons[0].shape[0])
         found |= dict(zip(members, parts, strict=True))
+    found |= dict(zip(shared, from_ranks.wait(), strict=True))
     return [found[i] for i in range(len(updates))]
 
 
@@ -164,23 +170,12 @@ def _stack_key(i: int, update: LayerUpdate) -> object:
     return update.layer.measure, x.shape, x.dtype, x.device
 
 
-def _split_over_replicas(updates: Sequence[LayerUpdate], placement: Placement) -> dict[int, Tensor]:
-    """Gradients of the large layers, where each replica computes a part of the pairs."""
-    parts: dict[int, tuple[Tensor, Tensor]] = {}
-    for i, update in enumerate(updates):
-        layer = update.layer
-        whole = update.state is None and layer.rows is None
-        if whole and placement.splits(update.view.x.shape[1]):
-            part = layer.measure.gradient_part(update.neurons, placement.rank, placement.size)
-            if part is not None:
-                parts[i] = part
-    if not parts:
-        return {}
-    flat = [tensor for pair in parts.values() for tensor in pair]
-    summed = placement.sum_over_ranks(flat)
-    found = {}
-    for i, grad, not_additive in zip(parts, summed[::2], summed[1::2], strict=True):
-        if float(not_additive) > 0:  # coincident neurons: their separation is not a sum over pairs
-            grad = updates[i].layer.measure.value_and_grad(updates[i].neurons)[1]
-        found[i] = grad
-    return found
+def _begin_shared(updates: Sequence[LayerUpdate], placement: Placement) -> Gradients:
+    """Begin to compute the gradients of layers that the ranks divide among themselves."""
+
+    def compute(chosen: Sequence[int], outs: Sequence[Tensor]) -> None:
+        for i, out in zip(chosen, outs, strict=True):
+            update = updates[i]
+            out.copy_(update.layer.measure.value_and_grad(update.neurons, update.state)[1])
+
+    return begin([Job(one.layer, one.view.x) for one in updates], compute, placement)

@@ -7,14 +7,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_hsu._core import PairTerm, working_dtype
+from lightning_hsu._core import working_dtype
 from lightning_hsu._core.foreach import shortening
-from lightning_hsu._core.raw import raw_gradients
 from lightning_hsu._core.updates import GradientUpdate
-from lightning_hsu._engine.ahead import Ahead, Found, token_of
+from lightning_hsu._engine.ahead import Ahead, token_of
 from lightning_hsu._engine.buffered import BufferedUpdates
 from lightning_hsu._engine.delta import Delta, Deltas, Use, refresh, use_of
 from lightning_hsu._engine.plan import PlainUpdates
+from lightning_hsu._engine.sharing import PlainUpdate, raw_gradients
+from lightning_hsu._neurons.placement import Placement
 
 _FAR = 0.1
 """Below this part of the step limit no row can reach it within the tolerance, and none is looked at."""
@@ -36,6 +37,7 @@ def add_plain(
     deltas: Deltas,
     plain: PlainUpdates,
     ahead: Ahead,
+    placement: Placement,
     *,
     same_step: bool,
 ) -> None:
@@ -45,22 +47,22 @@ def add_plain(
         deltas: The kept gradients.
         plain: The layers.
         ahead: Gradients that were computed after the last step.
+        placement: How the weights are placed over the ranks.
         same_step: Whether this is another evaluation within a step.
     """
     found = plain.found
     uses = [use_of(layer, update.w, token_of(layer)) for layer, _, update in found]
     deltas.find_due(uses, same_step=same_step)
     known = ahead.take(found)
-    due: dict[PairTerm, list[tuple[Use, GradientUpdate]]] = {}
-    for use, (layer, term, update) in zip(uses, found, strict=True):
+    due: list[int] = []
+    for i, (use, (layer, _, _)) in enumerate(zip(uses, found, strict=True)):
         if use.is_due and layer in known:
             deltas.keep([use], [known[layer]], learns=not same_step)
         elif use.is_due:
-            due.setdefault(term, []).append((use, update))
-    for term, members in due.items():
-        for raw in raw_gradients([update for _, update in members], term):
-            chosen = [members[place][0] for place in raw.places]
-            deltas.keep(chosen, raw.parts(), learns=not same_step)
+            due.append(i)
+    for raw in raw_gradients([found[i] for i in due], placement):
+        chosen = [uses[due[place]] for place in raw.places]
+        deltas.keep(chosen, raw.parts(), learns=not same_step)
     for use in uses:
         refresh(use, deltas.of(use), same_step=same_step)
     _add_kept(deltas, uses, [update for _, _, update in found], plain.buffered)
@@ -68,7 +70,9 @@ def add_plain(
         deltas.grow_older(uses)
 
 
-def look_ahead(deltas: Deltas, found: Sequence[Found], ahead: Ahead) -> None:
+def look_ahead(
+    deltas: Deltas, found: Sequence[PlainUpdate], ahead: Ahead, placement: Placement
+) -> None:
     """After a step, begin what the next one needs of these layers.
 
     That is the gradients which will be due, and how far the neurons of the others have moved.
@@ -77,9 +81,10 @@ def look_ahead(deltas: Deltas, found: Sequence[Found], ahead: Ahead) -> None:
         deltas: The kept gradients, if any are kept.
         found: The layers, with the kernels of their measures and updates of their neurons.
         ahead: Where to begin.
+        placement: How the weights are placed over the ranks.
     """
     if not deltas:
-        ahead.begin(found)
+        ahead.begin(found, placement)
         return
     deltas.settle()
     due, others = [], []
@@ -90,7 +95,7 @@ def look_ahead(deltas: Deltas, found: Sequence[Found], ahead: Ahead) -> None:
             due.append(one)
         else:
             others.append(use)
-    ahead.begin(due)
+    ahead.begin(due, placement)
     deltas.look_for_moves(others)
 
 

@@ -22,6 +22,7 @@ from lightning_hsu._core.updates import GradientUpdate
 from lightning_hsu._engine.buffered import STRONG, BufferedUpdates
 from lightning_hsu._engine.layer import Layer
 from lightning_hsu._engine.rates import Rate, Rates, as_number, rates_on_devices
+from lightning_hsu._engine.sharing import PlainUpdate, begin_plain, is_shared
 from lightning_hsu._engine.state import TrainingState
 from lightning_hsu._neurons.how import WeightRule
 from lightning_hsu._neurons.placement import Placement
@@ -175,7 +176,7 @@ class Plan:
                 return False
         return True
 
-    def plain_of(self, held: Collection[int]) -> list[tuple[Layer, PairTerm, GradientUpdate]]:
+    def plain_of(self, held: Collection[int]) -> list[PlainUpdate]:
         """The plain layers that an optimizer will step, with updates that only tell the neurons.
 
         Args:
@@ -242,15 +243,23 @@ class PlainUpdates:
     """
 
     def __init__(self) -> None:
-        self.found: list[tuple[Layer, PairTerm, GradientUpdate]] = []
+        self.found: list[PlainUpdate] = []
         self.buffered: BufferedUpdates | None = None
 
-    def add(self) -> None:
-        """Add the gradients, all at once."""
+    def add(self, placement: Placement) -> None:
+        """Add the gradients, all at once; ranks compute large layers for one another."""
+        own, shared = self.found, []
+        if placement.shares_work:
+            own = [one for one in self.found if not is_shared(one[0], placement)]
+            shared = [one for one in self.found if is_shared(one[0], placement)]
+        from_ranks = begin_plain(shared, placement) if shared else None
         by_term: dict[PairTerm, list[GradientUpdate]] = {}
-        for _, term, update in self.found:
+        for _, term, update in own:
             by_term.setdefault(term, []).append(update)
         add_all_pair_gradients(by_term)
+        if from_ranks is not None:
+            outs = [update.out for _, _, update in shared]
+            torch._foreach_add_(outs, from_ranks.wait())
 
 
 @dataclass(frozen=True)
@@ -264,8 +273,8 @@ class _Bucket:
 def buckets(layers: Sequence[Layer], placement: Placement) -> list[list[Layer]]:
     """Buckets of layers that must be computed together.
 
-    Such layers share a parameter or a sharded module, are small and of one shape, or are split over
-    ranks. A bucket has no others, since all its gradients are in memory at once.
+    Such layers share a parameter or a sharded module, are small and of one shape, or are divided
+    over ranks. A bucket has no others, since all its gradients are in memory at once.
     """
     found: list[_Bucket] = []
     for layer in layers:
@@ -338,8 +347,8 @@ def _labels(layer: Layer, placement: Placement) -> set[object]:
     labels: set[object] = {id(p) for p in layer.parameters}
     if math.prod(shape) <= SMALL:
         labels.add((layer.measure, shape))
-    if placement.splits(shape[1]):
-        labels.add("split")
+    if is_shared(layer, placement):
+        labels.add("shared")
     return labels
 
 
@@ -373,7 +382,7 @@ def _as_plain(layer: Layer, placement: Placement) -> PlainLayer | None:
     term = layer.measure.pair_term()
     if term is None or layer.measure.has_state or layer.has_share or layer.rows is not None:
         return None
-    if layer.sharded or placement.splits(layer.target.shape[1]):
+    if layer.sharded:
         return None
     module, rule = layer.target.module, layer.target.rule
     is_torch_layer = rule is class_rule and has_built_in_rule(module)

@@ -43,7 +43,7 @@ def placement_of(
     wrapped: nn.Module | None = None,
     *,
     group: ProcessGroup | None = None,
-    split_above: int | None = None,
+    share_work: bool = True,
 ) -> Placement:
     """Find how the weights of a model are placed.
 
@@ -51,8 +51,7 @@ def placement_of(
         model: The model, possibly wrapped by DDP, FSDP or Fabric.
         wrapped: The same model within FSDP1 or DDP, if these wrap it from outside.
         group: The ranks that train the same weights; None takes those of a DDP wrapper.
-        split_above: Layers of at least this many neurons are computed by all ranks of the group
-            together; None if every rank computes every layer.
+        share_work: Whether ranks with the same weights may compute layers for one another.
 
     Raises:
         NotImplementedError: if FSDP1 does not keep the original parameters.
@@ -64,7 +63,7 @@ def placement_of(
     outside = model if wrapped is None else wrapped
     inside = unwrapped(model)
     for kind in PLACEMENTS:
-        placement = kind.recognise(inside, outside, group, split_above)
+        placement = kind.recognise(inside, outside, group, share_work)
         if placement is not None:
             return placement
     return Placement()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
@@ -48,6 +48,18 @@ class PenalisedLayer(NamedTuple):
     parameters: Sequence[nn.Parameter]
 
 
+class Message(NamedTuple):
+    """What one rank has for all.
+
+    Args:
+        owner: The number of that rank.
+        entries: What it has, one-dimensional; the other ranks' entries are overwritten.
+    """
+
+    owner: int
+    entries: Tensor
+
+
 class Placement:
     """How the weights of a model are placed: here, whole on this process.
 
@@ -60,15 +72,14 @@ class Placement:
             name; None if it can.
         is_alone: Whether no other rank trains the same weights.
         keeps_whole: Whether parameters can be read without :meth:`whole_parameters`.
-        split_above: Layers of at least this many neurons are computed by all ranks together; None
-            if every rank computes every layer.
+        shares_work: Whether one rank computes a layer for all.
     """
 
     strategies: ClassVar[frozenset[str]] = frozenset({"SingleDeviceStrategy"})
     loss_refusal: ClassVar[str | None] = None
     is_alone: ClassVar[bool] = True
     keeps_whole: ClassVar[bool] = True
-    split_above: int | None = None
+    shares_work: bool = False
 
     @classmethod
     def recognise(
@@ -76,7 +87,7 @@ class Placement:
         model: nn.Module,
         wrapped: nn.Module,
         group: ProcessGroup | None,
-        split_above: int | None,
+        share_work: bool,
     ) -> Placement | None:
         """Return the placement of this model if it is of this kind, else None.
 
@@ -86,7 +97,7 @@ class Placement:
             model: The model without the wrappers of Fabric and DDP.
             wrapped: The same model in all its wrappers.
             group: The ranks that train the same weights, if they are known.
-            split_above: See the class.
+            share_work: Whether ranks with the same weights may compute layers for one another.
         """
         return None
 
@@ -239,13 +250,13 @@ class Placement:
         """How many processes share the work."""
         return 1
 
-    def splits(self, neurons: int) -> bool:
-        """Whether a layer of this many neurons is computed by all ranks together."""
-        return False
+    def send(self, messages: Sequence[Message]) -> list[Callable[[], object]]:
+        """Begin to send messages from their owners to all ranks; a collective call.
 
-    def sum_over_ranks(self, parts: Sequence[Tensor]) -> list[Tensor]:
-        """Sum tensors over the ranks that share the work; every rank gets the same bits."""
-        return list(parts)
+        Returns:
+            Functions that wait for them.
+        """
+        return []
 
 
 def names_of_first(names: list[str], group: ProcessGroup | None) -> list[str]:

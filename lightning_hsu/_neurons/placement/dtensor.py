@@ -40,7 +40,7 @@ class DTensorPlacement(Placement):
         model: nn.Module,
         wrapped: nn.Module,
         group: ProcessGroup | None,
-        split_above: int | None,
+        share_work: bool,
     ) -> Placement | None:
         """A model with a DTensor among its parameters, or one that FSDP2 has left whole for now."""
         for module in model.modules():

@@ -41,7 +41,7 @@ class FlatPlacement(DTensorPlacement):
         model: nn.Module,
         wrapped: nn.Module,
         group: ProcessGroup | None,
-        split_above: int | None,
+        share_work: bool,
     ) -> Placement | None:
         """A model with a module wrapped in FSDP1.
 

@@ -1,14 +1,19 @@
-"""DDP: every rank holds the whole model, so that ranks can share the work on large layers."""
+"""DDP: every rank holds the whole model, so that ranks can compute layers for one another."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from lightning_hsu._neurons.placement.base import PenalisedLayer, Placement, names_of_first
+from lightning_hsu._neurons.placement.base import (
+    Message,
+    PenalisedLayer,
+    Placement,
+    names_of_first,
+)
 from lightning_hsu._neurons.wrappers import peeled
 
 if TYPE_CHECKING:
@@ -20,8 +25,7 @@ class ReplicatedPlacement(Placement):
 
     Args:
         group: The process group of these ranks.
-        split_above: Layers of at least this many neurons are computed by all ranks together; None
-            if every rank computes every layer.
+        share_work: Whether one rank computes a layer for all; else each rank computes every layer.
         finds_unused: Whether DDP closes the gradients of parameters that a loss does not use.
     """
 
@@ -29,10 +33,10 @@ class ReplicatedPlacement(Placement):
     is_alone: ClassVar[bool] = False
 
     def __init__(
-        self, group: ProcessGroup, split_above: int | None = None, *, finds_unused: bool = False
+        self, group: ProcessGroup, *, share_work: bool = True, finds_unused: bool = False
     ) -> None:
         self.group = group
-        self.split_above = split_above
+        self.shares_work = share_work and self.size > 1
         self.finds_unused = finds_unused
 
     @classmethod
@@ -41,7 +45,7 @@ class ReplicatedPlacement(Placement):
         model: nn.Module,
         wrapped: nn.Module,
         group: ProcessGroup | None,
-        split_above: int | None,
+        share_work: bool,
     ) -> Placement | None:
         """A model wrapped in DDP, which knows its group, or any model if a group is given."""
         finds_unused = False
@@ -51,7 +55,7 @@ class ReplicatedPlacement(Placement):
                 group = group or inner.process_group
         if group is None:
             return None
-        return cls(group, split_above, finds_unused=finds_unused)
+        return cls(group, share_work=share_work, finds_unused=finds_unused)
 
     def check_loss(self, loss: Tensor, layers: Sequence[PenalisedLayer]) -> None:
         """Refuse, too, a penalty on parameters that DDP has closed without a gradient."""
@@ -82,25 +86,16 @@ class ReplicatedPlacement(Placement):
         """How many ranks the group has."""
         return torch.distributed.get_world_size(self.group)
 
-    def splits(self, neurons: int) -> bool:
-        """Whether a layer of this many neurons is computed by all ranks together."""
-        return self.split_above is not None and neurons >= self.split_above and self.size > 1
-
-    def sum_over_ranks(self, parts: Sequence[Tensor]) -> list[Tensor]:
-        """Sum tensors over ranks, in one reduction for each device and dtype."""
-        alike: dict[tuple[torch.device, torch.dtype], list[int]] = {}
-        for i, part in enumerate(parts):
-            alike.setdefault((part.device, part.dtype), []).append(i)
-        sums = list(parts)
-        for members in alike.values():
-            flat = torch.cat([parts[i].flatten() for i in members])
-            torch.distributed.all_reduce(flat, group=self.group)
-            start = 0
-            for i in members:
-                end = start + parts[i].numel()
-                sums[i] = flat[start:end].view(parts[i].shape)
-                start = end
-        return sums
+    def send(self, messages: Sequence[Message]) -> list[Callable[[], object]]:
+        """Begin to send messages from their owners to all ranks, each as one broadcast."""
+        waits = []
+        for message in messages:
+            owner = torch.distributed.get_global_rank(self.group, message.owner)
+            work = torch.distributed.broadcast(
+                message.entries, src=owner, group=self.group, async_op=True
+            )
+            waits.append(work.wait)
+        return waits
 
 
 def _leaves_of(loss: Tensor) -> set[int]:

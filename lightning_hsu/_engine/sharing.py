@@ -1,0 +1,296 @@
+"""Ranks that train the same weights share layers: one computes a gradient, and all get its bits.
+
+The layers of a step are divided by arithmetic, largest first, each to the rank that has least to do
+so far. All ranks divide them alike, from shapes alone. An owner computes its layers into one tensor
+for each device and dtype, which it broadcasts; so a step has at most one message from each rank,
+however many layers there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from lightning_hsu._checks import listed
+from lightning_hsu._core import PairTerm, working_dtype
+from lightning_hsu._core.foreach import add_pair_gradients
+from lightning_hsu._core.raw import RawGradients
+from lightning_hsu._core.raw import raw_gradients as own_gradients
+from lightning_hsu._core.updates import GradientUpdate
+from lightning_hsu._engine.layer import Layer
+from lightning_hsu._neurons.placement import Placement
+from lightning_hsu._neurons.placement.base import Message
+from lightning_hsu.measures import Measure, State
+
+PlainUpdate = tuple[Layer, PairTerm, GradientUpdate]
+"""A plain layer, the kernel of its measure, and its update."""
+
+Compute = Callable[[Sequence[int], Sequence[Tensor]], None]
+"""Compute the gradients of the layers of these numbers into tensors (groups, n, d) of zeros."""
+
+_ALIGNED = 32
+"""Gradients in a message begin at multiples of this many entries, as vectorised kernels like it."""
+
+
+def worth_sharing(device: torch.device) -> float:
+    """The FLOP of a layer, and of what a rank is spared at a step, from which sharing pays.
+
+    Measured with two gloo processes of one thread, some 40 GFLOP/s each: the messages of a step take
+    0.2 ms and 0.25 ms for each MB, and a rank's processor time, shared over whole, is 1.4 for 8
+    layers of 64 x 256 (3e6 FLOP each), 1.1 for 8 of 64 x 576 (7e6), 1.3 and 0.7 for 2 and 8 of
+    128 x 128 (6e6), 0.5 for 8 of 256 x 256 (5e7) and 0.54 for 4 of 768 x 768 (1.4e9). For GPUs the
+    number is not yet measured but estimated: at 50 TFLOP/s a message of 50 us takes the time of
+    2.5e9 FLOP, and the entries of 768 neurons take longer to send over PCIe than to compute.
+    """
+    return 1e7 if device.type == "cpu" else 1e10
+
+
+def is_shared(layer: Layer, placement: Placement) -> bool:
+    """Whether a layer is large enough for one rank to compute it for all."""
+    if not placement.shares_work:
+        return False
+    flops = _flops(layer.measure, layer.target.shape)
+    return flops >= worth_sharing(layer.parameters[0].device)
+
+
+def may_be_sent(state: State | None) -> bool:
+    """Whether a gradient under this state can be computed by one rank alone.
+
+    Each rank prepares the state. Where that only counts draws it costs nothing, but a search is
+    most of the work.
+    """
+    return state is None or set(state) == {"draw"}
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Job:
+    """A gradient to compute.
+
+    Args:
+        layer: The layer.
+        x: Its neurons (groups, n, d).
+    """
+
+    layer: Layer
+    x: Tensor
+
+    def zeros(self) -> Tensor:
+        """A tensor (groups, n, d) for the gradient, of the dtype in which it is computed."""
+        dtype = working_dtype(self.x.dtype)
+        return torch.zeros(self.x.shape, dtype=dtype, device=self.x.device)
+
+
+class Gradients:
+    """Gradients that ranks compute for one another, under way.
+
+    Args:
+        grads: Tensors (groups, n, d), of which others fill some.
+        parcels: What is sent.
+        waits: What waits for the messages.
+        error: Why this rank could not compute its part.
+    """
+
+    def __init__(
+        self,
+        grads: list[Tensor],
+        parcels: Sequence[_Parcel],
+        waits: Sequence[Callable[[], object]],
+        error: Exception | None,
+    ) -> None:
+        self._grads = grads
+        self._parcels = parcels
+        self._waits = waits
+        self._error = error
+
+    def wait(self) -> list[Tensor]:
+        """The gradients (groups, n, d), of the same bits on every rank; the caller may change them.
+
+        On a GPU the current stream waits, not this process.
+
+        Raises:
+            RuntimeError: if another rank could not compute its part. On a GPU, where nobody waits to
+                see that, its part is 0, and the next collective call fails.
+            Exception: the error of this rank, if it could not compute its own.
+        """
+        for wait in self._waits:
+            wait()
+        if self._error is not None:
+            raise self._error
+        for parcel in self._parcels:
+            if parcel.entries.device.type == "cpu" and bool(parcel.entries[-1] != 0):
+                raise RuntimeError(
+                    f"rank {parcel.owner} could not compute the penalty's gradient of its share of "
+                    f"the layers, {listed(map(repr, parcel.names))}: see its error"
+                )
+        return self._grads
+
+
+def begin(jobs: Sequence[Job], compute: Compute, placement: Placement) -> Gradients:
+    """Begin to compute gradients together with the other ranks. A collective call.
+
+    What others need is computed and sent first, then what each rank computes for itself.
+
+    Args:
+        jobs: The gradients, the same on all ranks.
+        compute: Computes some of them.
+        placement: Of weights that every rank holds alike.
+    """
+    owners = _owners(jobs, placement)
+    parcels, grads = _packed(jobs, owners, placement.rank)
+    mine = [i for i, owner in owners.items() if owner == placement.rank]
+    error = None
+    try:
+        if mine:
+            compute(mine, [grads[i] for i in mine])
+    except Exception as raised:  # `wait` raises it again: the other ranks wait for a message
+        error = raised
+        for parcel in parcels:
+            if parcel.owner == placement.rank:
+                parcel.entries.zero_()
+                parcel.entries[-1] = 1.0
+    waits = placement.send([Message(parcel.owner, parcel.entries) for parcel in parcels])
+    own = [i for i in range(len(jobs)) if i not in owners]
+    if own:
+        grads |= {i: jobs[i].zeros() for i in own}
+        compute(own, [grads[i] for i in own])
+    return Gradients([grads[i] for i in range(len(jobs))], parcels, waits, error)
+
+
+def begin_plain(
+    found: Sequence[PlainUpdate], placement: Placement, *, raw: bool = False
+) -> Gradients:
+    """Begin to compute what is added to plain layers, or their ``raw`` gradients. A collective call.
+
+    Args:
+        found: The layers, the same on all ranks.
+        placement: How their weights are placed over the ranks.
+        raw: Leave out the factors and limits of the updates.
+    """
+
+    def compute(chosen: Sequence[int], outs: Sequence[Tensor]) -> None:
+        by_term: dict[PairTerm, list[GradientUpdate]] = {}
+        for i, out in zip(chosen, outs, strict=True):
+            _, term, update = found[i]
+            by_term.setdefault(term, []).append(_redirected(update, out, raw))
+        for term, updates in by_term.items():
+            add_pair_gradients(updates, term)
+
+    return begin([Job(layer, update.w) for layer, _, update in found], compute, placement)
+
+
+def raw_gradients(found: Sequence[PlainUpdate], placement: Placement) -> list[RawGradients]:
+    """The gradients of plain layers by themselves. A collective call if ranks share work.
+
+    On a GPU the current stream waits for those of other ranks, not this process.
+    """
+    shared = [i for i, (layer, _, _) in enumerate(found) if is_shared(layer, placement)]
+    from_ranks = begin_plain([found[i] for i in shared], placement, raw=True)
+    by_term: dict[PairTerm, list[int]] = {}
+    others = set(shared)
+    for i, (_, term, _) in enumerate(found):
+        if i not in others:
+            by_term.setdefault(term, []).append(i)
+    grads = []
+    for term, members in by_term.items():
+        for raw in own_gradients([found[i][2] for i in members], term):
+            raw.places = [members[place] for place in raw.places]
+            grads.append(raw)
+    for i, grad in zip(shared, from_ranks.wait(), strict=True):
+        norm = torch.linalg.vector_norm(found[i][2].w, dim=-1, keepdim=True, dtype=grad.dtype)
+        grads.append(RawGradients([i], grad, norm, may_overflow=True))
+    return grads
+
+
+def _redirected(update: GradientUpdate, out: Tensor, raw: bool) -> GradientUpdate:
+    """The same update of another tensor (groups, n, d)."""
+    entries = update.entries
+    into = out if update.shape is None else out.view(entries.shape)
+    if not raw:
+        return replace(update, out_entries=into)
+    if entries.dtype == torch.float16:  # whose range would limit what is added
+        entries = entries.float()
+    return GradientUpdate(entries, into, 1.0, None, 1.0, update.shape)
+
+
+@lru_cache(maxsize=256)
+def divided(flops: tuple[float, ...], ranks: int, worth: float) -> tuple[int, ...]:
+    """Divide layers over ranks: the owner of each; () if every rank had better compute them all.
+
+    Args:
+        flops: The arithmetic of each layer.
+        ranks: The number of ranks.
+        worth: The FLOP that the busiest rank must be spared.
+    """
+    loads = [0.0] * ranks
+    owners = [0] * len(flops)
+    for i in sorted(range(len(flops)), key=lambda i: -flops[i]):
+        owner = loads.index(min(loads))
+        owners[i] = owner
+        loads[owner] += flops[i]
+    if sum(flops) - max(loads) < worth:
+        return ()
+    return tuple(owners)
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class _Parcel:
+    """The gradients that one rank computes for all, of one device and dtype.
+
+    Args:
+        owner: The rank.
+        entries: The gradients one after the other, and a last entry that is 0 if all went well.
+        names: Names of the layers.
+    """
+
+    owner: int
+    entries: Tensor
+    names: list[str]
+
+
+def _owners(jobs: Sequence[Job], placement: Placement) -> dict[int, int]:
+    """The ranks that compute gradients for all, by the numbers of these."""
+    shared = [i for i, job in enumerate(jobs) if is_shared(job.layer, placement)]
+    if not shared:
+        return {}
+    flops = tuple(_flops(jobs[i].layer.measure, jobs[i].layer.target.shape) for i in shared)
+    owners = divided(flops, placement.size, worth_sharing(jobs[shared[0]].x.device))
+    return dict(zip(shared, owners, strict=True)) if owners else {}
+
+
+def _packed(
+    jobs: Sequence[Job], owners: Mapping[int, int], rank: int
+) -> tuple[list[_Parcel], dict[int, Tensor]]:
+    """A message from each owner for each device and dtype, and the place of each gradient there."""
+    alike: dict[tuple[torch.device, torch.dtype, int], list[int]] = {}
+    for i, owner in owners.items():
+        x = jobs[i].x
+        alike.setdefault((x.device, working_dtype(x.dtype), owner), []).append(i)
+    parcels = []
+    grads: dict[int, Tensor] = {}
+    for (device, dtype, owner), members in alike.items():
+        sizes = [_aligned(jobs[i].x.numel()) for i in members]
+        make = torch.zeros if owner == rank else torch.empty
+        entries = make(sum(sizes) + 1, dtype=dtype, device=device)
+        start = 0
+        for i, size in zip(members, sizes, strict=True):
+            x = jobs[i].x
+            grads[i] = entries[start : start + x.numel()].view(x.shape)
+            start += size
+        parcels.append(_Parcel(owner, entries, [jobs[i].layer.name for i in members]))
+    return parcels, grads
+
+
+def _aligned(size: int) -> int:
+    """The next multiple of the alignment."""
+    return -(-size // _ALIGNED) * _ALIGNED
+
+
+@lru_cache(maxsize=4096)
+def _flops(measure: Measure, shape: tuple[int, int, int]) -> float:
+    """The FLOP of the gradient of neurons of a shape (groups, n, d)."""
+    groups, n, d = shape
+    return groups * measure.grad_flops(n, d)
