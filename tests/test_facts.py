@@ -178,8 +178,6 @@ def gradients(measure, x):
         "gradient_rows": measure.gradient_rows(x, rows, state)
         + measure.gradient_rows(x, ~rows, state),
     }
-    if measure.gradient_part(x, 0, 3) is not None:
-        found["gradient_part"] = sum(measure.gradient_part(x, part, 3)[0] for part in range(3))
     return found | trained(measure, x)
 
 
@@ -348,7 +346,6 @@ def test_what_a_subclass_states_again_holds():
     [
         (RieszEnergy, "value_and_grad", "penalty or kernel"),
         (RieszEnergy, "gradient_rows", "penalty or kernel"),
-        (RieszEnergy, "gradient_part", "penalty or kernel"),
         (RieszEnergy, "pair_term", "penalty or kernel"),
         (RieszEnergy, "compiled_as", "kernel"),
         (GaussianPotential, "value_and_grad", "penalty or kernel"),

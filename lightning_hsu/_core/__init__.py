@@ -6,7 +6,7 @@ from lightning_hsu._core.expectation import expected_angles, pair_expectation
 from lightning_hsu._core.kernel import FLOOR, Kernel, PairTerm
 from lightning_hsu._core.nearest import smallest_angle
 from lightning_hsu._core.oracle import oracle_energy
-from lightning_hsu._core.pairwise import pair_energy, pair_part, pair_rows
+from lightning_hsu._core.pairwise import pair_energy, pair_rows
 from lightning_hsu._core.precision import (
     bf16_products,
     exact_arithmetic,
@@ -36,7 +36,6 @@ __all__ = [
     "pair_bound",
     "pair_energy",
     "pair_expectation",
-    "pair_part",
     "pair_rows",
     "seeded_noise",
     "separate_duplicates",

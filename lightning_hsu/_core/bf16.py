@@ -43,11 +43,9 @@ class BF16PairSums(PairSums):
         self.before = torch.zeros_like(self.sum)
         self.onward: dict[int, Tensor] = {}
 
-    def add(self, first: int, last: int, height: int, *, with_grad: bool = True) -> None:
-        """Add the pairs of rows ``first`` to ``last`` - 1, in panels of ``height`` rows."""
-        if self.index is None:
-            self.before = self.x[:, :first].sum(1, keepdim=True)
-        super().add(first, last, height, with_grad=with_grad)
+    def add(self, height: int, *, with_grad: bool = True) -> None:
+        """Add the pairs of all rows, in panels of ``height`` rows."""
+        super().add(height, with_grad=with_grad)
         pull = torch.zeros_like(self.before)
         for row, following in pairwise([*self.onward, self.grad.shape[1]]):
             pull += self.onward[row]

@@ -8,13 +8,11 @@ is
 so one Gram matrix gives both. Only its upper triangle is formed, a panel of rows at a time: n*n*d
 FLOP for the cosines and 2*n*n*d for the gradient, and never more than panel * n entries in memory.
 
-The work for the gradient can be divided in two ways: into parts of the triangle that cost the same
-and add up to the gradient, or by rows, each against all others: k rows take 4*k*n*d FLOP.
+The gradient of k rows alone, each against all others, takes 4*k*n*d FLOP.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from functools import lru_cache
 
@@ -69,7 +67,7 @@ def pair_energy(
     grads = []
     arithmetic = gradient_arithmetic if with_grad else exact_arithmetic
     with torch.no_grad(), arithmetic(stack):
-        for sums in _gathered(stack, term, 0, n, height, with_grad):
+        for sums in _gathered(stack, term, height, with_grad):
             values.append(sums.value())
             if with_grad:
                 grads.append(sums.gradient(w.dtype))
@@ -145,46 +143,9 @@ def pair_rows(w: Tensor, term: PairTerm, rows: Tensor) -> Tensor:
                 index = wanted[some].nonzero()[:, 1].reshape(-1, k)
                 groups = stack[some]
                 sums = kind_of_sums(groups)(groups, term, index)
-                sums.add(0, k, PANEL)
+                sums.add(PANEL)
                 grad[some[:, None], index] = sums.gradient(w.dtype)
     return grad.reshape(w.shape).to(w.device)
-
-
-def pair_part(w: Tensor, term: PairTerm, part: int, parts: int) -> tuple[Tensor, Tensor]:
-    """One of ``parts`` summands of the gradient of :func:`pair_energy`, each about the same work.
-
-    Args:
-        w: Neurons, shape (..., n, d), as there.
-        term: The kernel.
-        part: Which summand, from 0 to ``parts`` - 1.
-        parts: How many there are, 1 or more.
-
-    Returns:
-        The summand with the shape and dtype of ``w``, and a number, shape () in float32: > 0 if
-        this part met coincident neurons or pulls beyond its range. Then the summands may not add up
-        to the gradient. They and their sum are finite, and bitwise the same for the same inputs.
-
-    Raises:
-        ValueError: if ``part`` is out of range.
-    """
-    if not 0 <= part < parts:
-        raise ValueError(f"part must be one of 0 to parts - 1; got part {part} of {parts}")
-    if w.numel() == 0:
-        return torch.zeros_like(w), torch.zeros((), device=w.device)
-    n = w.shape[-2]
-    # The rows before a row hold a share of 1 - (1 - row / n)**2 of the triangle.
-    first = round(n * (1.0 - math.sqrt(1.0 - part / parts)))
-    last = round(n * (1.0 - math.sqrt(1.0 - (part + 1) / parts)))
-    stack = _stack(w, term)
-    grads = []
-    additive = True
-    with torch.no_grad(), gradient_arithmetic(stack):
-        # Smaller blocks on the diagonal, which are formed whole, keep the parts equal.
-        for sums in _gathered(stack, term, first, last, PANEL // 2, with_grad=True):
-            grads.append(sums.share(w.dtype, parts))
-            additive &= sums.additive
-    grad = _concatenated(grads).reshape(w.shape).to(w.device)
-    return grad, torch.tensor(float(not additive), device=w.device)
 
 
 @lru_cache(maxsize=256)
@@ -202,16 +163,12 @@ def avoids_sync(w: Tensor, term: PairTerm) -> bool:
     return w.is_cuda and w.shape[1] > 1 and not too_steep(term)
 
 
-def _gathered(
-    stack: Tensor, term: PairTerm, first: int, last: int, height: int, with_grad: bool
-) -> Iterator[PairSums]:
-    """The sums over pairs of the rows from ``first`` to ``last`` - 1, some groups at a time.
+def _gathered(stack: Tensor, term: PairTerm, height: int, with_grad: bool) -> Iterator[PairSums]:
+    """The sums over all pairs, some groups at a time.
 
     Args:
         stack: Neurons, shape (b, n, d).
         term: The kernel.
-        first: The first row of the triangle.
-        last: The row after the last.
         height: Rows of a panel.
         with_grad: Also gather the gradient.
     """
@@ -219,7 +176,7 @@ def _gathered(
     for groups in torch.split(stack, _groups_at_once(n, n)):
         kind = kind_of_sums(groups) if with_grad else PairSums
         sums = kind(groups, term)
-        sums.add(first, last, height, with_grad=with_grad)
+        sums.add(height, with_grad=with_grad)
         yield sums
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_hsu._core.kernel import PairTerm
 from lightning_hsu._core.near import NEAR, NearPairs
-from lightning_hsu._core.sphere import SHORTEST, largest_entries, to_weights, unit_rows
+from lightning_hsu._core.sphere import SHORTEST, to_weights, unit_rows
 
 
 @dataclass(slots=True)
@@ -67,18 +67,15 @@ class PairSums:
         # The sums of F'(q_ij) x_j over all j but near ones, (b, k, d), and their products with x_i.
         self.grad = w.new_empty(0)
         self.radial = torch.zeros(self.rows.shape[:2], dtype=w.dtype, device=w.device)
-        self.additive = True  # whether the gradient, once taken, is a sum over pairs
 
-    def add(self, first: int, last: int, height: int, *, with_grad: bool = True) -> None:
-        """Add the pairs of rows ``first`` to ``last`` - 1, in panels of ``height`` rows."""
+    def add(self, height: int, *, with_grad: bool = True) -> None:
+        """Add the pairs of all rows, in panels of ``height`` rows."""
         if with_grad:
-            self.grad = torch.empty_like(self.rows)
-            if not first == 0 < last:
-                # Only the first row meets all others: sums that begin there write every row.
-                self.grad.zero_()
+            self.grad = torch.empty_like(self.rows)  # the first panel writes every row
         n = self.x.shape[1]
-        for start in range(first, last, height):
-            stop = min(start + height, last)
+        count = self.rows.shape[1]
+        for start in range(0, count, height):
+            stop = min(start + height, count)
             if self.index is None:
                 panel = GramPanel(start, stop, start, stop - start, start == 0)
             else:
@@ -172,14 +169,6 @@ class PairSums:
             return self._tangent().mul_(self.inverse_norm * self._mean())
         return to_weights(self._on_sphere(), self.inverse_norm, out)
 
-    def share(self, out: torch.dtype, parts: int) -> Tensor:
-        """The same, with rows shortened so that the sum of ``parts`` such tensors is finite."""
-        grad = self._on_sphere()
-        tiny = torch.finfo(grad.dtype).tiny
-        room = torch.finfo(out).max / 2 / parts / largest_entries(grad).clamp_min(tiny)
-        self.additive &= not bool((self.inverse_norm > room).any())
-        return (grad * torch.minimum(self.inverse_norm, room)).to(out)
-
     def _on_sphere(self) -> Tensor:
         """The gradient (b, k, d) of the mean energy on the sphere, near pairs included."""
         grad = self._tangent().mul_(self._mean())
@@ -187,7 +176,6 @@ class PairSums:
         for i, pairs in self.near.items():
             rows, near = pairs.gradient()
             near *= self.term.scale(self.live[i])
-            self.additive &= pairs.duplicates is None and not bool((near.abs() > bound).any())
             near = near.clamp_(-bound, bound).to(grad.dtype)
             if self.index is not None:
                 # Map rows of the group to their places in the index, if they are in it.

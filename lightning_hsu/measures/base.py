@@ -32,7 +32,7 @@ class Measure(ABC):
     values, bounds) holds for that function only. In a subclass that overrides the function, at any
     depth or by a mixin, it does not hold unless the subclass states it again. Otherwise
     :meth:`value_and_grad` differentiates the subclass's own :meth:`penalty`, :meth:`gradient_rows`
-    computes the whole gradient, and :meth:`gradient_part`, :meth:`pair_term`, :meth:`expectation`,
+    computes the whole gradient, and :meth:`pair_term`, :meth:`expectation`,
     :meth:`deviation`, :meth:`bound` and :meth:`idle` return None. Conversely a class that overrides
     the gradient must define the function in the same class; otherwise the class statement raises a
     TypeError.
@@ -46,7 +46,6 @@ class Measure(ABC):
     facts: ClassVar[dict[str, Fact]] = {
         "value_and_grad": GRADIENT,
         "gradient_rows": GRADIENT,
-        "gradient_part": GRADIENT,
         "pair_term": GRADIENT,
         "expectation": VALUE,
         "deviation": VALUE,
@@ -122,22 +121,6 @@ class Measure(ABC):
         check_rows(x, rows)
         grad = self.value_and_grad(x, state)[1]
         return grad.masked_fill(~rows.to(grad.device)[..., None], 0.0)
-
-    def gradient_part(self, x: Tensor, part: int, parts: int) -> tuple[Tensor, Tensor] | None:
-        """Return one of several summands of the gradient, which all take about the same work.
-
-        Args:
-            x: Neurons, shape (..., n, d), floating.
-            part: Which summand, from 0 to ``parts`` - 1.
-            parts: How many there are, 1 or more.
-
-        Returns:
-            None if the gradient cannot be split, whatever x is. Otherwise the summand, with the
-            shape and dtype of x, and a number, shape () in float32. If this number is 0 in every
-            part, the summands add up to the gradient. If it is positive in any part they may not,
-            and the whole gradient must be computed instead. The sum is finite in either case.
-        """
-        return None
 
     def pair_term(self) -> PairTerm | None:
         """Return the kernel whose mean over pairs, or its logarithm, is the penalty.

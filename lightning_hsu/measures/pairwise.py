@@ -17,7 +17,6 @@ from lightning_hsu._core import (
     pair_bound,
     pair_energy,
     pair_expectation,
-    pair_part,
     pair_rows,
     to_weights,
     with_float64,
@@ -130,31 +129,6 @@ class PairwiseMeasure(Measure):
             return super().gradient_rows(x, rows, state)
         check_rows(x, rows)
         return pair_rows(self._in_working_dtype(x), self._term(), rows).to(x.device, x.dtype)
-
-    def gradient_part(self, x: Tensor, part: int, parts: int) -> tuple[Tensor, Tensor] | None:
-        """Return a summand of the gradient for 3 n n d / ``parts`` FLOP; see :class:`Measure`.
-
-        The force that separates coincident neurons acts along one common direction and is not a sum
-        over pairs. A part that meets such neurons reports it, and so does a part that has shortened
-        a row which might overflow the dtype of x.
-
-        Raises:
-            TypeError: if x is not a floating-point tensor.
-            ValueError: if x has fewer than two dimensions, or ``part`` is out of range.
-
-        Example:
-            >>> from lightning_hsu.measures import RieszEnergy
-            >>> x = torch.randn(1, 64, 32)
-            >>> measure = RieszEnergy(s=1)
-            >>> grads, apart = zip(*(measure.gradient_part(x, part, 3) for part in range(3)))
-            >>> whole = measure.value_and_grad(x)[1]
-            >>> torch.allclose(sum(grads), whole, atol=1e-6), float(sum(apart))
-            (True, 0.0)
-        """
-        check_neurons(x)
-        if self.logarithm or self.in_float64:
-            return None
-        return pair_part(x, self._term(), part, parts)
 
     def pair_term(self) -> PairTerm | None:
         """Return the kernel, the same object each time; None if it needs float64."""

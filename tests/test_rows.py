@@ -1,18 +1,13 @@
-"""The gradient shared out: by rows, and by parts that add up to it. The whole, `value_and_grad`, is the reference."""
-
-from dataclasses import dataclass
+"""The gradient in some rows. The whole, `value_and_grad`, is the reference."""
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_hsu._core import PairTerm, pair_energy, pair_part, pair_rows, pairwise
+from lightning_hsu._core import PairTerm, pair_energy, pair_rows, pairwise
 from lightning_hsu.measures import (
-    Covering,
     GaussianPotential,
-    GramDeterminant,
-    PairwiseMeasure,
     RieszEnergy,
     Separation,
 )
@@ -94,15 +89,6 @@ def off(found, expected):
     return float((error / size.clamp_min(1e-300)).max())
 
 
-def summed(x, term, parts):
-    shares = [pair_part(x, term, part, parts) for part in range(parts)]
-    for grad, apart in shares:
-        assert grad.dtype == x.dtype
-        assert apart.shape == ()
-        assert apart.dtype == torch.float32
-    return sum(grad for grad, _ in shares), float(sum(apart for _, apart in shares))
-
-
 @every_dtype
 @every_kernel
 @pytest.mark.parametrize(("n", "d"), [(7, 5), (63, 16)])
@@ -124,23 +110,6 @@ def test_rows_are_those_of_the_whole(measure, dtype, n, d):
 
 
 @every_dtype
-@every_kernel
-@pytest.mark.parametrize(("n", "d"), [(7, 5), (63, 16)])
-def test_parts_add_up_to_the_whole(measure, dtype, n, d):
-    clear = layers(n, d, plain, broken, *([] if measure.half_space else [antipodes]))
-    for x, tolerance in ((clear, CLEAR), (layers(n, d, near, plain), TIGHT)):
-        x = x.to(dtype)
-        whole = pair_energy(x, term_of(measure))[1]
-        for parts in (1, 2, 3, 7, n + 3) if n < 10 else (2, 7):
-            grad, apart = summed(x, term_of(measure), parts)
-            # The pull at a chord of 1e-2 or less may be beyond float32: the rows are shortened then.
-            steep = getattr(measure, "s", 0) == 30
-            may_be_apart = steep and tolerance is TIGHT and dtype == torch.float32
-            assert may_be_apart or not apart
-            assert apart or off(grad, whole) < tolerance[dtype]
-
-
-@every_dtype
 @pytest.mark.parametrize("measure", [PAIRWISE[3], PAIRWISE[6], PAIRWISE[7]], ids=name_of)
 @pytest.mark.parametrize("n", [257, 600])
 def test_beyond_one_panel(measure, n, dtype):
@@ -154,15 +123,12 @@ def test_beyond_one_panel(measure, n, dtype):
         found = measure.gradient_rows(x, rows)
         assert not found[~rows].any()
         assert off(found + whole.masked_fill(rows[..., None], 0.0), whole) < tolerance[dtype]
-        grad, apart = summed(x, term_of(measure), 3)
-        assert not apart
-        assert off(grad, whole) < tolerance[dtype]
 
 
 @every_kernel
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 def test_half_precision(measure, dtype):
-    """Computed in float32: a row differs by one rounding at most; parts are rounded one by one before they are added."""
+    """Computed in float32: a row differs by one rounding at most."""
     x = layers(40, 24, plain, broken, plain).to(dtype)
     rows = torch.rand(x.shape[:2]) < 0.4
     whole = pair_energy(x, term_of(measure))[1]
@@ -170,9 +136,6 @@ def test_half_precision(measure, dtype):
     assert (
         off(found + whole.masked_fill(rows[..., None], 0.0), whole) < torch.finfo(dtype).eps
     )  # measured: 0.08 eps
-    grad, apart = summed(x, term_of(measure), 3)
-    assert not apart
-    assert off(grad, whole) < 3 * torch.finfo(dtype).eps  # measured: 1.04 eps
 
 
 def test_two_neurons():
@@ -182,9 +145,6 @@ def test_two_neurons():
         found = [RieszEnergy(s=1).gradient_rows(x, rows) for rows in torch.eye(2, dtype=torch.bool)]
         assert off(found[0] + found[1], whole) < 1e-12  # measured: 0
         assert not found[0][1].any()
-        grad, apart = summed(x, term_of(RieszEnergy(s=1)), 3)
-        assert apart == (second[0] == 1.0)
-        assert apart or off(grad, whole) < 1e-12  # measured: 0
 
 
 @pytest.mark.parametrize("measure", FAMILY, ids=name_of)
@@ -197,99 +157,12 @@ def test_every_member_has_rows(measure):
     assert not found[~rows].any()
 
 
-def test_only_means_over_pairs_can_be_split():
-    """A function of the mean needs the mean, from all pairs, before it has a gradient."""
-
-    @dataclass(frozen=True)
-    class Doubled(InverseFourth):
-        def penalty(self, x, state=None):
-            return 2 * super().penalty(x, state)
-
-    x, rows = torch.randn(1, 8, 5), torch.arange(8)[None] < 3
-    for measure in (Doubled(), GaussianPotential(), Separation(), GramDeterminant(), Covering()):
-        assert measure.gradient_part(x, 0, 2) is None
-    for measure in FAMILY:
-        plain_mean = isinstance(measure, PairwiseMeasure) and not isinstance(
-            measure, GaussianPotential
-        )
-        assert (measure.gradient_part(x, 0, 2) is not None) == plain_mean
-    assert torch.equal(Doubled().gradient_rows(x, rows)[rows], Doubled().value_and_grad(x)[1][rows])
-
-
-@pytest.mark.parametrize("half_space", [False, True])
-@pytest.mark.parametrize("parts", [1, 2, 5])
-def test_coincident_neurons_are_told(half_space, parts):
-    """By every part that meets a coincident pair and no other; the rows need no such warning."""
-    measure = RieszEnergy(s=2, half_space=half_space)
-    x = torch.randn(2, 40, 24)
-    x[1, 30] = 3 * x[1, 7]
-    told = [float(measure.gradient_part(x, part, parts)[1]) for part in range(parts)]
-    assert sum(flag > 0 for flag in told) == 1
-    assert (
-        told.index(max(told)) == {1: 0, 2: 0, 5: 1}[parts]
-    )  # the part with row 7: rows 0 to 11, 4 to 8
-    x[1, 30] *= -1
-    assert (summed(x, term_of(measure), parts)[1] > 0) == half_space
-    x[1, 30] = 0
-    assert summed(x, term_of(measure), parts)[1] == 0
-
-
-@pytest.mark.parametrize(
-    ("dtype", "tolerance"),
-    [
-        (torch.float16, 3e-3),
-        (torch.float32, 1e-6),
-        (torch.float64, 1e-12),
-    ],  # measured: 7e-4, 1.3e-7, 2e-16
-    ids=["float16", "float32", "float64"],
-)
-def test_parts_tell_where_a_sum_may_not_fit(dtype, tolerance):
-    """Rows so short that their gradient is near the end of the dtype: a sum is finite, and right or told to be wrong."""
-    measure, outcomes = RieszEnergy(s=2), set()
-    x = torch.eye(6, 7, dtype=torch.float64)
-    x[:5] = (
-        x[5] + 0.1 * x[:5] + 0.1 * torch.eye(7)[6]
-    )  # near the last one and to one side: all parts push it the same way
-    for size in torch.logspace(1, 6, 11, dtype=torch.float64):
-        short = (
-            x
-            / torch.tensor([*[1.0] * 5, torch.finfo(dtype).max / size], dtype=torch.float64)[
-                :, None
-            ]
-        ).to(dtype)
-        whole = measure.value_and_grad(short)[1]
-        for parts in (2, 3, 7):
-            grad, apart = summed(short, term_of(measure), parts)
-            assert torch.isfinite(grad).all()
-            outcomes.add(apart > 0)
-            assert apart or off(grad[None], whole[None]) < tolerance
-    assert outcomes == {False, True}
-
-
-def test_parts_tell_where_near_pairs_pull_beyond_float32():
-    """Each pair's pull is cut off at the end of float32 in its own part, where the whole cuts off their sum."""
-    measure = RieszEnergy(s=20, softening=0.0)
-    x = torch.randn(6, 5)
-    x[[0, 4]] = x[5] + 1e-3 * x[[0, 4]]
-    assert summed(100 * x, term_of(measure), 3)[1] > 0
-    x[[0, 4]] = x[5] + 0.1 * (x[[0, 4]] - x[5]) / 1e-3
-    grad, apart = summed(100 * x, term_of(measure), 3)
-    assert not apart
-    assert off(grad[None], measure.value_and_grad(100 * x)[1][None]) < TIGHT[torch.float32]
-
-
 def test_the_same_inputs_give_the_same_bits_and_nothing_random_is_drawn():
     measure, x = RieszEnergy(s=1), layers(300, 12, duplicates, near).float()
     rows, before = torch.arange(600).reshape(2, 300) % 3 == 0, torch.get_rng_state()
-    first, again = (
-        [
-            measure.gradient_rows(x.clone(), rows),
-            *(measure.gradient_part(x.clone(), part, 3)[0] for part in range(3)),
-        ]
-        for _ in range(2)
-    )
+    first, again = (measure.gradient_rows(x.clone(), rows) for _ in range(2))
     assert torch.equal(torch.get_rng_state(), before)
-    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert torch.equal(first, again)
 
 
 @pytest.mark.parametrize("shape", [(1, 5), (0, 5), (2, 1, 4), (0, 3, 4), (2, 3, 0), (2, 2, 4, 3)])
@@ -301,11 +174,6 @@ def test_odd_shapes(shape):
             measure.gradient_rows(x, rows), measure.value_and_grad(x)[1], rtol=1e-12, atol=1e-13
         )
         assert not measure.gradient_rows(x, ~rows).any()
-    grad, apart = summed(x, term_of(RieszEnergy(s=1)), 3)
-    assert not apart
-    torch.testing.assert_close(
-        grad, RieszEnergy(s=1).value_and_grad(x)[1], rtol=1e-12, atol=1e-13
-    )  # measured: 1.3e-15
 
 
 def test_bad_input_is_told():
@@ -316,11 +184,6 @@ def test_bad_input_is_told():
                 measure.gradient_rows(x, wrong)
         with pytest.raises(TypeError, match="floating-point tensor"):
             measure.gradient_rows(x.long(), rows)
-    for part, parts in ((2, 2), (-1, 2), (0, 0)):
-        with pytest.raises(ValueError, match=f"got part {part} of {parts}"):
-            RieszEnergy().gradient_part(x, part, parts)
-    with pytest.raises(TypeError, match="floating-point tensor"):
-        RieszEnergy().gradient_part(x.long(), 0, 2)
 
 
 def work(function):
@@ -335,7 +198,7 @@ def work(function):
     return counter.get_total_flops()
 
 
-def test_the_work_is_shared():
+def test_rows_take_their_part_of_the_work():
     n = 1500
     d = 64
     measure = RieszEnergy(s=1)
@@ -345,11 +208,6 @@ def test_the_work_is_shared():
         3 * n * n * d, rel=0.06
     )  # measured: 1.056, for the blocks on the diagonal
     for ranks in (2, 4, 8):
-        for part in range(ranks):
-            share = work(lambda part=part, ranks=ranks: measure.gradient_part(x, part, ranks))
-            assert share == pytest.approx(
-                whole / ranks, rel=0.05
-            )  # measured: 0.959 to 1.000, the last of 8 1.020
         rows = torch.arange(n)[None] % ranks == 0
         assert work(lambda rows=rows: measure.gradient_rows(x, rows)) == 4 * int(rows.sum()) * n * d
 
@@ -360,12 +218,9 @@ def test_groups_that_do_not_go_together(monkeypatch):
     rows = torch.rand(3, 20) < 0.5
     measure = RieszEnergy(s=1)
     rows[1] = rows[0]
-    before = [measure.gradient_rows(x, rows), measure.gradient_part(x, 0, 2)[0]]
+    before = measure.gradient_rows(x, rows)
     monkeypatch.setattr(pairwise, "_GRAM_ENTRIES", 1)
-    grad, apart = measure.gradient_part(x, 0, 2)
-    assert apart > 0  # in the first group alone
-    for found, expected in zip([measure.gradient_rows(x, rows), grad], before, strict=True):
-        assert off(found, expected) < 1e-12  # measured: 0
+    assert off(measure.gradient_rows(x, rows), before) < 1e-12  # measured: 0
 
 
 def test_groups_without_a_wanted_row_cost_nothing():
@@ -391,5 +246,4 @@ def test_memory_stays_at_a_panel():
     x, measure = torch.randn(1, 2000, 16), RieszEnergy()
     with Watch():
         measure.gradient_rows(x, torch.arange(2000)[None] % 2 == 0)
-        measure.gradient_part(x, 1, 2)
     assert 0 < largest <= 256 * 2000 * 4
