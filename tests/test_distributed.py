@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -20,7 +21,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lightning_hsu import Share, UniformityRegularizer
 from lightning_hsu._core import smallest_angle
+from lightning_hsu._engine.ahead import Ahead
 from lightning_hsu._engine.sharing import divided
+from lightning_hsu._neurons.placement import ReplicatedPlacement
 from lightning_hsu.measures import (
     Covering,
     KoLeo,
@@ -358,7 +361,7 @@ def test_each_rank_does_its_part_of_the_work(size, mode, settings):
     assert max_difference(whole[0], alone) < TOLERANCE
 
 
-def train_accumulating(tolerance, steps):
+def train_accumulating(tolerance, steps, *, ahead=False):
     """Two micro-batches a step, of which DDP reduces the second; which layers each step has computed."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(8, 40), nn.Tanh(), nn.Linear(40, 9), nn.Tanh(), nn.Linear(9, 70))
@@ -380,6 +383,8 @@ def train_accumulating(tolerance, steps):
             model(parts[1]).square().mean().backward()
             regularizer.add_gradients(optimizer)
             optimizer.step()
+            if ahead:
+                regularizer.look_ahead(optimizer)
             computed.append(sorted(regularizer.state.deltas.computed))
     return End(ranks.whole_tensors(net)), computed
 
@@ -393,6 +398,42 @@ def test_layers_that_fall_due_at_different_steps_are_shared(tolerance):
     assert max_difference(answers[0][0], alone) < TOLERANCE
     if tolerance is not None:
         assert len({tuple(names) for names in schedule}) > 2
+
+
+@pytest.mark.parametrize("tolerance", [None, 0.1])
+def test_gradients_that_are_computed_ahead_are_shared(tolerance):
+    """The same steps; where all is computed ahead there is nothing left to send at a step."""
+    alone, _ = train_accumulating(tolerance, 6)
+    answers = world(2).run(train_ahead, tolerance, 6)
+    assert same_bits([end for end, _ in answers])
+    assert max_difference(answers[0][0], alone) < TOLERANCE
+    for _, messages in answers:
+        ahead, within = messages["begin"], messages["add"]
+        assert ahead > 0
+        assert within == 2  # the first step
+
+
+def train_ahead(tolerance, steps):
+    """The end, and how many messages were sent ahead and within a step."""
+    messages = {"begin": 0, "add": 0}
+    where = ["add"]
+    begin, send = Ahead.begin, ReplicatedPlacement.send
+
+    def noted(*args):
+        where.append("begin")
+        begin(*args)
+        where.pop()
+
+    def sent(placement, some):
+        messages[where[-1]] += len(some)
+        return send(placement, some)
+
+    with (
+        mock.patch.object(Ahead, "begin", noted),
+        mock.patch.object(ReplicatedPlacement, "send", sent),
+    ):
+        end, _ = train_accumulating(tolerance, steps, ahead=True)
+    return end, messages
 
 
 def test_layers_are_divided_by_their_work():
