@@ -936,6 +936,7 @@ class UniformityRegularizer:
             return
         if ahead.begun:
             updates.found = ahead.add(updates.found)
+            updates.alone = ahead.outdated
         updates.add(placement)
 
     def _move(self, context: StepContext) -> dict[str, GradientStats]:

@@ -361,7 +361,7 @@ def test_each_rank_does_its_part_of_the_work(size, mode, settings):
     assert max_difference(whole[0], alone) < TOLERANCE
 
 
-def train_accumulating(tolerance, steps, *, ahead=False):
+def train_accumulating(tolerance, steps, *, ahead=False, touched=None):
     """Two micro-batches a step, of which DDP reduces the second; which layers each step has computed."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(8, 40), nn.Tanh(), nn.Linear(40, 9), nn.Tanh(), nn.Linear(9, 70))
@@ -385,6 +385,9 @@ def train_accumulating(tolerance, steps, *, ahead=False):
             optimizer.step()
             if ahead:
                 regularizer.look_ahead(optimizer)
+            if rank == touched:
+                with torch.no_grad():
+                    net[0].weight.mul_(1.0)
             computed.append(sorted(regularizer.state.deltas.computed))
     return End(ranks.whole_tensors(net)), computed
 
@@ -411,6 +414,18 @@ def test_gradients_that_are_computed_ahead_are_shared(tolerance):
         ahead, within = messages["begin"], messages["add"]
         assert ahead > 0
         assert within == 2  # the first step
+
+
+@pytest.mark.parametrize("tolerance", [None, 0.1])
+def test_weights_touched_on_one_rank_alone_keep_no_other_waiting(tolerance):
+    """As by an evaluation there, with other weights that it takes back."""
+    alone, _ = train_accumulating(tolerance, 6)
+    for end, _ in world(2).run(train_touched, tolerance, 6):
+        assert max_difference(end, alone) < TOLERANCE
+
+
+def train_touched(tolerance, steps):
+    return train_accumulating(tolerance, steps, ahead=True, touched=1)
 
 
 def train_ahead(tolerance, steps):

@@ -57,10 +57,14 @@ class Ahead:
 
     Attributes:
         begun: Stacks of them.
+        outdated: Layers whose gradients were asked for last, and are of other weights. Where ranks
+            share work, each computes these by itself: the weights may have been touched on one rank
+            only, as by an evaluation, and others would not take part.
     """
 
     def __init__(self) -> None:
         self.begun: list[_Begun] = []
+        self.outdated: set[Layer] = set()
         self._checks: list[tuple[LateNumbers, list[Layer]]] = []
         self._unseen: set[str] = set()  # layers whose weights change without torch's counting it
 
@@ -117,6 +121,7 @@ class Ahead:
     ) -> list[tuple[_Begun, dict[Layer, GradientUpdate]]]:
         """Take the stacks of these layers, each with the updates of those whose weights are the same."""
         found = []
+        self.outdated = set()
         for begun in self._take_out(updates.keys()):
             begun.work.wait()
             keep_for_current(begun.raw.grad)
@@ -124,8 +129,12 @@ class Ahead:
             keep_for_current(begun.norms)
             same = {}
             for layer, token in zip(begun.layers, begun.tokens, strict=True):
-                if layer in updates and token_of(layer) == token:
+                if layer not in updates:
+                    continue
+                if token_of(layer) == token:
                     same[layer] = updates[layer]
+                else:
+                    self.outdated.add(layer)
             if len(same) == len(begun.layers):
                 self._check(begun, [updates[layer] for layer in begun.layers])
             if same:

@@ -60,7 +60,7 @@ def add_plain(
             deltas.keep([use], [known[layer]], learns=not same_step)
         elif use.is_due:
             due.append(i)
-    for raw in raw_gradients([found[i] for i in due], placement):
+    for raw in raw_gradients([found[i] for i in due], placement, alone=ahead.outdated):
         chosen = [uses[due[place]] for place in raw.places]
         deltas.keep(chosen, raw.parts(), learns=not same_step)
     for use in uses:

@@ -239,19 +239,26 @@ class PlainUpdates:
 
     Attributes:
         found: The layers, with the kernels of their measures and their updates.
+        alone: Layers that each rank computes by itself.
         buffered: Those whose stats are asked for, or which move the neurons; None if there are none.
     """
 
     def __init__(self) -> None:
         self.found: list[PlainUpdate] = []
+        self.alone: Collection[Layer] = ()
         self.buffered: BufferedUpdates | None = None
 
     def add(self, placement: Placement) -> None:
         """Add the gradients, all at once; ranks compute large layers for one another."""
         own, shared = self.found, []
         if placement.shares_work:
-            own = [one for one in self.found if not is_shared(one[0], placement)]
-            shared = [one for one in self.found if is_shared(one[0], placement)]
+            own = []
+            for one in self.found:
+                layer, _, _ = one
+                if layer not in self.alone and is_shared(layer, placement):
+                    shared.append(one)
+                else:
+                    own.append(one)
         from_ranks = begin_plain(shared, placement) if shared else None
         by_term: dict[PairTerm, list[GradientUpdate]] = {}
         for _, term, update in own:

@@ -8,7 +8,7 @@ however many layers there are.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -182,12 +182,22 @@ def begin_plain(
     return begin([Job(layer, update.w) for layer, _, update in found], compute, placement)
 
 
-def raw_gradients(found: Sequence[PlainUpdate], placement: Placement) -> list[RawGradients]:
+def raw_gradients(
+    found: Sequence[PlainUpdate], placement: Placement, *, alone: Collection[Layer] = ()
+) -> list[RawGradients]:
     """The gradients of plain layers by themselves. A collective call if ranks share work.
 
     On a GPU the current stream waits for those of other ranks, not this process.
+
+    Args:
+        found: The layers, which but for those of ``alone`` are the same on all ranks.
+        placement: How their weights are placed over the ranks.
+        alone: Layers that each rank computes by itself.
     """
-    shared = [i for i, (layer, _, _) in enumerate(found) if is_shared(layer, placement)]
+    shared = []
+    for i, (layer, _, _) in enumerate(found):
+        if layer not in alone and is_shared(layer, placement):
+            shared.append(i)
     from_ranks = begin_plain([found[i] for i in shared], placement, raw=True)
     by_term: dict[PairTerm, list[int]] = {}
     others = set(shared)
