@@ -129,7 +129,7 @@ class OnlyOneWay:
 
     def __init__(self, monkeypatch):
         self.exact = 0
-        monkeypatch.setattr(foreach, "avoids_sync", lambda w, term: w.shape[1] > 1)
+        monkeypatch.setattr(foreach, "avoids_sync", lambda update, term: update.size[1] > 1)
         monkeypatch.setattr(foreach, "_LATE", LateAnswers())
         exactly = foreach.add_exactly
 
@@ -266,7 +266,7 @@ def same(first, second):
 @pytest.mark.parametrize("large", [2**26, 1])  # all of one shape together, or one by one
 def test_what_waits_for_no_answer_adds_the_same(measure, large, monkeypatch):
     exact = added(measure)
-    monkeypatch.setattr(foreach, "avoids_sync", lambda w, term: w.shape[1] > 1)
+    monkeypatch.setattr(foreach, "avoids_sync", lambda update, term: update.size[1] > 1)
     monkeypatch.setattr(without_sync, "_STACK_ENTRIES", large)
     same(added(measure), exact)
 

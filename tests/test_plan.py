@@ -15,6 +15,7 @@ from lightning_hsu import (
     UniformityRegularizer,
     register_neurons,
 )
+from lightning_hsu._core import foreach
 from lightning_hsu._engine.plan import Plan
 from lightning_hsu.measures import Covering, Measure, RieszEnergy
 from tests.models import Automatic, loader, trainer
@@ -545,6 +546,56 @@ def test_channels_last_gets_what_the_usual_format_gets():
     net.to(memory_format=torch.channels_last)
     for name, part in added(net).items():
         torch.testing.assert_close(part, usual[name], rtol=1e-5, atol=1e-7)
+
+
+def bottleneck():
+    """Kernels of 1 x 1, whose strides two memory formats share in part, and transposed convolutions."""
+    return nn.Sequential(
+        nn.Conv2d(12, 8, 1),
+        nn.Conv2d(8, 8, 3, groups=2),
+        nn.Conv2d(8, 16, 1),
+        nn.ConvTranspose2d(16, 8, 3),
+        nn.ConvTranspose2d(8, 12, 2, groups=4),
+        nn.ConvTranspose2d(12, 10, 1),
+        nn.ConvTranspose1d(10, 6, 3),
+    )
+
+
+@pytest.mark.parametrize("in_one_pass", [False, True])
+@pytest.mark.parametrize("watched", [False, True])
+def test_every_memory_format_and_transposed_kernels_are_plain(in_one_pass, watched, monkeypatch):
+    """Also where a gradient of a 1 x 1 kernel has the strides of the other format."""
+    if in_one_pass:  # as on a GPU
+        monkeypatch.setattr(foreach, "avoids_sync", lambda update, term: update.size[1] > 1)
+    measure = RieszEnergy(s=2, half_space=True)
+    settings = {"coefficient": 1.0, "head": None, "step_limit": None}
+    torch.manual_seed(0)
+    usual = bottleneck()
+    expected = {}
+    for layer in UniformityRegularizer(measure, **settings).attach(usual).layers:
+        (weight,) = layer.parameters
+        loss = measure(layer.target.read().x).mean()
+        (expected[f"{layer.name}.weight"],) = torch.autograd.grad(loss, weight)
+    assert len(expected) == 7
+    for last in (False, True):
+        net = copy.deepcopy(usual)
+        if last:
+            net[:-1].to(memory_format=torch.channels_last)
+        regularizer = UniformityRegularizer(measure, **settings).attach(net)
+        assert len(regularizer._attached.plan.plain) == 7
+        optimizer = with_zero_gradients(net)
+        if last:
+            for at in (0, 2):
+                net[at].weight.grad = torch.zeros_like(usual[at].weight)
+                assert net[at].weight.grad.stride() != net[at].weight.stride()
+        for _ in range(2):
+            for p in net.parameters():
+                p.grad.zero_()
+            regularizer.add_gradients(optimizer, stats=watched)
+        assert not regularizer._attached.plan.rest
+        for name, p in net.named_parameters():
+            if name in expected:
+                torch.testing.assert_close(p.grad, expected[name], rtol=1e-5, atol=1e-7)
 
 
 def test_weights_of_one_shape_are_read_in_their_own_groups():

@@ -57,13 +57,13 @@ class CudaGraphBackend(Backend):
 
     def takes_update(self, update: GradientUpdate, term: PairTerm) -> bool:
         """Layers on a GPU whose gradient needs no synchronisation."""
-        return avoids_sync(update.w, term)
+        return avoids_sync(update, term)
 
     def add_pair_gradients(self, updates: Sequence[GradientUpdate], term: PairTerm) -> None:
         """Replay one graph for each device; known crowded layers go the exact way."""
         by_device: dict[torch.device, list[tuple[GradientUpdate, PairTerm]]] = {}
         for one in without_crowded([(update, term) for update in updates]):
-            by_device.setdefault(one[0].w.device, []).append(one)
+            by_device.setdefault(one[0].entries.device, []).append(one)
         for members in by_device.values():
             batches = batches_of(members)
             for batch, found in zip(batches, self._replay(batches, term), strict=True):
@@ -77,7 +77,7 @@ class CudaGraphBackend(Backend):
         weights = []
         for batch in batches:
             for update in batch.updates:
-                w = update.w
+                w = update.entries
                 weights.append((w.data_ptr(), w.shape, w.stride(), w.dtype))
         key = (term, bf16_allowed(), tuple(weights))
         captured = self._graphs.pop(key, None)
@@ -97,7 +97,7 @@ class CudaGraphBackend(Backend):
 
 def _captured(batches: Sequence[Batch]) -> _Captured:
     """Capture a graph that computes the gradients of all batches."""
-    first = batches[0].updates[0].w
+    first = batches[0].updates[0].entries
     graph = torch.cuda.CUDAGraph()
     with gradient_arithmetic(first), torch.cuda.device(first.device):
         # Run once before the capture, which must not contain what libraries set up at first use.

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
 from lightning_hsu._core.backend import Backend, active
 from lightning_hsu._core.kernel import PairTerm
@@ -84,7 +83,7 @@ def add_pair_gradients(updates: Sequence[GradientUpdate], term: PairTerm) -> Non
             return
         taken, others = [], []
         for update in updates:
-            if backend.takes_update(update, term):
+            if update.is_view and backend.takes_update(update, term):
                 taken.append(update)
             else:
                 others.append(update)
@@ -115,11 +114,11 @@ class TorchBackend(Backend):
         """Add the layers on a CPU, and those of very steep kernels; return the others."""
         work: Work = []
         for members in alike(updates):
-            w = members[0].w
-            if avoids_sync(w, term):
+            first = members[0]
+            if avoids_sync(first, term):
                 work += [(update, term) for update in members]
                 continue
-            for some in chunks(members, how_many_together(w)):
+            for some in chunks(members, how_many_together(first.size)):
                 grad, norm, value, may_overflow = stack_gradient(stack_neurons(some), term)
                 add_to_layers(some, grad, norm, value, may_overflow=may_overflow)
         return work
@@ -151,9 +150,9 @@ def add_and_note(batch: Batch, found: BatchGradient) -> None:
     _LATE.note(batch.work, batch.layout.pieces, found.pairs)
 
 
-def how_many_together(w: Tensor) -> int:
-    """How many layers of the shape (b, n, d) of w go together."""
-    b, n, d = w.shape
+def how_many_together(shape: torch.Size) -> int:
+    """How many layers of a shape (b, n, d) go together."""
+    b, n, d = shape
     if b * n * d > SMALL:
         return 1
     return max(1, _GRAM_ENTRIES // max(1, b * n * n))

@@ -100,7 +100,7 @@ class LateAnswers:
         groups = []
         for i, (update, term) in enumerate(layers):
             keys.append((key_of(update, term), term.half_space))
-            groups += [i] * len(update.w)
+            groups += [i] * update.size[0]
         answers = []
         for piece, (at, squares) in zip(pieces, pairs, strict=True):
             if at.device.type == "cpu":

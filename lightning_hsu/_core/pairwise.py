@@ -30,6 +30,7 @@ from lightning_hsu._core.precision import (
 )
 from lightning_hsu._core.sphere import LONGEST, SHORTEST
 from lightning_hsu._core.sums import PairSums
+from lightning_hsu._core.updates import GradientUpdate
 
 PANEL = 256
 """Rows in a panel."""
@@ -155,12 +156,12 @@ def too_steep(term: PairTerm) -> bool:
     return float(ends.abs().max()) > 1e18
 
 
-def avoids_sync(w: Tensor, term: PairTerm) -> bool:
-    """Whether neurons (b, n, d) are computed without synchronisation (without_sync.py).
+def avoids_sync(update: GradientUpdate, term: PairTerm) -> bool:
+    """Whether a layer is computed without synchronisation (without_sync.py).
 
-    They are on a GPU; very steep kernels need float64 throughout.
+    It is on a GPU; very steep kernels need float64 throughout.
     """
-    return w.is_cuda and w.shape[1] > 1 and not too_steep(term)
+    return update.entries.is_cuda and update.size[1] > 1 and not too_steep(term)
 
 
 def _gathered(stack: Tensor, term: PairTerm, height: int, with_grad: bool) -> Iterator[PairSums]:

@@ -20,8 +20,9 @@ class GradientUpdate:
     """One layer's update: ``out += grad_scale * shortened(scale * gradient)``.
 
     Args:
-        entries: The neurons, shape (b, n, d), any strides. A contiguous parameter whose entries are
-            those of the neurons, in the same order, may keep its own shape.
+        entries: The neurons, shape (b, n, d), any strides. Or their entries in the same order in a
+            shape of their own, with ``shape``: a contiguous parameter in its own, or (b, n, ...)
+            where entries of a neuron lie at several strides.
         out_entries: What to add to, of the shape of ``entries``: a ``.grad``, or a buffer of a
             wider dtype.
         scale: Factor of the gradient of the groups' summed energies.
@@ -39,23 +40,30 @@ class GradientUpdate:
     shape: torch.Size | None = None
 
     @property
+    def size(self) -> torch.Size:
+        """The shape (b, n, d) of the neurons."""
+        return self.entries.shape if self.shape is None else self.shape
+
+    @property
+    def is_view(self) -> bool:
+        """Whether :attr:`w` and :attr:`out` are views of the tensors, not copies."""
+        if self.shape is None:
+            return True
+        return self.entries.is_contiguous() and self.out_entries.is_contiguous()
+
+    @property
     def w(self) -> Tensor:
         """The neurons (b, n, d), without a graph."""
         if self.shape is None:
             return self.entries
-        return self.entries.detach().view(self.shape)
+        return self.entries.detach().reshape(self.shape)
 
     @property
     def out(self) -> Tensor:
-        """The tensor (b, n, d) to add to."""
+        """The tensor (b, n, d) to add to, if it is a view."""
         if self.shape is None:
             return self.out_entries
-        return self.out_entries.view(self.shape)
-
-    def group(self, i: int) -> GradientUpdate:
-        """The update of a single group, as a layer of shape (1, n, d)."""
-        w, out = self.w[i, None], self.out[i, None]
-        return GradientUpdate(w, out, self.scale, self.limit, self.grad_scale)
+        return self.out_entries.reshape(self.shape)
 
 
 def alike(updates: Sequence[GradientUpdate]) -> list[list[GradientUpdate]]:
@@ -79,13 +87,12 @@ def chunks(items: Sequence[Item], count: int) -> list[Sequence[Item]]:
 
 def stack_neurons(updates: Sequence[GradientUpdate]) -> Tensor:
     """The neurons of layers of one shape (b, n, d) as one stack, in float32 or wider."""
-    first = updates[0].w
-    stack = first
-    if len(updates) > 1:
-        b, n, d = first.shape
-        entries = torch.cat([update.entries for update in updates])
-        stack = entries.view(len(updates) * b, n, d)
-    return stack.to(working_dtype(first.dtype))
+    first = updates[0]
+    if len(updates) == 1:
+        return first.w.to(working_dtype(first.entries.dtype))
+    b, n, d = first.size
+    entries = torch.cat([update.entries for update in updates])
+    return entries.reshape(len(updates) * b, n, d).to(working_dtype(entries.dtype))
 
 
 def add_to_layers(

@@ -63,7 +63,7 @@ class Batch:
         """Where the layers lie in flat buffers; the same object for layers of the same shapes."""
         shapes = []
         for kind, update in zip(self.kinds, self.updates, strict=True):
-            b, n, d = update.w.shape
+            b, n, d = update.size
             shapes.append((kind, b, n, d))
         halves = tuple(term.half_space for term in self.terms)
         return layout_of(tuple(shapes), halves, _PANEL_ENTRIES, self.updates[0].entries.device)
@@ -135,7 +135,7 @@ def batches_of(work: Iterable[tuple[GradientUpdate, PairTerm]]) -> list[Batch]:
 
 def _by_shape(one: tuple[GradientUpdate, int]) -> tuple[int, int, int]:
     update, kind = one
-    _, n, d = update.w.shape
+    _, n, d = update.size
     return d, n, kind
 
 
@@ -146,7 +146,7 @@ def _that_fit(
     runs: list[list[tuple[GradientUpdate, int]]] = []
     gram = entries = 0
     for one in layers:
-        shape = one[0].w.shape
+        shape = one[0].size
         own = shape[0] * triangle(shape[1])
         gram += own
         entries += shape.numel()
@@ -170,7 +170,7 @@ def gradients_without_sync(batch: Batch, *, stats: bool = False) -> BatchGradien
     dtype = working_dtype(first.dtype)
     longest = len(layout.columns)
     w = torch.empty(layout.entries + longest, dtype=dtype, device=first.device)
-    torch._foreach_copy_(_parts(batch, w), [update.w for update in batch.updates])
+    torch._foreach_copy_(_parts(batch, w), [update.entries.detach() for update in batch.updates])
     norm = torch.empty(layout.rows, dtype=torch.float64, device=w.device)
     for width in layout.widths:
         torch.linalg.vector_norm(_rows(w, width), dim=1, dtype=norm.dtype, out=_own(norm, width))
@@ -340,10 +340,10 @@ class _Sums:
 
 
 def _parts(batch: Batch, flat: Tensor) -> list[Tensor]:
-    """The entries of each layer in a flat tensor, of the shape (b, n, d)."""
+    """The entries of each layer in a flat tensor, in the shape in which the layer has them."""
     found = []
     for update, span in zip(batch.updates, batch.layout.spans, strict=True):
-        shape = update.w.shape
+        shape = update.entries.shape
         found.append(flat.narrow(0, span.entry, shape.numel()).view(shape))
     return found
 
@@ -485,9 +485,7 @@ def add_batch(batch: Batch, found: BatchGradient) -> None:
     torch.minimum(factor, room, out=factor)
     for width in batch.layout.widths:
         _rows(found.grad, width).mul_(_own(factor, width)[:, None])
-    added = []
-    for update, part in zip(batch.updates, _parts(batch, found.grad), strict=True):
-        added.append(part.view(update.out_entries.shape))
+    added = _parts(batch, found.grad)
     torch._foreach_add_([update.out_entries for update in batch.updates], added, alpha=-common)
 
 

@@ -28,9 +28,9 @@ from lightning_hsu._neurons.how import WeightRule
 from lightning_hsu._neurons.placement import Placement
 from lightning_hsu._neurons.placement.base import viewed_parameter
 from lightning_hsu._neurons.rules import (
-    channels_last,
     class_rule,
     has_built_in_rule,
+    strided,
 )
 from lightning_hsu._neurons.target import Target
 
@@ -64,7 +64,8 @@ class PlainLayer:
         layer: The layer.
         term: The kernel of its measure.
         parameter: The parameter.
-        view: Its neurons (groups, n, d), a view of the parameter.
+        view: Its neurons (groups, n, d), a view of the parameter; or (groups, n, ...) where their
+            entries lie at several strides.
     """
 
     __slots__ = (
@@ -73,6 +74,7 @@ class PlainLayer:
         "_offset",
         "_shape",
         "_signature",
+        "_size",
         "_strides",
         "layer",
         "parameter",
@@ -92,13 +94,18 @@ class PlainLayer:
         self._strides = parameter.stride()
         self._dtype = parameter.dtype
         self._signature = _signature(layer.target.module)
+        self._size: torch.Size | None = None
+        if view.ndim > 3:
+            self._size = torch.Size(layer.target.shape)
         in_order = parameter.is_contiguous() and view.is_contiguous()
         self._is_whole = in_order and view.numel() == parameter.numel()
 
     def is_current(self) -> bool:
         """Whether the parameter's layout and the module's way to read it have not changed."""
         p = self.parameter
-        if p.shape != self._shape or p.stride() != self._strides or p.dtype != self._dtype:
+        if p.shape != self._shape or p.dtype != self._dtype:
+            return False
+        if p.stride() != self._strides and not self._lies_as_before(p):
             return False
         return _signature(self.layer.target.module) == self._signature
 
@@ -110,7 +117,7 @@ class PlainLayer:
         grad = p.grad
         if grad is None or grad.is_sparse or grad.dtype != self._dtype:
             return None
-        if grad.stride() != self._strides:
+        if grad.stride() != self._strides and not self._lies_as_before(grad):
             return None
         shape, strides, offset = self.view_shape, self.view_strides, self._offset
         scale = coefficient / shape[0]  # the penalty is a mean over groups
@@ -118,7 +125,14 @@ class PlainLayer:
             return GradientUpdate(p, grad, scale, limit, grad_scale, shape)
         w = p.as_strided(shape, strides, offset + int(p.storage_offset()))
         out = grad.as_strided(shape, strides, offset + int(grad.storage_offset()))
-        return GradientUpdate(w, out, scale, limit, grad_scale)
+        return GradientUpdate(w, out, scale, limit, grad_scale, self._size)
+
+    def _lies_as_before(self, x: Tensor) -> bool:
+        """Whether a tensor of the parameter's shape has its strides; of axes of size 1 any will do."""
+        for size, stride, known in zip(self._shape, x.stride(), self._strides, strict=True):
+            if size > 1 and stride != known:
+                return False
+        return True
 
     def reading(self) -> GradientUpdate:
         """An update that only tells the neurons."""
@@ -397,11 +411,11 @@ def _as_plain(layer: Layer, placement: Placement) -> PlainLayer | None:
         return None  # a user's rule may return other neurons at another time
     view = layer.target.read()
     x, parameter = view.x, view.parameter
-    if parameter is None:  # a rule copies what lies in channels last
-        in_memory_order = channels_last(rule, module)
-        if in_memory_order is None:
+    if parameter is None:  # a rule copies what lies at several strides
+        in_place = strided(rule, module)
+        if in_place is None:
             return None
-        x, parameter = in_memory_order, viewed_parameter(in_memory_order, {})
+        x, parameter = in_place, viewed_parameter(in_place, {})
     if parameter is None or not _is_read_directly(layer.target, parameter):
         return None
     return PlainLayer(layer, term, parameter, x)

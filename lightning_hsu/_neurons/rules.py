@@ -131,18 +131,24 @@ def _convolution(module: nn.Module) -> Tensor:
     return _by_group(module).flatten(2)
 
 
-def channels_last(rule: Rule, module: nn.Module) -> Tensor | None:
-    """The neurons of a channels-last convolution, with their entries in memory order: a view.
+def strided(rule: Rule, module: nn.Module) -> Tensor | None:
+    """The neurons of a convolution as a view of its weight, where the rule makes a copy.
 
-    The order of entries does not matter to a function of inner products. None for other modules,
-    and where the kernels do not lie in memory like that.
+    Of channels-last kernels the entries are in memory order: to a function of inner products their
+    order does not matter. Those of a transposed convolution, (groups, n, in / groups, k), lie at
+    two strides. None for other modules, and for kernels that lie in memory otherwise.
     """
-    if rule is not class_rule or rule_of(module) is not _convolution:
+    if rule is not class_rule:
         return None
-    kernels = _by_group(module).movedim(2, -1)
-    if not kernels.is_contiguous():
-        return None
-    return kernels.flatten(2)
+    found = None
+    if rule_of(module) is _convolution:
+        kernels = _by_group(module).movedim(2, -1)
+        if kernels.is_contiguous():
+            found = kernels.flatten(2)
+    elif rule_of(module) is _transposed_convolution:
+        kernels = _by_group(module).transpose(1, 2)
+        found = kernels.flatten(3)
+    return found
 
 
 def _transposed_convolution(module: nn.Module) -> Tensor:
