@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from lightning_hsu._core.backend import Backend, active
 from lightning_hsu._core.kernel import PairTerm
@@ -127,21 +128,36 @@ class TorchBackend(Backend):
 def add_without_sync(work: Work) -> None:
     """Add the gradients of layers on a GPU."""
     for batch in batches_of(without_crowded(work)):
-        with gradient_arithmetic(batch.updates[0].entries):
-            found = gradients_without_sync(batch)
-        add_and_note(batch, found)
+        add_batch(batch, begin_batch(batch))
+
+
+def begin_batch(batch: Batch) -> BatchGradient:
+    """Compute the gradients of a batch, and note for the next step which layers are crowded."""
+    with gradient_arithmetic(batch.updates[0].entries):
+        found = gradients_without_sync(batch)
+    _LATE.note(batch.work, batch.layout.pieces, found.pairs)
+    return found
 
 
 def without_crowded(work: Work) -> Work:
     """Add layers that are known to have too many near pairs the exact way; return the others."""
+    calm, crowded = calm_and_crowded(work)
+    for update, term in crowded:
+        add_exactly([update], term)
+    return calm
+
+
+def calm_and_crowded(work: Work) -> tuple[Work, Work]:
+    """The layers without, and those with too many near pairs, as far as that is known."""
     _LATE.read(work)
     calm: Work = []
-    for update, term in work:
-        if _LATE.is_crowded(update, term):
-            add_exactly([update], term)
+    crowded: Work = []
+    for one in work:
+        if _LATE.is_crowded(*one):
+            crowded.append(one)
         else:
-            calm.append((update, term))
-    return calm
+            calm.append(one)
+    return calm, crowded
 
 
 def add_and_note(batch: Batch, found: BatchGradient) -> None:

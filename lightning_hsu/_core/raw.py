@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,12 +12,16 @@ from lightning_hsu._core.backend import active
 from lightning_hsu._core.foreach import (
     TorchBackend,
     add_pair_gradients,
+    begin_batch,
+    calm_and_crowded,
     how_many_together,
     stack_gradient,
 )
 from lightning_hsu._core.kernel import PairTerm
 from lightning_hsu._core.pairwise import avoids_sync
+from lightning_hsu._core.precision import working_dtype
 from lightning_hsu._core.updates import GradientUpdate, add_to_layers, chunks, stack_neurons
+from lightning_hsu._core.without_sync import Batch, BatchGradient, add_batch, batches_of
 
 
 @dataclass(eq=False)
@@ -40,17 +44,22 @@ class RawGradients:
         """The gradients (b, n, d) of the layers, one by one: views."""
         return self.grad.view(len(self.places), -1, *self.grad.shape[1:]).unbind()
 
-    def only(self, places: Sequence[int]) -> RawGradients:
+    def tensors(self) -> list[Tensor]:
+        """The tensors that it holds."""
+        return [self.grad, self.norm]
+
+    def only(self, places: Sequence[int]) -> list[RawPart]:
         """The same of some of the layers, by their places in the stack."""
         if len(places) == len(self.places):
-            return self
+            return [self]
         parts, norms = self.parts(), self.norm.view(len(self.places), -1, *self.norm.shape[1:])
-        return RawGradients(
+        chosen = RawGradients(
             [self.places[place] for place in places],
             torch.cat([parts[place] for place in places]),
             torch.cat([norms[place] for place in places]),
             self.may_overflow,
         )
+        return [chosen]
 
     def add_to(self, updates: Sequence[GradientUpdate]) -> None:
         """Add the gradients to their layers, weighted as the updates say; they are overwritten.
@@ -70,66 +79,143 @@ class RawGradients:
             start = stop
 
 
-def raw_gradients(updates: Sequence[GradientUpdate], term: PairTerm) -> list[RawGradients]:
+class RawBatch:
+    """The gradients of layers of any shapes on a GPU, not yet weighted; see :class:`RawGradients`.
+
+    Args:
+        places: Which of the layers these are, in the order of the batch.
+        batch: The layers.
+        found: Their gradients.
+    """
+
+    def __init__(self, places: list[int], batch: Batch, found: BatchGradient) -> None:
+        self.places = places
+        self._batch = batch
+        self._found = found
+
+    def tensors(self) -> list[Tensor]:
+        """The tensors that it holds."""
+        return [self._found.grad, self._found.length, self._found.norm, self._found.scale]
+
+    def parts(self) -> tuple[Tensor, ...]:
+        """The gradients (b, n, d) of the layers, one by one; call it once."""
+        outs = []
+        alone = []
+        for update in self._batch.updates:
+            dtype = working_dtype(update.entries.dtype)
+            out = torch.zeros(update.entries.shape, dtype=dtype, device=update.entries.device)
+            outs.append(out.view(update.size))
+            alone.append(GradientUpdate(update.entries, out, 1.0, shape=update.shape))
+        add_batch(replace(self._batch, updates=alone), self._found)
+        return tuple(outs)
+
+    def only(self, places: Sequence[int]) -> list[RawPart]:
+        """The same of some of the layers, by their places in the batch; call it once."""
+        if len(places) == len(self.places):
+            return [self]
+        parts = self.parts()
+        return [_alone(self.places[i], parts[i], self._batch.updates[i]) for i in places]
+
+    def add_to(self, updates: Sequence[GradientUpdate]) -> None:
+        """Add the gradients to their layers, weighted as the updates say; call it once."""
+        first = updates[0]
+        is_common = all(one.grad_scale == first.grad_scale for one in updates)
+        if any(isinstance(one.limit, Tensor) for one in updates):
+            is_common &= all(one.limit is first.limit for one in updates)
+        if is_common:
+            add_batch(replace(self._batch, updates=list(updates)), self._found)
+            return
+        for part, update in zip(self.parts(), updates, strict=True):
+            _alone(0, part, update).add_to([update])
+
+
+RawPart = RawGradients | RawBatch
+
+
+def raw_gradients(work: Sequence[tuple[GradientUpdate, PairTerm]]) -> list[RawPart]:
     """The gradients of layers; what the updates say of scales, limits and targets is not used.
 
     Args:
-        updates: The layers.
-        term: The kernel.
+        work: The layers, with their kernels.
     """
+    neutral = [(GradientUpdate(u.entries, u.entries, 1.0, shape=u.shape), term) for u, term in work]
     backend = active()
+    found: list[RawPart] = []
     with torch.no_grad():
-        if isinstance(backend, TorchBackend):
-            return _by_torch(updates, term)
-        return _through_buffers(updates, term)
-
-
-def _by_torch(updates: Sequence[GradientUpdate], term: PairTerm) -> list[RawGradients]:
-    """The gradients by plain torch, in the same stacks as when they are added at once."""
-    found = []
-    left = []
-    for members in _of_one_shape(updates):
-        first = updates[members[0]].w
-        if avoids_sync(first, term):
-            left += members
-            continue
-        for some in chunks(members, how_many_together(first)):
-            w = stack_neurons([updates[place] for place in some])
-            grad, norm, value, may_overflow = stack_gradient(w, term)
-            if value is not None:
-                grad.div_(torch.where(value > 0, value, 1.0)[:, None, None].to(grad.dtype))
-            found.append(RawGradients(list(some), grad, norm, may_overflow))
-    if left:
-        others = _through_buffers([updates[place] for place in left], term)
-        for one in others:
-            one.places = [left[place] for place in one.places]
-        found += others
+        if not isinstance(backend, TorchBackend):
+            return _through_buffers(neutral, range(len(work)))
+        on_gpu = []
+        for members in _of_one_shape(neutral):
+            first, term = neutral[members[0]]
+            if avoids_sync(first, term):
+                on_gpu += members
+            else:
+                found += _in_stacks([(place, neutral[place][0]) for place in members], term)
+        if on_gpu:
+            found += _in_batches(neutral, on_gpu)
     return found
 
 
-def _through_buffers(updates: Sequence[GradientUpdate], term: PairTerm) -> list[RawGradients]:
-    """The gradients by whichever back end takes the layers, added to zeros."""
-    found = []
-    alone = []
-    for members in _of_one_shape(updates):
-        w = stack_neurons([updates[place] for place in members])
+def _in_stacks(
+    members: Sequence[tuple[int, GradientUpdate]], term: PairTerm
+) -> Iterator[RawGradients]:
+    """The gradients of layers of one shape, in the same stacks as when they are added at once."""
+    for some in chunks(members, how_many_together(members[0][1].size)):
+        w = stack_neurons([update for _, update in some])
+        grad, norm, value, may_overflow = stack_gradient(w, term)
+        if value is not None:
+            grad.div_(torch.where(value > 0, value, 1.0)[:, None, None].to(grad.dtype))
+        yield RawGradients([place for place, _ in some], grad, norm, may_overflow)
+
+
+def _in_batches(
+    work: Sequence[tuple[GradientUpdate, PairTerm]], chosen: Sequence[int]
+) -> Iterator[RawPart]:
+    """The gradients of layers on a GPU, without synchronisation but for crowded layers."""
+    place_of = {id(work[place][0]): place for place in chosen}
+    calm, crowded = calm_and_crowded([work[place] for place in chosen])
+    if crowded:
+        yield from _through_buffers(work, [place_of[id(update)] for update, _ in crowded])
+    for batch in batches_of(calm):
+        yield RawBatch(
+            [place_of[id(update)] for update in batch.updates], batch, begin_batch(batch)
+        )
+
+
+def _alone(place: int, grad: Tensor, update: GradientUpdate) -> RawGradients:
+    """The gradient (b, n, d) of one layer."""
+    norm = torch.linalg.vector_norm(update.w, dim=-1, keepdim=True, dtype=grad.dtype)
+    return RawGradients([place], grad, norm, may_overflow=True)
+
+
+def _through_buffers(
+    work: Sequence[tuple[GradientUpdate, PairTerm]], chosen: Sequence[int]
+) -> list[RawPart]:
+    """The gradients of layers by whichever back end takes them, added to zeros."""
+    found: list[RawPart] = []
+    alone: dict[PairTerm, list[GradientUpdate]] = {}
+    for some in _of_one_shape([work[place] for place in chosen]):
+        members = [chosen[i] for i in some]
+        w = stack_neurons([work[place][0] for place in members])
         grad = torch.zeros_like(w)
         norm = torch.linalg.vector_norm(w, dim=-1, keepdim=True)
         raw = RawGradients(members, grad, norm, may_overflow=True)
         for place, out in zip(members, raw.parts(), strict=True):
-            update = updates[place]
-            alone.append(GradientUpdate(update.w, out, 1.0))
+            update, term = work[place]
+            alone.setdefault(term, []).append(GradientUpdate(update.w, out, 1.0))
         found.append(raw)
-    add_pair_gradients(alone, term)
+    for term, updates in alone.items():
+        add_pair_gradients(updates, term)
     return found
 
 
-def _of_one_shape(updates: Sequence[GradientUpdate]) -> list[list[int]]:
-    """The places of the updates, grouped by what can be stacked."""
+def _of_one_shape(work: Sequence[tuple[GradientUpdate, PairTerm]]) -> list[list[int]]:
+    """The places of the layers, grouped by what can be stacked."""
     found: dict[object, list[int]] = {}
-    for place, update in enumerate(updates):
+    for place, (update, term) in enumerate(work):
         w = update.entries
-        found.setdefault((update.shape, w.shape, w.dtype, w.device), []).append(place)
+        key = (term, update.shape, w.shape, w.dtype, w.device)
+        found.setdefault(key, []).append(place)
     return list(found.values())
 
 

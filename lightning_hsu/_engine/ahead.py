@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lightning_hsu._checks import listed
-from lightning_hsu._core.raw import RawGradients
+from lightning_hsu._core.raw import RawPart
 from lightning_hsu._core.updates import GradientUpdate
 from lightning_hsu._engine.late import (
     LateNumbers,
@@ -45,7 +45,7 @@ class _Begun:
         work: When it is done.
     """
 
-    raw: RawGradients
+    raw: RawPart
     layers: list[Layer]
     tokens: list[object]
     norms: Tensor
@@ -107,7 +107,11 @@ class Ahead:
         for begun, updates in self._still_right({layer: update for layer, _, update in found}):
             places = [place for place, layer in enumerate(begun.layers) if layer in updates]
             chosen = [begun.layers[place] for place in places]
-            begun.raw.only(places).add_to([updates[layer] for layer in chosen])
+            given = [updates[layer] for layer in chosen]
+            for raw in begun.raw.only(places):
+                count = len(raw.places)
+                raw.add_to(given[:count])
+                del given[:count]
             for layer in chosen:
                 del left[layer]
         return list(left.values())
@@ -124,9 +128,8 @@ class Ahead:
         self.outdated = set()
         for begun in self._take_out(updates.keys()):
             begun.work.wait()
-            keep_for_current(begun.raw.grad)
-            keep_for_current(begun.raw.norm)
-            keep_for_current(begun.norms)
+            for x in [*begun.raw.tensors(), begun.norms]:
+                keep_for_current(x)
             same = {}
             for layer, token in zip(begun.layers, begun.tokens, strict=True):
                 if layer not in updates:

@@ -144,7 +144,7 @@ class BufferedUpdates:
                     parts.append(part)
                     continue
                 grad, scale = self._kept[member.name]
-                torch._foreach_add_([member.grad.view(grad.shape)], [grad], alpha=scale)
+                torch._foreach_add_([member.grad], [grad.view(member.grad.shape)], alpha=scale)
             if outs:
                 torch._foreach_add_(outs, parts)
 

@@ -112,8 +112,8 @@ def _add_kept(
         scale = update.scale * update.grad_scale
         if _is_far(delta, update):
             outs, grads = together.setdefault(scale, ([], []))
-            outs.append(update.out)
-            grads.append(delta.grad)
+            outs.append(update.out_entries)
+            grads.append(delta.grad.view(update.out_entries.shape))
             if buffered is not None:
                 buffered.note_kept(use.layer.name, delta.grad, scale)
             continue
@@ -121,6 +121,6 @@ def _add_kept(
         grad = delta.grad.to(w.dtype)
         bound = torch.finfo(use.x.dtype).max / 2
         factor = shortening(grad, w, update.scale, update.limit, bound)
-        update.out.add_(grad * (factor * scale))
+        update.out_entries.add_((grad * (factor * scale)).view(update.out_entries.shape))
     for scale, (outs, grads) in together.items():
         torch._foreach_add_(outs, grads, alpha=scale)

@@ -141,7 +141,7 @@ class PlainLayer:
             return GradientUpdate(p, p, 1.0, shape=self.view_shape)
         offset = self._offset + int(p.storage_offset())
         w = p.as_strided(self.view_shape, self.view_strides, offset)
-        return GradientUpdate(w, w, 1.0)
+        return GradientUpdate(w, w, 1.0, shape=self._size)
 
     def overlaps(self, other: PlainLayer) -> bool:
         """Whether the stretches of both within the same parameter overlap."""
@@ -279,8 +279,11 @@ class PlainUpdates:
             by_term.setdefault(term, []).append(update)
         add_all_pair_gradients(by_term)
         if from_ranks is not None:
-            outs = [update.out for _, _, update in shared]
-            torch._foreach_add_(outs, from_ranks.wait())
+            outs = [update.out_entries for _, _, update in shared]
+            parts = [
+                grad.view(out.shape) for grad, out in zip(from_ranks.wait(), outs, strict=True)
+            ]
+            torch._foreach_add_(outs, parts)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from torch import Tensor
 from lightning_hsu._checks import listed
 from lightning_hsu._core import PairTerm, working_dtype
 from lightning_hsu._core.foreach import add_pair_gradients
-from lightning_hsu._core.raw import RawGradients
+from lightning_hsu._core.raw import RawGradients, RawPart
 from lightning_hsu._core.raw import raw_gradients as own_gradients
 from lightning_hsu._core.updates import GradientUpdate
 from lightning_hsu._engine.layer import Layer
@@ -184,7 +184,7 @@ def begin_plain(
 
 def raw_gradients(
     found: Sequence[PlainUpdate], placement: Placement, *, alone: Collection[Layer] = ()
-) -> list[RawGradients]:
+) -> list[RawPart]:
     """The gradients of plain layers by themselves. A collective call if ranks share work.
 
     On a GPU the current stream waits for those of other ranks, not this process.
@@ -199,16 +199,11 @@ def raw_gradients(
         if layer not in alone and is_shared(layer, placement):
             shared.append(i)
     from_ranks = begin_plain([found[i] for i in shared], placement, raw=True)
-    by_term: dict[PairTerm, list[int]] = {}
     others = set(shared)
-    for i, (_, term, _) in enumerate(found):
-        if i not in others:
-            by_term.setdefault(term, []).append(i)
-    grads = []
-    for term, members in by_term.items():
-        for raw in own_gradients([found[i][2] for i in members], term):
-            raw.places = [members[place] for place in raw.places]
-            grads.append(raw)
+    own = [i for i in range(len(found)) if i not in others]
+    grads = own_gradients([(found[i][2], found[i][1]) for i in own])
+    for raw in grads:
+        raw.places = [own[place] for place in raw.places]
     for i, grad in zip(shared, from_ranks.wait(), strict=True):
         norm = torch.linalg.vector_norm(found[i][2].w, dim=-1, keepdim=True, dtype=grad.dtype)
         grads.append(RawGradients([i], grad, norm, may_overflow=True))
