@@ -19,9 +19,14 @@ from lightning_hsu._core.foreach import (
 )
 from lightning_hsu._core.kernel import PairTerm
 from lightning_hsu._core.pairwise import avoids_sync
-from lightning_hsu._core.precision import working_dtype
 from lightning_hsu._core.updates import GradientUpdate, add_to_layers, chunks, stack_neurons
-from lightning_hsu._core.without_sync import Batch, BatchGradient, add_batch, batches_of
+from lightning_hsu._core.without_sync import (
+    Batch,
+    BatchGradient,
+    add_batch,
+    batches_of,
+    unweighted,
+)
 
 
 @dataclass(eq=False)
@@ -43,6 +48,10 @@ class RawGradients:
     def parts(self) -> tuple[Tensor, ...]:
         """The gradients (b, n, d) of the layers, one by one: views."""
         return self.grad.view(len(self.places), -1, *self.grad.shape[1:]).unbind()
+
+    def copies(self) -> list[Tensor]:
+        """The same in tensors of their own."""
+        return [part.clone() for part in self.parts()]
 
     def tensors(self) -> list[Tensor]:
         """The tensors that it holds."""
@@ -97,23 +106,15 @@ class RawBatch:
         """The tensors that it holds."""
         return [self._found.grad, self._found.length, self._found.norm, self._found.scale]
 
-    def parts(self) -> tuple[Tensor, ...]:
-        """The gradients (b, n, d) of the layers, one by one; call it once."""
-        outs = []
-        alone = []
-        for update in self._batch.updates:
-            dtype = working_dtype(update.entries.dtype)
-            out = torch.zeros(update.entries.shape, dtype=dtype, device=update.entries.device)
-            outs.append(out.view(update.size))
-            alone.append(GradientUpdate(update.entries, out, 1.0, shape=update.shape))
-        add_batch(replace(self._batch, updates=alone), self._found)
-        return tuple(outs)
+    def copies(self) -> list[Tensor]:
+        """The gradients (b, n, d) of the layers, in tensors of their own."""
+        return unweighted(self._batch, self._found)
 
     def only(self, places: Sequence[int]) -> list[RawPart]:
-        """The same of some of the layers, by their places in the batch; call it once."""
+        """The same of some of the layers, by their places in the batch."""
         if len(places) == len(self.places):
             return [self]
-        parts = self.parts()
+        parts = self.copies()
         return [_alone(self.places[i], parts[i], self._batch.updates[i]) for i in places]
 
     def add_to(self, updates: Sequence[GradientUpdate]) -> None:
@@ -125,7 +126,7 @@ class RawBatch:
         if is_common:
             add_batch(replace(self._batch, updates=list(updates)), self._found)
             return
-        for part, update in zip(self.parts(), updates, strict=True):
+        for part, update in zip(self.copies(), updates, strict=True):
             _alone(0, part, update).add_to([update])
 
 

@@ -492,3 +492,20 @@ def add_batch(batch: Batch, found: BatchGradient) -> None:
 def _by_layer(batch: Batch, by_row: Tensor) -> list[Tensor]:
     """What a tensor (rows,) holds for the rows of each layer."""
     return [by_row.narrow(0, span.row, span.rows) for span in batch.layout.spans]
+
+
+def unweighted(batch: Batch, found: BatchGradient) -> list[Tensor]:
+    """The gradients (b, n, d) of the layers of a batch in tensors of their own, without any weight.
+
+    Args:
+        batch: The layers.
+        found: Their gradients, which are not changed.
+    """
+    grad = found.grad.clone()
+    factor = (found.scale / found.norm).mul_(-2.0)
+    for width in batch.layout.widths:
+        _rows(grad, width).mul_(_own(factor, width)[:, None])
+    parts = _parts(batch, grad)
+    copies = [torch.empty(part.shape, dtype=part.dtype, device=part.device) for part in parts]
+    torch._foreach_copy_(copies, parts)
+    return [copy.view(one.size) for copy, one in zip(copies, batch.updates, strict=True)]

@@ -92,28 +92,23 @@ class Ahead:
                     tokens = [token_of(layer) for layer in layers]
                     self.begun.append(_Begun(raw, layers, tokens, norms, SideWork(device)))
 
-    def take(self, found: Sequence[PlainUpdate]) -> dict[Layer, Tensor]:
-        """The gradients (groups, n, d) of those of these layers for which they are still right."""
-        taken = {}
+    def take(self, found: Sequence[PlainUpdate]) -> list[tuple[RawPart, list[Layer]]]:
+        """The gradients of those of these layers for which they are still right, with the layers."""
+        taken = []
         for begun, updates in self._still_right({layer: update for layer, _, update in found}):
-            for layer, part in zip(begun.layers, begun.raw.parts(), strict=True):
-                if layer in updates:
-                    taken[layer] = part
+            places = [place for place, layer in enumerate(begun.layers) if layer in updates]
+            layers = [begun.layers[place] for place in places]
+            for raw in begun.raw.only(places):
+                count = len(raw.places)
+                taken.append((raw, layers[:count]))
+                del layers[:count]
         return taken
 
     def add(self, found: Sequence[PlainUpdate]) -> list[PlainUpdate]:
         """Add the gradients to their layers; return the layers that still need one."""
         left = {layer: (layer, term, update) for layer, term, update in found}
-        for begun, updates in self._still_right({layer: update for layer, _, update in found}):
-            places = [place for place, layer in enumerate(begun.layers) if layer in updates]
-            chosen = [begun.layers[place] for place in places]
-            given = [updates[layer] for layer in chosen]
-            for raw in begun.raw.only(places):
-                count = len(raw.places)
-                raw.add_to(given[:count])
-                del given[:count]
-            for layer in chosen:
-                del left[layer]
+        for raw, layers in self.take(found):
+            raw.add_to([left.pop(layer)[2] for layer in layers])
         return list(left.values())
 
     def drop(self) -> None:

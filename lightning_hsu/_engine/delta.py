@@ -112,7 +112,7 @@ class Deltas:
         self.computed: set[str] = set()
         self._deltas: dict[str, Delta] = {}
         self._work = _Work()
-        self._unread: list[tuple[LateNumbers, list[_Fresh]]] = []
+        self._unread: list[tuple[LateNumbers, list[_Unread]]] = []
         self._moves: dict[str, _Move] = {}
 
     def __bool__(self) -> bool:
@@ -160,7 +160,7 @@ class Deltas:
             learns: Whether a step has passed since the gradients that are replaced.
         """
         random = set(draws)
-        by_device: dict[torch.device, tuple[list[Tensor], list[_Fresh]]] = {}
+        by_device: dict[torch.device, list[_Fresh]] = {}
         for use, grad in zip(uses, grads, strict=True):
             name = use.layer.name
             before = self._deltas.get(name)
@@ -169,15 +169,14 @@ class Deltas:
                 kept = kept.clone()  # a part of a stack would keep all of it in memory
             delta = Delta(use.layer.measure, kept, use.sample.clone())
             self._deltas[name] = delta
-            fresh = _Fresh(name, delta, self.reuse.setdefault(name, Reuse()), use.moved)
+            fresh = _Fresh(use, grad, delta, self.reuse.setdefault(name, Reuse()))
             fresh.is_random = name in random
-            if learns and before is not None:
-                fresh.age = before.age
-            numbers, members = by_device.setdefault(grad.device, ([], []))
-            numbers += _numbers(use, grad, delta, before if fresh.age > 0 else None)
-            members.append(fresh)
-        for numbers, members in by_device.values():
-            self._unread.append((LateNumbers(torch.stack(numbers)), members))
+            if learns and before is not None and before.age > 0:
+                fresh.before = before
+            by_device.setdefault(grad.device, []).append(fresh)
+        for members in by_device.values():
+            numbers = LateNumbers(_numbers(members))
+            self._unread.append((numbers, [fresh.released() for fresh in members]))
 
     def of(self, use: Use) -> Delta:
         """The kept gradient of a layer."""
@@ -271,14 +270,14 @@ class Deltas:
         """Learn from the numbers of the gradients that were computed last."""
         for numbers, members in self._unread:
             values = iter(numbers.read())
-            for fresh in members:
-                error, steepest, longest, size = (next(values) for _ in range(4))
-                fresh.delta.steepest = steepest
-                fresh.delta.longest = longest
-                fresh.delta.size = size
-                if fresh.age > 0 and self.tolerance is not None:
-                    known = None if fresh.is_random else error
-                    fresh.reuse.learn(fresh.name, fresh.age, fresh.moved, known, self.tolerance)
+            errors = [next(values) if one.age > 0 else math.nan for one in members]
+            for part in ("steepest", "longest", "size"):
+                for one in members:
+                    setattr(one.delta, part, next(values))
+            for one, error in zip(members, errors, strict=True):
+                if one.age > 0 and self.tolerance is not None:
+                    known = None if one.is_random else error
+                    one.reuse.learn(one.name, one.age, one.moved, known, self.tolerance)
         self._unread = []
 
     def _see_moves(self, uses: Sequence[Use]) -> None:
@@ -337,7 +336,33 @@ class _Move(NamedTuple):
 
 @dataclass(eq=False)
 class _Fresh:
-    """A gradient that was just computed, whose numbers are not read yet.
+    """A gradient that was just computed.
+
+    Args:
+        use: The layer.
+        grad: Its gradient.
+        delta: What is kept of it.
+        reuse: What is known of how this layer's gradients age.
+        is_random: Whether it comes from a random draw.
+        before: The gradient that it replaces, if something can be learnt from that.
+    """
+
+    use: Use
+    grad: Tensor
+    delta: Delta
+    reuse: Reuse
+    is_random: bool = False
+    before: Delta | None = None
+
+    def released(self) -> _Unread:
+        """The same without the tensors."""
+        age = 0 if self.before is None else self.before.age
+        name = self.use.layer.name
+        return _Unread(name, self.delta, self.reuse, self.use.moved, age, self.is_random)
+
+
+class _Unread(NamedTuple):
+    """A gradient whose numbers are not read yet.
 
     Args:
         name: The layer's.
@@ -352,8 +377,8 @@ class _Fresh:
     delta: Delta
     reuse: Reuse
     moved: float
-    age: int = 0
-    is_random: bool = False
+    age: int
+    is_random: bool
 
 
 @dataclass
@@ -407,20 +432,24 @@ def refresh(use: Use, delta: Delta, *, same_step: bool) -> None:
     if same_step or use.is_due or age == 0 or age & (age - 1):
         return
     dtype = working_dtype(use.x.dtype)
-    delta.grad.copy_(along_tangent(delta.grad.to(dtype), use.x.to(dtype)))
+    grad = delta.grad.to(dtype)
+    project(grad, use.x.to(dtype))
+    if grad is not delta.grad:
+        delta.grad.copy_(grad)
 
 
-def along_tangent(grad: Tensor, w: Tensor) -> Tensor:
-    """The part of each row of ``grad`` that is tangent at the row of w; both (groups, n, d).
+def project(grad: Tensor, w: Tensor) -> None:
+    """Leave of each row of ``grad`` the part that is tangent at the row of w; both (groups, n, d).
 
     Rows that are 0, not finite or beyond the range of squares stay as they are.
     """
     along = torch.linalg.vecdot(grad, w).unsqueeze(-1)
     along /= torch.linalg.vector_norm(w, dim=-1, keepdim=True).square_()
-    # A row of w that is not finite has no finite quotient.
-    usable = torch.isfinite(along)
-    along.masked_fill_(~usable, 0.0)
-    return torch.addcmul(grad, along, torch.where(usable, w, 0.0), value=-1.0)
+    usable = torch.isfinite(along)  # a row of w that is not finite has no finite quotient
+    if w.device.type != "cpu" or not bool(usable.all()):
+        along = torch.where(usable, along, 0.0)
+        w = torch.where(usable, w, 0.0)
+    grad.addcmul_(w, along, value=-1.0)
 
 
 def _storage_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -443,25 +472,52 @@ class KnownGradient(torch.autograd.Function):
         return grad * by_number, None, None
 
 
-def _numbers(use: Use, grad: Tensor, delta: Delta, before: Delta | None) -> list[Tensor]:
-    """Four numbers of a fresh gradient.
+def _numbers(members: Sequence[_Fresh]) -> Tensor:
+    """Numbers of fresh gradients, in few calls.
 
-    They are the error of what it replaces, the lengths of its steepest and of its longest row, and
-    the norm of the sample.
+    They are the errors of the gradients that are replaced, then of each gradient the lengths of its
+    steepest and of its longest row, and the norm of the sample.
     """
-    error = torch.full((), math.nan, device=grad.device)
-    if before is not None:
-        error = _error(before.grad.to(grad.dtype), grad)
-        if use.layer.rows is not None:
-            error = use.layer.target.placement.largest(error, use.layer.parameters[0])
-    length = torch.linalg.vector_norm(grad, dim=-1)
-    norm = torch.linalg.vector_norm(use.x, dim=-1, dtype=grad.dtype)
-    steepest = (length / norm.clamp_min(torch.finfo(grad.dtype).tiny)).amax()
-    size = torch.linalg.vector_norm(delta.sample, dtype=grad.dtype)
-    return [number.to(torch.float32) for number in (error, steepest, length.amax(), size)]
+    dtype = members[0].grad.dtype
+    lengths = []
+    inverse = []
+    off = []
+    replaced = []
+    for fresh in members:
+        grad = fresh.grad
+        lengths.append(torch.linalg.vector_norm(grad, dim=-1).flatten())
+        norm = torch.linalg.vector_norm(fresh.use.x, dim=-1, dtype=grad.dtype)
+        inverse.append(norm.clamp_min_(torch.finfo(grad.dtype).tiny).reciprocal_().flatten())
+        if fresh.before is not None:
+            # Row by row: the order of these sums does not depend on the number of threads.
+            change = fresh.before.grad.to(grad.dtype) - grad
+            off.append(torch.linalg.vector_norm(change, dim=-1).flatten())
+            replaced.append(fresh)
+    found = []
+    if replaced:
+        sizes = [lengths[place] for place, one in enumerate(members) if one.before is not None]
+        found += _errors(replaced, off, sizes)
+    found += torch._foreach_norm(torch._foreach_mul(lengths, inverse), math.inf)
+    found += torch._foreach_norm(lengths, math.inf)
+    found += torch._foreach_norm([one.delta.sample.to(dtype) for one in members])
+    return torch.stack([number.to(torch.float32) for number in found])
 
 
-def _error(old: Tensor, fresh: Tensor) -> Tensor:
-    """Norm of the difference over the norm of the fresh gradient; 0 where both are 0."""
-    off = torch.linalg.vector_norm(old - fresh)
-    return torch.where(off == 0, 0.0, off / torch.linalg.vector_norm(fresh))
+def _errors(
+    replaced: Sequence[_Fresh], off: Sequence[Tensor], lengths: Sequence[Tensor]
+) -> list[Tensor]:
+    """Relative errors of gradients that are replaced; 0 where both are 0.
+
+    Args:
+        replaced: What replaces them.
+        off: Lengths of the rows of the differences.
+        lengths: Lengths of the rows of the fresh gradients.
+    """
+    change = torch.stack(torch._foreach_norm(list(off)))
+    relative = change / torch.stack(torch._foreach_norm(list(lengths)))
+    errors = list(torch.where(change == 0, 0.0, relative).unbind())
+    for place, fresh in enumerate(replaced):
+        layer = fresh.use.layer
+        if layer.rows is not None:
+            errors[place] = layer.target.placement.largest(errors[place], layer.parameters[0])
+    return errors

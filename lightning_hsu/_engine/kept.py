@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightning_hsu._core import working_dtype
 from lightning_hsu._core.foreach import shortening
+from lightning_hsu._core.raw import RawPart
 from lightning_hsu._core.updates import GradientUpdate
 from lightning_hsu._engine.ahead import Ahead, token_of
 from lightning_hsu._engine.buffered import BufferedUpdates
@@ -53,21 +54,34 @@ def add_plain(
     found = plain.found
     uses = [use_of(layer, update.w, token_of(layer)) for layer, _, update in found]
     deltas.find_due(uses, same_step=same_step)
-    known = ahead.take(found)
-    due: list[int] = []
-    for i, (use, (layer, _, _)) in enumerate(zip(uses, found, strict=True)):
-        if use.is_due and layer in known:
-            deltas.keep([use], [known[layer]], learns=not same_step)
-        elif use.is_due:
-            due.append(i)
-    for raw in raw_gradients([found[i] for i in due], placement, alone=ahead.outdated):
-        chosen = [uses[due[place]] for place in raw.places]
-        deltas.keep(chosen, raw.parts(), learns=not same_step)
-    for use in uses:
-        refresh(use, deltas.of(use), same_step=same_step)
-    _add_kept(deltas, uses, [update for _, _, update in found], plain.buffered)
+    due = {}
+    older = []
+    for use, one in zip(uses, found, strict=True):
+        if use.is_due:
+            due[one[0]] = use, one
+        else:
+            older.append((use, one[2]))
+    ready = ahead.take([one for _, one in due.values()])
+    for raw, layers in ready:
+        _keep_and_add(deltas, raw, [due.pop(layer) for layer in layers], same_step=same_step)
+    left = list(due.values())
+    for raw in raw_gradients([one for _, one in left], placement, alone=ahead.outdated):
+        _keep_and_add(deltas, raw, [left[place] for place in raw.places], same_step=same_step)
+    _add_older(deltas, older, plain.buffered, same_step=same_step)
     if not same_step:
         deltas.grow_older(uses)
+
+
+def _keep_and_add(
+    deltas: Deltas,
+    raw: RawPart,
+    members: Sequence[tuple[Use, PlainUpdate]],
+    *,
+    same_step: bool,
+) -> None:
+    """Keep gradients that were just computed, and add them as a step without a tolerance does."""
+    deltas.keep([use for use, _ in members], raw.copies(), learns=not same_step)
+    raw.add_to([update for _, (_, _, update) in members])
 
 
 def look_ahead(
@@ -75,7 +89,7 @@ def look_ahead(
 ) -> None:
     """After a step, begin what the next one needs of these layers.
 
-    That is the gradients which will be due, and how far the neurons of the others have moved.
+    That is the gradients which will be due, and how far the neurons have moved.
 
     Args:
         deltas: The kept gradients, if any are kept.
@@ -87,28 +101,29 @@ def look_ahead(
         ahead.begin(found, placement)
         return
     deltas.settle()
-    due, others = [], []
+    due, uses = [], []
     for one in found:
         layer, _, update = one
         use = use_of(layer, update.w, token_of(layer))
+        uses.append(use)
         if deltas.will_be_due(use):
             due.append(one)
-        else:
-            others.append(use)
+    deltas.look_for_moves(uses)
     ahead.begin(due, placement)
-    deltas.look_for_moves(others)
 
 
-def _add_kept(
+def _add_older(
     deltas: Deltas,
-    uses: Sequence[Use],
-    updates: Sequence[GradientUpdate],
+    older: Sequence[tuple[Use, GradientUpdate]],
     buffered: BufferedUpdates | None,
+    *,
+    same_step: bool,
 ) -> None:
-    """Add kept gradients to their layers: most of them in one call."""
+    """Add gradients of earlier steps to their layers: most of them in one call."""
     together: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
-    for use, update in zip(uses, updates, strict=True):
+    for use, update in older:
         delta = deltas.of(use)
+        refresh(use, delta, same_step=same_step)
         scale = update.scale * update.grad_scale
         if _is_far(delta, update):
             outs, grads = together.setdefault(scale, ([], []))
