@@ -7,13 +7,23 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_hsu._core import backend, foreach, layout, pair_energy, repair, without_sync
+from lightning_hsu._core import (
+    backend,
+    foreach,
+    layout,
+    pair_energy,
+    pairwise,
+    repair,
+    smallest_angle,
+    without_sync,
+)
 from lightning_hsu._core.foreach import TorchBackend, add_pair_gradients
 from lightning_hsu._core.late import LateAnswers
 from lightning_hsu._core.pairwise import PANEL, small_pair_gradient
 from lightning_hsu._core.updates import GradientUpdate, shortening
 from lightning_hsu._core.without_sync import (
     _at_right_angles,
+    _parts,
     add_batch,
     batches_of,
     gradients_without_sync,
@@ -122,6 +132,63 @@ def test_near_rows_in_a_row_add_up():
         exact = exactly(w.double(), term)
         allowed = 1.5 * error(exactly(w, term), exact) + 2e-7
         assert error(by_one_pass([w], [term])[0], exact) < allowed
+
+
+@pytest.mark.parametrize("trouble", [None, "very near", "zero", "coincident", "huge"])
+@pytest.mark.parametrize("measure", KERNELS, ids=repr)
+def test_value_and_gradient_come_from_one_pass_on_a_gpu(measure, trouble, monkeypatch):
+    """Of many groups at once, in parts; where it lacks something the long way is taken."""
+    term = measure.pair_term()
+    w = neurons(5, 70, 16)
+    if trouble == "coincident":
+        w[2, 7] = 3.0 * w[2, 4]
+    elif trouble is not None:
+        w[2, 7] = TROUBLES[trouble](w[2])
+    expected = pair_energy(w, term)
+    passes = []
+
+    def noted(batch, **kwargs):
+        passes.append(batch)
+        return gradients_without_sync(batch, **kwargs)
+
+    monkeypatch.setattr(pairwise, "takes_one_pass", lambda w, term: True)
+    monkeypatch.setattr(pairwise, "gradients_without_sync", noted)
+    monkeypatch.setattr(without_sync, "_STACK_ENTRIES", 2 * 70 * 16)
+    found = pair_energy(w, term)
+    assert len(passes) == 3
+    torch.testing.assert_close(found[0], expected[0], rtol=2e-6, atol=1e-7)
+    assert error(found[1], expected[1].double()) < 2e-6
+    if trouble == "coincident":
+        assert all(map(torch.equal, found, expected))
+
+
+@pytest.mark.parametrize("measure", KERNELS, ids=repr)
+@pytest.mark.parametrize("entries", [2**26, 2**13])
+def test_what_a_logging_step_needs_comes_from_the_same_pass(measure, entries, monkeypatch):
+    other = RieszEnergy(s=1, half_space=True).pair_term()
+    ws = [neurons(3, 65, 40), neurons(1, 2, 8), neurons(2, 300, 16), neurons(1, 70, 16)]
+    ws[0][1, 4], ws[0][1, 6], ws[0][2, 8] = 0.0, 1e-42, float("nan")
+    ws[2][1, 7] = ws[2][1, 4] * 2.0 + 1e-3 * ws[2][1, 5]
+    ws[2][0, 7] = -ws[2][0, 4] + 1e-2 * ws[2][0, 5]
+    terms = [measure.pair_term()] * 3 + [other]
+    updates = [GradientUpdate(w, torch.zeros_like(w), 1.0) for w in ws]
+    (batch,) = batches_of(zip(updates, terms, strict=True))
+    monkeypatch.setattr(without_sync, "_PANEL_ENTRIES", entries)
+    plain, found = gradients_without_sync(batch), gradients_without_sync(batch, stats=True)
+    stop = 0
+    for update, term in batch.work:
+        own = slice(stop, stop + len(update.w))
+        stop += len(update.w)
+        energy = pair_energy(update.w, term)[0].double()
+        torch.testing.assert_close(found.stats.energy[own], energy, rtol=2e-6, atol=1e-7)
+        angle = smallest_angle(update.w, half_space=term.half_space).double()
+        torch.testing.assert_close(found.stats.cosine[own].acos(), angle, rtol=2e-6, atol=1e-6)
+        usable = update.w.abs().amax(-1) >= torch.finfo(torch.float32).tiny
+        finite = update.w.isfinite().all(-1)
+        assert found.stats.dead[own].tolist() == (finite & ~usable).sum(-1).tolist()
+        assert found.stats.non_finite[own].tolist() == (~finite).sum(-1).tolist()
+    for a, b in zip(_parts(batch, plain.grad), _parts(batch, found.grad), strict=True):
+        assert torch.equal(a, b)
 
 
 class OnlyOneWay:

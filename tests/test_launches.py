@@ -1,5 +1,7 @@
 """What a step asks of a GPU, counted with tensors that only pretend to be on one."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -7,7 +9,8 @@ from torch import nn
 from benchmarks import launches
 from benchmarks.launches import count, plain_step, pretending
 from lightning_hsu import UniformityRegularizer
-from lightning_hsu._core import precision, without_sync
+from lightning_hsu._core import foreach, precision, repair, without_sync
+from lightning_hsu.measures import GaussianPotential, RieszEnergy, Sampled
 
 BUDGETS = {  # measured: 253, 112, 120, 960
     "ResNet-50": 450,
@@ -26,7 +29,10 @@ def test_a_plain_step_is_few_launches_and_no_wait(name, monkeypatch):
         shapes = shapes[: len(shapes) // 8]
         monkeypatch.setitem(launches.SHAPES, name, lambda: shapes)
     asked = plain_step(name)
-    assert 50 < asked.launches <= BUDGETS[name], asked.calls
+    budget = BUDGETS[name]
+    if repair._VERSION < (2, 7):  # there a list of near pairs takes three more a batch
+        budget *= 1.04
+    assert 50 < asked.launches <= budget, asked.calls
     assert asked.waits == 0, asked.calls
     floor = 3e-9 * sum(n * n * d for n, d in shapes)
     assert floor < 1e-9 * asked.flop < 1.16 * floor  # no product is done twice
@@ -59,6 +65,29 @@ def test_tf32_is_one_product_through_the_same_pass(monkeypatch):
     assert precision._precision(backend) == before
     assert (fast.launches, fast.waits) == (exact.launches, 0)
     assert fast.flop == exact.flop
+
+
+@pytest.mark.parametrize("name", ["ResNet-50", "GPT-2 small", "ViT-B/16"])
+def test_what_a_logging_step_needs_costs_half_a_plain_step_more(name, monkeypatch):
+    """Measured: 1.32, 1.39, 1.45."""
+    plain = plain_step(name)
+    compute = foreach.gradients_without_sync
+    monkeypatch.setattr(foreach, "gradients_without_sync", partial(compute, stats=True))
+    asked = plain_step(name)
+    assert plain.launches < asked.launches <= 1.5 * plain.launches
+    assert asked.waits == 0
+
+
+@pytest.mark.parametrize("measure", [RieszEnergy(s=2), GaussianPotential()], ids=repr)
+def test_a_sampled_head_is_few_launches(measure):
+    """A tied head of 50257 x 768, 49 blocks; it was 7,677 launches and 396 waits."""
+    launches.look_at(measure)
+    with pretending():
+        x = torch.empty(50257, 768, device="cuda")
+        for _ in range(2):  # what is kept from the first time is not counted
+            asked = count(lambda: Sampled(measure).value_and_grad(x))
+    assert asked.launches <= 350
+    assert asked.waits <= 7
 
 
 def test_the_counter_counts():

@@ -15,9 +15,9 @@ from lightning_hsu._core.precision import (
 )
 from lightning_hsu._core.sphere import (
     coincident,
+    live_rows,
     seeded_noise,
     separate_duplicates,
-    takes_part,
     tangent,
     to_weights,
     unit_rows,
@@ -32,6 +32,7 @@ __all__ = [
     "coincident",
     "exact_arithmetic",
     "expected_angles",
+    "live_rows",
     "oracle_energy",
     "pair_bound",
     "pair_energy",
@@ -40,7 +41,6 @@ __all__ = [
     "seeded_noise",
     "separate_duplicates",
     "smallest_angle",
-    "takes_part",
     "tangent",
     "to_weights",
     "unit_rows",

@@ -80,8 +80,15 @@ class PairTerm:
         slope = self.kernel(q.clamp_min(square), p.clamp_max(4.0 - square))[1]
         return slope.clamp(-bound, bound)
 
-    def folded(self, q: Tensor, nearest: float = 0.0) -> tuple[Tensor, Tensor]:
-        """Energies of pairs and their slopes, at squared chords q in [nearest, 4 - nearest]."""
+    def folded(
+        self, q: Tensor, nearest: float = 0.0, out: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Energies of pairs and their slopes, at squared chords q in [nearest, 4 - nearest].
+
+        They are written to ``out`` if that is given.
+        """
+        if out is not None:
+            return self._folded_to(out, q, nearest)
         p = 4.0 - q
         if q.dtype == torch.float64 or self.knee**2 > nearest:
             value, slope, mirrored_slope = self.split(q, p)
@@ -93,6 +100,18 @@ class PairTerm:
             value = value + mirrored
             slope = slope - mirrored_slope
         return value, slope
+
+    def _folded_to(
+        self, out: tuple[Tensor, Tensor], q: Tensor, nearest: float
+    ) -> tuple[Tensor, Tensor]:
+        if not self.half_space or q.dtype == torch.float64 or self.knee**2 > nearest:
+            for whole, part in zip(out, self.folded(q, nearest), strict=True):
+                whole.copy_(part)
+            return out
+        p = 4.0 - q
+        value, slope = self.kernel(q, p)
+        mirrored, mirrored_slope = self.kernel(p, q)
+        return torch.add(value, mirrored, out=out[0]), torch.sub(slope, mirrored_slope, out=out[1])
 
     def folded_slope(self, q: Tensor, nearest: float = 0.0, out: Tensor | None = None) -> Tensor:
         """The slopes alone of :meth:`folded`, written to ``out`` if that is given."""

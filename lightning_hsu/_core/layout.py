@@ -115,7 +115,7 @@ class Stretch(NamedTuple):
     stop: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Piece:
     """Panels that are computed together.
 
@@ -147,7 +147,7 @@ class Piece:
     groups_at: list[tuple[int, int]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Layout:
     """Where everything lies.
 
@@ -165,13 +165,16 @@ class Layout:
         places: For each dimension (widths, rows): the row's number among those of this dimension,
             counted from the spare one, which stands for all rows of other dimensions.
         bounds: For each row (2, rows): the last row of its group, and the row before its first.
-        group_of: For each row, its group; 0 for spare rows.
+        group_of: For each row, its group; the number of groups for spare rows.
         block_of: For each row, its block; 0 for spare rows.
-        firsts: The first row of each group.
-        sizes: How many neurons each group has, in float64.
-        kinds: The kernel of each group.
         scales: For each block, the factor from the sum over pairs to the mean, by the number of
             neurons of a group that take no part.
+        without: For each block, how many pairs of a group are without effect, by the same number.
+        firsts: The first row of each group.
+        group_bounds: For each group, its last row and the row before its first, (2, groups).
+        group_blocks: For each group, its block.
+        sizes: How many neurons each group has, in float64.
+        kinds: The kernel of each group.
         weights: Of the columns of a panel in the sum over pairs: a half as often as the longest
             panel has rows, then ones; a panel takes what begins with as many as it has rows.
         signs: The matrix that makes difference and sum of two.
@@ -194,10 +197,13 @@ class Layout:
     bounds: Tensor
     group_of: Tensor
     block_of: Tensor
+    scales: Tensor
+    without: Tensor
     firsts: Tensor
+    group_bounds: Tensor
+    group_blocks: Tensor
     sizes: Tensor
     kinds: Tensor
-    scales: Tensor
     weights: Tensor
     signs: Tensor
     signs_back: Tensor
@@ -236,7 +242,7 @@ def layout_of(
         place[own] = number
     groups = sum(block.groups for block in blocks)
     bounds = torch.zeros(2, rows, dtype=torch.int64)
-    group_of = torch.zeros(rows, dtype=torch.int64)
+    group_of = torch.full((rows,), groups, dtype=torch.int64)
     block_of = torch.zeros(rows, dtype=torch.int64)
     firsts = []
     group = 0
@@ -250,6 +256,7 @@ def layout_of(
         firsts.append(block.row + torch.arange(block.groups) * block.n)
         group += block.groups
     most = max(block.n for block in blocks)
+    first = torch.cat(firsts)
     return Layout(
         _spans(shapes),
         blocks,
@@ -259,23 +266,32 @@ def layout_of(
         entries,
         capacity,
         groups,
-        torch.arange(longest).to(device),
-        reach.to(device),
-        places.to(device),
-        bounds.to(device),
-        group_of.to(device),
-        block_of.to(device),
-        torch.cat(firsts).to(device),
+        torch.arange(longest).to(device, non_blocking=True),
+        reach.to(device, non_blocking=True),
+        places.to(device, non_blocking=True),
+        bounds.to(device, non_blocking=True),
+        group_of.to(device, non_blocking=True),
+        block_of.to(device, non_blocking=True),
+        _scales(blocks, halves, most).to(device, non_blocking=True),
+        _without(blocks, most).to(device, non_blocking=True),
+        first.to(device, non_blocking=True),
+        bounds[:, first].to(device, non_blocking=True),
+        block_of[first].to(device, non_blocking=True),
         torch.cat([torch.full((block.groups,), float(block.n)).double() for block in blocks]).to(
-            device
+            device, non_blocking=True
         ),
-        torch.cat([torch.full((block.groups,), block.kind) for block in blocks]).to(device),
-        _scales(blocks, halves, most).to(device),
-        torch.cat([torch.full((most,), 0.5), torch.ones(most)]).to(device),
-        torch.tensor([[1.0, -1.0], [1.0, 1.0]], dtype=torch.float64).to(device),
-        torch.tensor([[-1.0, -1.0], [1.0, -1.0]], dtype=torch.float64).to(device),
+        torch.cat([torch.full((block.groups,), block.kind) for block in blocks]).to(
+            device, non_blocking=True
+        ),
+        torch.cat([torch.full((most,), 0.5), torch.ones(most)]).to(device, non_blocking=True),
+        torch.tensor([[1.0, -1.0], [1.0, 1.0]], dtype=torch.float64).to(device, non_blocking=True),
+        torch.tensor([[-1.0, -1.0], [1.0, -1.0]], dtype=torch.float64).to(
+            device, non_blocking=True
+        ),
         [
-            torch.tensor([[1.0, -half], [-1.0, half]], dtype=torch.float64).to(device)
+            torch.tensor([[1.0, -half], [-1.0, half]], dtype=torch.float64).to(
+                device, non_blocking=True
+            )
             for half in map(float, halves)
         ],
     )
@@ -289,6 +305,13 @@ def _scales(blocks: Sequence[Block], halves: Sequence[bool], most: int) -> Tenso
         others = 2.0 * live - 1.0 if halves[block.kind] else live - 1.0
         scale[: block.n - 1] = 2.0 / (live * others)
     return scales
+
+
+def _without(blocks: Sequence[Block], most: int) -> Tensor:
+    """How many pairs are without effect (blocks, most + 1), by how many rows take no part."""
+    n = torch.tensor([[float(block.n)] for block in blocks], dtype=torch.float64)
+    live = n - torch.arange(most + 1)
+    return 0.5 * (n * (n - 1.0) - live * (live - 1.0))
 
 
 def _blocks(shapes: Sequence[Shape]) -> tuple[list[Block], list[Width]]:
@@ -417,11 +440,11 @@ def _piece(unplaced: Sequence[Panel], blocks: Sequence[Block], device: torch.dev
         panels,
         stretches,
         at,
-        torch.cat([*own_of, *fillers, spare]).to(device),
-        [one.to(device) for one in own_of],
-        torch.cat([*starts, spare]).to(device),
-        torch.cat([*marks, torch.tensor([[-at, 0, 1, 0]])]).to(device),
-        torch.cat(group_of).to(device),
-        torch.cat(group_of_row).to(device),
+        torch.cat([*own_of, *fillers, spare]).to(device, non_blocking=True),
+        [one.to(device, non_blocking=True) for one in own_of],
+        torch.cat([*starts, spare]).to(device, non_blocking=True),
+        torch.cat([*marks, torch.tensor([[-at, 0, 1, 0]])]).to(device, non_blocking=True),
+        torch.cat(group_of).to(device, non_blocking=True),
+        torch.cat(group_of_row).to(device, non_blocking=True),
         groups_at,
     )

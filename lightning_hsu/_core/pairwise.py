@@ -14,6 +14,7 @@ The gradient of k rows alone, each against all others, takes 4*k*n*d FLOP.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import lru_cache
 
 import torch
@@ -31,6 +32,13 @@ from lightning_hsu._core.precision import (
 from lightning_hsu._core.sphere import LONGEST, SHORTEST
 from lightning_hsu._core.sums import PairSums
 from lightning_hsu._core.updates import GradientUpdate
+from lightning_hsu._core.without_sync import (
+    add_batch,
+    batches_of,
+    gradients_without_sync,
+    groups_that_fit,
+    is_complete,
+)
 
 PANEL = 256
 """Rows in a panel."""
@@ -66,6 +74,10 @@ def pair_energy(
     stack = _stack(w, term)
     values = []
     grads = []
+    if with_grad and takes_one_pass(stack, term):
+        found = _in_one_pass(stack, term)
+        if found is not None:
+            return found[0].reshape(w.shape[:-2]).to(dtype), found[1].reshape(w.shape).to(w.dtype)
     arithmetic = gradient_arithmetic if with_grad else exact_arithmetic
     with torch.no_grad(), arithmetic(stack):
         for sums in _gathered(stack, term, height, with_grad):
@@ -162,6 +174,34 @@ def avoids_sync(update: GradientUpdate, term: PairTerm) -> bool:
     It is on a GPU; very steep kernels need float64 throughout.
     """
     return update.entries.is_cuda and update.size[1] > 1 and not too_steep(term)
+
+
+def takes_one_pass(w: Tensor, term: PairTerm) -> bool:
+    """Whether the gradient at neurons (b, n, d) is computed as those of layers on a GPU are."""
+    return w.is_cuda and w.shape[1] > 1 and not too_steep(term)
+
+
+def _in_one_pass(w: Tensor, term: PairTerm) -> tuple[Tensor, Tensor] | None:
+    """Mean energies (b,) and gradient (b, n, d) for few waits; None if only the long way will do."""
+    grad = torch.zeros_like(w)
+    term = replace(term, logarithm=False)
+    energies = []
+    complete = None
+    count = groups_that_fit(*w.shape[1:])
+    with torch.no_grad(), gradient_arithmetic(w):
+        for start in range(0, len(w), count):
+            some = slice(start, start + count)
+            (batch,) = batches_of([(GradientUpdate(w[some], grad[some], 1.0), term)])
+            found = gradients_without_sync(batch, energy=True)
+            own = is_complete(batch, found)
+            complete = own if complete is None else complete & own
+            assert found.energy is not None
+            energies.append(found.energy)
+            add_batch(batch, found)
+    if complete is None or not bool(complete):  # the host waits only now
+        return None
+    bound = torch.finfo(w.dtype).max
+    return _concatenated(energies).clamp(-bound, bound), grad
 
 
 def _gathered(stack: Tensor, term: PairTerm, height: int, with_grad: bool) -> Iterator[PairSums]:

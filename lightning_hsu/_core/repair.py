@@ -27,7 +27,7 @@ class ListedPairs(NamedTuple):
     Args:
         at: Their places (k,) among its panels; the spare entry after the last.
         rows: Their rows in the batch, (2, k).
-        kind: Their kernels, (k,).
+        kinds: The kernels of the piece, each with a mask (k,) of its pairs; the first has none.
         once: Whether the pair counts here, bool (k,): what is beside a diagonal is listed twice.
         squares: Squared chords to the other neuron, and to its mirror image, (2, k) in float64.
         difference: Difference and sum of the unit rows, (2, k, d) in float64.
@@ -35,7 +35,7 @@ class ListedPairs(NamedTuple):
 
     at: Tensor
     rows: Tensor
-    kind: Tensor
+    kinds: list[tuple[int, Tensor | None]]
     once: Tensor
     squares: Tensor
     difference: Tensor
@@ -70,7 +70,10 @@ def listed_pairs(
     at = first_places(near, layout.capacity)
     group = torch.searchsorted(piece.starts, at, right=True)
     mark = piece.marks.index_select(0, group)
-    columns, kind = mark.select(1, 2), mark.select(1, 3)
+    columns = mark.select(1, 2)
+    kinds: list[tuple[int, Tensor | None]] = []
+    for kind, _, _ in piece.stretches:
+        kinds.append((kind, mark.select(1, 3) == kind if kinds else None))
     rows = torch.empty(2, len(at), dtype=torch.int64, device=w.device)
     torch.div(at, columns, rounding_mode="floor", out=rows[0])
     torch.remainder(at, columns, out=rows[1])
@@ -80,7 +83,7 @@ def listed_pairs(
     x /= norm[rows][..., None]
     difference = torch.mm(layout.signs, x.view(2, -1)).view_as(x)
     squares = torch.linalg.vector_norm(difference, dim=2).square_()
-    return ListedPairs(at, rows, kind, once, squares, difference)
+    return ListedPairs(at, rows, kinds, once, squares, difference)
 
 
 def _neurons(w: Tensor, rows: Tensor, layout: Layout) -> Tensor:
@@ -93,40 +96,52 @@ def _neurons(w: Tensor, rows: Tensor, layout: Layout) -> Tensor:
     return w[places].masked_fill_(beyond, 0.0)
 
 
-def pair_energies(pairs: ListedPairs, terms: Sequence[PairTerm]) -> Tensor:
-    """Energies (k,) of the listed pairs, 0 for those that do not count here."""
-    energies = torch.zeros_like(pairs.squares[0])
-    for kind, term in enumerate(terms):
-        value = term.split(pairs.squares[0], pairs.squares[1])[0]
-        energies = torch.where(pairs.kind == kind, value, energies)
-    return torch.where(pairs.once, energies, 0.0)  # those of the spare entry may be anything
+def pulls_of(
+    pairs: ListedPairs, terms: Sequence[PairTerm], layout: Layout, *, with_energy: bool
+) -> tuple[Tensor, Tensor | None]:
+    """How two neurons of a pair pull each other, and the energies of the pairs.
 
+    In the tangent plane of either unit row their sum is minus their difference. So all of the pull
+    is along the shorter one of them, which has the smaller part along the row itself.
 
-def _pulls(pairs: ListedPairs, terms: Sequence[PairTerm], layout: Layout) -> Tensor:
-    """Pulls (2, k) along the difference of two unit rows, and along their sum.
-
-    In the tangent plane of either row the sum is minus the difference. So all of the pull is along
-    the shorter one of them, which has the smaller part along the row itself, and none along the other.
+    Returns:
+        Pulls (2, k) along the difference and along the sum, and energies (k,), which are 0 for
+        pairs that do not count here and anything for the spare entry; None without
+        ``with_energy``.
     """
     mirrored = pairs.squares.flip(0)
-    pulls = None
-    for kind, term in enumerate(terms):
-        own = torch.mm(layout.apart[kind], term.softened_slope(pairs.squares, mirrored))
-        pulls = own if pulls is None else torch.where(pairs.kind == kind, own, pulls)
+    pulls = energies = None
+    for kind, mask in pairs.kinds:
+        term = terms[kind]
+        energy = None
+        if with_energy:
+            values, slopes = term.softened(pairs.squares, mirrored)
+            energy = values.sum(0) if term.half_space else values[0]
+        else:
+            slopes = term.softened_slope(pairs.squares, mirrored)
+        own = torch.mm(layout.apart[kind], slopes)
+        if pulls is None or mask is None:
+            pulls, energies = own, energy
+            continue
+        pulls = torch.where(mask, own, pulls)
+        if energy is not None and energies is not None:
+            energies = torch.where(mask, energy, energies)
     assert pulls is not None
-    return pulls.mul_(pairs.squares < mirrored)
+    pulls = pulls.mul_(pairs.squares < mirrored).mul_(pairs.once)
+    if energies is not None:
+        energies = energies * pairs.once
+    return pulls, energies
 
 
-def add_pushes(grad: Tensor, pairs: ListedPairs, terms: Sequence[PairTerm], layout: Layout) -> None:
+def add_pushes(grad: Tensor, pairs: ListedPairs, pulls: Tensor, layout: Layout) -> None:
     """Add the listed pairs to the sums of slopes times unit rows.
 
     Args:
         grad: The sums, as one flat tensor.
         pairs: The pairs; their differences are overwritten.
-        terms: The kernels.
+        pulls: From :func:`pulls_of`.
         layout: Where the rows lie.
     """
-    pulls = _pulls(pairs, terms, layout).mul_(pairs.once)
     pushes = pairs.difference.mul_(pulls[..., None])
     pushes = torch.mm(layout.signs_back, pushes.view(2, -1)).view_as(pushes)
     pushes = pushes.clamp_(-_LONGEST_PUSH, _LONGEST_PUSH).flatten(0, 1).to(grad.dtype)

@@ -28,18 +28,17 @@ def random_blocks(live: Tensor, size: int, draw: int) -> Tensor:
     """A random partition of neurons into blocks, from a seed that all ranks share.
 
     Args:
-        live: Which neurons take part, bool, shape (n,), at least ``size`` of them.
+        live: Indices of the neurons that take part, at least ``size``.
         size: Neurons in a block, or a few more, so that few are left over.
         draw: Each number gives another partition.
 
     Returns:
         Indices (k, m). The neurons left over, fewer than k, differ from draw to draw.
     """
-    index = live.nonzero().squeeze(1)
-    count = max(1, len(index) // size)
-    used = len(index) // count * count
-    order = torch.randperm(len(index), generator=seeded(draw))[:used]
-    return index[order.to(index.device)].view(count, -1)
+    count = max(1, len(live) // size)
+    used = len(live) // count * count
+    order = torch.randperm(len(live), generator=seeded(draw))[:used]
+    return live[order.to(live.device)].view(count, -1)
 
 
 def of_all_pairs(term: PairTerm, n: int, m: int) -> tuple[float, float]:

@@ -35,12 +35,12 @@ def unit_rows(w: Tensor) -> tuple[Tensor, Tensor]:
     return x / length, torch.where(usable, 1.0 / length / largest, 0.0)
 
 
-def takes_part(w: Tensor) -> Tensor:
-    """Which rows of w (n, d) are neither zero nor subnormal nor non-finite, bool (n,)."""
+def live_rows(w: Tensor) -> Tensor:
+    """Indices of the rows of w (n, d) that are neither zero nor subnormal nor non-finite."""
     length = torch.linalg.vector_norm(w, dim=-1, keepdim=True)
     if _squares_are_safe(length):
-        return torch.ones_like(w[:, 0], dtype=torch.bool)
-    return unit_rows(w)[1].squeeze(-1) > 0
+        return torch.arange(len(w), device=w.device)
+    return (unit_rows(w)[1].squeeze(-1) > 0).nonzero().squeeze(1)
 
 
 def _squares_are_safe(length: Tensor) -> bool:

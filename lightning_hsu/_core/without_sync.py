@@ -24,9 +24,9 @@ from torch import Tensor
 
 from lightning_hsu._core.kernel import PairTerm
 from lightning_hsu._core.layout import Layout, Panel, Piece, Width, layout_of, triangle
-from lightning_hsu._core.near import NEAR
+from lightning_hsu._core.near import COINCIDENT, NEAR
 from lightning_hsu._core.precision import working_dtype
-from lightning_hsu._core.repair import ListedPairs, add_pushes, listed_pairs, pair_energies
+from lightning_hsu._core.repair import ListedPairs, add_pushes, listed_pairs, pulls_of
 from lightning_hsu._core.updates import GradientUpdate
 
 _PANEL_ENTRIES = 2**27
@@ -76,14 +76,26 @@ class GroupStats(NamedTuple):
         energy: Mean energies, float64, shape (groups,).
         cosine: Largest cosines between two neurons, in half space largest absolute cosines,
             float64, shape (groups,); the cosine of a neuron that takes no part is 0.
-        dead: Neurons that take no part since they are zero or subnormal, shape (groups,).
-        non_finite: Neurons that take no part since they are not finite, shape (groups,).
+        live: How many neurons take part, float64, shape (groups,).
+        finite: How many are finite, int64, shape (groups,).
+        size: How many there are, float64, shape (groups,).
     """
 
     energy: Tensor
     cosine: Tensor
-    dead: Tensor
-    non_finite: Tensor
+    live: Tensor
+    finite: Tensor
+    size: Tensor
+
+    @property
+    def dead(self) -> Tensor:
+        """How many neurons are zero or subnormal (groups,)."""
+        return self.finite - self.live
+
+    @property
+    def non_finite(self) -> Tensor:
+        """How many neurons are not finite (groups,)."""
+        return self.size - self.finite
 
 
 class BatchGradient(NamedTuple):
@@ -95,6 +107,7 @@ class BatchGradient(NamedTuple):
         norm: Norms of the neurons, (rows,) in float64; infinite for those that take no part.
         scale: Factor from these sums to what is minimised, (rows,) in float64.
         pairs: The near pairs of each piece: their places among its panels, and squared chords.
+        energy: Mean energies (groups,) in float64; None if nothing needs them.
         stats: What a logging step needs; None if it is not asked for.
     """
 
@@ -103,6 +116,7 @@ class BatchGradient(NamedTuple):
     norm: Tensor
     scale: Tensor
     pairs: list[tuple[Tensor, Tensor]]
+    energy: Tensor | None
     stats: GroupStats | None
 
 
@@ -157,12 +171,20 @@ def _that_fit(
     return runs
 
 
-def gradients_without_sync(batch: Batch, *, stats: bool = False) -> BatchGradient:
+def groups_that_fit(n: int, d: int) -> int:
+    """How many groups of n neurons of dimension d go together, at least one."""
+    return max(1, min(_PANEL_ENTRIES // triangle(n), _STACK_ENTRIES // max(1, n * d)))
+
+
+def gradients_without_sync(
+    batch: Batch, *, energy: bool = False, stats: bool = False
+) -> BatchGradient:
     """Compute the same as :func:`pair_energy` for all layers of a batch.
 
     Args:
         batch: The layers, float32 or float64 or narrower, n >= 2; kernels not too steep for
             float32.
+        energy: Also compute the mean energies.
         stats: Also compute what a logging step needs.
     """
     layout = batch.layout
@@ -183,7 +205,7 @@ def gradients_without_sync(batch: Batch, *, stats: bool = False) -> BatchGradien
     last, before = dead.cumsum(0)[layout.bounds].unbind()
     missing = last - before  # by row, how many rows of its group take no part
     scale = layout.scales[layout.block_of, missing]
-    sums = _Sums(batch, w, x, divisor, stats)
+    sums = _Sums(batch, w, x, divisor, energy, stats)
     for piece in layout.pieces:
         sums.add(piece)
     length = torch.empty_like(norm)
@@ -191,14 +213,31 @@ def gradients_without_sync(batch: Batch, *, stats: bool = False) -> BatchGradien
         rows, unit = _rows(sums.grad, width), _rows(x, width)
         rows.addcmul_(unit, (rows * unit).sum(1, keepdim=True), value=-1.0)
         torch.linalg.vector_norm(rows, dim=1, dtype=norm.dtype, out=_own(length, width))
-    found = None
+    mean = found = None
     if sums.energy is not None:
-        count = layout.sizes - missing[layout.firsts]
-        energy = _mean_energies(batch, sums.energy, count, scale[layout.firsts])
-        scale = _minimised(batch, scale, energy)
+        missing = missing[layout.firsts]
+        count = layout.sizes - missing
+        without = layout.without[layout.group_blocks, missing]
+        total = sums.energy.narrow(0, 0, layout.groups)
+        mean = _energies(batch, total, count, without).mul_(scale[layout.firsts])
+        scale = _minimised(batch, scale, mean)
         if sums.cosine is not None:
-            found = _stats(layout, energy, sums.cosine, norm, count)
-    return BatchGradient(sums.grad, length, divisor, scale, sums.pairs, found)
+            found = _stats(layout, mean, sums.cosine, norm, count)
+    return BatchGradient(sums.grad, length, divisor, scale, sums.pairs, mean, found)
+
+
+def is_complete(batch: Batch, found: BatchGradient) -> Tensor:
+    """Whether nothing is left to the exact way, on the device.
+
+    What is left are coincident neurons, and near pairs for which there was no room.
+    """
+    complete = None
+    for piece, (at, squares) in zip(batch.layout.pieces, found.pairs, strict=True):
+        nearest = squares.amin(0) if any(one.half_space for one in batch.terms) else squares[0]
+        own = ((nearest >= COINCIDENT) | (at == piece.size)).all() & (at[-1] == piece.size)
+        complete = own if complete is None else complete & own
+    assert complete is not None
+    return complete
 
 
 class _Sums:
@@ -209,16 +248,20 @@ class _Sums:
         w: Their neurons as one flat tensor.
         x: Their unit rows alike; 0 for rows that take no part.
         norm: Their norms (rows,).
-        stats: Whether energies and largest cosines are wanted of all groups.
+        energy: Whether energies are wanted of all groups.
+        stats: Whether largest cosines are wanted as well.
 
     Attributes:
         grad: Sums of slopes times unit rows, as one flat tensor.
-        energy: Sums of energies (groups,) in float64; None if no kernel needs them.
-        cosine: Largest cosines (groups,) in float64; None without ``stats``.
+        energy: Sums of energies (groups + 1,) in float64, one of them spare; None if nothing needs
+            them.
+        cosine: Largest cosines alike; None without ``stats``.
         pairs: The near pairs of each piece: their places, and squared chords.
     """
 
-    def __init__(self, batch: Batch, w: Tensor, x: Tensor, norm: Tensor, stats: bool) -> None:
+    def __init__(
+        self, batch: Batch, w: Tensor, x: Tensor, norm: Tensor, energy: bool, stats: bool
+    ) -> None:
         self._terms = batch.terms
         self._layout = batch.layout
         self._w = w
@@ -227,10 +270,10 @@ class _Sums:
         self.grad = torch.empty_like(x)
         self.energy: Tensor | None = None
         self.cosine: Tensor | None = None
-        if stats or any(term.logarithm for term in batch.terms):
-            self.energy = norm.new_zeros(batch.layout.groups)
+        if energy or stats or any(term.logarithm for term in batch.terms):
+            self.energy = norm.new_zeros(batch.layout.groups + 1)
         if stats:
-            self.cosine = norm.new_full((batch.layout.groups,), -1.0)
+            self.cosine = norm.new_full((batch.layout.groups + 1,), -1.0)
         self.pairs: list[tuple[Tensor, Tensor]] = []
 
     def add(self, piece: Piece) -> None:
@@ -243,42 +286,45 @@ class _Sums:
         clamped = cosine.clamp(-_NEAREST_COSINE, _NEAREST_COSINE)
         pairs = listed_pairs(cosine != clamped, self._w, self._norm, self._layout, piece)
         del cosine
+        groups = None  # of the near pairs; the spare one for the spare entry
+        if self.energy is not None:
+            groups = self._layout.group_of[pairs.rows[0]]
         if self.cosine is not None:
-            self._see_cosines(self.cosine, clamped, pairs, piece)
+            self._see_cosines(self.cosine, clamped, pairs, groups, piece)
         q = torch.rsub(clamped, 2.0, alpha=2.0)
         del clamped
         slope = self._slopes(q, pairs, piece)
         for panel in piece.panels:
             self._add_panel(panel, _entries(slope, panel))
         self.pairs.append((pairs.at, pairs.squares))
-        add_pushes(self.grad, pairs, self._terms, self._layout)
+        with_energy = self.energy is not None
+        pulls, energies = pulls_of(pairs, self._terms, self._layout, with_energy=with_energy)
+        if self.energy is not None and groups is not None and energies is not None:
+            self.energy.index_put_((groups,), energies, accumulate=True)
+        add_pushes(self.grad, pairs, pulls, self._layout)
 
     def _slopes(self, q: Tensor, pairs: ListedPairs, piece: Piece) -> Tensor:
         """Slopes at squared chords (size + 1,), 0 for near pairs; energies are added by the way."""
-        if self.energy is not None:
-            return self._slopes_with_energies(self.energy, q, pairs, piece)
-        if len(piece.stretches) == 1:
-            slope = self._terms[piece.stretches[0].kind].folded_slope(q, NEAR)
+        one = self._terms[piece.stretches[0].kind] if len(piece.stretches) == 1 else None
+        energies = None
+        if one is not None and self.energy is None:
+            slope = one.folded_slope(q, NEAR)
+        elif one is not None:
+            energies, slope = one.folded(q, NEAR)
         else:
             slope = torch.empty_like(q)
+            if self.energy is not None:
+                energies = torch.empty_like(q)
             for kind, start, stop in piece.stretches:
-                part = q.narrow(0, start, stop - start)
-                self._terms[kind].folded_slope(part, NEAR, slope.narrow(0, start, stop - start))
-        return slope.index_fill_(0, pairs.at, 0.0)
-
-    def _slopes_with_energies(
-        self, total: Tensor, q: Tensor, pairs: ListedPairs, piece: Piece
-    ) -> Tensor:
-        """The same, where energies (groups,) are wanted as well."""
-        energies, slope = torch.zeros_like(q), torch.empty_like(q)
-        for kind, start, stop in piece.stretches:
-            found = self._terms[kind].folded(q.narrow(0, start, stop - start), NEAR)
-            for whole, part in zip((energies, slope), found, strict=True):
-                whole.narrow(0, start, stop - start).copy_(part)
-        energies.index_fill_(0, pairs.at, 0.0).index_fill_(0, piece.own, 0.0)
-        self._add_energies(energies, piece)
-        groups = self._layout.group_of[pairs.rows[0]]
-        total.index_put_((groups,), pair_energies(pairs, self._terms), accumulate=True)
+                part, own = q.narrow(0, start, stop - start), slope.narrow(0, start, stop - start)
+                if energies is None:
+                    self._terms[kind].folded_slope(part, NEAR, own)
+                    continue
+                value = energies.narrow(0, start, stop - start)
+                self._terms[kind].folded(part, NEAR, (value, own))
+        if energies is not None:
+            energies.index_fill_(0, pairs.at, 0.0).index_fill_(0, piece.own, 0.0)
+            self._add_energies(energies, piece)
         return slope.index_fill_(0, pairs.at, 0.0)
 
     def _add_energies(self, energies: Tensor, piece: Piece) -> None:
@@ -291,17 +337,25 @@ class _Sums:
         for panel in piece.panels:
             groups, height, columns = panel.shape
             own = energies.narrow(0, panel.at, panel.size).view(groups * height, columns)
-            weight = weights.narrow(0, most - height, columns)
-            torch.mv(own, weight, out=by_row.narrow(0, row, groups * height))
+            weight = weights.narrow(0, most - height, columns)[:, None]
+            torch.mm(own, weight, out=by_row.narrow(0, row, groups * height)[:, None])
             row += groups * height
         self.energy.index_put_((piece.group_of_row,), by_row.double(), accumulate=True)
 
     def _see_cosines(
-        self, largest: Tensor, cosine: Tensor, pairs: ListedPairs, piece: Piece
+        self,
+        largest: Tensor,
+        cosine: Tensor,
+        pairs: ListedPairs,
+        groups_of_pairs: Tensor | None,
+        piece: Piece,
     ) -> None:
         """Note the largest cosines of a piece; those of near pairs in float64."""
+        assert groups_of_pairs is not None
+        is_mixed = False
         for (kind, _, _), own in zip(piece.stretches, piece.own_of, strict=True):
             if not self._terms[kind].half_space:
+                is_mixed = True
                 cosine.index_fill_(0, own, -_NEAREST_COSINE)
         found = cosine.new_empty(len(piece.group_of))
         group = 0
@@ -314,15 +368,17 @@ class _Sums:
             else:
                 torch.amax(own, 1, out=out)
             group += groups
-        cosine.index_fill_(0, piece.own, 0.0)
+        if is_mixed:
+            cosine.index_fill_(0, piece.own, 0.0)
         largest.scatter_reduce_(0, piece.group_of, found.double(), "amax")
-        groups_of_pairs = self._layout.group_of[pairs.rows[0]]
-        q, p = pairs.squares
-        near = 1.0 - q / 2.0
-        for kind, term in enumerate(self._terms):
-            if term.half_space:
-                near = torch.where(pairs.kind == kind, 1.0 - torch.minimum(q, p) / 2.0, near)
-        near = torch.where(pairs.once, near, -1.0)
+        nearest = pairs.squares[0]
+        for kind, mask in pairs.kinds:
+            if self._terms[kind].half_space:
+                either = pairs.squares.amin(0)
+                nearest = either if mask is None else torch.where(mask, either, nearest)
+            elif mask is not None:
+                nearest = torch.where(mask, pairs.squares[0], nearest)
+        near = torch.rsub(nearest, 1.0, alpha=0.5)
         largest.scatter_reduce_(0, groups_of_pairs, near, "amax")
 
     def _add_panel(self, panel: Panel, slope: Tensor) -> None:
@@ -391,26 +447,26 @@ def _multiply(out: Tensor, a: Tensor, b: Tensor, *, adds: bool = False) -> None:
         torch.bmm(a, b, out=out)
 
 
-def _mean_energies(batch: Batch, total: Tensor, count: Tensor, scale: Tensor) -> Tensor:
-    """Mean energies (groups,) from sums in which rows that take no part lie at right angles.
+def _energies(batch: Batch, total: Tensor, count: Tensor, without: Tensor) -> Tensor:
+    """Sums of energies (groups,), with that of a neuron and its own mirror image.
 
     Args:
         batch: The layers.
-        total: The sums.
+        total: Sums in which rows that take no part lie at right angles to all others.
         count: How many rows take part.
-        scale: The factors from sums to means.
+        without: How many pairs have a row that takes no part.
     """
-    sizes = batch.layout.sizes
-    extra = 0.5 * (sizes * (sizes - 1.0) - count * (count - 1.0))  # pairs that do not count
-    mean = None
-    for kind, term in enumerate(batch.terms):
-        own = (total - extra * _at_right_angles(term) + count * term.constant(1.0)) * scale
-        if mean is None:
-            mean = own
-        else:
-            mean = torch.where(batch.layout.kinds == kind, own, mean)
-    assert mean is not None
-    return mean
+    lost, own = _constants(batch.layout, batch.terms).unbind()
+    return torch.addcmul(total, without, lost, value=-1.0).addcmul_(count, own)
+
+
+@lru_cache(maxsize=64)
+def _constants(layout: Layout, terms: tuple[PairTerm, ...]) -> Tensor:
+    """For each group (2, groups) the energies of a pair at right angles, and of a neuron alone."""
+    found = []
+    for term in terms:
+        found.append([_at_right_angles(term), term.constant(1.0)])
+    return torch.tensor(found, dtype=torch.float64, device=layout.kinds.device)[layout.kinds].mT
 
 
 def _minimised(batch: Batch, scale: Tensor, energy: Tensor) -> Tensor:
@@ -425,7 +481,8 @@ def _minimised(batch: Batch, scale: Tensor, energy: Tensor) -> Tensor:
         divisor = torch.where(is_used, energy, divisor)
     if divisor is None:
         return scale
-    return scale / divisor[batch.layout.group_of]
+    spare = divisor.new_ones(1)
+    return scale / torch.cat([divisor, spare])[batch.layout.group_of]
 
 
 def _stats(
@@ -440,9 +497,10 @@ def _stats(
         norm: Norms of all rows.
         count: How many rows of each group take part.
     """
-    finite = (norm < torch.inf).cumsum(0)[layout.bounds]
-    non_finite = layout.sizes - (finite[0] - finite[1])[layout.firsts]
-    return GroupStats(energy, cosine, layout.sizes - count - non_finite, non_finite)
+    last, before = (norm < torch.inf).cumsum(0)[layout.group_bounds].unbind()
+    finite = last - before
+    cosine = cosine.narrow(0, 0, layout.groups)
+    return GroupStats(energy, cosine, count, finite, layout.sizes)
 
 
 @lru_cache(maxsize=256)

@@ -14,8 +14,8 @@ from lightning_hsu._core import (
     PairEnergy,
     PairTerm,
     exact_arithmetic,
+    live_rows,
     pair_energy,
-    takes_part,
     with_float64,
     working_dtype,
 )
@@ -25,6 +25,9 @@ from lightning_hsu.measures.base import Measure, check_measure, check_state
 from lightning_hsu.measures.defaults import DEFAULT_MEASURE
 from lightning_hsu.measures.state import State, counts_draws, draw_of, holds_draws, next_draw
 from lightning_hsu.measures.wrapper import MeasureWrapper
+
+_ENTRIES = 2**24
+"""Entries of blocks that are computed together."""
 
 
 class SamplingError(NamedTuple):
@@ -129,7 +132,7 @@ class Sampled(MeasureWrapper):
         return Evaluation(partial(Sampled.value_and_grad, self), self.recorded)(x, state)
 
     def value_and_grad(self, x: Tensor, state: State | None = None) -> tuple[Tensor, Tensor]:
-        """Return the penalty (...) and its gradient (..., n, d), a block at a time."""
+        """Return the penalty (...) and its gradient (..., n, d), some blocks at a time."""
         self._check(x, state)
         if self._takes_all(x):
             return self.measure.value_and_grad(x)
@@ -209,19 +212,19 @@ class Sampled(MeasureWrapper):
 
     def _drawn(self, x: Tensor, state: State | None) -> tuple[Tensor, int]:
         """Blocks (k, m) of the live neurons among x (n, d), and how many neurons are live."""
-        live = takes_part(x.detach().to(working_dtype(x.dtype)))
-        return random_blocks(live, self.block, draw_of(state)), int(live.sum())
+        live = live_rows(x.detach().to(working_dtype(x.dtype)))
+        return random_blocks(live, self.block, draw_of(state)), len(live)
 
     def _add_gradient(self, x: Tensor, grad: Tensor, blocks: Tensor, live: int) -> Tensor:
         """Put the gradient of neurons x (n, d) into ``grad``, which is zero; return the penalty."""
         factor = of_all_pairs(self._term, live, blocks.shape[1])[0] / len(blocks)
         energies = []
-        for block in blocks:
-            energy, part = pair_energy(x[block], self._term)
+        for some in torch.split(blocks, max(1, _ENTRIES // (blocks.shape[1] * x.shape[1]))):
+            energy, part = pair_energy(x[some], self._term)
             assert part is not None
             energies.append(energy)
-            grad[block] = part.mul_(factor)
-        penalty = self._of_all(torch.stack(energies).mean(), live, blocks.shape[1])
+            grad[some] = part.mul_(factor)
+        penalty = self._of_all(torch.cat(energies).mean(), live, blocks.shape[1])
         if self._term.logarithm:
             grad /= penalty.exp()
         return penalty
