@@ -20,12 +20,13 @@ from typing import Any, NamedTuple
 os.environ.pop("TRITON_INTERPRET", None)  # it would leave nothing to compile
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from lightning_hsu._core.near import NEAR
-from lightning_hsu._core.triton import launch, pairs, scalars, topk
+from lightning_hsu._core.triton import launch, nearby, pairs, scalars, topk
 
 CHIPS = {80: 163, 90: 227}  # KiB of shared memory that a program may have
 FORMULAS = sorted(
@@ -36,7 +37,9 @@ KINDS = {
     "tiles": "*i32",
     "blocks": "*i32",
     "alive": "*i32",
-    "near_tiles": "*i32",
+    "marks": "*i32",
+    "coincident": "*i32",
+    "near_energies": "*fp64",
     "columns": "*i32",
     "numbers": "*fp64",
     "living": "*i1",
@@ -74,6 +77,12 @@ def cases() -> Iterator[Case]:
     for scalar in FORMULAS:
         yield from slope_cases("tf32x3", scalar)
     yield from slope_cases("tf32", scalars.chordal_two)
+    for scalar in FORMULAS:
+        yield from near_cases(scalar)
+    for energy in (False, True):
+        constants = {"HALF_SPACE": True, "ENERGY": energy, "CHUNK": launch.SUMMED}
+        label = "factors, logarithm" if energy else "factors"
+        yield Case(label, nearby.factors, constants, launch.WARPS)
     for every in (False, True):
         constants = {"HALF_SPACE": True, "EVERY": every, "PRECISION": "tf32x3", **topk.TILES}
         label = "largest_two, every" if every else "largest_two"
@@ -95,6 +104,22 @@ def slope_cases(precision: str, scalar: Any) -> Iterator[Case]:
         if half_space:
             label += ", half space"
         yield Case(label, pairs.pair_slopes, constants, launch.WARPS)
+
+
+def near_cases(scalar: Any) -> Iterator[Case]:
+    """The near pairs of one formula in both spaces."""
+    for half_space in (False, True):
+        constants = {
+            "KERNEL": scalar,
+            "HALF_SPACE": half_space,
+            "DTYPE": launch.TL_DTYPES[torch.float32],
+            "TILE": launch.TILE,
+            "CHUNK": launch.CHUNK,
+        }
+        label = f"near_pulls {scalar.__name__}"
+        if half_space:
+            label += ", half space"
+        yield Case(label, nearby.near_pulls, constants, launch.NEAR_WARPS)
 
 
 class Resources(NamedTuple):

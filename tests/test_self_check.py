@@ -10,9 +10,16 @@ from lightning_hsu._core.foreach import add_pair_gradients
 from lightning_hsu._core.topk import largest_two
 from lightning_hsu._core.updates import GradientUpdate
 from lightning_hsu.measures import GaussianPotential, RieszEnergy
-from tests.test_triton import DEVICE, MEASURES, choose, counted, exact, neurons, relative_error
-
-NAMES = ["unit_rows", "pair_slopes", "products", "additions"]
+from tests.test_triton import (
+    DEVICE,
+    LAUNCHES,
+    MEASURES,
+    choose,
+    counted,
+    exact,
+    neurons,
+    relative_error,
+)
 
 
 @pytest.fixture
@@ -53,10 +60,10 @@ def test_it_runs_once_for_each_kernel(launch, monkeypatch):
     for term in (RieszEnergy(s=2).pair_term(), RieszEnergy(s=2, half_space=True).pair_term()):
         names.clear()
         added(w, term)
-        assert names == NAMES * 2  # the trial layer and this one
+        assert names == LAUNCHES * 2  # the trial layer and this one
         names.clear()
         added(w, term)
-        assert names == NAMES
+        assert names == LAUNCHES
 
 
 @pytest.mark.parametrize(

@@ -94,6 +94,7 @@ def suit_interpreter() -> None:
 
         launch.ROWS = 32
         launch.COLS = 64
+        launch.CHUNK = 64
 
 
 def backends(device: str) -> list[str]:

@@ -1,10 +1,10 @@
-"""The back end "triton": pair gradients of many layers in four launches, neighbours in one."""
+"""The back end "triton": pair gradients of many layers in six launches, neighbours in one."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
@@ -15,6 +15,13 @@ from lightning_hsu._core.pairwise import too_steep
 from lightning_hsu._core.triton import machine
 from lightning_hsu._core.triton.self_check import SelfCheck
 from lightning_hsu._core.updates import GradientUpdate
+from lightning_hsu._core.without_sync import add_exactly
+
+if TYPE_CHECKING:
+    from lightning_hsu._core.triton.launch import Coincident
+
+_KEPT = 32
+"""Answers kept, of as many optimizers and kernels."""
 
 
 class TritonBackend(Backend):
@@ -24,6 +31,7 @@ class TritonBackend(Backend):
 
     def __init__(self) -> None:
         self._check = SelfCheck()
+        self._coincident: dict[object, list[Coincident]] = {}
 
     def check_machine(self) -> None:
         """Require a Triton that is new enough, and a GPU or Triton's interpreter."""
@@ -43,10 +51,29 @@ class TritonBackend(Backend):
         return self._check.gradients_are_right(w.device, term)
 
     def add_pair_gradients(self, updates: Sequence[GradientUpdate], term: PairTerm) -> None:
-        """Launch the kernels for all layers of a dtype and device at once."""
+        """Launch the kernels for all layers of a dtype and device at once, and wait for nothing.
+
+        Coincident neurons have no direction between them, and the kernels leave them where they
+        are. Layers that had some the last time are computed by torch, which parts them.
+        """
         from lightning_hsu._core.triton import launch
 
-        launch.add_pair_gradients(updates, term)
+        key = (term, tuple(update.entries.data_ptr() for update in updates))
+        apart: set[int] = set()
+        for answer in self._coincident.pop(key, ()):
+            apart |= answer.found()
+        taken = [update for i, update in enumerate(updates) if i not in apart]
+        for i in sorted(apart):
+            add_exactly([updates[i]], term)
+        answers = launch.add_pair_gradients(taken, term)
+        if not apart:  # the next step's positions are those of this one
+            self._remember(key, answers)
+
+    def _remember(self, key: object, answers: list[Coincident]) -> None:
+        """Keep what the device will have answered by the next step; drop the oldest above a limit."""
+        while len(self._coincident) >= _KEPT:
+            del self._coincident[next(iter(self._coincident))]
+        self._coincident[key] = answers
 
     def takes_rows(self, x: Tensor) -> bool:
         """Unit rows in float32 or narrower, on a device that has passed the check."""

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import triton.language as tl
 from torch import Tensor
 
-from lightning_hsu._core.kernel import PairTerm
-from lightning_hsu._core.near import NEAR, NearPairs
+from lightning_hsu._core.kernel import PairTerm, softened_at
+from lightning_hsu._core.near import NEAR
 from lightning_hsu._core.precision import exact_arithmetic
-from lightning_hsu._core.triton import pairs
+from lightning_hsu._core.triton import nearby, pairs
 from lightning_hsu._core.triton.machine import DTYPES, precision
 from lightning_hsu._core.triton.scalars import scalar_of
 from lightning_hsu._core.updates import GradientUpdate
@@ -31,19 +32,21 @@ ROWS = 4
 COLS = 512
 WARPS = 4
 STAGES = 3  # loads under way at once
-STRIP = 4  # tiles of rows whose near pairs are redone together
+STRIP = 4  # tiles of rows in a round, or more
+NEAR_WARPS = 8
+CHUNK = 16  # entries of a row at once in float64
+SUMMED = 1024  # numbers added up at once
 
 TL_DTYPES = {dtype: getattr(tl, name) for dtype, name in DTYPES.items()}
 
 
 @dataclass(eq=False)
 class Group:
-    """The neurons of one group of a layer, and what the float64 pass has found."""
+    """The neurons of one group of a layer, the one at this position among those asked for."""
 
     update: GradientUpdate
+    position: int
     index: int
-    near: NearPairs | None = None
-    energy: float = 0.0
     n: int = field(init=False)
     d: int = field(init=False)
     limit: Tensor | None = field(init=False)
@@ -105,22 +108,45 @@ class TileRows:
         return TILE**2 * (self.last - self.first) * (group.tiles - self.last)
 
 
-def add_pair_gradients(updates: Sequence[GradientUpdate], term: PairTerm) -> None:
-    """Add the gradients of mean pair energies of layers that the back end takes."""
-    buckets: dict[object, list[GradientUpdate]] = {}
-    for update in updates:
-        key = (update.w.dtype, update.out.dtype, update.w.device)
-        buckets.setdefault(key, []).append(update)
-    for bucket in buckets.values():
+class Coincident(NamedTuple):
+    """Which layers had coincident neurons, which do not push each other in the kernels.
+
+    Args:
+        flags: Waits for the flags of some tiles of rows.
+        positions: The positions of these tiles' layers among those asked for.
+    """
+
+    flags: Callable[[], Tensor]
+    positions: list[int]
+
+    def found(self) -> set[int]:
+        """The positions of layers that had some; waits until the device has come so far."""
+        flagged = self.flags().nonzero().flatten().tolist()
+        return {self.positions[tile] for tile in flagged}
+
+
+def add_pair_gradients(updates: Sequence[GradientUpdate], term: PairTerm) -> list[Coincident]:
+    """Add the gradients of mean pair energies of layers that the back end takes.
+
+    The host waits for nothing. What is returned must be read later, not in the same step.
+    """
+    buckets: dict[object, list[int]] = {}
+    for position, update in enumerate(updates):
+        entries, out = update.entries, update.out_entries
+        buckets.setdefault((entries.dtype, out.dtype, entries.device), []).append(position)
+    found = []
+    for positions in buckets.values():
         groups = []
-        for update in bucket:
+        for position in positions:
+            update = updates[position]
             b, n, d = update.w.shape
             if n > 1 and d > 0:
-                groups += [Group(update, i) for i in range(b)]
-        first = bucket[0].w
+                groups += [Group(update, position, i) for i in range(b)]
+        first = updates[positions[0]].w
         with torch.no_grad(), exact_arithmetic(first), torch.cuda.device_of(first):
             for batch in _batches(groups):
-                _Pass(batch, term).run()
+                found.append(_Pass(batch, term).run())
+    return found
 
 
 def _batches(groups: list[Group]) -> list[list[Group]]:
@@ -136,8 +162,28 @@ def _batches(groups: list[Group]) -> list[list[Group]]:
     return batches
 
 
+class _Round(NamedTuple):
+    """Some rows of each group, and tables of the tiles of their pairs.
+
+    Args:
+        rows: The rows of each group.
+        tiles: Every tile of pairs on or above the diagonal: group, row, column.
+        counts: How many of them each group has.
+        product_tiles: Every tile of pulls that the round adds to: group, row, column.
+        row_tiles: Every tile of rows that has pairs in the round: group, row.
+        row_counts: How many of them each group has.
+    """
+
+    rows: list[TileRows]
+    tiles: Tensor
+    counts: list[int]
+    product_tiles: Tensor
+    row_tiles: Tensor
+    row_counts: list[int]
+
+
 class _Pass:
-    """Four launches for a batch of groups, and two more for each further round of a large group.
+    """Six launches for a batch of groups, and three more for each further round of a large group.
 
     Args:
         groups: Groups of layers of one dtype and device.
@@ -151,20 +197,31 @@ class _Pass:
         self.precision = precision()
         entries = 0
         rows = 0
+        marks = 0
         for group in groups:
             entries += group.entries
             rows += group.rows
+            marks += group.tiles**2
         self.x, self.pulls = torch.empty(2, entries, device=self.device)
         self.inverse_norm = torch.empty(rows, device=self.device)
+        self.marks = torch.empty(marks, dtype=torch.int32, device=self.device)
         self.blocks = _row_blocks(tuple(group.rows // ROWS for group in groups), self.device)
         self.alive = torch.empty(len(self.blocks), dtype=torch.int32, device=self.device)
+        self.rounds = [self._round(rows) for rows in self._rows_of_rounds()]
+        tiles = 0
+        row_tiles = 0
+        for one in self.rounds:
+            tiles += len(one.tiles)
+            row_tiles += len(one.row_tiles)
+        self.energies = torch.empty(tiles if term.logarithm else 1, device=self.device)
+        self.near_energies = torch.empty(row_tiles, dtype=torch.float64, device=self.device)
+        self.coincident = torch.empty(row_tiles, dtype=torch.int32, device=self.device)
 
-    def run(self) -> None:
+    def run(self) -> Coincident:
         """Launch everything."""
-        rounds = self._rounds()
-        slopes = torch.empty(self._most_slopes(rounds), device=self.device)
-        table = self._table(rounds[0])
-        groups = _upload(torch.tensor(table, dtype=torch.int64), self.device)
+        slopes = torch.empty(self._most_slopes(), device=self.device)
+        numbers = _upload(torch.tensor(self._numbers(), dtype=torch.float64), self.device)
+        groups = self._groups(self.rounds[0])
         pairs.unit_rows[(len(self.blocks),)](
             groups,
             self.blocks,
@@ -176,14 +233,25 @@ class _Pass:
             COLS,
             num_warps=WARPS,
         )
-        live = _download(self.alive)
-        self._add_pairs(rounds[0], table, groups, slopes)
-        for tile_rows in rounds[1:]:
-            table = self._table(tile_rows)
-            groups = _upload(torch.tensor(table, dtype=torch.int64), self.device)
-            self._add_pairs(tile_rows, table, groups, slopes)
-        numbers = _upload(self._numbers(live()), self.device)
-        self._add_near_pulls()
+        tiles = 0
+        row_tiles = 0
+        for number, one in enumerate(self.rounds):
+            if number > 0:
+                groups = self._groups(one)
+            self._add_pairs(one, groups, slopes, tiles if self.term.logarithm else 0)
+            self._add_near_pairs(one, groups, numbers, slopes, row_tiles)
+            tiles += len(one.tiles)
+            row_tiles += len(one.row_tiles)
+        nearby.factors[(len(self.groups),)](
+            groups,
+            numbers,
+            self.alive,
+            self.energies,
+            self.near_energies,
+            HALF_SPACE=self.term.half_space,
+            ENERGY=self.term.logarithm,
+            CHUNK=SUMMED,
+        )
         pairs.additions[(len(self.blocks),)](
             groups,
             numbers,
@@ -196,8 +264,13 @@ class _Pass:
             COLS,
             num_warps=WARPS,
         )
+        positions = []
+        for one in self.rounds:
+            for group, count in zip(self.groups, one.row_counts, strict=True):
+                positions += [group.position] * count
+        return Coincident(_download(self.coincident), positions)
 
-    def _rounds(self) -> list[list[TileRows]]:
+    def _rows_of_rounds(self) -> list[list[TileRows]]:
         """The rows of each group in each round: all in one round, or a large group's in several."""
         first = self.groups[0]
         if len(self.groups) > 1 or first.workspace <= WORKSPACE:
@@ -209,57 +282,87 @@ class _Pass:
             rounds.append([TileRows(start, min(start + height, first.tiles))])
         return rounds
 
-    def _most_slopes(self, rounds: list[list[TileRows]]) -> int:
+    def _round(self, rows: list[TileRows]) -> _Round:
+        """A round of these rows, with its tables."""
+        spans = []
+        wide_spans = []
+        row_counts = []
+        for group, some in zip(self.groups, rows, strict=True):
+            spans.append((group.tiles, some.first, some.last))
+            wide_spans.append((group.tiles, some.first, group.width // TILE))
+            row_counts.append(group.tiles - some.first)
+        tiles, counts = _pair_tiles(tuple(spans), self.device)
+        product_tiles = _product_tiles(tuple(wide_spans), self.device)
+        row_tiles = _row_tiles(tuple(spans), self.device)
+        return _Round(rows, tiles, counts, product_tiles, row_tiles, row_counts)
+
+    def _most_slopes(self) -> int:
         """Number of slopes in the largest round."""
         most = 0
-        for tile_rows in rounds:
+        for one in self.rounds:
             size = 0
-            for group, rows in zip(self.groups, tile_rows, strict=True):
+            for group, rows in zip(self.groups, one.rows, strict=True):
                 size += rows.slopes(group) + rows.mirrored_slopes(group)
             most = max(most, size)
         return most
 
-    def _table(self, tile_rows: list[TileRows]) -> list[list[int]]:
+    def _groups(self, one: _Round) -> Tensor:
         """One row for each group, in the order of the columns in ``pairs``."""
         table = []
         row = 0
         x = 0
         slope = 0
-        for group, rows in zip(self.groups, tile_rows, strict=True):
+        mark = 0
+        energy = 0
+        near = 0
+        for i, (group, rows) in enumerate(zip(self.groups, one.rows, strict=True)):
             below = slope + rows.slopes(group)
             shape = [group.n, group.rows, group.d, group.width]
             panel = [rows.first * TILE, rows.last * TILE, slope, below]
             limit_at = 0
             if group.limit is not None:
                 limit_at = group.limit.data_ptr()
-            table.append([*group.addresses(), *shape, row, x, *panel, limit_at])
+            energies = sum(other.counts[i] for other in self.rounds)
+            nears = sum(other.row_counts[i] for other in self.rounds)
+            counted = [row // ROWS, group.rows // ROWS, energy, energies, near, nears]
+            table.append([*group.addresses(), *shape, row, x, *panel, limit_at, mark, *counted])
             row += group.rows
             x += group.entries
             slope = below + rows.mirrored_slopes(group)
+            mark += group.tiles**2
+            energy += energies
+            near += nears
+        return _upload(torch.tensor(table, dtype=torch.int64), self.device)
+
+    def _numbers(self) -> list[list[float]]:
+        """One row for each group, in the order of the columns in ``pairs``."""
+        assert self.term.formula is not None
+        constant = 0.0
+        if self.term.half_space:
+            constant = softened_at(self.term, 4.0)[0] / 2
+        table = []
+        for group in self.groups:
+            update = group.update
+            limit = update.limit
+            if limit is None or isinstance(limit, Tensor):
+                limit = float("inf")
+            bound = torch.finfo(update.entries.dtype).max / 2
+            kernel = [self.term.knee**2, self.term.formula[1], constant]
+            table.append([0.0, update.scale, limit, update.grad_scale, bound, *kernel])
         return table
 
-    def _add_pairs(
-        self, tile_rows: list[TileRows], table: list[list[int]], groups: Tensor, slopes: Tensor
-    ) -> None:
-        """Add the pairs of some rows; near ones are collected for :meth:`_add_near_pulls`."""
-        spans = []
-        wide_spans = []
-        for group, rows in zip(self.groups, tile_rows, strict=True):
-            spans.append((group.tiles, rows.first, rows.last))
-            wide_spans.append((group.tiles, rows.first, group.width // TILE))
-        tiles, host_tiles, counts = _pair_tiles(tuple(spans), self.device)
-        near = torch.empty(len(tiles), dtype=torch.int32, device=self.device)
-        energies = torch.empty(len(tiles) if self.term.logarithm else 1, device=self.device)
+    def _add_pairs(self, one: _Round, groups: Tensor, slopes: Tensor, first_energy: int) -> None:
+        """Add the pairs of a round; near ones are held back."""
         assert self.term.formula is not None
         sizes = {"TILE": TILE, "DEPTH": DEPTH, "num_warps": WARPS, "num_stages": STAGES}
-        pairs.pair_slopes[(len(tiles),)](
+        pairs.pair_slopes[(len(one.tiles),)](
             groups,
-            tiles,
+            one.tiles,
             self.x,
             self.inverse_norm,
             slopes,
-            near,
-            energies,
+            self.marks,
+            self.energies[first_energy:],
             self.term.formula[1],
             KERNEL=scalar_of(self.term),
             HALF_SPACE=self.term.half_space,
@@ -268,12 +371,9 @@ class _Pass:
             PRECISION=self.precision,
             **sizes,
         )
-        near_on_host = _download(near)
-        energies_on_host = _download(energies)
-        product_tiles = _product_tiles(tuple(wide_spans), self.device)
-        pairs.products[(len(product_tiles),)](
+        pairs.products[(len(one.product_tiles),)](
             groups,
-            product_tiles,
+            one.product_tiles,
             self.x,
             slopes,
             self.pulls,
@@ -281,80 +381,27 @@ class _Pass:
             WIDTH=TILE,
             **sizes,
         )
-        if self.term.logarithm:
-            parts = torch.split(energies_on_host().double(), counts)
-            for group, part in zip(self.groups, parts, strict=True):
-                group.energy += float(part.sum())
-        near_tiles = host_tiles[near_on_host() != 0]
-        for i in near_tiles[:, 0].unique().tolist():
-            rows_of_tiles = near_tiles[near_tiles[:, 0] == i, 1] - tile_rows[i].first
-            strips = (rows_of_tiles // STRIP).unique().tolist()
-            self._collect_near(self.groups[i], table[i], slopes, strips)
 
-    def _collect_near(
-        self, group: Group, row: list[int], slopes: Tensor, strips: list[int]
+    def _add_near_pairs(
+        self, one: _Round, groups: Tensor, numbers: Tensor, slopes: Tensor, first: int
     ) -> None:
-        """Redo in float64 the pairs that were held back in some strips of rows.
-
-        Args:
-            group: The group.
-            row: Its row of the table.
-            slopes: The slopes of the round.
-            strips: Which strips of STRIP tiles, counted from the first row of the round.
-        """
-        first = row[pairs.FIRST.value]
-        last = row[pairs.LAST.value]
-        begin = row[pairs.PANEL_START.value]
-        width = group.rows - first
-        panel = slopes[begin : begin + (last - first) * width].view(-1, width)
-        if group.near is None:
-            group.near = NearPairs(group.update.w[group.index].float(), self.term)
-        cols = torch.arange(first, group.n, device=self.device)
-        end = min(last, group.n) - first
-        for strip in strips:
-            start = strip * STRIP * TILE
-            stop = min(start + STRIP * TILE, end)
-            held = panel[start:stop, start : group.n - first] == pairs.HELD.value
-            group.near.add_panel(held, cols[start:stop], cols[start:], stop - start, with_grad=True)
-
-    def _add_near_pulls(self) -> None:
-        """Add the pulls of near pairs, which are already tangent; the kernels keep them so."""
-        start = 0
-        bound = torch.finfo(torch.float32).max / 4
-        for group in self.groups:
-            if group.near is not None:
-                rows, near = group.near.gradient()
-                pulls = self.pulls[start : start + group.entries].view(-1, group.width)
-                pulls[rows, : group.d] += (near / -2.0).clamp_(-bound, bound).float()
-            start += group.entries
-
-    def _numbers(self, live: Tensor) -> Tensor:
-        """One row for each group, in the order of the columns in ``pairs``.
-
-        Args:
-            live: How many neurons of each block of rows take part.
-        """
-        table = []
-        start = 0
-        for group in self.groups:
-            blocks = group.rows // ROWS
-            count = int(live[start : start + blocks].sum())
-            factor = self.term.scale(count)
-            if self.term.logarithm:
-                energy = group.energy
-                if group.near is not None:
-                    energy += float(group.near.energy)
-                mean = (energy + self.term.constant(count)) * factor
-                if mean > 0:
-                    factor /= mean
-            update = group.update
-            limit = update.limit
-            if limit is None or isinstance(limit, Tensor):
-                limit = float("inf")
-            bound = torch.finfo(update.w.dtype).max / 2
-            table.append([-2.0 * factor, update.scale, limit, update.grad_scale, bound])
-            start += blocks
-        return torch.tensor(table, dtype=torch.float64)
+        """Add the pairs of a round that were held back, from differences in float64."""
+        nearby.near_pulls[(len(one.row_tiles),)](
+            groups,
+            numbers,
+            one.row_tiles,
+            slopes,
+            self.marks,
+            self.pulls,
+            self.near_energies[first:],
+            self.coincident[first:],
+            KERNEL=scalar_of(self.term),
+            HALF_SPACE=self.term.half_space,
+            DTYPE=TL_DTYPES[self.groups[0].update.w.dtype],
+            TILE=TILE,
+            CHUNK=CHUNK,
+            num_warps=NEAR_WARPS,
+        )
 
 
 def _upload(table: Tensor, device: torch.device) -> Tensor:
@@ -390,7 +437,7 @@ def _row_blocks(counts: tuple[int, ...], device: torch.device) -> Tensor:
 @lru_cache(maxsize=64)
 def _pair_tiles(
     spans: tuple[tuple[int, int, int], ...], device: torch.device
-) -> tuple[Tensor, Tensor, list[int]]:
+) -> tuple[Tensor, list[int]]:
     """Every tile on or above the diagonal.
 
     Args:
@@ -398,14 +445,12 @@ def _pair_tiles(
         device: Where to put the table.
 
     Returns:
-        Group, row and column of each tile, (tiles, 3), on the device and on the host; and how many
-        tiles each group has.
+        Group, row and column of each tile, (tiles, 3), and how many tiles each group has.
     """
     parts = []
     for tiles, first, last in spans:
         parts.append(torch.triu_indices(last - first, tiles - first).T + first)
-    table = _numbered(parts)
-    return table.to(device), table, [len(part) for part in parts]
+    return _numbered(parts).to(device), [len(part) for part in parts]
 
 
 @lru_cache(maxsize=64)
@@ -422,9 +467,21 @@ def _product_tiles(spans: tuple[tuple[int, int, int], ...], device: torch.device
     return _numbered(parts).to(device)
 
 
+@lru_cache(maxsize=64)
+def _row_tiles(spans: tuple[tuple[int, int, int], ...], device: torch.device) -> Tensor:
+    """Group and row of every tile of rows that has pairs in a round, (tiles, 2).
+
+    Args:
+        spans: For each group its tiles of rows, and the first and the last of the round.
+        device: Where to put the table.
+    """
+    parts = [torch.arange(first, tiles)[:, None] for tiles, first, _ in spans]
+    return _numbered(parts).to(device)
+
+
 def forget_tables() -> None:
     """Forget the tables of tiles, which are of the sizes above."""
-    for tables in (_row_blocks, _pair_tiles, _product_tiles):
+    for tables in (_row_blocks, _pair_tiles, _product_tiles, _row_tiles):
         tables.cache_clear()
 
 

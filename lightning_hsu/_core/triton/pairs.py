@@ -1,4 +1,6 @@
-"""Gradients of many layers in four launches: unit rows, slopes of pairs, products, additions.
+"""Gradients of many layers in a few launches: unit rows, slopes of pairs, products, additions.
+
+What is done about near pairs between products and additions is in ``nearby``.
 
 A program looks up its layer and tile in tables, so that one launch serves layers of any shapes.
 Rows and columns are padded with zeros to whole tiles, so that no load or product needs a mask.
@@ -30,7 +32,14 @@ PANEL_START = tl.constexpr(
 )  # first entry of the panel among the slopes; rows are N_PAD - first long
 BELOW = tl.constexpr(15)  # first entry of its mirror image from row last on; rows last - first long
 LIMIT_AT = tl.constexpr(16)  # address of a limit on the device, float64; 0 if it is in the numbers
-FIELDS = tl.constexpr(17)
+MARKS = tl.constexpr(17)  # first of the marks of its pairs of tiles, one after the other by rows
+BLOCK = tl.constexpr(18)  # first of its blocks of rows, and how many
+BLOCKS = tl.constexpr(19)
+FIRST_ENERGY = tl.constexpr(20)  # first of its tiles' energies in all rounds, and how many
+ENERGIES = tl.constexpr(21)
+FIRST_NEAR = tl.constexpr(22)  # first of the energies of its near pairs, and how many
+NEARS = tl.constexpr(23)
+FIELDS = tl.constexpr(24)
 
 STEP = tl.constexpr(16)
 """What divides N_PAD, D_PAD and the columns from X to BELOW, as all of them count whole tiles.
@@ -39,12 +48,15 @@ The compiler is told so: then it loads 16 bytes at once.
 """
 
 # Columns of the table of numbers, one float64 row for each group; ``launch`` fills them likewise.
-FACTOR = tl.constexpr(0)  # from sums of pulls to the gradient of the mean
+FACTOR = tl.constexpr(0)  # from sums of pulls to the gradient of the mean: ``factors`` fills it
 SCALE = tl.constexpr(1)
 LIMIT = tl.constexpr(2)
 GRAD_SCALE = tl.constexpr(3)
 BOUND = tl.constexpr(4)
-NUMBERS = tl.constexpr(5)
+SQUARE = tl.constexpr(5)  # the kernel's knee, squared
+NUMBER = tl.constexpr(6)  # and its parameter
+CONSTANT = tl.constexpr(7)  # the energy of a neuron with its own mirror image
+NUMBERS = tl.constexpr(8)
 
 LARGEST = tl.constexpr(3.4028234663852886e38)  # of float32
 TINY = tl.constexpr(1.1754943508222875e-38)
@@ -127,7 +139,7 @@ def pair_slopes(
     x,
     inverse_norm,
     slopes,
-    near_tiles,
+    marks,
     energies,
     number,
     KERNEL: tl.constexpr,
@@ -141,7 +153,7 @@ def pair_slopes(
     """Slopes of the kernel for a tile of pairs on or above the diagonal, and their mirror image.
 
     Pairs too near (or too near to opposite) for float32 are held back: ``HELD`` stands in their
-    place, and the tile is marked.
+    place, and the tile and its mirror image are marked.
     """
     program = tl.program_id(0)
     group = groups + tl.load(tiles + 3 * program) * FIELDS
@@ -170,7 +182,10 @@ def pair_slopes(
         mirrored, mirrored_slope = KERNEL(4.0 - q, q, number)
         value, slope = value + mirrored, slope - mirrored_slope
     slope = tl.where(near, HELD, tl.where(counts, slope, 0.0))
-    tl.store(near_tiles + program, tl.max(tl.max(near.to(tl.int32), 1), 0))
+    is_marked = tl.max(tl.max(near.to(tl.int32), 1), 0)
+    own_marks = marks + tl.load(group + MARKS)
+    tl.store(own_marks + i * (tl.load(group + N_PAD) // TILE) + j, is_marked)
+    tl.store(own_marks + j * (tl.load(group + N_PAD) // TILE) + i, is_marked)
     if ENERGY:  # a zero row has cosine 0 with every row: it pulls on none, but would add a value
         norms = inverse_norm + tl.load(group + ROW)
         counts = (
