@@ -55,6 +55,7 @@ class Kept:
         self.ages: dict[str, int] = {}
         self.states: dict[str, Any] = {}
         self.means: dict[str, list[float]] = {}
+        self.limited = self.unlimited = 0  # rows
 
     def gradient(self, layer, x, computed):
         """The gradient (groups, n, d) of the mean over groups, as it was when it was last computed."""
@@ -90,7 +91,10 @@ class Kept:
             grad = grad * strength
             if self.limit is not None:
                 room = x.norm(dim=-1, keepdim=True) * self.limit / rates[id(moving[0])]
-                grad = grad * (room / grad.norm(dim=-1, keepdim=True)).clamp_max(1.0)
+                factor = room / grad.norm(dim=-1, keepdim=True)
+                self.limited += int((factor < 1).sum())
+                self.unlimited += int((factor > 1).sum())
+                grad = grad * factor.clamp_max(1.0)
             found.append((layer, rows, moving, grad))
         return found
 
@@ -231,7 +235,7 @@ CASES = {
     "Share": Case(
         settings={"coefficient": Share(0.3)}, strength=lambda *_: Share(0.3), modes=APART
     ),
-    "step limit": Case(settings={"coefficient": 3.0, "step_limit": 0.02}, strength=binding),
+    "step limit": Case(settings={"coefficient": 3.0, "step_limit": 0.0015}, strength=binding),
     "no step limit": Case(settings={"step_limit": None}),
     "one shape": Case(tower, tower_layers),
     "transposed": Case(images, image_layers),
@@ -328,6 +332,8 @@ def test_a_plain_loop_that_computes_the_same_layers_trains_the_same(case, mode):
     assert difference(run.net, net) < case.off
     assert difference(run.net, without) > 20 * case.off or case.dtype == torch.bfloat16
     assert counts[False] > 10 or not case.reuses
+    if case.strength is binding:
+        assert min(kept.limited, kept.unlimited) > 100
     for name, state in kept.states.items():
         mine = run.regularizer.state.measure_states.by_layer.get(name)
         assert (mine is None) == (state is None)

@@ -45,7 +45,7 @@ def in_parallel(net, way):
 
 
 def train(way, mode, make, settings):
-    """What each step computed, and the weights at the end; one rank asks for the state in between."""
+    """What each step computed, the weights at the end, and how gradients age; one rank asks for the state in between."""
     torch.manual_seed(0)
     net = make().double()
     model, is_apart = in_parallel(net, way)
@@ -73,7 +73,7 @@ def train(way, mode, make, settings):
         computed.append(set(regularizer.state.deltas.computed))
         if rank == 0 and step % 7 == 3:
             regularizer.state_dict()
-    return computed, ranks.whole(net, model)
+    return computed, ranks.whole(net, model), regularizer.state_dict()["reuse"]
 
 
 def train_alone(schedule, mode, make, layers, measure=HALF_SPACE, strength=0.05):
@@ -100,8 +100,9 @@ def pictures(net, measure):
 
 def check(way, mode, make=models.network, layers=pictures, **settings):
     ends = world(2).run(train, way, mode, make, settings)
-    schedule, weights = ends[0]
+    schedule, weights, reuse = ends[0]
     assert ends[1][0] == schedule
+    assert ends[1][2] == reuse
     for name, p in ends[1][1].items():
         assert torch.equal(p, weights[name])
     measure = settings.get("measure", HALF_SPACE)
