@@ -766,7 +766,7 @@ def test_measured_errors_are_within_the_tolerance(name, tolerance):
 
 
 class SaveOnce(pl.Callback):
-    """Saves a checkpoint after some batch, and notes what each later batch computed."""
+    """Saves a checkpoint after the epoch that ends with some batch, and notes what each later batch computed."""
 
     def __init__(self, ours, path=None, after=0):
         self.ours, self.path, self.after = ours, path, after
@@ -774,6 +774,8 @@ class SaveOnce(pl.Callback):
 
     def on_train_batch_end(self, trainer, pl_module, *_):
         self.computed[trainer.global_step] = set(self.ours.regularizer.state.deltas.computed)
+
+    def on_train_epoch_end(self, trainer, pl_module):
         if trainer.global_step == self.after and self.path is not None:
             trainer.save_checkpoint(self.path)
 
