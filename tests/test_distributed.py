@@ -236,6 +236,7 @@ class TwoOptimizers(Manual):
 LOOPS = {
     "a frozen layer": (Automatic, models.partly_frozen_network, ranks.sgd, {}),
     "two optimizers": (TwoOptimizers, models.network, None, {}),
+    "several strides": (Automatic, models.image_network, ranks.sgd, {}),
     "two evaluations a step": (Automatic, models.network, models.SharpnessAware, {}),
     "accumulation": (Automatic, models.network, ranks.sgd, {"accumulate_grad_batches": 2}),
     "float64": (Automatic, models.network, ranks.sgd, {"precision": "64-true"}),

@@ -279,11 +279,11 @@ class PlainUpdates:
             by_term.setdefault(term, []).append(update)
         add_all_pair_gradients(by_term)
         if from_ranks is not None:
-            outs = [update.out_entries for _, _, update in shared]
-            parts = [
-                grad.view(out.shape) for grad, out in zip(from_ranks.wait(), outs, strict=True)
-            ]
-            torch._foreach_add_(outs, parts)
+            outs, grads = [], []
+            for (_, _, update), grad in zip(shared, from_ranks.wait(), strict=True):
+                outs.append(update.out_entries)
+                grads.append(grad.view(update.out_entries.shape))
+            torch._foreach_add_(outs, grads)
 
 
 @dataclass(frozen=True)

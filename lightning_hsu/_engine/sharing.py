@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lightning_hsu._checks import listed
 from lightning_hsu._core import PairTerm, working_dtype
-from lightning_hsu._core.foreach import add_pair_gradients
+from lightning_hsu._core.foreach import add_all_pair_gradients
 from lightning_hsu._core.raw import RawGradients, RawPart
 from lightning_hsu._core.raw import raw_gradients as own_gradients
 from lightning_hsu._core.updates import GradientUpdate
@@ -153,9 +153,12 @@ def begin(jobs: Sequence[Job], compute: Compute, placement: Placement) -> Gradie
                 parcel.entries.zero_()
                 parcel.entries[-1] = 1.0
     waits = placement.send([Message(parcel.owner, parcel.entries) for parcel in parcels])
-    own = [i for i in range(len(jobs)) if i not in owners]
+    own = []
+    for i, job in enumerate(jobs):
+        if i not in owners:
+            own.append(i)
+            grads[i] = job.zeros()
     if own:
-        grads |= {i: jobs[i].zeros() for i in own}
         compute(own, [grads[i] for i in own])
     return Gradients([grads[i] for i in range(len(jobs))], parcels, waits, error)
 
@@ -176,8 +179,7 @@ def begin_plain(
         for i, out in zip(chosen, outs, strict=True):
             _, term, update = found[i]
             by_term.setdefault(term, []).append(_redirected(update, out, raw))
-        for term, updates in by_term.items():
-            add_pair_gradients(updates, term)
+        add_all_pair_gradients(by_term)
 
     return begin([Job(layer, update.w) for layer, _, update in found], compute, placement)
 
