@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, ClassVar
 from torch import Tensor
 
 from lightning_hsu._core.backend import Backend, LargestTwo
+from lightning_hsu._core.foreach import add_exactly
 from lightning_hsu._core.kernel import FORMULAS, PairTerm
 from lightning_hsu._core.near import NEAR
 from lightning_hsu._core.pairwise import too_steep
 from lightning_hsu._core.triton import machine
 from lightning_hsu._core.triton.self_check import SelfCheck
 from lightning_hsu._core.updates import GradientUpdate
-from lightning_hsu._core.without_sync import add_exactly
 
 if TYPE_CHECKING:
     from lightning_hsu._core.triton.launch import Coincident
