@@ -369,6 +369,8 @@ class HypersphericalUniformity(_trainer.EveryCallback):
         same_step = fit.open_step.is_counted(index)
         fit.open_step.count(index)
         fit.warnings.line_search(optimizer)
+        will_measure = self._will_measure(trainer)
+        self.regularizer.measures_next = will_measure
         if self.apply == "loss":
             self.regularizer.count_step(optimizer, index=index, same_step=same_step)
             return
@@ -376,7 +378,7 @@ class HypersphericalUniformity(_trainer.EveryCallback):
             optimizer,
             index=index,
             grad_scale=_trainer.remaining_scale(trainer, optimizer),
-            stats=self._will_measure(trainer),
+            stats=will_measure,
             same_step=same_step,
         )
 

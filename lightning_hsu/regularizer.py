@@ -37,6 +37,7 @@ from lightning_hsu._engine.stored import Dropped
 from lightning_hsu._engine.strength import LOOKED_AT
 from lightning_hsu._engine.warn import warn
 from lightning_hsu._monitor.measure import LayerUniformity, measure_layers
+from lightning_hsu._monitor.on_gpu import measure_on_gpu
 from lightning_hsu._monitor.summary import Summary
 from lightning_hsu._monitor.tables import summary_of
 from lightning_hsu._neurons.candidates import Candidates, Skip
@@ -200,6 +201,7 @@ class UniformityRegularizer:
         self._watched_since = 0
         self._saw_outputs = False
         self.checks_order = True  # of the calls in a loop; Lightning keeps its own
+        self.measures_next = False  # whether the layers are measured after the step under way
 
     @property
     def layers(self) -> list[Layer]:
@@ -641,7 +643,15 @@ class UniformityRegularizer:
         with self.gathered():
             self._follow()
             layers = [layer for layer in self.layers if layer.name not in but]
-            return measure_layers(layers, self.state.monitor_state)
+            attached = self._attached
+            known: dict[Layer, LayerUniformity] = {}
+            if attached is not None and attached.plan.plain:
+                first = attached.plan.plain[0].parameter
+                if first.is_cuda and attached.placement.keeps_whole:
+                    known = measure_on_gpu(layers, attached.plan, attached.ahead)
+            others = [layer for layer in layers if layer not in known]
+            measured = iter(measure_layers(others, self.state.monitor_state))
+            return [known[layer] if layer in known else next(measured) for layer in layers]
 
     def fingerprints(self, names: Collection[str]) -> dict[str, float]:
         """Numbers that show whether layers' weights have changed, by layer.
@@ -882,7 +892,13 @@ class UniformityRegularizer:
             return
         found = attached.plan.plain_of(held_by(optimizer))
         with self._products():
-            look_ahead(self.state.deltas, found, attached.ahead, attached.placement)
+            look_ahead(
+                self.state.deltas,
+                found,
+                attached.ahead,
+                attached.placement,
+                stats=self.measures_next,
+            )
 
     def _warn_of(self, alarm: str | None) -> None:
         """Warn, if there is anything to warn of."""

@@ -131,10 +131,15 @@ def add_without_sync(work: Work) -> None:
         add_batch(batch, begin_batch(batch))
 
 
-def begin_batch(batch: Batch) -> BatchGradient:
-    """Compute the gradients of a batch, and note for the next step which layers are crowded."""
+def begin_batch(batch: Batch, *, stats: bool = False) -> BatchGradient:
+    """Compute the gradients of a batch, and note for the next step which layers are crowded.
+
+    Args:
+        batch: The layers.
+        stats: Also compute what a logging step needs.
+    """
     with gradient_arithmetic(batch.updates[0].entries):
-        found = gradients_without_sync(batch)
+        found = gradients_without_sync(batch, stats=stats)
     _LATE.note(batch.work, batch.layout.pieces, found.pairs)
     return found
 

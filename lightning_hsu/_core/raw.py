@@ -25,6 +25,7 @@ from lightning_hsu._core.without_sync import (
     BatchGradient,
     add_batch,
     batches_of,
+    is_complete,
     unweighted,
 )
 
@@ -56,6 +57,10 @@ class RawGradients:
     def tensors(self) -> list[Tensor]:
         """The tensors that it holds."""
         return [self.grad, self.norm]
+
+    def numbers(self) -> GroupNumbers | None:
+        """None: on a CPU a logging step measures by itself."""
+        return None
 
     def only(self, places: Sequence[int]) -> list[RawPart]:
         """The same of some of the layers, by their places in the stack."""
@@ -106,6 +111,16 @@ class RawBatch:
         """The tensors that it holds."""
         return [self._found.grad, self._found.length, self._found.norm, self._found.scale]
 
+    def numbers(self) -> GroupNumbers | None:
+        """What a logging step needs of its layers; None if that was not asked for."""
+        stats = self._found.stats
+        if stats is None:
+            return None
+        columns = [stats.energy, stats.cosine, stats.live.double(), stats.finite.double()]
+        complete = is_complete(self._batch, self._found).double()
+        numbers = torch.stack([*columns, complete.expand_as(stats.energy)], dim=1)
+        return GroupNumbers(self.places, [one.size[0] for one in self._batch.updates], numbers)
+
     def copies(self) -> list[Tensor]:
         """The gradients (b, n, d) of the layers, in tensors of their own."""
         return unweighted(self._batch, self._found)
@@ -133,13 +148,46 @@ class RawBatch:
 RawPart = RawGradients | RawBatch
 
 
-def raw_gradients(work: Sequence[tuple[GradientUpdate, PairTerm]]) -> list[RawPart]:
+@dataclass(frozen=True, eq=False)
+class GroupNumbers:
+    """What a logging step needs to know of layers on a GPU.
+
+    Args:
+        places: Which of the layers these are.
+        groups: How many groups each of them has.
+        numbers: Of each group the mean energy, the largest cosine, how many rows take part, how many
+            are finite, and whether these are exact (1) or not (0): float64, shape (groups, 5).
+    """
+
+    places: list[int]
+    groups: list[int]
+    numbers: Tensor
+
+
+def group_numbers(work: Sequence[tuple[GradientUpdate, PairTerm]]) -> list[GroupNumbers]:
+    """What a logging step needs of layers, as far as they are computed as layers on a GPU are."""
+    on_gpu = [place for place, (update, term) in enumerate(work) if avoids_sync(update, term)]
+    if not on_gpu:
+        return []
+    found = []
+    with torch.no_grad():
+        for raw in _in_batches(_neutral(work), on_gpu, stats=True):
+            numbers = raw.numbers()
+            if numbers is not None:
+                found.append(numbers)
+    return found
+
+
+def raw_gradients(
+    work: Sequence[tuple[GradientUpdate, PairTerm]], *, stats: bool = False
+) -> list[RawPart]:
     """The gradients of layers; what the updates say of scales, limits and targets is not used.
 
     Args:
         work: The layers, with their kernels.
+        stats: Also compute, of layers on a GPU, what a logging step needs.
     """
-    neutral = [(GradientUpdate(u.entries, u.entries, 1.0, shape=u.shape), term) for u, term in work]
+    neutral = _neutral(work)
     backend = active()
     found: list[RawPart] = []
     with torch.no_grad():
@@ -153,7 +201,18 @@ def raw_gradients(work: Sequence[tuple[GradientUpdate, PairTerm]]) -> list[RawPa
             else:
                 found += _in_stacks([(place, neutral[place][0]) for place in members], term)
         if on_gpu:
-            found += _in_batches(neutral, on_gpu)
+            found += _in_batches(neutral, on_gpu, stats=stats)
+    return found
+
+
+def _neutral(
+    work: Sequence[tuple[GradientUpdate, PairTerm]],
+) -> list[tuple[GradientUpdate, PairTerm]]:
+    """The same layers with updates that only tell the neurons."""
+    found = []
+    for update, term in work:
+        alone = GradientUpdate(update.entries, update.entries, 1.0, shape=update.shape)
+        found.append((alone, term))
     return found
 
 
@@ -170,7 +229,7 @@ def _in_stacks(
 
 
 def _in_batches(
-    work: Sequence[tuple[GradientUpdate, PairTerm]], chosen: Sequence[int]
+    work: Sequence[tuple[GradientUpdate, PairTerm]], chosen: Sequence[int], *, stats: bool
 ) -> Iterator[RawPart]:
     """The gradients of layers on a GPU, without synchronisation but for crowded layers."""
     place_of = {id(work[place][0]): place for place in chosen}
@@ -178,9 +237,8 @@ def _in_batches(
     if crowded:
         yield from _through_buffers(work, [place_of[id(update)] for update, _ in crowded])
     for batch in batches_of(calm):
-        yield RawBatch(
-            [place_of[id(update)] for update in batch.updates], batch, begin_batch(batch)
-        )
+        places = [place_of[id(update)] for update in batch.updates]
+        yield RawBatch(places, batch, begin_batch(batch, stats=stats))
 
 
 def _alone(place: int, grad: Tensor, update: GradientUpdate) -> RawGradients:

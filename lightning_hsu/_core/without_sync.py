@@ -466,7 +466,8 @@ def _constants(layout: Layout, terms: tuple[PairTerm, ...]) -> Tensor:
     found = []
     for term in terms:
         found.append([_at_right_angles(term), term.constant(1.0)])
-    return torch.tensor(found, dtype=torch.float64, device=layout.kinds.device)[layout.kinds].mT
+    numbers = torch.tensor(found, dtype=torch.float64)
+    return numbers.to(layout.kinds.device, non_blocking=True)[layout.kinds].mT
 
 
 def _minimised(batch: Batch, scale: Tensor, energy: Tensor) -> Tensor:

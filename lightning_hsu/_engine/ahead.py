@@ -11,6 +11,7 @@ later: the layer is then left to the time before the step, with a warning.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass
 
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lightning_hsu._checks import listed
-from lightning_hsu._core.raw import RawPart
+from lightning_hsu._core.raw import GroupNumbers, RawPart
 from lightning_hsu._core.updates import GradientUpdate
 from lightning_hsu._engine.late import (
     LateNumbers,
@@ -42,6 +43,7 @@ class _Begun:
         layers: Their layers, in the order of the stack.
         tokens: The states of these layers' weights.
         norms: The norms of these weights, shape (k,).
+        numbers: What a logging step needs, if that was asked for.
         work: When it is done.
     """
 
@@ -49,6 +51,7 @@ class _Begun:
     layers: list[Layer]
     tokens: list[object]
     norms: Tensor
+    numbers: GroupNumbers | None
     work: SideWork
 
 
@@ -68,10 +71,17 @@ class Ahead:
         self._checks: list[tuple[LateNumbers, list[Layer]]] = []
         self._unseen: set[str] = set()  # layers whose weights change without torch's counting it
 
-    def begin(self, found: Iterable[PlainUpdate], placement: Placement) -> None:
+    def begin(
+        self, found: Iterable[PlainUpdate], placement: Placement, *, stats: bool = False
+    ) -> None:
         """Begin to compute the gradients of these layers, anew if that was begun before.
 
         Where ranks compute layers for one another, this is a collective call.
+
+        Args:
+            found: The layers.
+            placement: How their weights are placed over the ranks.
+            stats: Also compute what a logging step needs of layers on a GPU.
         """
         found = list(found)
         self._take_out({layer for layer, _, _ in found})
@@ -86,11 +96,13 @@ class Ahead:
                 updates = [update for _, _, update in members]
                 for update in updates:
                     keep_for_side(update.entries)
-                for raw in raw_gradients(members, placement):
+                for raw in raw_gradients(members, placement, stats=stats):
                     layers = [members[place][0] for place in raw.places]
                     norms = _norms([updates[place] for place in raw.places])
                     tokens = [token_of(layer) for layer in layers]
-                    self.begun.append(_Begun(raw, layers, tokens, norms, SideWork(device)))
+                    numbers = raw.numbers()
+                    work = SideWork(device)
+                    self.begun.append(_Begun(raw, layers, tokens, norms, numbers, work))
 
     def take(self, found: Sequence[PlainUpdate]) -> list[tuple[RawPart, list[Layer]]]:
         """The gradients of those of these layers for which they are still right, with the layers."""
@@ -110,6 +122,18 @@ class Ahead:
         for raw, layers in self.take(found):
             raw.add_to([left.pop(layer)[2] for layer in layers])
         return list(left.values())
+
+    def numbers(self, layers: set[Layer]) -> list[tuple[GroupNumbers, list[Layer]]]:
+        """What a logging step needs of stacks of layers of which the weights are still the same."""
+        found = []
+        for begun in self.begun:
+            if begun.numbers is None or not layers.issuperset(begun.layers):
+                continue
+            if [token_of(layer) for layer in begun.layers] == begun.tokens:
+                begun.work.wait()
+                keep_for_current(begun.numbers.numbers)
+                found.append((begun.numbers, begun.layers))
+        return found
 
     def drop(self) -> None:
         """Drop what has been begun."""
@@ -152,16 +176,15 @@ class Ahead:
 
     def _check(self, begun: _Begun, updates: Sequence[GradientUpdate]) -> None:
         """Compare the weights of layers with what they were, without waiting for the answer."""
-        before = begun.norms
-        changed = (before != _norms(updates)) & (before == before)  # NaN stays NaN
-        self._checks.append((LateNumbers(changed.float()), begun.layers))
+        changes = LateNumbers(begun.norms - _norms(updates))
+        self._checks.append((changes, begun.layers))
 
     def _look_at_checks(self) -> None:
         """Leave out layers whose weights have changed although torch counts no change."""
         named = []
         for numbers, layers in self._checks:
-            for changed, layer in zip(numbers.read(), layers, strict=True):
-                if changed:
+            for change, layer in zip(numbers.read(), layers, strict=True):
+                if change != 0 and not math.isnan(change):  # NaN stays NaN
                     self._unseen.add(layer.name)
                     named.append(f"'{layer.name}' {layer.target.shape}")
         self._checks = []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -94,17 +94,22 @@ class _Member:
 
 @dataclass(eq=False)
 class _Stack:
-    """Members of one shape, and their buffers as one tensor (k, *shape of the entries)."""
+    """Members of one dimension, dtype and device, and their buffers as one tensor (rows, d)."""
 
     members: list[_Member] = field(default_factory=list)
     buffer: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    @property
+    def rows(self) -> list[int]:
+        """How many rows each member has."""
+        return [member.update.size[:-1].numel() for member in self.members]
 
 
 class BufferedUpdates:
     """Updates whose gradients stay apart from the task's.
 
     A buffer gets what ``.grad`` would get, by the same arithmetic: a step changes the weights
-    bitwise the same with statistics and without. Layers of one shape are looked at together.
+    bitwise the same with statistics and without. Layers are looked at together.
     """
 
     def __init__(self) -> None:
@@ -114,18 +119,19 @@ class BufferedUpdates:
     def take(self, name: str, update: GradientUpdate, rate: Rate) -> None:
         """Let an update of a layer go through a buffer, once :meth:`begin` is called."""
         w = update.entries
-        kind = (update.shape, w.shape, w.dtype, w.device)
         member = _Member(name, update, update.out_entries, rate)
-        self._stacks.setdefault(kind, _Stack()).members.append(member)
+        key = (update.size[-1], w.dtype, w.device)
+        self._stacks.setdefault(key, _Stack()).members.append(member)
 
     def begin(self) -> None:
         """Make the buffers; what the updates add goes into them from now on."""
         for stack in self._stacks.values():
             w = stack.members[0].update.entries
-            size = (len(stack.members), *w.shape)
+            size = (sum(stack.rows), stack.members[0].update.size[-1])
             stack.buffer = torch.zeros(size, dtype=working_dtype(w.dtype), device=w.device)
-            for member, part in zip(stack.members, stack.buffer.unbind(), strict=True):
-                member.update.out_entries = part
+            parts = torch.split(stack.buffer, stack.rows)
+            for member, part in zip(stack.members, parts, strict=True):
+                member.update.out_entries = part.view(member.update.entries.shape)
 
     def note_kept(self, name: str, grad: Tensor, scale: float) -> None:
         """Note that a layer's buffer is a scale times a kept gradient (groups, n, d).
@@ -136,29 +142,31 @@ class BufferedUpdates:
 
     def add(self) -> None:
         """Add the buffers to the task's gradients."""
-        for stack in self._stacks.values():
-            outs, parts = [], []
-            for member, part in zip(stack.members, stack.buffer.unbind(), strict=True):
-                if member.name not in self._kept:
-                    outs.append(member.grad)
-                    parts.append(part)
-                    continue
+        outs: dict[torch.device, list[Tensor]] = {}
+        parts: dict[torch.device, list[Tensor]] = {}
+        for member in self._members():
+            if member.name in self._kept:
                 grad, scale = self._kept[member.name]
                 torch._foreach_add_([member.grad], [grad.view(member.grad.shape)], alpha=scale)
-            if outs:
-                torch._foreach_add_(outs, parts)
+                continue
+            device = member.grad.device
+            outs.setdefault(device, []).append(member.grad)
+            parts.setdefault(device, []).append(member.update.out_entries)
+        for device, grads in outs.items():
+            torch._foreach_add_(grads, parts[device])
 
     def move(self) -> None:
         """Move the neurons against the buffers along the sphere, keeping their norms."""
-        for stack in self._stacks.values():
-            alike: dict[object, list[_Member]] = {}
-            for member in stack.members:
-                rate = id(member.rate) if isinstance(member.rate, Tensor) else member.rate
-                alike.setdefault(rate, []).append(member)
-            count = max(1, SMALL // max(1, stack.buffer[0].numel()))
-            for members in alike.values():
-                for some in chunks(members, count):
-                    _move(some)
+        alike: dict[object, list[_Member]] = {}
+        for member in self._members():
+            w = member.update.entries
+            rate = id(member.rate) if isinstance(member.rate, Tensor) else member.rate
+            key = (member.update.shape, w.shape, w.dtype, w.device, rate)
+            alike.setdefault(key, []).append(member)
+        for members in alike.values():
+            count = max(1, SMALL // max(1, members[0].update.entries.numel()))
+            for some in chunks(members, count):
+                _move(some)
 
     def stats(self) -> dict[str, GradientStats]:
         """Describe what the buffers hold, by layer."""
@@ -169,6 +177,11 @@ class BufferedUpdates:
         for stacks in by_device.values():
             found |= _stats(stacks)
         return found
+
+    def _members(self) -> Iterator[_Member]:
+        """All of them."""
+        for stack in self._stacks.values():
+            yield from stack.members
 
 
 def _move(members: Sequence[_Member]) -> None:
@@ -183,18 +196,23 @@ def _move(members: Sequence[_Member]) -> None:
 
 def _stats(stacks: Sequence[_Stack]) -> dict[str, GradientStats]:
     """Describe the buffers of one device in few calls, whose number does not grow with the layers."""
-    members = [member for stack in stacks for member in stack.members]
-    lengths = []  # of the rows, layer by layer
-    norms = []  # of their neurons
-    tasks = []
+    members: list[_Member] = []
+    lengths: list[Tensor] = []  # of the rows, layer by layer
+    norms: list[Tensor] = []  # of their neurons
+    grads: dict[torch.dtype, list[Tensor]] = {}
     for stack in stacks:
-        w = stack_neurons([member.update for member in stack.members])
-        rows = (len(stack.members), -1)
-        added = stack.buffer.view(w.shape)
-        lengths += torch.linalg.vector_norm(added, dim=-1).view(rows).unbind()
-        norms += torch.linalg.vector_norm(w, dim=-1).view(rows).unbind()
-        grads = [member.grad for member in stack.members]
-        tasks += _norms(grads, stack.buffer.dtype)
+        members += stack.members
+        w = torch.empty_like(stack.buffer)
+        entries, parts = [], []
+        for member, part in zip(stack.members, torch.split(w, stack.rows), strict=True):
+            entries.append(member.update.entries.detach())
+            parts.append(part.view(entries[-1].shape))
+            grads.setdefault(w.dtype, []).append(member.grad)
+        torch._foreach_copy_(parts, entries)
+        lengths += torch.split(torch.linalg.vector_norm(stack.buffer, dim=-1), stack.rows)
+        norms += torch.split(torch.linalg.vector_norm(w, dim=-1), stack.rows)
+    norms_of = {dtype: iter(_norms(some, dtype)) for dtype, some in grads.items()}
+    tasks = [next(norms_of[length.dtype]) for length in lengths]
     totals = torch._foreach_norm(lengths)
     sizes = [len(length) for length in lengths]
     thresholds = torch._foreach_mul(tasks, [STRONG / math.sqrt(size) for size in sizes])
@@ -245,6 +263,5 @@ def _count(mask: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ...]:
 
 def _norms(grads: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     """Norms of gradients, accumulated in a wider dtype."""
-    if grads[0].dtype != dtype:
-        grads = [grad.to(dtype) for grad in grads]
-    return list(torch._foreach_norm(list(grads)))
+    wide = [grad.to(dtype) for grad in grads]
+    return list(torch._foreach_norm(wide))

@@ -85,7 +85,12 @@ def _keep_and_add(
 
 
 def look_ahead(
-    deltas: Deltas, found: Sequence[PlainUpdate], ahead: Ahead, placement: Placement
+    deltas: Deltas,
+    found: Sequence[PlainUpdate],
+    ahead: Ahead,
+    placement: Placement,
+    *,
+    stats: bool,
 ) -> None:
     """After a step, begin what the next one needs of these layers.
 
@@ -96,9 +101,10 @@ def look_ahead(
         found: The layers, with the kernels of their measures and updates of their neurons.
         ahead: Where to begin.
         placement: How the weights are placed over the ranks.
+        stats: Also begin what a logging step needs.
     """
     if not deltas:
-        ahead.begin(found, placement)
+        ahead.begin(found, placement, stats=stats)
         return
     deltas.settle()
     due, uses = [], []

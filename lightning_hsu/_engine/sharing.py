@@ -185,7 +185,11 @@ def begin_plain(
 
 
 def raw_gradients(
-    found: Sequence[PlainUpdate], placement: Placement, *, alone: Collection[Layer] = ()
+    found: Sequence[PlainUpdate],
+    placement: Placement,
+    *,
+    alone: Collection[Layer] = (),
+    stats: bool = False,
 ) -> list[RawPart]:
     """The gradients of plain layers by themselves. A collective call if ranks share work.
 
@@ -195,6 +199,7 @@ def raw_gradients(
         found: The layers, which but for those of ``alone`` are the same on all ranks.
         placement: How their weights are placed over the ranks.
         alone: Layers that each rank computes by itself.
+        stats: Also compute, of layers on a GPU that ranks do not share, what a logging step needs.
     """
     shared = []
     for i, (layer, _, _) in enumerate(found):
@@ -203,7 +208,7 @@ def raw_gradients(
     from_ranks = begin_plain([found[i] for i in shared], placement, raw=True)
     others = set(shared)
     own = [i for i in range(len(found)) if i not in others]
-    grads = own_gradients([(found[i][2], found[i][1]) for i in own])
+    grads = own_gradients([(found[i][2], found[i][1]) for i in own], stats=stats)
     for raw in grads:
         raw.places = [own[place] for place in raw.places]
     for i, grad in zip(shared, from_ranks.wait(), strict=True):

@@ -116,13 +116,7 @@ def measure_neurons(
     values = torch.stack([penalty, energy, angle])
     numbers = torch.cat([values, _count(x).double()]).tolist()
     fewest, alive, dead, nonfinite = map(int, numbers[3:])
-
-    ratio = math.nan
-    energy_score = math.nan
-    if fewest > 1:
-        each = round(alive / groups)
-        ratio = float(measure.ratio(energy, random_level(measure, each, d)))
-        energy_score = float(score(measure, energy, each, d))
+    ratio, energy_score = _beside_random(measure, energy, fewest, round(alive / groups), d)
     return LayerUniformity(
         name=name,
         groups=groups,
@@ -139,6 +133,64 @@ def measure_neurons(
         standard_error=float(torch.linalg.vector_norm(errors[0])) / groups,
         gradient_error=float(errors[1].square().mean().sqrt()),
     )
+
+
+def uniformity_of_groups(layer: Layer, groups: Sequence[Sequence[float]]) -> LayerUniformity:
+    """One layer from numbers of its groups.
+
+    Args:
+        layer: The layer, whose measure is a mean over pairs.
+        groups: Of each group the mean energy, the largest cosine (in half space the largest
+            absolute one), how many neurons take part and how many are finite.
+    """
+    measure = layer.measure
+    _, n, d = layer.target.shape
+    term = measure.pair_term()
+    assert term is not None
+    energies = torch.tensor([row[0] for row in groups], dtype=torch.float64)
+    penalties = energies
+    if term.logarithm:
+        penalties = torch.where(energies > 0, energies, 1.0).log()
+    penalty = penalties.mean()
+    energy = measure.natural(penalties).mean()
+    live = [int(row[2]) for row in groups]
+    finite = [int(row[3]) for row in groups]
+    cosine = min(max(row[1] for row in groups), 1.0)
+    alive = sum(live)
+    ratio, energy_score = _beside_random(measure, energy, min(live), round(alive / len(groups)), d)
+    found = LayerUniformity(
+        name=layer.target.name,
+        groups=len(groups),
+        neurons=n,
+        dimension=d,
+        energy=float(energy),
+        penalty=float(penalty),
+        ratio=ratio,
+        score=energy_score,
+        min_angle=math.degrees(math.acos(max(cosine, -1.0))),
+        dead=sum(finite) - alive,
+        nonfinite=n * len(groups) - sum(finite),
+        exact=True,
+    )
+    return found.unless_broken()
+
+
+def _beside_random(
+    measure: Measure, energy: Tensor, fewest: int, each: int, d: int
+) -> tuple[float, float]:
+    """The ratio and the score of a layer; NaN with fewer than two live neurons in a group.
+
+    Args:
+        measure: The measure.
+        energy: Its natural value.
+        fewest: The fewest live neurons of a group.
+        each: Live neurons of a group on average.
+        d: Their dimension.
+    """
+    if fewest <= 1:
+        return math.nan, math.nan
+    ratio = float(measure.ratio(energy, random_level(measure, each, d)))
+    return ratio, float(score(measure, energy, each, d))
 
 
 def _min_angle(parts: Sequence[Tensor], half_space: bool) -> Tensor:

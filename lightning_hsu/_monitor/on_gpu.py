@@ -1,0 +1,64 @@
+"""Measurements of layers on a GPU, from the pass that computes their gradients, in one question."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_hsu._core.raw import GroupNumbers, group_numbers
+from lightning_hsu._engine.ahead import Ahead
+from lightning_hsu._engine.layer import Layer
+from lightning_hsu._engine.plan import Plan
+from lightning_hsu._monitor.measure import LayerUniformity, uniformity_of_groups
+
+
+def measure_on_gpu(
+    layers: Sequence[Layer], plan: Plan, ahead: Ahead
+) -> dict[Layer, LayerUniformity]:
+    """Measure the plain layers on a GPU; the host waits once.
+
+    What was begun after the last step is used, where the weights are still the same. Layers with
+    coincident neurons, or very many near pairs, are left out.
+
+    Args:
+        layers: The layers to measure.
+        plan: The plan of the model's steps.
+        ahead: What was begun after the last step.
+    """
+    wanted = set(layers)
+    stacks = ahead.numbers(wanted)
+    known = {layer for _, some in stacks for layer in some}
+    work = []
+    left = []
+    for plain in plan.plain:
+        if plain.layer in wanted and plain.layer not in known:
+            work.append((plain.reading(), plain.term))
+            left.append(plain.layer)
+    for numbers in group_numbers(work):
+        stacks.append((numbers, [left[place] for place in numbers.places]))
+    if not stacks:
+        return {}
+    found: dict[Layer, LayerUniformity] = {}
+    for layer, groups in _read(stacks).items():
+        if all(exact for *_, exact in groups):
+            found[layer] = uniformity_of_groups(layer, [numbers[:4] for numbers in groups])
+    return found
+
+
+def _read(
+    stacks: Sequence[tuple[GroupNumbers, list[Layer]]],
+) -> dict[Layer, list[list[float]]]:
+    """The numbers of each layer's groups, in one question to each device."""
+    by_device: dict[torch.device, list[tuple[GroupNumbers, list[Layer]]]] = {}
+    for stack in stacks:
+        by_device.setdefault(stack[0].numbers.device, []).append(stack)
+    found: dict[Layer, list[list[float]]] = {}
+    for some in by_device.values():
+        tensors: list[Tensor] = [numbers.numbers for numbers, _ in some]
+        rows = iter(torch.cat(tensors).tolist())
+        for numbers, layers in some:
+            for layer, count in zip(layers, numbers.groups, strict=True):
+                found[layer] = [next(rows) for _ in range(count)]
+    return found
