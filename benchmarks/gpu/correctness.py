@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from unittest.mock import patch
 
@@ -15,6 +15,7 @@ from benchmarks.gpu.runner import Report
 from lightning_hsu import UniformityRegularizer
 from lightning_hsu._core import PairTerm, oracle_energy
 from lightning_hsu._core import backend as backends
+from lightning_hsu._core.foreach import add_all_pair_gradients
 from lightning_hsu._core.topk import largest_two
 from lightning_hsu._core.updates import GradientUpdate
 from lightning_hsu.measures import GaussianPotential, RieszEnergy
@@ -202,7 +203,7 @@ def add_gradients(layers: Sequence[nn.Module], case: Case, measure: PairwiseMeas
     """Let the engine add the penalty to gradients of zero.
 
     Returns:
-        How many layers the back end has been given; others went a slower way.
+        How many layers go the short way and are taken by the back end.
     """
     model = nn.Sequential(*layers)
     for p in model.parameters():
@@ -217,15 +218,17 @@ def add_gradients(layers: Sequence[nn.Module], case: Case, measure: PairwiseMeas
     ).attach(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=rate, foreach=True)
     backend = backends.active()
-    given: list[object] = []
+    taken = 0
 
-    def noted(updates: Sequence[GradientUpdate], term: PairTerm) -> None:
-        given.extend(updates)
-        type(backend).add_pair_gradients(backend, updates, term)
+    def noted(by_term: Mapping[PairTerm, Sequence[GradientUpdate]]) -> None:
+        nonlocal taken
+        for term, updates in by_term.items():
+            taken += sum(backend.takes_update(update, term) for update in updates)
+        add_all_pair_gradients(by_term)
 
-    with patch.object(backend, "add_pair_gradients", noted):
+    with patch("lightning_hsu._engine.plan.add_all_pair_gradients", noted):
         regularizer.add_gradients(optimizer)
-    return len(given)
+    return taken
 
 
 def expected_gradient(w: Tensor, case: Case, measure: PairwiseMeasure) -> Tensor:
