@@ -35,6 +35,9 @@ _PANEL_ENTRIES = 2**27
 _STACK_ENTRIES = 2**27
 """Entries of the layers computed together, which are held three times."""
 
+_BATCHES = 16
+"""Batches of a model that is large: a part of it takes little memory beside its weights."""
+
 _NEAREST_COSINE = 1.0 - NEAR / 2.0
 
 
@@ -46,11 +49,13 @@ class Batch:
         updates: The layers, sorted by dimension, number of neurons and kernel.
         terms: The kernels.
         kinds: Which of them each layer has.
+        gram: Gram entries computed together.
     """
 
     updates: list[GradientUpdate]
     terms: tuple[PairTerm, ...]
     kinds: list[int]
+    gram: int
 
     @property
     def work(self) -> list[tuple[GradientUpdate, PairTerm]]:
@@ -66,7 +71,7 @@ class Batch:
             b, n, d = update.size
             shapes.append((kind, b, n, d))
         halves = tuple(term.half_space for term in self.terms)
-        return layout_of(tuple(shapes), halves, _PANEL_ENTRIES, self.updates[0].entries.device)
+        return layout_of(tuple(shapes), halves, self.gram, self.updates[0].entries.device)
 
 
 class GroupStats(NamedTuple):
@@ -135,13 +140,15 @@ def batches_of(work: Iterable[tuple[GradientUpdate, PairTerm]]) -> list[Batch]:
         kinds = {term: kind for kind, term in enumerate(terms)}
         numbered = [(update, kinds[term]) for update, term in members]
         numbered.sort(key=_by_shape)
-        for some in _that_fit(numbered):
+        room = _room(numbered)
+        for some in _that_fit(numbered, room):
             used = sorted({kind for _, kind in some})
             batches.append(
                 Batch(
                     [update for update, _ in some],
                     tuple(terms[kind] for kind in used),
                     [used.index(kind) for _, kind in some],
+                    room[0],
                 )
             )
     return batches
@@ -153,8 +160,17 @@ def _by_shape(one: tuple[GradientUpdate, int]) -> tuple[int, int, int]:
     return d, n, kind
 
 
+def _room(layers: Sequence[tuple[GradientUpdate, int]]) -> tuple[int, int]:
+    """Gram entries, and entries of layers, that are computed together."""
+    gram = entries = 0
+    for update, _ in layers:
+        gram += update.size[0] * triangle(update.size[1])
+        entries += update.size.numel()
+    return max(_PANEL_ENTRIES, gram // _BATCHES), max(_STACK_ENTRIES, entries // _BATCHES)
+
+
 def _that_fit(
-    layers: Sequence[tuple[GradientUpdate, int]],
+    layers: Sequence[tuple[GradientUpdate, int]], room: tuple[int, int]
 ) -> list[list[tuple[GradientUpdate, int]]]:
     """Divide layers into runs that fit in memory."""
     runs: list[list[tuple[GradientUpdate, int]]] = []
@@ -164,7 +180,7 @@ def _that_fit(
         own = shape[0] * triangle(shape[1])
         gram += own
         entries += shape.numel()
-        if not runs or gram > _PANEL_ENTRIES or entries > _STACK_ENTRIES:
+        if not runs or gram > room[0] or entries > room[1]:
             runs.append([])
             gram, entries = own, shape.numel()
         runs[-1].append(one)
