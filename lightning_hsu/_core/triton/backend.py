@@ -56,7 +56,6 @@ class TritonBackend(Backend):
         Coincident neurons have no direction between them, and the kernels leave them where they
         are. Layers that had some the last time are computed by torch, which parts them.
         """
-        from lightning_hsu._core.foreach import add_exactly
         from lightning_hsu._core.triton import launch
 
         key = (term, tuple(update.entries.data_ptr() for update in updates))
