@@ -248,8 +248,10 @@ def test_a_crowded_layer_goes_the_exact_way_until_it_is_no_longer_so(monkeypatch
     spread = ws[0].clone()
     ws[0] += 30.0 * ws[0][:, :1]
     way = OnlyOneWay(monkeypatch)
-    way.step(ws, term)
+    first = way.step(ws, term)
     assert way.exact == 0
+    assert all(out.isfinite().all() for out in first)
+    assert float(first[0].norm()) < float(pair_energy(ws[0], term)[1].norm())  # too gentle, once
     for _ in range(2):
         found = way.step(ws, term)
         assert way.exact == 1

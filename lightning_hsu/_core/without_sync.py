@@ -8,8 +8,8 @@ are redone in float64 within the pass (repair.py). Layers of all shapes and kern
 Two things are left to the host, which reads of them one step later (late.py), when the answer has
 long been there: coincident neurons, which have no direction between them, and more near pairs than
 the repair has room for. Layers that have them take the exact way from the next step on. In the step
-before, coincident neurons do not push each other, and a near pair without room pulls with no force;
-the gradient is finite.
+before, coincident neurons do not push each other, and a near pair without room pulls as one at the
+squared chord ``NEAR`` does; the gradient is finite.
 """
 
 from __future__ import annotations
