@@ -9,23 +9,22 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_hsu._core import (
     backend,
+    batches,
     foreach,
     layout,
     pair_energy,
     pairwise,
     repair,
     smallest_angle,
-    without_sync,
 )
+from lightning_hsu._core.batches import batches_of, layer_parts
 from lightning_hsu._core.foreach import TorchBackend, add_pair_gradients
 from lightning_hsu._core.late import LateAnswers
 from lightning_hsu._core.pairwise import PANEL, small_pair_gradient
 from lightning_hsu._core.updates import GradientUpdate, shortening
 from lightning_hsu._core.without_sync import (
     _at_right_angles,
-    _parts,
     add_batch,
-    batches_of,
     gradients_without_sync,
 )
 from lightning_hsu.measures import GaussianPotential, RieszEnergy
@@ -72,7 +71,7 @@ def error(found, exact):
 @pytest.mark.parametrize("measure", KERNELS, ids=repr)
 @pytest.mark.parametrize("entries", [2**26, 2**13])  # whole, and in pieces
 def test_equal_to_the_exact_ones(measure, entries, monkeypatch):
-    monkeypatch.setattr(without_sync, "_PANEL_ENTRIES", entries)
+    monkeypatch.setattr(batches, "_PANEL_ENTRIES", entries)
     for dtype, bound in ((torch.float32, 2e-6), (torch.float64, 1e-12)):
         shapes = [(1, 2, 8), (3, 65, 40), (2, 130, 64), (1, 600, 16)]
         ws, term = [3.0 * neurons(*shape, dtype=dtype) for shape in shapes], measure.pair_term()
@@ -153,7 +152,7 @@ def test_value_and_gradient_come_from_one_pass_on_a_gpu(measure, trouble, monkey
 
     monkeypatch.setattr(pairwise, "takes_one_pass", lambda w, term: True)
     monkeypatch.setattr(pairwise, "gradients_without_sync", noted)
-    monkeypatch.setattr(without_sync, "_STACK_ENTRIES", 2 * 70 * 16)
+    monkeypatch.setattr(batches, "_STACK_ENTRIES", 2 * 70 * 16)
     found = pair_energy(w, term)
     assert len(passes) == 3
     torch.testing.assert_close(found[0], expected[0], rtol=2e-6, atol=1e-7)
@@ -173,7 +172,7 @@ def test_what_a_logging_step_needs_comes_from_the_same_pass(measure, entries, mo
     terms = [measure.pair_term()] * 3 + [other]
     updates = [GradientUpdate(w, torch.zeros_like(w), 1.0) for w in ws]
     (batch,) = batches_of(zip(updates, terms, strict=True))
-    monkeypatch.setattr(without_sync, "_PANEL_ENTRIES", entries)
+    monkeypatch.setattr(batches, "_PANEL_ENTRIES", entries)
     plain, found = gradients_without_sync(batch), gradients_without_sync(batch, stats=True)
     stop = 0
     for update, term in batch.work:
@@ -187,7 +186,7 @@ def test_what_a_logging_step_needs_comes_from_the_same_pass(measure, entries, mo
         finite = update.w.isfinite().all(-1)
         assert found.stats.dead[own].tolist() == (finite & ~usable).sum(-1).tolist()
         assert found.stats.non_finite[own].tolist() == (~finite).sum(-1).tolist()
-    for a, b in zip(_parts(batch, plain.grad), _parts(batch, found.grad), strict=True):
+    for a, b in zip(layer_parts(batch, plain.grad), layer_parts(batch, found.grad), strict=True):
         assert torch.equal(a, b)
 
 
@@ -336,7 +335,7 @@ def same(first, second):
 def test_what_waits_for_no_answer_adds_the_same(measure, large, monkeypatch):
     exact = added(measure)
     monkeypatch.setattr(foreach, "avoids_sync", lambda update, term: update.size[1] > 1)
-    monkeypatch.setattr(without_sync, "_STACK_ENTRIES", large)
+    monkeypatch.setattr(batches, "_STACK_ENTRIES", large)
     same(added(measure), exact)
 
 

@@ -10,15 +10,14 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from lightning_hsu._core.backend import VARIABLE, Backend
+from lightning_hsu._core.batches import Batch, batches_of
 from lightning_hsu._core.foreach import add_and_note, without_crowded
 from lightning_hsu._core.kernel import PairTerm
 from lightning_hsu._core.pairwise import avoids_sync
 from lightning_hsu._core.precision import bf16_allowed, gradient_arithmetic
 from lightning_hsu._core.updates import GradientUpdate
 from lightning_hsu._core.without_sync import (
-    Batch,
     BatchGradient,
-    batches_of,
     gradients_without_sync,
 )
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_hsu._core.backend import Backend, active
+from lightning_hsu._core.batches import Batch, batches_of
 from lightning_hsu._core.kernel import PairTerm
 from lightning_hsu._core.late import LateAnswers
 from lightning_hsu._core.pairwise import avoids_sync, pair_energy, small_pair_gradient
@@ -22,10 +23,8 @@ from lightning_hsu._core.updates import (
     stack_neurons,
 )
 from lightning_hsu._core.without_sync import (
-    Batch,
     BatchGradient,
     add_batch,
-    batches_of,
     gradients_without_sync,
 )
 

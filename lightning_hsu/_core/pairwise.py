@@ -20,6 +20,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from lightning_hsu._core.batches import batches_of, groups_that_fit
 from lightning_hsu._core.bf16 import kind_of_sums
 from lightning_hsu._core.kernel import PairTerm, softened_at
 from lightning_hsu._core.near import NEAR
@@ -34,9 +35,7 @@ from lightning_hsu._core.sums import PairSums
 from lightning_hsu._core.updates import GradientUpdate
 from lightning_hsu._core.without_sync import (
     add_batch,
-    batches_of,
     gradients_without_sync,
-    groups_that_fit,
     is_complete,
 )
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_hsu._core.backend import active
+from lightning_hsu._core.batches import Batch, batches_of
 from lightning_hsu._core.foreach import (
     TorchBackend,
     add_pair_gradients,
@@ -21,10 +22,8 @@ from lightning_hsu._core.kernel import PairTerm
 from lightning_hsu._core.pairwise import avoids_sync
 from lightning_hsu._core.updates import GradientUpdate, add_to_layers, chunks, stack_neurons
 from lightning_hsu._core.without_sync import (
-    Batch,
     BatchGradient,
     add_batch,
-    batches_of,
     is_complete,
     unweighted,
 )

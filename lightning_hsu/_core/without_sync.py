@@ -14,64 +14,20 @@ squared chord ``NEAR`` does; the gradient is finite.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from lightning_hsu._core.batches import Batch, by_layer, by_row_of, layer_parts, rows_of
 from lightning_hsu._core.kernel import PairTerm
-from lightning_hsu._core.layout import Layout, Panel, Piece, Width, layout_of, triangle
+from lightning_hsu._core.layout import Layout, Panel, Piece
 from lightning_hsu._core.near import COINCIDENT, NEAR
 from lightning_hsu._core.precision import working_dtype
 from lightning_hsu._core.repair import ListedPairs, add_pushes, listed_pairs, pulls_of
-from lightning_hsu._core.updates import GradientUpdate
-
-_PANEL_ENTRIES = 2**27
-"""Gram entries computed together: 512 MiB in float32, of which a kernel takes a few."""
-
-_STACK_ENTRIES = 2**27
-"""Entries of the layers computed together, which are held three times."""
-
-_BATCHES = 16
-"""Batches of a model that is large: a part of it takes little memory beside its weights."""
 
 _NEAREST_COSINE = 1.0 - NEAR / 2.0
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Layers that are computed together: of one device and dtype, of any shapes and kernels.
-
-    Args:
-        updates: The layers, sorted by dimension, number of neurons and kernel.
-        terms: The kernels.
-        kinds: Which of them each layer has.
-        gram: Gram entries computed together.
-    """
-
-    updates: list[GradientUpdate]
-    terms: tuple[PairTerm, ...]
-    kinds: list[int]
-    gram: int
-
-    @property
-    def work(self) -> list[tuple[GradientUpdate, PairTerm]]:
-        """The layers with their kernels."""
-        terms = [self.terms[kind] for kind in self.kinds]
-        return list(zip(self.updates, terms, strict=True))
-
-    @cached_property
-    def layout(self) -> Layout:
-        """Where the layers lie in flat buffers; the same object for layers of the same shapes."""
-        shapes = []
-        for kind, update in zip(self.kinds, self.updates, strict=True):
-            b, n, d = update.size
-            shapes.append((kind, b, n, d))
-        halves = tuple(term.half_space for term in self.terms)
-        return layout_of(tuple(shapes), halves, self.gram, self.updates[0].entries.device)
 
 
 class GroupStats(NamedTuple):
@@ -125,73 +81,6 @@ class BatchGradient(NamedTuple):
     stats: GroupStats | None
 
 
-def batches_of(work: Iterable[tuple[GradientUpdate, PairTerm]]) -> list[Batch]:
-    """Divide layers into batches that fit in memory."""
-    alike: dict[object, list[tuple[GradientUpdate, PairTerm]]] = {}
-    for update, term in work:
-        w = update.entries
-        limit = update.limit
-        # Numbers may differ from layer to layer, a tensor on the device is common to all.
-        key = (w.device, w.dtype, update.grad_scale, id(limit) if isinstance(limit, Tensor) else 0)
-        alike.setdefault(key, []).append((update, term))
-    batches = []
-    for members in alike.values():
-        terms = tuple(dict.fromkeys(term for _, term in members))
-        kinds = {term: kind for kind, term in enumerate(terms)}
-        numbered = [(update, kinds[term]) for update, term in members]
-        numbered.sort(key=_by_shape)
-        room = _room(numbered)
-        for some in _that_fit(numbered, room):
-            used = sorted({kind for _, kind in some})
-            batches.append(
-                Batch(
-                    [update for update, _ in some],
-                    tuple(terms[kind] for kind in used),
-                    [used.index(kind) for _, kind in some],
-                    room[0],
-                )
-            )
-    return batches
-
-
-def _by_shape(one: tuple[GradientUpdate, int]) -> tuple[int, int, int]:
-    update, kind = one
-    _, n, d = update.size
-    return d, n, kind
-
-
-def _room(layers: Sequence[tuple[GradientUpdate, int]]) -> tuple[int, int]:
-    """Gram entries, and entries of layers, that are computed together."""
-    gram = entries = 0
-    for update, _ in layers:
-        gram += update.size[0] * triangle(update.size[1])
-        entries += update.size.numel()
-    return max(_PANEL_ENTRIES, gram // _BATCHES), max(_STACK_ENTRIES, entries // _BATCHES)
-
-
-def _that_fit(
-    layers: Sequence[tuple[GradientUpdate, int]], room: tuple[int, int]
-) -> list[list[tuple[GradientUpdate, int]]]:
-    """Divide layers into runs that fit in memory."""
-    runs: list[list[tuple[GradientUpdate, int]]] = []
-    gram = entries = 0
-    for one in layers:
-        shape = one[0].size
-        own = shape[0] * triangle(shape[1])
-        gram += own
-        entries += shape.numel()
-        if not runs or gram > room[0] or entries > room[1]:
-            runs.append([])
-            gram, entries = own, shape.numel()
-        runs[-1].append(one)
-    return runs
-
-
-def groups_that_fit(n: int, d: int) -> int:
-    """How many groups of n neurons of dimension d go together, at least one."""
-    return max(1, min(_PANEL_ENTRIES // triangle(n), _STACK_ENTRIES // max(1, n * d)))
-
-
 def gradients_without_sync(
     batch: Batch, *, energy: bool = False, stats: bool = False
 ) -> BatchGradient:
@@ -208,15 +97,19 @@ def gradients_without_sync(
     dtype = working_dtype(first.dtype)
     longest = len(layout.columns)
     w = torch.empty(layout.entries + longest, dtype=dtype, device=first.device)
-    torch._foreach_copy_(_parts(batch, w), [update.entries.detach() for update in batch.updates])
+    torch._foreach_copy_(
+        layer_parts(batch, w), [update.entries.detach() for update in batch.updates]
+    )
     norm = torch.empty(layout.rows, dtype=torch.float64, device=w.device)
     for width in layout.widths:
-        torch.linalg.vector_norm(_rows(w, width), dim=1, dtype=norm.dtype, out=_own(norm, width))
+        torch.linalg.vector_norm(
+            rows_of(w, width), dim=1, dtype=norm.dtype, out=by_row_of(norm, width)
+        )
     dead = norm.clamp(torch.finfo(dtype).tiny, torch.finfo(norm.dtype).max) != norm  # NaN: true
     divisor = norm.masked_fill(dead, torch.inf)
     x = w.new_empty(layout.entries)
     for width in layout.widths:
-        torch.div(_rows(w, width), _own(divisor, width)[:, None], out=_rows(x, width))
+        torch.div(rows_of(w, width), by_row_of(divisor, width)[:, None], out=rows_of(x, width))
     x.nan_to_num_(0.0, 0.0, 0.0)  # rows that are not finite
     last, before = dead.cumsum(0)[layout.bounds].unbind()
     missing = last - before  # by row, how many rows of its group take no part
@@ -226,9 +119,9 @@ def gradients_without_sync(
         sums.add(piece)
     length = torch.empty_like(norm)
     for width in layout.widths:
-        rows, unit = _rows(sums.grad, width), _rows(x, width)
+        rows, unit = rows_of(sums.grad, width), rows_of(x, width)
         rows.addcmul_(unit, (rows * unit).sum(1, keepdim=True), value=-1.0)
-        torch.linalg.vector_norm(rows, dim=1, dtype=norm.dtype, out=_own(length, width))
+        torch.linalg.vector_norm(rows, dim=1, dtype=norm.dtype, out=by_row_of(length, width))
     mean = found = None
     if sums.energy is not None:
         missing = missing[layout.firsts]
@@ -411,25 +304,6 @@ class _Sums:
             _multiply(sums.narrow(1, panel.stop, later), below, rows, adds=not is_first)
 
 
-def _parts(batch: Batch, flat: Tensor) -> list[Tensor]:
-    """The entries of each layer in a flat tensor, in the shape in which the layer has them."""
-    found = []
-    for update, span in zip(batch.updates, batch.layout.spans, strict=True):
-        shape = update.entries.shape
-        found.append(flat.narrow(0, span.entry, shape.numel()).view(shape))
-    return found
-
-
-def _rows(flat: Tensor, width: Width) -> Tensor:
-    """The rows (k, d) of one dimension in a flat tensor."""
-    return flat.narrow(0, width.entry, width.rows * width.d).view(width.rows, width.d)
-
-
-def _own(by_row: Tensor, width: Width) -> Tensor:
-    """What a tensor (rows,) holds for the rows of one dimension."""
-    return by_row.narrow(0, width.row, width.rows)
-
-
 def _of_block(flat: Tensor, panel: Panel) -> Tensor:
     """The rows (b, n, d) of the groups of a panel in a flat tensor."""
     block = panel.block
@@ -542,7 +416,7 @@ def add_batch(batch: Batch, found: BatchGradient) -> None:
     if len(set(scales)) == 1 and scales[0] > 0:
         common = scales[0]
     else:
-        torch._foreach_mul_(_by_layer(batch, factor), scales)
+        torch._foreach_mul_(by_layer(batch, factor), scales)
     room = found.norm
     if isinstance(first.limit, Tensor):  # common to all
         room.mul_(first.limit * (grad_scale / common))
@@ -554,19 +428,14 @@ def add_batch(batch: Batch, found: BatchGradient) -> None:
         if len(set(limits)) == 1:
             room.mul_(limits[0])
         else:
-            torch._foreach_mul_(_by_layer(batch, room), limits)
+            torch._foreach_mul_(by_layer(batch, room), limits)
     largest = torch.finfo(first.entries.dtype).max / 2 * grad_scale / common
     room.clamp_max_(largest).div_(found.length)
     torch.minimum(factor, room, out=factor)
     for width in batch.layout.widths:
-        _rows(found.grad, width).mul_(_own(factor, width)[:, None])
-    added = _parts(batch, found.grad)
+        rows_of(found.grad, width).mul_(by_row_of(factor, width)[:, None])
+    added = layer_parts(batch, found.grad)
     torch._foreach_add_([update.out_entries for update in batch.updates], added, alpha=-common)
-
-
-def _by_layer(batch: Batch, by_row: Tensor) -> list[Tensor]:
-    """What a tensor (rows,) holds for the rows of each layer."""
-    return [by_row.narrow(0, span.row, span.rows) for span in batch.layout.spans]
 
 
 def unweighted(batch: Batch, found: BatchGradient) -> list[Tensor]:
@@ -579,8 +448,8 @@ def unweighted(batch: Batch, found: BatchGradient) -> list[Tensor]:
     grad = found.grad.clone()
     factor = (found.scale / found.norm).mul_(-2.0)
     for width in batch.layout.widths:
-        _rows(grad, width).mul_(_own(factor, width)[:, None])
-    parts = _parts(batch, grad)
+        rows_of(grad, width).mul_(by_row_of(factor, width)[:, None])
+    parts = layerlayer_parts(batch, grad)
     copies = [torch.empty(part.shape, dtype=part.dtype, device=part.device) for part in parts]
     torch._foreach_copy_(copies, parts)
     return [copy.view(one.size) for copy, one in zip(copies, batch.updates, strict=True)]
