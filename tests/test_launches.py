@@ -1,5 +1,7 @@
 """What a step asks of a GPU, counted with tensors that only pretend to be on one."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn

@@ -449,7 +449,7 @@ def unweighted(batch: Batch, found: BatchGradient) -> list[Tensor]:
     factor = (found.scale / found.norm).mul_(-2.0)
     for width in batch.layout.widths:
         rows_of(grad, width).mul_(by_row_of(factor, width)[:, None])
-    parts = layerlayer_parts(batch, grad)
+    parts = layer_parts(batch, grad)
     copies = [torch.empty(part.shape, dtype=part.dtype, device=part.device) for part in parts]
     torch._foreach_copy_(copies, parts)
     return [copy.view(one.size) for copy, one in zip(copies, batch.updates, strict=True)]
