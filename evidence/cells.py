@@ -65,7 +65,7 @@ def run(cell: Cell, tuning: Sequence[int], testing: Sequence[int]) -> Result:
         "tuning_nonfinite": int((~tuned.finite).sum()),
         "chosen": asdict(trials[chosen]),
         "edges": edges(trials, trials[chosen]),
-        **_told(tested),
+        **told(tested),
         "seconds": round(time.perf_counter() - start, 1),
         "versions": {
             "lightning_hsu": lightning_hsu.__version__,
@@ -132,7 +132,7 @@ def data_of(cell: Cell) -> Data:
     return _load(cell.setting.data)
 
 
-def _told(tested: Trained) -> Result:
+def told(tested: Trained) -> Result:
     """What the test of the chosen trial found."""
     return {
         "test_error": _rounded(tested.error[0]),

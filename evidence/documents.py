@@ -55,10 +55,11 @@ def _folded(summary: str, text: str) -> str:
     return f"<details>\n<summary>{summary}</summary>\n\n{text}\n\n</details>"
 
 
-def quoted(text: str, block: str) -> str:
-    """A README's text with the block between its two marks renewed."""
-    before, rest = text.split(MARKS[0])
-    return before + MARKS[0] + "\n\n" + block + "\n\n" + MARKS[1] + rest.split(MARKS[1])[1]
+def quoted(text: str, block: str, marks: tuple[str, str] = MARKS) -> str:
+    """A README's text with the block between two marks renewed."""
+    first, last = marks
+    before, rest = text.split(first)
+    return before + first + "\n\n" + block + "\n\n" + last + rest.split(last)[1]
 
 
 def _sections(

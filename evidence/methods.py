@@ -36,6 +36,8 @@ class Method:
             heads. None is weight decay.
         apply: As in the callback.
         share: A coefficient that follows the task instead of one that is tuned.
+        tolerance: As in the callback.
+        apart: Whether a layer of each network is a layer of its own, as it is with a share.
     """
 
     name: str
@@ -43,6 +45,8 @@ class Method:
     measure: Measure | None = None
     apply: Literal["gradient", "loss", "decoupled"] = "gradient"
     share: Share | None = None
+    tolerance: float | None = None
+    apart: bool = False
 
 
 HALF_MHE = RieszEnergy(s=2.0, half_space=True)

@@ -33,6 +33,8 @@ class Trained:
         before: Ratios of the hidden layers' half-space energy, s = 2, to that of random neurons,
             mean over layers.
         after: The same at the end.
+        recomputed: Part of the penalty's arithmetic that was done in hidden layers, where gradients
+            are kept; else 1.
     """
 
     error: Tensor
@@ -40,6 +42,7 @@ class Trained:
     finite: Tensor
     before: Tensor
     after: Tensor
+    recomputed: float = 1.0
 
 
 def train(
@@ -64,9 +67,8 @@ def train(
     if setting.images < BATCH:
         raise ValueError(f"{setting.images} training images are less than one batch of {BATCH}")
     draws = [_draw(data, setting, seed) for seed in seeds]
-    networks = Networks(
-        setting.architecture(data), len(trials), seeds, apart=method.share is not None
-    )
+    apart = method.apart or method.share is not None
+    networks = Networks(setting.architecture(data), len(trials), seeds, apart=apart)
     optimizer = _optimizer(networks, setting, trials)
     penalties = _penalties(networks, method, trials)
     before = _ratios(networks)
@@ -83,6 +85,7 @@ def train(
         finite=_finite(networks),
         before=before,
         after=_ratios(networks),
+        recomputed=_recomputed(penalties),
     )
 
 
@@ -125,11 +128,15 @@ def _penalties(
             strength = method.share
         else:
             strength = {}
-            for i, trial in enumerate(trials):
-                if trial.coefficient:
-                    strength[f"{side}{i}"] = trial.coefficient * networks.seeds
+            each = len(networks.head) // networks.trials
+            for i in range(len(networks.head)):
+                coefficient = trials[i // each].coefficient
+                if coefficient:
+                    strength[f"{side}{i}"] = coefficient * networks.seeds / each
         include = f"{side.partition('.')[0]}.*"
-        regularizer = UniformityRegularizer(measure, strength, include=include, head=None)
+        regularizer = UniformityRegularizer(
+            measure, strength, include=include, head=None, tolerance=method.tolerance
+        )
         found.append(regularizer.attach(networks))
     return found
 
@@ -197,6 +204,13 @@ def _error(
         answers = networks(torch.stack(images)).argmax(-1)
         wrong += (answers != torch.stack(labels).unsqueeze(1)).sum(-1)
     return (100.0 * wrong / count).T
+
+
+def _recomputed(penalties: Sequence[UniformityRegularizer]) -> float:
+    """The part of the hidden layers' arithmetic that was done; 1 where no gradient is kept."""
+    if not penalties or penalties[0].tolerance is None:
+        return 1.0
+    return penalties[0].state.deltas.share_of_work()
 
 
 def _finite(networks: Networks) -> Tensor:
