@@ -36,7 +36,7 @@ class BF16PairSums(PairSums):
         super().__init__(w, term, index)
         self.bf16 = self.x.bfloat16()
         self.bf16_rows = self.rows.bfloat16()
-        self.centre = _slope_at_right_angles(term)
+        self.centre = slope_at_right_angles(term)
         # The sum of all rows, that of the rows before the panel, and, by row number, the pull to
         # add to all rows from that one on.
         self.sum = self.x.sum(1, keepdim=True)
@@ -111,5 +111,6 @@ def _entries_redone(mask: Tensor) -> int:
 
 
 @lru_cache(maxsize=256)
-def _slope_at_right_angles(term: PairTerm) -> float:
-    return float(term.folded(torch.tensor([2.0]), 1.0)[1])
+def slope_at_right_angles(term: PairTerm) -> float:
+    """The folded slope of a kernel at q = 2; 0 in half space."""
+    return float(term.folded(torch.tensor([2.0], dtype=torch.float64), 1.0)[1])

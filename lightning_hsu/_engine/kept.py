@@ -13,7 +13,7 @@ from lightning_hsu._core.raw import RawPart
 from lightning_hsu._core.updates import GradientUpdate
 from lightning_hsu._engine.ahead import Ahead, token_of
 from lightning_hsu._engine.buffered import BufferedUpdates
-from lightning_hsu._engine.delta import Delta, Deltas, Use, refresh, use_of
+from lightning_hsu._engine.delta import Delta, Deltas, Use, use_of
 from lightning_hsu._engine.plan import PlainUpdates
 from lightning_hsu._engine.sharing import PlainUpdate, raw_gradients
 from lightning_hsu._neurons.placement import Placement
@@ -128,8 +128,7 @@ def _add_older(
     """Add gradients of earlier steps to their layers: most of them in one call."""
     together: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
     for use, update in older:
-        delta = deltas.of(use)
-        refresh(use, delta, same_step=same_step)
+        delta = deltas.refreshed(use, same_step=same_step)
         scale = update.scale * update.grad_scale
         if _is_far(delta, update):
             outs, grads = together.setdefault(scale, ([], []))

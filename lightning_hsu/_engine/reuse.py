@@ -18,7 +18,7 @@ from lightning_hsu._checks import plain_number
 _FIRST_GAIN = 3.0  # measured in trainings of an MLP with SGD and AdamW: 1.7 to 4.0
 _LEAST_GAIN, _MOST_GAIN = 1.0, 30.0
 _AT_THE_END = 2.0  # errors grow from 0: at the last use they are twice the mean
-_GROWTH = 4  # how many times longer than the last one a gradient may be used
+_GROWTH = 2  # how many times longer than the last one a gradient may be used
 _LONGEST = 4096  # steps
 _SPREAD = 0.25  # the part of an interval by which layers of one rate may part
 

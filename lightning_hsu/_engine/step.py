@@ -12,7 +12,7 @@ from lightning_hsu._core import exact_arithmetic, working_dtype
 from lightning_hsu._core.foreach import SMALL, shortening
 from lightning_hsu._engine.apply import LayerUpdate, penalty_gradients
 from lightning_hsu._engine.buffered import GradientStats
-from lightning_hsu._engine.delta import KnownGradient, refresh, use_of
+from lightning_hsu._engine.delta import KnownGradient, use_of
 from lightning_hsu._engine.layer import Layer, to_compute_dtype
 from lightning_hsu._engine.misuse import in_transform
 from lightning_hsu._engine.plan import StepContext, limit_of_gradient
@@ -132,8 +132,7 @@ def _kept_gradients(
     state.deltas.keep(chosen, fresh, draws=draws, learns=not same_step)
     grads = []
     for use in uses:
-        delta = state.deltas.of(use)
-        refresh(use, delta, same_step=same_step)
+        delta = state.deltas.refreshed(use, same_step=same_step)
         grads.append(delta.grad.to(working_dtype(use.x.dtype), copy=True))
     if not same_step:
         state.deltas.grow_older(uses)
@@ -240,8 +239,7 @@ def _kept_penalty(layer: Layer, x: Tensor, state: TrainingState, context: StepCo
         draws = [layer.name] if is_random(measure_state) else []
         state.deltas.keep([use], [grad], draws=draws, learns=not same_step)
         state.deltas.of(use).value = value.mean()
-    delta = state.deltas.of(use)
-    refresh(use, delta, same_step=same_step)
+    delta = state.deltas.refreshed(use, same_step=same_step)
     if not same_step:
         state.deltas.grow_older([use])
     grad = delta.grad.to(x.dtype) / x.shape[0]
