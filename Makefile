@@ -73,6 +73,7 @@ wheel: .venv/wheel.installed  ## Build the wheel, install it into an empty envir
 bench: .venv/bench.installed  ## What the penalty costs; QUICK=--quick runs all of it in miniature, as what a GPU would run always is
 	$(BIN)/python -m benchmarks.core $(QUICK)
 	$(BIN)/python -m benchmarks.overhead $(QUICK)
+	$(BIN)/python -m benchmarks.trainings $(QUICK)
 	$(BIN)/python -m benchmarks.gpu --all --device cpu --quick
 
 kernels: .venv/kernels.installed  ## Compile the kernels for their chips, which need not be there: registers, spills, shared memory
@@ -85,7 +86,7 @@ clean:  ## Remove what the targets made
 	rm -rf .venv .venv-wheel .venv-models build dist out *.egg-info
 
 # What each stamp file stands for: the package, if the target imports it, and a dependency group.
-.venv/bench.installed: WANTED = -e ".[figures]"
+.venv/bench.installed: WANTED = -e ".[figures]" --group demo
 .venv/demo.installed: WANTED = -e . --group demo
 .venv/dev.installed: WANTED = -e ".[$(EXTRAS)]" --group dev
 .venv/evidence.installed: WANTED = -e . --group evidence

@@ -1,4 +1,4 @@
-"""What can be told of the GPU benchmark without a GPU."""
+"""What can be told of the GPU benchmark without a GPU, and that of trainings in miniature."""
 
 import json
 import os
@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import trainings
 from benchmarks.gpu import stand_in
 from benchmarks.gpu.table import page, verdict
 
@@ -154,3 +155,43 @@ def test_every_part_runs_in_miniature_on_a_cpu(tmp_path):
     assert parts["correctness: cudagraph"]["status"] == "needs a card"
     (compared,) = parts["Trainer against a plain loop"]["rows"]
     assert compared["moved by the penalty"] > 100 * compared["off from float64"] > 0
+@pytest.mark.parametrize("name", ["transformer", "ResNet-18"])
+def test_the_rivals_of_a_training_add_the_same(name):
+    """At a first step no gradient is old; queries, keys and values are three layers for each."""
+    training = next(one for one in trainings.trainings(quick=True) if name in one.name)
+    torch.manual_seed(0)
+    model = training.model()
+    optimizer = training.optimizer(model)
+    inputs, targets = training.batches()(0)
+    penalties = trainings.Penalties(model, optimizer)
+    torch.nn.functional.cross_entropy(model(inputs), targets).backward()
+    before = [p.grad.clone() for p in penalties.layers]
+    assert penalties.seconds(0).keys() == set(trainings.RIVALS)
+    assert len(penalties.errors()) == len(penalties.exact.layers)
+    assert max(penalties.errors()) < 1e-6
+    for exact, peer in zip(penalties.grads["exact"], penalties.grads["wo"], strict=True):
+        assert (peer - exact).norm() < 1e-4 * exact.norm()  # measured: 2e-6
+    penalties.add()
+    for p, task, exact in zip(penalties.layers, before, penalties.grads["exact"], strict=True):
+        torch.testing.assert_close(p.grad, task + exact)
+
+
+def test_the_rows_of_a_training_tell_whether_its_goals_are_met():
+    training = trainings.Training("one", None, None, None, 150)
+    found = trainings.Found(errors=[[0.01, 0.04]] * 147 + [[0.2, 0.2]] * 3, recomputed=[0.5, 0.1])
+    found.weights, found.kept, found.task = 100, 102, [1.0] * 150
+    for step in range(150):
+        found.seconds["tolerance"][step] = 0.4 if step < 100 else 0.11
+        found.seconds["exact"][step] = 0.5
+    for step in range(0, 150, 10):
+        found.seconds["wo"][step] = 1.0
+    rows = {row["what"]: row for row in trainings.rows_of(training, found)}
+    assert rows["wo over tolerance, first 100 steps"]["median"] == pytest.approx(2.5)
+    assert rows["exact over tolerance, after them"]["max"] == pytest.approx(4.545)
+    verdicts = {what: row["verdict"] for what, row in rows.items() if row["goal"]}
+    assert verdicts == {
+        "wo over tolerance, first 100 steps": "missed",
+        "wo over tolerance, after them": "missed",
+        "stale error, median": "met",
+        "stale error, 99th percentile": "missed",
+    }
