@@ -32,8 +32,10 @@ SMALLEST = 128
 class BF16PairSums(PairSums):
     """The sums with bfloat16 products, for a gradient; see :class:`PairSums`."""
 
-    def __init__(self, w: Tensor, term: PairTerm, index: Tensor | None = None) -> None:
-        super().__init__(w, term, index)
+    def __init__(
+        self, w: Tensor, term: PairTerm, index: Tensor | None = None, *, with_value: bool = True
+    ) -> None:
+        super().__init__(w, term, index, with_value=with_value)
         self.bf16 = self.x.bfloat16()
         self.bf16_rows = self.rows.bfloat16()
         self.centre = slope_at_right_angles(term)

@@ -12,7 +12,12 @@ from lightning_hsu._core.backend import Backend, active
 from lightning_hsu._core.batches import Batch, batches_of
 from lightning_hsu._core.kernel import PairTerm
 from lightning_hsu._core.late import LateAnswers
-from lightning_hsu._core.pairwise import avoids_sync, pair_energy, small_pair_gradient
+from lightning_hsu._core.pairwise import (
+    avoids_sync,
+    pair_energy,
+    pair_gradient,
+    small_pair_gradient,
+)
 from lightning_hsu._core.precision import exact_arithmetic, gradient_arithmetic
 from lightning_hsu._core.updates import (
     GradientUpdate,
@@ -194,10 +199,12 @@ def stack_gradient(w: Tensor, term: PairTerm) -> tuple[Tensor, Tensor, Tensor | 
         found = small_pair_gradient(w, term)
     if found is not None:
         return *found, False
+    norm = torch.linalg.vector_norm(w, dim=-1, keepdim=True)
+    if not term.logarithm:
+        return pair_gradient(w, term), norm, None, True
     value, grad = pair_energy(w, term)
     assert grad is not None
-    norm = torch.linalg.vector_norm(w, dim=-1, keepdim=True)
-    return grad, norm, value if term.logarithm else None, True
+    return grad, norm, value, True
 
 
 def add_exactly(updates: Sequence[GradientUpdate], term: PairTerm) -> None:

@@ -68,8 +68,6 @@ def pair_energy(
             return value, None
         return value, torch.zeros_like(w)
     n = w.shape[-2]
-    # The block on the diagonal is formed whole, which costs relatively more if there are few rows.
-    height = PANEL if 640 < n <= 16384 else PANEL // 2
     stack = _stack(w, term)
     values = []
     grads = []
@@ -79,7 +77,7 @@ def pair_energy(
             return found[0].reshape(w.shape[:-2]).to(dtype), found[1].reshape(w.shape).to(w.dtype)
     arithmetic = gradient_arithmetic if with_grad else exact_arithmetic
     with torch.no_grad(), arithmetic(stack):
-        for sums in _gathered(stack, term, height, with_grad):
+        for sums in _gathered(stack, term, _height(n), with_grad):
             values.append(sums.value())
             if with_grad:
                 grads.append(sums.gradient(w.dtype))
@@ -88,6 +86,19 @@ def pair_energy(
     if not with_grad:
         return value, None
     return value, _concatenated(grads).reshape(w.shape).to(w.device)
+
+
+def pair_gradient(w: Tensor, term: PairTerm) -> Tensor:
+    """The gradient of :func:`pair_energy` without its value, in fewer passes over the pairs."""
+    if w.numel() == 0:
+        return torch.zeros_like(w)
+    n = w.shape[-2]
+    stack = _stack(w, term)
+    grads = []
+    with torch.no_grad(), gradient_arithmetic(stack):
+        for sums in _gathered(stack, term, _height(n), True, with_value=False):
+            grads.append(sums.gradient(w.dtype))
+    return _concatenated(grads).reshape(w.shape).to(w.device)
 
 
 def small_pair_gradient(w: Tensor, term: PairTerm) -> tuple[Tensor, Tensor, Tensor | None] | None:
@@ -117,12 +128,16 @@ def small_pair_gradient(w: Tensor, term: PairTerm) -> tuple[Tensor, Tensor, Tens
     nearest, farthest = q.aminmax()
     if not (nearest.item() >= NEAR and farthest.item() <= 4.0 - NEAR):
         return None
-    value, slope = term.folded(q, NEAR)
+    value = None
+    if term.logarithm:
+        value, slope = term.folded(q, NEAR)
+    else:
+        slope = term.folded_slope(q, NEAR)
     slope.diagonal(dim1=1, dim2=2).fill_(0.0)
     radial = cosine.mul_(slope).sum(-1, keepdim=True)
     grad = torch.bmm(slope, x).addcmul_(x, radial, value=-1.0)
     grad.mul_(norm.reciprocal().mul_(-2.0 * term.scale(n)))
-    if not term.logarithm:
+    if value is None:
         return grad, norm, None
     value.diagonal(dim1=1, dim2=2).fill_(0.0)
     total = value.sum((1, 2), dtype=torch.float64) * 0.5
@@ -154,7 +169,7 @@ def pair_rows(w: Tensor, term: PairTerm, rows: Tensor) -> Tensor:
             for some in torch.split(alike, _groups_at_once(k, w.shape[-2])):
                 index = wanted[some].nonzero()[:, 1].reshape(-1, k)
                 groups = stack[some]
-                sums = kind_of_sums(groups)(groups, term, index)
+                sums = kind_of_sums(groups)(groups, term, index, with_value=False)
                 sums.add(PANEL)
                 grad[some[:, None], index] = sums.gradient(w.dtype)
     return grad.reshape(w.shape).to(w.device)
@@ -203,7 +218,9 @@ def _in_one_pass(w: Tensor, term: PairTerm) -> tuple[Tensor, Tensor] | None:
     return _concatenated(energies).clamp(-bound, bound), grad
 
 
-def _gathered(stack: Tensor, term: PairTerm, height: int, with_grad: bool) -> Iterator[PairSums]:
+def _gathered(
+    stack: Tensor, term: PairTerm, height: int, with_grad: bool, *, with_value: bool = True
+) -> Iterator[PairSums]:
     """The sums over all pairs, some groups at a time.
 
     Args:
@@ -211,13 +228,22 @@ def _gathered(stack: Tensor, term: PairTerm, height: int, with_grad: bool) -> It
         term: The kernel.
         height: Rows of a panel.
         with_grad: Also gather the gradient.
+        with_value: Also gather the energies.
     """
     n = stack.shape[1]
     for groups in torch.split(stack, _groups_at_once(n, n)):
         kind = kind_of_sums(groups) if with_grad else PairSums
-        sums = kind(groups, term)
+        sums = kind(groups, term, with_value=with_value)
         sums.add(height, with_grad=with_grad)
         yield sums
+
+
+def _height(n: int) -> int:
+    """Rows of a panel of the whole triangle of n rows.
+
+    The block on the diagonal is formed whole, which costs relatively more if there are few rows.
+    """
+    return PANEL if 640 < n <= 16384 else PANEL // 2
 
 
 def _stack(w: Tensor, term: PairTerm) -> Tensor:

@@ -42,11 +42,15 @@ class PairSums:
         index: Rows (b, k) that are paired with all rows; only they gather a gradient. None for the
             triangle: each row is paired with itself and the rows after it, which also gather their
             share of the gradient.
+        with_value: Also gather the energies.
     """
 
-    def __init__(self, w: Tensor, term: PairTerm, index: Tensor | None = None) -> None:
+    def __init__(
+        self, w: Tensor, term: PairTerm, index: Tensor | None = None, *, with_value: bool = True
+    ) -> None:
         self.w = w
         self.term = term
+        self.with_value = with_value
         self.index = index
         self.x, inverse_norm = unit_rows(w)
         low, high = inverse_norm.aminmax()
@@ -108,7 +112,7 @@ class PairSums:
     def _add_energies(
         self, panel: GramPanel, q: Tensor, redo: Tensor | None, nearest: float, with_grad: bool
     ) -> Tensor:
-        """Add the energies of a panel; for near pairs add the gradients, too.
+        """Add the energies of a panel, if they are wanted; for near pairs add the gradients, too.
 
         Args:
             panel: The panel.
@@ -124,6 +128,11 @@ class PairSums:
         if redo is not None:
             self._redo(redo, panel, with_grad)
             q.clamp_(nearest, 4.0 - nearest)
+        if not self.with_value:
+            slope = self.term.folded_slope(q, nearest)
+            if redo is not None:
+                slope.masked_fill_(redo, 0.0)
+            return slope
         value, slope = self.term.folded(q, nearest)
         self._fill_diagonal(value, panel, 0.0)
         if redo is not None:
