@@ -82,7 +82,8 @@ class Kept:
         else:
             grad, wide, age = self.grads[name].double(), x.double(), self.ages[name]
             slope = slope_at_right_angles(layer.measure)
-            if slope and age % (1, 1, 2, 4, 8)[max(0, age.bit_length() - 2)] == 0:
+            every = 1 if age < 8 else 2 if age < 16 else 4
+            if slope and age % every == 0:
                 n = x.shape[1]
                 before, now = (w.norm(dim=-1, keepdim=True) for w in (self.seen[name], wide))
                 change = (wide / now).sum(1, keepdim=True) - (self.seen[name] / before).sum(1, keepdim=True)
