@@ -97,18 +97,20 @@ class Delta:
     def refresh(self, x: Tensor) -> None:
         """Bring it nearer to the gradient of its neurons as they are now.
 
-        A pull along their sum is followed at each step, and later at fewer: from age 8 at each
-        second one, from 16 at each fourth. At ages that are powers of two it is projected on their
-        tangent.
+        A pull along their sum is followed at each step, from age 8 at each second one, from 16 at
+        each fourth. At ages that are powers of two the gradient is projected on their tangent. On a
+        GPU, where few launches matter more, both are done at powers of two only.
 
         Args:
             x: The neurons (groups, n, d) as they are now.
         """
-        every = 1
-        if self.age >= 8:
-            every = 2 if self.age < 16 else 4
-        follows = self.pull is not None and self.age % every == 0
         projects = self.age & (self.age - 1) == 0
+        follows = self.pull is not None and projects
+        if self.pull is not None and x.device.type == "cpu":
+            every = 1
+            if self.age >= 8:
+                every = 2 if self.age < 16 else 4
+            follows = self.age % every == 0
         if not (follows or projects):
             return
         dtype = working_dtype(x.dtype)
@@ -215,7 +217,7 @@ class Deltas:
             fresh.is_random = name in random
             if learns and before is not None and before.age > 0:
                 fresh.before = before
-                if before.fits(use):
+                if before.pull is not None and before.fits(use):
                     before.refresh(use.x)  # as this step would use it
             by_device.setdefault(grad.device, []).append(fresh)
         for members in by_device.values():
