@@ -155,6 +155,8 @@ def test_every_part_runs_in_miniature_on_a_cpu(tmp_path):
     assert parts["correctness: cudagraph"]["status"] == "needs a card"
     (compared,) = parts["Trainer against a plain loop"]["rows"]
     assert compared["moved by the penalty"] > 100 * compared["off from float64"] > 0
+
+
 @pytest.mark.parametrize("name", ["transformer", "ResNet-18"])
 def test_the_rivals_of_a_training_add_the_same(name):
     """At a first step no gradient is old; queries, keys and values are three layers for each."""

@@ -43,7 +43,7 @@ def slope_at_right_angles(measure):
         return 0.0
     q = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
     chord = q.sqrt()
-    value = -chord.log() if measure.s == 0 else chord ** -measure.s
+    value = -chord.log() if measure.s == 0 else chord**-measure.s
     return torch.autograd.grad(value, q)[0].item()
 
 
@@ -86,7 +86,9 @@ class Kept:
             if slope and age % every == 0:
                 n = x.shape[1]
                 before, now = (w.norm(dim=-1, keepdim=True) for w in (self.seen[name], wide))
-                change = (wide / now).sum(1, keepdim=True) - (self.seen[name] / before).sum(1, keepdim=True)
+                change = (wide / now).sum(1, keepdim=True) - (self.seen[name] / before).sum(
+                    1, keepdim=True
+                )
                 grad = grad * before / now - 4.0 * slope / (n * (n - 1)) * change / now
                 self.seen[name] = wide.clone()
             if age in (1, 2, 4, 8, 16, 32):
