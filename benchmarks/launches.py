@@ -340,7 +340,7 @@ def steps_ahead(name: str) -> tuple[list[Asked], list[Asked], list[Asked]]:
         with pretending():
             kept = Steps(name, tolerance=0.05)
             quiet: list[Asked] = []
-            for _ in range(24):
+            for _ in range(12):
                 asked = kept.step()
                 is_quiet = not kept.regularizer.state.deltas.computed
                 if is_quiet and (not quiet or launches_of(asked) < launches_of(quiet)):

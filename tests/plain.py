@@ -116,7 +116,7 @@ class Kept:
                 x = x.detach().requires_grad_()
                 self.grads[key] = torch.autograd.grad(energy(measure, x).mean(), x)[0]
             self.ages[key] = 0
-        elif not is_again and self.ages[key] in (1, 2, 4, 8, 16, 32):
+        elif not is_again and self.ages[key] in (8, 16, 32, 64):
             grad = self.grads[key]
             along = (grad * x).sum(-1, keepdim=True) / x.square().sum(-1, keepdim=True)
             self.grads[key] = grad - along * x

@@ -435,9 +435,9 @@ def train_ahead(tolerance, steps):
     where = ["add"]
     begin, send = Ahead.begin, ReplicatedPlacement.send
 
-    def noted(*args):
+    def noted(*args, **settings):
         where.append("begin")
-        begin(*args)
+        begin(*args, **settings)
         where.pop()
 
     def sent(placement, some):

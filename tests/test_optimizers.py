@@ -562,17 +562,6 @@ def test_a_rate_on_a_device_is_not_asked_for():
         float(rate)
 
 
-def test_a_layer_with_a_limit_on_the_device_is_not_for_triton():
-    from lightning_hsu._core.triton.backend import TritonBackend
-    from lightning_hsu.measures import RieszEnergy
-
-    w = torch.randn(1, 20, 16)
-    term = RieszEnergy(s=2).pair_term()
-    assert not TritonBackend().takes_update(
-        GradientUpdate(w, w.clone(), 1.0, torch.tensor(0.5)), term
-    )
-
-
 def test_a_rate_of_zero_on_a_device_is_no_limit():
     zero = limit_of_gradient(1.0, torch.zeros((), dtype=torch.float64))
     w, out = torch.randn(1, 5, 4), torch.zeros(1, 5, 4)

@@ -91,7 +91,7 @@ class Kept:
                 )
                 grad = grad * before / now - 4.0 * slope / (n * (n - 1)) * change / now
                 self.seen[name] = wide.clone()
-            if age in (1, 2, 4, 8, 16, 32):
+            if age in (8, 16, 32, 64):
                 along = (grad * wide).sum(-1, keepdim=True) / wide.square().sum(-1, keepdim=True)
                 grad = grad - along * wide
             self.grads[name] = grad.to(x.dtype)
