@@ -66,22 +66,28 @@ def batches_of(work: Iterable[tuple[GradientUpdate, PairTerm]]) -> list[Batch]:
         alike.setdefault(key, []).append((update, term))
     batches = []
     for members in alike.values():
-        terms = tuple(dict.fromkeys(term for _, term in members))
-        kinds = {term: kind for kind, term in enumerate(terms)}
-        numbered = [(update, kinds[term]) for update, term in members]
+        kinds: dict[PairTerm, int] = {}
+        numbered = []
+        for update, term in members:
+            numbered.append((update, kinds.setdefault(term, len(kinds))))
         numbered.sort(key=_by_shape)
         room = _room(numbered)
         for some in _that_fit(numbered, room):
-            used = sorted({kind for _, kind in some})
-            batches.append(
-                Batch(
-                    [update for update, _ in some],
-                    tuple(terms[kind] for kind in used),
-                    [used.index(kind) for _, kind in some],
-                    room[0],
-                )
-            )
+            batches.append(_batch(some, list(kinds), room[0]))
     return batches
+
+
+def _batch(
+    layers: Sequence[tuple[GradientUpdate, int]], terms: Sequence[PairTerm], gram: int
+) -> Batch:
+    """A batch of these layers, whose kernels are numbered anew: it need not have all of them."""
+    used = sorted({kind for _, kind in layers})
+    updates = []
+    kinds = []
+    for update, kind in layers:
+        updates.append(update)
+        kinds.append(used.index(kind))
+    return Batch(updates, tuple(terms[kind] for kind in used), kinds, gram)
 
 
 def _by_shape(one: tuple[GradientUpdate, int]) -> tuple[int, int, int]:

@@ -245,6 +245,8 @@ def layout_of(
     group_of = torch.full((rows,), groups, dtype=torch.int64)
     block_of = torch.zeros(rows, dtype=torch.int64)
     firsts = []
+    sizes = []
+    kinds = []
     group = 0
     for i, block in enumerate(blocks):
         own = slice(block.row, block.row + block.groups * block.n)
@@ -254,9 +256,15 @@ def layout_of(
         group_of[own] = group + number
         block_of[own] = i
         firsts.append(block.row + torch.arange(block.groups) * block.n)
+        sizes.append(torch.full((block.groups,), float(block.n)).double())
+        kinds.append(torch.full((block.groups,), block.kind))
         group += block.groups
     most = max(block.n for block in blocks)
     first = torch.cat(firsts)
+    apart = []
+    for half in map(float, halves):
+        matrix = torch.tensor([[1.0, -half], [-1.0, half]], dtype=torch.float64)
+        apart.append(matrix.to(device, non_blocking=True))
     return Layout(
         _spans(shapes),
         blocks,
@@ -277,23 +285,14 @@ def layout_of(
         first.to(device, non_blocking=True),
         bounds[:, first].to(device, non_blocking=True),
         block_of[first].to(device, non_blocking=True),
-        torch.cat([torch.full((block.groups,), float(block.n)).double() for block in blocks]).to(
-            device, non_blocking=True
-        ),
-        torch.cat([torch.full((block.groups,), block.kind) for block in blocks]).to(
-            device, non_blocking=True
-        ),
+        torch.cat(sizes).to(device, non_blocking=True),
+        torch.cat(kinds).to(device, non_blocking=True),
         torch.cat([torch.full((most,), 0.5), torch.ones(most)]).to(device, non_blocking=True),
         torch.tensor([[1.0, -1.0], [1.0, 1.0]], dtype=torch.float64).to(device, non_blocking=True),
         torch.tensor([[-1.0, -1.0], [1.0, -1.0]], dtype=torch.float64).to(
             device, non_blocking=True
         ),
-        [
-            torch.tensor([[1.0, -half], [-1.0, half]], dtype=torch.float64).to(
-                device, non_blocking=True
-            )
-            for half in map(float, halves)
-        ],
+        apart,
     )
 
 

@@ -66,13 +66,12 @@ class RawGradients:
         if len(places) == len(self.places):
             return [self]
         parts, norms = self.parts(), self.norm.view(len(self.places), -1, *self.norm.shape[1:])
-        chosen = RawGradients(
-            [self.places[place] for place in places],
-            torch.cat([parts[place] for place in places]),
-            torch.cat([norms[place] for place in places]),
-            self.may_overflow,
-        )
-        return [chosen]
+        chosen, grad, norm = [], [], []
+        for place in places:
+            chosen.append(self.places[place])
+            grad.append(parts[place])
+            norm.append(norms[place])
+        return [RawGradients(chosen, torch.cat(grad), torch.cat(norm), self.may_overflow)]
 
     def add_to(self, updates: Sequence[GradientUpdate]) -> None:
         """Add the gradients to their layers, weighted as the updates say; they are overwritten.
@@ -133,11 +132,7 @@ class RawBatch:
 
     def add_to(self, updates: Sequence[GradientUpdate]) -> None:
         """Add the gradients to their layers, weighted as the updates say; call it once."""
-        first = updates[0]
-        is_common = all(one.grad_scale == first.grad_scale for one in updates)
-        if any(isinstance(one.limit, Tensor) for one in updates):
-            is_common &= all(one.limit is first.limit for one in updates)
-        if is_common:
+        if _go_together(updates):
             add_batch(replace(self._batch, updates=list(updates)), self._found)
             return
         for part, update in zip(self.copies(), updates, strict=True):
@@ -165,7 +160,10 @@ class GroupNumbers:
 
 def group_numbers(work: Sequence[tuple[GradientUpdate, PairTerm]]) -> list[GroupNumbers]:
     """What a logging step needs of layers, as far as they are computed as layers on a GPU are."""
-    on_gpu = [place for place, (update, term) in enumerate(work) if avoids_sync(update, term)]
+    on_gpu = []
+    for place, (update, term) in enumerate(work):
+        if avoids_sync(update, term):
+            on_gpu.append(place)
     if not on_gpu:
         return []
     found = []
@@ -198,7 +196,7 @@ def raw_gradients(
             if avoids_sync(first, term):
                 on_gpu += members
             else:
-                found += _in_stacks([(place, neutral[place][0]) for place in members], term)
+                found += _in_stacks(neutral, members)
         if on_gpu:
             found += _in_batches(neutral, on_gpu, stats=stats)
     return found
@@ -216,23 +214,28 @@ def _neutral(
 
 
 def _in_stacks(
-    members: Sequence[tuple[int, GradientUpdate]], term: PairTerm
+    work: Sequence[tuple[GradientUpdate, PairTerm]], members: Sequence[int]
 ) -> Iterator[RawGradients]:
     """The gradients of layers of one shape, in the same stacks as when they are added at once."""
-    for some in chunks(members, how_many_together(members[0][1].size)):
-        w = stack_neurons([update for _, update in some])
+    first, term = work[members[0]]
+    for some in chunks(members, how_many_together(first.size)):
+        w = stack_neurons([work[place][0] for place in some])
         grad, norm, value, may_overflow = stack_gradient(w, term)
         if value is not None:
             grad.div_(torch.where(value > 0, value, 1.0)[:, None, None].to(grad.dtype))
-        yield RawGradients([place for place, _ in some], grad, norm, may_overflow)
+        yield RawGradients(list(some), grad, norm, may_overflow)
 
 
 def _in_batches(
     work: Sequence[tuple[GradientUpdate, PairTerm]], chosen: Sequence[int], *, stats: bool
 ) -> Iterator[RawPart]:
     """The gradients of layers on a GPU, without synchronisation but for crowded layers."""
-    place_of = {id(work[place][0]): place for place in chosen}
-    calm, crowded = calm_and_crowded([work[place] for place in chosen])
+    place_of = {}
+    layers = []
+    for place in chosen:
+        layers.append(work[place])
+        place_of[id(work[place][0])] = place
+    calm, crowded = calm_and_crowded(layers)
     if crowded:
         yield from _through_buffers(work, [place_of[id(update)] for update, _ in crowded])
     for batch in batches_of(calm):
@@ -253,8 +256,12 @@ def _through_buffers(
     found: list[RawPart] = []
     alone: dict[PairTerm, list[GradientUpdate]] = {}
     for some in _of_one_shape([work[place] for place in chosen]):
-        members = [chosen[i] for i in some]
-        w = stack_neurons([work[place][0] for place in members])
+        members = []
+        neurons = []
+        for i in some:
+            members.append(chosen[i])
+            neurons.append(work[chosen[i]][0])
+        w = stack_neurons(neurons)
         grad = torch.zeros_like(w)
         norm = torch.linalg.vector_norm(w, dim=-1, keepdim=True)
         raw = RawGradients(members, grad, norm, may_overflow=True)
@@ -275,6 +282,18 @@ def _of_one_shape(work: Sequence[tuple[GradientUpdate, PairTerm]]) -> list[list[
         key = (term, update.shape, w.shape, w.dtype, w.device)
         found.setdefault(key, []).append(place)
     return list(found.values())
+
+
+def _go_together(updates: Sequence[GradientUpdate]) -> bool:
+    """Whether a batch can be added at once: limits may differ if all of them are numbers."""
+    first = updates[0]
+    for one in updates:
+        if one.grad_scale != first.grad_scale:
+            return False
+        on_device = isinstance(one.limit, Tensor) or isinstance(first.limit, Tensor)
+        if on_device and one.limit is not first.limit:
+            return False
+    return True
 
 
 def _alike(one: GradientUpdate, other: GradientUpdate) -> bool:

@@ -93,23 +93,21 @@ class Ahead:
                 by_device.setdefault(update.entries.device, []).append(one)
         for device, members in by_device.items():
             with beside(device):
-                updates = [update for _, _, update in members]
-                for update in updates:
+                for _, _, update in members:
                     keep_for_side(update.entries)
                 for raw in raw_gradients(members, placement, stats=stats):
-                    layers = [members[place][0] for place in raw.places]
-                    norms = _norms([updates[place] for place in raw.places])
-                    tokens = [token_of(layer) for layer in layers]
-                    numbers = raw.numbers()
-                    work = SideWork(device)
-                    self.begun.append(_Begun(raw, layers, tokens, norms, numbers, work))
+                    self.begun.append(_begun(raw, members, device))
 
     def take(self, found: Sequence[PlainUpdate]) -> list[tuple[RawPart, list[Layer]]]:
         """The gradients of those of these layers for which they are still right, with the layers."""
         taken = []
         for begun, updates in self._still_right({layer: update for layer, _, update in found}):
-            places = [place for place, layer in enumerate(begun.layers) if layer in updates]
-            layers = [begun.layers[place] for place in places]
+            places = []
+            layers = []
+            for place, layer in enumerate(begun.layers):
+                if layer in updates:
+                    places.append(place)
+                    layers.append(layer)
             for raw in begun.raw.only(places):
                 count = len(raw.places)
                 taken.append((raw, layers[:count]))
@@ -158,7 +156,7 @@ class Ahead:
                 else:
                     self.outdated.add(layer)
             if len(same) == len(begun.layers):
-                self._check(begun, [updates[layer] for layer in begun.layers])
+                self._check(begun, list(same.values()))
             if same:
                 found.append((begun, same))
         return found
@@ -195,6 +193,21 @@ class Ahead:
                 "of the weights before. From now on it is computed just before the step there. "
                 "Changing p itself under torch.no_grad() keeps the faster way"
             )
+
+
+def _begun(raw: RawPart, members: Sequence[PlainUpdate], device: torch.device) -> _Begun:
+    """What to remember of gradients of some of these layers, which were just begun."""
+    layers = []
+    tokens = []
+    updates = []
+    for place in raw.places:
+        layer, _, update = members[place]
+        layers.append(layer)
+        tokens.append(token_of(layer))
+        updates.append(update)
+    norms = _norms(updates)
+    numbers = raw.numbers()
+    return _Begun(raw, layers, tokens, norms, numbers, SideWork(device))
 
 
 def token_of(layer: Layer) -> object:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import NamedTuple
 
 import torch
@@ -61,7 +62,7 @@ class LateStats:
         values = iter(self._numbers.read())
         found = {}
         for name in self._names:
-            share, limited, strong, task = (next(values) for _ in range(4))
+            share, limited, strong, task = islice(values, 4)
             found[name] = StatsNumbers(share, int(limited), int(strong), task)
         return found
 
@@ -186,10 +187,12 @@ class BufferedUpdates:
 
 def _move(members: Sequence[_Member]) -> None:
     """Move layers of one shape and learning rate."""
-    x = stack_neurons([member.update for member in members])
-    grad = torch.cat([member.update.out for member in members])
-    change = along_the_sphere(x, grad, members[0].rate)
-    entries = [member.update.entries.detach() for member in members]
+    updates, outs, entries = [], [], []
+    for member in members:
+        updates.append(member.update)
+        outs.append(member.update.out)
+        entries.append(member.update.entries.detach())
+    change = along_the_sphere(stack_neurons(updates), torch.cat(outs), members[0].rate)
     parts = change.view(len(members), *entries[0].shape).unbind()
     torch._foreach_add_(entries, list(parts))
 
@@ -212,18 +215,20 @@ def _stats(stacks: Sequence[_Stack]) -> dict[str, GradientStats]:
         lengths += torch.split(torch.linalg.vector_norm(stack.buffer, dim=-1), stack.rows)
         norms += torch.split(torch.linalg.vector_norm(w, dim=-1), stack.rows)
     norms_of = {dtype: iter(_norms(some, dtype)) for dtype, some in grads.items()}
-    tasks = [next(norms_of[length.dtype]) for length in lengths]
+    tasks, sizes, factors, unscaling = [], [], [], []
+    for member, length in zip(members, lengths, strict=True):
+        tasks.append(next(norms_of[length.dtype]))
+        sizes.append(len(length))
+        factors.append(STRONG / math.sqrt(len(length)))
+        unscaling.append(1.0 / member.update.grad_scale)
     totals = torch._foreach_norm(lengths)
-    sizes = [len(length) for length in lengths]
-    thresholds = torch._foreach_mul(tasks, [STRONG / math.sqrt(size) for size in sizes])
+    thresholds = torch._foreach_mul(tasks, factors)
     limited = _count(_limited(members, lengths, norms), sizes)
-    above = [
-        threshold.expand(len(length)) for threshold, length in zip(thresholds, lengths, strict=True)
-    ]
+    above = [threshold.expand(size) for threshold, size in zip(thresholds, sizes, strict=True)]
     strong = _count(torch.cat(lengths) > torch.cat(above), sizes)
     task = torch.stack(tasks)
     share = (torch.stack(totals) / task).unbind()
-    unscaled = torch._foreach_mul(tasks, [1.0 / member.update.grad_scale for member in members])
+    unscaled = torch._foreach_mul(tasks, unscaling)
     found = {}
     for place, member in enumerate(members):
         numbers = share[place], limited[place], strong[place], unscaled[place]

@@ -376,11 +376,13 @@ class Deltas:
 
     def _changes(self, uses: Sequence[Use]) -> Tensor:
         """Norms (k,) of the changes of the samples of layers since their gradients were computed."""
-        sizes = [use.sample.numel() for use in uses]
+        sizes, now, then = [], [], []
+        for use in uses:
+            sizes.append(use.sample.numel())
+            now.append(use.sample)
+            then.append(self._deltas[use.layer.name].sample)
         dtype = working_dtype(uses[0].sample.dtype)
-        now = torch.cat([use.sample for use in uses])
-        then = torch.cat([self._deltas[use.layer.name].sample for use in uses])
-        change = now.to(dtype) - then.to(dtype)
+        change = torch.cat(now).to(dtype) - torch.cat(then).to(dtype)
         return torch.stack(torch._foreach_norm(list(torch.split(change, sizes))))
 
 
@@ -589,25 +591,28 @@ def _numbers(members: Sequence[_Fresh]) -> Tensor:
     dtype = members[0].grad.dtype
     lengths = []
     inverse = []
-    off = []
+    samples = []
     replaced = []
+    off = []  # of those that replace one
+    sizes = []
     for fresh in members:
         grad = fresh.grad
         lengths.append(torch.linalg.vector_norm(grad, dim=-1).flatten())
         norm = torch.linalg.vector_norm(fresh.use.x, dim=-1, dtype=grad.dtype)
         inverse.append(norm.clamp_min_(torch.finfo(grad.dtype).tiny).reciprocal_().flatten())
+        samples.append(fresh.delta.sample.to(dtype))
         if fresh.before is not None:
             # Row by row: the order of these sums does not depend on the number of threads.
             change = fresh.before.grad.to(grad.dtype) - grad
             off.append(torch.linalg.vector_norm(change, dim=-1).flatten())
+            sizes.append(lengths[-1])
             replaced.append(fresh)
     found = []
     if replaced:
-        sizes = [lengths[place] for place, one in enumerate(members) if one.before is not None]
         found += _errors(replaced, off, sizes)
     found += torch._foreach_norm(torch._foreach_mul(lengths, inverse), math.inf)
     found += torch._foreach_norm(lengths, math.inf)
-    found += torch._foreach_norm([one.delta.sample.to(dtype) for one in members])
+    found += torch._foreach_norm(samples)
     return torch.stack([number.to(torch.float32) for number in found])
 
 

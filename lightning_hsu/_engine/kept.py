@@ -80,8 +80,13 @@ def _keep_and_add(
     same_step: bool,
 ) -> None:
     """Keep gradients that were just computed, and add them as a step without a tolerance does."""
-    deltas.keep([use for use, _ in members], raw.copies(), learns=not same_step)
-    raw.add_to([update for _, (_, _, update) in members])
+    uses = []
+    updates = []
+    for use, (_, _, update) in members:
+        uses.append(use)
+        updates.append(update)
+    deltas.keep(uses, raw.copies(), learns=not same_step)
+    raw.add_to(updates)
 
 
 def look_ahead(

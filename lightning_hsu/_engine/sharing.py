@@ -141,11 +141,16 @@ def begin(jobs: Sequence[Job], compute: Compute, placement: Placement) -> Gradie
     """
     owners = _owners(jobs, placement)
     parcels, grads = _packed(jobs, owners, placement.rank)
-    mine = [i for i, owner in owners.items() if owner == placement.rank]
+    mine = []
+    sent = []
+    for i, owner in owners.items():
+        if owner == placement.rank:
+            mine.append(i)
+            sent.append(grads[i])
     error = None
     try:
         if mine:
-            compute(mine, [grads[i] for i in mine])
+            compute(mine, sent)
     except Exception as raised:  # `wait` raises it again: the other ranks wait for a message
         error = raised
         for parcel in parcels:
@@ -154,12 +159,14 @@ def begin(jobs: Sequence[Job], compute: Compute, placement: Placement) -> Gradie
                 parcel.entries[-1] = 1.0
     waits = placement.send([Message(parcel.owner, parcel.entries) for parcel in parcels])
     own = []
+    outs = []
     for i, job in enumerate(jobs):
         if i not in owners:
-            own.append(i)
             grads[i] = job.zeros()
+            own.append(i)
+            outs.append(grads[i])
     if own:
-        compute(own, [grads[i] for i in own])
+        compute(own, outs)
     return Gradients([grads[i] for i in range(len(jobs))], parcels, waits, error)
 
 
@@ -202,13 +209,16 @@ def raw_gradients(
         stats: Also compute, of layers on a GPU that ranks do not share, what a logging step needs.
     """
     shared = []
-    for i, (layer, _, _) in enumerate(found):
+    own = []
+    work = []
+    for i, (layer, term, update) in enumerate(found):
         if layer not in alone and is_shared(layer, placement):
             shared.append(i)
+        else:
+            own.append(i)
+            work.append((update, term))
     from_ranks = begin_plain([found[i] for i in shared], placement, raw=True)
-    others = set(shared)
-    own = [i for i in range(len(found)) if i not in others]
-    grads = own_gradients([(found[i][2], found[i][1]) for i in own], stats=stats)
+    grads = own_gradients(work, stats=stats)
     for raw in grads:
         raw.places = [own[place] for place in raw.places]
     for i, grad in zip(shared, from_ranks.wait(), strict=True):
@@ -265,11 +275,15 @@ class _Parcel:
 
 def _owners(jobs: Sequence[Job], placement: Placement) -> dict[int, int]:
     """The ranks that compute gradients for all, by the numbers of these."""
-    shared = [i for i, job in enumerate(jobs) if is_shared(job.layer, placement)]
+    shared = []
+    flops = []
+    for i, job in enumerate(jobs):
+        if is_shared(job.layer, placement):
+            shared.append(i)
+            flops.append(_flops(job.layer.measure, job.layer.target.shape))
     if not shared:
         return {}
-    flops = tuple(_flops(jobs[i].layer.measure, jobs[i].layer.target.shape) for i in shared)
-    owners = divided(flops, placement.size, worth_sharing(jobs[shared[0]].x.device))
+    owners = divided(tuple(flops), placement.size, worth_sharing(jobs[shared[0]].x.device))
     return dict(zip(shared, owners, strict=True)) if owners else {}
 
 
@@ -287,12 +301,14 @@ def _packed(
         sizes = [_aligned(jobs[i].x.numel()) for i in members]
         make = torch.zeros if owner == rank else torch.empty
         entries = make(sum(sizes) + 1, dtype=dtype, device=device)
+        names = []
         start = 0
         for i, size in zip(members, sizes, strict=True):
+            names.append(jobs[i].layer.name)
             x = jobs[i].x
             grads[i] = entries[start : start + x.numel()].view(x.shape)
             start += size
-        parcels.append(_Parcel(owner, entries, [jobs[i].layer.name for i in members]))
+        parcels.append(_Parcel(owner, entries, names))
     return parcels, grads
 
 

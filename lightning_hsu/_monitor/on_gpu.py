@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -29,7 +30,9 @@ def measure_on_gpu(
     """
     wanted = set(layers)
     stacks = ahead.numbers(wanted)
-    known = {layer for _, some in stacks for layer in some}
+    known: set[Layer] = set()
+    for _, some in stacks:
+        known.update(some)
     work = []
     left = []
     for plain in plan.plain:
@@ -60,5 +63,5 @@ def _read(
         rows = iter(torch.cat(tensors).tolist())
         for numbers, layers in some:
             for layer, count in zip(layers, numbers.groups, strict=True):
-                found[layer] = [next(rows) for _ in range(count)]
+                found[layer] = list(islice(rows, count))
     return found

@@ -198,14 +198,16 @@ class _Pass:
         entries = 0
         rows = 0
         marks = 0
+        blocks = []
         for group in groups:
             entries += group.entries
             rows += group.rows
             marks += group.tiles**2
+            blocks.append(group.rows // ROWS)
         self.x, self.pulls = torch.empty(2, entries, device=self.device)
         self.inverse_norm = torch.empty(rows, device=self.device)
         self.marks = torch.empty(marks, dtype=torch.int32, device=self.device)
-        self.blocks = _row_blocks(tuple(group.rows // ROWS for group in groups), self.device)
+        self.blocks = _row_blocks(tuple(blocks), self.device)
         self.alive = torch.empty(len(self.blocks), dtype=torch.int32, device=self.device)
         self.rounds = [self._round(rows) for rows in self._rows_of_rounds()]
         tiles = 0
@@ -322,8 +324,11 @@ class _Pass:
             limit_at = 0
             if group.limit is not None:
                 limit_at = group.limit.data_ptr()
-            energies = sum(other.counts[i] for other in self.rounds)
-            nears = sum(other.row_counts[i] for other in self.rounds)
+            energies = 0
+            nears = 0
+            for other in self.rounds:
+                energies += other.counts[i]
+                nears += other.row_counts[i]
             counted = [row // ROWS, group.rows // ROWS, energy, energies, near, nears]
             table.append([*group.addresses(), *shape, row, x, *panel, limit_at, mark, *counted])
             row += group.rows
@@ -430,7 +435,9 @@ def _download(part: Tensor) -> Callable[[], Tensor]:
 @lru_cache(maxsize=64)
 def _row_blocks(counts: tuple[int, ...], device: torch.device) -> Tensor:
     """Group and index of every block of rows, (blocks, 2), from the number of each group's."""
-    parts = [torch.arange(count)[:, None] for count in counts]
+    parts = []
+    for count in counts:
+        parts.append(torch.arange(count)[:, None])
     return _numbered(parts).to(device)
 
 
@@ -448,9 +455,12 @@ def _pair_tiles(
         Group, row and column of each tile, (tiles, 3), and how many tiles each group has.
     """
     parts = []
+    counts = []
     for tiles, first, last in spans:
-        parts.append(torch.triu_indices(last - first, tiles - first).T + first)
-    return _numbered(parts).to(device), [len(part) for part in parts]
+        part = torch.triu_indices(last - first, tiles - first).T + first
+        parts.append(part)
+        counts.append(len(part))
+    return _numbered(parts).to(device), counts
 
 
 @lru_cache(maxsize=64)
@@ -475,7 +485,9 @@ def _row_tiles(spans: tuple[tuple[int, int, int], ...], device: torch.device) ->
         spans: For each group its tiles of rows, and the first and the last of the round.
         device: Where to put the table.
     """
-    parts = [torch.arange(first, tiles)[:, None] for tiles, first, _ in spans]
+    parts = []
+    for tiles, first, _ in spans:
+        parts.append(torch.arange(first, tiles)[:, None])
     return _numbered(parts).to(device)
 
 
