@@ -176,7 +176,7 @@ class Plan:
     def __init__(self, layers: Sequence[Layer], placement: Placement) -> None:
         layers = [layer for layer in layers if layer.parameters]  # others have no gradient
         self.is_active = any(layer.strength != 0 for layer in layers)
-        self.plain = _plain_layers(layers, placement)
+        self.plain = _plain_layers(layers)
         self.buckets = buckets(layers, placement)
         plain = {one.layer for one in self.plain}
         without_plain = ([layer for layer in some if layer not in plain] for some in self.buckets)
@@ -376,12 +376,12 @@ def _labels(layer: Layer, placement: Placement) -> set[object]:
     return labels
 
 
-def _plain_layers(layers: Sequence[Layer], placement: Placement) -> list[PlainLayer]:
+def _plain_layers(layers: Sequence[Layer]) -> list[PlainLayer]:
     """The plain layers, without those that share or overlap in a parameter with another layer."""
     found = []
     others: set[int] = set()  # ids of the parameters of layers that are not plain
     for layer in layers:
-        plain = _as_plain(layer, placement)
+        plain = _as_plain(layer)
         if plain is None:
             others.update(id(p) for p in layer.parameters)
         else:
@@ -401,7 +401,7 @@ def _overlaps_any(one: PlainLayer, others: Sequence[PlainLayer]) -> bool:
     return any(one.overlaps(other) for other in others if other is not one)
 
 
-def _as_plain(layer: Layer, placement: Placement) -> PlainLayer | None:
+def _as_plain(layer: Layer) -> PlainLayer | None:
     """A layer as a plain one; None if a step needs more than its numbers."""
     term = layer.measure.pair_term()
     if term is None or layer.measure.has_state or layer.has_share or layer.rows is not None:
