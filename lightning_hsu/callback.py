@@ -415,7 +415,7 @@ class HypersphericalUniformity(_trainer.EveryCallback):
         return hook
 
     def _after_step(self, trainer: pl.Trainer, hook: AfterStep) -> None:
-        """Move the neurons if ``apply`` says so; this is not called for a skipped step."""
+        """Move the neurons, or look ahead, as ``apply`` says; not called for a skipped step."""
         fit = self._fit
         is_counted = fit.open_step.is_counted(hook.position)
         fit.open_step.end()
@@ -425,6 +425,8 @@ class HypersphericalUniformity(_trainer.EveryCallback):
             return
         if self.apply == "loss" and not is_counted:  # it stepped behind Lightning's back
             self.regularizer.count_step(hook.optimizer, index=hook.position)
+        if self.apply == "gradient" and self.regularizer.looks_ahead:
+            self.regularizer.look_ahead(hook.optimizer, index=hook.position)
         if self.apply == "decoupled":
             stats = self._will_measure(trainer)
             try:

@@ -200,7 +200,7 @@ class UniformityRegularizer:
         self._may_watch = False
         self._watched_since = 0
         self._saw_outputs = False
-        self.checks_order = True  # of the calls in a loop; Lightning keeps its own
+        self.checks_order = True  # and hooks, in an own loop; Lightning's callback has its own
         self.measures_next = False  # whether the layers are measured after the step under way
 
     @property
@@ -454,8 +454,10 @@ class UniformityRegularizer:
         """Release the model; the step counts, the measures' states and the means of shares stay."""
         self.state.detach()
         if self._attached is not None:
-            for hook in self._attached.hooks.values():
-                hook.remove()
+            for known in self._attached.hooks.values():
+                hook = known()
+                if hook is not None:
+                    hook.remove()
         self._attached = None
         self._saw_outputs = False
         self._stop_watching()
@@ -602,6 +604,8 @@ class UniformityRegularizer:
         )
         if self.checks_order:
             self.state.now.order.added(optimizer)
+            if self.looks_ahead and not same_step:
+                self._hook(optimizer, index)
         return found
 
     @eager
@@ -850,9 +854,6 @@ class UniformityRegularizer:
                 if self.tolerance is not None:
                     self.state.deltas.begin_step()
                 found = act(context)
-                plain = attached.plan.plain
-                if plain and plain[0].parameter.is_cuda and not same_step:
-                    self._hook(optimizer, index)
         counter.count(optimizer, index, same_step=same_step)
         if found and not same_step:
             known = self.state.now.coefficients
@@ -860,17 +861,25 @@ class UniformityRegularizer:
             self._warn_of(alarm)
         return found if asked else {}
 
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether gradients are computed right after a step: on a GPU, which hides them."""
+        plain = self._check_attached().plan.plain
+        return bool(plain) and plain[0].parameter.is_cuda
+
     def _hook(self, optimizer: Optimizer, index: int | None) -> None:
         """Look ahead after each step of an optimizer from now on."""
         hooks = self._check_attached().hooks
         known = hooks.get(id(optimizer))
-        if known is not None and known.optimizer is optimizer:
+        hook = None if known is None else known()
+        if hook is not None and hook.optimizer is optimizer:
             return
         act = partial(_after_step, weakref.ref(self))
         try:
-            hooks[id(optimizer)] = AfterStep(optimizer, index, act)
+            hook = AfterStep(optimizer, index, act)
         except NotImplementedError:  # nothing tells when it has stepped
             return
+        hooks[id(optimizer)] = weakref.ref(hook)  # the optimizer keeps it, and may go with it
 
     @eager
     @torch.no_grad()

@@ -5,11 +5,12 @@ import gc
 import warnings
 import weakref
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from torch import nn
 
-from lightning_hsu import Share, UniformityRegularizer
+from lightning_hsu import HypersphericalUniformity, Share, UniformityRegularizer
 from lightning_hsu._core import foreach, raw
 from lightning_hsu._core.pairwise import too_steep
 from lightning_hsu.measures import Covering, GaussianPotential, RieszEnergy
@@ -306,3 +307,78 @@ def test_two_optimizers_have_each_their_own_layers(monkeypatch):
     counted = count_gradients(monkeypatch)
     assert_same(run(True), direct)
     assert sum(counted) == (8 + 1) * 5
+
+
+def fit(*callbacks, steps=6):
+    """Train for some steps, as on a GPU as far as the moments go."""
+    torch.manual_seed(0)
+    data = torch.utils.data.DataLoader(torch.randn(8 * steps, 20), batch_size=8)
+    trainer = pl.Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=list(callbacks),
+    )
+    trainer.fit(Lit(), data)
+
+
+class Lit(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.net = network()
+
+    def training_step(self, batch, batch_idx):
+        return self.net(batch).square().mean()
+
+    def configure_optimizers(self):
+        return sgd(self)
+
+
+@pytest.fixture
+def looks_ahead(monkeypatch):
+    monkeypatch.setattr(UniformityRegularizer, "looks_ahead", property(lambda self: True))
+
+
+def ours(apply, prefix="hsu"):
+    return HypersphericalUniformity(coefficient=1e-3, apply=apply, prefix=prefix, verbose=False)
+
+
+@pytest.mark.usefixtures("looks_ahead")
+def test_the_callback_looks_ahead_after_each_step_and_computes_nothing_twice(monkeypatch):
+    counted = count_gradients(monkeypatch)
+    fit(ours("gradient"))
+    assert sum(counted) == (6 + 1) * 5
+
+
+@pytest.mark.usefixtures("looks_ahead")
+def test_moves_are_computed_when_they_come(monkeypatch):
+    """Nothing can be known of them before the optimizer's step."""
+    counted = count_gradients(monkeypatch)
+    fit(ours("decoupled"))
+    assert sum(counted) == 6 * 5
+
+
+@pytest.mark.usefixtures("looks_ahead")
+@pytest.mark.filterwarnings("ignore:.*add up")
+def test_no_hook_is_made_while_the_hooks_of_a_step_run():
+    """Python refuses that, for a hook that others follow."""
+    fit(ours("decoupled", "first"), ours("decoupled", "second"))
+
+
+@pytest.mark.usefixtures("looks_ahead")
+def test_an_optimizer_that_is_replaced_in_an_own_loop_is_let_go():
+    net = network()
+    regularizer = UniformityRegularizer().attach(net)
+    known = []
+    for _ in range(3):
+        steps = sgd(net)
+        known.append(weakref.ref(steps))
+        net(torch.randn(4, 20)).square().mean().backward()
+        regularizer.add_gradients(steps)
+        steps.step()
+    del steps
+    gc.collect()
+    assert [one() for one in known] == [None] * 3
