@@ -114,10 +114,11 @@ class UniformityRegularizer:
             stay exact.
         sample_above: Energies of more neurons are estimated
             (:class:`~lightning_hsu.measures.Sampled`); None computes them.
-        tolerance: The largest relative error, in (0, 1), that a layer's gradient may have from
-            earlier steps: it is kept, used for as many steps as its measured rate allows, and
-            computed again when the neurons have moved too far. That takes memory for one gradient
-            of each layer. None computes every layer at every step.
+        tolerance: The relative error, in (0, 1), that a layer's gradient may have on average: it is
+            kept, used for as many steps as its measured rate of ageing allows, and computed again
+            when the neurons have moved too far; single steps may reach two or three times it. That
+            takes memory for one gradient of each layer (half in bfloat16). None computes every
+            layer at every step.
         share_work: Whether the ranks of DDP divide the large layers: each layer's gradient is
             computed by one rank and sent to all, for about 1 / ranks of the arithmetic and memory
             for one gradient of each. False computes every layer on every rank, as it must be where

@@ -146,7 +146,7 @@ class Deltas:
     """The kept gradients of all layers, and what is known of how they age.
 
     Args:
-        tolerance: The largest relative error that a gradient may have; None keeps none.
+        tolerance: The relative error that a gradient may have on average; None keeps none.
 
     Attributes:
         reuse: For how long each layer's gradient may be used, by name.

@@ -242,7 +242,7 @@ class TrainingState:
         now: What is known about the attached model.
 
     Args:
-        tolerance: The largest relative error of gradients that are kept; None keeps none.
+        tolerance: The relative error of kept gradients on average; None keeps none.
     """
 
     def __init__(self, tolerance: float | None = None) -> None:
