@@ -117,7 +117,7 @@ class PairTerm:
         """The slopes alone of :meth:`folded`, written to ``out`` if that is given."""
         slopes_at = self.softened_slope
         if q.dtype != torch.float64 and self.knee**2 <= nearest:
-            if self.formula == ("chordal", 2.0):  # in fewer passes
+            if self.formula == ("chordal", 2.0) and q.device.type == "cpu":  # in fewer passes
                 slope = q.pow(-2)
                 if self.half_space:
                     return torch.sub((4.0 - q).pow_(-2), slope, out=out)
