@@ -68,6 +68,7 @@ class Kept:
         self.states: dict[str, Any] = {}
         self.means: dict[str, list[float]] = {}
         self.limited = self.unlimited = 0  # rows
+        self.follows = True  # the pull along the sum of the neurons, in full space
 
     def gradient(self, layer, x, computed):
         """The gradient (groups, n, d) of the mean over groups, as it was when it was last computed."""
@@ -83,7 +84,7 @@ class Kept:
             grad, wide, age = self.grads[name].double(), x.double(), self.ages[name]
             slope = slope_at_right_angles(layer.measure)
             every = 1 if age < 8 else 2 if age < 16 else 4
-            if slope and age % every == 0:
+            if self.follows and slope and age % every == 0:
                 n = x.shape[1]
                 before, now = (w.norm(dim=-1, keepdim=True) for w in (self.seen[name], wide))
                 change = (wide / now).sum(1, keepdim=True) - (self.seen[name] / before).sum(
