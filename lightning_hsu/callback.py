@@ -264,10 +264,15 @@ class HypersphericalUniformity(_trainer.EveryCallback):
 
     def state_dict(self) -> dict[str, Any]:
         """The training state after the last complete step; an interrupted step is done again."""
+        found = self.regularizer.state_dict()
         before = self._fit.open_step.state_before()
-        found = self.regularizer.state.state_dict() if before is None else before
-        self.regularizer.state.deltas.make_due()  # on all ranks: Lightning asks each of them
-        return found
+        return found if before is None else before
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Let the next step compute every gradient, on all ranks: Lightning calls this on each."""
+        self.regularizer.state.deltas.make_due()
 
     @_harmless
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
