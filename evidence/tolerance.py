@@ -176,7 +176,7 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
         f"Test error in % over {seeds} seeds, mean (standard error); for a tolerance the difference "
         "from computing at every step in points, with its 95 % interval (paired t), and the part "
         f"of the penalty's arithmetic that was done in hidden layers. {broken} runs with weights "
-        f"that are not finite. {hours:.2f} core hours."
+        f"that are not finite. {hours:.2f} hours of one process on a shared machine."
     )
     widest = _widest(by_setting)
     return f"{markdown(head, rows)}\n\n{legend} {widest}"

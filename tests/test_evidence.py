@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from evidence import cells as running
-from evidence import cnn9, training
+from evidence import cnn9, tolerance, training
 from evidence.__main__ import _run, main
 from evidence.cnn9 import CNN9, _bytes, _check_same, _moved, bounded_cross_entropy, table
 from evidence.comparisons import compare, hypothesis
@@ -623,6 +623,28 @@ def test_the_readme_quotes_the_committed_results():
     committed = json.loads((ROOT / "evidence/results/cells.json").read_text())
     text = (ROOT / "README.md").read_text()
     assert quoted(text, readme(committed)) == text
+
+
+def test_its_own_readme_quotes_the_committed_results_of_kept_gradients():
+    committed = json.loads((tolerance.RESULTS / "cells.json").read_text())
+    assert len(committed) == len(tolerance.CHOSEN) * len(tolerance.TOLERANCES)
+    text = tolerance.README.read_text()
+    assert quoted(text, tolerance.table(committed), tolerance.MARKS) == text
+
+
+def test_kept_gradients_are_compared_on_paired_seeds_and_go_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["tolerance", "--quick", "--out", str(tmp_path)])
+    assert tolerance.main() == 0
+    told = capsys.readouterr().out
+    cells = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("cells/*.json"))]
+    assert [one["asked"]["method"]["tolerance"] for one in cells] == [None, 0.05, 0.1]
+    exact, kept, _ = cells
+    assert exact["ratio_before"] == kept["ratio_before"]  # the same initial weights
+    assert exact["ratio_after"] != kept["ratio_after"]
+    assert exact["recomputed"] == 1.0 > kept["recomputed"] > 0.0
+    monkeypatch.setattr(tolerance, "train", None)  # nothing is left to do
+    assert tolerance.main() == 0
+    assert capsys.readouterr().out == told[told.index("| setting") :]
 
 
 def test_the_readme_has_the_committed_runs_of_the_published_recipe():
