@@ -122,8 +122,8 @@ class UniformityRegularizer:
         share_work: Whether the ranks of DDP divide the large layers: each layer's gradient is
             computed by one rank and sent to all, for about 1 / ranks of the arithmetic and memory
             for one gradient of each. False computes every layer on every rank, as it must be where
-            ranks have weights of their own between averages (local SGD), and may be better over a
-            slow network. :meth:`penalty` and :meth:`add_to_loss` do not share: each rank's loss has
+            ranks have weights of their own between averages (local SGD) or take unequal numbers of
+            steps (``Join``), and may be better over a slow network. :meth:`penalty` and :meth:`add_to_loss` do not share: each rank's loss has
             the whole penalty.
 
     Raises:
