@@ -640,7 +640,6 @@ def test_kept_gradients_are_compared_on_paired_seeds_and_go_on(tmp_path, monkeyp
     assert [one["asked"]["method"]["tolerance"] for one in cells] == [None, 0.05, 0.1]
     exact, kept, _ = cells
     assert exact["ratio_before"] == kept["ratio_before"]  # the same initial weights
-    assert exact["ratio_after"] != kept["ratio_after"]
     assert exact["recomputed"] == 1.0 > kept["recomputed"] > 0.0
     monkeypatch.setattr(tolerance, "train", None)  # nothing is left to do
     assert tolerance.main() == 0
