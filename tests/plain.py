@@ -90,6 +90,17 @@ def energy(measure, neurons):
     return value.log() if isinstance(measure, GaussianPotential) else value
 
 
+@torch.enable_grad()
+def slope_at_right_angles(measure):
+    """The kernel's derivative in the squared chord, at 2; 0 where the pull along the sum is not followed."""
+    if not isinstance(measure, RieszEnergy) or measure.half_space:
+        return 0.0
+    q = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    chord = q.sqrt()
+    value = -chord.log() if measure.s == 0 else chord**-measure.s
+    return torch.autograd.grad(value, q)[0].item()
+
+
 class Kept:
     """Gradients that are kept for several steps, and computed when a schedule says so.
 
@@ -102,6 +113,7 @@ class Kept:
         self.schedule = {layer: iter(uses) for layer, uses in schedule.items()}
         self.grads: dict[Any, torch.Tensor] = {}
         self.ages: dict[Any, int] = {}
+        self.seen: dict[Any, torch.Tensor] = {}
 
     def gradient(self, name, measure, x, key=None):
         """That of the mean over groups at neurons x (groups, n, d), or of those before.
@@ -116,13 +128,33 @@ class Kept:
                 x = x.detach().requires_grad_()
                 self.grads[key] = torch.autograd.grad(energy(measure, x).mean(), x)[0]
             self.ages[key] = 0
-        elif not is_again and self.ages[key] in (8, 16, 32, 64):
-            grad = self.grads[key]
-            along = (grad * x).sum(-1, keepdim=True) / x.square().sum(-1, keepdim=True)
-            self.grads[key] = grad - along * x
+            self.seen[key] = x.detach().clone()
+        elif not is_again:
+            self.follow(key, measure, x)
+            if self.ages[key] in (8, 16, 32, 64):
+                grad = self.grads[key]
+                along = (grad * x).sum(-1, keepdim=True) / x.square().sum(-1, keepdim=True)
+                self.grads[key] = grad - along * x
         if not is_again:
             self.ages[key] += 1
         return self.grads[key]
+
+    def follow(self, key, measure, x):
+        """Follow the pull along the sum of all neurons, which a mean over pairs has in full space."""
+        age = self.ages[key]
+        every = 1 if age < 8 else 2 if age < 16 else 4
+        slope = slope_at_right_angles(measure)
+        if slope == 0 or age % every:
+            return
+        groups, n, _ = x.shape
+        seen = self.seen[key]
+        tiny = torch.finfo(x.dtype).tiny  # of zero rows
+        before, now = (w.norm(dim=-1, keepdim=True).clamp_min(tiny) for w in (seen, x))
+        change = (x / now).sum(1, keepdim=True) - (seen / before).sum(1, keepdim=True)
+        pull = 4.0 * slope / (n * (n - 1)) / groups
+        followed = self.grads[key] * before / now - pull * change / now
+        self.grads[key] = torch.where(now > tiny, followed, self.grads[key])
+        self.seen[key] = x.detach().clone()
 
     def is_used_up(self):
         """Whether the schedule is at its end."""

@@ -31,20 +31,10 @@ from lightning_hsu.measures import (
 from lightning_hsu.projections import Projected, RandomProjection
 from tests import models, plain
 from tests.models import Automatic, batches, loader, mean_square, trainer, uniformity
+from tests.plain import slope_at_right_angles
 from tests.ranks import Keep
 
 HALF_SPACE = RieszEnergy(s=2.0, half_space=True)
-
-
-@torch.enable_grad()
-def slope_at_right_angles(measure):
-    """The kernel's derivative in the squared chord, at 2; 0 where the pull along the sum is not followed."""
-    if not isinstance(measure, RieszEnergy) or measure.half_space:
-        return 0.0
-    q = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
-    chord = q.sqrt()
-    value = -chord.log() if measure.s == 0 else chord**-measure.s
-    return torch.autograd.grad(value, q)[0].item()
 
 
 class Kept:
