@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import wraps
@@ -36,7 +35,6 @@ class AfterStep:
         optimizer: The optimizer to hook.
         position: Its position among the trainer's optimizers; None if it has none.
         act: What to call. It returns whether it wants to be called again.
-        keeps: Whether this keeps the optimizer in memory.
 
     Attributes:
         is_on: Whether ``act`` is still called.
@@ -49,15 +47,9 @@ class AfterStep:
     """
 
     def __init__(
-        self,
-        optimizer: Optimizer,
-        position: int | None,
-        act: Callable[[AfterStep], bool],
-        *,
-        keeps: bool = True,
+        self, optimizer: Optimizer, position: int | None, act: Callable[[AfterStep], bool]
     ) -> None:
-        self._known: Callable[[], Optimizer | None] = weakref.ref(optimizer)
-        self._kept = optimizer if keeps else None
+        self.optimizer = optimizer
         self.position = position
         self.is_on = True
         self.is_late = False
@@ -69,18 +61,6 @@ class AfterStep:
             self._take_off = replace_step(optimizer, self._around)
         else:
             self._take_off = optimizer.register_step_post_hook(self._after).remove
-
-    @property
-    def optimizer(self) -> Optimizer:
-        """The optimizer.
-
-        Raises:
-            ReferenceError: if it is gone.
-        """
-        optimizer = self._known() if self._kept is None else self._kept
-        if optimizer is None:
-            raise ReferenceError("the optimizer is gone")
-        return optimizer
 
     def remove(self) -> None:
         """Take the hook off the optimizer."""

@@ -877,8 +877,7 @@ class UniformityRegularizer:
             return
         act = partial(_after_step, weakref.ref(self))
         try:
-            # An optimizer that its owner drops must go at once: the next one takes its count.
-            hook = AfterStep(optimizer, index, act, keeps=False)
+            hook = AfterStep(optimizer, index, act)
         except NotImplementedError:  # nothing tells when it has stepped
             return
         hooks[id(optimizer)] = weakref.ref(hook)  # the optimizer keeps it, and may go with it

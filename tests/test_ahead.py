@@ -259,24 +259,6 @@ def test_an_optimizer_that_was_met_looks_ahead_by_itself_after_its_steps():
     assert not regularizer.is_attached
 
 
-def test_a_new_optimizer_takes_the_count_of_one_that_is_gone():
-    net = network()
-    seen = []
-
-    def schedule(step):
-        seen.append(step)
-        return 0.1
-
-    regularizer = UniformityRegularizer(coefficient={"0": schedule, "*": 0.0}).attach(net)
-    for _ in range(3):
-        steps = sgd(net)
-        net(torch.randn(4, 20)).square().mean().backward()
-        regularizer.add_gradients(steps)
-        regularizer._hook(steps, None)  # as on a GPU
-        steps.step()
-    assert seen == [0, 1, 2]
-
-
 def test_the_hook_keeps_neither_the_regularizer_nor_the_model():
     net = network()
     steps = sgd(net)
