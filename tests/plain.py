@@ -90,15 +90,18 @@ def energy(measure, neurons):
     return value.log() if isinstance(measure, GaussianPotential) else value
 
 
-@torch.enable_grad()
 def slope_at_right_angles(measure):
     """The kernel's derivative in the squared chord, at 2; 0 where the pull along the sum is not followed."""
-    if not isinstance(measure, RieszEnergy) or measure.half_space:
+    if (
+        not isinstance(measure, PairwiseMeasure)
+        or measure.half_space
+        or measure.pair_term() is None
+    ):
         return 0.0
-    q = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
-    chord = q.sqrt()
-    value = -chord.log() if measure.s == 0 else chord**-measure.s
-    return torch.autograd.grad(value, q)[0].item()
+    if measure.logarithm:
+        return 0.0
+    q = torch.tensor([2.0], dtype=torch.float64)
+    return measure.kernel(q, 4.0 - q)[1].item()
 
 
 class Kept:

@@ -582,7 +582,6 @@ KEEPING = (
     "fp32",
     "bf16-mixed",
     "64-true",
-    "scaler, clip by norm",
     "accumulate 3 of 5",
     "manual accumulation",
     "GAN",

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lightning_hsu._core import working_dtype
+from lightning_hsu._core import exact_arithmetic, working_dtype
 from lightning_hsu._core.bf16 import slope_at_right_angles
 from lightning_hsu._core.sphere import LONGEST, SHORTEST
 from lightning_hsu._engine.late import LateNumbers
@@ -222,7 +222,8 @@ class Deltas:
             if learns and before is not None and before.age > 0:
                 fresh.before = before
                 if before.pull is not None and before.fits(use):
-                    before.refresh(use.x)  # as this step would use it
+                    with exact_arithmetic(use.x):
+                        before.refresh(use.x)  # as this step would use it
             by_device.setdefault(grad.device, []).append(fresh)
         for members in by_device.values():
             numbers = LateNumbers(_numbers(members))
@@ -239,7 +240,8 @@ class Deltas:
         """
         delta = self._deltas[use.layer.name]
         if not (same_step or use.is_due) and delta.age > 0:
-            delta.refresh(use.x)
+            with exact_arithmetic(use.x):  # a hook may run within autocast
+                delta.refresh(use.x)
         return delta
 
     def grow_older(self, uses: Sequence[Use]) -> None:
@@ -545,7 +547,8 @@ def pull_of(use: Use) -> Pull | None:
     if slope == 0:
         return None
     dtype = working_dtype(use.x.dtype)
-    return Pull(-2.0 * term.scale(use.x.shape[1]) * slope, use.x.to(dtype))
+    with exact_arithmetic(use.x):
+        return Pull(-2.0 * term.scale(use.x.shape[1]) * slope, use.x.to(dtype))
 
 
 def project(grad: Tensor, w: Tensor) -> None:
