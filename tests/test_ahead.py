@@ -170,7 +170,11 @@ def test_convolutions(tolerance):
 @pytest.mark.filterwarnings("ignore:.*has new weights", "ignore:the penalty is too strong")
 def test_weights_that_change_meanwhile_are_computed_again(between, moment, tolerance):
     settings = {"between": between, "moment": moment, "tolerance": tolerance}
-    assert_same(train(True, **settings), train(False, **settings))
+    ahead, direct = train(True, **settings), train(False, **settings)
+    if between is frozen_in_turns:  # a part of what was computed together is used
+        torch.testing.assert_close(ahead, direct, rtol=1e-5, atol=1e-7)
+    else:
+        assert_same(ahead, direct)
 
 
 def count_gradients(monkeypatch):
