@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -601,7 +601,7 @@ class UniformityRegularizer:
         if self.checks_order:
             self.state.now.order.check(ADD, optimizer, self.layers)
         found = self._step(
-            self._add, optimizer, index, grad_scale=grad_scale, stats=stats, same_step=same_step
+            optimizer, index, grad_scale=grad_scale, stats=stats, same_step=same_step
         )
         if self.checks_order:
             self.state.now.order.added(optimizer)
@@ -636,7 +636,7 @@ class UniformityRegularizer:
             self.state.now.order.check(MOVE, optimizer, self.layers)
         if id(optimizer) not in self.state.now.movers:
             self._check_mover(optimizer)
-        return self._step(self._move, optimizer, index, stats=stats, compares=False)
+        return self._step(optimizer, index, stats=stats, moves=True)
 
     @eager
     def measure_layers(self, *, but: Collection[str] = ()) -> list[LayerUniformity]:
@@ -816,19 +816,18 @@ class UniformityRegularizer:
 
     def _step(
         self,
-        act: Callable[[StepContext], dict[str, GradientStats]],
         optimizer: Optimizer,
         index: int | None,
         *,
         grad_scale: float = 1.0,
         stats: bool = False,
         same_step: bool = False,
-        compares: bool = True,
+        moves: bool = False,
     ) -> dict[str, GradientStats]:
         """Act if ``every_n_steps`` does not skip this step, and count it if it was not refused.
 
         Few steps are looked at even without ``stats``, and so is what follows them if the penalty
-        may be too strong; ``compares`` says whether beside the task's gradient, too.
+        may be too strong: beside the task's gradient, too, unless it ``moves`` the neurons.
         """
         attached = self._check_attached()
         strength = attached.strength
@@ -844,7 +843,8 @@ class UniformityRegularizer:
             self.note_reached(optimizer)
         else:
             rates = learning_rates(optimizer)
-            context = StepContext(step, rates, grad_scale, same_step, self.step_limit, stats)
+            limit = self.step_limit
+            context = StepContext(step, rates, grad_scale, same_step, limit, stats, moves)
             recorded: AbstractContextManager[None] = nullcontext()
             if torch.is_inference_mode_enabled():
                 recorded = outside_inference_mode()
@@ -854,11 +854,11 @@ class UniformityRegularizer:
                     self._tell_untold()
                 if self.tolerance is not None:
                     self.state.deltas.begin_step()
-                found = act(context)
+                found = self._act(context)
         counter.count(optimizer, index, same_step=same_step)
         if found and not same_step:
             known = self.state.now.coefficients
-            alarm = strength.see(optimizer, step, found, self.layers, known, compares=compares)
+            alarm = strength.see(optimizer, step, found, self.layers, known, compares=not moves)
             self._warn_of(alarm)
         return found if asked else {}
 
@@ -937,19 +937,28 @@ class UniformityRegularizer:
                 'optimizer.add_param_group({"params": ...})'
             )
 
-    def _add(self, context: StepContext) -> dict[str, GradientStats]:
-        """Add gradients."""
+    def _act(self, context: StepContext) -> dict[str, GradientStats]:
+        """Add gradients, or move neurons."""
         attached = self._check_attached()
         plan, placement = attached.plan, attached.placement
+        act = LayerUpdate.add
+        if context.moves:
+            refuse_unknown_rates(self.layers, self.state, context)
+            act = LayerUpdate.move
         updates, left = plan.plain_updates(self.state, context)
         together = plan.rest + buckets(left, placement)
         stats = {}
         if together:
             # Before the plain layers: a layer that is refused stops the whole step.
-            stats = act_on_buckets(together, LayerUpdate.add, self.state, context, placement)
+            stats = act_on_buckets(together, act, self.state, context, placement)
         self._add_plain(updates, context)
-        if updates.buffered is not None:
+        if updates.buffered is None:
+            return stats
+        if context.stats:
             stats |= updates.buffered.stats()
+        if context.moves:
+            updates.buffered.move()
+        else:
             updates.buffered.add()
         return stats
 
@@ -964,23 +973,6 @@ class UniformityRegularizer:
             updates.found = ahead.add(updates.found)
             updates.alone = ahead.outdated
         updates.add(placement)
-
-    def _move(self, context: StepContext) -> dict[str, GradientStats]:
-        """Move neurons."""
-        attached = self._check_attached()
-        plan, placement = attached.plan, attached.placement
-        refuse_unknown_rates(self.layers, self.state, context)
-        updates, left = plan.plain_updates(self.state, context, moves=True)
-        together = plan.rest + buckets(left, placement)
-        stats = {}
-        if together:
-            stats = act_on_buckets(together, LayerUpdate.move, self.state, context, placement)
-        self._add_plain(updates, context)
-        if updates.buffered is not None:
-            if context.stats:
-                stats |= updates.buffered.stats()
-            updates.buffered.move()
-        return stats
 
     def _check_mover(self, optimizer: Optimizer) -> None:
         """Warn, once, of an optimizer whose next step undoes a part of each move."""

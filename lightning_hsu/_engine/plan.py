@@ -47,6 +47,7 @@ class StepContext:
         step_limit: The largest fraction of its norm by which a step may move a neuron; None is no
             limit.
         stats: Whether to return statistics of what was done.
+        moves: Whether the gradients are not added to the task's but move the neurons.
     """
 
     step: int
@@ -55,6 +56,7 @@ class StepContext:
     same_step: bool
     step_limit: float | None
     stats: bool = False
+    moves: bool = False
 
 
 class PlainLayer:
@@ -204,17 +206,11 @@ class Plan:
         return found
 
     def plain_updates(
-        self, state: TrainingState, context: StepContext, *, moves: bool = False
+        self, state: TrainingState, context: StepContext
     ) -> tuple[PlainUpdates, list[Layer]]:
-        """The updates of the plain layers at this step, and those layers that need another way.
-
-        Args:
-            state: The training state.
-            context: The step.
-            moves: Whether the gradients are not added to the task's but move the neurons.
-        """
+        """The updates of the plain layers at this step, and those layers that need another way."""
         updates = PlainUpdates()
-        buffered = BufferedUpdates() if moves or context.stats else None
+        buffered = BufferedUpdates() if context.moves or context.stats else None
         left = []
         limits: dict[int, Tensor | float | None] = {}  # by the id of a learning rate
         ascending = context.learning_rates.ascending
@@ -234,7 +230,7 @@ class Plan:
             if id(rate) not in limits:
                 limits[id(rate)] = limit_of_gradient(context.step_limit, rate)
             update = None
-            if moves or id(p) not in ascending:
+            if context.moves or id(p) not in ascending:
                 update = plain.update(coefficient, limits[id(rate)], grad_scale)
             if update is None:
                 left.append(layer)
