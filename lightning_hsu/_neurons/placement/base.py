@@ -232,7 +232,7 @@ class Placement:
         return mask
 
     def largest(self, number: Tensor, p: Tensor) -> Tensor:
-        """The largest of the numbers (0-d) of the ranks that hold parts of p.
+        """The largest of each number (of any shape) of the ranks that hold parts of p.
 
         A collective call if p is sharded.
         """

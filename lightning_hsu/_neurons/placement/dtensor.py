@@ -152,14 +152,10 @@ class DTensorPlacement(Placement):
         """Combine a mask with "or", entry by entry, over the ranks that hold parts of p."""
         if not is_dtensor(p):
             return mask
-        found = mask.to(torch.uint8)
-        for axis in range(p.device_mesh.ndim):
-            group = p.device_mesh.get_group(axis)
-            torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX, group=group)
-        return found.bool()
+        return self.largest(mask.to(torch.uint8), p).bool()
 
     def largest(self, number: Tensor, p: Any) -> Tensor:
-        """The largest of the numbers of the ranks that hold parts of p; NaN counts as the largest."""
+        """The largest of each number of the ranks that hold parts of p; NaN counts as the largest."""
         if not is_dtensor(p):
             return number
         found = number.nan_to_num(nan=torch.inf)
