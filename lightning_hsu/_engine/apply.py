@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from lightning_hsu._core.foreach import SMALL, shortening
 from lightning_hsu._core.updates import along_the_sphere
-from lightning_hsu._engine.buffered import GradientStats
+from lightning_hsu._engine.buffered import GradientStats, strong_neurons
 from lightning_hsu._engine.delta import Use, use_of
 from lightning_hsu._engine.layer import Layer, to_compute_dtype
-from lightning_hsu._engine.plan import limit_of_gradient, strong_neurons
+from lightning_hsu._engine.plan import limit_of_gradient
 from lightning_hsu._engine.rates import Rate, Rates
 from lightning_hsu._engine.sharing import Gradients, Job, begin, is_shared, may_be_sent
 from lightning_hsu._engine.state import ShareMeans

@@ -185,6 +185,20 @@ class BufferedUpdates:
             yield from stack.members
 
 
+def strong_neurons(grad: Tensor, total: Tensor, share: Tensor) -> Tensor:
+    """Mask (groups, n) of the neurons in which the penalty is far above the task.
+
+    Args:
+        grad: The penalty's gradient (groups, n, d).
+        total: Its norm.
+        share: That over the norm of the task's.
+    """
+    length = torch.linalg.vector_norm(grad, dim=-1)
+    typical = total / math.sqrt(length.numel())  # of a neuron
+    strong: Tensor = length * share > STRONG * typical
+    return strong
+
+
 def _move(members: Sequence[_Member]) -> None:
     """Move layers of one shape and learning rate."""
     updates, outs, entries = [], [], []

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from lightning_hsu._core import PairTerm
 from lightning_hsu._core.foreach import SMALL, add_all_pair_gradients
 from lightning_hsu._core.updates import GradientUpdate
-from lightning_hsu._engine.buffered import STRONG, BufferedUpdates
+from lightning_hsu._engine.buffered import BufferedUpdates
 from lightning_hsu._engine.layer import Layer
 from lightning_hsu._engine.rates import Rate, Rates, as_number, rates_on_devices
 from lightning_hsu._engine.sharing import PlainUpdate, begin_plain, is_shared
@@ -307,20 +307,6 @@ def buckets(layers: Sequence[Layer], placement: Placement) -> list[list[Layer]]:
                 others.append(known)
         found = [*others, bucket]
     return [bucket.layers for bucket in found]
-
-
-def strong_neurons(grad: Tensor, total: Tensor, share: Tensor) -> Tensor:
-    """Mask (groups, n) of the neurons in which the penalty is far above the task.
-
-    Args:
-        grad: The penalty's gradient (groups, n, d).
-        total: Its norm.
-        share: That over the norm of the task's.
-    """
-    length = torch.linalg.vector_norm(grad, dim=-1)
-    typical = total / math.sqrt(length.numel())  # of a neuron
-    strong: Tensor = length * share > STRONG * typical
-    return strong
 
 
 def learning_rates(optimizer: Optimizer) -> Rates:
