@@ -18,8 +18,8 @@ from lightning_hsu._core import (
     smallest_angle,
 )
 from lightning_hsu._core.batches import batches_of, layer_parts
+from lightning_hsu._core.crowded import CrowdedLayers
 from lightning_hsu._core.foreach import TorchBackend, add_pair_gradients
-from lightning_hsu._core.late import LateAnswers
 from lightning_hsu._core.pairwise import PANEL, pair_gradient, small_pair_gradient
 from lightning_hsu._core.updates import GradientUpdate, shortening
 from lightning_hsu._core.without_sync import (
@@ -196,7 +196,7 @@ class OnlyOneWay:
     def __init__(self, monkeypatch):
         self.exact = 0
         monkeypatch.setattr(foreach, "avoids_sync", lambda update, term: update.size[1] > 1)
-        monkeypatch.setattr(foreach, "_LATE", LateAnswers())
+        monkeypatch.setattr(foreach, "_CROWDED", CrowdedLayers())
         exactly = foreach.add_exactly
 
         def counted(updates, term):

@@ -11,13 +11,14 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from lightning_hsu._core.backend import VARIABLE, Backend
 from lightning_hsu._core.batches import Batch, batches_of
-from lightning_hsu._core.foreach import add_and_note, without_crowded
+from lightning_hsu._core.foreach import note_crowded, without_crowded
 from lightning_hsu._core.kernel import PairTerm
 from lightning_hsu._core.pairwise import avoids_sync
 from lightning_hsu._core.precision import bf16_allowed, gradient_arithmetic
 from lightning_hsu._core.updates import GradientUpdate
 from lightning_hsu._core.without_sync import (
     BatchGradient,
+    add_batch,
     gradients_without_sync,
 )
 
@@ -66,7 +67,8 @@ class CudaGraphBackend(Backend):
         for members in by_device.values():
             batches = batches_of(members)
             for batch, found in zip(batches, self._replay(batches, term), strict=True):
-                add_and_note(batch, found)
+                add_batch(batch, found)
+                note_crowded(batch, found)
 
     def _replay(self, batches: Sequence[Batch], term: PairTerm) -> list[BatchGradient]:
         """Gradients of all batches, from a graph captured when these weights first appeared.

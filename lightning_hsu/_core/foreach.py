@@ -10,8 +10,8 @@ from torch import Tensor
 
 from lightning_hsu._core.backend import Backend, active
 from lightning_hsu._core.batches import Batch, batches_of
+from lightning_hsu._core.crowded import CrowdedLayers
 from lightning_hsu._core.kernel import PairTerm
-from lightning_hsu._core.late import LateAnswers
 from lightning_hsu._core.pairwise import (
     avoids_sync,
     pair_energy,
@@ -48,7 +48,7 @@ _GRAM_ENTRIES = 2**22
 """Gram entries of the layers in a stack, few enough to stay in a cache."""
 
 
-_LATE = LateAnswers()
+_CROWDED = CrowdedLayers()
 
 Work = list[tuple[GradientUpdate, PairTerm]]
 """Layers with their kernels."""
@@ -144,8 +144,13 @@ def begin_batch(batch: Batch, *, stats: bool = False) -> BatchGradient:
     """
     with gradient_arithmetic(batch.updates[0].entries):
         found = gradients_without_sync(batch, stats=stats)
-    _LATE.note(batch.work, batch.layout.pieces, found.pairs)
+    note_crowded(batch, found)
     return found
+
+
+def note_crowded(batch: Batch, found: BatchGradient) -> None:
+    """Note for the next step which layers of a batch have too many near pairs."""
+    _CROWDED.note(batch.work, batch.layout.pieces, found.pairs)
 
 
 def without_crowded(work: Work) -> Work:
@@ -158,21 +163,15 @@ def without_crowded(work: Work) -> Work:
 
 def calm_and_crowded(work: Work) -> tuple[Work, Work]:
     """The layers without, and those with too many near pairs, as far as that is known."""
-    _LATE.read(work)
+    _CROWDED.read(work)
     calm: Work = []
     crowded: Work = []
     for one in work:
-        if _LATE.is_crowded(*one):
+        if _CROWDED.is_crowded(*one):
             crowded.append(one)
         else:
             calm.append(one)
     return calm, crowded
-
-
-def add_and_note(batch: Batch, found: BatchGradient) -> None:
-    """Add the gradients of a batch, and note for the next step which layers are crowded."""
-    add_batch(batch, found)
-    _LATE.note(batch.work, batch.layout.pieces, found.pairs)
 
 
 def how_many_together(shape: torch.Size) -> int:

@@ -5,7 +5,7 @@ everything is computed whatever the answer is: rows that take no part are masked
 are redone in float64 within the pass (repair.py). Layers of all shapes and kernels go together
 (layout.py), so that what is done to each entry of a Gram matrix is done once for all layers.
 
-Two things are left to the host, which reads of them one step later (late.py), when the answer has
+Two things are left to the host, which reads of them one step later (crowded.py), when the answer has
 long been there: coincident neurons, which have no direction between them, and more near pairs than
 the repair has room for. Layers that have them take the exact way from the next step on. In the step
 before, coincident neurons do not push each other, and a near pair without room pulls as one at the

@@ -53,7 +53,7 @@ class _Answer(NamedTuple):
     ready: torch.cuda.Event | None
 
 
-class LateAnswers:
+class CrowdedLayers:
     """Knows which layers have more near pairs than a pass has room for, or coincident neurons."""
 
     def __init__(self) -> None:
