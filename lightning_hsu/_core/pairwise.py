@@ -192,7 +192,7 @@ def avoids_sync(update: GradientUpdate, term: PairTerm) -> bool:
 
 def takes_one_pass(w: Tensor, term: PairTerm) -> bool:
     """Whether the gradient at neurons (b, n, d) is computed as those of layers on a GPU are."""
-    return w.is_cuda and w.shape[1] > 1 and not too_steep(term)
+    return avoids_sync(GradientUpdate(w, w, 1.0), term)
 
 
 def _in_one_pass(w: Tensor, term: PairTerm) -> tuple[Tensor, Tensor] | None:
