@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -29,7 +28,6 @@ TURN = 5  # steps of a rival before the next one's turn
 TURNS = 6
 WARM_UP = 4
 TOLERANCE = 0.05
-HAS_TOLERANCE = "tolerance" in inspect.signature(UniformityRegularizer).parameters
 
 
 @dataclass(frozen=True)
@@ -92,8 +90,7 @@ def kinds(device: str) -> list[Kind]:
         if backend == "triton" and device == "cpu":
             continue  # the interpreter would take all the time
         found.append(Kind("exact", backend))
-    if HAS_TOLERANCE:
-        found.append(Kind(f"tolerance {TOLERANCE}", tolerance=TOLERANCE))
+    found.append(Kind(f"tolerance {TOLERANCE}", tolerance=TOLERANCE))
     return found
 
 
@@ -103,10 +100,7 @@ def rival(kind: Kind, task: Task) -> Rival:
     optimizer = task.optimizer(model)
     regularizer = None
     if kind.penalised:
-        settings = {}
-        if kind.tolerance is not None:
-            settings["tolerance"] = kind.tolerance
-        regularizer = UniformityRegularizer(coefficient=0.1, **settings).attach(model)
+        regularizer = UniformityRegularizer(coefficient=0.1, tolerance=kind.tolerance).attach(model)
     return Rival(kind, task, model, optimizer, regularizer)
 
 
@@ -116,8 +110,6 @@ def measure(report: Report, name: str) -> None:
     require_backend("torch", settings.device)
     what = task(name, settings.device, quick=settings.quick)
     report.note(f"{what.about}; an own loop with UniformityRegularizer, coefficient 0.1")
-    if not HAS_TOLERANCE:
-        report.note("UniformityRegularizer has no argument 'tolerance' here: exact alone")
     if settings.device == "cpu":
         report.note("triton on a CPU is an interpreter: left out; waits and memory need a card")
     rivals = started(report, what)
