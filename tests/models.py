@@ -44,9 +44,9 @@ class Detour(nn.Sequential):
         return x
 
 
-def image_network():
-    """Neurons that do not lie in one piece: a transposed convolution, all in the memory format channels_last."""
-    net = nn.Sequential(
+def images():
+    """A grouped and a transposed convolution."""
+    return nn.Sequential(
         nn.Conv2d(1, 6, 3),
         nn.Tanh(),
         nn.Conv2d(6, 8, 3, groups=2),
@@ -56,7 +56,11 @@ def image_network():
         nn.Flatten(),
         nn.Linear(36, 3),
     )
-    return net.to(memory_format=torch.channels_last)
+
+
+def image_network():
+    """Neurons that do not lie in one piece: a transposed convolution, all in the memory format channels_last."""
+    return images().to(memory_format=torch.channels_last)
 
 
 class SequenceNetwork(nn.Module):

@@ -104,6 +104,33 @@ def slope_at_right_angles(measure):
     return measure.kernel(q, 4.0 - q)[1].item()
 
 
+def refreshed(grad, seen, x, age, slope):
+    """A kept gradient as it is used at an age, and the neurons up to which its pull was followed.
+
+    In full space the pull along the sum of all neurons is followed; at some ages the rest is made
+    tangent again.
+
+    Args:
+        grad: The gradient (groups, n, d), summed over the groups.
+        seen: The neurons (groups, n, d) up to which the pull was followed.
+        x: The neurons now.
+        age: Uses since the gradient was computed.
+        slope: From :func:`slope_at_right_angles`.
+    """
+    every = 1 if age < 8 else 2 if age < 16 else 4
+    if slope and age % every == 0:
+        n = x.shape[1]
+        tiny = torch.finfo(x.dtype).tiny  # of zero rows
+        before, now = (w.norm(dim=-1, keepdim=True).clamp_min(tiny) for w in (seen, x))
+        change = (x / now).sum(1, keepdim=True) - (seen / before).sum(1, keepdim=True)
+        followed = grad * before / now - 4.0 * slope / (n * (n - 1)) * change / now
+        grad, seen = torch.where(now > tiny, followed, grad), x.detach().clone()
+    if age in (8, 16, 32, 64):
+        along = (grad * x).sum(-1, keepdim=True) / x.square().sum(-1, keepdim=True)
+        grad = grad - along * x
+    return grad, seen
+
+
 class Kept:
     """Gradients that are kept for several steps, and computed when a schedule says so.
 
@@ -129,35 +156,16 @@ class Kept:
         if is_computed:
             with torch.enable_grad():
                 x = x.detach().requires_grad_()
-                self.grads[key] = torch.autograd.grad(energy(measure, x).mean(), x)[0]
+                self.grads[key] = torch.autograd.grad(energy(measure, x).sum(), x)[0]
             self.ages[key] = 0
             self.seen[key] = x.detach().clone()
         elif not is_again:
-            self.follow(key, measure, x)
-            if self.ages[key] in (8, 16, 32, 64):
-                grad = self.grads[key]
-                along = (grad * x).sum(-1, keepdim=True) / x.square().sum(-1, keepdim=True)
-                self.grads[key] = grad - along * x
+            known = self.grads[key], self.seen[key]
+            slope = slope_at_right_angles(measure)
+            self.grads[key], self.seen[key] = refreshed(*known, x, self.ages[key], slope)
         if not is_again:
             self.ages[key] += 1
-        return self.grads[key]
-
-    def follow(self, key, measure, x):
-        """Follow the pull along the sum of all neurons, which a mean over pairs has in full space."""
-        age = self.ages[key]
-        every = 1 if age < 8 else 2 if age < 16 else 4
-        slope = slope_at_right_angles(measure)
-        if slope == 0 or age % every:
-            return
-        groups, n, _ = x.shape
-        seen = self.seen[key]
-        tiny = torch.finfo(x.dtype).tiny  # of zero rows
-        before, now = (w.norm(dim=-1, keepdim=True).clamp_min(tiny) for w in (seen, x))
-        change = (x / now).sum(1, keepdim=True) - (seen / before).sum(1, keepdim=True)
-        pull = 4.0 * slope / (n * (n - 1)) / groups
-        followed = self.grads[key] * before / now - pull * change / now
-        self.grads[key] = torch.where(now > tiny, followed, self.grads[key])
-        self.seen[key] = x.detach().clone()
+        return self.grads[key] / len(x)
 
     def is_used_up(self):
         """Whether the schedule is at its end."""

@@ -31,7 +31,7 @@ from lightning_hsu.measures import (
 from lightning_hsu.projections import Projected, RandomProjection
 from tests import models, plain
 from tests.models import Automatic, batches, loader, mean_square, trainer, uniformity
-from tests.plain import slope_at_right_angles
+from tests.plain import refreshed, slope_at_right_angles
 from tests.ranks import Keep
 
 HALF_SPACE = RieszEnergy(s=2.0, half_space=True)
@@ -71,20 +71,9 @@ class Kept:
             self.grads[name], self.ages[name] = grad.to(x.dtype), 0
             self.seen[name] = x.double().clone()
         else:
-            grad, wide, age = self.grads[name].double(), x.double(), self.ages[name]
-            slope = slope_at_right_angles(layer.measure)
-            every = 1 if age < 8 else 2 if age < 16 else 4
-            if self.follows and slope and age % every == 0:
-                n = x.shape[1]
-                before, now = (w.norm(dim=-1, keepdim=True) for w in (self.seen[name], wide))
-                change = (wide / now).sum(1, keepdim=True) - (self.seen[name] / before).sum(
-                    1, keepdim=True
-                )
-                grad = grad * before / now - 4.0 * slope / (n * (n - 1)) * change / now
-                self.seen[name] = wide.clone()
-            if age in (8, 16, 32, 64):
-                along = (grad * wide).sum(-1, keepdim=True) / wide.square().sum(-1, keepdim=True)
-                grad = grad - along * wide
+            slope = slope_at_right_angles(layer.measure) if self.follows else 0.0
+            known = self.grads[name].double(), self.seen[name]
+            grad, self.seen[name] = refreshed(*known, x.double(), self.ages[name], slope)
             self.grads[name] = grad.to(x.dtype)
         self.ages[name] += 1
         return self.grads[name].to(torch.promote_types(x.dtype, torch.float32)) / len(x)
@@ -151,20 +140,6 @@ class Kept:
 
 def half(step, layer):
     return 0.05
-
-
-def images():
-    """A grouped and a transposed convolution."""
-    return nn.Sequential(
-        nn.Conv2d(1, 6, 3),
-        nn.Tanh(),
-        nn.Conv2d(6, 8, 3, groups=2),
-        nn.Tanh(),
-        nn.ConvTranspose2d(8, 4, 2, groups=2),
-        nn.Tanh(),
-        nn.Flatten(),
-        nn.Linear(36, 3),
-    )
 
 
 def tower(width=12, depth=4):
@@ -254,7 +229,7 @@ CASES = {
     "step limit": Case(settings={"coefficient": 3.0, "step_limit": 0.0015}, strength=binding),
     "no step limit": Case(settings={"step_limit": None}),
     "one shape": Case(tower, tower_layers),
-    "transposed": Case(images, image_layers),
+    "transposed": Case(models.images, image_layers),
     "weight_norm": Case(models.weight_normed_network),
     "bf16": Case(dtype=torch.bfloat16, off=0.02),
     "float32": Case(dtype=torch.float32, off=1e-5),
