@@ -19,6 +19,7 @@ from lightning_hsu._core import foreach
 from lightning_hsu._engine.plan import Plan
 from lightning_hsu.measures import Covering, Measure, RieszEnergy
 from tests.models import Automatic, loader, trainer
+from tests.rounding import assert_near
 from tests.tracing import Traced
 
 
@@ -201,7 +202,7 @@ def test_a_change_under_way_is_followed(change):
     assert any(bool(part.any()) for part in found.values())
     assert found.keys() == fresh.keys()
     for name, part in fresh.items():
-        torch.testing.assert_close(found[name], 0.5 * part, rtol=1e-5, atol=1e-7)
+        assert_near(found[name], 0.5 * part)
 
 
 def moved(net, regularizer=None):
@@ -313,7 +314,7 @@ def test_other_data_under_a_gradient_that_stays_are_followed(layer):
     kept = layer.weight.grad
     assert kept.stride() != layer.weight.stride()
     fresh = UniformityRegularizer(head=None, include="*").attach(net)
-    torch.testing.assert_close(kept, added(net, fresh)["0.weight"], rtol=1e-5, atol=1e-7)
+    assert_near(kept, added(net, fresh)["0.weight"])
 
 
 def test_a_replaced_weight_keeps_the_step_limit_of_a_loss():
@@ -351,7 +352,7 @@ def test_a_penalty_of_other_weights_leaves_nothing_behind():
     module().backward()
     for name, p in module.named_parameters():
         expected = torch.zeros_like(p) if p.grad is None else p.grad
-        torch.testing.assert_close(found[name], expected, rtol=1e-5, atol=1e-8)
+        assert_near(found[name], expected)
     assert module.regularizer._attached.plan is plan
     assert module.regularizer.unreached() == []
 
@@ -455,7 +456,7 @@ def test_a_weight_that_is_picked_or_computed_is_read_at_each_step():
     added(slim, regularizer)
     slim[0].rows = 5
     found, fresh = added(slim, regularizer)["0.full"], added_alone(slim)["0.full"]
-    torch.testing.assert_close(found, fresh, rtol=1e-5, atol=1e-7)
+    assert_near(found, fresh)
     assert not found[5:].any()
     net = nn.Sequential(nn.Linear(6, 9))
     switched = Switched()
@@ -465,7 +466,7 @@ def test_a_weight_that_is_picked_or_computed_is_read_at_each_step():
     switched.on = True
     found, fresh = added(net, regularizer), added_alone(net)
     for name, part in fresh.items():
-        torch.testing.assert_close(found[name], part, rtol=1e-5, atol=1e-7)
+        assert_near(found[name], part)
 
 
 class Picked(nn.Module):
@@ -510,7 +511,7 @@ def test_other_groups_and_another_padding_are_followed():
         setattr(net[0], name, value)
         found = added(net, regularizer)["0.weight"]
         fresh = added(net, UniformityRegularizer(head=None, include="*").attach(net))["0.weight"]
-        torch.testing.assert_close(found, fresh, rtol=1e-5, atol=1e-7)
+        assert_near(found, fresh)
 
 
 @pytest.mark.parametrize("measure", [None, Covering()])
@@ -536,7 +537,7 @@ def test_another_memory_format_is_followed():
     assert not net[0].weight.is_contiguous()
     found, fresh = added(net, regularizer), added(net)
     for name, part in fresh.items():
-        torch.testing.assert_close(found[name], 0.5 * part, rtol=1e-5, atol=1e-7)
+        assert_near(found[name], 0.5 * part)
     assert len(regularizer._attached.plan.plain) == 3  # the short way serves it, too
 
 
@@ -545,7 +546,7 @@ def test_channels_last_gets_what_the_usual_format_gets():
     usual = added(net)
     net.to(memory_format=torch.channels_last)
     for name, part in added(net).items():
-        torch.testing.assert_close(part, usual[name], rtol=1e-5, atol=1e-7)
+        assert_near(part, usual[name])
 
 
 def bottleneck():
@@ -571,8 +572,9 @@ def test_every_memory_format_and_transposed_kernels_are_plain(in_one_pass, watch
     settings = {"coefficient": 1.0, "head": None, "step_limit": None}
     torch.manual_seed(0)
     usual = bottleneck()
+    exact = copy.deepcopy(usual).double()
     expected = {}
-    for layer in UniformityRegularizer(measure, **settings).attach(usual).layers:
+    for layer in UniformityRegularizer(measure, **settings).attach(exact).layers:
         (weight,) = layer.parameters
         loss = measure(layer.target.read().x).mean()
         (expected[f"{layer.name}.weight"],) = torch.autograd.grad(loss, weight)
@@ -595,7 +597,7 @@ def test_every_memory_format_and_transposed_kernels_are_plain(in_one_pass, watch
         assert not regularizer._attached.plan.rest
         for name, p in net.named_parameters():
             if name in expected:
-                torch.testing.assert_close(p.grad, expected[name], rtol=1e-5, atol=1e-7)
+                assert_near(p.grad.double(), expected[name])
 
 
 def test_weights_of_one_shape_are_read_in_their_own_groups():
@@ -606,7 +608,7 @@ def test_weights_of_one_shape_are_read_in_their_own_groups():
     for name, coefficient in (("0", 0.5), ("1", 1.0)):  # the same factor of the sum over groups
         alone = UniformityRegularizer(coefficient=coefficient, include=name, head=None).attach(net)
         expected = added(net, alone)[f"{name}.weight"]
-        torch.testing.assert_close(found[f"{name}.weight"], expected, rtol=1e-5, atol=1e-9)
+        assert_near(found[f"{name}.weight"], expected)
 
 
 def test_a_plan_is_replayed_until_something_changes(monkeypatch):
@@ -667,7 +669,7 @@ def test_a_gradient_laid_out_otherwise_is_served_too():
     net[0].weight.grad = torch.zeros(12, 16).T
     UniformityRegularizer().attach(net).add_gradients(optimizer)
     expected = added(twin)["0.weight"]
-    torch.testing.assert_close(net[0].weight.grad, expected, rtol=1e-6, atol=1e-8)
+    assert_near(net[0].weight.grad, expected)
 
 
 class Growing(nn.Module):
@@ -728,7 +730,7 @@ def test_layers_of_one_shape_get_what_each_gets_alone(stats):
     regularizer.add_gradients(torch.optim.SGD(groups), stats=stats)
     for layer, expected in zip(net, alone, strict=True):
         assert expected.any()
-        torch.testing.assert_close(layer.weight.grad, expected, rtol=1e-5, atol=1e-9)
+        assert_near(layer.weight.grad, expected)
     assert alone[3].norm() < 0.5 * alone[0].norm()
 
 
