@@ -18,7 +18,7 @@ from torch.optim.swa_utils import SWALR, AveragedModel, get_ema_avg_fn
 
 from lightning_hsu import Share
 from lightning_hsu._core import PairTerm, oracle_energy
-from lightning_hsu._engine.delta import Deltas
+from lightning_hsu._engine.deltas import Deltas
 from lightning_hsu.measures import GaussianPotential, Measure, PairwiseMeasure, RieszEnergy
 from tests.models import mean_square
 

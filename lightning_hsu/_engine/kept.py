@@ -13,7 +13,8 @@ from lightning_hsu._core.raw import RawPart
 from lightning_hsu._core.updates import GradientUpdate
 from lightning_hsu._engine.ahead import Ahead, token_of
 from lightning_hsu._engine.buffered import BufferedUpdates
-from lightning_hsu._engine.delta import Delta, Deltas, Use, use_of
+from lightning_hsu._engine.delta import Delta, Use, use_of
+from lightning_hsu._engine.deltas import Deltas
 from lightning_hsu._engine.plan import PlainUpdates
 from lightning_hsu._engine.sharing import PlainUpdate, raw_gradients
 from lightning_hsu._neurons.placement import Placement

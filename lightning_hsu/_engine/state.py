@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from lightning_hsu._core import exact_arithmetic
 from lightning_hsu._engine.change import Change
-from lightning_hsu._engine.delta import Deltas
+from lightning_hsu._engine.deltas import Deltas
 from lightning_hsu._engine.layer import Layer, to_compute_dtype
 from lightning_hsu._engine.misuse import CallOrder, PenaltyChecks
 from lightning_hsu._engine.rates import Rate, held_by

@@ -12,7 +12,8 @@ from lightning_hsu._core import exact_arithmetic, working_dtype
 from lightning_hsu._core.foreach import SMALL, shortening
 from lightning_hsu._engine.apply import LayerUpdate, penalty_gradients
 from lightning_hsu._engine.buffered import GradientStats
-from lightning_hsu._engine.delta import KnownGradient, use_of
+from lightning_hsu._engine.delta import use_of
+from lightning_hsu._engine.known_gradient import KnownGradient
 from lightning_hsu._engine.layer import Layer, to_compute_dtype
 from lightning_hsu._engine.misuse import in_transform
 from lightning_hsu._engine.plan import StepContext, limit_of_gradient

@@ -1,0 +1,233 @@
+"""Penalty gradients that are kept and used for several steps, within a tolerance.
+
+The penalty's gradient depends on the weights alone, and weights move little in a step. So the
+gradient of each layer, its *delta*, is kept, and computed again when it is due (reuse.py) or when
+the neurons have moved too far. In between it is added as it is, and at ages 8, 16, 32 and so on it is
+projected anew on the tangent of its neurons. (At 16 steps that takes 0.3 % off an error of 15 %: it
+keeps norms from drifting, and need not be done at each step.)
+
+In full space one part of the gradient ages much faster than the rest, and is followed in between
+(pull.py).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from lightning_hsu._core import exact_arithmetic
+from lightning_hsu._engine.delta import Delta, Use, kept_dtype
+from lightning_hsu._engine.layer import Layer
+from lightning_hsu._engine.lessons import Fresh, Lessons
+from lightning_hsu._engine.moves import Known, Moves
+from lightning_hsu._engine.pull import pull_of
+from lightning_hsu._engine.reuse import Reuse
+from lightning_hsu._engine.work import Work
+
+
+class Deltas:
+    """The kept gradients of all layers, and what is known of how they age.
+
+    Args:
+        tolerance: The relative error that a gradient may have on average; None keeps none.
+
+    Attributes:
+        reuse: For how long each layer's gradient may be used, by name.
+        computed: Names of the layers whose gradients the last step has computed.
+    """
+
+    def __init__(self, tolerance: float | None = None) -> None:
+        self.tolerance = tolerance
+        self.reuse: dict[str, Reuse] = {}
+        self.computed: set[str] = set()
+        self._deltas: dict[str, Delta] = {}
+        self._work = Work()
+        self._lessons = Lessons()
+        self._moves = Moves()
+
+    def __bool__(self) -> bool:
+        """Whether gradients are kept."""
+        return self.tolerance is not None
+
+    def begin_step(self) -> None:
+        """Begin a step."""
+        self.computed = set()
+
+    def find_due(self, uses: Sequence[Use], *, same_step: bool = False) -> None:
+        """Decide of which layers the gradient is computed at this step.
+
+        Args:
+            uses: The layers that the step changes.
+            same_step: Whether this is another evaluation within a step: then every change of the
+                weights counts.
+        """
+        self.settle()
+        self._moves.see(self._known(uses))
+        for use in uses:
+            delta = self._deltas.get(use.layer.name)
+            use.is_due = delta is None or self._is_due(use, delta, same_step)
+            self._work.add(use)
+            if use.is_due:
+                self.computed.add(use.layer.name)
+            elif delta is not None:
+                delta.moved = use.moved
+
+    def keep(
+        self,
+        uses: Sequence[Use],
+        grads: Sequence[Tensor],
+        *,
+        draws: Iterable[str] = (),
+        learns: bool = True,
+    ) -> None:
+        """Keep the gradients of layers that were due.
+
+        Args:
+            uses: These layers.
+            grads: Their gradients (groups, n, d), which are now the property of this object.
+            draws: Names of layers whose gradients come from random draws, so that two of them do
+                not tell how fast they age.
+            learns: Whether a step has passed since the gradients that are replaced.
+        """
+        random = set(draws)
+        lessons = []
+        for use, grad in zip(uses, grads, strict=True):
+            name = use.layer.name
+            before = self._deltas.get(name)
+            kept = grad.to(kept_dtype(use.x.dtype))
+            if kept.untyped_storage().nbytes() > kept.nbytes:
+                kept = kept.clone()  # a part of a stack would keep all of it in memory
+            delta = Delta(use.layer.measure, kept, use.sample.clone())
+            delta.pull = pull_of(use.layer, use.x)
+            self._deltas[name] = delta
+            fresh = Fresh(use, grad, delta, self.reuse.setdefault(name, Reuse()))
+            fresh.is_random = name in random
+            if learns and before is not None and before.age > 0:
+                fresh.before = before
+                if before.pull is not None and before.fits(use):
+                    with exact_arithmetic(use.x):
+                        before.refresh(use.x)  # as this step would use it
+            lessons.append(fresh)
+        self._lessons.begin(lessons)
+
+    def of(self, use: Use) -> Delta:
+        """The kept gradient of a layer."""
+        return self._deltas[use.layer.name]
+
+    def refreshed(self, use: Use, *, same_step: bool) -> Delta:
+        """The kept gradient of a layer, brought nearer to that of its neurons as they are now.
+
+        Within the ``same_step`` it stays as it is.
+        """
+        delta = self._deltas[use.layer.name]
+        if not (same_step or use.is_due) and delta.age > 0:
+            with exact_arithmetic(use.x):  # a hook may run within autocast
+                delta.refresh(use.x)
+        return delta
+
+    def grow_older(self, uses: Sequence[Use]) -> None:
+        """Note that a step has used these gradients."""
+        for use in uses:
+            self._deltas[use.layer.name].age += 1
+
+    def errors(self) -> dict[str, float]:
+        """The last measured errors of gradients that were replaced, by layer."""
+        self.settle()
+        return {name: one.error for name, one in self.reuse.items() if math.isfinite(one.error)}
+
+    def share_of_work(self) -> float:
+        """The part of the arithmetic that was done since this was last asked; NaN for no step."""
+        return self._work.take_share()
+
+    def bytes(self) -> int:
+        """Memory of the kept gradients and of what is kept beside them."""
+        return sum(delta.bytes() for delta in self._deltas.values())
+
+    def state_dict(self) -> dict[str, dict[str, float]]:
+        """For how long gradients may be used, by layer."""
+        self.settle()
+        return {name: one.state() for name, one in self.reuse.items()}
+
+    def restore(self, reuse: dict[str, Reuse]) -> None:
+        """Restore what is known of how gradients age; all of them are due."""
+        self.make_due()
+        self.reuse = reuse
+
+    def make_due(self) -> None:
+        """Let the next step compute every gradient, as it does after a resume."""
+        self.settle()
+        self._deltas = {}
+        self._moves.drop()
+
+    def forget(self) -> None:
+        """Forget the gradients and how they age: another model has come."""
+        self.make_due()
+        self.reuse = {}
+
+    def follow(self, origins: Mapping[str, str], layers: Sequence[Layer]) -> None:
+        """Go on after a change of the model.
+
+        Args:
+            origins: The former names of layers that go on, by their names now.
+            layers: All layers.
+        """
+        self.settle()
+        self._moves.drop()
+        kept, reuse = {}, {}
+        for layer in layers:
+            before = origins.get(layer.name)
+            if before in self._deltas:
+                kept[layer.name] = self._deltas[before]
+            if before in self.reuse:
+                reuse[layer.name] = self.reuse[before]
+        self._deltas = kept
+        self.reuse = reuse
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickle and copy what is known, never the gradients."""
+        self.settle()
+        return self.__dict__ | {"_deltas": {}, "_moves": Moves(), "computed": set()}
+
+    def will_be_due(self, use: Use) -> bool:
+        """Whether the next step computes a layer's gradient, however little its neurons move."""
+        delta = self._deltas.get(use.layer.name)
+        if delta is None or not delta.fits(use):
+            return True
+        return delta.age >= self.reuse[use.layer.name].interval
+
+    def look_for_moves(self, uses: Sequence[Use]) -> None:
+        """Begin to look how far neurons have moved, for a step to come."""
+        self._moves.begin(self._known(uses))
+
+    def settle(self) -> None:
+        """Learn from the numbers of the gradients that were computed last."""
+        self._lessons.learn(self.tolerance)
+
+    def _is_due(self, use: Use, delta: Delta, same_step: bool) -> bool:
+        """Whether a kept gradient is too old, or its neurons have moved too far."""
+        if same_step:
+            return use.moved != delta.moved
+        reuse = self.reuse[use.layer.name]
+        # At age 0 it is of weights within the last step, as of a closure's second evaluation.
+        if delta.age == 0 or delta.age >= reuse.interval:
+            return True
+        assert self.tolerance is not None
+        return reuse.is_off(use.moved, self.tolerance)
+
+    def _known(self, uses: Sequence[Use]) -> list[Known]:
+        """Those of the layers that have a gradient, with it; one that does not fit is dropped."""
+        known = []
+        for use in uses:
+            name = use.layer.name
+            delta = self._deltas.get(name)
+            if delta is None:
+                continue
+            if delta.fits(use):
+                known.append((use, delta))
+            else:
+                del self._deltas[name]
+                self._moves.drop(name)
+        return known
