@@ -28,7 +28,7 @@ from lightning_hsu._engine.late import (
     keep_for_current,
     keep_for_side,
 )
-from lightning_hsu._engine.layer import Layer, version_of
+from lightning_hsu._engine.layer import Layer, Token, token_of
 from lightning_hsu._engine.sharing import PlainUpdate, raw_gradients
 from lightning_hsu._engine.warn import warn
 from lightning_hsu._neurons.placement import Placement
@@ -49,7 +49,7 @@ class _Begun:
 
     raw: RawPart
     layers: list[Layer]
-    tokens: list[object]
+    tokens: list[Token | None]
     norms: Tensor
     numbers: GroupNumbers | None
     work: SideWork
@@ -89,7 +89,7 @@ class Ahead:
         by_device: dict[torch.device, list[PlainUpdate]] = {}
         for one in found:
             layer, _, update = one
-            if layer.name not in self._unseen and token_of(layer) is not None:
+            if self.may_begin(layer, token_of(layer)):
                 by_device.setdefault(update.entries.device, []).append(one)
         for device, members in by_device.items():
             with beside(device):
@@ -97,6 +97,25 @@ class Ahead:
                     keep_for_side(update.entries)
                 for raw in raw_gradients(members, placement, stats=stats):
                     self.begun.append(_begun(raw, members, device))
+
+    def may_begin(self, layer: Layer, token: Token | None) -> bool:
+        """Whether what is begun of a layer's weights is likely to be right at the next step."""
+        return token is not None and layer.name not in self._unseen
+
+    def leave_out(self, layers: Sequence[Layer]) -> None:
+        """Begin nothing more of layers whose weights have changed although torch counts no change."""
+        named = []
+        for layer in layers:
+            if layer.name not in self._unseen:
+                self._unseen.add(layer.name)
+                named.append(f"'{layer.name}' {layer.target.shape}")
+        if named:
+            warn(
+                f"the weights of layer {listed(named)} change between optimizer.step() and the next "
+                "step without torch's counting it, as through p.data: one penalty gradient was that "
+                "of the weights before. From now on it is computed just before the step there. "
+                "Changing p itself under torch.no_grad() keeps the faster way"
+            )
 
     def take(self, found: Sequence[PlainUpdate]) -> list[tuple[RawPart, list[Layer]]]:
         """The gradients of those of these layers for which they are still right, with the layers."""
@@ -178,21 +197,14 @@ class Ahead:
         self._checks.append((changes, begun.layers))
 
     def _look_at_checks(self) -> None:
-        """Leave out layers whose weights have changed although torch counts no change."""
-        named = []
+        """Leave out layers of which the norms have changed."""
+        changed = []
         for numbers, layers in self._checks:
             for change, layer in zip(numbers.read(), layers, strict=True):
                 if change != 0 and not math.isnan(change):  # NaN stays NaN
-                    self._unseen.add(layer.name)
-                    named.append(f"'{layer.name}' {layer.target.shape}")
+                    changed.append(layer)
         self._checks = []
-        if named:
-            warn(
-                f"the weights of layer {listed(named)} change between optimizer.step() and the next "
-                "step without torch's counting it, as through p.data: one penalty gradient was that "
-                "of the weights before. From now on it is computed just before the step there. "
-                "Changing p itself under torch.no_grad() keeps the faster way"
-            )
+        self.leave_out(changed)
 
 
 def _begun(raw: RawPart, members: Sequence[PlainUpdate], device: torch.device) -> _Begun:
@@ -208,18 +220,6 @@ def _begun(raw: RawPart, members: Sequence[PlainUpdate], device: torch.device) -
     norms = _norms(updates)
     numbers = raw.numbers()
     return _Begun(raw, layers, tokens, norms, numbers, SideWork(device))
-
-
-def token_of(layer: Layer) -> object:
-    """Equal as long as the weights of a plain layer are the same, as far as torch counts changes.
-
-    None for weights from inference mode, whose changes are not counted.
-    """
-    p = layer.parameters[0]
-    version = version_of(p)
-    if version is None:
-        return None
-    return id(p), p.untyped_storage()._cdata, version
 
 
 def _norms(updates: Sequence[GradientUpdate]) -> Tensor:

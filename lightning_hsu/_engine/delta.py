@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from lightning_hsu._core import working_dtype
-from lightning_hsu._engine.layer import Layer
+from lightning_hsu._engine.layer import Layer, Token, token_of
 from lightning_hsu._engine.pull import Pull, project
 from lightning_hsu.measures import Measure
 
-_SAMPLE = 1024
+SAMPLE = 1024
 """Entries of a layer by which it is seen how far its neurons have moved."""
 
 _PROJECTED_FROM = 8
@@ -28,19 +28,24 @@ class Use:
         layer: The layer.
         x: Its neurons (groups, n, d) as they are now, without a graph.
         sample: Some entries of them.
-        moved: Relative change of these since the gradient was computed; inf without a gradient.
-        is_due: Whether its gradient is computed at this step.
         token: Equal as long as its weights are the same, as far as torch knows; None if that is not
             known.
+        moved: Relative change of these entries since the gradient was computed; inf without one.
+        changed: Change of the neuron that has changed most over the typical norm of a neuron; 0 if
+            nobody has looked.
+        looks_at_rows: Whether the neurons are looked at one by one.
+        is_due: Whether its gradient is computed at this step.
         needs_value: Whether it needs the penalty beside its gradient.
     """
 
     layer: Layer
     x: Tensor
     sample: Tensor
-    token: object = None
+    token: Token | None = None
     needs_value: bool = False
     moved: float = math.inf
+    changed: float = 0.0
+    looks_at_rows: bool = False
     is_due: bool = True
 
 
@@ -53,6 +58,7 @@ class Delta:
         grad: The gradient (groups, n, d), summed over the groups: of the neurons' dtype, or float32
             for float16, whose range is too small.
         sample: Entries of the neurons of which it was computed.
+        sketch: What tells of each of these neurons whether it is another one; None if nothing does.
         value: The penalty (groups,) if it is needed.
         steepest: The largest length of its rows over the norm of a row's neuron; inf if not known.
         longest: The largest length of its rows; inf if not known.
@@ -65,6 +71,7 @@ class Delta:
     measure: Measure
     grad: Tensor
     sample: Tensor
+    sketch: Tensor | None = None
     value: Tensor | None = None
     steepest: float = math.inf
     longest: float = math.inf
@@ -76,6 +83,8 @@ class Delta:
     def bytes(self) -> int:
         """Its memory."""
         kept = [self.grad, self.sample]
+        if self.sketch is not None:
+            kept.append(self.sketch)
         if self.pull is not None:
             kept += [self.pull.inverse, self.pull.total]
         return sum(tensor.nbytes for tensor in kept)
@@ -125,15 +134,15 @@ class Delta:
         return self.measure == use.layer.measure and self.sample.dtype == use.sample.dtype
 
 
-def use_of(layer: Layer, x: Tensor, token: object = None) -> Use:
+def use_of(layer: Layer, x: Tensor) -> Use:
     """A layer with neurons x (groups, n, d) at a step."""
-    return Use(layer, x, sample_of(x), token)
+    return Use(layer, x, sample_of(x), token_of(layer))
 
 
 def sample_of(x: Tensor) -> Tensor:
     """Up to about 1024 entries of x (groups, n, d), spread over all its rows and columns."""
     entries = x.numel()
-    step = max(1, math.ceil(entries / _SAMPLE))
+    step = max(1, math.ceil(entries / SAMPLE))
     while math.gcd(step, x.shape[-1]) > 1:
         step += 1  # else all of them could be of one column
     if not x.is_contiguous():

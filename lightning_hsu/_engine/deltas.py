@@ -25,6 +25,7 @@ from lightning_hsu._engine.lessons import Fresh, Lessons
 from lightning_hsu._engine.moves import Known, Moves
 from lightning_hsu._engine.pull import pull_of
 from lightning_hsu._engine.reuse import Reuse
+from lightning_hsu._engine.rows import FIRST_LOOK, Rows, is_another
 from lightning_hsu._engine.work import Work
 
 
@@ -46,7 +47,8 @@ class Deltas:
         self._deltas: dict[str, Delta] = {}
         self._work = Work()
         self._lessons = Lessons()
-        self._moves = Moves()
+        self._rows = Rows()
+        self._moves = Moves(self._rows)
 
     def __bool__(self) -> bool:
         """Whether gradients are kept."""
@@ -65,7 +67,7 @@ class Deltas:
                 weights counts.
         """
         self.settle()
-        self._moves.see(self._known(uses))
+        self._moves.see(self._known(uses, same_step=same_step))
         for use in uses:
             delta = self._deltas.get(use.layer.name)
             use.is_due = delta is None or self._is_due(use, delta, same_step)
@@ -74,6 +76,8 @@ class Deltas:
                 self.computed.add(use.layer.name)
             elif delta is not None:
                 delta.moved = use.moved
+            if not same_step:
+                self._rows.note(use)
 
     def keep(
         self,
@@ -103,7 +107,10 @@ class Deltas:
             delta = Delta(use.layer.measure, kept, use.sample.clone())
             delta.pull = pull_of(use.layer, use.x)
             self._deltas[name] = delta
-            fresh = Fresh(use, grad, delta, self.reuse.setdefault(name, Reuse()))
+            reuse = self.reuse.setdefault(name, Reuse())
+            if reuse.interval >= FIRST_LOOK:
+                delta.sketch = self._rows.sketch(use.x)
+            fresh = Fresh(use, grad, delta, reuse)
             fresh.is_random = name in random
             if learns and before is not None and before.age > 0:
                 fresh.before = before
@@ -161,6 +168,7 @@ class Deltas:
         self.settle()
         self._deltas = {}
         self._moves.drop()
+        self._rows.drop()
 
     def forget(self) -> None:
         """Forget the gradients and how they age: another model has come."""
@@ -176,6 +184,7 @@ class Deltas:
         """
         self.settle()
         self._moves.drop()
+        self._rows.drop()
         kept, reuse = {}, {}
         for layer in layers:
             before = origins.get(layer.name)
@@ -189,7 +198,13 @@ class Deltas:
     def __getstate__(self) -> dict[str, Any]:
         """Pickle and copy what is known, never the gradients."""
         self.settle()
-        return self.__dict__ | {"_deltas": {}, "_moves": Moves(), "computed": set()}
+        rows = Rows()
+        return self.__dict__ | {
+            "_deltas": {},
+            "_moves": Moves(rows),
+            "_rows": rows,
+            "computed": set(),
+        }
 
     def will_be_due(self, use: Use) -> bool:
         """Whether the next step computes a layer's gradient, however little its neurons move."""
@@ -201,6 +216,10 @@ class Deltas:
     def look_for_moves(self, uses: Sequence[Use]) -> None:
         """Begin to look how far neurons have moved, for a step to come."""
         self._moves.begin(self._known(uses))
+
+    def changed_unseen(self) -> list[Layer]:
+        """Layers whose weights have changed without torch's counting it, after they were looked at."""
+        return self._moves.changed_unseen()
 
     def settle(self) -> None:
         """Learn from the numbers of the gradients that were computed last."""
@@ -215,9 +234,11 @@ class Deltas:
         if delta.age == 0 or delta.age >= reuse.interval:
             return True
         assert self.tolerance is not None
-        return reuse.is_off(use.moved, self.tolerance)
+        if reuse.is_off(use.moved, self.tolerance):
+            return True
+        return is_another(use.changed, use.moved)
 
-    def _known(self, uses: Sequence[Use]) -> list[Known]:
+    def _known(self, uses: Sequence[Use], *, same_step: bool = False) -> list[Known]:
         """Those of the layers that have a gradient, with it; one that does not fit is dropped."""
         known = []
         for use in uses:
@@ -226,6 +247,7 @@ class Deltas:
             if delta is None:
                 continue
             if delta.fits(use):
+                use.looks_at_rows = not same_step and self._rows.is_asked(use, delta)
                 known.append((use, delta))
             else:
                 del self._deltas[name]

@@ -11,7 +11,7 @@ from lightning_hsu._core import working_dtype
 from lightning_hsu._core.foreach import shortening
 from lightning_hsu._core.raw import RawPart
 from lightning_hsu._core.updates import GradientUpdate
-from lightning_hsu._engine.ahead import Ahead, token_of
+from lightning_hsu._engine.ahead import Ahead
 from lightning_hsu._engine.buffered import BufferedUpdates
 from lightning_hsu._engine.delta import Delta, Use, use_of
 from lightning_hsu._engine.deltas import Deltas
@@ -53,7 +53,7 @@ def add_plain(
         same_step: Whether this is another evaluation within a step.
     """
     found = plain.found
-    uses = [use_of(layer, update.w, token_of(layer)) for layer, _, update in found]
+    uses = [use_of(layer, update.w) for layer, _, update in found]
     deltas.find_due(uses, same_step=same_step)
     due = {}
     older = []
@@ -113,11 +113,13 @@ def look_ahead(
         ahead.begin(found, placement, stats=stats)
         return
     deltas.settle()
+    ahead.leave_out(deltas.changed_unseen())
     due, uses = [], []
     for one in found:
         layer, _, update = one
-        use = use_of(layer, update.w, token_of(layer))
-        uses.append(use)
+        use = use_of(layer, update.w)
+        if ahead.may_begin(layer, use.token):
+            uses.append(use)
         if deltas.will_be_due(use):
             due.append(one)
     deltas.look_for_moves(uses)

@@ -111,6 +111,10 @@ class Layer:
         return self.measure.idle(*self.target.shape[1:])
 
 
+Token = tuple[tuple[int, int, int], ...]
+"""Of each parameter of a layer which one it is, where it lies, and how often it was written to."""
+
+
 def to_compute_dtype(x: Tensor) -> Tensor:
     """Convert half-precision neurons to float32, so that small gradients do not underflow."""
     return x.to(working_dtype(x.dtype))
@@ -121,3 +125,21 @@ def version_of(x: Tensor) -> int | None:
     if x.is_inference():
         return None
     return int(x._version)
+
+
+def token_of(layer: Layer) -> Token | None:
+    """Equal as long as the weights of a layer are the same, as far as torch counts changes.
+
+    None where it does not, as for weights from inference mode.
+    """
+    found = []
+    for p in layer.parameters:
+        version = version_of(p)
+        if version is None:
+            return None
+        try:
+            memory = int(p.untyped_storage()._cdata)
+        except (NotImplementedError, RuntimeError):  # a tensor of another library
+            return None
+        found.append((id(p), memory, version))
+    return tuple(found)

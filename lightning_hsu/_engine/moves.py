@@ -1,9 +1,13 @@
-"""How far neurons have moved since their gradients were computed, by some of their entries."""
+"""How far neurons have moved since their gradients were computed.
+
+It is seen by some entries of each layer, and sometimes by each of its neurons (rows.py). On a GPU
+that begins right after a step, for the next one, so that the host need not wait. Whether the
+weights are still the same then is compared on the device, and read a step later.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,61 +15,159 @@ from torch import Tensor
 from lightning_hsu._core import working_dtype
 from lightning_hsu._engine.delta import Delta, Use
 from lightning_hsu._engine.late import LateNumbers
+from lightning_hsu._engine.layer import Layer
+from lightning_hsu._engine.rows import Rows
 
 Known = tuple[Use, Delta]
 """A layer at a step, and its kept gradient."""
 
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
 
 class Moves:
-    """How far layers have moved: numbers that may be on their way to the host."""
+    """How far layers have moved: numbers that may be on their way to the host.
 
-    def __init__(self) -> None:
-        self._begun: dict[str, _Move] = {}
+    Args:
+        rows: Looks at neurons one by one.
+    """
+
+    def __init__(self, rows: Rows) -> None:
+        self._rows = rows
+        self._begun: dict[str, _Look] = {}
+        self._checks: list[_Check] = []
 
     def begin(self, known: Sequence[Known]) -> None:
-        """Begin to look how far layers have moved, for a step to come."""
-        for members in _alike(known):
-            changes = LateNumbers(_changes(members))
-            for place, (use, _) in enumerate(members):
-                self._begun[use.layer.name] = _Move(use.token, changes, place)
+        """Begin to look how far layers on GPUs have moved, for a step to come."""
+        for members in _by_kind(known):
+            if reads_late(members[0][0].sample):
+                look = _Look(members, self._rows)
+                for use, _ in members:
+                    self._begun[use.layer.name] = look
 
     def see(self, known: Sequence[Known]) -> None:
         """Note in the uses of layers how far these have moved."""
+        looks: dict[_Look, list[Known]] = {}
         unseen = []
         for use, delta in known:
-            begun = self._begun.pop(use.layer.name, None)
-            if begun is not None and begun.token is not None and begun.token == use.token:
-                use.moved = delta.relative(begun.numbers.read()[begun.place])
+            look = self._begun.pop(use.layer.name, None)
+            if look is not None and look.is_of(use):
+                looks.setdefault(look, []).append((use, delta))
             else:
                 unseen.append((use, delta))
-        for members in _alike(unseen):
-            changes = _changes(members).tolist()
-            for (use, delta), change in zip(members, changes, strict=True):
-                use.moved = delta.relative(change)
+        for look, members in looks.items():
+            look.tell(members)
+            self._checks.append(_Check(look, [use for use, _ in members]))
+        for members in _by_kind(unseen):
+            _Look(members, self._rows).tell(members)
+
+    def changed_unseen(self) -> list[Layer]:
+        """Layers whose weights were others at the last step than torch's counts said."""
+        changed = []
+        for check in self._checks:
+            changed += check.changed()
+        self._checks = []
+        return changed
 
     def drop(self, name: str | None = None) -> None:
         """Drop what was begun of a layer, or of all."""
         if name is None:
             self._begun = {}
+            self._checks = []
         else:
             self._begun.pop(name, None)
 
 
-class _Move(NamedTuple):
-    """How far a layer has moved, on its way to the host.
+class _Look:
+    """How far some layers of one device and dtype have moved.
 
     Args:
-        token: The state of its weights.
-        numbers: The changes of several samples.
-        place: Which of them is this layer's.
+        members: The layers.
+        rows: Looks at neurons one by one.
+
+    Attributes:
+        places: The places of the layers, by name.
+        samples: Entries of all layers, one after the other.
+        sizes: How many of each.
     """
 
-    token: object
-    numbers: LateNumbers
-    place: int
+    def __init__(self, members: Sequence[Known], rows: Rows) -> None:
+        self.places: dict[str, int] = {}
+        self._uses = []
+        self._row_places: dict[str, int] = {}
+        now, then = [], []
+        changes: list[Tensor] = []
+        for place, (use, delta) in enumerate(members):
+            name = use.layer.name
+            self.places[name] = place
+            self._uses.append(use)
+            now.append(use.sample)
+            then.append(delta.sample)
+            if use.looks_at_rows:
+                self._row_places[name] = len(members) + len(changes)
+                changes.append(rows.largest_change(use, delta))
+        dtype = working_dtype(now[0].dtype)
+        self.sizes = [len(sample) for sample in now]
+        self.samples = torch.cat(now)
+        moves = self.samples.to(dtype) - torch.cat(then).to(dtype)
+        numbers = list(torch._foreach_norm(list(torch.split(moves, self.sizes))))
+        numbers += [change.to(dtype) for change in changes]
+        self._numbers = LateNumbers(torch.stack(numbers))
+
+    def is_of(self, use: Use) -> bool:
+        """Whether it is of a layer's weights as they are now, as far as torch counts changes."""
+        known = self._uses[self.places[use.layer.name]]
+        if known.token is None or known.token != use.token:
+            return False
+        return known.looks_at_rows == use.looks_at_rows
+
+    def tell(self, members: Sequence[Known]) -> None:
+        """Note in the uses of some of these layers how far they have moved."""
+        numbers = self._numbers.read()
+        for use, delta in members:
+            name = use.layer.name
+            use.moved = delta.relative(numbers[self.places[name]])
+            if use.looks_at_rows:
+                use.changed = numbers[self._row_places[name]]
+
+    def samples_of(self, uses: Sequence[Use]) -> Tensor:
+        """Entries of some of these layers, one after the other."""
+        if len(uses) == len(self.sizes):
+            return self.samples
+        parts = torch.split(self.samples, self.sizes)
+        return torch.cat([parts[self.places[use.layer.name]] for use in uses])
 
 
-def _alike(known: Sequence[Known]) -> list[list[Known]]:
+class _Check:
+    """Whether layers have at a step the weights that were looked at before it.
+
+    Args:
+        look: What was looked at.
+        uses: Some of its layers, at the step.
+    """
+
+    def __init__(self, look: _Look, uses: Sequence[Use]) -> None:
+        uses = sorted(uses, key=lambda use: look.places[use.layer.name])
+        self._layers = [use.layer for use in uses]
+        samples = [use.sample for use in uses]
+        self._sizes = [len(sample) for sample in samples]
+        self._differ = _bits(look.samples_of(uses)) != _bits(torch.cat(samples))
+        self._any = LateNumbers(self._differ.any().view(1))
+
+    def changed(self) -> list[Layer]:
+        """The layers whose weights are others."""
+        if not self._any.read()[0]:
+            return []
+        differ = torch.split(self._differ, self._sizes)
+        pairs = zip(self._layers, differ, strict=True)
+        return [layer for layer, part in pairs if bool(part.any())]
+
+
+def reads_late(x: Tensor) -> bool:
+    """Whether numbers of a tensor are begun early and read late: those of a GPU."""
+    return x.is_cuda
+
+
+def _by_kind(known: Sequence[Known]) -> list[list[Known]]:
     """Layers grouped by device and dtype."""
     found: dict[object, list[Known]] = {}
     for one in known:
@@ -74,13 +176,6 @@ def _alike(known: Sequence[Known]) -> list[list[Known]]:
     return list(found.values())
 
 
-def _changes(members: Sequence[Known]) -> Tensor:
-    """Norms (k,) of the changes of the samples of layers since their gradients were computed."""
-    sizes, now, then = [], [], []
-    for use, delta in members:
-        sizes.append(use.sample.numel())
-        now.append(use.sample)
-        then.append(delta.sample)
-    dtype = working_dtype(now[0].dtype)
-    change = torch.cat(now).to(dtype) - torch.cat(then).to(dtype)
-    return torch.stack(torch._foreach_norm(list(torch.split(change, sizes))))
+def _bits(x: Tensor) -> Tensor:
+    """The entries as whole numbers, of which NaN equals itself."""
+    return x.view(_BITS[x.element_size()])
