@@ -31,6 +31,7 @@ from lightning_hsu._engine.plan import (
     learning_rates,
 )
 from lightning_hsu._engine.rates import Rates, held_by, keeps_elsewhere
+from lightning_hsu._engine.reuse import check_tolerance
 from lightning_hsu._engine.state import TrainingState
 from lightning_hsu._engine.step import act_on_buckets, loss_terms, refuse_unknown_rates
 from lightning_hsu._engine.stored import Dropped
@@ -168,13 +169,7 @@ class UniformityRegularizer:
         share_work: bool = True,
     ) -> None:
         check_count("every_n_steps", every_n_steps)
-        if tolerance is not None:
-            check_number(
-                "tolerance",
-                tolerance,
-                "a relative error above 0 and below 1, or None to compute every gradient",
-                lambda error: 0 < error < 1,
-            )
+        check_tolerance(tolerance)
         if sample_above is not None:
             check_count("sample_above", sample_above)
         if step_limit is not None:
@@ -197,7 +192,6 @@ class UniformityRegularizer:
             "matmul_precision", matmul_precision, "highest", "medium"
         )
         self.sample_above = sample_above
-        self.tolerance = tolerance
         self.share_work = share_work
         self.state = TrainingState(tolerance)
         self._attached: Attached | None = None
@@ -207,6 +201,19 @@ class UniformityRegularizer:
         self._saw_outputs = False
         self.checks_order = True  # and hooks, in an own loop; Lightning's callback has its own
         self.measures_next = False  # whether the layers are measured after the step under way
+
+    @property
+    def tolerance(self) -> float | None:
+        """The relative error of kept gradients on average; it may be changed at any time.
+
+        None drops them. With a smaller one gradients are used for as much shorter.
+        """
+        return self.state.deltas.tolerance
+
+    @tolerance.setter
+    def tolerance(self, tolerance: float | None) -> None:
+        check_tolerance(tolerance)
+        self.state.deltas.set_tolerance(tolerance)
 
     @property
     def layers(self) -> list[Layer]:
@@ -856,7 +863,7 @@ class UniformityRegularizer:
                 self._follow([optimizer])
                 if self.checks_order and self.state.now.untold:
                     self._tell_untold()
-                if self.tolerance is not None:
+                if self.state.deltas.tolerance is not None:
                     self.state.deltas.begin_step()
                 found = self._act(context)
         counter.count(optimizer, index, same_step=same_step)
@@ -970,7 +977,7 @@ class UniformityRegularizer:
         """Add the gradients of the plain layers."""
         attached = self._check_attached()
         ahead, placement = attached.ahead, attached.placement
-        if self.tolerance is not None:
+        if self.state.deltas.tolerance is not None:
             add_plain(self.state.deltas, updates, ahead, placement, same_step=context.same_step)
             return
         if ahead.begun:

@@ -36,6 +36,7 @@ class Deltas:
         tolerance: The relative error that a gradient may have on average; None keeps none.
 
     Attributes:
+        tolerance: That one. Change it by :meth:`set_tolerance`.
         reuse: For how long each layer's gradient may be used, by name.
         computed: Names of the layers whose gradients the last step has computed.
     """
@@ -53,6 +54,17 @@ class Deltas:
     def __bool__(self) -> bool:
         """Whether gradients are kept."""
         return self.tolerance is not None
+
+    def set_tolerance(self, tolerance: float | None) -> None:
+        """Go on with another tolerance; None drops the gradients, and what is known of them."""
+        self.settle()
+        before = self.tolerance
+        if tolerance is None:
+            self.forget()
+        elif before is not None:
+            for reuse in self.reuse.values():
+                reuse.shorten(tolerance / before)
+        self.tolerance = tolerance
 
     def begin_step(self) -> None:
         """Begin a step."""
@@ -174,6 +186,7 @@ class Deltas:
         """Forget the gradients and how they age: another model has come."""
         self.make_due()
         self.reuse = {}
+        self.computed = set()
 
     def follow(self, origins: Mapping[str, str], layers: Sequence[Layer]) -> None:
         """Go on after a change of the model.

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from zlib import crc32
 
-from lightning_hsu._checks import plain_number
+from lightning_hsu._checks import check_number, plain_number
 
 _FIRST_GAIN = 3.0  # measured in trainings of an MLP with SGD and AdamW: 1.7 to 4.0
 _LEAST_GAIN, _MOST_GAIN = 1.0, 30.0
@@ -44,6 +44,10 @@ class Reuse:
             state["error"] = self.error
         return state
 
+    def shorten(self, factor: float) -> None:
+        """Use gradients for a shorter time, if a factor below 1 of the error is wanted."""
+        self.interval = max(1, int(min(factor, 1.0) * self.interval))
+
     def is_off(self, moved: float, tolerance: float) -> bool:
         """Whether a gradient is as far off as it may be, if its neurons have moved so far.
 
@@ -72,6 +76,17 @@ class Reuse:
             if moved > 0 and math.isfinite(error / moved):
                 self.gain = min(max(error / moved, _LEAST_GAIN), _MOST_GAIN)
         self.interval = _interval(name, age, error, _AT_THE_END * tolerance)
+
+
+def check_tolerance(tolerance: float | None) -> None:
+    """Refuse a tolerance that is neither None nor a relative error."""
+    if tolerance is not None:
+        check_number(
+            "tolerance",
+            tolerance,
+            "a relative error above 0 and below 1, or None to compute every gradient",
+            lambda error: 0 < error < 1,
+        )
 
 
 def stored_reuse(stored: object) -> Reuse | None:

@@ -390,7 +390,7 @@ class TrainingState:
             state["shares"] = self.share_means.state_dict()
         if self.heads and not self.heads_as_expected:
             state["heads"] = list(self.heads)
-        if self.deltas.reuse:
+        if self.deltas.tolerance is not None and self.deltas.reuse:
             state["reuse"] = self.deltas.state_dict()
         return state
 
