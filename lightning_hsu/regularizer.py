@@ -739,9 +739,10 @@ class UniformityRegularizer:
         resumed training equals one that goes on. Not where ranks train together, of which one alone
         may call this: there it equals it within the tolerance.
         """
+        found = self.state.state_dict()
         if self._attached is None or self._attached.placement.is_alone:
             self.state.deltas.make_due()
-        return self.state.state_dict()
+        return found
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned, of this version or another.

@@ -21,6 +21,7 @@ from torch.optim import LBFGS, SGD, Adam, AdamW
 
 from lightning_hsu import Share, UniformityRegularizer
 from lightning_hsu._engine.delta import sample_of
+from lightning_hsu._engine.reuse import Reuse
 from lightning_hsu.measures import (
     Covering,
     GaussianPotential,
@@ -808,6 +809,38 @@ def test_a_run_that_saved_and_one_that_resumes_are_the_same_bits(settings, mode,
     assert pickle.dumps(ends[0][1].state_dict()["reuse"]) == pickle.dumps(
         ends[1][1].state_dict()["reuse"]
     )
+
+
+class KeptStates(pl.Callback):
+    """Notes the state that each step keeps in case it is interrupted, and how many layers it computes."""
+
+    def __init__(self, ours):
+        self.ours = ours
+        self.states: list[Any] = []
+        self.copies: list[Any] = []
+        self.computed: list[int] = []
+
+    def on_before_optimizer_step(self, *_: Any):
+        before = self.ours.state_dict()
+        self.states.append(before)
+        self.copies.append(copy.deepcopy(before))
+        self.computed.append(len(self.ours.regularizer.state.deltas.computed))
+
+
+@pytest.mark.parametrize("mode", ["gradient", "loss"])
+def test_what_is_kept_in_case_of_an_interruption_is_made_of_what_has_changed(mode, monkeypatch):
+    made = []
+    inner = Reuse.state
+    monkeypatch.setattr(Reuse, "state", lambda self: made.append(self) or inner(self))
+    ours = uniformity(coefficient=0.05, tolerance=0.4, apply=mode)
+    monkeypatch.setattr(ours.regularizer, "state_dict", dict)  # which makes all layers due
+    watch = KeptStates(ours)
+    module = Automatic(lambda parameters: SGD(parameters, lr=0.01, momentum=0.9))
+    trainer(ours, watch, max_epochs=4).fit(module, loader(batches(8)))
+    assert watch.states == watch.copies  # later steps have not changed them
+    assert watch.states[5]["reuse"] != watch.states[31]["reuse"]
+    assert len(made) <= sum(watch.computed) + 4
+    assert sum(watch.computed) < 0.6 * 4 * 32
 
 
 @pytest.mark.parametrize("mode", ALL)

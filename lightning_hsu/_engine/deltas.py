@@ -46,6 +46,8 @@ class Deltas:
         self.reuse: dict[str, Reuse] = {}
         self.computed: set[str] = set()
         self._deltas: dict[str, Delta] = {}
+        self._stored: dict[str, dict[str, float]] = {}
+        self._unstored: set[str] = set()  # layers of which that is not what is known now
         self._work = Work()
         self._lessons = Lessons()
         self._rows = Rows()
@@ -64,6 +66,7 @@ class Deltas:
         elif before is not None:
             for reuse in self.reuse.values():
                 reuse.shorten(tolerance / before)
+            self._unstored.update(self.reuse)
         self.tolerance = tolerance
 
     def begin_step(self) -> None:
@@ -119,7 +122,10 @@ class Deltas:
             delta = Delta(use.layer.measure, kept, use.sample.clone())
             delta.pull = pull_of(use.layer, use.x)
             self._deltas[name] = delta
-            reuse = self.reuse.setdefault(name, Reuse())
+            if name not in self.reuse:
+                self.reuse[name] = Reuse()
+                self._unstored.add(name)
+            reuse = self.reuse[name]
             if reuse.interval >= FIRST_LOOK:
                 delta.sketch = self._rows.sketch(use.x)
             fresh = Fresh(use, grad, delta, reuse)
@@ -166,14 +172,24 @@ class Deltas:
         return sum(delta.bytes() for delta in self._deltas.values())
 
     def state_dict(self) -> dict[str, dict[str, float]]:
-        """For how long gradients may be used, by layer."""
+        """For how long gradients may be used, by layer; not to be changed.
+
+        A Trainer's callback asks at every step, in case it is interrupted: only what has changed is
+        made anew.
+        """
         self.settle()
-        return {name: one.state() for name, one in self.reuse.items()}
+        if self._unstored:
+            stored = {}
+            for name, one in self.reuse.items():
+                stored[name] = one.state() if name in self._unstored else self._stored[name]
+            self._stored = stored
+            self._unstored = set()
+        return self._stored
 
     def restore(self, reuse: dict[str, Reuse]) -> None:
         """Restore what is known of how gradients age; all of them are due."""
         self.make_due()
-        self.reuse = reuse
+        self._take(reuse)
 
     def make_due(self) -> None:
         """Let the next step compute every gradient, as it does after a resume."""
@@ -185,7 +201,7 @@ class Deltas:
     def forget(self) -> None:
         """Forget the gradients and how they age: another model has come."""
         self.make_due()
-        self.reuse = {}
+        self._take({})
         self.computed = set()
 
     def follow(self, origins: Mapping[str, str], layers: Sequence[Layer]) -> None:
@@ -206,7 +222,7 @@ class Deltas:
             if before in self.reuse:
                 reuse[layer.name] = self.reuse[before]
         self._deltas = kept
-        self.reuse = reuse
+        self._take(reuse)
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle and copy what is known, never the gradients."""
@@ -236,7 +252,7 @@ class Deltas:
 
     def settle(self) -> None:
         """Learn from the numbers of the gradients that were computed last."""
-        self._lessons.learn(self.tolerance)
+        self._unstored |= self._lessons.learn(self.tolerance)
 
     def _is_due(self, use: Use, delta: Delta, same_step: bool) -> bool:
         """Whether a kept gradient is too old, or its neurons have moved too far."""
@@ -250,6 +266,12 @@ class Deltas:
         if reuse.is_off(use.moved, self.tolerance):
             return True
         return is_another(use.changed, use.moved)
+
+    def _take(self, reuse: dict[str, Reuse]) -> None:
+        """Take what is known of how gradients age."""
+        self.reuse = reuse
+        self._stored = {}
+        self._unstored = set(reuse)
 
     def _known(self, uses: Sequence[Use], *, same_step: bool = False) -> list[Known]:
         """Those of the layers that have a gradient, with it; one that does not fit is dropped."""

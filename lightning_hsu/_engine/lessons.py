@@ -30,12 +30,16 @@ class Lessons:
             numbers = LateNumbers(_numbers(members))
             self._unread.append((numbers, [one.released() for one in members]))
 
-    def learn(self, tolerance: float | None) -> None:
+    def learn(self, tolerance: float | None) -> set[str]:
         """Read the numbers and learn from them for how long gradients may be used.
 
         Args:
             tolerance: The error wanted; with None nothing is learnt.
+
+        Returns:
+            Names of the layers of which something was learnt.
         """
+        learnt = set()
         for numbers, members in self._unread:
             values = iter(numbers.read())
             errors = [next(values) if one.age > 0 else math.nan for one in members]
@@ -46,7 +50,9 @@ class Lessons:
                 if one.age > 0 and tolerance is not None:
                     known = None if one.is_random else error
                     one.reuse.learn(one.name, one.age, one.moved, known, tolerance)
+                    learnt.add(one.name)
         self._unread = []
+        return learnt
 
 
 @dataclass(eq=False)
