@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import wraps
@@ -100,6 +101,33 @@ class AfterStep:
             self.is_on = self._act(self)
         if not self.is_on and self.replaces_step:
             self._take_off()
+
+
+class AfterOwnStep(AfterStep):
+    """The same in a loop without a Trainer: it does not keep an optimizer that its owner drops.
+
+    That must go at once: the next one takes its count.
+    """
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """The optimizer.
+
+        Raises:
+            ReferenceError: if it is gone.
+        """
+        optimizer = self._known()
+        if optimizer is None:
+            raise ReferenceError("the optimizer is gone")
+        return optimizer
+
+    @optimizer.setter
+    def optimizer(self, optimizer: Optimizer) -> None:
+        self._known = weakref.ref(optimizer)
+
+    def is_of(self, optimizer: Optimizer) -> bool:
+        """Whether it is the hook on this optimizer."""
+        return self._known() is optimizer
 
 
 def runs_hooks(optimizer: Optimizer) -> bool:

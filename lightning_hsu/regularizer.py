@@ -56,7 +56,7 @@ from lightning_hsu._neurons.select import (
 )
 from lightning_hsu._neurons.target import Target
 from lightning_hsu._neurons.wrappers import unwrapped
-from lightning_hsu._optimizers import AfterStep
+from lightning_hsu._optimizers import AfterOwnStep, AfterStep
 from lightning_hsu.coefficients import Coefficient, Strength
 from lightning_hsu.measures import Measure
 from lightning_hsu.measures.base import check_measure
@@ -885,11 +885,11 @@ class UniformityRegularizer:
         hooks = self._check_attached().hooks
         known = hooks.get(id(optimizer))
         hook = None if known is None else known()
-        if hook is not None and hook.optimizer is optimizer:
+        if hook is not None and hook.is_of(optimizer):
             return
         act = partial(_after_step, weakref.ref(self))
         try:
-            hook = AfterStep(optimizer, index, act)
+            hook = AfterOwnStep(optimizer, index, act)
         except NotImplementedError:  # nothing tells when it has stepped
             return
         hooks[id(optimizer)] = weakref.ref(hook)  # the optimizer keeps it, and may go with it

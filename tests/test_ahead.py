@@ -386,3 +386,32 @@ def test_an_optimizer_that_is_replaced_in_an_own_loop_is_let_go():
     del steps
     gc.collect()
     assert [one() for one in known] == [None] * 3
+
+
+@pytest.mark.usefixtures("looks_ahead")
+@pytest.mark.parametrize("tolerance", [None, 0.05])
+def test_a_new_optimizer_takes_the_count_of_one_that_is_gone(tolerance):
+    """At once, without a garbage collection."""
+    net = network()
+    seen = []
+
+    def schedule(step):
+        seen.append(step)
+        return 0.1
+
+    regularizer = UniformityRegularizer(
+        coefficient={"0": schedule, "*": 0.0}, tolerance=tolerance
+    ).attach(net)
+    gc.disable()
+    try:
+        for _ in range(3):
+            steps = sgd(net)
+            for _ in range(2):
+                steps.zero_grad()
+                net(torch.randn(4, 20)).square().mean().backward()
+                regularizer.add_gradients(steps)
+                steps.step()
+    finally:
+        gc.enable()
+    assert seen == [0, 1, 2, 3, 4, 5]
+    assert regularizer.state.counter.done == [6]

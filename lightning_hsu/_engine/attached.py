@@ -22,7 +22,7 @@ from lightning_hsu._neurons.placement import Placement
 from lightning_hsu._neurons.select import find_heads
 from lightning_hsu._neurons.target import Target
 from lightning_hsu._neurons.trace import last_before, parameters_behind
-from lightning_hsu._optimizers import AfterStep
+from lightning_hsu._optimizers import AfterOwnStep
 
 
 class HeadFinder(Protocol):
@@ -83,7 +83,7 @@ class Attached:
         self.coverage = float("nan")
         self.strength = StrengthWatch(placement)
         self.ahead = Ahead()
-        self.hooks: dict[int, weakref.ref[AfterStep]] = {}  # on optimizers, by id; these keep them
+        self.hooks: dict[int, weakref.ref[AfterOwnStep]] = {}  # on optimizers, by id; these keep them
         self.plan: Plan
         self.candidates = find(self._strict)
         self.choose(traced)
