@@ -20,7 +20,13 @@ from lightning_hsu._core.foreach import (
 )
 from lightning_hsu._core.kernel import PairTerm
 from lightning_hsu._core.pairwise import avoids_sync
-from lightning_hsu._core.updates import GradientUpdate, add_to_layers, chunks, stack_neurons
+from lightning_hsu._core.updates import (
+    GradientUpdate,
+    add_to_layers,
+    alike,
+    chunks,
+    stack_neurons,
+)
 from lightning_hsu._core.without_sync import (
     BatchGradient,
     add_batch,
@@ -61,7 +67,7 @@ class RawGradients:
         """None: on a CPU a logging step measures by itself."""
         return None
 
-    def only(self, places: Sequence[int]) -> list[RawPart]:
+    def only(self, places: Sequence[int]) -> list[RawGradients]:
         """The same of some of the layers, by their places in the stack."""
         if len(places) == len(self.places):
             return [self]
@@ -79,16 +85,10 @@ class RawGradients:
         The updates may have other limits and scales than those at the time of the computation, and
         must stand in the order of ``places``.
         """
-        groups = len(self.grad) // len(self.places)
-        start = 0
-        while start < len(updates):
-            stop = start + 1
-            while stop < len(updates) and _alike(updates[start], updates[stop]):
-                stop += 1
-            part = slice(start * groups, stop * groups)
-            grad, norm = self.grad[part], self.norm[part]
-            add_to_layers(updates[start:stop], grad, norm, may_overflow=self.may_overflow)
-            start = stop
+        place_of = {id(update): place for place, update in enumerate(updates)}
+        for members in alike(updates):
+            for part in self.only([place_of[id(update)] for update in members]):
+                add_to_layers(members, part.grad, part.norm, may_overflow=self.may_overflow)
 
 
 class RawBatch:
@@ -275,13 +275,17 @@ def _through_buffers(
 
 
 def _of_one_shape(work: Sequence[tuple[GradientUpdate, PairTerm]]) -> list[list[int]]:
-    """The places of the layers, grouped by what can be stacked."""
-    found: dict[object, list[int]] = {}
+    """The places of layers with neutral updates, grouped by what can be stacked."""
+    place_of = {}
+    by_term: dict[PairTerm, list[GradientUpdate]] = {}
     for place, (update, term) in enumerate(work):
-        w = update.entries
-        key = (term, update.shape, w.shape, w.dtype, w.device)
-        found.setdefault(key, []).append(place)
-    return list(found.values())
+        place_of[id(update)] = place
+        by_term.setdefault(term, []).append(update)
+    found = []
+    for updates in by_term.values():
+        for members in alike(updates):
+            found.append([place_of[id(update)] for update in members])
+    return found
 
 
 def _go_together(updates: Sequence[GradientUpdate]) -> bool:
@@ -294,12 +298,3 @@ def _go_together(updates: Sequence[GradientUpdate]) -> bool:
         if on_device and one.limit is not first.limit:
             return False
     return True
-
-
-def _alike(one: GradientUpdate, other: GradientUpdate) -> bool:
-    """Whether two updates weight their gradients in the same way."""
-    if one.scale != other.scale or one.grad_scale != other.grad_scale:
-        return False
-    if isinstance(one.limit, Tensor) or isinstance(other.limit, Tensor):
-        return one.limit is other.limit
-    return one.limit == other.limit

@@ -83,7 +83,9 @@ class Attached:
         self.coverage = float("nan")
         self.strength = StrengthWatch(placement)
         self.ahead = Ahead()
-        self.hooks: dict[int, weakref.ref[AfterOwnStep]] = {}  # on optimizers, by id; these keep them
+        self.hooks: dict[
+            int, weakref.ref[AfterOwnStep]
+        ] = {}  # on optimizers, by id; these keep them
         self.plan: Plan
         self.candidates = find(self._strict)
         self.choose(traced)
