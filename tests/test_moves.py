@@ -10,6 +10,7 @@ from torch.optim import SGD, AdamW
 
 from lightning_hsu import UniformityRegularizer
 from lightning_hsu._engine import moves
+from lightning_hsu._neurons.placement import Placement
 from lightning_hsu.measures import RieszEnergy
 from tests.models import batches, mean_square
 
@@ -279,3 +280,17 @@ def test_looking_ahead_computes_the_same_layers(monkeypatch):
     monkeypatch.setattr(moves, "reads_late", lambda x: True)
     assert due(True) == direct
     assert sum(direct) < 40
+
+
+def test_ranks_that_train_together_look_at_the_same_steps(monkeypatch):
+    """One of them may write alone, as for an evaluation: then only ages count."""
+    run = Run()
+    calm(run)
+    monkeypatch.setattr(Placement, "is_alone", False)
+    age = run.age
+    with torch.no_grad():
+        anew(run.weight)
+    steps = 0
+    while not run.step():
+        steps += 1
+    assert age + steps in (8, 16, 32)
