@@ -19,6 +19,14 @@ import pytest
 import torch
 from torch import distributed
 
+
+def forkserver():
+    """What starts processes that find the slow imports done: one server for all tests of this run."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch.distributed.tensor.parallel", "tests.sharding"])
+    return context
+
+
 SECONDS = 60  # for one function on all processes; measured: at most 3 alone on two cores
 
 
@@ -58,8 +66,7 @@ class World:
     def _start(self):
         if sys.platform != "linux":
             pytest.skip("groups of processes are tested on Linux only")
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch.distributed.tensor.parallel", "tests.sharding"])
+        context = forkserver()
         store = tempfile.mkdtemp(dir=os.getcwd())
         for rank in range(self.size):
             here, there = context.Pipe()

@@ -5,7 +5,6 @@ loader that begins its epoch again or shuffles by the global generator, which Li
 accumulation, whose gradients it does not save.
 """
 
-import multiprocessing
 import os
 import signal
 import sys
@@ -38,7 +37,7 @@ from tests.models import (
     trainer,
     uniformity,
 )
-from tests.processes import world
+from tests.processes import forkserver, world
 from tests.test_memory import CARRYING
 
 pytestmark = pytest.mark.usefixtures("_few_random_layers")
@@ -408,19 +407,78 @@ def train_and_die(folder):
     fitted([*made(everything()), In("on_train_batch_end", die, 5), keep], enable_checkpointing=True)
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL")
-@pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint.*ModelCheckpoint.*")
-def test_killed_between_checkpoints(tmp_path):
-    child = multiprocessing.get_context("spawn").Process(target=train_and_die, args=(tmp_path,))
+def killed(train, folder):
+    """Train in a process of its own, which has to end by SIGKILL."""
+    child = forkserver().Process(target=train, args=(folder,))
     child.start()
     child.join(timeout=300)
     exitcode = child.exitcode
     child.kill()
     assert exitcode == -signal.SIGKILL
-    assert {path.name for path in tmp_path.iterdir()} == {"step=2.ckpt", "step=4.ckpt"}
+
+
+def names_in(folder):
+    return {path.name for path in folder.iterdir()}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL")
+@pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint.*ModelCheckpoint.*")
+def test_killed_between_checkpoints(tmp_path):
+    killed(train_and_die, tmp_path)
+    assert names_in(tmp_path) == {"step=2.ckpt", "step=4.ckpt"}
     assert not differing(
         fitted(made(everything()), ckpt=tmp_path / "step=4.ckpt"), fitted(made(everything()))
     )
+
+
+KEPT = {"tolerance": 0.05, "coefficient": 0.5}
+SLOW = {"make": partial(Automatic, lambda p: torch.optim.SGD(p, lr=5e-4, momentum=0.9))}
+SLOW |= {"max_epochs": 5}
+
+
+def checkpoints_of(folder):
+    """Every sixth step; after each, all kept gradients are computed anew."""
+    return ModelCheckpoint(folder, filename="{step}", every_n_train_steps=6, save_top_k=-1)
+
+
+class Computed(pl.Callback):
+    """Notes of which layers each step computed the gradients."""
+
+    def __init__(self, ours):
+        self.ours = ours
+        self.layers = {}
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        self.layers[trainer.global_step] = set(self.ours.regularizer.state.deltas.computed)
+
+
+def fitted_with_kept_gradients(folder, *callbacks, ckpt=None):
+    """What a fit that writes checkpoints ends with, and what its steps computed."""
+    ours = uniformity(**KEPT)
+    computed = Computed(ours)
+    all_of_them = [ours, *callbacks, computed, checkpoints_of(folder)]
+    end = fitted(all_of_them, ckpt=ckpt, enable_checkpointing=True, **SLOW)
+    return end, computed.layers
+
+
+def train_with_kept_gradients_and_die(folder):
+    fitted_with_kept_gradients(folder, In("on_train_batch_end", die, 16))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL")
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+def test_killed_between_checkpoints_with_a_tolerance(tmp_path):
+    """The uninterrupted training writes the same checkpoints, since a kept gradient ends with each."""
+    killed(train_with_kept_gradients_and_die, tmp_path / "killed")
+    assert names_in(tmp_path / "killed") == {"step=6.ckpt", "step=12.ckpt"}
+    whole, computed = fitted_with_kept_gradients(tmp_path / "whole")
+    resumed, computed_then = fitted_with_kept_gradients(
+        tmp_path / "killed", ckpt=tmp_path / "killed/step=12.ckpt"
+    )
+    assert not differing(resumed, whole)
+    assert computed_then == {step: layers for step, layers in computed.items() if step > 12}
+    assert len(computed_then[13]) == 4
+    assert sum(map(len, computed_then.values())) < 3 * len(computed_then)
 
 
 @pytest.mark.parametrize(
