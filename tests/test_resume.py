@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader
 from lightning_hsu import HypersphericalUniformity, LinearSchedule, Share
 from lightning_hsu.measures import Covering, Polarization, RieszEnergy, SlicedWasserstein
 from lightning_hsu.projections import Projected, RandomProjection
+from tests import plain
 from tests.models import (
     Adversarial,
     Automatic,
@@ -619,6 +620,14 @@ def plain_sgd(parameters):
     return torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
 
 
+def in_parallel(ranks):
+    """Settings of a Trainer."""
+    if ranks == 1:
+        return {}
+    strategy = DDPStrategy(process_group_backend="gloo")
+    return {"devices": ranks, "strategy": strategy, "use_distributed_sampler": False}
+
+
 def fit_on(ranks, folder, ckpt=None):
     """Train to the end and leave a checkpoint of each batch."""
     ours = [
@@ -646,12 +655,8 @@ def fit_on(ranks, folder, ckpt=None):
             "apply": "loss",
         },
     ]
-    settings = {}
-    if ranks > 1:
-        strategy = DDPStrategy(process_group_backend="gloo")
-        settings = {"devices": ranks, "strategy": strategy, "use_distributed_sampler": False}
     torch.manual_seed(3 if ckpt is None else 4)
-    trainer(saving(folder), *made(ours), **settings).fit(
+    trainer(saving(folder), *made(ours), **in_parallel(ranks)).fit(
         Automatic(make_optimizer=plain_sgd), datamodule=Parts(), ckpt_path=ckpt
     )
 
@@ -680,3 +685,60 @@ def test_resumed_on_another_number_of_processes(tmp_path):
                     atol=1e-6,
                     msg=lambda text, path=path: f"{path}: {text}",
                 )
+
+
+def fit_with_kept_gradients(ranks, epochs, path, ckpt=None):
+    """Train up to an epoch, from a checkpoint or from the beginning, and leave a checkpoint.
+
+    Returns:
+        How long gradients may be used at the start, their schedule, and the weights at the end.
+    """
+    ours = uniformity(**KEPT)
+    known = []
+    at_start = In("on_train_start", lambda *_: known.append(ours.state_dict().get("reuse")))
+    torch.manual_seed(3 if ckpt is None else 4)
+    module = SLOW["make"]().double()  # Lightning converts it after it has loaded the weights
+    settings = {"max_epochs": epochs, "precision": "64-true"} | in_parallel(ranks)
+    fit = trainer(ours, at_start, **settings)
+    with plain.recorded_schedule() as schedule:
+        fit.fit(module, datamodule=Parts(), ckpt_path=ckpt)
+    fit.save_checkpoint(path)
+    return known[0], schedule, [p.detach() for p in module.parameters()]
+
+
+def plainly_from(checkpoint, schedule, epochs):
+    """The weights of a plain loop that goes on from a checkpoint, with a schedule of gradients."""
+    twin = SLOW["make"]().double()
+    twin.load_state_dict(checkpoint["state_dict"])
+    optimizer = twin.configure_optimizers()
+    optimizer.load_state_dict(checkpoint["optimizer_states"][0])
+    twin.configure_optimizers = lambda: optimizer
+    kept = plain.Kept(schedule)
+    layers = plain.layers(twin.net)
+    penalty = plain.Penalty(layers, "gradient", lambda *_: KEPT["coefficient"], kept=kept)
+    plain.train(twin, batches(count=5, dtype=torch.float64), penalty, epochs)
+    assert kept.is_used_up()
+    return [p.detach() for p in twin.parameters()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
+def test_kept_gradients_go_on_with_another_number_of_processes(before, after, tmp_path):
+    first, second = tmp_path / "first.ckpt", tmp_path / "second.ckpt"
+    run(before, fit_with_kept_gradients, before, 3, first)
+    known, schedule, weights = run(after, fit_with_kept_gradients, after, 5, second, first)[0]
+    checkpoint = torch.load(first, weights_only=True)
+    (ours,) = (one for one in checkpoint["callbacks"].values() if "reuse" in one)
+    assert known == ours["reuse"]
+    assert max(layer["interval"] for layer in known.values()) > 1
+    for uses in schedule.values():
+        assert uses[0] == (True, False)
+        assert not all(is_computed for is_computed, _ in uses)
+    for p, expected in zip(weights, plainly_from(checkpoint, schedule, 2), strict=True):
+        torch.testing.assert_close(p, expected, rtol=0.0, atol=1e-12)
+
+
+def run(ranks, function, *args):
+    """What it gives on each of so many processes."""
+    return [function(*args)] if ranks == 1 else world(ranks).run(function, *args)
