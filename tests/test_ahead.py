@@ -14,6 +14,7 @@ from lightning_hsu import HypersphericalUniformity, Share, UniformityRegularizer
 from lightning_hsu._core import foreach, raw
 from lightning_hsu._core.pairwise import too_steep
 from lightning_hsu.measures import Covering, GaussianPotential, RieszEnergy
+from tests.rounding import assert_near
 
 STEPS = 12
 
@@ -144,7 +145,12 @@ def way(request, monkeypatch):
 @pytest.mark.filterwarnings("ignore:the penalty is too strong")
 @pytest.mark.parametrize("name", SETTINGS)
 def test_a_training_that_looks_ahead_is_the_same(name):
-    assert_same(train(True, **SETTINGS[name]), train(False, **SETTINGS[name]))
+    ahead, direct = train(True, **SETTINGS[name]), train(False, **SETTINGS[name])
+    if name == "by layer":  # each coefficient is a stack of its own, which may round otherwise
+        for key, weight in direct.items():
+            assert_near(ahead[key], weight)
+    else:
+        assert_same(ahead, direct)
 
 
 @pytest.mark.usefixtures("way")
