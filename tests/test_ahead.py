@@ -188,9 +188,9 @@ def count_gradients(monkeypatch):
     counted = []
     inner = raw.stack_gradient
 
-    def counting(w, term):
+    def counting(w, term, *scratch):
         counted.append(len(w))
-        return inner(w, term)
+        return inner(w, term, *scratch)
 
     monkeypatch.setattr(raw, "stack_gradient", counting)
     monkeypatch.setattr("lightning_hsu._core.foreach.stack_gradient", counting)

@@ -16,7 +16,7 @@ from torch.optim import SGD, Adam
 from torch.optim.lr_scheduler import StepLR
 
 from lightning_hsu import Share, UniformityRegularizer, regularizer
-from lightning_hsu._core.updates import GradientUpdate, add_to_layers
+from lightning_hsu._core.updates import GradientUpdate, StackGradient, add_to_layers
 from lightning_hsu._engine.plan import learning_rates, limit_of_gradient
 from lightning_hsu._engine.rates import Rates, largest
 from tests import models, plain
@@ -555,9 +555,9 @@ def test_a_rate_on_a_device_is_not_asked_for():
     assert isinstance(rate, torch.Tensor)
     assert rate.shape == largest([0.1, *rates.values()]).shape == ()
     update = GradientUpdate(w[None], torch.empty_like(w)[None], 0.5, limit_of_gradient(1.0, rate))
-    add_to_layers(
-        [update, update], torch.empty(2, 5, 6, device="meta"), w.norm(dim=-1)[None, :, None]
-    )
+    grad = torch.empty(2, 5, 6, device="meta")
+    norm = torch.empty(2, 5, 1, device="meta")
+    add_to_layers([update, update], StackGradient(grad, norm, norm, may_overflow=True))
     with pytest.raises(Exception, match="meta"):
         float(rate)
 
@@ -568,7 +568,8 @@ def test_a_rate_of_zero_on_a_device_is_no_limit():
     w[0, 0] = 0.0
     grad = torch.randn(1, 5, 4)
     grad[0, 0] = 0.0
-    add_to_layers([GradientUpdate(w, out, 0.5, zero)], grad.clone(), w.norm(dim=-1, keepdim=True))
+    found = StackGradient(grad.clone(), None, w.norm(dim=-1, keepdim=True))
+    add_to_layers([GradientUpdate(w, out, 0.5, zero)], found)
     torch.testing.assert_close(out, 0.5 * grad)
 
 

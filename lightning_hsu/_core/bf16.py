@@ -18,6 +18,7 @@ from torch import Tensor
 from lightning_hsu._core.kernel import PairTerm
 from lightning_hsu._core.precision import bf16_allowed
 from lightning_hsu._core.sums import GramPanel, PairSums, outside, product
+from lightning_hsu._core.updates import Scratch
 
 _NEAREST = 1.0
 """Squared chord above which rounding to 2**-9 leaves an error of 2e-3 (full space, s <= 2)."""
@@ -33,9 +34,15 @@ class BF16PairSums(PairSums):
     """The sums with bfloat16 products, for a gradient; see :class:`PairSums`."""
 
     def __init__(
-        self, w: Tensor, term: PairTerm, index: Tensor | None = None, *, with_value: bool = True
+        self,
+        w: Tensor,
+        term: PairTerm,
+        index: Tensor | None = None,
+        *,
+        with_value: bool = True,
+        scratch: Scratch | None = None,
     ) -> None:
-        super().__init__(w, term, index, with_value=with_value)
+        super().__init__(w, term, index, with_value=with_value, scratch=scratch)
         self.bf16 = self.x.bfloat16()
         self.bf16_rows = self.rows.bfloat16()
         self.centre = slope_at_right_angles(term)
@@ -52,6 +59,10 @@ class BF16PairSums(PairSums):
         for row, following in pairwise([*self.onward, self.grad.shape[1]]):
             pull += self.onward[row]
             self.grad[:, row:following] += pull
+
+    def keeps_slopes(self) -> bool:
+        """Pulls are rounded and multiplied panel by panel."""
+        return False
 
     def _add_panel(self, panel: GramPanel, with_grad: bool) -> None:
         rows = self.bf16_rows[:, panel.start : panel.stop]

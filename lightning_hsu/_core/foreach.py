@@ -15,17 +15,20 @@ from lightning_hsu._core.kernel import PairTerm
 from lightning_hsu._core.pairwise import (
     avoids_sync,
     pair_energy,
-    pair_gradient,
     small_pair_gradient,
+    stack_pair_gradient,
 )
 from lightning_hsu._core.precision import exact_arithmetic, gradient_arithmetic
 from lightning_hsu._core.updates import (
     GradientUpdate,
+    Scratch,
+    StackGradient,
     add_to_layers,
     alike,
     chunks,
     shortening,
     stack_neurons,
+    whole_gradient,
 )
 from lightning_hsu._core.without_sync import (
     BatchGradient,
@@ -118,14 +121,14 @@ class TorchBackend(Backend):
     def add_on_cpu(self, updates: Sequence[GradientUpdate], term: PairTerm) -> Work:
         """Add the layers on a CPU, and those of very steep kernels; return the others."""
         work: Work = []
+        scratch = Scratch()
         for members in alike(updates):
             first = members[0]
             if avoids_sync(first, term):
                 work += [(update, term) for update in members]
                 continue
             for some in chunks(members, how_many_together(first.size)):
-                grad, norm, value, may_overflow = stack_gradient(stack_neurons(some), term)
-                add_to_layers(some, grad, norm, value, may_overflow=may_overflow)
+                add_to_layers(some, stack_gradient(stack_neurons(some), term, scratch))
         return work
 
 
@@ -182,35 +185,33 @@ def how_many_together(shape: torch.Size) -> int:
     return max(1, _GRAM_ENTRIES // max(1, b * n * n))
 
 
-def stack_gradient(w: Tensor, term: PairTerm) -> tuple[Tensor, Tensor, Tensor | None, bool]:
+def stack_gradient(w: Tensor, term: PairTerm, scratch: Scratch | None = None) -> StackGradient:
     """The gradient of a stack of neurons, by the shortest way that is exact.
 
     Args:
         w: Neurons, shape (b, n, d), float32 or float64, without a graph.
         term: The kernel.
-
-    Returns:
-        The gradient (b, n, d), the norms of the neurons (b, n, 1), the mean energies (b,) by which
-        the gradient is still to be divided if their logarithm is minimised, and whether squares of
-        the gradient's entries may leave the range of the dtype.
+        scratch: Memory for the gradient, which the next one overwrites; None for new memory.
     """
     with exact_arithmetic(w):
-        found = small_pair_gradient(w, term)
+        found = small_pair_gradient(w, term, scratch)
     if found is not None:
-        return *found, False
-    norm = torch.linalg.vector_norm(w, dim=-1, keepdim=True)
+        return found
     if not term.logarithm:
-        return pair_gradient(w, term), norm, None, True
+        return stack_pair_gradient(w, term, scratch)
+    return _exact_gradient(w, term)
+
+
+def _exact_gradient(w: Tensor, term: PairTerm) -> StackGradient:
+    """The gradient of neurons (b, n, d) with everything special, and of a logarithm."""
     value, grad = pair_energy(w, term)
     assert grad is not None
-    return grad, norm, value, True
+    found = whole_gradient(grad, w)
+    if term.logarithm:
+        found.divide_by(value)
+    return found
 
 
 def add_exactly(updates: Sequence[GradientUpdate], term: PairTerm) -> None:
     """Add the gradients of layers that differ in ``w`` and ``out`` only, near pairs included."""
-    w = stack_neurons(updates)
-    value, grad = pair_energy(w, term)
-    assert grad is not None
-    norm = torch.linalg.vector_norm(w, dim=-1, keepdim=True)
-    energy = value if term.logarithm else None
-    add_to_layers(updates, grad, norm, energy, may_overflow=True)
+    add_to_layers(updates, _exact_gradient(stack_neurons(updates), term))

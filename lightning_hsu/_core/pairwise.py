@@ -31,8 +31,8 @@ from lightning_hsu._core.precision import (
     working_dtype,
 )
 from lightning_hsu._core.sphere import LONGEST, SHORTEST
-from lightning_hsu._core.sums import PairSums
-from lightning_hsu._core.updates import GradientUpdate
+from lightning_hsu._core.sums import WHOLE, PairSums
+from lightning_hsu._core.updates import GradientUpdate, Scratch, StackGradient
 from lightning_hsu._core.without_sync import (
     add_batch,
     gradients_without_sync,
@@ -67,7 +67,6 @@ def pair_energy(
         if not with_grad:
             return value, None
         return value, torch.zeros_like(w)
-    n = w.shape[-2]
     stack = _stack(w, term)
     values = []
     grads = []
@@ -77,7 +76,7 @@ def pair_energy(
             return found[0].reshape(w.shape[:-2]).to(dtype), found[1].reshape(w.shape).to(w.dtype)
     arithmetic = gradient_arithmetic if with_grad else exact_arithmetic
     with torch.no_grad(), arithmetic(stack):
-        for sums in _gathered(stack, term, _height(n), with_grad):
+        for sums in _gathered(stack, term, with_grad):
             values.append(sums.value())
             if with_grad:
                 grads.append(sums.gradient(w.dtype))
@@ -92,25 +91,50 @@ def pair_gradient(w: Tensor, term: PairTerm) -> Tensor:
     """The gradient of :func:`pair_energy` without its value, in fewer passes over the pairs."""
     if w.numel() == 0:
         return torch.zeros_like(w)
-    n = w.shape[-2]
     stack = _stack(w, term)
     grads = []
     with torch.no_grad(), gradient_arithmetic(stack):
-        for sums in _gathered(stack, term, _height(n), True, with_value=False):
+        for sums in _gathered(stack, term, True, with_value=False):
             grads.append(sums.gradient(w.dtype))
     return _concatenated(grads).reshape(w.shape).to(w.device)
 
 
-def small_pair_gradient(w: Tensor, term: PairTerm) -> tuple[Tensor, Tensor, Tensor | None] | None:
+def stack_pair_gradient(w: Tensor, term: PairTerm, scratch: Scratch | None = None) -> StackGradient:
+    """The same for a stack of neurons (b, n, d), float32 or float64, its factors kept apart.
+
+    Args:
+        w: The neurons.
+        term: The kernel.
+        scratch: Memory for the gradient, which the next one overwrites; None for new memory.
+    """
+    if w.numel() == 0:
+        return StackGradient(torch.zeros_like(w), None, w.new_zeros(*w.shape[:-1], 1))
+    stack = _stack(w, term)
+    pulls = []
+    factors = []
+    norms = []
+    with torch.no_grad(), gradient_arithmetic(stack):
+        for sums in _gathered(stack, term, True, with_value=False, scratch=scratch):
+            pull, factor = sums.pull_and_factor(w.dtype)
+            pulls.append(pull)
+            factors.append(torch.ones_like(sums.inverse_norm) if factor is None else factor)
+            norms.append(sums.norm().to(w.dtype))
+    pull, factor, norm = (_concatenated(one).to(w.device) for one in (pulls, factors, norms))
+    return StackGradient(pull, factor, norm, may_overflow=True)
+
+
+def small_pair_gradient(
+    w: Tensor, term: PairTerm, scratch: Scratch | None = None
+) -> StackGradient | None:
     """The gradient of :func:`pair_energy` for small groups with nothing special, in few operations.
 
     Args:
         w: Neurons, shape (b, n, d), float32 or float64, without a graph.
         term: The kernel.
+        scratch: Memory for the gradient, which the next one overwrites; None for new memory.
 
     Returns:
-        The gradient (b, n, d), the norms of the neurons (b, n, 1) and, if the logarithm of the mean
-        energies is minimised, these means (b,) in float64. None if only :func:`pair_energy` will
+        The gradient, of the logarithm if that is minimised. None if only :func:`pair_energy` will
         do: for many neurons, near or nearly opposite pairs, rows of unusual norm or a kernel too
         steep for float32.
     """
@@ -121,7 +145,8 @@ def small_pair_gradient(w: Tensor, term: PairTerm) -> tuple[Tensor, Tensor, Tens
     shortest, longest = norm.aminmax()
     if not (shortest.item() > SHORTEST and longest.item() < LONGEST):
         return None
-    x = w / norm
+    scratch = Scratch() if scratch is None else scratch
+    x = torch.div(w, norm, out=scratch.empty("unit rows", w.shape, w))
     cosine = torch.bmm(x, x.mT)
     q = torch.rsub(cosine, 2.0, alpha=2.0)
     q.diagonal(dim1=1, dim2=2).fill_(2.0)
@@ -135,13 +160,14 @@ def small_pair_gradient(w: Tensor, term: PairTerm) -> tuple[Tensor, Tensor, Tens
         slope = term.folded_slope(q, NEAR)
     slope.diagonal(dim1=1, dim2=2).fill_(0.0)
     radial = cosine.mul_(slope).sum(-1, keepdim=True)
-    grad = torch.bmm(slope, x).addcmul_(x, radial, value=-1.0)
-    grad.mul_(norm.reciprocal().mul_(-2.0 * term.scale(n)))
-    if value is None:
-        return grad, norm, None
-    value.diagonal(dim1=1, dim2=2).fill_(0.0)
-    total = value.sum((1, 2), dtype=torch.float64) * 0.5
-    return grad, norm, (total + term.constant(n)) * term.scale(n)
+    pull = torch.bmm(slope, x, out=scratch.empty("pull", w.shape, w))
+    pull.addcmul_(x, radial, value=-1.0)
+    found = StackGradient(pull, norm.reciprocal().mul_(-2.0 * term.scale(n)), norm)
+    if value is not None:
+        value.diagonal(dim1=1, dim2=2).fill_(0.0)
+        total = value.sum((1, 2), dtype=torch.float64) * 0.5
+        found.divide_by((total + term.constant(n)) * term.scale(n))
+    return found
 
 
 def pair_rows(w: Tensor, term: PairTerm, rows: Tensor) -> Tensor:
@@ -219,31 +245,31 @@ def _in_one_pass(w: Tensor, term: PairTerm) -> tuple[Tensor, Tensor] | None:
 
 
 def _gathered(
-    stack: Tensor, term: PairTerm, height: int, with_grad: bool, *, with_value: bool = True
+    stack: Tensor,
+    term: PairTerm,
+    with_grad: bool,
+    *,
+    with_value: bool = True,
+    scratch: Scratch | None = None,
 ) -> Iterator[PairSums]:
     """The sums over all pairs, some groups at a time.
 
     Args:
         stack: Neurons, shape (b, n, d).
         term: The kernel.
-        height: Rows of a panel.
         with_grad: Also gather the gradient.
         with_value: Also gather the energies.
+        scratch: Memory that the next sums may overwrite, if all groups go together.
     """
     n = stack.shape[1]
-    for groups in torch.split(stack, _groups_at_once(n, n)):
+    at_once = _groups_at_once(n, n)
+    if len(stack) > at_once:
+        scratch = None
+    for groups in torch.split(stack, at_once):
         kind = kind_of_sums(groups) if with_grad else PairSums
-        sums = kind(groups, term, with_value=with_value)
-        sums.add(height, with_grad=with_grad)
+        sums = kind(groups, term, with_value=with_value, scratch=scratch)
+        sums.add(sums.height(), with_grad=with_grad)
         yield sums
-
-
-def _height(n: int) -> int:
-    """Rows of a panel of the whole triangle of n rows.
-
-    The block on the diagonal is formed whole, which costs relatively more if there are few rows.
-    """
-    return PANEL if 640 < n <= 16384 else PANEL // 2
 
 
 def _stack(w: Tensor, term: PairTerm) -> Tensor:
@@ -256,7 +282,8 @@ def _stack(w: Tensor, term: PairTerm) -> Tensor:
 
 def _groups_at_once(k: int, n: int) -> int:
     """How many groups are computed together if k rows of each are paired with n columns."""
-    return max(1, _GRAM_ENTRIES // max(1, min(PANEL, k) * n))
+    at_once = k if k == n <= WHOLE else min(PANEL, k)
+    return max(1, _GRAM_ENTRIES // max(1, at_once * n))
 
 
 def _concatenated(parts: list[Tensor]) -> Tensor:

@@ -22,10 +22,12 @@ from lightning_hsu._core.kernel import PairTerm
 from lightning_hsu._core.pairwise import avoids_sync
 from lightning_hsu._core.updates import (
     GradientUpdate,
+    StackGradient,
     add_to_layers,
     alike,
     chunks,
     stack_neurons,
+    whole_gradient,
 )
 from lightning_hsu._core.without_sync import (
     BatchGradient,
@@ -41,27 +43,24 @@ class RawGradients:
 
     Args:
         places: Which of the layers these are.
-        grad: Gradients of their groups' energies, shape (k * b, n, d) for k layers of b groups.
-        norm: Norms of their neurons, shape (k * b, n, 1).
-        may_overflow: Whether squares of the gradients' entries may leave the range of the dtype.
+        found: Their gradients.
     """
 
     places: list[int]
-    grad: Tensor
-    norm: Tensor
-    may_overflow: bool = False
-
-    def parts(self) -> tuple[Tensor, ...]:
-        """The gradients (b, n, d) of the layers, one by one: views."""
-        return self.grad.view(len(self.places), -1, *self.grad.shape[1:]).unbind()
+    found: StackGradient
 
     def copies(self) -> list[Tensor]:
-        """The same in tensors of their own."""
-        return [part.clone() for part in self.parts()]
+        """The gradients (b, n, d) of the layers, one by one, in tensors of their own."""
+        found = self.found
+        grad = found.pull.clone() if found.factor is None else found.grad
+        return list(grad.view(len(self.places), -1, *grad.shape[1:]).unbind())
 
     def tensors(self) -> list[Tensor]:
         """The tensors that it holds."""
-        return [self.grad, self.norm]
+        found = self.found
+        if found.factor is None:
+            return [found.pull, found.norm]
+        return [found.pull, found.norm, found.factor]
 
     def numbers(self) -> GroupNumbers | None:
         """None: on a CPU a logging step measures by itself."""
@@ -71,24 +70,19 @@ class RawGradients:
         """The same of some of the layers, by their places in the stack."""
         if len(places) == len(self.places):
             return [self]
-        parts, norms = self.parts(), self.norm.view(len(self.places), -1, *self.norm.shape[1:])
-        chosen, grad, norm = [], [], []
-        for place in places:
-            chosen.append(self.places[place])
-            grad.append(parts[place])
-            norm.append(norms[place])
-        return [RawGradients(chosen, torch.cat(grad), torch.cat(norm), self.may_overflow)]
+        part = self.found.of_layers(places, len(self.places))
+        return [RawGradients([self.places[place] for place in places], part)]
 
     def add_to(self, updates: Sequence[GradientUpdate]) -> None:
-        """Add the gradients to their layers, weighted as the updates say; they are overwritten.
+        """Add the gradients to their layers, weighted as the updates say; call it once.
 
         The updates may have other limits and scales than those at the time of the computation, and
         must stand in the order of ``places``.
         """
         place_of = {id(update): place for place, update in enumerate(updates)}
         for members in alike(updates):
-            for part in self.only([place_of[id(update)] for update in members]):
-                add_to_layers(members, part.grad, part.norm, may_overflow=self.may_overflow)
+            places = [place_of[id(update)] for update in members]
+            add_to_layers(members, self.found.of_layers(places, len(updates)))
 
 
 class RawBatch:
@@ -220,10 +214,7 @@ def _in_stacks(
     first, term = work[members[0]]
     for some in chunks(members, how_many_together(first.size)):
         w = stack_neurons([work[place][0] for place in some])
-        grad, norm, value, may_overflow = stack_gradient(w, term)
-        if value is not None:
-            grad.div_(torch.where(value > 0, value, 1.0)[:, None, None].to(grad.dtype))
-        yield RawGradients(list(some), grad, norm, may_overflow)
+        yield RawGradients(list(some), stack_gradient(w, term))
 
 
 def _in_batches(
@@ -245,8 +236,7 @@ def _in_batches(
 
 def _alone(place: int, grad: Tensor, update: GradientUpdate) -> RawGradients:
     """The gradient (b, n, d) of one layer."""
-    norm = torch.linalg.vector_norm(update.w, dim=-1, keepdim=True, dtype=grad.dtype)
-    return RawGradients([place], grad, norm, may_overflow=True)
+    return RawGradients([place], whole_gradient(grad, update.w))
 
 
 def _through_buffers(
@@ -263,12 +253,11 @@ def _through_buffers(
             neurons.append(work[chosen[i]][0])
         w = stack_neurons(neurons)
         grad = torch.zeros_like(w)
-        norm = torch.linalg.vector_norm(w, dim=-1, keepdim=True)
-        raw = RawGradients(members, grad, norm, may_overflow=True)
-        for place, out in zip(members, raw.parts(), strict=True):
+        outs = grad.view(len(members), -1, *grad.shape[1:]).unbind()
+        for place, out in zip(members, outs, strict=True):
             update, term = work[place]
             alone.setdefault(term, []).append(GradientUpdate(update.w, out, 1.0))
-        found.append(raw)
+        found.append(RawGradients(members, whole_gradient(grad, w)))
     for term, updates in alone.items():
         add_pair_gradients(updates, term)
     return found

@@ -12,11 +12,12 @@ LONGEST = 1e15
 _SEED = 20210415
 
 
-def unit_rows(w: Tensor) -> tuple[Tensor, Tensor]:
+def unit_rows(w: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Normalise rows of any finite positive norm without overflow or underflow.
 
     Args:
         w: Rows, shape (..., n, d), float32 or float64.
+        out: Memory for the unit rows, of this shape; it may stay unused.
 
     Returns:
         Unit rows (..., n, d) and the inverse norms (..., n, 1). A zero, subnormal or non-finite row
@@ -24,7 +25,7 @@ def unit_rows(w: Tensor) -> tuple[Tensor, Tensor]:
     """
     length = torch.linalg.vector_norm(w, dim=-1, keepdim=True)  # (..., n, 1)
     if _squares_are_safe(length.detach()):
-        return w / length, length.reciprocal()
+        return torch.div(w, length, out=out), length.reciprocal()
     tiny = torch.finfo(w.dtype).tiny
     largest = largest_entries(w.detach())  # (..., n, 1)
     usable = torch.isfinite(largest) & (largest >= tiny)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,10 @@ from torch import Tensor
 from lightning_hsu._core.kernel import PairTerm
 from lightning_hsu._core.near import NEAR, NearPairs
 from lightning_hsu._core.sphere import SHORTEST, to_weights, unit_rows
+from lightning_hsu._core.updates import Scratch
+
+WHOLE = 1024
+"""Up to so many neurons the slopes of all pairs are kept at a time."""
 
 
 @dataclass(slots=True)
@@ -43,16 +47,24 @@ class PairSums:
             triangle: each row is paired with itself and the rows after it, which also gather their
             share of the gradient.
         with_value: Also gather the energies.
+        scratch: Memory to use, which the next sums overwrite; None for new memory.
     """
 
     def __init__(
-        self, w: Tensor, term: PairTerm, index: Tensor | None = None, *, with_value: bool = True
+        self,
+        w: Tensor,
+        term: PairTerm,
+        index: Tensor | None = None,
+        *,
+        with_value: bool = True,
+        scratch: Scratch | None = None,
     ) -> None:
         self.w = w
+        self.scratch = scratch
         self.term = term
         self.with_value = with_value
         self.index = index
-        self.x, inverse_norm = unit_rows(w)
+        self.x, inverse_norm = unit_rows(w, self._empty("unit rows", w.shape))
         low, high = inverse_norm.aminmax()
         self.alive: Tensor | None = None  # rows that take part (b, n, 1); None if all do
         self.live = [w.shape[1]] * len(w)  # how many take part in each group
@@ -70,13 +82,17 @@ class PairSums:
         self.total = torch.zeros(len(w), dtype=torch.float64, device=w.device)
         # The sums of F'(q_ij) x_j over all j but near ones, (b, k, d), and their products with x_i.
         self.grad = w.new_empty(0)
+        self.slopes: Tensor | None = None  # all slopes F'(q_ij) (b, n, n), of few neurons
         self.radial = torch.zeros(self.rows.shape[:2], dtype=w.dtype, device=w.device)
 
     def add(self, height: int, *, with_grad: bool = True) -> None:
         """Add the pairs of all rows, in panels of ``height`` rows."""
-        if with_grad:
-            self.grad = torch.empty_like(self.rows)  # the first panel writes every row
         n = self.x.shape[1]
+        if with_grad and self.keeps_slopes():
+            self.slopes = self._empty("slopes", (len(self.x), n, n))
+        elif with_grad:
+            # The first panel writes every row.
+            self.grad = self._empty("pull", self.rows.shape)
         count = self.rows.shape[1]
         for start in range(0, count, height):
             stop = min(start + height, count)
@@ -85,6 +101,33 @@ class PairSums:
             else:
                 panel = GramPanel(start, stop, 0, n, True)
             self._add_panel(panel, with_grad)
+        if self.slopes is not None:
+            self.grad = self._empty("pull", self.x.shape)
+            _add_product(self.grad, self.slopes, self.x, True)
+            self.slopes = None
+
+    def _empty(self, name: str, shape: Sequence[int]) -> Tensor:
+        """A tensor of any content."""
+        if self.scratch is None:
+            return self.w.new_empty(shape)
+        return self.scratch.empty(name, shape, self.w)
+
+    def keeps_slopes(self) -> bool:
+        """Whether all slopes are kept until one product makes the gradient of them.
+
+        Panel by panel there are two products, which read and write the gradient each time.
+        """
+        return self.index is None and self.x.shape[1] <= WHOLE
+
+    def height(self) -> int:
+        """Rows of a panel of the whole triangle.
+
+        The block on the diagonal is formed whole, which costs relatively more if there are few rows.
+        """
+        n = self.x.shape[1]
+        if n <= 256:
+            return 64
+        return 256 if WHOLE < n <= 16384 else 128
 
     def _add_panel(self, panel: GramPanel, with_grad: bool) -> None:
         rows = self.rows[:, panel.start : panel.stop]  # (b, k, d)
@@ -97,11 +140,21 @@ class PairSums:
         self._fill_diagonal(slope, panel, 0.0)
         radial = cosine.mul_(slope)
         self.radial[:, panel.start : panel.stop] += radial.sum(-1)
-        _add_product(self.grad[:, panel.start : panel.stop], slope, cols, panel.fresh)
         if panel.seam < cols.shape[1]:
             self.radial[:, panel.stop :] += radial[..., panel.seam :].sum(-2)
-            below = slope[..., panel.seam :].mT
-            _add_product(self.grad[:, panel.stop :], below, rows, panel.fresh)
+        self._add_pulls(slope, panel)
+
+    def _add_pulls(self, slope: Tensor, panel: GramPanel) -> None:
+        """Add the sums of a panel's slopes (b, k, m) times the neurons that they belong to."""
+        own = slice(panel.start, panel.stop)
+        below = slope[..., panel.seam :].mT
+        if self.slopes is not None:
+            self.slopes[:, own, panel.left :] = slope
+            self.slopes[:, panel.stop :, own] = below
+            return
+        _add_product(self.grad[:, own], slope, self.x[:, panel.left :], panel.fresh)
+        if panel.seam < slope.shape[2]:
+            _add_product(self.grad[:, panel.stop :], below, self.rows[:, own], panel.fresh)
 
     def _squared_chords(self, cosine: Tensor, panel: GramPanel) -> Tensor:
         """Squared chords at a panel's cosines (b, k, m); 2 where a row meets itself."""
@@ -174,9 +227,18 @@ class PairSums:
 
     def gradient(self, out: torch.dtype) -> Tensor:
         """Gradient of the mean energy in the rows, (b, k, d) in dtype ``out``; call it once."""
+        pull, factor = self.pull_and_factor(out)
+        return pull if factor is None else pull.mul_(factor)
+
+    def pull_and_factor(self, out: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        """The same but for a factor (b, k, 1) of each row; None if it is 1."""
         if self.in_range and not self.near and out == self.grad.dtype:
-            return self._tangent().mul_(self.inverse_norm * self._mean())
-        return to_weights(self._on_sphere(), self.inverse_norm, out)
+            return self._tangent(), self.inverse_norm * self._mean()
+        return to_weights(self._on_sphere(), self.inverse_norm, out), None
+
+    def norm(self) -> Tensor:
+        """The norms (b, k, 1) of the rows; inf for those that take no part."""
+        return self.inverse_norm.reciprocal()
 
     def _on_sphere(self) -> Tensor:
         """The gradient (b, k, d) of the mean energy on the sphere, near pairs included."""

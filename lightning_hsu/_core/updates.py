@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -95,37 +96,112 @@ def stack_neurons(updates: Sequence[GradientUpdate]) -> Tensor:
     return entries.reshape(len(updates) * b, n, d).to(working_dtype(entries.dtype))
 
 
-def add_to_layers(
-    updates: Sequence[GradientUpdate],
-    grad: Tensor,
-    norm: Tensor,
-    value: Tensor | None = None,
-    *,
-    may_overflow: bool = False,
-) -> None:
+class Scratch:
+    """Memory on the CPU that layers use one after the other.
+
+    Memory that is new from the system is slow to write to for the first time: for a matrix of a
+    megabyte that takes longer than dividing it by its rows' norms.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[str, torch.dtype], Tensor] = {}
+
+    def empty(self, name: str, shape: Sequence[int], like: Tensor) -> Tensor:
+        """A tensor of any content, which the next one of this name overwrites.
+
+        Args:
+            name: What it is for.
+            shape: Its shape.
+            like: A tensor of its device and dtype. On a GPU it is new, since torch keeps memory
+                there by itself.
+        """
+        if like.device.type != "cpu":
+            return like.new_empty(shape)
+        key = (name, like.dtype)
+        count = math.prod(shape)
+        kept = self._kept.pop(key, None)
+        if kept is None or kept.numel() < count:
+            del kept
+            kept = like.new_empty(count)
+        self._kept[key] = kept
+        return kept[:count].view(shape)
+
+
+@dataclass(eq=False, slots=True)
+class StackGradient:
+    """The gradients of a stack of k layers of b groups each.
+
+    Args:
+        pull: Their rows but for a factor of each, shape (k * b, n, d).
+        factor: The factors, shape (k * b, n, 1); None for 1. They are kept apart, since to multiply
+            by them is a pass over memory.
+        norm: Norms of the neurons, shape (k * b, n, 1).
+        may_overflow: Whether squares of the entries of ``pull`` may leave the range of the dtype.
+    """
+
+    pull: Tensor
+    factor: Tensor | None
+    norm: Tensor
+    may_overflow: bool = False
+
+    @property
+    def grad(self) -> Tensor:
+        """The gradients (k * b, n, d)."""
+        return self.pull if self.factor is None else self.pull * self.factor
+
+    def divide_by(self, value: Tensor) -> None:
+        """Turn gradients of mean energies (k * b,) into those of their logarithms."""
+        by = torch.where(value > 0, value, 1.0)[:, None, None].to(self.pull.dtype)
+        if self.factor is None:
+            self.factor = by.reciprocal().expand_as(self.norm)
+        else:
+            self.factor = self.factor / by
+
+    def of_layers(self, chosen: Sequence[int], count: int) -> StackGradient:
+        """The same of some of its ``count`` layers."""
+        if len(chosen) == count:
+            return self
+
+        def part(tensor: Tensor) -> Tensor:
+            layers = tensor.view(count, -1, *tensor.shape[1:])
+            return torch.cat([layers[i] for i in chosen])
+
+        factor = None if self.factor is None else part(self.factor)
+        return StackGradient(part(self.pull), factor, part(self.norm), self.may_overflow)
+
+
+def whole_gradient(grad: Tensor, w: Tensor) -> StackGradient:
+    """The gradients (b, n, d) of neurons w of this shape, with nothing known of their size."""
+    norm = torch.linalg.vector_norm(w, dim=-1, keepdim=True, dtype=grad.dtype)
+    return StackGradient(grad, None, norm, may_overflow=True)
+
+
+def add_to_layers(updates: Sequence[GradientUpdate], found: StackGradient) -> None:
     """Add the gradients of a stack to its layers, which differ only in ``w`` and ``out``.
 
     Args:
         updates: Layers of shape (b, n, d) each.
-        grad: Gradients of their k * b groups, shape (k * b, n, d); overwritten.
-        norm: Norms of the neurons, shape (k * b, n, 1).
-        value: The mean energies (k * b,) if their logarithm is minimised, else None.
-        may_overflow: Whether squares of the gradients' entries may leave the range of the dtype.
+        found: Their gradients; their pull may be overwritten.
     """
     first = updates[0]
-    if value is not None:
-        grad.div_(torch.where(value > 0, value, 1.0)[:, None, None].to(grad.dtype))
     room: Tensor | float = torch.finfo(first.entries.dtype).max / 2
     if first.limit is not None:
-        room = (norm * first.limit).clamp_max(room)
-    if may_overflow:
-        length = row_lengths(grad)
+        room = (found.norm * first.limit).clamp_max(room)
+    pull = found.pull
+    if found.may_overflow:
+        length = row_lengths(pull)
     else:
-        length = torch.linalg.vector_norm(grad, dim=-1, keepdim=True)
+        length = torch.linalg.vector_norm(pull, dim=-1, keepdim=True)
     length.mul_(first.scale)
-    factor = torch.where(length > room, room / length, 1.0)
-    grad.mul_(factor.mul_(first.scale * first.grad_scale))
-    parts = grad.reshape(len(updates), *first.out_entries.shape).unbind()
+    if found.factor is not None:
+        length.mul_(found.factor).abs_()
+    factor = torch.where(length > room, room / length, 1.0).mul_(first.scale * first.grad_scale)
+    if found.factor is not None:
+        factor.mul_(found.factor)
+    pull.mul_(
+        factor
+    )  # not added in one operation, which would round once where buffers round twice
+    parts = pull.reshape(len(updates), *first.out_entries.shape).unbind()
     torch._foreach_add_([update.out_entries for update in updates], list(parts))
 
 

@@ -20,7 +20,7 @@ from lightning_hsu._core import PairTerm, working_dtype
 from lightning_hsu._core.foreach import add_all_pair_gradients
 from lightning_hsu._core.raw import RawGradients, RawPart
 from lightning_hsu._core.raw import raw_gradients as own_gradients
-from lightning_hsu._core.updates import GradientUpdate
+from lightning_hsu._core.updates import GradientUpdate, whole_gradient
 from lightning_hsu._engine.layer import Layer
 from lightning_hsu._neurons.placement import Placement
 from lightning_hsu._neurons.placement.base import Message
@@ -222,8 +222,7 @@ def raw_gradients(
     for raw in grads:
         raw.places = [own[place] for place in raw.places]
     for i, grad in zip(shared, from_ranks.wait(), strict=True):
-        norm = torch.linalg.vector_norm(found[i][2].w, dim=-1, keepdim=True, dtype=grad.dtype)
-        grads.append(RawGradients([i], grad, norm, may_overflow=True))
+        grads.append(RawGradients([i], whole_gradient(grad, found[i][2].w)))
     return grads
 
 
