@@ -105,6 +105,11 @@ class _Stack:
         """How many rows each member has."""
         return [member.update.size[:-1].numel() for member in self.members]
 
+    @property
+    def dimension(self) -> int:
+        """The dimension of the neurons."""
+        return self.members[0].update.size[-1]
+
 
 class BufferedUpdates:
     """Updates whose gradients stay apart from the task's.
@@ -126,13 +131,15 @@ class BufferedUpdates:
 
     def begin(self) -> None:
         """Make the buffers; what the updates add goes into them from now on."""
-        for stack in self._stacks.values():
-            w = stack.members[0].update.entries
-            size = (sum(stack.rows), stack.members[0].update.size[-1])
-            stack.buffer = torch.zeros(size, dtype=working_dtype(w.dtype), device=w.device)
-            parts = torch.split(stack.buffer, stack.rows)
-            for member, part in zip(stack.members, parts, strict=True):
-                member.update.out_entries = part.view(member.update.entries.shape)
+        for stacks in self._alike():
+            w = stacks[0].members[0].update.entries
+            sizes = [sum(stack.rows) * stack.dimension for stack in stacks]
+            flat = torch.zeros(sum(sizes), dtype=working_dtype(w.dtype), device=w.device)
+            for stack, own in zip(stacks, torch.split(flat, sizes), strict=True):
+                stack.buffer = own.view(-1, stack.dimension)
+                parts = torch.split(stack.buffer, stack.rows)
+                for member, part in zip(stack.members, parts, strict=True):
+                    member.update.out_entries = part.view(member.update.entries.shape)
 
     def note_kept(self, name: str, grad: Tensor, scale: float) -> None:
         """Note that a layer's buffer is a scale times a kept gradient (groups, n, d).
@@ -171,13 +178,18 @@ class BufferedUpdates:
 
     def stats(self) -> dict[str, GradientStats]:
         """Describe what the buffers hold, by layer."""
-        by_device: dict[torch.device, list[_Stack]] = {}
-        for stack in self._stacks.values():
-            by_device.setdefault(stack.buffer.device, []).append(stack)
         found: dict[str, GradientStats] = {}
-        for stacks in by_device.values():
+        for stacks in self._alike():
             found |= _stats(stacks)
         return found
+
+    def _alike(self) -> list[list[_Stack]]:
+        """The stacks, by device and dtype."""
+        found: dict[object, list[_Stack]] = {}
+        for stack in self._stacks.values():
+            w = stack.members[0].update.entries
+            found.setdefault((w.device, w.dtype), []).append(stack)
+        return list(found.values())
 
     def _members(self) -> Iterator[_Member]:
         """All of them."""
@@ -212,75 +224,86 @@ def _move(members: Sequence[_Member]) -> None:
 
 
 def _stats(stacks: Sequence[_Stack]) -> dict[str, GradientStats]:
-    """Describe the buffers of one device in few calls, whose number does not grow with the layers."""
+    """Describe buffers of one device and dtype in few calls, whose number does not grow with them."""
     members: list[_Member] = []
-    lengths: list[Tensor] = []  # of the rows, layer by layer
-    norms: list[Tensor] = []  # of their neurons
-    grads: dict[torch.dtype, list[Tensor]] = {}
+    sizes: list[int] = []
     for stack in stacks:
         members += stack.members
-        w = torch.empty_like(stack.buffer)
-        entries, parts = [], []
-        for member, part in zip(stack.members, torch.split(w, stack.rows), strict=True):
-            entries.append(member.update.entries.detach())
-            parts.append(part.view(entries[-1].shape))
-            grads.setdefault(w.dtype, []).append(member.grad)
-        torch._foreach_copy_(parts, entries)
-        lengths += torch.split(torch.linalg.vector_norm(stack.buffer, dim=-1), stack.rows)
-        norms += torch.split(torch.linalg.vector_norm(w, dim=-1), stack.rows)
-    norms_of = {dtype: iter(_norms(some, dtype)) for dtype, some in grads.items()}
-    tasks, sizes, factors, unscaling = [], [], [], []
-    for member, length in zip(members, lengths, strict=True):
-        tasks.append(next(norms_of[length.dtype]))
-        sizes.append(len(length))
-        factors.append(STRONG / math.sqrt(len(length)))
-        unscaling.append(1.0 / member.update.grad_scale)
-    totals = torch._foreach_norm(lengths)
-    thresholds = torch._foreach_mul(tasks, factors)
-    limited = _count(_limited(members, lengths, norms), sizes)
-    above = [threshold.expand(size) for threshold, size in zip(thresholds, sizes, strict=True)]
-    strong = _count(torch.cat(lengths) > torch.cat(above), sizes)
-    task = torch.stack(tasks)
-    share = (torch.stack(totals) / task).unbind()
-    unscaled = torch._foreach_mul(tasks, unscaling)
+        sizes += stack.rows
+    lengths, norms = _row_norms(stacks)
+    dtype = lengths.dtype
+    buffers = [member.update.out_entries for member in members]
+    grads = [member.grad.to(dtype) for member in members]  # norms are sums of wide squares
+    totals_and_tasks = torch._foreach_norm([*buffers, *grads])
+    tasks = totals_and_tasks[len(members) :]
+    bounds = _bounds(members, torch.split(norms, sizes), tasks).view(2, -1)
+    # Zero rows are neither limited nor strong.
+    info = torch.finfo(dtype)
+    grad_scale = members[0].update.grad_scale  # of all members
+    largest = torch.finfo(members[0].update.entries.dtype).max / 2 * grad_scale * _rounding(dtype)
+    bounds.clamp_(info.tiny, min(largest, info.max))
+    masks = torch.empty_like(bounds)
+    torch.ge(lengths, bounds, out=masks)
+    parts = [part for mask in masks for part in torch.split(mask, sizes)]
+    counts = torch.stack(torch._foreach_norm(parts, 1)).view(2, -1)
+    total, task = torch.stack(totals_and_tasks).view(2, -1)
+    share = total / task
+    if grad_scale != 1:
+        task = task / grad_scale
     found = {}
-    for place, member in enumerate(members):
-        numbers = share[place], limited[place], strong[place], unscaled[place]
+    for member, *numbers in zip(members, share, *counts, task, strict=True):
         found[member.name] = GradientStats(*numbers)
     return found
 
 
-def _limited(
-    members: Sequence[_Member], lengths: Sequence[Tensor], norms: Sequence[Tensor]
-) -> Tensor:
-    """Which rows have the largest length that the step limit, or the dtype, allows; all in one."""
-    rounding = 1.0 - 16 * torch.finfo(lengths[0].dtype).eps
+def _row_norms(stacks: Sequence[_Stack]) -> tuple[Tensor, Tensor]:
+    """Lengths of the rows of all buffers (rows,), stack by stack, and norms of their neurons."""
+    rows = [len(stack.buffer) for stack in stacks]
+    found = stacks[0].buffer.new_empty(2, sum(rows))
+    copies, entries = [], []
+    weights = []
+    for stack in stacks:
+        w = torch.empty_like(stack.buffer)
+        weights.append(w)
+        for member, part in zip(stack.members, torch.split(w, stack.rows), strict=True):
+            entries.append(member.update.entries.detach())
+            copies.append(part.view(entries[-1].shape))
+    torch._foreach_copy_(copies, entries)
+    for stack, w, own in zip(stacks, weights, torch.split(found, rows, dim=1), strict=True):
+        torch.linalg.vector_norm(stack.buffer, dim=-1, out=own[0])
+        torch.linalg.vector_norm(w, dim=-1, out=own[1])
+    lengths, norms = found
+    return lengths, norms
+
+
+def _bounds(members: Sequence[_Member], norms: Sequence[Tensor], tasks: Sequence[Tensor]) -> Tensor:
+    """What the length of each row is compared with, all in one tensor.
+
+    First come the largest lengths that the step limit allows, less a rounding, then those from which
+    the penalty is strong.
+    """
+    rounding = _rounding(tasks[0].dtype)
     factors = []
-    bounds = []
     rooms = list(norms)
+    strong = []
     for place, member in enumerate(members):
         update = member.update
-        scale = update.grad_scale * rounding
-        largest = torch.finfo(update.entries.dtype).max / 2
-        bounds.append(min(largest * scale, torch.finfo(lengths[place].dtype).max))
+        strong.append(STRONG / math.sqrt(len(norms[place])))
         if update.limit is None:
-            factors.append(math.inf)  # of a zero row it makes NaN, which is not counted
+            factors.append(math.inf)  # of a zero row it makes NaN, which is above no length
         elif isinstance(update.limit, Tensor):
             rooms[place] = rooms[place] * update.limit
-            factors.append(scale)
+            factors.append(update.grad_scale * rounding)
         else:
-            factors.append(update.limit * scale)
-    allowed = torch._foreach_clamp_max(torch._foreach_mul(rooms, factors), bounds)
-    return (torch.cat(list(norms)) > 0) & (torch.cat(list(lengths)) >= torch.cat(list(allowed)))
+            factors.append(update.limit * update.grad_scale * rounding)
+    scaled = torch._foreach_mul([*rooms, *tasks], [*factors, *strong])
+    allowed, thresholds = scaled[: len(members)], scaled[len(members) :]
+    spread = []
+    for threshold, room in zip(thresholds, rooms, strict=True):
+        spread.append(threshold.expand_as(room))
+    return torch.cat([*allowed, *spread])
 
 
-def _count(mask: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ...]:
-    """How often a mask is true in each of its parts of these sizes."""
-    parts = torch.split(mask.float(), list(sizes))
-    return torch.stack(torch._foreach_norm(list(parts), 1)).long().unbind()
-
-
-def _norms(grads: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """Norms of gradients, accumulated in a wider dtype."""
-    wide = [grad.to(dtype) for grad in grads]
-    return list(torch._foreach_norm(wide))
+def _rounding(dtype: torch.dtype) -> float:
+    """A factor that leaves room for the rounding of lengths."""
+    return 1.0 - 16 * torch.finfo(dtype).eps
