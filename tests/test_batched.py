@@ -20,10 +20,10 @@ from lightning_hsu._core import (
 from lightning_hsu._core.batches import batches_of, layer_parts
 from lightning_hsu._core.crowded import CrowdedLayers
 from lightning_hsu._core.foreach import TorchBackend, add_pair_gradients
+from lightning_hsu._core.group_numbers import at_right_angles
 from lightning_hsu._core.pairwise import PANEL, pair_gradient, small_pair_gradient
 from lightning_hsu._core.updates import GradientUpdate, shortening
 from lightning_hsu._core.without_sync import (
-    _at_right_angles,
     add_batch,
     gradients_without_sync,
 )
@@ -175,18 +175,21 @@ def test_what_a_logging_step_needs_comes_from_the_same_pass(measure, entries, mo
     (batch,) = batches_of(zip(updates, terms, strict=True))
     monkeypatch.setattr(batches, "_PANEL_ENTRIES", entries)
     plain, found = gradients_without_sync(batch), gradients_without_sync(batch, stats=True)
-    stop = 0
+    assert found.numbers is not None
+    groups = iter(found.numbers.of_groups(found.numbers.values.tolist()))
     for update, term in batch.work:
-        own = slice(stop, stop + len(update.w))
-        stop += len(update.w)
+        own = [next(groups) for _ in range(len(update.w))]
+        assert all(group.is_exact for group in own)
         energy = pair_energy(update.w, term)[0].double()
-        torch.testing.assert_close(found.stats.energy[own], energy, rtol=6e-6, atol=1e-6)
+        found_energy = torch.tensor([group.energy for group in own], dtype=torch.float64)
+        torch.testing.assert_close(found_energy, energy, rtol=6e-6, atol=1e-6)
         angle = smallest_angle(update.w, half_space=term.half_space).double()
-        torch.testing.assert_close(found.stats.cosine[own].acos(), angle, rtol=2e-6, atol=1e-6)
+        cosine = torch.tensor([group.cosine for group in own], dtype=torch.float64)
+        torch.testing.assert_close(cosine.acos(), angle, rtol=2e-6, atol=1e-6)
         usable = update.w.abs().amax(-1) >= torch.finfo(torch.float32).tiny
         finite = update.w.isfinite().all(-1)
-        assert found.stats.dead[own].tolist() == (finite & ~usable).sum(-1).tolist()
-        assert found.stats.non_finite[own].tolist() == (~finite).sum(-1).tolist()
+        assert [group.live for group in own] == (finite & usable).sum(-1).tolist()
+        assert [group.finite for group in own] == finite.sum(-1).tolist()
     for a, b in zip(layer_parts(batch, plain.grad), layer_parts(batch, found.grad), strict=True):
         assert torch.equal(a, b)
 
@@ -280,7 +283,7 @@ def test_nothing_is_asked():
     """On tensors without data every question is an error, as it is while a CUDA graph is captured."""
     for measure in KERNELS:
         term = measure.pair_term()
-        _at_right_angles(term)  # kept, as is what the layout holds
+        at_right_angles(term)  # kept, as is what the layout holds
         w = neurons(4, 70, 30)
         by_one_pass([w], [term])
         with FakeTensorMode() as mode:

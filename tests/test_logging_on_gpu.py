@@ -86,4 +86,30 @@ def test_layers_with_coincident_neurons_are_left_to_the_long_way():
     regularizer = UniformityRegularizer().attach(net)
     attached = regularizer._attached
     found = measure_on_gpu(regularizer.layers, attached.plan, attached.ahead)
-    assert "6" not in {layer.name for layer in found}
+    assert {layer.name for layer in found} == {"0", "1", "2", "3", "4", "5"}
+
+
+@pytest.mark.usefixtures("as_on_gpu")
+@pytest.mark.parametrize("measure", MEASURES)
+def test_more_near_pairs_than_there_is_room_for_are_left_to_the_long_way(measure):
+    """There is room for 4096, and within a panel a pair counts twice."""
+    for count, names in ((60, {"0", "1"}), (100, set())):
+        net = nn.Sequential(nn.Linear(32, 120), nn.Linear(120, 20))
+        with torch.no_grad():
+            net[0].weight[:count] = net[0].weight[0] + 1e-3 * torch.randn(count, 32)
+        regularizer = UniformityRegularizer(measure).attach(net)
+        attached = regularizer._attached
+        found = measure_on_gpu(regularizer.layers, attached.plan, attached.ahead)
+        assert {layer.name for layer in found} == names
+
+
+@pytest.mark.usefixtures("as_on_gpu")
+def test_two_opposite_neurons_have_an_angle():
+    net = nn.Sequential(nn.Linear(6, 2), nn.Linear(2, 5))
+    with torch.no_grad():
+        net[0].weight[1] = -2.0 * net[0].weight[0]
+    regularizer = UniformityRegularizer(RieszEnergy(), head=None).attach(net)
+    attached = regularizer._attached
+    assert regularizer.layers[0].target.shape[1] == 2
+    found = measure_on_gpu(regularizer.layers, attached.plan, attached.ahead)
+    assert [layer.name for layer in found] == ["1"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -15,6 +15,9 @@ value and its derivative with respect to q."""
 
 FLOOR = 1e-6
 """The smallest softening, a chord: with softening 0, too, coincident neurons have finite energy."""
+
+_INVERSE_SQUARE = ("chordal", 2.0)
+"""The formula of the default kernel, 1 / q."""
 
 FORMULAS = ("chordal", "geodesic", "gaussian")
 """Names of the kernels that have a compiled version; others go through torch."""
@@ -77,8 +80,18 @@ class PairTerm:
         """The slope alone of :meth:`softened`."""
         square = self.knee**2
         bound = _BOUND[q.dtype]
-        slope = self.kernel(q.clamp_min(square), p.clamp_max(4.0 - square))[1]
+        slope = self._slope(q.clamp_min(square), p.clamp_max(4.0 - square))
         return slope.clamp(-bound, bound)
+
+    def softened_both(self, q: Tensor, p: Tensor) -> Tensor:
+        """Slope and value of :meth:`softened` as one tensor (2, ...), the slope first."""
+        square = self.knee**2
+        bound = _BOUND[q.dtype]
+        curved = q.clamp_min(square)
+        value, slope = self.kernel(curved, p.clamp_max(4.0 - square))
+        both = torch.stack([slope, value]).clamp_(-bound, bound)
+        both[1].addcmul_(both[0], q - curved)
+        return both
 
     def folded(
         self, q: Tensor, nearest: float = 0.0, out: tuple[Tensor, Tensor] | None = None
@@ -90,10 +103,9 @@ class PairTerm:
         if out is not None:
             return self._folded_to(out, q, nearest)
         p = 4.0 - q
-        if q.dtype == torch.float64 or self.knee**2 > nearest:
+        if not self._is_smooth(q, nearest):
             value, slope, mirrored_slope = self.split(q, p)
             return value, slope - mirrored_slope
-        # There is no knee and no overflow here.
         value, slope = self.kernel(q, p)
         if self.half_space:
             mirrored, mirrored_slope = self.kernel(p, q)
@@ -104,7 +116,7 @@ class PairTerm:
     def _folded_to(
         self, out: tuple[Tensor, Tensor], q: Tensor, nearest: float
     ) -> tuple[Tensor, Tensor]:
-        if not self.half_space or q.dtype == torch.float64 or self.knee**2 > nearest:
+        if not self.half_space or not self._is_smooth(q, nearest):
             for whole, part in zip(out, self.folded(q, nearest), strict=True):
                 whole.copy_(part)
             return out
@@ -116,8 +128,8 @@ class PairTerm:
     def folded_slope(self, q: Tensor, nearest: float = 0.0, out: Tensor | None = None) -> Tensor:
         """The slopes alone of :meth:`folded`, written to ``out`` if that is given."""
         slopes_at = self.softened_slope
-        if q.dtype != torch.float64 and self.knee**2 <= nearest:
-            if self.formula == ("chordal", 2.0) and q.device.type == "cpu":  # in fewer passes
+        if self._is_smooth(q, nearest):
+            if self.formula == _INVERSE_SQUARE:  # in fewer passes
                 slope = q.pow(-2)
                 if self.half_space:
                     return torch.sub((4.0 - q).pow_(-2), slope, out=out)
@@ -130,7 +142,19 @@ class PairTerm:
             return torch.sub(slope, mirrored, out=out)
         return slope if out is None else out.copy_(slope)
 
+    def has_kernel_of(self, other: PairTerm) -> bool:
+        """Whether two terms are sums of the same kernel, in full or in half space."""
+        if self.formula is None:
+            return self.kernel == other.kernel and self.softening == other.softening
+        return (self.formula, self.softening) == (other.formula, other.softening)
+
+    def _is_smooth(self, q: Tensor, nearest: float) -> bool:
+        """Whether the kernel has no knee and no overflow at squared chords in this range."""
+        return q.dtype != torch.float64 and self.knee**2 <= nearest
+
     def _slope(self, q: Tensor, p: Tensor) -> Tensor:
+        if self.formula == _INVERSE_SQUARE:
+            return q.pow(-2).neg_()
         return self.kernel(q, p)[1]
 
     def scale(self, live: float) -> float:
@@ -154,3 +178,38 @@ def softened_at(term: PairTerm, q: float) -> tuple[float, float]:
     """Value and slope of the softened kernel at one squared chord, in float64."""
     value, slope = term.softened(*torch.tensor([q, 4.0 - q], dtype=torch.float64))
     return float(value), float(slope)
+
+
+Part = tuple[PairTerm, int, int]
+"""A term and the stretch of entries that it has; the second number is excluded."""
+
+
+def folded_slopes(parts: Sequence[Part], q: Tensor, nearest: float) -> Tensor:
+    """What :meth:`PairTerm.folded_slope` is for terms of one kernel, each on its stretch of q (k,).
+
+    The kernel is evaluated once for all of them, and once more where they are of half space.
+    """
+    first = parts[0][0]
+    slopes_at = first._slope if first._is_smooth(q, nearest) else first.softened_slope
+    p = 4.0 - q
+    slope = slopes_at(q, p)
+    for term, start, stop in parts:
+        if term.half_space:
+            some = slice(start, stop)
+            slope[some].sub_(slopes_at(p[some], q[some]))
+    return slope
+
+
+def folded_values(parts: Sequence[Part], q: Tensor, nearest: float) -> tuple[Tensor, Tensor]:
+    """Energies, and the slopes that :func:`folded_slopes` gives, in the same way."""
+    first = parts[0][0]
+    both_at = first.kernel if first._is_smooth(q, nearest) else first.softened
+    p = 4.0 - q
+    value, slope = both_at(q, p)
+    for term, start, stop in parts:
+        if term.half_space:
+            some = slice(start, stop)
+            mirrored, mirrored_slope = both_at(p[some], q[some])
+            value[some].add_(mirrored)
+            slope[some].sub_(mirrored_slope)
+    return value, slope

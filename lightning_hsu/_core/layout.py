@@ -124,11 +124,12 @@ class Piece:
         stretches: The entries of each kernel.
         size: Entries of all panels; one spare entry follows them.
         own: Places where rows meet themselves, places between panels, and the spare entry.
-        own_of: For each kernel, the places where rows meet themselves.
+        own_of: For each kernel, the places where rows meet themselves, counted from the first entry
+            of its stretch.
         starts: The first entry of each group of each panel, and the spare entry.
-        marks: For each of them (k + 1, 4), after a row that is not used: what to add to a place over
+        marks: For each of them (k + 1, 5), after a row that is not used: what to add to a place over
             the number of columns for its row in the batch, and to the rest for its column's row;
-            the number of columns, and the kernel.
+            the number of columns, the kernel, and the group of the batch.
         group_of: The group of the batch of each group of each panel.
         group_of_row: The same for each row of each panel, in the order of the panels.
         groups_at: The first entries of the groups of the panels, on the host, each with the group of
@@ -171,7 +172,6 @@ class Layout:
             neurons of a group that take no part.
         without: For each block, how many pairs of a group are without effect, by the same number.
         firsts: The first row of each group.
-        group_bounds: For each group, its last row and the row before its first, (2, groups).
         group_blocks: For each group, its block.
         sizes: How many neurons each group has, in float64.
         kinds: The kernel of each group.
@@ -179,8 +179,9 @@ class Layout:
             panel has rows, then ones; a panel takes what begins with as many as it has rows.
         signs: The matrix that makes difference and sum of two.
         signs_back: The one that makes of pulls along both what the two lose by them.
-        apart: For each kernel the matrix that makes, of slopes in both squared chords, the pull
-            along the difference and that along the sum, of which either is the whole.
+        apart: For each kernel the matrix (3, 4) that makes, of slopes in both squared chords and of
+            values at both, the pull along the difference and that along the sum, of which either is
+            the whole, and the energy.
     """
 
     spans: list[Span]
@@ -200,7 +201,6 @@ class Layout:
     scales: Tensor
     without: Tensor
     firsts: Tensor
-    group_bounds: Tensor
     group_blocks: Tensor
     sizes: Tensor
     kinds: Tensor
@@ -263,7 +263,8 @@ def layout_of(
     first = torch.cat(firsts)
     apart = []
     for half in map(float, halves):
-        matrix = torch.tensor([[1.0, -half], [-1.0, half]], dtype=torch.float64)
+        pulls = [1.0, -half, 0.0, 0.0], [-1.0, half, 0.0, 0.0]
+        matrix = torch.tensor([*pulls, [0.0, 0.0, 1.0, half]], dtype=torch.float64)
         apart.append(matrix.to(device, non_blocking=True))
     return Layout(
         _spans(shapes),
@@ -283,7 +284,6 @@ def layout_of(
         _scales(blocks, halves, most).to(device, non_blocking=True),
         _without(blocks, most).to(device, non_blocking=True),
         first.to(device, non_blocking=True),
-        bounds[:, first].to(device, non_blocking=True),
         block_of[first].to(device, non_blocking=True),
         torch.cat(sizes).to(device, non_blocking=True),
         torch.cat(kinds).to(device, non_blocking=True),
@@ -396,7 +396,7 @@ def _piece(unplaced: Sequence[Panel], blocks: Sequence[Block], device: torch.dev
     panels = []
     stretches = []
     starts = []
-    marks = [torch.zeros(1, 4, dtype=torch.int64)]
+    marks = [torch.zeros(1, 5, dtype=torch.int64)]
     groups_at = []
     at = 0
     by_kind = sorted(unplaced, key=lambda panel: panel.block.kind)
@@ -424,10 +424,10 @@ def _piece(unplaced: Sequence[Panel], blocks: Sequence[Block], device: torch.dev
             number_of_row = at_groups // width
             others = torch.tensor([width, kind]).expand(groups, 2)
             offsets = torch.stack([row - number_of_row, row], 1)
-            marks.append(torch.cat([offsets, others], 1))
+            group_at = first_group[block] + panel.first + number
+            marks.append(torch.cat([offsets, others, group_at[:, None]], 1))
             for i in range(groups):
                 groups_at.append((at + i * height * width, first_group[block] + panel.first + i))
-            group_at = first_group[block] + panel.first + number
             group_of.append(group_at)
             group_of_row.append(group_at.repeat_interleave(height))
             panels.append(panel)
@@ -435,14 +435,15 @@ def _piece(unplaced: Sequence[Panel], blocks: Sequence[Block], device: torch.dev
         own_of.append(torch.cat(own))
         stretches.append(Stretch(kind, begin, at))
     spare = torch.tensor([at])
+    owners = zip(own_of, stretches, strict=True)
     return Piece(
         panels,
         stretches,
         at,
         torch.cat([*own_of, *fillers, spare]).to(device, non_blocking=True),
-        [one.to(device, non_blocking=True) for one in own_of],
+        [(own - one.start).to(device, non_blocking=True) for own, one in owners],
         torch.cat([*starts, spare]).to(device, non_blocking=True),
-        torch.cat([*marks, torch.tensor([[-at, 0, 1, 0]])]).to(device, non_blocking=True),
+        torch.cat([*marks, torch.tensor([[-at, 0, 1, 0, group]])]).to(device, non_blocking=True),
         torch.cat(group_of).to(device, non_blocking=True),
         torch.cat(group_of_row).to(device, non_blocking=True),
         groups_at,

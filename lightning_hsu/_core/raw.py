@@ -18,6 +18,7 @@ from lightning_hsu._core.foreach import (
     how_many_together,
     stack_gradient,
 )
+from lightning_hsu._core.group_numbers import GatheredNumbers
 from lightning_hsu._core.kernel import PairTerm
 from lightning_hsu._core.pairwise import avoids_sync
 from lightning_hsu._core.updates import (
@@ -32,7 +33,6 @@ from lightning_hsu._core.updates import (
 from lightning_hsu._core.without_sync import (
     BatchGradient,
     add_batch,
-    is_complete,
     unweighted,
 )
 
@@ -105,12 +105,9 @@ class RawBatch:
 
     def numbers(self) -> GroupNumbers | None:
         """What a logging step needs of its layers; None if that was not asked for."""
-        stats = self._found.stats
-        if stats is None:
+        numbers = self._found.numbers
+        if numbers is None:
             return None
-        columns = [stats.energy, stats.cosine, stats.live.double(), stats.finite.double()]
-        complete = is_complete(self._batch, self._found).double()
-        numbers = torch.stack([*columns, complete.expand_as(stats.energy)], dim=1)
         return GroupNumbers(self.places, [one.size[0] for one in self._batch.updates], numbers)
 
     def copies(self) -> list[Tensor]:
@@ -143,13 +140,12 @@ class GroupNumbers:
     Args:
         places: Which of the layers these are.
         groups: How many groups each of them has.
-        numbers: Of each group the mean energy, the largest cosine, how many rows take part, how many
-            are finite, and whether these are exact (1) or not (0): float64, shape (groups, 5).
+        numbers: Their numbers, on the device.
     """
 
     places: list[int]
     groups: list[int]
-    numbers: Tensor
+    numbers: GatheredNumbers
 
 
 def group_numbers(work: Sequence[tuple[GradientUpdate, PairTerm]]) -> list[GroupNumbers]:

@@ -27,6 +27,7 @@ class ListedPairs(NamedTuple):
     Args:
         at: Their places (k,) among its panels; the spare entry after the last.
         rows: Their rows in the batch, (2, k).
+        groups: Their groups in the batch (k,); the number of groups for the spare entry.
         kinds: The kernels of the piece, each with a mask (k,) of its pairs; the first has none.
         once: Whether the pair counts here, bool (k,): what is beside a diagonal is listed twice.
         squares: Squared chords to the other neuron, and to its mirror image, (2, k) in float64.
@@ -35,6 +36,7 @@ class ListedPairs(NamedTuple):
 
     at: Tensor
     rows: Tensor
+    groups: Tensor
     kinds: list[tuple[int, Tensor | None]]
     once: Tensor
     squares: Tensor
@@ -83,7 +85,7 @@ def listed_pairs(
     x /= norm[rows][..., None]
     difference = torch.mm(layout.signs, x.view(2, -1)).view_as(x)
     squares = torch.linalg.vector_norm(difference, dim=2).square_()
-    return ListedPairs(at, rows, kinds, once, squares, difference)
+    return ListedPairs(at, rows, mark.select(1, 4), kinds, once, squares, difference)
 
 
 def _neurons(w: Tensor, rows: Tensor, layout: Layout) -> Tensor:
@@ -110,27 +112,28 @@ def pulls_of(
         ``with_energy``.
     """
     mirrored = pairs.squares.flip(0)
-    pulls = energies = None
+    count = 2 if with_energy else 1
+    last: PairTerm | None = None
+    found = numbers = None
     for kind, mask in pairs.kinds:
         term = terms[kind]
-        energy = None
-        if with_energy:
-            values, slopes = term.softened(pairs.squares, mirrored)
-            energy = values.sum(0) if term.half_space else values[0]
-        else:
-            slopes = term.softened_slope(pairs.squares, mirrored)
-        own = torch.mm(layout.apart[kind], slopes)
-        if pulls is None or mask is None:
-            pulls, energies = own, energy
-            continue
-        pulls = torch.where(mask, own, pulls)
-        if energy is not None and energies is not None:
-            energies = torch.where(mask, energy, energies)
-    assert pulls is not None
-    pulls = pulls.mul_(pairs.squares < mirrored).mul_(pairs.once)
-    if energies is not None:
-        energies = energies * pairs.once
-    return pulls, energies
+        if numbers is None or last is None or not term.has_kernel_of(last):
+            numbers = _softened(term, pairs.squares, mirrored, with_energy)
+            last = term
+        sums = layout.apart[kind][: count + 1, : 2 * count]
+        own = torch.mm(sums, numbers)
+        found = own if found is None or mask is None else torch.where(mask, own, found)
+    assert found is not None
+    found *= pairs.once
+    pulls = found[:2].mul_(pairs.squares < mirrored)
+    return pulls, found[2] if with_energy else None
+
+
+def _softened(term: PairTerm, squares: Tensor, mirrored: Tensor, with_energy: bool) -> Tensor:
+    """Slopes in both squared chords (2, k), and with energies the values at both, (4, k)."""
+    if with_energy:
+        return term.softened_both(squares, mirrored).flatten(0, 1)
+    return term.softened_slope(squares, mirrored)
 
 
 def add_pushes(grad: Tensor, pairs: ListedPairs, pulls: Tensor, layout: Layout) -> None:

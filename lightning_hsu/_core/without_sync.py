@@ -14,6 +14,7 @@ squared chord ``NEAR`` does; the gradient is finite.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -21,42 +22,12 @@ import torch
 from torch import Tensor
 
 from lightning_hsu._core.batches import Batch, by_layer, by_row_of, layer_parts, rows_of
-from lightning_hsu._core.kernel import PairTerm
+from lightning_hsu._core.group_numbers import NEAREST_COSINE, GatheredNumbers, at_right_angles
+from lightning_hsu._core.kernel import PairTerm, Part, folded_slopes, folded_values
 from lightning_hsu._core.layout import Layout, Panel, Piece
 from lightning_hsu._core.near import COINCIDENT, NEAR
 from lightning_hsu._core.precision import working_dtype
 from lightning_hsu._core.repair import ListedPairs, add_pushes, listed_pairs, pulls_of
-
-_NEAREST_COSINE = 1.0 - NEAR / 2.0
-
-
-class GroupStats(NamedTuple):
-    """What a logging step needs to know of each group of the layers, on the device.
-
-    Args:
-        energy: Mean energies, float64, shape (groups,).
-        cosine: Largest cosines between two neurons, in half space largest absolute cosines,
-            float64, shape (groups,); the cosine of a neuron that takes no part is 0.
-        live: How many neurons take part, float64, shape (groups,).
-        finite: How many are finite, int64, shape (groups,).
-        size: How many there are, float64, shape (groups,).
-    """
-
-    energy: Tensor
-    cosine: Tensor
-    live: Tensor
-    finite: Tensor
-    size: Tensor
-
-    @property
-    def dead(self) -> Tensor:
-        """How many neurons are zero or subnormal (groups,)."""
-        return self.finite - self.live
-
-    @property
-    def non_finite(self) -> Tensor:
-        """How many neurons are not finite (groups,)."""
-        return self.size - self.finite
 
 
 class BatchGradient(NamedTuple):
@@ -69,7 +40,7 @@ class BatchGradient(NamedTuple):
         scale: Factor from these sums to what is minimised, (rows,) in float64.
         pairs: The near pairs of each piece: their places among its panels, and squared chords.
         energy: Mean energies (groups,) in float64; None if nothing needs them.
-        stats: What a logging step needs; None if it is not asked for.
+        numbers: What a logging step needs; None if it is not asked for.
     """
 
     grad: Tensor
@@ -78,7 +49,7 @@ class BatchGradient(NamedTuple):
     scale: Tensor
     pairs: list[tuple[Tensor, Tensor]]
     energy: Tensor | None
-    stats: GroupStats | None
+    numbers: GatheredNumbers | None
 
 
 def gradients_without_sync(
@@ -105,16 +76,25 @@ def gradients_without_sync(
         torch.linalg.vector_norm(
             rows_of(w, width), dim=1, dtype=norm.dtype, out=by_row_of(norm, width)
         )
-    dead = norm.clamp(torch.finfo(dtype).tiny, torch.finfo(norm.dtype).max) != norm  # NaN: true
+    usual = norm.clamp(torch.finfo(dtype).tiny, torch.finfo(norm.dtype).max)
+    numbers = GatheredNumbers(layout, batch.terms, w.device) if stats else None
+    masks = torch.empty(1 if numbers is None else 2, layout.rows, dtype=torch.bool, device=w.device)
+    dead = torch.ne(usual, norm, out=masks[0])  # of NaN: true
+    if numbers is not None:
+        torch.lt(norm, torch.inf, out=masks[1])
     divisor = norm.masked_fill(dead, torch.inf)
     x = w.new_empty(layout.entries)
     for width in layout.widths:
         torch.div(rows_of(w, width), by_row_of(divisor, width)[:, None], out=rows_of(x, width))
     x.nan_to_num_(0.0, 0.0, 0.0)  # rows that are not finite
-    last, before = dead.cumsum(0)[layout.bounds].unbind()
-    missing = last - before  # by row, how many rows of its group take no part
+    so_far = masks.view(-1).cumsum(0).view(masks.shape)
+    last, before = so_far[:, layout.bounds].unbind(1)
+    counts = last - before  # by row, of its group
+    if numbers is not None:
+        numbers.counts.copy_(counts[:, layout.firsts])
+    missing = counts[0]  # how many rows take no part
     scale = layout.scales[layout.block_of, missing]
-    sums = _Sums(batch, w, x, divisor, energy, stats)
+    sums = _Sums(batch, w, x, divisor, numbers, with_energy=energy)
     for piece in layout.pieces:
         sums.add(piece)
     length = torch.empty_like(norm)
@@ -122,17 +102,15 @@ def gradients_without_sync(
         rows, unit = rows_of(sums.grad, width), rows_of(x, width)
         rows.addcmul_(unit, (rows * unit).sum(1, keepdim=True), value=-1.0)
         torch.linalg.vector_norm(rows, dim=1, dtype=norm.dtype, out=by_row_of(length, width))
-    mean = found = None
-    if sums.energy is not None:
+    mean = None
+    if sums.energy is not None and (energy or sums.takes_logarithms):
         missing = missing[layout.firsts]
         count = layout.sizes - missing
         without = layout.without[layout.group_blocks, missing]
         total = sums.energy.narrow(0, 0, layout.groups)
         mean = _energies(batch, total, count, without).mul_(scale[layout.firsts])
         scale = _minimised(batch, scale, mean)
-        if sums.cosine is not None:
-            found = _stats(layout, mean, sums.cosine, norm, count)
-    return BatchGradient(sums.grad, length, divisor, scale, sums.pairs, mean, found)
+    return BatchGradient(sums.grad, length, divisor, scale, sums.pairs, mean, numbers)
 
 
 def is_complete(batch: Batch, found: BatchGradient) -> Tensor:
@@ -157,32 +135,40 @@ class _Sums:
         w: Their neurons as one flat tensor.
         x: Their unit rows alike; 0 for rows that take no part.
         norm: Their norms (rows,).
-        energy: Whether energies are wanted of all groups.
-        stats: Whether largest cosines are wanted as well.
+        numbers: Where to note what a logging step needs; None for nowhere.
+        with_energy: Whether energies are wanted of all groups.
 
     Attributes:
         grad: Sums of slopes times unit rows, as one flat tensor.
         energy: Sums of energies (groups + 1,) in float64, one of them spare; None if nothing needs
             them.
-        cosine: Largest cosines alike; None without ``stats``.
         pairs: The near pairs of each piece: their places, and squared chords.
+        takes_logarithms: Whether the logarithm of any of the means is minimised.
     """
 
     def __init__(
-        self, batch: Batch, w: Tensor, x: Tensor, norm: Tensor, energy: bool, stats: bool
+        self,
+        batch: Batch,
+        w: Tensor,
+        x: Tensor,
+        norm: Tensor,
+        numbers: GatheredNumbers | None,
+        *,
+        with_energy: bool,
     ) -> None:
         self._terms = batch.terms
         self._layout = batch.layout
         self._w = w
         self._x = x
         self._norm = norm
+        self._numbers = numbers
         self.grad = torch.empty_like(x)
+        self.takes_logarithms = any(term.logarithm for term in batch.terms)
         self.energy: Tensor | None = None
-        self.cosine: Tensor | None = None
-        if energy or stats or any(term.logarithm for term in batch.terms):
+        if numbers is not None:
+            self.energy = numbers.energy
+        elif with_energy or self.takes_logarithms:
             self.energy = norm.new_zeros(batch.layout.groups + 1)
-        if stats:
-            self.cosine = norm.new_full((batch.layout.groups + 1,), -1.0)
         self.pairs: list[tuple[Tensor, Tensor]] = []
 
     def add(self, piece: Piece) -> None:
@@ -192,14 +178,11 @@ class _Sums:
             rows, cols = _unit_rows(self._x, panel)
             _multiply(_entries(cosine, panel), rows, cols.mT)
         cosine.index_fill_(0, piece.own, 0.0)
-        clamped = cosine.clamp(-_NEAREST_COSINE, _NEAREST_COSINE)
+        clamped = cosine.clamp(-NEAREST_COSINE, NEAREST_COSINE)
         pairs = listed_pairs(cosine != clamped, self._w, self._norm, self._layout, piece)
         del cosine
-        groups = None  # of the near pairs; the spare one for the spare entry
-        if self.energy is not None:
-            groups = self._layout.group_of[pairs.rows[0]]
-        if self.cosine is not None:
-            self._see_cosines(self.cosine, clamped, pairs, groups, piece)
+        if self._numbers is not None:
+            self._see_cosines(self._numbers, clamped, pairs, piece)
         q = torch.rsub(clamped, 2.0, alpha=2.0)
         del clamped
         slope = self._slopes(q, pairs, piece)
@@ -208,33 +191,39 @@ class _Sums:
         self.pairs.append((pairs.at, pairs.squares))
         with_energy = self.energy is not None
         pulls, energies = pulls_of(pairs, self._terms, self._layout, with_energy=with_energy)
-        if self.energy is not None and groups is not None and energies is not None:
-            self.energy.index_put_((groups,), energies, accumulate=True)
+        if self.energy is not None and energies is not None:
+            self.energy.index_put_((pairs.groups,), energies, accumulate=True)
         add_pushes(self.grad, pairs, pulls, self._layout)
 
     def _slopes(self, q: Tensor, pairs: ListedPairs, piece: Piece) -> Tensor:
         """Slopes at squared chords (size + 1,), 0 for near pairs; energies are added by the way."""
-        one = self._terms[piece.stretches[0].kind] if len(piece.stretches) == 1 else None
+        parts = [(self._terms[kind], start, stop) for kind, start, stop in piece.stretches]
+        one = parts[0][0]
         energies = None
-        if one is not None and self.energy is None:
-            slope = one.folded_slope(q, NEAR)
-        elif one is not None:
+        if any(not term.has_kernel_of(one) for term, _, _ in parts):
+            energies, slope = self._slopes_apart(q, parts)
+        elif self.energy is None:
+            slope = one.folded_slope(q, NEAR) if len(parts) == 1 else folded_slopes(parts, q, NEAR)
+        elif len(parts) == 1:
             energies, slope = one.folded(q, NEAR)
         else:
-            slope = torch.empty_like(q)
-            if self.energy is not None:
-                energies = torch.empty_like(q)
-            for kind, start, stop in piece.stretches:
-                part, own = q.narrow(0, start, stop - start), slope.narrow(0, start, stop - start)
-                if energies is None:
-                    self._terms[kind].folded_slope(part, NEAR, own)
-                    continue
-                value = energies.narrow(0, start, stop - start)
-                self._terms[kind].folded(part, NEAR, (value, own))
+            energies, slope = folded_values(parts, q, NEAR)
         if energies is not None:
             energies.index_fill_(0, pairs.at, 0.0).index_fill_(0, piece.own, 0.0)
             self._add_energies(energies, piece)
         return slope.index_fill_(0, pairs.at, 0.0)
+
+    def _slopes_apart(self, q: Tensor, parts: Sequence[Part]) -> tuple[Tensor | None, Tensor]:
+        """Energies, if anything needs them, and slopes of different kernels at squared chords."""
+        slope = torch.empty_like(q)
+        energies = None if self.energy is None else torch.empty_like(q)
+        for term, start, stop in parts:
+            some = slice(start, stop)
+            if energies is None:
+                term.folded_slope(q[some], NEAR, slope[some])
+            else:
+                term.folded(q[some], NEAR, (energies[some], slope[some]))
+        return energies, slope
 
     def _add_energies(self, energies: Tensor, piece: Piece) -> None:
         """Add the energies of a piece, which holds those beside a diagonal twice."""
@@ -252,34 +241,22 @@ class _Sums:
         self.energy.index_put_((piece.group_of_row,), by_row.double(), accumulate=True)
 
     def _see_cosines(
-        self,
-        largest: Tensor,
-        cosine: Tensor,
-        pairs: ListedPairs,
-        groups_of_pairs: Tensor | None,
-        piece: Piece,
+        self, numbers: GatheredNumbers, cosine: Tensor, pairs: ListedPairs, piece: Piece
     ) -> None:
-        """Note the largest cosines of a piece; those of near pairs in float64."""
-        assert groups_of_pairs is not None
-        is_mixed = False
-        for (kind, _, _), own in zip(piece.stretches, piece.own_of, strict=True):
+        """Note the largest cosines of a piece; those of near pairs come from float64."""
+        of_kind = {}
+        for (kind, start, stop), own in zip(piece.stretches, piece.own_of, strict=True):
+            of_kind[kind] = 0, cosine
             if not self._terms[kind].half_space:
-                is_mixed = True
-                cosine.index_fill_(0, own, -_NEAREST_COSINE)
-        found = cosine.new_empty(len(piece.group_of))
-        group = 0
+                raised = cosine[start:stop] + 1.0  # the largest of what is not negative is a norm
+                of_kind[kind] = start, raised.index_fill_(0, own, 0.0)
+        entries: list[Tensor] = []
         for panel in piece.panels:
-            groups = panel.shape[0]
-            own = _entries(cosine, panel).flatten(1)
-            out = found.narrow(0, group, groups)
-            if self._terms[panel.block.kind].half_space:
-                torch.linalg.vector_norm(own, torch.inf, dim=1, out=out)
-            else:
-                torch.amax(own, 1, out=out)
-            group += groups
-        if is_mixed:
-            cosine.index_fill_(0, piece.own, 0.0)
-        largest.scatter_reduce_(0, piece.group_of, found.double(), "amax")
+            start, flat = of_kind[panel.block.kind]
+            own = flat.narrow(0, panel.at - start, panel.size)
+            entries += own.view(panel.shape[0], -1).unbind()
+        number = len(self.pairs)  # pieces that are done
+        numbers.far[number].copy_(torch.stack(torch._foreach_norm(entries, torch.inf)))
         nearest = pairs.squares[0]
         for kind, mask in pairs.kinds:
             if self._terms[kind].half_space:
@@ -288,7 +265,7 @@ class _Sums:
             elif mask is not None:
                 nearest = torch.where(mask, pairs.squares[0], nearest)
         near = torch.rsub(nearest, 1.0, alpha=0.5)
-        largest.scatter_reduce_(0, groups_of_pairs, near, "amax")
+        numbers.near[number].scatter_reduce_(0, pairs.groups, near, "amax")
 
     def _add_panel(self, panel: Panel, slope: Tensor) -> None:
         """Add the slopes (b, k, m) of a panel times the unit rows."""
@@ -355,7 +332,7 @@ def _constants(layout: Layout, terms: tuple[PairTerm, ...]) -> Tensor:
     """For each group (2, groups) the energies of a pair at right angles, and of a neuron alone."""
     found = []
     for term in terms:
-        found.append([_at_right_angles(term), term.constant(1.0)])
+        found.append([at_right_angles(term), term.constant(1.0)])
     numbers = torch.tensor(found, dtype=torch.float64)
     return numbers.to(layout.kinds.device, non_blocking=True)[layout.kinds].mT
 
@@ -374,30 +351,6 @@ def _minimised(batch: Batch, scale: Tensor, energy: Tensor) -> Tensor:
         return scale
     spare = divisor.new_ones(1)
     return scale / torch.cat([divisor, spare])[batch.layout.group_of]
-
-
-def _stats(
-    layout: Layout, energy: Tensor, cosine: Tensor, norm: Tensor, count: Tensor
-) -> GroupStats:
-    """Stats of all groups.
-
-    Args:
-        layout: Where they lie.
-        energy: Their mean energies.
-        cosine: Their largest cosines.
-        norm: Norms of all rows.
-        count: How many rows of each group take part.
-    """
-    last, before = (norm < torch.inf).cumsum(0)[layout.group_bounds].unbind()
-    finite = last - before
-    cosine = cosine.narrow(0, 0, layout.groups)
-    return GroupStats(energy, cosine, count, finite, layout.sizes)
-
-
-@lru_cache(maxsize=256)
-def _at_right_angles(term: PairTerm) -> float:
-    """The energy of a pair at right angles, as float32 has it."""
-    return float(term.folded(torch.tensor([2.0]), NEAR)[0])
 
 
 def add_batch(batch: Batch, found: BatchGradient) -> None:

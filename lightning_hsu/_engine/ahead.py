@@ -148,7 +148,7 @@ class Ahead:
                 continue
             if [token_of(layer) for layer in begun.layers] == begun.tokens:
                 begun.work.wait()
-                keep_for_current(begun.numbers.numbers)
+                keep_for_current(begun.numbers.numbers.values)
                 found.append((begun.numbers, begun.layers))
         return found
 

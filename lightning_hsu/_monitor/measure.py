@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_hsu._core import smallest_angle, unit_rows, with_float64
+from lightning_hsu._core.group_numbers import GroupStats
 from lightning_hsu._engine.layer import Layer, to_compute_dtype
 from lightning_hsu.measures import Measure, Sampled, State
 from lightning_hsu.reference import random_level, score
@@ -135,27 +136,26 @@ def measure_neurons(
     )
 
 
-def uniformity_of_groups(layer: Layer, groups: Sequence[Sequence[float]]) -> LayerUniformity:
-    """One layer from numbers of its groups.
+def uniformity_of_groups(layer: Layer, groups: Sequence[GroupStats]) -> LayerUniformity:
+    """One layer from the numbers of its groups.
 
     Args:
         layer: The layer, whose measure is a mean over pairs.
-        groups: Of each group the mean energy, the largest cosine (in half space the largest
-            absolute one), how many neurons take part and how many are finite.
+        groups: The numbers.
     """
     measure = layer.measure
     _, n, d = layer.target.shape
     term = measure.pair_term()
     assert term is not None
-    energies = torch.tensor([row[0] for row in groups], dtype=torch.float64)
+    energies = torch.tensor([group.energy for group in groups], dtype=torch.float64)
     penalties = energies
     if term.logarithm:
         penalties = torch.where(energies > 0, energies, 1.0).log()
     penalty = penalties.mean()
     energy = measure.natural(penalties).mean()
-    live = [int(row[2]) for row in groups]
-    finite = [int(row[3]) for row in groups]
-    cosine = min(max(row[1] for row in groups), 1.0)
+    live = [group.live for group in groups]
+    finite = [group.finite for group in groups]
+    cosine = min(max(group.cosine for group in groups), 1.0)
     alive = sum(live)
     ratio, energy_score = _beside_random(measure, energy, min(live), round(alive / len(groups)), d)
     found = LayerUniformity(

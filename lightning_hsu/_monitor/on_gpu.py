@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from itertools import islice
 
 import torch
-from torch import Tensor
 
+from lightning_hsu._core.group_numbers import GroupStats
 from lightning_hsu._core.raw import GroupNumbers, group_numbers
 from lightning_hsu._engine.ahead import Ahead
 from lightning_hsu._engine.layer import Layer
@@ -45,23 +45,26 @@ def measure_on_gpu(
         return {}
     found: dict[Layer, LayerUniformity] = {}
     for layer, groups in _read(stacks).items():
-        if all(exact for *_, exact in groups):
-            found[layer] = uniformity_of_groups(layer, [numbers[:4] for numbers in groups])
+        if all(group.is_exact for group in groups):
+            found[layer] = uniformity_of_groups(layer, groups)
     return found
 
 
 def _read(
     stacks: Sequence[tuple[GroupNumbers, list[Layer]]],
-) -> dict[Layer, list[list[float]]]:
+) -> dict[Layer, list[GroupStats]]:
     """The numbers of each layer's groups, in one question to each device."""
     by_device: dict[torch.device, list[tuple[GroupNumbers, list[Layer]]]] = {}
     for stack in stacks:
-        by_device.setdefault(stack[0].numbers.device, []).append(stack)
-    found: dict[Layer, list[list[float]]] = {}
+        by_device.setdefault(stack[0].numbers.values.device, []).append(stack)
+    found: dict[Layer, list[GroupStats]] = {}
     for some in by_device.values():
-        tensors: list[Tensor] = [numbers.numbers for numbers, _ in some]
-        rows = iter(torch.cat(tensors).tolist())
+        tensors = [numbers.numbers.values for numbers, _ in some]
+        together = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+        values = iter(together.tolist())
         for numbers, layers in some:
+            gathered = numbers.numbers
+            groups = iter(gathered.of_groups(list(islice(values, gathered.values.numel()))))
             for layer, count in zip(layers, numbers.groups, strict=True):
-                found[layer] = list(islice(rows, count))
+                found[layer] = list(islice(groups, count))
     return found
