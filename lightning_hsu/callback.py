@@ -484,8 +484,9 @@ class HypersphericalUniformity(_trainer.EveryCallback):
         draws = self._figures.due(trainer, fit.seen_step)
         fit.seen_step = trainer.global_step
         if logs or draws:
-            measured = self._measure()
-            done = LateStats(fit.stats).read() if fit.stats else {}
+            late = LateStats(fit.stats) if fit.stats else None
+            measured = self._measure()  # which waits for a GPU
+            done = {} if late is None else late.read()
             shares = _finite_shares(done)
             self._keep(trainer, measured, shares)
             if logs:
