@@ -4,17 +4,17 @@ import pytest
 
 from benchmarks.launches import Steps, launches_of, pretending, steps_ahead, told, waits_of
 
-PLAIN = {"ResNet-50": 450, "GPT-2 small": 120, "ViT-B/16": 126}  # measured 255, 117 and 125
+PLAIN = {"ResNet-50": 450, "GPT-2 small": 120, "ViT-B/16": 120}  # measured 241, 112 and 111
 
 
 @pytest.mark.parametrize("name", PLAIN)
 def test_the_steps_of_a_model(name):
-    """A logging step is 1.8, 1.9 and 1.9 times a plain one; the goal of 1.5 is missed."""
+    """A logging step is 1.39, 1.47 and 1.47 times a plain one."""
     plain, logging, quiet = steps_ahead(name)
     assert launches_of(plain) <= PLAIN[name], [one.calls for one in plain]
     assert waits_of(plain) == 0, [one.calls for one in plain]
     assert plain[0].flop == 0  # all arithmetic is done right after the step before
-    assert launches_of(logging) <= 2.0 * launches_of(plain), [one.calls for one in logging]
+    assert launches_of(logging) <= 1.5 * launches_of(plain), [one.calls for one in logging]
     assert waits_of(logging) == 1, [one.calls for one in logging]
     assert 0 < launches_of(quiet) <= 12, [one.calls for one in quiet]
     assert waits_of(quiet) == 0, [one.calls for one in quiet]
