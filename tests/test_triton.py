@@ -469,7 +469,7 @@ def test_a_backend_that_is_none(monkeypatch):
     monkeypatch.setenv("LIGHTNING_HSU_BACKEND", "cuda")
     with pytest.raises(
         ValueError,
-        match="LIGHTNING_HSU_BACKEND must be one of torch, cudagraph, triton; got 'cuda'",
+        match="LIGHTNING_HSU_BACKEND must be one of torch, compiled, cudagraph, triton; got 'cuda'",
     ):
         added([neurons(1, 3, 2)], term)
 

@@ -157,7 +157,7 @@ def check(report: Report, backend: str) -> None:
         fallen_back = [
             str(one.message) for one in told if "Plain torch computes" in str(one.message)
         ]
-        if backend == "triton":
+        if backend in ("compiled", "triton"):
             report.row(case="trial layer", right=not fallen_back)
     for text in sorted({str(one.message) for one in told}):
         report.note(f"warned: {text}")

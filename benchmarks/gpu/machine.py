@@ -100,7 +100,7 @@ def suit_interpreter() -> None:
 def backends(device: str) -> list[str]:
     """The back ends that this machine can try on a device."""
     found = []
-    for name in ("torch", "cudagraph", "triton"):
+    for name in ("torch", "compiled", "cudagraph", "triton"):
         try:
             require_backend(name, device)
         except (LacksError, NeedsCardError):

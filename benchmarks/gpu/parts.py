@@ -16,7 +16,7 @@ from benchmarks.gpu import (
 )
 from benchmarks.gpu.runner import Part
 
-BACKENDS = ("torch", "cudagraph", "triton")
+BACKENDS = ("torch", "compiled", "cudagraph", "triton")
 
 
 def parts() -> list[Part]:

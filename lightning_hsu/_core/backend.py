@@ -1,10 +1,10 @@
 """Back ends, which compute the gradients of many layers and the nearest neighbours of neurons.
 
-Plain torch is the default. There is one compiled path, "triton"; "cudagraph" replays plain torch's
-launches. Neither has been measured on a GPU yet, so both stay behind the environment variable
-``LIGHTNING_HSU_BACKEND``, and the compiled path is taken on a device only after it has computed a
-small layer there as float64 does (``triton/self_check.py``). ``python -m benchmarks.gpu --all``
-measures them.
+Plain torch is the default. The environment variable ``LIGHTNING_HSU_BACKEND`` chooses another:
+"compiled" is plain torch with torch.compile between the products, "triton" has kernels of its own,
+"cudagraph" replays plain torch's launches. None of them has been measured on a GPU yet, so none is
+on by default, and what is compiled is taken on a device only after it has computed a small layer
+there as float64 does (``trial.py``). ``python -m benchmarks.gpu --all`` measures them.
 
 A new back end is one module with a subclass of :class:`Backend` and one line in the registry.
 """
@@ -28,6 +28,7 @@ VARIABLE = "LIGHTNING_HSU_BACKEND"
 
 _REGISTRY = {
     "torch": "lightning_hsu._core.foreach:TorchBackend",
+    "compiled": "lightning_hsu._core.compiled:CompiledBackend",
     "cudagraph": "lightning_hsu._core.cudagraph:CudaGraphBackend",
     "triton": "lightning_hsu._core.triton.backend:TritonBackend",
 }

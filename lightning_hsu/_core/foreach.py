@@ -118,13 +118,21 @@ class TorchBackend(Backend):
         if work:
             add_without_sync(work)
 
+    def in_one_pass(self, update: GradientUpdate, term: PairTerm) -> bool:
+        """Whether a layer is computed in one pass with all others: those on a GPU."""
+        return avoids_sync(update, term)
+
+    def gradients(self, batch: Batch, *, stats: bool = False) -> BatchGradient:
+        """The gradients of a batch of such layers."""
+        return gradients_without_sync(batch, stats=stats)
+
     def add_on_cpu(self, updates: Sequence[GradientUpdate], term: PairTerm) -> Work:
         """Add the layers on a CPU, and those of very steep kernels; return the others."""
         work: Work = []
         scratch = Scratch()
         for members in alike(updates):
             first = members[0]
-            if avoids_sync(first, term):
+            if self.in_one_pass(first, term):
                 work += [(update, term) for update in members]
                 continue
             for some in chunks(members, how_many_together(first.size)):
@@ -145,8 +153,12 @@ def begin_batch(batch: Batch, *, stats: bool = False) -> BatchGradient:
         batch: The layers.
         stats: Also compute what a logging step needs.
     """
+    backend = active()
     with gradient_arithmetic(batch.updates[0].entries):
-        found = gradients_without_sync(batch, stats=stats)
+        if isinstance(backend, TorchBackend):
+            found = backend.gradients(batch, stats=stats)
+        else:
+            found = gradients_without_sync(batch, stats=stats)
     note_crowded(batch, found)
     return found
 

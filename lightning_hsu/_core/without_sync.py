@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from lightning_hsu._core.batches import Batch, by_layer, by_row_of, layer_parts, rows_of
+from lightning_hsu._core.fused import NO_PAIR, Fused
 from lightning_hsu._core.group_numbers import NEAREST_COSINE, GatheredNumbers, at_right_angles
 from lightning_hsu._core.kernel import PairTerm, Part, folded_slopes, folded_values
 from lightning_hsu._core.layout import Layout, Panel, Piece
@@ -53,7 +54,7 @@ class BatchGradient(NamedTuple):
 
 
 def gradients_without_sync(
-    batch: Batch, *, energy: bool = False, stats: bool = False
+    batch: Batch, *, energy: bool = False, stats: bool = False, fused: Fused | None = None
 ) -> BatchGradient:
     """Compute the same as :func:`pair_energy` for all layers of a batch.
 
@@ -62,6 +63,7 @@ def gradients_without_sync(
             float32.
         energy: Also compute the mean energies.
         stats: Also compute what a logging step needs.
+        fused: Evaluates the kernels in one compiled pass; None to call torch step by step.
     """
     layout = batch.layout
     first = batch.updates[0].entries
@@ -94,7 +96,7 @@ def gradients_without_sync(
         numbers.counts.copy_(counts[:, layout.firsts])
     missing = counts[0]  # how many rows take no part
     scale = layout.scales[layout.block_of, missing]
-    sums = _Sums(batch, w, x, divisor, numbers, with_energy=energy)
+    sums = _Sums(batch, w, x, divisor, numbers, fused, with_energy=energy)
     for piece in layout.pieces:
         sums.add(piece)
     length = torch.empty_like(norm)
@@ -136,6 +138,7 @@ class _Sums:
         x: Their unit rows alike; 0 for rows that take no part.
         norm: Their norms (rows,).
         numbers: Where to note what a logging step needs; None for nowhere.
+        fused: Evaluates the kernels in one compiled pass; None to call torch step by step.
         with_energy: Whether energies are wanted of all groups.
 
     Attributes:
@@ -153,9 +156,11 @@ class _Sums:
         x: Tensor,
         norm: Tensor,
         numbers: GatheredNumbers | None,
+        fused: Fused | None,
         *,
         with_energy: bool,
     ) -> None:
+        self._fused = fused
         self._terms = batch.terms
         self._layout = batch.layout
         self._w = w
@@ -173,27 +178,56 @@ class _Sums:
 
     def add(self, piece: Piece) -> None:
         """Add the pairs of a piece."""
-        cosine = self._x.new_empty(piece.size + 1)
-        for panel in piece.panels:
-            rows, cols = _unit_rows(self._x, panel)
-            _multiply(_entries(cosine, panel), rows, cols.mT)
-        cosine.index_fill_(0, piece.own, 0.0)
-        clamped = cosine.clamp(-NEAREST_COSINE, NEAREST_COSINE)
-        pairs = listed_pairs(cosine != clamped, self._w, self._norm, self._layout, piece)
-        del cosine
-        if self._numbers is not None:
-            self._see_cosines(self._numbers, clamped, pairs, piece)
-        q = torch.rsub(clamped, 2.0, alpha=2.0)
-        del clamped
-        slope = self._slopes(q, pairs, piece)
+        if self._fused is None:
+            slope, pairs = self._evaluate(piece)
+        else:
+            slope, pairs = self._evaluate_fused(self._fused, piece)
         for panel in piece.panels:
             self._add_panel(panel, _entries(slope, panel))
         self.pairs.append((pairs.at, pairs.squares))
         with_energy = self.energy is not None
         pulls, energies = pulls_of(pairs, self._terms, self._layout, with_energy=with_energy)
         if self.energy is not None and energies is not None:
+            if self._fused is not None:
+                energies = energies - self._fused.counted(pairs)
             self.energy.index_put_((pairs.groups,), energies, accumulate=True)
         add_pushes(self.grad, pairs, pulls, self._layout)
+
+    def _cosines(self, piece: Piece, no_pair: float, lead: int = 0) -> Tensor:
+        """Cosines of the pairs of a piece (size + 1,), and what stands where there is no pair."""
+        size = piece.size + 1
+        cosine = self._x.new_empty(lead + size).narrow(0, lead, size)
+        for panel in piece.panels:
+            rows, cols = _unit_rows(self._x, panel)
+            _multiply(_entries(cosine, panel), rows, cols.mT)
+        return cosine.index_fill_(0, piece.own, no_pair)
+
+    def _evaluate(self, piece: Piece) -> tuple[Tensor, ListedPairs]:
+        """Slopes of a piece (size + 1,), 0 for near pairs, and these; numbers are noted by the way."""
+        cosine = self._cosines(piece, 0.0)
+        clamped = cosine.clamp(-NEAREST_COSINE, NEAREST_COSINE)
+        pairs = listed_pairs(cosine != clamped, self._w, self._norm, self._layout, piece)
+        del cosine
+        if self._numbers is not None:
+            self._see_cosines(self._numbers, clamped, piece)
+            self._see_near_pairs(self._numbers, pairs)
+        q = torch.rsub(clamped, 2.0, alpha=2.0)
+        del clamped
+        return self._slopes(q, pairs, piece), pairs
+
+    def _evaluate_fused(self, fused: Fused, piece: Piece) -> tuple[Tensor, ListedPairs]:
+        """The same in one pass over the cosines."""
+        cosine = self._cosines(piece, NO_PAIR, fused.lead)
+        found = fused.evaluate(cosine, piece, self._layout.weights)
+        del cosine
+        pairs = listed_pairs(found.near, self._w, self._norm, self._layout, piece)
+        if self.energy is not None and found.energy is not None:
+            by_row = found.energy.double()
+            self.energy.index_put_((piece.group_of_row,), by_row, accumulate=True)
+        if self._numbers is not None and found.far is not None:
+            self._numbers.far[len(self.pairs)].copy_(found.far)
+            self._see_near_pairs(self._numbers, pairs)
+        return found.slope.index_fill_(0, pairs.at, 0.0), pairs
 
     def _slopes(self, q: Tensor, pairs: ListedPairs, piece: Piece) -> Tensor:
         """Slopes at squared chords (size + 1,), 0 for near pairs; energies are added by the way."""
@@ -240,10 +274,8 @@ class _Sums:
             row += groups * height
         self.energy.index_put_((piece.group_of_row,), by_row.double(), accumulate=True)
 
-    def _see_cosines(
-        self, numbers: GatheredNumbers, cosine: Tensor, pairs: ListedPairs, piece: Piece
-    ) -> None:
-        """Note the largest cosines of a piece; those of near pairs come from float64."""
+    def _see_cosines(self, numbers: GatheredNumbers, cosine: Tensor, piece: Piece) -> None:
+        """Note the largest cosines of the pairs of a piece that are not near."""
         of_kind = {}
         for (kind, start, stop), own in zip(piece.stretches, piece.own_of, strict=True):
             of_kind[kind] = 0, cosine
@@ -257,6 +289,9 @@ class _Sums:
             entries += own.view(panel.shape[0], -1).unbind()
         number = len(self.pairs)  # pieces that are done
         numbers.far[number].copy_(torch.stack(torch._foreach_norm(entries, torch.inf)))
+
+    def _see_near_pairs(self, numbers: GatheredNumbers, pairs: ListedPairs) -> None:
+        """Note the largest cosines of near pairs of a piece, from float64."""
         nearest = pairs.squares[0]
         for kind, mask in pairs.kinds:
             if self._terms[kind].half_space:
@@ -265,7 +300,7 @@ class _Sums:
             elif mask is not None:
                 nearest = torch.where(mask, pairs.squares[0], nearest)
         near = torch.rsub(nearest, 1.0, alpha=0.5)
-        numbers.near[number].scatter_reduce_(0, pairs.groups, near, "amax")
+        numbers.near[len(self.pairs)].scatter_reduce_(0, pairs.groups, near, "amax")
 
     def _add_panel(self, panel: Panel, slope: Tensor) -> None:
         """Add the slopes (b, k, m) of a panel times the unit rows."""

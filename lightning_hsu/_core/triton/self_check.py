@@ -10,17 +10,13 @@ from __future__ import annotations
 import warnings
 
 import torch
-from torch import Tensor
 
 from lightning_hsu._core.backend import VARIABLE
 from lightning_hsu._core.kernel import PairTerm
-from lightning_hsu._core.oracle import oracle_energy
-from lightning_hsu._core.sphere import seeded, unit_rows
+from lightning_hsu._core.sphere import unit_rows
+from lightning_hsu._core.trial import SHAPE, brief, gradient_error, trial_layer
 from lightning_hsu._core.triton.machine import precision
 from lightning_hsu._core.updates import GradientUpdate
-
-SHAPE = (48, 40)
-"""Neurons and dimension of the layer: neither fills a tile."""
 
 TOLERANCES = {"ieee": 2e-5, "tf32x3": 2e-5, "tf32": 2e-2}
 """How far off a row's gradient may be, over the summed lengths of what its pairs add to it.
@@ -30,11 +26,6 @@ By the precision of the products. Measured in the interpreter over all kernels: 
 
 COSINES = 1e-5
 """How far off the largest cosine of a neuron may be. Measured: 6e-8."""
-
-_NEAR_ROWS = (7, 31)
-_ZERO_ROW = 12
-_FITS = 1e30  # longer gradients, of the steepest kernels' near pairs, are shortened on purpose
-_TINY = 1e-12
 
 
 class SelfCheck:
@@ -57,7 +48,7 @@ class SelfCheck:
         try:
             error = _gradient_error(device, term)
         except Exception as problem:
-            return self._fail(device, f"raised {_brief(problem)} over the {what}")
+            return self._fail(device, f"raised {brief(problem)} over the {what}")
         if not error <= TOLERANCES[how]:
             return self._fail(device, f"computed a {what} off by {error:.1g} of its pairs' pulls")
         self._passed.add(key)
@@ -72,7 +63,7 @@ class SelfCheck:
         try:
             error = _cosine_error(device)
         except Exception as problem:
-            return self._fail(device, f"raised {_brief(problem)} over the nearest neurons")
+            return self._fail(device, f"raised {brief(problem)} over the nearest neurons")
         if not error <= COSINES:
             return self._fail(device, f"found nearest neurons whose cosines are off by {error:.1g}")
         self._passed.add(device)
@@ -89,57 +80,16 @@ class SelfCheck:
         return False
 
 
-def _trial_layer() -> Tensor:
-    """Neurons (1, n, d) with a pair at a chord of 1e-2 and a zero row, the same everywhere."""
-    w = torch.randn(1, *SHAPE, generator=seeded(), dtype=torch.float32, device="cpu")
-    first, second = _NEAR_ROWS
-    w[0, second] = 2.0 * w[0, first] + 2e-2 * w[0, second]
-    w[0, _ZERO_ROW] = 0.0
-    return w
-
-
 def _gradient_error(device: torch.device, term: PairTerm) -> float:
     """The largest error of a row's gradient, over the summed lengths of its pairs' parts."""
     from lightning_hsu._core.triton import launch
 
     with torch.inference_mode(False), torch.no_grad():
-        w = _trial_layer()
+        w = trial_layer()
         there = w.to(device)
         out = torch.zeros_like(there)
         launch.add_pair_gradients([GradientUpdate(there, out, 1.0)], term)
-        expected, parts = _expected_gradient(w, term)
-        length = torch.linalg.vector_norm(expected, dim=-1)
-        error = torch.linalg.vector_norm(out.cpu().double() - expected, dim=-1)
-        fits = length < _FITS
-        # The zero row's parts are 0: if it gets any gradient, that is off by far.
-        return float((error / parts.clamp_min(_TINY))[fits].max())
-
-
-def _expected_gradient(w: Tensor, term: PairTerm) -> tuple[Tensor, Tensor]:
-    """The gradient by differences and autograd, in float64, and what its rounding goes by.
-
-    Returns:
-        The gradient (1, n, d), and for each row the summed lengths (1, n) of what the pairs add to
-        it: these may cancel in the gradient, as in half space.
-    """
-    with torch.enable_grad():
-        wide = w.double().requires_grad_()
-        energy = oracle_energy(wide, term)
-        if term.logarithm:
-            energy = energy.log()
-        (grad,) = torch.autograd.grad(energy.sum(), wide)
-    x, inverse_norm = unit_rows(w.double())
-    q = torch.cdist(x, x).square()
-    p = 4.0 - q
-    alive = inverse_norm > 0
-    pairs = (alive & alive.mT).double()
-    pairs.diagonal(dim1=1, dim2=2).zero_()
-    _, slope, mirrored_slope = term.split(q, p)
-    lengths = slope.abs() * q.sqrt() + mirrored_slope.abs() * p.clamp_min(0.0).sqrt()
-    factor = 2.0 * term.scale(int(alive.sum()))
-    if term.logarithm:
-        factor = factor / float(oracle_energy(w, term))
-    return grad, factor * (lengths * pairs).sum(-1) * inverse_norm[..., 0]
+        return gradient_error(out, w, term)
 
 
 def _cosine_error(device: torch.device) -> float:
@@ -147,7 +97,7 @@ def _cosine_error(device: torch.device) -> float:
     from lightning_hsu._core.triton import topk
 
     with torch.inference_mode(False), torch.no_grad():
-        x = unit_rows(_trial_layer())[0]
+        x = unit_rows(trial_layer())[0]
         alive = x.ne(0).any(-1)
         found = topk.scan(x.to(device), alive.to(device), half_space=True, every=True)
         first, place, second = (part.cpu() for part in found)
@@ -158,9 +108,3 @@ def _cosine_error(device: torch.device) -> float:
         there = cosine.gather(-1, place.long()[..., None])[..., 0][alive]
         known = torch.stack([first[alive], second[alive], there], dim=-1).double()
         return float((known - expected[:, [0, 1, 0]]).abs().max())
-
-
-def _brief(problem: Exception) -> str:
-    """The kind of an error and the first line of what it says."""
-    text = str(problem).strip().partition("\n")[0]
-    return f"{type(problem).__name__}: {text}"

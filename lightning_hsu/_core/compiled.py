@@ -1,0 +1,174 @@
+"""The back end "compiled": plain torch, with torch.compile between the products (``fused.py``).
+
+It is taken only after it has computed a small layer as float64 does, on each device and for each
+kernel. Where it has not, or torch cannot compile here, plain torch computes from then on. Compiling
+takes seconds, at the first step and at the first one that logs.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import torch
+
+from lightning_hsu._core.backend import VARIABLE
+from lightning_hsu._core.batches import Batch, batches_of
+from lightning_hsu._core.foreach import TorchBackend
+from lightning_hsu._core.fused import Fused, FusedTerm
+from lightning_hsu._core.group_numbers import GroupStats
+from lightning_hsu._core.kernel import PairTerm
+from lightning_hsu._core.oracle import oracle_energy
+from lightning_hsu._core.pairwise import too_steep
+from lightning_hsu._core.precision import exact_arithmetic
+from lightning_hsu._core.sphere import unit_rows
+from lightning_hsu._core.trial import SHAPE, brief, gradient_error, trial_layer
+from lightning_hsu._core.updates import GradientUpdate
+from lightning_hsu._core.without_sync import (
+    BatchGradient,
+    add_batch,
+    gradients_without_sync,
+)
+
+TOLERANCE = 2e-5
+"""How far off a row's gradient may be, over the summed lengths of what its pairs add to it.
+
+Measured on a CPU: at most 2e-6, over kernels with s from -1 to 20 and both spaces.
+"""
+
+STATS = 1e-5
+"""How far off a mean energy may be, relative to itself, and a largest cosine. Measured: 1e-6."""
+
+
+class CompiledBackend(TorchBackend):
+    """Takes all layers in one pass, on a CPU as well, and compiles what lies between the products."""
+
+    name: ClassVar[str] = "compiled"
+
+    def __init__(self) -> None:
+        self._terms: dict[PairTerm, FusedTerm] = {}
+        self._passed: set[object] = set()
+        self._has_failed = False
+
+    def in_one_pass(self, update: GradientUpdate, term: PairTerm) -> bool:
+        """Also layers on a CPU whose kernel has passed the check there."""
+        if super().in_one_pass(update, term):
+            return True
+        w = update.entries
+        if w.device.type != "cpu" or w.dtype == torch.float64 or update.size[1] < 2:
+            return False
+        return not too_steep(term) and self._is_right(w.device, term, with_sums=False)
+
+    def gradients(self, batch: Batch, *, stats: bool = False) -> BatchGradient:
+        """The gradients of a batch, compiled if all its kernels have passed the check."""
+        fused = self._fused(batch, with_sums=stats or any(term.logarithm for term in batch.terms))
+        if fused is not None:
+            try:
+                return gradients_without_sync(batch, stats=stats, fused=fused)
+            except Exception as problem:
+                self._fail(batch.updates[0].entries.device, f"raised {_reason(problem)}")
+        return gradients_without_sync(batch, stats=stats)
+
+    def _fused(self, batch: Batch, *, with_sums: bool) -> Fused | None:
+        """What evaluates the kernels of a batch; None if torch is to be called step by step."""
+        w = batch.updates[0].entries
+        if w.dtype == torch.float64 or w.device.type not in ("cpu", "cuda"):
+            return None
+        for term in batch.terms:
+            if not self._is_right(w.device, term, with_sums=with_sums):
+                return None
+        return Fused([self._terms[term] for term in batch.terms], with_sums=with_sums)
+
+    def _is_right(self, device: torch.device, term: PairTerm, *, with_sums: bool) -> bool:
+        """Whether a device computes this kernel right; compiled and checked at first use."""
+        if self._has_failed:
+            return False
+        with_sums = with_sums or term.logarithm
+        key = (device, term, with_sums)
+        if key in self._passed:
+            return True
+        space = "half space" if term.half_space else "full space"
+        what = f"gradient (kernel {term.formula or term.kernel}, {space})"
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torch's, about its own code
+                fused = self._terms.setdefault(term, FusedTerm(term, _compiled))
+                error, error_of_stats = trial_errors(device, fused, with_sums=with_sums)
+        except Exception as problem:
+            return self._fail(device, f"raised {_reason(problem)} over the {what}")
+        if not error <= TOLERANCE:
+            return self._fail(device, f"computed a {what} off by {error:.1g} of its pairs' pulls")
+        if not error_of_stats <= STATS:
+            return self._fail(
+                device,
+                f"computed an energy or a largest cosine (kernel {term.formula or term.kernel}, "
+                f"{space}) off by {error_of_stats:.1g}",
+            )
+        self._passed.add(key)
+        return True
+
+    def _fail(self, device: torch.device, what: str) -> bool:
+        self._has_failed = True
+        warnings.warn(
+            f"{VARIABLE} is 'compiled', but on {device} the code that torch.compile makes {what}, "
+            f"for a trial layer of shape {SHAPE} or later. Plain torch computes from now on until "
+            f"this process ends. Unset {VARIABLE} to do without the trial. On a CPU torch.compile "
+            "needs a C++ compiler such as g++, on a GPU Triton and a C compiler",
+            stacklevel=2,
+        )
+        return False
+
+
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compile a function for any sizes.
+
+    Where torch does not compile, as in a mode that sees every operation or beyond its limit of
+    versions, it runs the function as it is written.
+    """
+    compiled: Callable[..., Any] = torch.compile(function, dynamic=True)
+    return compiled
+
+
+def _reason(problem: Exception) -> str:
+    """What a compiler says, without torch's words around it."""
+    inner = getattr(problem, "inner_exception", None)
+    return brief(inner if isinstance(inner, Exception) else problem)
+
+
+def trial_errors(device: torch.device, fused: FusedTerm, *, with_sums: bool) -> tuple[float, float]:
+    """How far off the trial layer's gradient is, and its energy and largest cosine.
+
+    Two groups of it are computed, so that no two sizes of what is compiled happen to be the same.
+    """
+    term = fused.term
+    with torch.inference_mode(False), torch.no_grad():
+        w = trial_layer()
+        there = w.to(device).expand(2, -1, -1).contiguous()
+        out = torch.zeros_like(there)
+        (batch,) = batches_of([(GradientUpdate(there, out, 1.0), term)])
+        evaluate = Fused([fused], with_sums=with_sums)
+        with exact_arithmetic(there):
+            found = gradients_without_sync(batch, stats=with_sums, fused=evaluate)
+        error_of_stats = 0.0
+        if found.numbers is not None:
+            stats = found.numbers.of_groups(found.numbers.values.tolist())
+            error_of_stats = _error_of_stats(stats, w, term)
+        add_batch(batch, found)
+        return gradient_error(out, w, term), error_of_stats
+
+
+def _error_of_stats(stats: Sequence[GroupStats], w: torch.Tensor, term: PairTerm) -> float:
+    """How far off mean energies are, relative to them, and largest cosines."""
+    energy = float(oracle_energy(w, term))
+    x = unit_rows(w.double())[0]
+    cosine = x @ x.mT
+    if term.half_space:
+        cosine = cosine.abs()
+    cosine.diagonal(dim1=1, dim2=2).fill_(-1.0)
+    largest = float(cosine.amax())
+    errors = [0.0]
+    for one in stats:
+        errors.append(abs(one.energy - energy) / abs(energy))
+        errors.append(abs(one.cosine - largest))
+    return float(torch.tensor(errors).max())  # NaN if one is
