@@ -242,29 +242,46 @@ def test_nothing_is_compiled_without_the_switch(monkeypatch):
     assert "lightning_hsu._core.compiled" not in sys.modules
 
 
-@of_dynamo
-def test_real_models_are_compiled_a_few_times():
-    """Twice a kernel at most, for all sizes: where a buffer begins, and elsewhere."""
-    versions = []
+def counting(versions):
+    """A compiler that compiles nothing, but notes what torch would compile."""
 
     def compiler(function):
         def counted(graph, inputs):
-            versions.append(function)
+            versions.append(function.__name__)
             return graph.forward
 
         return torch.compile(function, dynamic=True, fullgraph=True, backend=counted)
 
+    return compiler
+
+
+@of_dynamo
+def test_real_models_are_compiled_a_few_times():
+    """For all sizes once; slopes twice if they are where a buffer begins, and elsewhere."""
+    versions = []
     measure = UniformityRegularizer().measure
     terms = [measure.pair_term(), measure.for_head().pair_term()]
-    fused = {term: FusedTerm(term, compiler) for term in terms}
+    fused = {term: FusedTerm(term, counting(versions)) for term in terms}
     calls = 0
     with torch.no_grad():
         for with_sums in (False, True):
-            for shapes in ([(2, 48, 40)], *map(of_model, ("ResNet-50", "GPT-2 small", "ViT-B/16"))):
+            for term in terms:  # the trial layer comes first
+                evaluate([(3, 48, 40)], [term] * 2, fused, with_sums)
+            for shapes in map(of_model, ("ResNet-50", "GPT-2 small", "ViT-B/16")):
                 calls += evaluate(shapes, terms, fused, with_sums)
     assert calls > 60
-    assert len(set(versions)) == 4
-    assert len(versions) <= 6
+    assert versions.count("write_sums") == 2, versions
+    assert 2 <= versions.count("write_slopes") <= 4
+
+
+@of_dynamo
+def test_many_kernels_are_compiled():
+    """Of one piece of code torch would compile eight versions, then no more."""
+    versions = []
+    for s in range(10):
+        term = RieszEnergy(s=s / 10).pair_term()
+        evaluate([(3, 48, 40)], [term] * 2, {term: FusedTerm(term, counting(versions))}, False)
+    assert len(versions) == 10
 
 
 def of_model(name):

@@ -139,12 +139,13 @@ def _reason(problem: Exception) -> str:
 def trial_errors(device: torch.device, fused: FusedTerm, *, with_sums: bool) -> tuple[float, float]:
     """How far off the trial layer's gradient is, and its energy and largest cosine.
 
-    Two groups of it are computed, so that no two sizes of what is compiled happen to be the same.
+    Three groups of it are computed, so that no two sizes of what is compiled, or of the buffers that
+    hold it, happen to be the same: torch would take them to be the same always.
     """
     term = fused.term
     with torch.inference_mode(False), torch.no_grad():
         w = trial_layer()
-        there = w.to(device).expand(2, -1, -1).contiguous()
+        there = w.to(device).expand(3, -1, -1).contiguous()
         out = torch.zeros_like(there)
         (batch,) = batches_of([(GradientUpdate(there, out, 1.0), term)])
         evaluate = Fused([fused], with_sums=with_sums)
