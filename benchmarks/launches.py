@@ -383,6 +383,11 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--calls", action="store_true", help="also list what was called how often")
+    parser.add_argument(
+        "--compiled",
+        action="store_true",
+        help="also plain steps of the back end 'compiled'; it takes torch 2.13",
+    )
     arguments = parser.parse_args()
     print(
         f"{'model':12s} {'plain':>6s} {'waits':>6s} {'logging':>8s} {'waits':>6s} {'none due':>9s} "
@@ -400,6 +405,14 @@ def main() -> None:
         if arguments.calls:
             for call, times in asked.calls.most_common():
                 print(f"    {times:6d} {call}")
+        if arguments.compiled:
+            from benchmarks.epilogue import plain_compiled_step
+
+            asked = plain_compiled_step(name)
+            print(
+                f"  compiled   {asked.launches:6d} {asked.waits:6d} {'':40s}"
+                f"{asked.flop / 1e9:8.0f} {asked.traffic / 1e9:15.1f} {asked.traffic / entries:21.0f}"
+            )
 
 
 if __name__ == "__main__":

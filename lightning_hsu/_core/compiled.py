@@ -40,6 +40,8 @@ Measured on a CPU: at most 2e-6, over kernels with s from -1 to 20 and both spac
 STATS = 1e-5
 """How far off a mean energy may be, relative to itself, and a largest cosine. Measured: 1e-6."""
 
+_TINY = 1e-300
+
 
 class CompiledBackend(TorchBackend):
     """Takes all layers in one pass, on a CPU as well, and compiles what lies between the products."""
@@ -170,6 +172,6 @@ def _error_of_stats(stats: Sequence[GroupStats], w: torch.Tensor, term: PairTerm
     largest = float(cosine.amax())
     errors = [0.0]
     for one in stats:
-        errors.append(abs(one.energy - energy) / abs(energy))
+        errors.append(abs(one.energy - energy) / max(abs(energy), _TINY))
         errors.append(abs(one.cosine - largest))
     return float(torch.tensor(errors).max())  # NaN if one is
