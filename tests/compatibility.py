@@ -12,12 +12,16 @@ def table(situations):
     """Markdown, one line a text; rows that share one must agree."""
     lines = {}
     for row in situations:
-        cells = [getattr(row, mode).cell for mode in MODES]
+        cells = [*(getattr(row, mode).cell for mode in MODES), row.kept]
         if row.text is not None and lines.setdefault(row.text, cells) != cells:
             raise ValueError(
                 f"{row.name!r} does not agree with the others of {row.text!r}: {cells}"
             )
-    rows = [("situation", *MODES), ("---",) * 4, *((text, *cells) for text, cells in lines.items())]
+    rows = [
+        ("situation", *MODES, "`tolerance`"),
+        ("---",) * 5,
+        *((text, *cells) for text, cells in lines.items()),
+    ]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
 
 
