@@ -174,7 +174,7 @@ def test_a_write_that_changes_nothing_costs_one_look(write, monkeypatch):
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 def test_what_torch_does_not_count_is_seen_at_some_ages(change):
-    """At 4, 8, 16 and so on."""
+    """At 8, 16, 32 and so on."""
     run = Run()
     calm(run)
     age = run.age

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_hsu._core import working_dtype
+from lightning_hsu._core import exact_arithmetic, working_dtype
 from lightning_hsu._engine.layer import Layer, Token, token_of
 from lightning_hsu._engine.pull import Pull, project
 from lightning_hsu.measures import Measure
@@ -33,6 +33,7 @@ class Use:
         moved: Relative change of these entries since the gradient was computed; inf without one.
         changed: Change of the neuron that has changed most over the typical norm of a neuron; 0 if
             nobody has looked.
+        is_written: Whether the weights were written to more or less often than between other steps.
         looks_at_rows: Whether the neurons are looked at one by one.
         is_due: Whether its gradient is computed at this step.
         needs_value: Whether it needs the penalty beside its gradient.
@@ -45,6 +46,7 @@ class Use:
     needs_value: bool = False
     moved: float = math.inf
     changed: float = 0.0
+    is_written: bool = False
     looks_at_rows: bool = False
     is_due: bool = True
 
@@ -111,10 +113,11 @@ class Delta:
             return
         dtype = working_dtype(x.dtype)
         grad, w = self.grad.to(dtype), x.to(dtype)
-        if self.pull is not None and follows:
-            self.pull.follow(grad, w)
-        if projects:
-            project(grad, w)
+        with exact_arithmetic(x):  # a hook may run within autocast
+            if self.pull is not None and follows:
+                self.pull.follow(grad, w)
+            if projects:
+                project(grad, w)
         if grad is not self.grad:
             self.grad.copy_(grad)
 

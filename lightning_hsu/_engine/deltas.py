@@ -18,14 +18,13 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_hsu._core import exact_arithmetic
 from lightning_hsu._engine.delta import Delta, Use, kept_dtype
 from lightning_hsu._engine.layer import Layer
 from lightning_hsu._engine.lessons import Fresh, Lessons
 from lightning_hsu._engine.moves import Known, Moves
 from lightning_hsu._engine.pull import pull_of
 from lightning_hsu._engine.reuse import Reuse
-from lightning_hsu._engine.rows import FIRST_LOOK, Rows, is_another
+from lightning_hsu._engine.rows import Rows, is_another
 from lightning_hsu._engine.work import Work
 
 
@@ -82,7 +81,10 @@ class Deltas:
                 weights counts.
         """
         self.settle()
-        self._moves.see(self._known(uses, same_step=same_step))
+        if not same_step:
+            for use in uses:
+                self._rows.see(use, is_step=True)
+        self._moves.see(self._known(uses))
         for use in uses:
             delta = self._deltas.get(use.layer.name)
             use.is_due = delta is None or self._is_due(use, delta, same_step)
@@ -91,8 +93,6 @@ class Deltas:
                 self.computed.add(use.layer.name)
             elif delta is not None:
                 delta.moved = use.moved
-            if not same_step:
-                self._rows.note(use)
 
     def keep(
         self,
@@ -126,15 +126,13 @@ class Deltas:
                 self.reuse[name] = Reuse()
                 self._unstored.add(name)
             reuse = self.reuse[name]
-            if reuse.interval >= FIRST_LOOK:
-                delta.sketch = self._rows.sketch(use.x)
+            delta.sketch = self._rows.sketch(use.x, reuse.interval)
             fresh = Fresh(use, grad, delta, reuse)
             fresh.is_random = name in random
             if learns and before is not None and before.age > 0:
                 fresh.before = before
                 if before.pull is not None and before.fits(use):
-                    with exact_arithmetic(use.x):
-                        before.refresh(use.x)  # as this step would use it
+                    before.refresh(use.x)  # as this step would use it
             lessons.append(fresh)
         self._lessons.begin(lessons)
 
@@ -149,8 +147,7 @@ class Deltas:
         """
         delta = self._deltas[use.layer.name]
         if not (same_step or use.is_due) and delta.age > 0:
-            with exact_arithmetic(use.x):  # a hook may run within autocast
-                delta.refresh(use.x)
+            delta.refresh(use.x)
         return delta
 
     def grow_older(self, uses: Sequence[Use]) -> None:
@@ -244,6 +241,8 @@ class Deltas:
 
     def look_for_moves(self, uses: Sequence[Use]) -> None:
         """Begin to look how far neurons have moved, for a step to come."""
+        for use in uses:
+            self._rows.see(use, is_step=False)
         self._moves.begin(self._known(uses))
 
     def changed_unseen(self) -> list[Layer]:
@@ -273,7 +272,7 @@ class Deltas:
         self._stored = {}
         self._unstored = set(reuse)
 
-    def _known(self, uses: Sequence[Use], *, same_step: bool = False) -> list[Known]:
+    def _known(self, uses: Sequence[Use]) -> list[Known]:
         """Those of the layers that have a gradient, with it; one that does not fit is dropped."""
         known = []
         for use in uses:
@@ -282,7 +281,7 @@ class Deltas:
             if delta is None:
                 continue
             if delta.fits(use):
-                use.looks_at_rows = not same_step and self._rows.is_asked(use, delta)
+                use.looks_at_rows = self._rows.is_asked(use, delta)
                 known.append((use, delta))
             else:
                 del self._deltas[name]

@@ -15,7 +15,7 @@ from torch import Tensor
 from lightning_hsu._core import working_dtype
 from lightning_hsu._engine.delta import Delta, Use
 from lightning_hsu._engine.late import LateNumbers
-from lightning_hsu._engine.layer import Layer
+from lightning_hsu._engine.layer import Layer, Token
 from lightning_hsu._engine.rows import Rows
 
 Known = tuple[Use, Delta]
@@ -46,6 +46,14 @@ class Moves:
 
     def see(self, known: Sequence[Known]) -> None:
         """Note in the uses of layers how far these have moved."""
+        if self._begun:
+            known = self._see_begun(known)
+        for members in _by_kind(known):
+            look = _Look(members, self._rows)
+            look.tell(members)
+
+    def _see_begun(self, known: Sequence[Known]) -> list[Known]:
+        """The same of layers at which somebody has looked before; return the others."""
         looks: dict[_Look, list[Known]] = {}
         unseen = []
         for use, delta in known:
@@ -57,8 +65,7 @@ class Moves:
         for look, members in looks.items():
             look.tell(members)
             self._checks.append(_Check(look, [use for use, _ in members]))
-        for members in _by_kind(unseen):
-            _Look(members, self._rows).tell(members)
+        return unseen
 
     def changed_unseen(self) -> list[Layer]:
         """Layers whose weights were others at the last step than torch's counts said."""
@@ -85,25 +92,24 @@ class _Look:
         rows: Looks at neurons one by one.
 
     Attributes:
-        places: The places of the layers, by name.
+        places: The places of the layers.
         samples: Entries of all layers, one after the other.
         sizes: How many of each.
     """
 
     def __init__(self, members: Sequence[Known], rows: Rows) -> None:
-        self.places: dict[str, int] = {}
-        self._uses = []
-        self._row_places: dict[str, int] = {}
+        self.places: dict[Layer, int] = {}
+        self._row_places: dict[Layer, int] = {}
+        self._tokens: list[Token | None] = []
         now, then = [], []
         changes: list[Tensor] = []
         for place, (use, delta) in enumerate(members):
-            name = use.layer.name
-            self.places[name] = place
-            self._uses.append(use)
+            self.places[use.layer] = place
+            self._tokens.append(use.token)
             now.append(use.sample)
             then.append(delta.sample)
             if use.looks_at_rows:
-                self._row_places[name] = len(members) + len(changes)
+                self._row_places[use.layer] = len(members) + len(changes)
                 changes.append(rows.largest_change(use, delta))
         dtype = working_dtype(now[0].dtype)
         self.sizes = [len(sample) for sample in now]
@@ -115,26 +121,25 @@ class _Look:
 
     def is_of(self, use: Use) -> bool:
         """Whether it is of a layer's weights as they are now, as far as torch counts changes."""
-        known = self._uses[self.places[use.layer.name]]
-        if known.token is None or known.token != use.token:
+        place = self.places.get(use.layer)
+        if place is None or use.token is None or self._tokens[place] != use.token:
             return False
-        return known.looks_at_rows == use.looks_at_rows
+        return use.looks_at_rows == (use.layer in self._row_places)
 
     def tell(self, members: Sequence[Known]) -> None:
         """Note in the uses of some of these layers how far they have moved."""
         numbers = self._numbers.read()
         for use, delta in members:
-            name = use.layer.name
-            use.moved = delta.relative(numbers[self.places[name]])
+            use.moved = delta.relative(numbers[self.places[use.layer]])
             if use.looks_at_rows:
-                use.changed = numbers[self._row_places[name]]
+                use.changed = numbers[self._row_places[use.layer]]
 
     def samples_of(self, uses: Sequence[Use]) -> Tensor:
         """Entries of some of these layers, one after the other."""
         if len(uses) == len(self.sizes):
             return self.samples
         parts = torch.split(self.samples, self.sizes)
-        return torch.cat([parts[self.places[use.layer.name]] for use in uses])
+        return torch.cat([parts[self.places[use.layer]] for use in uses])
 
 
 class _Check:
@@ -146,7 +151,7 @@ class _Check:
     """
 
     def __init__(self, look: _Look, uses: Sequence[Use]) -> None:
-        uses = sorted(uses, key=lambda use: look.places[use.layer.name])
+        uses = sorted(uses, key=lambda use: look.places[use.layer])
         self._layers = [use.layer for use in uses]
         samples = [use.sample for use in uses]
         self._sizes = [len(sample) for sample in samples]

@@ -9,7 +9,7 @@ a kept gradient. So it is not done at every step, but
 
 - at a step at which the weights were written to more often than between other steps, as torch counts
   it, or lie in another memory: something other than the optimizer has changed them;
-- at ages 4, 8, 16 and so on, for what torch does not count, and for what optimizers do in a step.
+- at ages 8, 16, 32 and so on, for what torch does not count, and for what optimizers do in a step.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from lightning_hsu._engine.layer import Token
 _PARTS = 8  # in all of them a new neuron looks like the old one once in 1e5 times
 _FAR = 0.25  # of the typical norm of a neuron; within a tolerance of 0.05 layers move by 0.03
 _TIMES = 6.0  # as far as the layer has moved; in a training some neurons moved 4.8 times as far
-FIRST_LOOK = 4
-"""The age, a power of two, from which neurons are looked at one by one now and then."""
+_LOOKS_FROM = 8  # the age, a power of two
+_SKETCHED_FROM = 4  # steps that a gradient is used for; a shorter time needs no look
 
 
 class Rows:
@@ -33,26 +33,44 @@ class Rows:
 
     def __init__(self) -> None:
         self._signs: dict[object, Tensor] = {}
-        self._tokens: dict[str, Token] = {}
-        self._writes: dict[str, int] = {}
+        self._seen: dict[str, tuple[Token | None, int | None]] = {}
 
-    def sketch(self, x: Tensor) -> Tensor | None:
+    def sketch(self, x: Tensor, interval: int) -> Tensor | None:
         """What is kept of neurons x (groups, n, d): shape (groups, n, 8), in bfloat16.
 
-        None for small layers, of which all entries are seen.
+        None for small layers, of which all entries are seen, and where it is not worth it.
+
+        Args:
+            x: The neurons.
+            interval: Steps for which their gradient is used.
         """
-        if x.numel() <= SAMPLE:
+        if x.numel() <= SAMPLE or interval < _SKETCHED_FROM:
             return None
         return self._products(x).bfloat16()
 
+    def see(self, use: Use, *, is_step: bool) -> None:
+        """Note whether the weights of a layer were written to more or less often than usual.
+
+        Args:
+            use: The layer.
+            is_step: Whether a step sees them, after which the next writes are counted.
+        """
+        before, usual = self._seen.get(use.layer.name, (None, None))
+        writes = None
+        if before is not None and use.token is not None:
+            writes = _writes(before, use.token)
+            use.is_written = usual is not None and writes != usual
+        if is_step:
+            self._seen[use.layer.name] = use.token, writes
+
     def is_asked(self, use: Use, delta: Delta) -> bool:
         """Whether it is time to look at a layer's neurons one by one."""
-        if delta.sketch is None or delta.age == 0:
+        if delta.sketch is None:
             return False
-        if delta.age >= FIRST_LOOK and delta.age & (delta.age - 1) == 0:
+        if delta.age >= _LOOKS_FROM and delta.age & (delta.age - 1) == 0:
             return True
         # Ranks may write at other times, as when one alone evaluates, but must look alike.
-        return use.layer.target.placement.is_alone and not self._is_usual(use)
+        return use.is_written and delta.age > 0 and use.layer.target.placement.is_alone
 
     def largest_change(self, use: Use, delta: Delta) -> Tensor:
         """Length of the largest change of a neuron over the typical norm of one; a 0-d tensor."""
@@ -64,29 +82,10 @@ class Rows:
         largest: Tensor = lengths.amax() / typical
         return largest
 
-    def note(self, use: Use) -> None:
-        """Note that a step has seen the weights of a layer as they are now."""
-        name, token = use.layer.name, use.token
-        before = self._tokens.pop(name, None)
-        if token is None:
-            return
-        if before is not None:
-            self._writes[name] = _writes(before, token)
-        self._tokens[name] = token
-
     def drop(self) -> None:
         """Drop what is known of writes."""
         self._signs = {}
-        self._tokens = {}
-        self._writes = {}
-
-    def _is_usual(self, use: Use) -> bool:
-        """Whether the weights were written to as often as before the last step."""
-        name, token = use.layer.name, use.token
-        before = self._tokens.get(name)
-        if before is None or token is None or name not in self._writes:
-            return True
-        return _writes(before, token) == self._writes[name]
+        self._seen = {}
 
     def _products(self, x: Tensor) -> Tensor:
         """The sums of the parts of neurons x (groups, n, d) under random signs: (groups, n, 8)."""
