@@ -171,12 +171,14 @@ class HypersphericalUniformity(_trainer.EveryCallback):
             kept, used for as many steps as its measured rate of ageing allows, and computed again
             when the neurons have moved too far; single steps may reach two or three times it
             (``hsu/stale_error/<layer>``, ``hsu/recomputed``). A sudden change of much of a layer is
-            seen at the next step. So is one of a single neuron, if torch counts the write, as under
-            ``no_grad``, and no ranks train together; else, as through ``p.data`` or within an
-            optimizer's step, when the gradient is twice as old at the latest. (On a GPU a change
-            through ``p.data`` between steps is seen one step later, with a warning.) That takes
-            memory for one gradient of each layer (half in bfloat16) and a little more. None
-            computes every layer at every step.
+            seen at the next step. So is a new, pruned or swapped neuron (within four steps while
+            gradients last for fewer) if torch counts the write, as under ``no_grad``, and no ranks
+            train together; else, as through ``p.data`` or within an optimizer's step, when the
+            gradient is 8, 16, 32 and so on steps old, or is computed again before. (On a GPU a
+            change through ``p.data`` between steps is seen one step later, with a warning.) That
+            takes memory for one gradient of each layer (half in bfloat16) and a little more. None
+            computes every layer at every step. Between fits ``callback.regularizer.tolerance`` may
+            be assigned.
         share_work: Whether the ranks of DDP divide the large layers: each layer's gradient is computed
             by one rank and sent to all, for about 1 / ranks of the arithmetic and memory for one
             gradient of each. False computes every layer on every rank, which may be better over a slow
