@@ -83,9 +83,9 @@ def test_panels_join_without_a_seam(n, half_space):
     x = torch.randn(n, 5)
     value, gradient = measure.value_and_grad(x)
     assert float(value) == pytest.approx(float(oracle_energy(x, term_of(measure))), rel=1e-6)
-    assert (
-        relative_error(gradient, oracle_gradient(x, measure)) < 5e-6
-    )  # d = 5: hundreds of pairs near NEAR; measured 1e-6
+    # In five dimensions hundreds of pairs are near NEAR, and products that round otherwise give 7e-6;
+    # a pair that is left out or counted twice gives 3e-4.
+    assert relative_error(gradient, oracle_gradient(x, measure)) < 2e-5
 
 
 def test_a_batch_equals_a_loop():
@@ -112,7 +112,7 @@ def test_the_gradient_is_tangent_and_scales_with_the_inverse_norm():
 @pytest.mark.parametrize("s", [0, 1, 2, 0.5, 3, -1])
 def test_gradcheck_and_gradgradcheck(s, half_space, distance):
     measure = RieszEnergy(s=s, half_space=half_space, distance=distance)
-    x = torch.randn(2, 5, 4, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(2, 4, 3, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(measure.penalty, (x,))
     assert torch.autograd.gradgradcheck(measure.penalty, (x,))
 
