@@ -1,7 +1,7 @@
 """Compile every kernel for its chips, without a GPU; print resources, and fail if one spills.
 
 It also fails if a matrix product's loads are narrower than 16 bytes. `--only TEXT` compiles the
-kernels with this text in their names.
+kernels with this text in their names; it may be given several times.
 """
 
 from __future__ import annotations
@@ -167,14 +167,14 @@ def resources(case: Case, chip: int) -> Resources:
 def main() -> int:
     """Print the table; return 1 if a kernel spills, loads little at once, or needs too much."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", default="", help="a part of the kernels' names")
-    only = parser.parse_args().only
+    parser.add_argument("--only", action="append", help="a part of the kernels' names")
+    wanted = parser.parse_args().only or [""]
     warnings.filterwarnings("ignore")
     bad = False
     print(f"Triton {triton.__version__}")
     print(f"{'kernel':46s} chip  warps  registers  spilled  shared KiB  bytes a load")
     for case in cases():
-        if only not in case.label:
+        if not any(text in case.label for text in wanted):
             continue
         for chip, most in CHIPS.items():
             registers, spilled, shared, loaded = resources(case, chip)
