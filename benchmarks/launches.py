@@ -32,8 +32,8 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks.shapes import LARGE, MODELS, Shapes
 from lightning_hsu import UniformityRegularizer
-from lightning_hsu._core import layout
-from lightning_hsu._core.group_numbers import GatheredNumbers, GroupStats
+from lightning_hsu._core import layouts
+from lightning_hsu._core.group_numbers import GatheredNumbers, GroupStats, at_right_angles
 from lightning_hsu._core.kernel import softened_at
 from lightning_hsu._core.pairwise import too_steep
 from lightning_hsu._engine.buffered import LateStats
@@ -214,13 +214,13 @@ def pretending() -> Iterator[None]:
 
     What was kept for other tensors is forgotten.
     """
-    layout.layout_of.cache_clear()
+    layouts.layout_of.cache_clear()
     as_numbers = mock.patch.object(quantised, "_is_wrapper", return_value=False)
     as_list = mock.patch.object(FakeTensor, "tolist", _tolist)
     # A graph would need a real device.
     with as_list, as_numbers, FakeTensorMode(), _Indexing(), torch.no_grad():
         yield
-    layout.layout_of.cache_clear()
+    layouts.layout_of.cache_clear()
 
 
 def count(act: Callable[[], object]) -> Asked:
@@ -377,6 +377,7 @@ def look_at(measure: Measure) -> None:
     if term is not None:
         too_steep(term)
         softened_at(term, 4.0)
+        at_right_angles(term)
 
 
 def main() -> None:

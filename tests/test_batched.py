@@ -11,7 +11,7 @@ from lightning_hsu._core import (
     backend,
     batches,
     foreach,
-    layout,
+    layouts,
     pair_energy,
     pairwise,
     repair,
@@ -243,8 +243,8 @@ def test_coincident_rows_go_the_exact_way_from_the_next_step_on(half_space, monk
 
 
 def test_a_crowded_layer_goes_the_exact_way_until_it_is_no_longer_so(monkeypatch):
-    monkeypatch.setattr(layout, "_CAPACITY", 2**11)  # 128 pairs
-    layout.layout_of.cache_clear()
+    monkeypatch.setattr(layouts, "_CAPACITY", 2**11)  # 128 pairs
+    layouts.layout_of.cache_clear()
     term = RieszEnergy(s=2).pair_term()
     ws = [neurons(1, 100, 16), neurons(1, 120, 16)]
     ws[1][0, 3] = ws[1][0, 9] + 1e-3 * ws[1][0, 1]
@@ -266,7 +266,7 @@ def test_a_crowded_layer_goes_the_exact_way_until_it_is_no_longer_so(monkeypatch
         way.step(ws, term)
         counts.append(way.exact)
     assert counts[-1] == 0
-    layout.layout_of.cache_clear()
+    layouts.layout_of.cache_clear()
 
 
 @pytest.mark.parametrize("found_by", ["nonzero_static", "cumsum"])
@@ -287,12 +287,12 @@ def test_nothing_is_asked():
         w = neurons(4, 70, 30)
         by_one_pass([w], [term])
         with FakeTensorMode() as mode:
-            layout.layout_of.cache_clear()
+            layouts.layout_of.cache_clear()
             w = mode.from_tensor(w)
             assert by_one_pass([w], [term])[0].shape == (4, 70, 30)
             with pytest.raises(Exception, match=r"data.dependent|_local_scalar_dense"):
                 pair_energy(w, term)
-        layout.layout_of.cache_clear()
+        layouts.layout_of.cache_clear()
 
 
 def layers(device="cpu"):
@@ -502,3 +502,23 @@ def test_the_gradient_alone_is_that_beside_the_value(case, half_space):
     grad = pair_energy(w, term)[1]
     off = (pair_gradient(w, term) - grad).norm(dim=-1)
     assert (off <= 5e-6 * grad.norm(dim=-1)).all()  # measured: 8.4e-7
+
+
+def test_layouts_are_kept_within_bounds(monkeypatch):
+    monkeypatch.setattr(layouts, "_FEW", 3)
+    kept = layouts._Layouts()
+    sets = [((0, 1, n, 16),) for n in range(20, 40)]
+
+    def ask(shapes):
+        return kept(shapes, (False,), 2**20, torch.device("cpu"))
+
+    found = [ask(shapes) for shapes in sets]
+    assert all(ask(shapes) is one for shapes, one in zip(sets, found, strict=True))
+    monkeypatch.setattr(layouts, "_BYTES", sum(one.tables.nbytes for one in found[-5:]))
+    assert ask(sets[-1]) is found[-1]
+    assert all(ask(shapes) is one for shapes, one in zip(sets[-5:], found[-5:], strict=True))
+    assert ask(sets[0]) is not found[0]
+    monkeypatch.setattr(layouts, "_BYTES", 0)  # a few are kept whatever their memory is
+    last = [ask(shapes) for shapes in sets[:3]]
+    assert all(ask(shapes) is one for shapes, one in zip(sets[:3], last, strict=True))
+    assert len(kept._known) == 3

@@ -9,7 +9,8 @@ from functools import cached_property
 from torch import Tensor
 
 from lightning_hsu._core.kernel import PairTerm
-from lightning_hsu._core.layout import Layout, Width, layout_of, triangle
+from lightning_hsu._core.layout import Layout, Width, triangle
+from lightning_hsu._core.layouts import layout_of
 from lightning_hsu._core.updates import GradientUpdate
 
 _PANEL_ENTRIES = 2**27

@@ -15,7 +15,6 @@ squared chord ``NEAR`` does; the gradient is finite.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -29,6 +28,7 @@ from lightning_hsu._core.layout import Layout, Panel, Piece
 from lightning_hsu._core.near import COINCIDENT, NEAR
 from lightning_hsu._core.precision import working_dtype
 from lightning_hsu._core.repair import ListedPairs, add_pushes, listed_pairs, pulls_of
+from lightning_hsu._core.tables import Tables
 
 
 class BatchGradient(NamedTuple):
@@ -66,6 +66,7 @@ def gradients_without_sync(
         fused: Evaluates the kernels in one compiled pass; None to call torch step by step.
     """
     layout = batch.layout
+    layout.read_here()
     first = batch.updates[0].entries
     dtype = working_dtype(first.dtype)
     longest = len(layout.columns)
@@ -362,14 +363,18 @@ def _energies(batch: Batch, total: Tensor, count: Tensor, without: Tensor) -> Te
     return torch.addcmul(total, without, lost, value=-1.0).addcmul_(count, own)
 
 
-@lru_cache(maxsize=64)
 def _constants(layout: Layout, terms: tuple[PairTerm, ...]) -> Tensor:
     """For each group (2, groups) the energies of a pair at right angles, and of a neuron alone."""
-    found = []
-    for term in terms:
-        found.append([at_right_angles(term), term.constant(1.0)])
-    numbers = torch.tensor(found, dtype=torch.float64)
-    return numbers.to(layout.kinds.device, non_blocking=True)[layout.kinds].mT
+    tables = layout.constants.get(terms)
+    if tables is None:
+        found = []
+        for block in layout.blocks:
+            term = terms[block.kind]
+            found += [(at_right_angles(term), term.constant(1.0))] * block.groups
+        numbers = torch.tensor(found, dtype=torch.float64).T.contiguous()
+        tables = layout.constants.setdefault(terms, Tables([numbers], layout.kinds.device))
+    tables.read_here()
+    return tables.tensors[0]
 
 
 def _minimised(batch: Batch, scale: Tensor, energy: Tensor) -> Tensor:
