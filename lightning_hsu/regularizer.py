@@ -468,10 +468,7 @@ class UniformityRegularizer:
         """Release the model; the step counts, the measures' states and the means of shares stay."""
         self.state.detach()
         if self._attached is not None:
-            for known in self._attached.hooks.values():
-                hook = known()
-                if hook is not None:
-                    hook.remove()
+            self._attached.release()
         self._attached = None
         self._saw_outputs = False
         self._stop_watching()

@@ -440,9 +440,9 @@ def train_ahead(tolerance, steps):
         begin(*args, **settings)
         where.pop()
 
-    def sent(placement, some):
+    def sent(placement, some, **settings):
         messages[where[-1]] += len(some)
-        return send(placement, some)
+        return send(placement, some, **settings)
 
     with (
         mock.patch.object(Ahead, "begin", noted),

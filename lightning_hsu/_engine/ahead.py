@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence, Set
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -29,7 +30,7 @@ from lightning_hsu._engine.late import (
     keep_for_side,
 )
 from lightning_hsu._engine.layer import Layer, Token, token_of
-from lightning_hsu._engine.sharing import PlainUpdate, raw_gradients
+from lightning_hsu._engine.sharing import Gradients, PlainUpdate, begin_raw, is_shared
 from lightning_hsu._engine.warn import warn
 from lightning_hsu._neurons.placement import Placement
 
@@ -45,6 +46,7 @@ class _Begun:
         norms: The norms of these weights, shape (k,).
         numbers: What a logging step needs, if that was asked for.
         work: When it is done.
+        messages: Those of other ranks on which it depends, if it does.
     """
 
     raw: RawPart
@@ -53,6 +55,7 @@ class _Begun:
     norms: Tensor
     numbers: GroupNumbers | None
     work: SideWork
+    messages: Gradients | None = None
 
 
 class Ahead:
@@ -76,7 +79,9 @@ class Ahead:
     ) -> None:
         """Begin to compute the gradients of these layers, anew if that was begun before.
 
-        Where ranks compute layers for one another, this is a collective call.
+        Where ranks compute layers for one another, this is a collective call: they begin the same
+        layers, also those that one of them would leave out. Their messages are under way until
+        someone takes the gradients.
 
         Args:
             found: The layers.
@@ -84,19 +89,22 @@ class Ahead:
             stats: Also compute what a logging step needs of layers on a GPU.
         """
         found = list(found)
-        self._take_out({layer for layer, _, _ in found})
+        _abandon(self._take_out({layer for layer, _, _ in found}))
         self._look_at_checks()
         by_device: dict[torch.device, list[PlainUpdate]] = {}
         for one in found:
             layer, _, update = one
-            if self.may_begin(layer, token_of(layer)):
+            if self.may_begin(layer, token_of(layer)) or is_shared(layer, placement):
                 by_device.setdefault(update.entries.device, []).append(one)
         for device, members in by_device.items():
             with beside(device):
                 for _, _, update in members:
                     keep_for_side(update.entries)
-                for raw in raw_gradients(members, placement, stats=stats):
+                work = begin_raw(members, placement, stats=stats, beside=True)
+                for raw in work.own:
                     self.begun.append(_begun(raw, members, device))
+                for raw in work.shared:
+                    self.begun.append(_begun(raw, members, device, work.from_ranks))
 
     def may_begin(self, layer: Layer, token: Token | None) -> bool:
         """Whether what is begun of a layer's weights is likely to be right at the next step."""
@@ -153,7 +161,8 @@ class Ahead:
         return found
 
     def drop(self) -> None:
-        """Drop what has been begun."""
+        """Drop what has been begun, once its messages have come."""
+        _abandon(self.begun)
         self.begun = []
 
     def _still_right(
@@ -162,7 +171,9 @@ class Ahead:
         """Take the stacks of these layers, each with the updates of those whose weights are the same."""
         found = []
         self.outdated = set()
-        for begun in self._take_out(updates.keys()):
+        taken = self._take_out(updates.keys())
+        _wait_for_messages(taken)
+        for begun in taken:
             begun.work.wait()
             for x in [*begun.raw.tensors(), begun.norms]:
                 keep_for_current(x)
@@ -170,7 +181,7 @@ class Ahead:
             for layer, token in zip(begun.layers, begun.tokens, strict=True):
                 if layer not in updates:
                     continue
-                if token_of(layer) == token:
+                if token_of(layer) == token and self.may_begin(layer, token):
                     same[layer] = updates[layer]
                 else:
                     self.outdated.add(layer)
@@ -207,7 +218,12 @@ class Ahead:
         self.leave_out(changed)
 
 
-def _begun(raw: RawPart, members: Sequence[PlainUpdate], device: torch.device) -> _Begun:
+def _begun(
+    raw: RawPart,
+    members: Sequence[PlainUpdate],
+    device: torch.device,
+    messages: Gradients | None = None,
+) -> _Begun:
     """What to remember of gradients of some of these layers, which were just begun."""
     layers = []
     tokens = []
@@ -219,7 +235,24 @@ def _begun(raw: RawPart, members: Sequence[PlainUpdate], device: torch.device) -
         updates.append(update)
     norms = _norms(updates)
     numbers = raw.numbers()
-    return _Begun(raw, layers, tokens, norms, numbers, SideWork(device))
+    return _Begun(raw, layers, tokens, norms, numbers, SideWork(device), messages)
+
+
+def _wait_for_messages(stacks: Sequence[_Begun]) -> None:
+    """Wait for what other ranks send; all messages have come even if one of them tells of an error."""
+    messages = [begun.messages for begun in stacks if begun.messages is not None]
+    with ExitStack() as stack:
+        for one in messages:
+            stack.enter_context(one)
+        for one in messages:
+            one.wait()
+
+
+def _abandon(stacks: Sequence[_Begun]) -> None:
+    """Wait for messages of stacks that nobody takes."""
+    for begun in stacks:
+        if begun.messages is not None:
+            begun.messages.abandon()
 
 
 def _norms(updates: Sequence[GradientUpdate]) -> Tensor:

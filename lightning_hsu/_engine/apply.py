@@ -146,19 +146,19 @@ def penalty_gradients(updates: Sequence[LayerUpdate], placement: Placement) -> l
             shared.append(i)
         else:
             stacks.setdefault(_stack_key(i, update), []).append(i)
-    from_ranks = _begin_shared([updates[i] for i in shared], placement)
     found: dict[int, Tensor] = {}
-    for members in stacks.values():
-        neurons = [updates[i].neurons for i in members]
-        first = updates[members[0]]
-        x = torch.cat(neurons) if len(neurons) > 1 else neurons[0]
-        if first.layer.rows is None:
-            grad = first.layer.measure.value_and_grad(x, first.state)[1]
-        else:
-            grad = first.layer.measure.gradient_rows(x, first.layer.rows, first.state)
-        parts = torch.split(grad, neurons[0].shape[0])
-        found |= dict(zip(members, parts, strict=True))
-    found |= dict(zip(shared, from_ranks.wait(), strict=True))
+    with _begin_shared([updates[i] for i in shared], placement) as from_ranks:
+        for members in stacks.values():
+            neurons = [updates[i].neurons for i in members]
+            first = updates[members[0]]
+            x = torch.cat(neurons) if len(neurons) > 1 else neurons[0]
+            if first.layer.rows is None:
+                grad = first.layer.measure.value_and_grad(x, first.state)[1]
+            else:
+                grad = first.layer.measure.gradient_rows(x, first.layer.rows, first.state)
+            parts = torch.split(grad, neurons[0].shape[0])
+            found |= dict(zip(members, parts, strict=True))
+        found |= dict(zip(shared, from_ranks.wait(), strict=True))
     return [found[i] for i in range(len(updates))]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable, Sequence, Set
 from dataclasses import replace
@@ -135,6 +136,19 @@ class Attached:
             self._take([])
         self.watch = self._watched(self.watch)
         return compare(before, self.layers, self.skips, self.model)
+
+    def release(self) -> None:
+        """Take hooks off optimizers, and end what is under way between ranks.
+
+        After an error of this rank others may never answer: then that is left to the process's end.
+        """
+        for known in self.hooks.values():
+            hook = known()
+            if hook is not None:
+                hook.remove()
+        if sys.exc_info()[0] is None:
+            self.ahead.drop()
+            self.placement.release()
 
     def _find_snapshots(self, known: Set[nn.Module]) -> set[nn.Module]:
         """New modules that hold the weights of others as they are now, and that nothing trains.

@@ -16,7 +16,7 @@ from lightning_hsu._engine.buffered import BufferedUpdates
 from lightning_hsu._engine.delta import Delta, Use, use_of
 from lightning_hsu._engine.deltas import Deltas
 from lightning_hsu._engine.plan import PlainUpdates
-from lightning_hsu._engine.sharing import PlainUpdate, raw_gradients
+from lightning_hsu._engine.sharing import PlainUpdate, begin_raw
 from lightning_hsu._neurons.placement import Placement
 
 _FAR = 0.1
@@ -66,9 +66,12 @@ def add_plain(
     for raw, layers in ready:
         _keep_and_add(deltas, raw, [due.pop(layer) for layer in layers], same_step=same_step)
     left = list(due.values())
-    for raw in raw_gradients([one for _, one in left], placement, alone=ahead.outdated):
-        _keep_and_add(deltas, raw, [left[place] for place in raw.places], same_step=same_step)
-    _add_older(deltas, older, plain.buffered, same_step=same_step)
+    fresh = begin_raw([one for _, one in left], placement, alone=ahead.outdated)
+    with fresh.from_ranks:
+        _add_older(deltas, older, plain.buffered, same_step=same_step)
+        for raw in fresh:
+            members = [left[place] for place in raw.places]
+            _keep_and_add(deltas, raw, members, same_step=same_step)
     if not same_step:
         deltas.grow_older(uses)
 

@@ -269,12 +269,14 @@ class PlainUpdates:
                     shared.append(one)
                 else:
                     own.append(one)
-        from_ranks = begin_plain(shared, placement) if shared else None
         by_term: dict[PairTerm, list[GradientUpdate]] = {}
         for _, term, update in own:
             by_term.setdefault(term, []).append(update)
-        add_all_pair_gradients(by_term)
-        if from_ranks is not None:
+        if not shared:
+            add_all_pair_gradients(by_term)
+            return
+        with begin_plain(shared, placement) as from_ranks:
+            add_all_pair_gradients(by_term)
             outs, grads = [], []
             for (_, _, update), grad in zip(shared, from_ranks.wait(), strict=True):
                 outs.append(update.out_entries)

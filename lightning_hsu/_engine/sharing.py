@@ -4,11 +4,16 @@ The layers of a step are divided by arithmetic, largest first, each to the rank 
 so far. All ranks divide them alike, from shapes alone. An owner computes its layers into one tensor
 for each device and dtype, which it broadcasts; so a step has at most one message from each rank,
 however many layers there are.
+
+The messages are under way while each rank computes what it needs by itself, or, where gradients are
+computed ahead, while the task's next forward and backward pass run. They are waited for when they
+are added, or when it turns out that nobody needs them: what one rank has begun, all have.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -87,8 +92,11 @@ class Job:
 class Gradients:
     """Gradients that ranks compute for one another, under way.
 
+    As a context it waits at its end for messages that nobody has waited for, as after an error.
+
     Args:
-        grads: Tensors (groups, n, d), of which others fill some.
+        grads: Tensors (groups, n, d), of which others fill some; ``under_way``, as long as nobody
+            has waited for the messages.
         parcels: What is sent.
         waits: What waits for the messages.
         error: Why this rank could not compute its part.
@@ -98,25 +106,38 @@ class Gradients:
         self,
         grads: list[Tensor],
         parcels: Sequence[_Parcel],
-        waits: Sequence[Callable[[], object]],
+        waits: list[Callable[[], object]],
         error: Exception | None,
     ) -> None:
-        self._grads = grads
+        self.under_way = grads
         self._parcels = parcels
         self._waits = waits
         self._error = error
 
+    def __enter__(self) -> Gradients:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.abandon()
+
+    def abandon(self) -> None:
+        """Wait for messages that nobody needs; what has gone wrong with them does not matter."""
+        while self._waits:
+            with suppress(RuntimeError):
+                self._waits.pop()()
+
     def wait(self) -> list[Tensor]:
         """The gradients (groups, n, d), of the same bits on every rank; the caller may change them.
 
-        On a GPU the current stream waits, not this process.
+        On a GPU the current stream waits, not this process. Another call waits no more.
 
         Raises:
             RuntimeError: if another rank could not compute its part. On a GPU, where nobody waits to
                 see that, its part is 0, and the next collective call fails.
             Exception: the error of this rank, if it could not compute its own.
         """
-        for wait in self._waits:
+        waits, self._waits = self._waits, []
+        for wait in waits:
             wait()
         if self._error is not None:
             raise self._error
@@ -126,10 +147,12 @@ class Gradients:
                     f"rank {parcel.owner} could not compute the penalty's gradient of its share of "
                     f"the layers, {listed(map(repr, parcel.names))}: see its error"
                 )
-        return self._grads
+        return self.under_way
 
 
-def begin(jobs: Sequence[Job], compute: Compute, placement: Placement) -> Gradients:
+def begin(
+    jobs: Sequence[Job], compute: Compute, placement: Placement, *, beside: bool = False
+) -> Gradients:
     """Begin to compute gradients together with the other ranks. A collective call.
 
     What others need is computed and sent first, then what each rank computes for itself.
@@ -138,6 +161,7 @@ def begin(jobs: Sequence[Job], compute: Compute, placement: Placement) -> Gradie
         jobs: The gradients, the same on all ranks.
         compute: Computes some of them.
         placement: Of weights that every rank holds alike.
+        beside: Whether messages may be under way while the task's gradients are reduced.
     """
     owners = _owners(jobs, placement)
     parcels, grads = _packed(jobs, owners, placement.rank)
@@ -157,7 +181,8 @@ def begin(jobs: Sequence[Job], compute: Compute, placement: Placement) -> Gradie
             if parcel.owner == placement.rank:
                 parcel.entries.zero_()
                 parcel.entries[-1] = 1.0
-    waits = placement.send([Message(parcel.owner, parcel.entries) for parcel in parcels])
+    messages = [Message(parcel.owner, parcel.entries) for parcel in parcels]
+    waits = placement.send(messages, beside=beside)
     own = []
     outs = []
     for i, job in enumerate(jobs):
@@ -165,13 +190,22 @@ def begin(jobs: Sequence[Job], compute: Compute, placement: Placement) -> Gradie
             grads[i] = job.zeros()
             own.append(i)
             outs.append(grads[i])
+    found = Gradients([grads[i] for i in range(len(jobs))], parcels, waits, error)
     if own:
-        compute(own, outs)
-    return Gradients([grads[i] for i in range(len(jobs))], parcels, waits, error)
+        try:
+            compute(own, outs)
+        except BaseException:
+            found.abandon()
+            raise
+    return found
 
 
 def begin_plain(
-    found: Sequence[PlainUpdate], placement: Placement, *, raw: bool = False
+    found: Sequence[PlainUpdate],
+    placement: Placement,
+    *,
+    raw: bool = False,
+    beside: bool = False,
 ) -> Gradients:
     """Begin to compute what is added to plain layers, or their ``raw`` gradients. A collective call.
 
@@ -179,6 +213,7 @@ def begin_plain(
         found: The layers, the same on all ranks.
         placement: How their weights are placed over the ranks.
         raw: Leave out the factors and limits of the updates.
+        beside: Whether messages may be under way while the task's gradients are reduced.
     """
 
     def compute(chosen: Sequence[int], outs: Sequence[Tensor]) -> None:
@@ -188,25 +223,50 @@ def begin_plain(
             by_term.setdefault(term, []).append(_redirected(update, out, raw))
         add_all_pair_gradients(by_term)
 
-    return begin([Job(layer, update.w) for layer, _, update in found], compute, placement)
+    jobs = [Job(layer, update.w) for layer, _, update in found]
+    return begin(jobs, compute, placement, beside=beside)
 
 
-def raw_gradients(
+@dataclass(frozen=True, eq=False)
+class RawWork:
+    """Gradients of plain layers by themselves, of which some are on their way from other ranks.
+
+    Args:
+        own: What this rank has computed for itself.
+        shared: What ranks compute for one another; it is there once ``from_ranks`` are.
+        from_ranks: The messages.
+    """
+
+    own: list[RawPart]
+    shared: list[RawPart]
+    from_ranks: Gradients
+
+    def __iter__(self) -> Iterator[RawPart]:
+        """All of them; those of other ranks are waited for at the end.
+
+        On a GPU the current stream waits, not this process.
+        """
+        yield from self.own
+        self.from_ranks.wait()
+        yield from self.shared
+
+
+def begin_raw(
     found: Sequence[PlainUpdate],
     placement: Placement,
     *,
     alone: Collection[Layer] = (),
     stats: bool = False,
-) -> list[RawPart]:
-    """The gradients of plain layers by themselves. A collective call if ranks share work.
-
-    On a GPU the current stream waits for those of other ranks, not this process.
+    beside: bool = False,
+) -> RawWork:
+    """Begin to compute gradients of plain layers by themselves. A collective call.
 
     Args:
         found: The layers, which but for those of ``alone`` are the same on all ranks.
         placement: How their weights are placed over the ranks.
         alone: Layers that each rank computes by itself.
         stats: Also compute, of layers on a GPU that ranks do not share, what a logging step needs.
+        beside: Whether messages may be under way while the task's gradients are reduced.
     """
     shared = []
     own = []
@@ -217,13 +277,18 @@ def raw_gradients(
         else:
             own.append(i)
             work.append((update, term))
-    from_ranks = begin_plain([found[i] for i in shared], placement, raw=True)
-    grads = own_gradients(work, stats=stats)
+    from_ranks = begin_plain([found[i] for i in shared], placement, raw=True, beside=beside)
+    try:
+        grads = own_gradients(work, stats=stats)
+    except BaseException:
+        from_ranks.abandon()
+        raise
     for raw in grads:
         raw.places = [own[place] for place in raw.places]
-    for i, grad in zip(shared, from_ranks.wait(), strict=True):
-        grads.append(RawGradients([i], whole_gradient(grad, found[i][2].w)))
-    return grads
+    parts: list[RawPart] = []
+    for i, grad in zip(shared, from_ranks.under_way, strict=True):
+        parts.append(RawGradients([i], whole_gradient(grad, found[i][2].w)))
+    return RawWork(grads, parts, from_ranks)
 
 
 def _redirected(update: GradientUpdate, out: Tensor, raw: bool) -> GradientUpdate:

@@ -250,13 +250,22 @@ class Placement:
         """How many processes share the work."""
         return 1
 
-    def send(self, messages: Sequence[Message]) -> list[Callable[[], object]]:
+    def send(
+        self, messages: Sequence[Message], *, beside: bool = False
+    ) -> list[Callable[[], object]]:
         """Begin to send messages from their owners to all ranks; a collective call.
+
+        Args:
+            messages: The messages, the same on all ranks.
+            beside: Whether they may be under way while the task's gradients are reduced.
 
         Returns:
             Functions that wait for them.
         """
         return []
+
+    def release(self) -> None:
+        """Give back what was made for messages; wait for all of them before."""
 
 
 def names_of_first(names: list[str], group: ProcessGroup | None) -> list[str]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from lightning_hsu._neurons.placement.base import (
     Message,
@@ -23,6 +25,9 @@ if TYPE_CHECKING:
 class ReplicatedPlacement(Placement):
     """Every rank holds the same whole weights and trains them alike.
 
+    Messages that are under way during a backward pass have a process group of their own. In DDP's,
+    its reductions would wait for them in line, and with them for what their owners still compute.
+
     Args:
         group: The process group of these ranks.
         share_work: Whether one rank computes a layer for all; else each rank computes every layer.
@@ -38,6 +43,7 @@ class ReplicatedPlacement(Placement):
         self.group = group
         self.shares_work = share_work and self.size > 1
         self.finds_unused = finds_unused
+        self._beside: ProcessGroup | None = None
 
     @classmethod
     def recognise(
@@ -79,23 +85,62 @@ class ReplicatedPlacement(Placement):
     @property
     def rank(self) -> int:
         """Number of this rank in the group."""
-        return torch.distributed.get_rank(self.group)
+        return distributed.get_rank(self.group)
 
     @property
     def size(self) -> int:
         """How many ranks the group has."""
-        return torch.distributed.get_world_size(self.group)
+        return distributed.get_world_size(self.group)
 
-    def send(self, messages: Sequence[Message]) -> list[Callable[[], object]]:
+    def send(
+        self, messages: Sequence[Message], *, beside: bool = False
+    ) -> list[Callable[[], object]]:
         """Begin to send messages from their owners to all ranks, each as one broadcast."""
         waits = []
         for message in messages:
-            owner = torch.distributed.get_global_rank(self.group, message.owner)
-            work = torch.distributed.broadcast(
-                message.entries, src=owner, group=self.group, async_op=True
-            )
+            device = message.entries.device
+            group = self._group_beside(device) if beside else self.group
+            owner = distributed.get_global_rank(self.group, message.owner)
+            work = distributed.broadcast(message.entries, src=owner, group=group, async_op=True)
             waits.append(work.wait)
         return waits
+
+    def release(self) -> None:
+        """Give back the group for messages beside the task's; all ranks call this.
+
+        A group that is already gone, with all others, is left.
+        """
+        group, self._beside = self._beside, None
+        if group is None or group is self.group or not distributed.is_initialized():
+            return
+        with suppress(ValueError):  # the user has destroyed all groups, and made others
+            distributed.destroy_process_group(group)
+
+    def _group_beside(self, device: torch.device) -> ProcessGroup:
+        """A group for messages of a device that are under way beside the task's, made once.
+
+        Only ranks that are all there are can make one without the help of others.
+        """
+        if self._beside is None:
+            self._beside = self.group
+            if self.size == distributed.get_world_size():
+                made = distributed.new_group(
+                    timeout=_timeout_of(self.group, device),
+                    backend=distributed.get_backend(self.group),
+                )
+                assert made is not None
+                self._beside = made
+        return self._beside
+
+
+def _timeout_of(group: ProcessGroup, device: torch.device) -> timedelta | None:
+    """How long a group waits for its ranks; None, torch's default, if it does not tell."""
+    try:
+        # Private parts of torch; what they are called has not changed since 2.4.
+        found = group._get_backend(device).options._timeout
+    except (AttributeError, RuntimeError):
+        return None
+    return found if isinstance(found, timedelta) else None
 
 
 def _leaves_of(loss: Tensor) -> set[int]:
