@@ -451,7 +451,9 @@ def test_a_back_end_is_one_module_and_one_line(monkeypatch):
 
 def test_a_wrong_backend_and_one_that_cannot_be_are_refused(monkeypatch):
     monkeypatch.setenv("LIGHTNING_HSU_BACKEND", "jax")
-    with pytest.raises(ValueError, match="must be one of torch, compiled, cudagraph, triton; got 'jax'"):
+    with pytest.raises(
+        ValueError, match="must be one of torch, compiled, cudagraph, triton; got 'jax'"
+    ):
         added(RieszEnergy())
     if not torch.cuda.is_available():
         monkeypatch.setenv("LIGHTNING_HSU_BACKEND", "cudagraph")
