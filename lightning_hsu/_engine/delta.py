@@ -137,6 +137,10 @@ class Delta:
         return self.measure == use.layer.measure and self.sample.dtype == use.sample.dtype
 
 
+Known = tuple[Use, Delta]
+"""A layer at a step, and its kept gradient."""
+
+
 def use_of(layer: Layer, x: Tensor) -> Use:
     """A layer with neurons x (groups, n, d) at a step."""
     return Use(layer, x, sample_of(x), token_of(layer))

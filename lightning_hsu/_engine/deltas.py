@@ -18,10 +18,10 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_hsu._engine.delta import Delta, Use, kept_dtype
+from lightning_hsu._engine.delta import Delta, Known, Use, kept_dtype
 from lightning_hsu._engine.layer import Layer
 from lightning_hsu._engine.lessons import Fresh, Lessons
-from lightning_hsu._engine.moves import Known, Moves
+from lightning_hsu._engine.moves import Moves
 from lightning_hsu._engine.pull import pull_of
 from lightning_hsu._engine.reuse import Reuse
 from lightning_hsu._engine.rows import Rows, is_another

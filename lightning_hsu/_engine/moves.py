@@ -13,13 +13,10 @@ import torch
 from torch import Tensor
 
 from lightning_hsu._core import working_dtype
-from lightning_hsu._engine.delta import Delta, Use
+from lightning_hsu._engine.delta import Known, Use
 from lightning_hsu._engine.late import LateNumbers
 from lightning_hsu._engine.layer import Layer, Token
-from lightning_hsu._engine.rows import Rows
-
-Known = tuple[Use, Delta]
-"""A layer at a step, and its kept gradient."""
+from lightning_hsu._engine.rows import Rows, largest_change
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -102,21 +99,22 @@ class _Look:
         self._row_places: dict[Layer, int] = {}
         self._tokens: list[Token | None] = []
         now, then = [], []
-        changes: list[Tensor] = []
+        asked: list[Known] = []
         for place, (use, delta) in enumerate(members):
             self.places[use.layer] = place
             self._tokens.append(use.token)
             now.append(use.sample)
             then.append(delta.sample)
             if use.looks_at_rows:
-                self._row_places[use.layer] = len(members) + len(changes)
-                changes.append(rows.largest_change(use, delta))
+                self._row_places[use.layer] = len(members) + len(asked)
+                asked.append((use, delta))
         dtype = working_dtype(now[0].dtype)
         self.sizes = [len(sample) for sample in now]
         self.samples = torch.cat(now)
         moves = self.samples.to(dtype) - torch.cat(then).to(dtype)
         numbers = list(torch._foreach_norm(list(torch.split(moves, self.sizes))))
-        numbers += [change.to(dtype) for change in changes]
+        if asked:
+            numbers += rows.look(asked)
         self._numbers = LateNumbers(torch.stack(numbers))
 
     def is_of(self, use: Use) -> bool:
@@ -132,7 +130,9 @@ class _Look:
         for use, delta in members:
             use.moved = delta.relative(numbers[self.places[use.layer]])
             if use.looks_at_rows:
-                use.changed = numbers[self._row_places[use.layer]]
+                place = self._row_places[use.layer]
+                size = numbers[place + len(self._row_places)]
+                use.changed = largest_change(numbers[place], size, delta)
 
     def samples_of(self, uses: Sequence[Use]) -> Tensor:
         """Entries of some of these layers, one after the other."""
