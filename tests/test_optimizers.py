@@ -31,6 +31,7 @@ from tests.models import (
     trainer,
     uniformity,
 )
+from tests.rounding import assert_near
 from tests.test_exactness import (
     Situation,
     fit_plainly,
@@ -894,7 +895,7 @@ def ends_of(make, kind=Automatic, **settings):
 def test_a_step_set_on_the_instance_is_seen(mode):
     plain, steps = ends_of(lambda p: SGD(p, lr=0.1), apply=mode, coefficient=0.5)
     own, own_steps = ends_of(with_a_step_of_its_own, apply=mode, coefficient=0.5)
-    torch.testing.assert_close(own, plain, rtol=1e-5, atol=1e-7)
+    assert_near(own, plain, 1e-5)
     assert own_steps == steps == [7]
 
 

@@ -17,6 +17,7 @@ from lightning_hsu import UniformityRegularizer
 from lightning_hsu.measures import Covering, GaussianPotential, Orthogonality, RieszEnergy
 from lightning_hsu.presets import OfficialMHE
 from tests.members import FAMILY, name_of
+from tests.rounding import assert_near
 
 X = torch.randn(16, 6, generator=torch.Generator().manual_seed(3))
 
@@ -510,7 +511,7 @@ def test_a_compiled_loss_sees_new_weights_and_new_parameters(backend):
         compiled(loop.net(X)).backward()
         (twin.net(X).square().mean() + twin.regularizer.penalty()).backward()
         for p, q in zip(loop.net.parameters(), twin.net.parameters(), strict=True):
-            torch.testing.assert_close(p.grad, q.grad, rtol=1e-5, atol=1e-7)
+            assert_near(p.grad, q.grad)
         loop.optimizer.step()
         twin.optimizer.step()
 
@@ -530,7 +531,7 @@ def test_a_compiled_step_is_the_same_step(act):
         compiled(X)
         assert twin.told(act) == []
     for p, q in zip(loop.net.parameters(), twin.net.parameters(), strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-7)
+        assert_near(p, q, 1e-5)
     assert loop.regularizer.state_dict() == twin.regularizer.state_dict()
 
 

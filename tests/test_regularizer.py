@@ -13,6 +13,7 @@ from lightning_hsu._monitor.measure import measure_neurons
 from lightning_hsu.measures import Orthogonality, RieszEnergy
 from tests.models import Automatic, batches, mean_square, network
 from tests.plain import Penalty, layers, train
+from tests.rounding import assert_near
 
 
 def test_adding_gradients_equals_backward_through_the_penalty():
@@ -25,7 +26,7 @@ def test_adding_gradients_equals_backward_through_the_penalty():
     )
     UniformityRegularizer(coefficient=0.3).attach(twin).penalty().backward()
     for p, q in zip(net.parameters(), twin.parameters(), strict=True):
-        torch.testing.assert_close(p.grad, q.grad, rtol=1e-5, atol=1e-7)
+        assert_near(p.grad, q.grad)
 
 
 def test_only_the_optimizers_own_parameters_with_a_gradient_are_touched():
@@ -162,7 +163,7 @@ def test_layers_of_equal_shape_go_together_and_get_the_same_as_alone(monkeypatch
         if include is None:
             assert calls == [(5, 6, 6), (1, 4, 6), (2, 6, 6), (1, 600, 600)]
     for name, grad in alone.items():
-        torch.testing.assert_close(together[name], grad, rtol=1e-5, atol=1e-8)
+        assert_near(together[name], grad)
 
 
 def test_steps_are_counted_by_optimizer():
