@@ -411,7 +411,7 @@ def test_torch_func_differentiates_a_penalty_within_the_module(measure):
     state = whole.regularizer.state_dict()
     for found in (grad(loss)(parameters), jacrev(loss)(parameters)):
         for name, expected in grads.items():
-            torch.testing.assert_close(found[name], expected, rtol=1e-5, atol=1e-6)
+            assert_near(found[name], expected)
     kept = whole.regularizer.state_dict()
     assert str(kept) == str(state)
 
@@ -422,7 +422,7 @@ def test_an_ensemble_has_each_models_gradient(measure):
     stacked = {name: torch.stack([p, p.flip(0)]) for name, p in parameters.items()}
     found = vmap(grad(lambda one: functional_call(whole, one, (X,))))(stacked)
     for name, expected in grads.items():
-        torch.testing.assert_close(found[name][0], expected, rtol=1e-5, atol=1e-6)
+        assert_near(found[name][0], expected)
     flipped, _ = stack_module_state([network()])
     assert set(flipped) == {name.removeprefix("net.") for name in parameters}
 
@@ -457,7 +457,7 @@ def test_in_inference_mode_steps_are_the_same(measure):
             ends.append([layer.energy for layer in loop.regularizer.measure_layers()])
         ends.append([p.detach() for p in loop.net.parameters()])
         loop.regularizer.penalty().backward()
-    assert ends[0] == ends[2]
+    assert ends[0] == pytest.approx(ends[2], rel=1e-5)  # other products may be taken there
     assert all(torch.equal(p, q) for p, q in zip(ends[1], ends[3], strict=True))
 
 
