@@ -190,5 +190,5 @@ def plain_compiled_step(name: str) -> Asked:
         assert term is not None
         kept[term] = CountedTerm(term)
     with mock.patch.object(backend, "_fused", counted):
-        with mock.patch.object(TorchBackend, "gradients", gradients):
+        with mock.patch.multiple(TorchBackend, gradients=gradients, compiles=True):
             return plain_step(name)

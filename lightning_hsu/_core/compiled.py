@@ -47,16 +47,15 @@ class CompiledBackend(TorchBackend):
     """Takes all layers in one pass, on a CPU as well, and compiles what lies between the products."""
 
     name: ClassVar[str] = "compiled"
+    compiles: ClassVar[bool] = True
 
     def __init__(self) -> None:
         self._terms: dict[PairTerm, FusedTerm] = {}
         self._passed: set[object] = set()
         self._has_failed = False
 
-    def in_one_pass(self, update: GradientUpdate, term: PairTerm) -> bool:
-        """Also layers on a CPU whose kernel has passed the check there."""
-        if super().in_one_pass(update, term):
-            return True
+    def takes_on_cpu(self, update: GradientUpdate, term: PairTerm) -> bool:
+        """Layers whose kernel has passed the check there."""
         w = update.entries
         if w.device.type != "cpu" or w.dtype == torch.float64 or update.size[1] < 2:
             return False

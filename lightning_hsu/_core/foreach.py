@@ -104,6 +104,7 @@ class TorchBackend(Backend):
     """The default: plain torch, on any device and for any kernel."""
 
     name: ClassVar[str] = "torch"
+    compiles: ClassVar[bool] = False
 
     def check_machine(self) -> None:
         """Runs everywhere."""
@@ -118,9 +119,12 @@ class TorchBackend(Backend):
         if work:
             add_without_sync(work)
 
-    def in_one_pass(self, update: GradientUpdate, term: PairTerm) -> bool:
-        """Whether a layer is computed in one pass with all others: those on a GPU."""
-        return avoids_sync(update, term)
+    def takes_on_cpu(self, update: GradientUpdate, term: PairTerm) -> bool:
+        """Whether a layer on a CPU is computed in one pass with all others, as on a GPU.
+
+        It is asked if :attr:`compiles` is set.
+        """
+        return False
 
     def gradients(self, batch: Batch, *, stats: bool = False) -> BatchGradient:
         """The gradients of a batch of such layers."""
@@ -132,7 +136,7 @@ class TorchBackend(Backend):
         scratch = Scratch()
         for members in alike(updates):
             first = members[0]
-            if self.in_one_pass(first, term):
+            if avoids_sync(first, term) or (self.compiles and self.takes_on_cpu(first, term)):
                 work += [(update, term) for update in members]
                 continue
             for some in chunks(members, how_many_together(first.size)):
@@ -155,7 +159,7 @@ def begin_batch(batch: Batch, *, stats: bool = False) -> BatchGradient:
     """
     backend = active()
     with gradient_arithmetic(batch.updates[0].entries):
-        if isinstance(backend, TorchBackend):
+        if isinstance(backend, TorchBackend) and backend.compiles:
             found = backend.gradients(batch, stats=stats)
         else:
             found = gradients_without_sync(batch, stats=stats)

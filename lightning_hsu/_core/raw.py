@@ -183,7 +183,7 @@ def raw_gradients(
         on_gpu = []
         for members in _of_one_shape(neutral):
             first, term = neutral[members[0]]
-            if backend.in_one_pass(first, term):
+            if avoids_sync(first, term) or (backend.compiles and backend.takes_on_cpu(first, term)):
                 on_gpu += members
             else:
                 found += _in_stacks(neutral, members)
