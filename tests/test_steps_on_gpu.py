@@ -20,6 +20,21 @@ def test_the_steps_of_a_model(name):
     assert waits_of(quiet) == 0, [one.calls for one in quiet]
 
 
+@pytest.mark.slow
+def test_the_steps_of_a_large_model():
+    """Its layers go in many batches. A logging step is 1.37 times a plain one."""
+    with told(), pretending():
+        steps = Steps("Llama-7B")
+        steps.step()  # the first one is looked at
+        plain = steps.step()
+        steps.step(logs=True)  # learns what is kept from then on
+        logging = steps.step(logs=True)
+    assert launches_of(plain) <= 2000
+    assert waits_of(plain) == 0
+    assert launches_of(logging) <= 1.5 * launches_of(plain), [one.calls for one in logging]
+    assert waits_of(logging) == 1, [one.calls for one in logging]
+
+
 def test_a_step_that_computes_all_layers_costs_few_launches_more_than_an_exact_one():
     """They keep the gradients, and learn of them: six a layer and some."""
     with told(), pretending():
