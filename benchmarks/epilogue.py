@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from math import prod
 from typing import Any, NamedTuple
 from unittest import mock
@@ -24,8 +24,8 @@ from lightning_hsu._core.foreach import TorchBackend
 from lightning_hsu._core.fused import Fused, slopes_of, sums_of
 from lightning_hsu._core.kernel import PairTerm
 
-SIZES = {"slopes": [(100_003,)], "sums": [(640, 768), (768,)]}
-"""Sizes of the cosines, and of the weights of columns, that stand for all others."""
+SIZES = {"slopes": (100_003,), "sums": (640, 768)}
+"""Sizes of the cosines that stand for all others."""
 
 
 class Generated(NamedTuple):
@@ -54,10 +54,11 @@ def generated(term: PairTerm, form: str) -> Generated:
     from torch._inductor.graph import GraphLowering
     from torch._inductor.virtualized import V
 
-    function: Callable[..., Any] = slopes_of(term) if form == "slopes" else sums_of(term)
-    sizes = SIZES[form]
+    function: Callable[..., Any] = slopes_of(term)
+    if form == "sums":
+        function = partial(sums_of(term), beside=SIZES[form][0] // 2)
     with _pretended_card(), config.patch(force_disable_caches=True):
-        graph_module, inputs, shapes, mode = _traced(function, sizes)
+        graph_module, inputs, shapes, mode = _traced(function, SIZES[form])
         graph = GraphLowering(graph_module, inputs, shape_env=shapes, is_inference=True)
         with V.set_graph_handler(graph), V.set_fake_mode(mode):
             with V.set_debug_handler(DebugContext()):
@@ -67,11 +68,11 @@ def generated(term: PairTerm, form: str) -> Generated:
     text = getattr(code, "value", code)
     sources = [part.split("''', device_str")[0] for part in text.split("async_compile.triton(")[1:]]
     sources = [source.partition("'''")[2] for source in sources]
-    return Generated(total / prod(sizes[0]), sources)
+    return Generated(total / prod(SIZES[form]), sources)
 
 
 def _traced(
-    function: Callable[..., Any], sizes: Sequence[tuple[int, ...]]
+    function: Callable[..., Any], size: Sequence[int]
 ) -> tuple[torch.fx.GraphModule, list[Tensor], Any, Any]:
     """The graph of a function whose first two results are written to given tensors."""
     from torch._dynamo.source import ConstantSource
@@ -83,14 +84,12 @@ def _traced(
     env = ShapeEnv()
     mode = FakeTensorMode(shape_env=env)
     with mode, torch.no_grad():
-        inputs = []
-        for size in sizes:
-            shape = []
-            for n in size:
-                source = ConstantSource(f"n{n}")
-                symbol = env.create_symbol(n, source=source, dynamic_dim=DimDynamic.DYNAMIC)
-                shape.append(env.create_symintnode(symbol, hint=n, source=source))
-            inputs.append(torch.empty(shape, device="cuda"))
+        shape = []
+        for n in size:
+            source = ConstantSource(f"n{n}")
+            symbol = env.create_symbol(n, source=source, dynamic_dim=DimDynamic.DYNAMIC)
+            shape.append(env.create_symintnode(symbol, hint=n, source=source))
+        inputs = [torch.empty(shape, device="cuda")]
         traced = make_fx(torch.func.functionalize(function), select_decomp_table())(*inputs)
         graph = traced.graph
         end = graph.output_node()
@@ -156,7 +155,7 @@ class CountedTerm:
         _add(generated(self.term, "slopes").traffic * cosine.numel())
 
     def sums(
-        self, cosine: Tensor, weight: Tensor, slope: Tensor, near: Tensor
+        self, cosine: Tensor, beside: int, slope: Tensor, near: Tensor
     ) -> tuple[Tensor, Tensor]:
         """One launch."""
         _add(generated(self.term, "sums").traffic * cosine.numel())

@@ -70,21 +70,22 @@ def slopes_of(term: PairTerm) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
     return slopes
 
 
-def sums_of(term: PairTerm) -> Callable[[Tensor, Tensor], tuple[Tensor, ...]]:
+def sums_of(term: PairTerm) -> Callable[[Tensor, int], tuple[Tensor, ...]]:
     """The same from cosines (k, m) of rows, with their summed energies and largest cosines (k,).
 
     The largest absolute cosine in half space, 1 plus the largest cosine in full space.
 
-    Energies are multiplied by the weights (m,) of the columns. A near pair counts as if it was
-    just not near.
+    The pairs of the first columns, beside the diagonal, are there twice: their energies count half.
+    A near pair counts as if it was just not near.
     """
 
-    def sums(cosine: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+    def sums(cosine: Tensor, beside: int) -> tuple[Tensor, ...]:
         is_pair = cosine < NO_PAIR
         near = (cosine.abs() > NEAREST_COSINE) & is_pair
         clamped = cosine.clamp(-NEAREST_COSINE, NEAREST_COSINE)
         energy, slope = term.folded(2.0 - 2.0 * clamped, NEAR)
-        energy = torch.where(is_pair, energy, 0.0) * weight
+        column = torch.arange(cosine.shape[1], device=cosine.device)
+        energy = torch.where(is_pair, energy, 0.0) * torch.where(column < beside, 0.5, 1.0)
         height = clamped.abs() if term.half_space else clamped + 1.0
         largest = torch.where(is_pair, height, 0.0).amax(1)
         return torch.where(is_pair, slope, 0.0), near, energy.sum(1), largest
@@ -110,9 +111,9 @@ class FusedTerm:
                 out.copy_(value)
 
         def write_sums(
-            cosine: Tensor, weight: Tensor, slope: Tensor, near: Tensor
+            cosine: Tensor, beside: int, slope: Tensor, near: Tensor
         ) -> tuple[Tensor, Tensor]:
-            found, is_near, energy, largest = evaluate_sums(cosine, weight)
+            found, is_near, energy, largest = evaluate_sums(cosine, beside)
             slope.copy_(found)
             near.copy_(is_near)
             return energy, largest
@@ -144,16 +145,15 @@ class Fused:
         """How many entries the buffer of cosines has before the first panel."""
         return _LEAD if self._with_sums else 0
 
-    def evaluate(self, cosine: Tensor, piece: Piece, weights: Tensor) -> Evaluated:
+    def evaluate(self, cosine: Tensor, piece: Piece) -> Evaluated:
         """Evaluate the pairs of a piece.
 
         Args:
             cosine: Cosines of the pairs (size + 1,), ``NO_PAIR`` where there is none.
             piece: The piece.
-            weights: Those of the columns beside a diagonal, and as many of the others.
         """
         if self._with_sums:
-            return self._evaluate_rows(cosine, piece, weights.to(cosine.dtype))
+            return self._evaluate_rows(cosine, piece)
         slope = torch.empty_like(cosine)
         near = torch.empty_like(cosine, dtype=torch.bool)
         end = len(cosine)  # the spare entry goes with the last kernel's
@@ -164,17 +164,15 @@ class Fused:
             end = start
         return Evaluated(slope, near, None, None)
 
-    def _evaluate_rows(self, cosine: Tensor, piece: Piece, weights: Tensor) -> Evaluated:
+    def _evaluate_rows(self, cosine: Tensor, piece: Piece) -> Evaluated:
         slope = cosine.new_empty(len(cosine) + _LEAD)[_LEAD:]
         near = slope.new_empty(len(cosine) + _LEAD, dtype=torch.bool)[_LEAD:]
-        most = len(weights) // 2
         energies = []
         largest = []
         for panel in piece.panels:
-            groups, height, columns = panel.shape
+            groups, height, _ = panel.shape
             parts = [_rows(one, panel) for one in (cosine, slope, near)]
-            weight = weights.narrow(0, most - height, columns)
-            found = self._terms[panel.block.kind].sums(parts[0], weight, *parts[1:])
+            found = self._terms[panel.block.kind].sums(parts[0], height, *parts[1:])
             energies.append(found[0])
             largest.append(found[1].view(groups, height).amax(1))
         near.index_fill_(0, piece.own, False)

@@ -219,7 +219,7 @@ class _Sums:
     def _evaluate_fused(self, fused: Fused, piece: Piece) -> tuple[Tensor, ListedPairs]:
         """The same in one pass over the cosines."""
         cosine = self._cosines(piece, NO_PAIR, fused.lead)
-        found = fused.evaluate(cosine, piece, self._layout.weights)
+        found = fused.evaluate(cosine, piece)
         del cosine
         pairs = listed_pairs(found.near, self._w, self._norm, self._layout, piece)
         if self.energy is not None and found.energy is not None:
