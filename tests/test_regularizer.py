@@ -212,8 +212,8 @@ def test_dead_neurons_change_neither_ratio_nor_score(groups):
     measure = RieszEnergy(s=1)
     alive, dead = (measure_neurons("layer", rows, measure) for rows in (x, with_dead))
     assert dead.dead == 9 * groups
-    assert dead.ratio == pytest.approx(alive.ratio, rel=1e-6)
-    assert dead.score == pytest.approx(alive.score, rel=1e-6)
+    assert dead.ratio == pytest.approx(alive.ratio, rel=1e-5)
+    assert dead.score == pytest.approx(alive.score, rel=1e-5)
     assert alive.ratio > 1.05
 
 

@@ -132,11 +132,11 @@ def test_states_written_before_are_read(name):
     states = {name: one.state.measure_states.by_layer for name, one in ours.items()}
     assert int(states["covering"]["inner"]["step"]) == 4
     assert int(states["sampled"]["inner"]["draw"]) == 4
-    moved = (
-        states["projected"]["inner"]["matrix"]
-        - of_prefix(stored, "projected")["states"]["inner"]["matrix"]
-    )
-    assert 0 < float(moved.norm()) < 0.2  # one step of the projection; a fresh start takes 50
+    projected = of_prefix(stored, "projected")["states"]["inner"]
+    moved = states["projected"]["inner"]["matrix"] - projected["matrix"]
+    assert float(moved.norm()) < 0.2  # one step of the projection; a fresh start takes 50
+    factor = float(states["projected"]["inner"]["length"] / projected["length"])
+    assert factor in (pytest.approx(0.5), pytest.approx(1.5))  # refused or taken
     assert set(ours["projected"].state.share_means.means) == {"inner", "last"}
 
 
