@@ -45,6 +45,9 @@ PANEL = 256
 _GRAM_ENTRIES = 2**22
 """Gram entries of the groups computed together."""
 
+_SEVERAL_PAGES = 2**15
+"""Entries from which memory that is used again is worth asking for; less of it is at hand anyway."""
+
 
 def pair_energy(
     w: Tensor, term: PairTerm, *, with_grad: bool = True
@@ -145,8 +148,11 @@ def small_pair_gradient(
     shortest, longest = norm.aminmax()
     if not (shortest.item() > SHORTEST and longest.item() < LONGEST):
         return None
-    scratch = Scratch() if scratch is None else scratch
-    x = torch.div(w, norm, out=scratch.empty("unit rows", w.shape, w))
+    for_x = for_pull = None
+    if scratch is not None and w.numel() >= _SEVERAL_PAGES:
+        for_x = scratch.empty("unit rows", w.shape, w)
+        for_pull = scratch.empty("pull", w.shape, w)
+    x = torch.div(w, norm, out=for_x)
     cosine = torch.bmm(x, x.mT)
     q = torch.rsub(cosine, 2.0, alpha=2.0)
     q.diagonal(dim1=1, dim2=2).fill_(2.0)
@@ -160,8 +166,7 @@ def small_pair_gradient(
         slope = term.folded_slope(q, NEAR)
     slope.diagonal(dim1=1, dim2=2).fill_(0.0)
     radial = cosine.mul_(slope).sum(-1, keepdim=True)
-    pull = torch.bmm(slope, x, out=scratch.empty("pull", w.shape, w))
-    pull.addcmul_(x, radial, value=-1.0)
+    pull = torch.bmm(slope, x, out=for_pull).addcmul_(x, radial, value=-1.0)
     found = StackGradient(pull, norm.reciprocal().mul_(-2.0 * term.scale(n)), norm)
     if value is not None:
         value.diagonal(dim1=1, dim2=2).fill_(0.0)
