@@ -876,8 +876,11 @@ class UniformityRegularizer:
     @property
     def looks_ahead(self) -> bool:
         """Whether gradients are computed right after a step: on a GPU, which hides them."""
-        plain = self._check_attached().plan.plain
-        return bool(plain) and plain[0].parameter.is_cuda
+        plan = self._check_attached().plan
+        if plan.plain:
+            return plan.plain[0].parameter.is_cuda
+        # Of other layers only those whose gradients are kept are looked at, for how far they move.
+        return bool(self.state.deltas) and bool(plan.rest) and plan.rest[0][0].parameters[0].is_cuda
 
     def _hook(self, optimizer: Optimizer, index: int | None) -> None:
         """Look ahead after each step of an optimizer from now on."""
@@ -911,13 +914,14 @@ class UniformityRegularizer:
         is_idle = step % self.every_n_steps != 0 or not attached.placement.keeps_whole
         if is_idle or torch.is_inference_mode_enabled() or is_capturing():
             return
-        found = attached.plan.plain_of(held_by(optimizer))
+        held = held_by(optimizer)
         with self._products():
             look_ahead(
                 self.state.deltas,
-                found,
+                attached.plan.plain_of(held),
                 attached.ahead,
                 attached.placement,
+                rest=attached.plan.rest_of(held),
                 stats=self.measures_next,
             )
 

@@ -6,7 +6,7 @@ from lightning_hsu._core.expectation import expected_angles, pair_expectation
 from lightning_hsu._core.kernel import FLOOR, Kernel, PairTerm
 from lightning_hsu._core.nearest import smallest_angle
 from lightning_hsu._core.oracle import oracle_energy
-from lightning_hsu._core.pairwise import pair_energy, pair_rows
+from lightning_hsu._core.pairwise import in_one_pass, pair_energy, pair_rows
 from lightning_hsu._core.precision import (
     bf16_products,
     exact_arithmetic,
@@ -32,6 +32,7 @@ __all__ = [
     "coincident",
     "exact_arithmetic",
     "expected_angles",
+    "in_one_pass",
     "live_rows",
     "oracle_energy",
     "pair_bound",

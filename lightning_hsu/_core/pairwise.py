@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -70,13 +71,13 @@ def pair_energy(
         if not with_grad:
             return value, None
         return value, torch.zeros_like(w)
+    if with_grad:
+        found = in_one_pass(w, term)
+        if found is not None and bool(found.is_exact):  # the host waits only now
+            return found.energy.to(dtype), found.grad
     stack = _stack(w, term)
     values = []
     grads = []
-    if with_grad and takes_one_pass(stack, term):
-        found = _in_one_pass(stack, term)
-        if found is not None:
-            return found[0].reshape(w.shape[:-2]).to(dtype), found[1].reshape(w.shape).to(w.dtype)
     arithmetic = gradient_arithmetic if with_grad else exact_arithmetic
     with torch.no_grad(), arithmetic(stack):
         for sums in _gathered(stack, term, with_grad):
@@ -226,8 +227,37 @@ def takes_one_pass(w: Tensor, term: PairTerm) -> bool:
     return avoids_sync(GradientUpdate(w, w, 1.0), term)
 
 
-def _in_one_pass(w: Tensor, term: PairTerm) -> tuple[Tensor, Tensor] | None:
-    """Mean energies (b,) and gradient (b, n, d) for few waits; None if only the long way will do."""
+class OnePass(NamedTuple):
+    """What one pass over neurons (..., n, d) on a GPU gives, without waiting for it.
+
+    Args:
+        energy: Mean energies (...), float64.
+        grad: Their gradient (..., n, d).
+        is_exact: Whether no pair was too near for a pass, a 0-d tensor.
+    """
+
+    energy: Tensor
+    grad: Tensor
+    is_exact: Tensor
+
+
+def in_one_pass(w: Tensor, term: PairTerm) -> OnePass | None:
+    """Mean energies of neurons w (..., n, d) and their gradient; None if only the long way will do.
+
+    The logarithm of a kernel is not taken.
+    """
+    if not w.numel():
+        return None
+    stack = _stack(w, term)
+    if not takes_one_pass(stack, term):
+        return None
+    found = _in_one_pass(stack, term)
+    energy, grad = found.energy.reshape(w.shape[:-2]), found.grad.reshape(w.shape).to(w.dtype)
+    return OnePass(energy, grad, found.is_exact)
+
+
+def _in_one_pass(w: Tensor, term: PairTerm) -> OnePass:
+    """The same of a stack (b, n, d), b > 0."""
     grad = torch.zeros_like(w)
     term = replace(term, logarithm=False)
     energies = []
@@ -243,10 +273,9 @@ def _in_one_pass(w: Tensor, term: PairTerm) -> tuple[Tensor, Tensor] | None:
             assert found.energy is not None
             energies.append(found.energy)
             add_batch(batch, found)
-    if complete is None or not bool(complete):  # the host waits only now
-        return None
+    assert complete is not None
     bound = torch.finfo(w.dtype).max
-    return _concatenated(energies).clamp(-bound, bound), grad
+    return OnePass(_concatenated(energies).clamp(-bound, bound), grad, complete)
 
 
 def _gathered(

@@ -13,6 +13,7 @@ from lightning_hsu._core.updates import along_the_sphere
 from lightning_hsu._engine.buffered import GradientStats, strong_neurons
 from lightning_hsu._engine.delta import Use, use_of
 from lightning_hsu._engine.layer import Layer, to_compute_dtype
+from lightning_hsu._engine.one_pass import gradient_of
 from lightning_hsu._engine.plan import limit_of_gradient
 from lightning_hsu._engine.rates import Rate, Rates
 from lightning_hsu._engine.sharing import Gradients, Job, begin, is_shared, may_be_sent
@@ -153,7 +154,7 @@ def penalty_gradients(updates: Sequence[LayerUpdate], placement: Placement) -> l
             first = updates[members[0]]
             x = torch.cat(neurons) if len(neurons) > 1 else neurons[0]
             if first.layer.rows is None:
-                grad = first.layer.measure.value_and_grad(x, first.state)[1]
+                grad = gradient_of([updates[i].layer for i in members], x, first.state)
             else:
                 grad = first.layer.measure.gradient_rows(x, first.layer.rows, first.state)
             parts = torch.split(grad, neurons[0].shape[0])
@@ -176,6 +177,6 @@ def _begin_shared(updates: Sequence[LayerUpdate], placement: Placement) -> Gradi
     def compute(chosen: Sequence[int], outs: Sequence[Tensor]) -> None:
         for i, out in zip(chosen, outs, strict=True):
             update = updates[i]
-            out.copy_(update.layer.measure.value_and_grad(update.neurons, update.state)[1])
+            out.copy_(gradient_of([update.layer], update.neurons, update.state))
 
     return begin([Job(one.layer, one.view.x) for one in updates], compute, placement)

@@ -69,7 +69,8 @@ class Deltas:
         self.tolerance = tolerance
 
     def begin_step(self) -> None:
-        """Begin a step."""
+        """Begin a step; what the last one has begun to tell is read now."""
+        self.settle()
         self.computed = set()
 
     def find_due(self, uses: Sequence[Use], *, same_step: bool = False) -> None:
@@ -80,8 +81,9 @@ class Deltas:
             same_step: Whether this is another evaluation within a step: then every change of the
                 weights counts.
         """
-        self.settle()
-        if not same_step:
+        if same_step:
+            self.settle()  # what this step has begun to tell, of the same layers
+        else:
             for use in uses:
                 self._rows.see(use, is_step=True)
         self._moves.see(self._known(uses))
@@ -239,11 +241,11 @@ class Deltas:
             return True
         return delta.age >= self.reuse[use.layer.name].interval
 
-    def look_for_moves(self, uses: Sequence[Use]) -> None:
-        """Begin to look how far neurons have moved, for a step to come."""
+    def look_for_moves(self, uses: Sequence[Use], *, checks: bool = True) -> None:
+        """Begin to look how far neurons have moved, for a step to come; see :class:`Moves`."""
         for use in uses:
             self._rows.see(use, is_step=False)
-        self._moves.begin(self._known(uses))
+        self._moves.begin(self._known(uses), checks=checks)
 
     def changed_unseen(self) -> list[Layer]:
         """Layers whose weights have changed without torch's counting it, after they were looked at."""

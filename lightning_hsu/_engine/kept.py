@@ -15,6 +15,8 @@ from lightning_hsu._engine.ahead import Ahead
 from lightning_hsu._engine.buffered import BufferedUpdates
 from lightning_hsu._engine.delta import Delta, Use, use_of
 from lightning_hsu._engine.deltas import Deltas
+from lightning_hsu._engine.layer import Layer
+from lightning_hsu._engine.moves import reads_late
 from lightning_hsu._engine.plan import PlainUpdates
 from lightning_hsu._engine.sharing import PlainUpdate, begin_raw
 from lightning_hsu._neurons.placement import Placement
@@ -99,6 +101,7 @@ def look_ahead(
     ahead: Ahead,
     placement: Placement,
     *,
+    rest: Sequence[Layer],
     stats: bool,
 ) -> None:
     """After a step, begin what the next one needs of these layers.
@@ -110,6 +113,7 @@ def look_ahead(
         found: The layers, with the kernels of their measures and updates of their neurons.
         ahead: Where to begin.
         placement: How the weights are placed over the ranks.
+        rest: Layers that are not plain, of which only the moves are looked for.
         stats: Also begin what a logging step needs.
     """
     if not deltas:
@@ -126,6 +130,12 @@ def look_ahead(
         if deltas.will_be_due(use):
             due.append(one)
     deltas.look_for_moves(uses)
+    # What computes their weights may differ from time to time, so there is nothing to compare.
+    others = []
+    for layer in rest:
+        if reads_late(layer.parameters[0]):
+            others.append(use_of(layer, layer.target.read().x.detach()))
+    deltas.look_for_moves(others, checks=False)
     ahead.begin(due, placement)
 
 

@@ -33,11 +33,17 @@ class Moves:
         self._begun: dict[str, _Look] = {}
         self._checks: list[_Check] = []
 
-    def begin(self, known: Sequence[Known]) -> None:
-        """Begin to look how far layers on GPUs have moved, for a step to come."""
+    def begin(self, known: Sequence[Known], *, checks: bool = True) -> None:
+        """Begin to look how far layers on GPUs have moved, for a step to come.
+
+        Args:
+            known: The layers.
+            checks: Whether to compare their weights at the step, in case torch has missed a change.
+        """
         for members in _by_kind(known):
             if reads_late(members[0][0].sample):
                 look = _Look(members, self._rows)
+                look.checks = checks
                 for use, _ in members:
                     self._begun[use.layer.name] = look
 
@@ -61,7 +67,8 @@ class Moves:
                 unseen.append((use, delta))
         for look, members in looks.items():
             look.tell(members)
-            self._checks.append(_Check(look, [use for use, _ in members]))
+            if look.checks:
+                self._checks.append(_Check(look, [use for use, _ in members]))
         return unseen
 
     def changed_unseen(self) -> list[Layer]:
@@ -92,10 +99,12 @@ class _Look:
         places: The places of the layers.
         samples: Entries of all layers, one after the other.
         sizes: How many of each.
+        checks: Whether to compare them with those at the step.
     """
 
     def __init__(self, members: Sequence[Known], rows: Rows) -> None:
         self.places: dict[Layer, int] = {}
+        self.checks = True
         self._row_places: dict[Layer, int] = {}
         self._tokens: list[Token | None] = []
         now, then = [], []

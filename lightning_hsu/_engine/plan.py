@@ -205,6 +205,20 @@ class Plan:
                 found.append((plain.layer, plain.term, plain.reading()))
         return found
 
+    def rest_of(self, held: Collection[int]) -> list[Layer]:
+        """The other layers that an optimizer will step and that this process holds whole.
+
+        Args:
+            held: Ids of the optimizer's parameters.
+        """
+        found = []
+        for bucket in self.rest:
+            for layer in bucket:
+                own = [p for p in layer.parameters if id(p) in held and p.requires_grad]
+                if own and layer.strength != 0 and not layer.sharded:
+                    found.append(layer)
+        return found
+
     def plain_updates(
         self, state: TrainingState, context: StepContext
     ) -> tuple[PlainUpdates, list[Layer]]:

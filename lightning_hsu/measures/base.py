@@ -95,6 +95,22 @@ class Measure(ABC):
         (grad,) = torch.autograd.grad(value, leaf, torch.ones_like(value))
         return value.detach(), grad.contiguous()
 
+    def gradient_on_gpu(
+        self, x: Tensor, state: State | None = None
+    ) -> tuple[Tensor, Tensor] | None:
+        """Return the gradient of :meth:`value_and_grad` on a GPU, without waiting for anything.
+
+        Args:
+            x: Neurons, shape (..., n, d), floating.
+            state: From :meth:`prepare`.
+
+        Returns:
+            The gradient, and whether it is exact, a 0-d tensor. Where it is not, as with coincident
+            neurons, it is finite and nearly right: compute it by :meth:`value_and_grad` next time.
+            None if this measure has no such way, or the neurons are not on a GPU.
+        """
+        return None
+
     def gradient_rows(self, x: Tensor, rows: Tensor, state: State | None = None) -> Tensor:
         """Return the gradient of :meth:`value_and_grad` in some rows, and 0 in the others.
 

@@ -14,6 +14,7 @@ from lightning_hsu._checks import check_hashable, check_kernel, check_neurons
 from lightning_hsu._core import (
     PairEnergy,
     PairTerm,
+    in_one_pass,
     pair_bound,
     pair_energy,
     pair_expectation,
@@ -114,6 +115,21 @@ class PairwiseMeasure(Measure):
             scale = 1.0 / _or_one(energy)
             grad = to_weights(grad, scale[..., None, None], x.dtype)
         return self._penalty_of(energy, x), grad.to(x.device, x.dtype)
+
+    def gradient_on_gpu(
+        self, x: Tensor, state: State | None = None
+    ) -> tuple[Tensor, Tensor] | None:
+        """Return the gradient and whether it is exact; see :class:`Measure`."""
+        check_neurons(x)
+        term = self.pair_term()
+        found = None if term is None else in_one_pass(self._in_working_dtype(x), term)
+        if found is None:
+            return None
+        grad = found.grad
+        if self.logarithm:
+            scale = 1.0 / _or_one(found.energy)
+            grad = to_weights(grad, scale[..., None, None], x.dtype)
+        return grad.to(x.device, x.dtype), found.is_exact
 
     def gradient_rows(self, x: Tensor, rows: Tensor, state: State | None = None) -> Tensor:
         """Return the gradient in k rows of a group for about 4 k n d FLOP; see :class:`Measure`.

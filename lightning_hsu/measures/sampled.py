@@ -14,12 +14,14 @@ from lightning_hsu._core import (
     PairEnergy,
     PairTerm,
     exact_arithmetic,
+    in_one_pass,
     live_rows,
     pair_energy,
     with_float64,
     working_dtype,
 )
 from lightning_hsu._core.sampling import block_spread, of_all_pairs, random_blocks
+from lightning_hsu._core.sphere import LONGEST, SHORTEST
 from lightning_hsu.measures.autograd import Evaluation
 from lightning_hsu.measures.base import Measure, check_measure, check_state
 from lightning_hsu.measures.defaults import DEFAULT_MEASURE
@@ -144,6 +146,36 @@ class Sampled(MeasureWrapper):
         value = torch.stack(values).reshape(x.shape[:-2])
         return value.to(working_dtype(x.dtype)), grads.reshape(x.shape)
 
+    def gradient_on_gpu(
+        self, x: Tensor, state: State | None = None
+    ) -> tuple[Tensor, Tensor] | None:
+        """Return the gradient and whether it is exact; see :class:`Measure`.
+
+        Neurons that take no part are in blocks, too: with any of them it is not exact.
+        """
+        self._check(x, state)
+        if self._takes_all(x):
+            return self.measure.gradient_on_gpu(x)
+        n = x.shape[-2]
+        grads = _groups(torch.zeros_like(x))
+        exact = []
+        for group, grad in zip(_groups(x.detach()), grads, strict=True):
+            blocks = random_blocks(torch.arange(n, device=x.device), self.block, draw_of(state))
+            factor = of_all_pairs(self._term, n, blocks.shape[1])[0] / len(blocks)
+            energies = []
+            for some in self._parts(blocks, x):
+                found = in_one_pass(group[some], self._term)
+                if found is None:
+                    return None
+                energies.append(found.energy)
+                exact.append(found.is_exact)
+                grad[some] = found.grad.mul_(factor)
+            if self._term.logarithm:
+                grad /= self._of_all(torch.cat(energies).mean(), n, blocks.shape[1]).exp()
+            norm = torch.linalg.vector_norm(group, dim=-1)
+            exact.append(((norm > SHORTEST) & (norm < LONGEST)).all())
+        return grads.reshape(x.shape), torch.stack(exact).all()
+
     def recorded(self, x: Tensor, state: State | None = None) -> Tensor:
         """Penalty (...) of x (..., n, d) by autograd alone, twice differentiable."""
         self._check(x, state)
@@ -215,11 +247,15 @@ class Sampled(MeasureWrapper):
         live = live_rows(x.detach().to(working_dtype(x.dtype)))
         return random_blocks(live, self.block, draw_of(state)), len(live)
 
+    def _parts(self, blocks: Tensor, x: Tensor) -> tuple[Tensor, ...]:
+        """Blocks (k, m) of neurons x (..., n, d) that are computed together."""
+        return torch.split(blocks, max(1, _ENTRIES // (blocks.shape[1] * x.shape[-1])))
+
     def _add_gradient(self, x: Tensor, grad: Tensor, blocks: Tensor, live: int) -> Tensor:
         """Put the gradient of neurons x (n, d) into ``grad``, which is zero; return the penalty."""
         factor = of_all_pairs(self._term, live, blocks.shape[1])[0] / len(blocks)
         energies = []
-        for some in torch.split(blocks, max(1, _ENTRIES // (blocks.shape[1] * x.shape[1]))):
+        for some in self._parts(blocks, x):
             energy, part = pair_energy(x[some], self._term)
             assert part is not None
             energies.append(energy)

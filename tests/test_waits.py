@@ -1,0 +1,162 @@
+"""Layers that are not plain make the host wait for a GPU no more than plain ones, counted with real tensors on a CPU."""
+
+from unittest import mock
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_hsu import Share, UniformityRegularizer
+from lightning_hsu._core import pairwise
+from lightning_hsu.measures import Covering, GaussianPotential, RieszEnergy, Sampled
+from tests.waits import counting, waits_of
+
+STEPS = 12
+
+
+class Language(nn.Module):
+    """A net with a plain layer, a weight-normed one, and a head that is tied to an embedding."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding = nn.Embedding(2100, 16)
+        self.plain = nn.Linear(16, 40)
+        self.normed = nn.utils.parametrizations.weight_norm(nn.Linear(40, 40))
+        self.shared = nn.Linear(40, 16)
+        self.head = nn.Linear(16, 2100, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, tokens):
+        hidden = self.plain(self.embedding(tokens)).tanh()
+        return self.head(self.shared(self.normed(hidden).tanh()))
+
+
+SETTINGS = {
+    "coefficient": {"shared": Share(0.05), "*": 1e-3},
+    "head": "head",
+    "sample_above": 2000,
+}
+
+
+def train(between, **settings):
+    """The weights at the end and which layers each step has computed; ``between`` gets each call."""
+    net = Language()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.02)
+    regularizer = UniformityRegularizer(**SETTINGS | settings).attach(net)
+    computed = []
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        tokens = torch.arange(24) + step
+        nn.functional.cross_entropy(net(tokens), tokens).backward()
+        between(net, step, lambda: regularizer.add_gradients(optimizer))
+        optimizer.step()
+        between(net, step, lambda: regularizer.look_ahead(optimizer))
+        computed.append(sorted(regularizer.state.deltas.computed))
+    return dict(net.named_parameters()), computed
+
+
+def as_on_a_gpu(**settings):
+    """The same, and what waited at each step but the first, which is looked at."""
+    found = []
+    with waits_of() as waits:
+
+        def between(net, step, act):
+            for p in net.parameters():
+                waits.put_there(p, p.grad)
+            with counting(waits):
+                act()
+            if step:
+                found.append(dict(waits.found))
+
+        return *train(between, **settings), [one for one in found if one]
+
+
+@pytest.mark.parametrize("tolerance", [None, 0.05])
+def test_no_step_waits_for_shares_computed_weights_or_sampled_heads(tolerance):
+    _, schedule = train(lambda net, step, act: act(), tolerance=tolerance)
+    weights, computed, waited = as_on_a_gpu(tolerance=tolerance)
+    assert waited == []
+    assert computed == schedule
+    if tolerance is not None:
+        assert [] in computed
+        assert {"normed", "shared", "head"} <= {name for names in computed[1:] for name in names}
+    assert all(bool(p.isfinite().all()) for p in weights.values())
+
+
+def test_a_search_waits():
+    """So the count can be other than 0: Covering looks at the deepest holes in the weights."""
+    _, _, waited = as_on_a_gpu(measure=Covering(), include="normed", head=None, coefficient=1e-3)
+    assert waited
+
+
+MEASURES = [
+    RieszEnergy(s=2, half_space=True),
+    RieszEnergy(s=1),
+    GaussianPotential(),
+    Sampled(RieszEnergy(s=1), block=20),
+    Sampled(GaussianPotential(), block=20),
+]
+
+
+def neurons():
+    return torch.randn(2, 70, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+def prepared(measure, x):
+    return measure.prepare(x) if measure.has_state else None
+
+
+@pytest.mark.parametrize("measure", MEASURES, ids=str)
+def test_a_gradient_that_is_not_waited_for_is_that_of_the_measure(measure):
+    x = neurons()
+    assert measure.gradient_on_gpu(x, prepared(measure, x)) is None  # on a CPU
+    with waits_of():
+        grad, is_exact = measure.gradient_on_gpu(x, prepared(measure, x))
+        assert is_exact
+    expected = measure.value_and_grad(x, prepared(measure, x))[1]
+    assert torch.allclose(grad, expected, rtol=1e-9, atol=1e-12 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("measure", MEASURES, ids=str)
+def test_it_tells_of_coincident_neurons(measure):
+    x = neurons()
+    x[1] = x[1, :1]
+    with waits_of():
+        grad, is_exact = measure.gradient_on_gpu(x, prepared(measure, x))
+    assert not is_exact
+    assert bool(grad.isfinite().all())
+
+
+@pytest.mark.parametrize("measure", MEASURES[3:], ids=str)
+def test_a_sampled_one_tells_of_neurons_that_take_no_part(measure):
+    x = neurons()
+    x[0, 3] = 0.0
+    with waits_of():
+        grad, is_exact = measure.gradient_on_gpu(x, prepared(measure, x))
+    assert not is_exact
+    assert bool(grad.isfinite().all())
+
+
+def test_a_layer_whose_gradient_was_not_exact_goes_the_exact_way_for_a_while():
+    """Coincident neurons of a weight-normed layer part, although one pass gives them no direction."""
+    net = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(8, 40)))
+    with torch.no_grad():
+        net[0].weight = net[0].weight[:1].expand(40, 8).clone()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    regularizer = UniformityRegularizer(coefficient=1.0, head=None).attach(net)
+    exact, moved = [], []
+    with (
+        waits_of(),
+        mock.patch.object(pairwise, "_gathered", side_effect=pairwise._gathered) as gathered,
+    ):
+        for _ in range(3):
+            before = net[0].weight.detach().clone()
+            for p in net.parameters():
+                p.grad = torch.zeros_like(p)
+            regularizer.add_gradients(optimizer)
+            optimizer.step()
+            exact.append(gathered.call_count > 0)
+            moved.append(float((net[0].weight.detach() - before).abs().max()))
+    assert exact == [False, True, True]
+    assert moved[0] < 1e-6 < 1e-3 < moved[1]
