@@ -130,8 +130,9 @@ class UniformityRegularizer:
             computed by one rank and sent to all, for about 1 / ranks of the arithmetic and memory
             for one gradient of each. False computes every layer on every rank, as it must be where
             ranks have weights of their own between averages (local SGD) or take unequal numbers of
-            steps (``Join``), and may be better over a slow network. :meth:`penalty` and
-            :meth:`add_to_loss` do not share: each rank's loss has the whole penalty.
+            steps, and may be better over a slow network. Within torch's ``Join`` around DDP it is so
+            by itself, from then on. :meth:`penalty` and :meth:`add_to_loss` do not share: each
+            rank's loss has the whole penalty.
 
     Raises:
         ValueError: for a negative or NaN coefficient, ``every_n_steps`` or ``sample_above`` below

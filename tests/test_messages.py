@@ -8,13 +8,14 @@ from unittest import mock
 import pytest
 import torch
 from torch import distributed, nn
+from torch.distributed.algorithms import Join
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_hsu import UniformityRegularizer
 from lightning_hsu._engine import sharing
 from lightning_hsu._neurons.placement import ReplicatedPlacement
-from tests import ranks
+from tests import processes, ranks
 from tests.processes import world
 from tests.ranks import End, max_difference, same_bits
 
@@ -294,3 +295,35 @@ def test_an_error_ahead_is_told_at_the_step_and_leaves_no_message_behind():
     assert second[1] == "ArithmeticError: no more"
     assert same_bits([first[2], second[2]])
     assert first[3] == second[3] == 0
+
+
+def with_uneven_batches(tolerance, share_work, ahead):
+    """The end of a training of which rank 1 has fewer batches, and the messages within ``Join``."""
+    events = Events()
+    with sharing_large_layers(), events.messages():
+        training = Training(tolerance=tolerance, share_work=share_work)
+        training.step()
+        if ahead:
+            training.look()
+        before = events.begun
+        with Join([training.model]):
+            for _ in range(5 - 2 * training.rank):
+                training.step()
+                if ahead:
+                    training.look()
+        training.regularizer.detach()
+    weights = ranks.whole_tensors(training.net)
+    return End(weights), before, events.begun - before, events.begun - len(events.waited)
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("tolerance", [None, 0.1])
+def test_ranks_with_uneven_batches_do_not_wait_for_one_another(tolerance, ahead):
+    with mock.patch.object(processes, "SECONDS", 20):
+        answers = world(2).run(with_uneven_batches, tolerance, True, ahead)
+        expected = world(2).run(with_uneven_batches, tolerance, False, ahead)
+    assert same_bits([answer[0] for answer in answers])
+    for end, before, within, left in answers:
+        assert before > 0
+        assert (within, left) == (0, 0)
+        assert max_difference(end, expected[0][0]) < TOLERANCE

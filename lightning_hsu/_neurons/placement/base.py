@@ -72,14 +72,12 @@ class Placement:
             name; None if it can.
         is_alone: Whether no other rank trains the same weights.
         keeps_whole: Whether parameters can be read without :meth:`whole_parameters`.
-        shares_work: Whether one rank computes a layer for all.
     """
 
     strategies: ClassVar[frozenset[str]] = frozenset({"SingleDeviceStrategy"})
     loss_refusal: ClassVar[str | None] = None
     is_alone: ClassVar[bool] = True
     keeps_whole: ClassVar[bool] = True
-    shares_work: bool = False
 
     @classmethod
     def recognise(
@@ -239,6 +237,11 @@ class Placement:
         return number
 
     # Work that ranks with the same weights share.
+
+    @property
+    def shares_work(self) -> bool:
+        """Whether one rank computes a layer for all, now: the same on all ranks."""
+        return False
 
     @property
     def rank(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import timedelta
@@ -31,18 +32,23 @@ class ReplicatedPlacement(Placement):
     Args:
         group: The process group of these ranks.
         share_work: Whether one rank computes a layer for all; else each rank computes every layer.
-        finds_unused: Whether DDP closes the gradients of parameters that a loss does not use.
+        ddp: The model as DDP wraps it, if it does.
     """
 
     strategies: ClassVar[frozenset[str]] = frozenset({"DDPStrategy"})
     is_alone: ClassVar[bool] = False
 
     def __init__(
-        self, group: ProcessGroup, *, share_work: bool = True, finds_unused: bool = False
+        self,
+        group: ProcessGroup,
+        *,
+        share_work: bool = True,
+        ddp: nn.parallel.DistributedDataParallel | None = None,
     ) -> None:
         self.group = group
-        self.shares_work = share_work and self.size > 1
-        self.finds_unused = finds_unused
+        self.finds_unused = ddp is not None and ddp.find_unused_parameters
+        self._may_share = share_work and self.size > 1
+        self._ddp = None if ddp is None else weakref.ref(ddp)
         self._beside: ProcessGroup | None = None
 
     @classmethod
@@ -54,14 +60,14 @@ class ReplicatedPlacement(Placement):
         share_work: bool,
     ) -> Placement | None:
         """A model wrapped in DDP, which knows its group, or any model if a group is given."""
-        finds_unused = False
+        ddp = None
         for inner in peeled(wrapped):
             if isinstance(inner, nn.parallel.DistributedDataParallel):
-                finds_unused = inner.find_unused_parameters
+                ddp = inner
                 group = group or inner.process_group
         if group is None:
             return None
-        return cls(group, share_work=share_work, finds_unused=finds_unused)
+        return cls(group, share_work=share_work, ddp=ddp)
 
     def check_loss(self, loss: Tensor, layers: Sequence[PenalisedLayer]) -> None:
         """Refuse, too, a penalty on parameters that DDP has closed without a gradient."""
@@ -81,6 +87,16 @@ class ReplicatedPlacement(Placement):
     def agree(self, names: list[str]) -> list[str]:
         """The names that rank 0 has found. A collective call."""
         return names_of_first(names, self.group)
+
+    @property
+    def shares_work(self) -> bool:
+        """Whether one rank computes a layer for all: not within ``Join``.
+
+        There some ranks have no more batches and answer DDP alone. All ranks enter it together.
+        """
+        ddp = None if self._ddp is None else self._ddp()
+        config = getattr(ddp, "_join_config", None)  # a private part of torch
+        return self._may_share and not getattr(config, "enable", False)
 
     @property
     def rank(self) -> int:
