@@ -1,5 +1,7 @@
 """Kept gradients on ranks that train together: all compute the same layers, and train as one process."""
 
+import math
+
 import pytest
 import torch
 from torch.distributed.device_mesh import init_device_mesh
@@ -151,3 +153,36 @@ def test_ranks_agree_on_shares_and_measures(way, mode, settings):
         check(way, mode, tower, tower_layers, **settings)
     else:
         check(way, mode, **settings)
+
+
+def kept_bytes(way, mode):
+    """The memory of the kept gradients of a rank after some steps, and that of the weights they are of."""
+    net = models.network().double()
+    model, _ = in_parallel(net, way)
+    optimizer = sgd(net.parameters())
+    regularizer = UniformityRegularizer(coefficient=0.05, tolerance=0.3).attach(model)
+    x, y = data()[0]
+    for _ in range(3):
+        optimizer.zero_grad()
+        mean_square(model(x), y).backward()
+        if mode == "gradient":
+            regularizer.add_gradients(optimizer)
+        optimizer.step()
+        if mode == "decoupled":
+            regularizer.move(optimizer)
+    deltas = regularizer.state.deltas._deltas
+    kept = sum(delta.grad.nbytes for delta in deltas.values())
+    return kept, sum(8 * math.prod(layer.target.shape) for layer in regularizer.layers)
+
+
+@pytest.mark.parametrize("mode", ["gradient", "decoupled"])
+@pytest.mark.parametrize(
+    ("way", "part"), [("DDP", 1.0), pytest.param("FSDP2", 0.5, marks=needs_fsdp2)]
+)
+def test_a_rank_keeps_gradients_of_the_neurons_that_it_holds_alone(way, part, mode):
+    answers = world(2).run(kept_bytes, way, mode)
+    whole = answers[0][1]
+    for kept, _ in answers:
+        assert abs(kept - part * whole) <= 0.1 * whole  # odd numbers of rows
+    if part < 1.0:
+        assert sum(kept for kept, _ in answers) == whole

@@ -50,6 +50,30 @@ class Use:
     looks_at_rows: bool = False
     is_due: bool = True
 
+    @property
+    def held(self) -> Tensor:
+        """The neurons of which this rank keeps the gradient: x, or (1, k, d) of a sharded layer."""
+        return self.part_of(self.x)
+
+    def part_of(self, whole: Tensor) -> Tensor:
+        """Of a tensor (groups, n, d) what this rank keeps."""
+        places = self._places
+        return whole if places is None else whole.flatten(0, 1)[places].unsqueeze(0)
+
+    def whole_of(self, part: Tensor) -> Tensor:
+        """A new tensor (groups, n, d) of what this rank keeps, with zeros elsewhere."""
+        places = self._places
+        if places is None:
+            return part.clone()
+        whole = part.new_zeros(self.x.shape)
+        whole.flatten(0, 1).index_copy_(0, places, part.squeeze(0))
+        return whole
+
+    @property
+    def _places(self) -> Tensor | None:
+        """Places of the neurons that this rank keeps; a penalty in a loss needs all of them."""
+        return None if self.needs_value else self.layer.held_places
+
 
 @dataclass(eq=False, slots=True)
 class Delta:
@@ -58,7 +82,8 @@ class Delta:
     Args:
         measure: The measure whose penalty it is the gradient of.
         grad: The gradient (groups, n, d), summed over the groups: of the neurons' dtype, or float32
-            for float16, whose range is too small.
+            for float16, whose range is too small. Of a sharded layer (1, k, d), of those k neurons
+            alone of which this rank holds a part.
         sample: Entries of the neurons of which it was computed.
         sketch: What tells of each of these neurons whether it is another one; None if nothing does.
         value: The penalty (groups,) if it is needed.
@@ -99,7 +124,7 @@ class Delta:
         32 and so on the gradient is projected on their tangent.
 
         Args:
-            x: The neurons (groups, n, d) as they are now.
+            x: The neurons as they are now, of the gradient's shape.
         """
         is_power_of_two = self.age & (self.age - 1) == 0
         projects = is_power_of_two and self.age >= _PROJECTED_FROM
@@ -129,7 +154,7 @@ class Delta:
 
     def fits(self, use: Use) -> bool:
         """Whether it is a gradient of this layer, as far as the outside tells."""
-        x = use.x
+        x = use.held
         if self.grad.shape != x.shape or self.grad.device != x.device:
             return False
         if use.needs_value and self.value is None:

@@ -108,7 +108,8 @@ class Deltas:
 
         Args:
             uses: These layers.
-            grads: Their gradients (groups, n, d), which are now the property of this object.
+            grads: Their gradients, of the shapes of the neurons held, which are now the property of
+                this object.
             draws: Names of layers whose gradients come from random draws, so that two of them do
                 not tell how fast they age.
             learns: Whether a step has passed since the gradients that are replaced.
@@ -134,7 +135,7 @@ class Deltas:
             if learns and before is not None and before.age > 0:
                 fresh.before = before
                 if before.pull is not None and before.fits(use):
-                    before.refresh(use.x)  # as this step would use it
+                    before.refresh(use.held)  # as this step would use it
             lessons.append(fresh)
         self._lessons.begin(lessons)
 
@@ -149,7 +150,7 @@ class Deltas:
         """
         delta = self._deltas[use.layer.name]
         if not (same_step or use.is_due) and delta.age > 0:
-            delta.refresh(use.x)
+            delta.refresh(use.held)
         return delta
 
     def grow_older(self, uses: Sequence[Use]) -> None:

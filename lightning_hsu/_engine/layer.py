@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +49,17 @@ class Layer:
     def sharded(self) -> bool:
         """Whether its parameters are sharded over ranks."""
         return any(self.target.placement.is_sharded(p) for p in self.parameters)
+
+    @cached_property
+    def held_places(self) -> Tensor | None:
+        """Places (k,) among all neurons of those of which this rank holds a part; None for all.
+
+        There is always one, whose gradient may be 0.
+        """
+        if self.rows is None:
+            return None
+        places = self.rows.flatten().nonzero().squeeze(1)
+        return places if len(places) else places.new_zeros(1)
 
     @property
     def trainable(self) -> bool:

@@ -118,7 +118,7 @@ def _numbers(members: Sequence[Fresh]) -> Tensor:
     for fresh in members:
         grad = fresh.grad
         lengths.append(torch.linalg.vector_norm(grad, dim=-1).flatten())
-        norm = torch.linalg.vector_norm(fresh.use.x, dim=-1, dtype=grad.dtype)
+        norm = torch.linalg.vector_norm(fresh.use.held, dim=-1, dtype=grad.dtype)
         inverse.append(norm.clamp_min_(torch.finfo(grad.dtype).tiny).reciprocal_().flatten())
         samples.append(fresh.delta.sample.to(dtype))
         if fresh.before is not None:

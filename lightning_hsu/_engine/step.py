@@ -130,11 +130,12 @@ def _kept_gradients(
                 draws.append(update.layer.name)
     fresh = penalty_gradients(due, placement)
     chosen = [use for use in uses if use.is_due]
-    state.deltas.keep(chosen, fresh, draws=draws, learns=not same_step)
+    parts = [use.part_of(grad) for use, grad in zip(chosen, fresh, strict=True)]
+    state.deltas.keep(chosen, parts, draws=draws, learns=not same_step)
     grads = []
     for use in uses:
         delta = state.deltas.refreshed(use, same_step=same_step)
-        grads.append(delta.grad.to(working_dtype(use.x.dtype), copy=True))
+        grads.append(use.whole_of(delta.grad.to(working_dtype(use.x.dtype))))
     if not same_step:
         state.deltas.grow_older(uses)
     return grads
