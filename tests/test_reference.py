@@ -239,8 +239,9 @@ def test_quadrature_equals_the_closed_form(d, s):
 def test_formula_against_simulation(s, d, half_space, distance):
     measure = RieszEnergy(s=s, half_space=half_space, distance=distance)
     energies = measure(torch.randn(4000, 8, d))
-    error = float(energies.std()) / math.sqrt(4000)
-    assert float(energies.mean()) == pytest.approx(random_expectation(measure, 8, d), abs=4 * error)
+    error = 4 * float(energies.std()) / math.sqrt(4000)
+    error += 1e-6  # an angle and its mirror image's add up to the same always, up to rounding
+    assert float(energies.mean()) == pytest.approx(random_expectation(measure, 8, d), abs=error)
 
 
 def test_where_the_expectation_is_infinite_the_median_stands_in():
