@@ -92,6 +92,17 @@ def check_number(name: str, value: object, what: str, fits: Callable[[float], bo
         raise ValueError(f"{name} must be {what}; got {value!r}")
 
 
+def keep_as_numbers(owner: object, *names: str) -> None:
+    """Replace numbers of other libraries, in fields of a frozen dataclass, by Python's.
+
+    Such as numpy's, which equal them: code that is compiled for one is not for the other.
+    """
+    for name in names:
+        value = getattr(owner, name)
+        if type(value) not in (int, float):
+            object.__setattr__(owner, name, float(value))
+
+
 def check_flag(name: str, value: object) -> None:
     """Refuse a setting that is neither True nor False."""
     if not isinstance(value, bool):

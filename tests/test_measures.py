@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 
@@ -130,3 +131,12 @@ def test_what_is_noted_and_what_is_not_act_alike(measure, make):
         grads.append(module.weight.grad)
     torch.testing.assert_close(*grads)
     assert grads[0].abs().sum() > 0
+
+
+@pytest.mark.parametrize("number", [np.float64, np.float32, np.float16])
+def test_numbers_of_other_libraries_become_python_s(number):
+    """Equal measures share what is compiled for a kernel, which fits one type of number only."""
+    riesz = RieszEnergy(s=number(0.5), softening=number(0.25))
+    gaussian = GaussianPotential(t=number(2.0))
+    assert {type(riesz.s), type(riesz.softening), type(gaussian.t)} == {float}
+    assert (riesz, gaussian) == (RieszEnergy(s=0.5, softening=0.25), GaussianPotential(t=2.0))

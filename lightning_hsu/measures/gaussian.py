@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from lightning_hsu._checks import check_flag, check_number
+from lightning_hsu._checks import check_flag, check_number, keep_as_numbers
 from lightning_hsu.measures.pairwise import PairwiseMeasure
 
 _NARROW = 15.0  # above this t the mean potential may be too small for float32 to divide by
@@ -52,6 +52,7 @@ class GaussianPotential(PairwiseMeasure):
 
     def __post_init__(self) -> None:
         check_number("t", self.t, "in (0, 150]", lambda t: 0 < t <= 150)
+        keep_as_numbers(self, "t")
         check_flag("half_space", self.half_space)
 
     def kernel(self, q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_hsu._checks import check_choice, check_flag, check_number, check_softening
+from lightning_hsu._checks import (
+    check_choice,
+    check_flag,
+    check_number,
+    check_softening,
+    keep_as_numbers,
+)
 from lightning_hsu.measures.pairwise import PairwiseMeasure
 
 
@@ -69,6 +75,7 @@ class RieszEnergy(PairwiseMeasure):
         check_choice("distance", self.distance, "chordal", "geodesic")
         check_flag("half_space", self.half_space)
         check_softening(self.softening)
+        keep_as_numbers(self, "s", "softening")
 
     def kernel(self, q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
         """Value and slope in the squared chord q; finite at the antipode, p = 0."""
