@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_hsu import UniformityRegularizer
 from lightning_hsu._engine import sharing
-from lightning_hsu._neurons.placement import ReplicatedPlacement
+from lightning_hsu._neurons.placement import ReplicatedPlacement, replicated
 from tests import processes, ranks
 from tests.processes import world
 from tests.ranks import End, max_difference, same_bits
@@ -29,7 +29,10 @@ class Events(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.found, self.begun, self.waited, self.groups = [], 0, set(), set()
+        self.found, self.begun, self.waited = [], 0, set()
+        self.in_group_of_ddp = (
+            set()
+        )  # whether messages were, and not the group itself, which would go on
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.overloadpacket.__name__ in ("mm", "bmm", "addmm_", "baddbmm", "baddbmm_"):
@@ -56,7 +59,7 @@ class Events(TorchDispatchMode):
             return [self._noted(wait) for wait in send(placement, some, **settings)]
 
         def in_group(*args, **settings):
-            self.groups.add(settings["group"])
+            self.in_group_of_ddp.add(settings["group"] is distributed.group.WORLD)
             return broadcast(*args, **settings)
 
         with (
@@ -129,7 +132,7 @@ def events_of_steps(settings):
         with events.messages(), events:
             training.add()
         found = [events.taken()]
-        in_group_of_ddp = events.groups == {training.regularizer._attached.placement.group}
+        in_group_of_ddp = set(events.in_group_of_ddp)
         training.optimizer.step()
         with events.messages(), events:
             training.look()
@@ -145,7 +148,7 @@ def events_of_steps(settings):
 def test_messages_are_under_way_while_a_rank_computes_its_own_layers(settings):
     for found, in_group_of_ddp in world(2).run(events_of_steps, settings):
         assert found[0] == ["compute", "begin", "compute", "wait"]
-        assert in_group_of_ddp
+        assert in_group_of_ddp == {True}
         assert found[1:] == [["compute", "begin", "compute"], ["wait"]]  # ahead, and within a step
 
 
@@ -153,23 +156,27 @@ def ahead_of_ddp():
     """Groups of the messages that are under way during a backward pass; groups before and after."""
     known = distributed.distributed_c10d._world.pg_map
     before, events = len(known), Events()
-    with sharing_large_layers(), events.messages():
+    as_with_nccl = mock.patch.object(replicated, "_has_stream", return_value=True)
+    with sharing_large_layers(), events.messages(), as_with_nccl:
         training = Training()
         training.step()
-        events.groups.clear()
+        events.in_group_of_ddp.clear()
         for _ in range(2):
             training.look()
             training.step()
-        within, groups = len(known), set(events.groups)
-        (group,) = groups
-        timeout = group._get_backend(torch.device("cpu")).options._timeout
+        within = len(known) - before
+        placement = training.regularizer._attached.placement
+        timeout = placement._beside._get_backend(torch.device("cpu")).options._timeout
         training.regularizer.detach()
-        return distributed.group.WORLD in groups, within - before, len(known) - before, timeout
+        return events.in_group_of_ddp, within, len(known) - before, timeout
 
 
+@pytest.mark.skipif(
+    torch.__version__ < (2, 9), reason="a group of gloo may hang as it ends: pytorch/pytorch#154976"
+)
 def test_messages_that_ddp_must_not_wait_for_have_a_group_of_their_own():
     for in_group_of_ddp, more, left, timeout in world(2).run(ahead_of_ddp):
-        assert not in_group_of_ddp
+        assert in_group_of_ddp == {False}
         assert (more, left) == (1, 0)
         assert timeout.total_seconds() == 60  # that of tests/processes.py, not torch's default
 

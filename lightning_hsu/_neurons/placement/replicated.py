@@ -26,8 +26,10 @@ if TYPE_CHECKING:
 class ReplicatedPlacement(Placement):
     """Every rank holds the same whole weights and trains them alike.
 
-    Messages that are under way during a backward pass have a process group of their own. In DDP's,
-    its reductions would wait for them in line, and with them for what their owners still compute.
+    Messages that are under way during a backward pass have a process group of their own where a
+    group works in a stream, as with NCCL: DDP's reductions would wait in line for them, and with
+    them for what their owners still compute. Gloo's threads do not compute, and take them as they
+    come.
 
     Args:
         group: The process group of these ranks.
@@ -115,7 +117,9 @@ class ReplicatedPlacement(Placement):
         waits = []
         for message in messages:
             device = message.entries.device
-            group = self._group_beside(device) if beside else self.group
+            group = self.group
+            if beside and _has_stream(group, device):
+                group = self._group_beside(device)
             owner = distributed.get_global_rank(self.group, message.owner)
             work = distributed.broadcast(message.entries, src=owner, group=group, async_op=True)
             waits.append(work.wait)
@@ -147,6 +151,12 @@ class ReplicatedPlacement(Placement):
                 assert made is not None
                 self._beside = made
         return self._beside
+
+
+def _has_stream(group: ProcessGroup, device: torch.device) -> bool:
+    """Whether a group works for a device in one stream, after what was queued before: not gloo."""
+    backends = str(distributed.get_backend_config(group))
+    return device.type != "cpu" and f"{device.type}:gloo" not in backends
 
 
 def _timeout_of(group: ProcessGroup, device: torch.device) -> timedelta | None:
