@@ -362,7 +362,7 @@ def test_each_rank_does_its_part_of_the_work(size, mode, settings):
     assert max_difference(whole[0], alone) < TOLERANCE
 
 
-def train_accumulating(tolerance, steps, *, ahead=False, touched=None):
+def train_accumulating(tolerance, steps, *, ahead=False, touched=None, scaled=False):
     """Two micro-batches a step, of which DDP reduces the second; which layers each step has computed."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(8, 40), nn.Tanh(), nn.Linear(40, 9), nn.Tanh(), nn.Linear(9, 70))
@@ -386,9 +386,11 @@ def train_accumulating(tolerance, steps, *, ahead=False, touched=None):
             optimizer.step()
             if ahead:
                 regularizer.look_ahead(optimizer)
-            if rank == touched:
-                with torch.no_grad():
+            with torch.no_grad():
+                if rank == touched:
                     net[0].weight.mul_(1.0)
+                if scaled:
+                    net[0].weight[3].mul_(0.9)
             computed.append(sorted(regularizer.state.deltas.computed))
     return End(ranks.whole_tensors(net)), computed
 
@@ -420,13 +422,31 @@ def test_gradients_that_are_computed_ahead_are_shared(tolerance):
 @pytest.mark.parametrize("tolerance", [None, 0.1])
 def test_weights_touched_on_one_rank_alone_keep_no_other_waiting(tolerance):
     """As by an evaluation there, with other weights that it takes back."""
-    alone, _ = train_accumulating(tolerance, 6)
-    for end, _ in world(2).run(train_touched, tolerance, 6):
+    alone, schedule = train_accumulating(tolerance, 6)
+    answers = world(2).run(train_touched, tolerance, 6)
+    assert same_bits([end for end, _ in answers])
+    for end, computed in answers:
+        assert computed == schedule
         assert max_difference(end, alone) < TOLERANCE
+
+
+@pytest.mark.parametrize("tolerance", [None, 0.1])
+def test_weights_changed_on_all_ranks_after_looking_ahead_are_seen(tolerance):
+    """As by clipping, in a row of neurons alone."""
+    alone, _ = train_accumulating(tolerance, 6, ahead=True, scaled=True)
+    without, _ = train_accumulating(tolerance, 6, ahead=True)
+    answers = world(2).run(train_scaled, tolerance, 6)
+    assert same_bits([end for end, _ in answers])
+    assert max_difference(answers[0][0], alone) < TOLERANCE
+    assert max_difference(answers[0][0], without) > 10 * TOLERANCE
 
 
 def train_touched(tolerance, steps):
     return train_accumulating(tolerance, steps, ahead=True, touched=1)
+
+
+def train_scaled(tolerance, steps):
+    return train_accumulating(tolerance, steps, ahead=True, scaled=True)
 
 
 def train_ahead(tolerance, steps):

@@ -46,6 +46,7 @@ class _Begun:
         norms: The norms of these weights, shape (k,).
         numbers: What a logging step needs, if that was asked for.
         work: When it is done.
+        columns: The first entries of their neurons, by layer, if ranks train together.
         messages: Those of other ranks on which it depends, if it does.
     """
 
@@ -55,7 +56,21 @@ class _Begun:
     norms: Tensor
     numbers: GroupNumbers | None
     work: SideWork
+    columns: list[Tensor] | None = None
     messages: Gradients | None = None
+
+    def is_taken_back(self, place: int, update: GradientUpdate) -> bool:
+        """Whether weights that were written to are those of the computation again; the host waits.
+
+        One rank alone may have put others in their place, as for an evaluation. It must go on with
+        the bits of the other ranks: by its own it might compute layers at other steps than they.
+        """
+        if self.columns is None:
+            return False
+        now, then = _column(update), self.columns[place]
+        if (now.shape, now.dtype, now.device) != (then.shape, then.dtype, then.device):
+            return False
+        return torch.equal(now, then) and bool(_norms([update])[0] == self.norms[place])
 
 
 class Ahead:
@@ -64,8 +79,7 @@ class Ahead:
     Attributes:
         begun: Stacks of them.
         outdated: Layers whose gradients were asked for last, and are of other weights. Where ranks
-            share work, each computes these by itself: the weights may have been touched on one rank
-            only, as by an evaluation, and others would not take part.
+            share work, each computes these by itself: no rank can tell what others have seen.
     """
 
     def __init__(self) -> None:
@@ -101,10 +115,13 @@ class Ahead:
                 for _, _, update in members:
                     keep_for_side(update.entries)
                 work = begin_raw(members, placement, stats=stats, beside=True)
-                for raw in work.own:
-                    self.begun.append(_begun(raw, members, device))
-                for raw in work.shared:
-                    self.begun.append(_begun(raw, members, device, work.from_ranks))
+                for raws, messages in ((work.own, None), (work.shared, work.from_ranks)):
+                    for raw in raws:
+                        begun = _begun(raw, members, device)
+                        begun.messages = messages
+                        if not placement.is_alone:
+                            begun.columns = _columns(raw, members)
+                        self.begun.append(begun)
 
     def may_begin(self, layer: Layer, token: Token | None) -> bool:
         """Whether what is begun of a layer's weights is likely to be right at the next step."""
@@ -175,13 +192,14 @@ class Ahead:
         _wait_for_messages(taken)
         for begun in taken:
             begun.work.wait()
-            for x in [*begun.raw.tensors(), begun.norms]:
+            for x in [*begun.raw.tensors(), begun.norms, *(begun.columns or ())]:
                 keep_for_current(x)
             same = {}
-            for layer, token in zip(begun.layers, begun.tokens, strict=True):
+            for place, (layer, token) in enumerate(zip(begun.layers, begun.tokens, strict=True)):
                 if layer not in updates:
                     continue
-                if token_of(layer) == token and self.may_begin(layer, token):
+                is_same = token_of(layer) == token and self.may_begin(layer, token)
+                if is_same or begun.is_taken_back(place, updates[layer]):
                     same[layer] = updates[layer]
                 else:
                     self.outdated.add(layer)
@@ -218,12 +236,21 @@ class Ahead:
         self.leave_out(changed)
 
 
-def _begun(
-    raw: RawPart,
-    members: Sequence[PlainUpdate],
-    device: torch.device,
-    messages: Gradients | None = None,
-) -> _Begun:
+def _columns(raw: RawPart, members: Sequence[PlainUpdate]) -> list[Tensor]:
+    """The first entries of the neurons of a stack's layers, copied."""
+    columns = [_column(members[place][2]) for place in raw.places]
+    return list(torch.split(torch.cat(columns), [len(one) for one in columns]))
+
+
+def _column(update: GradientUpdate) -> Tensor:
+    """The first entry of each neuron of a layer."""
+    first = update.entries.detach()
+    while first.ndim > 2:
+        first = first.select(-1, 0)
+    return first.flatten()
+
+
+def _begun(raw: RawPart, members: Sequence[PlainUpdate], device: torch.device) -> _Begun:
     """What to remember of gradients of some of these layers, which were just begun."""
     layers = []
     tokens = []
@@ -235,7 +262,7 @@ def _begun(
         updates.append(update)
     norms = _norms(updates)
     numbers = raw.numbers()
-    return _Begun(raw, layers, tokens, norms, numbers, SideWork(device), messages)
+    return _Begun(raw, layers, tokens, norms, numbers, SideWork(device))
 
 
 def _wait_for_messages(stacks: Sequence[_Begun]) -> None:
