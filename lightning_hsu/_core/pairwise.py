@@ -91,23 +91,13 @@ def pair_energy(
     return value, _concatenated(grads).reshape(w.shape).to(w.device)
 
 
-def pair_gradient(w: Tensor, term: PairTerm) -> Tensor:
-    """The gradient of :func:`pair_energy` without its value, in fewer passes over the pairs."""
-    if w.numel() == 0:
-        return torch.zeros_like(w)
-    stack = _stack(w, term)
-    grads = []
-    with torch.no_grad(), gradient_arithmetic(stack):
-        for sums in _gathered(stack, term, True, with_value=False):
-            grads.append(sums.gradient(w.dtype))
-    return _concatenated(grads).reshape(w.shape).to(w.device)
-
-
 def stack_pair_gradient(w: Tensor, term: PairTerm, scratch: Scratch | None = None) -> StackGradient:
-    """The same for a stack of neurons (b, n, d), float32 or float64, its factors kept apart.
+    """The gradient of :func:`pair_energy` for a stack (b, n, d), in fewer passes over the pairs.
+
+    Its factors are kept apart, and there is no value.
 
     Args:
-        w: The neurons.
+        w: The neurons, float32 or float64.
         term: The kernel.
         scratch: Memory for the gradient, which the next one overwrites; None for new memory.
     """
