@@ -20,11 +20,8 @@ from lightning_hsu._core.pairwise import too_steep
 from lightning_hsu._engine import kept, late, moves
 
 ANSWERS = {"_local_scalar_dense", "equal", "is_nonzero", "item", "nonzero", "masked_select"}
-ON_A_CPU = {
-    "row_lengths",
-    "_sum_of_units",
-    "project",
-}  # which ask there only, having looked at the device
+# These look at the device and ask on a CPU alone.
+ON_A_CPU = {"row_lengths", "_sum_of_units", "project"}
 INDEXING = {"index", "index_put", "index_put_"}
 
 

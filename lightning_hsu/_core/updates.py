@@ -198,9 +198,8 @@ def add_to_layers(updates: Sequence[GradientUpdate], found: StackGradient) -> No
     factor = torch.where(length > room, room / length, 1.0).mul_(first.scale * first.grad_scale)
     if found.factor is not None:
         factor.mul_(found.factor)
-    pull.mul_(
-        factor
-    )  # not added in one operation, which would round once where buffers round twice
+    # Multiplied and added in one operation it would be rounded once, where buffers round twice.
+    pull.mul_(factor)
     parts = pull.reshape(len(updates), *first.out_entries.shape).unbind()
     torch._foreach_add_([update.out_entries for update in updates], list(parts))
 

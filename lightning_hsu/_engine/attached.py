@@ -84,9 +84,8 @@ class Attached:
         self.coverage = float("nan")
         self.strength = StrengthWatch(placement)
         self.ahead = Ahead()
-        self.hooks: dict[
-            int, weakref.ref[AfterOwnStep]
-        ] = {}  # on optimizers, by id; these keep them
+        # On optimizers, by their id; these keep them.
+        self.hooks: dict[int, weakref.ref[AfterOwnStep]] = {}
         self.plan: Plan
         self.candidates = find(self._strict)
         self.choose(traced)

@@ -96,7 +96,7 @@ class Rows:
         return [*longest, *sizes]
 
     def drop(self) -> None:
-        """Drop what is known of writes."""
+        """Drop what is known of writes, and the random signs, which the next sketch makes again."""
         self._signs = {}
         self._seen = {}
 
