@@ -112,4 +112,6 @@ def test_two_opposite_neurons_have_an_angle():
     attached = regularizer._attached
     assert regularizer.layers[0].target.shape[1] == 2
     found = measure_on_gpu(regularizer.layers, attached.plan, attached.ahead)
-    assert [layer.name for layer in found] == ["1"]
+    assert [layer.name for layer in found] == ["1"]  # the pass sees no cosine of -1
+    opposite, _ = measure_layers(regularizer.layers, lambda layer, x: None)
+    assert opposite.min_angle == pytest.approx(180.0)
