@@ -125,6 +125,21 @@ def test_a_change_of_one_neuron_is_seen_at_the_next_step(change, mode):
     assert run.step()
 
 
+@pytest.mark.parametrize("length", [0.05, 0.2])
+def test_so_is_a_change_of_a_short_neuron(length):
+    """Whose gradient goes as one over its norm."""
+    run = Run(steps=0)
+    with torch.no_grad():
+        run.weight[7] *= length
+    for _ in range(STEPS):
+        run.step()
+    calm(run)
+    assert not run.step()
+    with torch.no_grad():
+        run.weight[7] = run.weight[7].roll(5)
+    assert run.step()
+
+
 @pytest.mark.parametrize("wrap", [weight_norm])
 def test_so_is_one_of_a_layer_that_is_computed_from_parameters(wrap):
     run = Run(wrap=wrap)

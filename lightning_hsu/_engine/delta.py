@@ -31,8 +31,7 @@ class Use:
         token: Equal as long as its weights are the same, as far as torch knows; None if that is not
             known.
         moved: Relative change of these entries since the gradient was computed; inf without one.
-        changed: Change of the neuron that has changed most over the typical norm of a neuron; 0 if
-            nobody has looked.
+        changed: Change of the neuron that has changed most, over its norm; 0 if nobody has looked.
         is_written: Whether the weights were written to more or less often than between other steps.
         looks_at_rows: Whether the neurons are looked at one by one.
         is_due: Whether its gradient is computed at this step.

@@ -16,7 +16,7 @@ from lightning_hsu._core import working_dtype
 from lightning_hsu._engine.delta import Known, Use
 from lightning_hsu._engine.late import LateNumbers
 from lightning_hsu._engine.layer import Layer, Token
-from lightning_hsu._engine.rows import Rows, largest_change
+from lightning_hsu._engine.rows import Rows
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -139,9 +139,7 @@ class _Look:
         for use, delta in members:
             use.moved = delta.relative(numbers[self.places[use.layer]])
             if use.looks_at_rows:
-                place = self._row_places[use.layer]
-                size = numbers[place + len(self._row_places)]
-                use.changed = largest_change(numbers[place], size, delta)
+                use.changed = numbers[self._row_places[use.layer]]
 
     def samples_of(self, uses: Sequence[Use]) -> Tensor:
         """Entries of some of these layers, one after the other."""
