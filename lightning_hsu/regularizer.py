@@ -131,8 +131,9 @@ class UniformityRegularizer:
             for one gradient of each. False computes every layer on every rank, as it must be where
             ranks have weights of their own between averages (local SGD) or take unequal numbers of
             steps, and may be better over a slow network. Within torch's ``Join`` around DDP it is so
-            by itself, from then on. :meth:`penalty` and :meth:`add_to_loss` do not share: each
-            rank's loss has the whole penalty.
+            by itself, from then on, and a ``tolerance`` keeps nothing; there ``every_n_steps`` and
+            schedules count the steps of each rank, so that ranks part. :meth:`penalty` and
+            :meth:`add_to_loss` do not share: each rank's loss has the whole penalty.
 
     Raises:
         ValueError: for a negative or NaN coefficient, ``every_n_steps`` or ``sample_above`` below
@@ -865,7 +866,8 @@ class UniformityRegularizer:
                 if self.checks_order and self.state.now.untold:
                     self._tell_untold()
                 if self.state.deltas.tolerance is not None:
-                    self.state.deltas.begin_step()
+                    keeps = not self._check_attached().placement.is_uneven
+                    self.state.deltas.begin_step(keeps=keeps)
                 found = self._act(context)
         counter.count(optimizer, index, same_step=same_step)
         if found and not same_step:
@@ -1028,7 +1030,7 @@ class UniformityRegularizer:
         same_step = self.state.now.loss_step == step
         context = StepContext(step, rates, factor, same_step, self.step_limit)
         if not same_step:
-            self.state.deltas.begin_step()
+            self.state.deltas.begin_step(keeps=not attached.placement.is_uneven)
         with self._products():
             return loss_terms(penalised, self.state, context)
 

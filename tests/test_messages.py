@@ -335,6 +335,28 @@ def test_ranks_with_uneven_batches_do_not_wait_for_one_another(tolerance, ahead)
         assert max_difference(end, expected[0][0]) < TOLERANCE
 
 
+def after_uneven_batches(tolerance):
+    """The weights some steps after ``Join``, in which rank 1 took fewer steps."""
+    training = Training(tolerance=tolerance)
+    for group in training.optimizer.param_groups:
+        group["momentum"] = 0.0  # which would be another on each rank
+    for _ in range(2):
+        with Join([training.model]):
+            for _ in range(5 - 2 * training.rank):
+                training.step()
+        for _ in range(4):
+            training.step()
+    training.regularizer.detach()
+    return End(ranks.whole_tensors(training.net))
+
+
+@pytest.mark.parametrize("tolerance", [None, 0.1])
+def test_ranks_go_on_alike_after_uneven_batches(tolerance):
+    """What each has kept would be of other steps, and due at others."""
+    with mock.patch.object(processes, "SECONDS", 20):
+        assert same_bits(world(2).run(after_uneven_batches, tolerance))
+
+
 def swapped_on_one(tolerance):
     """What a step does after rank 1 had other weights for a while, as for an evaluation."""
     events = Events()

@@ -68,9 +68,16 @@ class Deltas:
             self._unstored.update(self.reuse)
         self.tolerance = tolerance
 
-    def begin_step(self) -> None:
-        """Begin a step; what the last one has begun to tell is read now."""
-        self.settle()
+    def begin_step(self, *, keeps: bool = True) -> None:
+        """Begin a step; what the last one has begun to tell is read now.
+
+        Args:
+            keeps: Whether gradients may be kept; else all are due, and nothing is known of them.
+        """
+        if keeps:
+            self.settle()
+        else:
+            self.forget()
         self.computed = set()
 
     def find_due(self, uses: Sequence[Use], *, same_step: bool = False) -> None:

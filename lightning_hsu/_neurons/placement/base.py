@@ -244,6 +244,11 @@ class Placement:
         return False
 
     @property
+    def is_uneven(self) -> bool:
+        """Whether ranks that train the same weights may take unequal numbers of steps."""
+        return False
+
+    @property
     def rank(self) -> int:
         """Number of this process among those that share the work."""
         return 0

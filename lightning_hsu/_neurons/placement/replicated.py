@@ -92,13 +92,18 @@ class ReplicatedPlacement(Placement):
 
     @property
     def shares_work(self) -> bool:
-        """Whether one rank computes a layer for all: not within ``Join``.
+        """Whether one rank computes a layer for all: not where some have no more batches."""
+        return self._may_share and not self.is_uneven
+
+    @property
+    def is_uneven(self) -> bool:
+        """Whether DDP is within torch's ``Join``, or was: torch does not tell that it has ended.
 
         There some ranks have no more batches and answer DDP alone. All ranks enter it together.
         """
         ddp = None if self._ddp is None else self._ddp()
         config = getattr(ddp, "_join_config", None)  # a private part of torch
-        return self._may_share and not getattr(config, "enable", False)
+        return bool(getattr(config, "enable", False))
 
     @property
     def rank(self) -> int:
