@@ -240,16 +240,19 @@ LOOPS = {
     "two evaluations a step": (Automatic, models.network, models.SharpnessAware, {}),
     "accumulation": (Automatic, models.network, ranks.sgd, {"accumulate_grad_batches": 2}),
     "float64": (Automatic, models.network, ranks.sgd, {"precision": "64-true"}),
+    "an unused layer": (Automatic, detour, ranks.sgd, {}),
 }
 
 
+@pytest.mark.filterwarnings("ignore:the penalty has not reached layer 'net.5'")
 @pytest.mark.parametrize("tolerance", [None, 0.05])
 @pytest.mark.parametrize("name", LOOPS)
 def test_layers_of_several_loops_are_shared(name, tolerance):
     kind, net, make_optimizer, settings = LOOPS[name]
     make = partial(make_module, kind, net, make_optimizer=make_optimizer)
     callback = {"coefficient": 0.5, "tolerance": tolerance}
-    ends = world(2).run(ranks.fit_sharing, make, callback, ddp, settings)
+    strategy = partial(ddp, find_unused_parameters=name == "an unused layer")
+    ends = world(2).run(ranks.fit_sharing, make, callback, strategy, settings)
     assert same_bits(ends)
     assert ends[0].messages > 0
     assert max_difference(ends[0], ranks.fit_alone(make, callback, settings)) < TOLERANCE

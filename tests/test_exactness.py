@@ -355,6 +355,7 @@ SITUATIONS = [
         exact("the penalty alone moves it"),
         alone,
         module=with_net(lambda: models.Detour(*models.network())),
+        kept="left alone, with a warning",
     ),
     Situation(
         COMPUTED,
@@ -515,7 +516,9 @@ SITUATIONS = [
         Outcome("error: use gradient"),
         Outcome("left alone"),
         where=(
+            "tests/test_distributed.py::test_two_ranks_equal_one_process_with_the_doubled_batch",
             "tests/test_distributed.py::test_a_layer_that_ddp_has_closed_is_named_on_every_rank",
+            "tests/test_distributed.py::test_layers_of_several_loops_are_shared",
         ),
         kept="left alone",
     ),
@@ -527,6 +530,8 @@ SITUATIONS = [
         exact("ranks bit-identical"),
         where=(
             "tests/test_distributed.py::test_each_rank_sends_one_message_a_step_however_many_layers_there_are",
+            "tests/test_distributed.py::test_layers_of_several_loops_are_shared",
+            "tests/test_distributed.py::test_layers_that_fall_due_at_different_steps_are_shared",
         ),
     ),
     Situation(
@@ -591,43 +596,52 @@ def test_trains_as_a_plain_loop_does(row, mode):
     assert max_difference(without, twin) > 10 * row.tolerance or outcome.mode == "none"
 
 
-KEEPING_NOTHING = (
-    "LBFGS",
-    "SAM",
-    "Share, SAM",
-    "search",
-    "fast_dev_run",
-    "raw",
-    "scaler, overflow, schedule",
-    "scaler, overflow, schedule, fused",
-    "manual, scaler, overflow",
-)
-"""A closure that runs again moves the weights within a step; the others take too few steps."""
+before_steps = ("gradient", "loss")
+KEEPING_NOTHING = {
+    "LBFGS": before_steps,
+    "SAM": before_steps,
+    "Share, SAM": before_steps,
+    "search": before_steps,
+    "raw": before_steps,
+    "scaler, overflow, schedule": ("decoupled",),
+    "scaler, overflow, schedule, fused": ("decoupled",),
+    "manual, scaler, overflow": ("decoupled",),
+    "fast_dev_run": MODES,
+}
+"""By mode. A closure that runs again moves the weights within a step; the others apply the penalty once or never."""
+
+
+def keeping(*, nothing):
+    """Rows and modes that use no gradient again, or the others."""
+    found = []
+    for case in cases(refused=False):
+        row, mode = case.values
+        if (mode in KEEPING_NOTHING.get(row.name, ())) == nothing:
+            found.append(case)
+    return found
 
 
 @pytest.mark.filterwarnings("ignore:the penalty is too strong")
-@pytest.mark.parametrize(("row", "mode"), cases(refused=False))
+@pytest.mark.parametrize(("row", "mode"), keeping(nothing=False))
 @pytest.mark.filterwarnings("ignore:.*barebones.*", "ignore:.*overfit.*")
 def test_keeps_gradients_as_a_plain_loop_of_the_same_schedule_does(row, mode):
-    """A generous tolerance, so that some are used again in so few steps."""
-    outcome = getattr(row, mode)
-    module = row.module(make_optimizer=row.optimizer)
-    twin, fresh = (copy.deepcopy(module).to(row.dtype) for _ in range(2))
-    data = batches(row.count, dtype=row.dtype)
-    ours = our_callbacks(row, mode, tolerance=0.9)
-    with warned_of(outcome), plain.recorded_schedule() as schedule:
-        fit_with_lightning(row, mode, module, data, ours)
-    kept = plain.Kept(schedule)
-    fit_plainly(row, outcome.mode or mode, twin, data, kept)
-    assert kept.is_used_up()
+    module, (twin, fresh), data, schedule = fit_keeping(row, mode)
+    assert not all(uses_of(schedule))
+    fit_plainly_keeping(row, mode, twin, data, schedule)
     difference = max_difference(twin, module)
     assert difference < row.tolerance
-    uses = [is_computed for uses in schedule.values() for is_computed, _ in uses]
-    if all(uses):
-        assert row.name in KEEPING_NOTHING
-        return
-    fit_plainly(row, outcome.mode or mode, fresh, data)
+    fit_plainly(row, getattr(row, mode).mode or mode, fresh, data)
     assert max_difference(fresh, module) > 2 * difference
+
+
+@pytest.mark.filterwarnings("ignore:the penalty is too strong")
+@pytest.mark.parametrize(("row", "mode"), keeping(nothing=True))
+@pytest.mark.filterwarnings("ignore:.*barebones.*", "ignore:.*overfit.*")
+def test_computes_every_gradient_where_none_can_be_used_again(row, mode):
+    module, (twin, _), data, schedule = fit_keeping(row, mode)
+    assert all(uses_of(schedule))
+    fit_plainly_keeping(row, mode, twin, data, schedule)
+    assert max_difference(twin, module) < row.tolerance
 
 
 @pytest.mark.parametrize(("row", "mode"), cases(refused=True))
@@ -661,6 +675,32 @@ def fit_with_lightning(row, mode, module, data, ours=None):
             MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", **row.scaler))
         ]
     row.fit(trainer(*row.beside(), *ours, **settings), row.compiled(module), data)
+
+
+def fit_keeping(row, mode):
+    """Fit with a generous tolerance, so that some gradients are used again in so few steps.
+
+    Returns:
+        The module, two copies of it from before, the data, and the schedule of its gradients.
+    """
+    module = row.module(make_optimizer=row.optimizer)
+    copies = [copy.deepcopy(module).to(row.dtype) for _ in range(2)]
+    data = batches(row.count, dtype=row.dtype)
+    ours = our_callbacks(row, mode, tolerance=0.9)
+    with warned_of(getattr(row, mode)), plain.recorded_schedule() as schedule:
+        fit_with_lightning(row, mode, module, data, ours)
+    return module, copies, data, schedule
+
+
+def uses_of(schedule):
+    """Whether each use of a gradient computed it."""
+    return [is_computed for uses in schedule.values() for is_computed, _ in uses]
+
+
+def fit_plainly_keeping(row, mode, module, data, schedule):
+    kept = plain.Kept(schedule)
+    fit_plainly(row, getattr(row, mode).mode or mode, module, data, kept)
+    assert kept.is_used_up()
 
 
 def fit_plainly(row, mode, module, data, kept=None):
