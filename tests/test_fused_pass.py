@@ -139,7 +139,7 @@ def test_compiled_gradients_are_right():
         assert_right(added(layers, terms), layers, terms, 1e-2)  # measured: 2e-3
     backend = backends.active()
     assert set(backend._terms) == {half, full}
-    assert not backend._has_failed
+    assert not backend._trial.has_failed
 
 
 @of_dynamo
@@ -152,8 +152,8 @@ def test_compiled_numbers_of_a_logging_step_are_right():
         warnings.simplefilter("error")
         found = begin_batch(batch, stats=True)
         expected = TorchBackend().gradients(batch, stats=True)
-    assert not backends.active()._has_failed
-    assert backends.active()._passed
+    assert not backends.active()._trial.has_failed
+    assert backends.active()._trial.passed
     assert_same_numbers(found, expected)
     outs = unweighted(batch, found)
     assert_right(outs, [update.w for update in batch.updates], [term] * 4, 2e-6)

@@ -13,7 +13,6 @@ from typing import Any, ClassVar
 
 import torch
 
-from lightning_hsu._core.backend import VARIABLE
 from lightning_hsu._core.batches import Batch, batches_of
 from lightning_hsu._core.foreach import TorchBackend
 from lightning_hsu._core.fused import Fused, FusedTerm
@@ -23,7 +22,14 @@ from lightning_hsu._core.oracle import oracle_energy
 from lightning_hsu._core.pairwise import too_steep
 from lightning_hsu._core.precision import exact_arithmetic
 from lightning_hsu._core.sphere import unit_rows
-from lightning_hsu._core.trial import SHAPE, brief, gradient_error, trial_layer
+from lightning_hsu._core.trial import (
+    Trial,
+    brief,
+    gradient_error,
+    gradient_fault,
+    kernel_of,
+    trial_layer,
+)
 from lightning_hsu._core.updates import GradientUpdate
 from lightning_hsu._core.without_sync import (
     BatchGradient,
@@ -51,8 +57,11 @@ class CompiledBackend(TorchBackend):
 
     def __init__(self) -> None:
         self._terms: dict[PairTerm, FusedTerm] = {}
-        self._passed: set[object] = set()
-        self._has_failed = False
+        self._trial = Trial(
+            self.name,
+            "the code that torch.compile makes",
+            "On a CPU torch.compile needs a C++ compiler such as g++, on a GPU Triton and a C compiler",
+        )
 
     def takes_on_cpu(self, update: GradientUpdate, term: PairTerm) -> bool:
         """Layers whose kernel has passed the check there."""
@@ -68,7 +77,7 @@ class CompiledBackend(TorchBackend):
             try:
                 return gradients_without_sync(batch, stats=stats, fused=fused)
             except Exception as problem:
-                self._fail(batch.updates[0].entries.device, f"raised {_reason(problem)}")
+                self._trial.fail(batch.updates[0].entries.device, f"raised {brief(problem)}")
         return gradients_without_sync(batch, stats=stats)
 
     def _fused(self, batch: Batch, *, with_sums: bool) -> Fused | None:
@@ -83,42 +92,21 @@ class CompiledBackend(TorchBackend):
 
     def _is_right(self, device: torch.device, term: PairTerm, *, with_sums: bool) -> bool:
         """Whether a device computes this kernel right; compiled and checked at first use."""
-        if self._has_failed:
-            return False
         with_sums = with_sums or term.logarithm
-        key = (device, term, with_sums)
-        if key in self._passed:
-            return True
-        space = "half space" if term.half_space else "full space"
-        what = f"gradient (kernel {term.formula or term.kernel}, {space})"
-        try:
+
+        def find_fault() -> str | None:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # torch's, about its own code
                 fused = self._terms.setdefault(term, FusedTerm(term, _compiled))
                 error, error_of_stats = trial_errors(device, fused, with_sums=with_sums)
-        except Exception as problem:
-            return self._fail(device, f"raised {_reason(problem)} over the {what}")
-        if not error <= TOLERANCE:
-            return self._fail(device, f"computed a {what} off by {error:.1g} of its pairs' pulls")
-        if not error_of_stats <= STATS:
-            return self._fail(
-                device,
-                f"computed an energy or a largest cosine (kernel {term.formula or term.kernel}, "
-                f"{space}) off by {error_of_stats:.1g}",
-            )
-        self._passed.add(key)
-        return True
+            fault = gradient_fault(error, TOLERANCE, term)
+            if fault is None and not error_of_stats <= STATS:
+                what = f"an energy or a largest cosine ({kernel_of(term)})"
+                return f"computed {what} off by {error_of_stats:.1g}"
+            return fault
 
-    def _fail(self, device: torch.device, what: str) -> bool:
-        self._has_failed = True
-        warnings.warn(
-            f"{VARIABLE} is 'compiled', but on {device} the code that torch.compile makes {what}, "
-            f"for a trial layer of shape {SHAPE} or later. Plain torch computes from now on until "
-            f"this process ends. Unset {VARIABLE} to do without the trial. On a CPU torch.compile "
-            "needs a C++ compiler such as g++, on a GPU Triton and a C compiler",
-            stacklevel=2,
-        )
-        return False
+        key = (device, term, with_sums)
+        return self._trial.passes(device, key, term, find_fault)
 
 
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -129,12 +117,6 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """
     compiled: Callable[..., Any] = torch.compile(function, dynamic=True)
     return compiled
-
-
-def _reason(problem: Exception) -> str:
-    """What a compiler says, without torch's words around it."""
-    inner = getattr(problem, "inner_exception", None)
-    return brief(inner if isinstance(inner, Exception) else problem)
 
 
 def trial_errors(device: torch.device, fused: FusedTerm, *, with_sums: bool) -> tuple[float, float]:

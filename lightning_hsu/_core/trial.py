@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
+from lightning_hsu._core.backend import VARIABLE
 from lightning_hsu._core.kernel import PairTerm
 from lightning_hsu._core.oracle import oracle_energy
 from lightning_hsu._core.sphere import seeded, unit_rows
@@ -71,6 +75,79 @@ def _expected_gradient(w: Tensor, term: PairTerm) -> tuple[Tensor, Tensor]:
 
 
 def brief(problem: Exception) -> str:
-    """The kind of an error and the first line of what it says."""
+    """The kind of an error and the first line of what it says, without torch's words around it."""
+    inner = getattr(problem, "inner_exception", None)
+    if isinstance(inner, Exception):
+        problem = inner
     text = str(problem).strip().partition("\n")[0]
     return f"{type(problem).__name__}: {text}"
+
+
+def kernel_of(term: PairTerm) -> str:
+    """A kernel, as a warning names it."""
+    space = "half space" if term.half_space else "full space"
+    return f"kernel {term.formula or term.kernel}, {space}"
+
+
+class Trial:
+    """What of a back end has been checked in this process, and whether all of it was right.
+
+    Args:
+        name: The back end.
+        code: What of it computes, as the warning calls it.
+        advice: The last sentence of the warning.
+    """
+
+    def __init__(self, name: str, code: str, advice: str) -> None:
+        self._name = name
+        self._code = code
+        self._advice = advice
+        self.passed: set[object] = set()
+        self.has_failed = False
+
+    def passes(
+        self,
+        device: torch.device,
+        key: object,
+        term: PairTerm | None,
+        find_fault: Callable[[], str | None],
+    ) -> bool:
+        """Whether compiled code is right; checked at first use.
+
+        Args:
+            device: Where it computes.
+            key: What the check is of.
+            term: The kernel whose gradients are computed; None for nearest neurons.
+            find_fault: Computes the trial layer, and says what is wrong; None if nothing is.
+        """
+        if self.has_failed:
+            return False
+        if key in self.passed:
+            return True
+        try:
+            fault = find_fault()
+        except Exception as problem:
+            what = "nearest neurons" if term is None else f"gradient ({kernel_of(term)})"
+            fault = f"raised {brief(problem)} over the {what}"
+        if fault is None:
+            self.passed.add(key)
+            return True
+        self.fail(device, f"{fault}, for a trial layer of shape {SHAPE}")
+        return False
+
+    def fail(self, device: torch.device, fault: str) -> None:
+        """Take the back end no more, and say why."""
+        self.has_failed = True
+        warnings.warn(
+            f"{VARIABLE} is '{self._name}', but on {device} {self._code} {fault}. Plain torch "
+            f"computes from now on until this process ends. Unset {VARIABLE} to do without the "
+            f"trial. {self._advice}",
+            stacklevel=2,
+        )
+
+
+def gradient_fault(error: float, most: float, term: PairTerm) -> str | None:
+    """What a warning says of the trial layer's gradient; None if it is right."""
+    if error <= most:
+        return None
+    return f"computed a gradient ({kernel_of(term)}) off by {error:.1g} of its pairs' pulls"

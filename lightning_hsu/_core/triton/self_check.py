@@ -7,14 +7,16 @@ differences in float64. If a row is off, the compiled path is not taken any more
 
 from __future__ import annotations
 
-import warnings
-
 import torch
 
-from lightning_hsu._core.backend import VARIABLE
 from lightning_hsu._core.kernel import PairTerm
 from lightning_hsu._core.sphere import unit_rows
-from lightning_hsu._core.trial import SHAPE, brief, gradient_error, trial_layer
+from lightning_hsu._core.trial import (
+    Trial,
+    gradient_error,
+    gradient_fault,
+    trial_layer,
+)
 from lightning_hsu._core.triton.machine import precision
 from lightning_hsu._core.updates import GradientUpdate
 
@@ -32,52 +34,28 @@ class SelfCheck:
     """What has been checked in this process, and whether all of it was right."""
 
     def __init__(self) -> None:
-        self._passed: set[object] = set()
-        self._has_failed = False
+        advice = "Please report it with the versions of torch and Triton"
+        self._trial = Trial("triton", "its kernels", advice)
 
     def gradients_are_right(self, device: torch.device, term: PairTerm) -> bool:
         """Whether a device computes the gradients of this kernel right; checked at first use."""
-        if self._has_failed:
-            return False
         how = precision()
-        key = (device, term, how)
-        if key in self._passed:
-            return True
-        space = "half space" if term.half_space else "full space"
-        what = f"gradient (kernel {term.formula}, {space})"
-        try:
-            error = _gradient_error(device, term)
-        except Exception as problem:
-            return self._fail(device, f"raised {brief(problem)} over the {what}")
-        if not error <= TOLERANCES[how]:
-            return self._fail(device, f"computed a {what} off by {error:.1g} of its pairs' pulls")
-        self._passed.add(key)
-        return True
+
+        def find_fault() -> str | None:
+            return gradient_fault(_gradient_error(device, term), TOLERANCES[how], term)
+
+        return self._trial.passes(device, (device, term, how), term, find_fault)
 
     def neighbours_are_right(self, device: torch.device) -> bool:
         """Whether a device finds the nearest neighbours; checked at first use."""
-        if self._has_failed:
-            return False
-        if device in self._passed:
-            return True
-        try:
-            error = _cosine_error(device)
-        except Exception as problem:
-            return self._fail(device, f"raised {brief(problem)} over the nearest neurons")
-        if not error <= COSINES:
-            return self._fail(device, f"found nearest neurons whose cosines are off by {error:.1g}")
-        self._passed.add(device)
-        return True
 
-    def _fail(self, device: torch.device, what: str) -> bool:
-        self._has_failed = True
-        warnings.warn(
-            f"{VARIABLE} is 'triton', but on {device} its kernels {what}, for a trial layer of shape "
-            f"{SHAPE}. Plain torch computes from now on until this process ends. Unset {VARIABLE} "
-            "to do without the trial, and please report it with the versions of torch and Triton",
-            stacklevel=2,
-        )
-        return False
+        def find_fault() -> str | None:
+            error = _cosine_error(device)
+            if error <= COSINES:
+                return None
+            return f"found nearest neurons whose cosines are off by {error:.1g}"
+
+        return self._trial.passes(device, device, None, find_fault)
 
 
 def _gradient_error(device: torch.device, term: PairTerm) -> float:
