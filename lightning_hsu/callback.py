@@ -168,17 +168,11 @@ class HypersphericalUniformity(_trainer.EveryCallback):
         sample_above: Energies of more neurons are estimated
             (:class:`~lightning_hsu.measures.Sampled`); None computes them.
         tolerance: The relative error, in (0, 1), that a layer's gradient may have on average: it is
-            kept, used for as many steps as its measured rate of ageing allows, and computed again
-            when the neurons have moved too far; single steps may reach two or three times it
-            (``hsu/stale_error/<layer>``, ``hsu/recomputed``). A sudden change of much of a layer is
-            seen at the next step. So is a new, pruned or swapped neuron (within four steps while
-            gradients last for fewer) if torch counts the write, as under ``no_grad``, and no ranks
-            train together; else, as through ``p.data`` or within an optimizer's step, when the
-            gradient is 8, 16, 32 and so on steps old, or is computed again before. (On a GPU a
-            change through ``p.data`` between steps is seen one step later, with a warning.) That
-            takes memory for one gradient of each layer (half in bfloat16) and a little more. None
-            computes every layer at every step. Between fits ``callback.regularizer.tolerance`` may
-            be assigned.
+            kept and used for as many steps as that allows (``hsu/stale_error/<layer>``,
+            ``hsu/recomputed``). None computes every layer at every step. When changes of weights
+            are seen, and what memory it takes, says
+            :class:`~lightning_hsu.UniformityRegularizer`. Between fits
+            ``callback.regularizer.tolerance`` may be assigned.
         share_work: Whether the ranks of DDP divide the large layers: each layer's gradient is computed
             by one rank and sent to all, for about 1 / ranks of the arithmetic and memory for one
             gradient of each. False computes every layer on every rank, which may be better over a slow
