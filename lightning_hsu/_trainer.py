@@ -20,7 +20,9 @@ from torch.amp.grad_scaler import OptState
 from torch.optim import Optimizer
 
 from lightning_hsu._checks import listed
+from lightning_hsu._engine.late import LateNumbers
 from lightning_hsu._engine.layer import Layer
+from lightning_hsu._engine.moves import reads_late
 from lightning_hsu._engine.rates import held_by
 from lightning_hsu._engine.stored import Dropped
 from lightning_hsu._monitor.measure import LayerUniformity
@@ -434,7 +436,37 @@ def _end_late_step(outer: LightningOptimizer, before: Callable[[], None], hook: 
     before()
 
 
-def remaining_scale(trainer: pl.Trainer, optimizer: Optimizer) -> float:
+class LossScale:
+    """A GradScaler's factor: a GPU is asked for it after each batch, long before it is needed."""
+
+    def __init__(self) -> None:
+        self._scale: Tensor | None = None
+        self._version = 0
+        self._number: LateNumbers | None = None
+
+    def ask(self, trainer: pl.Trainer) -> None:
+        """Begin to ask for the factor of the next batch."""
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        scale = getattr(scaler, "_scale", None)
+        if scale is None or not reads_late(scale) or self._is_of(scale):
+            return
+        self._scale = scale
+        self._version = scale._version
+        self._number = LateNumbers(scale.detach().reshape(1))
+
+    def of(self, scaler: Any) -> float:
+        """The factor; the host waits only if it has changed since it was asked for."""
+        scale = scaler._scale
+        if self._number is not None and self._is_of(scale):
+            return self._number.read()[0]
+        return float(scaler.get_scale())
+
+    def _is_of(self, scale: Tensor | None) -> bool:
+        """Whether this is what was asked for: ``scaler.update`` writes to it."""
+        return scale is not None and scale is self._scale and scale._version == self._version
+
+
+def remaining_scale(trainer: pl.Trainer, optimizer: Optimizer, known: LossScale) -> float:
     """The GradScaler's factor if Lightning leaves it in the gradients, else 1.
 
     It leaves it there for fused optimizers, which unscale in their own step.
@@ -446,7 +478,7 @@ def remaining_scale(trainer: pl.Trainer, optimizer: Optimizer) -> float:
     state = scaler._per_optimizer_states.get(id(optimizer))
     if state is not None and state["stage"] is not OptState.READY:
         return 1.0
-    return float(scaler.get_scale())
+    return known.of(scaler)
 
 
 def loss_factor(trainer: pl.Trainer, loss: Tensor) -> Tensor | float:

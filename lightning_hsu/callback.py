@@ -49,6 +49,7 @@ class _Fit:
         hooked: Ids of the trainer's optimizers when these were hooked.
         stats: Stats of the updates since the last batch ended, by layer.
         open_step: The optimizer step under way.
+        loss_scale: The factor of a GradScaler.
         warnings: The warnings, with those already given.
         before_after: The first measurement.
         frozen: The first measurement of the layers that are frozen, by name.
@@ -79,6 +80,7 @@ class _Fit:
     hooked: list[int] = field(default_factory=list)
     stats: dict[str, GradientStats] = field(default_factory=dict)
     open_step: _trainer.OpenStep = field(default_factory=_trainer.OpenStep)
+    loss_scale: _trainer.LossScale = field(default_factory=_trainer.LossScale)
     warnings: _trainer.Warnings = field(default_factory=_trainer.Warnings)
     before_after: BeforeAfter = field(default_factory=BeforeAfter)
     frozen: dict[str, LayerUniformity] = field(default_factory=dict)
@@ -384,7 +386,7 @@ class HypersphericalUniformity(_trainer.EveryCallback):
         fit.stats |= self.regularizer.add_gradients(
             optimizer,
             index=index,
-            grad_scale=_trainer.remaining_scale(trainer, optimizer),
+            grad_scale=_trainer.remaining_scale(trainer, optimizer, fit.loss_scale),
             stats=will_measure,
             same_step=same_step,
         )
@@ -461,6 +463,7 @@ class HypersphericalUniformity(_trainer.EveryCallback):
     ) -> None:
         """Measure and log after the step, only on logging steps."""
         fit = self._fit
+        fit.loss_scale.ask(trainer)
         has_stepped = trainer.global_step != fit.seen_step
         if batch_idx == 0 or has_stepped:
             fit.has_run = True

@@ -1,14 +1,18 @@
 """Layers that are not plain make the host wait for a GPU no more than plain ones, counted with real tensors on a CPU."""
 
+from functools import partial
 from unittest import mock
 
 import pytest
 import torch
+from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
+from torch.optim import SGD
 
-from lightning_hsu import Share, UniformityRegularizer
+from lightning_hsu import Share, UniformityRegularizer, _trainer
 from lightning_hsu._core import pairwise
 from lightning_hsu.measures import Covering, GaussianPotential, RieszEnergy, Sampled
+from tests.models import Automatic, batches, loader, trainer, uniformity
 from tests.waits import counting, waits_of
 
 STEPS = 12
@@ -160,3 +164,30 @@ def test_a_layer_whose_gradient_was_not_exact_goes_the_exact_way_for_a_while():
             moved.append(float((net[0].weight.detach() - before).abs().max()))
     assert exact == [False, True, True]
     assert moved[0] < 1e-6 < 1e-3 < moved[1]
+
+
+class Scaler(torch.amp.GradScaler):
+    """A GradScaler for a CPU, which asks of a tensor as one for a GPU does."""
+
+    asked = 0
+
+    def get_scale(self):
+        self.asked += 1
+        return super().get_scale()
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_the_factor_of_a_scaler_is_asked_for_ahead(on_gpu, monkeypatch):
+    """Of fused optimizers, which unscale in their own step; only the first factor is waited for."""
+    monkeypatch.setattr(_trainer, "reads_late", lambda x: on_gpu)
+    scaler = Scaler("cpu", init_scale=2.0**14, growth_interval=2)
+    module = Automatic(make_optimizer=partial(SGD, lr=0.1, fused=True))
+    fit = trainer(
+        uniformity(),
+        plugins=[MixedPrecision("16-mixed", "cpu", scaler)],
+        log_every_n_steps=100,
+        max_epochs=1,
+    )
+    fit.fit(module, loader(batches(6)))
+    assert scaler.get_scale() == 2.0**17
+    assert scaler.asked == (1 if on_gpu else 6) + 1
