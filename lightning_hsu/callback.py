@@ -434,6 +434,8 @@ class HypersphericalUniformity(_trainer.EveryCallback):
             return
         if self.apply == "loss" and not is_counted:  # it stepped behind Lightning's back
             self.regularizer.count_step(hook.optimizer, index=hook.position)
+        if self.apply == "loss":
+            self.regularizer.look_for_moves()
         if self.apply == "gradient" and self.regularizer.looks_ahead:
             self.regularizer.look_ahead(hook.optimizer, index=hook.position)
         if self.apply == "decoupled":

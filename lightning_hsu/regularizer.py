@@ -20,7 +20,7 @@ from lightning_hsu._engine.apply import LayerUpdate
 from lightning_hsu._engine.attached import Attached, FirstOutputs
 from lightning_hsu._engine.buffered import GradientStats
 from lightning_hsu._engine.eager import eager, outside_inference_mode
-from lightning_hsu._engine.kept import add_plain, look_ahead
+from lightning_hsu._engine.kept import add_plain, look_ahead, look_for_moves
 from lightning_hsu._engine.late import is_capturing
 from lightning_hsu._engine.layer import Layer
 from lightning_hsu._engine.misuse import ADD, MOVE
@@ -125,7 +125,8 @@ class UniformityRegularizer:
             computed again before. (On a GPU a change through ``p.data`` after :meth:`look_ahead` is
             seen one step later, with a warning.) That takes memory for one gradient of each layer
             (half in bfloat16) and a little more. None computes every layer at every step. It may be
-            assigned later.
+            assigned later. On a GPU :meth:`move` and sharded weights wait for the device once a
+            step to know how far neurons have moved.
         share_work: Whether the ranks of DDP divide the large layers: each layer's gradient is
             computed by one rank and sent to all, for about 1 / ranks of the arithmetic and memory
             for one gradient of each. False computes every layer on every rank, as it must be where
@@ -927,6 +928,22 @@ class UniformityRegularizer:
                 rest=attached.plan.rest_of(held),
                 stats=self.measures_next,
             )
+
+    @eager
+    @torch.no_grad()
+    def look_for_moves(self) -> None:
+        """Begin to look how far neurons have moved, for :meth:`add_to_loss` with a ``tolerance``.
+
+        On a GPU, right after an optimizer's step: then the next loss need not wait for the device
+        to tell whether a kept gradient will do. Elsewhere it does nothing.
+        """
+        attached = self._check_attached()
+        if self.tolerance is None or not attached.placement.keeps_whole:
+            return
+        if torch.is_inference_mode_enabled() or is_capturing():
+            return
+        penalised = [layer for layer in attached.layers if layer.trainable and layer.strength != 0]
+        look_for_moves(self.state.deltas, penalised)
 
     def _warn_of(self, alarm: str | None) -> None:
         """Warn, if there is anything to warn of."""

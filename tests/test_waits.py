@@ -43,7 +43,7 @@ SETTINGS = {
 }
 
 
-def train(between, **settings):
+def train(between, mode="gradient", **settings):
     """The weights at the end and which layers each step has computed; ``between`` gets each call."""
     net = Language()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.02)
@@ -52,10 +52,19 @@ def train(between, **settings):
     for step in range(STEPS):
         optimizer.zero_grad()
         tokens = torch.arange(24) + step
-        nn.functional.cross_entropy(net(tokens), tokens).backward()
-        between(net, step, lambda: regularizer.add_gradients(optimizer))
+        loss = nn.functional.cross_entropy(net(tokens), tokens)
+        if mode == "loss":
+            between(net, step, partial(regularizer.add_to_loss, loss, optimizer))
+            loss.backward()
+            regularizer.count_step(optimizer)
+        else:
+            loss.backward()
+            between(net, step, lambda: regularizer.add_gradients(optimizer))
         optimizer.step()
-        between(net, step, lambda: regularizer.look_ahead(optimizer))
+        if mode == "loss":
+            between(net, step, regularizer.look_for_moves)
+        else:
+            between(net, step, lambda: regularizer.look_ahead(optimizer))
         computed.append(sorted(regularizer.state.deltas.computed))
     return dict(net.named_parameters()), computed
 
@@ -67,7 +76,9 @@ def as_on_a_gpu(**settings):
 
         def between(net, step, act):
             for p in net.parameters():
-                waits.put_there(p, p.grad)
+                waits.put_there(p)
+                if p.grad is not None:
+                    waits.put_there(p.grad)
             with counting(waits):
                 act()
             if step:
@@ -86,6 +97,17 @@ def test_no_step_waits_for_shares_computed_weights_or_sampled_heads(tolerance):
         assert [] in computed
         assert {"normed", "shared", "head"} <= {name for names in computed[1:] for name in names}
     assert all(bool(p.isfinite().all()) for p in weights.values())
+
+
+@pytest.mark.parametrize("tolerance", [None, 0.05])
+def test_no_loss_waits_for_how_far_neurons_have_moved(tolerance):
+    settings = {"mode": "loss", "coefficient": 1e-3, "head": None, "tolerance": tolerance}
+    settings["include"] = ["plain", "normed", "shared"]
+    _, schedule = train(lambda net, step, act: act(), **settings)
+    _, computed, waited = as_on_a_gpu(**settings)
+    assert waited == []
+    assert computed == schedule
+    assert tolerance is None or [] in computed
 
 
 def test_a_search_waits():

@@ -130,13 +130,18 @@ def look_ahead(
         if deltas.will_be_due(use):
             due.append(one)
     deltas.look_for_moves(uses)
-    # What computes their weights may differ from time to time, so there is nothing to compare.
-    others = []
-    for layer in rest:
-        if reads_late(layer.parameters[0]):
-            others.append(use_of(layer, layer.target.read().x.detach()))
-    deltas.look_for_moves(others, checks=False)
+    look_for_moves(deltas, rest)
     ahead.begin(due, placement)
+
+
+def look_for_moves(deltas: Deltas, layers: Sequence[Layer]) -> None:
+    """After a step, begin to look how far the neurons of layers on a GPU have moved."""
+    uses = []
+    for layer in layers:
+        if reads_late(layer.parameters[0]):
+            uses.append(use_of(layer, layer.target.read().x.detach()))
+    # What computes their weights may differ from time to time, so there is nothing to compare.
+    deltas.look_for_moves(uses, checks=False)
 
 
 def _add_older(
