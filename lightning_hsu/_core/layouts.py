@@ -124,10 +124,6 @@ def _laid_out(shapes: Sequence[Shape], halves: Sequence[bool], gram: int) -> Lay
     number = torch.arange(rows)
     bounds = by_row[:2]
     reach = torch.stack([by_row[4] + number * by_row[5], by_row[5]], 1)
-    apart = []
-    for half in map(float, halves):
-        pulls = [1.0, -half, 0.0, 0.0], [-1.0, half, 0.0, 0.0]
-        apart.append(torch.tensor([*pulls, [0.0, 0.0, 1.0, half]], dtype=torch.float64))
     return Layout(
         spans=_spans(shapes),
         blocks=blocks,
@@ -152,8 +148,17 @@ def _laid_out(shapes: Sequence[Shape], halves: Sequence[bool], gram: int) -> Lay
         weights=torch.cat([torch.full((most,), 0.5), torch.ones(most)]),
         signs=torch.tensor([[1.0, -1.0], [1.0, 1.0]], dtype=torch.float64),
         signs_back=torch.tensor([[-1.0, -1.0], [1.0, -1.0]], dtype=torch.float64),
-        apart=apart,
+        apart=_apart(halves),
     )
+
+
+def _apart(halves: Sequence[bool]) -> list[Tensor]:
+    """For each kernel the matrix that makes pulls of slopes, and energies of values (3, 4)."""
+    tables = []
+    for half in map(float, halves):
+        pulls = [1.0, -half, 0.0, 0.0], [-1.0, half, 0.0, 0.0]
+        tables.append(torch.tensor([*pulls, [0.0, 0.0, 1.0, half]], dtype=torch.float64))
+    return tables
 
 
 def _of_groups(blocks: Sequence[Block]) -> Tensor:
@@ -281,63 +286,68 @@ def _pieces(blocks: Sequence[Block], gram: int) -> list[list[Panel]]:
 
 
 def _piece(unplaced: Sequence[Panel], blocks: Sequence[Block]) -> Piece:
-    """Place panels behind each other, by kernel."""
+    """Place panels behind each other, with the tables that tell where their rows are."""
     first_group = {}
     group = 0
     for block in blocks:
         first_group[block] = group
         group += block.groups
-    panels = []
-    stretches = []
-    fillers: list[int] = []
+    panels, stretches, fillers = _placed(unplaced)
+    size = stretches[-1].stop
     groups_at = []
     heights = []
     marks = [(0, 0, 0, 0, 0)]
-    at = 0
-    rows_of = []  # of each kernel
-    by_kind = sorted(unplaced, key=lambda panel: panel.block.kind)
-    for kind, alike in groupby(by_kind, key=lambda panel: panel.block.kind):
-        begin = at
-        row_count = 0
-        for moved in alike:
-            columns = moved.shape[2]
-            gap = -at % columns  # a panel begins where whole rows of it would
-            fillers += range(at, at + gap)
-            at += gap
-            panel = moved._replace(at=at)
-            panels.append(panel)
-            block = panel.block
-            groups, height, width = panel.shape
-            row_count += groups * height
-            for number in range(groups):
-                place = at + number * height * width
-                row = block.row + (panel.first + number) * block.n + panel.start
-                own = first_group[block] + panel.first + number
-                groups_at.append((place, own))
-                heights.append(height)
-                marks.append((row - place // width, row, width, kind, own))
-            at += panel.size
-        rows_of.append(row_count)
-        stretches.append(Stretch(kind, begin, at))
-    marks.append((-at, 0, 1, 0, group))
+    rows_of_kind = {stretch.kind: 0 for stretch in stretches}
+    for panel in panels:
+        block = panel.block
+        groups, height, width = panel.shape
+        rows_of_kind[block.kind] += groups * height
+        for number in range(groups):
+            place = panel.at + number * height * width
+            row = block.row + (panel.first + number) * block.n + panel.start
+            own = first_group[block] + panel.first + number
+            groups_at.append((place, own))
+            heights.append(height)
+            marks.append((row - place // width, row, width, block.kind, own))
+    marks.append((-size, 0, 1, 0, group))
     table = torch.tensor(marks)
     start, group_of = torch.tensor(groups_at).unbind(1)
     group_of_row = _repeated(group_of[None], heights)[0]
     own_places = _diagonals(start, heights, table[1:-1, 2])
     own_of = []
-    for places, stretch in zip(torch.split(own_places, rows_of), stretches, strict=True):
+    by_kind = torch.split(own_places, list(rows_of_kind.values()))
+    for places, stretch in zip(by_kind, stretches, strict=True):
         own_of.append(places - stretch.start)
     return Piece(
         panels=panels,
         stretches=stretches,
-        size=at,
-        own=torch.cat([own_places, torch.tensor([*fillers, at])]),
+        size=size,
+        own=torch.cat([own_places, torch.tensor([*fillers, size])]),
         own_of=own_of,
-        starts=torch.cat([start, torch.tensor([at])]),
+        starts=torch.cat([start, torch.tensor([size])]),
         marks=table,
         group_of_row=group_of_row,
         groups_at=groups_at,
     )
+
+
+def _placed(unplaced: Sequence[Panel]) -> tuple[list[Panel], list[Stretch], list[int]]:
+    """Panels behind each other, by kernel, the stretch of each kernel, and places left between."""
+    panels = []
+    stretches = []
+    fillers: list[int] = []
+    at = 0
+    by_kind = sorted(unplaced, key=lambda panel: panel.block.kind)
+    for kind, alike in groupby(by_kind, key=lambda panel: panel.block.kind):
+        begin = at
+        for panel in alike:
+            gap = -at % panel.shape[2]  # a panel begins where whole rows of it would
+            fillers += range(at, at + gap)
+            at += gap
+            panels.append(panel._replace(at=at))
+            at += panel.size
+        stretches.append(Stretch(kind, begin, at))
+    return panels, stretches, fillers
 
 
 def _diagonals(start: Tensor, heights: Sequence[int], width: Tensor) -> Tensor:

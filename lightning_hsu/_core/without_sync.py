@@ -74,11 +74,7 @@ def gradients_without_sync(
     torch._foreach_copy_(
         layer_parts(batch, w), [update.entries.detach() for update in batch.updates]
     )
-    norm = torch.empty(layout.rows, dtype=torch.float64, device=w.device)
-    for width in layout.widths:
-        torch.linalg.vector_norm(
-            rows_of(w, width), dim=1, dtype=norm.dtype, out=by_row_of(norm, width)
-        )
+    norm = _lengths(layout, w)
     usual = norm.clamp(torch.finfo(dtype).tiny, torch.finfo(norm.dtype).max)
     numbers = GatheredNumbers(layout, batch.terms, w.device) if stats else None
     masks = torch.empty(1 if numbers is None else 2, layout.rows, dtype=torch.bool, device=w.device)
@@ -100,11 +96,10 @@ def gradients_without_sync(
     sums = _Sums(batch, w, x, divisor, numbers, fused, with_energy=energy)
     for piece in layout.pieces:
         sums.add(piece)
-    length = torch.empty_like(norm)
     for width in layout.widths:
         rows, unit = rows_of(sums.grad, width), rows_of(x, width)
         rows.addcmul_(unit, (rows * unit).sum(1, keepdim=True), value=-1.0)
-        torch.linalg.vector_norm(rows, dim=1, dtype=norm.dtype, out=by_row_of(length, width))
+    length = _lengths(layout, sums.grad)
     mean = None
     if sums.energy is not None and (energy or sums.takes_logarithms):
         missing = missing[layout.firsts]
@@ -114,6 +109,15 @@ def gradients_without_sync(
         mean = _energies(batch, total, count, without).mul_(scale[layout.firsts])
         scale = _minimised(batch, scale, mean)
     return BatchGradient(sums.grad, length, divisor, scale, sums.pairs, mean, numbers)
+
+
+def _lengths(layout: Layout, flat: Tensor) -> Tensor:
+    """The norms (rows,) of the rows of a flat tensor, in float64."""
+    found = torch.empty(layout.rows, dtype=torch.float64, device=flat.device)
+    for width in layout.widths:
+        rows, out = rows_of(flat, width), by_row_of(found, width)
+        torch.linalg.vector_norm(rows, dim=1, dtype=found.dtype, out=out)
+    return found
 
 
 def is_complete(batch: Batch, found: BatchGradient) -> Tensor:
