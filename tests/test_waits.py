@@ -8,9 +8,12 @@ import torch
 from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 from torch.optim import SGD
+from torch.overrides import TorchFunctionMode
 
 from lightning_hsu import Share, UniformityRegularizer, _trainer
-from lightning_hsu._core import pairwise
+from lightning_hsu._core import pairwise, tables
+from lightning_hsu._core.sampling import random_blocks
+from lightning_hsu._engine.rows import Rows
 from lightning_hsu.measures import Covering, GaussianPotential, RieszEnergy, Sampled
 from tests.models import Automatic, batches, loader, trainer, uniformity
 from tests.waits import counting, waits_of
@@ -186,6 +189,42 @@ def test_a_layer_whose_gradient_was_not_exact_goes_the_exact_way_for_a_while():
             moved.append(float((net[0].weight.detach() - before).abs().max()))
     assert exact == [False, True, True]
     assert moved[0] < 1e-6 < 1e-3 < moved[1]
+
+
+class Copies(TorchFunctionMode):
+    """Counts copies from the host to a device (meta, for a GPU), and those from ordinary memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.pinned = []
+        self.count = 0
+        self.waiting = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.pin_memory:
+            self.pinned.append(args[0].clone())
+            return self.pinned[-1]
+        result = func(*args, **(kwargs or {}))
+        if func is torch.Tensor.to and not args[0].is_meta and result.is_meta:
+            self.count += 1
+            self.waiting += not any(one is args[0] for one in self.pinned)
+        return result
+
+
+def random_parts(x):
+    return random_blocks(torch.arange(len(x[0]), device=x.device), 20, 0)
+
+
+@pytest.mark.parametrize(
+    "act", [random_parts, lambda x: Rows().sketch(x, 10)], ids=["blocks", "rows"]
+)
+def test_copies_to_a_gpu_come_from_pinned_memory(act, monkeypatch):
+    """From ordinary memory they wait for what the GPU has still to do."""
+    monkeypatch.setattr(tables, "has_streams", lambda device: device.type == "meta")
+    with Copies() as copies:
+        act(torch.empty(1, 100, 64, device="meta"))
+    assert copies.count == 1
+    assert copies.waiting == 0
 
 
 class Scaler(torch.amp.GradScaler):

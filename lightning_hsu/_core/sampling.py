@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightning_hsu._core.kernel import PairTerm
 from lightning_hsu._core.sphere import seeded, unit_rows
+from lightning_hsu._core.tables import upload
 
 
 class Spread(NamedTuple):
@@ -38,7 +39,7 @@ def random_blocks(live: Tensor, size: int, draw: int) -> Tensor:
     count = max(1, len(live) // size)
     used = len(live) // count * count
     order = torch.randperm(len(live), generator=seeded(draw))[:used]
-    return live[order.to(live.device, non_blocking=True)].view(count, -1)
+    return live[upload(order, live.device)].view(count, -1)
 
 
 def of_all_pairs(term: PairTerm, n: int, m: int) -> tuple[float, float]:

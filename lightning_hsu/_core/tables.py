@@ -35,14 +35,14 @@ class Tables:
         for tensor in tensors:
             starts.append(size)
             size += -(-tensor.nbytes // _ALIGNED) * _ALIGNED
-        has_streams = device.type == "cuda" and torch.cuda.is_available()
+        streams = has_streams(device)
         # From pinned memory: else the host would wait for what the stream has still to do.
-        host = torch.empty(size, dtype=torch.uint8, pin_memory=has_streams)
+        host = torch.empty(size, dtype=torch.uint8, pin_memory=streams)
         for place, tensor in zip(_places(host, starts, tensors), tensors, strict=True):
             place.copy_(tensor)
         self._memory = host.to(device, non_blocking=True)
         self.tensors = _places(self._memory, starts, tensors)
-        if has_streams and not torch.cuda.is_current_stream_capturing():
+        if streams and not torch.cuda.is_current_stream_capturing():
             self._stream = torch.cuda.current_stream(device)
             self._made = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._made.record(self._stream)
@@ -61,6 +61,18 @@ class Tables:
         if stream != self._stream and not torch.cuda.is_current_stream_capturing():
             stream.wait_event(self._made)
             self._memory.record_stream(stream)
+
+
+def upload(x: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on a device, without waiting for what the device has still to do."""
+    if has_streams(device):
+        x = x.pin_memory()
+    return x.to(device, non_blocking=True)
+
+
+def has_streams(device: torch.device) -> bool:
+    """Whether a device has streams; those that tensors only pretend to be on have none."""
+    return device.type == "cuda" and torch.cuda.is_available()
 
 
 def _places(memory: Tensor, starts: Sequence[int], tensors: Sequence[Tensor]) -> list[Tensor]:

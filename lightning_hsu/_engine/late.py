@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from lightning_hsu._core.tables import has_streams
+
 _STREAMS: dict[torch.device, torch.cuda.Stream] = {}
 
 
@@ -47,7 +49,7 @@ class SideWork:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._event: torch.cuda.Event | None = None
-        if _has_streams(device):
+        if has_streams(device):
             self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._event.record(side_stream(device))
 
@@ -60,7 +62,7 @@ class SideWork:
 @contextmanager
 def beside(device: torch.device) -> Iterator[None]:
     """Run on the side stream what is queued within, after all that is queued on the current one."""
-    if not _has_streams(device):
+    if not has_streams(device):
         yield
         return
     side = side_stream(device)
@@ -71,13 +73,13 @@ def beside(device: torch.device) -> Iterator[None]:
 
 def keep_for_current(x: Tensor) -> None:
     """Keep the memory of a tensor that was made on the side stream until the current one is past it."""
-    if _has_streams(x.device):
+    if has_streams(x.device):
         x.record_stream(torch.cuda.current_stream(x.device))
 
 
 def keep_for_side(x: Tensor) -> None:
     """Keep the memory of a tensor that the side stream reads until it is past it."""
-    if _has_streams(x.device):
+    if has_streams(x.device):
         x.record_stream(side_stream(x.device))
 
 
@@ -91,8 +93,3 @@ def side_stream(device: torch.device) -> torch.cuda.Stream:
 def is_capturing() -> bool:
     """Whether a user captures a CUDA graph, which must not contain what is done beside it."""
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-
-
-def _has_streams(device: torch.device) -> bool:
-    """Whether a device has streams; tensors that only pretend to be on one have none."""
-    return device.type == "cuda" and torch.cuda.is_available()

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from lightning_hsu._core import working_dtype
+from lightning_hsu._core.tables import upload
 from lightning_hsu._engine.delta import SAMPLE, Delta, Known, Use
 from lightning_hsu._engine.layer import Token
 
@@ -107,7 +108,7 @@ class Rows:
         if key not in self._signs:
             generator = torch.Generator().manual_seed(0)  # the same in all processes
             bits = torch.randint(2, (entries,), generator=generator, device="cpu")
-            self._signs[key] = (2 * bits - 1).to(x.device, x.dtype, non_blocking=True)
+            self._signs[key] = upload((2 * bits - 1).to(x.dtype), x.device)
         if x.shape[-1] < _PARTS:
             x = torch.nn.functional.pad(x, (0, _PARTS - x.shape[-1]))
         if x.shape[-1] > _PARTS * entries:
