@@ -174,7 +174,8 @@ class HypersphericalUniformity(_trainer.EveryCallback):
             ``hsu/recomputed``). None computes every layer at every step. When changes of weights
             are seen, and what memory it takes, says
             :class:`~lightning_hsu.UniformityRegularizer`. Between fits
-            ``callback.regularizer.tolerance`` may be assigned.
+            ``callback.regularizer.tolerance`` may be assigned. On a GPU ``apply="decoupled"`` waits
+            for the device once a step to know how far neurons have moved.
         share_work: Whether the ranks of DDP divide the large layers: each layer's gradient is computed
             by one rank and sent to all, for about 1 / ranks of the arithmetic and memory for one
             gradient of each. False computes every layer on every rank, which may be better over a slow

@@ -20,7 +20,7 @@ from lightning_hsu._engine.apply import LayerUpdate
 from lightning_hsu._engine.attached import Attached, FirstOutputs
 from lightning_hsu._engine.buffered import GradientStats
 from lightning_hsu._engine.eager import eager, outside_inference_mode
-from lightning_hsu._engine.kept import add_plain, look_ahead, look_for_moves
+from lightning_hsu._engine.kept import add_plain, look_ahead, look_for_moves, look_together
 from lightning_hsu._engine.late import is_capturing
 from lightning_hsu._engine.layer import Layer
 from lightning_hsu._engine.misuse import ADD, MOVE
@@ -982,6 +982,10 @@ class UniformityRegularizer:
             act = LayerUpdate.move
         updates, left = plan.plain_updates(self.state, context)
         together = plan.rest + buckets(left, placement)
+        if context.moves and self.state.deltas and placement.keeps_whole:
+            # The optimizer has just stepped, so nobody could look ahead.
+            rest = plan.rest_of(context.learning_rates)
+            look_together(self.state.deltas, updates.found, rest)
         stats = {}
         if together:
             # Before the plain layers: a layer that is refused stops the whole step.

@@ -62,9 +62,12 @@ def train(between, mode="gradient", **settings):
             regularizer.count_step(optimizer)
         else:
             loss.backward()
+        if mode == "gradient":
             between(net, step, lambda: regularizer.add_gradients(optimizer))
         optimizer.step()
-        if mode == "loss":
+        if mode == "decoupled":
+            between(net, step, lambda: regularizer.move(optimizer))
+        elif mode == "loss":
             between(net, step, regularizer.look_for_moves)
         else:
             between(net, step, lambda: regularizer.look_ahead(optimizer))
@@ -109,6 +112,17 @@ def test_no_loss_waits_for_how_far_neurons_have_moved(tolerance):
     _, schedule = train(lambda net, step, act: act(), **settings)
     _, computed, waited = as_on_a_gpu(**settings)
     assert waited == []
+    assert computed == schedule
+    assert tolerance is None or [] in computed
+
+
+@pytest.mark.parametrize(("tolerance", "waits"), [(None, 0), (0.05, 1)])
+def test_a_move_waits_once_for_how_far_all_layers_have_moved(tolerance, waits):
+    """The optimizer has just stepped. Without a tolerance nothing waits."""
+    settings = {"mode": "decoupled", "tolerance": tolerance}
+    _, schedule = train(lambda net, step, act: act(), **settings)
+    _, computed, waited = as_on_a_gpu(**settings)
+    assert [sum(one.values()) for one in waited] == [1] * (STEPS - 1) * waits
     assert computed == schedule
     assert tolerance is None or [] in computed
 

@@ -105,6 +105,7 @@ def waits_of():
     def read(self):
         if self._event == waits.block:
             waits.note("read too early")
+        self._event = None  # the next reading finds it there
         return self._numbers.tolist()
 
     with ExitStack() as stack:

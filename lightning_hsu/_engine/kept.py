@@ -136,12 +136,29 @@ def look_ahead(
 
 def look_for_moves(deltas: Deltas, layers: Sequence[Layer]) -> None:
     """After a step, begin to look how far the neurons of layers on a GPU have moved."""
+    # What computes their weights may differ from time to time, so there is nothing to compare.
+    deltas.look_for_moves(_on_gpu(layers), checks=False)
+
+
+def look_together(deltas: Deltas, found: Sequence[PlainUpdate], rest: Sequence[Layer]) -> None:
+    """Within a step, look how far the neurons of all layers on a GPU have moved: one wait for all.
+
+    Args:
+        deltas: The kept gradients.
+        found: The plain layers.
+        rest: Layers that are not plain.
+    """
+    uses = [use_of(layer, update.w) for layer, _, update in found if reads_late(update.w)]
+    deltas.look_for_moves(uses + _on_gpu(rest), checks=False)
+
+
+def _on_gpu(layers: Sequence[Layer]) -> list[Use]:
+    """Those of the layers that are on a GPU, with their neurons as they are now."""
     uses = []
     for layer in layers:
         if reads_late(layer.parameters[0]):
             uses.append(use_of(layer, layer.target.read().x.detach()))
-    # What computes their weights may differ from time to time, so there is nothing to compare.
-    deltas.look_for_moves(uses, checks=False)
+    return uses
 
 
 def _add_older(
