@@ -942,7 +942,10 @@ class UniformityRegularizer:
             return
         if torch.is_inference_mode_enabled() or is_capturing():
             return
-        penalised = [layer for layer in attached.layers if layer.trainable and layer.strength != 0]
+        penalised = []
+        for layer in attached.layers:
+            if layer.trainable and layer.strength != 0 and not layer.sharded:
+                penalised.append(layer)
         look_for_moves(self.state.deltas, penalised)
 
     def _warn_of(self, alarm: str | None) -> None:
