@@ -84,6 +84,8 @@ class Delta:
             for float16, whose range is too small. Of a sharded layer (1, k, d), of those k neurons
             alone of which this rank holds a part.
         sample: Entries of the neurons of which it was computed.
+        strides: Those of the layer's parameters: in another memory format neurons have their
+            entries in another order.
         sketch: What tells of each of these neurons whether it is another one; None if nothing does.
         value: The penalty (groups,) if it is needed.
         steepest: The largest length of its rows over the norm of a row's neuron; inf if not known.
@@ -97,6 +99,7 @@ class Delta:
     measure: Measure
     grad: Tensor
     sample: Tensor
+    strides: tuple[tuple[int, ...], ...] = ()
     sketch: Tensor | None = None
     value: Tensor | None = None
     steepest: float = math.inf
@@ -158,6 +161,8 @@ class Delta:
             return False
         if use.needs_value and self.value is None:
             return False
+        if self.strides != strides_of(use.layer):
+            return False
         return self.measure == use.layer.measure and self.sample.dtype == use.sample.dtype
 
 
@@ -168,6 +173,11 @@ Known = tuple[Use, Delta]
 def use_of(layer: Layer, x: Tensor) -> Use:
     """A layer with neurons x (groups, n, d) at a step."""
     return Use(layer, x, sample_of(x), token_of(layer))
+
+
+def strides_of(layer: Layer) -> tuple[tuple[int, ...], ...]:
+    """The strides of a layer's parameters."""
+    return tuple(p.stride() for p in layer.parameters)
 
 
 def sample_of(x: Tensor) -> Tensor:

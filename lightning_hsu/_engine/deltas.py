@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_hsu._engine.delta import Delta, Known, Use, kept_dtype
+from lightning_hsu._engine.delta import Delta, Known, Use, kept_dtype, strides_of
 from lightning_hsu._engine.layer import Layer
 from lightning_hsu._engine.lessons import Fresh, Lessons
 from lightning_hsu._engine.moves import Moves
@@ -129,7 +129,7 @@ class Deltas:
             kept = grad.to(kept_dtype(use.x.dtype))
             if kept.untyped_storage().nbytes() > kept.nbytes:
                 kept = kept.clone()  # a part of a stack would keep all of it in memory
-            delta = Delta(use.layer.measure, kept, use.sample.clone())
+            delta = Delta(use.layer.measure, kept, use.sample.clone(), strides_of(use.layer))
             delta.pull = pull_of(use.layer, use.x)
             self._deltas[name] = delta
             if name not in self.reuse:
