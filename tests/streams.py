@@ -74,6 +74,8 @@ class Queues(TorchDispatchMode):
         ]:
             if argument.alias_info is not None and argument.alias_info.is_write:
                 changed |= {id(one) for one in tree_leaves(value)}
+        if func.overloadpacket.__name__ == "_pin_memory":  # which tensors that only pretend lack
+            return args[0].clone()
         result = func(*args, **kwargs)
         if func.is_view:
             return result
