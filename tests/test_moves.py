@@ -13,6 +13,7 @@ from lightning_hsu._engine import moves
 from lightning_hsu._neurons.placement import Placement
 from lightning_hsu.measures import RieszEnergy
 from tests.models import batches, mean_square
+from tests.rounding import assert_near
 
 TOLERANCE = 0.2  # a new neuron of 512 changes some entries by 6 %, within the tolerance
 STEPS = 40
@@ -138,6 +139,33 @@ def test_so_is_a_change_of_a_short_neuron(length):
     with torch.no_grad():
         run.weight[7] = run.weight[7].roll(5)
     assert run.step()
+
+
+def test_a_layer_in_another_memory_format_is_computed_anew():
+    """Its neurons have their entries in another order, and so has a gradient that was kept."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8, 2))
+    optimizer = SGD(net.parameters(), lr=1e-5)
+    x = torch.randn(4, 3, 3, 3)
+
+    def step(regularizer):
+        optimizer.zero_grad()
+        net(x).square().mean().backward()
+        regularizer.add_gradients(optimizer)
+        return "0" in regularizer.state.deltas.computed
+
+    measure = RieszEnergy(half_space=True)
+    kept = UniformityRegularizer(measure, 0.05, tolerance=0.9).attach(net)
+    for _ in range(9):
+        is_computed = step(kept)
+        optimizer.step()
+    assert not is_computed
+    kept.state.deltas.reuse["0"].gain = 0.1  # as of large steps, after which no move looks far
+    net.to(memory_format=torch.channels_last)
+    assert step(kept)
+    found = net[0].weight.grad.clone()
+    step(UniformityRegularizer(measure, 0.05).attach(net))
+    assert_near(found, net[0].weight.grad)
 
 
 @pytest.mark.parametrize("wrap", [weight_norm])
