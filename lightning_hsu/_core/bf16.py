@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +19,6 @@ from torch import Tensor
 from lightning_hsu._core.kernel import PairTerm
 from lightning_hsu._core.precision import bf16_allowed
 from lightning_hsu._core.sums import GramPanel, PairSums, outside, product
-from lightning_hsu._core.updates import Scratch
 
 _NEAREST = 1.0
 """Squared chord above which rounding to 2**-9 leaves an error of 2e-3 (full space, s <= 2)."""
@@ -34,15 +34,9 @@ class BF16PairSums(PairSums):
     """The sums with bfloat16 products, for a gradient; see :class:`PairSums`."""
 
     def __init__(
-        self,
-        w: Tensor,
-        term: PairTerm,
-        index: Tensor | None = None,
-        *,
-        with_value: bool = True,
-        scratch: Scratch | None = None,
+        self, w: Tensor, term: PairTerm, index: Tensor | None = None, **settings: Any
     ) -> None:
-        super().__init__(w, term, index, with_value=with_value, scratch=scratch)
+        super().__init__(w, term, index, **settings)
         self.bf16 = self.x.bfloat16()
         self.bf16_rows = self.rows.bfloat16()
         self.centre = slope_at_right_angles(term)
