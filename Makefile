@@ -12,8 +12,8 @@ EXTRAS = figures,hull,report$(TRITON)
 PYTEST = $(BIN)/python -m pytest -n auto --dist worksteal
 FAST = not slow and not versions and not pretrained and not models
 # Other machines, on this one: no vector instructions of ATen, and none newer than AVX2 of its libraries.
-# What torch.compile has cached for this one is not for them, which the cache does not know.
-OLD_CPU = TORCHINDUCTOR_FORCE_DISABLE_CACHES=1 ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2
+# What torch.compile has cached for this one is not for them, which its cache does not know.
+OLD_CPU = TORCHINDUCTOR_CACHE_DIR=$(CURDIR)/.venv/compiled-for-old-cpu ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2
 
 .PHONY: setup demo test coverage cpus docs events evidence versions pretrained models notebooks lint types wheel kernels bench bench-gpu clean
 .NOTPARALLEL:  # two installations into one .venv would get in each other's way
