@@ -78,7 +78,7 @@ bench: .venv/bench.installed  ## What the penalty costs; QUICK=--quick runs all 
 	$(BIN)/python -m benchmarks.gpu --all --device cpu --quick
 
 kernels: .venv/kernels.installed  ## Compile the kernels for their chips, which need not be there: registers, spills, shared memory
-	$(BIN)/python .ci/compile_kernels.py
+	PYTHONPATH=. $(BIN)/python .ci/compile_kernels.py
 
 bench-gpu:  ## What the penalty costs on the GPU of this machine; needs torch, triton and lightning, and makes no .venv
 	$(PYTHON) -m benchmarks.gpu

@@ -1,14 +1,20 @@
 """Compile every kernel for its chips, without a GPU; print resources, and fail if one spills.
 
-It also fails if a matrix product's loads are narrower than 16 bytes. `--only TEXT` compiles the
-kernels with this text in their names; it may be given several times.
+They are those in Triton, and what torch.compile makes of the pass between the products. It also
+fails if a matrix product's loads are narrower than 16 bytes. `--only TEXT` compiles the kernels with
+this text in their names; it may be given several times. Run it from the root of the repository, with
+that in PYTHONPATH.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
+import atexit
+import importlib.util
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -25,8 +31,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from benchmarks import epilogue
 from lightning_hsu._core.near import NEAR
 from lightning_hsu._core.triton import launch, nearby, pairs, scalars, topk
+from lightning_hsu.measures import GaussianPotential, RieszEnergy
 
 CHIPS = {80: 163, 90: 227}  # KiB of shared memory that a program may have
 FORMULAS = sorted(
@@ -48,6 +56,13 @@ KINDS = {
     "d": "i32",
 }
 """Types of the kernels' arguments; the others are pointers to float32."""
+GENERATED = {
+    "chordal": RieszEnergy(),
+    "chordal, half space": RieszEnergy(half_space=True),
+    "logarithm": RieszEnergy(s=0),
+    "gaussian": GaussianPotential(),
+}
+"""Measures for which torch.compile generates kernels."""
 TILE = {"TILE": launch.TILE, "DEPTH": launch.DEPTH}
 WIDE = ("pair_slopes tf32x3", "products tf32x3")
 """Kernels whose loads are 16 bytes wide.
@@ -63,6 +78,7 @@ class Case(NamedTuple):
     kernel: Any
     constants: dict[str, Any]
     warps: int
+    kinds: dict[str, str] = KINDS
 
 
 def cases() -> Iterator[Case]:
@@ -87,6 +103,7 @@ def cases() -> Iterator[Case]:
         constants = {"HALF_SPACE": True, "EVERY": every, "PRECISION": "tf32x3", **topk.TILES}
         label = "largest_two, every" if every else "largest_two"
         yield Case(label, topk.largest_two, constants, topk.WARPS)
+    yield from generated_cases()
 
 
 def slope_cases(precision: str, scalar: Any) -> Iterator[Case]:
@@ -122,6 +139,56 @@ def near_cases(scalar: Any) -> Iterator[Case]:
         yield Case(label, nearby.near_pulls, constants, launch.NEAR_WARPS)
 
 
+def generated_cases() -> Iterator[Case]:
+    """The kernels of torch.compile, with a size of blocks that it tries first."""
+    for name, measure in GENERATED.items():
+        term = measure.pair_term()
+        assert term is not None
+        for form in epilogue.SIZES:
+            (source,) = epilogue.generated(term, form).sources
+            label = f"compiled {form} {name}"
+            kernel = generated_kernel(source, label)
+            blocks = {"XBLOCK": 1024}
+            if "R0_BLOCK" in kernel.arg_names:
+                blocks = {"XBLOCK": 1, "R0_BLOCK": 1024}
+            yield Case(label, kernel, blocks, 4, generated_kinds(source))
+
+
+def generated_kernel(source: str, label: str) -> Any:
+    """The kernel of a generated source, without what inductor puts around it to launch it."""
+    lines = []
+    is_kept = True
+    for line in source.splitlines():
+        if line.startswith("@triton_heuristics"):
+            is_kept = False
+        if line.startswith("@triton.jit"):
+            is_kept = True
+        if is_kept and not line.startswith("triton_helpers.set_driver_to_gpu"):
+            lines.append(line)
+    folder = tempfile.mkdtemp()  # Triton reads the source from a file
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    path = Path(folder) / "kernel.py"
+    path.write_text("\n".join(lines))
+    spec = importlib.util.spec_from_file_location(re.sub(r"\W", "_", label), path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    (name,) = re.findall(r"^def (\w+)", source, re.MULTILINE)
+    return getattr(module, name)
+
+
+def generated_kinds(source: str) -> dict[str, str]:
+    """Types of the arguments of the kernel of a generated source."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.keyword) and node.arg == "triton_meta":
+            assert isinstance(node.value, ast.Dict)
+            for key, value in zip(node.value.keys, node.value.values, strict=True):
+                if isinstance(key, ast.Constant) and key.value == "signature":
+                    return dict(ast.literal_eval(value))
+    raise ValueError(f"no signature in {source}")
+
+
 class Resources(NamedTuple):
     """What a program uses: registers and spilled bytes of a thread, KiB of shared memory.
 
@@ -139,7 +206,7 @@ def resources(case: Case, chip: int) -> Resources:
     signature = {}
     aligned = {}
     for i, name in enumerate(case.kernel.arg_names):
-        kind = "constexpr" if name in case.constants else KINDS.get(name, "*fp32")
+        kind = "constexpr" if name in case.constants else case.kinds.get(name, "*fp32")
         signature[name] = kind
         if kind.startswith("*"):
             aligned[(i,)] = [["tt.divisibility", 16]]
