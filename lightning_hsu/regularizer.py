@@ -993,15 +993,24 @@ class UniformityRegularizer:
         if together:
             # Before the plain layers: a layer that is refused stops the whole step.
             stats = act_on_buckets(together, act, self.state, context, placement)
+        for lot in updates.lots(attached.ahead, placement):
+            stats |= self._act_on_plain(lot, context)
+        return stats
+
+    def _act_on_plain(
+        self, updates: PlainUpdates, context: StepContext
+    ) -> dict[str, GradientStats]:
+        """The same for plain layers."""
+        updates.begin_buffers()
         self._add_plain(updates, context)
-        if updates.buffered is None:
-            return stats
-        if context.stats:
-            stats |= updates.buffered.stats()
+        buffered = updates.buffered
+        if buffered is None:
+            return {}
+        stats = buffered.stats() if context.stats else {}
         if context.moves:
-            updates.buffered.move()
+            buffered.move()
         else:
-            updates.buffered.add()
+            buffered.add()
         return stats
 
     def _add_plain(self, updates: PlainUpdates, context: StepContext) -> None:

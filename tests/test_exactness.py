@@ -190,7 +190,7 @@ fused = partial(Adam, lr=0.01, fused=True)
 steady = {"scaler": {"init_scale": 256.0}, "count": 2}
 overflow = {
     "scaler": {"init_scale": 2.0**22, "backoff_factor": 2.0**-14},
-    "count": 2,
+    "count": 3,
 }  # the first step's gradients do
 bf16 = {
     "trainer": {"precision": "bf16-mixed"},
@@ -603,9 +603,6 @@ KEEPING_NOTHING = {
     "Share, SAM": before_steps,
     "search": before_steps,
     "raw": before_steps,
-    "scaler, overflow, schedule": ("decoupled",),
-    "scaler, overflow, schedule, fused": ("decoupled",),
-    "manual, scaler, overflow": ("decoupled",),
     "fast_dev_run": MODES,
 }
 """By mode. A closure that runs again moves the weights within a step; the others apply the penalty once or never."""

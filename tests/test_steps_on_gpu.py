@@ -40,8 +40,9 @@ def test_a_step_that_computes_all_layers_costs_few_launches_more_than_an_exact_o
     with told(), pretending():
         steps = Steps("GPT-2 small", tolerance=0.05)
         _, begun = steps.step()
-        added, following = steps.step()
-    assert len(steps.regularizer.state.deltas.computed) == 48
-    assert begun.flop > 0  # right after the step before
-    assert (added.flop, following.flop) == (0, 0)
+        added, again = steps.step()
+        assert len(steps.regularizer.state.deltas.computed) == 48
+        _, following = steps.step()
+    # Right after the step before. What a gradient tells of its age comes too late for the next one.
+    assert (begun.flop > 0, added.flop, again.flop > 0, following.flop) == (True, 0, True, 0)
     assert begun.launches + added.launches <= 120 + 6 * 48 + 80, (begun.calls, added.calls)

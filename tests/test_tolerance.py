@@ -20,7 +20,7 @@ from torch.nn.utils import prune
 from torch.optim import LBFGS, SGD, Adam, AdamW
 
 from lightning_hsu import Share, UniformityRegularizer
-from lightning_hsu._engine.delta import sample_of
+from lightning_hsu._engine.delta import Use, sample_of
 from lightning_hsu._engine.reuse import Reuse
 from lightning_hsu.measures import (
     Covering,
@@ -1268,7 +1268,7 @@ def test_the_pull_along_the_sum_of_all_neurons_is_followed():
         regularizer.checks_order = False  # no step is made
     before = gradient(0.9)
     deltas = regularizers[0.9].state.deltas
-    deltas.reuse["0"].interval = 9
+    deltas.of(Use(regularizers[0.9].layers[0], weight, weight)).interval = 9
     weight.data[others] += 0.1 * weight.norm(dim=1).mean() / 8.0
     kept, exact = gradient(0.9), gradient(None)
     assert deltas.computed == set()

@@ -59,6 +59,7 @@ def test_a_training_goes_on_as_one_that_is_resumed(first, second, mode):
 def test_a_smaller_tolerance_counts_at_once():
     run = Run(CASES["plain"], "gradient", 0.4)
     go_on(run, 33)
+    run.regularizer.state.deltas.settle()  # what the last step has begun to tell
     reuse = run.regularizer.state.deltas.reuse
     before = {name: one.interval for name, one in reuse.items()}
     assert max(before.values()) > 4

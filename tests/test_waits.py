@@ -85,7 +85,7 @@ def as_on_a_gpu(**settings):
                 waits.put_there(p)
                 if p.grad is not None:
                     waits.put_there(p.grad)
-            with counting(waits):
+            with counting(waits, step):
                 act()
             if step:
                 found.append(dict(waits.found))

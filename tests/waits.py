@@ -34,12 +34,13 @@ class Waits(TorchDispatchMode):
 
     Attributes:
         found: How often each has asked.
-        block: The number of the block within which waits are counted: what is begun in one is there in the next.
+        step: The number of the step in which waits are counted: what is begun in one is there in the next, for the
+            task's forward and backward pass lies between.
     """
 
     def __init__(self):
         super().__init__()
-        self.block = 0
+        self.step = 0
         self.there = WeakIdKeyDictionary()
         self.found = Counter()
 
@@ -100,10 +101,10 @@ def waits_of():
 
     def copied(self, numbers):
         self._numbers = _to_host(numbers)
-        self._event = waits.block
+        self._event = waits.step
 
     def read(self):
-        if self._event == waits.block:
+        if self._event == waits.step:
             waits.note("read too early")
         self._event = None  # the next reading finds it there
         return self._numbers.tolist()
@@ -120,9 +121,9 @@ def waits_of():
 
 
 @contextmanager
-def counting(waits):
-    """Within the block they are counted."""
-    waits.block += 1
+def counting(waits, step):
+    """Within the block, which is a part of this step, they are counted."""
+    waits.step = step
     waits.found.clear()
     with _Lists(waits), waits:
         yield

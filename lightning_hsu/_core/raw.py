@@ -165,10 +165,13 @@ def group_numbers(work: Sequence[tuple[GradientUpdate, PairTerm]]) -> list[Group
     return found
 
 
+@torch.no_grad()
 def raw_gradients(
     work: Sequence[tuple[GradientUpdate, PairTerm]], *, stats: bool = False
-) -> list[RawPart]:
+) -> Iterator[RawPart]:
     """The gradients of layers; what the updates say of scales, limits and targets is not used.
+
+    A stack is computed when it is asked for, so that they need not be in memory all at once.
 
     Args:
         work: The layers, with their kernels.
@@ -176,20 +179,18 @@ def raw_gradients(
     """
     neutral = _neutral(work)
     backend = active()
-    found: list[RawPart] = []
-    with torch.no_grad():
-        if not isinstance(backend, TorchBackend):
-            return _through_buffers(neutral, range(len(work)))
-        on_gpu = []
-        for members in _of_one_shape(neutral):
-            first, term = neutral[members[0]]
-            if avoids_sync(first, term) or (backend.compiles and backend.takes_on_cpu(first, term)):
-                on_gpu += members
-            else:
-                found += _in_stacks(neutral, members)
-        if on_gpu:
-            found += _in_batches(neutral, on_gpu, stats=stats)
-    return found
+    if not isinstance(backend, TorchBackend):
+        yield from _through_buffers(neutral, range(len(work)))
+        return
+    on_gpu = []
+    for members in _of_one_shape(neutral):
+        first, term = neutral[members[0]]
+        if avoids_sync(first, term) or (backend.compiles and backend.takes_on_cpu(first, term)):
+            on_gpu += members
+        else:
+            yield from _in_stacks(neutral, members)
+    if on_gpu:
+        yield from _in_batches(neutral, on_gpu, stats=stats)
 
 
 def _neutral(

@@ -104,7 +104,6 @@ class Ahead:
         """
         found = list(found)
         _abandon(self._take_out({layer for layer, _, _ in found}))
-        self._look_at_checks()
         by_device: dict[torch.device, list[PlainUpdate]] = {}
         for one in found:
             layer, _, update = one
@@ -115,7 +114,12 @@ class Ahead:
                 for _, _, update in members:
                     keep_for_side(update.entries)
                 work = begin_raw(members, placement, stats=stats, beside=True)
-                for raws, messages in ((work.own, None), (work.shared, work.from_ranks)):
+                try:
+                    own = list(work.own)
+                except BaseException:
+                    work.from_ranks.abandon()
+                    raise
+                for raws, messages in ((own, None), (work.shared, work.from_ranks)):
                     for raw in raws:
                         begun = _begun(raw, members, device)
                         begun.messages = messages
@@ -145,7 +149,9 @@ class Ahead:
     def take(self, found: Sequence[PlainUpdate]) -> list[tuple[RawPart, list[Layer]]]:
         """The gradients of those of these layers for which they are still right, with the layers."""
         taken = []
-        for begun, updates in self._still_right({layer: update for layer, _, update in found}):
+        updates_of = {layer: update for layer, _, update in found}
+        self._look_at_checks(updates_of.keys())
+        for begun, updates in self._still_right(updates_of):
             places = []
             layers = []
             for place, layer in enumerate(begun.layers):
@@ -177,10 +183,15 @@ class Ahead:
                 found.append((begun.numbers, begun.layers))
         return found
 
+    def stacks(self) -> dict[Layer, object]:
+        """What stands for the stack that holds each layer of which something is begun."""
+        return {layer: begun for begun in self.begun for layer in begun.layers}
+
     def drop(self) -> None:
         """Drop what has been begun, once its messages have come."""
         _abandon(self.begun)
         self.begun = []
+        self._checks = []
 
     def _still_right(
         self, updates: dict[Layer, GradientUpdate]
@@ -225,14 +236,21 @@ class Ahead:
         changes = LateNumbers(begun.norms - _norms(updates))
         self._checks.append((changes, begun.layers))
 
-    def _look_at_checks(self) -> None:
-        """Leave out layers of which the norms have changed."""
+    def _look_at_checks(self, wanted: Set[Layer]) -> None:
+        """Leave out layers of which the norms have changed, as the last step of these layers told.
+
+        What was begun within the same step is not there yet, as of another optimizer's layers.
+        """
         changed = []
+        left = []
         for numbers, layers in self._checks:
+            if wanted.isdisjoint(layers):
+                left.append((numbers, layers))
+                continue
             for change, layer in zip(numbers.read(), layers, strict=True):
                 if change != 0 and not math.isnan(change):  # NaN stays NaN
                     changed.append(layer)
-        self._checks = []
+        self._checks = left
         self.leave_out(changed)
 
 

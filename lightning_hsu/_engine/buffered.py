@@ -95,10 +95,17 @@ class _Member:
 
 @dataclass(eq=False)
 class _Stack:
-    """Members of one dimension, dtype and device, and their buffers as one tensor (rows, d)."""
+    """Members of one dimension, dtype and device, and their buffers as one tensor (rows, d).
+
+    Args:
+        members: The updates.
+        buffer: Their buffers.
+        norms: Norms of their neurons (rows,), if stats are asked for.
+    """
 
     members: list[_Member] = field(default_factory=list)
     buffer: Tensor = field(default_factory=lambda: torch.empty(0))
+    norms: Tensor = field(default_factory=lambda: torch.empty(0))
 
     @property
     def rows(self) -> list[int]:
@@ -116,9 +123,13 @@ class BufferedUpdates:
 
     A buffer gets what ``.grad`` would get, by the same arithmetic: a step changes the weights
     bitwise the same with statistics and without. Layers are looked at together.
+
+    Args:
+        has_stats: Whether :meth:`stats` will be called.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, has_stats: bool) -> None:
+        self._has_stats = has_stats
         self._stacks: dict[object, _Stack] = {}
         self._kept: dict[str, tuple[Tensor, float]] = {}
 
@@ -134,12 +145,15 @@ class BufferedUpdates:
         for stacks in self._alike():
             w = stacks[0].members[0].update.entries
             sizes = [sum(stack.rows) * stack.dimension for stack in stacks]
-            flat = torch.zeros(sum(sizes), dtype=working_dtype(w.dtype), device=w.device)
+            flat = torch.empty(sum(sizes), dtype=working_dtype(w.dtype), device=w.device)
             for stack, own in zip(stacks, torch.split(flat, sizes), strict=True):
                 stack.buffer = own.view(-1, stack.dimension)
                 parts = torch.split(stack.buffer, stack.rows)
                 for member, part in zip(stack.members, parts, strict=True):
                     member.update.out_entries = part.view(member.update.entries.shape)
+            if self._has_stats:
+                _note_norms(stacks, flat)
+            flat.zero_()
 
     def note_kept(self, name: str, grad: Tensor, scale: float) -> None:
         """Note that a layer's buffer is a scale times a kept gradient (groups, n, d).
@@ -162,6 +176,7 @@ class BufferedUpdates:
             parts.setdefault(device, []).append(member.update.out_entries)
         for device, grads in outs.items():
             torch._foreach_add_(grads, parts[device])
+        self._release()
 
     def move(self) -> None:
         """Move the neurons against the buffers along the sphere, keeping their norms."""
@@ -175,6 +190,7 @@ class BufferedUpdates:
             count = max(1, SMALL // max(1, members[0].update.entries.numel()))
             for some in chunks(members, count):
                 _move(some)
+        self._release()
 
     def stats(self) -> dict[str, GradientStats]:
         """Describe what the buffers hold, by layer."""
@@ -182,6 +198,12 @@ class BufferedUpdates:
         for stacks in self._alike():
             found |= _stats(stacks)
         return found
+
+    def _release(self) -> None:
+        """Let the buffers go."""
+        for member in self._members():
+            member.update.out_entries = member.grad
+        self._stacks = {}
 
     def _alike(self) -> list[list[_Stack]]:
         """The stacks, by device and dtype."""
@@ -230,13 +252,16 @@ def _stats(stacks: Sequence[_Stack]) -> dict[str, GradientStats]:
     for stack in stacks:
         members += stack.members
         sizes += stack.rows
-    lengths, norms = _row_norms(stacks)
-    dtype = lengths.dtype
+    dtype = stacks[0].buffer.dtype
+    lengths = stacks[0].buffer.new_empty(sum(sizes))
+    for stack, own in zip(stacks, _split(lengths, stacks), strict=True):
+        torch.linalg.vector_norm(stack.buffer, dim=-1, out=own)
+    norms = [norm for stack in stacks for norm in torch.split(stack.norms, stack.rows)]
     buffers = [member.update.out_entries for member in members]
     grads = [member.grad.to(dtype) for member in members]  # norms are sums of wide squares
     totals_and_tasks = torch._foreach_norm([*buffers, *grads])
     tasks = totals_and_tasks[len(members) :]
-    bounds = _bounds(members, torch.split(norms, sizes), tasks).view(2, -1)
+    bounds = _bounds(members, norms, tasks).view(2, -1)
     # Zero rows are neither limited nor strong.
     info = torch.finfo(dtype)
     grad_scale = members[0].update.grad_scale  # of all members
@@ -256,24 +281,28 @@ def _stats(stacks: Sequence[_Stack]) -> dict[str, GradientStats]:
     return found
 
 
-def _row_norms(stacks: Sequence[_Stack]) -> tuple[Tensor, Tensor]:
-    """Lengths of the rows of all buffers (rows,), stack by stack, and norms of their neurons."""
-    rows = [len(stack.buffer) for stack in stacks]
-    found = stacks[0].buffer.new_empty(2, sum(rows))
+def _note_norms(stacks: Sequence[_Stack], flat: Tensor) -> None:
+    """Note the norms of the neurons, which the buffers hold meanwhile: there is nothing in them yet.
+
+    Args:
+        stacks: Those of one device and dtype.
+        flat: Their buffers.
+    """
     copies, entries = [], []
-    weights = []
     for stack in stacks:
-        w = torch.empty_like(stack.buffer)
-        weights.append(w)
-        for member, part in zip(stack.members, torch.split(w, stack.rows), strict=True):
+        for member in stack.members:
+            copies.append(member.update.out_entries)
             entries.append(member.update.entries.detach())
-            copies.append(part.view(entries[-1].shape))
     torch._foreach_copy_(copies, entries)
-    for stack, w, own in zip(stacks, weights, torch.split(found, rows, dim=1), strict=True):
-        torch.linalg.vector_norm(stack.buffer, dim=-1, out=own[0])
-        torch.linalg.vector_norm(w, dim=-1, out=own[1])
-    lengths, norms = found
-    return lengths, norms
+    found = flat.new_empty(sum(len(stack.buffer) for stack in stacks))
+    for stack, own in zip(stacks, _split(found, stacks), strict=True):
+        stack.norms = own
+        torch.linalg.vector_norm(stack.buffer, dim=-1, out=own)
+
+
+def _split(by_row: Tensor, stacks: Sequence[_Stack]) -> tuple[Tensor, ...]:
+    """What a tensor (rows,) holds for each stack."""
+    return torch.split(by_row, [len(stack.buffer) for stack in stacks])
 
 
 def _bounds(members: Sequence[_Member], norms: Sequence[Tensor], tasks: Sequence[Tensor]) -> Tensor:

@@ -91,6 +91,8 @@ class Delta:
         steepest: The largest length of its rows over the norm of a row's neuron; inf if not known.
         longest: The largest length of its rows; inf if not known.
         size: The norm of the sample.
+        interval: Steps for which it may be used, as known before it was computed: what it tells of
+            that itself is on its way to the host when the next step is prepared, on a GPU.
         age: Steps that have used it.
         moved: Relative change of the sample when it was last used.
         pull: The pull along the sum of the neurons that is part of it; None if it has none.
@@ -105,6 +107,7 @@ class Delta:
     steepest: float = math.inf
     longest: float = math.inf
     size: float = math.nan
+    interval: int = 1
     age: int = 0
     moved: float = 0.0
     pull: Pull | None = None

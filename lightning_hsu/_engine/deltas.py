@@ -63,8 +63,10 @@ class Deltas:
         if tolerance is None:
             self.forget()
         elif before is not None:
-            for reuse in self.reuse.values():
+            for name, reuse in self.reuse.items():
                 reuse.shorten(tolerance / before)
+                if name in self._deltas:
+                    self._deltas[name].interval = 1
             self._unstored.update(self.reuse)
         self.tolerance = tolerance
 
@@ -136,6 +138,7 @@ class Deltas:
                 self.reuse[name] = Reuse()
                 self._unstored.add(name)
             reuse = self.reuse[name]
+            delta.interval = reuse.interval
             delta.sketch = self._rows.sketch(use.x, reuse.interval)
             fresh = Fresh(use, grad, delta, reuse)
             fresh.is_random = name in random
@@ -247,7 +250,7 @@ class Deltas:
         delta = self._deltas.get(use.layer.name)
         if delta is None or not delta.fits(use):
             return True
-        return delta.age >= self.reuse[use.layer.name].interval
+        return self._is_old(use.layer.name, delta)
 
     def look_for_moves(self, uses: Sequence[Use], *, checks: bool = True) -> None:
         """Begin to look how far neurons have moved, for a step to come; see :class:`Moves`."""
@@ -255,9 +258,12 @@ class Deltas:
             self._rows.see(use, is_step=False)
         self._moves.begin(self._known(uses), checks=checks)
 
-    def changed_unseen(self) -> list[Layer]:
-        """Layers whose weights have changed without torch's counting it, after they were looked at."""
-        return self._moves.changed_unseen()
+    def changed_unseen(self, layers: Sequence[Layer]) -> list[Layer]:
+        """Those whose weights had changed at their last step without torch's counting it.
+
+        What was begun of them for the step to come is dropped.
+        """
+        return self._moves.changed_unseen(layers)
 
     def settle(self) -> None:
         """Learn from the numbers of the gradients that were computed last."""
@@ -267,14 +273,19 @@ class Deltas:
         """Whether a kept gradient is too old, or its neurons have moved too far."""
         if same_step:
             return use.moved != delta.moved
-        reuse = self.reuse[use.layer.name]
         # At age 0 it is of weights within the last step, as of a closure's second evaluation.
-        if delta.age == 0 or delta.age >= reuse.interval:
+        if delta.age == 0 or self._is_old(use.layer.name, delta):
             return True
         assert self.tolerance is not None
-        if reuse.is_off(use.moved, self.tolerance):
+        if self.reuse[use.layer.name].is_off(use.moved, self.tolerance):
             return True
         return is_another(use.changed, use.moved)
+
+    def _is_old(self, name: str, delta: Delta) -> bool:
+        """Whether a kept gradient has been used for as many steps as it may."""
+        if delta.age <= 1:
+            return delta.age >= delta.interval
+        return delta.age >= self.reuse[name].interval
 
     def _take(self, reuse: dict[str, Reuse]) -> None:
         """Take what is known of how gradients age."""

@@ -55,6 +55,7 @@ def add_plain(
         same_step: Whether this is another evaluation within a step.
     """
     found = plain.found
+    ahead.leave_out(deltas.changed_unseen([layer for layer, _, _ in found]))
     uses = [use_of(layer, update.w) for layer, _, update in found]
     deltas.find_due(uses, same_step=same_step)
     due = {}
@@ -119,8 +120,6 @@ def look_ahead(
     if not deltas:
         ahead.begin(found, placement, stats=stats)
         return
-    deltas.settle()
-    ahead.leave_out(deltas.changed_unseen())
     due, uses = [], []
     for one in found:
         layer, _, update = one

@@ -71,12 +71,22 @@ class Moves:
                 self._checks.append(_Check(look, [use for use, _ in members]))
         return unseen
 
-    def changed_unseen(self) -> list[Layer]:
-        """Layers whose weights were others at the last step than torch's counts said."""
+    def changed_unseen(self, layers: Sequence[Layer]) -> list[Layer]:
+        """Those whose weights were others at their last step than torch's counts said.
+
+        Only their checks are read: another optimizer's may be of the step under way. What was begun
+        of these layers is dropped.
+        """
         changed = []
+        left = []
         for check in self._checks:
-            changed += check.changed()
-        self._checks = []
+            if check.is_of(layers):
+                changed += check.changed()
+            else:
+                left.append(check)
+        self._checks = left
+        for layer in changed:
+            self.drop(layer.name)
         return changed
 
     def drop(self, name: str | None = None) -> None:
@@ -164,6 +174,10 @@ class _Check:
         self._sizes = [len(sample) for sample in samples]
         self._differ = _bits(look.samples_of(uses)) != _bits(torch.cat(samples))
         self._any = LateNumbers(self._differ.any().view(1))
+
+    def is_of(self, layers: Sequence[Layer]) -> bool:
+        """Whether it is of any of these layers."""
+        return not set(self._layers).isdisjoint(layers)
 
     def changed(self) -> list[Layer]:
         """The layers whose weights are others."""

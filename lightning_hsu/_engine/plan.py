@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from lightning_hsu._core import PairTerm
 from lightning_hsu._core.foreach import SMALL, add_all_pair_gradients
 from lightning_hsu._core.updates import GradientUpdate
+from lightning_hsu._engine.ahead import Ahead
 from lightning_hsu._engine.buffered import BufferedUpdates
 from lightning_hsu._engine.layer import Layer
 from lightning_hsu._engine.rates import Rate, Rates, as_number, rates_on_devices
@@ -33,6 +34,13 @@ from lightning_hsu._neurons.rules import (
     strided,
 )
 from lightning_hsu._neurons.target import Target
+
+_ROOM = 2**21
+"""Entries of layers on a CPU whose buffers are there at once: 8 MiB in float32."""
+
+_ROOM_ON_GPU = 2**29
+_LOTS_ON_GPU = 6
+"""The same on a GPU, where each lot takes some 20 launches; large models have these lots."""
 
 
 @dataclass(frozen=True)
@@ -223,8 +231,7 @@ class Plan:
         self, state: TrainingState, context: StepContext
     ) -> tuple[PlainUpdates, list[Layer]]:
         """The updates of the plain layers at this step, and those layers that need another way."""
-        updates = PlainUpdates()
-        buffered = BufferedUpdates() if context.moves or context.stats else None
+        updates = PlainUpdates(buffers=context.moves or context.stats, has_stats=context.stats)
         left = []
         limits: dict[int, Tensor | float | None] = {}  # by the id of a learning rate
         ascending = context.learning_rates.ascending
@@ -250,27 +257,73 @@ class Plan:
                 left.append(layer)
                 continue
             updates.found.append((layer, plain.term, update))
-            if buffered is not None:
-                buffered.take(layer.target.name, update, rate)
-        if buffered is not None:
-            buffered.begin()
-            updates.buffered = buffered
+            updates.rates[layer] = rate
         return updates, left
 
 
 class PlainUpdates:
     """The updates of the plain layers at one step.
 
+    Args:
+        buffers: Whether the updates go through buffers, for stats or to move the neurons.
+        has_stats: Whether stats are asked for.
+
     Attributes:
         found: The layers, with the kernels of their measures and their updates.
+        rates: The learning rates with which their neurons will move.
         alone: Layers that each rank computes by itself.
-        buffered: Those whose stats are asked for, or which move the neurons; None if there are none.
+        buffered: The buffers, after :meth:`begin_buffers`; None without.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, buffers: bool, has_stats: bool) -> None:
         self.found: list[PlainUpdate] = []
+        self.rates: dict[Layer, Rate] = {}
         self.alone: Collection[Layer] = ()
         self.buffered: BufferedUpdates | None = None
+        self._buffers = buffers
+        self._has_stats = has_stats
+
+    def lots(self, ahead: Ahead, placement: Placement) -> list[PlainUpdates]:
+        """The updates in parts whose buffers take little memory; together if they need none.
+
+        What is computed in one stack stays together: it is as fast, and has the same bits.
+
+        Args:
+            ahead: Gradients that were computed after the last step.
+            placement: How the weights are placed over the ranks. Where these share the work they
+                do it for all layers at once.
+        """
+        if not self._buffers or placement.shares_work or not self.found:
+            return [self]
+        sizes = [update.entries.numel() for _, _, update in self.found]
+        room = _ROOM
+        if self.found[0][2].entries.device.type != "cpu":
+            room = max(_ROOM_ON_GPU, sum(sizes) // _LOTS_ON_GPU)
+        begun = ahead.stacks()
+        stacks: dict[object, list[int]] = {}
+        for i, (layer, _, _) in enumerate(self.found):
+            alone = layer if sizes[i] > SMALL else None
+            stacks.setdefault(begun.get(layer, alone), []).append(i)
+        lots: list[PlainUpdates] = []
+        filled = 0
+        for members in stacks.values():
+            size = sum(sizes[i] for i in members)
+            if not lots or filled + size > room:
+                lots.append(PlainUpdates(buffers=True, has_stats=self._has_stats))
+                lots[-1].rates = self.rates
+                filled = 0
+            lots[-1].found += [self.found[i] for i in members]
+            filled += size
+        return lots
+
+    def begin_buffers(self) -> None:
+        """Make the buffers, if the updates go through any."""
+        if not self._buffers:
+            return
+        self.buffered = BufferedUpdates(has_stats=self._has_stats)
+        for layer, _, update in self.found:
+            self.buffered.take(layer.target.name, update, self.rates[layer])
+        self.buffered.begin()
 
     def add(self, placement: Placement) -> None:
         """Add the gradients, all at once; ranks compute large layers for one another."""

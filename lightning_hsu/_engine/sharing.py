@@ -232,12 +232,12 @@ class RawWork:
     """Gradients of plain layers by themselves, of which some are on their way from other ranks.
 
     Args:
-        own: What this rank has computed for itself.
+        own: What this rank computes for itself, each when it is asked for.
         shared: What ranks compute for one another; it is there once ``from_ranks`` are.
         from_ranks: The messages.
     """
 
-    own: list[RawPart]
+    own: Iterator[RawPart]
     shared: list[RawPart]
     from_ranks: Gradients
 
@@ -261,6 +261,8 @@ def begin_raw(
 ) -> RawWork:
     """Begin to compute gradients of plain layers by themselves. A collective call.
 
+    Whoever takes those of this rank waits for the messages or abandons them after an error.
+
     Args:
         found: The layers, which but for those of ``alone`` are the same on all ranks.
         placement: How their weights are placed over the ranks.
@@ -278,17 +280,17 @@ def begin_raw(
             own.append(i)
             work.append((update, term))
     from_ranks = begin_plain([found[i] for i in shared], placement, raw=True, beside=beside)
-    try:
-        grads = own_gradients(work, stats=stats)
-    except BaseException:
-        from_ranks.abandon()
-        raise
-    for raw in grads:
-        raw.places = [own[place] for place in raw.places]
     parts: list[RawPart] = []
     for i, grad in zip(shared, from_ranks.under_way, strict=True):
         parts.append(RawGradients([i], whole_gradient(grad, found[i][2].w)))
-    return RawWork(grads, parts, from_ranks)
+    return RawWork(_placed(own_gradients(work, stats=stats), own), parts, from_ranks)
+
+
+def _placed(grads: Iterator[RawPart], places: Sequence[int]) -> Iterator[RawPart]:
+    """Gradients of some of the layers, with their places among all of them."""
+    for raw in grads:
+        raw.places = [places[place] for place in raw.places]
+        yield raw
 
 
 def _redirected(update: GradientUpdate, out: Tensor, raw: bool) -> GradientUpdate:
