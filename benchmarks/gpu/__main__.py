@@ -24,7 +24,9 @@ def main() -> int:
     parser.add_argument("--budget", type=float, default=420.0, help="seconds for all parts")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--quick", action="store_true", help="in miniature, to see that it runs")
-    parser.add_argument("--only", default="", help="the parts with this text in their names")
+    parser.add_argument(
+        "--only", action="append", help="the parts with this text in their names; may be repeated"
+    )
     parser.add_argument("--rounds", type=int, default=11, help="of the stand-in")
     arguments = parser.parse_args()
     prepare(arguments.device)
@@ -41,7 +43,8 @@ def main() -> int:
         (arguments.out / "results.md").write_text(text)
         raise
     settings = Settings(arguments.device, arguments.quick, arguments.out, arguments.budget)
-    chosen = [part for part in parts() if arguments.only in part.name]
+    wanted = arguments.only or [""]
+    chosen = [part for part in parts() if any(text in part.name for text in wanted)]
     return run(chosen, settings)
 
 
