@@ -166,16 +166,16 @@ class HypersphericalUniformity(_trainer.EveryCallback):
             the neuron's norm, so that no near-duplicate or tiny neuron is thrown away by one step
             (``hsu/limited`` counts them). None is no limit.
         matmul_precision: "medium" multiplies pair energies in bfloat16: the relative error of a
-            gradient is 2e-3 for s <= 2, and 2e-2 at most.
+            gradient is 2e-3 in full space for s <= 2, 6e-3 in half space, and 2e-2 at most.
         sample_above: Energies of more neurons are estimated
             (:class:`~lightning_hsu.measures.Sampled`); None computes them.
         tolerance: The relative error, in (0, 1), that a layer's gradient may have on average: it is
             kept and used for as many steps as that allows (``hsu/stale_error/<layer>``,
             ``hsu/recomputed``). None computes every layer at every step. When changes of weights
             are seen, and what memory it takes, says
-            :class:`~lightning_hsu.UniformityRegularizer`. Between fits
-            ``callback.regularizer.tolerance`` may be assigned. On a GPU ``apply="decoupled"`` waits
-            for the device once a step to know how far neurons have moved.
+            :class:`~lightning_hsu.UniformityRegularizer`. ``callback.regularizer.tolerance`` may be
+            assigned at any time. On a GPU ``apply="decoupled"`` waits for the device once a step to
+            know how far neurons have moved.
         share_work: Whether the ranks of DDP divide the large layers: each layer's gradient is computed
             by one rank and sent to all, for about 1 / ranks of the arithmetic and memory for one
             gradient of each. False computes every layer on every rank, which may be better over a slow
@@ -379,8 +379,7 @@ class HypersphericalUniformity(_trainer.EveryCallback):
         same_step = fit.open_step.is_counted(index)
         fit.open_step.count(index)
         fit.warnings.line_search(optimizer)
-        will_measure = self._will_measure(trainer)
-        self.regularizer.measures_next = will_measure
+        self.regularizer.measures_next = self._will_measure(trainer)
         if self.apply == "loss":
             self.regularizer.count_step(optimizer, index=index, same_step=same_step)
             return
@@ -388,7 +387,7 @@ class HypersphericalUniformity(_trainer.EveryCallback):
             optimizer,
             index=index,
             grad_scale=_trainer.remaining_scale(trainer, optimizer, fit.loss_scale),
-            stats=will_measure,
+            stats=self._takes_stats(trainer),
             same_step=same_step,
         )
 
@@ -440,7 +439,7 @@ class HypersphericalUniformity(_trainer.EveryCallback):
         if self.apply == "gradient" and self.regularizer.looks_ahead:
             self.regularizer.look_ahead(hook.optimizer, index=hook.position)
         if self.apply == "decoupled":
-            stats = self._will_measure(trainer)
+            stats = self._takes_stats(trainer)
             try:
                 moved = self.regularizer.move(hook.optimizer, index=hook.position, stats=stats)
             except UnknownRateError as error:
@@ -497,7 +496,8 @@ class HypersphericalUniformity(_trainer.EveryCallback):
             if draws:
                 self._publish(partial(self._draw, trainer))
             self.regularizer.state.settle(self.regularizer.layers)
-        fit.stats = {}
+        if logs or self.regularizer.every_n_steps == 1:
+            fit.stats = {}
 
     @_harmless
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -729,6 +729,10 @@ class HypersphericalUniformity(_trainer.EveryCallback):
             return True
         return _trainer.is_logging_step(trainer)
 
+    def _takes_stats(self, trainer: pl.Trainer) -> bool:
+        """Whether a step tells what it does to the layers: it may be the last before a measurement."""
+        return self.regularizer.every_n_steps > 1 or self._will_measure(trainer)
+
     def _prints_or_draws(self, trainer: pl.Trainer) -> bool:
         """Whether the fit has a table or figures besides its metrics."""
         return self.verbose or self._figures.wanted(trainer)
@@ -774,7 +778,8 @@ class HypersphericalUniformity(_trainer.EveryCallback):
                 limited = sum(one.limited for one in done.values())
             values = aggregates(together, self.regularizer.current_penalty(measured), limited)
             if self.regularizer.tolerance is not None:
-                recomputed = self.regularizer.state.deltas.share_of_work()
+                logs = _trainer.is_logging_step(trainer)
+                recomputed = self.regularizer.recomputed(restart=logs)
                 if math.isfinite(recomputed):
                     values["recomputed"] = recomputed
             pl_module.log_dict(self._prefixed(values), on_step=True, on_epoch=False, batch_size=1)
@@ -783,7 +788,7 @@ class HypersphericalUniformity(_trainer.EveryCallback):
             varying = self.regularizer.varying_coefficients()
             values = by_layer(self._new(measured), varying, _finite_shares(done))
             if self.regularizer.tolerance is not None:
-                for name, error in self.regularizer.state.deltas.errors().items():
+                for name, error in self.regularizer.stale_errors().items():
                     values[f"stale_error/{name}"] = error
             values = self._prefixed(values)
             for logger in trainer.loggers:

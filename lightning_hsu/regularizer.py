@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_hsu._checks import check_choice, check_count, check_number
 from lightning_hsu._core import bf16_products
+from lightning_hsu._core.backend import active as active_backend
 from lightning_hsu._engine.apply import LayerUpdate
 from lightning_hsu._engine.attached import Attached, FirstOutputs
 from lightning_hsu._engine.buffered import GradientStats
@@ -293,9 +294,11 @@ class UniformityRegularizer:
 
         Raises:
             ValueError: if a pattern matches nothing, no layer is left to measure, or there is no
-                head for ``head_coefficient``.
+                head for ``head_coefficient``; or ``LIGHTNING_HSU_BACKEND`` names no back end.
+            RuntimeError: if this machine cannot run that back end.
             NotImplementedError: if FSDP1 does not keep the original parameters.
         """
+        active_backend()  # before the first step, if it cannot be had
         if placement is None:
             placement = placement_of(model, share_work=self.share_work)
         model = unwrapped(model)
@@ -650,6 +653,23 @@ class UniformityRegularizer:
         if id(optimizer) not in self.state.now.movers:
             self._check_mover(optimizer)
         return self._step(optimizer, index, stats=stats, moves=True)
+
+    def stale_errors(self) -> dict[str, float]:
+        """With a ``tolerance``, the relative error of each layer's last gradient at its replacement.
+
+        By layer; those whose gradients no other has replaced yet are left out.
+        """
+        return self.state.deltas.errors()
+
+    def recomputed(self, *, restart: bool = True) -> float:
+        """With a ``tolerance``, the part of the gradients' arithmetic that was done.
+
+        In [0, 1], over the steps since the last restart; NaN without steps.
+
+        Args:
+            restart: Whether to count anew from now on.
+        """
+        return self.state.deltas.share_of_work(restart=restart)
 
     @eager
     def measure_layers(self, *, but: Collection[str] = ()) -> list[LayerUniformity]:

@@ -100,6 +100,21 @@ def test_gradient_share_is_the_norm_of_what_was_added_over_the_tasks(tmp_path):
     assert rows_of(logger)[0]["hsu/gradient_share/net.5"] == pytest.approx(float(share), rel=1e-4)
 
 
+@pytest.mark.parametrize("mode", ["gradient", "decoupled"])
+def test_what_the_last_step_with_a_penalty_did_is_logged(mode, tmp_path):
+    """Also where logging steps have none."""
+    logger = CSVLogger(tmp_path)
+    ours = uniformity(coefficient=0.3, every_n_steps=2, apply=mode)
+    trainer(ours, logger=logger, log_every_n_steps=4, max_epochs=1).fit(
+        Automatic(), loader(batches(12))
+    )
+    rows = rows_of(logger)
+    assert sorted(rows) == [3, 7, 11]  # the penalty acts on steps 0, 2, 4 and so on
+    for row in rows.values():
+        assert row["hsu/gradient_share/net.5"] > 0
+        assert row["hsu/limited"] == 0
+
+
 def test_the_share_is_that_of_unscaled_gradients_and_absent_where_nothing_was_added(tmp_path):
     shares = []
     for plugins in (

@@ -22,6 +22,7 @@ from torch.optim import LBFGS, SGD, Adam, AdamW
 from lightning_hsu import Share, UniformityRegularizer
 from lightning_hsu._engine.delta import Use, sample_of
 from lightning_hsu._engine.reuse import Reuse
+from lightning_hsu._engine.work import Work
 from lightning_hsu.measures import (
     Covering,
     GaussianPotential,
@@ -1131,7 +1132,39 @@ def test_a_model_of_frozen_layers(mode):
         if mode == "decoupled":
             assert regularizer.move(optimizer) == {}
     assert regularizer.state.deltas.computed == set()
-    assert math.isnan(regularizer.state.deltas.share_of_work())
+    assert math.isnan(regularizer.recomputed())
+
+
+def test_the_work_is_counted_since_the_last_logging_step(monkeypatch):
+    """The end of an epoch only shows it."""
+    shares = []
+    share = Work.share
+
+    def noted(work):
+        shares.append((work.whole, share(work)))
+        return shares[-1][1]
+
+    monkeypatch.setattr(Work, "share", noted)
+    ours = uniformity(coefficient=0.05, tolerance=0.4)
+    trainer(ours, max_epochs=3, logger=Keep(), log_every_n_steps=6).fit(
+        Automatic(), loader(batches(8))
+    )
+    whole = [work for work, _ in shares]
+    step = whole[0]  # the first one is measured
+    # Logging steps are 6, 12, 18 and 24, where epochs end after steps 8, 16 and 24.
+    assert [round(work / step) for work in whole] == [1, 6, 2, 6, 4, 6, 6]
+
+
+def test_a_loop_of_ones_own_can_ask_for_errors_and_work():
+    run = Run(CASES["plain"], "gradient", 0.4)
+    assert math.isnan(run.regularizer.recomputed())
+    for batch in batches(30, dtype=CASES["plain"].dtype):
+        run.step(batch)
+    errors = run.regularizer.stale_errors()
+    assert set(errors) == {layer.name for layer in run.regularizer.layers}
+    assert all(0 < error < 2 for error in errors.values())
+    assert 0 < run.regularizer.recomputed(restart=False) == run.regularizer.recomputed() < 0.9
+    assert math.isnan(run.regularizer.recomputed())
 
 
 # Copies, other models, changed models

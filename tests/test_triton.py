@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lightning_hsu import UniformityRegularizer
 from lightning_hsu._core import backend as backends
 from lightning_hsu._core import bf16_products, oracle_energy
 from lightning_hsu._core.foreach import add_pair_gradients
@@ -472,6 +473,12 @@ def test_a_backend_that_is_none(monkeypatch):
         match="LIGHTNING_HSU_BACKEND must be one of torch, compiled, cudagraph, triton; got 'cuda'",
     ):
         added([neurons(1, 3, 2)], term)
+
+
+def test_a_backend_that_is_none_is_told_before_the_first_step(monkeypatch):
+    monkeypatch.setenv("LIGHTNING_HSU_BACKEND", "cuda")
+    with pytest.raises(ValueError, match="LIGHTNING_HSU_BACKEND must be one of"):
+        UniformityRegularizer().attach(torch.nn.Linear(8, 8))
 
 
 @contextmanager

@@ -28,8 +28,10 @@ class Work:
         if use.is_due:
             self.done += flops
 
-    def take_share(self) -> float:
-        """The part that was done, since this was last asked."""
-        share = self.done / self.whole if self.whole > 0 else math.nan
+    def share(self) -> float:
+        """The part that was done; NaN for no step."""
+        return self.done / self.whole if self.whole > 0 else math.nan
+
+    def restart(self) -> None:
+        """Count anew."""
         self.done = self.whole = 0.0
-        return share
