@@ -353,7 +353,7 @@ def measured(training: Training) -> Found:
         optimizer.step()
         found.task.append(task + time.process_time() - start)
         if step + 1 in (EARLY, training.steps):
-            found.recomputed.append(penalties.kept.state.deltas.share_of_work())
+            found.recomputed.append(penalties.kept.recomputed())
     found.weights = sum(p.nbytes for p in penalties.layers)
     found.kept = penalties.kept.state.deltas.bytes()
     return found

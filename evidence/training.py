@@ -210,7 +210,7 @@ def _recomputed(penalties: Sequence[UniformityRegularizer]) -> float:
     """The part of the hidden layers' arithmetic that was done; 1 where no gradient is kept."""
     if not penalties or penalties[0].tolerance is None:
         return 1.0
-    return penalties[0].state.deltas.share_of_work()
+    return penalties[0].recomputed()
 
 
 def _finite(networks: Networks) -> Tensor:

@@ -1013,19 +1013,19 @@ class UniformityRegularizer:
         if together:
             # Before the plain layers: a layer that is refused stops the whole step.
             stats = act_on_buckets(together, act, self.state, context, placement)
+        if not updates.need_buffers:
+            self._add_plain(updates, context)
+            return stats
         for lot in updates.lots(attached.ahead, placement):
-            stats |= self._act_on_plain(lot, context)
+            stats |= self._act_through_buffers(lot, context)
         return stats
 
-    def _act_on_plain(
+    def _act_through_buffers(
         self, updates: PlainUpdates, context: StepContext
     ) -> dict[str, GradientStats]:
         """The same for plain layers."""
-        updates.begin_buffers()
+        buffered = updates.begin_buffers()
         self._add_plain(updates, context)
-        buffered = updates.buffered
-        if buffered is None:
-            return {}
         stats = buffered.stats() if context.stats else {}
         if context.moves:
             buffered.move()

@@ -3,6 +3,7 @@
 import copy
 import pickle
 from dataclasses import dataclass
+from itertools import pairwise
 
 import pytest
 import torch
@@ -16,6 +17,8 @@ from lightning_hsu import (
     register_neurons,
 )
 from lightning_hsu._core import foreach
+from lightning_hsu._engine import plan
+from lightning_hsu._engine.buffered import BufferedUpdates
 from lightning_hsu._engine.plan import Plan
 from lightning_hsu.measures import Covering, Measure, RieszEnergy
 from tests.models import Automatic, loader, trainer
@@ -345,7 +348,7 @@ def test_a_penalty_of_other_weights_leaves_nothing_behind():
 
     module = Penalty()
     added(module.net, module.regularizer)
-    plan = module.regularizer._attached.plan
+    before = module.regularizer._attached.plan
     weights = {name: p.detach().clone() for name, p in module.named_parameters()}
     found = torch.func.grad(lambda w: torch.func.functional_call(module, w, ()))(weights)
     module.zero_grad()
@@ -353,7 +356,7 @@ def test_a_penalty_of_other_weights_leaves_nothing_behind():
     for name, p in module.named_parameters():
         expected = torch.zeros_like(p) if p.grad is None else p.grad
         assert_near(found[name], expected)
-    assert module.regularizer._attached.plan is plan
+    assert module.regularizer._attached.plan is before
     assert module.regularizer.unreached() == []
 
 
@@ -705,10 +708,81 @@ def test_each_kind_of_layer_is_plain_where_numbers_are_enough():
         ({"measure": RieszEnergy(s=1)}, 3),
     ]
     for setting, count in settings:
-        plan = UniformityRegularizer(**setting).attach(net)._attached.plan
-        assert len(plan.plain) == count
-        assert sum(map(len, plan.rest)) == 3 - count
-        assert sum(map(len, plan.buckets)) == 3
+        made = UniformityRegularizer(**setting).attach(net)._attached.plan
+        assert len(made.plain) == count
+        assert sum(map(len, made.rest)) == 3 - count
+        assert sum(map(len, made.buckets)) == 3
+
+
+def large_and_small(dtype):
+    torch.manual_seed(0)
+    sizes = [256, 300, 256, 300, 16, 16, 16, 300]
+    layers = [nn.Linear(d, n, bias=False) for d, n in pairwise(sizes)]
+    return nn.Sequential(*layers).to(dtype)
+
+
+LOTS = {
+    "gradient": {},
+    "tolerance": {"tolerance": 0.5},
+    "limited": {"coefficient": 1e3, "step_limit": 0.01},
+    "decoupled": {"mode": "move"},
+    "decoupled, tolerance": {"mode": "move", "tolerance": 0.5},
+    "ahead": {"looks": True},
+    "ahead, tolerance": {"looks": True, "tolerance": 0.5},
+    "bfloat16": {"dtype": torch.bfloat16},
+    "float64": {"dtype": torch.float64},
+}
+
+
+@pytest.mark.filterwarnings("ignore:the penalty is too strong")
+@pytest.mark.parametrize("name", LOTS)
+def test_statistics_in_lots_change_no_bit(name, monkeypatch):
+    """Their buffers are there a few layers at a time; of a lot each holds one copy of the layers."""
+    settings = {"coefficient": 0.05} | LOTS[name]
+    mode, looks = settings.pop("mode", "add_gradients"), settings.pop("looks", False)
+    dtype = settings.pop("dtype", torch.float32)
+    begun = []
+    begin = BufferedUpdates.begin
+
+    def counted(buffered):
+        begin(buffered)
+        begun.append(sum(stack.buffer.numel() for stack in buffered._stacks.values()))
+
+    monkeypatch.setattr(BufferedUpdates, "begin", counted)
+
+    def train(room, stats):
+        monkeypatch.setattr(plan, "_ROOM", room)
+        begun.clear()
+        net = large_and_small(dtype)
+        groups = [{"params": [p], "lr": 0.01 * (i + 1)} for i, p in enumerate(net.parameters())]
+        optimizer = torch.optim.SGD(groups)
+        regularizer = UniformityRegularizer(**settings).attach(net)
+        for step in range(6):
+            optimizer.zero_grad()
+            x = torch.randn(8, 256, generator=torch.Generator().manual_seed(step))
+            net(x.to(dtype)).square().mean().backward()
+            act = getattr(regularizer, mode)
+            if mode == "move":
+                optimizer.step()
+            found = act(optimizer, stats=stats)
+            assert set(found) == {layer.name for layer in regularizer.layers} or not stats
+            if mode != "move":
+                optimizer.step()
+            if looks:
+                regularizer.look_ahead(optimizer)
+        numbers = {name: [float(one) for one in vars(found[name]).values()] for name in found}
+        return [p.detach().clone() for p in net.parameters()], numbers, list(begun)
+
+    without, _, _ = train(2**17, stats=False)
+    weights, numbers, lots = train(2**17, stats=True)
+    _, together, whole = train(2**30, stats=True)
+    assert len(whole) == 6
+    assert len(lots) == 3 * 6  # one large layer each, the small ones together with the last
+    assert max(lots) <= 2**17
+    for left, right in zip(weights, without, strict=True):
+        assert torch.equal(left, right)
+    for layer, expected in together.items():
+        assert numbers[layer] == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("stats", [False, True])

@@ -231,7 +231,7 @@ class Plan:
         self, state: TrainingState, context: StepContext
     ) -> tuple[PlainUpdates, list[Layer]]:
         """The updates of the plain layers at this step, and those layers that need another way."""
-        updates = PlainUpdates(buffers=context.moves or context.stats, has_stats=context.stats)
+        updates = PlainUpdates(need_buffers=context.moves or context.stats, has_stats=context.stats)
         left = []
         limits: dict[int, Tensor | float | None] = {}  # by the id of a learning rate
         ascending = context.learning_rates.ascending
@@ -265,7 +265,7 @@ class PlainUpdates:
     """The updates of the plain layers at one step.
 
     Args:
-        buffers: Whether the updates go through buffers, for stats or to move the neurons.
+        need_buffers: Whether the updates go through buffers, for stats or to move the neurons.
         has_stats: Whether stats are asked for.
 
     Attributes:
@@ -275,16 +275,16 @@ class PlainUpdates:
         buffered: The buffers, after :meth:`begin_buffers`; None without.
     """
 
-    def __init__(self, *, buffers: bool, has_stats: bool) -> None:
+    def __init__(self, *, need_buffers: bool, has_stats: bool) -> None:
+        self.need_buffers = need_buffers
         self.found: list[PlainUpdate] = []
         self.rates: dict[Layer, Rate] = {}
         self.alone: Collection[Layer] = ()
         self.buffered: BufferedUpdates | None = None
-        self._buffers = buffers
         self._has_stats = has_stats
 
     def lots(self, ahead: Ahead, placement: Placement) -> list[PlainUpdates]:
-        """The updates in parts whose buffers take little memory; together if they need none.
+        """The updates in parts whose buffers take little memory.
 
         What is computed in one stack stays together: it is as fast, and has the same bits.
 
@@ -293,7 +293,7 @@ class PlainUpdates:
             placement: How the weights are placed over the ranks. Where these share the work they
                 do it for all layers at once.
         """
-        if not self._buffers or placement.shares_work or not self.found:
+        if placement.shares_work or not self.found:
             return [self]
         sizes = [update.entries.numel() for _, _, update in self.found]
         room = _ROOM
@@ -309,21 +309,21 @@ class PlainUpdates:
         for members in stacks.values():
             size = sum(sizes[i] for i in members)
             if not lots or filled + size > room:
-                lots.append(PlainUpdates(buffers=True, has_stats=self._has_stats))
+                lots.append(PlainUpdates(need_buffers=True, has_stats=self._has_stats))
                 lots[-1].rates = self.rates
                 filled = 0
             lots[-1].found += [self.found[i] for i in members]
             filled += size
         return lots
 
-    def begin_buffers(self) -> None:
-        """Make the buffers, if the updates go through any."""
-        if not self._buffers:
-            return
-        self.buffered = BufferedUpdates(has_stats=self._has_stats)
+    def begin_buffers(self) -> BufferedUpdates:
+        """Make the buffers, through which the updates go from now on."""
+        buffered = BufferedUpdates(has_stats=self._has_stats)
         for layer, _, update in self.found:
-            self.buffered.take(layer.target.name, update, self.rates[layer])
-        self.buffered.begin()
+            buffered.take(layer.target.name, update, self.rates[layer])
+        buffered.begin()
+        self.buffered = buffered
+        return buffered
 
     def add(self, placement: Placement) -> None:
         """Add the gradients, all at once; ranks compute large layers for one another."""
