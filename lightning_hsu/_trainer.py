@@ -337,6 +337,12 @@ def is_logging_step(trainer: pl.Trainer) -> bool:
     return bool(trainer._logger_connector.should_update_logs)
 
 
+def logs_within(trainer: pl.Trainer, steps: int) -> bool:
+    """Whether Lightning logs at this batch or one of the next that step, ``steps`` in all."""
+    every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+    return every > 0 and -(logged_step(trainer) + 1) % every < steps
+
+
 def logged_step(trainer: pl.Trainer) -> int:
     """The step under which Lightning logs its own values."""
     return trainer.fit_loop.epoch_loop._batches_that_stepped

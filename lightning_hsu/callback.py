@@ -379,7 +379,10 @@ class HypersphericalUniformity(_trainer.EveryCallback):
         same_step = fit.open_step.is_counted(index)
         fit.open_step.count(index)
         fit.warnings.line_search(optimizer)
-        self.regularizer.measures_next = self._will_measure(trainer)
+        will_measure = self._will_measure(trainer)
+        self.regularizer.measures_next = will_measure
+        every = self.regularizer.every_n_steps
+        is_last = every > 1 and _trainer.logs_within(trainer, every)  # that acts, before logging
         if self.apply == "loss":
             self.regularizer.count_step(optimizer, index=index, same_step=same_step)
             return
@@ -387,7 +390,7 @@ class HypersphericalUniformity(_trainer.EveryCallback):
             optimizer,
             index=index,
             grad_scale=_trainer.remaining_scale(trainer, optimizer, fit.loss_scale),
-            stats=self._takes_stats(trainer),
+            stats=will_measure or is_last,
             same_step=same_step,
         )
 
@@ -439,7 +442,9 @@ class HypersphericalUniformity(_trainer.EveryCallback):
         if self.apply == "gradient" and self.regularizer.looks_ahead:
             self.regularizer.look_ahead(hook.optimizer, index=hook.position)
         if self.apply == "decoupled":
-            stats = self._takes_stats(trainer)
+            every = self.regularizer.every_n_steps
+            is_last = every > 1 and _trainer.logs_within(trainer, every)
+            stats = is_last or self._will_measure(trainer)
             try:
                 moved = self.regularizer.move(hook.optimizer, index=hook.position, stats=stats)
             except UnknownRateError as error:
@@ -485,7 +490,9 @@ class HypersphericalUniformity(_trainer.EveryCallback):
         draws = self._figures.due(trainer, fit.seen_step)
         fit.seen_step = trainer.global_step
         if logs or draws:
-            late = LateStats(fit.stats) if fit.stats else None
+            present = {layer.name for layer in self.regularizer.layers}
+            stats = {name: one for name, one in fit.stats.items() if name in present}
+            late = LateStats(stats) if stats else None
             measured = self._measure()  # which waits for a GPU
             done = {} if late is None else late.read()
             shares = _finite_shares(done)
@@ -728,10 +735,6 @@ class HypersphericalUniformity(_trainer.EveryCallback):
         if not self._fit.has_measured or trainer.is_last_batch:
             return True
         return _trainer.is_logging_step(trainer)
-
-    def _takes_stats(self, trainer: pl.Trainer) -> bool:
-        """Whether a step tells what it does to the layers: it may be the last before a measurement."""
-        return self.regularizer.every_n_steps > 1 or self._will_measure(trainer)
 
     def _prints_or_draws(self, trainer: pl.Trainer) -> bool:
         """Whether the fit has a table or figures besides its metrics."""

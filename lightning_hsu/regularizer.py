@@ -127,7 +127,8 @@ class UniformityRegularizer:
             seen one step later, with a warning.) That takes memory for one gradient of each layer
             (half in bfloat16) and a little more. None computes every layer at every step. It may be
             assigned later. On a GPU :meth:`move` and sharded weights wait for the device once a
-            step to know how far neurons have moved.
+            step to know how far neurons have moved, and so does an optimizer that steps right after
+            another one, with no backward pass between, when that has computed gradients.
         share_work: Whether the ranks of DDP divide the large layers: each layer's gradient is
             computed by one rank and sent to all, for about 1 / ranks of the arithmetic and memory
             for one gradient of each. False computes every layer on every rank, as it must be where

@@ -115,6 +115,22 @@ def test_what_the_last_step_with_a_penalty_did_is_logged(mode, tmp_path):
         assert row["hsu/limited"] == 0
 
 
+def test_only_the_last_step_with_a_penalty_before_a_measurement_is_looked_at(monkeypatch):
+    found = []
+    add = UniformityRegularizer.add_gradients
+
+    def noted(self, *args, **kwargs):
+        found.append(kwargs["stats"])
+        return add(self, *args, **kwargs)
+
+    monkeypatch.setattr(UniformityRegularizer, "add_gradients", noted)
+    trainer(uniformity(coefficient=0.3, every_n_steps=3), log_every_n_steps=8, max_epochs=1).fit(
+        Automatic(), loader(batches(20))
+    )
+    # Logging steps are the 8th and the 16th; the first and the last are measured, too.
+    assert [step for step, stats in enumerate(found) if stats] == [0, 5, 6, 7, 13, 14, 15, 19]
+
+
 def test_the_share_is_that_of_unscaled_gradients_and_absent_where_nothing_was_added(tmp_path):
     shares = []
     for plugins in (

@@ -71,6 +71,18 @@ def test_a_smaller_tolerance_counts_at_once():
     assert go_on(run, 40) < 0.5
 
 
+def test_a_tolerance_that_is_assigned_at_every_step_still_saves_work():
+    """As by a schedule."""
+    shares = []
+    for change in (0.0, 0.001):
+        run = Run(CASES["plain"], "gradient", 0.4)
+        for step, batch in enumerate(batches(40, dtype=torch.float64)):
+            run.regularizer.tolerance = 0.4 + change * step
+            run.step(batch)
+        shares.append(run.regularizer.recomputed())
+    assert max(shares) < 0.5
+
+
 @pytest.mark.parametrize("wrong", [0, 1, 1.5, -0.1, math.nan, "0.1", True, torch.tensor(0.1)])
 def test_what_is_no_tolerance_is_refused_and_changes_nothing(wrong):
     run = Run(CASES["plain"], "gradient", 0.4)

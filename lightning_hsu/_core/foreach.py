@@ -126,6 +126,10 @@ class TorchBackend(Backend):
         """
         return False
 
+    def takes_in_batches(self, update: GradientUpdate, term: PairTerm) -> bool:
+        """Whether a layer is computed in one pass with others of any shapes."""
+        return avoids_sync(update, term) or (self.compiles and self.takes_on_cpu(update, term))
+
     def gradients(self, batch: Batch, *, stats: bool = False) -> BatchGradient:
         """The gradients of a batch of such layers."""
         return gradients_without_sync(batch, stats=stats)
@@ -136,12 +140,20 @@ class TorchBackend(Backend):
         scratch = Scratch()
         for members in alike(updates):
             first = members[0]
-            if avoids_sync(first, term) or (self.compiles and self.takes_on_cpu(first, term)):
+            if self.takes_in_batches(first, term):
                 work += [(update, term) for update in members]
                 continue
             for some in chunks(members, how_many_together(first.size)):
                 add_to_layers(some, stack_gradient(stack_neurons(some), term, scratch))
         return work
+
+
+def goes_in_batches(update: GradientUpdate, term: PairTerm) -> bool:
+    """Whether a layer is computed together with others of any shapes, as on a GPU."""
+    backend = active()
+    if isinstance(backend, TorchBackend):
+        return backend.takes_in_batches(update, term)
+    return backend.takes_update(update, term)
 
 
 def add_without_sync(work: Work) -> None:

@@ -185,7 +185,7 @@ def raw_gradients(
     on_gpu = []
     for members in _of_one_shape(neutral):
         first, term = neutral[members[0]]
-        if avoids_sync(first, term) or (backend.compiles and backend.takes_on_cpu(first, term)):
+        if backend.takes_in_batches(first, term):
             on_gpu += members
         else:
             yield from _in_stacks(neutral, members)

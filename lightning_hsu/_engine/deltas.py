@@ -60,13 +60,16 @@ class Deltas:
         """Go on with another tolerance; None drops the gradients, and what is known of them."""
         self.settle()
         before = self.tolerance
+        if tolerance == before:
+            return
         if tolerance is None:
             self.forget()
         elif before is not None:
             for name, reuse in self.reuse.items():
                 reuse.shorten(tolerance / before)
                 if name in self._deltas:
-                    self._deltas[name].interval = 1
+                    delta = self._deltas[name]
+                    delta.interval = min(delta.interval, reuse.interval)
             self._unstored.update(self.reuse)
         self.tolerance = tolerance
 

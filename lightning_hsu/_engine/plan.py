@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_hsu._core import PairTerm
-from lightning_hsu._core.foreach import SMALL, add_all_pair_gradients
+from lightning_hsu._core.foreach import SMALL, add_all_pair_gradients, goes_in_batches
 from lightning_hsu._core.updates import GradientUpdate
 from lightning_hsu._engine.ahead import Ahead
 from lightning_hsu._engine.buffered import BufferedUpdates
@@ -40,7 +40,7 @@ _ROOM = 2**21
 
 _ROOM_ON_GPU = 2**29
 _LOTS_ON_GPU = 6
-"""The same on a GPU, where each lot takes some 20 launches; large models have these lots."""
+"""The same on a GPU, where each lot takes some 20 launches: as many lots, or few more, of large models."""
 
 
 @dataclass(frozen=True)
@@ -286,7 +286,8 @@ class PlainUpdates:
     def lots(self, ahead: Ahead, placement: Placement) -> list[PlainUpdates]:
         """The updates in parts whose buffers take little memory.
 
-        What is computed in one stack stays together: it is as fast, and has the same bits.
+        What is computed in one stack stays together: it is as fast, and has the same bits. On a GPU
+        layers of any shapes are, so that there the parts are large.
 
         Args:
             ahead: Gradients that were computed after the last step.
@@ -297,7 +298,8 @@ class PlainUpdates:
             return [self]
         sizes = [update.entries.numel() for _, _, update in self.found]
         room = _ROOM
-        if self.found[0][2].entries.device.type != "cpu":
+        _, term, first = self.found[0]
+        if goes_in_batches(first, term):
             room = max(_ROOM_ON_GPU, sum(sizes) // _LOTS_ON_GPU)
         begun = ahead.stacks()
         stacks: dict[object, list[int]] = {}
