@@ -134,7 +134,8 @@ class HypersphericalUniformity(_trainer.EveryCallback):
     be), ``hsu/energy/<layer>``, ``hsu/min_angle/<layer>`` and ``hsu/gradient_share/<layer>`` go to
     every logger, ``hsu/coefficient/<layer>`` for a schedule or a share, and with a ``tolerance``
     ``hsu/stale_error/<layer>``: the error that the layer's last gradient had when it was replaced.
-    ``hsu/recomputed`` is the part of the arithmetic that was done since the last logging step.
+    ``hsu/recomputed`` is the part of the arithmetic that was done since the last logging step, or
+    since the fit began.
 
     Args:
         measure: What to minimise. None is the half-space Riesz energy with s = 2; the class head is
