@@ -51,6 +51,13 @@ def same(a, b, layer, scale=None):
     assert float((a - b).abs().max()) <= PRECISION[layer["dtype"]] * size
 
 
+def nearest_axes(x):
+    """The smallest distance of unit rows to others or to their opposites."""
+    unit = torch.nn.functional.normalize(x.double(), dim=-1)
+    apart = torch.stack([torch.cdist(unit, unit), torch.cdist(unit, -unit)])
+    return float((apart + 2.0 * torch.eye(len(x), dtype=x.double().dtype)).min())
+
+
 def searches(measure):
     return isinstance(measure, SEARCHING) or (
         isinstance(measure, Projected) and isinstance(measure.measure, SEARCHING)
@@ -106,6 +113,8 @@ def test_order_does_not_matter(measure, layer):
 @given(layer=layers)
 def test_a_common_rotation_does_not_matter(measure, layer):
     x = drawn(layer)
+    # Its own rounding in float32 turns a row away from one that is near by a part of their distance.
+    assume(layer["dtype"] == torch.float64 or nearest_axes(x) > 0.02)
     turn = rotation_of(layer["d"]).to(x)
     value, grad = measure.value_and_grad(x)
     again, its = measure.value_and_grad(x @ turn)
