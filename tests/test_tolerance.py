@@ -1155,6 +1155,19 @@ def test_the_work_is_counted_since_the_last_logging_step(monkeypatch):
     assert [round(work / step) for work in whole] == [1, 6, 2, 6, 4, 6, 6]
 
 
+@pytest.mark.parametrize(
+    ("dtype", "kept"),
+    [(torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32), (torch.float32,) * 2],
+)
+def test_what_is_kept_of_bfloat16_weights_takes_half(dtype, kept):
+    net = nn.Sequential(nn.Linear(8, 16)).to(dtype)
+    optimizer = SGD(net.parameters(), lr=0.01)
+    regularizer = UniformityRegularizer(head=None, tolerance=0.4).attach(net)
+    net[0].weight.grad = torch.zeros_like(net[0].weight)
+    regularizer.add_gradients(optimizer)
+    assert [delta.grad.dtype for delta in regularizer.state.deltas._deltas.values()] == [kept]
+
+
 def test_a_loop_of_ones_own_can_ask_for_errors_and_work():
     run = Run(CASES["plain"], "gradient", 0.4)
     assert math.isnan(run.regularizer.recomputed())
