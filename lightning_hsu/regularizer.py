@@ -662,15 +662,12 @@ class UniformityRegularizer:
         """
         return self.state.deltas.errors()
 
-    def recomputed(self, *, restart: bool = True) -> float:
+    def recomputed(self) -> float:
         """With a ``tolerance``, the part of the gradients' arithmetic that was done.
 
-        In [0, 1], over the steps since the last restart; NaN without steps.
-
-        Args:
-            restart: Whether to count anew from now on.
+        In [0, 1], over the steps since this was last asked; NaN without steps.
         """
-        return self.state.deltas.share_of_work(restart=restart)
+        return self.state.deltas.share_of_work()
 
     @eager
     def measure_layers(self, *, but: Collection[str] = ()) -> list[LayerUniformity]:

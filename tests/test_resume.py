@@ -476,8 +476,7 @@ def test_killed_between_checkpoints_with_a_tolerance(tmp_path):
     resumed, computed_then = fitted_with_kept_gradients(
         tmp_path / "killed", ckpt=tmp_path / "killed/step=12.ckpt"
     )
-    # The work is counted since the last logging step, or since the fit began.
-    assert differing(resumed, whole) == [("logged", "hsu/recomputed")]
+    assert not differing(resumed, whole)
     assert computed_then == {step: layers for step, layers in computed.items() if step > 12}
     assert len(computed_then[13]) == 4
     assert sum(map(len, computed_then.values())) < 3 * len(computed_then)

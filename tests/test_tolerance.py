@@ -1135,24 +1135,21 @@ def test_a_model_of_frozen_layers(mode):
     assert math.isnan(regularizer.recomputed())
 
 
-def test_the_work_is_counted_since_the_last_logging_step(monkeypatch):
-    """The end of an epoch only shows it."""
-    shares = []
-    share = Work.share
+def test_the_work_is_counted_since_the_last_measurement(monkeypatch):
+    whole = []
+    share = Work.take_share
 
     def noted(work):
-        shares.append((work.whole, share(work)))
-        return shares[-1][1]
+        whole.append(work.whole)
+        return share(work)
 
-    monkeypatch.setattr(Work, "share", noted)
+    monkeypatch.setattr(Work, "take_share", noted)
     ours = uniformity(coefficient=0.05, tolerance=0.4)
     trainer(ours, max_epochs=3, logger=Keep(), log_every_n_steps=6).fit(
         Automatic(), loader(batches(8))
     )
-    whole = [work for work, _ in shares]
-    step = whole[0]  # the first one is measured
-    # Logging steps are 6, 12, 18 and 24, where epochs end after steps 8, 16 and 24.
-    assert [round(work / step) for work in whole] == [1, 6, 2, 6, 4, 6, 6]
+    # Measured are the first step, logging steps 6, 12, 18 and 24, and ends of epochs 8, 16 and 24.
+    assert [round(work / whole[0]) for work in whole] == [1, 5, 2, 4, 4, 2, 6]
 
 
 @pytest.mark.parametrize(
@@ -1176,7 +1173,7 @@ def test_a_loop_of_ones_own_can_ask_for_errors_and_work():
     errors = run.regularizer.stale_errors()
     assert set(errors) == {layer.name for layer in run.regularizer.layers}
     assert all(0 < error < 2 for error in errors.values())
-    assert 0 < run.regularizer.recomputed(restart=False) == run.regularizer.recomputed() < 0.9
+    assert 0 < run.regularizer.recomputed() < 0.9
     assert math.isnan(run.regularizer.recomputed())
 
 

@@ -28,10 +28,8 @@ class Work:
         if use.is_due:
             self.done += flops
 
-    def share(self) -> float:
-        """The part that was done; NaN for no step."""
-        return self.done / self.whole if self.whole > 0 else math.nan
-
-    def restart(self) -> None:
-        """Count anew."""
+    def take_share(self) -> float:
+        """The part that was done, since this was last asked."""
+        share = self.done / self.whole if self.whole > 0 else math.nan
         self.done = self.whole = 0.0
+        return share
