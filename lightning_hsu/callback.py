@@ -382,16 +382,16 @@ class HypersphericalUniformity(_trainer.EveryCallback):
         fit.warnings.line_search(optimizer)
         will_measure = self._will_measure(trainer)
         self.regularizer.measures_next = will_measure
-        every = self.regularizer.every_n_steps
-        is_last = every > 1 and _trainer.logs_within(trainer, every)  # that acts, before logging
         if self.apply == "loss":
             self.regularizer.count_step(optimizer, index=index, same_step=same_step)
             return
+        every = self.regularizer.every_n_steps
         fit.stats |= self.regularizer.add_gradients(
             optimizer,
             index=index,
             grad_scale=_trainer.remaining_scale(trainer, optimizer, fit.loss_scale),
-            stats=will_measure or is_last,
+            # Those of the last step that acts before Lightning logs are logged.
+            stats=will_measure or (every > 1 and _trainer.logs_within(trainer, every)),
             same_step=same_step,
         )
 
@@ -444,8 +444,7 @@ class HypersphericalUniformity(_trainer.EveryCallback):
             self.regularizer.look_ahead(hook.optimizer, index=hook.position)
         if self.apply == "decoupled":
             every = self.regularizer.every_n_steps
-            is_last = every > 1 and _trainer.logs_within(trainer, every)
-            stats = is_last or self._will_measure(trainer)
+            stats = self._will_measure(trainer) or _trainer.logs_within(trainer, every)
             try:
                 moved = self.regularizer.move(hook.optimizer, index=hook.position, stats=stats)
             except UnknownRateError as error:
