@@ -21,7 +21,13 @@ from lightning_hsu._engine.apply import LayerUpdate
 from lightning_hsu._engine.attached import Attached, FirstOutputs
 from lightning_hsu._engine.buffered import GradientStats
 from lightning_hsu._engine.eager import eager, outside_inference_mode
-from lightning_hsu._engine.kept import add_plain, look_ahead, look_for_moves, look_together
+from lightning_hsu._engine.kept import (
+    add_plain,
+    look_ahead,
+    look_for_moves,
+    look_together,
+    see_changes,
+)
 from lightning_hsu._engine.late import is_capturing
 from lightning_hsu._engine.layer import Layer
 from lightning_hsu._engine.misuse import ADD, MOVE
@@ -1011,6 +1017,8 @@ class UniformityRegularizer:
         if together:
             # Before the plain layers: a layer that is refused stops the whole step.
             stats = act_on_buckets(together, act, self.state, context, placement)
+        if self.state.deltas.tolerance is not None or attached.ahead.begun:
+            see_changes(self.state.deltas, updates.found, attached.ahead)
         if not updates.need_buffers:
             self._add_plain(updates, context)
             return stats

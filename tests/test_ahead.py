@@ -232,6 +232,30 @@ def test_weights_changed_unseen_are_told_of_and_left_out():
         torch.testing.assert_close(ahead[name], direct[name], rtol=0.0, atol=1e-3)
 
 
+def test_unseen_changes_are_told_of_beside_a_layer_without_a_gradient(monkeypatch):
+    """On a GPU both are in one stack."""
+    for module in (raw, foreach):
+        monkeypatch.setattr(module, "avoids_sync", lambda one, term: not too_steep(term))
+    net = nn.ModuleDict({"used": nn.Linear(20, 32), "spare": nn.Linear(20, 32)})
+    steps = sgd(net)
+    regularizer = UniformityRegularizer(head=None).attach(net)
+
+    def run(count):
+        for _ in range(count):
+            steps.zero_grad()
+            net["used"](torch.randn(4, 20)).square().mean().backward()
+            regularizer.add_gradients(steps)
+            steps.step()
+            regularizer.look_ahead(steps)
+            net["used"].weight.data.mul_(0.5)
+
+    run(2)
+    with pytest.warns(UserWarning, match=r"layer 'used' \(1, 32, 20\) change .* p\.data") as told:
+        run(1)
+    assert len(told) == 1
+    assert regularizer._attached.ahead.outdated == {regularizer.layers[0]}
+
+
 def test_unseen_changes_of_one_step_matter_in_one_step_only():
     """From the second look on the layer is computed just before the step."""
     net = network()

@@ -10,6 +10,7 @@ from torch.optim import SGD, AdamW
 
 from lightning_hsu import UniformityRegularizer
 from lightning_hsu._engine import moves
+from lightning_hsu._engine.delta import use_of
 from lightning_hsu._neurons.placement import Placement
 from lightning_hsu.measures import RieszEnergy
 from tests.models import batches, mean_square
@@ -294,6 +295,23 @@ def test_on_a_gpu_it_is_seen_a_step_later_and_told_once(monkeypatch):
     assert len(told) == 1
     for _ in range(8):
         assert run.step(partial(copied, run))  # from now on at once, and nothing more is told
+
+
+@pytest.mark.parametrize("on_gpu", [True, False])
+def test_a_gradient_that_was_computed_ahead_of_such_a_change_is_not_kept(on_gpu, monkeypatch):
+    """It would last as long as any, for the weights did not move since."""
+    if on_gpu:
+        monkeypatch.setattr(moves, "reads_late", lambda x: True)
+    run = Run(looks=True)
+    calm(run)
+    deltas = run.regularizer.state.deltas
+    while not deltas.will_be_due(use_of(run.regularizer.layers[0], run.weight.detach()[None])):
+        run.step()
+    run.regularizer.look_ahead(run.optimizer)
+    assert run.step(partial(copied, run))  # takes what was begun
+    with pytest.warns(UserWarning, match=r"layer '1' \(1, 512, 36\) change .* p\.data") as told:
+        assert run.step()
+    assert len(told) == 1
 
 
 def test_a_change_that_torch_counts_is_seen_on_a_gpu(monkeypatch):

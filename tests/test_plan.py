@@ -785,6 +785,28 @@ def test_statistics_in_lots_change_no_bit(name, monkeypatch):
         assert numbers[layer] == pytest.approx(expected, rel=1e-5)
 
 
+def test_unseen_changes_in_lots_are_told_of_together(monkeypatch):
+    monkeypatch.setattr(plan, "_ROOM", 2**17)
+    net = large_and_small(torch.float32)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
+    regularizer = UniformityRegularizer().attach(net)
+
+    def step():
+        optimizer.zero_grad()
+        net(torch.randn(8, 256)).square().mean().backward()
+        regularizer.add_gradients(optimizer, stats=True)
+        optimizer.step()
+        regularizer.look_ahead(optimizer)
+        for p in net.parameters():
+            p.data.mul_(0.9)
+
+    step()
+    step()
+    with pytest.warns(UserWarning, match=r"p\.data") as told:
+        step()
+    assert len(told) == 1
+
+
 @pytest.mark.parametrize("stats", [False, True])
 def test_layers_of_one_shape_get_what_each_gets_alone(stats):
     net = nn.Sequential(*(nn.Linear(8, 8) for _ in range(5)))

@@ -15,6 +15,7 @@ import math
 from collections.abc import Iterable, Sequence, Set
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from lightning_hsu._checks import listed
 from lightning_hsu._core.raw import GroupNumbers, RawPart
 from lightning_hsu._core.updates import GradientUpdate
 from lightning_hsu._engine.late import (
+    LateChecks,
     LateNumbers,
     SideWork,
     beside,
@@ -85,7 +87,7 @@ class Ahead:
     def __init__(self) -> None:
         self.begun: list[_Begun] = []
         self.outdated: set[Layer] = set()
-        self._checks: list[tuple[LateNumbers, list[Layer]]] = []
+        self._checks = LateChecks()
         self._unseen: set[str] = set()  # layers whose weights change without torch's counting it
 
     def begin(
@@ -149,9 +151,7 @@ class Ahead:
     def take(self, found: Sequence[PlainUpdate]) -> list[tuple[RawPart, list[Layer]]]:
         """The gradients of those of these layers for which they are still right, with the layers."""
         taken = []
-        updates_of = {layer: update for layer, _, update in found}
-        self._look_at_checks(updates_of.keys())
-        for begun, updates in self._still_right(updates_of):
+        for begun, updates in self._still_right({layer: update for layer, _, update in found}):
             places = []
             layers = []
             for place, layer in enumerate(begun.layers):
@@ -191,7 +191,7 @@ class Ahead:
         """Drop what has been begun, once its messages have come."""
         _abandon(self.begun)
         self.begun = []
-        self._checks = []
+        self._checks.drop()
 
     def _still_right(
         self, updates: dict[Layer, GradientUpdate]
@@ -206,17 +206,18 @@ class Ahead:
             for x in [*begun.raw.tensors(), begun.norms, *(begun.columns or ())]:
                 keep_for_current(x)
             same = {}
+            places = []
             for place, (layer, token) in enumerate(zip(begun.layers, begun.tokens, strict=True)):
                 if layer not in updates:
                     continue
                 is_same = token_of(layer) == token and self.may_begin(layer, token)
                 if is_same or begun.is_taken_back(place, updates[layer]):
                     same[layer] = updates[layer]
+                    places.append(place)
                 else:
                     self.outdated.add(layer)
-            if len(same) == len(begun.layers):
-                self._check(begun, list(same.values()))
             if same:
+                self._check(begun, places, same)
                 found.append((begun, same))
         return found
 
@@ -231,27 +232,35 @@ class Ahead:
         self.begun = others
         return chosen
 
-    def _check(self, begun: _Begun, updates: Sequence[GradientUpdate]) -> None:
-        """Compare the weights of layers with what they were, without waiting for the answer."""
-        changes = LateNumbers(begun.norms - _norms(updates))
-        self._checks.append((changes, begun.layers))
+    def changed_unseen(self, layers: Sequence[Layer]) -> list[Layer]:
+        """Those of which a step has taken gradients of other weights than it had."""
+        return self._checks.changed(layers)
 
-    def _look_at_checks(self, wanted: Set[Layer]) -> None:
-        """Leave out layers of which the norms have changed, as the last step of these layers told.
+    def _check(
+        self, begun: _Begun, places: Sequence[int], updates: dict[Layer, GradientUpdate]
+    ) -> None:
+        """Compare the weights of layers with what they were, without waiting for the answer.
 
-        What was begun within the same step is not there yet, as of another optimizer's layers.
+        Args:
+            begun: Their stack.
+            places: Their places in it.
+            updates: Their updates.
         """
-        changed = []
-        left = []
-        for numbers, layers in self._checks:
-            if wanted.isdisjoint(layers):
-                left.append((numbers, layers))
-                continue
-            for change, layer in zip(numbers.read(), layers, strict=True):
-                if change != 0 and not math.isnan(change):  # NaN stays NaN
-                    changed.append(layer)
-        self._checks = left
-        self.leave_out(changed)
+        norms = begun.norms
+        if len(places) < len(norms):
+            norms = torch.stack([norms[place] for place in places])
+        changes = LateNumbers(norms - _norms(list(updates.values())))
+        layers = list(updates)
+        self._checks.add(layers, partial(_changed, layers, changes))
+
+
+def _changed(layers: Sequence[Layer], changes: LateNumbers) -> list[Layer]:
+    """The layers of which the norms have changed."""
+    found = []
+    for layer, change in zip(layers, changes.read(), strict=True):
+        if change != 0 and not math.isnan(change):  # NaN stays NaN
+            found.append(layer)
+    return found
 
 
 def _columns(raw: RawPart, members: Sequence[PlainUpdate]) -> list[Tensor]:

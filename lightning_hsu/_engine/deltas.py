@@ -262,11 +262,19 @@ class Deltas:
         self._moves.begin(self._known(uses), checks=checks)
 
     def changed_unseen(self, layers: Sequence[Layer]) -> list[Layer]:
-        """Those whose weights had changed at their last step without torch's counting it.
-
-        What was begun of them for the step to come is dropped.
-        """
+        """Those whose weights had changed at their last step without torch's counting it."""
         return self._moves.changed_unseen(layers)
+
+    def drop(self, layers: Iterable[Layer]) -> None:
+        """Drop what is kept of layers, and what was begun of them for the step to come.
+
+        Where ranks train together one of them may have seen alone what has changed, but all compute
+        the same layers: there a gradient is used until it is due.
+        """
+        for layer in layers:
+            self._moves.drop(layer.name)
+            if layer.target.placement.is_alone:
+                self._deltas.pop(layer.name, None)
 
     def settle(self) -> None:
         """Learn from the numbers of the gradients that were computed last."""

@@ -55,7 +55,6 @@ def add_plain(
         same_step: Whether this is another evaluation within a step.
     """
     found = plain.found
-    ahead.leave_out(deltas.changed_unseen([layer for layer, _, _ in found]))
     uses = [use_of(layer, update.w) for layer, _, update in found]
     deltas.find_due(uses, same_step=same_step)
     due = {}
@@ -94,6 +93,22 @@ def _keep_and_add(
         updates.append(update)
     deltas.keep(uses, raw.copies(), learns=not same_step)
     raw.add_to(updates)
+
+
+def see_changes(deltas: Deltas, found: Sequence[PlainUpdate], ahead: Ahead) -> None:
+    """Before a step, see which layers had other weights at their last one than torch's counts said.
+
+    They are told of, and left out from what is begun ahead.
+
+    Args:
+        deltas: The kept gradients; such a layer's is computed anew.
+        found: The layers of the step.
+        ahead: Gradients that were computed after the last step.
+    """
+    layers = [layer for layer, _, _ in found]
+    changed = [*ahead.changed_unseen(layers), *deltas.changed_unseen(layers)]
+    ahead.leave_out(changed)
+    deltas.drop(changed)
 
 
 def look_ahead(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from lightning_hsu._core.tables import has_streams
+from lightning_hsu._engine.layer import Layer
 
 _STREAMS: dict[torch.device, torch.cuda.Stream] = {}
 
@@ -37,6 +38,37 @@ class LateNumbers:
             self._event.synchronize()
         found: list[float] = self._numbers.tolist()
         return found
+
+
+class LateChecks:
+    """Whether weights of layers were others at a step than torch's counts said, read at the next one."""
+
+    def __init__(self) -> None:
+        self._begun: list[tuple[Sequence[Layer], Callable[[], list[Layer]]]] = []
+
+    def add(self, layers: Sequence[Layer], changed: Callable[[], list[Layer]]) -> None:
+        """Note a check of these layers, and what reads which of them have changed."""
+        self._begun.append((layers, changed))
+
+    def changed(self, layers: Sequence[Layer]) -> list[Layer]:
+        """The layers that have changed, of the checks of any of these layers.
+
+        Those of others are left: another optimizer's may be of the step under way.
+        """
+        wanted = set(layers)
+        found = []
+        left = []
+        for one in self._begun:
+            if wanted.isdisjoint(one[0]):
+                left.append(one)
+            else:
+                found += one[1]()
+        self._begun = left
+        return found
+
+    def drop(self) -> None:
+        """Drop them all."""
+        self._begun = []
 
 
 class SideWork:

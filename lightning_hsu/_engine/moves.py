@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_hsu._core import working_dtype
 from lightning_hsu._engine.delta import Known, Use
-from lightning_hsu._engine.late import LateNumbers
+from lightning_hsu._engine.late import LateChecks, LateNumbers
 from lightning_hsu._engine.layer import Layer, Token
 from lightning_hsu._engine.rows import Rows
 
@@ -31,7 +31,7 @@ class Moves:
     def __init__(self, rows: Rows) -> None:
         self._rows = rows
         self._begun: dict[str, _Look] = {}
-        self._checks: list[_Check] = []
+        self._checks = LateChecks()
 
     def begin(self, known: Sequence[Known], *, checks: bool = True) -> None:
         """Begin to look how far layers on GPUs have moved, for a step to come.
@@ -68,32 +68,19 @@ class Moves:
         for look, members in looks.items():
             look.tell(members)
             if look.checks:
-                self._checks.append(_Check(look, [use for use, _ in members]))
+                check = _Check(look, [use for use, _ in members])
+                self._checks.add(check.layers, check.changed)
         return unseen
 
     def changed_unseen(self, layers: Sequence[Layer]) -> list[Layer]:
-        """Those whose weights were others at their last step than torch's counts said.
-
-        Only their checks are read: another optimizer's may be of the step under way. What was begun
-        of these layers is dropped.
-        """
-        changed = []
-        left = []
-        for check in self._checks:
-            if check.is_of(layers):
-                changed += check.changed()
-            else:
-                left.append(check)
-        self._checks = left
-        for layer in changed:
-            self.drop(layer.name)
-        return changed
+        """Those whose weights were others at their last step than torch's counts said."""
+        return self._checks.changed(layers)
 
     def drop(self, name: str | None = None) -> None:
         """Drop what was begun of a layer, or of all."""
         if name is None:
             self._begun = {}
-            self._checks = []
+            self._checks.drop()
         else:
             self._begun.pop(name, None)
 
@@ -169,22 +156,18 @@ class _Check:
 
     def __init__(self, look: _Look, uses: Sequence[Use]) -> None:
         uses = sorted(uses, key=lambda use: look.places[use.layer])
-        self._layers = [use.layer for use in uses]
+        self.layers = [use.layer for use in uses]
         samples = [use.sample for use in uses]
         self._sizes = [len(sample) for sample in samples]
         self._differ = _bits(look.samples_of(uses)) != _bits(torch.cat(samples))
         self._any = LateNumbers(self._differ.any().view(1))
-
-    def is_of(self, layers: Sequence[Layer]) -> bool:
-        """Whether it is of any of these layers."""
-        return not set(self._layers).isdisjoint(layers)
 
     def changed(self) -> list[Layer]:
         """The layers whose weights are others."""
         if not self._any.read()[0]:
             return []
         differ = torch.split(self._differ, self._sizes)
-        pairs = zip(self._layers, differ, strict=True)
+        pairs = zip(self.layers, differ, strict=True)
         return [layer for layer, part in pairs if bool(part.any())]
 
 
