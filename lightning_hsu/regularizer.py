@@ -891,8 +891,13 @@ class UniformityRegularizer:
                 if self.checks_order and self.state.now.untold:
                     self._tell_untold()
                 if self.state.deltas.tolerance is not None:
-                    keeps = not self._check_attached().placement.is_uneven
-                    self.state.deltas.begin_step(keeps=keeps)
+                    attached = self._check_attached()
+                    self.state.deltas.begin_step(
+                        id(optimizer),
+                        attached.plan.layers_of(rates),
+                        keeps=not attached.placement.is_uneven,
+                        same_step=same_step,
+                    )
                 found = self._act(context)
         counter.count(optimizer, index, same_step=same_step)
         if found and not same_step:
@@ -943,6 +948,8 @@ class UniformityRegularizer:
         if is_idle or torch.is_inference_mode_enabled() or is_capturing():
             return
         held = held_by(optimizer)
+        if self.state.deltas.tolerance is not None:
+            self.state.deltas.give_turn(id(optimizer), attached.plan.layers_of(held))
         with self._products():
             look_ahead(
                 self.state.deltas,
@@ -970,6 +977,7 @@ class UniformityRegularizer:
         for layer in attached.layers:
             if layer.trainable and layer.strength != 0 and not layer.sharded:
                 penalised.append(layer)
+        self.state.deltas.give_turn(None, attached.plan.penalised)
         look_for_moves(self.state.deltas, penalised)
 
     def _warn_of(self, alarm: str | None) -> None:
@@ -1089,7 +1097,9 @@ class UniformityRegularizer:
         same_step = self.state.now.loss_step == step
         context = StepContext(step, rates, factor, same_step, self.step_limit)
         if not same_step:
-            self.state.deltas.begin_step(keeps=not attached.placement.is_uneven)
+            self.state.deltas.begin_step(
+                None, attached.plan.penalised, keeps=not attached.placement.is_uneven
+            )
         with self._products():
             return loss_terms(penalised, self.state, context)
 

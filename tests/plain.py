@@ -104,31 +104,46 @@ def slope_at_right_angles(measure):
     return measure.kernel(q, 4.0 - q)[1].item()
 
 
-def refreshed(grad, seen, x, age, slope):
-    """A kept gradient as it is used at an age, and the neurons up to which its pull was followed.
-
-    In full space the pull along the sum of all neurons is followed; at some ages the rest is made
-    tangent again.
+@dataclass(frozen=True)
+class Past:
+    """A kept gradient.
 
     Args:
         grad: The gradient (groups, n, d), summed over the groups.
-        seen: The neurons (groups, n, d) up to which the pull was followed.
-        x: The neurons now.
-        age: Uses since the gradient was computed.
-        slope: From :func:`slope_at_right_angles`.
+        first: The neurons (groups, n, d) of which it was computed.
+        seen: Those up to which its pull was followed.
+        age: Uses since it was computed.
     """
-    every = 1 if age < 8 else 2 if age < 16 else 4
-    if slope and age % every == 0:
-        n = x.shape[1]
-        tiny = torch.finfo(x.dtype).tiny  # of zero rows
-        before, now = (w.norm(dim=-1, keepdim=True).clamp_min(tiny) for w in (seen, x))
-        change = (x / now).sum(1, keepdim=True) - (seen / before).sum(1, keepdim=True)
-        followed = grad * before / now - 4.0 * slope / (n * (n - 1)) * change / now
-        grad, seen = torch.where(now > tiny, followed, grad), x.detach().clone()
-    if age in (8, 16, 32, 64):
-        along = (grad * x).sum(-1, keepdim=True) / x.square().sum(-1, keepdim=True)
-        grad = grad - along * x
-    return grad, seen
+
+    grad: torch.Tensor
+    first: torch.Tensor
+    seen: torch.Tensor
+    age: int = 0
+
+    def refreshed(self, x, slope, is_projected):
+        """The same as it is used at neurons x.
+
+        In full space the pull along the sum of all neurons is followed, each over the norm that it
+        had at first; in its turn the gradient is made tangent again.
+
+        Args:
+            x: The neurons now.
+            slope: From :func:`slope_at_right_angles`.
+            is_projected: Whether it is its turn.
+        """
+        grad, seen, age = self.grad, self.seen, self.age
+        norm = self.first.norm(dim=-1, keepdim=True)
+        inverse = torch.where(norm > 1e-15, 1 / norm, 0.0)  # of zero rows
+        every = 1 if age < 8 else 2 if age < 16 else 4
+        if slope and age % every == 0:
+            n = x.shape[1]
+            change = ((x - seen) * inverse).sum(1, keepdim=True)
+            grad = grad - 4.0 * slope / (n * (n - 1)) * change * inverse
+            seen = x.detach().clone()
+        if is_projected:
+            along = (grad * x).sum(-1, keepdim=True) * inverse.square()
+            grad = grad - along * x
+        return replace(self, grad=grad, seen=seen)
 
 
 class Kept:
@@ -136,14 +151,12 @@ class Kept:
 
     Args:
         schedule: Of each layer the uses of its gradient, one after the other: whether it was computed,
-            and whether that was another evaluation within a step.
+            whether that was another evaluation within a step, and whether it was projected.
     """
 
     def __init__(self, schedule):
         self.schedule = {layer: iter(uses) for layer, uses in schedule.items()}
-        self.grads: dict[Any, torch.Tensor] = {}
-        self.ages: dict[Any, int] = {}
-        self.seen: dict[Any, torch.Tensor] = {}
+        self.past: dict[Any, Past] = {}
 
     def gradient(self, name, measure, x, key=None):
         """That of the mean over groups at neurons x (groups, n, d), or of those before.
@@ -152,20 +165,20 @@ class Kept:
             key: What tells the layer from others; None for its name.
         """
         key = name if key is None else key
-        is_computed, is_again = next(self.schedule[name])
+        is_computed, is_again, is_projected = next(self.schedule[name])
         if is_computed:
             with torch.enable_grad():
                 x = x.detach().requires_grad_()
-                self.grads[key] = torch.autograd.grad(energy(measure, x).sum(), x)[0]
-            self.ages[key] = 0
-            self.seen[key] = x.detach().clone()
+                grad = torch.autograd.grad(energy(measure, x).sum(), x)[0]
+            x = x.detach().clone()
+            self.past[key] = Past(grad, x, x)
         elif not is_again:
-            known = self.grads[key], self.seen[key]
             slope = slope_at_right_angles(measure)
-            self.grads[key], self.seen[key] = refreshed(*known, x, self.ages[key], slope)
+            self.past[key] = self.past[key].refreshed(x, slope, is_projected)
+        grad = self.past[key].grad
         if not is_again:
-            self.ages[key] += 1
-        return self.grads[key] / len(x)
+            self.past[key] = replace(self.past[key], age=self.past[key].age + 1)
+        return grad / len(x)
 
     def is_used_up(self):
         """Whether the schedule is at its end."""
@@ -181,7 +194,8 @@ def recorded_schedule():
     def noted(deltas, uses, *, same_step=False):
         find_due(deltas, uses, same_step=same_step)
         for use in uses:
-            schedule.setdefault(use.layer.name, []).append((use.is_due, same_step))
+            one = use.is_due, same_step, use.is_projected
+            schedule.setdefault(use.layer.name, []).append(one)
 
     with mock.patch.object(Deltas, "find_due", noted):
         yield schedule

@@ -6,7 +6,7 @@
 import copy
 import math
 import pickle
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from lightning_hsu.measures import (
 from lightning_hsu.projections import Projected, RandomProjection
 from tests import models, plain
 from tests.models import Automatic, batches, loader, mean_square, trainer, uniformity
-from tests.plain import refreshed, slope_at_right_angles
+from tests.plain import slope_at_right_angles
 from tests.ranks import Keep
 
 HALF_SPACE = RieszEnergy(s=2.0, half_space=True)
@@ -54,31 +54,31 @@ class Kept:
         self.mode = mode
         self.coefficient = coefficient
         self.limit = limit
-        self.grads: dict[str, torch.Tensor] = {}
-        self.ages: dict[str, int] = {}
-        self.seen: dict[str, torch.Tensor] = {}
+        self.past: dict[str, plain.Past] = {}
         self.states: dict[str, Any] = {}
         self.means: dict[str, list[float]] = {}
         self.limited = self.unlimited = 0  # rows
         self.follows = True  # the pull along the sum of the neurons, in full space
 
     def gradient(self, layer, x, computed):
-        """The gradient (groups, n, d) of the mean over groups, as it was when it was last computed."""
+        """The gradient (groups, n, d) of the mean over groups, as it was when it was last computed.
+
+        ``computed`` are the names of layers that are computed, and of those that are projected.
+        """
         name = layer.name
+        computed, projected = computed
         if name in computed:
             if layer.measure.has_state:
                 self.states[name] = layer.measure.prepare(x, self.states.get(name))
             wide = x.float() if x.dtype == torch.bfloat16 else x
             grad = layer.measure.value_and_grad(wide, self.states.get(name))[1]
-            self.grads[name], self.ages[name] = grad.to(x.dtype), 0
-            self.seen[name] = x.double().clone()
+            past = plain.Past(grad, x.double().clone(), x.double().clone())
         else:
             slope = slope_at_right_angles(layer.measure) if self.follows else 0.0
-            known = self.grads[name].double(), self.seen[name]
-            grad, self.seen[name] = refreshed(*known, x.double(), self.ages[name], slope)
-            self.grads[name] = grad.to(x.dtype)
-        self.ages[name] += 1
-        return self.grads[name].to(torch.promote_types(x.dtype, torch.float32)) / len(x)
+            past = self.past[name].refreshed(x.double(), slope, name in projected)
+        kept = past.grad.to(x.dtype)
+        self.past[name] = replace(past, grad=kept.double(), age=past.age + 1)
+        return kept.to(torch.promote_types(x.dtype, torch.float32)) / len(x)
 
     def weighted(self, step, optimizer, computed, task=True):
         """Triples of a layer, its rows and its gradient times coefficient, within the step limit."""
@@ -268,6 +268,11 @@ class Run:
         """The layers that the last step computed."""
         return set(self.regularizer.state.deltas.computed)
 
+    @property
+    def uses(self):
+        """These, and the layers whose gradients it projected."""
+        return self.computed, set(self.regularizer.state.deltas.projected)
+
     def begin(self, batch):
         self.optimizer.zero_grad()
         loss = mean_square(self.net(batch[0]), batch[1])
@@ -312,12 +317,12 @@ def test_a_plain_loop_that_computes_the_same_layers_trains_the_same(case, mode):
         optimizer.zero_grad()
         mean_square(net(x), y).backward()
         if mode != "decoupled" and is_due:
-            kept.before_step(step, optimizer, run.computed)
+            kept.before_step(step, optimizer, run.uses)
         optimizer.step()
         if mode == "decoupled" and is_due:
-            kept.after_step(step, optimizer, run.computed)
+            kept.after_step(step, optimizer, run.uses)
         if is_due:
-            for layer in kept.ages:
+            for layer in kept.past:
                 counts[layer in run.computed] += 1
         bare.zero_grad()
         mean_square(without(x), y).backward()
@@ -374,8 +379,9 @@ def test_two_optimizers_and_their_schedules_are_followed():
                     assert computed <= own
                     for name in own:
                         counts[name in computed] += 1
+                    uses = computed, set(regularizer.state.deltas.projected)
                 else:
-                    kept.before_step(step, pair[i], computed)
+                    kept.before_step(step, pair[i], uses)
                 pair[i].step()
     assert difference(both, twin) < 1e-12
     assert counts[False] > 20

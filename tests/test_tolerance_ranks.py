@@ -52,7 +52,10 @@ def in_parallel(net, way):
 
 
 def train(way, mode, make, settings):
-    """What each step computed, the weights at the end, and how gradients age; one rank asks for the state in between."""
+    """What each step computed and projected, the weights at the end, and how gradients age.
+
+    One rank asks for the state in between.
+    """
     torch.manual_seed(0)
     net = make().double()
     model, is_apart = in_parallel(net, way)
@@ -60,7 +63,8 @@ def train(way, mode, make, settings):
     regularizer = UniformityRegularizer(
         **{"coefficient": 0.05, "tolerance": 0.3, **settings}
     ).attach(model)
-    rank, computed = torch.distributed.get_rank(), []
+    rank, uses = torch.distributed.get_rank(), []
+    deltas = regularizer.state.deltas
     for step in range(STEPS):
         x, y = data()[step % 6]
         if is_apart:
@@ -77,10 +81,10 @@ def train(way, mode, make, settings):
         optimizer.step()
         if mode == "decoupled":
             regularizer.move(optimizer)
-        computed.append(set(regularizer.state.deltas.computed))
+        uses.append((set(deltas.computed), set(deltas.projected)))
         if rank == 0 and step % 7 == 3:
             regularizer.state_dict()
-    return computed, ranks.whole(net, model), regularizer.state_dict()["reuse"]
+    return uses, ranks.whole(net, model), regularizer.state_dict()["reuse"]
 
 
 def train_alone(schedule, mode, make, layers, measure=HALF_SPACE, strength=0.05, follows=True):
@@ -93,15 +97,15 @@ def train_alone(schedule, mode, make, layers, measure=HALF_SPACE, strength=0.05,
     optimizer = sgd(net.parameters())
     kept = Kept(layers(net, measure), mode, lambda *_: strength)
     kept.follows = follows
-    for step, computed in enumerate(schedule):
+    for step, uses in enumerate(schedule):
         x, y = data()[step % 6]
         optimizer.zero_grad()
         mean_square(net(x), y).backward()
         if mode != "decoupled":
-            kept.before_step(step, optimizer, computed)
+            kept.before_step(step, optimizer, uses)
         optimizer.step()
         if mode == "decoupled":
-            kept.after_step(step, optimizer, computed)
+            kept.after_step(step, optimizer, uses)
     return dict(net.named_parameters())
 
 
@@ -122,7 +126,7 @@ def check(way, mode, make=models.network, layers=pictures, **settings):
     assert weights.keys() == alone.keys()
     for name, p in alone.items():
         assert float((p.detach() - weights[name]).abs().max()) < 1e-10
-    return schedule
+    return [computed for computed, _ in schedule]
 
 
 def ways():

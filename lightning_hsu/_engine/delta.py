@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,8 +17,11 @@ from lightning_hsu.measures import Measure
 SAMPLE = 1024
 """Entries of a layer by which it is seen how far its neurons have moved."""
 
-_PROJECTED_FROM = 8
-"""The age, a power of two, from which kept gradients are projected on the tangent now and then."""
+LOOK, PROJECT = "look", "project"
+"""What is done for one kept gradient a step, in turn: see :mod:`lightning_hsu._engine.turns`."""
+
+_FIRST_TURN = 8
+"""The age from which a gradient has turns."""
 
 
 @dataclass(eq=False, slots=True)
@@ -34,6 +38,7 @@ class Use:
         changed: Change of the neuron that has changed most, over its norm; 0 if nobody has looked.
         is_written: Whether the weights were written to more or less often than between other steps.
         looks_at_rows: Whether the neurons are looked at one by one.
+        is_projected: Whether its kept gradient is projected on their tangent, if it is used.
         is_due: Whether its gradient is computed at this step.
         needs_value: Whether it needs the penalty beside its gradient.
     """
@@ -47,6 +52,7 @@ class Use:
     changed: float = 0.0
     is_written: bool = False
     looks_at_rows: bool = False
+    is_projected: bool = False
     is_due: bool = True
 
     @property
@@ -74,6 +80,18 @@ class Use:
         return None if self.needs_value else self.layer.held_places
 
 
+class Sketch(NamedTuple):
+    """What tells of each neuron of a layer whether it is another one than before.
+
+    Args:
+        products: The products of its parts with random signs over its norm (rows, 8), bfloat16.
+        inverse: Its inverse norm (rows, 1), bfloat16.
+    """
+
+    products: Tensor
+    inverse: Tensor
+
+
 @dataclass(eq=False, slots=True)
 class Delta:
     """The kept gradient of a layer.
@@ -84,6 +102,8 @@ class Delta:
             for float16, whose range is too small. Of a sharded layer (1, k, d), of those k neurons
             alone of which this rank holds a part.
         sample: Entries of the neurons of which it was computed.
+        squares: Squared norms (groups, n, 1) of these neurons, (1, k, 1) of a sharded layer; see
+            :func:`~lightning_hsu._engine.pull.squared_norms`.
         strides: Those of the layer's parameters: in another memory format neurons have their
             entries in another order.
         sketch: What tells of each of these neurons whether it is another one; None if nothing does.
@@ -96,13 +116,15 @@ class Delta:
         age: Steps that have used it.
         moved: Relative change of the sample when it was last used.
         pull: The pull along the sum of the neurons that is part of it; None if it has none.
+        turns: The ages from which it has its next turns, by what is done then.
     """
 
     measure: Measure
     grad: Tensor
     sample: Tensor
+    squares: Tensor
     strides: tuple[tuple[int, ...], ...] = ()
-    sketch: Tensor | None = None
+    sketch: Sketch | None = None
     value: Tensor | None = None
     steepest: float = math.inf
     longest: float = math.inf
@@ -111,43 +133,50 @@ class Delta:
     age: int = 0
     moved: float = 0.0
     pull: Pull | None = None
+    turns: dict[str, int] = field(default_factory=lambda: {LOOK: _FIRST_TURN, PROJECT: _FIRST_TURN})
 
     def bytes(self) -> int:
         """Its memory."""
-        kept = [self.grad, self.sample]
+        kept = [self.grad, self.sample, self.squares]
         if self.sketch is not None:
-            kept.append(self.sketch)
+            kept += self.sketch
         if self.pull is not None:
             kept += [self.pull.inverse, self.pull.total]
         return sum(tensor.nbytes for tensor in kept)
 
-    def refresh(self, x: Tensor) -> None:
-        """Bring it nearer to the gradient of its neurons as they are now.
+    @property
+    def is_followed(self) -> bool:
+        """Whether its next use follows the pull along the sum of the neurons.
 
-        A pull along their sum is followed at each step, from age 8 at each second one, from 16 at
-        each fourth; on a GPU, where few launches matter more, at powers of two only. At ages 8, 16,
-        32 and so on the gradient is projected on their tangent.
+        That is at each step, from age 8 at each second one, from 16 at each fourth; on a GPU, where
+        few launches matter more, at powers of two only.
+        """
+        if self.pull is None or self.age == 0:
+            return False
+        if self.grad.device.type != "cpu":
+            return self.age & (self.age - 1) == 0
+        every = 1
+        if self.age >= 8:
+            every = 2 if self.age < 16 else 4
+        return self.age % every == 0
+
+    def refresh(self, x: Tensor, *, projects: bool) -> None:
+        """Bring it nearer to the gradient of its neurons as they are now.
 
         Args:
             x: The neurons as they are now, of the gradient's shape.
+            projects: Whether to project it on their tangent.
         """
-        is_power_of_two = self.age & (self.age - 1) == 0
-        projects = is_power_of_two and self.age >= _PROJECTED_FROM
-        follows = self.pull is not None and is_power_of_two
-        if self.pull is not None and x.device.type == "cpu":
-            every = 1
-            if self.age >= 8:
-                every = 2 if self.age < 16 else 4
-            follows = self.age % every == 0
-        if not (follows or projects):
+        pull = self.pull if self.is_followed else None
+        if pull is None and not projects:
             return
         dtype = working_dtype(x.dtype)
         grad, w = self.grad.to(dtype), x.to(dtype)
         with exact_arithmetic(x):  # a hook may run within autocast
-            if self.pull is not None and follows:
-                self.pull.follow(grad, w)
+            if pull is not None:
+                pull.follow(grad, w)
             if projects:
-                project(grad, w)
+                project(grad, self.squares, w)
         if grad is not self.grad:
             self.grad.copy_(grad)
 

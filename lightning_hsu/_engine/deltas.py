@@ -2,9 +2,8 @@
 
 The penalty's gradient depends on the weights alone, and weights move little in a step. So the
 gradient of each layer, its *delta*, is kept, and computed again when it is due (reuse.py) or when
-the neurons have moved too far. In between it is added as it is, and at ages 8, 16, 32 and so on it is
-projected anew on the tangent of its neurons. (At 16 steps that takes 0.3 % off an error of 15 %: it
-keeps norms from drifting, and need not be done at each step.)
+the neurons have moved too far. In between it is added as it is, and projected anew on the tangent of
+its neurons when it has its turn (turns.py).
 
 In full space one part of the gradient ages much faster than the rest, and is followed in between
 (pull.py).
@@ -13,18 +12,27 @@ In full space one part of the gradient ages much faster than the rest, and is fo
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
-from lightning_hsu._engine.delta import Delta, Known, Use, kept_dtype, strides_of
+from lightning_hsu._engine.delta import (
+    LOOK,
+    PROJECT,
+    Delta,
+    Known,
+    Use,
+    kept_dtype,
+    strides_of,
+)
 from lightning_hsu._engine.layer import Layer
 from lightning_hsu._engine.lessons import Fresh, Lessons
 from lightning_hsu._engine.moves import Moves
-from lightning_hsu._engine.pull import pull_of
+from lightning_hsu._engine.pull import pull_of, squared_norms
 from lightning_hsu._engine.reuse import Reuse
 from lightning_hsu._engine.rows import Rows, is_another
+from lightning_hsu._engine.turns import Turn, Turns
 from lightning_hsu._engine.work import Work
 
 
@@ -38,12 +46,14 @@ class Deltas:
         tolerance: That one. Change it by :meth:`set_tolerance`.
         reuse: For how long each layer's gradient may be used, by name.
         computed: Names of the layers whose gradients the last step has computed.
+        projected: Names of those whose kept gradients it has projected.
     """
 
     def __init__(self, tolerance: float | None = None) -> None:
         self.tolerance = tolerance
         self.reuse: dict[str, Reuse] = {}
         self.computed: set[str] = set()
+        self.projected: set[str] = set()
         self._deltas: dict[str, Delta] = {}
         self._stored: dict[str, dict[str, float]] = {}
         self._unstored: set[str] = set()  # layers of which that is not what is known now
@@ -51,6 +61,8 @@ class Deltas:
         self._lessons = Lessons()
         self._rows = Rows()
         self._moves = Moves(self._rows)
+        self._turns = Turns()
+        self._turn: Turn | None = None
 
     def __bool__(self) -> bool:
         """Whether gradients are kept."""
@@ -73,17 +85,40 @@ class Deltas:
             self._unstored.update(self.reuse)
         self.tolerance = tolerance
 
-    def begin_step(self, *, keeps: bool = True) -> None:
+    def begin_step(
+        self,
+        optimizer: object,
+        layers: Iterable[Layer],
+        *,
+        keeps: bool = True,
+        same_step: bool = False,
+    ) -> None:
         """Begin a step; what the last one has begun to tell is read now.
 
         Args:
+            optimizer: What stands for the optimizer.
+            layers: The layers that it may step.
             keeps: Whether gradients may be kept; else all are due, and nothing is known of them.
+            same_step: Whether this is another evaluation within a step.
         """
         if keeps:
             self.settle()
         else:
             self.forget()
         self.computed = set()
+        self.projected = set()
+        self._turn = None
+        if not same_step:
+            self._turn = self._turns.take(optimizer, self._of_age(layers))
+
+    def give_turn(self, optimizer: object, layers: Iterable[Layer]) -> None:
+        """Decide which gradient has its turn at the next step, before :meth:`look_for_moves`.
+
+        Args:
+            optimizer: What stands for the optimizer.
+            layers: The layers that it may step.
+        """
+        self._turn = self._turns.give(optimizer, self._of_age(layers))
 
     def find_due(self, uses: Sequence[Use], *, same_step: bool = False) -> None:
         """Decide of which layers the gradient is computed at this step.
@@ -134,8 +169,10 @@ class Deltas:
             kept = grad.to(kept_dtype(use.x.dtype))
             if kept.untyped_storage().nbytes() > kept.nbytes:
                 kept = kept.clone()  # a part of a stack would keep all of it in memory
-            delta = Delta(use.layer.measure, kept, use.sample.clone(), strides_of(use.layer))
-            delta.pull = pull_of(use.layer, use.x)
+            squares = squared_norms(use.held)
+            delta = Delta(use.layer.measure, kept, use.sample.clone(), squares)
+            delta.strides = strides_of(use.layer)
+            delta.pull = pull_of(use.layer, use.x, squares)
             self._deltas[name] = delta
             if name not in self.reuse:
                 self.reuse[name] = Reuse()
@@ -148,7 +185,7 @@ class Deltas:
             if learns and before is not None and before.age > 0:
                 fresh.before = before
                 if before.pull is not None and before.fits(use):
-                    before.refresh(use.held)  # as this step would use it
+                    before.refresh(use.held, projects=False)  # as this step would use it
             lessons.append(fresh)
         self._lessons.begin(lessons)
 
@@ -163,7 +200,9 @@ class Deltas:
         """
         delta = self._deltas[use.layer.name]
         if not (same_step or use.is_due) and delta.age > 0:
-            delta.refresh(use.held)
+            delta.refresh(use.held, projects=use.is_projected)
+            if use.is_projected:
+                self.projected.add(use.layer.name)
         return delta
 
     def grow_older(self, uses: Sequence[Use]) -> None:
@@ -208,8 +247,7 @@ class Deltas:
         """Let the next step compute every gradient, as it does after a resume."""
         self.settle()
         self._deltas = {}
-        self._moves.drop()
-        self._rows.drop()
+        self._drop_looks()
 
     def forget(self) -> None:
         """Forget the gradients and how they age: another model has come."""
@@ -225,8 +263,7 @@ class Deltas:
             layers: All layers.
         """
         self.settle()
-        self._moves.drop()
-        self._rows.drop()
+        self._drop_looks()
         kept, reuse = {}, {}
         for layer in layers:
             before = origins.get(layer.name)
@@ -245,7 +282,10 @@ class Deltas:
             "_deltas": {},
             "_moves": Moves(rows),
             "_rows": rows,
+            "_turns": Turns(),
+            "_turn": None,
             "computed": set(),
+            "projected": set(),
         }
 
     def will_be_due(self, use: Use) -> bool:
@@ -298,6 +338,20 @@ class Deltas:
             return delta.age >= delta.interval
         return delta.age >= self.reuse[name].interval
 
+    def _drop_looks(self) -> None:
+        """Drop what was begun for the step to come."""
+        self._moves.drop()
+        self._rows.drop()
+        self._turns.drop()
+        self._turn = None
+
+    def _of_age(self, layers: Iterable[Layer]) -> Iterator[Delta]:
+        """The gradients of these layers that the next step does not compute anyway."""
+        for layer in layers:
+            delta = self._deltas.get(layer.name)
+            if delta is not None and not self._is_old(layer.name, delta):
+                yield delta
+
     def _take(self, reuse: dict[str, Reuse]) -> None:
         """Take what is known of how gradients age."""
         self.reuse = reuse
@@ -313,7 +367,9 @@ class Deltas:
             if delta is None:
                 continue
             if delta.fits(use):
-                use.looks_at_rows = self._rows.is_asked(use, delta)
+                use.is_projected = self._turn == (delta, PROJECT)
+                has_turn = self._turn == (delta, LOOK)
+                use.looks_at_rows = has_turn or self._rows.is_asked(use, delta)
                 known.append((use, delta))
             else:
                 del self._deltas[name]

@@ -180,12 +180,14 @@ class Plan:
         plain: Layers of which a step needs only the numbers.
         rest: Buckets of the other layers.
         buckets: All layers, in buckets.
+        penalised: The layers that have a coefficient other than the number 0.
         is_active: Whether any layer has a coefficient other than the number 0.
     """
 
     def __init__(self, layers: Sequence[Layer], placement: Placement) -> None:
         layers = [layer for layer in layers if layer.parameters]  # others have no gradient
-        self.is_active = any(layer.strength != 0 for layer in layers)
+        self.penalised = [layer for layer in layers if layer.strength != 0]
+        self.is_active = bool(self.penalised)
         self.plain = _plain_layers(layers)
         self.buckets = buckets(layers, placement)
         plain = {one.layer for one in self.plain}
@@ -211,6 +213,18 @@ class Plan:
             p = plain.parameter
             if id(p) in held and p.requires_grad and plain.layer.strength != 0:
                 found.append((plain.layer, plain.term, plain.reading()))
+        return found
+
+    def layers_of(self, held: Collection[int]) -> list[Layer]:
+        """The layers with a coefficient that an optimizer may step.
+
+        Args:
+            held: Ids of the optimizer's parameters.
+        """
+        found = []
+        for layer in self.penalised:
+            if any(id(p) in held and p.requires_grad for p in layer.parameters):
+                found.append(layer)
         return found
 
     def rest_of(self, held: Collection[int]) -> list[Layer]:

@@ -26,29 +26,33 @@ class Pull:
 
     Args:
         slope: The factor of the sum in the gradient.
+        squares: Squared norms (groups, n, 1) of the neurons, which change little meanwhile; see
+            :func:`squared_norms`.
         w: The neurons (groups, n, d).
     """
 
     __slots__ = ("inverse", "slope", "total")
 
-    def __init__(self, slope: float, w: Tensor) -> None:
+    def __init__(self, slope: float, squares: Tensor, w: Tensor) -> None:
         self.slope = slope
-        self.inverse, self.total = _sum_of_units(w)
+        self.inverse = squares.rsqrt()
+        self.total = self.inverse.mT @ w
 
     def follow(self, grad: Tensor, w: Tensor) -> None:
-        """Change a gradient by what the sum and the norms have changed.
+        """Change a gradient (groups, n, d) by what the sum has changed.
 
-        A gradient is inversely proportional to the norm of its row.
+        Args:
+            grad: The gradient.
+            w: The neurons (groups, n, d) now. Where their sum is not finite, nothing changes.
         """
-        inverse, total = _sum_of_units(w)
-        grad.mul_(inverse / self.inverse)
-        grad.baddbmm_(inverse, total - self.total, alpha=self.slope)
-        self.inverse = inverse
-        self.total = total
+        change = torch.baddbmm(self.total, self.inverse.mT, w, beta=-1.0)
+        change.nan_to_num_(0.0, 0.0, 0.0)
+        grad.baddbmm_(self.inverse, change, alpha=self.slope)
+        self.total.add_(change)
 
 
-def pull_of(layer: Layer, x: Tensor) -> Pull | None:
-    """The pull along the sum of a layer's neurons x (groups, n, d).
+def pull_of(layer: Layer, x: Tensor, squares: Tensor) -> Pull | None:
+    """The pull along the sum of a layer's neurons x (groups, n, d), of these squared norms.
 
     None if there is none, or if other ranks have some of the neurons.
     """
@@ -59,34 +63,34 @@ def pull_of(layer: Layer, x: Tensor) -> Pull | None:
     if slope == 0:
         return None
     with exact_arithmetic(x):
-        return Pull(-2.0 * term.scale(x.shape[1]) * slope, x.to(working_dtype(x.dtype)))
+        return Pull(-2.0 * term.scale(x.shape[1]) * slope, squares, x.to(squares.dtype))
 
 
-def project(grad: Tensor, w: Tensor) -> None:
-    """Leave of each row of ``grad`` the part that is tangent at the row of w; both (groups, n, d).
+def squared_norms(x: Tensor) -> Tensor:
+    """Squared norms (groups, n, 1) of neurons x (groups, n, d), in float32 or wider.
 
-    Rows that are 0, not finite or beyond the range of squares stay as they are.
+    inf for neurons that take no part, or have a norm so short or long that nothing is reckoned
+    with it.
+    """
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=working_dtype(x.dtype))
+    usual = (norm > SHORTEST) & (norm < LONGEST)
+    return torch.where(usual, norm.square(), torch.inf)
+
+
+def project(grad: Tensor, squares: Tensor, w: Tensor) -> None:
+    """Leave of each row of a gradient the part that is tangent at the neurons.
+
+    Args:
+        grad: The gradient (groups, n, d).
+        squares: Squared norms (groups, n, 1) of neurons that have changed little in length since.
+        w: The neurons (groups, n, d) now. On a CPU a neuron that is not finite changes nothing;
+            on a GPU, where it takes launches to see that, its row of the gradient becomes NaN.
     """
     along = torch.linalg.vecdot(grad, w).unsqueeze(-1)
-    along /= torch.linalg.vector_norm(w, dim=-1, keepdim=True).square_()
-    usable = torch.isfinite(along)  # a row of w that is not finite has no finite quotient
-    if w.device.type != "cpu" or not bool(usable.all()):
-        along = torch.where(usable, along, 0.0)
-        w = torch.where(usable, w, 0.0)
-    grad.addcmul_(w, along, value=-1.0)
-
-
-def _sum_of_units(w: Tensor) -> tuple[Tensor, Tensor]:
-    """Inverse norms (groups, n, 1) of rows w (groups, n, d), and the sum (groups, 1, d) of units.
-
-    Rows of unusual norm take no part: theirs is a number so small that it makes no difference.
-    """
-    norm = torch.linalg.vector_norm(w, dim=-1, keepdim=True)
+    along.div_(squares)
     if w.device.type == "cpu":
-        shortest, longest = norm.aminmax()
-        if shortest.item() > SHORTEST and longest.item() < LONGEST:
-            inverse = norm.reciprocal()
-            return inverse, inverse.mT @ w
-    usual = (norm > SHORTEST) & (norm < LONGEST)
-    inverse = torch.where(usual, norm.reciprocal(), 1.0 / LONGEST)
-    return inverse, inverse.mT @ torch.where(usual, w, 0.0)
+        usable = torch.isfinite(along)
+        if not bool(usable.all()):
+            along = torch.where(usable, along, 0.0)
+            w = torch.where(usable, w, 0.0)
+    grad.addcmul_(w, along, value=-1.0)

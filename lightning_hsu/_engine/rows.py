@@ -10,12 +10,12 @@ several times as long as it takes to add a kept gradient. So it is not done at e
 
 - at a step at which the weights were written to more often than between other steps, as torch counts
   it, or lie in another memory: something other than the optimizer has changed them;
-- at ages 8, 16, 32 and so on, for what torch does not count, and for what optimizers do in a step.
+- when it is the gradient's turn (turns.py), for what torch does not count, and for what optimizers
+  do in a step.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -23,13 +23,12 @@ from torch import Tensor
 
 from lightning_hsu._core import working_dtype
 from lightning_hsu._core.tables import upload
-from lightning_hsu._engine.delta import SAMPLE, Delta, Known, Use
+from lightning_hsu._engine.delta import SAMPLE, Delta, Known, Sketch, Use
 from lightning_hsu._engine.layer import Token
 
 _PARTS = 8  # in all of them a new neuron looks like the old one once in 1e5 times
 _FAR = 0.25  # of the neuron's norm; within a tolerance of 0.05 layers move by 0.03
 _TIMES = 6.0  # as far as the layer has moved; in a training some neurons moved 4.8 times as far
-_LOOKS_FROM = 8  # the age, a power of two
 _SKETCHED_FROM = 4  # steps that a gradient is used for; a shorter time needs no look
 
 
@@ -40,8 +39,8 @@ class Rows:
         self._signs: dict[object, Tensor] = {}
         self._seen: dict[str, tuple[Token | None, int | None]] = {}
 
-    def sketch(self, x: Tensor, interval: int) -> Tensor | None:
-        """What is kept of neurons x (groups, n, d): shape (groups * n, 9), in bfloat16.
+    def sketch(self, x: Tensor, interval: int) -> Sketch | None:
+        """What is kept of neurons x (groups, n, d).
 
         None for small layers, of which all entries are seen, and where it is not worth it.
 
@@ -51,8 +50,9 @@ class Rows:
         """
         if x.numel() <= SAMPLE or interval < _SKETCHED_FROM:
             return None
-        norm = torch.linalg.vector_norm(x, dim=-1).view(-1, 1)
-        return torch.cat([self._products(x), norm], dim=1).bfloat16()
+        norm = torch.linalg.vector_norm(x, dim=-1, dtype=working_dtype(x.dtype)).view(-1, 1)
+        inverse = norm.clamp_min_(torch.finfo(norm.dtype).tiny).reciprocal_()
+        return Sketch((self._products(x) * inverse).bfloat16(), inverse.bfloat16())
 
     def see(self, use: Use, *, is_step: bool) -> None:
         """Note whether the weights of a layer were written to more or less often than usual.
@@ -70,13 +70,11 @@ class Rows:
             self._seen[use.layer.name] = use.token, writes
 
     def is_asked(self, use: Use, delta: Delta) -> bool:
-        """Whether it is time to look at a layer's neurons one by one."""
-        if delta.sketch is None:
+        """Whether a layer's neurons must be looked at one by one, for somebody has written to them."""
+        if delta.sketch is None or delta.age == 0:
             return False
-        if delta.age >= _LOOKS_FROM and delta.age & (delta.age - 1) == 0:
-            return True
         # Ranks may write at other times, as when one alone evaluates, but must look alike.
-        return use.is_written and delta.age > 0 and use.layer.target.placement.is_alone
+        return use.is_written and use.layer.target.placement.is_alone
 
     def look(self, known: Sequence[Known]) -> list[Tensor]:
         """Begin to look at the neurons of layers of one device and dtype.
@@ -84,17 +82,16 @@ class Rows:
         Returns:
             0-d tensors: the change of the neuron of each layer that has changed most, over its norm.
         """
-        now, then, rows = [], [], []
+        found = []
         for use, delta in known:
             assert delta.sketch is not None
-            now.append(self._products(use.x))
-            then.append(delta.sketch)
-            rows.append(len(delta.sketch))
-        before = torch.cat(then).to(working_dtype(now[0].dtype))
-        change = torch.cat(now).to(before.dtype) - before[:, :_PARTS]
-        relative = torch.linalg.vector_norm(change, dim=-1) / before[:, _PARTS]
-        relative.nan_to_num_(nan=0.0)  # of a neuron that is NaN, or was 0 and is
-        return list(torch._foreach_norm(list(torch.split(relative, rows)), math.inf))
+            products, inverse = delta.sketch
+            change = torch.addcmul(products, self._products(use.x), inverse, value=-1.0)
+            lengths = torch.linalg.vector_norm(change, dim=-1)
+            if lengths.device.type == "cpu":
+                lengths.nan_to_num_(0.0)  # of a neuron that is NaN
+            found.append(lengths.amax())
+        return found
 
     def drop(self) -> None:
         """Drop what is known of writes, and the random signs, which the next sketch makes again."""
