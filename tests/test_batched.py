@@ -26,6 +26,7 @@ from lightning_hsu._core.updates import GradientUpdate, shortening
 from lightning_hsu._core.without_sync import (
     add_batch,
     gradients_without_sync,
+    numbers_without_sync,
 )
 from lightning_hsu.measures import GaussianPotential, RieszEnergy
 from tests.members import InverseFourth
@@ -176,7 +177,8 @@ def test_what_a_logging_step_needs_comes_from_the_same_pass(measure, entries, mo
     monkeypatch.setattr(batches, "_PANEL_ENTRIES", entries)
     plain, found = gradients_without_sync(batch), gradients_without_sync(batch, stats=True)
     assert found.numbers is not None
-    groups = iter(found.numbers.of_groups(found.numbers.values.tolist()))
+    told = found.numbers.of_groups(found.numbers.values.tolist())
+    groups = iter(told)
     for update, term in batch.work:
         own = [next(groups) for _ in range(len(update.w))]
         assert all(group.is_exact for group in own)
@@ -192,6 +194,10 @@ def test_what_a_logging_step_needs_comes_from_the_same_pass(measure, entries, mo
         assert [group.finite for group in own] == finite.sum(-1).tolist()
     for a, b in zip(layer_parts(batch, plain.grad), layer_parts(batch, found.grad), strict=True):
         assert torch.equal(a, b)
+    alone = numbers_without_sync(batch)
+    assert alone.numbers.of_groups(alone.numbers.values.tolist()) == told  # bit for bit
+    for a, b in zip(alone.pairs, found.pairs, strict=True):
+        assert torch.equal(a[0], b[0])
 
 
 class OnlyOneWay:

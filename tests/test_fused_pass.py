@@ -13,10 +13,19 @@ from lightning_hsu import UniformityRegularizer
 from lightning_hsu._core import backend as backends
 from lightning_hsu._core import compiled, oracle_energy
 from lightning_hsu._core.batches import batches_of
-from lightning_hsu._core.foreach import TorchBackend, add_all_pair_gradients, begin_batch
+from lightning_hsu._core.foreach import (
+    TorchBackend,
+    add_all_pair_gradients,
+    batch_numbers,
+    begin_batch,
+)
 from lightning_hsu._core.fused import Fused, FusedTerm
 from lightning_hsu._core.updates import GradientUpdate
-from lightning_hsu._core.without_sync import gradients_without_sync, unweighted
+from lightning_hsu._core.without_sync import (
+    gradients_without_sync,
+    numbers_without_sync,
+    unweighted,
+)
 from lightning_hsu.measures import GaussianPotential, RieszEnergy
 from tests.test_own_loops import of_dynamo
 
@@ -117,6 +126,8 @@ def test_the_pass_is_what_torch_does_step_by_step(measure, with_sums):
             assert torch.equal(new[0], old[0])
     if with_sums:
         assert_same_numbers(found, expected)
+        alone = numbers_without_sync(batch, fused=fused)
+        assert numbers_of(alone) == numbers_of(found)  # bit for bit
         energies = torch.cat([exact(update.w, term)[1] for update in batch.updates])
         for one, energy in zip(numbers_of(found), energies.tolist(), strict=True):
             assert one.energy == pytest.approx(energy, rel=2e-6, abs=1e-7)
@@ -152,6 +163,8 @@ def test_compiled_numbers_of_a_logging_step_are_right():
         warnings.simplefilter("error")
         found = begin_batch(batch, stats=True)
         expected = TorchBackend().gradients(batch, stats=True)
+        ((_, alone),) = batch_numbers(batch.work)
+    assert alone.of_groups(alone.values.tolist()) == numbers_of(found)
     assert not backends.active()._trial.has_failed
     assert backends.active()._trial.passed
     assert_same_numbers(found, expected)

@@ -6,7 +6,9 @@ from torch import nn
 
 from lightning_hsu import UniformityRegularizer
 from lightning_hsu._core import foreach, raw
+from lightning_hsu._core.crowded import CrowdedLayers
 from lightning_hsu._core.pairwise import too_steep
+from lightning_hsu._engine.delta import use_of
 from lightning_hsu._monitor.measure import measure_layers
 from lightning_hsu._monitor.on_gpu import measure_on_gpu
 from lightning_hsu.measures import GaussianPotential, RieszEnergy
@@ -78,6 +80,72 @@ def test_what_was_begun_after_the_step_is_used():
     compared(measure_on_gpu(regularizer.layers, attached.plan, attached.ahead), regularizer.layers)
 
 
+@pytest.fixture
+def computed(monkeypatch):
+    """How many layers were computed with their gradients and numbers, and for their numbers alone."""
+    found = []
+    begin_batch, numbers_without_sync = raw.begin_batch, foreach.numbers_without_sync
+
+    def begun(batch, *, stats):
+        found.append(("gradients" if stats else "no numbers", len(batch.updates)))
+        return begin_batch(batch, stats=stats)
+
+    def numbers(batch):
+        found.append(("numbers", len(batch.updates)))
+        return numbers_without_sync(batch)
+
+    monkeypatch.setattr(raw, "begin_batch", begun)
+    monkeypatch.setattr(foreach, "numbers_without_sync", numbers)
+    return found
+
+
+@pytest.mark.usefixtures("as_on_gpu")
+def test_a_log_needs_no_gradient(computed):
+    regularizer = UniformityRegularizer(head=None).attach(network())
+    attached = regularizer._attached
+    compared(measure_on_gpu(regularizer.layers, attached.plan, attached.ahead), regularizer.layers)
+    assert computed == [("numbers", 7)]
+
+
+@pytest.mark.usefixtures("as_on_gpu")
+def test_with_a_tolerance_numbers_come_with_gradients_or_alone(computed):
+    """Of each layer they are computed once, right after the step of its optimizer."""
+    net = network()
+    regularizer = UniformityRegularizer(tolerance=0.05, head=None).attach(net)
+    parameters = list(net.parameters())
+    optimizers = [torch.optim.SGD(some, lr=1e-4) for some in (parameters[:8], parameters[8:])]
+    for p in parameters:
+        p.grad = torch.zeros_like(p)
+    for _ in range(10):
+        for optimizer in optimizers:
+            regularizer.add_gradients(optimizer)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=False)
+    layers = regularizer.layers
+    attached = regularizer._attached
+    deltas = regularizer.state.deltas
+    deltas.drop([layers[1]])
+    due = []
+    for plain in attached.plan.plain:
+        if deltas.will_be_due(use_of(plain.layer, plain.reading().w)):
+            due.append(plain.layer)
+    expected = []
+    for members in (layers[:4], layers[4:]):
+        count = len(set(members) & set(due))
+        expected += [("gradients", count), ("numbers", len(members) - count)]
+    assert layers[1] in due
+    assert len(due) < len(layers)
+
+    regularizer.measures_next = True
+    computed.clear()
+    for optimizer in optimizers:
+        regularizer.look_ahead(optimizer)
+    begun = [layer for _, some in attached.ahead.numbers(set(layers)) for layer in some]
+    assert sorted(layer.name for layer in begun) == [layer.name for layer in layers]
+    compared(measure_on_gpu(layers, attached.plan, attached.ahead), layers)
+    assert computed == [one for one in expected if one[1]]
+
+
 @pytest.mark.usefixtures("as_on_gpu")
 def test_layers_with_coincident_neurons_are_left_to_the_long_way():
     net = network()
@@ -91,16 +159,21 @@ def test_layers_with_coincident_neurons_are_left_to_the_long_way():
 
 @pytest.mark.usefixtures("as_on_gpu")
 @pytest.mark.parametrize("measure", MEASURES)
-def test_more_near_pairs_than_there_is_room_for_are_left_to_the_long_way(measure):
+def test_more_near_pairs_than_there_is_room_for_are_left_to_the_long_way(measure, monkeypatch):
     """There is room for 4096, and within a panel a pair counts twice."""
-    for count, names in ((60, {"0", "1"}), (100, set())):
+    for name in ("_CROWDED", "_CROWDED_MEASURED"):
+        monkeypatch.setattr(foreach, name, CrowdedLayers())
+    for count, names, later in ((60, {"0", "1"}, {"0", "1"}), (100, set(), {"1"})):
         net = nn.Sequential(nn.Linear(32, 120), nn.Linear(120, 20))
         with torch.no_grad():
             net[0].weight[:count] = net[0].weight[0] + 1e-3 * torch.randn(count, 32)
         regularizer = UniformityRegularizer(measure).attach(net)
         attached = regularizer._attached
-        found = measure_on_gpu(regularizer.layers, attached.plan, attached.ahead)
-        assert {layer.name for layer in found} == names
+        for expected in (names, later):
+            found = measure_on_gpu(regularizer.layers, attached.plan, attached.ahead)
+            assert {layer.name for layer in found} == expected
+        work = [(plain.reading(), plain.term) for plain in attached.plan.plain]
+        assert foreach.calm_and_crowded(work) == (work, [])  # no gradient depends on a log
 
 
 @pytest.mark.usefixtures("as_on_gpu")

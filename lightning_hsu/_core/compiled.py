@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from functools import partial
+from typing import Any, ClassVar, TypeVar
 
 import torch
 
@@ -33,8 +34,10 @@ from lightning_hsu._core.trial import (
 from lightning_hsu._core.updates import GradientUpdate
 from lightning_hsu._core.without_sync import (
     BatchGradient,
+    BatchNumbers,
     add_batch,
     gradients_without_sync,
+    numbers_without_sync,
 )
 
 TOLERANCE = 2e-5
@@ -47,6 +50,8 @@ STATS = 1e-5
 """How far off a mean energy may be, relative to itself, and a largest cosine. Measured: 1e-6."""
 
 _TINY = 1e-300
+
+Found = TypeVar("Found")
 
 
 class CompiledBackend(TorchBackend):
@@ -72,13 +77,23 @@ class CompiledBackend(TorchBackend):
 
     def gradients(self, batch: Batch, *, stats: bool = False) -> BatchGradient:
         """The gradients of a batch, compiled if all its kernels have passed the check."""
-        fused = self._fused(batch, with_sums=stats or any(term.logarithm for term in batch.terms))
+        with_sums = stats or any(term.logarithm for term in batch.terms)
+        act = partial(gradients_without_sync, batch, stats=stats)
+        return self._computed(act, batch, with_sums=with_sums)
+
+    def numbers(self, batch: Batch) -> BatchNumbers:
+        """What a logging step needs of a batch, alike."""
+        return self._computed(partial(numbers_without_sync, batch), batch, with_sums=True)
+
+    def _computed(self, act: Callable[..., Found], batch: Batch, *, with_sums: bool) -> Found:
+        """What a pass over a batch finds, compiled or else step by step."""
+        fused = self._fused(batch, with_sums=with_sums)
         if fused is not None:
             try:
-                return gradients_without_sync(batch, stats=stats, fused=fused)
+                return act(fused=fused)
             except Exception as problem:
                 self._trial.fail(batch.updates[0].entries.device, f"raised {brief(problem)}")
-        return gradients_without_sync(batch, stats=stats)
+        return act()
 
     def _fused(self, batch: Batch, *, with_sums: bool) -> Fused | None:
         """What evaluates the kernels of a batch; None if torch is to be called step by step."""

@@ -23,6 +23,9 @@ from lightning_hsu._core.updates import GradientUpdate
 Key = tuple[object, ...]
 """What stands for one layer: its place in memory, and its kernel."""
 
+Layer = tuple[GradientUpdate, PairTerm]
+"""A layer with its kernel."""
+
 _KEPT = 256
 """Answers kept of layers that nobody asks for again."""
 
@@ -60,13 +63,25 @@ class CrowdedLayers:
         self._answers: dict[Key, list[_Answer]] = {}  # by the first layer of a batch
         self._crowded: dict[Key, int] = {}  # how often each was computed the exact way
 
-    def read(self, layers: Sequence[tuple[GradientUpdate, PairTerm]]) -> None:
+    def read(self, layers: Sequence[Layer]) -> None:
         """Read what earlier passes over these layers met."""
         if not self._answers:
             return
         for update, term in layers:
             for answer in self._answers.pop(key_of(update, term), ()):
                 self._crowded.update(dict.fromkeys(_crowded(answer), 0))
+
+    def divided(self, layers: Sequence[Layer]) -> tuple[list[Layer], list[Layer]]:
+        """The layers without, and those with too many near pairs, as far as that is known."""
+        self.read(layers)
+        calm = []
+        crowded = []
+        for one in layers:
+            if self.is_crowded(*one):
+                crowded.append(one)
+            else:
+                calm.append(one)
+        return calm, crowded
 
     def is_crowded(self, update: GradientUpdate, term: PairTerm) -> bool:
         """Whether to compute a layer the exact way now; on some steps this looks at it and waits."""
@@ -85,7 +100,7 @@ class CrowdedLayers:
 
     def note(
         self,
-        layers: Sequence[tuple[GradientUpdate, PairTerm]],
+        layers: Sequence[Layer],
         pieces: Sequence[Piece],
         pairs: Sequence[tuple[Tensor, Tensor]],
     ) -> None:

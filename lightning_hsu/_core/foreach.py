@@ -11,6 +11,7 @@ from torch import Tensor
 from lightning_hsu._core.backend import Backend, active
 from lightning_hsu._core.batches import Batch, batches_of
 from lightning_hsu._core.crowded import CrowdedLayers
+from lightning_hsu._core.group_numbers import GatheredNumbers
 from lightning_hsu._core.kernel import PairTerm
 from lightning_hsu._core.pairwise import (
     avoids_sync,
@@ -32,8 +33,10 @@ from lightning_hsu._core.updates import (
 )
 from lightning_hsu._core.without_sync import (
     BatchGradient,
+    BatchNumbers,
     add_batch,
     gradients_without_sync,
+    numbers_without_sync,
 )
 
 __all__ = [
@@ -52,6 +55,7 @@ _GRAM_ENTRIES = 2**22
 
 
 _CROWDED = CrowdedLayers()
+_CROWDED_MEASURED = CrowdedLayers()  # which gradients do not ask: they are the same without a log
 
 Work = list[tuple[GradientUpdate, PairTerm]]
 """Layers with their kernels."""
@@ -134,6 +138,10 @@ class TorchBackend(Backend):
         """The gradients of a batch of such layers."""
         return gradients_without_sync(batch, stats=stats)
 
+    def numbers(self, batch: Batch) -> BatchNumbers:
+        """What a logging step needs of a batch of such layers, without their gradients."""
+        return numbers_without_sync(batch)
+
     def add_on_cpu(self, updates: Sequence[GradientUpdate], term: PairTerm) -> Work:
         """Add the layers on a CPU, and those of very steep kernels; return the others."""
         work: Work = []
@@ -179,6 +187,25 @@ def begin_batch(batch: Batch, *, stats: bool = False) -> BatchGradient:
     return found
 
 
+def batch_numbers(work: Work) -> list[tuple[Batch, GatheredNumbers]]:
+    """What a logging step needs of layers on a GPU, without their gradients.
+
+    Layers that are known to have too many near pairs are left out.
+    """
+    backend = active()
+    calm, _ = _CROWDED_MEASURED.divided(work)
+    numbers = []
+    for batch in batches_of(calm):
+        with gradient_arithmetic(batch.updates[0].entries):
+            if isinstance(backend, TorchBackend):
+                found = backend.numbers(batch)
+            else:
+                found = numbers_without_sync(batch)
+        _CROWDED_MEASURED.note(batch.work, batch.layout.pieces, found.pairs)
+        numbers.append((batch, found.numbers))
+    return numbers
+
+
 def note_crowded(batch: Batch, found: BatchGradient) -> None:
     """Note for the next step which layers of a batch have too many near pairs."""
     _CROWDED.note(batch.work, batch.layout.pieces, found.pairs)
@@ -194,15 +221,7 @@ def without_crowded(work: Work) -> Work:
 
 def calm_and_crowded(work: Work) -> tuple[Work, Work]:
     """The layers without, and those with too many near pairs, as far as that is known."""
-    _CROWDED.read(work)
-    calm: Work = []
-    crowded: Work = []
-    for one in work:
-        if _CROWDED.is_crowded(*one):
-            crowded.append(one)
-        else:
-            calm.append(one)
-    return calm, crowded
+    return _CROWDED.divided(work)
 
 
 def how_many_together(shape: torch.Size) -> int:

@@ -142,6 +142,15 @@ class PairTerm:
             return torch.sub(slope, mirrored, out=out)
         return slope if out is None else out.copy_(slope)
 
+    def folded_value(self, q: Tensor, nearest: float = 0.0, out: Tensor | None = None) -> Tensor:
+        """The energies alone of :meth:`folded`, written to ``out`` if that is given."""
+        values_at = self._value if self._is_smooth(q, nearest) else self._softened_value
+        p = 4.0 - q
+        value = values_at(q, p)
+        if self.half_space:
+            return torch.add(value, values_at(p, q), out=out)
+        return value if out is None else out.copy_(value)
+
     def has_kernel_of(self, other: PairTerm) -> bool:
         """Whether two terms are sums of the same kernel, in full or in half space."""
         if self.formula is None:
@@ -156,6 +165,12 @@ class PairTerm:
         if self.formula == _INVERSE_SQUARE:
             return q.pow(-2).neg_()
         return self.kernel(q, p)[1]
+
+    def _value(self, q: Tensor, p: Tensor) -> Tensor:
+        return q.reciprocal() if self.formula == _INVERSE_SQUARE else self.kernel(q, p)[0]
+
+    def _softened_value(self, q: Tensor, p: Tensor) -> Tensor:
+        return self.softened(q, p)[0]
 
     def scale(self, live: float) -> float:
         """The factor from the sum over pairs of ``live`` neurons to the mean; 0 below two."""

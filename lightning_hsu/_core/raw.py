@@ -13,6 +13,7 @@ from lightning_hsu._core.batches import Batch, batches_of
 from lightning_hsu._core.foreach import (
     TorchBackend,
     add_pair_gradients,
+    batch_numbers,
     begin_batch,
     calm_and_crowded,
     how_many_together,
@@ -108,7 +109,7 @@ class RawBatch:
         numbers = self._found.numbers
         if numbers is None:
             return None
-        return GroupNumbers(self.places, [one.size[0] for one in self._batch.updates], numbers)
+        return _group_numbers(self.places, self._batch, numbers)
 
     def copies(self) -> list[Tensor]:
         """The gradients (b, n, d) of the layers, in tensors of their own."""
@@ -148,8 +149,16 @@ class GroupNumbers:
     numbers: GatheredNumbers
 
 
+def _group_numbers(places: list[int], batch: Batch, numbers: GatheredNumbers) -> GroupNumbers:
+    """The numbers of a batch, with the places of its layers."""
+    return GroupNumbers(places, [one.size[0] for one in batch.updates], numbers)
+
+
 def group_numbers(work: Sequence[tuple[GradientUpdate, PairTerm]]) -> list[GroupNumbers]:
-    """What a logging step needs of layers, as far as they are computed as layers on a GPU are."""
+    """What a logging step needs of layers, as far as they are computed as layers on a GPU are.
+
+    Their gradients are not computed.
+    """
     on_gpu = []
     for place, (update, term) in enumerate(work):
         if avoids_sync(update, term):
@@ -158,10 +167,10 @@ def group_numbers(work: Sequence[tuple[GradientUpdate, PairTerm]]) -> list[Group
         return []
     found = []
     with torch.no_grad():
-        for raw in _in_batches(_neutral(work), on_gpu, stats=True):
-            numbers = raw.numbers()
-            if numbers is not None:
-                found.append(numbers)
+        layers, place_of = _chosen(_neutral(work), on_gpu)
+        for batch, numbers in batch_numbers(layers):
+            places = [place_of[id(update)] for update in batch.updates]
+            found.append(_group_numbers(places, batch, numbers))
     return found
 
 
@@ -218,17 +227,25 @@ def _in_batches(
     work: Sequence[tuple[GradientUpdate, PairTerm]], chosen: Sequence[int], *, stats: bool
 ) -> Iterator[RawPart]:
     """The gradients of layers on a GPU, without synchronisation but for crowded layers."""
-    place_of = {}
-    layers = []
-    for place in chosen:
-        layers.append(work[place])
-        place_of[id(work[place][0])] = place
+    layers, place_of = _chosen(work, chosen)
     calm, crowded = calm_and_crowded(layers)
     if crowded:
         yield from _through_buffers(work, [place_of[id(update)] for update, _ in crowded])
     for batch in batches_of(calm):
         places = [place_of[id(update)] for update in batch.updates]
         yield RawBatch(places, batch, begin_batch(batch, stats=stats))
+
+
+def _chosen(
+    work: Sequence[tuple[GradientUpdate, PairTerm]], chosen: Sequence[int]
+) -> tuple[list[tuple[GradientUpdate, PairTerm]], dict[int, int]]:
+    """Some of the layers, and the places of all of these by the ids of their updates."""
+    layers = []
+    place_of = {}
+    for place in chosen:
+        layers.append(work[place])
+        place_of[id(work[place][0])] = place
+    return layers, place_of
 
 
 def _alone(place: int, grad: Tensor, update: GradientUpdate) -> RawGradients:

@@ -53,6 +53,35 @@ class BatchGradient(NamedTuple):
     numbers: GatheredNumbers | None
 
 
+class BatchNumbers(NamedTuple):
+    """What a logging step needs of a batch.
+
+    Args:
+        numbers: The numbers.
+        pairs: The near pairs of each piece: their places among its panels, and squared chords.
+    """
+
+    numbers: GatheredNumbers
+    pairs: list[tuple[Tensor, Tensor]]
+
+
+class _UnitRows(NamedTuple):
+    """The neurons of a batch as unit rows.
+
+    Args:
+        w: The neurons as one flat tensor, followed by as many entries as the longest has.
+        x: The unit rows alike; 0 for rows that take no part.
+        norm: Norms of the neurons, (rows,) in float64; infinite for those that take no part.
+        counts: For each row, how many of its group take no part, and how many are finite,
+            (2, rows), or (1, rows) without the latter.
+    """
+
+    w: Tensor
+    x: Tensor
+    norm: Tensor
+    counts: Tensor
+
+
 def gradients_without_sync(
     batch: Batch, *, energy: bool = False, stats: bool = False, fused: Fused | None = None
 ) -> BatchGradient:
@@ -66,6 +95,49 @@ def gradients_without_sync(
         fused: Evaluates the kernels in one compiled pass; None to call torch step by step.
     """
     layout = batch.layout
+    rows = _unit_rows_of(batch, with_finite=stats)
+    missing = rows.counts[0]  # how many rows take no part
+    scale = layout.scales[layout.block_of, missing]
+    numbers = _numbers_of(batch, rows) if stats else None
+    grad = torch.empty_like(rows.x)
+    sums = _Sums(batch, rows, grad, numbers, fused, with_energy=energy)
+    for piece in layout.pieces:
+        sums.add(piece)
+    for width in layout.widths:
+        pulled, unit = rows_of(grad, width), rows_of(rows.x, width)
+        pulled.addcmul_(unit, (pulled * unit).sum(1, keepdim=True), value=-1.0)
+    length = _lengths(layout, grad)
+    mean = None
+    if sums.energy is not None and (energy or sums.takes_logarithms):
+        missing = missing[layout.firsts]
+        count = layout.sizes - missing
+        without = layout.without[layout.group_blocks, missing]
+        total = sums.energy.narrow(0, 0, layout.groups)
+        mean = _energies(batch, total, count, without).mul_(scale[layout.firsts])
+        scale = _minimised(batch, scale, mean)
+    return BatchGradient(grad, length, rows.norm, scale, sums.pairs, mean, numbers)
+
+
+def numbers_without_sync(batch: Batch, *, fused: Fused | None = None) -> BatchNumbers:
+    """Compute what a logging step needs of a batch, as gradients with ``stats`` have it.
+
+    It takes the first of the three products of a gradient.
+
+    Args:
+        batch: The layers, as for :func:`gradients_without_sync`.
+        fused: Evaluates the kernels in one compiled pass; None to call torch step by step.
+    """
+    rows = _unit_rows_of(batch, with_finite=True)
+    numbers = _numbers_of(batch, rows)
+    sums = _Sums(batch, rows, None, numbers, fused, with_energy=True)
+    for piece in batch.layout.pieces:
+        sums.add(piece)
+    return BatchNumbers(numbers, sums.pairs)
+
+
+def _unit_rows_of(batch: Batch, *, with_finite: bool) -> _UnitRows:
+    """The unit rows of a batch; ``with_finite`` those that are finite are counted, too."""
+    layout = batch.layout
     layout.read_here()
     first = batch.updates[0].entries
     dtype = working_dtype(first.dtype)
@@ -76,10 +148,9 @@ def gradients_without_sync(
     )
     norm = _lengths(layout, w)
     usual = norm.clamp(torch.finfo(dtype).tiny, torch.finfo(norm.dtype).max)
-    numbers = GatheredNumbers(layout, batch.terms, w.device) if stats else None
-    masks = torch.empty(1 if numbers is None else 2, layout.rows, dtype=torch.bool, device=w.device)
+    masks = torch.empty(2 if with_finite else 1, layout.rows, dtype=torch.bool, device=w.device)
     dead = torch.ne(usual, norm, out=masks[0])  # of NaN: true
-    if numbers is not None:
+    if with_finite:
         torch.lt(norm, torch.inf, out=masks[1])
     divisor = norm.masked_fill(dead, torch.inf)
     x = w.new_empty(layout.entries)
@@ -88,27 +159,14 @@ def gradients_without_sync(
     x.nan_to_num_(0.0, 0.0, 0.0)  # rows that are not finite
     so_far = masks.view(-1).cumsum(0).view(masks.shape)
     last, before = so_far[:, layout.bounds].unbind(1)
-    counts = last - before  # by row, of its group
-    if numbers is not None:
-        numbers.counts.copy_(counts[:, layout.firsts])
-    missing = counts[0]  # how many rows take no part
-    scale = layout.scales[layout.block_of, missing]
-    sums = _Sums(batch, w, x, divisor, numbers, fused, with_energy=energy)
-    for piece in layout.pieces:
-        sums.add(piece)
-    for width in layout.widths:
-        rows, unit = rows_of(sums.grad, width), rows_of(x, width)
-        rows.addcmul_(unit, (rows * unit).sum(1, keepdim=True), value=-1.0)
-    length = _lengths(layout, sums.grad)
-    mean = None
-    if sums.energy is not None and (energy or sums.takes_logarithms):
-        missing = missing[layout.firsts]
-        count = layout.sizes - missing
-        without = layout.without[layout.group_blocks, missing]
-        total = sums.energy.narrow(0, 0, layout.groups)
-        mean = _energies(batch, total, count, without).mul_(scale[layout.firsts])
-        scale = _minimised(batch, scale, mean)
-    return BatchGradient(sums.grad, length, divisor, scale, sums.pairs, mean, numbers)
+    return _UnitRows(w, x, divisor, last - before)
+
+
+def _numbers_of(batch: Batch, rows: _UnitRows) -> GatheredNumbers:
+    """Where to note what a logging step needs, with the counts."""
+    numbers = GatheredNumbers(batch.layout, batch.terms, rows.x.device)
+    numbers.counts.copy_(rows.counts[:, batch.layout.firsts])
+    return numbers
 
 
 def _lengths(layout: Layout, flat: Tensor) -> Tensor:
@@ -139,15 +197,13 @@ class _Sums:
 
     Args:
         batch: The layers.
-        w: Their neurons as one flat tensor.
-        x: Their unit rows alike; 0 for rows that take no part.
-        norm: Their norms (rows,).
+        rows: Their unit rows.
+        grad: Where to write sums of slopes times unit rows, as one flat tensor; None for nowhere.
         numbers: Where to note what a logging step needs; None for nowhere.
         fused: Evaluates the kernels in one compiled pass; None to call torch step by step.
         with_energy: Whether energies are wanted of all groups.
 
     Attributes:
-        grad: Sums of slopes times unit rows, as one flat tensor.
         energy: Sums of energies (groups + 1,) in float64, one of them spare; None if nothing needs
             them.
         pairs: The near pairs of each piece: their places, and squared chords.
@@ -157,9 +213,8 @@ class _Sums:
     def __init__(
         self,
         batch: Batch,
-        w: Tensor,
-        x: Tensor,
-        norm: Tensor,
+        rows: _UnitRows,
+        grad: Tensor | None,
         numbers: GatheredNumbers | None,
         fused: Fused | None,
         *,
@@ -168,17 +223,15 @@ class _Sums:
         self._fused = fused
         self._terms = batch.terms
         self._layout = batch.layout
-        self._w = w
-        self._x = x
-        self._norm = norm
+        self._rows = rows
+        self._grad = grad
         self._numbers = numbers
-        self.grad = torch.empty_like(x)
         self.takes_logarithms = any(term.logarithm for term in batch.terms)
         self.energy: Tensor | None = None
         if numbers is not None:
             self.energy = numbers.energy
         elif with_energy or self.takes_logarithms:
-            self.energy = norm.new_zeros(batch.layout.groups + 1)
+            self.energy = rows.norm.new_zeros(batch.layout.groups + 1)
         self.pairs: list[tuple[Tensor, Tensor]] = []
 
     def add(self, piece: Piece) -> None:
@@ -187,8 +240,9 @@ class _Sums:
             slope, pairs = self._evaluate(piece)
         else:
             slope, pairs = self._evaluate_fused(self._fused, piece)
-        for panel in piece.panels:
-            self._add_panel(panel, _entries(slope, panel))
+        if self._grad is not None and slope is not None:
+            for panel in piece.panels:
+                self._add_panel(self._grad, panel, _entries(slope, panel))
         self.pairs.append((pairs.at, pairs.squares))
         with_energy = self.energy is not None
         pulls, energies = pulls_of(pairs, self._terms, self._layout, with_energy=with_energy)
@@ -196,28 +250,39 @@ class _Sums:
             if self._fused is not None:
                 energies = energies - self._fused.counted(pairs)
             self.energy.index_put_((pairs.groups,), energies, accumulate=True)
-        add_pushes(self.grad, pairs, pulls, self._layout)
+        if self._grad is not None:
+            add_pushes(self._grad, pairs, pulls, self._layout)
+
+    def _listed(self, near: Tensor, piece: Piece) -> ListedPairs:
+        """The near pairs of a piece, from a mask of them."""
+        return listed_pairs(near, self._rows.w, self._rows.norm, self._layout, piece)
 
     def _cosines(self, piece: Piece, no_pair: float, lead: int = 0) -> Tensor:
         """Cosines of the pairs of a piece (size + 1,), and what stands where there is no pair."""
         size = piece.size + 1
-        cosine = self._x.new_empty(lead + size).narrow(0, lead, size)
+        cosine = self._rows.x.new_empty(lead + size).narrow(0, lead, size)
         for panel in piece.panels:
-            rows, cols = _unit_rows(self._x, panel)
+            rows, cols = _unit_rows(self._rows.x, panel)
             _multiply(_entries(cosine, panel), rows, cols.mT)
         return cosine.index_fill_(0, piece.own, no_pair)
 
-    def _evaluate(self, piece: Piece) -> tuple[Tensor, ListedPairs]:
-        """Slopes of a piece (size + 1,), 0 for near pairs, and these; numbers are noted by the way."""
+    def _evaluate(self, piece: Piece) -> tuple[Tensor | None, ListedPairs]:
+        """Slopes of a piece (size + 1,), 0 for near pairs, and these; numbers are noted by the way.
+
+        Without a gradient there are no slopes.
+        """
         cosine = self._cosines(piece, 0.0)
         clamped = cosine.clamp(-NEAREST_COSINE, NEAREST_COSINE)
-        pairs = listed_pairs(cosine != clamped, self._w, self._norm, self._layout, piece)
+        pairs = self._listed(cosine != clamped, piece)
         del cosine
         if self._numbers is not None:
             self._see_cosines(self._numbers, clamped, piece)
             self._see_near_pairs(self._numbers, pairs)
         q = torch.rsub(clamped, 2.0, alpha=2.0)
         del clamped
+        if self._grad is None:
+            self._add_energies(self._energies_at(q, piece), pairs, piece)
+            return None, pairs
         return self._slopes(q, pairs, piece), pairs
 
     def _evaluate_fused(self, fused: Fused, piece: Piece) -> tuple[Tensor, ListedPairs]:
@@ -225,7 +290,7 @@ class _Sums:
         cosine = self._cosines(piece, NO_PAIR, fused.lead)
         found = fused.evaluate(cosine, piece)
         del cosine
-        pairs = listed_pairs(found.near, self._w, self._norm, self._layout, piece)
+        pairs = self._listed(found.near, piece)
         if self.energy is not None and found.energy is not None:
             by_row = found.energy.double()
             self.energy.index_put_((piece.group_of_row,), by_row, accumulate=True)
@@ -248,8 +313,7 @@ class _Sums:
         else:
             energies, slope = folded_values(parts, q, NEAR)
         if energies is not None:
-            energies.index_fill_(0, pairs.at, 0.0).index_fill_(0, piece.own, 0.0)
-            self._add_energies(energies, piece)
+            self._add_energies(energies, pairs, piece)
         return slope.index_fill_(0, pairs.at, 0.0)
 
     def _slopes_apart(self, q: Tensor, parts: Sequence[Part]) -> tuple[Tensor | None, Tensor]:
@@ -264,9 +328,20 @@ class _Sums:
                 term.folded(q[some], NEAR, (energies[some], slope[some]))
         return energies, slope
 
-    def _add_energies(self, energies: Tensor, piece: Piece) -> None:
-        """Add the energies of a piece, which holds those beside a diagonal twice."""
+    def _energies_at(self, q: Tensor, piece: Piece) -> Tensor:
+        """Energies alone at squared chords (size + 1,)."""
+        if len(piece.stretches) == 1:
+            return self._terms[piece.stretches[0].kind].folded_value(q, NEAR)
+        energies = torch.empty_like(q)
+        for kind, start, stop in piece.stretches:
+            some = slice(start, stop)
+            self._terms[kind].folded_value(q[some], NEAR, energies[some])
+        return energies
+
+    def _add_energies(self, energies: Tensor, pairs: ListedPairs, piece: Piece) -> None:
+        """Add the energies (size + 1,) of a piece, which holds those beside a diagonal twice."""
         assert self.energy is not None
+        energies.index_fill_(0, pairs.at, 0.0).index_fill_(0, piece.own, 0.0)
         most = len(self._layout.weights) // 2
         weights = self._layout.weights.to(energies.dtype)
         by_row = energies.new_empty(len(piece.group_of_row))
@@ -307,12 +382,12 @@ class _Sums:
         near = torch.rsub(nearest, 1.0, alpha=0.5)
         numbers.near[len(self.pairs)].scatter_reduce_(0, pairs.groups, near, "amax")
 
-    def _add_panel(self, panel: Panel, slope: Tensor) -> None:
+    def _add_panel(self, grad: Tensor, panel: Panel, slope: Tensor) -> None:
         """Add the slopes (b, k, m) of a panel times the unit rows."""
-        rows, cols = _unit_rows(self._x, panel)
+        rows, cols = _unit_rows(self._rows.x, panel)
         height = panel.stop - panel.start
         is_first = panel.start == 0  # its sums write every row
-        sums = _of_block(self.grad, panel)
+        sums = _of_block(grad, panel)
         own = sums.narrow(1, panel.start, height)
         _multiply(own, slope, cols, adds=not is_first)
         later = panel.block.n - panel.stop

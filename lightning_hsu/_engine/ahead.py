@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from lightning_hsu._checks import listed
-from lightning_hsu._core.raw import GroupNumbers, RawPart
+from lightning_hsu._core.raw import GroupNumbers, RawPart, group_numbers
 from lightning_hsu._core.updates import GradientUpdate
 from lightning_hsu._engine.late import (
     LateChecks,
@@ -75,6 +75,23 @@ class _Begun:
         return torch.equal(now, then) and bool(_norms([update])[0] == self.norms[place])
 
 
+@dataclass(frozen=True, eq=False)
+class _BegunNumbers:
+    """What a logging step needs of a stack of layers, begun without their gradients.
+
+    Args:
+        numbers: The numbers.
+        layers: The layers, in the order of the stack.
+        tokens: The states of their weights.
+        work: When it is done.
+    """
+
+    numbers: GroupNumbers
+    layers: list[Layer]
+    tokens: list[Token | None]
+    work: SideWork
+
+
 class Ahead:
     """The gradients that were computed after the last step.
 
@@ -87,6 +104,7 @@ class Ahead:
     def __init__(self) -> None:
         self.begun: list[_Begun] = []
         self.outdated: set[Layer] = set()
+        self._measured: list[_BegunNumbers] = []
         self._checks = LateChecks()
         self._unseen: set[str] = set()  # layers whose weights change without torch's counting it
 
@@ -128,6 +146,36 @@ class Ahead:
                         if not placement.is_alone:
                             begun.columns = _columns(raw, members)
                         self.begun.append(begun)
+
+    def begin_numbers(self, found: Iterable[PlainUpdate]) -> None:
+        """Begin what a logging step needs of those of these layers whose gradients do not bring it.
+
+        Args:
+            found: The layers.
+        """
+        found = list(found)
+        again = {layer for layer, _, _ in found}
+        self._measured = [one for one in self._measured if again.isdisjoint(one.layers)]
+        known: set[Layer] = set()
+        for begun in self.begun:
+            if begun.numbers is not None:
+                known.update(begun.layers)
+        by_device: dict[torch.device, list[PlainUpdate]] = {}
+        for one in found:
+            layer, _, update = one
+            if layer not in known and self.may_begin(layer, token_of(layer)):
+                by_device.setdefault(update.entries.device, []).append(one)
+        for device, members in by_device.items():
+            with beside(device):
+                work = []
+                for _, term, update in members:
+                    keep_for_side(update.entries)
+                    work.append((update, term))
+                for numbers in group_numbers(work):
+                    layers = [members[place][0] for place in numbers.places]
+                    tokens = [token_of(layer) for layer in layers]
+                    one_stack = _BegunNumbers(numbers, layers, tokens, SideWork(device))
+                    self._measured.append(one_stack)
 
     def may_begin(self, layer: Layer, token: Token | None) -> bool:
         """Whether what is begun of a layer's weights is likely to be right at the next step."""
@@ -174,7 +222,8 @@ class Ahead:
     def numbers(self, layers: set[Layer]) -> list[tuple[GroupNumbers, list[Layer]]]:
         """What a logging step needs of stacks of layers of which the weights are still the same."""
         found = []
-        for begun in self.begun:
+        stacks: list[_Begun | _BegunNumbers] = [*self.begun, *self._measured]
+        for begun in stacks:
             if begun.numbers is None or not layers.issuperset(begun.layers):
                 continue
             if [token_of(layer) for layer in begun.layers] == begun.tokens:
@@ -191,6 +240,7 @@ class Ahead:
         """Drop what has been begun, once its messages have come."""
         _abandon(self.begun)
         self.begun = []
+        self._measured = []
         self._checks.drop()
 
     def _still_right(

@@ -132,9 +132,17 @@ def look_ahead(
         rest: Layers that are not plain, of which only the moves are looked for.
         stats: Also begin what a logging step needs.
     """
-    if not deltas:
-        ahead.begin(found, placement, stats=stats)
-        return
+    due = found
+    if deltas:
+        due = _begin_to_look(deltas, found, ahead)
+        look_for_moves(deltas, rest)
+    ahead.begin(due, placement, stats=stats)
+    if stats:
+        ahead.begin_numbers(found)
+
+
+def _begin_to_look(deltas: Deltas, found: Sequence[PlainUpdate], ahead: Ahead) -> list[PlainUpdate]:
+    """Begin to look how far the neurons have moved; return the layers that will be due anyway."""
     due, uses = [], []
     for one in found:
         layer, _, update = one
@@ -144,8 +152,7 @@ def look_ahead(
         if deltas.will_be_due(use):
             due.append(one)
     deltas.look_for_moves(uses)
-    look_for_moves(deltas, rest)
-    ahead.begin(due, placement)
+    return due
 
 
 def look_for_moves(deltas: Deltas, layers: Sequence[Layer]) -> None:
