@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from lightning_hsu import HypersphericalUniformity, Share, UniformityRegularizer
+from lightning_hsu import regularizer as regularizer_module
 from lightning_hsu._core import foreach, raw
 from lightning_hsu._core.pairwise import too_steep
 from lightning_hsu.measures import Covering, GaussianPotential, RieszEnergy
@@ -447,3 +448,17 @@ def test_a_new_optimizer_takes_the_count_of_one_that_is_gone(tolerance):
         gc.enable()
     assert seen == [0, 1, 2, 3, 4, 5]
     assert regularizer.state.counter.done == [6]
+
+
+@pytest.mark.parametrize("captures", [True, False])
+def test_nothing_is_begun_while_a_cuda_graph_is_captured(captures, monkeypatch):
+    net = network()
+    regularizer = UniformityRegularizer(tolerance=0.05).attach(net)
+    looked = []
+    monkeypatch.setattr(regularizer_module, "look_for_moves", lambda *args: looked.append(args))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: captures)
+    regularizer.look_ahead(sgd(net))
+    regularizer.look_for_moves()
+    assert bool(regularizer._attached.ahead.begun) != captures
+    assert bool(looked) != captures

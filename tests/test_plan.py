@@ -899,3 +899,19 @@ def test_a_plain_step_takes_few_calls_through_few_files():
     calls = traced.before_step[3]  # what is kept from the first steps is not counted
     assert 20 < len(calls) <= 120, len(calls)
     assert len(set(calls)) <= 13, sorted(set(calls))
+
+
+@pytest.mark.parametrize(("size", "lies_alike"), [(1, True), (3, False)])
+def test_strides_of_axes_of_size_1_do_not_matter(size, lies_alike):
+    """Kernels of 1 x 1 lie alike in two memory formats, whose strides differ there."""
+    net = nn.Sequential(nn.Conv2d(12, 8, size))
+    regularizer = UniformityRegularizer(head=None).attach(net)
+    (plain,) = regularizer._attached.plan.plain
+    weight = net[0].weight
+    other = torch.zeros_like(weight).to(memory_format=torch.channels_last)
+    assert other.stride() != weight.stride()
+    weight.grad = other
+    assert (plain.update(1.0, None, 1.0) is not None) == lies_alike
+    weight.data = weight.detach().to(memory_format=torch.channels_last)
+    assert weight.stride() == other.stride()
+    assert plain.is_current() == lies_alike

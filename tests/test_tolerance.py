@@ -20,7 +20,9 @@ from torch.nn.utils import prune
 from torch.optim import LBFGS, SGD, Adam, AdamW
 
 from lightning_hsu import Share, UniformityRegularizer
-from lightning_hsu._engine.delta import Use, sample_of
+from lightning_hsu._core.updates import GradientUpdate
+from lightning_hsu._engine.delta import Delta, Use, sample_of
+from lightning_hsu._engine.kept import _is_far
 from lightning_hsu._engine.reuse import Reuse
 from lightning_hsu._engine.work import Work
 from lightning_hsu.measures import (
@@ -1323,3 +1325,13 @@ def test_the_pull_along_the_sum_of_all_neurons_is_followed():
     assert deltas.computed == set()
     assert kept.isfinite().all()
     assert (kept - exact).norm() < 0.3 * (before - exact).norm()  # 0.11 of it
+
+
+def test_a_step_limit_on_the_device_is_not_asked():
+    """It is kept row by row, for the host would wait for the answer."""
+    w = torch.randn(1, 4, 6)
+    delta = Delta(HALF_SPACE, w, w.flatten(), steepest=1e-6, longest=1e-6)
+    update = GradientUpdate(w, torch.zeros_like(w), 1.0)
+    assert _is_far(delta, replace(update, limit=1.0)) is True
+    assert _is_far(delta, replace(update, limit=1e-6)) is False
+    assert _is_far(delta, replace(update, limit=torch.tensor(1.0))) is False
