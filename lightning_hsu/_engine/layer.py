@@ -61,6 +61,12 @@ class Layer:
         places = self.rows.flatten().nonzero().squeeze(1)
         return places if len(places) else places.new_zeros(1)
 
+    @cached_property
+    def grad_flops(self) -> float:
+        """The FLOP of its penalty's gradient."""
+        groups, n, d = self.target.shape
+        return groups * self.measure.grad_flops(n, d)
+
     @property
     def trainable(self) -> bool:
         """Whether a gradient can reach its neurons."""

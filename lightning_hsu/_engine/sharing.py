@@ -29,7 +29,7 @@ from lightning_hsu._core.updates import GradientUpdate, whole_gradient
 from lightning_hsu._engine.layer import Layer
 from lightning_hsu._neurons.placement import Placement
 from lightning_hsu._neurons.placement.base import Message
-from lightning_hsu.measures import Measure, State
+from lightning_hsu.measures import State
 
 PlainUpdate = tuple[Layer, PairTerm, GradientUpdate]
 """A plain layer, the kernel of its measure, and its update."""
@@ -58,8 +58,7 @@ def is_shared(layer: Layer, placement: Placement) -> bool:
     """Whether a layer is large enough for one rank to compute it for all."""
     if not placement.shares_work:
         return False
-    flops = _flops(layer.measure, layer.target.shape)
-    return flops >= worth_sharing(layer.parameters[0].device)
+    return layer.grad_flops >= worth_sharing(layer.parameters[0].device)
 
 
 def may_be_sent(state: State | None) -> bool:
@@ -346,7 +345,7 @@ def _owners(jobs: Sequence[Job], placement: Placement) -> dict[int, int]:
     for i, job in enumerate(jobs):
         if is_shared(job.layer, placement):
             shared.append(i)
-            flops.append(_flops(job.layer.measure, job.layer.target.shape))
+            flops.append(job.layer.grad_flops)
     if not shared:
         return {}
     owners = divided(tuple(flops), placement.size, worth_sharing(jobs[shared[0]].x.device))
@@ -381,10 +380,3 @@ def _packed(
 def _aligned(size: int) -> int:
     """The next multiple of the alignment."""
     return -(-size // _ALIGNED) * _ALIGNED
-
-
-@lru_cache(maxsize=4096)
-def _flops(measure: Measure, shape: tuple[int, int, int]) -> float:
-    """The FLOP of the gradient of neurons of a shape (groups, n, d)."""
-    groups, n, d = shape
-    return groups * measure.grad_flops(n, d)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from lightning_hsu._engine.delta import Use
-from lightning_hsu.measures import Measure
 
 
 @dataclass
@@ -15,15 +14,10 @@ class Work:
 
     done: float = 0.0
     whole: float = 0.0
-    _flops: dict[tuple[Measure, int, int], float] = field(default_factory=dict)
 
     def add(self, use: Use) -> None:
         """Count a layer at a step."""
-        groups, n, d = use.layer.target.shape
-        key = (use.layer.measure, n, d)
-        if key not in self._flops:
-            self._flops[key] = use.layer.measure.grad_flops(n, d)
-        flops = groups * self._flops[key]
+        flops = use.layer.grad_flops
         self.whole += flops
         if use.is_due:
             self.done += flops

@@ -172,8 +172,7 @@ def giga_flops(layer: Layer) -> float:
     """Arithmetic of one penalty gradient, in 1e9 FLOP; 0 if there is no penalty."""
     if layer.strength == 0 or layer.frozen:
         return 0.0
-    groups, n, d = layer.target.shape
-    return groups * layer.measure.grad_flops(n, d) / 1e9
+    return layer.grad_flops / 1e9
 
 
 def giga_text(x: float) -> str:
