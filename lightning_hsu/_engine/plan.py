@@ -210,8 +210,7 @@ class Plan:
         """
         found = []
         for plain in self.plain:
-            p = plain.parameter
-            if id(p) in held and p.requires_grad and plain.layer.strength != 0:
+            if _is_penalised(plain.layer, held):
                 found.append((plain.layer, plain.term, plain.reading()))
         return found
 
@@ -236,8 +235,7 @@ class Plan:
         found = []
         for bucket in self.rest:
             for layer in bucket:
-                own = [p for p in layer.parameters if id(p) in held and p.requires_grad]
-                if own and layer.strength != 0 and not layer.sharded:
+                if _is_penalised(layer, held) and not layer.sharded:
                     found.append(layer)
         return found
 
@@ -273,6 +271,18 @@ class Plan:
             updates.found.append((layer, plain.term, update))
             updates.rates[layer] = rate
         return updates, left
+
+
+def _is_penalised(layer: Layer, held: Collection[int]) -> bool:
+    """Whether an optimizer steps a layer that has a coefficient.
+
+    Args:
+        layer: The layer.
+        held: Ids of the optimizer's parameters.
+    """
+    if layer.strength == 0:
+        return False
+    return any(id(p) in held and p.requires_grad for p in layer.parameters)
 
 
 class PlainUpdates:
