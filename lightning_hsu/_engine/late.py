@@ -116,9 +116,12 @@ def keep_for_side(x: Tensor) -> None:
 
 
 def side_stream(device: torch.device) -> torch.cuda.Stream:
-    """The stream for work beside the training: of the lowest priority that CUDA has."""
+    """The stream for work beside the training.
+
+    It has the priority of the training's own stream, for CUDA has none below that of the default one.
+    """
     if device not in _STREAMS:
-        _STREAMS[device] = torch.cuda.Stream(device, priority=0)  # type: ignore[no-untyped-call]
+        _STREAMS[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     return _STREAMS[device]
 
 

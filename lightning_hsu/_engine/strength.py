@@ -1,6 +1,7 @@
 """Whether the penalty is absurdly strong: what shows on the few steps that are looked at.
 
-A look reads numbers of a step and so waits for the device. The first step of each optimizer is
+A look needs the stats of a step, which takes arithmetic. On a GPU their copy to the host begins at
+the step and is read at the next one, so that nobody waits. The first step of each optimizer is
 looked at, the hundredth, the thousandth and so on, and steps whose stats are asked for anyway, at
 most every twentieth. Where one of them is suspicious, up to ten steps in a row are looked at: one step proves little. With
 ``apply="loss"`` nothing is seen: the two gradients come as one.
