@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -81,8 +81,21 @@ class Case(NamedTuple):
     kinds: dict[str, str] = KINDS
 
 
-def cases() -> Iterator[Case]:
-    """All kernels in all the ways that they are launched."""
+def cases(wanted: Sequence[str]) -> Iterator[Case]:
+    """The kernels with one of these texts in their names, in all the ways that they are launched."""
+    for case in written_cases():
+        if is_wanted(case.label, wanted):
+            yield case
+    yield from generated_cases(wanted)
+
+
+def is_wanted(label: str, wanted: Sequence[str]) -> bool:
+    """Whether one of these texts is in the name."""
+    return any(text in label for text in wanted)
+
+
+def written_cases() -> Iterator[Case]:
+    """All kernels in Triton."""
     for kernel in (pairs.unit_rows, pairs.additions):
         for dtype in launch.TL_DTYPES.values():
             constants = {"DTYPE": dtype, "ROWS": launch.ROWS, "COLS": launch.COLS}
@@ -103,7 +116,6 @@ def cases() -> Iterator[Case]:
         constants = {"HALF_SPACE": True, "EVERY": every, "PRECISION": "tf32x3", **topk.TILES}
         label = "largest_two, every" if every else "largest_two"
         yield Case(label, topk.largest_two, constants, topk.WARPS)
-    yield from generated_cases()
 
 
 def slope_cases(precision: str, scalar: Any) -> Iterator[Case]:
@@ -139,14 +151,19 @@ def near_cases(scalar: Any) -> Iterator[Case]:
         yield Case(label, nearby.near_pulls, constants, launch.NEAR_WARPS)
 
 
-def generated_cases() -> Iterator[Case]:
-    """The kernels of torch.compile, with a size of blocks that it tries first."""
+def generated_cases(wanted: Sequence[str]) -> Iterator[Case]:
+    """The kernels of torch.compile, with a size of blocks that it tries first.
+
+    Those with other names are not generated.
+    """
     for name, measure in GENERATED.items():
         term = measure.pair_term()
         assert term is not None
         for form in epilogue.SIZES:
-            (source,) = epilogue.generated(term, form).sources
             label = f"compiled {form} {name}"
+            if not is_wanted(label, wanted):
+                continue
+            (source,) = epilogue.generated(term, form).sources
             kernel = generated_kernel(source, label)
             blocks = {"XBLOCK": 1024}
             if "R0_BLOCK" in kernel.arg_names:
@@ -240,9 +257,7 @@ def main() -> int:
     bad = False
     print(f"Triton {triton.__version__}")
     print(f"{'kernel':46s} chip  warps  registers  spilled  shared KiB  bytes a load")
-    for case in cases():
-        if not any(text in case.label for text in wanted):
-            continue
+    for case in cases(wanted):
         for chip, most in CHIPS.items():
             registers, spilled, shared, loaded = resources(case, chip)
             fits = spilled == 0 and shared <= most
