@@ -11,6 +11,7 @@ import sys
 import time
 from argparse import Namespace
 from dataclasses import asdict, replace
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +43,9 @@ def _double():
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
+
+
+mnist1d = cache(partial(load, "mnist1d"))  # it is made in seconds
 
 
 def digits_in_double():
@@ -306,7 +310,7 @@ def test_draws_repeat_and_do_not_overlap():
 
 
 def test_noise_and_long_tails():
-    data = load("mnist1d")
+    data = mnist1d()
     clean, noisy = (draw(data, 1, 2000, noise=noise) for noise in (0.0, 0.2))
     wrong = (clean.labels != noisy.labels).double().mean()
     assert 0.17 < float(wrong) < 0.23
@@ -730,7 +734,7 @@ def test_the_loss_is_the_published_one():
 def test_pixels_that_are_not_bytes_are_refused():
     assert _bytes(load("digits"))
     with pytest.raises(MissingDataError, match="takes whole numbers from 0 to 255"):
-        _bytes(load("mnist1d"))
+        _bytes(mnist1d())
     for count in (100, 5000):
         with pytest.raises(MissingDataError, match="has 1000 training images; take from 128"):
             _bytes(load("digits"), count)
