@@ -3,14 +3,18 @@
 import pytest
 
 from benchmarks.launches import (
+    SHAPES,
     Steps,
     launches_of,
+    look_at,
     pretending,
     quiet_logging_step,
     steps_ahead,
     told,
     waits_of,
 )
+from benchmarks.shapes import llama_7b
+from lightning_hsu import UniformityRegularizer
 
 PLAIN = {"ResNet-50": 450, "GPT-2 small": 120, "ViT-B/16": 120}  # measured 241, 112 and 111
 QUIET_LOGGING = {"ResNet-50": 300, "GPT-2 small": 168, "ViT-B/16": 220}  # 277, 166 and 211
@@ -35,15 +39,22 @@ def test_the_steps_of_a_model(name):
 
 
 @pytest.mark.slow
-def test_the_steps_of_a_large_model():
-    """Its layers go in many batches. A logging step is 1.43 times a plain one."""
+def test_the_steps_of_a_large_model(monkeypatch):
+    """Half of its blocks, whose layers go in many batches, some of them several in one.
+
+    A logging step is 1.42 times a plain one.
+    """
+    monkeypatch.setitem(SHAPES, "Llama-7B", lambda: llama_7b()[: 16 * 7])
+    default = UniformityRegularizer().measure
+    for measure in (default, default.for_head()):
+        look_at(measure)
     with told(), pretending():
         steps = Steps("Llama-7B")
         steps.step()  # the first one is looked at
         plain = steps.step()
         steps.step(logs=True)  # learns what is kept from then on
         logging = steps.step(logs=True)
-    assert launches_of(plain) <= 2000
+    assert launches_of(plain) <= 2000  # measured: 1985
     assert waits_of(plain) == 0
     assert launches_of(logging) <= 1.5 * launches_of(plain), [one.calls for one in logging]
     assert waits_of(logging) == 1, [one.calls for one in logging]

@@ -220,11 +220,7 @@ class Plan:
         Args:
             held: Ids of the optimizer's parameters.
         """
-        found = []
-        for layer in self.penalised:
-            if any(id(p) in held and p.requires_grad for p in layer.parameters):
-                found.append(layer)
-        return found
+        return [layer for layer in self.penalised if _is_penalised(layer, held)]
 
     def rest_of(self, held: Collection[int]) -> list[Layer]:
         """The other layers that an optimizer will step and that this process holds whole.
