@@ -80,6 +80,7 @@ sys.exit(run(parts, Settings("cpu", True, Path(sys.argv[1]), 60.0)))
 """
 
 
+@pytest.mark.any_cpu
 def test_a_part_that_fails_crashes_or_hangs_leaves_the_others_alone(tmp_path):
     done = run("-W", "ignore", "-c", PARTS, tmp_path)
     assert done.returncode == 1, done.stderr
@@ -127,6 +128,7 @@ def test_a_back_end_that_is_right_keeps_its_timings():
     assert verdict({"check": right}, {"check": "triton"}) == {}
 
 
+@pytest.mark.any_cpu
 def test_without_a_card_it_says_so_and_ends(tmp_path):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU here")

@@ -416,6 +416,7 @@ Trainer(accelerator="cpu", logger=False)
 
 
 @pytest.mark.slow
+@pytest.mark.any_cpu
 def test_lightning_stays_silent_where_it_was_silenced():
     """Each package, when it is imported, makes its own logger that of the messages of both."""
     done = subprocess.run(

@@ -309,6 +309,7 @@ def test_draws_repeat_and_do_not_overlap():
         )  # images that are twice in the data
 
 
+@pytest.mark.any_cpu
 def test_noise_and_long_tails():
     data = mnist1d()
     clean, noisy = (draw(data, 1, 2000, noise=noise) for noise in (0.0, 0.2))
@@ -527,6 +528,7 @@ def test_what_is_not_done_in_time_is_told(tmp_path, monkeypatch):
     assert main() == 3
 
 
+@pytest.mark.any_cpu
 def test_a_cell_that_fails_is_told_and_does_not_end_the_others(tmp_path, capsys):
     bad, good = (Cell(replace(TINY, images=images), METHODS["decay"]) for images in (100_000, 200))
     _run([bad, good], [1], [2], tmp_path, 1, 60.0)
@@ -731,6 +733,7 @@ def test_the_loss_is_the_published_one():
     assert float(saturated) < 9.22
 
 
+@pytest.mark.any_cpu
 def test_pixels_that_are_not_bytes_are_refused():
     assert _bytes(load("digits"))
     with pytest.raises(MissingDataError, match="takes whole numbers from 0 to 255"):

@@ -325,6 +325,7 @@ assert dict(matplotlib.rcParams) == before
 """
 
 
+@pytest.mark.any_cpu
 def test_pyplot_and_its_settings_are_not_touched():
     command = [sys.executable, "-c", ALONE]
     root = Path(__file__).parents[1]

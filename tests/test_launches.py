@@ -12,6 +12,8 @@ from lightning_hsu import UniformityRegularizer
 from lightning_hsu._core import foreach, precision, repair, without_sync
 from lightning_hsu.measures import GaussianPotential, RieszEnergy, Sampled
 
+pytestmark = pytest.mark.any_cpu  # shapes without data
+
 # Measured: 236, 107, 106, 1641.
 BUDGETS = {"ResNet-50": 450, "GPT-2 small": 120, "ViT-B/16": 120, "Llama-7B": 2000}
 

@@ -748,6 +748,7 @@ def test_a_fault_of_our_own_is_no_verdict(monkeypatch, capsys):
     assert "ZeroDivisionError" in capsys.readouterr().err
 
 
+@pytest.mark.any_cpu
 def test_a_reader_that_has_had_enough(tmp_path):
     torch.save(network().state_dict(), tmp_path / "a.pt")
     command = f"{sys.executable} -m lightning_hsu.report.cli report {tmp_path / 'a.pt'} --html {tmp_path / 'a.html'}"

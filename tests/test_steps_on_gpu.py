@@ -16,6 +16,8 @@ from benchmarks.launches import (
 from benchmarks.shapes import llama_7b
 from lightning_hsu import UniformityRegularizer
 
+pytestmark = pytest.mark.any_cpu  # shapes without data
+
 PLAIN = {"ResNet-50": 450, "GPT-2 small": 120, "ViT-B/16": 120}  # measured 241, 112 and 111
 QUIET_LOGGING = {"ResNet-50": 300, "GPT-2 small": 168, "ViT-B/16": 220}  # 277, 166 and 211
 

@@ -13,6 +13,8 @@ from lightning_hsu._monitor import on_gpu
 from lightning_hsu.measures import GaussianPotential
 from tests.streams import pretended_streams
 
+pytestmark = pytest.mark.any_cpu  # shapes without data
+
 SETTINGS = {
     "exact": {},
     "tolerance": {"tolerance": 0.05},
