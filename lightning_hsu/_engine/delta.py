@@ -84,7 +84,7 @@ class Sketch(NamedTuple):
     """What tells of each neuron of a layer whether it is another one than before.
 
     Args:
-        products: The products of its parts with random signs over its norm (rows, 8), bfloat16.
+        products: The products of its parts with random signs over its norm (rows, parts), bfloat16.
         inverse: Its inverse norm (rows, 1), bfloat16.
     """
 

@@ -188,6 +188,7 @@ class Deltas:
                     before.refresh(use.held, projects=False)  # as this step would use it
             lessons.append(fresh)
         self._lessons.begin(lessons)
+        self._moves.note_kept({one.use.layer.name: one.delta.sample for one in lessons})
 
     def of(self, use: Use) -> Delta:
         """The kept gradient of a layer."""

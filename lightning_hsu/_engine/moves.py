@@ -8,7 +8,7 @@ weights are still the same then is compared on the device, and read a step later
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -58,13 +58,13 @@ class Moves:
 
     def _look(self, members: Sequence[Known]) -> _Look:
         """Look at layers of one device and dtype."""
-        then = [delta.sample for _, delta in members]
-        dtype = then[0].dtype
-        together = self._then.get(dtype)
+        then = {use.layer.name: delta.sample for use, delta in members}
+        sample = members[0][1].sample
+        together = self._then.get(sample.dtype)
         if together is None or not together.is_of(then):
             together = _Together(then)
-        if reads_late(then[0]):
-            self._then[dtype] = together
+        if reads_late(sample):
+            self._then[sample.dtype] = together
         return _Look(members, together.samples, self._rows)
 
     def _see_begun(self, known: Sequence[Known]) -> list[Known]:
@@ -84,6 +84,11 @@ class Moves:
                 self._checks.add(check.layers, check.changed)
         return unseen
 
+    def note_kept(self, samples: Mapping[str, Tensor]) -> None:
+        """Note the samples of gradients that were just kept, by layer; looks compare with them."""
+        for together in self._then.values():
+            together.replace(samples)
+
     def changed_unseen(self, layers: Sequence[Layer]) -> list[Layer]:
         """Those whose weights were others at their last step than torch's counts said."""
         return self._checks.changed(layers)
@@ -99,19 +104,37 @@ class Moves:
 
 
 class _Together:
-    """Samples of kept gradients one after the other, for as long as these are the same.
+    """Samples of kept gradients, also one after the other.
 
     Args:
-        parts: The samples, of one device and dtype.
+        parts: The samples, of one device and dtype, by layer.
     """
 
-    def __init__(self, parts: Sequence[Tensor]) -> None:
+    def __init__(self, parts: dict[str, Tensor]) -> None:
         self._parts = parts
-        self.samples = torch.cat(list(parts)).to(working_dtype(parts[0].dtype))
+        self.samples = self._one_after_the_other()
 
-    def is_of(self, parts: Sequence[Tensor]) -> bool:
-        """Whether it is made of these samples."""
-        return len(parts) == len(self._parts) and all(map(operator.is_, parts, self._parts))
+    def is_of(self, parts: dict[str, Tensor]) -> bool:
+        """Whether it is made of these samples, in this order."""
+        if list(parts) != list(self._parts):
+            return False
+        return all(map(operator.is_, parts.values(), self._parts.values()))
+
+    def replace(self, parts: Mapping[str, Tensor]) -> None:
+        """Put others in place of the samples of some layers, among others."""
+        own = {}
+        for name, part in parts.items():
+            before = self._parts.get(name)
+            if before is not None and (part.dtype, part.device) == (before.dtype, before.device):
+                own[name] = part
+        if own:
+            self._parts = self._parts | own
+            self.samples = self._one_after_the_other()
+
+    def _one_after_the_other(self) -> Tensor:
+        """All entries, in float32 or wider."""
+        together = torch.cat(list(self._parts.values()))
+        return together.to(working_dtype(together.dtype))
 
 
 class _Look:

@@ -1,7 +1,7 @@
 """Whether single neurons of a layer are others than before, which a few of its entries do not show.
 
 A new, pruned or swapped neuron changes a large layer little on average, and its gradient wholly. Of
-each neuron a *sketch* is kept: the products of its eight parts with random signs, whose change is
+each neuron a *sketch* is kept: the products of its eight or so parts with random signs, whose change is
 about as long as that of the neuron, and its norm, over which the change counts: a short neuron has a
 large gradient. One pass over the weights finds the neuron that has changed
 most. That takes 3 % of the time of a gradient for layers of 256 x 256 and 128 x 1152, 9 % for
@@ -27,6 +27,7 @@ from lightning_hsu._engine.delta import SAMPLE, Delta, Known, Sketch, Use
 from lightning_hsu._engine.layer import Token
 
 _PARTS = 8  # in all of them a new neuron looks like the old one once in 1e5 times
+_OTHER_PARTS = (9, 7, 10, 6, 11, 12)  # where they divide a dimension that 8 does not
 _FAR = 0.25  # of the neuron's norm; within a tolerance of 0.05 layers move by 0.03
 _TIMES = 6.0  # as far as the layer has moved; in a training some neurons moved 4.8 times as far
 _SKETCHED_FROM = 4  # steps that a gradient is used for; a shorter time needs no look
@@ -99,18 +100,23 @@ class Rows:
         self._seen = {}
 
     def _products(self, x: Tensor) -> Tensor:
-        """The sums of the parts of neurons x (groups, n, d) under random signs: (groups * n, 8)."""
-        entries = max(1, x.shape[-1] // _PARTS)
+        """The sums of the parts of neurons x (groups, n, d) under random signs: (groups * n, parts)."""
+        d = x.shape[-1]
+        parts = _PARTS
+        for other in _OTHER_PARTS:
+            if d % parts != 0 and d % other == 0:
+                parts = other
+        entries = max(1, d // parts)
         key = (entries, x.dtype, x.device)
         if key not in self._signs:
             generator = torch.Generator().manual_seed(0)  # the same in all processes
             bits = torch.randint(2, (entries,), generator=generator, device="cpu")
             self._signs[key] = upload((2 * bits - 1).to(x.dtype), x.device)
-        if x.shape[-1] < _PARTS:
-            x = torch.nn.functional.pad(x, (0, _PARTS - x.shape[-1]))
-        if x.shape[-1] > _PARTS * entries:
-            x = x[..., : _PARTS * entries]
-        return torch.mv(x.reshape(-1, entries), self._signs[key]).view(-1, _PARTS)
+        if d < parts:
+            x = torch.nn.functional.pad(x, (0, parts - d))
+        if d > parts * entries:
+            x = x[..., : parts * entries]
+        return torch.mv(x.reshape(-1, entries), self._signs[key]).view(-1, parts)
 
 
 def is_another(changed: float, moved: float) -> bool:
