@@ -296,6 +296,7 @@ def small_network():
     )
 
 
+@pytest.mark.usefixtures("_few_random_layers")
 @pytest.mark.parametrize("name", NAMES)
 def test_training_follows_the_official_objective(name):
     model = Automatic(lambda p: torch.optim.SGD(p, lr=0.01), net=small_network())
