@@ -102,8 +102,7 @@ class Delta:
             for float16, whose range is too small. Of a sharded layer (1, k, d), of those k neurons
             alone of which this rank holds a part.
         sample: Entries of the neurons of which it was computed.
-        squares: Squared norms (groups, n, 1) of these neurons, (1, k, 1) of a sharded layer; see
-            :func:`~lightning_hsu._engine.pull.squared_norms`.
+        squares: Squared norms (groups, n, 1) of these neurons, above 0; (1, k, 1) of a sharded layer.
         strides: Those of the layer's parameters: in another memory format neurons have their
             entries in another order.
         sketch: What tells of each of these neurons whether it is another one; None if nothing does.
@@ -205,6 +204,13 @@ Known = tuple[Use, Delta]
 def use_of(layer: Layer, x: Tensor) -> Use:
     """A layer with neurons x (groups, n, d) at a step."""
     return Use(layer, x, sample_of(x), token_of(layer))
+
+
+def norms_of(use: Use) -> Tensor:
+    """Norms (groups, n, 1) of the neurons of which this rank keeps the gradient, float32 or wider."""
+    x = use.held
+    found: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=working_dtype(x.dtype))
+    return found
 
 
 def strides_of(layer: Layer) -> tuple[tuple[int, ...], ...]:

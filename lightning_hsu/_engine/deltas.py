@@ -15,8 +15,10 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from lightning_hsu._core.sphere import SHORTEST
 from lightning_hsu._engine.delta import (
     LOOK,
     PROJECT,
@@ -24,12 +26,13 @@ from lightning_hsu._engine.delta import (
     Known,
     Use,
     kept_dtype,
+    norms_of,
     strides_of,
 )
 from lightning_hsu._engine.layer import Layer
 from lightning_hsu._engine.lessons import Fresh, Lessons
 from lightning_hsu._engine.moves import Moves
-from lightning_hsu._engine.pull import pull_of, squared_norms
+from lightning_hsu._engine.pull import pull_of
 from lightning_hsu._engine.reuse import Reuse
 from lightning_hsu._engine.rows import Rows, is_another
 from lightning_hsu._engine.turns import Turn, Turns
@@ -161,18 +164,22 @@ class Deltas:
                 not tell how fast they age.
             learns: Whether a step has passed since the gradients that are replaced.
         """
+        if not uses:
+            return
         random = set(draws)
         lessons = []
-        for use, grad in zip(uses, grads, strict=True):
+        norms = [norms_of(use) for use in uses]
+        squares = torch._foreach_mul(norms, norms)
+        torch._foreach_clamp_min_(squares, SHORTEST**2)  # of zero rows
+        for use, grad, norm, square in zip(uses, grads, norms, squares, strict=True):
             name = use.layer.name
             before = self._deltas.get(name)
             kept = grad.to(kept_dtype(use.x.dtype))
             if kept.untyped_storage().nbytes() > kept.nbytes:
                 kept = kept.clone()  # a part of a stack would keep all of it in memory
-            squares = squared_norms(use.held)
-            delta = Delta(use.layer.measure, kept, use.sample.clone(), squares)
+            delta = Delta(use.layer.measure, kept, use.sample.clone(), square)
             delta.strides = strides_of(use.layer)
-            delta.pull = pull_of(use.layer, use.x, squares)
+            delta.pull = pull_of(use.layer, use.x, norm)
             self._deltas[name] = delta
             if name not in self.reuse:
                 self.reuse[name] = Reuse()
@@ -180,7 +187,7 @@ class Deltas:
             reuse = self.reuse[name]
             delta.interval = reuse.interval
             delta.sketch = self._rows.sketch(use.x, reuse.interval)
-            fresh = Fresh(use, grad, delta, reuse)
+            fresh = Fresh(use, grad, norm, delta, reuse)
             fresh.is_random = name in random
             if learns and before is not None and before.age > 0:
                 fresh.before = before

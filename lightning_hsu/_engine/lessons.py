@@ -61,7 +61,8 @@ class Fresh:
 
     Args:
         use: The layer.
-        grad: Its gradient.
+        grad: Its gradient (groups, n, d).
+        norm: Norms of its neurons (groups, n, 1).
         delta: What is kept of it.
         reuse: What is known of how this layer's gradients age.
         is_random: Whether it comes from a random draw.
@@ -70,6 +71,7 @@ class Fresh:
 
     use: Use
     grad: Tensor
+    norm: Tensor
     delta: Delta
     reuse: Reuse
     is_random: bool = False
@@ -110,7 +112,7 @@ def _numbers(members: Sequence[Fresh]) -> Tensor:
     """
     dtype = members[0].grad.dtype
     lengths = []
-    inverse = []
+    norms = []
     samples = []
     replaced = []
     off = []  # of those that replace one
@@ -118,8 +120,7 @@ def _numbers(members: Sequence[Fresh]) -> Tensor:
     for fresh in members:
         grad = fresh.grad
         lengths.append(torch.linalg.vector_norm(grad, dim=-1).flatten())
-        norm = torch.linalg.vector_norm(fresh.use.held, dim=-1, dtype=grad.dtype)
-        inverse.append(norm.clamp_min_(torch.finfo(grad.dtype).tiny).reciprocal_().flatten())
+        norms.append(fresh.norm.flatten())
         samples.append(fresh.delta.sample.to(dtype))
         if fresh.before is not None:
             # Row by row: the order of these sums does not depend on the number of threads.
@@ -130,7 +131,8 @@ def _numbers(members: Sequence[Fresh]) -> Tensor:
     found = []
     if replaced:
         found += _errors(replaced, off, sizes)
-    found += torch._foreach_norm(torch._foreach_mul(lengths, inverse), math.inf)
+    over = torch._foreach_clamp_min(norms, torch.finfo(dtype).tiny)
+    found += torch._foreach_norm(torch._foreach_div(lengths, over), math.inf)
     found += torch._foreach_norm(lengths, math.inf)
     found += torch._foreach_norm(samples)
     return torch.stack([number.to(torch.float32) for number in found])

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_hsu._core import exact_arithmetic, working_dtype
+from lightning_hsu._core import exact_arithmetic
 from lightning_hsu._core.bf16 import slope_at_right_angles
 from lightning_hsu._core.sphere import LONGEST, SHORTEST
 from lightning_hsu._engine.layer import Layer
@@ -26,17 +26,17 @@ class Pull:
 
     Args:
         slope: The factor of the sum in the gradient.
-        squares: Squared norms (groups, n, 1) of the neurons, which change little meanwhile; see
-            :func:`squared_norms`.
-        w: The neurons (groups, n, d).
+        norm: Norms (groups, n, 1) of the neurons, which change little meanwhile.
+        w: The neurons (groups, n, d). Those of unusual norm take no part.
     """
 
     __slots__ = ("inverse", "slope", "total")
 
-    def __init__(self, slope: float, squares: Tensor, w: Tensor) -> None:
+    def __init__(self, slope: float, norm: Tensor, w: Tensor) -> None:
         self.slope = slope
-        self.inverse = squares.rsqrt()
-        self.total = self.inverse.mT @ w
+        usual = (norm > SHORTEST) & (norm < LONGEST)
+        self.inverse = torch.where(usual, norm.reciprocal(), 0.0)
+        self.total = self.inverse.mT @ torch.where(usual, w, 0.0)
 
     def follow(self, grad: Tensor, w: Tensor) -> None:
         """Change a gradient (groups, n, d) by what the sum has changed.
@@ -51,8 +51,8 @@ class Pull:
         self.total.add_(change)
 
 
-def pull_of(layer: Layer, x: Tensor, squares: Tensor) -> Pull | None:
-    """The pull along the sum of a layer's neurons x (groups, n, d), of these squared norms.
+def pull_of(layer: Layer, x: Tensor, norm: Tensor) -> Pull | None:
+    """The pull along the sum of a layer's neurons x (groups, n, d), of norms (groups, n, 1).
 
     None if there is none, or if other ranks have some of the neurons.
     """
@@ -63,18 +63,7 @@ def pull_of(layer: Layer, x: Tensor, squares: Tensor) -> Pull | None:
     if slope == 0:
         return None
     with exact_arithmetic(x):
-        return Pull(-2.0 * term.scale(x.shape[1]) * slope, squares, x.to(squares.dtype))
-
-
-def squared_norms(x: Tensor) -> Tensor:
-    """Squared norms (groups, n, 1) of neurons x (groups, n, d), in float32 or wider.
-
-    inf for neurons that take no part, or have a norm so short or long that nothing is reckoned
-    with it.
-    """
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=working_dtype(x.dtype))
-    usual = (norm > SHORTEST) & (norm < LONGEST)
-    return torch.where(usual, norm.square(), torch.inf)
+        return Pull(-2.0 * term.scale(x.shape[1]) * slope, norm, x.to(norm.dtype))
 
 
 def project(grad: Tensor, squares: Tensor, w: Tensor) -> None:
