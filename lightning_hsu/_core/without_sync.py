@@ -484,30 +484,27 @@ def add_batch(batch: Batch, found: BatchGradient) -> None:
     factor = found.scale / found.norm
     # 2 is that of the sums, whose pairs count once.
     scales = [2.0 * update.scale * grad_scale for update in batch.updates]
-    common = 1.0  # what all layers have in common is multiplied last
-    if len(set(scales)) == 1 and scales[0] > 0:
-        common = scales[0]
-    else:
-        torch._foreach_mul_(by_layer(batch, factor), scales)
+    torch._foreach_mul_(by_layer(batch, factor), scales)
     room = found.norm
     if isinstance(first.limit, Tensor):  # common to all
-        room.mul_(first.limit * (grad_scale / common))
+        room.mul_(first.limit * grad_scale)
     else:
         limits = []
         for update in batch.updates:
             limit = torch.inf if update.limit is None else float(update.limit)
-            limits.append(limit * grad_scale / common)
+            limits.append(limit * grad_scale)
         if len(set(limits)) == 1:
             room.mul_(limits[0])
         else:
             torch._foreach_mul_(by_layer(batch, room), limits)
-    largest = torch.finfo(first.entries.dtype).max / 2 * grad_scale / common
+    largest = torch.finfo(first.entries.dtype).max / 2 * grad_scale
     room.clamp_max_(largest).div_(found.length)
     torch.minimum(factor, room, out=factor)
+    # Multiplied and added in one operation it would be rounded once, where buffers round twice.
     for width in batch.layout.widths:
         rows_of(found.grad, width).mul_(by_row_of(factor, width)[:, None])
     added = layer_parts(batch, found.grad)
-    torch._foreach_add_([update.out_entries for update in batch.updates], added, alpha=-common)
+    torch._foreach_sub_([update.out_entries for update in batch.updates], added)
 
 
 def unweighted(batch: Batch, found: BatchGradient) -> list[Tensor]:

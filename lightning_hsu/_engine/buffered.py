@@ -122,9 +122,8 @@ class BufferedUpdates:
     """Updates whose gradients stay apart from the task's.
 
     A buffer gets what ``.grad`` would get, by the same arithmetic: a step changes the weights
-    bitwise the same with statistics and without. Where layers of any shapes are computed together,
-    as on a GPU, it is so up to rounding: what is added there at once is rounded once. Layers are
-    looked at together.
+    bitwise the same with statistics and without, where layers are computed in the same batches. Layers
+    are looked at together.
 
     Args:
         has_stats: Whether :meth:`stats` will be called.
