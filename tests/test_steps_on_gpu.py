@@ -19,7 +19,6 @@ from lightning_hsu import UniformityRegularizer
 pytestmark = pytest.mark.any_cpu  # shapes without data
 
 PLAIN = {"ResNet-50": 450, "GPT-2 small": 120, "ViT-B/16": 120}  # measured 241, 112 and 111
-QUIET_LOGGING = {"ResNet-50": 300, "GPT-2 small": 168, "ViT-B/16": 220}  # 277, 166 and 211
 
 
 @pytest.mark.parametrize("name", PLAIN)
@@ -35,7 +34,8 @@ def test_the_steps_of_a_model(name):
     assert waits_of(quiet) == 0, [one.calls for one in quiet]
     # Where no layer is due a log takes no gradient: the first of its three products.
     quiet_logging = quiet_logging_step(name)
-    assert launches_of(quiet_logging) <= QUIET_LOGGING[name], [one.calls for one in quiet_logging]
+    most = 1.5 * launches_of(plain)
+    assert launches_of(quiet_logging) <= most, [one.calls for one in quiet_logging]
     assert waits_of(quiet_logging) == 1, [one.calls for one in quiet_logging]
     assert 0 < sum(one.flop for one in quiet_logging) <= 0.5 * plain[1].flop
 

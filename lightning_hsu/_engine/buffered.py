@@ -165,18 +165,14 @@ class BufferedUpdates:
 
     def add(self) -> None:
         """Add the buffers to the task's gradients."""
-        outs: dict[torch.device, list[Tensor]] = {}
-        parts: dict[torch.device, list[Tensor]] = {}
+        together: dict[tuple[torch.device, float], tuple[list[Tensor], list[Tensor]]] = {}
         for member in self._members():
-            if member.name in self._kept:
-                grad, scale = self._kept[member.name]
-                torch._foreach_add_([member.grad], [grad.view(member.grad.shape)], alpha=scale)
-                continue
-            device = member.grad.device
-            outs.setdefault(device, []).append(member.grad)
-            parts.setdefault(device, []).append(member.update.out_entries)
-        for device, grads in outs.items():
-            torch._foreach_add_(grads, parts[device])
+            part, scale = self._kept.get(member.name, (member.update.out_entries, 1.0))
+            grads, parts = together.setdefault((member.grad.device, scale), ([], []))
+            grads.append(member.grad)
+            parts.append(part.view(member.grad.shape))
+        for (_, scale), (grads, parts) in together.items():
+            torch._foreach_add_(grads, parts, alpha=scale)
         self._release()
 
     def move(self) -> None:
