@@ -21,13 +21,13 @@ from lightning_hsu._core.sphere import unit_rows
 from lightning_hsu._core.updates import GradientUpdate
 
 Key = tuple[object, ...]
-"""What stands for one layer: its place in memory, and its kernel."""
+"""What stands for one layer: its place in memory or a key of its own, and its kernel."""
 
 Layer = tuple[GradientUpdate, PairTerm]
 """A layer with its kernel."""
 
-_KEPT = 256
-"""Answers kept of layers that nobody asks for again."""
+_KEPT = 4096
+"""Layers of which answers are kept, though nobody may ask for them again."""
 
 _FEW = 1 / 4
 """Part of the room for near pairs beyond which a layer is crowded, where there is no room left."""
@@ -60,7 +60,8 @@ class CrowdedLayers:
     """Knows which layers have more near pairs than a pass has room for, or coincident neurons."""
 
     def __init__(self) -> None:
-        self._answers: dict[Key, list[_Answer]] = {}  # by the first layer of a batch
+        # By layer; those of a batch have one list, which is empty once it is read.
+        self._answers: dict[Key, list[_Answer]] = {}
         self._crowded: dict[Key, int] = {}  # how often each was computed the exact way
 
     def read(self, layers: Sequence[Layer]) -> None:
@@ -68,8 +69,9 @@ class CrowdedLayers:
         if not self._answers:
             return
         for update, term in layers:
-            for answer in self._answers.pop(key_of(update, term), ()):
-                self._crowded.update(dict.fromkeys(_crowded(answer), 0))
+            answers = self._answers.pop(key_of(update, term), [])
+            while answers:
+                self._crowded.update(dict.fromkeys(_crowded(answers.pop()), 0))
 
     def divided(self, layers: Sequence[Layer]) -> tuple[list[Layer], list[Layer]]:
         """The layers without, and those with too many near pairs, as far as that is known."""
@@ -127,13 +129,16 @@ class CrowdedLayers:
             ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
             ready.record(torch.cuda.current_stream(at.device))
             answers.append(_Answer(keys, groups, piece, *there, ready))
-        while len(self._answers) >= _KEPT:
+        for key, _ in keys:
+            self._answers[key] = answers
+        while len(self._answers) > _KEPT:
             del self._answers[next(iter(self._answers))]
-        self._answers[keys[0][0]] = answers
 
 
 def key_of(update: GradientUpdate, term: PairTerm) -> Key:
     """What stands for a layer."""
+    if update.key is not None:
+        return update.key, term
     entries = update.entries
     storage = entries.untyped_storage()._cdata
     return storage, entries.storage_offset(), entries.shape, term

@@ -31,6 +31,7 @@ class GradientUpdate:
             or a 0-d tensor on the device of the neurons; None for no limit.
         grad_scale: Factor by which ``out`` is already scaled, as under mixed precision.
         shape: The shape (b, n, d) in which ``entries`` are read; None for their own.
+        key: What stands for the layer from step to step; None for its place in memory.
     """
 
     entries: Tensor
@@ -39,6 +40,7 @@ class GradientUpdate:
     limit: Tensor | float | None = None
     grad_scale: float = 1.0
     shape: torch.Size | None = None
+    key: object = None
 
     @property
     def size(self) -> torch.Size:
