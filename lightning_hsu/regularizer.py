@@ -17,7 +17,6 @@ from torch.utils.hooks import RemovableHandle
 from lightning_hsu._checks import check_choice, check_count, check_number
 from lightning_hsu._core import bf16_products
 from lightning_hsu._core.backend import active as active_backend
-from lightning_hsu._engine.apply import LayerUpdate
 from lightning_hsu._engine.attached import Attached, FirstOutputs
 from lightning_hsu._engine.buffered import GradientStats
 from lightning_hsu._engine.eager import eager, outside_inference_mode
@@ -1011,10 +1010,8 @@ class UniformityRegularizer:
         """Add gradients, or move neurons."""
         attached = self._check_attached()
         plan, placement = attached.plan, attached.placement
-        act = LayerUpdate.add
         if context.moves:
             refuse_unknown_rates(self.layers, self.state, context)
-            act = LayerUpdate.move
         updates, left = plan.plain_updates(self.state, context)
         together = plan.rest + buckets(left, placement)
         if context.moves and self.state.deltas and placement.keeps_whole:
@@ -1024,7 +1021,7 @@ class UniformityRegularizer:
         stats = {}
         if together:
             # Before the plain layers: a layer that is refused stops the whole step.
-            stats = act_on_buckets(together, act, self.state, context, placement)
+            stats = act_on_buckets(together, self.state, context, placement)
         if self.state.deltas.tolerance is not None or attached.ahead.begun:
             see_changes(self.state.deltas, updates.found, attached.ahead)
         if not updates.need_buffers:

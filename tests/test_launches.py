@@ -8,7 +8,7 @@ from torch import nn
 
 from benchmarks import launches
 from benchmarks.launches import count, plain_step, pretending
-from lightning_hsu import UniformityRegularizer
+from lightning_hsu import Share, UniformityRegularizer
 from lightning_hsu._core import foreach, precision, repair, without_sync
 from lightning_hsu.measures import GaussianPotential, RieszEnergy, Sampled
 
@@ -68,6 +68,14 @@ def test_what_a_logging_step_needs_costs_half_a_plain_step_more(name, monkeypatc
     asked = plain_step(name)
     assert plain.launches < asked.launches <= 1.5 * plain.launches
     assert asked.waits == 0
+
+
+def test_shares_are_few_launches_and_no_wait(monkeypatch):
+    """Measured: 426; the pass over the pairs of all layers is shared."""
+    monkeypatch.setattr(torch, "enable_grad", torch.no_grad)  # a graph needs a real device
+    asked = plain_step("GPT-2 small", coefficient=Share(0.05))
+    assert BUDGETS["GPT-2 small"] < asked.launches <= 480, asked.calls
+    assert asked.waits == 0, asked.calls
 
 
 @pytest.mark.parametrize("measure", [RieszEnergy(s=2), GaussianPotential()], ids=repr)

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
+from benchmarks.launches import _WITHOUT_KERNEL
 from lightning_hsu._core import foreach, pairwise, raw
 from lightning_hsu._core.pairwise import too_steep
 from lightning_hsu._engine import kept, late, moves
@@ -34,6 +35,7 @@ class Waits(TorchDispatchMode):
 
     Attributes:
         found: How often each has asked.
+        launches: Calls that would start kernels, on any tensors, as benchmarks/launches.py counts them.
         step: The number of the step in which waits are counted: what is begun in one is there in the next, for the
             task's forward and backward pass lies between.
     """
@@ -43,6 +45,7 @@ class Waits(TorchDispatchMode):
         self.step = 0
         self.there = WeakIdKeyDictionary()
         self.found = Counter()
+        self.launches = 0
 
     def put_there(self, *some):
         for x in some:
@@ -59,6 +62,7 @@ class Waits(TorchDispatchMode):
         if on_gpu and (name in ANSWERS or (name in INDEXING and self._has_mask(args[1]))):
             self.note(name)
         result = func(*args, **kwargs)
+        self.launches += not (func.is_view or name in _WITHOUT_KERNEL)
         if on_gpu:
             self.put_there(*tensors_in(result))
             if name.endswith("_") or "out" in kwargs:
@@ -125,6 +129,7 @@ def counting(waits, step):
     """Within the block, which is a part of this step, they are counted."""
     waits.step = step
     waits.found.clear()
+    waits.launches = 0
     with _Lists(waits), waits:
         yield
 

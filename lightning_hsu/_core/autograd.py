@@ -26,6 +26,27 @@ class PairEnergy:
         value: Tensor = _Energy.apply(w, term, with_grad)[0]  # type: ignore[no-untyped-call]
         return value
 
+    @staticmethod
+    def known(w: Tensor, term: PairTerm, value: Tensor, grad: Tensor) -> Tensor:
+        """The same value and gradient, which the caller has computed; not under ``torch.func``."""
+        energy: Tensor = _Known.apply(w, term, value, grad)  # type: ignore[no-untyped-call]
+        return energy
+
+
+class _Known(torch.autograd.Function):
+    """A value whose gradient is there already."""
+
+    @staticmethod
+    def forward(ctx: Any, w: Tensor, term: PairTerm, value: Tensor, grad: Tensor) -> Tensor:
+        ctx.term = term
+        ctx.save_for_backward(w, grad)
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None]:
+        """Scale the gradient as that of :class:`_Energy` is."""
+        return _scaled(ctx, grad_outputs[0]), None, None, None
+
 
 class _Energy(torch.autograd.Function):
     """Value and gradient; the gradient is an output only so that backward can find it."""
@@ -44,10 +65,7 @@ class _Energy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
         """Scale the stored gradient; under ``create_graph`` it is a function of w."""
-        w, grad = saved_tensors(ctx)
-        if torch.is_grad_enabled():
-            grad = _Gradient.apply(w, grad, ctx.term)  # type: ignore[no-untyped-call]
-        return grad * grad_outputs[0][..., None, None].to(grad.dtype), None, None
+        return _scaled(ctx, grad_outputs[0]), None, None
 
     @staticmethod
     def vmap(
@@ -57,6 +75,15 @@ class _Energy(torch.autograd.Function):
         with_grad = with_grad or w.requires_grad  # known only once the batch is unwrapped
         found = _Energy.apply(w, term, with_grad)  # type: ignore[no-untyped-call]
         return found, (0, 0 if with_grad else None)
+
+
+def _scaled(ctx: Any, by_value: Tensor) -> Tensor:
+    """The known gradient times that of a value; under ``create_graph`` it is a function of w."""
+    w, grad = saved_tensors(ctx)
+    if torch.is_grad_enabled():
+        grad = _Gradient.apply(w, grad, ctx.term)  # type: ignore[no-untyped-call]
+    found: Tensor = grad * by_value[..., None, None].to(grad.dtype)
+    return found
 
 
 class _Gradient(torch.autograd.Function):

@@ -164,25 +164,37 @@ def goes_in_batches(update: GradientUpdate, term: PairTerm) -> bool:
     return backend.takes_update(update, term)
 
 
+def goes_without_sync(x: Tensor, size: torch.Size, term: PairTerm | None) -> bool:
+    """Whether a layer on the device of x goes through torch's pass that waits for nothing.
+
+    Args:
+        x: The neurons, or a parameter that they are computed from.
+        size: The shape (b, n, d) of the neurons.
+        term: The kernel; None for a measure without one.
+    """
+    return term is not None and avoids_sync(GradientUpdate(x, x, 1.0, shape=size), term)
+
+
 def add_without_sync(work: Work) -> None:
     """Add the gradients of layers on a GPU."""
     for batch in batches_of(without_crowded(work)):
         add_batch(batch, begin_batch(batch))
 
 
-def begin_batch(batch: Batch, *, stats: bool = False) -> BatchGradient:
+def begin_batch(batch: Batch, *, energy: bool = False, stats: bool = False) -> BatchGradient:
     """Compute the gradients of a batch, and note for the next step which layers are crowded.
 
     Args:
         batch: The layers.
+        energy: Also compute the mean energies.
         stats: Also compute what a logging step needs.
     """
     backend = active()
     with gradient_arithmetic(batch.updates[0].entries):
-        if isinstance(backend, TorchBackend) and backend.compiles:
+        if isinstance(backend, TorchBackend) and backend.compiles and not energy:
             found = backend.gradients(batch, stats=stats)
         else:
-            found = gradients_without_sync(batch, stats=stats)
+            found = gradients_without_sync(batch, energy=energy, stats=stats)
     note_crowded(batch, found)
     return found
 

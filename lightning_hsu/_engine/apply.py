@@ -13,7 +13,7 @@ from lightning_hsu._core.updates import along_the_sphere
 from lightning_hsu._engine.buffered import GradientStats, strong_neurons
 from lightning_hsu._engine.delta import Use, use_of
 from lightning_hsu._engine.layer import Layer, to_compute_dtype
-from lightning_hsu._engine.one_pass import gradient_of
+from lightning_hsu._engine.one_pass import goes_together, gradient_of, gradients_of
 from lightning_hsu._engine.plan import limit_of_gradient
 from lightning_hsu._engine.rates import Rate, Rates
 from lightning_hsu._engine.sharing import Gradients, Job, begin, is_shared, may_be_sent
@@ -53,7 +53,7 @@ class LayerUpdate:
 
     def update_share(self, share: Share, grad: Tensor, means: ShareMeans) -> None:
         """Update the means of a share with this step's penalty gradient (groups, n, d)."""
-        views = self._grad_views(grad / grad.shape[0])
+        views = self.grad_views(grad / grad.shape[0])
         if views:
             task, penalty = self._norms(views)
             means.update(self.layer.name, share, task / self.grad_scale, penalty)
@@ -76,7 +76,7 @@ class LayerUpdate:
 
     def stats(self, grad: Tensor, factor: Tensor) -> GradientStats | None:
         """Describe a weighted gradient (groups, n, d); None if nothing can be added."""
-        views = self._grad_views(grad)
+        views = self.grad_views(grad)
         if not views:
             return None
         task, penalty = self._norms(views)
@@ -100,11 +100,19 @@ class LayerUpdate:
 
     def add(self, grad: Tensor) -> None:
         """Add a weighted gradient (groups, n, d) to ``.grad``."""
-        for p, task, part in self._grad_views(grad):
-            factor = self.grad_scale
-            if id(p) in self.learning_rates.ascending:  # maximize=True: the step adds what is here
-                factor = -factor
+        for p, task, part in self.grad_views(grad):
+            factor = self.factor_of(p)
             task.add_(part if factor == 1.0 else part * factor)
+
+    def factor_of(self, p: nn.Parameter) -> float:
+        """What a weighted gradient is multiplied by before it is added to the parameter's."""
+        if id(p) in self.learning_rates.ascending:  # maximize=True: the step adds what is here
+            return -self.grad_scale
+        return self.grad_scale
+
+    def grad_views(self, grad: Tensor) -> list[GradView]:
+        """The tensors that a gradient (groups, n, d) of the neurons is added to."""
+        return list(self.layer.target.grad_views(self.view, grad, self.learning_rates))
 
     def move(self, grad: Tensor) -> None:
         """Move by learning rate times a weighted gradient (groups, n, d), along the sphere.
@@ -121,10 +129,6 @@ class LayerUpdate:
         for p, value, part in list(views):
             value.add_(part if are_entries else part * self.learning_rates[id(p)])
 
-    def _grad_views(self, grad: Tensor) -> list[GradView]:
-        """The tensors that a gradient (groups, n, d) of the neurons is added to."""
-        return list(self.layer.target.grad_views(self.view, grad, self.learning_rates))
-
     def _norms(self, views: list[GradView]) -> tuple[Tensor, Tensor]:
         """Norms of the task's gradient, as it is in ``.grad``, and of the penalty's."""
         target = self.layer.target
@@ -136,29 +140,34 @@ class LayerUpdate:
 def penalty_gradients(updates: Sequence[LayerUpdate], placement: Placement) -> list[Tensor]:
     """Gradient (groups, n, d) of each layer's penalty, summed over its groups.
 
-    Small layers of equal shape are computed together. Each large layer is computed by one of the
-    ranks that train the same weights. For a sharded layer only the rows that this rank holds are
+    Small layers of equal shape are computed together, on a GPU layers of any shapes. Each large layer
+    is computed by one of the ranks that train the same weights. For a sharded layer only the rows that this rank holds are
     computed, against all rows; the others are zero.
     """
     shared = []
+    joined = []
     stacks: dict[object, list[int]] = {}
     for i, update in enumerate(updates):
         if is_shared(update.layer, placement) and may_be_sent(update.state):
             shared.append(i)
+        elif goes_together(update.layer):
+            joined.append(i)
         else:
             stacks.setdefault(_stack_key(i, update), []).append(i)
     found: dict[int, Tensor] = {}
     with _begin_shared([updates[i] for i in shared], placement) as from_ranks:
-        for members in stacks.values():
-            neurons = [updates[i].neurons for i in members]
-            first = updates[members[0]]
+        members = [(updates[i].layer, updates[i].view.x.detach()) for i in joined]
+        found |= dict(zip(joined, gradients_of(members), strict=True))
+        for stack in stacks.values():
+            neurons = [updates[i].neurons for i in stack]
+            first = updates[stack[0]]
             x = torch.cat(neurons) if len(neurons) > 1 else neurons[0]
             if first.layer.rows is None:
-                grad = gradient_of([updates[i].layer for i in members], x, first.state)
+                grad = gradient_of([updates[i].layer for i in stack], x, first.state)
             else:
                 grad = first.layer.measure.gradient_rows(x, first.layer.rows, first.state)
             parts = torch.split(grad, neurons[0].shape[0])
-            found |= dict(zip(members, parts, strict=True))
+            found |= dict(zip(stack, parts, strict=True))
         found |= dict(zip(shared, from_ranks.wait(), strict=True))
     return [found[i] for i in range(len(updates))]
 

@@ -1,18 +1,24 @@
 """Gradients of layers that are not plain, on a GPU in one pass for which the host does not wait.
 
-Whether such a gradient was exact is read when the layer is computed next: if it was not, as with
+Layers whose measures are means over pairs go together, whatever their shapes; others, as a sampled
+head, each by itself. Whether such a gradient was exact is read when the layer is computed next: if it was not, as with
 coincident neurons, the layer goes the exact way for a while.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from weakref import WeakKeyDictionary
+from dataclasses import replace
+from weakref import WeakKeyDictionary, ref
 
+import torch
 from torch import Tensor
 
+from lightning_hsu._core import PairEnergy
+from lightning_hsu._core.foreach import goes_without_sync
+from lightning_hsu._core.together import Neurons, gradients_together
 from lightning_hsu._engine.late import LateNumbers
-from lightning_hsu._engine.layer import Layer
+from lightning_hsu._engine.layer import Layer, to_compute_dtype
 from lightning_hsu.measures import State
 
 _EXACT = 16
@@ -20,6 +26,70 @@ _EXACT = 16
 
 _ANSWERS: WeakKeyDictionary[Layer, LateNumbers] = WeakKeyDictionary()
 _LEFT: WeakKeyDictionary[Layer, int] = WeakKeyDictionary()
+
+
+def goes_together(layer: Layer) -> bool:
+    """Whether a layer is computed in one pass with others of any shapes, as plain ones on a GPU are."""
+    measure = layer.measure
+    if layer.rows is not None or measure.has_state or layer.sharded or not layer.parameters:
+        return False
+    size = torch.Size(layer.target.shape)
+    return goes_without_sync(layer.parameters[0], size, measure.pair_term())
+
+
+def gradients_of(members: Sequence[tuple[Layer, Tensor]]) -> list[Tensor]:
+    """The gradients (groups, n, d) of layers that go together, which the caller may change.
+
+    Args:
+        members: The layers, and their neurons without a graph.
+    """
+    together = gradients_together(_neurons_of(members))
+    found = []
+    for place, (layer, x) in enumerate(members):
+        one = together.get(place)
+        if one is None:
+            found.append(layer.measure.value_and_grad(to_compute_dtype(x))[1])
+        else:
+            found.append(one.grad)
+    return found
+
+
+def values_and_gradients(members: Sequence[tuple[Layer, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+    """The penalties (groups,) of layers that go together, and their gradients (groups, n, d).
+
+    Args:
+        members: The layers, and their neurons without a graph.
+    """
+    together = gradients_together(_neurons_of(members), energy=True)
+    found = []
+    for place, (layer, x) in enumerate(members):
+        one = together.get(place)
+        if one is None or one.energy is None:
+            found.append(layer.measure.value_and_grad(to_compute_dtype(x)))
+        else:
+            found.append((_penalty_of(one.energy, layer), one.grad))
+    return found
+
+
+def penalties_together(members: Sequence[tuple[Layer, Tensor]]) -> list[Tensor]:
+    """The penalties (groups,) of layers that go together, with a graph; twice differentiable.
+
+    Args:
+        members: The layers, and their neurons (groups, n, d) with a graph, in float32 or wider.
+    """
+    neurons = []
+    for each in _neurons_of(members):
+        neurons.append(each._replace(term=replace(each.term, logarithm=False)))
+    together = gradients_together(neurons, energy=True)
+    found = []
+    for place, (layer, x) in enumerate(members):
+        one = together.get(place)
+        if one is None or one.energy is None:
+            found.append(layer.measure.penalty(x))
+        else:
+            energy = PairEnergy.known(x, neurons[place].term, one.energy, one.grad)
+            found.append(_penalty_of(energy, layer))
+    return found
 
 
 def gradient_of(layers: Sequence[Layer], x: Tensor, state: State | None) -> Tensor:
@@ -40,6 +110,24 @@ def gradient_of(layers: Sequence[Layer], x: Tensor, state: State | None) -> Tens
                 _ANSWERS[layer] = answer
             return grad
     return measure.value_and_grad(x, state)[1]
+
+
+def _neurons_of(members: Sequence[tuple[Layer, Tensor]]) -> list[Neurons]:
+    """The neurons of layers, and what stands for them from step to step."""
+    found = []
+    for layer, x in members:
+        term = layer.measure.pair_term()
+        assert term is not None
+        found.append(Neurons(x.detach(), term, ref(layer)))
+    return found
+
+
+def _penalty_of(energy: Tensor, layer: Layer) -> Tensor:
+    """The penalties (groups,) that belong to mean energies (groups,)."""
+    term = layer.measure.pair_term()
+    if term is None or not term.logarithm:
+        return energy
+    return torch.where(energy > 0, energy, 1.0).log()  # 0 where there are no pairs
 
 
 def _goes_exactly(layers: Sequence[Layer]) -> bool:

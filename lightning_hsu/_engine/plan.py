@@ -38,8 +38,8 @@ from lightning_hsu._neurons.target import Target
 _ROOM = 2**21
 """Entries of layers on a CPU whose buffers are there at once: 8 MiB in float32."""
 
-_ROOM_ON_GPU = 2**29
-_LOTS_ON_GPU = 6
+ROOM_ON_GPU = 2**29
+LOTS_ON_GPU = 6
 """The same on a GPU, where each lot takes some 20 launches: as many lots, or few more, of large models."""
 
 
@@ -320,7 +320,7 @@ class PlainUpdates:
         room = _ROOM
         _, term, first = self.found[0]
         if goes_in_batches(first, term):
-            room = max(_ROOM_ON_GPU, sum(sizes) // _LOTS_ON_GPU)
+            room = max(ROOM_ON_GPU, sum(sizes) // LOTS_ON_GPU)
         begun = ahead.stacks()
         stacks: dict[object, list[int]] = {}
         for i, (layer, _, _) in enumerate(self.found):
@@ -385,7 +385,8 @@ def buckets(layers: Sequence[Layer], placement: Placement) -> list[list[Layer]]:
     """Buckets of layers that must be computed together.
 
     Such layers share a parameter or a sharded module, are small and of one shape, or are divided
-    over ranks. A bucket has no others, since all its gradients are in memory at once.
+    over ranks. A bucket has no others, since all its gradients are in memory at once; on a GPU
+    buckets are joined as far as there is room (together.py).
     """
     found: list[_Bucket] = []
     for layer in layers:

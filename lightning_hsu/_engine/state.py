@@ -162,12 +162,20 @@ class ShareMeans:
 
     def update(self, name: str, share: Share, task: Tensor, penalty: Tensor) -> None:
         """Update a layer's means with the norms of one step, if these are finite."""
+        self.update_several([name], share, torch.stack([task, penalty])[None])
+
+    def update_several(self, names: Sequence[str], share: Share, norms: Tensor) -> None:
+        """Update the means of k layers with their norms (k, 2), where both are finite."""
         self._is_loaded = False
-        norms = torch.stack([task, penalty])
-        known = self.means.get(name)
-        known = torch.zeros_like(norms) if known is None else known.to(norms)
-        mixed = share.smoothing * known + (1.0 - share.smoothing) * norms
-        self.means[name] = torch.where(torch.isfinite(norms).all(), mixed, known)
+        rows = []
+        for name in names:
+            known = self.means.get(name)
+            rows.append(norms.new_zeros(2) if known is None else known.to(norms))
+        before = torch.stack(rows)
+        mixed = share.smoothing * before + (1.0 - share.smoothing) * norms
+        after = torch.where(torch.isfinite(norms).all(1, keepdim=True), mixed, before)
+        for name, mean in zip(names, after.unbind(), strict=True):
+            self.means[name] = mean
 
     def coefficient(self, name: str, share: Share) -> Tensor | float:
         """Return a layer's coefficient without host-device synchronisation; 0 before any step."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,54 +12,67 @@ from lightning_hsu._core import exact_arithmetic, working_dtype
 from lightning_hsu._core.foreach import SMALL, shortening
 from lightning_hsu._engine.apply import LayerUpdate, penalty_gradients
 from lightning_hsu._engine.buffered import GradientStats
-from lightning_hsu._engine.delta import use_of
+from lightning_hsu._engine.delta import Use, use_of
 from lightning_hsu._engine.known_gradient import KnownGradient
 from lightning_hsu._engine.layer import Layer, to_compute_dtype
 from lightning_hsu._engine.misuse import in_transform
+from lightning_hsu._engine.one_pass import (
+    goes_together,
+    penalties_together,
+    values_and_gradients,
+)
 from lightning_hsu._engine.plan import StepContext, limit_of_gradient
 from lightning_hsu._engine.rates import Rate, UnknownRateError, is_unknown, largest, sign_in_loss
 from lightning_hsu._engine.state import TrainingState
+from lightning_hsu._engine.together import (
+    Weighted,
+    add_together,
+    in_lots,
+    update_shares,
+    weighted_together,
+)
 from lightning_hsu._neurons.placement import Gathered, Placement
 from lightning_hsu.coefficients import Share
 from lightning_hsu.measures import State
 from lightning_hsu.measures.state import is_random
 
-Act = Callable[[LayerUpdate, Tensor], None]
-"""What to do with a layer's weighted gradient: :meth:`LayerUpdate.add` or ``move``."""
-
 
 def act_on_buckets(
     buckets: Sequence[Sequence[Layer]],
-    act: Act,
     state: TrainingState,
     context: StepContext,
     placement: Placement,
 ) -> dict[str, GradientStats]:
-    """Act on the weighted penalty gradients of the layers, one bucket after the other."""
+    """Add the weighted penalty gradients of the layers, or move these, one lot after the other."""
     for bucket in buckets:
         for layer in bucket:  # before any of them acts: a refused step changes nothing
             _refuse_sparse(layer, state, context)
     stats: dict[str, GradientStats] = {}
     first = next(layer for bucket in buckets for layer in bucket)
     with exact_arithmetic(first.parameters[0]):  # a hook may run within autocast
-        for bucket in buckets:
+        for bucket, together in in_lots(buckets, placement):
             updates = _updates(bucket, state, context)
             if state.deltas:
                 grads = _kept_gradients(updates, state, context, placement)
             else:
                 updates = [_prepared(update, state, context) for update in updates]
                 grads = penalty_gradients(updates, placement)
-            weighted_grads = []
             # Take all norms before adding any gradient: layers may share a parameter.
-            for update, grad in zip(updates, grads, strict=True):
-                coefficient = _coefficient(update, grad, state, context)
-                weighted, shortened_by = update.weighted(grad, coefficient, context.step_limit)
-                weighted_grads.append(weighted)
-                layer_stats = update.stats(weighted, shortened_by) if context.stats else None
-                if layer_stats is not None:
-                    stats[update.layer.name] = layer_stats
-            for update, weighted in zip(updates, weighted_grads, strict=True):
-                act(update, weighted)
+            weigh = _weighted_together if together else _weighted
+            weighted = weigh(updates, grads, state, context)
+            if context.stats:
+                for update, (grad, shortened_by) in zip(updates, weighted, strict=True):
+                    layer_stats = update.stats(grad, shortened_by)
+                    if layer_stats is not None:
+                        stats[update.layer.name] = layer_stats
+            if together and not context.moves:
+                add_together(updates, [grad for grad, _ in weighted])
+                continue
+            for update, (grad, _) in zip(updates, weighted, strict=True):
+                if context.moves:
+                    update.move(grad)
+                else:
+                    update.add(grad)
     return stats
 
 
@@ -69,13 +82,19 @@ def loss_terms(layers: Sequence[Layer], state: TrainingState, context: StepConte
     if not layers:
         return torch.zeros(())
     terms: dict[object, list[_LossTerm]] = {}
+    together = []
     for layer in layers:
         term = _loss_term(layer, state, context)
-        if term is not None:
+        if term is None:
+            continue
+        if term.goes_together():
+            together.append(term)
+        else:
             terms.setdefault(term.key(keeps=bool(state.deltas)), []).append(term)
-    if not terms:
+    if not terms and not together:
         return torch.zeros((), device=layers[0].parameters[0].device)
     totals = [_weighted_penalty(members, state, context) for members in terms.values()]
+    totals += _weighted_together_in_loss(together, state, context)
     total = torch.stack([one.to(totals[0]) for one in totals]).sum()
     acting = [layer for layer in layers if state.now.coefficients[layer.name] != 0]
     return state.now.penalties.checked(total, acting) if acting else total
@@ -141,14 +160,39 @@ def _kept_gradients(
     return grads
 
 
-def _coefficient(
-    update: LayerUpdate, grad: Tensor, state: TrainingState, context: StepContext
-) -> Tensor | float:
-    """The coefficient of a layer; a share first updates its means with this step's gradients."""
-    layer = update.layer
-    if isinstance(layer.strength, Share):
-        if not context.same_step:
-            update.update_share(layer.strength, grad, state.share_means)
+def _weighted(
+    updates: Sequence[LayerUpdate],
+    grads: Sequence[Tensor],
+    state: TrainingState,
+    context: StepContext,
+) -> list[Weighted]:
+    """The weighted gradients of layers; shares first update their means with this step's."""
+    found = []
+    for update, grad in zip(updates, grads, strict=True):
+        strength = update.layer.strength
+        if isinstance(strength, Share) and not context.same_step:
+            update.update_share(strength, grad, state.share_means)
+        coefficient = _coefficient(update.layer, state, context)
+        found.append(update.weighted(grad, coefficient, context.step_limit))
+    return found
+
+
+def _weighted_together(
+    updates: Sequence[LayerUpdate],
+    grads: Sequence[Tensor],
+    state: TrainingState,
+    context: StepContext,
+) -> list[Weighted]:
+    """The same in few operations for layers that go together."""
+    if not context.same_step:
+        update_shares(updates, grads, state.share_means)
+    coefficients = [_coefficient(update.layer, state, context) for update in updates]
+    return weighted_together(updates, grads, coefficients, context.step_limit)
+
+
+def _coefficient(layer: Layer, state: TrainingState, context: StepContext) -> Tensor | float:
+    """The coefficient of a layer at a step."""
+    if layer.has_share:
         return state.coefficient(layer, context.step)
     return state.now.coefficients[layer.name]  # as _updates noted it
 
@@ -183,6 +227,11 @@ class _LossTerm:
         rate = id(self.rate) if isinstance(self.rate, Tensor) else self.rate
         return self.layer.measure, x.shape, self.dtype, x.device, rate
 
+    def goes_together(self) -> bool:
+        """Whether value and gradient are computed in one pass with those of layers of any shapes."""
+        has_graph = self.x.requires_grad and torch.is_grad_enabled()
+        return has_graph and goes_together(self.layer) and not in_transform()
+
 
 def _loss_term(layer: Layer, state: TrainingState, context: StepContext) -> _LossTerm | None:
     """A layer's part of a loss; None if its coefficient is 0."""
@@ -208,18 +257,10 @@ def _weighted_penalty(
     """Coefficient times penalty of layers that are computed together."""
     first = members[0]
     x = torch.cat([one.x for one in members]) if len(members) > 1 else first.x
-    if first.rate is not None and x.requires_grad:
-        x = x.view_as(x)  # not the parameter itself, which would keep the hook
-        neurons = x.detach()
-        limit = limit_of_gradient(context.step_limit, first.rate)
-        bound = torch.finfo(first.dtype).max / 2
-
-        def shorten(grad: Tensor) -> Tensor:
-            return grad * shortening(grad / context.factor, neurons, 1.0, limit, bound)
-
-        x.register_hook(shorten)  # type: ignore[no-untyped-call]
+    x = _limited(x, first, context)
     if state.deltas and context.learning_rates:
-        return first.coefficient * _kept_penalty(first.layer, x, state, context)
+        (kept,) = _kept_penalties([(first.layer, x)], state, context)
+        return first.coefficient * kept
     measure_state = _loss_state(first.layer, x, state, context)
     penalties = first.layer.measure.penalty(x, measure_state).view(len(members), -1).mean(1)
     weighted = [
@@ -228,25 +269,78 @@ def _weighted_penalty(
     return torch.stack(weighted).sum()
 
 
-def _kept_penalty(layer: Layer, x: Tensor, state: TrainingState, context: StepContext) -> Tensor:
-    """The penalty of neurons x (groups, n, d), meaned over groups, as it was when last computed."""
-    use = use_of(layer, x.detach())
-    use.needs_value = True
+def _weighted_together_in_loss(
+    members: Sequence[_LossTerm], state: TrainingState, context: StepContext
+) -> list[Tensor]:
+    """The same of each of the layers that are computed in one pass, whatever their shapes."""
+    if not members:
+        return []
+    neurons = [(one.layer, _limited(one.x, one, context)) for one in members]
+    if state.deltas and context.learning_rates:
+        penalties = _kept_penalties(neurons, state, context)
+    else:
+        penalties = list(map(torch.mean, penalties_together(neurons)))
+    return [one.coefficient * found for one, found in zip(members, penalties, strict=True)]
+
+
+def _limited(x: Tensor, term: _LossTerm, context: StepContext) -> Tensor:
+    """Neurons x whose gradient obeys the step limit on its way back, if an optimizer is known."""
+    if term.rate is None or not x.requires_grad:
+        return x
+    x = x.view_as(x)  # not the parameter itself, which would keep the hook
+    neurons = x.detach()
+    limit = limit_of_gradient(context.step_limit, term.rate)
+    bound = torch.finfo(term.dtype).max / 2
+
+    def shorten(grad: Tensor) -> Tensor:
+        return grad * shortening(grad / context.factor, neurons, 1.0, limit, bound)
+
+    x.register_hook(shorten)  # type: ignore[no-untyped-call]
+    return x
+
+
+def _kept_penalties(
+    members: Sequence[tuple[Layer, Tensor]], state: TrainingState, context: StepContext
+) -> list[Tensor]:
+    """The penalties of neurons (groups, n, d), meaned over groups, as they were when last computed."""
+    uses = []
+    for layer, x in members:
+        use = use_of(layer, x.detach())
+        use.needs_value = True
+        uses.append(use)
     same_step = context.same_step
-    state.deltas.find_due([use], same_step=same_step)
-    if use.is_due or state.deltas.of(use).value is None:
-        measure_state = _loss_state(layer, x, state, context)
-        with exact_arithmetic(x):
-            value, grad = layer.measure.value_and_grad(use.x, measure_state)
-        draws = [layer.name] if is_random(measure_state) else []
-        state.deltas.keep([use], [grad], draws=draws, learns=not same_step)
-        state.deltas.of(use).value = value.mean()
-    delta = state.deltas.refreshed(use, same_step=same_step)
+    state.deltas.find_due(uses, same_step=same_step)
+    due = [use for use in uses if use.is_due or state.deltas.of(use).value is None]
+    if due:
+        _keep_fresh(due, state, context)
+    penalties = []
+    for (_, x), use in zip(members, uses, strict=True):
+        delta = state.deltas.refreshed(use, same_step=same_step)
+        grad = delta.grad.to(x.dtype) / x.shape[0]
+        penalty: Tensor = KnownGradient.apply(x, delta.value, grad)  # type: ignore[no-untyped-call]
+        penalties.append(penalty)
     if not same_step:
-        state.deltas.grow_older([use])
-    grad = delta.grad.to(x.dtype) / x.shape[0]
-    penalty: Tensor = KnownGradient.apply(x, delta.value, grad)  # type: ignore[no-untyped-call]
-    return penalty
+        state.deltas.grow_older(uses)
+    return penalties
+
+
+def _keep_fresh(due: Sequence[Use], state: TrainingState, context: StepContext) -> None:
+    """Compute penalties and gradients of layers in a loss, and keep them."""
+    draws = []
+    with exact_arithmetic(due[0].x):
+        if all(goes_together(use.layer) for use in due):
+            found = values_and_gradients([(use.layer, use.x) for use in due])
+        else:
+            found = []
+            for use in due:
+                measure_state = _loss_state(use.layer, use.x, state, context)
+                found.append(use.layer.measure.value_and_grad(use.x, measure_state))
+                if is_random(measure_state):
+                    draws.append(use.layer.name)
+    values, grads = zip(*found, strict=True)
+    state.deltas.keep(due, grads, draws=draws, learns=not context.same_step)
+    for use, value in zip(due, values, strict=True):
+        state.deltas.of(use).value = value.mean()
 
 
 def refuse_unknown_rates(
