@@ -17,6 +17,7 @@ OLD_CPU = TORCHINDUCTOR_CACHE_DIR=$(CURDIR)/.venv/compiled-for-old-cpu ATEN_CPU_
 
 .PHONY: setup demo test coverage cpus docs events evidence versions pretrained models notebooks lint types wheel kernels bench bench-gpu clean
 .NOTPARALLEL:  # two installations into one .venv would get in each other's way
+unexport PYTHONDONTWRITEBYTECODE  # else each process compiles all tests anew
 
 setup: .venv/dev.installed  ## Install everything, and lint before each commit
 	$(BIN)/pre-commit install

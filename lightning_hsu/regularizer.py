@@ -128,8 +128,9 @@ class UniformityRegularizer:
             swapped neuron (within four steps while gradients last for fewer) if torch counts the
             write, as under ``no_grad``, and no ranks train together; else, as through ``p.data`` or
             within an optimizer's step, when its turn comes (at each step that of one layer, among
-            those whose gradients are 8 steps old or older), or its gradient is computed again before. (On a GPU a change through ``p.data`` after :meth:`look_ahead` is
-            seen one step later, with a warning.) That takes memory for one gradient of each layer
+            those whose gradients are 8 steps old or older), or its gradient is computed again
+            before. (On a GPU a change through ``p.data`` after :meth:`look_ahead` is seen one step
+            later, with a warning.) That takes memory for one gradient of each layer
             (half in bfloat16) and a little more. None computes every layer at every step. It may be
             assigned later. On a GPU :meth:`move` and sharded weights wait for the device once a
             step to know how far neurons have moved, and so does an optimizer that steps right after

@@ -141,8 +141,8 @@ def penalty_gradients(updates: Sequence[LayerUpdate], placement: Placement) -> l
     """Gradient (groups, n, d) of each layer's penalty, summed over its groups.
 
     Small layers of equal shape are computed together, on a GPU layers of any shapes. Each large layer
-    is computed by one of the ranks that train the same weights. For a sharded layer only the rows that this rank holds are
-    computed, against all rows; the others are zero.
+    is computed by one of the ranks that train the same weights. For a sharded layer only the rows
+    that this rank holds are computed, against all rows; the others are zero.
     """
     shared = []
     joined = []

@@ -1,8 +1,8 @@
 """Gradients of layers that are not plain, on a GPU in one pass for which the host does not wait.
 
 Layers whose measures are means over pairs go together, whatever their shapes; others, as a sampled
-head, each by itself. Whether such a gradient was exact is read when the layer is computed next: if it was not, as with
-coincident neurons, the layer goes the exact way for a while.
+head, each by itself. Whether such a gradient was exact is read when the layer is computed next: if it
+was not, as with coincident neurons, the layer goes the exact way for a while.
 """
 
 from __future__ import annotations
