@@ -641,7 +641,8 @@ class UniformityRegularizer:
 
         Call it after each step. The norms of the neurons do not change. Parameters that are frozen
         or have no gradient are left alone. Neurons that are computed from parameters (weight_norm,
-        pruning) follow these.
+        pruning) follow these. After a step of a fused optimizer under a GradScaler the host waits for
+        the device to tell whether that was skipped, as an unfused one waits by itself.
 
         Args:
             optimizer: The optimizer that has stepped; each parameter moves with its own group's
