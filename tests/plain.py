@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -146,12 +146,19 @@ class Past:
         return replace(self, grad=grad, seen=seen)
 
 
+class Used(NamedTuple):
+    """One use of a kept gradient: whether it was computed, another evaluation within a step, and projected."""
+
+    is_computed: bool
+    is_again: bool
+    is_projected: bool
+
+
 class Kept:
     """Gradients that are kept for several steps, and computed when a schedule says so.
 
     Args:
-        schedule: Of each layer the uses of its gradient, one after the other: whether it was computed,
-            whether that was another evaluation within a step, and whether it was projected.
+        schedule: Of each layer the uses of its gradient, one after the other.
     """
 
     def __init__(self, schedule):
@@ -188,13 +195,13 @@ class Kept:
 @contextmanager
 def recorded_schedule():
     """The uses of kept gradients by layer, as ``Kept`` takes them."""
-    schedule: dict[str, list[tuple[bool, bool]]] = {}
+    schedule: dict[str, list[Used]] = {}
     find_due = Deltas.find_due
 
     def noted(deltas, uses, *, same_step=False):
         find_due(deltas, uses, same_step=same_step)
         for use in uses:
-            one = use.is_due, same_step, use.is_projected
+            one = Used(use.is_due, same_step, use.is_projected)
             schedule.setdefault(use.layer.name, []).append(one)
 
     with mock.patch.object(Deltas, "find_due", noted):

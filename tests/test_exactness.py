@@ -691,7 +691,7 @@ def fit_keeping(row, mode):
 
 def uses_of(schedule):
     """Whether each use of a gradient computed it."""
-    return [is_computed for uses in schedule.values() for is_computed, _ in uses]
+    return [use.is_computed for uses in schedule.values() for use in uses]
 
 
 def fit_plainly_keeping(row, mode, module, data, schedule):

@@ -733,8 +733,9 @@ def test_kept_gradients_go_on_with_another_number_of_processes(before, after, tm
     assert known == ours["reuse"]
     assert max(layer["interval"] for layer in known.values()) > 1
     for uses in schedule.values():
-        assert uses[0] == (True, False)
-        assert not all(is_computed for is_computed, _ in uses)
+        assert uses[0].is_computed
+        assert not uses[0].is_again
+        assert not all(use.is_computed for use in uses)
     for p, expected in zip(weights, plainly_from(checkpoint, schedule, 2), strict=True):
         torch.testing.assert_close(p, expected, rtol=0.0, atol=1e-12)
 
