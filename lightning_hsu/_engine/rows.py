@@ -1,11 +1,10 @@
 """Whether single neurons of a layer are others than before, which a few of its entries do not show.
 
 A new, pruned or swapped neuron changes a large layer little on average, and its gradient wholly. Of
-each neuron a *sketch* is kept: the products of its eight or so parts with random signs, whose change is
-about as long as that of the neuron, and its norm, over which the change counts: a short neuron has a
-large gradient. One pass over the weights finds the neuron that has changed
-most. That takes 3 % of the time of a gradient for layers of 256 x 256 and 128 x 1152, 9 % for
-64 x 64 (19 us, and 9 for each of six layers together), and 0.1 % for 768 x 3072: little, but
+each neuron a *sketch* is kept: the products of its eight or so parts with random signs, whose change
+is about as long as that of the neuron, over its norm: a short neuron has a large gradient. One pass
+over the weights finds the neuron that has changed most. That takes 3 % of the time of a gradient for
+layers of 256 x 256 and 128 x 1152, 9 % for 64 x 64 (19 us), and 0.1 % for 768 x 3072: little, but
 several times as long as it takes to add a kept gradient. So it is not done at every step, but
 
 - at a step at which the weights were written to more often than between other steps, as torch counts
