@@ -157,4 +157,4 @@ def test_48_of_them_are_few_launches_and_no_wait(kind, mode, budget):
     _, asked = as_on_a_gpu(model, regularizer_of(kind), mode, steps=3, counts=True)
     launches, waited = asked[-1]
     assert waited == {}
-    assert 200 < launches <= budget
+    assert 0 < launches <= budget

@@ -33,7 +33,7 @@ class Moves:
         self._rows = rows
         self._begun: dict[str, _Look] = {}
         self._checks = LateChecks()
-        self._then: dict[torch.dtype, _Together] = {}  # on a GPU, where it spares a launch
+        self._then: dict[object, _Together] = {}  # on a GPU, where it spares a launch
 
     def begin(self, known: Sequence[Known], *, checks: bool = True) -> None:
         """Begin to look how far layers on GPUs have moved, for a step to come.
@@ -60,11 +60,12 @@ class Moves:
         """Look at layers of one device and dtype."""
         then = {use.layer.name: delta.sample for use, delta in members}
         sample = members[0][1].sample
-        together = self._then.get(sample.dtype)
+        kind = sample.dtype, sample.device
+        together = self._then.get(kind)
         if together is None or not together.is_of(then):
             together = _Together(then)
         if reads_late(sample):
-            self._then[sample.dtype] = together
+            self._then[kind] = together
         return _Look(members, together.samples, self._rows)
 
     def _see_begun(self, known: Sequence[Known]) -> list[Known]:

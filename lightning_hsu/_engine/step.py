@@ -24,7 +24,7 @@ from lightning_hsu._engine.one_pass import (
 from lightning_hsu._engine.plan import StepContext, limit_of_gradient
 from lightning_hsu._engine.rates import Rate, UnknownRateError, is_unknown, largest, sign_in_loss
 from lightning_hsu._engine.state import TrainingState
-from lightning_hsu._engine.together import (
+from lightning_hsu._engine.weighted import (
     Weighted,
     add_together,
     in_lots,
