@@ -299,6 +299,9 @@ def _told_of_groups(numbers: GatheredNumbers, values: Sequence[float]) -> list[G
 @contextmanager
 def told() -> Iterator[None]:
     """Within the block what is copied to the host without waiting is :class:`Told`."""
+    default = UniformityRegularizer().measure
+    for measure in (default, default.for_head()):
+        look_at(measure)
     with ExitStack() as stack:
         for user in ("ahead", "buffered", "lessons", "moves"):
             stack.enter_context(mock.patch(f"lightning_hsu._engine.{user}.LateNumbers", Told))
@@ -342,7 +345,6 @@ class Steps:
 
 def steps_ahead(name: str) -> tuple[list[Asked], list[Asked], list[Asked]]:
     """What a plain step asks for, a logging step, and with a tolerance one at which nothing is due."""
-    _look_at_default()
     with told():
         with pretending():
             exact = Steps(name)
@@ -381,7 +383,6 @@ def quiet_logging_step(name: str) -> list[Asked]:
 
     The costliest of those that pull, look or project by the way.
     """
-    _look_at_default()
     quiet: list[Asked] = []
     with told(), pretending():
         kept = Steps(name, tolerance=0.05)
@@ -405,13 +406,6 @@ def launches_of(asked: Sequence[Asked]) -> int:
 def waits_of(asked: Sequence[Asked]) -> int:
     """Waits in all parts of a step."""
     return sum(one.waits for one in asked)
-
-
-def _look_at_default() -> None:
-    """Learn of the default kernels what is kept."""
-    default = UniformityRegularizer().measure
-    for measure in (default, default.for_head()):
-        look_at(measure)
 
 
 def look_at(measure: Measure) -> None:
