@@ -71,10 +71,7 @@ def as_on_a_gpu(model, regularizer, mode, **settings):
     with waits_of() as waits:
 
         def between(step, act):
-            for p in model.parameters():
-                waits.put_there(p)
-                if p.grad is not None:
-                    waits.put_there(p.grad)
+            waits.put_model_there(model)
             with counting(waits, step):
                 act()
             asked.append((waits.launches, dict(waits.found)))

@@ -81,10 +81,7 @@ def as_on_a_gpu(**settings):
     with waits_of() as waits:
 
         def between(net, step, act):
-            for p in net.parameters():
-                waits.put_there(p)
-                if p.grad is not None:
-                    waits.put_there(p.grad)
+            waits.put_model_there(net)
             with counting(waits, step):
                 act()
             if step:

@@ -51,6 +51,13 @@ class Waits(TorchDispatchMode):
         for x in some:
             self.there[x] = True
 
+    def put_model_there(self, model):
+        """Its parameters, and their gradients."""
+        for p in model.parameters():
+            self.put_there(p)
+            if p.grad is not None:
+                self.put_there(p.grad)
+
     def is_there(self, x):
         return x in self.there
 
