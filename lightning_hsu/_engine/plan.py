@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from lightning_hsu._core import PairTerm
 from lightning_hsu._core.foreach import SMALL, add_all_pair_gradients, goes_in_batches
-from lightning_hsu._core.updates import GradientUpdate
+from lightning_hsu._core.updates import GradientUpdate, Item
 from lightning_hsu._engine.ahead import Ahead
 from lightning_hsu._engine.buffered import BufferedUpdates
 from lightning_hsu._engine.layer import Layer
@@ -38,8 +38,8 @@ from lightning_hsu._neurons.target import Target
 _ROOM = 2**21
 """Entries of layers on a CPU whose buffers are there at once: 8 MiB in float32."""
 
-ROOM_ON_GPU = 2**29
-LOTS_ON_GPU = 6
+_ROOM_ON_GPU = 2**29
+_LOTS_ON_GPU = 6
 """The same on a GPU, where each lot takes some 20 launches: as many lots, or few more, of large models."""
 
 
@@ -320,22 +320,21 @@ class PlainUpdates:
         room = _ROOM
         _, term, first = self.found[0]
         if goes_in_batches(first, term):
-            room = max(ROOM_ON_GPU, sum(sizes) // LOTS_ON_GPU)
+            room = room_on_gpu(sizes)
         begun = ahead.stacks()
         stacks: dict[object, list[int]] = {}
         for i, (layer, _, _) in enumerate(self.found):
             alone = layer if sizes[i] > SMALL else None
             stacks.setdefault(begun.get(layer, alone), []).append(i)
+        members = list(stacks.values())
+        filled = [sum(sizes[i] for i in own) for own in members]
         lots: list[PlainUpdates] = []
-        filled = 0
-        for members in stacks.values():
-            size = sum(sizes[i] for i in members)
-            if not lots or filled + size > room:
-                lots.append(PlainUpdates(need_buffers=True, has_stats=self._has_stats))
-                lots[-1].rates = self.rates
-                filled = 0
-            lots[-1].found += [self.found[i] for i in members]
-            filled += size
+        for run in runs_that_fit(members, filled, room):
+            lot = PlainUpdates(need_buffers=True, has_stats=self._has_stats)
+            lot.rates = self.rates
+            for own in run:
+                lot.found += [self.found[i] for i in own]
+            lots.append(lot)
         return lots
 
     def begin_buffers(self) -> BufferedUpdates:
@@ -371,6 +370,24 @@ class PlainUpdates:
                 outs.append(update.out_entries)
                 grads.append(grad.view(update.out_entries.shape))
             torch._foreach_add_(outs, grads)
+
+
+def room_on_gpu(sizes: Sequence[int]) -> int:
+    """Entries of layers on a GPU that are in memory at once, if these are the sizes of all."""
+    return max(_ROOM_ON_GPU, sum(sizes) // _LOTS_ON_GPU)
+
+
+def runs_that_fit(items: Sequence[Item], sizes: Sequence[int], room: int) -> list[list[Item]]:
+    """Divide items into runs of up to ``room`` entries; a larger item is a run of its own."""
+    runs: list[list[Item]] = []
+    filled = 0
+    for item, size in zip(items, sizes, strict=True):
+        if not runs or filled + size > room:
+            runs.append([])
+            filled = 0
+        runs[-1].append(item)
+        filled += size
+    return runs
 
 
 @dataclass(frozen=True)

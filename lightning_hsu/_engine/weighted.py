@@ -17,7 +17,7 @@ from lightning_hsu._core import working_dtype
 from lightning_hsu._engine.apply import GradView, LayerUpdate
 from lightning_hsu._engine.layer import Layer
 from lightning_hsu._engine.one_pass import goes_together
-from lightning_hsu._engine.plan import LOTS_ON_GPU, ROOM_ON_GPU, limit_of_gradient
+from lightning_hsu._engine.plan import limit_of_gradient, room_on_gpu, runs_that_fit
 from lightning_hsu._engine.state import ShareMeans
 from lightning_hsu._neurons.placement import Placement
 from lightning_hsu.coefficients import Share
@@ -47,16 +47,8 @@ def in_lots(
             sizes.append(sum(map(_entries, bucket)))
         else:
             lots.append((list(bucket), False))
-    room = max(ROOM_ON_GPU, sum(sizes) // LOTS_ON_GPU)
-    lot: list[Layer] = []
-    filled = 0
-    for bucket, size in zip(joined, sizes, strict=True):
-        if not lot or filled + size > room:
-            lot = []
-            lots.append((lot, True))
-            filled = 0
-        lot += bucket
-        filled += size
+    for run in runs_that_fit(joined, sizes, room_on_gpu(sizes)):
+        lots.append((list(chain.from_iterable(run)), True))
     return lots
 
 
