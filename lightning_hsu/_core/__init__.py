@@ -3,7 +3,7 @@
 from lightning_hsu._core.autograd import PairEnergy
 from lightning_hsu._core.bounds import pair_bound
 from lightning_hsu._core.expectation import expected_angles, pair_expectation
-from lightning_hsu._core.kernel import FLOOR, Kernel, PairTerm
+from lightning_hsu._core.kernel import FLOOR, Kernel, PairTerm, or_one
 from lightning_hsu._core.nearest import smallest_angle
 from lightning_hsu._core.oracle import oracle_energy
 from lightning_hsu._core.pairwise import in_one_pass, pair_energy, pair_rows
@@ -34,6 +34,7 @@ __all__ = [
     "expected_angles",
     "in_one_pass",
     "live_rows",
+    "or_one",
     "oracle_energy",
     "pair_bound",
     "pair_energy",

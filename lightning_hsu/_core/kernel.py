@@ -228,3 +228,8 @@ def folded_values(parts: Sequence[Part], q: Tensor, nearest: float) -> tuple[Ten
             value[some].add_(mirrored)
             slope[some].sub_(mirrored_slope)
     return value, slope
+
+
+def or_one(energy: Tensor) -> Tensor:
+    """A mean energy to divide by: 1 where it is 0 because there are no pairs."""
+    return torch.where(energy > 0, energy, 1.0)

@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary, ref
 import torch
 from torch import Tensor
 
-from lightning_hsu._core import PairEnergy
+from lightning_hsu._core import PairEnergy, or_one
 from lightning_hsu._core.foreach import goes_without_sync
 from lightning_hsu._core.together import Neurons, gradients_together
 from lightning_hsu._engine.late import LateNumbers
@@ -127,7 +127,7 @@ def _penalty_of(energy: Tensor, layer: Layer) -> Tensor:
     term = layer.measure.pair_term()
     if term is None or not term.logarithm:
         return energy
-    return torch.where(energy > 0, energy, 1.0).log()  # 0 where there are no pairs
+    return or_one(energy).log()  # 0 where there are no pairs
 
 
 def _goes_exactly(layers: Sequence[Layer]) -> bool:

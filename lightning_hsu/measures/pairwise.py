@@ -15,6 +15,7 @@ from lightning_hsu._core import (
     PairEnergy,
     PairTerm,
     in_one_pass,
+    or_one,
     pair_bound,
     pair_energy,
     pair_expectation,
@@ -112,7 +113,7 @@ class PairwiseMeasure(Measure):
         energy, grad = pair_energy(self._in_working_dtype(x), self._term())
         assert grad is not None
         if self.logarithm and grad.numel():
-            scale = 1.0 / _or_one(energy)
+            scale = 1.0 / or_one(energy)
             grad = to_weights(grad, scale[..., None, None], x.dtype)
         return self._penalty_of(energy, x), grad.to(x.device, x.dtype)
 
@@ -127,7 +128,7 @@ class PairwiseMeasure(Measure):
             return None
         grad = found.grad
         if self.logarithm:
-            scale = 1.0 / _or_one(found.energy)
+            scale = 1.0 / or_one(found.energy)
             grad = to_weights(grad, scale[..., None, None], x.dtype)
         return grad.to(x.device, x.dtype), found.is_exact
 
@@ -205,13 +206,8 @@ class PairwiseMeasure(Measure):
     def _penalty_of(self, energy: Tensor, x: Tensor) -> Tensor:
         """The penalty (...) of neurons x from their mean energy (...)."""
         if self.logarithm:
-            energy = _or_one(energy).log()
+            energy = or_one(energy).log()
         return energy.to(x.device, working_dtype(x.dtype))
-
-
-def _or_one(energy: Tensor) -> Tensor:
-    """A mean energy to divide by: 1 where it is 0 because there are no pairs."""
-    return torch.where(energy > 0, energy, 1.0)
 
 
 @lru_cache(maxsize=1024)
