@@ -9,7 +9,7 @@ from torch import nn
 from benchmarks import launches
 from benchmarks.launches import count, plain_step, pretending
 from lightning_hsu import Share, UniformityRegularizer
-from lightning_hsu._core import foreach, precision, repair, without_sync
+from lightning_hsu._core import foreach, pair_sums, precision, repair
 from lightning_hsu.measures import GaussianPotential, RieszEnergy, Sampled
 
 pytestmark = pytest.mark.any_cpu  # shapes without data
@@ -43,13 +43,13 @@ def test_tf32_is_one_product_through_the_same_pass(monkeypatch):
     backend = "cuda" if precision._BACKENDS else ""
     before = precision._precision(backend)
     settings = []
-    multiply = without_sync._multiply
+    multiply = pair_sums._multiply
 
     def noted(*args, **kwargs):
         settings.append(precision._precision(backend))
         multiply(*args, **kwargs)
 
-    monkeypatch.setattr(without_sync, "_multiply", noted)
+    monkeypatch.setattr(pair_sums, "_multiply", noted)
     exact = plain_step("GPT-2 small")
     assert set(settings) <= {"ieee", "none", "highest"}
     settings.clear()
