@@ -9,7 +9,7 @@ host then waits only if it is more than a whole step ahead of the device.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ Layer = tuple[GradientUpdate, PairTerm]
 """A layer with its kernel."""
 
 _KEPT = 4096
-"""Layers of which answers are kept, though nobody may ask for them again."""
+"""Layers of which is kept what is known, though nobody may ask for them again."""
 
 _FEW = 1 / 4
 """Part of the room for near pairs beyond which a layer is crowded, where there is no room left."""
@@ -72,6 +72,7 @@ class CrowdedLayers:
             answers = self._answers.pop(key_of(update, term), [])
             while answers:
                 self._crowded.update(dict.fromkeys(_crowded(answers.pop()), 0))
+        _keep_latest(self._crowded)
 
     def divided(self, layers: Sequence[Layer]) -> tuple[list[Layer], list[Layer]]:
         """The layers without, and those with too many near pairs, as far as that is known."""
@@ -131,8 +132,7 @@ class CrowdedLayers:
             answers.append(_Answer(keys, groups, piece, *there, ready))
         for key, _ in keys:
             self._answers[key] = answers
-        while len(self._answers) > _KEPT:
-            del self._answers[next(iter(self._answers))]
+        _keep_latest(self._answers)
 
 
 def key_of(update: GradientUpdate, term: PairTerm) -> Key:
@@ -142,6 +142,12 @@ def key_of(update: GradientUpdate, term: PairTerm) -> Key:
     entries = update.entries
     storage = entries.untyped_storage()._cdata
     return storage, entries.storage_offset(), entries.shape, term
+
+
+def _keep_latest(known: dict[Key, Any]) -> None:
+    """Forget the layers that came first, of too many."""
+    while len(known) > _KEPT:
+        del known[next(iter(known))]
 
 
 def _crowded(answer: _Answer) -> list[Key]:
