@@ -172,23 +172,9 @@ class Deltas:
         squares = torch._foreach_mul(norms, norms)
         torch._foreach_clamp_min_(squares, SHORTEST**2)  # of zero rows
         for use, grad, norm, square in zip(uses, grads, norms, squares, strict=True):
-            name = use.layer.name
-            before = self._deltas.get(name)
-            kept = grad.to(kept_dtype(use.x.dtype))
-            if kept.untyped_storage().nbytes() > kept.nbytes:
-                kept = kept.clone()  # a part of a stack would keep all of it in memory
-            delta = Delta(use.layer.measure, kept, use.sample.clone(), square)
-            delta.strides = strides_of(use.layer)
-            delta.pull = pull_of(use.layer, use.x, norm)
-            self._deltas[name] = delta
-            if name not in self.reuse:
-                self.reuse[name] = Reuse()
-                self._unstored.add(name)
-            reuse = self.reuse[name]
-            delta.interval = reuse.interval
-            delta.sketch = self._rows.sketch(use.x, reuse.interval)
-            fresh = Fresh(use, grad, norm, delta, reuse)
-            fresh.is_random = name in random
+            before = self._deltas.get(use.layer.name)
+            fresh = self._kept(use, grad, norm, square)
+            fresh.is_random = use.layer.name in random
             if learns and before is not None and before.age > 0:
                 fresh.before = before
                 if before.pull is not None and before.fits(use):
@@ -327,6 +313,31 @@ class Deltas:
     def settle(self) -> None:
         """Learn from the numbers of the gradients that were computed last."""
         self._unstored |= self._lessons.learn(self.tolerance)
+
+    def _kept(self, use: Use, grad: Tensor, norm: Tensor, square: Tensor) -> Fresh:
+        """Keep the gradient of one layer.
+
+        Args:
+            use: The layer.
+            grad: Its gradient.
+            norm: The norms of its neurons.
+            square: Their squares, none of them zero.
+        """
+        name = use.layer.name
+        kept = grad.to(kept_dtype(use.x.dtype))
+        if kept.untyped_storage().nbytes() > kept.nbytes:
+            kept = kept.clone()  # a part of a stack would keep all of it in memory
+        if name not in self.reuse:
+            self.reuse[name] = Reuse()
+            self._unstored.add(name)
+        reuse = self.reuse[name]
+        delta = Delta(use.layer.measure, kept, use.sample.clone(), square)
+        delta.strides = strides_of(use.layer)
+        delta.pull = pull_of(use.layer, use.x, norm)
+        delta.interval = reuse.interval
+        delta.sketch = self._rows.sketch(use.x, reuse.interval)
+        self._deltas[name] = delta
+        return Fresh(use, grad, norm, delta, reuse)
 
     def _is_due(self, use: Use, delta: Delta, same_step: bool) -> bool:
         """Whether a kept gradient is too old, or its neurons have moved too far."""
