@@ -45,7 +45,7 @@ from lightning_hsu.measures import Measure
 
 SHAPES = {name: MODELS[name] for name in ("ResNet-50", "GPT-2 small", "ViT-B/16")} | LARGE
 
-_WITHOUT_KERNEL = frozenset(
+WITHOUT_KERNEL = frozenset(
     {
         "_unsafe_view",
         "_reshape_alias",
@@ -110,7 +110,7 @@ class Counting(TorchDispatchMode):
         result = func(*args, **kwargs)
         made = [part for part in tree_leaves(result) if isinstance(part, Tensor)]
         touched = [*given, *made]
-        if func.namespace != "aten" or name in _WITHOUT_KERNEL or func.is_view:
+        if func.namespace != "aten" or name in WITHOUT_KERNEL or func.is_view:
             return result
         if not any(part.is_cuda for part in touched):
             return result

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-from benchmarks.launches import _WITHOUT_KERNEL
+from benchmarks.launches import WITHOUT_KERNEL
 from lightning_hsu._core import foreach, pairwise, raw
 from lightning_hsu._core.pairwise import too_steep
 from lightning_hsu._engine import kept, late, moves
@@ -69,7 +69,7 @@ class Waits(TorchDispatchMode):
         if on_gpu and (name in ANSWERS or (name in INDEXING and self._has_mask(args[1]))):
             self.note(name)
         result = func(*args, **kwargs)
-        self.launches += not (func.is_view or name in _WITHOUT_KERNEL)
+        self.launches += not (func.is_view or name in WITHOUT_KERNEL)
         if on_gpu:
             self.put_there(*tensors_in(result))
             if name.endswith("_") or "out" in kwargs:
