@@ -134,7 +134,7 @@ class Past:
         grad, seen, age = self.grad, self.seen, self.age
         norm = self.first.norm(dim=-1, keepdim=True)
         inverse = torch.where(norm > 1e-15, 1 / norm, 0.0)  # of zero rows
-        every = 1 if age < 8 else 2 if age < 16 else 4
+        every = 1 if age < 4 else 2 if age < 16 else 4
         if slope and age % every == 0:
             n = x.shape[1]
             change = ((x - seen) * inverse).sum(1, keepdim=True)

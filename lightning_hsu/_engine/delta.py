@@ -147,15 +147,13 @@ class Delta:
     def is_followed(self) -> bool:
         """Whether its next use follows the pull along the sum of the neurons.
 
-        That is at each step, from age 8 at each second one, from 16 at each fourth; on a GPU, where
-        few launches matter more, at powers of two only.
+        That is at each step, from age 4 at each second one, from 16 at each fourth. (At powers of two
+        only, errors reach 25 % at the 99th percentile instead of 11 %.)
         """
         if self.pull is None or self.age == 0:
             return False
-        if self.grad.device.type != "cpu":
-            return self.age & (self.age - 1) == 0
         every = 1
-        if self.age >= 8:
+        if self.age >= 4:
             every = 2 if self.age < 16 else 4
         return self.age % every == 0
 

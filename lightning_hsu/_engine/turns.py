@@ -19,8 +19,11 @@ from lightning_hsu._engine.delta import LOOK, Delta
 Turn = tuple[Delta, str]
 """A gradient, and what is done for it."""
 
-_LONGEST_WITHOUT = 3
-"""Steps in a row that give no turn, since they follow a pull (pull.py), which takes launches, too."""
+_LONGEST_WITHOUT = 4
+"""Steps in a row that give no turn, since they follow a pull (pull.py), which takes launches, too.
+
+One layer's pull is followed at no more steps in a row.
+"""
 
 
 class Turns:
