@@ -134,8 +134,7 @@ class HypersphericalUniformity(_trainer.EveryCallback):
     be), ``hsu/energy/<layer>``, ``hsu/min_angle/<layer>`` and ``hsu/gradient_share/<layer>`` go to
     every logger, ``hsu/coefficient/<layer>`` for a schedule or a share, and with a ``tolerance``
     ``hsu/stale_error/<layer>``: the error that the layer's last gradient had when it was replaced.
-    ``hsu/recomputed`` is the part of the arithmetic that was done since it was last measured: at a
-    logging step, the first step or the end of an epoch.
+    ``hsu/recomputed`` is the fraction of the arithmetic that was done since the last logging step.
 
     Args:
         measure: What to minimise. None is the half-space Riesz energy with s = 2; the class head is
@@ -781,7 +780,8 @@ class HypersphericalUniformity(_trainer.EveryCallback):
                 limited = sum(one.limited for one in done.values())
             values = aggregates(together, self.regularizer.current_penalty(measured), limited)
             if self.regularizer.tolerance is not None:
-                recomputed = self.regularizer.recomputed()
+                is_row = _trainer.is_logging_step(trainer)
+                recomputed = self.regularizer.recomputed(reset=is_row)
                 if math.isfinite(recomputed):
                     values["recomputed"] = recomputed
             pl_module.log_dict(self._prefixed(values), on_step=True, on_epoch=False, batch_size=1)

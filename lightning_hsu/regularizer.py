@@ -665,16 +665,21 @@ class UniformityRegularizer:
     def stale_errors(self) -> dict[str, float]:
         """With a ``tolerance``, the relative error of each layer's last gradient at its replacement.
 
-        By layer; those whose gradients no other has replaced yet are left out.
+        That is when it is largest. By layer's name; empty without a ``tolerance``, and without the
+        layers whose first gradient is still in use.
         """
         return self.state.deltas.errors()
 
-    def recomputed(self) -> float:
-        """With a ``tolerance``, the part of the gradients' arithmetic that was done.
+    def recomputed(self, *, reset: bool = True) -> float:
+        """With a ``tolerance``, the fraction of the gradients' arithmetic that was done, in [0, 1].
 
-        In [0, 1], over the steps since this was last asked; NaN without steps.
+        It is over the steps since the last call with ``reset``; NaN for no step, or without a
+        ``tolerance``.
+
+        Args:
+            reset: Whether the next call begins with the step after this.
         """
-        return self.state.deltas.share_of_work()
+        return self.state.deltas.share_of_work(reset=reset)
 
     @eager
     def measure_layers(self, *, but: Collection[str] = ()) -> list[LayerUniformity]:

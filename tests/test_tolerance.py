@@ -25,7 +25,6 @@ from lightning_hsu._core.updates import GradientUpdate
 from lightning_hsu._engine.delta import Delta, Use, sample_of
 from lightning_hsu._engine.kept import _is_far
 from lightning_hsu._engine.reuse import Reuse
-from lightning_hsu._engine.work import Work
 from lightning_hsu.measures import (
     Covering,
     GaussianPotential,
@@ -1148,23 +1147,6 @@ def test_a_model_of_frozen_layers(mode):
     assert math.isnan(regularizer.recomputed())
 
 
-def test_the_work_is_counted_since_the_last_measurement(monkeypatch):
-    whole = []
-    share = Work.take_share
-
-    def noted(work):
-        whole.append(work.whole)
-        return share(work)
-
-    monkeypatch.setattr(Work, "take_share", noted)
-    ours = uniformity(coefficient=0.05, tolerance=0.4)
-    trainer(ours, max_epochs=3, logger=Keep(), log_every_n_steps=6).fit(
-        Automatic(), loader(batches(8))
-    )
-    # Measured are the first step, logging steps 6, 12, 18 and 24, and ends of epochs 8, 16 and 24.
-    assert [round(work / whole[0]) for work in whole] == [1, 5, 2, 4, 4, 2, 6]
-
-
 @pytest.mark.parametrize(
     ("dtype", "kept"),
     [(torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32), (torch.float32,) * 2],
@@ -1294,11 +1276,29 @@ def test_errors_and_work_are_logged(mode):
         assert f"hsu/stale_error/{name}" in last
 
 
+@pytest.mark.parametrize("mode", ALL)
+def test_each_row_of_a_log_tells_of_the_steps_since_the_last(mode):
+    """What is looked at between, as at the end of an epoch, takes nothing from them."""
+    shares = {}
+    for every in (1, 5):
+        keep = Keep()
+        ours = uniformity(coefficient=0.05, tolerance=0.4, apply=mode)
+        module = Automatic(lambda parameters: SGD(parameters, lr=0.01, momentum=0.9))
+        fit = trainer(ours, max_epochs=5, logger=keep, log_every_n_steps=every)
+        fit.fit(module, loader(batches(4)))
+        rows = [row["hsu/recomputed"] for row in keep.rows.values() if "hsu/recomputed" in row]
+        assert len(rows) == 20 // every
+        shares[every] = rows
+    together = [sum(shares[1][i : i + 5]) / 5 for i in range(0, 20, 5)]
+    assert shares[5] == pytest.approx(together, abs=1e-6)
+
+
 @pytest.mark.parametrize("tolerance", [0, 1, -1, 2.0, math.nan, math.inf, "a", True, False, [0.1]])
 @pytest.mark.parametrize("make", [UniformityRegularizer, uniformity])
 def test_a_bad_tolerance_is_refused(make, tolerance):
     with pytest.raises(
-        ValueError, match="tolerance must be a relative error above 0 and below 1, or None"
+        ValueError,
+        match=r"tolerance must be a relative error above 0 and below 1 \(0\.05 for 5 %\), or None",
     ):
         make(tolerance=tolerance)
 

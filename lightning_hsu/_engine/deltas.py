@@ -209,9 +209,9 @@ class Deltas:
         self.settle()
         return {name: one.error for name, one in self.reuse.items() if math.isfinite(one.error)}
 
-    def share_of_work(self) -> float:
-        """The part of the arithmetic that was done since this was last asked; NaN for no step."""
-        return self._work.take_share()
+    def share_of_work(self, *, reset: bool) -> float:
+        """The part of the arithmetic that was done since this was last ``reset``; NaN for no step."""
+        return self._work.share(reset=reset)
 
     def bytes(self) -> int:
         """Memory of the kept gradients and of what is kept beside them."""

@@ -22,8 +22,9 @@ class Work:
         if use.is_due:
             self.done += flops
 
-    def take_share(self) -> float:
-        """The part that was done, since this was last asked."""
+    def share(self, *, reset: bool) -> float:
+        """The part that was done, since this was last ``reset``; NaN for no step."""
         share = self.done / self.whole if self.whole > 0 else math.nan
-        self.done = self.whole = 0.0
+        if reset:
+            self.done = self.whole = 0.0
         return share
