@@ -251,6 +251,7 @@ class UniformityRegularizer:
                 attached.skips,
                 attached.coverage,
                 self.every_n_steps,
+                self.tolerance,
             )
 
     @property

@@ -209,6 +209,12 @@ def test_a_mixture_of_experts():
     """)
 
 
+def test_a_tolerance_takes_less_than_what_is_told():
+    shown = str(replace(mixture(), tolerance=0.05)).splitlines()
+    at = shown.index("penalty: 9,696 GFLOP/step in total")
+    assert shown[at + 2] == "  less, with gradients kept for several steps: tolerance 0.05"
+
+
 def test_gates_and_notes():
     layers = [layer(f"rnn.weight_ih_l0.{gate}", 128, 64) for gate in "ifgo"]
     layers += [layer(f"rnn.weight_hh_l{i}.{gate}", 128, 128) for i in (0, 1) for gate in "ifgo"]

@@ -69,6 +69,7 @@ class Summary:
         coverage: Measured entries as a part, 0 to 1, of those of all weight matrices; NaN if there
             are none.
         every_n_steps: The penalty is applied on every n-th step of each optimizer.
+        tolerance: The relative error of gradients that are kept for several steps; None keeps none.
 
     Example:
         >>> from lightning_hsu.measures import RieszEnergy
@@ -97,6 +98,7 @@ class Summary:
     skipped: tuple[Skip, ...]
     coverage: float
     every_n_steps: int = 1
+    tolerance: float | None = None
 
     def __str__(self) -> str:
         """The table, at most 80 columns wide."""
@@ -375,6 +377,9 @@ def _about_layers(summary: Summary) -> list[Line]:
         lines.append(Line(f"penalty: {giga_text(total)} {GIGA} in total"))
     if summary.every_n_steps > 1:
         lines.append(Line(f"applied every {summary.every_n_steps} steps of each optimizer"))
+    if summary.tolerance is not None and total > 0:
+        less = f"less, with gradients kept for several steps: tolerance {summary.tolerance:g}"
+        lines.append(Line(less, indent=2))
     frozen = sum(layer.frozen for layer in layers)
     if frozen:
         count = counted(frozen, "layer")

@@ -125,6 +125,7 @@ def summary_of(
     skips: Sequence[Skip],
     coverage: float,
     every_n_steps: int,
+    tolerance: float | None,
 ) -> Summary:
     """What is measured of a model, for the table at the start of a fit.
 
@@ -134,6 +135,7 @@ def summary_of(
         skips: Weights that are not measured.
         coverage: Measured entries over those of all weights with two or more axes.
         every_n_steps: The penalty is applied on every n-th step of each optimizer.
+        tolerance: The relative error of gradients that are kept for several steps; None keeps none.
     """
     rows = []
     for layer in layers:
@@ -150,4 +152,4 @@ def summary_of(
             layer.target.in_buffer,
         )
         rows.append(row)
-    return Summary(model, tuple(rows), tuple(skips), coverage, every_n_steps)
+    return Summary(model, tuple(rows), tuple(skips), coverage, every_n_steps, tolerance)
