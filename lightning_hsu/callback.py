@@ -171,11 +171,10 @@ class HypersphericalUniformity(_trainer.EveryCallback):
             (:class:`~lightning_hsu.measures.Sampled`); None computes them.
         tolerance: The relative error, in (0, 1), that a layer's gradient may have on average: it is
             kept and used for as many steps as that allows (``hsu/stale_error/<layer>``,
-            ``hsu/recomputed``). None computes every layer at every step. When changes of weights
-            are seen, and what memory it takes, says
-            :class:`~lightning_hsu.UniformityRegularizer`. ``callback.regularizer.tolerance`` may be
-            assigned at any time. On a GPU ``apply="decoupled"`` waits for the device once a step to
-            know how far neurons have moved.
+            ``hsu/recomputed``). None computes every layer at every step. It may be assigned at any
+            time. See :class:`~lightning_hsu.UniformityRegularizer` for the memory that it takes, and
+            for how changes of weights are noticed. On a GPU ``apply="decoupled"`` waits for the
+            device once a step to know how far neurons have moved.
         share_work: Whether the ranks of DDP divide the large layers: each layer's gradient is computed
             by one rank and sent to all, for about 1 / ranks of the arithmetic and memory for one
             gradient of each. False computes every layer on every rank, which may be better over a slow
@@ -189,8 +188,8 @@ class HypersphericalUniformity(_trainer.EveryCallback):
 
     Raises:
         ImportError: for figures without matplotlib.
-        ValueError: for a negative or NaN coefficient, an unknown ``apply``, or at the start of fit
-            a pattern that matches nothing or a model without neurons.
+        ValueError: for a negative or NaN coefficient, an unknown ``apply``, a ``tolerance`` outside
+            (0, 1), or at the start of fit a pattern that matches nothing or a model without neurons.
         TypeError: for a measure or a coefficient of the wrong kind.
         NotImplementedError: at the start of fit, where the penalty could not be right: with
             DeepSpeed and unknown strategies, or ``apply="loss"`` with manual optimisation or FSDP.
@@ -259,6 +258,15 @@ class HypersphericalUniformity(_trainer.EveryCallback):
     def summary(self) -> Summary | None:
         """What is measured of the model in this fit, and what is not; None outside a fit."""
         return self.regularizer.summary
+
+    @property
+    def tolerance(self) -> float | None:
+        """The relative error of kept gradients on average; it may be changed at any time."""
+        return self.regularizer.tolerance
+
+    @tolerance.setter
+    def tolerance(self, tolerance: float | None) -> None:
+        self.regularizer.tolerance = tolerance
 
     @property
     def state_key(self) -> str:

@@ -94,6 +94,16 @@ def test_what_is_no_tolerance_is_refused_and_changes_nothing(wrong):
     assert run.regularizer.state.deltas.bytes() == kept
 
 
+def test_a_callback_passes_it_on():
+    ours = uniformity(tolerance=0.4)
+    assert ours.tolerance == 0.4
+    ours.tolerance = 0.1
+    assert ours.tolerance == ours.regularizer.tolerance == 0.1
+    with pytest.raises(ValueError, match="tolerance must be"):
+        ours.tolerance = 5
+    assert ours.tolerance == 0.1
+
+
 def test_copies_and_new_trainings_have_it():
     regularizer = UniformityRegularizer(tolerance=0.4)
     regularizer.tolerance = 0.1

@@ -84,7 +84,7 @@ def check_tolerance(tolerance: float | None) -> None:
         check_number(
             "tolerance",
             tolerance,
-            "a relative error above 0 and below 1, or None to compute every gradient",
+            "a relative error above 0 and below 1 (0.05 for 5 %), or None to compute every gradient",
             lambda error: 0 < error < 1,
         )
 
