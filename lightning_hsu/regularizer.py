@@ -305,7 +305,10 @@ class UniformityRegularizer:
                 head for ``head_coefficient``; or ``LIGHTNING_HSU_BACKEND`` names no back end.
             RuntimeError: if this machine cannot run that back end.
             NotImplementedError: if FSDP1 does not keep the original parameters.
+            TypeError: if the model is no ``torch.nn.Module``.
         """
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"attach(model) takes a torch.nn.Module; got a {type(model).__name__}")
         active_backend()  # before the first step, if it cannot be had
         if placement is None:
             placement = placement_of(model, share_work=self.share_work)

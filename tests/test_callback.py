@@ -415,6 +415,7 @@ def test_numbers_of_numpy_are_numbers():
         ({"prefix": ""}, ValueError, "prefix must be a name such as 'hsu'"),
         ({"prefix": "a/"}, ValueError, "without a slash at its end; got 'a/'"),
         ({"measure": "mhe"}, TypeError, "measure must be a measure such as"),
+        ({"measure": 0.1}, TypeError, "for the penalty.s strength write coefficient=0.1"),
     ],
 )
 def test_bad_settings_fail_at_once(kwargs, error, message):

@@ -41,7 +41,13 @@ class Rates(dict[int, Rate]):
 
 
 def held_by(optimizer: Optimizer) -> set[int]:
-    """Ids of an optimizer's parameters."""
+    """Ids of an optimizer's parameters.
+
+    Raises:
+        TypeError: if it is none.
+    """
+    if not hasattr(optimizer, "param_groups"):
+        raise TypeError(f"this takes the optimizer that steps; got a {type(optimizer).__name__}")
     return {id(p) for group in optimizer.param_groups for p in group["params"]}
 
 

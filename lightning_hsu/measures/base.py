@@ -4,7 +4,9 @@
 # module of its subclass.
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import fields, is_dataclass, replace
+from numbers import Real
 from typing import Any, ClassVar
 
 import torch
@@ -238,7 +240,12 @@ def check_measure(measure: object) -> None:
             "with its settings in the brackets"
         )
     if not isinstance(measure, Measure):
-        raise TypeError(f"measure must be a measure such as RieszEnergy(s=2); got {measure!r}")
+        advice = ""
+        if isinstance(measure, Real | Mapping) and not isinstance(measure, bool):
+            advice = f"; for the penalty's strength write coefficient={measure!r}"
+        raise TypeError(
+            f"measure must be a measure such as RieszEnergy(s=2); got {measure!r}{advice}"
+        )
     check_hashable(measure)
 
 
