@@ -496,21 +496,25 @@ class UniformityRegularizer:
         self.state = TrainingState(self.tolerance)
 
     @eager
-    def penalty(self, step: int = 0) -> Tensor:
+    def penalty(self, step: int | None = None) -> Tensor:
         """Coefficient times penalty, summed over the layers: a differentiable scalar for your loss.
 
-        Each call takes the state of measures such as :class:`~lightning_hsu.measures.Covering` one
-        step further.
+        It knows no optimizer: each call computes every layer, whatever ``every_n_steps`` and
+        ``tolerance`` say, and there is no step limit. :meth:`add_to_loss` follows all three. Each call
+        takes the state of measures such as :class:`~lightning_hsu.measures.Covering` one step further.
 
         Args:
-            step: Optimizer steps done, for schedules.
+            step: Optimizer steps done, which schedules need; None is 0.
 
         Raises:
             ValueError: for a :class:`~lightning_hsu.Share`, which needs the task's gradient alone.
         """
         self.follow()
         self.state.now.loss_step = None
-        return self._penalty(step, Rates(), 1.0)
+        is_scheduled = step is None and any(layer.has_schedule for layer in self.layers)
+        skips_steps = self.tolerance is not None or self.every_n_steps > 1
+        self.state.now.penalties.check_call(is_scheduled=is_scheduled, skips_steps=skips_steps)
+        return self._penalty(step or 0, Rates(), 1.0)
 
     @eager
     def add_to_loss(

@@ -65,6 +65,7 @@ class Loop:
         ("zbms" * 3, "has gradients, but no step has changed its weights since attach"),
         ("zbabas" * 3, "add_gradients is called again before optimizer.step()"),
         ("zbabababas" * 3, "With accumulated batches call it once a step"),
+        ("zbaas" * 3, "now includes the penalty more than once"),
     ],
 )
 def test_a_wrong_order_is_told_once(steps, words):
@@ -291,6 +292,37 @@ def test_a_penalty_without_a_graph_is_told_in_training_only(off):
             loop.regularizer.penalty()
         loop.regularizer.penalty()
         loop.regularizer.attach(loop.net.eval()).penalty()
+
+
+def test_a_schedule_without_a_step_is_told_once():
+    regularizer = UniformityRegularizer(coefficient=lambda step: 0.1 * step).attach(network())
+    with pytest.warns(UserWarning, match=r"call penalty\(step\) with the optimizer steps done"):
+        assert regularizer.penalty().item() == 0.0
+    regularizer.penalty()
+    assert regularizer.penalty(2).item() > 0.0
+    UniformityRegularizer(coefficient=0.1).attach(network()).penalty()
+
+
+@pytest.mark.parametrize("setting", [{"tolerance": 0.05}, {"every_n_steps": 2}])
+def test_a_penalty_that_leaves_out_no_step_is_told_once(setting):
+    loop = Loop(**setting)
+    loop.net.eval()
+    with torch.no_grad():
+        loop.regularizer.penalty()  # for a log
+    loop.net.train()
+    loss = loop.net(X).square().mean()
+    loop.regularizer.add_to_loss(loss, loop.optimizer)
+    with pytest.warns(UserWarning, match=r"use add_to_loss\(loss, optimizer\)"):
+        loop.regularizer.penalty()
+    loop.regularizer.penalty()
+
+
+def test_what_is_no_model_or_no_optimizer_is_refused():
+    loop = Loop()
+    with pytest.raises(TypeError, match="the optimizer that steps; got a Sequential"):
+        loop.regularizer.add_gradients(loop.net)
+    with pytest.raises(TypeError, match=r"takes a torch\.nn\.Module; got a SGD"):
+        loop.regularizer.attach(loop.optimizer)
 
 
 @pytest.mark.parametrize("measure", [*FAMILY, OfficialMHE("a1")], ids=name_of)

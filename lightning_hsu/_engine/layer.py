@@ -46,6 +46,11 @@ class Layer:
         return isinstance(self.strength, Share)
 
     @property
+    def has_schedule(self) -> bool:
+        """Whether the coefficient is a function of the steps done."""
+        return callable(self.strength)
+
+    @property
     def sharded(self) -> bool:
         """Whether its parameters are sharded over ranks."""
         return any(self.target.placement.is_sharded(p) for p in self.parameters)

@@ -45,6 +45,14 @@ _NO_GRAPH = (
     "switched off (torch.no_grad, torch.inference_mode), or the weights were made in inference mode. "
     "For a log call model.eval() first, or use measure_layers()"
 )
+_NO_STEP = (
+    "penalty() is called without a step, so that scheduled coefficients stay those of step 0: call "
+    "penalty(step) with the optimizer steps done"
+)
+_EVERY_STEP = (
+    "penalty() computes every layer at each call, whatever tolerance and every_n_steps say: use "
+    "add_to_loss(loss, optimizer), add_gradients(optimizer) or move(optimizer), which follow them"
+)
 _LATE = (
     "the weights have changed since penalty() was computed, so backward() adds the gradient at former "
     "weights: call penalty() anew in each step"
@@ -263,9 +271,9 @@ class _SeenOptimizer:
             self._versions = version_of(p), version_of(p.grad)
 
     def adds_again(self) -> bool:
-        """Whether nothing has happened since the last addition but one more backward pass.
+        """Whether nothing has happened since the last addition but at most one backward pass.
 
-        Then the parameter is the same, and its gradient has changed in place once. A step that a
+        Then the parameter is the same, and its gradient has changed in place at most once. A step that a
         GradScaler skipped leaves a new gradient, which has changed less often, or one that was also
         set to zero.
         """
@@ -275,8 +283,9 @@ class _SeenOptimizer:
         version, grad_version = self._versions
         if version is None or grad_version is None:
             return False
-        once_more = version_of(p) == version and version_of(p.grad) == grad_version + 1
-        return once_more and bool(p.grad.any())  # else it was only set to zero
+        if version_of(p) != version or version_of(p.grad) not in (grad_version, grad_version + 1):
+            return False
+        return bool(p.grad.any())  # else it was only set to zero
 
 
 class PenaltyChecks:
@@ -311,6 +320,18 @@ class PenaltyChecks:
         found: Tensor = _Once.apply(penalty, self, token, versions)  # type: ignore[no-untyped-call]
         self._note_graph(token, next(iter(versions.values()), None))
         return found
+
+    def check_call(self, *, is_scheduled: bool, skips_steps: bool) -> None:
+        """Warn of a call that some settings of the regularizer cannot reach.
+
+        Args:
+            is_scheduled: Whether it has coefficients from a schedule, but no step.
+            skips_steps: Whether not every layer is to be computed at each step.
+        """
+        if is_scheduled:
+            self._tell("step", _NO_STEP)
+        if skips_steps and torch.is_grad_enabled():
+            self._tell("every step", _EVERY_STEP)
 
     def warn_of_late(self, versions: Mapping[nn.Parameter, int | None]) -> None:
         """Warn if a backward pass reaches a penalty at weights that have changed since.
