@@ -202,6 +202,36 @@ def test_a_layer_whose_gradient_was_not_exact_goes_the_exact_way_for_a_while():
     assert moved[0] < 1e-6 < 1e-3 < moved[1]
 
 
+@pytest.mark.parametrize("looks", [False, True])
+@pytest.mark.parametrize("stats", [False, True])
+def test_coincident_neurons_of_a_plain_layer_part_from_the_next_step_on(stats, looks):
+    net = nn.Sequential(nn.Linear(64, 32, dtype=torch.float64))
+    with torch.no_grad():
+        net[0].weight[-1] = net[0].weight[-2]
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.0)
+
+    def added(count):
+        settings = {"coefficient": 1.0, "head": None, "step_limit": None}
+        regularizer = UniformityRegularizer(**settings).attach(net)
+        found = []
+        for _ in range(count):
+            for p in net.parameters():
+                p.grad = torch.zeros_like(p)
+            regularizer.add_gradients(optimizer, stats=stats)
+            found.append(net[0].weight.grad)
+            optimizer.step()
+            if looks:
+                regularizer.look_ahead(optimizer)
+        return found
+
+    (expected,) = added(1)
+    with waits_of():
+        first, *others = added(4)
+    assert first.norm() < 1e-3 * expected.norm()  # one pass gives the two no direction
+    for one in others:
+        assert torch.allclose(one, expected, rtol=1e-9, atol=1e-9)
+
+
 class Copies(TorchFunctionMode):
     """Counts copies from the host to a device (meta, for a GPU), and those from ordinary memory."""
 

@@ -258,10 +258,10 @@ def stack_gradient(w: Tensor, term: PairTerm, scratch: Scratch | None = None) ->
         return found
     if not term.logarithm:
         return stack_pair_gradient(w, term, scratch)
-    return _exact_gradient(w, term)
+    return exact_gradient(w, term)
 
 
-def _exact_gradient(w: Tensor, term: PairTerm) -> StackGradient:
+def exact_gradient(w: Tensor, term: PairTerm) -> StackGradient:
     """The gradient of neurons (b, n, d) with everything special, and of a logarithm."""
     value, grad = pair_energy(w, term)
     assert grad is not None
@@ -273,4 +273,4 @@ def _exact_gradient(w: Tensor, term: PairTerm) -> StackGradient:
 
 def add_exactly(updates: Sequence[GradientUpdate], term: PairTerm) -> None:
     """Add the gradients of layers that differ in ``w`` and ``out`` only, near pairs included."""
-    add_to_layers(updates, _exact_gradient(stack_neurons(updates), term))
+    add_to_layers(updates, exact_gradient(stack_neurons(updates), term))

@@ -16,6 +16,7 @@ from lightning_hsu._core.foreach import (
     batch_numbers,
     begin_batch,
     calm_and_crowded,
+    exact_gradient,
     how_many_together,
     stack_gradient,
 )
@@ -189,7 +190,7 @@ def raw_gradients(
     neutral = _neutral(work)
     backend = active()
     if not isinstance(backend, TorchBackend):
-        yield from _through_buffers(neutral, range(len(work)))
+        yield from _through_buffers(neutral)
         return
     on_gpu = []
     for members in _of_one_shape(neutral):
@@ -229,8 +230,9 @@ def _in_batches(
     """The gradients of layers on a GPU, without synchronisation but for crowded layers."""
     layers, place_of = _chosen(work, chosen)
     calm, crowded = calm_and_crowded(layers)
-    if crowded:
-        yield from _through_buffers(work, [place_of[id(update)] for update, _ in crowded])
+    for update, term in crowded:
+        w = stack_neurons([update])
+        yield RawGradients([place_of[id(update)]], exact_gradient(w, term))
     for batch in batches_of(calm):
         places = [place_of[id(update)] for update in batch.updates]
         yield RawBatch(places, batch, begin_batch(batch, stats=stats))
@@ -253,19 +255,12 @@ def _alone(place: int, grad: Tensor, update: GradientUpdate) -> RawGradients:
     return RawGradients([place], whole_gradient(grad, update.w))
 
 
-def _through_buffers(
-    work: Sequence[tuple[GradientUpdate, PairTerm]], chosen: Sequence[int]
-) -> list[RawPart]:
+def _through_buffers(work: Sequence[tuple[GradientUpdate, PairTerm]]) -> list[RawPart]:
     """The gradients of layers by whichever back end takes them, added to zeros."""
     found: list[RawPart] = []
     alone: dict[PairTerm, list[GradientUpdate]] = {}
-    for some in _of_one_shape([work[place] for place in chosen]):
-        members = []
-        neurons = []
-        for i in some:
-            members.append(chosen[i])
-            neurons.append(work[chosen[i]][0])
-        w = stack_neurons(neurons)
+    for members in _of_one_shape(work):
+        w = stack_neurons([work[place][0] for place in members])
         grad = torch.zeros_like(w)
         outs = grad.view(len(members), -1, *grad.shape[1:]).unbind()
         for place, out in zip(members, outs, strict=True):
