@@ -687,6 +687,43 @@ def test_a_nan_weight_is_computed_anew_and_harms_no_other_layer():
     assert off["3"] < 1e-9
 
 
+def pruned_wide():
+    """Its layers are not plain: their weights are computed."""
+    net = wide()
+    for i in (1, 3, 5, 7):
+        prune.identity(net[i], "weight")
+    return net
+
+
+@pytest.mark.parametrize("make", [wide, pruned_wide])
+def test_on_a_gpu_coincident_neurons_are_missed_at_one_step_and_not_kept_so(make):
+    """One pass gives them no direction; at the next step the layer is computed the exact way."""
+    with waits_of():
+        run = settled(case=replace(SLOW, net=make))
+        with torch.no_grad():
+            weight = run.regularizer.layers[1].parameters[0]
+            weight[-1] = weight[-2]
+        penalty_added(run)
+        assert "3" in run.computed
+        found = penalty_added(run)
+        assert run.computed == {"3"}
+        penalty_added(run)
+        assert run.computed == set()
+    assert errors(found, fresh_penalty(run))["3"] < 1e-9
+
+
+def test_on_a_gpu_a_sampled_gradient_that_was_not_exact_is_not_kept():
+    case = replace(SLOW, measure=Sampled(RieszEnergy(s=1.0), block=8))
+    with waits_of():
+        run = settled(case=case)
+        with torch.no_grad():
+            weight_of(run).copy_(weight_of(run)[:1].expand(32, 64).clone())
+        penalty_added(run)
+        assert "3" in run.computed
+        penalty_added(run)
+        assert "3" in run.computed
+
+
 # Measured errors
 
 

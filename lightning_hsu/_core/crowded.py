@@ -86,6 +86,17 @@ class CrowdedLayers:
                 calm.append(one)
         return calm, crowded
 
+    def not_exact(self, layers: Sequence[Layer]) -> list[int]:
+        """Places of the layers that their last pass has not computed exactly."""
+        self.read(layers)
+        if not self._crowded:
+            return []
+        places = []
+        for place, (update, term) in enumerate(layers):
+            if self._crowded.get(key_of(update, term)) == 0:
+                places.append(place)
+        return places
+
     def is_crowded(self, update: GradientUpdate, term: PairTerm) -> bool:
         """Whether to compute a layer the exact way now; on some steps this looks at it and waits."""
         if not self._crowded:

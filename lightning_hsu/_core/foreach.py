@@ -236,6 +236,11 @@ def calm_and_crowded(work: Work) -> tuple[Work, Work]:
     return _CROWDED.divided(work)
 
 
+def not_exact(work: Work) -> list[int]:
+    """Places of the layers that their last pass has not computed exactly; ask a step later."""
+    return _CROWDED.not_exact(work)
+
+
 def how_many_together(shape: torch.Size) -> int:
     """How many layers of a shape (b, n, d) go together."""
     b, n, d = shape

@@ -299,6 +299,21 @@ class Deltas:
         """Those whose weights had changed at their last step without torch's counting it."""
         return self._moves.changed_unseen(layers)
 
+    def just_kept(self, layers: Sequence[Layer]) -> list[Layer]:
+        """Those whose gradients were computed for the last use, and may serve for this one.
+
+        Whether they were exact is known now. Where ranks train together none is told of: the rank
+        that has computed a gradient knows it alone.
+        """
+        found = []
+        for layer in layers:
+            delta = self._deltas.get(layer.name)
+            if delta is None or delta.age != 1 or self._is_old(layer.name, delta):
+                continue
+            if layer.target.placement.is_alone:
+                found.append(layer)
+        return found
+
     def drop(self, layers: Iterable[Layer]) -> None:
         """Drop what is kept of layers, and what was begun of them for the step to come.
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_hsu._core import working_dtype
-from lightning_hsu._core.foreach import shortening
+from lightning_hsu._core.foreach import not_exact, shortening
 from lightning_hsu._core.raw import RawPart
 from lightning_hsu._core.updates import GradientUpdate
 from lightning_hsu._engine.ahead import Ahead
@@ -55,6 +55,8 @@ def add_plain(
         same_step: Whether this is another evaluation within a step.
     """
     found = plain.found
+    if not same_step:
+        _drop_inexact(deltas, found)
     uses = [use_of(layer, update.w) for layer, _, update in found]
     deltas.find_due(uses, same_step=same_step)
     due = {}
@@ -76,6 +78,20 @@ def add_plain(
             _keep_and_add(deltas, raw, members, same_step=same_step)
     if not same_step:
         deltas.grow_older(uses)
+
+
+def _drop_inexact(deltas: Deltas, found: Sequence[PlainUpdate]) -> None:
+    """Drop gradients of the last use that were not exact, as of coincident neurons on a GPU."""
+    kept = set(deltas.just_kept([layer for layer, _, _ in found]))
+    if not kept:
+        return
+    layers = []
+    work = []
+    for layer, term, update in found:
+        if layer in kept:
+            layers.append(layer)
+            work.append((update, term))
+    deltas.drop([layers[place] for place in not_exact(work)])
 
 
 def _keep_and_add(

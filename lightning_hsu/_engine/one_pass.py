@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from lightning_hsu._core import PairEnergy, or_one
-from lightning_hsu._core.foreach import goes_without_sync
+from lightning_hsu._core.foreach import goes_without_sync, not_exact
 from lightning_hsu._core.together import Neurons, gradients_together
+from lightning_hsu._core.updates import GradientUpdate
 from lightning_hsu._engine.late import LateNumbers
 from lightning_hsu._engine.layer import Layer, to_compute_dtype
 from lightning_hsu.measures import State
@@ -110,6 +111,27 @@ def gradient_of(layers: Sequence[Layer], x: Tensor, state: State | None) -> Tens
                 _ANSWERS[layer] = answer
             return grad
     return measure.value_and_grad(x, state)[1]
+
+
+def inexact(members: Sequence[tuple[Layer, Tensor]]) -> list[Layer]:
+    """The layers of which the last pass has not computed the exact gradients; ask a step later.
+
+    Args:
+        members: The layers, and their neurons without a graph.
+    """
+    found = []
+    joined = []
+    work = []
+    for layer, x in members:
+        if goes_together(layer):
+            (own,) = _neurons_of([(layer, x)])
+            joined.append(layer)
+            work.append((GradientUpdate(x, x, 1.0, key=own.key), own.term))
+            continue
+        answer = _ANSWERS.get(layer)
+        if answer is not None and not answer.read()[0]:
+            found.append(layer)
+    return found + [joined[place] for place in not_exact(work)]
 
 
 def _neurons_of(members: Sequence[tuple[Layer, Tensor]]) -> list[Neurons]:

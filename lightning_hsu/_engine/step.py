@@ -13,11 +13,13 @@ from lightning_hsu._core.foreach import SMALL, shortening
 from lightning_hsu._engine.apply import LayerUpdate, penalty_gradients
 from lightning_hsu._engine.buffered import GradientStats
 from lightning_hsu._engine.delta import Use, use_of
+from lightning_hsu._engine.deltas import Deltas
 from lightning_hsu._engine.known_gradient import KnownGradient
 from lightning_hsu._engine.layer import Layer, to_compute_dtype
 from lightning_hsu._engine.misuse import in_transform
 from lightning_hsu._engine.one_pass import (
     goes_together,
+    inexact,
     penalties_together,
     values_and_gradients,
 )
@@ -139,6 +141,8 @@ def _kept_gradients(
     """The gradients of layers, of which those that are due are computed; the caller may change them."""
     uses = [update.use() for update in updates]
     same_step = context.same_step
+    if not same_step:
+        _drop_inexact(state.deltas, uses)
     state.deltas.find_due(uses, same_step=same_step)
     due, draws = [], []
     for update, use in zip(updates, uses, strict=True):
@@ -158,6 +162,14 @@ def _kept_gradients(
     if not same_step:
         state.deltas.grow_older(uses)
     return grads
+
+
+def _drop_inexact(deltas: Deltas, uses: Sequence[Use]) -> None:
+    """Drop gradients of the last use that were not exact, as of coincident neurons on a GPU."""
+    kept = set(deltas.just_kept([use.layer for use in uses]))
+    members = [(use.layer, use.x) for use in uses if use.layer in kept]
+    if members:
+        deltas.drop(inexact(members))
 
 
 def _weighted(
@@ -309,6 +321,8 @@ def _kept_penalties(
         use.needs_value = True
         uses.append(use)
     same_step = context.same_step
+    if not same_step:
+        _drop_inexact(state.deltas, uses)
     state.deltas.find_due(uses, same_step=same_step)
     due = [use for use in uses if use.is_due or state.deltas.of(use).value is None]
     if due:
