@@ -31,8 +31,7 @@ test: .venv/test.installed  ## All tests, slow ones too; COVERAGE=--cov tells wh
 coverage: .venv/test.installed  ## The fast tests, and which lines they reach
 	$(PYTEST) --cov --cov-report=term -m "$(FAST)"
 
-cpus: .venv/test.installed  ## The fast tests as on an older CPU, with one thread and with two
-	HSU_TEST_THREADS=1 $(OLD_CPU) $(PYTEST) -m "$(FAST) and not any_cpu"
+cpus: .venv/test.installed  ## The fast tests as on an older CPU, with two threads
 	HSU_TEST_THREADS=2 OMP_WAIT_POLICY=passive $(OLD_CPU) $(PYTEST) -m "$(FAST) and not any_cpu"
 
 docs: .venv/test.installed  ## Run the code that README and docstrings show
