@@ -113,7 +113,6 @@ def test_learning_rates_on_the_device_are_not_asked():
     with pretending():
         model = nn.ModuleList([launches.linear(64, 32), launches.linear(64, 32)])
         regularizer = UniformityRegularizer(coefficient=1e-3, head=None)
-        regularizer.checks_order = False  # no step is made
         launches.look_at(regularizer.measure)
         regularizer.attach(model)
         rate = torch.full((), 0.1, device="cuda")

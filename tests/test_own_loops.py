@@ -65,7 +65,6 @@ class Loop:
         ("zbms" * 3, "has gradients, but no step has changed its weights since attach"),
         ("zbabas" * 3, "add_gradients is called again before optimizer.step()"),
         ("zbabababas" * 3, "With accumulated batches call it once a step"),
-        ("zbaas" * 3, "now includes the penalty more than once"),
     ],
 )
 def test_a_wrong_order_is_told_once(steps, words):

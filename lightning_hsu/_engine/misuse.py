@@ -271,9 +271,9 @@ class _SeenOptimizer:
             self._versions = version_of(p), version_of(p.grad)
 
     def adds_again(self) -> bool:
-        """Whether nothing has happened since the last addition but at most one backward pass.
+        """Whether nothing has happened since the last addition but one more backward pass.
 
-        Then the parameter is the same, and its gradient has changed in place at most once. A step that a
+        Then the parameter is the same, and its gradient has changed in place once. A step that a
         GradScaler skipped leaves a new gradient, which has changed less often, or one that was also
         set to zero.
         """
@@ -283,9 +283,8 @@ class _SeenOptimizer:
         version, grad_version = self._versions
         if version is None or grad_version is None:
             return False
-        if version_of(p) != version or version_of(p.grad) not in (grad_version, grad_version + 1):
-            return False
-        return bool(p.grad.any())  # else it was only set to zero
+        once_more = version_of(p) == version and version_of(p.grad) == grad_version + 1
+        return once_more and bool(p.grad.any())  # else it was only set to zero
 
 
 class PenaltyChecks:
