@@ -685,7 +685,8 @@ class UniformityRegularizer:
         ``tolerance``.
 
         Args:
-            reset: Whether the next call begins with the step after this.
+            reset: Whether the next call begins with the step after this. A callback resets it at
+                each row of its log: ask ``callback.regularizer.recomputed(reset=False)``.
         """
         return self.state.deltas.share_of_work(reset=reset)
 

@@ -953,6 +953,38 @@ def test_a_broken_interval_is_dropped_and_told(broken):
     assert run.computed == {"1", "3", "5", "7"}
 
 
+@pytest.mark.parametrize(
+    "broken",
+    [
+        None,
+        3,
+        {},
+        {"done": 1.0},
+        {"done": 2.0, "whole": 1.0},
+        {"done": -1.0, "whole": 1.0},
+        {"done": 1.0, "whole": math.inf},
+    ],
+    ids=str,
+)
+def test_a_broken_count_of_work_is_dropped_and_told(broken):
+    run = settled()
+    state = run.regularizer.state_dict() | {"work": broken}
+    with pytest.warns(UserWarning, match="work: it is .*; hsu/recomputed counts from here on"):
+        run.regularizer.load_state_dict(state)
+    assert math.isnan(run.regularizer.recomputed())
+
+
+def test_the_work_goes_on_after_a_resume():
+    run = settled()
+    other = settled(steps=1)
+    other.regularizer.load_state_dict(copy.deepcopy(run.regularizer.state_dict()))
+    whole = run.regularizer.recomputed(reset=False)
+    assert 0 < whole < 1
+    assert other.regularizer.recomputed() == whole
+    assert run.regularizer.recomputed() == whole
+    assert math.isnan(run.regularizer.recomputed())
+
+
 @pytest.mark.parametrize("part", [None, 3, [1, 2], "x"])
 def test_broken_intervals_are_dropped_as_a_whole(part):
     run = settled()

@@ -50,6 +50,7 @@ class Deltas:
         reuse: For how long each layer's gradient may be used, by name.
         computed: Names of the layers whose gradients the last step has computed.
         projected: Names of those whose kept gradients it has projected.
+        work: The arithmetic of the steps since somebody asked.
     """
 
     def __init__(self, tolerance: float | None = None) -> None:
@@ -60,7 +61,7 @@ class Deltas:
         self._deltas: dict[str, Delta] = {}
         self._stored: dict[str, dict[str, float]] = {}
         self._unstored: set[str] = set()  # layers of which that is not what is known now
-        self._work = Work()
+        self.work = Work()
         self._lessons = Lessons()
         self._rows = Rows()
         self._moves = Moves(self._rows)
@@ -140,7 +141,7 @@ class Deltas:
         for use in uses:
             delta = self._deltas.get(use.layer.name)
             use.is_due = delta is None or self._is_due(use, delta, same_step)
-            self._work.add(use)
+            self.work.add(use)
             if use.is_due:
                 self.computed.add(use.layer.name)
             elif delta is not None:
@@ -211,7 +212,7 @@ class Deltas:
 
     def share_of_work(self, *, reset: bool) -> float:
         """The part of the arithmetic that was done since this was last ``reset``; NaN for no step."""
-        return self._work.share(reset=reset)
+        return self.work.share(reset=reset)
 
     def bytes(self) -> int:
         """Memory of the kept gradients and of what is kept beside them."""
@@ -232,10 +233,11 @@ class Deltas:
             self._unstored = set()
         return self._stored
 
-    def restore(self, reuse: dict[str, Reuse]) -> None:
-        """Restore what is known of how gradients age; all of them are due."""
+    def restore(self, reuse: dict[str, Reuse], work: Work) -> None:
+        """Restore what is known of how gradients age, and the work done; all of them are due."""
         self.make_due()
         self._take(reuse)
+        self.work = work
 
     def make_due(self) -> None:
         """Let the next step compute every gradient, as it does after a resume."""

@@ -400,6 +400,7 @@ class TrainingState:
             state["heads"] = list(self.heads)
         if self.deltas.tolerance is not None and self.deltas.reuse:
             state["reuse"] = self.deltas.state_dict()
+            state["work"] = self.deltas.work.state()
         return state
 
     def load_state_dict(self, state: object) -> Dropped:
@@ -410,7 +411,7 @@ class TrainingState:
         self.share_means.restore(stored.shares)
         self.heads = stored.heads
         self.heads_as_expected = False
-        self.deltas.restore(stored.reuse)
+        self.deltas.restore(stored.reuse, stored.work)
         self.now.loss_step = None
         return stored.dropped
 

@@ -13,13 +13,14 @@ from lightning_hsu._checks import listed
 from lightning_hsu._core import exact_arithmetic
 from lightning_hsu._engine.layer import Layer, to_compute_dtype
 from lightning_hsu._engine.reuse import Reuse, stored_reuse
+from lightning_hsu._engine.work import Work, stored_work
 from lightning_hsu.coefficients import Share
 from lightning_hsu.measures import Measure, State
 
 VERSION = 1
 """The version of the states that are written; those without a number came before."""
 
-_KNOWN = ("version", "steps", "states", "measures", "shares", "heads", "reuse")
+_KNOWN = ("version", "steps", "states", "measures", "shares", "heads", "reuse", "work")
 _MEANINGS = {
     "state": "schedules, shares and what measures carry begin anew, as at a first step",
     "version": "what this version of lightning_hsu knows is loaded",
@@ -30,6 +31,7 @@ _MEANINGS = {
     "heads": "without them the heads are those that the model declares, or its last Linear; "
     "head='...' names another",
     "reuse": "it is measured anew how long the gradients of these layers can be used",
+    "work": "hsu/recomputed counts from here on",
     "unknown": "these parts are left out",
 }
 _MOST_STEPS = 2**53  # float64 holds every count up to this, and schedules divide them
@@ -73,6 +75,7 @@ class Stored:
         shares: Means of gradient norms by layer.
         heads: Names of layers.
         reuse: For how long gradients may be used, by layer.
+        work: The arithmetic of the steps since the last row of a log.
         dropped: What was left out.
     """
 
@@ -82,6 +85,7 @@ class Stored:
     shares: dict[str, Tensor] = field(default_factory=dict)
     heads: list[str] = field(default_factory=list)
     reuse: dict[str, Reuse] = field(default_factory=dict)
+    work: Work = field(default_factory=Work)
     dropped: Dropped = field(default_factory=Dropped)
 
 
@@ -116,6 +120,12 @@ def checked(state: object) -> Stored:
             found.dropped.add("reuse", f"layer {_what(name)} ({_what(part)} is no interval)")
         else:
             found.reuse[name] = reuse
+    if "work" in state:
+        work = stored_work(state["work"])
+        if work is None:
+            found.dropped.add("work", f"it is {_what(state['work'])}")
+        else:
+            found.work = work
     return found
 
 

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import cast
 
+from lightning_hsu._checks import plain_number
 from lightning_hsu._engine.delta import Use
 
 
 @dataclass
 class Work:
-    """The arithmetic of the steps, in FLOP."""
+    """The arithmetic of the steps, in FLOP.
+
+    Args:
+        done: What was computed.
+        whole: What computing every layer at each step would have been.
+    """
 
     done: float = 0.0
     whole: float = 0.0
@@ -28,3 +36,18 @@ class Work:
         if reset:
             self.done = self.whole = 0.0
         return share
+
+    def state(self) -> dict[str, float]:
+        """What :func:`stored_work` takes."""
+        return {"done": self.done, "whole": self.whole}
+
+
+def stored_work(stored: object) -> Work | None:
+    """What :meth:`Work.state` returned; None if it is anything else."""
+    if not isinstance(stored, Mapping):
+        return None
+    numbers = [stored.get("done"), stored.get("whole")]
+    if not all(map(plain_number, numbers)):
+        return None
+    done, whole = map(float, cast(list[float], numbers))
+    return Work(done, whole) if 0 <= done <= whole else None
