@@ -22,7 +22,7 @@ Turn = tuple[Delta, str]
 _LONGEST_WITHOUT = 4
 """Steps in a row that give no turn, since they follow a pull (pull.py), which takes launches, too.
 
-One layer's pull is followed at no more steps in a row.
+The pull of one layer is followed at the ages 1 to 4, and never longer in a row.
 """
 
 
