@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lightning_hsu._core import (
     backend,
     batches,
+    crowded,
     foreach,
     layouts,
     pair_energy,
@@ -221,6 +222,23 @@ class OnlyOneWay:
         self.exact = 0
         add_pair_gradients(updates, term)
         return outs
+
+
+def test_few_of_the_layers_that_go_the_exact_way_are_remembered(monkeypatch):
+    """Those that came first are forgotten, since nobody may ask for them again."""
+    monkeypatch.setattr(crowded, "_KEPT", 3)
+    term = RieszEnergy(s=2).pair_term()
+    ours = OnlyOneWay(monkeypatch)
+    ws = [neurons(1, 40, 16) for _ in range(5)]
+    for w in ws:
+        w[0, 7] = 2.0 * w[0, 4]
+        ours.step([w], term)
+        ours.step([w], term)
+        assert ours.exact == 1
+    ours.step(ws[2:], term)
+    assert ours.exact == 3
+    ours.step(ws[:1], term)
+    assert ours.exact == 0
 
 
 @pytest.mark.parametrize("half_space", [False, True])

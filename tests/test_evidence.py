@@ -139,8 +139,8 @@ def train_alone(network, images, labels, setting, method, trial, seed):
     return engine
 
 
-# For float64. Measured: at most 2e-15 of either kind, with each of the instruction sets of `make cpus`
-# and one or two threads.
+# For float64. Measured: at most 2e-15 of either kind, with the instruction sets of `make cpus`,
+# one thread and two.
 CLOSE = {"rtol": 1e-7, "atol": 1e-9}
 LESS_THAN_AN_IMAGE = 50 / 797  # in percent, of the test images
 

@@ -210,6 +210,10 @@ def test_a_mixture_of_experts():
 
 
 def test_a_tolerance_takes_less_than_what_is_told():
+    regularizer = UniformityRegularizer(tolerance=0.3).attach(nn.Sequential(nn.Linear(64, 64)))
+    assert "  less, with gradients kept for several steps: tolerance 0.3" in str(
+        regularizer.summary
+    )
     shown = str(replace(mixture(), tolerance=0.05)).splitlines()
     at = shown.index("penalty: 9,696 GFLOP/step in total")
     assert shown[at + 2] == "  less, with gradients kept for several steps: tolerance 0.05"

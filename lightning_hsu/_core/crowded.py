@@ -27,7 +27,7 @@ Layer = tuple[GradientUpdate, PairTerm]
 """A layer with its kernel."""
 
 _KEPT = 4096
-"""Layers of which is kept what is known, though nobody may ask for them again."""
+"""How many layers are remembered: nobody may ask for the oldest again."""
 
 _FEW = 1 / 4
 """Part of the room for near pairs beyond which a layer is crowded, where there is no room left."""
