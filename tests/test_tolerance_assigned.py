@@ -94,6 +94,31 @@ def test_what_is_no_tolerance_is_refused_and_changes_nothing(wrong):
     assert run.regularizer.state.deltas.bytes() == kept
 
 
+def test_nothing_counts_as_recomputed_that_came_before_none():
+    run = Run(CASES["plain"], "gradient", 0.4)
+    go_on(run, 17)
+    assert run.regularizer.recomputed(reset=False) < 0.9
+    state = run.regularizer.state_dict()
+    run.regularizer.tolerance = None
+    other = Run(CASES["plain"], "gradient", None)
+    other.regularizer.load_state_dict(state)
+    for one in (run, other):
+        assert math.isnan(one.regularizer.recomputed(reset=False))
+        one.regularizer.tolerance = 0.4
+        one.step(DATA[one.steps % 8])
+        assert one.regularizer.recomputed(reset=False) == 1.0
+
+
+def test_nothing_counts_as_recomputed_of_another_model():
+    run = Run(CASES["plain"], "gradient", 0.4)
+    go_on(run, 17)
+    whole = run.regularizer.recomputed(reset=False)
+    run.regularizer.attach(run.net)
+    assert run.regularizer.recomputed(reset=False) == whole < 0.9
+    run.regularizer.attach(copy.deepcopy(run.net))
+    assert math.isnan(run.regularizer.recomputed(reset=False))
+
+
 def test_a_callback_passes_it_on():
     ours = uniformity(tolerance=0.4)
     assert ours.tolerance == 0.4

@@ -108,7 +108,8 @@ class Deltas:
         if keeps:
             self.settle()
         else:
-            self.forget()
+            self.make_due()
+            self._take({})
         self.computed = set()
         self.projected = set()
         self._turn = None
@@ -234,10 +235,13 @@ class Deltas:
         return self._stored
 
     def restore(self, reuse: dict[str, Reuse], work: Work) -> None:
-        """Restore what is known of how gradients age, and the work done; all of them are due."""
+        """Restore what is known of how gradients age, and the work done; all of them are due.
+
+        Without a tolerance no work is counted.
+        """
         self.make_due()
         self._take(reuse)
-        self.work = work
+        self.work = work if self else Work()
 
     def make_due(self) -> None:
         """Let the next step compute every gradient, as it does after a resume."""
@@ -246,10 +250,11 @@ class Deltas:
         self._drop_looks()
 
     def forget(self) -> None:
-        """Forget the gradients and how they age: another model has come."""
+        """Forget the gradients, how they age, and the work done: another model has come."""
         self.make_due()
         self._take({})
         self.computed = set()
+        self.work = Work()
 
     def follow(self, origins: Mapping[str, str], layers: Sequence[Layer]) -> None:
         """Go on after a change of the model.
