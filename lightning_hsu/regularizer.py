@@ -513,6 +513,8 @@ class UniformityRegularizer:
         self.state.now.loss_step = None
         is_scheduled = step is None and any(layer.has_schedule for layer in self.layers)
         skips_steps = self.tolerance is not None or self.every_n_steps > 1
+        if all(layer.strength == 0 for layer in self.layers):
+            skips_steps = False  # only monitored
         self.state.now.penalties.check_call(is_scheduled=is_scheduled, skips_steps=skips_steps)
         return self._penalty(step or 0, Rates(), 1.0)
 

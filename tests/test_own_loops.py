@@ -311,6 +311,7 @@ def test_a_penalty_that_leaves_out_no_step_is_told_once(setting):
     loop.net.train()
     loss = loop.net(X).square().mean()
     loop.regularizer.add_to_loss(loss, loop.optimizer)
+    UniformityRegularizer(coefficient=0, **setting).attach(loop.net).penalty()
     with pytest.warns(UserWarning, match=r"use add_to_loss\(loss, optimizer\)"):
         loop.regularizer.penalty()
     loop.regularizer.penalty()
