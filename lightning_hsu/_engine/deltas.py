@@ -108,8 +108,7 @@ class Deltas:
         if keeps:
             self.settle()
         else:
-            self.make_due()
-            self._take({})
+            self.restore({}, self.work)
         self.computed = set()
         self.projected = set()
         self._turn = None
@@ -251,10 +250,8 @@ class Deltas:
 
     def forget(self) -> None:
         """Forget the gradients, how they age, and the work done: another model has come."""
-        self.make_due()
-        self._take({})
+        self.restore({}, Work())
         self.computed = set()
-        self.work = Work()
 
     def follow(self, origins: Mapping[str, str], layers: Sequence[Layer]) -> None:
         """Go on after a change of the model.
