@@ -30,7 +30,7 @@ from lightning_hsu._neurons.select import uninitialized
 from lightning_hsu._optimizers import AfterStep
 from lightning_hsu.coefficients import Strength, Strengths
 from lightning_hsu.measures import Measure
-from lightning_hsu.measures.defaults import SAMPLE_ABOVE
+from lightning_hsu.measures.defaults import SAMPLE_ABOVE, SHARE_LIMIT
 from lightning_hsu.regularizer import UniformityRegularizer
 
 Hook = TypeVar("Hook", bound=Callable[..., None])
@@ -124,8 +124,8 @@ class HypersphericalUniformity(_trainer.EveryCallback):
 
     The objective becomes the task's loss plus ``coefficient`` times the penalty, once per optimizer
     step, whatever the precision, accumulation, strategy or optimisation mode. The penalty's gradient
-    is shortened only if one step would move a neuron by more than its own norm (``step_limit``). The
-    logged training loss is unchanged.
+    is shortened only if it is above a fraction of the task's (``share_limit``), or if one step would
+    move a neuron by more than its own norm (``step_limit``). The logged training loss is unchanged.
 
     On logging steps ``hsu/penalty``, ``hsu/ratio_mean``, ``hsu/ratio_max``, ``hsu/angle_min``
     (degrees), ``hsu/dead`` and ``hsu/limited`` go through Lightning's log, where EarlyStopping and
@@ -162,9 +162,14 @@ class HypersphericalUniformity(_trainer.EveryCallback):
         head_coefficient: A number, schedule or share for the head; None uses ``coefficient``.
         every_n_steps: Apply on every n-th step of each optimizer, at the coefficient's full
             strength.
-        step_limit: A neuron's penalty gradient times the learning rate is at most this fraction of
-            the neuron's norm, so that no near-duplicate or tiny neuron is thrown away by one step
-            (``hsu/limited`` counts them). None is no limit.
+        step_limit: The penalty's part of a step is at most this fraction of a neuron's norm, so that
+            no near-duplicate or tiny neuron is thrown away (``hsu/limited`` counts them). Of SGD it
+            knows learning rate and momentum, of Adam and its relatives that a step is about the
+            learning rate in each entry, of others the learning rate alone. None is no limit.
+        share_limit: In each layer the norm of the penalty's gradient is at most this fraction of that of
+            the task's, and 0 where that is 0, so that no coefficient keeps a task from being learnt
+            (``hsu/limited`` counts the neurons of such layers, too). ``apply="loss"`` knows no task
+            gradient and has no such limit; a ``Share`` is a limit by itself. None is no limit.
         matmul_precision: "medium" multiplies pair energies in bfloat16: the relative error of a
             gradient is 2e-3 in full space for s <= 2, 6e-3 in half space, and 2e-2 at most.
         sample_above: Energies of more neurons are estimated
@@ -216,6 +221,7 @@ class HypersphericalUniformity(_trainer.EveryCallback):
         head_coefficient: Strength | None = None,
         every_n_steps: int = 1,
         step_limit: float | None = 1.0,
+        share_limit: float | None = SHARE_LIMIT,
         matmul_precision: Literal["highest", "medium"] = "highest",
         sample_above: int | None = SAMPLE_ABOVE,
         tolerance: float | None = None,
@@ -235,6 +241,7 @@ class HypersphericalUniformity(_trainer.EveryCallback):
             head_coefficient=head_coefficient,
             every_n_steps=every_n_steps,
             step_limit=step_limit,
+            share_limit=share_limit,
             matmul_precision=matmul_precision,
             sample_above=sample_above,
             tolerance=tolerance,

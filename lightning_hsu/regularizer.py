@@ -66,7 +66,7 @@ from lightning_hsu._optimizers import AfterOwnStep, AfterStep
 from lightning_hsu.coefficients import Coefficient, Strength
 from lightning_hsu.measures import Measure
 from lightning_hsu.measures.base import check_measure
-from lightning_hsu.measures.defaults import DEFAULT_MEASURE, SAMPLE_ABOVE
+from lightning_hsu.measures.defaults import DEFAULT_MEASURE, SAMPLE_ABOVE, SHARE_LIMIT
 from lightning_hsu.measures.sampled import measure_of_layer
 
 NOTHING_TRAINS = (
@@ -116,7 +116,16 @@ class UniformityRegularizer:
         every_n_steps: Apply on every n-th step of each optimizer, at the coefficient's full
             strength.
         step_limit: The penalty's part of a step moves a neuron by at most this fraction of its
-            norm. None is no limit.
+            norm. A step is the learning rate times what the optimizer makes of a steady gradient:
+            momentum of 0.9 makes it ten times as long, and Adam and its relatives make the task's
+            gradient as long as one whose entries are 1. Of others only the learning rate is known.
+            None is no limit.
+        share_limit: In each layer the norm of the penalty's gradient is at most this fraction of
+            that of the task's; where the task's is 0 nothing is added. So no coefficient keeps a task
+            from being learnt. With :meth:`move` what the optimizer makes of the task's gradient
+            counts. A layer whose coefficient is a :class:`~lightning_hsu.Share` has a limit of its
+            own. :meth:`penalty` and :meth:`add_to_loss` know no task gradient, and no such limit.
+            None is no limit.
         matmul_precision: "medium" multiplies in bfloat16 (see the callback); the monitor's numbers
             stay exact.
         sample_above: Energies of more neurons are estimated
@@ -146,7 +155,7 @@ class UniformityRegularizer:
 
     Raises:
         ValueError: for a negative or NaN coefficient, ``every_n_steps`` or ``sample_above`` below
-            1, a ``step_limit`` <= 0 or a ``tolerance`` outside (0, 1).
+            1, a ``step_limit`` or ``share_limit`` <= 0 or a ``tolerance`` outside (0, 1).
         TypeError: for a measure or a coefficient of the wrong kind.
 
     Example:
@@ -176,6 +185,7 @@ class UniformityRegularizer:
         head_coefficient: Strength | None = None,
         every_n_steps: int = 1,
         step_limit: float | None = 1.0,
+        share_limit: float | None = SHARE_LIMIT,
         matmul_precision: Literal["highest", "medium"] = "highest",
         sample_above: int | None = SAMPLE_ABOVE,
         tolerance: float | None = None,
@@ -189,6 +199,10 @@ class UniformityRegularizer:
             check_number(
                 "step_limit", step_limit, "> 0, or None for no limit", lambda limit: limit > 0
             )
+        if share_limit is not None:
+            check_number(
+                "share_limit", share_limit, "> 0, or None for no limit", lambda limit: limit > 0
+            )
         self.measure = DEFAULT_MEASURE if measure is None else measure
         check_measure(self.measure)
         self.coefficient = Coefficient(coefficient)
@@ -201,6 +215,7 @@ class UniformityRegularizer:
         self.neurons = check_neurons(neurons)
         self.every_n_steps = every_n_steps
         self.step_limit = step_limit
+        self.share_limit = share_limit
         self.matmul_precision = check_choice(
             "matmul_precision", matmul_precision, "highest", "medium"
         )
@@ -899,7 +914,8 @@ class UniformityRegularizer:
         else:
             rates = learning_rates(optimizer)
             limit = self.step_limit
-            context = StepContext(step, rates, grad_scale, same_step, limit, stats, moves)
+            share = self.share_limit
+            context = StepContext(step, rates, grad_scale, same_step, limit, share, stats, moves)
             recorded: AbstractContextManager[None] = nullcontext()
             if torch.is_inference_mode_enabled():
                 recorded = outside_inference_mode()

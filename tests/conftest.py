@@ -49,6 +49,15 @@ def _seeded():
 
 
 @pytest.fixture
+def shipped_defaults(monkeypatch):
+    """The share limit that users get."""
+    from tests import SHARE_LIMIT, WITH_LIMITS
+
+    for function in WITH_LIMITS:
+        monkeypatch.setitem(function.__kwdefaults__, "share_limit", SHARE_LIMIT)
+
+
+@pytest.fixture
 def _few_random_layers(monkeypatch):
     """Random layers for references of measures without an expectation: the usual number takes long."""
     from lightning_hsu import reference

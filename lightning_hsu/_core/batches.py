@@ -63,7 +63,9 @@ def batches_of(work: Iterable[tuple[GradientUpdate, PairTerm]]) -> list[Batch]:
         w = update.entries
         limit = update.limit
         # Numbers may differ from layer to layer, a tensor on the device is common to all.
-        key = (w.device, w.dtype, update.grad_scale, id(limit) if isinstance(limit, Tensor) else 0)
+        task = None if update.task is None else update.task.kind
+        limit_key = id(limit) if isinstance(limit, Tensor) else 0
+        key = (w.device, w.dtype, update.grad_scale, limit_key, task)
         alike.setdefault(key, []).append((update, term))
     batches = []
     for members in alike.values():

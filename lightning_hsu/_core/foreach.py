@@ -19,7 +19,11 @@ from lightning_hsu._core.pairwise import (
     small_pair_gradient,
     stack_pair_gradient,
 )
-from lightning_hsu._core.precision import exact_arithmetic, gradient_arithmetic
+from lightning_hsu._core.precision import (
+    exact_arithmetic,
+    gradient_arithmetic,
+    working_dtype,
+)
 from lightning_hsu._core.updates import (
     GradientUpdate,
     Scratch,
@@ -99,9 +103,30 @@ def add_pair_gradients(updates: Sequence[GradientUpdate], term: PairTerm) -> Non
                 taken.append(update)
             else:
                 others.append(update)
+        limited = [update for update in taken if update.task is not None]
+        if limited:
+            _add_limited(backend, limited, term)
+            taken = [update for update in taken if update.task is None]
         if taken:
             backend.add_pair_gradients(taken, term)
         TorchBackend().add_pair_gradients(others, term)
+
+
+def _add_limited(backend: Backend, updates: Sequence[GradientUpdate], term: PairTerm) -> None:
+    """Add gradients that the task's limit, by way of memory for one gradient of each layer.
+
+    A kernel that adds a row knows nothing of the length of the others.
+    """
+    alone = []
+    for update in updates:
+        w = update.w.detach()
+        if w.dtype == torch.float16:  # whose range would limit what is added
+            w = w.float()
+        alone.append(GradientUpdate(w, torch.zeros_like(w, dtype=working_dtype(w.dtype)), 1.0))
+    backend.add_pair_gradients(alone, term)
+    for update, one in zip(updates, alone, strict=True):
+        w = stack_neurons([update])
+        add_to_layers([update], whole_gradient(one.out, w))
 
 
 class TorchBackend(Backend):

@@ -161,6 +161,7 @@ class Layout:
         bounds: For each row (2, rows): the last row of its group, and the row before its first.
         group_of: For each row, its group; the number of groups for spare rows.
         block_of: For each row, its block; 0 for spare rows.
+        layer_of: For each row, its layer; 0 for spare rows.
         scales: For each block, the factor from the sum over pairs to the mean, by the number of
             neurons of a group that take no part.
         without: For each block, how many pairs of a group are without effect, by the same number.
@@ -193,6 +194,7 @@ class Layout:
     bounds: Tensor
     group_of: Tensor
     block_of: Tensor
+    layer_of: Tensor
     scales: Tensor
     without: Tensor
     firsts: Tensor

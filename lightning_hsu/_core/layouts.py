@@ -120,12 +120,13 @@ def _laid_out(shapes: Sequence[Shape], halves: Sequence[bool], gram: int) -> Lay
     of_groups = _of_groups(blocks)
     groups = of_groups.shape[1]
     first, size, kind, block_of_group = of_groups
+    spans = _spans(shapes)
     by_row = _by_row(blocks, widths, of_groups)
     number = torch.arange(rows)
     bounds = by_row[:2]
     reach = torch.stack([by_row[4] + number * by_row[5], by_row[5]], 1)
     return Layout(
-        spans=_spans(shapes),
+        spans=spans,
         blocks=blocks,
         widths=widths,
         pieces=[_piece(panels, blocks) for panels in _pieces(blocks, gram)],
@@ -139,6 +140,7 @@ def _laid_out(shapes: Sequence[Shape], halves: Sequence[bool], gram: int) -> Lay
         bounds=bounds,
         group_of=by_row[2],
         block_of=by_row[3],
+        layer_of=_layer_of(spans, rows),
         scales=_scales(blocks, halves, most),
         without=_without(blocks, most),
         firsts=first,
@@ -197,6 +199,14 @@ def _by_row(blocks: Sequence[Block], widths: Sequence[Width], of_groups: Tensor)
                 group += 1
     by_group = torch.tensor(numbers).T.contiguous()
     return _repeated(by_group, sizes)
+
+
+def _layer_of(spans: Sequence[Span], rows: int) -> Tensor:
+    """For each row (rows,) its layer; 0 for spare rows."""
+    layers = torch.zeros(rows, dtype=torch.int64)
+    for place, span in enumerate(spans):
+        layers[span.row : span.row + span.rows] = place
+    return layers
 
 
 def _places(widths: Sequence[Width], rows: int) -> Tensor:

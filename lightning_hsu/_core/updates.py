@@ -10,6 +10,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from lightning_hsu._core.limits import TaskLimit, share_factors, task_norms
 from lightning_hsu._core.precision import working_dtype
 from lightning_hsu._core.sphere import row_lengths
 
@@ -32,6 +33,7 @@ class GradientUpdate:
         grad_scale: Factor by which ``out`` is already scaled, as under mixed precision.
         shape: The shape (b, n, d) in which ``entries`` are read; None for their own.
         key: What stands for the layer from step to step; None for its place in memory.
+        task: What the task's gradient of the layer allows; None for no limit by it.
     """
 
     entries: Tensor
@@ -41,6 +43,7 @@ class GradientUpdate:
     grad_scale: float = 1.0
     shape: torch.Size | None = None
     key: object = None
+    task: TaskLimit | None = None
 
     @property
     def size(self) -> torch.Size:
@@ -77,7 +80,8 @@ def alike(updates: Sequence[GradientUpdate]) -> list[list[GradientUpdate]]:
         limit = update.limit
         if isinstance(limit, Tensor):  # two of them cannot be compared without synchronisation
             limit = id(limit)
-        how = (update.scale, limit, update.grad_scale)
+        task = None if update.task is None else update.task.kind
+        how = (update.scale, limit, update.grad_scale, task)
         key = (update.shape, w.shape, w.dtype, w.device, how)
         found.setdefault(key, []).append(update)
     return list(found.values())
@@ -186,9 +190,14 @@ def add_to_layers(updates: Sequence[GradientUpdate], found: StackGradient) -> No
         found: Their gradients; their pull may be overwritten.
     """
     first = updates[0]
+    limits = [update.task for update in updates if update.task is not None]
+    tasks = task_norms(limits) / first.grad_scale if limits else None
     room: Tensor | float = torch.finfo(first.entries.dtype).max / 2
     if first.limit is not None:
-        room = (found.norm * first.limit).clamp_max(room)
+        allowed = found.norm * first.limit
+        if tasks is not None and limits[0].counts_in_task:
+            allowed = allowed * by_group(tasks / math.sqrt(first.size.numel()), allowed)
+        room = allowed.clamp_max(room)
     pull = found.pull
     if found.may_overflow:
         length = row_lengths(pull)
@@ -197,13 +206,24 @@ def add_to_layers(updates: Sequence[GradientUpdate], found: StackGradient) -> No
     length.mul_(first.scale)
     if found.factor is not None:
         length.mul_(found.factor).abs_()
-    factor = torch.where(length > room, room / length, 1.0).mul_(first.scale * first.grad_scale)
+    factor = torch.where(length > room, room / length, 1.0)
+    if tasks is not None and limits[0].share is not None:
+        lengths = (length * factor).view(len(updates), -1)
+        totals = torch.linalg.vector_norm(lengths, dim=1, dtype=torch.float64)
+        factor.mul_(by_group(share_factors(totals, tasks, limits[0].share), factor))
+    factor.mul_(first.scale * first.grad_scale)
     if found.factor is not None:
         factor.mul_(found.factor)
     # Multiplied and added in one operation it would be rounded once, where buffers round twice.
     pull.mul_(factor)
     parts = pull.reshape(len(updates), *first.out_entries.shape).unbind()
     torch._foreach_add_([update.out_entries for update in updates], list(parts))
+
+
+def by_group(by_layer: Tensor, like: Tensor) -> Tensor:
+    """Numbers (k,) of k layers for each of their groups (k * b, 1, 1), in the dtype of a tensor."""
+    groups = len(like) // len(by_layer)
+    return by_layer.to(like.dtype).repeat_interleave(groups)[:, None, None]
 
 
 def along_the_sphere(x: Tensor, grad: Tensor, rate: Tensor | float) -> Tensor:

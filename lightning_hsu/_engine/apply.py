@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lightning_hsu._core.foreach import SMALL, shortening
+from lightning_hsu._core.limits import share_factors
 from lightning_hsu._core.updates import along_the_sphere
 from lightning_hsu._engine.buffered import GradientStats, strong_neurons
 from lightning_hsu._engine.delta import Use, use_of
 from lightning_hsu._engine.layer import Layer, to_compute_dtype
 from lightning_hsu._engine.one_pass import goes_together, gradient_of, gradients_of
-from lightning_hsu._engine.plan import limit_of_gradient
-from lightning_hsu._engine.rates import Rate, Rates
+from lightning_hsu._engine.plan import Allowance, StepContext, allowance_of, limit_of_gradient
+from lightning_hsu._engine.rates import Rate, Rates, largest_gain
 from lightning_hsu._engine.sharing import Gradients, Job, begin, is_shared, may_be_sent
 from lightning_hsu._engine.state import ShareMeans
 from lightning_hsu._neurons.placement import NeuronView, Placement
@@ -24,6 +27,21 @@ from lightning_hsu.measures import State
 
 GradView = tuple[nn.Parameter, Tensor, Tensor]
 """A parameter, the part of its ``.grad`` that a layer's neurons own, and what to add there."""
+
+
+class Weighted(NamedTuple):
+    """What is added to a layer's gradient, or moves its neurons.
+
+    Args:
+        grad: The weighted gradient (groups, n, d).
+        factor: By what the step limit shortened its rows (groups, n, 1).
+        held: By what the task's gradient shortened all of it (1,), in [0, 1]; None without such a
+            limit.
+    """
+
+    grad: Tensor
+    factor: Tensor
+    held: Tensor | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,41 +80,75 @@ class LayerUpdate:
         """This update's layer, for a kept gradient."""
         return use_of(self.layer, self.view.x.detach())
 
-    def weighted(
-        self, grad: Tensor, coefficient: Tensor | float, step_limit: float | None
-    ) -> tuple[Tensor, Tensor]:
-        """Multiply a gradient (groups, n, d) by coefficient / groups, within the step limit.
+    def allowance(self, context: StepContext) -> Allowance | None:
+        """What the task's gradient limits here; None if nothing. A share is a limit of its own."""
+        held = [p for p in self.layer.parameters if id(p) in self.learning_rates]
+        found = allowance_of(held, context)
+        if found is None or not self.layer.has_share:
+            return found
+        return found._replace(share=None) if found.counts_in_task else None
 
-        Returns:
-            The gradient, overwritten, and the factors (groups, n, 1) by which it was shortened.
+    def gain(self, context: StepContext) -> float:
+        """What the optimizer makes of a steady gradient, unless the neurons move past it."""
+        if context.moves:
+            return 1.0
+        return largest_gain(self.layer.parameters, self.learning_rates)
+
+    def limit(self, context: StepContext) -> Tensor | float | None:
+        """The largest length of a neuron's gradient over the neuron's norm, but for the task's."""
+        return limit_of_gradient(context.step_limit, self.rate, self.gain(context))
+
+    def weighted(self, grad: Tensor, coefficient: Tensor | float, context: StepContext) -> Weighted:
+        """Multiply a gradient (groups, n, d) by coefficient / groups, within both limits.
+
+        Args:
+            grad: The gradient, which is overwritten.
+            coefficient: The coefficient.
+            context: The step.
         """
         scale = coefficient / grad.shape[0]
-        factor = self.shortening(grad, step_limit, scale)
-        return grad.mul_(factor * scale), factor
+        allowance = self.allowance(context)
+        limit = self.limit(context)
+        task = None
+        if allowance is not None:
+            task, entries = self._task(grad)
+            if allowance.is_unit:
+                task = task.sign() * math.sqrt(entries)
+            if allowance.counts_in_task and limit is not None:
+                limit = limit * task / math.sqrt(entries)
+        largest = torch.finfo(self.view.x.dtype).max / 2
+        factor = shortening(grad, self.neurons, scale, limit, largest)
+        grad.mul_(factor * scale)
+        if task is None or allowance is None or allowance.share is None:
+            return Weighted(grad, factor, None)
+        parts = [part for _, _, part in self.grad_views(grad)]
+        if not parts:
+            return Weighted(grad, factor, None)
+        total = self.layer.target.placement.norm(parts)
+        held = share_factors(total.reshape(1), task.reshape(1), allowance.share)
+        return Weighted(grad.mul_(held.to(grad.dtype)), factor, held)
 
-    def stats(self, grad: Tensor, factor: Tensor) -> GradientStats | None:
-        """Describe a weighted gradient (groups, n, d); None if nothing can be added."""
+    def stats(self, weighted: Weighted) -> GradientStats | None:
+        """Describe what is added; None if nothing can be."""
+        grad, factor, held = weighted
         views = self.grad_views(grad)
         if not views:
             return None
         task, penalty = self._norms(views)
         first_parameter = views[0][0]
-        limited = self.layer.target.placement.any_holder(factor < 1, first_parameter)
+        is_held = penalty.new_zeros(())
+        shortened = factor < 1
+        if held is not None:
+            is_held = (held < 1).to(penalty.dtype).reshape(())
+            shortened = shortened | ((held < 1) & (grad != 0).any(-1, keepdim=True))
+        limited = self.layer.target.placement.any_holder(shortened, first_parameter)
         unscaled = task / self.grad_scale
         share = penalty / unscaled
         # Of a sharded layer this rank has some rows only, whose norm is not that of all.
         total = penalty if self.layer.rows is not None else torch.linalg.vector_norm(grad)
         strong = strong_neurons(grad, total.to(grad), share.to(grad))
         strong = self.layer.target.placement.any_holder(strong, first_parameter)
-        return GradientStats(share, limited.sum(), strong.sum(), unscaled)
-
-    def shortening(
-        self, grad: Tensor, step_limit: float | None, scale: Tensor | float = 1.0
-    ) -> Tensor:
-        """Factors (groups, n, 1) in (0, 1] that keep a step within the limit and its dtype's range."""
-        limit = limit_of_gradient(step_limit, self.rate)
-        largest = torch.finfo(self.view.x.dtype).max / 2
-        return shortening(grad, self.neurons, scale, limit, largest)
+        return GradientStats(share, limited.sum(), strong.sum(), unscaled, is_held)
 
     def add(self, grad: Tensor) -> None:
         """Add a weighted gradient (groups, n, d) to ``.grad``."""
@@ -128,6 +180,18 @@ class LayerUpdate:
         views = target.grad_views(self.view, change, self.learning_rates, values=True)
         for p, value, part in list(views):
             value.add_(part if are_entries else part * self.learning_rates[id(p)])
+
+    def _task(self, grad: Tensor) -> tuple[Tensor, int]:
+        """Norm of the task's gradient, unscaled, 0 if it is not finite; and how many entries it has."""
+        tasks = []
+        entries = 0
+        for p, task, _ in self.grad_views(grad):
+            tasks.append(self.layer.target.own_part(self.view, p, task))
+            entries += task.numel()
+        if not tasks:
+            return grad.new_zeros(()), 1
+        norm = self.layer.target.placement.norm(tasks) / self.grad_scale
+        return norm.nan_to_num(0.0, 0.0, 0.0), entries
 
     def _norms(self, views: list[GradView]) -> tuple[Tensor, Tensor]:
         """Norms of the task's gradient, as it is in ``.grad``, and of the penalty's."""

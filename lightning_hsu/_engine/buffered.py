@@ -28,16 +28,19 @@ class GradientStats:
     Args:
         share: Norm of the added gradient over the norm of the task's; not finite if the task's is 0
             or not finite.
-        limited: Number of neurons whose penalty gradient the step limit shortened.
+        limited: Number of neurons whose penalty gradient the step limit or the share limit
+            shortened.
         strong: Number of neurons whose penalty gradient is more than ``STRONG`` times as long as
             the task's gradient of a neuron, in the root mean square over the layer.
         task: Norm of the task's gradient, without a GradScaler's factor.
+        held: 1 if the task's gradient shortened the penalty's (``share_limit``), else 0.
     """
 
     share: Tensor
     limited: Tensor
     strong: Tensor
     task: Tensor
+    held: Tensor
 
 
 class LateStats:
@@ -53,7 +56,7 @@ class LateStats:
         self.is_there = device.type == "cpu"
         numbers = []
         for one in stats.values():
-            for value in (one.share, one.limited, one.strong, one.task):
+            for value in (one.share, one.limited, one.strong, one.task, one.held):
                 numbers.append(value.detach().to(device, torch.float32))
         self._numbers = LateNumbers(torch.stack(numbers))
 
@@ -62,8 +65,8 @@ class LateStats:
         values = iter(self._numbers.read())
         found = {}
         for name in self._names:
-            share, limited, strong, task = islice(values, 4)
-            found[name] = StatsNumbers(share, int(limited), int(strong), task)
+            share, limited, strong, task, held = islice(values, 5)
+            found[name] = StatsNumbers(share, int(limited), int(strong), task, held > 0)
         return found
 
 
@@ -74,6 +77,7 @@ class StatsNumbers(NamedTuple):
     limited: int
     strong: int
     task: float
+    held: bool
 
 
 @dataclass(eq=False)
@@ -133,6 +137,7 @@ class BufferedUpdates:
         self._has_stats = has_stats
         self._stacks: dict[object, _Stack] = {}
         self._kept: dict[str, tuple[Tensor, float]] = {}
+        self._held: dict[str, tuple[Tensor, Tensor | float]] = {}
 
     def take(self, name: str, update: GradientUpdate, rate: Rate) -> None:
         """Let an update of a layer go through a buffer, once :meth:`begin` is called."""
@@ -163,10 +168,17 @@ class BufferedUpdates:
         """
         self._kept[name] = grad, scale
 
+    def note_held(self, name: str, grad: Tensor, factor: Tensor | float) -> None:
+        """The same of a layer with a factor of its own, on a GPU a 0-d tensor."""
+        self._held[name] = grad, factor
+
     def add(self) -> None:
         """Add the buffers to the task's gradients."""
         together: dict[tuple[torch.device, float], tuple[list[Tensor], list[Tensor]]] = {}
         for member in self._members():
+            if member.name in self._held:
+                add_scaled(member.grad, *self._held[member.name])
+                continue
             part, scale = self._kept.get(member.name, (member.update.out_entries, 1.0))
             grads, parts = together.setdefault((member.grad.device, scale), ([], []))
             grads.append(member.grad)
@@ -216,6 +228,14 @@ class BufferedUpdates:
             yield from stack.members
 
 
+def add_scaled(out: Tensor, grad: Tensor, factor: Tensor | float) -> None:
+    """Add a multiple of a gradient to a tensor of as many entries, in one rounding."""
+    if isinstance(factor, Tensor):
+        out.addcmul_(grad.view(out.shape), factor)
+    else:
+        out.add_(grad.view(out.shape), alpha=factor)
+
+
 def strong_neurons(grad: Tensor, total: Tensor, share: Tensor) -> Tensor:
     """Mask (groups, n) of the neurons in which the penalty is far above the task.
 
@@ -258,8 +278,8 @@ def _stats(stacks: Sequence[_Stack]) -> dict[str, GradientStats]:
     grads = [member.grad.to(dtype) for member in members]  # norms are sums of wide squares
     totals_and_tasks = torch._foreach_norm([*buffers, *grads])
     tasks = totals_and_tasks[len(members) :]
-    bounds = _bounds(members, norms, tasks).view(2, -1)
-    # Zero rows are neither limited nor strong.
+    bounds = _bounds(members, norms, tasks).view(3, -1)
+    # Zero rows are neither limited nor strong, and not among those that are counted for a held layer.
     info = torch.finfo(dtype)
     grad_scale = members[0].update.grad_scale  # of all members
     largest = torch.finfo(members[0].update.entries.dtype).max / 2 * grad_scale * _rounding(dtype)
@@ -267,13 +287,16 @@ def _stats(stacks: Sequence[_Stack]) -> dict[str, GradientStats]:
     masks = torch.empty_like(bounds)
     torch.ge(lengths, bounds, out=masks)
     parts = [part for mask in masks for part in torch.split(mask, sizes)]
-    counts = torch.stack(torch._foreach_norm(parts, 1)).view(2, -1)
+    limited, strong, live = torch.stack(torch._foreach_norm(parts, 1)).view(3, -1)
     total, task = torch.stack(totals_and_tasks).view(2, -1)
     share = total / task
+    is_held = total >= _held_from(members, tasks)
+    limited = torch.where(is_held, live, limited)
+    held = is_held.to(dtype)
     if grad_scale != 1:
         task = task / grad_scale
     found = {}
-    for member, *numbers in zip(members, share, *counts, task, strict=True):
+    for member, *numbers in zip(members, share, limited, strong, task, held, strict=True):
         found[member.name] = GradientStats(*numbers)
     return found
 
@@ -306,7 +329,7 @@ def _bounds(members: Sequence[_Member], norms: Sequence[Tensor], tasks: Sequence
     """What the length of each row is compared with, all in one tensor.
 
     First come the largest lengths that the step limit allows, less a rounding, then those from which
-    the penalty is strong.
+    the penalty is strong, then zeros.
     """
     rounding = _rounding(tasks[0].dtype)
     factors = []
@@ -322,12 +345,31 @@ def _bounds(members: Sequence[_Member], norms: Sequence[Tensor], tasks: Sequence
             factors.append(update.grad_scale * rounding)
         else:
             factors.append(update.limit * update.grad_scale * rounding)
+        if update.task is not None and update.task.counts_in_task:
+            rooms[place] = rooms[place] * update.task.norm
+            factors[-1] /= math.sqrt(update.size.numel()) * update.grad_scale
     scaled = torch._foreach_mul([*rooms, *tasks], [*factors, *strong])
     allowed, thresholds = scaled[: len(members)], scaled[len(members) :]
     spread = []
     for threshold, room in zip(thresholds, rooms, strict=True):
         spread.append(threshold.expand_as(room))
-    return torch.cat([*allowed, *spread])
+    rows = sum(map(len, norms))
+    return torch.cat([*allowed, *spread, norms[0].new_zeros(1).expand(rows)])
+
+
+def _held_from(members: Sequence[_Member], tasks: Sequence[Tensor]) -> Tensor:
+    """The norms (k,) from which the penalty's gradients are those that the share limit allows."""
+    norms = []
+    shares = []
+    for member, task in zip(members, tasks, strict=True):
+        limit = member.update.task
+        if limit is None or limit.share is None:
+            norms.append(task)
+            shares.append(math.inf)  # of a zero it makes NaN, which nothing reaches
+        else:
+            norms.append(limit.norm)
+            shares.append(limit.share * _rounding(task.dtype))
+    return torch.stack(torch._foreach_mul(norms, shares))
 
 
 def _rounding(dtype: torch.dtype) -> float:

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lightning_hsu._core import working_dtype
-from lightning_hsu._core.foreach import not_exact, shortening
-from lightning_hsu._core.raw import RawPart
-from lightning_hsu._core.updates import GradientUpdate
+from lightning_hsu._core.foreach import not_exact
+from lightning_hsu._core.limits import TaskLimit, share_factors, task_norms
+from lightning_hsu._core.raw import RawGradients, RawPart
+from lightning_hsu._core.updates import GradientUpdate, whole_gradient
 from lightning_hsu._engine.ahead import Ahead
-from lightning_hsu._engine.buffered import BufferedUpdates
+from lightning_hsu._engine.buffered import BufferedUpdates, add_scaled
 from lightning_hsu._engine.delta import Delta, Use, use_of
 from lightning_hsu._engine.deltas import Deltas
 from lightning_hsu._engine.layer import Layer
 from lightning_hsu._engine.moves import reads_late
-from lightning_hsu._engine.plan import PlainUpdates
+from lightning_hsu._engine.plan import PlainUpdates, norms_of
 from lightning_hsu._engine.sharing import PlainUpdate, begin_raw
 from lightning_hsu._neurons.placement import Placement
 
@@ -33,6 +35,8 @@ def _is_far(delta: Delta, update: GradientUpdate) -> bool:
     if update.limit is None:
         return True
     if isinstance(update.limit, Tensor):
+        return False
+    if update.task is not None and update.task.counts_in_task:
         return False
     return scale * delta.steepest <= _FAR * update.limit
 
@@ -207,10 +211,14 @@ def _add_older(
 ) -> None:
     """Add gradients of earlier steps to their layers: most of them in one call."""
     together: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
+    held: list[_Held] = []
     for use, update in older:
         delta = deltas.refreshed(use, same_step=same_step)
         scale = update.scale * update.grad_scale
         if _is_far(delta, update):
+            if update.task is not None and update.task.share is not None:
+                held.append(_Held(use.layer.name, update, update.task, delta.grad))
+                continue
             outs, grads = together.setdefault(scale, ([], []))
             outs.append(update.out_entries)
             grads.append(delta.grad.view(update.out_entries.shape))
@@ -218,9 +226,45 @@ def _add_older(
                 buffered.note_kept(use.layer.name, delta.grad, scale)
             continue
         w = use.x.to(working_dtype(use.x.dtype))
-        grad = delta.grad.to(w.dtype)
-        bound = torch.finfo(use.x.dtype).max / 2
-        factor = shortening(grad, w, update.scale, update.limit, bound)
-        update.out_entries.add_((grad * (factor * scale)).view(update.out_entries.shape))
+        grad = delta.grad.to(w.dtype, copy=True)
+        RawGradients([0], whole_gradient(grad, w)).add_to([update])
+    _add_held(held, buffered)
     for scale, (outs, grads) in together.items():
         torch._foreach_add_(outs, grads, alpha=scale)
+
+
+class _Held(NamedTuple):
+    """A layer that only the share limit may shorten: its rows are far from the step limit.
+
+    Args:
+        name: The layer.
+        update: Its update.
+        limit: What the task's gradient allows.
+        grad: Its kept gradient (groups, n, d).
+    """
+
+    name: str
+    update: GradientUpdate
+    limit: TaskLimit
+    grad: Tensor
+
+
+def _add_held(members: Sequence[_Held], buffered: BufferedUpdates | None) -> None:
+    """Add kept gradients with a factor each, which on a GPU is known there alone."""
+    alike: dict[object, list[_Held]] = {}
+    for one in members:
+        alike.setdefault((one.grad.device, one.limit.share), []).append(one)
+    for some in alike.values():
+        scales = [one.update.scale * one.update.grad_scale for one in some]
+        totals = torch._foreach_mul(norms_of([one.grad for one in some]), scales)
+        tasks = task_norms([one.limit for one in some])
+        share = some[0].limit.share
+        assert share is not None
+        held = share_factors(torch.stack(totals), tasks, share)
+        factors: Sequence[Tensor | float] = held.unbind()
+        if held.device.type == "cpu":
+            factors = held.tolist()
+        for one, factor, scale in zip(some, factors, scales, strict=True):
+            add_scaled(one.update.out_entries, one.grad, factor * scale)
+            if buffered is not None:
+                buffered.note_held(one.name, one.grad, factor * scale)

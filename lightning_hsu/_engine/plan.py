@@ -9,20 +9,29 @@ all of them at once, and reads nothing anew but numbers. The others are read ane
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_hsu._core import PairTerm
+from lightning_hsu._core import PairTerm, working_dtype
 from lightning_hsu._core.foreach import SMALL, add_all_pair_gradients, goes_in_batches
+from lightning_hsu._core.limits import TaskLimit
 from lightning_hsu._core.updates import GradientUpdate, Item
 from lightning_hsu._engine.ahead import Ahead
 from lightning_hsu._engine.buffered import BufferedUpdates
 from lightning_hsu._engine.layer import Layer
-from lightning_hsu._engine.rates import Rate, Rates, as_number, rates_on_devices
+from lightning_hsu._engine.rates import (
+    Rate,
+    Rates,
+    as_number,
+    gain_of,
+    rates_on_devices,
+    rescales,
+)
 from lightning_hsu._engine.sharing import PlainUpdate, begin_plain, is_shared
 from lightning_hsu._engine.state import TrainingState
 from lightning_hsu._neurons.how import WeightRule
@@ -54,6 +63,8 @@ class StepContext:
         same_step: Whether this is another evaluation within the same step.
         step_limit: The largest fraction of its norm by which a step may move a neuron; None is no
             limit.
+        share_limit: The largest norm of a layer's penalty gradient over that of its task gradient;
+            None is no limit.
         stats: Whether to return statistics of what was done.
         moves: Whether the gradients are not added to the task's but move the neurons.
     """
@@ -63,6 +74,7 @@ class StepContext:
     factor: Tensor | float
     same_step: bool
     step_limit: float | None
+    share_limit: float | None = None
     stats: bool = False
     moves: bool = False
 
@@ -241,8 +253,10 @@ class Plan:
         """The updates of the plain layers at this step, and those layers that need another way."""
         updates = PlainUpdates(need_buffers=context.moves or context.stats, has_stats=context.stats)
         left = []
-        limits: dict[int, Tensor | float | None] = {}  # by the id of a learning rate
+        limits: dict[tuple[int, float], Tensor | float | None] = {}  # by learning rate and gain
         ascending = context.learning_rates.ascending
+        gains: Mapping[int, float] = {} if context.moves else context.learning_rates.gains
+        limited = []
         grad_scale = float(context.factor)
         for plain in self.plain:
             p = plain.parameter
@@ -256,17 +270,81 @@ class Plan:
                 coefficient = float(state.coefficient(layer, context.step))
             if coefficient == 0:
                 continue
-            if id(rate) not in limits:
-                limits[id(rate)] = limit_of_gradient(context.step_limit, rate)
+            gain = gains.get(id(p), 1.0)
+            key = id(rate), gain
+            if key not in limits:
+                limits[key] = limit_of_gradient(context.step_limit, rate, gain)
             update = None
             if context.moves or id(p) not in ascending:
-                update = plain.update(coefficient, limits[id(rate)], grad_scale)
+                update = plain.update(coefficient, limits[key], grad_scale)
             if update is None:
                 left.append(layer)
                 continue
             updates.found.append((layer, plain.term, update))
             updates.rates[layer] = rate
+            allowance = allowance_of([p], context)
+            if allowance is not None:
+                limited.append((update, allowance))
+        _note_tasks(limited)
         return updates, left
+
+
+class Allowance(NamedTuple):
+    """What the task's gradient of a layer may limit.
+
+    Args:
+        share: The largest norm of the penalty's gradient over it; None for no limit.
+        counts_in_task: Whether the step limit counts in the task's gradient.
+        is_unit: Whether entries of root mean square 1 stand for it: those of an optimizer's step.
+    """
+
+    share: float | None
+    counts_in_task: bool
+    is_unit: bool
+
+
+def allowance_of(parameters: Sequence[nn.Parameter], context: StepContext) -> Allowance | None:
+    """What limits the penalty's gradient in parameters of one optimizer; None if nothing does.
+
+    What is added to a gradient goes through the optimizer as the task's does, so that their ratio
+    stays. What moves the neurons past the optimizer is compared with what this makes of the task's.
+    """
+    rates = context.learning_rates
+    is_rescaled = any(id(p) in rates.rescaled for p in parameters)
+    share = context.share_limit
+    if context.moves:
+        if share is None:
+            return None
+        gains = [rates.gains.get(id(p), 1.0) for p in parameters]
+        return Allowance(share * min(gains), False, is_rescaled)
+    counts_in_task = is_rescaled and context.step_limit is not None
+    if share is None and not counts_in_task:
+        return None
+    return Allowance(share, counts_in_task, False)
+
+
+def _note_tasks(limited: Sequence[tuple[GradientUpdate, Allowance]]) -> None:
+    """Let updates know what the task's gradients allow, which are read in one call."""
+    if not limited:
+        return
+    norms = norms_of([update.out_entries for update, _ in limited])
+    for (update, allowance), norm in zip(limited, norms, strict=True):
+        if allowance.is_unit:
+            norm = norm.sign() * math.sqrt(update.size.numel())
+        update.task = TaskLimit(norm, allowance.share, allowance.counts_in_task)
+
+
+def norms_of(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The norm of each tensor, in float32 or wider."""
+    by_dtype: dict[torch.dtype, list[int]] = {}
+    for place, tensor in enumerate(tensors):
+        by_dtype.setdefault(tensor.dtype, []).append(place)
+    found: dict[int, Tensor] = {}
+    for dtype, places in by_dtype.items():
+        chosen = [tensors[place] for place in places]
+        norms = torch._foreach_norm(chosen, 2.0, working_dtype(dtype))
+        found.update(zip(places, norms, strict=True))
+    return [found[place] for place in range(len(tensors))]
 
 
 def _is_penalised(layer: Layer, held: Collection[int]) -> bool:
@@ -422,6 +500,8 @@ def learning_rates(optimizer: Optimizer) -> Rates:
     """Learning rates of the optimizer's parameters, by id, without host-device synchronisation."""
     rates = Rates()
     ascending: set[int] = set()
+    rescaled: set[int] = set()
+    gains: dict[int, float] = {}
     maximizes = getattr(optimizer, "maximize", False) is True  # as some keep it
     for group in optimizer.param_groups:
         params = group["params"]
@@ -438,15 +518,33 @@ def learning_rates(optimizer: Optimizer) -> Rates:
             rates.update(dict.fromkeys(map(id, params), abs(rate)))
         if bool(group.get("maximize", maximizes)) != is_negative:
             ascending.update(map(id, params))
+        gain = gain_of(group)
+        if gain != 1.0:
+            gains.update(dict.fromkeys(map(id, params), gain))
+        if rescales(optimizer, group):
+            rescaled.update(map(id, params))
     if ascending:
         rates.ascending = ascending
+    if gains:
+        rates.gains = gains
+    if rescaled:
+        rates.rescaled = rescaled
     return rates
 
 
-def limit_of_gradient(step_limit: float | None, rate: Rate) -> Tensor | float | None:
-    """Largest length of a neuron's gradient over the neuron's norm; None is no limit."""
-    if step_limit is None:
+def limit_of_gradient(
+    step_limit: float | None, rate: Rate, gain: float = 1.0
+) -> Tensor | float | None:
+    """Largest length of a neuron's gradient over the neuron's norm; None is no limit.
+
+    Args:
+        step_limit: The largest fraction of its norm by which a step may move a neuron.
+        rate: The learning rate.
+        gain: What the optimizer makes of a steady gradient.
+    """
+    if step_limit is None or not gain > 0:
         return None
+    step_limit = step_limit / gain
     if isinstance(rate, Tensor):
         return step_limit / rate.clamp_min(torch.finfo(torch.float32).tiny)
     if not rate > 0:  # 0, or not known

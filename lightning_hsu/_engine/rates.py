@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -24,6 +25,18 @@ Schedule-free ones, MADGRAD, D-adaptation by dual averaging, FTRL, A2Grad, SRMM,
 """
 
 
+RESCALING_SETTINGS = frozenset(
+    {"betas", "centered", "initial_accumulator_value", "beta2_decay", "decay_rate", "ns_steps"}
+)
+"""Settings of optimizers that divide gradients by their own size, or take their sign.
+
+Adam and its relatives, RMSprop, Adagrad, Adafactor, Muon.
+"""
+
+SECOND_MOMENTS = frozenset({"exp_avg_sq", "exp_avg_sq_row", "exp_inf", "state2"})
+"""Names under which other such optimizers keep the squares of gradients."""
+
+
 class UnknownRateError(NotImplementedError):
     """An optimizer that is to move neurons tells no learning rate."""
 
@@ -32,10 +45,16 @@ class Rates(dict[int, Rate]):
     """Learning rates of an optimizer's parameters, by id; ``UNKNOWN`` where there is no number.
 
     Attributes:
+        gains: What the optimizer makes of a steady gradient, by parameter id, where that is not 1:
+            momentum of 0.9 makes it ten times as long.
+        rescaled: Ids of the parameters whose gradients are divided by their own size, so that a step
+            is about the learning rate in each entry, as Adam's is.
         ascending: Ids of the parameters that move along their gradient instead of against it.
         unknown_in: The class of the optimizer if some rates are not known; else None.
     """
 
+    gains: Mapping[int, float] = MappingProxyType({})
+    rescaled: Collection[int] = ()
     ascending: Collection[int] = ()
     unknown_in: str | None = None
 
@@ -81,6 +100,48 @@ def rates_on_devices(lr: Tensor, params: Sequence[nn.Parameter]) -> dict[int, Ra
             by_device[p.device] = as_number(there) if p.device.type == "cpu" else there
         found[id(p)] = by_device[p.device]
     return found
+
+
+def gain_of(group: Mapping[str, Any]) -> float:
+    """What the optimizer of a group makes of a steady gradient: a multiple of it, by momentum.
+
+    D-adaptation and Prodigy multiply the learning rate by a distance ``d`` that they estimate.
+    """
+    gain = 1.0
+    momentum = group.get("momentum")
+    if isinstance(momentum, float) and 0.0 < momentum < 1.0:
+        gain = 1.0 / (1.0 - momentum)
+        dampening = group.get("dampening")
+        if isinstance(dampening, float | int):
+            gain *= 1.0 - dampening
+    distance = group.get("d")
+    if isinstance(distance, float):
+        gain *= distance
+    return gain
+
+
+def largest_gain(parameters: Sequence[nn.Parameter], rates: Rates) -> float:
+    """What an optimizer makes of a steady gradient, in that of the parameters where it is most."""
+    if not rates.gains:
+        return 1.0
+    return max(rates.gains.get(id(p), 1.0) for p in parameters)
+
+
+def rescales(optimizer: Optimizer, group: Mapping[str, Any]) -> bool:
+    """Whether the optimizer of a group divides gradients by their own size.
+
+    Settings tell of Adam and its relatives before their first step, the state of others after it.
+    """
+    if not RESCALING_SETTINGS.isdisjoint(group):
+        return True
+    states = getattr(optimizer, "state", None)
+    params = group["params"]
+    if not states or not params:
+        return False
+    try:
+        return not SECOND_MOMENTS.isdisjoint(states.get(params[0], ()))
+    except TypeError:
+        return False
 
 
 def is_unknown(rate: Rate) -> bool:

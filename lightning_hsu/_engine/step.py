@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_hsu._core import exact_arithmetic, working_dtype
 from lightning_hsu._core.foreach import SMALL, shortening
-from lightning_hsu._engine.apply import LayerUpdate, penalty_gradients
+from lightning_hsu._engine.apply import LayerUpdate, Weighted, penalty_gradients
 from lightning_hsu._engine.buffered import GradientStats
 from lightning_hsu._engine.delta import Use, use_of
 from lightning_hsu._engine.deltas import Deltas
@@ -24,10 +24,16 @@ from lightning_hsu._engine.one_pass import (
     values_and_gradients,
 )
 from lightning_hsu._engine.plan import StepContext, limit_of_gradient
-from lightning_hsu._engine.rates import Rate, UnknownRateError, is_unknown, largest, sign_in_loss
+from lightning_hsu._engine.rates import (
+    Rate,
+    UnknownRateError,
+    is_unknown,
+    largest,
+    largest_gain,
+    sign_in_loss,
+)
 from lightning_hsu._engine.state import TrainingState
 from lightning_hsu._engine.weighted import (
-    Weighted,
     add_together,
     in_lots,
     update_shares,
@@ -63,18 +69,18 @@ def act_on_buckets(
             weigh = _weighted_together if together else _weighted
             weighted = weigh(updates, grads, state, context)
             if context.stats:
-                for update, (grad, shortened_by) in zip(updates, weighted, strict=True):
-                    layer_stats = update.stats(grad, shortened_by)
+                for update, one in zip(updates, weighted, strict=True):
+                    layer_stats = update.stats(one)
                     if layer_stats is not None:
                         stats[update.layer.name] = layer_stats
             if together and not context.moves:
-                add_together(updates, [grad for grad, _ in weighted])
+                add_together(updates, [one.grad for one in weighted])
                 continue
-            for update, (grad, _) in zip(updates, weighted, strict=True):
+            for update, one in zip(updates, weighted, strict=True):
                 if context.moves:
-                    update.move(grad)
+                    update.move(one.grad)
                 else:
-                    update.add(grad)
+                    update.add(one.grad)
     return stats
 
 
@@ -185,7 +191,7 @@ def _weighted(
         if isinstance(strength, Share) and not context.same_step:
             update.update_share(strength, grad, state.share_means)
         coefficient = _coefficient(update.layer, state, context)
-        found.append(update.weighted(grad, coefficient, context.step_limit))
+        found.append(update.weighted(grad, coefficient, context))
     return found
 
 
@@ -199,7 +205,7 @@ def _weighted_together(
     if not context.same_step:
         update_shares(updates, grads, state.share_means)
     coefficients = [_coefficient(update.layer, state, context) for update in updates]
-    return weighted_together(updates, grads, coefficients, context.step_limit)
+    return weighted_together(updates, grads, coefficients, context)
 
 
 def _coefficient(layer: Layer, state: TrainingState, context: StepContext) -> Tensor | float:
@@ -219,6 +225,7 @@ class _LossTerm:
         dtype: The dtype of the neurons themselves.
         coefficient: Its coefficient, negative where the optimizer makes the loss as large as it can.
         rate: The learning rate with which the neurons will move; None if no optimizer is known.
+        gain: What the optimizer makes of a steady gradient.
     """
 
     layer: Layer
@@ -226,6 +233,7 @@ class _LossTerm:
     dtype: torch.dtype
     coefficient: Tensor | float
     rate: Rate | None
+    gain: float
 
     def key(self, *, keeps: bool) -> object:
         """Equal for small layers that are computed together.
@@ -237,7 +245,7 @@ class _LossTerm:
         if keeps or self.layer.measure.has_state or x.numel() > SMALL:
             return self.layer
         rate = id(self.rate) if isinstance(self.rate, Tensor) else self.rate
-        return self.layer.measure, x.shape, self.dtype, x.device, rate
+        return self.layer.measure, x.shape, self.dtype, x.device, rate, self.gain
 
     def goes_together(self) -> bool:
         """Whether value and gradient are computed in one pass with those of layers of any shapes."""
@@ -260,7 +268,9 @@ def _loss_term(layer: Layer, state: TrainingState, context: StepContext) -> _Los
     rates = [known[id(p)] for p in layer.parameters if id(p) in known]
     rate = largest(rates) if rates else None
     sign = sign_in_loss(layer.name, layer.parameters, known)
-    return _LossTerm(layer, to_compute_dtype(view.x), view.x.dtype, sign * coefficient, rate)
+    gain = largest_gain(layer.parameters, known)
+    x = to_compute_dtype(view.x)
+    return _LossTerm(layer, x, view.x.dtype, sign * coefficient, rate, gain)
 
 
 def _weighted_penalty(
@@ -301,7 +311,7 @@ def _limited(x: Tensor, term: _LossTerm, context: StepContext) -> Tensor:
         return x
     x = x.view_as(x)  # not the parameter itself, which would keep the hook
     neurons = x.detach()
-    limit = limit_of_gradient(context.step_limit, term.rate)
+    limit = limit_of_gradient(context.step_limit, term.rate, term.gain)
     bound = torch.finfo(term.dtype).max / 2
 
     def shorten(grad: Tensor) -> Tensor:

@@ -250,7 +250,8 @@ class StrengthWatch:
         for layer in look.layers:
             groups, n, _ = layer.target.shape
             one = numbers[layer.name]
-            counts = groups * n, one.limited, one.strong
+            limited = 0 if one.held else one.limited  # a layer within its share is no alarm
+            counts = groups * n, limited, one.strong
             coefficient = look.coefficients[layer.name]
             seen.append(Seen(layer.name, coefficient, *counts, one.share, one.task))
         message = look.watch.see(look.step, seen, compares=look.compares)

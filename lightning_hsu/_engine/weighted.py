@@ -14,16 +14,14 @@ import torch
 from torch import Tensor
 
 from lightning_hsu._core import working_dtype
-from lightning_hsu._engine.apply import GradView, LayerUpdate
+from lightning_hsu._core.limits import share_factors
+from lightning_hsu._engine.apply import GradView, LayerUpdate, Weighted
 from lightning_hsu._engine.layer import Layer
 from lightning_hsu._engine.one_pass import goes_together
-from lightning_hsu._engine.plan import limit_of_gradient, room_on_gpu, runs_that_fit
+from lightning_hsu._engine.plan import Allowance, StepContext, room_on_gpu, runs_that_fit
 from lightning_hsu._engine.state import ShareMeans
 from lightning_hsu._neurons.placement import Placement
 from lightning_hsu.coefficients import Share
-
-Weighted = tuple[Tensor, Tensor]
-"""A layer's weighted gradient (groups, n, d), and the factors (groups, n, 1) that shortened it."""
 
 
 def in_lots(
@@ -56,7 +54,7 @@ def weighted_together(
     updates: Sequence[LayerUpdate],
     grads: Sequence[Tensor],
     coefficients: Sequence[Tensor | float],
-    step_limit: float | None,
+    context: StepContext,
 ) -> list[Weighted]:
     """The same as :meth:`LayerUpdate.weighted` for each of several layers.
 
@@ -64,14 +62,18 @@ def weighted_together(
         updates: The layers.
         grads: Their gradients (groups, n, d), which are overwritten.
         coefficients: Their coefficients.
-        step_limit: The largest fraction of its norm by which a step may move a neuron.
+        context: The step.
     """
     alike: dict[object, list[int]] = {}
+    allowances = [update.allowance(context) for update in updates]
     for i, (update, grad) in enumerate(zip(updates, grads, strict=True)):
         rate = update.rate
         rate_key = id(rate) if isinstance(rate, Tensor) else rate
         has_tensor = isinstance(coefficients[i], Tensor)
-        key = (grad.device, grad.dtype, update.view.x.dtype, rate_key, has_tensor)
+        gain = update.gain(context)
+        dtypes = grad.dtype, update.view.x.dtype
+        limited_by = rate_key, gain, allowances[i]
+        key = (grad.device, dtypes, limited_by, has_tensor, update.grad_scale)
         alike.setdefault(key, []).append(i)
     found: dict[int, Weighted] = {}
     for members in alike.values():
@@ -80,10 +82,10 @@ def weighted_together(
         for i in members:
             own.append(grads[i])
             scales.append(coefficients[i])
-        limit = limit_of_gradient(step_limit, updates[members[0]].rate)
-        factors = _weigh_rows([updates[i] for i in members], own, scales, limit)
-        for i, factor in zip(members, factors, strict=True):
-            found[i] = grads[i], factor
+        some = [updates[i] for i in members]
+        limit = some[0].limit(context)
+        weighted = _weigh_rows(some, own, scales, limit, allowances[members[0]])
+        found.update(zip(members, weighted, strict=True))
     return [found[i] for i in range(len(updates))]
 
 
@@ -159,8 +161,15 @@ def _weigh_rows(
     grads: Sequence[Tensor],
     coefficients: Sequence[Tensor | float],
     limit: Tensor | float | None,
-) -> list[Tensor]:
-    """Weigh the gradients of layers with one limit; return by what factors rows were shortened."""
+    allowance: Allowance | None,
+) -> list[Weighted]:
+    """Weigh the gradients of layers with limits of one kind."""
+    tasks = None
+    entries: list[int] = []
+    if allowance is not None:
+        tasks, entries = _tasks(updates, grads)
+        if allowance.is_unit:
+            tasks = tasks.sign() * tasks.new_tensor(entries).sqrt()
     sizes = []
     shapes = []
     for grad in grads:
@@ -170,13 +179,52 @@ def _weigh_rows(
     lengths = torch.cat(list(map(_row_lengths, grads))).mul_(scale)
     room: Tensor | float = torch.finfo(updates[0].view.x.dtype).max / 2
     if limit is not None:
-        norms = torch.cat([_row_lengths(update.view.x.detach()) for update in updates])
-        room = (norms * limit).clamp_max(room)
+        norms = torch.cat([_row_lengths(update.view.x.detach()) for update in updates]) * limit
+        if tasks is not None and allowance is not None and allowance.counts_in_task:
+            typical = torch._foreach_div(
+                list(tasks.double().unbind()), list(map(math.sqrt, entries))
+            )
+            norms.mul_(_by_row(typical, sizes))
+        room = norms.clamp_max(room)
     factor = torch.where(lengths > room, room / lengths, 1.0)
     weights = torch.split((factor * scale).to(grads[0].dtype), sizes)
     factors = torch.split(factor.to(grads[0].dtype), sizes)
     torch._foreach_mul_(list(grads), list(map(torch.reshape, weights, shapes)))
-    return list(map(torch.reshape, factors, shapes))
+    held: list[Tensor | None] = [None] * len(grads)
+    if tasks is not None and allowance is not None and allowance.share is not None:
+        held = list(torch.split(_hold(updates, grads, tasks, allowance.share), 1))
+    return list(map(Weighted, grads, map(torch.reshape, factors, shapes), held))
+
+
+def _tasks(updates: Sequence[LayerUpdate], grads: Sequence[Tensor]) -> tuple[Tensor, list[int]]:
+    """Norms (k,) of the task's gradients, unscaled, 0 where not finite; and how many entries each has."""
+    tasks = []
+    entries = []
+    for update, grad in zip(updates, grads, strict=True):
+        own = [task for _, task, _ in update.grad_views(grad)]
+        tasks.append(own or [grad.new_zeros(1)])
+        entries.append(sum(task.numel() for task in tasks[-1]))
+    norms = _norms(tasks) / updates[0].grad_scale
+    return norms.nan_to_num_(0.0, 0.0, 0.0), entries
+
+
+def _hold(
+    updates: Sequence[LayerUpdate], grads: Sequence[Tensor], tasks: Tensor, share: float
+) -> Tensor:
+    """Shorten weighted gradients to a share of the task's; return by what factors (k,)."""
+    penalties = []
+    for update, grad in zip(updates, grads, strict=True):
+        own = [part for _, _, part in update.grad_views(grad)]
+        penalties.append(own or [grad.new_zeros(1)])
+    held = share_factors(_norms(penalties), tasks, share)
+    factors = list(held.to(grads[0].dtype).unbind())
+    torch._foreach_mul_(list(grads), factors)
+    return held
+
+
+def _by_row(numbers: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
+    """The numbers of layers for each of their rows (rows,)."""
+    return torch.cat([number.expand(size) for number, size in zip(numbers, sizes, strict=True)])
 
 
 def _scales(

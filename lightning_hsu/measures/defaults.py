@@ -8,5 +8,8 @@ from lightning_hsu.measures.riesz import RieszEnergy
 DEFAULT_MEASURE: Measure = RieszEnergy(s=2.0, half_space=True)
 """Half-space minimum hyperspherical energy with s = 2."""
 
+SHARE_LIMIT = 0.1
+"""Largest norm of a layer's penalty gradient over that of its task gradient."""
+
 SAMPLE_ABOVE = 16384
 """Neurons above which pair energies are estimated from a sample of the pairs."""

@@ -154,6 +154,7 @@ def sphere_uniformity(
         neurons=neurons,
         head_coefficient=None if head is None else head_coefficient,
         step_limit=None,
+        share_limit=None,
         prefix=prefix,
         verbose=verbose,
     )

@@ -1,0 +1,47 @@
+"""How much of a penalty's gradient a step may add to a layer, as the task's gradient has it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class TaskLimit:
+    """What the task's gradient of a layer allows the penalty's.
+
+    Args:
+        norm: Norm of the task's gradient, a 0-d tensor on its device, as scaled as the gradient is.
+        share: Largest norm of the penalty's gradient over it; None for no limit.
+        counts_in_task: Whether a limit of rows is a multiple of the root mean square of the task's
+            gradient, as with an optimizer that divides gradients by their size.
+    """
+
+    norm: Tensor
+    share: float | None = None
+    counts_in_task: bool = False
+
+    @property
+    def kind(self) -> tuple[float | None, bool]:
+        """What layers have in common that are limited together."""
+        return self.share, self.counts_in_task
+
+
+def task_norms(limits: Sequence[TaskLimit]) -> Tensor:
+    """The norms (k,) of the task's gradients of k layers; 0 where one is not finite."""
+    return torch.stack([one.norm for one in limits]).nan_to_num_(0.0, 0.0, 0.0)
+
+
+def share_factors(totals: Tensor, tasks: Tensor, share: float) -> Tensor:
+    """Factors (k,) in [0, 1] that keep gradients within a share of the task's.
+
+    Args:
+        totals: Norms (k,) of the penalty's gradients of k layers.
+        tasks: Norms (k,) of the task's.
+        share: Largest ratio of the two.
+    """
+    tiny = torch.finfo(totals.dtype).tiny
+    return (tasks / totals.clamp_min(tiny)).mul_(share).clamp_max_(1.0)
