@@ -17,7 +17,7 @@ import torch
 
 import lightning_hsu
 from evidence.data import NAMED, Data, load
-from evidence.plan import Cell, Trial
+from evidence.plan import Cell, Setting, Trial
 from evidence.training import Trained, train
 
 Result = dict[str, Any]
@@ -29,7 +29,7 @@ _load = lru_cache(maxsize=1)(load)
 def asked(cell: Cell, tuning: Sequence[int], testing: Sequence[int]) -> Result:
     """What decides the numbers of a cell; a result that was asked otherwise is not its result."""
     trials = [asdict(trial) for trial in cell.trials(_load(cell.setting.data))]
-    setting = asdict(cell.setting)
+    setting = described(cell.setting)
     setting["data"] = Path(cell.setting.data).resolve().name
     if cell.setting.data not in NAMED:  # a folder, whose content may change under its name
         setting["content"] = _load(cell.setting.data).digest
@@ -47,6 +47,16 @@ def asked(cell: Cell, tuning: Sequence[int], testing: Sequence[int]) -> Result:
         "tuning": list(tuning),
         "testing": list(testing),
     }
+
+
+def described(setting: Setting) -> Result:
+    """A setting for JSON; what came after the plan's results stands there only where it is used."""
+    found = asdict(setting)
+    if setting.start == "fresh":
+        del found["start"]
+    if setting.penalises_head:
+        del found["penalises_head"]
+    return found
 
 
 def run(cell: Cell, tuning: Sequence[int], testing: Sequence[int]) -> Result:

@@ -67,6 +67,12 @@ def setting_title(result: Result) -> str:
         parts.append("20 % noise")
     if one["imbalance"] != 1:
         parts.append(f"tail {one['imbalance']:g}:1")
+    if one.get("start") == "trained":
+        parts.append("fine-tuned")
+    elif one.get("start") == "adapters":
+        parts.append("adapters from 0")
+    if not one.get("penalises_head", True):
+        parts.append("head left out")
     return ", ".join(parts)
 
 

@@ -38,6 +38,8 @@ class Method:
         share: A coefficient that follows the task instead of one that is tuned.
         tolerance: As in the callback.
         apart: Whether a layer of each network is a layer of its own, as it is with a share.
+        coefficient: A coefficient that is not tuned.
+        share_limit: As in the callback. The plan was run before there was one.
     """
 
     name: str
@@ -47,6 +49,8 @@ class Method:
     share: Share | None = None
     tolerance: float | None = None
     apart: bool = False
+    coefficient: float | None = None
+    share_limit: float | None = None
 
 
 HALF_MHE = RieszEnergy(s=2.0, half_space=True)

@@ -13,6 +13,9 @@ from torch.nn import functional
 from lightning_hsu import register_neurons
 
 WIDTH = 64
+RANK = 8
+"""Of the adapters."""
+
 CHANNELS = (8, 16)
 """Of the two convolutions, 3 x 3 with stride 2."""
 
@@ -58,10 +61,25 @@ class Piece(nn.Module):
 register_neurons(Piece, lambda piece: piece.weight.flatten(2))
 
 
+class Factor(nn.Module):
+    """One factor of a low-rank adapter, of one trial's networks.
+
+    Args:
+        weight: Shape (seeds, n, d).
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+
+
+register_neurons(Factor, lambda factor: factor.weight)
+
+
 class Side(nn.ModuleList):
     """A layer of all networks: a piece a trial, or, ``apart``, one a trial and seed."""
 
-    def __init__(self, pieces: Sequence[Piece], trials: int) -> None:
+    def __init__(self, pieces: Sequence[Piece | Factor], trials: int) -> None:
         super().__init__(pieces)
         self.trials = trials
 
@@ -107,6 +125,8 @@ class Networks(nn.Module):
             sides.append(Side(pieces, trials))
         self.hidden = nn.ModuleList(sides[:-1])
         self.head = sides[-1]
+        self.down = nn.ModuleList()
+        self.up = nn.ModuleList()
         self.norms = nn.ModuleList()
         for shape in shapes[:-1]:
             if architecture.norm:
@@ -114,13 +134,53 @@ class Networks(nn.Module):
             else:
                 self.norms.append(nn.Identity())
 
+    @torch.no_grad()
+    def begin_head(self, seeds: Sequence[int]) -> None:
+        """Give the heads fresh weights.
+
+        Args:
+            seeds: Each decides those of its networks.
+        """
+        weights, biases = [], []
+        for seed in seeds:
+            weight, bias = _initial(self.architecture, seed)[-1]
+            weights.append(weight)
+            biases.append(bias)
+        each = len(self.head) // self.trials
+        for i, piece in enumerate(self.head):
+            own = slice(i % each, i % each + 1) if each > 1 else slice(None)
+            piece.weight.copy_(torch.stack(weights)[own])
+            piece.bias.copy_(torch.stack(biases)[own])
+
+    def add_adapters(self, seeds: Sequence[int], *, apart: bool) -> None:
+        """Freeze the hidden layers, and add to each the product of two factors, the second of zeros.
+
+        Args:
+            seeds: Each decides the first factors of its networks, as torch begins a Linear.
+            apart: As for the networks.
+        """
+        self.hidden.requires_grad_(False)
+        chances = [torch.Generator().manual_seed(seed) for seed in seeds]
+        for n, d in self.architecture.weights()[:-1]:
+            bound = d**-0.5
+            first = []
+            for chance in chances:
+                first.append(torch.empty(RANK, d).uniform_(-bound, bound, generator=chance))
+            for sides, weight in (
+                (self.down, torch.stack(first)),
+                (self.up, torch.zeros(len(seeds), n, RANK)),
+            ):
+                parts = weight.split(1) if apart else [weight]
+                factors = [Factor(part.clone()) for _ in range(self.trials) for part in parts]
+                sides.append(Side(factors, self.trials))
+
     def trial_parameters(self, trial: int) -> list[nn.Parameter]:
-        """The parameters of one trial's networks."""
+        """The parameters of one trial's networks that are trained."""
         found: list[nn.Parameter] = []
-        for side in (*self.hidden, self.head):
+        for side in (*self.hidden, *self.down, *self.up, self.head):
             each = len(side) // self.trials
             for piece in list(side)[trial * each : (trial + 1) * each]:
-                found += piece.parameters()
+                found += [p for p in piece.parameters() if p.requires_grad]
         return found
 
     def forward(self, x: Tensor) -> Tensor:
@@ -129,9 +189,13 @@ class Networks(nn.Module):
         if self.architecture.convolutions:
             x = self._convolved(x)
         else:
-            for side in self.hidden:
-                x = _linear(x, side).relu()
-        return _linear(x, self.head).view(seeds, self.trials, batch, -1)
+            for i, side in enumerate(self.hidden):
+                weight = side.joined("weight")
+                if self.down:
+                    weight = weight + self.up[i].joined("weight") @ self.down[i].joined("weight")
+                x = _linear(x, weight, side.joined("bias")).relu()
+        scores = _linear(x, self.head.joined("weight"), self.head.joined("bias"))
+        return scores.view(seeds, self.trials, batch, -1)
 
     def _convolved(self, x: Tensor) -> Tensor:
         """Features (seeds, trials, batch, d) of images, by convolutions with a group a network."""
@@ -151,15 +215,14 @@ class Networks(nn.Module):
         return x.view(batch, seeds, self.trials, -1).permute(1, 2, 0, 3)
 
 
-def _linear(x: Tensor, side: Side) -> Tensor:
+def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """A layer of all networks, (seeds, trials, batch, n).
 
     Args:
         x: Shape (seeds, batch, d), the same for all trials, or (seeds, trials, batch, d).
-        side: The layer.
+        weight: Shape (seeds, trials, n, d).
+        bias: Shape (seeds, trials, n).
     """
-    weight = side.joined("weight")
-    bias = side.joined("bias")
     seeds, trials, n, _ = weight.shape
     if x.ndim == 3:  # one wide product a seed
         found = torch.baddbmm(bias.view(seeds, 1, -1), x, weight.flatten(1, 2).mT)

@@ -40,6 +40,9 @@ class Setting:
         optimizer: SGD with momentum 0.9, or AdamW; the learning rate falls to 0 as a cosine.
         noise: Fraction of wrong training labels.
         imbalance: How many times as frequent the most frequent class is as the rarest.
+        start: Whether the network is fresh; or trained before, on other images and pairs of classes,
+            and fine-tuned with a fresh head; or then frozen but for that head, and given adapters.
+        penalises_head: Whether the head has a penalty.
     """
 
     data: str
@@ -52,6 +55,8 @@ class Setting:
     optimizer: Literal["sgd", "adamw"] = "sgd"
     noise: float = 0.0
     imbalance: float = 1.0
+    start: Literal["fresh", "trained", "adapters"] = "fresh"
+    penalises_head: bool = True
 
     @property
     def name(self) -> str:
@@ -68,6 +73,10 @@ class Setting:
             parts.append(f"noise{self.noise:g}")
         if self.imbalance != 1.0:
             parts.append(f"tail{self.imbalance:g}")
+        if self.start != "fresh":
+            parts.append(self.start)
+        if not self.penalises_head:
+            parts.append("headless")
         return "-".join(parts)
 
     def architecture(self, data: Data) -> Architecture:

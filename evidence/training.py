@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -11,13 +11,17 @@ from torch.nn import functional
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from evidence.data import Data, Draw, draw
-from evidence.methods import HALF_MHE, Method
+from evidence.methods import HALF_MHE, METHODS, Method
 from evidence.networks import Networks
 from evidence.plan import Setting, Trial
 from lightning_hsu import Share, UniformityRegularizer
+from lightning_hsu._neurons.how import How
 from lightning_hsu.reference import uniformity_ratio
 
 BATCH = 50
+_BEFORE = 500_000
+"""What seeds are raised by for the training before."""
+
 CHUNK = 500
 """Images evaluated at once."""
 
@@ -69,8 +73,10 @@ def train(
     draws = [_draw(data, setting, seed) for seed in seeds]
     apart = method.apart or method.share is not None
     networks = Networks(setting.architecture(data), len(trials), seeds, apart=apart)
+    if setting.start != "fresh":
+        _train_before(networks, data, setting, seeds, apart=apart)
     optimizer = _optimizer(networks, setting, trials)
-    penalties = _penalties(networks, method, trials)
+    penalties = _penalties(networks, setting, method, trials)
     before = _ratios(networks)
     _fit(networks, optimizer, penalties, method, setting, draws, seeds)
     networks.eval()
@@ -87,6 +93,27 @@ def train(
         after=_ratios(networks),
         recomputed=_recomputed(penalties),
     )
+
+
+def _train_before(
+    networks: Networks, data: Data, setting: Setting, seeds: Sequence[int], *, apart: bool
+) -> None:
+    """Train on other draws of the data, pairs of classes as one; then begin the heads anew.
+
+    All trials do it alike, without a penalty.
+    """
+    before = [seed + _BEFORE for seed in seeds]
+    draws = []
+    for seed in before:
+        one = draw(data, seed, setting.images, setting.held_out)
+        draws.append(replace(one, labels=one.labels // 2))
+    trial = Trial(0.08, 1e-3)
+    plain = replace(setting, optimizer="sgd", epochs=20)
+    optimizer = _optimizer(networks, plain, [trial] * networks.trials)
+    _fit(networks, optimizer, [], METHODS["decay"], plain, draws, before)
+    networks.begin_head(seeds)
+    if setting.start == "adapters":
+        networks.add_adapters(seeds, apart=apart)
 
 
 def _draw(data: Data, setting: Setting, seed: int) -> Draw:
@@ -113,7 +140,7 @@ def _optimizer(
 
 
 def _penalties(
-    networks: Networks, method: Method, trials: Sequence[Trial]
+    networks: Networks, setting: Setting, method: Method, trials: Sequence[Trial]
 ) -> list[UniformityRegularizer]:
     """The engines of the hidden layers and, in full space, of the heads.
 
@@ -121,11 +148,19 @@ def _penalties(
     """
     if method.measure is None:
         return []
+    hidden = ["hidden.*"]
+    if setting.start == "adapters":
+        hidden = ["down.*", "up.*"]
+    sides = [(method.measure, "hidden.*.", hidden)]
+    if setting.penalises_head:
+        sides.append((method.measure.for_head(), "head.", ["head.*"]))
     found = []
-    for measure, side in ((method.measure, "hidden.*."), (method.measure.for_head(), "head.")):
-        strength: Share | dict[str, float]
+    for measure, side, include in sides:
+        strength: float | Share | dict[str, float]
         if method.share is not None:
             strength = method.share
+        elif method.coefficient is not None:
+            strength = method.coefficient
         else:
             strength = {}
             each = len(networks.head) // networks.trials
@@ -133,9 +168,17 @@ def _penalties(
                 coefficient = trials[i // each].coefficient
                 if coefficient:
                     strength[f"{side}{i}"] = coefficient * networks.seeds / each
-        include = f"{side.partition('.')[0]}.*"
+        neurons: dict[str, How] | None = None
+        if method.coefficient is not None and setting.network == "plain":
+            neurons = dict.fromkeys(include, "rows")  # the same neurons; steps are quicker
         regularizer = UniformityRegularizer(
-            measure, strength, include=include, head=None, tolerance=method.tolerance
+            measure,
+            strength,
+            include=include,
+            head=None,
+            neurons=neurons,
+            share_limit=method.share_limit,
+            tolerance=method.tolerance,
         )
         found.append(regularizer.attach(networks))
     return found

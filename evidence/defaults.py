@@ -1,0 +1,456 @@
+"""``python -m evidence.defaults``: which strength does no harm untuned, and gains most?
+
+Candidates for the defaults are compared with no penalty in the plan's settings and in others where a
+penalty is dangerous, at the learning rate and weight decay that were tuned without one. A candidate
+that is worse is out. The protocol is in evidence/README.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+
+import lightning_hsu
+from evidence import cells as running
+from evidence.comparisons import setting_title
+from evidence.data import MissingDataError
+from evidence.documents import quoted
+from evidence.methods import HALF_MHE, METHODS, Method
+from evidence.plan import SETTINGS, TUNING_SEEDS, Cell, Setting, Trial
+from evidence.statistics import holm, paired
+from evidence.tables import error_cell, markdown
+from evidence.training import train
+from lightning_hsu import Share
+from lightning_hsu.measures import RieszEnergy
+
+FOLDER = Path(__file__).parent
+RESULTS = FOLDER / "results" / "defaults"
+README = FOLDER / "README.md"
+MARKS = (
+    "<!-- defaults: written by `python -m evidence.defaults --commit` -->",
+    "<!-- end of defaults -->",
+)
+CHOOSING = tuple(range(1000, 1010))
+AGAIN = tuple(range(1010, 1030))
+FRESH = tuple(range(60, 80))
+COEFFICIENTS = (1.0, 0.3, 0.1)
+SHARE_LIMITS = (None, 1.0, 0.3, 0.1)
+SHARES = (0.02, 0.05, 0.1)
+LEVEL = 0.05
+
+DIGITS = Setting("digits", 500, 40, held_out=400)
+FASHION = Setting("fashion-mnist", 1000, 30)
+EXTRA = (
+    replace(DIGITS, start="adapters", optimizer="adamw"),
+    replace(FASHION, start="adapters", optimizer="adamw"),
+    replace(DIGITS, start="adapters"),
+    replace(DIGITS, scale=0.03, penalises_head=False),
+    replace(DIGITS, start="trained", optimizer="adamw"),
+    replace(FASHION, start="trained"),
+    replace(FASHION, epochs=20, network="batch norm", optimizer="adamw"),
+    Setting("mnist1d", 1000, 120, optimizer="adamw"),
+)
+"""Where a penalty is dangerous, or said to have nothing to do."""
+
+
+def candidates() -> list[Method]:
+    """All of them; none is tuned."""
+    found = []
+    for space, measure in (("half", HALF_MHE), ("full", RieszEnergy(s=2.0))):
+        base = Method("", "", measure, apart=True)
+        for coefficient in COEFFICIENTS:
+            for limit in SHARE_LIMITS:
+                name = f"{space}-{coefficient:g}-{'none' if limit is None else f'{limit:g}'}"
+                title = f"{space} space, coefficient {coefficient:g}, share limit {limit}"
+                one = replace(base, name=name, title=title, share_limit=limit)
+                found.append(replace(one, coefficient=coefficient))
+        for fraction in SHARES:
+            title = f"{space} space, Share({fraction:g})"
+            one = replace(base, name=f"{space}-share{fraction:g}", title=title)
+            found.append(replace(one, share=Share(fraction)))
+    return found
+
+
+def in_order() -> list[Setting]:
+    """The settings, the most dangerous first: what is worse is out early and need not be run further."""
+
+    def danger(setting: Setting) -> tuple[float, ...]:
+        long = setting.epochs >= 100 or (setting.images, setting.epochs) == (5000, 30)
+        return (setting.depth == 2, not long, setting.imbalance == 1.0, setting.scale)
+
+    return [*EXTRA, *sorted(SETTINGS, key=danger)]
+
+
+def main() -> int:
+    """Run what is left, print who is out and who is chosen, and write the tables if asked to."""
+    args = _arguments()
+    settings = in_order()
+    alive = candidates()
+    seeds = (CHOOSING, AGAIN, FRESH)
+    if args.quick:
+        settings = [Setting("digits", 200, 2, held_out=200, start="adapters")]
+        alive = [one for one in alive if one.name in ("half-1-none", "half-1-0.1")]
+        seeds = (CHOOSING[:3], AGAIN[:3], FRESH[:3])
+    study = Study(Path(args.out) / "cells", args.jobs, time.monotonic() + 60 * args.minutes)
+    try:
+        tuned = {setting: study.tuned(setting, quick=args.quick) for setting in settings}
+        story = eliminate(study, settings, tuned, alive, seeds[0], seeds[1])
+        reported = report(study, settings, tuned, story, seeds[2])
+    except MissingDataError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except OutOfTimeError:
+        print("out of time; the same command goes on", file=sys.stderr)
+        return 3
+    text = f"{elimination_table(story)}\n\n{report_table(story, reported)}"
+    print(text)
+    if args.commit:
+        RESULTS.mkdir(parents=True, exist_ok=True)
+        lines = ",\n".join(json.dumps(one, allow_nan=False) for one in study.used())
+        running.write_whole(RESULTS / "cells.json", f"[\n{lines}\n]\n")
+        running.write_whole(README, quoted(README.read_text(), text, MARKS))
+    return 0
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m evidence.defaults", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="one tiny setting, to see it work")
+    parser.add_argument("--jobs", type=int, default=1, help="processes of one thread")
+    parser.add_argument(
+        "--minutes", type=float, default=float("inf"), help="start no cell after so long"
+    )
+    parser.add_argument("--commit", action="store_true", help="write evidence/results and README")
+    parser.add_argument("--out", help="folder for results; the same folder goes on where it ended")
+    args = parser.parse_args()
+    if args.quick and args.commit:
+        parser.error("--commit takes the whole plan: leave out --quick")
+    if args.out is None:
+        args.out = "out/evidence-defaults-quick" if args.quick else "out/evidence-defaults"
+    return args
+
+
+class OutOfTimeError(Exception):
+    """There is no time for a further cell."""
+
+
+Job = tuple[Setting, Method, Trial, tuple[int, ...], bool]
+"""A cell: a setting, a method, what to train with, the seeds, and whether test images judge."""
+
+
+class Study:
+    """Runs cells, each once, and keeps them in a folder.
+
+    Args:
+        folder: The folder.
+        jobs: How many processes.
+        end: When to start no further cell, by the monotonic clock.
+    """
+
+    def __init__(self, folder: Path, jobs: int, end: float) -> None:
+        self._folder = folder
+        self._jobs = jobs
+        self._end = end
+        self._used: dict[str, running.Result] = {}
+
+    def tuned(self, setting: Setting, *, quick: bool) -> Trial:
+        """The learning rate and weight decay that were tuned without a penalty."""
+        if quick:
+            return Trial(0.16, 0.01)
+        plan = _tuned_in_plan()
+        if setting.name in plan:
+            return plan[setting.name]
+        cell = Cell(setting, METHODS["decay"])
+        asked = running.asked(cell, TUNING_SEEDS, FRESH[:2])
+        if not running.kept(self._folder, cell, asked):
+            self._check_time()
+            print(f"tuning {setting.name}", flush=True)
+            running.save(running.run(cell, TUNING_SEEDS, FRESH[:2]), self._folder)
+        found = running.read(self._folder / f"{cell.name}.json")
+        self._used[cell.name] = found
+        return Trial(**found["chosen"])
+
+    def results(self, jobs: Sequence[Job]) -> list[running.Result]:
+        """The results of cells, which are run unless the folder has them."""
+        missing = [job for job in jobs if self._known(job) is None]
+        if missing:
+            self._check_time()
+        if self._jobs > 1 and len(missing) > 1:
+            context = multiprocessing.get_context("spawn")
+            workers = min(self._jobs, len(missing))
+            with ProcessPoolExecutor(workers, context, running.end_with, (os.getpid(),)) as pool:
+                for result in pool.map(run, missing):
+                    running.save(result, self._folder)
+        else:
+            for job in missing:
+                self._check_time()
+                running.save(run(job), self._folder)
+        found = []
+        for job in jobs:
+            result = self._known(job)
+            assert result is not None
+            self._used[result["name"]] = result
+            found.append(result)
+        return found
+
+    def used(self) -> list[running.Result]:
+        """All results that were asked for."""
+        return list(self._used.values())
+
+    def _known(self, job: Job) -> running.Result | None:
+        """A result that the folder has, if it was asked alike."""
+        try:
+            found: running.Result = running.read(self._folder / f"{_name(job)}.json")
+        except (FileNotFoundError, json.JSONDecodeError):
+            return None
+        return found if found["asked"] == json.loads(json.dumps(_asked(job))) else None
+
+    def _check_time(self) -> None:
+        if time.monotonic() > self._end:
+            raise OutOfTimeError
+
+
+def run(job: Job) -> running.Result:
+    """Train the networks of a cell on one core."""
+    setting, method, trial, seeds, test = job
+    torch.set_num_threads(1)
+    start = time.perf_counter()
+    data = running.data_of(Cell(setting, method))
+    trained = train(data, setting, method, [trial], seeds, test=test)
+    return {
+        "name": _name(job),
+        "asked": _asked(job),
+        **running.told(trained),
+        "seconds": round(time.perf_counter() - start, 1),
+        "versions": {
+            "lightning_hsu": lightning_hsu.__version__,
+            "torch": torch.__version__.split("+")[0],
+        },
+        "machine": platform.machine(),
+    }
+
+
+def _tuned_in_plan() -> dict[str, Trial]:
+    """What the plan's tuning chose for weight decay only, by setting."""
+    found = {}
+    for result in running.read(FOLDER / "results" / "cells.json"):
+        setting, _, method = result["name"].partition("--")
+        if method == "decay":
+            found[setting] = Trial(**result["chosen"])
+    return found
+
+
+def _name(job: Job) -> str:
+    setting, method, _, seeds, _ = job
+    return f"{setting.name}--{method.name}--{seeds[0]}-{seeds[-1]}"
+
+
+def _asked(job: Job) -> running.Result:
+    """What decides the numbers of a cell."""
+    setting, method, trial, seeds, test = job
+    return {
+        "setting": running.described(setting),
+        "method": {
+            "name": method.name,
+            "measure": repr(method.measure),
+            "coefficient": method.coefficient,
+            "share": repr(method.share),
+            "share_limit": method.share_limit,
+        },
+        "trial": asdict(trial),
+        "seeds": list(seeds),
+        "test": test,
+    }
+
+
+class Story:
+    """Who is out, who is left, and in how many settings each candidate gained.
+
+    Attributes:
+        alive: The candidates that are left, in their order.
+        out: Of each other one the setting in which it was worse, and by how much, twice.
+        gains: In how many settings each was better by two standard errors.
+        reduction: The sum over settings of the part of the error that each took away.
+        settings: How many settings were looked at.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.alive = list(names)
+        self.out: dict[str, tuple[str, str]] = {}
+        self.gains = dict.fromkeys(names, 0)
+        self.reduction = dict.fromkeys(names, 0.0)
+        self.settings = 0
+
+    def look(
+        self,
+        setting: str,
+        without: Sequence[float],
+        errors: Mapping[str, Sequence[float | None]],
+    ) -> list[str]:
+        """Note the errors of a setting; return the candidates that are worse by two standard errors."""
+        suspects = []
+        self.settings += 1
+        for name in self.alive:
+            own = [100.0 if error is None else error for error in errors[name]]
+            change = paired(own, without)
+            if change.worse:
+                suspects.append(name)
+            if change.mean < -2 * change.error and change.error > 0:
+                self.gains[name] += 1
+            self.reduction[name] -= change.mean / (sum(without) / len(without))
+        return suspects
+
+    def drop(self, name: str, setting: str, words: str) -> None:
+        """Note that a candidate is out."""
+        self.alive.remove(name)
+        self.out[name] = setting, words
+
+    def chosen(self) -> str | None:
+        """The candidate of those left with the most gains, then the largest reduction; None if all are out."""
+        if not self.alive:
+            return None
+        return max(self.alive, key=lambda name: (self.gains[name], self.reduction[name]))
+
+
+def eliminate(
+    study: Study,
+    settings: Sequence[Setting],
+    tuned: Mapping[Setting, Trial],
+    methods: Sequence[Method],
+    choosing: tuple[int, ...],
+    again: tuple[int, ...],
+) -> Story:
+    """Go through the settings; a candidate that is worse on both sets of seeds is out."""
+    by_name = {method.name: method for method in methods}
+    story = Story(list(by_name))
+    decay = METHODS["decay"]
+    start = time.monotonic()
+    for number, setting in enumerate(settings, 1):
+        trial = tuned[setting]
+        names = list(story.alive)
+        jobs: list[Job] = [(setting, decay, trial, choosing, False)]
+        jobs += [(setting, by_name[name], trial, choosing, False) for name in names]
+        without, *others = study.results(jobs)
+        errors = {}
+        for name, result in zip(names, others, strict=True):
+            errors[name] = result["test_error"]
+        title = setting_title(without)
+        suspects = story.look(title, without["test_error"], errors)
+        if suspects:
+            jobs = [(setting, decay, trial, again, False)]
+            jobs += [(setting, by_name[name], trial, again, False) for name in suspects]
+            baseline, *others = study.results(jobs)
+            for name, result in zip(suspects, others, strict=True):
+                change = paired(result["test_error"], baseline["test_error"])
+                if change.worse or result["nonfinite"]:
+                    words = f"{change.mean:+.2f} ({change.error:.2f})"
+                    if result["nonfinite"]:
+                        words += f", {result['nonfinite']} not finite"
+                    story.drop(name, title, words)
+        gone = [name for name in names if name not in story.alive]
+        minutes = (time.monotonic() - start) / 60
+        print(
+            f"{number}/{len(settings)} {title}: {len(story.alive)} left, out {gone}, "
+            f"{minutes:.1f} min",
+            flush=True,
+        )
+    return story
+
+
+Reported = list[tuple[str, list[running.Result]]]
+"""The settings, with the results without a penalty and with each of those that are reported."""
+
+
+def report(
+    study: Study,
+    settings: Sequence[Setting],
+    tuned: Mapping[Setting, Trial],
+    story: Story,
+    seeds: tuple[int, ...],
+) -> Reported:
+    """Train without a penalty, with the chosen candidate and with the former default on fresh seeds."""
+    by_name = {method.name: method for method in candidates()}
+    names = [name for name in (story.chosen(), "half-1-none") if name is not None]
+    methods = [METHODS["decay"], *[by_name[name] for name in dict.fromkeys(names)]]
+    found = []
+    for number, setting in enumerate(settings, 1):
+        jobs: list[Job] = []
+        for method in methods:
+            jobs.append((setting, method, tuned[setting], seeds, True))
+        results = study.results(jobs)
+        found.append((setting_title(results[0]), results))
+        print(f"report {number}/{len(settings)}", flush=True)
+    return found
+
+
+def elimination_table(story: Story) -> str:
+    """Every candidate: where it was out, or in how many settings it gained."""
+    titles = {method.name: method.title for method in candidates()}
+    rows = []
+    for name, gains in story.gains.items():
+        mean = 100 * story.reduction[name] / story.settings
+        fate = f"left: {gains} gains, {mean:.1f} % less error in the mean"
+        if name in story.out:
+            setting, words = story.out[name]
+            fate = f"out: {setting}, {words}"
+        if name == story.chosen():
+            fate = f"**chosen**, {fate}"
+        rows.append([titles[name], fate])
+    return markdown(["candidate", f"in {story.settings} settings"], rows)
+
+
+def report_table(story: Story, reported: Reported) -> str:
+    """What came out on fresh seeds."""
+    titles = {method.name: method.title for method in candidates()}
+    names = [one["asked"]["method"]["name"] for one in reported[0][1][1:]]
+    head = ["setting", "none", *[titles[name] for name in names]]
+    rows = []
+    seconds = 0.0
+    counts = {name: {"worse": 0, "better": 0, "broken": 0} for name in names}
+    p_values: dict[str, list[float]] = {name: [] for name in names}
+    better: dict[str, list[bool]] = {name: [] for name in names}
+    for title, (without, *others) in reported:
+        row = [title, error_cell(without)]
+        seconds += without["seconds"]
+        for name, result in zip(names, others, strict=True):
+            change = paired(result["test_error"], without["test_error"])
+            row.append(f"{change.mean:+.2f} ({change.error:.2f})")
+            counts[name]["worse"] += change.worse
+            counts[name]["better"] += change.mean < -2 * change.error and change.error > 0
+            counts[name]["broken"] += result["nonfinite"]
+            p_values[name].append(change.p)
+            better[name].append(change.mean < 0)
+            seconds += result["seconds"]
+        rows.append(row)
+    lines = []
+    for name in names:
+        corrected = holm(p_values[name])
+        gains = sum(
+            p < LEVEL and is_better for p, is_better in zip(corrected, better[name], strict=True)
+        )
+        one = counts[name]
+        lines.append(
+            f"{titles[name]}: worse by two standard errors in {one['worse']} of {len(reported)} "
+            f"settings, better in {one['better']} (in {gains} after Holm's correction), "
+            f"{one['broken']} runs not finite."
+        )
+    seeds = len(reported[0][1][0]["test_error"])
+    legend = (
+        f"Test error in % over {seeds} seeds, mean (standard error); with a penalty the paired "
+        f"difference in points (standard error). {seconds / 3600:.1f} core hours for this table."
+    )
+    return "\n\n".join([markdown(head, rows), legend, " ".join(lines)])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
