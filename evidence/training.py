@@ -71,7 +71,9 @@ def train(
     if setting.images < BATCH:
         raise ValueError(f"{setting.images} training images are less than one batch of {BATCH}")
     draws = [_draw(data, setting, seed) for seed in seeds]
-    apart = method.apart or method.share is not None
+    # AdamW's step limit looks at the task's gradient of each network's layer.
+    by_task = setting.optimizer == "adamw" and method.measure is not None
+    apart = method.apart or method.share is not None or by_task
     networks = Networks(setting.architecture(data), len(trials), seeds, apart=apart)
     if setting.start != "fresh":
         _train_before(networks, data, setting, seeds, apart=apart)
