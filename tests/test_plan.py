@@ -891,14 +891,14 @@ def test_the_interval_stands_in_one_place():
 
 
 def test_a_plain_step_takes_few_calls_through_few_files():
-    """As a Trainer takes it; it was 430 calls through 26 files."""
+    """As a Trainer takes it, with AdamW, whose step limit looks at the task; it was 430 through 26 files."""
     traced = Traced()
     fit = trainer(traced, logger=False, max_steps=5)
     data = [(torch.randn(4, 12), torch.randn(4, 5)) for _ in range(6)]
     fit.fit(Automatic(net=network()), loader(data))
     calls = traced.before_step[3]  # what is kept from the first steps is not counted
-    assert 20 < len(calls) <= 120, len(calls)
-    assert len(set(calls)) <= 13, sorted(set(calls))
+    assert 20 < len(calls) <= 150, len(calls)
+    assert len(set(calls)) <= 15, sorted(set(calls))
 
 
 @pytest.mark.parametrize(("size", "lies_alike"), [(1, True), (3, False)])

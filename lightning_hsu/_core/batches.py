@@ -63,7 +63,7 @@ def batches_of(work: Iterable[tuple[GradientUpdate, PairTerm]]) -> list[Batch]:
         w = update.entries
         limit = update.limit
         # Numbers may differ from layer to layer, a tensor on the device is common to all.
-        task = None if update.task is None else update.task.kind
+        task = None if update.task is None else update.task.allows
         limit_key = id(limit) if isinstance(limit, Tensor) else 0
         key = (w.device, w.dtype, update.grad_scale, limit_key, task)
         alike.setdefault(key, []).append((update, term))

@@ -3,31 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True, eq=False, slots=True)
-class TaskLimit:
-    """What the task's gradient of a layer allows the penalty's.
+class Allowance(NamedTuple):
+    """What the task's gradient of a layer may limit.
 
     Args:
-        norm: Norm of the task's gradient, a 0-d tensor on its device, as scaled as the gradient is.
-        share: Largest norm of the penalty's gradient over it; None for no limit.
+        share: The largest norm of the penalty's gradient over it; None for no limit.
         counts_in_task: Whether a limit of rows is a multiple of the root mean square of the task's
             gradient, as with an optimizer that divides gradients by their size.
+        is_unit: Whether entries of root mean square 1 stand for it: those of an optimizer's step.
+    """
+
+    share: float | None
+    counts_in_task: bool = False
+    is_unit: bool = False
+
+
+class TaskLimit(NamedTuple):
+    """The task's gradient of a layer, and what it limits.
+
+    Args:
+        norm: Its norm, a 0-d tensor on its device, as scaled as the gradient is.
+        allows: What it limits.
     """
 
     norm: Tensor
-    share: float | None = None
-    counts_in_task: bool = False
-
-    @property
-    def kind(self) -> tuple[float | None, bool]:
-        """What layers have in common that are limited together."""
-        return self.share, self.counts_in_task
+    allows: Allowance
 
 
 def task_norms(limits: Sequence[TaskLimit]) -> Tensor:

@@ -289,7 +289,7 @@ def _of_one_shape(work: Sequence[tuple[GradientUpdate, PairTerm]]) -> list[list[
 def _go_together(updates: Sequence[GradientUpdate]) -> bool:
     """Whether a batch can be added at once: limits may differ if all of them are numbers."""
     first = updates[0]
-    kinds = {None if one.task is None else one.task.kind for one in updates}
+    kinds = {None if one.task is None else one.task.allows for one in updates}
     if len(kinds) > 1:
         return False
     for one in updates:

@@ -80,7 +80,7 @@ def alike(updates: Sequence[GradientUpdate]) -> list[list[GradientUpdate]]:
         limit = update.limit
         if isinstance(limit, Tensor):  # two of them cannot be compared without synchronisation
             limit = id(limit)
-        task = None if update.task is None else update.task.kind
+        task = None if update.task is None else update.task.allows
         how = (update.scale, limit, update.grad_scale, task)
         key = (update.shape, w.shape, w.dtype, w.device, how)
         found.setdefault(key, []).append(update)
@@ -195,7 +195,7 @@ def add_to_layers(updates: Sequence[GradientUpdate], found: StackGradient) -> No
     room: Tensor | float = torch.finfo(first.entries.dtype).max / 2
     if first.limit is not None:
         allowed = found.norm * first.limit
-        if tasks is not None and limits[0].counts_in_task:
+        if tasks is not None and limits[0].allows.counts_in_task:
             allowed = allowed * by_group(tasks / math.sqrt(first.size.numel()), allowed)
         room = allowed.clamp_max(room)
     pull = found.pull
@@ -207,10 +207,11 @@ def add_to_layers(updates: Sequence[GradientUpdate], found: StackGradient) -> No
     if found.factor is not None:
         length.mul_(found.factor).abs_()
     factor = torch.where(length > room, room / length, 1.0)
-    if tasks is not None and limits[0].share is not None:
+    share = limits[0].allows.share if limits else None
+    if tasks is not None and share is not None:
         lengths = (length * factor).view(len(updates), -1)
         totals = torch.linalg.vector_norm(lengths, dim=1, dtype=torch.float64)
-        factor.mul_(by_group(share_factors(totals, tasks, limits[0].share), factor))
+        factor.mul_(by_group(share_factors(totals, tasks, share), factor))
     factor.mul_(first.scale * first.grad_scale)
     if found.factor is not None:
         factor.mul_(found.factor)

@@ -237,10 +237,11 @@ def add_batch(batch: Batch, found: BatchGradient) -> None:
     room = _limited_lengths(batch, found.norm, tasks)
     room.div_(found.length)
     torch.minimum(factor, room, out=factor)
-    if tasks is not None and limits[0].share is not None:
+    share = limits[0].allows.share if limits else None
+    if tasks is not None and share is not None:
         torch.mul(factor, found.length, out=room)
         totals = torch.stack(torch._foreach_norm(by_layer(batch, room)))
-        factor.mul_(share_factors(totals, tasks, limits[0].share)[batch.layout.layer_of])
+        factor.mul_(share_factors(totals, tasks, share)[batch.layout.layer_of])
     # Multiplied and added in one operation it would be rounded once, where buffers round twice.
     for width in batch.layout.widths:
         rows_of(found.grad, width).mul_(by_row_of(factor, width)[:, None])
@@ -258,7 +259,7 @@ def _limited_lengths(batch: Batch, norm: Tensor, tasks: Tensor | None) -> Tensor
     """
     first = batch.updates[0]
     grad_scale = first.grad_scale
-    counts_in_task = first.task is not None and first.task.counts_in_task
+    counts_in_task = first.task is not None and first.task.allows.counts_in_task
     if isinstance(first.limit, Tensor):  # common to all
         norm.mul_(first.limit * grad_scale)
     limits = []

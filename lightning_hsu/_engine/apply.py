@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from lightning_hsu._core.foreach import SMALL, shortening
-from lightning_hsu._core.limits import share_factors
+from lightning_hsu._core.limits import Allowance, share_factors
 from lightning_hsu._core.updates import along_the_sphere
 from lightning_hsu._engine.buffered import GradientStats, strong_neurons
 from lightning_hsu._engine.delta import Use, use_of
 from lightning_hsu._engine.layer import Layer, to_compute_dtype
 from lightning_hsu._engine.one_pass import goes_together, gradient_of, gradients_of
-from lightning_hsu._engine.plan import Allowance, StepContext, allowance_of, limit_of_gradient
+from lightning_hsu._engine.plan import StepContext, allowance_of, limit_of_gradient
 from lightning_hsu._engine.rates import Rate, Rates, largest_gain
 from lightning_hsu._engine.sharing import Gradients, Job, begin, is_shared, may_be_sent
 from lightning_hsu._engine.state import ShareMeans
@@ -82,8 +82,10 @@ class LayerUpdate:
 
     def allowance(self, context: StepContext) -> Allowance | None:
         """What the task's gradient limits here; None if nothing. A share is a limit of its own."""
-        held = [p for p in self.layer.parameters if id(p) in self.learning_rates]
-        found = allowance_of(held, context)
+        gain = largest_gain(self.layer.parameters, self.learning_rates)
+        rescaled = self.learning_rates.rescaled
+        is_rescaled = any(id(p) in rescaled for p in self.layer.parameters)
+        found = allowance_of(gain, is_rescaled, context)
         if found is None or not self.layer.has_share:
             return found
         return found._replace(share=None) if found.counts_in_task else None

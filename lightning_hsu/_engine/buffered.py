@@ -345,7 +345,7 @@ def _bounds(members: Sequence[_Member], norms: Sequence[Tensor], tasks: Sequence
             factors.append(update.grad_scale * rounding)
         else:
             factors.append(update.limit * update.grad_scale * rounding)
-        if update.task is not None and update.task.counts_in_task:
+        if update.task is not None and update.task.allows.counts_in_task:
             rooms[place] = rooms[place] * update.task.norm
             factors[-1] /= math.sqrt(update.size.numel()) * update.grad_scale
     scaled = torch._foreach_mul([*rooms, *tasks], [*factors, *strong])
@@ -363,12 +363,13 @@ def _held_from(members: Sequence[_Member], tasks: Sequence[Tensor]) -> Tensor:
     shares = []
     for member, task in zip(members, tasks, strict=True):
         limit = member.update.task
-        if limit is None or limit.share is None:
+        share = None if limit is None else limit.allows.share
+        if limit is None or share is None:
             norms.append(task)
             shares.append(math.inf)  # of a zero it makes NaN, which nothing reaches
         else:
             norms.append(limit.norm)
-            shares.append(limit.share * _rounding(task.dtype))
+            shares.append(share * _rounding(task.dtype))
     return torch.stack(torch._foreach_mul(norms, shares))
 
 

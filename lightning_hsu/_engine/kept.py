@@ -36,7 +36,7 @@ def _is_far(delta: Delta, update: GradientUpdate) -> bool:
         return True
     if isinstance(update.limit, Tensor):
         return False
-    if update.task is not None and update.task.counts_in_task:
+    if update.task is not None and update.task.allows.counts_in_task:
         return False
     return scale * delta.steepest <= _FAR * update.limit
 
@@ -216,7 +216,7 @@ def _add_older(
         delta = deltas.refreshed(use, same_step=same_step)
         scale = update.scale * update.grad_scale
         if _is_far(delta, update):
-            if update.task is not None and update.task.share is not None:
+            if update.task is not None and update.task.allows.share is not None:
                 held.append(_Held(use.layer.name, update, update.task, delta.grad))
                 continue
             outs, grads = together.setdefault(scale, ([], []))
@@ -253,12 +253,12 @@ def _add_held(members: Sequence[_Held], buffered: BufferedUpdates | None) -> Non
     """Add kept gradients with a factor each, which on a GPU is known there alone."""
     alike: dict[object, list[_Held]] = {}
     for one in members:
-        alike.setdefault((one.grad.device, one.limit.share), []).append(one)
+        alike.setdefault((one.grad.device, one.limit.allows), []).append(one)
     for some in alike.values():
         scales = [one.update.scale * one.update.grad_scale for one in some]
         totals = torch._foreach_mul(norms_of([one.grad for one in some]), scales)
         tasks = task_norms([one.limit for one in some])
-        share = some[0].limit.share
+        share = some[0].limit.allows.share
         assert share is not None
         held = share_factors(torch.stack(totals), tasks, share)
         factors: Sequence[Tensor | float] = held.unbind()

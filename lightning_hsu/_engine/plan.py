@@ -9,9 +9,8 @@ all of them at once, and reads nothing anew but numbers. The others are read ane
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +18,7 @@ from torch.optim import Optimizer
 
 from lightning_hsu._core import PairTerm, working_dtype
 from lightning_hsu._core.foreach import SMALL, add_all_pair_gradients, goes_in_batches
-from lightning_hsu._core.limits import TaskLimit
+from lightning_hsu._core.limits import Allowance, TaskLimit
 from lightning_hsu._core.updates import GradientUpdate, Item
 from lightning_hsu._engine.ahead import Ahead
 from lightning_hsu._engine.buffered import BufferedUpdates
@@ -255,7 +254,9 @@ class Plan:
         left = []
         limits: dict[tuple[int, float], Tensor | float | None] = {}  # by learning rate and gain
         ascending = context.learning_rates.ascending
-        gains: Mapping[int, float] = {} if context.moves else context.learning_rates.gains
+        gains = context.learning_rates.gains
+        rescaled = context.learning_rates.rescaled
+        allowances: dict[tuple[float, bool], Allowance | None] = {}
         limited = []
         grad_scale = float(context.factor)
         for plain in self.plain:
@@ -273,7 +274,8 @@ class Plan:
             gain = gains.get(id(p), 1.0)
             key = id(rate), gain
             if key not in limits:
-                limits[key] = limit_of_gradient(context.step_limit, rate, gain)
+                own = 1.0 if context.moves else gain
+                limits[key] = limit_of_gradient(context.step_limit, rate, own)
             update = None
             if context.moves or id(p) not in ascending:
                 update = plain.update(coefficient, limits[key], grad_scale)
@@ -282,45 +284,34 @@ class Plan:
                 continue
             updates.found.append((layer, plain.term, update))
             updates.rates[layer] = rate
-            allowance = allowance_of([p], context)
+            made = gain, id(p) in rescaled
+            if made not in allowances:
+                allowances[made] = allowance_of(*made, context)
+            allowance = allowances[made]
             if allowance is not None:
                 limited.append((update, allowance))
         _note_tasks(limited)
         return updates, left
 
 
-class Allowance(NamedTuple):
-    """What the task's gradient of a layer may limit.
-
-    Args:
-        share: The largest norm of the penalty's gradient over it; None for no limit.
-        counts_in_task: Whether the step limit counts in the task's gradient.
-        is_unit: Whether entries of root mean square 1 stand for it: those of an optimizer's step.
-    """
-
-    share: float | None
-    counts_in_task: bool
-    is_unit: bool
-
-
-def allowance_of(parameters: Sequence[nn.Parameter], context: StepContext) -> Allowance | None:
-    """What limits the penalty's gradient in parameters of one optimizer; None if nothing does.
+def allowance_of(gain: float, is_rescaled: bool, context: StepContext) -> Allowance | None:
+    """What the task's gradient limits at a step; None for nothing.
 
     What is added to a gradient goes through the optimizer as the task's does, so that their ratio
     stays. What moves the neurons past the optimizer is compared with what this makes of the task's.
+
+    Args:
+        gain: What the optimizer makes of a steady gradient.
+        is_rescaled: Whether it divides gradients by their size.
+        context: The step.
     """
-    rates = context.learning_rates
-    is_rescaled = any(id(p) in rates.rescaled for p in parameters)
     share = context.share_limit
     if context.moves:
-        if share is None:
-            return None
-        gains = [rates.gains.get(id(p), 1.0) for p in parameters]
-        return Allowance(share * min(gains), False, is_rescaled)
+        return None if share is None else Allowance(share * gain, is_unit=is_rescaled)
     counts_in_task = is_rescaled and context.step_limit is not None
     if share is None and not counts_in_task:
         return None
-    return Allowance(share, counts_in_task, False)
+    return Allowance(share, counts_in_task)
 
 
 def _note_tasks(limited: Sequence[tuple[GradientUpdate, Allowance]]) -> None:
@@ -331,7 +322,7 @@ def _note_tasks(limited: Sequence[tuple[GradientUpdate, Allowance]]) -> None:
     for (update, allowance), norm in zip(limited, norms, strict=True):
         if allowance.is_unit:
             norm = norm.sign() * math.sqrt(update.size.numel())
-        update.task = TaskLimit(norm, allowance.share, allowance.counts_in_task)
+        update.task = TaskLimit(norm, allowance)
 
 
 def norms_of(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from lightning_hsu._core import working_dtype
-from lightning_hsu._core.limits import share_factors
+from lightning_hsu._core.limits import Allowance, share_factors
 from lightning_hsu._engine.apply import GradView, LayerUpdate, Weighted
 from lightning_hsu._engine.layer import Layer
 from lightning_hsu._engine.one_pass import goes_together
-from lightning_hsu._engine.plan import Allowance, StepContext, room_on_gpu, runs_that_fit
+from lightning_hsu._engine.plan import StepContext, room_on_gpu, runs_that_fit
 from lightning_hsu._engine.state import ShareMeans
 from lightning_hsu._neurons.placement import Placement
 from lightning_hsu.coefficients import Share
