@@ -273,6 +273,11 @@ def _asked(job: Job) -> running.Result:
     }
 
 
+def failures(errors: Sequence[float], without: Sequence[float]) -> int:
+    """How many errors are above twice the largest without a penalty: these seeds have not trained."""
+    return sum(error > 2 * max(without) for error in errors)
+
+
 class Story:
     """Who is out, who is left, and in how many settings each candidate gained.
 
@@ -293,17 +298,23 @@ class Story:
 
     def look(
         self,
-        setting: str,
         without: Sequence[float],
-        errors: Mapping[str, Sequence[float | None]],
+        errors: Mapping[str, Sequence[float]],
+        broken: Mapping[str, int],
     ) -> list[str]:
-        """Note the errors of a setting; return the candidates that are worse by two standard errors."""
+        """Note the errors of a setting; return the candidates that are worse, or fail on some seed.
+
+        Args:
+            without: Errors without a penalty.
+            errors: Errors of the candidates.
+            broken: How many of a candidate's seeds have weights that are not finite.
+        """
         suspects = []
         self.settings += 1
         for name in self.alive:
-            own = [100.0 if error is None else error for error in errors[name]]
+            own = errors[name]
             change = paired(own, without)
-            if change.worse:
+            if change.worse or broken[name] or failures(own, without):
                 suspects.append(name)
             if change.mean < -2 * change.error and change.error > 0:
                 self.gains[name] += 1
@@ -341,23 +352,27 @@ def eliminate(
         jobs: list[Job] = [(setting, decay, trial, choosing, False)]
         jobs += [(setting, by_name[name], trial, choosing, False) for name in names]
         without, *others = study.results(jobs)
-        errors = {}
+        errors, broken = {}, {}
         for name, result in zip(names, others, strict=True):
             errors[name] = result["test_error"]
+            broken[name] = result["nonfinite"]
         title = setting_title(without)
-        suspects = story.look(title, without["test_error"], errors)
+        suspects = story.look(without["test_error"], errors, broken)
         if suspects:
             jobs = [(setting, decay, trial, again, False)]
             jobs += [(setting, by_name[name], trial, again, False) for name in suspects]
             baseline, *others = study.results(jobs)
             for name, result in zip(suspects, others, strict=True):
                 change = paired(result["test_error"], baseline["test_error"])
-                if change.worse or result["nonfinite"]:
+                failed = failures(result["test_error"], baseline["test_error"])
+                if change.worse or result["nonfinite"] or failed:
                     words = f"{change.mean:+.2f} ({change.error:.2f})"
+                    if failed:
+                        words += f", {failed} seeds fail"
                     if result["nonfinite"]:
                         words += f", {result['nonfinite']} not finite"
                     story.drop(name, title, words)
-        gone = [name for name in names if name not in story.alive]
+        gone = {name: story.out[name][1] for name in names if name not in story.alive}
         minutes = (time.monotonic() - start) / 60
         print(
             f"{number}/{len(settings)} {title}: {len(story.alive)} left, out {gone}, "
