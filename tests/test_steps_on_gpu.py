@@ -14,25 +14,31 @@ from benchmarks.launches import (
 )
 from benchmarks.shapes import llama_7b
 
-pytestmark = pytest.mark.any_cpu  # shapes without data
+pytestmark = [
+    pytest.mark.any_cpu,  # shapes without data
+    pytest.mark.usefixtures("shipped_defaults"),
+]
 
-PLAIN = {"ResNet-50": 450, "GPT-2 small": 120, "ViT-B/16": 120}  # measured 242, 113 and 112
+PLAIN = {"ResNet-50": 450, "GPT-2 small": 125, "ViT-B/16": 125}  # measured 251, 122 and 121
+"""Ten of them compare the penalty's gradients with the task's."""
 
 
 @pytest.mark.parametrize("name", PLAIN)
 def test_the_steps_of_a_model(name):
-    """A logging step is 1.39, 1.47 and 1.47 times a plain one."""
+    """A logging step is 1.40, 1.48 and 1.48 times a plain one."""
     plain, logging, quiet = steps_ahead(name)
     assert launches_of(plain) <= PLAIN[name], [one.calls for one in plain]
     assert waits_of(plain) == 0, [one.calls for one in plain]
     assert plain[0].flop == 0  # all arithmetic is done right after the step before
     assert launches_of(logging) <= 1.5 * launches_of(plain), [one.calls for one in logging]
     assert waits_of(logging) == 1, [one.calls for one in logging]
-    assert 0 < launches_of(quiet) <= 12, [one.calls for one in quiet]
+    # One a layer: the device alone knows by what factor each gradient is added.
+    layers = len(SHAPES[name]())
+    assert 0 < launches_of(quiet) <= 26 + layers, [one.calls for one in quiet]
     assert waits_of(quiet) == 0, [one.calls for one in quiet]
     # Where no layer is due a log takes no gradient: the first of its three products.
     quiet_logging = quiet_logging_step(name)
-    most = 1.5 * launches_of(plain)
+    most = 1.5 * launches_of(plain) + 2 * layers
     assert launches_of(quiet_logging) <= most, [one.calls for one in quiet_logging]
     assert waits_of(quiet_logging) == 1, [one.calls for one in quiet_logging]
     assert 0 < sum(one.flop for one in quiet_logging) <= 0.5 * plain[1].flop
@@ -42,7 +48,7 @@ def test_the_steps_of_a_model(name):
 def test_the_steps_of_a_large_model(monkeypatch):
     """Half of its blocks, whose layers go in many batches, some of them several in one.
 
-    A logging step is 1.42 times a plain one.
+    A logging step is 1.4 times a plain one.
     """
     monkeypatch.setitem(SHAPES, "Llama-7B", lambda: llama_7b()[: 16 * 7])
     with told(), pretending():
@@ -51,7 +57,7 @@ def test_the_steps_of_a_large_model(monkeypatch):
         plain = steps.step()
         steps.step(logs=True)  # learns what is kept from then on
         logging = steps.step(logs=True)
-    assert launches_of(plain) <= 2050  # 2010; the whole model, in larger batches, takes fewer
+    assert launches_of(plain) <= 2300  # 2260; the whole model, in larger batches, takes fewer
     assert waits_of(plain) == 0
     assert launches_of(logging) <= 1.5 * launches_of(plain), [one.calls for one in logging]
     assert waits_of(logging) == 1, [one.calls for one in logging]

@@ -46,8 +46,7 @@ def share_factors(totals: Tensor, tasks: Tensor, share: float) -> Tensor:
 
     Args:
         totals: Norms (k,) of the penalty's gradients of k layers.
-        tasks: Norms (k,) of the task's.
+        tasks: Norms (k,) of the task's; where one is 0 or not finite the factor is 0.
         share: Largest ratio of the two.
     """
-    tiny = torch.finfo(totals.dtype).tiny
-    return (tasks / totals.clamp_min(tiny)).mul_(share).clamp_max_(1.0)
+    return (tasks / totals).nan_to_num_(0.0, 0.0, 0.0).mul_(share).clamp_max_(1.0)

@@ -15,6 +15,7 @@ squared chord ``NEAR`` does; the gradient is finite.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -25,7 +26,7 @@ from lightning_hsu._core.fused import Fused
 from lightning_hsu._core.group_numbers import GatheredNumbers, at_right_angles
 from lightning_hsu._core.kernel import PairTerm
 from lightning_hsu._core.layout import Layout
-from lightning_hsu._core.limits import share_factors, task_norms
+from lightning_hsu._core.limits import TaskLimit, share_factors, task_norms
 from lightning_hsu._core.near import COINCIDENT
 from lightning_hsu._core.pair_sums import PairSums, UnitRows
 from lightning_hsu._core.precision import working_dtype
@@ -233,15 +234,16 @@ def add_batch(batch: Batch, found: BatchGradient) -> None:
     scales = [2.0 * update.scale * grad_scale for update in batch.updates]
     torch._foreach_mul_(by_layer(batch, factor), scales)
     limits = [update.task for update in batch.updates if update.task is not None]
-    tasks = task_norms(limits) if limits else None
-    room = _limited_lengths(batch, found.norm, tasks)
+    room = _limited_lengths(batch, found.norm, limits)
     room.div_(found.length)
     torch.minimum(factor, room, out=factor)
     share = limits[0].allows.share if limits else None
-    if tasks is not None and share is not None:
+    if share is not None:
         torch.mul(factor, found.length, out=room)
         totals = torch.stack(torch._foreach_norm(by_layer(batch, room)))
-        factor.mul_(share_factors(totals, tasks, share)[batch.layout.layer_of])
+        tasks = torch.stack([one.norm for one in limits])
+        held = share_factors(totals, tasks, share)
+        factor.mul_(held[batch.layout.layer_of])
     # Multiplied and added in one operation it would be rounded once, where buffers round twice.
     for width in batch.layout.widths:
         rows_of(found.grad, width).mul_(by_row_of(factor, width)[:, None])
@@ -249,34 +251,33 @@ def add_batch(batch: Batch, found: BatchGradient) -> None:
     torch._foreach_sub_([update.out_entries for update in batch.updates], added)
 
 
-def _limited_lengths(batch: Batch, norm: Tensor, tasks: Tensor | None) -> Tensor:
+def _limited_lengths(batch: Batch, norm: Tensor, limits: Sequence[TaskLimit]) -> Tensor:
     """The largest lengths (rows,) that rows of what is added may have.
 
     Args:
         batch: The layers.
         norm: Norms of the neurons (rows,); overwritten.
-        tasks: Norms (k,) of the task's gradients of the layers, if these limit them.
+        limits: What the task's gradients of the layers allow, if these limit them.
     """
     first = batch.updates[0]
     grad_scale = first.grad_scale
-    counts_in_task = first.task is not None and first.task.allows.counts_in_task
+    counts_in_task = bool(limits) and limits[0].allows.counts_in_task
     if isinstance(first.limit, Tensor):  # common to all
         norm.mul_(first.limit * grad_scale)
-    limits = []
+    factors = []
     for update in batch.updates:
         limit = 1.0
         if not isinstance(update.limit, Tensor):
             limit = torch.inf if update.limit is None else float(update.limit) * grad_scale
         if counts_in_task:
             limit /= math.sqrt(update.size.numel()) * grad_scale
-        limits.append(limit)
-    if len(set(limits)) > 1:
-        torch._foreach_mul_(by_layer(batch, norm), limits)
-    elif limits[0] != 1.0:
-        norm.mul_(limits[0])
+        factors.append(limit)
+    if len(set(factors)) > 1:
+        torch._foreach_mul_(by_layer(batch, norm), factors)
+    elif factors[0] != 1.0:
+        norm.mul_(factors[0])
     if counts_in_task:
-        assert tasks is not None
-        norm.mul_(tasks[batch.layout.layer_of])
+        norm.mul_(task_norms(limits)[batch.layout.layer_of])
     return norm.clamp_max_(torch.finfo(first.entries.dtype).max / 2 * grad_scale)
 
 

@@ -261,10 +261,10 @@ def _add_held(members: Sequence[_Held], buffered: BufferedUpdates | None) -> Non
         share = some[0].limit.allows.share
         assert share is not None
         held = share_factors(torch.stack(totals), tasks, share)
-        factors: Sequence[Tensor | float] = held.unbind()
+        factors: Sequence[Tensor | float] = torch._foreach_mul(list(held.unbind()), scales)
         if held.device.type == "cpu":
-            factors = held.tolist()
-        for one, factor, scale in zip(some, factors, scales, strict=True):
-            add_scaled(one.update.out_entries, one.grad, factor * scale)
+            factors = [float(factor) for factor in factors]
+        for one, factor in zip(some, factors, strict=True):
+            add_scaled(one.update.out_entries, one.grad, factor)
             if buffered is not None:
-                buffered.note_held(one.name, one.grad, factor * scale)
+                buffered.note_held(one.name, one.grad, factor)
