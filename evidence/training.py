@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -70,14 +70,14 @@ def train(
     """
     if setting.images < BATCH:
         raise ValueError(f"{setting.images} training images are less than one batch of {BATCH}")
-    draws = [_draw(data, setting, seed) for seed in seeds]
+    draws = [drawn(data, setting, seed) for seed in seeds]
     # AdamW's step limit looks at the task's gradient of each network's layer.
     by_task = setting.optimizer == "adamw" and method.measure is not None
     apart = method.apart or method.share is not None or by_task
     networks = Networks(setting.architecture(data), len(trials), seeds, apart=apart)
     if setting.start != "fresh":
         _train_before(networks, data, setting, seeds, apart=apart)
-    optimizer = _optimizer(networks, setting, trials)
+    optimizer = optimizer_of(networks, setting, trials)
     penalties = _penalties(networks, setting, method, trials)
     before = _ratios(networks)
     _fit(networks, optimizer, penalties, method, setting, draws, seeds)
@@ -111,14 +111,15 @@ def _train_before(
         draws.append(replace(one, labels=one.labels // 2))
     trial = Trial(0.08, 1e-3)
     plain = replace(setting, optimizer="sgd", epochs=20)
-    optimizer = _optimizer(networks, plain, [trial] * networks.trials)
+    optimizer = optimizer_of(networks, plain, [trial] * networks.trials)
     _fit(networks, optimizer, [], METHODS["decay"], plain, draws, before)
     networks.begin_head(seeds)
     if setting.start == "adapters":
         networks.add_adapters(seeds, apart=apart)
 
 
-def _draw(data: Data, setting: Setting, seed: int) -> Draw:
+def drawn(data: Data, setting: Setting, seed: int) -> Draw:
+    """A seed's images of a setting."""
     return draw(
         data,
         seed,
@@ -129,9 +130,10 @@ def _draw(data: Data, setting: Setting, seed: int) -> Draw:
     )
 
 
-def _optimizer(
+def optimizer_of(
     networks: Networks, setting: Setting, trials: Sequence[Trial]
 ) -> torch.optim.Optimizer:
+    """The optimizer of a setting; a trial's networks have its learning rate and decay."""
     groups = [
         {"params": networks.trial_parameters(i), "lr": trial.rate, "weight_decay": trial.decay}
         for i, trial in enumerate(trials)
@@ -195,6 +197,31 @@ def _fit(
     draws: Sequence[Draw],
     seeds: Sequence[int],
 ) -> None:
+    for images, labels in batches(optimizer, setting, draws, seeds):
+        optimizer.zero_grad()
+        loss = loss_of(networks(images), labels)
+        if method.apply == "loss":
+            for penalty in penalties:
+                penalty.add_to_loss(loss, optimizer)
+        loss.backward()
+        if method.apply == "gradient":
+            for penalty in penalties:
+                penalty.add_gradients(optimizer)
+        optimizer.step()
+        for penalty in penalties:
+            if method.apply == "decoupled":
+                penalty.move(optimizer)
+            elif method.apply == "loss":
+                penalty.count_step(optimizer)
+
+
+def batches(
+    optimizer: torch.optim.Optimizer,
+    setting: Setting,
+    draws: Sequence[Draw],
+    seeds: Sequence[int],
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Images (seeds, BATCH, d) and labels (seeds, BATCH), step by step; the rate falls after each."""
     trained_on = [one.train for one in draws]
     images = torch.stack([x for x, _ in trained_on])
     labels = torch.stack([y for _, y in trained_on])
@@ -207,25 +234,11 @@ def _fit(
         order = torch.stack(orders)
         for i in range(per_epoch):
             chosen = order[:, i * BATCH : (i + 1) * BATCH]
-            optimizer.zero_grad()
-            loss = _loss(networks(images[rows, chosen]), labels[rows, chosen])
-            if method.apply == "loss":
-                for penalty in penalties:
-                    penalty.add_to_loss(loss, optimizer)
-            loss.backward()
-            if method.apply == "gradient":
-                for penalty in penalties:
-                    penalty.add_gradients(optimizer)
-            optimizer.step()
-            for penalty in penalties:
-                if method.apply == "decoupled":
-                    penalty.move(optimizer)
-                elif method.apply == "loss":
-                    penalty.count_step(optimizer)
+            yield images[rows, chosen], labels[rows, chosen]
             schedule.step()
 
 
-def _loss(scores: Tensor, labels: Tensor) -> Tensor:
+def loss_of(scores: Tensor, labels: Tensor) -> Tensor:
     """Each network's mean cross entropy, summed over networks."""
     _seeds, trials, batch, _ = scores.shape
     targets = labels.unsqueeze(1).expand(-1, trials, -1).flatten()

@@ -1,0 +1,291 @@
+"""``python -m evidence.probe``: does a short probe predict the strength that tuning chooses?
+
+Each setting of the plan is trained for fifty steps without a penalty, at the learning rate and
+weight decay that weight decay alone chose. The prediction is the coefficient at which the penalty's
+gradient would be 5 % of the task's. It is compared with what half-space MHE's sixteen trials found.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from evidence import cells as running
+from evidence.data import Data, MissingDataError
+from evidence.documents import quoted
+from evidence.methods import HALF_MHE, METHODS
+from evidence.networks import Networks, Piece
+from evidence.plan import SETTINGS, STRENGTHS, Cell, Setting, Trial
+from evidence.statistics import interval, rank_correlation
+from evidence.tables import UNTRAINED, markdown
+from evidence.training import batches, drawn, loss_of, optimizer_of
+
+FOLDER = Path(__file__).parent
+RESULTS = FOLDER / "results" / "probe.json"
+README = FOLDER / "README.md"
+MARKS = (
+    "<!-- probe: written by `python -m evidence.probe --commit` -->",
+    "<!-- end of probe -->",
+)
+SEEDS = (3000, 3001, 3002)
+STEPS = 50
+FRACTION = 0.05
+SMOOTHING = 0.9
+"""Of the running means, as a Share has it."""
+
+HINDSIGHT = tuple(10.0 ** (i / 8) for i in range(-40, 25))
+"""Factors 1e-5 ... 1e3, of which the best is reported beside the one that was fixed."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What the probe and the tuning found in one setting.
+
+    Args:
+        name: Of the setting.
+        ratio: Task's gradient over the penalty's at coefficient 1: median over layers, then seeds.
+        coefficients: Those that were tried, from weak to strong.
+        errors: The lowest validation error at each, over four pairs of learning rate and decay.
+        chosen: The tuned coefficient.
+        trained: Whether weight decay alone does better than :data:`~evidence.tables.UNTRAINED`.
+        plain: Whether the network has no convolutions, whose coefficients are some fifteen times smaller.
+    """
+
+    name: str
+    ratio: float
+    coefficients: tuple[float, ...]
+    errors: tuple[float, ...]
+    chosen: float
+    trained: bool
+    plain: bool
+
+    def predicted(self, fraction: float = FRACTION) -> float:
+        """The coefficient that the probe predicts."""
+        return fraction * self.ratio
+
+    def nearest(self, fraction: float = FRACTION) -> int:
+        """Which of the coefficients is nearest to the prediction, by their ratio."""
+        at = math.log(self.predicted(fraction))
+        apart = [abs(math.log(one) - at) for one in self.coefficients]
+        return apart.index(min(apart))
+
+    @property
+    def regrets(self) -> list[float]:
+        """Points that each coefficient's error lies above the lowest."""
+        return [error - min(self.errors) for error in self.errors]
+
+
+def main() -> int:
+    """Probe every setting, print the table, and write it if asked to."""
+    args = _arguments()
+    settings: Sequence[Setting] = SETTINGS
+    if args.quick:
+        settings = [one for one in SETTINGS if one.data == "digits"]
+    torch.set_num_threads(1)
+    start = time.perf_counter()
+    try:
+        probed = [_probed(setting) for setting in settings]
+    except MissingDataError as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(table(probed))
+    print(f"\n{time.perf_counter() - start:.0f} s")
+    if args.commit:
+        lines = ",\n".join(json.dumps(one, allow_nan=False) for one in probed)
+        running.write_whole(RESULTS, f"[\n{lines}\n]\n")
+        running.write_whole(README, quoted(README.read_text(), table(probed), MARKS))
+    return 0
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m evidence.probe", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="the settings of the digits only")
+    parser.add_argument("--commit", action="store_true", help="write evidence/results and README")
+    args = parser.parse_args()
+    if args.quick and args.commit:
+        parser.error("--commit takes the whole plan: leave out --quick")
+    return args
+
+
+def _probed(setting: Setting) -> running.Result:
+    """A setting's ratios (layers, seeds), for JSON."""
+    chosen = _tunings()[f"{setting.name}--decay"]["chosen"]
+    found = probe(running.data_of(Cell(setting, METHODS["decay"])), setting, Trial(**chosen), SEEDS)
+    ratios = [[float(f"{ratio:.4g}") for ratio in layer] for layer in found.tolist()]
+    return {
+        "name": setting.name,
+        "setting": asdict(setting),
+        "rate": chosen["rate"],
+        "decay": chosen["decay"],
+        "seeds": list(SEEDS),
+        "steps": STEPS,
+        "ratios": ratios,
+    }
+
+
+def probe(
+    data: Data, setting: Setting, trial: Trial, seeds: Sequence[int], steps: int = STEPS
+) -> Tensor:
+    """Running means of the task's gradient norms over those of the penalty, (hidden layers, seeds)."""
+    networks = Networks(setting.architecture(data), 1, seeds)
+    optimizer = optimizer_of(networks, setting, [trial])
+    draws = [drawn(data, setting, seed) for seed in seeds]
+    pieces = [side[0] for side in networks.hidden]  # the only trial's
+    means = torch.zeros(0)
+    for images, labels in itertools.islice(batches(optimizer, setting, draws, seeds), steps):
+        optimizer.zero_grad()
+        loss_of(networks(images), labels).backward()
+        norms = torch.stack([_norms(piece) for piece in pieces])  # (layers, 2, seeds)
+        if means.numel() == 0:
+            means = norms
+        means = SMOOTHING * means + (1.0 - SMOOTHING) * norms
+        optimizer.step()
+    return means[:, 0] / means[:, 1]
+
+
+def _norms(piece: Piece) -> Tensor:
+    """Norms of the task's and of the penalty's gradient for each seed, (2, seeds)."""
+    assert piece.weight.grad is not None
+    task = piece.weight.grad.flatten(1).norm(dim=1)
+    x = piece.weight.detach().flatten(2)
+    penalty = HALF_MHE.value_and_grad(x, HALF_MHE.prepare(x, None))[1]
+    return torch.stack([task, penalty.flatten(1).norm(dim=1)])
+
+
+@cache
+def _tunings() -> dict[str, running.Result]:
+    """The plan's results by name."""
+    return {one["name"]: one for one in running.read(FOLDER / "results" / "cells.json")}
+
+
+def found_in(probed: Mapping[str, Any]) -> Found:
+    """What a setting's probe says, beside what its tuning found."""
+    tuned = _tunings()[f"{probed['name']}--half_mhe_2"]
+    alone = _tunings()[f"{probed['name']}--decay"]
+    trials = tuned["asked"]["trials"]
+    coefficients, errors = [], []
+    for strength in STRENGTHS:
+        own = [i for i, trial in enumerate(trials) if trial["strength"] == strength]
+        coefficients.append(trials[own[0]]["coefficient"])
+        errors.append(min(mean(tuned["validation_error"][i]) for i in own))
+    by_seed = [median(layers) for layers in zip(*probed["ratios"], strict=True)]
+    return Found(
+        name=probed["name"],
+        ratio=median(by_seed),
+        coefficients=tuple(coefficients),
+        errors=tuple(errors),
+        chosen=tuned["chosen"]["coefficient"],
+        trained=mean(alone["test_error"]) < UNTRAINED,
+        plain=probed["setting"]["network"] == "plain",
+    )
+
+
+def table(probed: Sequence[Mapping[str, Any]]) -> str:
+    """Correlations, regrets and the verdict."""
+    found = [found_in(one) for one in probed]
+    return f"{_correlations(found)}\n\n{_regrets(found)}\n\n{verdict(found)}"
+
+
+def _correlations(found: Sequence[Found]) -> str:
+    """Rank correlations; the first row is the one that decides."""
+    head = ["settings", "count", "Spearman's rho", "95 % bootstrap interval"]
+    rows: list[list[object]] = []
+    for title, group in (
+        ("all", found),
+        ("where weight decay alone trains", [one for one in found if one.trained]),
+        ("without convolutions", [one for one in found if one.plain]),
+    ):
+        x = [one.predicted() for one in group]
+        rho = rank_correlation(x, [one.chosen for one in group])
+        interval_cell = f"{rho.low:+.2f} to {rho.high:+.2f}"
+        rows.append([title, rho.count, f"{rho.rho:+.2f}", interval_cell])
+    return markdown(head, rows)
+
+
+def _regrets(found: Sequence[Found]) -> str:
+    """Of the probe, of each strength for all settings and of one drawn at random."""
+    trained = [one for one in found if one.trained]
+    best = single_best(found)
+    head = ["strength", "regret, mean", "median", "it is the best in", "minus the single best"]
+    head.append("regret, mean, where weight decay alone trains")
+    rows: list[list[object]] = []
+    rules = [(f"probe, {FRACTION:g} of the task's gradient", FRACTION)]
+    rules.append((f"probe, best factor in hindsight ({hindsight(found):.2g})", hindsight(found)))
+    for title, fraction in rules:
+        regrets = [one.regrets[one.nearest(fraction)] for one in found]
+        among = mean(one.regrets[one.nearest(fraction)] for one in trained)
+        rows.append([title, *_regret_cells(regrets, _single(found, best)), f"{among:.2f}"])
+    for i, strength in enumerate(STRENGTHS):
+        title = f"{strength:g} everywhere"
+        if i == best:
+            title = f"{title} (the single best)"
+        among = mean(_single(trained, i))
+        cells = _regret_cells(_single(found, i), _single(found, best))
+        rows.append([title, *cells, f"{among:.2f}"])
+    drawn_at_random = [mean(one.regrets) for one in found]
+    cells = _regret_cells(drawn_at_random, _single(found, best))
+    cells[2] = f"1 of {len(STRENGTHS)}"
+    rows.append(["drawn at random", *cells, f"{mean(mean(one.regrets) for one in trained):.2f}"])
+    return markdown(head, rows)
+
+
+def _regret_cells(regrets: Sequence[float], beside: Sequence[float]) -> list[str]:
+    """Mean, median, how often it is 0, and the mean difference from another rule with its interval."""
+    first = [f"{mean(regrets):.2f}", f"{median(regrets):.2f}"]
+    first.append(f"{sum(regret == 0 for regret in regrets)} of {len(regrets)}")
+    if list(regrets) == list(beside):
+        return [*first, ""]
+    low, high = interval(regrets, beside)
+    change = mean(regrets) - mean(beside)
+    return [*first, f"{change:+.2f} ({low:+.2f} to {high:+.2f})"]
+
+
+def _single(found: Sequence[Found], i: int) -> list[float]:
+    """Regrets of one strength for all settings."""
+    return [one.regrets[i] for one in found]
+
+
+def single_best(found: Sequence[Found]) -> int:
+    """Which strength has the lowest mean regret."""
+    means = [mean(_single(found, i)) for i in range(len(STRENGTHS))]
+    return means.index(min(means))
+
+
+def hindsight(found: Sequence[Found]) -> float:
+    """The factor with the lowest mean regret, which only the results can tell."""
+    means = []
+    for fraction in HINDSIGHT:
+        means.append(mean(one.regrets[one.nearest(fraction)] for one in found))
+    return HINDSIGHT[means.index(min(means))]
+
+
+def worth_shipping(found: Sequence[Found]) -> tuple[bool, bool]:
+    """Whether the rank correlation is above 0, and the regret below that of the single best strength."""
+    rho = rank_correlation([one.predicted() for one in found], [one.chosen for one in found])
+    regrets = [one.regrets[one.nearest()] for one in found]
+    return rho.low > 0, interval(regrets, _single(found, single_best(found)))[1] < 0
+
+
+def verdict(found: Sequence[Found]) -> str:
+    """Both hypotheses in words."""
+    above, lower = worth_shipping(found)
+    told = {True: "holds", False: "does not hold"}
+    worth = {True: "worth", False: "not worth"}[above and lower]
+    return f"(a) {told[above]}, (b) {told[lower]}: the probe is **{worth} shipping**."
+
+
+if __name__ == "__main__":
+    sys.exit(main())
