@@ -13,9 +13,9 @@ import json
 import math
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from functools import cache
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -29,7 +29,7 @@ from evidence.documents import quoted
 from evidence.methods import HALF_MHE, METHODS
 from evidence.networks import Networks, Piece
 from evidence.plan import SETTINGS, STRENGTHS, Cell, Setting, Trial
-from evidence.statistics import interval, rank_correlation
+from evidence.statistics import Correlation, interval, rank_correlation
 from evidence.tables import UNTRAINED, markdown
 from evidence.training import batches, drawn, loss_of, optimizer_of
 
@@ -127,7 +127,7 @@ def _probed(setting: Setting) -> running.Result:
     ratios = [[float(f"{ratio:.4g}") for ratio in layer] for layer in found.tolist()]
     return {
         "name": setting.name,
-        "setting": asdict(setting),
+        "network": setting.network,
         "rate": chosen["rate"],
         "decay": chosen["decay"],
         "seeds": list(SEEDS),
@@ -189,7 +189,7 @@ def found_in(probed: Mapping[str, Any]) -> Found:
         errors=tuple(errors),
         chosen=tuned["chosen"]["coefficient"],
         trained=mean(alone["test_error"]) < UNTRAINED,
-        plain=probed["setting"]["network"] == "plain",
+        plain=probed["network"] == "plain",
     )
 
 
@@ -205,86 +205,117 @@ def _correlations(found: Sequence[Found]) -> str:
     rows: list[list[object]] = []
     for title, group in (
         ("all", found),
-        ("where weight decay alone trains", [one for one in found if one.trained]),
+        ("where weight decay alone trains", _trained(found)),
         ("without convolutions", [one for one in found if one.plain]),
     ):
-        x = [one.predicted() for one in group]
-        rho = rank_correlation(x, [one.chosen for one in group])
-        interval_cell = f"{rho.low:+.2f} to {rho.high:+.2f}"
-        rows.append([title, rho.count, f"{rho.rho:+.2f}", interval_cell])
+        rho = correlation(group)
+        between = f"{rho.low:+.2f} to {rho.high:+.2f}"
+        rows.append([title, rho.count, f"{rho.rho:+.2f}", between])
     return markdown(head, rows)
 
 
-def _regrets(found: Sequence[Found]) -> str:
-    """Of the probe, of each strength for all settings and of one drawn at random."""
-    trained = [one for one in found if one.trained]
-    best = single_best(found)
-    head = ["strength", "regret, mean", "median", "it is the best in", "minus the single best"]
-    head.append("regret, mean, where weight decay alone trains")
-    rows: list[list[object]] = []
-    rules = [(f"probe, {FRACTION:g} of the task's gradient", FRACTION)]
-    rules.append((f"probe, best factor in hindsight ({hindsight(found):.2g})", hindsight(found)))
-    for title, fraction in rules:
-        regrets = [one.regrets[one.nearest(fraction)] for one in found]
-        among = mean(one.regrets[one.nearest(fraction)] for one in trained)
-        rows.append([title, *_regret_cells(regrets, _single(found, best)), f"{among:.2f}"])
-    for i, strength in enumerate(STRENGTHS):
-        title = f"{strength:g} everywhere"
-        if i == best:
-            title = f"{title} (the single best)"
-        among = mean(_single(trained, i))
-        cells = _regret_cells(_single(found, i), _single(found, best))
-        rows.append([title, *cells, f"{among:.2f}"])
-    drawn_at_random = [mean(one.regrets) for one in found]
-    cells = _regret_cells(drawn_at_random, _single(found, best))
-    cells[2] = f"1 of {len(STRENGTHS)}"
-    rows.append(["drawn at random", *cells, f"{mean(mean(one.regrets) for one in trained):.2f}"])
-    return markdown(head, rows)
+def _trained(found: Sequence[Found]) -> list[Found]:
+    """The settings in which weight decay alone trains."""
+    return [one for one in found if one.trained]
 
 
-def _regret_cells(regrets: Sequence[float], beside: Sequence[float]) -> list[str]:
-    """Mean, median, how often it is 0, and the mean difference from another rule with its interval."""
-    first = [f"{mean(regrets):.2f}", f"{median(regrets):.2f}"]
-    first.append(f"{sum(regret == 0 for regret in regrets)} of {len(regrets)}")
-    if list(regrets) == list(beside):
-        return [*first, ""]
-    low, high = interval(regrets, beside)
-    change = mean(regrets) - mean(beside)
-    return [*first, f"{change:+.2f} ({low:+.2f} to {high:+.2f})"]
+def correlation(found: Sequence[Found]) -> Correlation:
+    """Rank correlation of predicted and tuned coefficients."""
+    predicted, chosen = [], []
+    for one in found:
+        predicted.append(one.predicted())
+        chosen.append(one.chosen)
+    return rank_correlation(predicted, chosen)
 
 
-def _single(found: Sequence[Found], i: int) -> list[float]:
-    """Regrets of one strength for all settings."""
-    return [one.regrets[i] for one in found]
+Rule = Callable[[Found], float]
+"""A setting's regret with the strength that a rule takes there."""
+
+
+def _by_probe(one: Found, fraction: float = FRACTION) -> float:
+    return one.regrets[one.nearest(fraction)]
+
+
+def _everywhere(one: Found, place: int) -> float:
+    return one.regrets[place]
+
+
+def _at_random(one: Found) -> float:
+    return mean(one.regrets)
 
 
 def single_best(found: Sequence[Found]) -> int:
     """Which strength has the lowest mean regret."""
-    means = [mean(_single(found, i)) for i in range(len(STRENGTHS))]
-    return means.index(min(means))
+    return _least([partial(_everywhere, place=i) for i in range(len(STRENGTHS))], found)
 
 
 def hindsight(found: Sequence[Found]) -> float:
     """The factor with the lowest mean regret, which only the results can tell."""
-    means = []
-    for fraction in HINDSIGHT:
-        means.append(mean(one.regrets[one.nearest(fraction)] for one in found))
-    return HINDSIGHT[means.index(min(means))]
+    rules = [partial(_by_probe, fraction=fraction) for fraction in HINDSIGHT]
+    return HINDSIGHT[_least(rules, found)]
+
+
+def _least(rules: Sequence[Rule], found: Sequence[Found]) -> int:
+    """Which rule has the lowest mean regret."""
+    means = [mean(map(rule, found)) for rule in rules]
+    return means.index(min(means))
+
+
+def _regrets(found: Sequence[Found]) -> str:
+    """Of the probe, of each strength for all settings and of one drawn at random."""
+    best = single_best(found)
+    factor = hindsight(found)
+    rules: list[tuple[str, Rule]] = [
+        (f"probe, {FRACTION:g} of the task's gradient", _by_probe),
+        (f"probe, best factor in hindsight ({factor:.2g})", partial(_by_probe, fraction=factor)),
+    ]
+    for i, strength in enumerate(STRENGTHS):
+        title = f"{strength:g} everywhere"
+        if i == best:
+            title = f"{title} (the single best)"
+        rules.append((title, partial(_everywhere, place=i)))
+    rules.append(("drawn at random", _at_random))
+    head = ["strength", "regret, mean", "median", "no regret in", "minus the single best"]
+    head.append("mean, where weight decay alone trains")
+    beside = [_everywhere(one, best) for one in found]
+    rows: list[list[object]] = []
+    for title, rule in rules:
+        regrets = [rule(one) for one in found]
+        row: list[object] = [title, f"{mean(regrets):.2f}", f"{median(regrets):.2f}"]
+        exact = f"{regrets.count(0.0)} of {len(regrets)}"
+        row.append(exact if rule is not _at_random else f"1 of {len(STRENGTHS)}")
+        low, high = interval(regrets, beside)
+        change = mean(regrets) - mean(beside)
+        row.append(f"{change:+.2f} ({low:+.2f} to {high:+.2f})" if regrets != beside else "")
+        row.append(f"{mean(map(rule, _trained(found))):.2f}")
+        rows.append(row)
+    legend = "Regret in points of validation error; its difference with a 95 % interval (paired t)."
+    return f"{markdown(head, rows)}\n\n{legend}"
 
 
 def worth_shipping(found: Sequence[Found]) -> tuple[bool, bool]:
     """Whether the rank correlation is above 0, and the regret below that of the single best strength."""
-    rho = rank_correlation([one.predicted() for one in found], [one.chosen for one in found])
-    regrets = [one.regrets[one.nearest()] for one in found]
-    return rho.low > 0, interval(regrets, _single(found, single_best(found)))[1] < 0
+    best = single_best(found)
+    regrets = [_by_probe(one) for one in found]
+    beside = [_everywhere(one, best) for one in found]
+    return correlation(found).low > 0, interval(regrets, beside)[1] < 0
 
 
 def verdict(found: Sequence[Found]) -> str:
-    """Both hypotheses in words."""
+    """Both hypotheses in words, and on which side the predictions lie."""
     above, lower = worth_shipping(found)
     told = {True: "holds", False: "does not hold"}
     worth = {True: "worth", False: "not worth"}[above and lower]
-    return f"(a) {told[above]}, (b) {told[lower]}: the probe is **{worth} shipping**."
+    below, weak = 0, 0
+    for one in found:
+        below += one.predicted() < one.chosen
+        weak += one.predicted() < one.coefficients[0]
+    return (
+        f"(a) {told[above]}, (b) {told[lower]}: the probe is **{worth} shipping**. Its prediction lies "
+        f"below the tuned coefficient in {below} of {len(found)} settings, and below the smallest that "
+        f"was tried in {weak}; they run from {min(one.predicted() for one in found):.1g} to "
+        f"{max(one.predicted() for one in found):.1g}."
+    )
 
 
 if __name__ == "__main__":
