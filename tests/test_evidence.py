@@ -21,12 +21,13 @@ from torch import nn
 
 from evidence import cells as running
 from evidence import cnn9, tolerance, training
+from evidence import probe as probing
 from evidence.__main__ import _run, main
 from evidence.cnn9 import CNN9, _bytes, _check_same, _moved, bounded_cross_entropy, table
 from evidence.comparisons import compare, hypothesis
 from evidence.data import MissingDataError, draw, load
 from evidence.documents import quoted, readme, write
-from evidence.methods import METHODS, unit_coefficient
+from evidence.methods import HALF_MHE, METHODS, unit_coefficient
 from evidence.networks import Architecture, Networks
 from evidence.plan import FAMILY, SETTINGS, TEST_SEEDS, TUNING_SEEDS, Cell, Setting, Trial, cells
 from evidence.statistics import holm, paired, rank_correlation
@@ -650,6 +651,91 @@ def test_kept_gradients_are_compared_on_paired_seeds_and_go_on(tmp_path, monkeyp
     monkeypatch.setattr(tolerance, "train", None)  # nothing is left to do
     assert tolerance.main() == 0
     assert capsys.readouterr().out == told[told.index("| setting") :]
+
+
+def test_its_own_readme_quotes_the_committed_probes():
+    committed = json.loads(probing.RESULTS.read_text())
+    assert [one["name"] for one in committed] == [one.name for one in SETTINGS]
+    text = probing.README.read_text()
+    assert quoted(text, probing.table(committed), probing.MARKS) == text
+
+
+@pytest.mark.usefixtures("_double")
+@pytest.mark.parametrize(("network", "optimizer"), [("plain", "adamw"), ("batch norm", "sgd")])
+def test_a_probe_measures_what_a_plain_loop_does(network, optimizer):
+    data = digits_in_double()
+    setting = replace(TINY, network=network, optimizer=optimizer, epochs=3)
+    trial = Trial(0.02, 0.01)
+    seeds = (3, 4)
+    found = probing.probe(data, setting, trial, seeds, steps=6)  # into the second epoch
+    for s, seed in enumerate(seeds):
+        begin = Networks(setting.architecture(data), 1, seeds[s : s + 1])
+        alone = in_own_layers(begin, 0, 0)
+        images, labels = draw(data, seed, setting.images, setting.held_out).train
+        if network != "plain":
+            images = images.view(-1, *data.shape)
+        assert torch.allclose(
+            found[:, s], probed_alone(alone, images, labels, setting, trial, seed)
+        )
+
+
+def probed_alone(network, images, labels, setting, trial, seed):
+    """Six steps of one network; the last running means' ratio in each hidden layer."""
+    if setting.optimizer == "sgd":
+        optimizer = torch.optim.SGD(
+            network.parameters(), lr=trial.rate, weight_decay=trial.decay, momentum=0.9
+        )
+    else:
+        optimizer = torch.optim.AdamW(network.parameters(), lr=trial.rate, weight_decay=trial.decay)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 12)
+    chance = torch.Generator().manual_seed(seed)
+    order = torch.cat([torch.randperm(setting.images, generator=chance) for _ in range(2)])
+    hidden = [layer.weight for layer in network if isinstance(layer, nn.Linear | nn.Conv2d)][:-1]
+    means = None
+    for chosen in order.split(BATCH)[:6]:
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(network(images[chosen]), labels[chosen]).backward()
+        now = []
+        for weight in hidden:
+            (penalty,) = torch.autograd.grad(HALF_MHE.penalty(weight.flatten(1)), weight)
+            now.append([float(weight.grad.norm()), float(penalty.norm())])
+        now = np.array(now)
+        means = now if means is None else 0.9 * means + 0.1 * now
+        optimizer.step()
+        schedule.step()
+    return torch.tensor(means[:, 0] / means[:, 1])
+
+
+def test_a_probe_is_worth_shipping_only_if_it_is_right_and_better_than_one_strength():
+    coefficients = (0.2, 0.8, 3.4, 14.0)
+    right, reversed_ = [], []
+    for i in range(24):
+        best = i % 4
+        errors = tuple(10.0 + abs(j - best) + 0.01 * i for j in range(4))
+        made = probing.Found("", 0.0, coefficients, errors, coefficients[best], True, True)
+        right.append(replace(made, ratio=1.2 * coefficients[best] / 0.05))
+        reversed_.append(replace(made, ratio=coefficients[3 - best] / 0.05))
+    assert [one.nearest() for one in right] == [i % 4 for i in range(24)]
+    assert probing.single_best(right) in (1, 2)
+    assert probing.worth_shipping(right) == (True, True)
+    assert "**worth shipping**" in probing.verdict(right)
+    assert probing.worth_shipping(reversed_) == (False, False)
+    assert "**not worth shipping**" in probing.verdict(reversed_)
+    constant = [replace(one, ratio=67.0 + i) for i, one in enumerate(right)]
+    assert probing.worth_shipping(constant)[1] is False  # it is one strength for all
+
+
+def test_a_quick_probe_prints_its_verdict(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["probe", "--quick"])
+    monkeypatch.setattr(probing, "probe", partial(probing.probe, steps=1))
+    assert probing.main() == 0
+    told = capsys.readouterr().out
+    assert f"| all | {sum(one.data == 'digits' for one in SETTINGS)} |" in told
+    assert "shipping**" in told
+    monkeypatch.setattr(sys, "argv", ["probe", "--quick", "--commit"])
+    with pytest.raises(SystemExit):
+        probing.main()
+    assert "leave out --quick" in capsys.readouterr().err
 
 
 def test_the_readme_has_the_committed_runs_of_the_published_recipe():
