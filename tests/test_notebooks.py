@@ -8,7 +8,7 @@ import pytest
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 
 
-@pytest.mark.parametrize("name", ["quickstart", "measures", "diagnose", "evidence"])
+@pytest.mark.parametrize("name", ["quickstart", "measures", "diagnose", "evidence", "strength"])
 def test_the_pair_is_in_step(name):
     cells = [
         [
