@@ -21,6 +21,7 @@ from lightning_hsu._engine.rates import UnknownRateError
 from lightning_hsu._engine.state import TrainingState
 from lightning_hsu._engine.stored import what_counts
 from lightning_hsu._figures.recorder import FigureRecorder
+from lightning_hsu._meant import Maker, check_places
 from lightning_hsu._monitor.measure import LayerUniformity, aggregates, by_layer
 from lightning_hsu._monitor.summary import Summary
 from lightning_hsu._monitor.tables import BeforeAfter, change_text
@@ -230,6 +231,7 @@ class HypersphericalUniformity(_trainer.EveryCallback):
         prefix: str = "hsu",
         verbose: bool = True,
     ) -> None:
+        check_places(Maker(type(self).__name__), measure, coefficient)
         check_choice("apply", apply, "gradient", "loss", "decoupled")
         self.regularizer = UniformityRegularizer(
             measure,

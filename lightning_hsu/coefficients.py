@@ -11,6 +11,7 @@ from typing import Any
 
 from lightning_hsu._checks import check_number, plain_number
 from lightning_hsu._neurons.patterns import check_patterns, matches
+from lightning_hsu.measures import Measure
 
 
 class Varying(ABC):
@@ -303,7 +304,8 @@ def _check(strength: object, what: str) -> None:
             f"{what} must be an instance: write {strength.__name__}(...), with its settings in the "
             "brackets"
         )
-    if callable(strength) or isinstance(strength, Share):
+    is_schedule = callable(strength) and not isinstance(strength, Measure)
+    if is_schedule or isinstance(strength, Share):
         return
     if isinstance(strength, Real) and not isinstance(strength, bool):
         if not plain_number(strength) or strength < 0:

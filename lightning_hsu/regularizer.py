@@ -43,6 +43,7 @@ from lightning_hsu._engine.step import act_on_buckets, loss_terms, refuse_unknow
 from lightning_hsu._engine.stored import Dropped
 from lightning_hsu._engine.strength import LOOKED_AT
 from lightning_hsu._engine.warn import warn
+from lightning_hsu._meant import Maker, check_places
 from lightning_hsu._monitor.measure import LayerUniformity, measure_layers
 from lightning_hsu._monitor.on_gpu import measure_on_gpu
 from lightning_hsu._monitor.summary import Summary
@@ -191,6 +192,8 @@ class UniformityRegularizer:
         tolerance: float | None = None,
         share_work: bool = True,
     ) -> None:
+        maker = Maker(type(self).__name__, of_preset=".regularizer")
+        check_places(maker, measure, coefficient)
         check_count("every_n_steps", every_n_steps)
         check_tolerance(tolerance)
         if sample_above is not None:

@@ -13,7 +13,7 @@ FLOORS = [
     {"measures"},
     {"projections", "reference", "_neurons"},
     {"coefficients"},
-    {"_engine"},
+    {"_engine", "_meant"},
     {"_monitor"},
     {"regularizer", "report", "_figures"},
     {"metrics", "summary", "_trainer"},

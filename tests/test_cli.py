@@ -256,6 +256,10 @@ def test_help_is_the_docstring(package, capsys):
             "are: layer, enc",
         ),
         ({"coefficient": {"fraction": 0.05}}, "coefficient pattern 'fraction' matches no layer"),
+        (
+            {"coefficient": "lightning_hsu.measures.RieszEnergy"},
+            r"did you mean HypersphericalUniformity\(RieszEnergy\(s=2.0, .*\)\)\?",
+        ),
     ],
     ids=str,
 )

@@ -84,7 +84,7 @@ def test_bad_shares(kwargs, message):
     with pytest.raises(ValueError, match=message):
         Share(**kwargs)
     with pytest.raises(TypeError, match=r"coefficient must be an instance: write Share\(\.\.\.\)"):
-        UniformityRegularizer(coefficient=Share)
+        UniformityRegularizer(head_coefficient=Share)
 
 
 def norms(parameter, change):

@@ -352,11 +352,6 @@ def test_bad_parts_of_a_projected_measure_are_told():
             TypeError,
             r"measure must be an instance: write RieszEnergy\(\)",
         ),
-        (
-            lambda: UniformityRegularizer(RieszEnergy),
-            TypeError,
-            r"measure must be an instance: write RieszEnergy\(\)",
-        ),
         (lambda: lower_bound("mhe", 4, 4), TypeError, "measure must be a measure such as"),
         (lambda: lower_bound(RieszEnergy(), 4, 4.5), TypeError, "n and d must be ints"),
         (

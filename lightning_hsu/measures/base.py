@@ -4,9 +4,7 @@
 # module of its subclass.
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from dataclasses import fields, is_dataclass, replace
-from numbers import Real
 from typing import Any, ClassVar
 
 import torch
@@ -240,12 +238,7 @@ def check_measure(measure: object) -> None:
             "with its settings in the brackets"
         )
     if not isinstance(measure, Measure):
-        advice = ""
-        if isinstance(measure, Real | Mapping) and not isinstance(measure, bool):
-            advice = f"; for the penalty's strength write coefficient={measure!r}"
-        raise TypeError(
-            f"measure must be a measure such as RieszEnergy(s=2); got {measure!r}{advice}"
-        )
+        raise TypeError(f"measure must be a measure such as RieszEnergy(s=2); got {measure!r}")
     check_hashable(measure)
 
 

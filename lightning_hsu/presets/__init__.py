@@ -1,5 +1,6 @@
 """The published recipes, formula by formula: see :func:`sphere_uniformity`."""
 
+from lightning_hsu._meant import PRESETS
 from lightning_hsu.presets.comhe import (
     OfficialAdversarialCoMHE,
     OfficialAngleCoMHE,
@@ -7,7 +8,7 @@ from lightning_hsu.presets.comhe import (
 )
 from lightning_hsu.presets.pairs import OfficialMGD, OfficialMHE, OfficialMHS
 from lightning_hsu.presets.poles import OfficialMHC, OfficialMHP, OfficialRMHP
-from lightning_hsu.presets.recipes import PRESETS, sphere_uniformity
+from lightning_hsu.presets.recipes import sphere_uniformity
 
 __all__ = [
     "PRESETS",

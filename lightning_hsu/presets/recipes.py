@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from lightning_hsu._checks import check_number
+from lightning_hsu._meant import check_preset
 from lightning_hsu._neurons.how import How
 from lightning_hsu.callback import HypersphericalUniformity
 from lightning_hsu.presets.base import OfficialMeasure
@@ -51,9 +52,6 @@ def _recipes() -> dict[str, Recipe]:
 
 
 _RECIPES = _recipes()
-
-PRESETS = tuple(_RECIPES)
-"""The names that :func:`sphere_uniformity` knows."""
 
 
 def sphere_uniformity(
@@ -107,7 +105,7 @@ def sphere_uniformity(
     (mhe: after 20, 30 and 37.5 of 42.5 thousand).
 
     Args:
-        name: One of :data:`PRESETS`.
+        name: One of :data:`~lightning_hsu.presets.PRESETS`.
         head: The head: "auto" finds the layers that give the model's output, a name or a list of
             names are these layers, None is no head.
         neurons: How weights hold neurons, by patterns of their names; see the callback.
@@ -124,6 +122,7 @@ def sphere_uniformity(
     Raises:
         ValueError: for an unknown name or an ``inner_lr`` that is not positive; see also the
             callback.
+        TypeError: for a name that is not text.
 
     Reference:
         Liu et al., "Learning towards Minimum Hyperspherical Energy", NeurIPS 2018, arXiv 1805.09298
@@ -139,8 +138,7 @@ def sphere_uniformity(
         OfficialMHE(power='1', half_space=True)
         >>> trainer = Trainer(callbacks=[callback], logger=False, accelerator="cpu")
     """
-    if name not in _RECIPES:
-        raise ValueError(f"there is no preset {name!r}; the presets are: {', '.join(PRESETS)}")
+    check_preset(name)
     measure, (coefficient, head_coefficient) = _RECIPES[name]
     check_number("inner_lr", inner_lr, "a learning rate > 0", lambda rate: rate > 0)
     if isinstance(measure, PoledMeasure | TrainedCoMHE):
