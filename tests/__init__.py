@@ -4,6 +4,7 @@ It is what users get, SHARE_LIMIT, in tests with the fixture ``shipped_defaults`
 and in programs and pages that are run as they are.
 """
 
+import tests.real_models  # noqa: F401 - first, for it lets torchmetrics import torchvision
 from lightning_hsu import HypersphericalUniformity, UniformityRegularizer
 
 WITH_LIMITS = (HypersphericalUniformity.__init__, UniformityRegularizer.__init__)
