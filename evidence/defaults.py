@@ -350,7 +350,8 @@ def eliminate(
         trial = tuned[setting]
         names = list(story.alive)
         jobs: list[Job] = [(setting, decay, trial, choosing, False)]
-        jobs += [(setting, by_name[name], trial, choosing, False) for name in names]
+        for name in names:
+            jobs.append((setting, by_name[name], trial, choosing, False))
         without, *others = study.results(jobs)
         errors, broken = {}, {}
         for name, result in zip(names, others, strict=True):
@@ -360,7 +361,8 @@ def eliminate(
         suspects = story.look(without["test_error"], errors, broken)
         if suspects:
             jobs = [(setting, decay, trial, again, False)]
-            jobs += [(setting, by_name[name], trial, again, False) for name in suspects]
+            for name in suspects:
+                jobs.append((setting, by_name[name], trial, again, False))
             baseline, *others = study.results(jobs)
             for name, result in zip(suspects, others, strict=True):
                 change = paired(result["test_error"], baseline["test_error"])

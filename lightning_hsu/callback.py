@@ -24,7 +24,7 @@ from lightning_hsu._figures.recorder import FigureRecorder
 from lightning_hsu._meant import Maker, check_places
 from lightning_hsu._monitor.measure import LayerUniformity, aggregates, by_layer
 from lightning_hsu._monitor.summary import Summary
-from lightning_hsu._monitor.tables import BeforeAfter, change_text
+from lightning_hsu._monitor.tables import BeforeAfter, change_text, limit_text
 from lightning_hsu._neurons.how import How
 from lightning_hsu._neurons.placement import placement_of
 from lightning_hsu._neurons.select import uninitialized
@@ -266,7 +266,10 @@ class HypersphericalUniformity(_trainer.EveryCallback):
     @property
     def summary(self) -> Summary | None:
         """What is measured of the model in this fit, and what is not; None outside a fit."""
-        return self.regularizer.summary
+        found = self.regularizer.summary
+        if found is None or self.apply != "loss":
+            return found
+        return replace(found, limit=limit_text(self.regularizer.share_limit, in_loss=True))
 
     @property
     def tolerance(self) -> float | None:

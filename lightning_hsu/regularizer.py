@@ -47,7 +47,7 @@ from lightning_hsu._meant import Maker, check_places
 from lightning_hsu._monitor.measure import LayerUniformity, measure_layers
 from lightning_hsu._monitor.on_gpu import measure_on_gpu
 from lightning_hsu._monitor.summary import Summary
-from lightning_hsu._monitor.tables import summary_of
+from lightning_hsu._monitor.tables import limit_text, summary_of
 from lightning_hsu._neurons.candidates import Candidates, Skip
 from lightning_hsu._neurons.how import Neurons, check_neurons
 from lightning_hsu._neurons.model import neurons_of_model
@@ -270,6 +270,7 @@ class UniformityRegularizer:
                 attached.coverage,
                 self.every_n_steps,
                 self.tolerance,
+                limit_text(self.share_limit),
             )
 
     @property

@@ -55,7 +55,7 @@ def walk(number):
     return set(re.findall(r"`([\w./-]+\.py)`", found[1]))
 
 
-def test_the_walks_of_a_step_and_a_logged_number_are_those_of_the_program():
+def test_the_walks_of_a_step_and_a_logged_number_are_those_of_the_program(shipped_defaults):
     traced = Traced()
     fit = trainer(traced, logger=False, log_every_n_steps=3, max_steps=5)
     fit.fit(Automatic(), loader(batches()))

@@ -14,6 +14,7 @@ PROGRESS = r"^ \d/8 +\d+ s  (no|with) penalty .* test error +\d+\.\d\d %"
 ROW = r"{} +{} x {} +1\.\d\d +\d+\.\d\d +\d+\.\d\d +\d+\.\d° +\d+\.\d°"
 
 pytestmark = [
+    pytest.mark.usefixtures("shipped_defaults"),
     pytest.mark.slow,
     pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::PendingDeprecationWarning"),
 ]

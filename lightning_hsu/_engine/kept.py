@@ -255,9 +255,13 @@ def _add_held(members: Sequence[_Held], buffered: BufferedUpdates | None) -> Non
     for one in members:
         alike.setdefault((one.grad.device, one.limit.allows), []).append(one)
     for some in alike.values():
-        scales = [one.update.scale * one.update.grad_scale for one in some]
-        totals = torch._foreach_mul(norms_of([one.grad for one in some]), scales)
-        tasks = task_norms([one.limit for one in some])
+        scales, grads, limits = [], [], []
+        for one in some:
+            scales.append(one.update.scale * one.update.grad_scale)
+            grads.append(one.grad)
+            limits.append(one.limit)
+        totals = torch._foreach_mul(norms_of(grads), scales)
+        tasks = task_norms(limits)
         share = some[0].limit.allows.share
         assert share is not None
         held = share_factors(torch.stack(totals), tasks, share)

@@ -70,6 +70,7 @@ class Summary:
             are none.
         every_n_steps: The penalty is applied on every n-th step of each optimizer.
         tolerance: The relative error of gradients that are kept for several steps; None keeps none.
+        limit: What limits the penalty beside the task, in words; "" for nothing.
 
     Example:
         >>> from lightning_hsu.measures import RieszEnergy
@@ -99,6 +100,7 @@ class Summary:
     coverage: float
     every_n_steps: int = 1
     tolerance: float | None = None
+    limit: str = ""
 
     def __str__(self) -> str:
         """The table, at most 80 columns wide."""
@@ -380,6 +382,8 @@ def _about_layers(summary: Summary) -> list[Line]:
     if summary.tolerance is not None and total > 0:
         less = f"less, with gradients kept for several steps: tolerance {summary.tolerance:g}"
         lines.append(Line(less, indent=2))
+    if summary.limit and total > 0:
+        lines.append(Line(summary.limit))
     frozen = sum(layer.frozen for layer in layers)
     if frozen:
         count = counted(frozen, "layer")

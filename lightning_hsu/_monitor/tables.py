@@ -126,6 +126,7 @@ def summary_of(
     coverage: float,
     every_n_steps: int,
     tolerance: float | None,
+    limit: str = "",
 ) -> Summary:
     """What is measured of a model, for the table at the start of a fit.
 
@@ -136,6 +137,7 @@ def summary_of(
         coverage: Measured entries over those of all weights with two or more axes.
         every_n_steps: The penalty is applied on every n-th step of each optimizer.
         tolerance: The relative error of gradients that are kept for several steps; None keeps none.
+        limit: What limits the penalty beside the task, in words.
     """
     rows = []
     for layer in layers:
@@ -152,4 +154,18 @@ def summary_of(
             layer.target.in_buffer,
         )
         rows.append(row)
-    return Summary(model, tuple(rows), tuple(skips), coverage, every_n_steps, tolerance)
+    return Summary(model, tuple(rows), tuple(skips), coverage, every_n_steps, tolerance, limit)
+
+
+def limit_text(share_limit: float | None, *, in_loss: bool = False) -> str:
+    """What limits the penalty beside the task, in words.
+
+    Args:
+        share_limit: The largest norm of a layer's penalty gradient over that of its task gradient.
+        in_loss: Whether the penalty is a part of the loss, where the task's gradient is not known.
+    """
+    if share_limit is None:
+        return "no share limit: its gradient may be above the task's"
+    if in_loss:
+        return "no share limit: in the loss the task's gradient is not known by itself"
+    return f"share limit: at most {share_limit:g} of the task's gradient in each layer"
