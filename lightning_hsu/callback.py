@@ -22,9 +22,10 @@ from lightning_hsu._engine.state import TrainingState
 from lightning_hsu._engine.stored import what_counts
 from lightning_hsu._figures.recorder import FigureRecorder
 from lightning_hsu._meant import Maker, check_places
+from lightning_hsu._monitor.as_random import AsRandom
 from lightning_hsu._monitor.measure import LayerUniformity, aggregates, by_layer
 from lightning_hsu._monitor.summary import Summary
-from lightning_hsu._monitor.tables import BeforeAfter, change_text, limit_text
+from lightning_hsu._monitor.tables import BeforeAfter, change_text, limit_text, zeros_text
 from lightning_hsu._neurons.how import How
 from lightning_hsu._neurons.placement import placement_of
 from lightning_hsu._neurons.select import uninitialized
@@ -53,6 +54,7 @@ class _Fit:
         loss_scale: The factor of a GradScaler.
         warnings: The warnings, with those already given.
         before_after: The first measurement.
+        as_random: Whether the layers of an epoch are as random.
         frozen: The first measurement of the layers that are frozen, by name.
         fingerprints: Numbers that show whether the weights of these have changed since.
         logged: Names of the layers that were logged.
@@ -84,6 +86,7 @@ class _Fit:
     loss_scale: _trainer.LossScale = field(default_factory=_trainer.LossScale)
     warnings: _trainer.Warnings = field(default_factory=_trainer.Warnings)
     before_after: BeforeAfter = field(default_factory=BeforeAfter)
+    as_random: AsRandom = field(default_factory=AsRandom)
     frozen: dict[str, LayerUniformity] = field(default_factory=dict)
     fingerprints: dict[str, float] = field(default_factory=dict)
     logged: set[str] = field(default_factory=set)
@@ -496,6 +499,8 @@ class HypersphericalUniformity(_trainer.EveryCallback):
         if fit.has_loss and (has_stepped or self.regularizer.state.heads):
             fit.is_fresh = False  # what follows is no first forward pass
         self._tell_change()
+        if self.regularizer.state.now.findings:
+            self._tell_findings()
         if _trainer.is_last_step(trainer):  # before others unfreeze layers, or add some
             fit.waiting = self.regularizer.unreached()
         self._hook_optimizers(trainer)  # one may step next without any hook of Lightning
@@ -515,6 +520,8 @@ class HypersphericalUniformity(_trainer.EveryCallback):
             measured = self._measure()  # which waits for a GPU
             done = {} if late is None else late.read()
             shares = _finite_shares(done)
+            penalised = [one.name for one in self.regularizer.trained_layers if one.strength != 0]
+            fit.as_random.note(measured, penalised)
             self._keep(trainer, measured, shares)
             if logs:
                 self._publish(partial(self._log, trainer, pl_module, measured, done))
@@ -543,6 +550,7 @@ class HypersphericalUniformity(_trainer.EveryCallback):
         fit.reached.update(layer.name for layer in self.regularizer.layers)
         fit.reached -= fit.missing
         fit.stepped = set()
+        self._inform(fit.as_random.end_epoch())
         self.regularizer.state.begin_epoch()
 
     @_harmless
@@ -705,9 +713,36 @@ class HypersphericalUniformity(_trainer.EveryCallback):
         with _trainer.trainable(fit.trained):  # toggled off at this moment, perhaps
             if self.verbose:
                 rank_zero_info(f"Hyperspherical uniformity:\n{self.summary}")
+            self._tell_zeros(self.regularizer.layers_at_zero())
             if self._prints_or_draws(trainer):
                 self._keep(trainer, self._measure(), {})
         self.regularizer.state.settle(self.regularizer.layers)
+
+    def _tell_zeros(self, layers: Sequence[Layer]) -> None:
+        """Tell of layers that start at zero: a warning where no limit keeps their directions."""
+        if not layers:
+            return
+        is_limited = self.apply != "loss" and self.regularizer.limits_shares(layers)
+        text = zeros_text(layers, is_limited=is_limited)
+        if is_limited:
+            self._inform(text)
+        else:
+            self._fit.warnings.once(text)
+
+    def _tell_findings(self) -> None:
+        """Tell what the looks at the penalty's strength have shown."""
+        findings = self.regularizer.state.now.findings
+        for one in findings:
+            if one.kind != "weak":
+                self._inform(one.text)
+            elif self._fit.as_random.is_crowded:  # else there is nothing to be done
+                self._fit.warnings.once(one.text)
+        findings.clear()
+
+    def _inform(self, text: str | None) -> None:
+        """Print what is no matter for a warning."""
+        if self.verbose and text is not None:
+            rank_zero_info(f"Hyperspherical uniformity: {text}")
 
     def _measure(self, *, changed: bool = False) -> list[LayerUniformity]:
         """Measure the layers as they are now, and warn of NaN weights.

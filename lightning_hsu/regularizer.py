@@ -41,13 +41,13 @@ from lightning_hsu._engine.reuse import check_tolerance
 from lightning_hsu._engine.state import TrainingState
 from lightning_hsu._engine.step import act_on_buckets, loss_terms, refuse_unknown_rates
 from lightning_hsu._engine.stored import Dropped
-from lightning_hsu._engine.strength import LOOKED_AT
-from lightning_hsu._engine.warn import warn
+from lightning_hsu._engine.strength import LOOKED_AT, Finding
+from lightning_hsu._engine.warn import inform, warn
 from lightning_hsu._meant import Maker, check_places
-from lightning_hsu._monitor.measure import LayerUniformity, measure_layers
+from lightning_hsu._monitor.measure import LayerUniformity, layers_at_zero, measure_layers
 from lightning_hsu._monitor.on_gpu import measure_on_gpu
 from lightning_hsu._monitor.summary import Summary
-from lightning_hsu._monitor.tables import limit_text, summary_of
+from lightning_hsu._monitor.tables import limit_text, summary_of, zeros_text
 from lightning_hsu._neurons.candidates import Candidates, Skip
 from lightning_hsu._neurons.how import Neurons, check_neurons
 from lightning_hsu._neurons.model import neurons_of_model
@@ -358,6 +358,8 @@ class UniformityRegularizer:
             warn(str(dropped))
         if strict and self.nothing_trains():
             warn(NOTHING_TRAINS)
+        if self.checks_order:
+            self.state.now.zeros = self.layers_at_zero()
         self._may_watch = watch
         if not self.head_is_settled:
             self._watch_outputs()
@@ -731,6 +733,18 @@ class UniformityRegularizer:
             measured = iter(measure_layers(others, self.state.monitor_state))
             return [known[layer] if layer in known else next(measured) for layer in layers]
 
+    @torch.no_grad()
+    def layers_at_zero(self) -> list[Layer]:
+        """The layers with a coefficient that train and whose neurons are all zero.
+
+        Where ranks share the weights, all must call it. The host waits for the device.
+        """
+        penalised = [layer for layer in self.layers if layer.strength != 0 and layer.trainable]
+        if not penalised:
+            return []
+        with self.gathered():
+            return layers_at_zero(penalised)
+
     def fingerprints(self, names: Collection[str]) -> dict[str, float]:
         """Numbers that show whether layers' weights have changed, by layer.
 
@@ -774,6 +788,10 @@ class UniformityRegularizer:
         return {
             layer.name: self.state.last_coefficient(layer, self.every_n_steps) for layer in changing
         }
+
+    def limits_shares(self, layers: Iterable[Layer]) -> bool:
+        """Whether the task's gradient limits the penalty's in each of some layers."""
+        return self.share_limit is not None or all(layer.has_share for layer in layers)
 
     def unreached(self) -> list[str]:
         """Names of layers, except frozen ones, that have a coefficient but no gradient so far."""
@@ -909,7 +927,9 @@ class UniformityRegularizer:
         counter = self.state.counter
         step = counter.before(optimizer, index, same_step=same_step)
         if strength.look is not None:
-            self._warn_of(strength.settle())
+            self._tell(strength.settle())
+        if self.state.now.zeros:
+            self._tell_zeros(self.limits_shares(self.state.now.zeros))
         if not same_step and (id(optimizer) not in strength.quiet or step in LOOKED_AT):
             stats = True
         found: dict[str, GradientStats] = {}
@@ -939,8 +959,7 @@ class UniformityRegularizer:
         counter.count(optimizer, index, same_step=same_step)
         if found and not same_step:
             known = self.state.now.coefficients
-            alarm = strength.see(optimizer, step, found, self.layers, known, compares=not moves)
-            self._warn_of(alarm)
+            self._tell(strength.see(optimizer, step, found, self.layers, known, compares=not moves))
         return found if asked else {}
 
     @property
@@ -1017,10 +1036,22 @@ class UniformityRegularizer:
         self.state.deltas.give_turn(None, attached.plan.penalised)
         look_for_moves(self.state.deltas, penalised)
 
-    def _warn_of(self, alarm: str | None) -> None:
-        """Warn, if there is anything to warn of."""
-        if alarm is not None:
-            warn(alarm)
+    def _tell(self, findings: Sequence[Finding]) -> None:
+        """Tell what the looks have shown; what is no alarm is left to a Trainer's callback."""
+        for one in findings:
+            if one.kind == "strong" or (one.kind == "weak" and self.checks_order):
+                warn(one.text)
+            elif self.checks_order:
+                inform(one.text)
+            else:
+                self.state.now.findings.append(one)
+
+    def _tell_zeros(self, is_limited: bool) -> None:
+        """Tell of layers that start at zero."""
+        layers = self.state.now.zeros
+        self.state.now.zeros = []
+        tell = inform if is_limited else warn
+        tell(zeros_text(layers, is_limited=is_limited))
 
     def _tell_untold(self) -> None:
         """Warn of new weights that no optimizer has had for many steps; Lightning has its own way."""
@@ -1125,6 +1156,8 @@ class UniformityRegularizer:
     def _penalty(self, step: int, rates: Rates, factor: Tensor | float) -> Tensor:
         """Coefficient times penalty, summed over the layers; learning rates set the step limit."""
         attached = self._check_attached()
+        if self.state.now.zeros:
+            self._tell_zeros(False)
         penalised = [layer for layer in attached.layers if layer.trainable]
         held = [(layer.target.module, layer.parameters[0]) for layer in penalised]
         attached.placement.take_back_forward_weights(attached.model, held)

@@ -202,21 +202,21 @@ def test_a_task_that_vanishes_later_is_no_absurd_coefficient():
 
 def seen_at(tasks):
     """What a watch says of a layer beside an ordinary one; the penalty's gradient is 1 in both."""
-    watch = strength.Looks()
+    watch = strength.Looks(set())
     for step, task in enumerate(tasks):
-        ours = strength.Seen("ours", 1.0, 8, 0, 8, 1.0 / task, task)
-        usual = strength.Seen("usual", 1.0, 8, 0, 0, 1.0, 1.0)
+        ours = strength.Seen("ours", 1.0, (1, 8, 4), 0, 8, 1.0 / task, task)
+        usual = strength.Seen("usual", 1.0, (1, 8, 4), 0, 0, 1.0, 1.0)
         if watch.is_due(step):
-            yield watch.see(step, [ours, usual], compares=True)
+            yield watch.see(step, [ours, usual], compares=True, is_fixed=True)
 
 
 def test_a_task_on_its_way_up_from_0_is_no_absurd_coefficient():
     """As behind a factor of LoRA that starts with zeros: its gradient grows step by step."""
     assert not any(seen_at([1e-4 * (step + 1) for step in range(19)]))
     looks = list(seen_at([1e-20 * 6**step for step in range(19)]))
-    assert looks == [None] * 10  # and no more, however long it may go on
-    (text,) = filter(None, seen_at([1e-4] * 60))
-    assert "'ours' (10,000 times)" in text
+    assert looks == [[]] * 10  # and no more, however long it may go on
+    ((found,),) = filter(None, seen_at([1e-4] * 60))
+    assert "'ours' (10,000 times)" in found.text
 
 
 def test_each_optimizer_is_watched():
@@ -394,7 +394,7 @@ def looks_of_a_rank(disagrees):
         sharding.fully_shard(part, mesh=init_device_mesh("cpu", (2,)))
     regularizer = UniformityRegularizer(coefficient=1e5, head=None).attach(net)
     if disagrees and distributed.get_rank() == 1:
-        weak = StatsNumbers(share=0.0, limited=0, strong=0, task=1.0)
+        weak = StatsNumbers(share=0.0, limited=0, strong=0, task=1.0, held=False)
         with mock.patch.object(LateStats, "read", return_value={"1": weak, "3": weak}):
             return steps_of(net, regularizer, 14, rate=1e-7)
     return steps_of(net, regularizer, 14, rate=1e-7)

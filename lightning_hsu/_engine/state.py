@@ -28,6 +28,7 @@ from lightning_hsu._engine.stored import (
     note_renamed,
     on_device,
 )
+from lightning_hsu._engine.strength import Finding
 from lightning_hsu.coefficients import Share, strength_at
 from lightning_hsu.measures import State
 
@@ -220,6 +221,8 @@ class SinceAttach:
         order: Whether the calls of a loop are in order.
         penalties: Whether penalties in losses can act.
         movers: Ids of the optimizers after whose steps neurons have moved.
+        zeros: Layers that start at zero, of which the first step tells.
+        findings: What a Trainer's callback has to tell of the penalty's strength.
     """
 
     coefficients: dict[str, Tensor | float] = field(default_factory=dict)
@@ -234,6 +237,8 @@ class SinceAttach:
     order: CallOrder = field(default_factory=CallOrder)
     penalties: PenaltyChecks = field(default_factory=PenaltyChecks)
     movers: set[int] = field(default_factory=set)
+    zeros: list[Layer] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
 
 
 class TrainingState:

@@ -1,4 +1,4 @@
-"""Whether the penalty is absurdly strong: what shows on the few steps that are looked at.
+"""Whether the penalty is far too strong, or does nothing: what shows on the few steps that are looked at.
 
 A look needs the stats of a step, which takes arithmetic. On a GPU their copy to the host begins at
 the step and is read at the next one, so that nobody waits. The first step of each optimizer is
@@ -10,9 +10,9 @@ most every twentieth. Where one of them is suspicious, up to ten steps in a row 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 from weakref import ref
 
 from torch import Tensor
@@ -26,14 +26,33 @@ from lightning_hsu._neurons.placement import Placement
 STRONG_IN_A_ROW = 10
 LIMITED_IN_A_ROW = 5  # with SGD of momentum 0.9 a training is over after ten
 LOOKED_AT = frozenset({100, 1_000, 10_000, 100_000, 1_000_000})  # a schedule may have grown
+WARMED_UP = 100
+"""Steps after which what lasts is no matter of the start: a small initial scale, or a warm-up."""
+
 _EVERY = 20  # steps between looks at stats that were asked for
-_VANISHED = 0.1  # of the largest task gradient seen: below it the task has converged
+_VANISHED = 0.1  # of the largest gradient seen: below it the task, or the penalty, has converged
 _GROWN = 5.0  # the task's gradient over that of the run's first step: it is on its way up from 0
+_LARGER = 1.001  # share from which the penalty's gradient is the larger one: more than a rounding
+_WEAK = 1e-4  # share below which a penalty does next to nothing
+_USUAL = 0.05  # a share that does something
 
 _WAY_OUT = (
     "Take a smaller coefficient, or coefficient=Share(0.05), which keeps the penalty's gradient at "
     "5 % of the task's."
 )
+
+
+class Finding(NamedTuple):
+    """What the looks have shown, and is to be told once.
+
+    Args:
+        kind: "strong": the penalty is too strong. "held": it is held to a share of the task, as
+            ``share_limit`` says, which is safe. "weak": it does next to nothing.
+        text: What to say.
+    """
+
+    kind: Literal["strong", "held", "weak"]
+    text: str
 
 
 @dataclass(frozen=True)
@@ -43,39 +62,33 @@ class Seen:
     Args:
         name: The layer.
         coefficient: Its coefficient.
-        neurons: How many it has.
-        limited: How many of their penalty gradients the step limit shortened.
+        shape: Its groups, neurons and dimension.
+        limited: How many neurons' penalty gradients the step limit shortened.
         strong: In how many of them the penalty's gradient is far above the task's.
         share: Norm of the penalty's gradient over that of the task's.
         task: Norm of the task's gradient.
+        held: Whether the share limit shortened the penalty's gradient.
     """
 
     name: str
     coefficient: float
-    neurons: int
+    shape: tuple[int, int, int]
     limited: int
     strong: int
     share: float
     task: float
+    held: bool = False
 
     @property
-    def is_limited(self) -> bool:
-        """Whether the step limit shortened most of the layer."""
-        return 2 * self.limited > self.neurons
-
-    @property
-    def is_strong(self) -> bool:
-        """Whether the penalty's gradient is far above the task's, in most of the neurons.
-
-        A few near-duplicates may well feel a force that large. Where the task's gradient is 0 the
-        two cannot be compared.
-        """
-        return math.isfinite(self.share) and self.share > STRONG and 2 * self.strong > self.neurons
+    def neurons(self) -> int:
+        """How many neurons it has."""
+        groups, n, _ = self.shape
+        return groups * n
 
 
 @dataclass
 class _Run:
-    """Steps in a row on which a layer's penalty was far above its task.
+    """Steps in a row on which a layer's penalty was too strong beside its task.
 
     Attributes:
         steps: How many there were so far.
@@ -87,7 +100,7 @@ class _Run:
     task: float = 0.0
     largest: float = 0.0
 
-    def note(self, seen: Seen) -> None:
+    def note(self, seen: Seen, *, is_strong: bool) -> None:
         """Count a step, or begin again.
 
         A share says nothing while the task's gradient has vanished, since the penalty moves what
@@ -95,7 +108,7 @@ class _Run:
         """
         if math.isfinite(seen.task):
             self.largest = max(self.largest, seen.task)
-        if not seen.is_strong or seen.task < _VANISHED * self.largest:
+        if not is_strong or seen.task < _VANISHED * self.largest:
             self.steps = 0
             return
         if self.steps == 0 or seen.task > _GROWN * self.task:
@@ -105,68 +118,155 @@ class _Run:
 
 
 class Looks:
-    """Watches the steps of one optimizer and warns once.
+    """Watches the steps of one optimizer.
+
+    Args:
+        told: Kinds of findings that were told, each once: common to all optimizers.
 
     Attributes:
         looks: Whether the next step is to be looked at, asked for or not.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, told: set[str]) -> None:
         self.looks = True  # at the first step
-        self._is_done = False
+        self._told = told
         self._left = 0  # looks until a row of them ends
         self._last = 0  # the step of the last look
         self._limited = 0  # looks in a row at which most neurons were limited
-        self._runs: dict[str, _Run] = {}
+        self._held = 0  # and at which most were within the share limit
+        self._weak = 0  # and at which the penalty did next to nothing
+        self._strong: dict[str, _Run] = {}  # far above the task, by layer
+        self._larger: dict[str, _Run] = {}  # above the task, after the first steps
+        self._penalties: dict[str, float] = {}  # the largest norms of the penalty's gradients
 
     def is_due(self, step: int) -> bool:
         """Whether to look at a step whose stats are known, after so many others."""
-        return not self._is_done and (self.looks or step - self._last >= _EVERY)
+        return self.looks or step - self._last >= _EVERY
 
-    def see(self, step: int, layers: Sequence[Seen], *, compares: bool) -> str | None:
-        """Look at a step; return what to warn of, once.
+    def see(
+        self, step: int, layers: Sequence[Seen], *, compares: bool, is_fixed: bool
+    ) -> list[Finding]:
+        """Look at a step; return what to tell, each kind once.
 
         Args:
             step: Steps that the optimizer has done before.
             layers: The layers that the step changed, but for those with a share.
             compares: Whether shares count. They do not where the penalty moves the weights past the
                 optimizer, which may scale the task's gradient, and not the penalty's.
+            is_fixed: Whether all coefficients are numbers, so that a small one is not meant for the
+                moment.
         """
-        neurons = sum(one.neurons for one in layers)
-        is_limited = 2 * sum(one.limited for one in layers) > neurons
-        self._limited = self._limited + 1 if is_limited else 0
-        strong = self._strong(layers) if compares else []
-        message = None
-        if strong:
-            message = _strong_warning(strong)
-        elif self._limited >= LIMITED_IN_A_ROW:
-            message = _limited_warning([one for one in layers if one.is_limited])
-        self._is_done = message is not None
+        is_late = step >= WARMED_UP
+        neurons = limited = held = 0
+        for one in layers:
+            neurons += one.neurons
+            limited += one.limited
+            if one.held:
+                held += one.neurons
+        is_weak = self._is_weak(layers) and is_late and compares and is_fixed
+        self._limited = _in_a_row(self._limited, 2 * limited > neurons)
+        self._held = _in_a_row(self._held, is_late and 2 * held > neurons)
+        self._weak = _in_a_row(self._weak, is_weak)
+        found = []
+        text = self._too_strong(layers, compares=compares, is_late=is_late)
+        if text is not None:
+            found.append(Finding("strong", text))
+        if self._held >= STRONG_IN_A_ROW:
+            found.append(Finding("held", _held_text(layers, compares=compares)))
+        if self._weak >= STRONG_IN_A_ROW:
+            found.append(Finding("weak", _weak_warning(layers)))
+        new = [one for one in found if one.kind not in self._told]
+        for finding in new:
+            self._told.add(finding.kind)
         self._last = step
         self._plan_next()
-        return message
+        return new
 
-    def _strong(self, layers: Sequence[Seen]) -> list[Seen]:
-        """The layers with a far too strong penalty, if that has lasted."""
-        lasts = False
+    def _too_strong(self, layers: Sequence[Seen], *, compares: bool, is_late: bool) -> str | None:
+        """Say that the penalty is too strong, if that has lasted."""
+        # At a small initial scale it is strong for a few steps, and may well help.
+        strong = _lasting(self._strong, layers, _is_strong if compares else _never)
+        larger = _lasting(self._larger, layers, _is_larger if compares and is_late else _never)
+        if strong:
+            return _strong_warning(strong)
+        if self._limited >= LIMITED_IN_A_ROW:
+            return _limited_warning(layers)
+        if larger:
+            return _larger_warning(larger)
+        return None
+
+    def _is_weak(self, layers: Sequence[Seen]) -> bool:
+        """Whether the penalty does next to nothing in every layer, and did no more before.
+
+        Its gradient vanishes as well where it has done its work.
+        """
+        is_weak = True
+        largest_share = 0.0
         for one in layers:
-            run = self._runs.setdefault(one.name, _Run())
-            run.note(one)
-            lasts |= run.steps >= STRONG_IN_A_ROW
-        if not lasts:  # at a small initial scale it is strong for a few steps, and may well help
-            return []
-        return [one for one in layers if one.is_strong]
+            penalty = one.share * one.task
+            if not math.isfinite(penalty):
+                return False
+            largest = max(penalty, self._penalties.get(one.name, 0.0))
+            self._penalties[one.name] = largest
+            is_weak &= one.share < _WEAK and penalty >= _VANISHED * largest
+            largest_share = max(largest_share, one.share)
+        return is_weak and largest_share > 0
 
     def _plan_next(self) -> None:
         """Decide whether to look at the next step, for at most ten steps in a row."""
-        is_suspicious = self._limited > 0 or any(run.steps > 0 for run in self._runs.values())
+        runs = [*self._strong.values(), *self._larger.values()]
+        is_suspicious = self._limited > 0
+        for run in runs:
+            is_suspicious |= run.steps > 0
+        is_suspicious &= "strong" not in self._told
+        is_suspicious |= self._held > 0 and "held" not in self._told
+        is_suspicious |= self._weak > 0 and "weak" not in self._told
         self._left = self._left - 1 if self._left else STRONG_IN_A_ROW - 1
-        self.looks = is_suspicious and self._left > 0 and not self._is_done
+        self.looks = is_suspicious and self._left > 0
         if not self.looks:
             self._left = 0
-            self._limited = 0
-            for run in self._runs.values():
+            self._limited = self._held = self._weak = 0
+            for run in runs:
                 run.steps = 0
+
+
+def _in_a_row(looks: int, is_so: bool) -> int:
+    """How many looks in a row something was so, with one more at which it is or is not."""
+    return looks + 1 if is_so else 0
+
+
+def _is_strong(seen: Seen) -> bool:
+    """Whether the penalty's gradient is far above the task's, in most of the neurons.
+
+    A few near-duplicates may well feel a force that large. Where the task's gradient is 0 the two
+    cannot be compared.
+    """
+    return math.isfinite(seen.share) and seen.share > STRONG and 2 * seen.strong > seen.neurons
+
+
+def _is_larger(seen: Seen) -> bool:
+    """Whether the penalty's gradient is larger than the task's."""
+    return math.isfinite(seen.share) and seen.share > _LARGER
+
+
+def _never(seen: Seen) -> bool:
+    """Whether the two gradients can be compared where they cannot."""
+    return False
+
+
+def _lasting(
+    runs: dict[str, _Run], layers: Sequence[Seen], is_strong: Callable[[Seen], bool]
+) -> list[Seen]:
+    """The layers that are too strong, if any of them has been for ten looks in a row."""
+    strong = []
+    lasts = False
+    for one in layers:
+        run = runs.setdefault(one.name, _Run())
+        run.note(one, is_strong=is_strong(one))
+        lasts |= run.steps >= STRONG_IN_A_ROW
+        if is_strong(one):
+            strong.append(one)
+    return strong if lasts else []
 
 
 class _Look(NamedTuple):
@@ -180,6 +280,7 @@ class _Look(NamedTuple):
         layers: The layers that count.
         coefficients: Their coefficients.
         compares: Whether shares count.
+        is_fixed: Whether all coefficients are numbers.
     """
 
     optimizer: int
@@ -189,6 +290,7 @@ class _Look(NamedTuple):
     layers: list[Layer]
     coefficients: dict[str, float]
     compares: bool
+    is_fixed: bool
 
 
 class StrengthWatch:
@@ -207,6 +309,7 @@ class StrengthWatch:
         self._placement = placement
         self.look: _Look | None = None
         self._watches: dict[int, tuple[ref[Optimizer], Looks]] = {}
+        self._told: set[str] = set()
 
     def see(
         self,
@@ -217,8 +320,8 @@ class StrengthWatch:
         coefficients: Mapping[str, Tensor | float],
         *,
         compares: bool,
-    ) -> str | None:
-        """Look at a step if it is due; return what to warn of, once.
+    ) -> list[Finding]:
+        """Look at a step if it is due; return what to tell, each kind once.
 
         Args:
             optimizer: The optimizer.
@@ -229,32 +332,41 @@ class StrengthWatch:
             compares: Whether shares count.
         """
         watch = self._watch_of(optimizer)
-        chosen = [layer for layer in layers if layer.name in stats and not layer.has_share]
+        changed = [layer for layer in layers if layer.name in stats]
+        chosen = [layer for layer in changed if not layer.has_share]
         if not stats or not watch.is_due(step):
-            return None
+            return []
         numbers = LateStats({layer.name: stats[layer.name] for layer in chosen}) if chosen else None
         known = {layer.name: _number(layer, coefficients) for layer in chosen}
-        self.look = _Look(id(optimizer), watch, step, numbers, chosen, known, compares)
+        is_fixed = all(isinstance(layer.strength, float) for layer in changed)
+        self.look = _Look(id(optimizer), watch, step, numbers, chosen, known, compares, is_fixed)
         if numbers is None or numbers.is_there:
             return self.settle()
-        return None
+        return []
 
-    def settle(self) -> str | None:
-        """Read the numbers of the last look; return what to warn of, once."""
+    def settle(self) -> list[Finding]:
+        """Read the numbers of the last look; return what to tell, each kind once."""
         look = self.look
         self.look = None
         if look is None:
-            return None
+            return []
         numbers = {} if look.numbers is None else look.numbers.read()
         seen = []
         for layer in look.layers:
-            groups, n, _ = layer.target.shape
             one = numbers[layer.name]
             limited = 0 if one.held else one.limited  # a layer within its share is no alarm
-            counts = groups * n, limited, one.strong
-            coefficient = look.coefficients[layer.name]
-            seen.append(Seen(layer.name, coefficient, *counts, one.share, one.task))
-        message = look.watch.see(look.step, seen, compares=look.compares)
+            found = Seen(
+                layer.name,
+                look.coefficients[layer.name],
+                layer.target.shape,
+                limited,
+                one.strong,
+                one.share,
+                one.task,
+                one.held,
+            )
+            seen.append(found)
+        findings = look.watch.see(look.step, seen, compares=look.compares, is_fixed=look.is_fixed)
         if any(layer.sharded for layer in look.layers):
             # Stats are collective calls then, and two ranks may differ by a rounding.
             look.watch.looks = bool(self._placement.agree(["looks"] if look.watch.looks else []))
@@ -262,14 +374,14 @@ class StrengthWatch:
             self.quiet.discard(look.optimizer)
         else:
             self.quiet.add(look.optimizer)
-        return message
+        return findings
 
     def _watch_of(self, optimizer: Optimizer) -> Looks:
         """The watch of an optimizer, which need not be hashable."""
         known = self._watches.get(id(optimizer))
         if known is not None and known[0]() is optimizer:
             return known[1]
-        watch = Looks()
+        watch = Looks(self._told)
         self._watches[id(optimizer)] = ref(optimizer), watch
         return watch
 
@@ -282,22 +394,77 @@ def _number(layer: Layer, coefficients: Mapping[str, Tensor | float]) -> float:
 
 def _limited_warning(layers: Sequence[Seen]) -> str:
     """Say that the step limit shortens most of the penalty."""
-    most_first = sorted(layers, key=lambda one: -one.limited)
-    named = [f"'{one.name}' ({one.limited:,} of {one.neurons:,} neurons)" for one in most_first]
+    limited = []
+    named = []
+    for one in sorted(layers, key=lambda one: -one.limited):
+        if 2 * one.limited > one.neurons:
+            limited.append(one)
+            named.append(f"'{one.name}' ({one.limited:,} of {one.neurons:,} neurons)")
     return (
-        f"the penalty is too strong with {_coefficients(layers)}: on {LIMITED_IN_A_ROW} steps in a "
+        f"the penalty is too strong with {_coefficients(limited)}: on {LIMITED_IN_A_ROW} steps in a "
         f"row the step limit shortened most of it, in layer {listed(named)}. {_WAY_OUT}"
     )
 
 
 def _strong_warning(layers: Sequence[Seen]) -> str:
     """Say that the penalty's gradient drowns the task's."""
-    most_first = sorted(layers, key=lambda one: -one.share)
-    named = [f"'{one.name}' ({one.share:,.0f} times)" for one in most_first]
     return (
         f"the penalty is too strong with {_coefficients(layers)}: on {STRONG_IN_A_ROW} steps in a row its "
-        f"gradient was more than {STRONG:g} times the task's, in layer {listed(named)}. {_WAY_OUT}"
+        f"gradient was more than {STRONG:g} times the task's, in layer {_times(layers, 0)}. {_WAY_OUT}"
     )
+
+
+def _larger_warning(layers: Sequence[Seen]) -> str:
+    """Say that the penalty's gradient stays larger than the task's."""
+    return (
+        f"the penalty is stronger than the task with {_coefficients(layers)}: on {STRONG_IN_A_ROW} "
+        f"steps in a row, after more than {WARMED_UP}, its gradient was larger than the task's, in "
+        f"layer {_times(layers, 1)}. {_WAY_OUT} A share_limit below 1 holds it below the task's, too."
+    )
+
+
+def _held_text(layers: Sequence[Seen], *, compares: bool) -> str:
+    """Say that the share limit decides how strong the penalty is, which is safe.
+
+    Args:
+        layers: The layers.
+        compares: Whether shares count.
+    """
+    held = []
+    named = []
+    for one in sorted(layers, key=lambda one: -one.neurons):
+        if one.held:
+            held.append(one)
+            named.append(f"'{one.name}' {one.shape}")
+    share = "its share"
+    if compares:
+        share = f"{held[0].share:.2g}"  # the limit, in all of them
+    return (
+        f"with {_coefficients(held)} the share limit has decided how strong the penalty is on "
+        f"{STRONG_IN_A_ROW} steps in a row: it held {len(held):,} of {len(layers):,} layers to "
+        f"{share} of the task's gradient, {listed(named)}. That is safe; for a penalty that follows "
+        "your coefficient take a smaller one, for a stronger one a larger share_limit, or None"
+    )
+
+
+def _weak_warning(layers: Sequence[Seen]) -> str:
+    """Say that the penalty does next to nothing."""
+    one = max(layers, key=lambda one: one.share)
+    return (
+        f"the penalty does next to nothing with {_coefficients(layers)}: on {STRONG_IN_A_ROW} steps in "
+        f"a row its gradient was less than {_WEAK:g} of the task's in each of {len(layers):,} layers, "
+        f"at most {one.share:.1e} in layer '{one.name}' {one.shape}. There a coefficient of about "
+        f"{one.coefficient * _USUAL / one.share:.1g} would make it {_USUAL:.0%}, as "
+        f"coefficient=Share({_USUAL:g}) does by itself"
+    )
+
+
+def _times(layers: Sequence[Seen], digits: int) -> str:
+    """The layers, and how many times the task's gradient the penalty's is there."""
+    named = []
+    for one in sorted(layers, key=lambda one: -one.share):
+        named.append(f"'{one.name}' ({one.share:,.{digits}f} times)")
+    return listed(named)
 
 
 def _coefficients(layers: Sequence[Seen]) -> str:

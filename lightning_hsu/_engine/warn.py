@@ -1,11 +1,14 @@
-"""Warnings at the line of the user's code that called us, on the first rank."""
+"""Warnings at the line of the user's code that called us, and information; on the first rank."""
 
 from __future__ import annotations
 
+import logging
 import sys
 import warnings
 
 import torch
+
+_LOGGER = logging.getLogger("lightning_hsu")
 
 
 def warn(message: str) -> None:
@@ -18,6 +21,12 @@ def warn(message: str) -> None:
         frame = frame.f_back
         level += 1
     warnings.warn(message, stacklevel=level)
+
+
+def inform(message: str) -> None:
+    """Log what is no matter for a warning, on the first rank only."""
+    if is_first_rank():
+        _LOGGER.info(message)
 
 
 def is_first_rank() -> bool:

@@ -89,6 +89,20 @@ def measure_layers(
     return measured
 
 
+def layers_at_zero(layers: Sequence[Layer]) -> list[Layer]:
+    """Those of some layers whose neurons are all zero; one wait for the device, or two."""
+    found = list(layers)
+    for rows in (1, None):  # of most layers the first neuron tells
+        entries = []
+        for layer in found:
+            x = layer.target.neurons().detach()[:, :rows]
+            is_there = torch.linalg.vector_norm(x, torch.inf) != 0  # as NaN is
+            entries.append(is_there.to(layers[0].parameters[0].device))
+        answers = torch.stack(entries).tolist() if entries else []
+        found = [layer for layer, is_there in zip(found, answers, strict=True) if not is_there]
+    return found
+
+
 def measure_neurons(
     name: str, x: Tensor, measure: Measure, state: State | None = None
 ) -> LayerUniformity:

@@ -1,4 +1,4 @@
-"""What the tables of a fit hold: its layers at the start, and their uniformity before and after."""
+"""What is said of a fit's layers: at the start, when they change, and before and after."""
 
 from __future__ import annotations
 
@@ -113,6 +113,30 @@ def change_text(change: Change) -> str:
         if names:
             lines.append(f"  {what}: {listed(names, _NAMED)}")
     return "\n".join(lines)
+
+
+def zeros_text(layers: Sequence[Layer], *, is_limited: bool) -> str:
+    """What is to be known of layers that start at zero.
+
+    Args:
+        layers: The layers.
+        is_limited: Whether the penalty's gradient is held to a share of the task's.
+    """
+    named = []
+    for layer in layers:
+        named.append(f"'{layer.name}' ({shape_of(*layer.target.shape)})")
+    begin = f"layer {listed(named)} starts at zero and has no directions until the task moves it: "
+    if is_limited:
+        return (
+            f"{begin}the share limit keeps the penalty from deciding them. Leave it as it is, or the "
+            "layer out with exclude= or a coefficient of 0"
+        )
+    return (
+        f"{begin}then its neurons are tiny, and the penalty, whose gradient is the larger the smaller "
+        "they are, may decide these instead of the task, which then learns nothing. Set share_limit, "
+        "which needs the gradient or the decoupled way, or leave the layer out with exclude= or a "
+        "coefficient of 0"
+    )
 
 
 def _with_shapes(shapes: Mapping[str, tuple[int, int, int]]) -> list[str]:
