@@ -239,6 +239,7 @@ class Planted(Automatic):
         super().__init__(net=net, **kwargs)
 
 
+@pytest.mark.filterwarnings("ignore:layer 'net.* starts at zero")  # and has no share limit here
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if "huge" not in kind])
 @pytest.mark.parametrize("optimizer", ["SGD", "Adam"])
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from lightning_hsu._core import smallest_angle, unit_rows, with_float64
 from lightning_hsu._core.group_numbers import GroupStats
@@ -90,8 +91,14 @@ def measure_layers(
 
 
 def layers_at_zero(layers: Sequence[Layer]) -> list[Layer]:
-    """Those of some layers whose neurons are all zero; one wait for the device, or two."""
-    found = list(layers)
+    """Those of some layers whose neurons are all zero; one wait for the device, or two.
+
+    Tensors without values, as those by which a program is looked at before it runs, are none.
+    """
+    found = []
+    for layer in layers:
+        if not any(isinstance(p, FakeTensor) for p in layer.parameters):
+            found.append(layer)
     for rows in (1, None):  # of most layers the first neuron tells
         entries = []
         for layer in found:
