@@ -194,10 +194,10 @@ def add_to_layers(updates: Sequence[GradientUpdate], found: StackGradient) -> No
     tasks = task_norms(limits) / first.grad_scale if limits else None
     room: Tensor | float = torch.finfo(first.entries.dtype).max / 2
     if first.limit is not None:
-        allowed = found.norm * first.limit
+        allowed = found.norm
         if tasks is not None and limits[0].allows.counts_in_task:
             allowed = allowed * by_group(tasks / math.sqrt(first.size.numel()), allowed)
-        room = allowed.clamp_max(room)
+        room = (allowed * first.limit).clamp_max(room)
     pull = found.pull
     if found.may_overflow:
         length = row_lengths(pull)

@@ -236,6 +236,8 @@ def add_batch(batch: Batch, found: BatchGradient) -> None:
     limits = [update.task for update in batch.updates if update.task is not None]
     room = _limited_lengths(batch, found.norm, limits)
     room.div_(found.length)
+    if limits and limits[0].allows.counts_in_task:
+        room.nan_to_num_(0.0)  # no room for no length
     torch.minimum(factor, room, out=factor)
     share = limits[0].allows.share if limits else None
     if share is not None:
@@ -262,6 +264,9 @@ def _limited_lengths(batch: Batch, norm: Tensor, limits: Sequence[TaskLimit]) ->
     first = batch.updates[0]
     grad_scale = first.grad_scale
     counts_in_task = bool(limits) and limits[0].allows.counts_in_task
+    if counts_in_task:  # before a limit that may be as large as numbers are
+        norm.clamp_max_(torch.finfo(norm.dtype).max)  # of dead neurons: infinite
+        norm.mul_(task_norms(limits)[batch.layout.layer_of])
     if isinstance(first.limit, Tensor):  # common to all
         norm.mul_(first.limit * grad_scale)
     factors = []
@@ -276,8 +281,6 @@ def _limited_lengths(batch: Batch, norm: Tensor, limits: Sequence[TaskLimit]) ->
         torch._foreach_mul_(by_layer(batch, norm), factors)
     elif factors[0] != 1.0:
         norm.mul_(factors[0])
-    if counts_in_task:
-        norm.mul_(task_norms(limits)[batch.layout.layer_of])
     return norm.clamp_max_(torch.finfo(first.entries.dtype).max / 2 * grad_scale)
 
 

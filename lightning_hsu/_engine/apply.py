@@ -142,7 +142,8 @@ class LayerUpdate:
         shortened = factor < 1
         if held is not None:
             is_held = (held < 1).to(penalty.dtype).reshape(())
-            shortened = shortened | ((held < 1) & (grad != 0).any(-1, keepdim=True))
+            is_live = (self.neurons != 0).any(-1, keepdim=True)
+            shortened = shortened | ((held < 1) & is_live)
         limited = self.layer.target.placement.any_holder(shortened, first_parameter)
         unscaled = task / self.grad_scale
         share = penalty / unscaled
@@ -192,6 +193,8 @@ class LayerUpdate:
             entries += task.numel()
         if not tasks:
             return grad.new_zeros(()), 1
+        if self.view.parameter is not None:  # which may be sharded, and hold other neurons as well
+            entries = self.view.x.numel()
         norm = self.layer.target.placement.norm(tasks) / self.grad_scale
         return norm.nan_to_num(0.0, 0.0, 0.0), entries
 

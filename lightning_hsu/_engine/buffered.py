@@ -279,13 +279,14 @@ def _stats(stacks: Sequence[_Stack]) -> dict[str, GradientStats]:
     totals_and_tasks = torch._foreach_norm([*buffers, *grads])
     tasks = totals_and_tasks[len(members) :]
     bounds = _bounds(members, norms, tasks).view(3, -1)
-    # Zero rows are neither limited nor strong, and not among those that are counted for a held layer.
+    # Zero rows are neither limited nor strong.
     info = torch.finfo(dtype)
     grad_scale = members[0].update.grad_scale  # of all members
     largest = torch.finfo(members[0].update.entries.dtype).max / 2 * grad_scale * _rounding(dtype)
     bounds.clamp_(info.tiny, min(largest, info.max))
     masks = torch.empty_like(bounds)
-    torch.ge(lengths, bounds, out=masks)
+    torch.ge(lengths, bounds[:2], out=masks[:2])
+    torch.gt(bounds[2], info.tiny, out=masks[2])  # the live neurons
     parts = [part for mask in masks for part in torch.split(mask, sizes)]
     limited, strong, live = torch.stack(torch._foreach_norm(parts, 1)).view(3, -1)
     total, task = torch.stack(totals_and_tasks).view(2, -1)
@@ -329,7 +330,7 @@ def _bounds(members: Sequence[_Member], norms: Sequence[Tensor], tasks: Sequence
     """What the length of each row is compared with, all in one tensor.
 
     First come the largest lengths that the step limit allows, less a rounding, then those from which
-    the penalty is strong, then zeros.
+    the penalty is strong, then the norms of the neurons.
     """
     rounding = _rounding(tasks[0].dtype)
     factors = []
@@ -353,8 +354,7 @@ def _bounds(members: Sequence[_Member], norms: Sequence[Tensor], tasks: Sequence
     spread = []
     for threshold, room in zip(thresholds, rooms, strict=True):
         spread.append(threshold.expand_as(room))
-    rows = sum(map(len, norms))
-    return torch.cat([*allowed, *spread, norms[0].new_zeros(1).expand(rows)])
+    return torch.cat([*allowed, *spread, *norms])
 
 
 def _held_from(members: Sequence[_Member], tasks: Sequence[Tensor]) -> Tensor:

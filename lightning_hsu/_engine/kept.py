@@ -266,7 +266,7 @@ def _add_held(members: Sequence[_Held], buffered: BufferedUpdates | None) -> Non
         assert share is not None
         held = share_factors(torch.stack(totals), tasks, share)
         factors: Sequence[Tensor | float] = torch._foreach_mul(list(held.unbind()), scales)
-        if held.device.type == "cpu":
+        if not reads_late(held):
             factors = [float(factor) for factor in factors]
         for one, factor in zip(some, factors, strict=True):
             add_scaled(one.update.out_entries, one.grad, factor)

@@ -319,9 +319,16 @@ def _note_tasks(limited: Sequence[tuple[GradientUpdate, Allowance]]) -> None:
     if not limited:
         return
     norms = norms_of([update.out_entries for update, _ in limited])
-    for (update, allowance), norm in zip(limited, norms, strict=True):
+    if any(allowance.is_unit for _, allowance in limited):
+        signs = torch._foreach_sign(norms)
+        # Of an infinite norm that is 0, too.
+        ones = torch._foreach_mul(signs, torch._foreach_sign(torch._foreach_reciprocal(norms)))
+    for place, (update, allowance) in enumerate(limited):
+        norm = norms[place]
         if allowance.is_unit:
-            norm = norm.sign() * math.sqrt(update.size.numel())
+            norm = ones[place] * math.sqrt(update.size.numel())
+        if allowance.counts_in_task and update.limit is None:
+            allowance = allowance._replace(counts_in_task=False)
         update.task = TaskLimit(norm, allowance)
 
 

@@ -169,7 +169,8 @@ def _weigh_rows(
     if allowance is not None:
         tasks, entries = _tasks(updates, grads)
         if allowance.is_unit:
-            tasks = tasks.sign() * tasks.new_tensor(entries).sqrt()
+            units = torch._foreach_mul(list(tasks.sign()), list(map(math.sqrt, entries)))
+            tasks = torch.stack(units)
     sizes = []
     shapes = []
     for grad in grads:
