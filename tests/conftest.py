@@ -1,26 +1,11 @@
 """Fixtures shared by the tests."""
 
 import gc
-import os
-from functools import cache
-from importlib import metadata
 
 import pytest
 import torch
 
-# Triton reads it when it is imported, which Lightning does: without a GPU its kernels run in its
-# interpreter.
-os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
-
-# The tests' matrices are tiny: more threads than one only add noise to their run time. `make cpus`
-# asks for two, which split sums and so round otherwise. Processes that tests start inherit it.
-THREADS = os.environ.get("HSU_TEST_THREADS", "1")
-os.environ["OMP_NUM_THREADS"] = THREADS
-torch.set_num_threads(int(THREADS))
-
-# Each Trainer looks through all installed packages for callbacks: 6 ms. Lightning takes the
-# function from here when it is imported.
-metadata.entry_points = cache(metadata.entry_points)
+from tests import SHARE_LIMIT, WITH_LIMITS
 
 HAS_OTHER_GENERATORS = torch.cuda.is_available() or torch.backends.mps.is_available()
 
@@ -51,8 +36,6 @@ def _seeded():
 @pytest.fixture
 def shipped_defaults(monkeypatch):
     """The share limit that users get."""
-    from tests import SHARE_LIMIT, WITH_LIMITS
-
     for function in WITH_LIMITS:
         monkeypatch.setitem(function.__kwdefaults__, "share_limit", SHARE_LIMIT)
 
