@@ -47,23 +47,26 @@ class Layer:
             weight = getattr(self.module, self.key)
         return self.rows(weight)
 
-    def energy(self, kept=None):
-        """Mean over the groups of the penalty; of ``kept`` gradients only the gradient is right."""
-        neurons = self.neurons()
-        if kept is None:
-            return energy(self.measure, neurons).mean()
-        return (neurons * kept.gradient(self.name, self.measure, neurons.detach())).sum()
+    def gradient(self, neurons, kept=None):
+        """The gradient (groups, n, d) of the mean over the groups of the penalty, or a kept one."""
+        if kept is not None:
+            return kept.gradient(self.name, self.measure, neurons.detach()).to(neurons.dtype)
+        x = neurons.detach().requires_grad_()
+        return torch.autograd.grad(energy(self.measure, x).mean(), x)[0]
 
-    def gradients(self, owned, kept=None):
-        """Pairs of a parameter and the energy's gradient in it, of those that are about to move."""
+    def moving(self, owned):
+        """The parameters that are about to move."""
         moving = []
         for p in self.parameters():
             if id(p) in owned and p.requires_grad and p.grad is not None:
                 moving.append(p)
-        if not moving:
-            return []
-        gradients = torch.autograd.grad(self.energy(kept), moving)
-        return list(zip(moving, gradients, strict=True))
+        return moving
+
+    def own(self, p, x):
+        """Those of the entries of x, which is like p, that belong to the neurons."""
+        if p is not self.module._parameters.get(self.key):
+            return x
+        return x.flatten()[self.rows(torch.arange(p.numel()).view(p.shape))]
 
     def move(self, p, way):
         """``p - way``; where the neurons are entries of p, they keep their norms."""
@@ -266,39 +269,60 @@ class Penalty:
     """Coefficient times energy of several layers: ``term``, ``before_step`` and ``after_step``.
 
     Each does nothing unless ``mode`` is its own. ``coefficient`` takes the optimizer steps done and
-    a layer's name; ``kept`` are gradients that are used for several steps.
+    a layer's name; ``kept`` are gradients that are used for several steps. The limits are those of
+    the callback.
     """
 
-    def __init__(self, layers, mode, coefficient, every=1, accumulate=1, kept=None):
+    def __init__(
+        self,
+        layers,
+        mode,
+        coefficient,
+        every=1,
+        accumulate=1,
+        kept=None,
+        step_limit=1.0,
+        share_limit=None,
+    ):
         self.layers = layers
         self.mode = mode
         self.coefficient = coefficient
         self.every = every
         self.accumulate = accumulate
         self.kept = kept
+        self.step_limit = step_limit
+        self.share_limit = share_limit
         self.steps: dict[int, int] = {}  # by optimizer
         # By layer, of the norms of the gradients: the task's and the penalty's.
         self.means: dict[str, list[float]] = {}
         self.again = False  # another evaluation within the same step
+        self.held = 0  # layers that the share limit has shortened, over all steps
+        self.free = 0  # those that it has not
+        self.limited: dict[str, int] = {}  # neurons that either limit shortened at the last step
 
     def term(self, optimizer):
-        """What is added to the loss of one micro-batch."""
+        """What is added to the loss of one micro-batch; only its gradient is right."""
         step = self.steps.get(id(optimizer), 0)
         if self.mode != "loss" or step % self.every:
             return 0.0
+        reactions = reactions_of(optimizer)
         total = 0.0
         for layer in self.layers:
             strength = self.coefficient(step, layer.name)
             if strength != 0 and any(p.requires_grad for p in layer.parameters()):
-                total = total + strength * layer.energy(self.kept)
+                neurons = layer.neurons()
+                gradient = layer.gradient(neurons, self.kept) * strength
+                known = [reactions[id(p)] for p in layer.parameters() if id(p) in reactions]
+                gradient = gradient * self._shortening(gradient, neurons.detach(), known)
+                total = total + (neurons * gradient).sum()
         return total / self.accumulate
 
     def before_step(self, optimizer, scale=1.0):
         """Add to the gradients, which may still carry a GradScaler's factor."""
         if self.mode == "gradient":
-            for _, strength, found in self._due(optimizer, scale):
+            for _, found in self._due(optimizer, scale):
                 for p, gradient in found:
-                    p.grad += (strength * scale * gradient).to(p.dtype)
+                    p.grad += (scale * gradient).to(p.dtype)
             self.again = True
 
     @torch.no_grad()
@@ -308,44 +332,125 @@ class Penalty:
         if self.mode == "decoupled":
             if skipped:
                 return
-            rates = {}
-            for group in optimizer.param_groups:
-                for p in group["params"]:
-                    rates[id(p)] = group["lr"]
-            for layer, strength, found in self._due(optimizer):
+            reactions = reactions_of(optimizer)
+            for layer, found in self._due(optimizer):
                 for p, gradient in found:
-                    layer.move(p, rates[id(p)] * strength * gradient)
+                    layer.move(p, reactions[id(p)].rate * gradient)
         self.steps[id(optimizer)] = self.steps.get(id(optimizer), 0) + 1
 
     @torch.enable_grad()
     def _due(self, optimizer, scale=1.0):
-        """Triples of a layer, its coefficient and its gradients in what the optimizer will move."""
+        """Pairs of a layer and its weighted gradients in what the optimizer will move."""
         step = self.steps.get(id(optimizer), 0)
         if step % self.every:
             return []
-        owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        reactions = reactions_of(optimizer)
         due = []
         for layer in self.layers:
-            if self.coefficient(step, layer.name) == 0:
+            given = self.coefficient(step, layer.name)
+            moving = layer.moving(reactions)
+            if given == 0 or not moving:
                 continue
-            found = layer.gradients(owned, self.kept)
-            if found:
-                due.append((layer, self._strength(layer, step, found, scale), found))
+            neurons = layer.neurons()
+            gradient = layer.gradient(neurons, self.kept)
+            tasks = [layer.own(p, p.grad) for p in moving]
+            task = norm(tasks) / abs(scale)
+            entries = sum(part.numel() for part in tasks)
+            strength = given
+            if isinstance(given, Share):
+                unweighted = torch.autograd.grad(neurons, moving, gradient, retain_graph=True)
+                strength = self._strength(layer, given, task, norm(unweighted))
+            gradient = gradient * strength
+            known = [reactions[id(p)] for p in moving]
+            rms = task / math.sqrt(entries) if math.isfinite(task) else 0.0
+            factor = self._shortening(gradient, neurons.detach(), known, rms)
+            found = torch.autograd.grad(neurons, moving, gradient * factor)
+            held = 1.0
+            if self.share_limit is not None and not isinstance(given, Share):
+                held = self._held(norm(found), task, entries, known)
+            shortened = factor < 1
+            if held < 1:
+                shortened = neurons.norm(dim=-1, keepdim=True) > 0
+            self.limited[layer.name] = int(shortened.sum())
+            due.append((layer, [(p, held * part) for p, part in zip(moving, found, strict=True)]))
         return due
 
-    def _strength(self, layer, step, found, scale):
-        given = self.coefficient(step, layer.name)
-        if not isinstance(given, Share):
-            return given
-        task = norm([p.grad for p, _ in found]) / scale
-        penalty = norm([gradient for _, gradient in found])
+    def _strength(self, layer, share, task, penalty):
+        """The coefficient of a share, after its means have taken in this step."""
         means = self.means.setdefault(layer.name, [0.0, 0.0])
         if math.isfinite(task) and math.isfinite(penalty) and not self.again:
-            means[0] = given.smoothing * means[0] + (1 - given.smoothing) * task
-            means[1] = given.smoothing * means[1] + (1 - given.smoothing) * penalty
+            means[0] = share.smoothing * means[0] + (1 - share.smoothing) * task
+            means[1] = share.smoothing * means[1] + (1 - share.smoothing) * penalty
         if not means[1]:
             return 0.0
-        return min(given.fraction * means[0] / means[1], given.maximum)
+        return min(share.fraction * means[0] / means[1], share.maximum)
+
+    def _shortening(self, gradient, neurons, known, rms=None):
+        """Factors (groups, n, 1) that keep a step's part of the penalty within the step limit.
+
+        Args:
+            gradient: The weighted gradient (groups, n, d).
+            neurons: The neurons.
+            known: Reactions of the optimizer to the gradients of the parameters behind them.
+            rms: Root mean square of the task's gradient; None in a loss.
+        """
+        way = max((one.rate for one in known), default=0.0)
+        if self.mode != "decoupled":  # there nothing goes through the optimizer
+            way *= max((one.gain for one in known), default=1.0)
+        if self.step_limit is None or way == 0:
+            return torch.ones_like(gradient[..., :1])
+        room = neurons.norm(dim=-1, keepdim=True).double() * self.step_limit / way
+        if self.mode == "gradient" and any(one.rescales for one in known):
+            room = room * rms
+        length = gradient.norm(dim=-1, keepdim=True).double()
+        return torch.where(length > room, room / length, 1.0).to(gradient.dtype)
+
+    def _held(self, penalty, task, entries, known):
+        """By what a whole layer is shortened, for what the task's gradient makes of it."""
+        if not math.isfinite(task):
+            task = 0.0
+        if self.mode == "decoupled":
+            if any(one.rescales for one in known):
+                task = math.sqrt(entries) if task > 0 else 0.0
+            task *= max(one.gain for one in known)
+        factor = 1.0
+        if penalty > self.share_limit * task:
+            factor = self.share_limit * task / penalty
+        self.held += factor < 1
+        self.free += factor == 1
+        return factor
+
+
+class Reaction(NamedTuple):
+    """What an optimizer does with the gradient of a parameter.
+
+    Args:
+        rate: The learning rate.
+        gain: By what momentum multiplies a steady gradient.
+        rescales: Whether it divides gradients by their size.
+    """
+
+    rate: float
+    gain: float
+    rescales: bool
+
+
+RESCALING = torch.optim.Adam, torch.optim.AdamW, torch.optim.RMSprop
+
+
+def reactions_of(optimizer):
+    """By the id of a parameter."""
+    found = {}
+    rescales = isinstance(optimizer, RESCALING)
+    for group in optimizer.param_groups:
+        lr = group.get("lr")
+        rate = abs(float(lr)) if isinstance(lr, float | int | torch.Tensor) else 0.0
+        gain = 1.0
+        if isinstance(optimizer, torch.optim.SGD) and group["momentum"]:
+            gain = (1 - group["dampening"]) / (1 - group["momentum"])
+        for p in group["params"]:
+            found[id(p)] = Reaction(rate, gain, rescales)
+    return found
 
 
 def norm(parts):

@@ -601,16 +601,17 @@ class Penalty:
         step = self.step(0)
         if self.one.mode != "loss" or step % self.one.every:
             return 0.0
-        rates = rates_of(optimizer)
+        known = plain.reactions_of(optimizer)
         total = 0.0
         for layer in self.layers():
             strength = self.coefficient(step, layer.name)
             if strength == 0 or not any(p.requires_grad for p in layer.parameters):
                 continue
             rows = layer.rows()
-            known = [rates[id(p)] for p in layer.parameters if id(p) in rates]
+            ways = [known[id(p)] for p in layer.parameters if id(p) in known]
+            way = max((one.rate * one.gain for one in ways), default=0.0)
             gradient = self._gradient(layer, rows) * strength
-            gradient *= shortening(gradient, rows, self.one.step_limit, max(known, default=0.0))
+            gradient *= shortening(gradient, rows, self.one.step_limit, way)
             total = total + (rows * gradient).sum()
         return total / self.one.accumulate
 
@@ -645,26 +646,37 @@ class Penalty:
         step = self.step(index)
         if step % self.one.every:
             return []
-        rates = rates_of(optimizer)
+        known = plain.reactions_of(optimizer)
         due = []
         with torch.autocast("cpu", enabled=False):
             for layer in self.layers():
-                moving = moved_by(layer, rates)
+                moving = moved_by(layer, known)
                 if moving and self.coefficient(step, layer.name) != 0:
                     rows = layer.rows()
-                    rate = max(rates[id(p)] for p in moving)
-                    found = self._gradients(layer, rows, moving, rate, step)
+                    way = self._way([known[id(p)] for p in moving], [p.grad for p in moving])
+                    found = self._gradients(layer, rows, moving, way, step)
                     due.append((layer, rows.detach(), found))
         return due
 
-    def _gradients(self, layer, rows, moving, rate, step):
+    def _way(self, known, tasks):
+        """How far a step goes against a gradient of length 1."""
+        way = max(one.rate for one in known)
+        if self.one.mode == "decoupled":
+            return way
+        if any(one.rescales for one in known):
+            tasks = torch.cat([task.double().flatten() for task in tasks])
+            rms = float(tasks.square().mean().sqrt())
+            way = way / rms if 0 < rms < math.inf else math.inf
+        return way * max(one.gain for one in known)
+
+    def _gradients(self, layer, rows, moving, way, step):
         gradient = self._gradient(layer, rows)
         strength = self.coefficient(step, layer.name)
         if isinstance(strength, Share):
             unscaled = torch.autograd.grad(rows, moving, gradient, retain_graph=True)
             strength = self._share(strength, layer.name, [p.grad for p in moving], unscaled)
         gradient = gradient * strength
-        gradient *= shortening(gradient, rows, self.one.step_limit, rate)
+        gradient *= shortening(gradient, rows, self.one.step_limit, way)
         if rows.grad_fn is None:
             return [(moving[0], gradient)]
         return list(zip(moving, torch.autograd.grad(rows, moving, gradient), strict=True))
@@ -753,12 +765,12 @@ def gradient_of(measure, rows):
         return torch.autograd.grad(plain.energy(measure, x).mean(), x)[0]
 
 
-def shortening(gradient, rows, limit, rate):
-    """Factors (groups, n, 1) that keep a step of this rate within ``limit`` times a neuron's norm."""
+def shortening(gradient, rows, limit, way):
+    """Factors (groups, n, 1) that keep a step of such a way within ``limit`` times a neuron's norm."""
     length = gradient.norm(dim=-1, keepdim=True)
-    if limit is None or rate <= 0:
+    if limit is None or way <= 0:
         return torch.ones_like(length)
-    room = rows.detach().norm(dim=-1, keepdim=True) * (limit / rate)
+    room = rows.detach().norm(dim=-1, keepdim=True) * (limit / way)
     return (room / length.clamp_min(1e-30)).clamp_max(1.0)
 
 

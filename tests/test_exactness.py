@@ -694,19 +694,27 @@ def uses_of(schedule):
     return [use.is_computed for uses in schedule.values() for use in uses]
 
 
-def fit_plainly_keeping(row, mode, module, data, schedule):
+def fit_plainly_keeping(row, mode, module, data, schedule, **limits):
     kept = plain.Kept(schedule)
-    fit_plainly(row, getattr(row, mode).mode or mode, module, data, kept)
+    penalty = fit_plainly(row, getattr(row, mode).mode or mode, module, data, kept, **limits)
     assert kept.is_used_up()
+    return penalty
 
 
-def fit_plainly(row, mode, module, data, kept=None):
+def fit_plainly(row, mode, module, data, kept=None, **limits):
+    """Train in a plain loop; returns its penalty, whose limits are the row's or those given."""
+    given = row.callback if isinstance(row.callback, dict) else {}
+    for name in ("step_limit", "share_limit"):
+        if name in given:
+            limits.setdefault(name, given[name])
     accumulate = row.settings.get("accumulate", 1)
-    penalty = plain.Penalty(row.layers(module), mode, row.strength, row.every, accumulate, kept)
+    layers = row.layers(module)
+    penalty = plain.Penalty(layers, mode, row.strength, row.every, accumulate, kept, **limits)
     settings = dict(row.settings)
     if row.scaler:
         settings |= {"autocast": torch.float16, "scaler": torch.amp.GradScaler("cpu", **row.scaler)}
     row.loop(module, data, penalty, **settings)
+    return penalty
 
 
 def max_difference(a, b):

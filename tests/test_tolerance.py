@@ -86,9 +86,9 @@ class Kept:
     def weighted(self, step, optimizer, computed, task=True):
         """Triples of a layer, its rows and its gradient times coefficient, within the step limit."""
         found = []
-        rates = {id(p): float(g["lr"]) for g in optimizer.param_groups for p in g["params"]}
+        reactions = plain.reactions_of(optimizer)
         for layer in self.layers:
-            moving = [p for p in layer.parameters() if id(p) in rates]
+            moving = [p for p in layer.parameters() if id(p) in reactions]
             strength = self.coefficient(step, layer.name)
             if not moving or strength == 0:
                 continue
@@ -100,13 +100,23 @@ class Kept:
                 strength = self.share(layer, strength, rows, moving, grad)
             grad = grad * strength
             if self.limit is not None:
-                room = x.norm(dim=-1, keepdim=True) * self.limit / rates[id(moving[0])]
+                room = x.norm(dim=-1, keepdim=True) * self.limit
+                room = room * self.allowed(layer, moving, reactions[id(moving[0])])
                 factor = room / grad.norm(dim=-1, keepdim=True)
                 self.limited += int((factor < 1).sum())
                 self.unlimited += int((factor > 1).sum())
                 grad = grad * factor.clamp_max(1.0)
             found.append((layer, rows, moving, grad))
         return found
+
+    def allowed(self, layer, moving, reaction):
+        """A gradient's length that moves a neuron by 1."""
+        if self.mode == "decoupled":
+            return 1.0 / reaction.rate
+        if self.mode == "gradient" and reaction.rescales:
+            tasks = torch.cat([layer.own(p, p.grad).flatten() for p in moving])
+            return float(tasks.double().square().mean().sqrt()) / reaction.rate
+        return 1.0 / reaction.rate / reaction.gain
 
     def share(self, layer, share, rows, moving, grad):
         penalty = torch.autograd.grad(rows, moving, grad.to(rows.dtype), retain_graph=True)
@@ -231,7 +241,14 @@ CASES = {
     "Share": Case(
         settings={"coefficient": Share(0.3)}, strength=lambda *_: Share(0.3), modes=APART
     ),
-    "step limit": Case(settings={"coefficient": 3.0, "step_limit": 0.0015}, strength=binding),
+    "step limit": Case(
+        settings={"coefficient": 3.0, "step_limit": 0.006},
+        strength=binding,
+        modes=("gradient", "loss"),
+    ),
+    "step limit, decoupled": Case(
+        settings={"coefficient": 3.0, "step_limit": 0.0015}, strength=binding, modes=("decoupled",)
+    ),
     "no step limit": Case(settings={"step_limit": None}),
     "one shape": Case(tower, tower_layers),
     "transposed": Case(models.images, image_layers),
@@ -1125,6 +1142,10 @@ def test_gradients_and_losses_may_take_turns():
     assert run.computed < {"1", "3", "5", "7"}
 
 
+def value_of(layer):
+    return plain.energy(layer.measure, layer.neurons().detach()).mean()
+
+
 def test_the_value_in_a_loss_is_that_of_the_kept_gradient():
     run = Run(CASES["plain"], "loss")
     x, y = batches(1, dtype=torch.float64)[0]
@@ -1133,7 +1154,7 @@ def test_the_value_in_a_loss_is_that_of_the_kept_gradient():
         run.optimizer.zero_grad()
         loss = mean_square(run.net(x), y)
         task = float(loss.detach())
-        now = sum(float(0.05 * layer.energy().detach()) for layer in network_layers(run.net))
+        now = 0.05 * sum(float(value_of(layer)) for layer in network_layers(run.net))
         run.regularizer.add_to_loss(loss, run.optimizer)
         if len(run.computed) == 4:
             known = now

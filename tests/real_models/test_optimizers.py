@@ -68,7 +68,7 @@ def fit_plainly(module, mode):
         plain.Layer("net.3", net[3]),
         plain.Layer("net.5", net[5], plain.FULL_SPACE),
     ]
-    penalty = plain.Penalty(layers, mode, lambda *_: STRENGTH)
+    penalty = plain.Penalty(layers, mode, lambda *_: STRENGTH, step_limit=None)
 
     def closure(x, y):
         with torch.enable_grad():
@@ -100,7 +100,7 @@ def problems_of(make: Make) -> Iterator[str]:
     if max_difference(fit(module, uniformity(coefficient=0, apply="decoupled")), without) != 0:
         yield "a monitor in decoupled mode changes the training"
     for mode in ("gradient", "decoupled"):
-        callback = uniformity(coefficient=STRENGTH, apply=mode)
+        callback = uniformity(coefficient=STRENGTH, apply=mode, step_limit=None)
         ours, expected = fit(module, callback), fit_plainly(module, mode)
         difference = max_difference(ours, expected)
         if not difference < TOLERANCE:
