@@ -102,6 +102,9 @@ def main() -> int:
         settings = [Setting("digits", 200, 2, held_out=200, start="adapters")]
         alive = [one for one in alive if one.name in ("half-1-none", "half-1-0.1")]
         seeds = (CHOOSING[:3], AGAIN[:3], FRESH[:3])
+    if args.list:
+        print(listed(settings, alive))
+        return 0
     study = Study(Path(args.out) / "cells", args.jobs, time.monotonic() + 60 * args.minutes)
     try:
         tuned = {setting: study.tuned(setting, quick=args.quick) for setting in settings}
@@ -126,6 +129,7 @@ def main() -> int:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m evidence.defaults", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="one tiny setting, to see it work")
+    parser.add_argument("--list", action="store_true", help="print the settings and candidates")
     parser.add_argument("--jobs", type=int, default=1, help="processes of one thread")
     parser.add_argument(
         "--minutes", type=float, default=float("inf"), help="start no cell after so long"
@@ -138,6 +142,18 @@ def _arguments() -> argparse.Namespace:
     if args.out is None:
         args.out = "out/evidence-defaults-quick" if args.quick else "out/evidence-defaults"
     return args
+
+
+def listed(settings: Sequence[Setting], methods: Sequence[Method]) -> str:
+    """The settings and the candidates, and how many cells they make if none is out."""
+    lines = [setting.name for setting in settings]
+    lines += [method.title for method in methods]
+    count = len(settings) * (len(methods) + 1)
+    lines.append(
+        f"{len(settings)} settings x ({len(methods)} candidates and none): {count} cells, "
+        "with suspects again on other seeds, and then the report"
+    )
+    return "\n".join(lines)
 
 
 class OutOfTimeError(Exception):
@@ -287,6 +303,7 @@ class Story:
         gains: In how many settings each was better by two standard errors.
         reduction: The sum over settings of the part of the error that each took away.
         settings: How many settings were looked at.
+        ran: In how many of them each candidate was run.
     """
 
     def __init__(self, names: Sequence[str]) -> None:
@@ -295,6 +312,7 @@ class Story:
         self.gains = dict.fromkeys(names, 0)
         self.reduction = dict.fromkeys(names, 0.0)
         self.settings = 0
+        self.ran = dict.fromkeys(names, 0)
 
     def look(
         self,
@@ -318,6 +336,7 @@ class Story:
                 suspects.append(name)
             if change.mean < -2 * change.error and change.error > 0:
                 self.gains[name] += 1
+            self.ran[name] += 1
             self.reduction[name] -= change.mean / (sum(without) / len(without))
         return suspects
 
@@ -395,7 +414,7 @@ def report(
     story: Story,
     seeds: tuple[int, ...],
 ) -> Reported:
-    """Train without a penalty, with the chosen candidate and with the former default on fresh seeds."""
+    """Train on fresh seeds without a penalty, with the former default, and with the chosen candidate if any."""
     by_name = {method.name: method for method in candidates()}
     names = [name for name in (story.chosen(), "half-1-none") if name is not None]
     methods = [METHODS["decay"], *[by_name[name] for name in dict.fromkeys(names)]]
@@ -415,11 +434,13 @@ def elimination_table(story: Story) -> str:
     titles = {method.name: method.title for method in candidates()}
     rows = []
     for name, gains in story.gains.items():
-        mean = 100 * story.reduction[name] / story.settings
-        fate = f"left: {gains} gains, {mean:.1f} % less error in the mean"
+        ran = story.ran[name]
+        mean = 100 * story.reduction[name] / ran
+        gained = f"{gains} gains, {mean:.1f} % less error in the mean of {ran} settings"
+        fate = f"left: {gained}"
         if name in story.out:
             setting, words = story.out[name]
-            fate = f"out: {setting}, {words}"
+            fate = f"out: {setting}, {words}; {gained}"
         if name == story.chosen():
             fate = f"**chosen**, {fate}"
         rows.append([titles[name], fate])

@@ -1,0 +1,273 @@
+"""How defaults are chosen: adapters and fine-tuning as said, and who is out of the candidates."""
+
+import json
+import sys
+from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from evidence import cells as running
+from evidence import defaults, training
+from evidence.data import load
+from evidence.defaults import CHOOSING, candidates, eliminate, in_order
+from evidence.methods import METHODS
+from evidence.networks import Architecture, Networks
+from evidence.plan import SETTINGS, Setting, Trial, cells
+from evidence.training import train
+
+ROOT = Path(__file__).parents[1]
+TINY = Setting("digits", 200, 2, held_out=200)
+OTHER = replace(TINY, scale=0.1)
+TRIAL = Trial(0.16, 0.01)
+LIMITED = next(one for one in candidates() if one.name == "half-1-0.1")
+
+# For float64, as in test_evidence.py.
+CLOSE = {"rtol": 1e-7, "atol": 1e-9}
+
+
+@pytest.fixture
+def _double():
+    """Train in float64: AdamW makes steps of any size of a gradient that is zero but for rounding."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def digits():
+    data = load("digits")
+    dtype = torch.get_default_dtype()
+    pool = data.pool[0].to(dtype), data.pool[1]
+    return replace(data, pool=pool, test=(data.test[0].to(dtype), data.test[1]))
+
+
+def train_and_keep(monkeypatch, *args):
+    """Train; return the networks, and a copy from before the training proper."""
+    begun = []
+    penalties = training._penalties
+
+    def recorded(networks, *rest):
+        begun.append((networks, deepcopy(networks)))
+        return penalties(networks, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "_penalties", recorded)
+        train(digits(), *args, test=False)
+    return begun[0]
+
+
+@pytest.mark.usefixtures("_double")
+@pytest.mark.parametrize("apart", [False, True])
+def test_adapters_begin_as_the_base_network(apart):
+    networks = Networks(Architecture((1, 8, 8), 10), 2, (3, 4), apart=apart)
+    x = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(0))
+    before = networks(x)
+    networks.add_adapters((3, 4), apart=apart)
+    assert torch.allclose(networks(x), before, **CLOSE)
+    assert all(side.joined("weight").abs().max() > 0 for side in networks.down)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_factors_and_head_move_and_nothing_else(optimizer, monkeypatch):
+    setting = replace(TINY, start="adapters", optimizer=optimizer)
+    trial = Trial(0.01, 0.1)
+    networks, begun = train_and_keep(monkeypatch, setting, LIMITED, [trial], (1, 2))
+    before = dict(begun.named_parameters())
+    for name, value in networks.named_parameters():
+        assert torch.equal(value, before[name]) == name.startswith("hidden."), name
+
+
+@pytest.mark.usefixtures("_double")
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("network", ["plain", "convolutions"])
+def test_a_seed_trains_with_a_share_limit_as_alone(network, optimizer, monkeypatch):
+    setting = replace(TINY, network=network, optimizer=optimizer, scale=0.1)
+    trial = Trial(0.05 if optimizer == "sgd" else 3e-3, 1e-3)
+    many, _ = train_and_keep(monkeypatch, setting, LIMITED, [trial], (3, 4))
+    alone, _ = train_and_keep(monkeypatch, setting, LIMITED, [trial], (4,))
+    without, _ = train_and_keep(monkeypatch, setting, METHODS["decay"], [trial], (4,))
+    for ours, theirs, plain in zip(
+        (*many.hidden, many.head),
+        (*alone.hidden, alone.head),
+        (*without.hidden, without.head),
+        strict=True,
+    ):
+        own, other = ours.joined("weight")[1], theirs.joined("weight")[0]
+        assert torch.allclose(own, other, **CLOSE)
+        assert (own - plain.joined("weight")[0]).abs().max() > 1e-5  # the penalty is there
+
+
+@pytest.mark.usefixtures("_double")
+@pytest.mark.parametrize("start", ["trained", "adapters"])
+def test_all_methods_begin_with_the_same_trained_networks(start, monkeypatch):
+    setting = replace(TINY, start=start)
+    fresh = Networks(setting.architecture(digits()), 1, (1, 2))
+    _, ones = train_and_keep(monkeypatch, setting, LIMITED, [TRIAL], (1, 2))
+    _, others = train_and_keep(monkeypatch, setting, METHODS["decay"], [TRIAL], (1, 2))
+    own_sides = (*ones.hidden, *ones.down, *ones.up, ones.head)
+    other_sides = (*others.hidden, *others.down, *others.up, others.head)
+    for own, other in zip(own_sides, other_sides, strict=True):
+        assert torch.allclose(own.joined("weight"), other.joined("weight"), **CLOSE)
+    assert torch.allclose(others.head.joined("bias"), fresh.head.joined("bias"), **CLOSE)
+    assert torch.allclose(others.head.joined("weight"), fresh.head.joined("weight"), **CLOSE)
+    moved = others.hidden[0].joined("weight") - fresh.hidden[0].joined("weight")
+    assert moved.abs().max() > 1e-3
+    assert len(others.down) == (2 if start == "adapters" else 0)
+
+
+def test_candidates_and_settings_have_names_of_their_own():
+    names = [one.name for one in candidates()]
+    assert len(names) == len(set(names)) == 30
+    settings = [one.name for one in in_order()]
+    assert len(settings) == len(set(settings)) == 48 + len(defaults.EXTRA)
+    assert set(in_order()) == {*SETTINGS, *defaults.EXTRA}
+
+
+def test_committed_results_are_asked_as_ever(monkeypatch):
+    shapes = {"digits": (1, 8, 8), "mnist1d": (1, 1, 40), "fashion-mnist": (1, 28, 28)}
+    monkeypatch.setattr(
+        running, "_load", lambda name: SimpleNamespace(shape=shapes[name], classes=10)
+    )
+    committed = json.loads((ROOT / "evidence/results/cells.json").read_text())
+    by_name = {one["name"]: one["asked"] for one in committed}
+    planned = {cell.name: cell for cell in cells()}
+    assert by_name.keys() == planned.keys()
+    for name, asked in by_name.items():
+        wanted = running.asked(planned[name], asked["tuning"], asked["testing"])
+        wanted = json.loads(json.dumps(wanted))
+        # A coefficient is computed in float32, whose rounding differs between machines.
+        for now, then in zip(wanted.pop("trials"), asked.pop("trials"), strict=True):
+            assert now == pytest.approx(then, rel=1e-6), name
+        assert wanted == asked, name
+
+
+class MadeUp:
+    """A study with made-up errors: 10 to 12 % without a penalty.
+
+    Args:
+        changes: By candidate, setting's scale and first seed, what is added to the errors, and how
+            many seeds are not finite.
+    """
+
+    def __init__(self, changes):
+        self.changes = changes
+        self.run = []
+
+    def results(self, jobs):
+        found = []
+        for job in jobs:
+            setting, method, _trial, seeds, _test = job
+            self.run.append((method.name, setting.scale, seeds[0]))
+            added, nonfinite = self.changes.get(self.run[-1], ([0.0, 0.0, 0.0], 0))
+            errors = [error + more for error, more in zip((10.0, 11.0, 12.0), added, strict=True)]
+            found.append(
+                {
+                    "name": defaults._name(job),
+                    "asked": defaults._asked(job),
+                    "test_error": errors,
+                    "nonfinite": nonfinite,
+                    "seconds": 1.0,
+                }
+            )
+        return found
+
+
+WORSE = [1.0, 1.1, 1.2], 0
+BETTER = [-1.0, -1.1, -1.2], 0
+FAILING = [0.0, 0.0, 40.0], 0
+BROKEN = [0.0, 0.0, 0.0], 1
+FIRST, AGAIN = 1000, 1010
+NAMES = ("half-1-none", "half-1-0.1", "full-1-0.1")
+
+
+def story_of(changes, names=NAMES):
+    study = MadeUp(changes)
+    methods = [one for one in candidates() if one.name in names]
+    settings = [TINY, OTHER]
+    tuned = dict.fromkeys(settings, TRIAL)
+    again = defaults.AGAIN[:3]
+    return study, eliminate(study, settings, tuned, methods, CHOOSING[:3], again)
+
+
+@pytest.mark.parametrize("bad", [WORSE, FAILING, BROKEN])
+def test_bad_once_stays_and_bad_twice_is_out(bad):
+    once = {("half-1-none", 1.0, FIRST): bad}
+    study, story = story_of(once)
+    assert ("half-1-none", 1.0, AGAIN) in study.run
+    assert ("half-1-none", 0.1, FIRST) in study.run
+    assert not story.out
+    study, story = story_of({**once, ("half-1-none", 1.0, AGAIN): bad})
+    assert list(story.out) == ["half-1-none"]
+    assert "half-1-none" not in story.alive
+    assert ("half-1-none", 0.1, FIRST) not in study.run
+    assert ("half-1-0.1", 0.1, FIRST) in study.run
+    assert (story.ran["half-1-none"], story.ran["half-1-0.1"]) == (1, 2)
+
+
+def test_gains_choose_then_reductions_then_the_order():
+    _, story = story_of({})
+    assert story.chosen() == "half-1-none"
+    _, story = story_of({("full-1-0.1", 0.1, FIRST): BETTER})
+    assert (story.chosen(), story.gains["full-1-0.1"]) == ("full-1-0.1", 1)
+    more = [-2.0, -2.1, -2.2], 0
+    changes = {("full-1-0.1", 0.1, FIRST): BETTER, ("half-1-0.1", 1.0, FIRST): more}
+    assert story_of(changes)[1].chosen() == "half-1-0.1"
+
+
+@pytest.mark.parametrize("left", [True, False])
+def test_tables(left):
+    changes = {}
+    for name in NAMES[: 2 if left else 3]:
+        changes[name, 1.0, FIRST] = changes[name, 1.0, AGAIN] = WORSE
+    changes["full-1-0.1", 0.1, FIRST] = BETTER
+    changes["full-1-0.1", 0.1, 60] = BETTER
+    study, story = story_of(changes)
+    assert story.chosen() == ("full-1-0.1" if left else None)
+    settings = [TINY, OTHER]
+    tuned = dict.fromkeys(settings, TRIAL)
+    reported = defaults.report(study, settings, tuned, story, defaults.FRESH[:3])
+    reported_names = [one["asked"]["method"]["name"] for one in reported[0][1]]
+    assert reported_names == ["decay", *(["full-1-0.1"] if left else []), "half-1-none"]
+    table = defaults.elimination_table(story)
+    assert ("**chosen**" in table) == left
+    assert "+1.10 (0.06); 0 gains, -10.0 % less error in the mean of 1 settings" in table
+    said = defaults.report_table(story, reported)
+    assert "Test error in % over 3 seeds" in said
+    gained = "share limit 0.1: worse by two standard errors in 0 of 2 settings, better in 1 "
+    assert (gained in said) == left
+    assert "share limit None: worse by two standard errors in 0 of 2 settings, better in 0 " in said
+
+
+def test_goes_on_from_its_cells(tmp_path, monkeypatch, capsys):
+    calls = []
+    run = defaults.run
+
+    def counted(job):
+        calls.append(job)
+        return run(job)
+
+    monkeypatch.setattr(defaults, "run", counted)
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)  # of all tests after this
+    arguments = ["--quick", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["evidence.defaults", *arguments])
+    assert defaults.main() == 0
+    first = capsys.readouterr().out
+    count = len(calls)
+    assert count == len(list((tmp_path / "cells").glob("*.json"))) >= 5
+    assert defaults.main() == 0
+    assert len(calls) == count
+    tables = "| candidate |"
+    again = capsys.readouterr().out
+    assert again[again.index(tables) :] == first[first.index(tables) :]
+
+
+def test_the_list_trains_nothing(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["evidence.defaults", "--list"])
+    monkeypatch.setattr(defaults, "run", lambda job: pytest.fail("trained"))
+    assert defaults.main() == 0
+    said = capsys.readouterr().out
+    assert "half space, coefficient 1, share limit 0.1" in said
+    assert "56 settings x (30 candidates and none): 1736 cells" in said
