@@ -109,6 +109,8 @@ def gain_of(group: Mapping[str, Any]) -> float:
     """
     gain = 1.0
     momentum = group.get("momentum")
+    if "ns_steps" in group:  # Muon makes what momentum gives it of one size
+        momentum = None
     if isinstance(momentum, float) and 0.0 < momentum < 1.0:
         gain = 1.0 / (1.0 - momentum)
         dampening = group.get("dampening")
