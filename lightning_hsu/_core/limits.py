@@ -41,6 +41,11 @@ def task_norms(limits: Sequence[TaskLimit]) -> Tensor:
     return torch.stack([one.norm for one in limits]).nan_to_num_(0.0, 0.0, 0.0)
 
 
+def held_factors(totals: Tensor, tasks: Tensor, share: float) -> Tensor:
+    """The same as :func:`share_factors`, but 1 where there is nothing to shorten, so as to count it."""
+    return torch.where(totals > 0, share_factors(totals, tasks, share), 1.0)
+
+
 def share_factors(totals: Tensor, tasks: Tensor, share: float) -> Tensor:
     """Factors (k,) in [0, 1] that keep gradients within a share of the task's.
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_hsu._core.foreach import SMALL, shortening
-from lightning_hsu._core.limits import Allowance, share_factors
+from lightning_hsu._core.limits import Allowance, held_factors
 from lightning_hsu._core.updates import along_the_sphere
 from lightning_hsu._engine.buffered import GradientStats, strong_neurons
 from lightning_hsu._engine.delta import Use, use_of
@@ -127,7 +127,7 @@ class LayerUpdate:
         if not parts:
             return Weighted(grad, factor, None)
         total = self.layer.target.placement.norm(parts)
-        held = share_factors(total.reshape(1), task.reshape(1), allowance.share)
+        held = held_factors(total.reshape(1), task.reshape(1), allowance.share)
         return Weighted(grad.mul_(held.to(grad.dtype)), factor, held)
 
     def stats(self, weighted: Weighted) -> GradientStats | None:

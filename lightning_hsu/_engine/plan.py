@@ -340,7 +340,10 @@ def norms_of(tensors: Sequence[Tensor]) -> list[Tensor]:
     found: dict[int, Tensor] = {}
     for dtype, places in by_dtype.items():
         chosen = [tensors[place] for place in places]
-        norms = torch._foreach_norm(chosen, 2.0, working_dtype(dtype))
+        if dtype == working_dtype(dtype):
+            norms = torch._foreach_norm(chosen)
+        else:
+            norms = torch._foreach_norm(chosen, 2.0, working_dtype(dtype))
         found.update(zip(places, norms, strict=True))
     return [found[place] for place in range(len(tensors))]
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_hsu._core import working_dtype
-from lightning_hsu._core.limits import Allowance, share_factors
+from lightning_hsu._core.limits import Allowance, held_factors
 from lightning_hsu._engine.apply import GradView, LayerUpdate, Weighted
 from lightning_hsu._engine.layer import Layer
 from lightning_hsu._engine.one_pass import goes_together
@@ -217,7 +217,7 @@ def _hold(
     for update, grad in zip(updates, grads, strict=True):
         own = [part for _, _, part in update.grad_views(grad)]
         penalties.append(own or [grad.new_zeros(1)])
-    held = share_factors(_norms(penalties), tasks, share)
+    held = held_factors(_norms(penalties), tasks, share)
     factors = list(held.to(grads[0].dtype).unbind())
     torch._foreach_mul_(list(grads), factors)
     return held
