@@ -29,6 +29,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from itertools import pairwise
 from statistics import mean
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -274,8 +275,10 @@ class Penalties:
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         self.optimizer = optimizer
-        self.kept = UniformityRegularizer(MEASURE, head=None, tolerance=TOLERANCE).attach(model)
-        self.exact = UniformityRegularizer(MEASURE, head=None).attach(model)
+        # Without limits: rivals are compared where the task's gradient is left out.
+        free: dict[str, Any] = {"head": None, "share_limit": None, "step_limit": None}
+        self.kept = UniformityRegularizer(MEASURE, tolerance=TOLERANCE, **free).attach(model)
+        self.exact = UniformityRegularizer(MEASURE, **free).attach(model)
         for engine in (self.kept, self.exact):
             engine.checks_order = False  # as in the callback; here gradients are exchanged
         self.layers = list(dict.fromkeys(layer.parameters[0] for layer in self.exact.layers))

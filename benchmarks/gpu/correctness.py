@@ -215,6 +215,7 @@ def add_gradients(layers: Sequence[nn.Module], case: Case, measure: PairwiseMeas
         measure,
         head=None,
         step_limit=STEP_LIMIT if case.limited else None,
+        share_limit=None,
     ).attach(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=rate, foreach=True)
     backend = backends.active()

@@ -145,7 +145,7 @@ def rivals_for(name: str, model: Layers) -> dict[str, Callable[[], object]]:
     side = torch.cuda.Stream()
     weights = list(model.parameters())
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-9)
-    regularizer = UniformityRegularizer(MEASURE, head=None).attach(model)
+    regularizer = UniformityRegularizer(MEASURE, head=None, share_limit=None).attach(model)
     updates = [GradientUpdate(w.detach()[None], torch.zeros_like(w)[None], 1.0) for w in weights]
     term = MEASURE.pair_term()
     assert term is not None

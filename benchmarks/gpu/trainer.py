@@ -111,7 +111,7 @@ def start_again() -> Module:
 
 def by_trainer(module: Module, precision: str, device: str) -> nn.Module:
     """Train with the callback."""
-    callback = HypersphericalUniformity(MEASURE, COEFFICIENT)
+    callback = HypersphericalUniformity(MEASURE, COEFFICIENT, step_limit=None, share_limit=None)
     trainer = quiet_trainer(device, precision=precision, max_steps=STEPS, callbacks=[callback])
     loader = DataLoader(Examples(batches()), batch_size=None)
     with warnings.catch_warnings():
@@ -142,7 +142,8 @@ def by_loop(
     module.to(device).train()
     optimizer = module.configure_optimizers()
     scaler = torch.amp.GradScaler(device, enabled=dtype == torch.float16)
-    regularizer = UniformityRegularizer(MEASURE, COEFFICIENT).attach(module)
+    free = UniformityRegularizer(MEASURE, COEFFICIENT, step_limit=None, share_limit=None)
+    regularizer = free.attach(module)
     for index, batch in enumerate(batches()):
         on_device = [part.to(device) for part in batch]
         optimizer.zero_grad()
