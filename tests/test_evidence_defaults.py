@@ -241,6 +241,7 @@ def test_tables(left):
     assert "share limit None: worse by two standard errors in 0 of 2 settings, better in 0 " in said
 
 
+@pytest.mark.filterwarnings("ignore:.*starts at zero")
 def test_goes_on_from_its_cells(tmp_path, monkeypatch, capsys):
     calls = []
     run = defaults.run
