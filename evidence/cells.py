@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +76,13 @@ def run(cell: Cell, tuning: Sequence[int], testing: Sequence[int]) -> Result:
         "chosen": asdict(trials[chosen]),
         "edges": edges(trials, trials[chosen]),
         **told(tested),
+        **ran(start),
+    }
+
+
+def ran(start: float) -> Result:
+    """How long a cell has run since ``start``, by the clock of performance, and with what."""
+    return {
         "seconds": round(time.perf_counter() - start, 1),
         "versions": {
             "lightning_hsu": lightning_hsu.__version__,
@@ -119,11 +126,27 @@ def read(path: Path) -> Any:
 
 def kept(folder: Path, cell: Cell, wanted: Result) -> bool:
     """Whether a folder has the result of a cell as it is asked now."""
+    return known(folder, cell.name, wanted) is not None
+
+
+def known(folder: Path, name: str, wanted: Result) -> Result | None:
+    """The result of this name that a folder has, if it was asked as it is now."""
     try:
-        found: Result = read(folder / f"{cell.name}.json")
+        found: Result = read(folder / f"{name}.json")
     except (FileNotFoundError, json.JSONDecodeError):
-        return False
-    return bool(found.get("asked") == json.loads(json.dumps(wanted)))
+        return None
+    return found if found.get("asked") == json.loads(json.dumps(wanted)) else None
+
+
+@cache
+def tuned_in_plan(method: str) -> Mapping[str, Trial]:
+    """What the plan's tuning chose for a method, by the names of its settings."""
+    found = {}
+    for result in read(Path(__file__).parent / "results" / "cells.json"):
+        setting, _, name = result["name"].partition("--")
+        if name == method:
+            found[setting] = Trial(**result["chosen"])
+    return found
 
 
 def end_with(parent: int) -> None:

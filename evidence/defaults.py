@@ -11,7 +11,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import platform
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -21,7 +20,6 @@ from pathlib import Path
 
 import torch
 
-import lightning_hsu
 from evidence import cells as running
 from evidence.comparisons import setting_title
 from evidence.data import MissingDataError
@@ -183,7 +181,7 @@ class Study:
         """The learning rate and weight decay that were tuned without a penalty."""
         if quick:
             return Trial(0.16, 0.01)
-        plan = _tuned_in_plan()
+        plan = running.tuned_in_plan("decay")
         if setting.name in plan:
             return plan[setting.name]
         cell = Cell(setting, METHODS["decay"])
@@ -225,11 +223,7 @@ class Study:
 
     def _known(self, job: Job) -> running.Result | None:
         """A result that the folder has, if it was asked alike."""
-        try:
-            found: running.Result = running.read(self._folder / f"{_name(job)}.json")
-        except (FileNotFoundError, json.JSONDecodeError):
-            return None
-        return found if found["asked"] == json.loads(json.dumps(_asked(job))) else None
+        return running.known(self._folder, _name(job), _asked(job))
 
     def _check_time(self) -> None:
         if time.monotonic() > self._end:
@@ -247,23 +241,8 @@ def run(job: Job) -> running.Result:
         "name": _name(job),
         "asked": _asked(job),
         **running.told(trained),
-        "seconds": round(time.perf_counter() - start, 1),
-        "versions": {
-            "lightning_hsu": lightning_hsu.__version__,
-            "torch": torch.__version__.split("+")[0],
-        },
-        "machine": platform.machine(),
+        **running.ran(start),
     }
-
-
-def _tuned_in_plan() -> dict[str, Trial]:
-    """What the plan's tuning chose for weight decay only, by setting."""
-    found = {}
-    for result in running.read(FOLDER / "results" / "cells.json"):
-        setting, _, method = result["name"].partition("--")
-        if method == "decay":
-            found[setting] = Trial(**result["chosen"])
-    return found
 
 
 def _name(job: Job) -> str:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -21,7 +20,6 @@ from typing import Any
 
 import torch
 
-import lightning_hsu
 from evidence import cells as running
 from evidence.comparisons import setting_title
 from evidence.data import MissingDataError
@@ -61,7 +59,7 @@ def main() -> int:
         settings = [Setting("digits", 200, 2, held_out=200)]
         seeds = SEEDS[:3]
     folder = Path(args.out) / "cells"
-    tuned = _tuned()
+    tuned = running.tuned_in_plan("half_mhe_2")
     found = []
     torch.set_num_threads(1)
     try:
@@ -101,16 +99,6 @@ def _method(tolerance: float | None) -> Method:
     return replace(METHODS["half_mhe_2"], name=name, tolerance=tolerance, apart=True)
 
 
-def _tuned() -> dict[str, Trial]:
-    """What the plan's tuning chose for half-space MHE, by setting."""
-    found = {}
-    for result in running.read(FOLDER / "results" / "cells.json"):
-        setting, _, method = result["name"].partition("--")
-        if method == "half_mhe_2":
-            found[setting] = Trial(**result["chosen"])
-    return found
-
-
 def _result(cell: Cell, trial: Trial, seeds: Sequence[int], folder: Path) -> running.Result:
     """A cell's result: that which a folder has, or a new one, which is saved there."""
     asked = _asked(cell.setting, cell.method, trial, seeds)
@@ -124,12 +112,7 @@ def _result(cell: Cell, trial: Trial, seeds: Sequence[int], folder: Path) -> run
             "asked": asked,
             **running.told(trained),
             "recomputed": round(trained.recomputed, 4),
-            "seconds": round(time.perf_counter() - start, 1),
-            "versions": {
-                "lightning_hsu": lightning_hsu.__version__,
-                "torch": torch.__version__.split("+")[0],
-            },
-            "machine": platform.machine(),
+            **running.ran(start),
         }
         running.save(result, folder)
     found: running.Result = running.read(folder / f"{cell.name}.json")
