@@ -198,14 +198,9 @@ class UniformityRegularizer:
         check_tolerance(tolerance)
         if sample_above is not None:
             check_count("sample_above", sample_above)
-        if step_limit is not None:
-            check_number(
-                "step_limit", step_limit, "> 0, or None for no limit", lambda limit: limit > 0
-            )
-        if share_limit is not None:
-            check_number(
-                "share_limit", share_limit, "> 0, or None for no limit", lambda limit: limit > 0
-            )
+        for name, limit in (("step_limit", step_limit), ("share_limit", share_limit)):
+            if limit is not None:
+                check_number(name, limit, "> 0, or None for no limit", lambda limit: limit > 0)
         self.measure = DEFAULT_MEASURE if measure is None else measure
         check_measure(self.measure)
         self.coefficient = Coefficient(coefficient)

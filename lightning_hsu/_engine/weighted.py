@@ -13,12 +13,11 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from lightning_hsu._core import working_dtype
 from lightning_hsu._core.limits import Allowance, held_factors
 from lightning_hsu._engine.apply import GradView, LayerUpdate, Weighted
 from lightning_hsu._engine.layer import Layer
 from lightning_hsu._engine.one_pass import goes_together
-from lightning_hsu._engine.plan import StepContext, room_on_gpu, runs_that_fit
+from lightning_hsu._engine.plan import StepContext, norms_of, room_on_gpu, runs_that_fit
 from lightning_hsu._engine.state import ShareMeans
 from lightning_hsu._neurons.placement import Placement
 from lightning_hsu.coefficients import Share
@@ -256,11 +255,7 @@ def _row_lengths(x: Tensor) -> Tensor:
 
 def _norms(layers: Sequence[Sequence[Tensor]]) -> Tensor:
     """The norms (k,) of the tensors of each of k layers together."""
-    norms = list(chain.from_iterable(layers))
-    if all(part.dtype == working_dtype(part.dtype) for part in norms):
-        norms = list(torch._foreach_norm(norms))
-    else:
-        norms = [torch.linalg.vector_norm(one, dtype=working_dtype(one.dtype)) for one in norms]
+    norms = norms_of(list(chain.from_iterable(layers)))
     if len(norms) == len(layers):
         return torch.stack(norms)
     found = []
