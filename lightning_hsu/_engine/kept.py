@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -36,9 +37,13 @@ def _is_far(delta: Delta, update: GradientUpdate) -> bool:
         return True
     if isinstance(update.limit, Tensor):
         return False
+    limit = update.limit
     if update.task is not None and update.task.allows.counts_in_task:
-        return False
-    return scale * delta.steepest <= _FAR * update.limit
+        norm = update.task.norm
+        if reads_late(norm):
+            return False
+        limit *= float(norm) / (update.grad_scale * math.sqrt(update.size.numel()))
+    return scale * delta.steepest <= _FAR * limit
 
 
 def add_plain(
