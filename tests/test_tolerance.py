@@ -1195,6 +1195,7 @@ def test_skipped_steps_do_not_make_a_gradient_too_old():
 # Odd layers
 
 
+@pytest.mark.filterwarnings("ignore:.*starts at zero")
 def test_zero_tiny_and_frozen_layers():
     torch.manual_seed(0)
     net = nn.Sequential(
