@@ -26,7 +26,7 @@ class AsRandom:
         >>> epoch = AsRandom()
         >>> epoch.note([layer], ["fc"])
         >>> epoch.note([layer], ["fc"])
-        >>> epoch.end_epoch()[:45]
+        >>> epoch.end_epoch()[:46]
         "in a whole epoch layer 'fc' was as random (rat"
     """
 
