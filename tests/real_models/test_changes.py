@@ -22,7 +22,7 @@ pytestmark = [
     ),
 ]
 
-COEFFICIENT = 0.1
+OPTIONS = {"coefficient": 0.1, "head": None, "exclude": "*embeddings*", "step_limit": None}
 TOKENS = 64
 
 
@@ -160,7 +160,7 @@ class After(pl.Callback):
         twin.trainer = None
         for name, p in twin.named_parameters():
             p.grad = torch.zeros_like(p) if name in self.before.grads else None
-        fresh = UniformityRegularizer(coefficient=COEFFICIENT, head=None, exclude="*embeddings*")
+        fresh = UniformityRegularizer(**OPTIONS)
         with warnings.catch_warnings():
             fresh.attach(twin.model)
         settings = {key: value for key, value in optimizer.defaults.items() if key == "lr"}
@@ -181,7 +181,7 @@ def test_the_penalty_follows(name, caplog):
     data = DataLoader(TensorDataset(tokens, torch.arange(24) % 3), batch_size=8)
     before = Before()
     after = After(before)
-    callback = HypersphericalUniformity(coefficient=COEFFICIENT, head=None, exclude="*embeddings*")
+    callback = HypersphericalUniformity(**OPTIONS)
     module = Classifier(*CHANGES[name])
     fit = trainer(before, callback, after, max_epochs=len(CHANGES[name]) + 1)
     fit.fit(module, data)
