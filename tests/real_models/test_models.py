@@ -15,7 +15,12 @@ from tests.real_models.catalogue import entries
 from tests.real_models.libraries import missing
 from tests.real_models.table import BEGIN, END, table
 
-pytestmark = pytest.mark.models
+pytestmark = [
+    pytest.mark.models,
+    pytest.mark.filterwarnings(
+        "ignore:layer .* starts at zero"
+    ),  # so does torchvision's ViT's head
+]
 
 COVERED = 0.95  # of the entries that are not embeddings, tables, biases or vectors
 TOLERANCE = 2e-4  # of a gradient's largest entry, in float32; measured: up to 3e-5
