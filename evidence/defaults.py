@@ -26,7 +26,7 @@ from evidence.data import MissingDataError
 from evidence.documents import quoted
 from evidence.methods import HALF_MHE, METHODS, Method
 from evidence.plan import SETTINGS, TUNING_SEEDS, Cell, Setting, Trial
-from evidence.statistics import holm, paired
+from evidence.statistics import Paired, beyond_two_errors, holm, paired
 from evidence.tables import error_cell, markdown
 from evidence.training import train
 from lightning_hsu import Share
@@ -393,7 +393,7 @@ def report(
     story: Story,
     seeds: tuple[int, ...],
 ) -> Reported:
-    """Train on fresh seeds without a penalty, with the former default, and with the chosen candidate if any."""
+    """Train on fresh seeds without a penalty, with coefficient 1 alone, and with the chosen candidate."""
     by_name = {method.name: method for method in candidates()}
     names = [name for name in (story.chosen(), "half-1-none") if name is not None]
     methods = [METHODS["decay"], *[by_name[name] for name in dict.fromkeys(names)]]
@@ -434,8 +434,7 @@ def report_table(story: Story, reported: Reported) -> str:
     rows = []
     seconds = 0.0
     counts = {name: {"worse": 0, "better": 0, "broken": 0} for name in names}
-    p_values: dict[str, list[float]] = {name: [] for name in names}
-    better: dict[str, list[bool]] = {name: [] for name in names}
+    changes: dict[str, list[Paired]] = {name: [] for name in names}
     for title, (without, *others) in reported:
         row = [title, error_cell(without)]
         seconds += without["seconds"]
@@ -445,23 +444,28 @@ def report_table(story: Story, reported: Reported) -> str:
             counts[name]["worse"] += change.worse
             counts[name]["better"] += change.mean < -2 * change.error and change.error > 0
             counts[name]["broken"] += result["nonfinite"]
-            p_values[name].append(change.p)
-            better[name].append(change.mean < 0)
+            changes[name].append(change)
             seconds += result["seconds"]
         rows.append(row)
     lines = []
     for name in names:
-        corrected = holm(p_values[name])
-        gains = sum(
-            p < LEVEL and is_better for p, is_better in zip(corrected, better[name], strict=True)
-        )
+        corrected = holm([change.p for change in changes[name]])
+        gains = losses = 0
+        for p, change in zip(corrected, changes[name], strict=True):
+            gains += p < LEVEL and change.mean < 0
+            losses += p < LEVEL and change.mean > 0
         one = counts[name]
         lines.append(
             f"{titles[name]}: worse by two standard errors in {one['worse']} of {len(reported)} "
-            f"settings, better in {one['better']} (in {gains} after Holm's correction), "
+            f"settings (in {losses} after Holm's correction), better in {one['better']} ({gains}), "
             f"{one['broken']} runs not finite."
         )
     seeds = len(reported[0][1][0]["test_error"])
+    chance = len(reported) * beyond_two_errors(seeds)
+    lines.append(
+        f"Of a penalty that changes nothing {chance:.1f} settings would be worse by chance alone, "
+        "and as many better."
+    )
     legend = (
         f"Test error in % over {seeds} seeds, mean (standard error); with a penalty the paired "
         f"difference in points (standard error). {seconds / 3600:.1f} core hours for this table."

@@ -43,6 +43,11 @@ def paired(method: Sequence[float], baseline: Sequence[float]) -> Paired:
     return Paired(float(change.mean()), error, int((change < 0).sum()), len(change), p)
 
 
+def beyond_two_errors(seeds: int) -> float:
+    """How likely a mean difference of nothing lies above two standard errors (Student's t)."""
+    return float(stats.t.sf(2.0, seeds - 1))
+
+
 def interval(method: Sequence[float], baseline: Sequence[float]) -> tuple[float, float]:
     """The 95 % interval of the mean difference of the same seeds (Student's t)."""
     change = np.asarray(method) - np.asarray(baseline)

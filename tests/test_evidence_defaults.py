@@ -236,9 +236,11 @@ def test_tables(left):
     assert "+1.10 (0.06); 0 gains, -10.0 % less error in the mean of 1 settings" in table
     said = defaults.report_table(story, reported)
     assert "Test error in % over 3 seeds" in said
-    gained = "share limit 0.1: worse by two standard errors in 0 of 2 settings, better in 1 "
-    assert (gained in said) == left
-    assert "share limit None: worse by two standard errors in 0 of 2 settings, better in 0 " in said
+    none_worse = "worse by two standard errors in 0 of 2 settings (in 0 after Holm's correction), "
+    assert (f"share limit 0.1: {none_worse}better in 1 (1), 0 runs" in said) == left
+    assert f"share limit None: {none_worse}better in 0 (0), 0 runs" in said
+    chance = 2 * (0.5 - 1 / 6**0.5)  # Student's t with 2 degrees of freedom beyond 2
+    assert f"changes nothing {chance:.1f} settings would be worse by chance" in said
 
 
 @pytest.mark.filterwarnings("ignore:.*starts at zero")
