@@ -577,7 +577,10 @@ TOLERANT = [
 def test_kept_gradients_are_held_on_a_gpu_without_waiting(dtype, optimizer, mode):
     settings = {"coefficient": 3.0, "tolerance": 0.9}
     loop = Loop(optimizer, settings, mode, dtype=dtype, steps=6)
-    net = models.network().to(dtype)
+    torch.manual_seed(0)
+    *body, head = models.network()
+    alike = [nn.Linear(12, 12), nn.Tanh(), nn.Linear(12, 12), nn.Tanh()]  # on a GPU in one stack
+    net = nn.Sequential(*body, *alike, head).to(dtype)
     on_gpu = copy.deepcopy(net)
     loop.run(net)
     _, waited = loop.run_on_gpu(on_gpu)

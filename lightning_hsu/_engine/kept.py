@@ -9,23 +9,32 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_hsu._core import working_dtype
 from lightning_hsu._core.foreach import not_exact
 from lightning_hsu._core.limits import TaskLimit, share_factors, task_norms
-from lightning_hsu._core.raw import RawGradients, RawPart
-from lightning_hsu._core.updates import GradientUpdate, whole_gradient
+from lightning_hsu._core.raw import RawPart
+from lightning_hsu._core.updates import (
+    GradientUpdate,
+    add_to_layers,
+    alike,
+    stack_neurons,
+    whole_gradient,
+)
 from lightning_hsu._engine.ahead import Ahead
 from lightning_hsu._engine.buffered import BufferedUpdates, add_scaled
 from lightning_hsu._engine.delta import Delta, Use, use_of
 from lightning_hsu._engine.deltas import Deltas
 from lightning_hsu._engine.layer import Layer
 from lightning_hsu._engine.moves import reads_late
-from lightning_hsu._engine.plan import PlainUpdates, norms_of
+from lightning_hsu._engine.plan import PlainUpdates, norms_of, runs_that_fit
 from lightning_hsu._engine.sharing import PlainUpdate, begin_raw
 from lightning_hsu._neurons.placement import Placement
 
 _FAR = 0.1
 """Below this part of the step limit no row can reach it within the tolerance, and none is looked at."""
+
+
+_ROOM_ON_GPU = 2**25
+"""Entries of kept gradients on a GPU that are copied at once: 128 MiB in float32."""
 
 
 def _is_far(delta: Delta, update: GradientUpdate) -> bool:
@@ -217,6 +226,7 @@ def _add_older(
     """Add gradients of earlier steps to their layers: most of them in one call."""
     together: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
     held: list[_Held] = []
+    near: list[tuple[GradientUpdate, Tensor]] = []
     for use, update in older:
         delta = deltas.refreshed(use, same_step=same_step)
         scale = update.scale * update.grad_scale
@@ -230,12 +240,27 @@ def _add_older(
             if buffered is not None:
                 buffered.note_kept(use.layer.name, delta.grad, scale)
             continue
-        w = use.x.to(working_dtype(use.x.dtype))
-        grad = delta.grad.to(w.dtype, copy=True)
-        RawGradients([0], whole_gradient(grad, w)).add_to([update])
+        near.append((update, delta.grad))
+    _add_near(near)
     _add_held(held, buffered)
     for scale, (outs, grads) in together.items():
         torch._foreach_add_(outs, grads, alpha=scale)
+
+
+def _add_near(members: Sequence[tuple[GradientUpdate, Tensor]]) -> None:
+    """Add kept gradients that a limit of rows may shorten: on a GPU layers of one shape together.
+
+    Args:
+        members: The updates, with the kept gradients (groups, n, d).
+    """
+    grads = {id(update): grad for update, grad in members}
+    for some in alike([update for update, _ in members]):
+        size = some[0].size.numel()
+        room = _ROOM_ON_GPU if reads_late(some[0].entries) else 0
+        for together in runs_that_fit(some, [size] * len(some), room):
+            w = stack_neurons(together)
+            stack = torch.cat([grads[id(update)] for update in together])
+            add_to_layers(together, whole_gradient(stack.to(w.dtype), w))
 
 
 class _Held(NamedTuple):
