@@ -13,6 +13,7 @@ from torch import nn
 from lightning_hsu import measures, projections
 from lightning_hsu.coefficients import Coefficient, Varying
 from lightning_hsu.measures import Measure
+from lightning_hsu.measures.defaults import COEFFICIENT
 
 PRESETS = (
     "mhe_0",
@@ -66,17 +67,23 @@ class Maker:
         imports = [_import(name, package), _import(self.name, self.package)]
         return _question(f"{self.name}({arguments})", imports)
 
-    def preset_line(self, preset: str) -> str:
-        """The question whether a preset was meant."""
+    def preset_line(self, preset: str, further: str = "") -> str:
+        """The question whether a preset was meant, which takes no ``further`` arguments."""
         call = f"sphere_uniformity({preset!r}){self.of_preset}"
-        return _question(call, [_import("sphere_uniformity", "lightning_hsu.presets")])
+        asked = _question(call, [_import("sphere_uniformity", "lightning_hsu.presets")])
+        return f"{asked} It has coefficients of its own, and no limits" if further else asked
 
-    def meant_by(self, given: object) -> str:
-        """The question what was meant by one argument in a wrong place; "" if nobody knows."""
+    def meant_by(self, given: object, further: str = "") -> str:
+        """The question what was meant by one argument in a wrong place; "" if nobody knows.
+
+        Args:
+            given: The argument.
+            further: What else was given and is meant as it is, as it stands in code.
+        """
         if isinstance(given, str):
-            return self._meant_by_text(given)
+            return self._meant_by_text(given, further)
         if isinstance(given, type) and issubclass(given, Measure):
-            return self.line(_instance(given))
+            return self.line(_instance(given) + further)
         if isinstance(given, type) and issubclass(given, Varying):
             return self.line(f"coefficient={_instance(given)}")
         if isinstance(given, Measure):
@@ -85,7 +92,7 @@ class Maker:
             return self.line(f"coefficient={_shown(given)}")
         return ""
 
-    def _meant_by_text(self, text: str) -> str:
+    def _meant_by_text(self, text: str, further: str) -> str:
         """The same for a number in quotes, or the name of a preset or of a measure."""
         number = _number(text)
         if number is not None:
@@ -96,9 +103,9 @@ class Maker:
         if not close:
             return ""
         if close[0] in PRESETS:
-            return self.preset_line(close[0])
+            return self.preset_line(close[0], further)
         kind, package = kinds[close[0]]
-        return self.line(_instance(kind), kind.__name__, package)
+        return self.line(_instance(kind) + further, kind.__name__, package)
 
 
 def check_places(maker: Maker, measure: object, coefficient: object) -> None:
@@ -116,7 +123,10 @@ def check_places(maker: Maker, measure: object, coefficient: object) -> None:
         return
     if isinstance(measure, Measure):
         return
-    meant = maker.meant_by(measure)
+    further = ""
+    if _is_coefficient(coefficient) and _shown(coefficient) != _shown(COEFFICIENT):
+        further = f", coefficient={_shown(coefficient)}"
+    meant = maker.meant_by(measure, further)
     if isinstance(coefficient, Measure) and _is_coefficient(measure):
         meant = maker.line(f"{coefficient!r}, {_shown(measure)}")
     _refuse("measure must be an instance such as RieszEnergy(s=2)", measure, meant)

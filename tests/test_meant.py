@@ -90,6 +90,13 @@ PLACES = [  # the arguments; the call that is meant, of the class that was calle
     ((), {"coefficient": "KoLeo"}, "{}(KoLeo())", FROM_MEASURES.format("KoLeo")),
     ((), {"coefficient": "0.3"}, "{}(coefficient=0.3)", ""),
     ((), {"coefficient": Share}, "{}(coefficient=Share())", ""),
+    ((RieszEnergy, 0.1), {}, "{}(RieszEnergy(), coefficient=0.1)", ""),
+    (
+        ("KoLeo",),
+        {"coefficient": 0.1},
+        "{}(KoLeo(), coefficient=0.1)",
+        FROM_MEASURES.format("KoLeo"),
+    ),
     ((None, RieszEnergy()), {}, "{}(" + RIESZ + ")", ""),
     ((0.3, RieszEnergy()), {}, "{}(" + RIESZ + ", 0.3)", ""),
 ]
@@ -145,6 +152,13 @@ def test_names_of_presets(called, place, name, preset):
     made = run(call, FROM_PRESETS)
     engine = getattr(made, "regularizer", made)
     assert engine.measure == sphere_uniformity(preset).regularizer.measure
+
+
+@pytest.mark.parametrize("called", CALLED)
+def test_a_coefficient_beside_the_name_of_a_preset_is_told_to_be_lost(called):
+    told = answer(called, "half_mhe_2", 0.1)
+    assert "did you mean sphere_uniformity('half_mhe_2')" in told
+    assert told.endswith("It has coefficients of its own, and no limits")
 
 
 def test_a_presets_engine_trains_a_loop():

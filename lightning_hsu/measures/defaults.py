@@ -8,6 +8,9 @@ from lightning_hsu.measures.riesz import RieszEnergy
 DEFAULT_MEASURE: Measure = RieszEnergy(s=2.0, half_space=True)
 """Half-space minimum hyperspherical energy with s = 2."""
 
+COEFFICIENT = 1.0
+"""How strong the penalty is."""
+
 SHARE_LIMIT = 0.1
 """Largest norm of a layer's penalty gradient over that of its task gradient."""
 
