@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 
+from lightning_hsu._checks import listed
 from lightning_hsu._monitor.measure import LayerUniformity
 
 _CLOSE = 0.005  # a ratio this close to 1 is written as 1.00, or one digit beside it
@@ -14,8 +16,35 @@ _SPREAD = (
 _FEWEST = 2  # measurements that make an epoch
 
 
+@dataclass
+class _Epoch:
+    """One layer in an epoch.
+
+    Attributes:
+        measurements: How often it was measured.
+        is_random: Whether it was as random each time.
+        least: Its least ratio.
+        largest: Its largest ratio.
+    """
+
+    measurements: int = 0
+    is_random: bool = True
+    least: float = math.inf
+    largest: float = -math.inf
+
+    def note(self, layer: LayerUniformity) -> None:
+        """Note a measurement."""
+        is_spread = layer.score >= _SPREAD  # False for a score of NaN
+        self.measurements += 1
+        self.is_random &= abs(layer.ratio - 1.0) <= _CLOSE and not is_spread
+        self.least = min(self.least, layer.ratio)
+        self.largest = max(self.largest, layer.ratio)
+
+
 class AsRandom:
-    """Looks at what is measured anyway, and tells once of an epoch in which nothing was to be done.
+    """Looks at what is measured anyway, and tells of layers for which there was nothing to be done.
+
+    That is told once of the first layers that were as random for an epoch, and once when all are.
 
     Attributes:
         is_crowded: Whether any layer was more redundant than random neurons when last measured.
@@ -32,11 +61,9 @@ class AsRandom:
 
     def __init__(self) -> None:
         self.is_crowded = False
-        self._is_told = False
-        self._measurements = 0
-        self._is_random = True
-        self._names: list[str] = []
-        self._ratios: list[float] = []  # the least and the largest of the epoch
+        self._has_told_some = False
+        self._has_told_all = False
+        self._layers: dict[str, _Epoch] = {}
 
     def note(self, measured: Sequence[LayerUniformity], penalised: Collection[str]) -> None:
         """Note a measurement.
@@ -45,43 +72,46 @@ class AsRandom:
             measured: The layers.
             penalised: Names of those with a penalty; the others do not count.
         """
-        ratios = []
-        names = []
-        is_random = True
+        self.is_crowded = False
         for layer in measured:
             if layer.name not in penalised or not math.isfinite(layer.ratio):
                 continue
-            names.append(layer.name)
-            ratios.append(layer.ratio)
-            is_spread = layer.score >= _SPREAD  # False for a score of NaN
-            is_random &= abs(layer.ratio - 1.0) <= _CLOSE and not is_spread
-        self.is_crowded = max(ratios, default=1.0) > 1.0 + _CLOSE
-        self._is_random &= is_random and bool(ratios)
-        self._measurements += 1
-        self._names = names
-        if ratios:
-            ratios += self._ratios
-            self._ratios = [min(ratios), max(ratios)]
+            self.is_crowded |= layer.ratio > 1.0 + _CLOSE
+            self._layers.setdefault(layer.name, _Epoch()).note(layer)
 
     def end_epoch(self) -> str | None:
-        """Begin a new epoch; return what to tell of the one that ends, once."""
-        is_random = self._is_random and self._measurements >= _FEWEST
-        text = None
-        if is_random and not self._is_told:
-            self._is_told = True
-            text = self._text()
-        self._measurements = 0
-        self._is_random = True
-        self._ratios = []
-        return text
+        """Begin a new epoch; return what is to be told of the one that ends."""
+        layers = self._layers
+        self._layers = {}
+        random = {}
+        for name, one in layers.items():
+            if one.is_random and one.measurements >= _FEWEST:
+                random[name] = one
+        are_all = len(random) == len(layers)
+        if not random or self._has_told_all or (self._has_told_some and not are_all):
+            return None
+        self._has_told_some = True
+        self._has_told_all = are_all
+        return _text(random, len(layers))
 
-    def _text(self) -> str:
-        """Say that the penalty has little to do."""
-        least, largest = self._ratios
-        layers = f"layer '{self._names[0]}' was"
-        if len(self._names) > 1:
-            layers = f"all {len(self._names):,} layers with a penalty were"
-        return (
-            f"in a whole epoch {layers} as random (ratios {least:.3f} to {largest:.3f} at "
-            f"{self._measurements:,} measurements): the penalty has little to do here"
-        )
+
+def _text(random: dict[str, _Epoch], count: int) -> str:
+    """Say that the penalty has little to do.
+
+    Args:
+        random: The layers that are as random, by name.
+        count: How many layers with a penalty there are.
+    """
+    least = min(one.least for one in random.values())
+    largest = max(one.largest for one in random.values())
+    measurements = max(one.measurements for one in random.values())
+    how = f"as random (ratios {least:.3f} to {largest:.3f} at {measurements:,} measurements)"
+    named = listed([f"'{name}'" for name in random])
+    if count == 1:
+        return f"in a whole epoch layer {named} was {how}: the penalty has little to do here"
+    if len(random) == count:
+        return f"in a whole epoch all {count:,} layers with a penalty were {how}: it has little to do here"
+    return (
+        f"in a whole epoch {len(random):,} of {count:,} layers with a penalty were {how}: it has little "
+        f"to do in {named}"
+    )
