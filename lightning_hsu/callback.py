@@ -32,7 +32,7 @@ from lightning_hsu._neurons.select import uninitialized
 from lightning_hsu._optimizers import AfterStep
 from lightning_hsu.coefficients import Strength, Strengths
 from lightning_hsu.measures import Measure
-from lightning_hsu.measures.defaults import SAMPLE_ABOVE, SHARE_LIMIT
+from lightning_hsu.measures.defaults import COEFFICIENT, SAMPLE_ABOVE, SHARE_LIMIT
 from lightning_hsu.regularizer import UniformityRegularizer
 
 Hook = TypeVar("Hook", bound=Callable[..., None])
@@ -215,7 +215,7 @@ class HypersphericalUniformity(_trainer.EveryCallback):
     def __init__(
         self,
         measure: Measure | None = None,
-        coefficient: Strengths = 1.0,
+        coefficient: Strengths = COEFFICIENT,
         *,
         apply: Literal["gradient", "loss", "decoupled"] = "gradient",
         include: str | list[str] | None = None,
@@ -272,7 +272,27 @@ class HypersphericalUniformity(_trainer.EveryCallback):
         found = self.regularizer.summary
         if found is None or self.apply != "loss":
             return found
-        return replace(found, limit=limit_text(self.regularizer.share_limit, in_loss=True))
+        regularizer = self.regularizer
+        limit = limit_text(regularizer.layers, regularizer.share_limit, in_loss=True)
+        return replace(found, limit=limit)
+
+    @property
+    def step_limit(self) -> float | None:
+        """The largest part of a neuron's norm by which a step moves it; it may be changed at any time."""
+        return self.regularizer.step_limit
+
+    @step_limit.setter
+    def step_limit(self, step_limit: float | None) -> None:
+        self.regularizer.step_limit = step_limit
+
+    @property
+    def share_limit(self) -> float | None:
+        """The largest share of the task's gradient in each layer; it may be changed at any time."""
+        return self.regularizer.share_limit
+
+    @share_limit.setter
+    def share_limit(self, share_limit: float | None) -> None:
+        self.regularizer.share_limit = share_limit
 
     @property
     def tolerance(self) -> float | None:

@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from lightning_hsu._checks import check_choice, check_count, check_number
 from lightning_hsu._core import bf16_products
 from lightning_hsu._core.backend import active as active_backend
+from lightning_hsu._core.limits import SAFE_SHARE
 from lightning_hsu._engine.attached import Attached, FirstOutputs
 from lightning_hsu._engine.buffered import GradientStats
 from lightning_hsu._engine.eager import eager, outside_inference_mode
@@ -41,7 +42,7 @@ from lightning_hsu._engine.reuse import check_tolerance
 from lightning_hsu._engine.state import TrainingState
 from lightning_hsu._engine.step import act_on_buckets, loss_terms, refuse_unknown_rates
 from lightning_hsu._engine.stored import Dropped
-from lightning_hsu._engine.strength import LOOKED_AT, Finding
+from lightning_hsu._engine.strength import Finding, looked_at
 from lightning_hsu._engine.warn import inform, warn
 from lightning_hsu._meant import Maker, check_places
 from lightning_hsu._monitor.measure import LayerUniformity, layers_at_zero, measure_layers
@@ -67,7 +68,12 @@ from lightning_hsu._optimizers import AfterOwnStep, AfterStep
 from lightning_hsu.coefficients import Coefficient, Strength
 from lightning_hsu.measures import Measure
 from lightning_hsu.measures.base import check_measure
-from lightning_hsu.measures.defaults import DEFAULT_MEASURE, SAMPLE_ABOVE, SHARE_LIMIT
+from lightning_hsu.measures.defaults import (
+    COEFFICIENT,
+    DEFAULT_MEASURE,
+    SAMPLE_ABOVE,
+    SHARE_LIMIT,
+)
 from lightning_hsu.measures.sampled import measure_of_layer
 
 NOTHING_TRAINS = (
@@ -177,7 +183,7 @@ class UniformityRegularizer:
     def __init__(
         self,
         measure: Measure | None = None,
-        coefficient: Strength | Mapping[str, Strength] = 1.0,
+        coefficient: Strength | Mapping[str, Strength] = COEFFICIENT,
         *,
         include: Patterns = None,
         exclude: Patterns = None,
@@ -198,9 +204,6 @@ class UniformityRegularizer:
         check_tolerance(tolerance)
         if sample_above is not None:
             check_count("sample_above", sample_above)
-        for name, limit in (("step_limit", step_limit), ("share_limit", share_limit)):
-            if limit is not None:
-                check_number(name, limit, "> 0, or None for no limit", lambda limit: limit > 0)
         self.measure = DEFAULT_MEASURE if measure is None else measure
         check_measure(self.measure)
         self.coefficient = Coefficient(coefficient)
@@ -220,6 +223,7 @@ class UniformityRegularizer:
         self.sample_above = sample_above
         self.share_work = share_work
         self.state = TrainingState(tolerance)
+        self._looked_at = looked_at(every_n_steps)
         self._attached: Attached | None = None
         self._watch: RemovableHandle | None = None
         self._may_watch = False
@@ -227,6 +231,24 @@ class UniformityRegularizer:
         self._saw_outputs = False
         self.checks_order = True  # and hooks, in an own loop; Lightning's callback has its own
         self.measures_next = False  # whether the layers are measured after the step under way
+
+    @property
+    def step_limit(self) -> float | None:
+        """The largest part of a neuron's norm by which a step moves it; it may be changed at any time."""
+        return self._step_limit
+
+    @step_limit.setter
+    def step_limit(self, step_limit: float | None) -> None:
+        self._step_limit = _check_limit("step_limit", step_limit)
+
+    @property
+    def share_limit(self) -> float | None:
+        """The largest share of the task's gradient in each layer; it may be changed at any time."""
+        return self._share_limit
+
+    @share_limit.setter
+    def share_limit(self, share_limit: float | None) -> None:
+        self._share_limit = _check_limit("share_limit", share_limit)
 
     @property
     def tolerance(self) -> float | None:
@@ -265,7 +287,7 @@ class UniformityRegularizer:
                 attached.coverage,
                 self.every_n_steps,
                 self.tolerance,
-                limit_text(self.share_limit),
+                limit_text(attached.layers, self.share_limit),
             )
 
     @property
@@ -785,8 +807,10 @@ class UniformityRegularizer:
         }
 
     def limits_shares(self, layers: Iterable[Layer]) -> bool:
-        """Whether the task's gradient limits the penalty's in each of some layers."""
-        return self.share_limit is not None or all(layer.has_share for layer in layers)
+        """Whether the task's gradient limits the penalty's in each of some layers, and enough."""
+        if self.share_limit is not None and self.share_limit <= SAFE_SHARE:
+            return True
+        return all(layer.has_share for layer in layers)
 
     def unreached(self) -> list[str]:
         """Names of layers, except frozen ones, that have a coefficient but no gradient so far."""
@@ -925,7 +949,7 @@ class UniformityRegularizer:
             self._tell(strength.settle())
         if self.state.now.zeros:
             self._tell_zeros(self.limits_shares(self.state.now.zeros))
-        if not same_step and (id(optimizer) not in strength.quiet or step in LOOKED_AT):
+        if not same_step and (id(optimizer) not in strength.quiet or step in self._looked_at):
             stats = True
         found: dict[str, GradientStats] = {}
         if step % self.every_n_steps:
@@ -954,7 +978,10 @@ class UniformityRegularizer:
         counter.count(optimizer, index, same_step=same_step)
         if found and not same_step:
             known = self.state.now.coefficients
-            self._tell(strength.see(optimizer, step, found, self.layers, known, compares=not moves))
+            findings = strength.see(
+                optimizer, step, found, self.layers, known, self.share_limit, compares=not moves
+            )
+            self._tell(findings)
         return found if asked else {}
 
     @property
@@ -1034,7 +1061,7 @@ class UniformityRegularizer:
     def _tell(self, findings: Sequence[Finding]) -> None:
         """Tell what the looks have shown; what is no alarm is left to a Trainer's callback."""
         for one in findings:
-            if one.kind == "strong" or (one.kind == "weak" and self.checks_order):
+            if one.is_alarm or (one.kind == "weak" and self.checks_order):
                 warn(one.text)
             elif self.checks_order:
                 inform(one.text)
@@ -1170,6 +1197,13 @@ class UniformityRegularizer:
         if self._attached is None:
             raise RuntimeError("the regularizer has no model yet: call attach(model) first")
         return self._attached
+
+
+def _check_limit(name: str, limit: float | None) -> float | None:
+    """Refuse a limit that is no positive number."""
+    if limit is not None:
+        check_number(name, limit, "> 0, or None for no limit", lambda limit: limit > 0)
+    return limit
 
 
 def _after_step(owner: weakref.ref[UniformityRegularizer], hook: AfterStep) -> bool:

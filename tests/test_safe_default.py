@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
-from lightning_hsu import HypersphericalUniformity, UniformityRegularizer
+from lightning_hsu import HypersphericalUniformity, Share, UniformityRegularizer
 
 WITHIN = 1.02  # of the loss without the penalty
 DEFAULT = inspect.signature(UniformityRegularizer).parameters["coefficient"].default
@@ -417,11 +417,12 @@ def test_a_constant_loss_moves_nothing(kind, how):
 
 
 @pytest.mark.parametrize("how", WAYS)
-def test_where_a_task_ends_its_weights_stay(how):
+@pytest.mark.parametrize("strength", [1.0, Share(0.1)], ids=str)
+def test_where_a_task_ends_its_weights_stay(how, strength):
     """A loss that is constant from some step on, as of a hinge that is met."""
     torch.manual_seed(0)
     model = plain()
-    regularizer = UniformityRegularizer(coefficient=1.0).attach(model)
+    regularizer = UniformityRegularizer(coefficient=strength).attach(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     seen = []
     for step, (images, labels) in enumerate(batches(Case(plain, steps=20), 0)):

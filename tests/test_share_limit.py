@@ -4,6 +4,7 @@ The plain loop is tests/plain.py's, which knows nothing of the engine.
 """
 
 import copy
+import math
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -15,7 +16,7 @@ from torch import nn
 from torch.nn.utils.parametrizations import orthogonal, weight_norm
 from torch.optim import SGD, AdamW
 
-from lightning_hsu import Share, UniformityRegularizer
+from lightning_hsu import HypersphericalUniformity, Share, UniformityRegularizer
 from lightning_hsu._engine import strength
 from lightning_hsu.measures import Covering, Orthogonality, SlicedWasserstein
 from tests import SHARE_LIMIT, models, plain, ranks, sharding
@@ -552,7 +553,7 @@ class Quiet:
 @pytest.mark.parametrize("on_gpu", [False, True])
 def test_statistics_change_no_bit(optimizer, tolerance, mode, on_gpu, monkeypatch):
     settings = {"coefficient": 3.0, "tolerance": tolerance}
-    monkeypatch.setattr("lightning_hsu.regularizer.LOOKED_AT", ())
+    monkeypatch.setattr("lightning_hsu.regularizer.looked_at", lambda every_n_steps: ())
     monkeypatch.setattr(strength.StrengthWatch, "quiet", Quiet(), raising=False)
     ends = []
     for stats in (False, True):
@@ -588,6 +589,47 @@ def test_kept_gradients_are_held_on_a_gpu_without_waiting(dtype, optimizer, mode
     if mode == "gradient":  # a move waits once for how far all layers have moved
         assert waited == []
     assert max_difference(on_gpu, net) < (1e-6 if dtype == torch.float32 else 1e-2)
+
+
+def test_limits_may_be_changed_in_a_training_and_are_checked_then():
+    net = dense()
+    optimizer = SGD(net.parameters(), lr=0.1)
+    callback = HypersphericalUniformity(coefficient=3.0, head=None, share_limit=0.1)
+    engine = callback.regularizer.attach(net, watch=False)
+    shares = []
+    for limit in (0.1, None, 0.02):
+        callback.share_limit = limit
+        assert engine.share_limit == limit
+        give_gradients(net)
+        found = engine.add_gradients(optimizer, stats=True)
+        shares.append(float(found["0"].share))
+    assert shares[0] == pytest.approx(0.1)
+    assert shares[1] > 0.2
+    assert shares[2] == pytest.approx(0.02)
+    for bad in (0, -1, math.nan, True, "0.1"):
+        with pytest.raises(ValueError, match="share_limit must be > 0, or None"):
+            callback.share_limit = bad
+        with pytest.raises(ValueError, match="step_limit must be > 0, or None"):
+            engine.step_limit = bad
+    assert (callback.share_limit, callback.step_limit) == (0.02, 1.0)
+
+
+@pytest.mark.parametrize("limit", [1e38, 1e300])
+def test_a_limit_beyond_all_numbers_of_the_dtype_limits_nothing(limit):
+    """Where the task has no gradient nothing is added all the same."""
+    net = dense(torch.float32)
+    engine = UniformityRegularizer(coefficient=3.0, head=None, share_limit=limit)
+    engine.attach(net, watch=False)
+    give_gradients(net)
+    for p in weights_of(net, "3"):
+        p.grad.zero_()
+    before = {name: p.grad.clone() for name, p in net.named_parameters()}
+    engine.add_gradients(SGD(net.parameters(), lr=0.1))
+    for name, p in net.named_parameters():
+        assert p.grad.isfinite().all()
+        if name.startswith("3"):
+            assert torch.equal(p.grad, before[name])
+    assert (net[0].weight.grad - before["0.weight"]).any()
 
 
 # Checkpoints, and ranks

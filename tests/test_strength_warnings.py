@@ -1,6 +1,7 @@
 """A penalty that is too strong, does nothing or is held for long is told once, with the numbers."""
 
 import logging
+import math
 import re
 import warnings
 
@@ -99,7 +100,8 @@ def test_a_penalty_above_the_task_is_told_once_after_the_first_steps(caplog, lim
     )
     assert "on 10 steps in a row" in text
     assert "in layer '0' (3.0 times)" in text
-    assert "share_limit below 1" in text
+    assert "Set share_limit=0.1, which holds the penalty's gradient to 10% of the task's" in text
+    assert "a smaller coefficient may not be enough" in text
     assert logged == []
 
 
@@ -125,13 +127,15 @@ def test_a_penalty_below_the_task_or_not_to_be_compared_is_no_matter(caplog, tim
     assert Loop(**settings).run(caplog, of_first(coefficient)) == ([], [])
 
 
-def test_a_share_of_all_the_task_and_a_limit_of_it_are_no_matter(caplog):
+def test_a_share_of_all_the_task_is_no_matter_but_a_limit_of_it_is(caplog):
     loop = Loop()
     assert loop.run(caplog, of_first(Share(1.0))) == ([], [])
     regularizer = of_first(3.0 / loop.share(), share_limit=1.0)
     texts, logged = loop.run(caplog, regularizer)
-    assert texts == []
-    assert len(logged) == 1  # it is held there
+    assert logged == []
+    (text,) = texts  # a limit that large may keep a task from being learnt
+    assert "it held its gradient to 1 of the task's, '0' (1, 8, 6). That may be too much" in text
+    assert "set share_limit=0.1" in text
 
 
 # The step limit.
@@ -187,7 +191,8 @@ def test_a_share_limit_that_decides_is_told_once_and_is_no_alarm(caplog):
     assert texts == []
     assert text.startswith(f"with coefficient {coefficient:g} the share limit has decided")
     assert "on 10 steps in a row" in text
-    assert "it held 1 of 1 layers to 0.1 of the task's gradient, '0' (1, 8, 6)." in text
+    assert "in 1 of 1 layers" in text
+    assert "it held its gradient to 0.1 of the task's, '0' (1, 8, 6). That is safe" in text
     assert "take a smaller one" in text
 
 
@@ -195,8 +200,7 @@ def test_a_share_limit_that_decides_is_told_once_and_is_no_alarm(caplog):
     ("coefficient", "steps"),
     [
         ({"0": 0.09}, LATER),  # within the limit
-        ({"0": 0.09, "2": 3.0}, LATER),  # of 11 neurons 3 are held
-        ({"0": 3.0, "2": 0.09}, 109),
+        ({"0": 3.0, "2": 0.09}, 109),  # not for long
     ],
 )
 def test_a_share_limit_that_does_not_decide_is_not_told(caplog, coefficient, steps):
@@ -205,12 +209,28 @@ def test_a_share_limit_that_does_not_decide_is_not_told(caplog, coefficient, ste
     assert Loop().run(caplog, regularizer, steps) == ([], [])
 
 
-def test_a_limit_that_decides_in_most_neurons_is_told_where_they_move(caplog):
-    given = {"0": 3.0 / Loop().share("0"), "2": 0.01 / Loop().share("2")}
+@pytest.mark.parametrize("moves", [False, True])
+def test_a_limit_that_decides_in_one_small_layer_names_it(caplog, moves):
+    given = {"0": 0.01 / Loop().share("0"), "2": 3.0 / Loop().share("2")}
     regularizer = of_first(given, include=None, share_limit=0.1)
-    texts, (text,) = Loop(moves=True).run(caplog, regularizer)
+    texts, (text,) = Loop(moves=moves).run(caplog, regularizer)
     assert texts == []
-    assert "it held 1 of 2 layers to its share of the task's gradient, '0' (1, 8, 6)." in text
+    assert "in 1 of 2 layers" in text
+    assert "it held its gradient to 0.1 of the task's, '2' (1, 3, 8). That is safe" in text
+
+
+@pytest.mark.parametrize("every", [1, 3, 7])
+def test_a_limit_that_decides_is_told_of_however_often_the_penalty_is_applied(caplog, every):
+    loop = Loop()
+    regularizer = of_first(3.0 / loop.share(), share_limit=0.1, every_n_steps=every)
+    texts, (_,) = loop.run(caplog, regularizer, 100 + 12 * every)
+    assert texts == []
+
+
+@pytest.mark.parametrize("factor", [0.0, math.nan])
+def test_where_the_task_has_no_gradient_no_limit_is_told_to_decide(caplog, factor):
+    regularizer = of_first(1e-3, share_limit=0.1)
+    assert Loop(factor=lambda step: factor).run(caplog, regularizer, 160, asks=True) == ([], [])
 
 
 def test_only_the_first_rank_logs(caplog, monkeypatch):
@@ -231,6 +251,15 @@ def test_a_penalty_that_does_nothing_is_told_once(caplog):
     assert "at most 5.0e-05 in layer '0' (1, 8, 6)" in text
     assert f"a coefficient of about {1e3 * coefficient:.1g} would make it 5%" in text
     assert logged == []
+
+
+def test_a_layer_that_is_held_does_not_hide_that_the_penalty_does_nothing_elsewhere(caplog):
+    loop = Loop()
+    given = {"0": 5e-5 / loop.share("0"), "2": 3.0 / loop.share("2")}
+    regularizer = of_first(given, include=None, share_limit=0.1)
+    (text,), logged = loop.run(caplog, regularizer, 160, asks=True)
+    assert "in each of 1 layers, at most 5.0e-05 in layer '0' (1, 8, 6)" in text
+    assert len(logged) == 1
 
 
 def test_the_layer_with_the_largest_share_is_named(caplog):
@@ -289,10 +318,13 @@ def test_a_layer_that_starts_at_zero_is_told_once(caplog):
     texts, (text,) = loop.run(caplog, limited, 3)
     assert texts == []
     assert text.startswith("layer '2' (3 x 8) starts at zero and has no directions until the task")
-    assert "the share limit keeps the penalty from deciding them" in text
+    assert "the limit by the task's gradient keeps the penalty from deciding them" in text
     assert "exclude=" in text
     (text,), logged = loop.run(caplog, UniformityRegularizer(coefficient=1e-3), 3)
-    assert "which then learns nothing. Set share_limit" in text
+    assert "which then learns nothing. Set share_limit=0.1" in text
+    assert logged == []
+    (text,), logged = loop.run(caplog, UniformityRegularizer(coefficient=1e-3, share_limit=1.0), 3)
+    assert "which then learns nothing. Set share_limit=0.1" in text
     assert logged == []
     assert loop.run(caplog, UniformityRegularizer(coefficient=Share(0.05)), 3)[0] == []
 
@@ -353,7 +385,7 @@ def test_a_fit_tells_once_that_the_share_limit_decides(monkeypatch, apply):
     settings = {"max_epochs": 17, "count": 2}
     for texts, told in fits(monkeypatch, callback, still(flat()), **settings):
         assert texts == []
-        (text,) = told
+        (text,) = [text for text in told if "the share limit" in text]
         assert text.startswith("Hyperspherical uniformity: with coefficient 10000 the share limit")
         assert "2 of 2 layers" in text
     callback.verbose = False
@@ -438,6 +470,23 @@ def test_every_measurement_of_an_epoch_counts(ratios, is_told):
         epoch.note([measured("a", 1.0), measured("b", float("nan"))], ["a", "b"])
     assert (epoch.end_epoch() is not None) != is_told  # an epoch later, and once
     assert epoch.end_epoch() is None
+
+
+def test_layers_that_are_as_random_are_named_and_all_of_them_are_told_of_again():
+    epoch = AsRandom()
+    texts = []
+    for crowded in (1.2, 1.2, 1.0, 1.0):
+        for _ in range(2):
+            layers = [measured("a", 1.001), measured("b", crowded), measured("c", 0.999)]
+            epoch.note(layers, ["a", "b", "c"])
+        texts.append(epoch.end_epoch())
+    some, again, every, last = texts
+    assert some == (
+        "in a whole epoch 2 of 3 layers with a penalty were as random (ratios 0.999 to 1.001 at 2 "
+        "measurements): it has little to do in 'a', 'c'"
+    )
+    assert every.startswith("in a whole epoch all 3 layers with a penalty were as random")
+    assert (again, last) == (None, None)
 
 
 def test_neurons_that_were_spread_are_not_as_random():

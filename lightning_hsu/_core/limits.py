@@ -8,6 +8,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+SAFE_SHARE = 0.3
+"""Largest share limit that has let tasks be learnt; with 1 the penalty may still decide instead."""
+
+ANY_SHARE = torch.finfo(torch.float32).max
+"""A share that holds nothing, but where there is no task's gradient at all."""
+
 
 class Allowance(NamedTuple):
     """What the task's gradient of a layer may limit.
@@ -54,4 +60,5 @@ def share_factors(totals: Tensor, tasks: Tensor, share: float) -> Tensor:
         tasks: Norms (k,) of the task's; where one is 0 or not finite the factor is 0.
         share: Largest ratio of the two.
     """
-    return (tasks / totals).nan_to_num_(0.0, 0.0, 0.0).mul_(share).clamp_max_(1.0)
+    ratios = (tasks / totals).nan_to_num_(0.0, 0.0, 0.0)
+    return ratios.mul_(min(share, ANY_SHARE)).clamp_max_(1.0)

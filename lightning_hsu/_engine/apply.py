@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_hsu._core.foreach import SMALL, shortening
-from lightning_hsu._core.limits import Allowance, held_factors
+from lightning_hsu._core.limits import ANY_SHARE, Allowance, held_factors
 from lightning_hsu._core.updates import along_the_sphere
 from lightning_hsu._engine.buffered import GradientStats, strong_neurons
 from lightning_hsu._engine.delta import Use, use_of
@@ -81,14 +81,19 @@ class LayerUpdate:
         return use_of(self.layer, self.view.x.detach())
 
     def allowance(self, context: StepContext) -> Allowance | None:
-        """What the task's gradient limits here; None if nothing. A share is a limit of its own."""
+        """What the task's gradient limits here; None if nothing.
+
+        A share is a limit of its own; but where the task has no gradient nothing is added.
+        """
         gain = largest_gain(self.layer.parameters, self.learning_rates)
         rescaled = self.learning_rates.rescaled
         is_rescaled = any(id(p) in rescaled for p in self.layer.parameters)
         found = allowance_of(gain, is_rescaled, context)
         if found is None or not self.layer.has_share:
             return found
-        return found._replace(share=None) if found.counts_in_task else None
+        if found.share is not None:
+            return found._replace(share=ANY_SHARE)
+        return found
 
     def gain(self, context: StepContext) -> float:
         """What the optimizer makes of a steady gradient, unless the neurons move past it."""

@@ -320,9 +320,7 @@ def _note_tasks(limited: Sequence[tuple[GradientUpdate, Allowance]]) -> None:
         return
     norms = norms_of([update.out_entries for update, _ in limited])
     if any(allowance.is_unit for _, allowance in limited):
-        signs = torch._foreach_sign(norms)
-        # Of an infinite norm that is 0, too.
-        ones = torch._foreach_mul(signs, torch._foreach_sign(torch._foreach_reciprocal(norms)))
+        ones = _are_positive_and_finite(norms)
     for place, (update, allowance) in enumerate(limited):
         norm = norms[place]
         if allowance.is_unit:
@@ -330,6 +328,13 @@ def _note_tasks(limited: Sequence[tuple[GradientUpdate, Allowance]]) -> None:
         if allowance.counts_in_task and update.limit is None:
             allowance = allowance._replace(counts_in_task=False)
         update.task = TaskLimit(norm, allowance)
+
+
+def _are_positive_and_finite(numbers: list[Tensor]) -> Sequence[Tensor]:
+    """1 for each number > 0 that is finite, 0 for 0 and inf, NaN for NaN, in few calls."""
+    signs = torch._foreach_sign(numbers)
+    of_inverses = torch._foreach_sign(torch._foreach_reciprocal(numbers))
+    return torch._foreach_mul(signs, of_inverses)
 
 
 def norms_of(tensors: Sequence[Tensor]) -> list[Tensor]:

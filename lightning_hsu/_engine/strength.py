@@ -19,13 +19,15 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_hsu._checks import listed
+from lightning_hsu._core.limits import SAFE_SHARE
 from lightning_hsu._engine.buffered import STRONG, GradientStats, LateStats
 from lightning_hsu._engine.layer import Layer
 from lightning_hsu._neurons.placement import Placement
+from lightning_hsu.measures.defaults import SHARE_LIMIT
 
 STRONG_IN_A_ROW = 10
 LIMITED_IN_A_ROW = 5  # with SGD of momentum 0.9 a training is over after ten
-LOOKED_AT = frozenset({100, 1_000, 10_000, 100_000, 1_000_000})  # a schedule may have grown
+LOOKED_AT = (100, 1_000, 10_000, 100_000, 1_000_000)  # a schedule may have grown
 WARMED_UP = 100
 """Steps after which what lasts is no matter of the start: a small initial scale, or a warm-up."""
 
@@ -36,10 +38,15 @@ _LARGER = 1.001  # share from which the penalty's gradient is the larger one: mo
 _WEAK = 1e-4  # share below which a penalty does next to nothing
 _USUAL = 0.05  # a share that does something
 
-_WAY_OUT = (
-    "Take a smaller coefficient, or coefficient=Share(0.05), which keeps the penalty's gradient at "
-    "5 % of the task's."
-)
+
+def looked_at(every_n_steps: int) -> frozenset[int]:
+    """The steps that are looked at in any case, if the penalty is applied on every n-th step.
+
+    Example:
+        >>> sorted(looked_at(3))[:3]
+        [102, 1002, 10002]
+    """
+    return frozenset(-(-step // every_n_steps) * every_n_steps for step in LOOKED_AT)
 
 
 class Finding(NamedTuple):
@@ -47,12 +54,18 @@ class Finding(NamedTuple):
 
     Args:
         kind: "strong": the penalty is too strong. "held": it is held to a share of the task, as
-            ``share_limit`` says, which is safe. "weak": it does next to nothing.
+            ``share_limit`` says, which is safe; "loose": as it says, too, but that is too much to be
+            safe. "weak": it does next to nothing.
         text: What to say.
     """
 
-    kind: Literal["strong", "held", "weak"]
+    kind: Literal["strong", "held", "loose", "weak"]
     text: str
+
+    @property
+    def is_alarm(self) -> bool:
+        """Whether the penalty may keep the task from being learnt."""
+        return self.kind in ("strong", "loose")
 
 
 @dataclass(frozen=True)
@@ -133,8 +146,8 @@ class Looks:
         self._left = 0  # looks until a row of them ends
         self._last = 0  # the step of the last look
         self._limited = 0  # looks in a row at which most neurons were limited
-        self._held = 0  # and at which most were within the share limit
-        self._weak = 0  # and at which the penalty did next to nothing
+        self._weak_looks = 0  # and at which the penalty did next to nothing
+        self._held: dict[str, int] = {}  # and at which the share limit held a layer, by layer
         self._strong: dict[str, _Run] = {}  # far above the task, by layer
         self._larger: dict[str, _Run] = {}  # above the task, after the first steps
         self._penalties: dict[str, float] = {}  # the largest norms of the penalty's gradients
@@ -144,37 +157,49 @@ class Looks:
         return self.looks or step - self._last >= _EVERY
 
     def see(
-        self, step: int, layers: Sequence[Seen], *, compares: bool, is_fixed: bool
+        self,
+        step: int,
+        layers: Sequence[Seen],
+        share_limit: float | None,
+        *,
+        compares: bool,
+        is_fixed: bool,
     ) -> list[Finding]:
         """Look at a step; return what to tell, each kind once.
 
         Args:
             step: Steps that the optimizer has done before.
             layers: The layers that the step changed, but for those with a share.
+            share_limit: The share limit.
             compares: Whether shares count. They do not where the penalty moves the weights past the
                 optimizer, which may scale the task's gradient, and not the penalty's.
             is_fixed: Whether all coefficients are numbers, so that a small one is not meant for the
                 moment.
         """
         is_late = step >= WARMED_UP
-        neurons = limited = held = 0
+        neurons = limited = 0
+        held = []
         for one in layers:
             neurons += one.neurons
             limited += one.limited
-            if one.held:
-                held += one.neurons
-        is_weak = self._is_weak(layers) and is_late and compares and is_fixed
+            looks = _in_a_row(self._held.get(one.name, 0), is_late and _is_held(one))
+            self._held[one.name] = looks
+            if looks >= STRONG_IN_A_ROW:
+                held.append(one)
+        weak = self._weak(layers)
         self._limited = _in_a_row(self._limited, 2 * limited > neurons)
-        self._held = _in_a_row(self._held, is_late and 2 * held > neurons)
-        self._weak = _in_a_row(self._weak, is_weak)
+        self._weak_looks = _in_a_row(
+            self._weak_looks, bool(weak) and is_late and compares and is_fixed
+        )
         found = []
-        text = self._too_strong(layers, compares=compares, is_late=is_late)
+        text = self._too_strong(layers, share_limit, compares=compares, is_late=is_late)
         if text is not None:
             found.append(Finding("strong", text))
-        if self._held >= STRONG_IN_A_ROW:
-            found.append(Finding("held", _held_text(layers, compares=compares)))
-        if self._weak >= STRONG_IN_A_ROW:
-            found.append(Finding("weak", _weak_warning(layers)))
+        if held and share_limit is not None:
+            text = _held_text(held, len(layers), share_limit)
+            found.append(Finding("held" if share_limit <= SAFE_SHARE else "loose", text))
+        if self._weak_looks >= STRONG_IN_A_ROW:
+            found.append(Finding("weak", _weak_warning(weak)))
         new = [one for one in found if one.kind not in self._told]
         for finding in new:
             self._told.add(finding.kind)
@@ -182,35 +207,44 @@ class Looks:
         self._plan_next()
         return new
 
-    def _too_strong(self, layers: Sequence[Seen], *, compares: bool, is_late: bool) -> str | None:
+    def _too_strong(
+        self,
+        layers: Sequence[Seen],
+        share_limit: float | None,
+        *,
+        compares: bool,
+        is_late: bool,
+    ) -> str | None:
         """Say that the penalty is too strong, if that has lasted."""
         # At a small initial scale it is strong for a few steps, and may well help.
         strong = _lasting(self._strong, layers, _is_strong if compares else _never)
         larger = _lasting(self._larger, layers, _is_larger if compares and is_late else _never)
         if strong:
-            return _strong_warning(strong)
-        if self._limited >= LIMITED_IN_A_ROW:
-            return _limited_warning(layers)
-        if larger:
-            return _larger_warning(larger)
-        return None
+            text = _strong_warning(strong)
+        elif self._limited >= LIMITED_IN_A_ROW:
+            text = _limited_warning(layers)
+        elif larger:
+            text = _larger_warning(larger)
+        else:
+            return None
+        return f"{text}. {_way_out(share_limit)}"
 
-    def _is_weak(self, layers: Sequence[Seen]) -> bool:
-        """Whether the penalty does next to nothing in every layer, and did no more before.
+    def _weak(self, layers: Sequence[Seen]) -> list[Seen]:
+        """The layers that count, if the penalty does next to nothing in all, and did no more before.
 
-        Its gradient vanishes as well where it has done its work.
+        Its gradient vanishes as well where it has done its work. Layers that are held do not count,
+        since their coefficient would allow more, nor do those without a task's gradient.
         """
+        counting = [one for one in layers if not one.held and math.isfinite(one.share)]
         is_weak = True
         largest_share = 0.0
-        for one in layers:
+        for one in counting:
             penalty = one.share * one.task
-            if not math.isfinite(penalty):
-                return False
             largest = max(penalty, self._penalties.get(one.name, 0.0))
             self._penalties[one.name] = largest
             is_weak &= one.share < _WEAK and penalty >= _VANISHED * largest
             largest_share = max(largest_share, one.share)
-        return is_weak and largest_share > 0
+        return counting if is_weak and largest_share > 0 else []
 
     def _plan_next(self) -> None:
         """Decide whether to look at the next step, for at most ten steps in a row."""
@@ -219,13 +253,14 @@ class Looks:
         for run in runs:
             is_suspicious |= run.steps > 0
         is_suspicious &= "strong" not in self._told
-        is_suspicious |= self._held > 0 and "held" not in self._told
-        is_suspicious |= self._weak > 0 and "weak" not in self._told
+        is_suspicious |= any(self._held.values()) and self._told.isdisjoint(("held", "loose"))
+        is_suspicious |= self._weak_looks > 0 and "weak" not in self._told
         self._left = self._left - 1 if self._left else STRONG_IN_A_ROW - 1
         self.looks = is_suspicious and self._left > 0
         if not self.looks:
             self._left = 0
-            self._limited = self._held = self._weak = 0
+            self._limited = self._weak_looks = 0
+            self._held.clear()
             for run in runs:
                 run.steps = 0
 
@@ -247,6 +282,11 @@ def _is_strong(seen: Seen) -> bool:
 def _is_larger(seen: Seen) -> bool:
     """Whether the penalty's gradient is larger than the task's."""
     return math.isfinite(seen.share) and seen.share > _LARGER
+
+
+def _is_held(seen: Seen) -> bool:
+    """Whether the share limit held a layer; where the task's gradient is 0 nothing is told of it."""
+    return seen.held and math.isfinite(seen.share)
 
 
 def _never(seen: Seen) -> bool:
@@ -279,6 +319,7 @@ class _Look(NamedTuple):
         numbers: What the step did; None if no layer counts.
         layers: The layers that count.
         coefficients: Their coefficients.
+        share_limit: The share limit.
         compares: Whether shares count.
         is_fixed: Whether all coefficients are numbers.
     """
@@ -289,6 +330,7 @@ class _Look(NamedTuple):
     numbers: LateStats | None
     layers: list[Layer]
     coefficients: dict[str, float]
+    share_limit: float | None
     compares: bool
     is_fixed: bool
 
@@ -318,6 +360,7 @@ class StrengthWatch:
         stats: Mapping[str, GradientStats],
         layers: Sequence[Layer],
         coefficients: Mapping[str, Tensor | float],
+        share_limit: float | None,
         *,
         compares: bool,
     ) -> list[Finding]:
@@ -329,6 +372,7 @@ class StrengthWatch:
             stats: What the step did, by layer.
             layers: All layers.
             coefficients: Coefficients that change over time, by layer.
+            share_limit: The share limit.
             compares: Whether shares count.
         """
         watch = self._watch_of(optimizer)
@@ -339,7 +383,8 @@ class StrengthWatch:
         numbers = LateStats({layer.name: stats[layer.name] for layer in chosen}) if chosen else None
         known = {layer.name: _number(layer, coefficients) for layer in chosen}
         is_fixed = all(isinstance(layer.strength, float) for layer in changed)
-        self.look = _Look(id(optimizer), watch, step, numbers, chosen, known, compares, is_fixed)
+        limits = share_limit, compares, is_fixed
+        self.look = _Look(id(optimizer), watch, step, numbers, chosen, known, *limits)
         if numbers is None or numbers.is_there:
             return self.settle()
         return []
@@ -366,7 +411,9 @@ class StrengthWatch:
                 one.held,
             )
             seen.append(found)
-        findings = look.watch.see(look.step, seen, compares=look.compares, is_fixed=look.is_fixed)
+        findings = look.watch.see(
+            look.step, seen, look.share_limit, compares=look.compares, is_fixed=look.is_fixed
+        )
         if any(layer.sharded for layer in look.layers):
             # Stats are collective calls then, and two ranks may differ by a rounding.
             look.watch.looks = bool(self._placement.agree(["looks"] if look.watch.looks else []))
@@ -402,15 +449,27 @@ def _limited_warning(layers: Sequence[Seen]) -> str:
             named.append(f"'{one.name}' ({one.limited:,} of {one.neurons:,} neurons)")
     return (
         f"the penalty is too strong with {_coefficients(limited)}: on {LIMITED_IN_A_ROW} steps in a "
-        f"row the step limit shortened most of it, in layer {listed(named)}. {_WAY_OUT}"
+        f"row the step limit shortened most of it, in layer {listed(named)}"
     )
+
+
+def _way_out(share_limit: float | None) -> str:
+    """What to do about a penalty that is too strong."""
+    by_itself = "coefficient=Share(0.05), which keeps the penalty's gradient at 5 % of the task's"
+    if share_limit is None or share_limit > SAFE_SHARE:
+        return (
+            f"Set share_limit={SHARE_LIMIT:g}, which holds the penalty's gradient to "
+            f"{SHARE_LIMIT:.0%} of the task's in each layer, or {by_itself}; a smaller coefficient "
+            "may not be enough"
+        )
+    return f"Take a smaller coefficient, or {by_itself}"
 
 
 def _strong_warning(layers: Sequence[Seen]) -> str:
     """Say that the penalty's gradient drowns the task's."""
     return (
         f"the penalty is too strong with {_coefficients(layers)}: on {STRONG_IN_A_ROW} steps in a row its "
-        f"gradient was more than {STRONG:g} times the task's, in layer {_times(layers, 0)}. {_WAY_OUT}"
+        f"gradient was more than {STRONG:g} times the task's, in layer {_times(layers, 0)}"
     )
 
 
@@ -419,31 +478,34 @@ def _larger_warning(layers: Sequence[Seen]) -> str:
     return (
         f"the penalty is stronger than the task with {_coefficients(layers)}: on {STRONG_IN_A_ROW} "
         f"steps in a row, after more than {WARMED_UP}, its gradient was larger than the task's, in "
-        f"layer {_times(layers, 1)}. {_WAY_OUT} A share_limit below 1 holds it below the task's, too."
+        f"layer {_times(layers, 1)}"
     )
 
 
-def _held_text(layers: Sequence[Seen], *, compares: bool) -> str:
-    """Say that the share limit decides how strong the penalty is, which is safe.
+def _held_text(held: Sequence[Seen], count: int, share_limit: float) -> str:
+    """Say that the share limit decides how strong the penalty is, and whether that is safe.
 
     Args:
-        layers: The layers.
-        compares: Whether shares count.
+        held: The layers that it holds.
+        count: How many layers there are.
+        share_limit: The share limit.
     """
-    held = []
     named = []
-    for one in sorted(layers, key=lambda one: -one.neurons):
-        if one.held:
-            held.append(one)
-            named.append(f"'{one.name}' {one.shape}")
-    share = "its share"
-    if compares:
-        share = f"{held[0].share:.2g}"  # the limit, in all of them
+    for one in sorted(held, key=lambda one: -one.neurons):
+        named.append(f"'{one.name}' {one.shape}")
+    begin = (
+        f"with {_coefficients(held)} the share limit has decided how strong the penalty is in "
+        f"{len(held):,} of {count:,} layers on {STRONG_IN_A_ROW} steps in a row: it held its gradient to "
+        f"{share_limit:g} of the task's, {listed(named)}"
+    )
+    if share_limit > SAFE_SHARE:
+        return (
+            f"{begin}. That may be too much for the task to be learnt: set "
+            f"share_limit={SHARE_LIMIT:g}, or take a smaller coefficient"
+        )
     return (
-        f"with {_coefficients(held)} the share limit has decided how strong the penalty is on "
-        f"{STRONG_IN_A_ROW} steps in a row: it held {len(held):,} of {len(layers):,} layers to "
-        f"{share} of the task's gradient, {listed(named)}. That is safe; for a penalty that follows "
-        "your coefficient take a smaller one, for a stronger one a larger share_limit, or None"
+        f"{begin}. That is safe; for a penalty that follows your coefficient take a smaller one, for a "
+        "stronger one a larger share_limit, or None"
     )
 
 

@@ -11,6 +11,7 @@ from lightning_hsu._monitor.measure import LayerUniformity
 from lightning_hsu._monitor.summary import LayerSummary, Summary, coefficient_text, giga_flops
 from lightning_hsu._monitor.text import finding, number, shape_of, table_lines
 from lightning_hsu._neurons.candidates import Skip
+from lightning_hsu.measures.defaults import SHARE_LIMIT
 
 _COLUMNS = ("layer", "neurons x dim", "ratio", "score after", "smallest angle", "dead", "finding")
 _NAMED = 3  # layers that are named of each kind of change
@@ -128,14 +129,14 @@ def zeros_text(layers: Sequence[Layer], *, is_limited: bool) -> str:
     begin = f"layer {listed(named)} starts at zero and has no directions until the task moves it: "
     if is_limited:
         return (
-            f"{begin}the share limit keeps the penalty from deciding them. Leave it as it is, or the "
-            "layer out with exclude= or a coefficient of 0"
+            f"{begin}the limit by the task's gradient keeps the penalty from deciding them. Leave it as "
+            "it is, or the layer out with exclude= or a coefficient of 0"
         )
     return (
         f"{begin}then its neurons are tiny, and the penalty, whose gradient is the larger the smaller "
-        "they are, may decide these instead of the task, which then learns nothing. Set share_limit, "
-        "which needs the gradient or the decoupled way, or leave the layer out with exclude= or a "
-        "coefficient of 0"
+        "they are, may decide these instead of the task, which then learns nothing. Set "
+        f"share_limit={SHARE_LIMIT:g}, which needs the gradient or the decoupled way, or leave the layer "
+        "out with exclude= or a coefficient of 0"
     )
 
 
@@ -181,15 +182,20 @@ def summary_of(
     return Summary(model, tuple(rows), tuple(skips), coverage, every_n_steps, tolerance, limit)
 
 
-def limit_text(share_limit: float | None, *, in_loss: bool = False) -> str:
-    """What limits the penalty beside the task, in words.
+def limit_text(layers: Sequence[Layer], share_limit: float | None, *, in_loss: bool = False) -> str:
+    """What limits the penalty beside the task, in words; "" where each layer has a share of its own.
 
     Args:
+        layers: The layers.
         share_limit: The largest norm of a layer's penalty gradient over that of its task gradient.
         in_loss: Whether the penalty is a part of the loss, where the task's gradient is not known.
     """
+    shares = [layer.has_share for layer in layers if layer.strength != 0]
+    if shares and all(shares):
+        return ""
     if share_limit is None:
         return "no share limit: its gradient may be above the task's"
     if in_loss:
         return "no share limit: in the loss the task's gradient is not known by itself"
-    return f"share limit: at most {share_limit:g} of the task's gradient in each layer"
+    which = "each layer without a Share" if any(shares) else "each layer"
+    return f"share limit: at most {share_limit:g} of the task's gradient in {which}"
