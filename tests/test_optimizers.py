@@ -583,6 +583,54 @@ def test_the_largest_of_several_rates():
     assert isinstance(learning_rates(SGD([nn.Parameter(torch.ones(1))], lr=1)), Rates)
 
 
+# What it makes of a gradient
+
+LEAVE_LENGTHS = {"SGD", "ASGD", "LBFGS"}
+RESCALE = {
+    "Adadelta",
+    "Adafactor",
+    "Adagrad",
+    "Adam",
+    "AdamW",
+    "Adamax",
+    "Muon",
+    "NAdam",
+    "RAdam",
+    "RMSprop",
+    "Rprop",
+}
+OTHERS = {"Optimizer", "SparseAdam"}  # the latter takes sparse gradients alone
+
+
+def optimizers_of_torch():
+    """Names of those that take dense gradients; early releases have not all."""
+    found = set()
+    for name, one in vars(torch.optim).items():
+        if isinstance(one, type) and issubclass(one, torch.optim.Optimizer):
+            found.add(name)
+    return sorted(found - OTHERS)
+
+
+@pytest.mark.parametrize("name", optimizers_of_torch())
+def test_it_is_known_which_optimizers_rescale_gradients(name):
+    assert name in RESCALE | LEAVE_LENGTHS
+    p = nn.Parameter(torch.ones(3, 2))
+    optimizer = getattr(torch.optim, name)([p], lr=0.1)
+    for _ in range(2):
+        assert bool(learning_rates(optimizer).rescaled) == (name in RESCALE)
+        p.grad = torch.ones_like(p)
+        optimizer.step(lambda: p.sum())
+
+
+def test_momentum_and_the_radius_of_a_search_rescale_nothing():
+    p = nn.Parameter(torch.ones(3, 2))
+    optimizer = SGD([p], lr=0.1, momentum=0.9)
+    optimizer.param_groups[0]["rho"] = 0.05  # as sharpness-aware minimisation has it
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert not learning_rates(optimizer).rescaled
+
+
 # Which way the optimizer goes
 
 

@@ -26,14 +26,22 @@ Schedule-free ones, MADGRAD, D-adaptation by dual averaging, FTRL, A2Grad, SRMM,
 
 
 RESCALING_SETTINGS = frozenset(
-    {"betas", "centered", "initial_accumulator_value", "beta2_decay", "decay_rate", "ns_steps"}
+    {
+        "betas",
+        "centered",
+        "initial_accumulator_value",
+        "beta2_decay",
+        "decay_rate",
+        "ns_steps",
+        "etas",
+    }
 )
 """Settings of optimizers that divide gradients by their own size, or take their sign.
 
-Adam and its relatives, RMSprop, Adagrad, Adafactor, Muon.
+Adam and its relatives, RMSprop, Adagrad, Adafactor, Muon, Rprop.
 """
 
-SECOND_MOMENTS = frozenset({"exp_avg_sq", "exp_avg_sq_row", "exp_inf", "state2"})
+SECOND_MOMENTS = frozenset({"exp_avg_sq", "exp_avg_sq_row", "exp_inf", "square_avg", "state2"})
 """Names under which other such optimizers keep the squares of gradients."""
 
 
@@ -116,10 +124,13 @@ def gain_of(group: Mapping[str, Any]) -> float:
         dampening = group.get("dampening")
         if isinstance(dampening, float | int):
             gain *= 1.0 - dampening
+    return gain * distance_of(group)
+
+
+def distance_of(group: Mapping[str, Any]) -> float:
+    """The distance by which D-adaptation and Prodigy multiply the learning rate, as they estimate it."""
     distance = group.get("d")
-    if isinstance(distance, float):
-        gain *= distance
-    return gain
+    return distance if isinstance(distance, float) else 1.0
 
 
 def largest_gain(parameters: Sequence[nn.Parameter], rates: Rates) -> float:
