@@ -172,8 +172,11 @@ class HypersphericalUniformity(_trainer.EveryCallback):
             learning rate in each entry, of others the learning rate alone. None is no limit.
         share_limit: In each layer the norm of the penalty's gradient is at most this fraction of that of
             the task's, and 0 where that is 0, so that no coefficient keeps a task from being learnt
-            (``hsu/limited`` counts the neurons of such layers, too). ``apply="loss"`` knows no task
-            gradient and has no such limit; a ``Share`` is a limit by itself. None is no limit.
+            (``hsu/limited`` counts the neurons of such layers, too). With ``apply="decoupled"`` a
+            move is compared with the optimizer's step, whose length its state tells; where it does
+            not, a line says what stands for it (see :class:`~lightning_hsu.UniformityRegularizer`).
+            ``apply="loss"`` knows no task gradient and has no such limit; a ``Share`` is a limit by
+            itself. None is no limit.
         matmul_precision: "medium" multiplies pair energies in bfloat16: the relative error of a
             gradient is 2e-3 in full space for s <= 2, 6e-3 in half space, and 2e-2 at most.
         sample_above: Energies of more neurons are estimated

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_hsu._checks import check_choice, check_count, check_number
+from lightning_hsu._checks import check_choice, check_count, check_number, listed
 from lightning_hsu._core import bf16_products
 from lightning_hsu._core.backend import active as active_backend
 from lightning_hsu._core.limits import SAFE_SHARE
@@ -31,6 +31,7 @@ from lightning_hsu._engine.kept import (
 from lightning_hsu._engine.late import is_capturing
 from lightning_hsu._engine.layer import Layer
 from lightning_hsu._engine.misuse import ADD, MOVE
+from lightning_hsu._engine.optimizer_steps import OptimizerSteps
 from lightning_hsu._engine.plan import (
     PlainUpdates,
     StepContext,
@@ -129,10 +130,14 @@ class UniformityRegularizer:
             None is no limit.
         share_limit: In each layer the norm of the penalty's gradient is at most this fraction of
             that of the task's; where the task's is 0 nothing is added. So no coefficient keeps a task
-            from being learnt. With :meth:`move` what the optimizer makes of the task's gradient
-            counts. A layer whose coefficient is a :class:`~lightning_hsu.Share` has a limit of its
-            own. :meth:`penalty` and :meth:`add_to_loss` know no task gradient, and no such limit.
-            None is no limit.
+            from being learnt. With :meth:`move` a move is compared with the optimizer's step, whose
+            length follows from its state: momentum, the running means of Adam and its relatives,
+            what Adagrad, Adadelta, RMSprop, Rprop and Adafactor keep; Muon's from the shape. Of
+            NAdam it is taken for shorter than it is. Of other optimizers, and where FSDP1 or
+            ZeroRedundancyOptimizer divides the state, the task's gradient stands for it, or entries
+            of the learning rate where gradients are rescaled; that is told once. A layer whose
+            coefficient is a :class:`~lightning_hsu.Share` has a limit of its own. :meth:`penalty`
+            and :meth:`add_to_loss` know no task gradient, and no such limit. None is no limit.
         matmul_precision: "medium" multiplies in bfloat16 (see the callback); the monitor's numbers
             stay exact.
         sample_above: Energies of more neurons are estimated
@@ -708,6 +713,7 @@ class UniformityRegularizer:
             self.state.now.order.check(MOVE, optimizer, self.layers)
         if id(optimizer) not in self.state.now.movers:
             self._check_mover(optimizer)
+            self._tell_unknown_steps(optimizer)
         return self._step(optimizer, index, stats=stats, moves=True)
 
     def stale_errors(self) -> dict[str, float]:
@@ -958,7 +964,12 @@ class UniformityRegularizer:
             rates = learning_rates(optimizer)
             limit = self.step_limit
             share = self.share_limit
-            context = StepContext(step, rates, grad_scale, same_step, limit, share, stats, moves)
+            steps = None
+            if moves and share is not None:
+                steps = self._steps(optimizer, rates)
+            context = StepContext(
+                step, rates, grad_scale, same_step, limit, share, stats, moves, steps
+            )
             recorded: AbstractContextManager[None] = nullcontext()
             if torch.is_inference_mode_enabled():
                 recorded = outside_inference_mode()
@@ -1161,6 +1172,33 @@ class UniformityRegularizer:
                 "undoes most of what apply='decoupled' (move) does: use apply='gradient' "
                 "(add_gradients)"
             )
+
+    def _tell_unknown_steps(self, optimizer: Optimizer) -> None:
+        """Tell, once, with what moves are compared where nothing tells how long a step was."""
+        if self.share_limit is None:
+            return
+        steps = self._steps(optimizer, learning_rates(optimizer))
+        named: dict[str, list[str]] = {}
+        for layer in self.layers:
+            if layer.strength == 0 or layer.has_share:
+                continue
+            for p in layer.parameters:
+                stand_in = None if p.grad is None else steps.stand_in(p)
+                if stand_in is not None and layer.name not in named.setdefault(stand_in, []):
+                    named[stand_in].append(layer.name)
+        for stand_in, names in named.items():
+            text = (
+                f"nothing tells how long a step of {type(optimizer).__name__} is, so share_limit "
+                f"compares the moves of layer {listed(list(map(repr, names)))} with {stand_in}"
+            )
+            if text not in self.state.now.told:
+                self.state.now.told.add(text)
+                self._tell([Finding("unknown", text)])
+
+    def _steps(self, optimizer: Optimizer, rates: Rates) -> OptimizerSteps:
+        """What an optimizer has made of the task's gradients."""
+        is_whole = self._check_attached().placement.keeps_whole
+        return OptimizerSteps(optimizer, rates, is_whole=is_whole)
 
     def _whole_with_grads(self) -> AbstractContextManager[None]:
         """A context in which parameters and gradients are whole."""

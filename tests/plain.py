@@ -367,7 +367,10 @@ class Penalty:
             found = torch.autograd.grad(neurons, moving, gradient * factor)
             held = 1.0
             if self.share_limit is not None and not isinstance(given, Share):
-                held = self._held(norm(found), task, entries, known)
+                if self.mode == "decoupled":
+                    steps = [step_length(optimizer, p, partial(layer.own, p)) for p in moving]
+                    task = math.hypot(*steps) if 0 < task < math.inf else 0.0
+                held = self._held(norm(found), task)
             shortened = factor < 1
             if held < 1:
                 shortened = neurons.norm(dim=-1, keepdim=True) > 0
@@ -405,14 +408,10 @@ class Penalty:
         length = gradient.norm(dim=-1, keepdim=True).double()
         return torch.where(length > room, room / length, 1.0).to(gradient.dtype)
 
-    def _held(self, penalty, task, entries, known):
-        """By what a whole layer is shortened, for what the task's gradient makes of it."""
+    def _held(self, penalty, task):
+        """By what a whole layer is shortened, for the task's gradient or what is made of it."""
         if not math.isfinite(task):
             task = 0.0
-        if self.mode == "decoupled":
-            if any(one.rescales for one in known):
-                task = math.sqrt(entries) if task > 0 else 0.0
-            task *= max(one.gain for one in known)
         factor = 1.0
         if penalty > self.share_limit * task:
             factor = self.share_limit * task / penalty
@@ -435,13 +434,31 @@ class Reaction(NamedTuple):
     rescales: bool
 
 
-RESCALING = torch.optim.Adam, torch.optim.AdamW, torch.optim.RMSprop
+RESCALING = {
+    "Adadelta",
+    "Adafactor",
+    "Adagrad",
+    "Adam",
+    "AdamW",
+    "Adamax",
+    "Muon",
+    "NAdam",
+    "RAdam",
+    "RMSprop",
+    "Rprop",
+}
+
+
+def is_rescaling(optimizer):
+    """Whether it is one of those, or of a class made from one; early releases of torch have not all."""
+    classes = type(optimizer).__mro__
+    return any(one.__name__ in RESCALING for one in classes if one.__module__.startswith("torch."))
 
 
 def reactions_of(optimizer):
     """By the id of a parameter."""
     found = {}
-    rescales = isinstance(optimizer, RESCALING)
+    rescales = is_rescaling(optimizer)
     for group in optimizer.param_groups:
         lr = group.get("lr")
         rate = abs(float(lr)) if isinstance(lr, float | int | torch.Tensor) else 0.0
@@ -451,6 +468,28 @@ def reactions_of(optimizer):
         for p in group["params"]:
             found[id(p)] = Reaction(rate, gain, rescales)
     return found
+
+
+def step_length(optimizer, p, own):
+    """The norm of an optimizer's last step over the learning rate, of those entries of p that ``own`` takes.
+
+    Of Adam's it is what the root mean squares of its two means say.
+    """
+    group = next(group for group in optimizer.param_groups if any(q is p for q in group["params"]))
+    state = optimizer.state.get(p, {})
+    task = own(p.grad)
+    if isinstance(optimizer, torch.optim.SGD) and group["momentum"] and state:
+        return norm([own(state["momentum_buffer"])])
+    if isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW) and state:
+        beta, other = group["betas"]
+        steps = float(state["step"])
+        mean = norm([own(state["exp_avg"])]) / (1 - beta**steps)
+        squares = float(own(state["exp_avg_sq"]).double().mean()) / (1 - other**steps)
+        return min(mean / (math.sqrt(squares) + group["eps"]), math.sqrt(task.numel()))
+    if isinstance(optimizer, torch.optim.RMSprop) and state and not group["momentum"]:
+        squares = float(own(state["square_avg"]).double().mean())
+        return norm([task]) / (math.sqrt(squares) + group["eps"])
+    return math.sqrt(task.numel()) if is_rescaling(optimizer) else norm([task])
 
 
 def norm(parts):

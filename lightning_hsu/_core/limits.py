@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_hsu._core.precision import working_dtype
+
 SAFE_SHARE = 0.3
 """Largest share limit that has let tasks be learnt; with 1 the penalty may still decide instead."""
 
@@ -22,16 +24,14 @@ class Allowance(NamedTuple):
         share: The largest norm of the penalty's gradient over it; None for no limit.
         counts_in_task: Whether a limit of rows is a multiple of the root mean square of the task's
             gradient, as with an optimizer that divides gradients by their size.
-        is_unit: Whether entries of root mean square 1 stand for it: those of an optimizer's step.
     """
 
     share: float | None
     counts_in_task: bool = False
-    is_unit: bool = False
 
 
 class TaskLimit(NamedTuple):
-    """The task's gradient of a layer, and what it limits.
+    """The task's gradient of a layer, or what the optimizer makes of it, and what that limits.
 
     Args:
         norm: Its norm, a 0-d tensor on its device, as scaled as the gradient is.
@@ -40,6 +40,22 @@ class TaskLimit(NamedTuple):
 
     norm: Tensor
     allows: Allowance
+
+
+def norms_of(tensors: Sequence[Tensor], order: float = 2.0) -> list[Tensor]:
+    """The norm of each tensor, in float32 or wider."""
+    by_dtype: dict[torch.dtype, list[int]] = {}
+    for place, tensor in enumerate(tensors):
+        by_dtype.setdefault(tensor.dtype, []).append(place)
+    found: dict[int, Tensor] = {}
+    for dtype, places in by_dtype.items():
+        chosen = [tensors[place] for place in places]
+        if dtype == working_dtype(dtype):
+            norms = torch._foreach_norm(chosen, order)
+        else:
+            norms = torch._foreach_norm(chosen, order, working_dtype(dtype))
+        found.update(zip(places, norms, strict=True))
+    return [found[place] for place in range(len(tensors))]
 
 
 def task_norms(limits: Sequence[TaskLimit]) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from lightning_hsu._engine.buffered import GradientStats, strong_neurons
 from lightning_hsu._engine.delta import Use, use_of
 from lightning_hsu._engine.layer import Layer, to_compute_dtype
 from lightning_hsu._engine.one_pass import goes_together, gradient_of, gradients_of
+from lightning_hsu._engine.optimizer_steps import OptimizerSteps, Part
 from lightning_hsu._engine.plan import StepContext, allowance_of, limit_of_gradient
 from lightning_hsu._engine.rates import Rate, Rates, largest_gain
 from lightning_hsu._engine.sharing import Gradients, Job, begin, is_shared, may_be_sent
@@ -85,10 +87,9 @@ class LayerUpdate:
 
         A share is a limit of its own; but where the task has no gradient nothing is added.
         """
-        gain = largest_gain(self.layer.parameters, self.learning_rates)
         rescaled = self.learning_rates.rescaled
         is_rescaled = any(id(p) in rescaled for p in self.layer.parameters)
-        found = allowance_of(gain, is_rescaled, context)
+        found = allowance_of(is_rescaled, context)
         if found is None or not self.layer.has_share:
             return found
         if found.share is not None:
@@ -118,9 +119,10 @@ class LayerUpdate:
         limit = self.limit(context)
         task = None
         if allowance is not None:
-            task, entries = self._task(grad)
-            if allowance.is_unit:
-                task = task.sign() * math.sqrt(entries)
+            if context.steps is None:
+                task, entries = self._task(grad)
+            else:
+                task, entries = self._step(grad, context.steps)
             if allowance.counts_in_task and limit is not None:
                 limit = limit * task / math.sqrt(entries)
         largest = torch.finfo(self.view.x.dtype).max / 2
@@ -203,12 +205,77 @@ class LayerUpdate:
         norm = self.layer.target.placement.norm(tasks) / self.grad_scale
         return norm.nan_to_num(0.0, 0.0, 0.0), entries
 
+    def parts(self, grad: Tensor) -> list[Part]:
+        """What the layer owns of its parameters.
+
+        Args:
+            grad: Its gradient (groups, n, d), of any content.
+        """
+        placement = self.layer.target.placement
+        found = []
+        for p, task, _ in self.grad_views(grad):
+            if not placement.is_sharded(p):
+                found.append(Part(p, task, task.numel(), partial(_entries_of, p, task)))
+                continue
+            ones = torch.ones_like(task)
+            belongs = placement.local(self.layer.target.own_part(self.view, p, ones))
+            of = partial(self._held_entries_of, p, belongs)
+            own = placement.local(task) * belongs
+            entries = task.numel()
+            if self.view.parameter is not None:
+                entries = self.view.x.numel()
+            found.append(Part(p, own, entries, of, partial(placement.total, p=p)))
+        return found
+
+    def _held_entries_of(self, p: nn.Parameter, belongs: Tensor, x: Tensor) -> Tensor | None:
+        """What this rank holds of a tensor that is sharded as a parameter is; None if it is not.
+
+        Args:
+            p: The parameter.
+            belongs: 1 for its entries that are the layer's, 0 for others, as this rank holds them.
+            x: The tensor.
+        """
+        placement = self.layer.target.placement
+        if x.shape != p.shape or not placement.is_sharded(x):
+            return None
+        return placement.local(x) * belongs
+
+    def _step(self, grad: Tensor, steps: OptimizerSteps) -> tuple[Tensor, int]:
+        """Norm of what the optimizer has made of the task's gradient, 0 if that is not finite.
+
+        And how many entries it has. If the parameters are sharded this is a collective call.
+        """
+        parts = self.parts(grad)
+        if not parts:
+            return grad.new_zeros(()), 1
+        norm = torch.linalg.vector_norm(torch.stack(steps.lengths(parts)))
+        return norm.nan_to_num(0.0, 0.0, 0.0), sum(part.entries for part in parts)
+
     def _norms(self, views: list[GradView]) -> tuple[Tensor, Tensor]:
         """Norms of the task's gradient, as it is in ``.grad``, and of the penalty's."""
         target = self.layer.target
         tasks = [target.own_part(self.view, p, task) for p, task, _ in views]
         penalties = [part for _, _, part in views]
         return target.placement.norm(tasks), target.placement.norm(penalties)
+
+
+def _entries_of(p: nn.Parameter, own: Tensor, x: Tensor) -> Tensor | None:
+    """The entries of a tensor that is like a parameter; None if it is not.
+
+    Args:
+        p: The parameter.
+        own: Those of its ``.grad``.
+        x: The tensor.
+    """
+    assert p.grad is not None
+    if x.shape != p.shape:
+        return None
+    if own.numel() == p.numel():
+        return x
+    if x.stride() != p.grad.stride():
+        return None
+    offset = int(own.storage_offset()) - int(p.grad.storage_offset()) + int(x.storage_offset())
+    return x.as_strided(own.shape, own.stride(), offset)
 
 
 def penalty_gradients(updates: Sequence[LayerUpdate], placement: Placement) -> list[Tensor]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_hsu._core.foreach import not_exact
-from lightning_hsu._core.limits import TaskLimit, share_factors, task_norms
+from lightning_hsu._core.limits import TaskLimit, norms_of, share_factors, task_norms
 from lightning_hsu._core.raw import RawPart
 from lightning_hsu._core.updates import (
     GradientUpdate,
@@ -25,7 +25,7 @@ from lightning_hsu._engine.delta import Delta, Use, use_of
 from lightning_hsu._engine.deltas import Deltas
 from lightning_hsu._engine.layer import Layer
 from lightning_hsu._engine.moves import reads_late
-from lightning_hsu._engine.plan import PlainUpdates, norms_of, runs_that_fit
+from lightning_hsu._engine.plan import PlainUpdates, runs_that_fit
 from lightning_hsu._engine.sharing import PlainUpdate, begin_raw
 from lightning_hsu._neurons.placement import Placement
 

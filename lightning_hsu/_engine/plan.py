@@ -16,13 +16,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_hsu._core import PairTerm, working_dtype
+from lightning_hsu._core import PairTerm
 from lightning_hsu._core.foreach import SMALL, add_all_pair_gradients, goes_in_batches
-from lightning_hsu._core.limits import Allowance, TaskLimit
+from lightning_hsu._core.limits import Allowance, TaskLimit, norms_of
 from lightning_hsu._core.updates import GradientUpdate, Item
 from lightning_hsu._engine.ahead import Ahead
 from lightning_hsu._engine.buffered import BufferedUpdates
 from lightning_hsu._engine.layer import Layer
+from lightning_hsu._engine.optimizer_steps import OptimizerSteps, Part
 from lightning_hsu._engine.rates import (
     Rate,
     Rates,
@@ -66,6 +67,8 @@ class StepContext:
             None is no limit.
         stats: Whether to return statistics of what was done.
         moves: Whether the gradients are not added to the task's but move the neurons.
+        steps: What the optimizer has made of the task's gradients, if the neurons move and there is
+            a share limit; else None.
     """
 
     step: int
@@ -76,6 +79,7 @@ class StepContext:
     share_limit: float | None = None
     stats: bool = False
     moves: bool = False
+    steps: OptimizerSteps | None = None
 
 
 class PlainLayer:
@@ -147,6 +151,21 @@ class PlainLayer:
         w = p.as_strided(shape, strides, offset + int(p.storage_offset()))
         out = grad.as_strided(shape, strides, offset + int(grad.storage_offset()))
         return GradientUpdate(w, out, scale, limit, grad_scale, self._size)
+
+    def part(self, update: GradientUpdate) -> Part:
+        """What the layer owns of its parameter."""
+        return Part(self.parameter, update.out_entries, update.size.numel(), self._entries_of)
+
+    def _entries_of(self, x: Tensor) -> Tensor | None:
+        """The neurons' entries of a tensor that is like the parameter; None if it is not."""
+        if x.shape != self._shape:
+            return None
+        if self._is_whole:
+            return x
+        if x.stride() != self._strides and not self._lies_as_before(x):
+            return None
+        offset = self._offset + int(x.storage_offset())
+        return x.as_strided(self.view_shape, self.view_strides, offset)
 
     def _lies_as_before(self, x: Tensor) -> bool:
         """Whether a tensor of the parameter's shape has its strides; of axes of size 1 any will do."""
@@ -256,7 +275,7 @@ class Plan:
         ascending = context.learning_rates.ascending
         gains = context.learning_rates.gains
         rescaled = context.learning_rates.rescaled
-        allowances: dict[tuple[float, bool], Allowance | None] = {}
+        allowances: dict[bool, Allowance | None] = {}
         limited = []
         grad_scale = float(context.factor)
         for plain in self.plain:
@@ -284,73 +303,55 @@ class Plan:
                 continue
             updates.found.append((layer, plain.term, update))
             updates.rates[layer] = rate
-            made = gain, id(p) in rescaled
-            if made not in allowances:
-                allowances[made] = allowance_of(*made, context)
-            allowance = allowances[made]
+            is_rescaled = id(p) in rescaled
+            if is_rescaled not in allowances:
+                allowances[is_rescaled] = allowance_of(is_rescaled, context)
+            allowance = allowances[is_rescaled]
             if allowance is not None:
-                limited.append((update, allowance))
-        _note_tasks(limited)
+                limited.append((plain, update, allowance))
+        _note_tasks(limited, context.steps)
         return updates, left
 
 
-def allowance_of(gain: float, is_rescaled: bool, context: StepContext) -> Allowance | None:
+def allowance_of(is_rescaled: bool, context: StepContext) -> Allowance | None:
     """What the task's gradient limits at a step; None for nothing.
 
     What is added to a gradient goes through the optimizer as the task's does, so that their ratio
-    stays. What moves the neurons past the optimizer is compared with what this makes of the task's.
+    stays. What moves the neurons past the optimizer is compared with what this has made of the task's
+    (:class:`OptimizerSteps`).
 
     Args:
-        gain: What the optimizer makes of a steady gradient.
-        is_rescaled: Whether it divides gradients by their size.
+        is_rescaled: Whether the optimizer divides gradients by their size.
         context: The step.
     """
     share = context.share_limit
     if context.moves:
-        return None if share is None else Allowance(share * gain, is_unit=is_rescaled)
+        return None if share is None else Allowance(share)
     counts_in_task = is_rescaled and context.step_limit is not None
     if share is None and not counts_in_task:
         return None
     return Allowance(share, counts_in_task)
 
 
-def _note_tasks(limited: Sequence[tuple[GradientUpdate, Allowance]]) -> None:
-    """Let updates know what the task's gradients allow, which are read in one call."""
+def _note_tasks(
+    limited: Sequence[tuple[PlainLayer, GradientUpdate, Allowance]], steps: OptimizerSteps | None
+) -> None:
+    """Let updates know what the task's gradients allow, which are read in few calls.
+
+    Args:
+        limited: Layers, with their updates and what is limited.
+        steps: What the optimizer has made of the gradients, if that counts.
+    """
     if not limited:
         return
-    norms = norms_of([update.out_entries for update, _ in limited])
-    if any(allowance.is_unit for _, allowance in limited):
-        ones = _are_positive_and_finite(norms)
-    for place, (update, allowance) in enumerate(limited):
-        norm = norms[place]
-        if allowance.is_unit:
-            norm = ones[place] * math.sqrt(update.size.numel())
+    if steps is None:
+        norms = norms_of([update.out_entries for _, update, _ in limited])
+    else:
+        norms = steps.lengths([plain.part(update) for plain, update, _ in limited])
+    for norm, (_, update, allowance) in zip(norms, limited, strict=True):
         if allowance.counts_in_task and update.limit is None:
             allowance = allowance._replace(counts_in_task=False)
         update.task = TaskLimit(norm, allowance)
-
-
-def _are_positive_and_finite(numbers: list[Tensor]) -> Sequence[Tensor]:
-    """1 for each number > 0 that is finite, 0 for 0 and inf, NaN for NaN, in few calls."""
-    signs = torch._foreach_sign(numbers)
-    of_inverses = torch._foreach_sign(torch._foreach_reciprocal(numbers))
-    return torch._foreach_mul(signs, of_inverses)
-
-
-def norms_of(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The norm of each tensor, in float32 or wider."""
-    by_dtype: dict[torch.dtype, list[int]] = {}
-    for place, tensor in enumerate(tensors):
-        by_dtype.setdefault(tensor.dtype, []).append(place)
-    found: dict[int, Tensor] = {}
-    for dtype, places in by_dtype.items():
-        chosen = [tensors[place] for place in places]
-        if dtype == working_dtype(dtype):
-            norms = torch._foreach_norm(chosen)
-        else:
-            norms = torch._foreach_norm(chosen, 2.0, working_dtype(dtype))
-        found.update(zip(places, norms, strict=True))
-    return [found[place] for place in range(len(tensors))]
 
 
 def _is_penalised(layer: Layer, held: Collection[int]) -> bool:

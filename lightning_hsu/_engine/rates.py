@@ -111,10 +111,7 @@ def rates_on_devices(lr: Tensor, params: Sequence[nn.Parameter]) -> dict[int, Ra
 
 
 def gain_of(group: Mapping[str, Any]) -> float:
-    """What the optimizer of a group makes of a steady gradient: a multiple of it, by momentum.
-
-    D-adaptation and Prodigy multiply the learning rate by a distance ``d`` that they estimate.
-    """
+    """What the optimizer of a group makes of a steady gradient: a multiple of it, by momentum."""
     gain = 1.0
     momentum = group.get("momentum")
     if "ns_steps" in group:  # Muon makes what momentum gives it of one size
@@ -146,6 +143,8 @@ def rescales(optimizer: Optimizer, group: Mapping[str, Any]) -> bool:
     Settings tell of Adam and its relatives before their first step, the state of others after it.
     """
     if not RESCALING_SETTINGS.isdisjoint(group):
+        return True
+    if "rho" in group and "eps" in group:  # Adadelta; sharpness-aware ones have a rho, too
         return True
     states = getattr(optimizer, "state", None)
     params = group["params"]

@@ -55,11 +55,12 @@ class Finding(NamedTuple):
     Args:
         kind: "strong": the penalty is too strong. "held": it is held to a share of the task, as
             ``share_limit`` says, which is safe; "loose": as it says, too, but that is too much to be
-            safe. "weak": it does next to nothing.
+            safe. "weak": it does next to nothing. "unknown": nothing tells of the optimizer how long its
+            steps are, with which moves are compared.
         text: What to say.
     """
 
-    kind: Literal["strong", "held", "loose", "weak"]
+    kind: Literal["strong", "held", "loose", "weak", "unknown"]
     text: str
 
     @property

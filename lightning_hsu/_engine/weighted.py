@@ -13,11 +13,12 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from lightning_hsu._core.limits import Allowance, held_factors
+from lightning_hsu._core.limits import Allowance, held_factors, norms_of
 from lightning_hsu._engine.apply import GradView, LayerUpdate, Weighted
 from lightning_hsu._engine.layer import Layer
 from lightning_hsu._engine.one_pass import goes_together
-from lightning_hsu._engine.plan import StepContext, norms_of, room_on_gpu, runs_that_fit
+from lightning_hsu._engine.optimizer_steps import OptimizerSteps
+from lightning_hsu._engine.plan import StepContext, room_on_gpu, runs_that_fit
 from lightning_hsu._engine.state import ShareMeans
 from lightning_hsu._neurons.placement import Placement
 from lightning_hsu.coefficients import Share
@@ -83,7 +84,7 @@ def weighted_together(
             scales.append(coefficients[i])
         some = [updates[i] for i in members]
         limit = some[0].limit(context)
-        weighted = _weigh_rows(some, own, scales, limit, allowances[members[0]])
+        weighted = _weigh_rows(some, own, scales, limit, allowances[members[0]], context.steps)
         found.update(zip(members, weighted, strict=True))
     return [found[i] for i in range(len(updates))]
 
@@ -161,15 +162,16 @@ def _weigh_rows(
     coefficients: Sequence[Tensor | float],
     limit: Tensor | float | None,
     allowance: Allowance | None,
+    steps: OptimizerSteps | None,
 ) -> list[Weighted]:
     """Weigh the gradients of layers with limits of one kind."""
     tasks = None
     entries: list[int] = []
     if allowance is not None:
-        tasks, entries = _tasks(updates, grads)
-        if allowance.is_unit:
-            units = torch._foreach_mul(list(tasks.sign()), list(map(math.sqrt, entries)))
-            tasks = torch.stack(units)
+        if steps is None:
+            tasks, entries = _tasks(updates, grads)
+        else:
+            tasks, entries = _steps(updates, grads, steps)
     sizes = []
     shapes = []
     for grad in grads:
@@ -206,6 +208,21 @@ def _tasks(updates: Sequence[LayerUpdate], grads: Sequence[Tensor]) -> tuple[Ten
         entries.append(sum(task.numel() for task in tasks[-1]))
     norms = _norms(tasks) / updates[0].grad_scale
     return norms.nan_to_num_(0.0, 0.0, 0.0), entries
+
+
+def _steps(
+    updates: Sequence[LayerUpdate], grads: Sequence[Tensor], steps: OptimizerSteps
+) -> tuple[Tensor, list[int]]:
+    """The same of what the optimizer has made of these gradients."""
+    parts = list(map(LayerUpdate.parts, updates, grads))
+    lengths = iter(steps.lengths(list(chain.from_iterable(parts))))
+    norms = []
+    entries = []
+    for own, grad in zip(parts, grads, strict=True):
+        together = [next(lengths) for _ in own] or [grad.new_zeros(())]
+        norms.append(torch.linalg.vector_norm(torch.stack(together)))
+        entries.append(sum(part.entries for part in own))
+    return torch.stack(norms).nan_to_num_(0.0, 0.0, 0.0), entries
 
 
 def _hold(

@@ -236,6 +236,13 @@ class Placement:
         """
         return number
 
+    def total(self, numbers: Tensor, p: Tensor) -> Tensor:
+        """The sum of each number (of any shape) over the ranks that hold parts of p.
+
+        A collective call if p is sharded.
+        """
+        return numbers
+
     # Work that ranks with the same weights share.
 
     @property

@@ -164,6 +164,17 @@ class DTensorPlacement(Placement):
             torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX, group=group)
         return found
 
+    def total(self, numbers: Tensor, p: Any) -> Tensor:
+        """The sum of each number over the ranks that hold parts of p, not copies."""
+        if not is_dtensor(p):
+            return numbers
+        found = numbers.clone()
+        for axis, how in enumerate(p.placements):
+            if not how.is_replicate():
+                group = p.device_mesh.get_group(axis)
+                torch.distributed.all_reduce(found, group=group)
+        return found
+
 
 def _dtensors(module: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters of a module that are DTensors, by name."""
