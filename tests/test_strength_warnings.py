@@ -216,7 +216,12 @@ def test_a_limit_that_decides_in_one_small_layer_names_it(caplog, moves):
     texts, (text,) = Loop(moves=moves).run(caplog, regularizer)
     assert texts == []
     assert "in 1 of 2 layers" in text
-    assert "it held its gradient to 0.1 of the task's, '2' (1, 3, 8). That is safe" in text
+    held = (
+        "its moves to 0.1 of the optimizer's steps"
+        if moves
+        else "its gradient to 0.1 of the task's"
+    )
+    assert f"it held {held}, '2' (1, 3, 8). That is safe" in text
 
 
 @pytest.mark.parametrize("every", [1, 3, 7])

@@ -197,7 +197,7 @@ class Looks:
         if text is not None:
             found.append(Finding("strong", text))
         if held and share_limit is not None:
-            text = _held_text(held, len(layers), share_limit)
+            text = _held_text(held, len(layers), share_limit, compares=compares)
             found.append(Finding("held" if share_limit <= SAFE_SHARE else "loose", text))
         if self._weak_looks >= STRONG_IN_A_ROW:
             found.append(Finding("weak", _weak_warning(weak)))
@@ -483,21 +483,27 @@ def _larger_warning(layers: Sequence[Seen]) -> str:
     )
 
 
-def _held_text(held: Sequence[Seen], count: int, share_limit: float) -> str:
+def _held_text(held: Sequence[Seen], count: int, share_limit: float, *, compares: bool) -> str:
     """Say that the share limit decides how strong the penalty is, and whether that is safe.
 
     Args:
         held: The layers that it holds.
         count: How many layers there are.
         share_limit: The share limit.
+        compares: Whether it is a share of the task's gradient, not of the optimizer's step.
     """
+    held_to = "its gradient to"
+    of = "of the task's"
+    if not compares:
+        held_to = "its moves to"
+        of = "of the optimizer's steps"
     named = []
     for one in sorted(held, key=lambda one: -one.neurons):
         named.append(f"'{one.name}' {one.shape}")
     begin = (
         f"with {_coefficients(held)} the share limit has decided how strong the penalty is in "
-        f"{len(held):,} of {count:,} layers on {STRONG_IN_A_ROW} steps in a row: it held its gradient to "
-        f"{share_limit:g} of the task's, {listed(named)}"
+        f"{len(held):,} of {count:,} layers on {STRONG_IN_A_ROW} steps in a row: it held {held_to} "
+        f"{share_limit:g} {of}, {listed(named)}"
     )
     if share_limit > SAFE_SHARE:
         return (
