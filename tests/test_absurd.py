@@ -207,7 +207,7 @@ def seen_at(tasks):
         ours = strength.Seen("ours", 1.0, (1, 8, 4), 0, 8, 1.0 / task, task)
         usual = strength.Seen("usual", 1.0, (1, 8, 4), 0, 0, 1.0, 1.0)
         if watch.is_due(step):
-            yield watch.see(step, [ours, usual], compares=True, is_fixed=True)
+            yield watch.see(step, [ours, usual], None, compares=True, is_fixed=True)
 
 
 def test_a_task_on_its_way_up_from_0_is_no_absurd_coefficient():
