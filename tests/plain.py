@@ -434,6 +434,7 @@ class Reaction(NamedTuple):
     rescales: bool
 
 
+# The classes of torch that divide gradients by their size, or take their sign.
 RESCALING = {
     "Adadelta",
     "Adafactor",

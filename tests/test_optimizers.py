@@ -32,6 +32,7 @@ from tests.models import (
     trainer,
     uniformity,
 )
+from tests.plain import RESCALING
 from tests.rounding import assert_near
 from tests.test_exactness import (
     Situation,
@@ -586,19 +587,6 @@ def test_the_largest_of_several_rates():
 # What it makes of a gradient
 
 LEAVE_LENGTHS = {"SGD", "ASGD", "LBFGS"}
-RESCALE = {
-    "Adadelta",
-    "Adafactor",
-    "Adagrad",
-    "Adam",
-    "AdamW",
-    "Adamax",
-    "Muon",
-    "NAdam",
-    "RAdam",
-    "RMSprop",
-    "Rprop",
-}
 OTHERS = {"Optimizer", "SparseAdam"}  # the latter takes sparse gradients alone
 
 
@@ -613,11 +601,11 @@ def optimizers_of_torch():
 
 @pytest.mark.parametrize("name", optimizers_of_torch())
 def test_it_is_known_which_optimizers_rescale_gradients(name):
-    assert name in RESCALE | LEAVE_LENGTHS
+    assert name in RESCALING | LEAVE_LENGTHS
     p = nn.Parameter(torch.ones(3, 2))
     optimizer = getattr(torch.optim, name)([p], lr=0.1)
     for _ in range(2):
-        assert bool(learning_rates(optimizer).rescaled) == (name in RESCALE)
+        assert bool(learning_rates(optimizer).rescaled) == (name in RESCALING)
         p.grad = torch.ones_like(p)
         optimizer.step(lambda: p.sum())
 
