@@ -209,12 +209,21 @@ def test_bad_once_stays_and_bad_twice_is_out(bad):
 
 def test_gains_choose_then_reductions_then_the_order():
     _, story = story_of({})
-    assert story.chosen() == "half-1-none"
+    assert story.chosen() == "half-1-0.1"
     _, story = story_of({("full-1-0.1", 0.1, FIRST): BETTER})
     assert (story.chosen(), story.gains["full-1-0.1"]) == ("full-1-0.1", 1)
     more = [-2.0, -2.1, -2.2], 0
     changes = {("full-1-0.1", 0.1, FIRST): BETTER, ("half-1-0.1", 1.0, FIRST): more}
     assert story_of(changes)[1].chosen() == "half-1-0.1"
+
+
+@pytest.mark.parametrize("name", ["half-1-none", "half-1-0.3"])
+def test_what_is_lost_in_other_tasks_is_not_chosen(name):
+    _, story = story_of({(name, 1.0, FIRST): BETTER}, names=(name, "half-1-0.1", "half-share0.02"))
+    assert (story.chosen(), story.gains[name]) == ("half-1-0.1", 1)
+    assert "left, but not safe elsewhere: 1 gains" in defaults.elimination_table(story)
+    assert story_of({}, names=(name, "half-share0.02"))[1].chosen() == "half-share0.02"
+    assert story_of({}, names=(name,))[1].chosen() is None
 
 
 @pytest.mark.parametrize("left", [True, False])
