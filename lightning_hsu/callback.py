@@ -141,7 +141,7 @@ class HypersphericalUniformity(_trainer.EveryCallback):
     ``hsu/recomputed`` is the fraction of the arithmetic that was done since the last logging step.
 
     Args:
-        measure: What to minimise. None is the half-space Riesz energy with s = 2; the class head is
+        measure: What to minimise. None is the Riesz energy with s = 2; the class head is
             measured in full space.
         coefficient: A number >= 0, a schedule (optimizer steps done -> number), a share of the
             task's gradient (``Share``), or a mapping of layer patterns to these, of which the first

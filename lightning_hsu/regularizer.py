@@ -106,7 +106,7 @@ class UniformityRegularizer:
     past the optimizer. Or add :meth:`penalty` to the loss.
 
     Args:
-        measure: What to minimise. None is the half-space Riesz energy with s = 2. The class head is
+        measure: What to minimise. None is the Riesz energy with s = 2. The class head is
             measured in full space.
         coefficient: A number >= 0 (0 only monitors), a schedule (optimizer steps done -> number), a
             :class:`~lightning_hsu.Share`, or a mapping of layer patterns to these; the first

@@ -20,9 +20,10 @@ from lightning_hsu import Share
 from lightning_hsu._core import PairTerm, oracle_energy
 from lightning_hsu._engine.deltas import Deltas
 from lightning_hsu.measures import GaussianPotential, Measure, PairwiseMeasure, RieszEnergy
+from lightning_hsu.measures.defaults import DEFAULT_MEASURE
 from tests.models import mean_square
 
-HALF_SPACE, FULL_SPACE = RieszEnergy(s=2.0, half_space=True), RieszEnergy(s=2.0)
+HALF_SPACE = RieszEnergy(s=2.0, half_space=True)
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Layer:
 
     name: str
     module: nn.Module
-    measure: Measure = HALF_SPACE
+    measure: Measure = DEFAULT_MEASURE
     rows: Callable[[torch.Tensor], torch.Tensor] = lambda weight: weight.flatten(1)[None]
     key: str = "weight"
 
@@ -219,7 +220,7 @@ def transposed_in_groups(weight):
     return weight.reshape(2, -1, *weight.shape[1:]).transpose(1, 2).flatten(2)
 
 
-def layers(net, prefix="net.", measure=HALF_SPACE, head=True):
+def layers(net, prefix="net.", measure=DEFAULT_MEASURE, head=True):
     """Those of ``tests.models.network``; the last is the head, in full space."""
     found = [Layer(f"{prefix}{i}", net[i], measure) for i in (0, 2, 5, 7)]
     found[1] = replace(found[1], rows=in_groups)
@@ -230,7 +231,10 @@ def layers(net, prefix="net.", measure=HALF_SPACE, head=True):
 
 def adversarial_layers(module):
     """Each network's last layer is a head: its output goes into a loss."""
-    return [*layers(module.first, "first."), Layer("second", module.second, FULL_SPACE)]
+    return [
+        *layers(module.first, "first."),
+        Layer("second", module.second, DEFAULT_MEASURE.for_head()),
+    ]
 
 
 def image_layers(module):
@@ -241,7 +245,7 @@ def image_layers(module):
         Layer("net.2", net[2], rows=in_groups),
         Layer("net.4", net[4], rows=transposed_in_groups),
     ]
-    return [*found, Layer("net.7", net[7], FULL_SPACE)]
+    return [*found, Layer("net.7", net[7], DEFAULT_MEASURE.for_head())]
 
 
 def sequence_layers(module):
@@ -257,7 +261,7 @@ def sequence_layers(module):
         name = f"net.attention.{part}"
         found.append(Layer(name, attention, rows=rows, key="in_proj_weight"))
     found.append(Layer("net.attention.out_proj", attention.out_proj))
-    found.append(Layer("net.head", module.net.head, FULL_SPACE))
+    found.append(Layer("net.head", module.net.head, DEFAULT_MEASURE.for_head()))
     return found
 
 

@@ -21,6 +21,7 @@ from torch.nn.utils.parametrizations import weight_norm
 from lightning_hsu import HypersphericalUniformity, Share, UniformityRegularizer
 from lightning_hsu._core import smallest_angle
 from lightning_hsu.measures import Covering, RieszEnergy
+from lightning_hsu.measures.defaults import DEFAULT_MEASURE
 from lightning_hsu.reference import uniformity_ratio
 from tests.models import Adversarial, Automatic, Manual, batches, loader, trainer, uniformity
 
@@ -59,7 +60,7 @@ def test_logged_numbers_are_those_of_the_weights(tmp_path):
     ratios = []
     angles = []
     for name, (index, groups) in layers.items():
-        measure = RieszEnergy(s=2, half_space=name != "net.7")
+        measure = DEFAULT_MEASURE
         neurons = (
             module.net[index]
             .weight.detach()
@@ -277,8 +278,8 @@ def test_the_table_at_the_start_of_fit(caplog):
     )
     assert "head (last before the loss)" in " ".join(table.split())
     assert table.splitlines()[2:4] == [
-        "measure: RieszEnergy(s=2.0, half_space=True)",
-        "head: RieszEnergy(s=2.0)",
+        "measure: RieszEnergy(s=2.0)",
+        "",
     ]
     rows = {}
     for line in table.splitlines():

@@ -27,6 +27,7 @@ from lightning_hsu import (
     projections,
 )
 from lightning_hsu.measures import KoLeo, Measure, Orthogonality, RieszEnergy
+from lightning_hsu.measures.defaults import COEFFICIENT, DEFAULT_MEASURE
 from lightning_hsu.projections import Projected, Projection, RandomProjection
 
 pytestmark = pytest.mark.filterwarnings(
@@ -36,7 +37,7 @@ pytestmark = pytest.mark.filterwarnings(
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 CALLBACK = "lightning_hsu.HypersphericalUniformity"
-COMMAND = f"fit --trainer.callbacks+={CALLBACK} --trainer.callbacks.coefficient=0.1"
+COMMAND = f"fit --trainer.callbacks+={CALLBACK}"
 HELP = f"fit --trainer.callbacks.help {CALLBACK}"
 CONFIG = """
 trainer:
@@ -170,7 +171,7 @@ def test_the_readmes_command_line_runs(package):
     assert COMMAND in README
     callback = ours(cli(package, *shlex.split(COMMAND)))
     assert callback.state_dict()["steps"] == [2]
-    assert callback.regularizer.coefficient.given == 0.1
+    assert callback.regularizer.coefficient.given == COEFFICIENT
 
 
 def test_the_command_line_changes_a_config(package):
@@ -322,7 +323,7 @@ def test_each_kind_of_coefficient_is_read_written_and_read(package, given, expec
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        (None, RieszEnergy(s=2.0, half_space=True)),
+        (None, DEFAULT_MEASURE),
         ("lightning_hsu.measures.KoLeo", KoLeo()),
         ("KoLeo", KoLeo()),
         (

@@ -14,6 +14,7 @@ from lightning_hsu import Share, UniformityRegularizer
 from lightning_hsu.measures import Covering
 from tests.compatibility import MODES
 from tests.models import Automatic, batches, loader, mean_square, trainer, uniformity
+from tests.plain import HALF_SPACE
 from tests.ranks import Keep
 
 
@@ -108,7 +109,7 @@ def test_the_head_is_found_again(caplog):
 
 def test_the_head_is_found_again_in_an_own_loop():
     net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 5))
-    regularizer = UniformityRegularizer().attach(net)
+    regularizer = UniformityRegularizer(HALF_SPACE).attach(net)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
 
     def heads():

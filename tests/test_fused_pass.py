@@ -9,7 +9,6 @@ import torch
 
 from benchmarks import epilogue
 from benchmarks.launches import SHAPES
-from lightning_hsu import UniformityRegularizer
 from lightning_hsu._core import backend as backends
 from lightning_hsu._core import compiled, oracle_energy
 from lightning_hsu._core.batches import batches_of
@@ -281,7 +280,7 @@ def counting(versions):
 def test_real_models_are_compiled_a_few_times():
     """For all sizes once; slopes twice if they are where a buffer begins, and elsewhere."""
     versions = []
-    measure = UniformityRegularizer().measure
+    measure = RieszEnergy(s=2, half_space=True)
     terms = [measure.pair_term(), measure.for_head().pair_term()]
     fused = {term: FusedTerm(term, counting(versions)) for term in terms}
     calls = 0

@@ -18,6 +18,7 @@ from lightning_hsu._neurons.rules import _RULES
 from lightning_hsu.measures import RieszEnergy
 from tests import ranks
 from tests.models import trainer, uniformity
+from tests.plain import HALF_SPACE
 from tests.processes import world
 
 PENALTY = "ignore:the penalty has not reached layer"
@@ -117,7 +118,7 @@ def heads(summary):
 def test_heads_are_last_before_the_loss(kind, expected, apply):
     if kind is ByHand and apply == "loss":
         apply = "gradient"  # which manual optimisation refuses
-    callback = uniformity(apply=apply, coefficient=0.3)
+    callback = uniformity(measure=HALF_SPACE, coefficient=0.3, apply=apply)
     assert callback.summary is None
     _, summary = fitted(kind(), callback)
     assert heads(summary) == dict.fromkeys(expected, "last before the loss")

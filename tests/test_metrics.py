@@ -5,6 +5,7 @@ import csv
 import math
 import pickle
 import warnings
+from functools import partial
 from types import SimpleNamespace
 
 import lightning.pytorch as pl
@@ -31,6 +32,7 @@ from lightning_hsu.metrics import FeatureUniformity, WeightUniformity, features
 from lightning_hsu.metrics.hashing import hashed
 from lightning_hsu.reference import uniformity_ratio, uniformity_score
 from tests.models import Automatic, batches, loader, network, trainer, uniformity
+from tests.plain import HALF_SPACE
 from tests.processes import world
 
 matplotlib.use("Agg")
@@ -421,9 +423,8 @@ def test_layers_are_chosen_by_pattern():
     assert list(WeightUniformity(reduction="none", include=["0", "5"])(net)) == ["0", "5"]
     assert list(WeightUniformity(reduction="none", exclude="0", head=None)(net)) == ["2", "5", "7"]
     assert list(WeightUniformity(reduction="none", include="5")(net.state_dict())) == ["5"]
-    assert WeightUniformity(include="7", head=None)(net) != WeightUniformity(include="7", head="7")(
-        net
-    )
+    hidden = WeightUniformity(HALF_SPACE, include="7", head=None)
+    assert hidden(net) != WeightUniformity(HALF_SPACE, include="7", head="7")(net)
 
 
 def bare():
@@ -454,9 +455,10 @@ def test_the_user_says_how_weights_hold_neurons(of):
 @pytest.mark.parametrize("of", [lambda net: net, nn.Module.state_dict], ids=["model", "state dict"])
 def test_several_heads_are_measured_in_full_space(of):
     net = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 5), nn.Linear(8, 4))
-    each = {name: WeightUniformity(reduction="none", head=name)(of(net)) for name in "12"}
-    none = WeightUniformity(reduction="none", head=None)(of(net))
-    both = WeightUniformity(reduction="none", head=["1", "2"])(of(net))
+    metric = partial(WeightUniformity, HALF_SPACE, reduction="none")
+    each = {name: metric(head=name)(of(net)) for name in "12"}
+    none = metric(head=None)(of(net))
+    both = metric(head=["1", "2"])(of(net))
     assert both == {"0": none["0"], "1": each["1"]["1"], "2": each["2"]["2"]}
     assert both["1"] != none["1"]
     assert both["2"] != none["2"]

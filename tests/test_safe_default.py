@@ -331,11 +331,12 @@ def test_moves_past_the_optimizer_do_no_harm_to_tiny_norms(kind):
 
 
 LOST = [  # without a limit by the task; measured
-    ("adapters", {}),  # 2.05
-    ("head left out", {}),  # 47
-    ("zero convolutions", {}),  # 1.17
-    ("adaLN-zero", {"coefficient": 10.0}),  # 1.15
-    ("LayerScale", {}),  # 1.06
+    ("adapters", {}),  # 2.64
+    ("adapters", {"share_limit": 0.3}),  # 1.21; with 0.2 1.08
+    ("head left out", {"coefficient": 0.3}),  # 47
+    ("zero convolutions", {}),  # 1.23
+    ("adaLN-zero", {"coefficient": 10.0}),  # 1.18
+    ("LayerScale", {}),  # 1.13
     ("tiny norms, momentum", {"step_limit": None}),  # 1.44
     ("tiny norms, Adam", {"step_limit": None}),  # 1.18
 ]
@@ -485,15 +486,15 @@ def test_where_a_task_ends_its_weights_stay(how, strength):
 BROKEN = {0, 7, 8, 50}  # steps whose loss is NaN
 
 
-def train_broken(case, regularizer, step_of):
+def train_broken(case, seed, regularizer, step_of):
     """Train while some losses are NaN; ``step_of`` does one step, or skips it."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = case.build()
     if regularizer is not None:
         regularizer.attach(model)
     optimizer = optimizer_of(case, model)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=50)
-    for step, (images, labels) in enumerate(batches(case, 0)):
+    for step, (images, labels) in enumerate(batches(case, seed)):
         loss = case.loss(model, images, labels)
         if step in BROKEN:
             loss = loss * float("nan")
@@ -554,5 +555,8 @@ def scaled(loss, optimizer, regularizer, scaler):
 @pytest.mark.parametrize("step_of", [look_then_add, add_then_look, unscaled, scaled])
 def test_steps_whose_gradients_are_not_finite_do_no_harm(step_of):
     case = replace(CASES["adapters"], steps=100)
-    without = train_broken(case, None, step_of)
-    assert train_broken(case, UniformityRegularizer(), step_of) <= WITHIN * without
+    penalised = without = 0.0
+    for seed in range(4):
+        penalised += train_broken(case, seed, UniformityRegularizer(), step_of)
+        without += train_broken(case, seed, None, step_of)
+    assert penalised <= WITHIN * without

@@ -12,6 +12,7 @@ from lightning_hsu import UniformityRegularizer, register_neurons
 from lightning_hsu._neurons.rules import _RULES
 from lightning_hsu._neurons.select import select
 from lightning_hsu.measures import RieszEnergy
+from tests.plain import HALF_SPACE
 
 
 class Custom(nn.Module):
@@ -263,7 +264,7 @@ def test_a_head_coefficient_needs_a_head():
     with pytest.raises(ValueError, match="head_coefficient is given, but no head is measured"):
         UniformityRegularizer(head_coefficient=1.0, exclude="decoder").attach(nested())
     convolutions = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 5, 3))
-    regularizer = UniformityRegularizer(head_coefficient=2.0).attach(convolutions)
+    regularizer = UniformityRegularizer(None, 1.0, head_coefficient=2.0).attach(convolutions)
     assert [layer.strength for layer in regularizer.layers] == [1.0, 1.0]
     convolutions(torch.randn(2, 3, 8, 8))
     assert [layer.strength for layer in regularizer.layers] == [1.0, 2.0]
@@ -361,7 +362,7 @@ def test_patterns(kwargs, names):
 )
 def test_head(head, expected):
     layers = (
-        UniformityRegularizer(head=head, head_coefficient=3.0 if head else None)
+        UniformityRegularizer(HALF_SPACE, 1.0, head=head, head_coefficient=3.0 if head else None)
         .attach(nested())
         .layers
     )

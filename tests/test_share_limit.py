@@ -186,7 +186,7 @@ class Mixed(nn.Module):
         return self.head(self.lstm(x[:, None].expand(-1, 3, -1))[0][:, -1])
 
 
-def mixed_layers(net, measure=plain.HALF_SPACE):
+def mixed_layers(net, measure=plain.DEFAULT_MEASURE):
     found = [
         plain.Layer("conv", net.conv, measure),
         plain.Layer("grouped", net.grouped, measure, plain.in_groups),

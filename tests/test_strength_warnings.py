@@ -4,6 +4,7 @@ import logging
 import math
 import re
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from lightning_hsu._engine import warn
 from lightning_hsu._monitor.as_random import AsRandom
 from lightning_hsu._monitor.measure import LayerUniformity
 from tests.models import Automatic, batches, loader, trainer, uniformity
+from tests.plain import HALF_SPACE
 
 LATER = 112  # steps, of which those from the hundredth to the tenth after it are looked at
 
@@ -64,7 +66,7 @@ class Loop:
 
     def share(self, layer="0"):
         """The share of the penalty in a layer with a coefficient of 1."""
-        regularizer = UniformityRegularizer(head=None, step_limit=None).attach(self.net)
+        regularizer = of_first(1.0, include=None).attach(self.net)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return float(self.step(regularizer, 0, stats=True)[layer].share)
@@ -303,8 +305,9 @@ def test_a_penalty_that_has_done_its_work_is_no_matter(caplog):
     net = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 3))
     loop = Converges(net=net)
     coefficient = 0.01 / loop.share()
-    assert loop.run(caplog, of_first(coefficient)) == ([], [])
-    shares = [float(loop.step(of_first(coefficient).attach(net), 0, stats=True)["0"].share)]
+    in_half_space = partial(of_first, coefficient, measure=HALF_SPACE)  # where it is soon done
+    assert loop.run(caplog, in_half_space()) == ([], [])
+    shares = [float(loop.step(in_half_space().attach(net), 0, stats=True)["0"].share)]
     assert max(shares) < 1e-5
 
 

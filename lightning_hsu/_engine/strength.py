@@ -507,12 +507,12 @@ def _held_text(held: Sequence[Seen], count: int, share_limit: float, *, compares
     )
     if share_limit > SAFE_SHARE:
         return (
-            f"{begin}. That may be too much for the task to be learnt: set "
+            f"{begin}. That may be too much for the task to be learnt as well: set "
             f"share_limit={SHARE_LIMIT:g}, or take a smaller coefficient"
         )
     return (
         f"{begin}. That is safe; for a penalty that follows your coefficient take a smaller one, for a "
-        "stronger one a larger share_limit, or None"
+        "stronger one a larger share_limit, which may cost the task"
     )
 
 

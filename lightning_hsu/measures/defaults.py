@@ -5,10 +5,10 @@ from __future__ import annotations
 from lightning_hsu.measures.base import Measure
 from lightning_hsu.measures.riesz import RieszEnergy
 
-DEFAULT_MEASURE: Measure = RieszEnergy(s=2.0, half_space=True)
-"""Half-space minimum hyperspherical energy with s = 2."""
+DEFAULT_MEASURE: Measure = RieszEnergy(s=2.0)
+"""Minimum hyperspherical energy with s = 2, in full space: what did no harm in evidence/README.md."""
 
-COEFFICIENT = 1.0
+COEFFICIENT = 0.3
 """How strong the penalty is."""
 
 SHARE_LIMIT = 0.1

@@ -56,7 +56,7 @@ class Sampled(MeasureWrapper):
     the first draw.
 
     Args:
-        measure: A mean over pairs: :class:`RieszEnergy` (by default in half space, s = 2),
+        measure: A mean over pairs: :class:`RieszEnergy` (by default with s = 2),
             :class:`GaussianPotential` or your own :class:`PairwiseMeasure`.
         block: Neurons in a block, 4 or more.
 

@@ -47,7 +47,7 @@ class WeightUniformity(UniformityMetric):
     all must call ``update``.
 
     Args:
-        measure: How to measure; None is the half-space Riesz energy with s = 2. The head is
+        measure: How to measure; None is the Riesz energy with s = 2. The head is
             measured in full space.
         quantity: "ratio" (1 as random, above 1 more redundant), "score" (0 as random, 1 the best
             possible), "energy" (the measure's natural value), "min_angle" (the smallest angle, in

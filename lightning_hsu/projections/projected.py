@@ -11,10 +11,11 @@ from torch import Tensor
 
 from lightning_hsu.measures import Measure, SphereMeasure, State
 from lightning_hsu.measures.base import check_measure
-from lightning_hsu.measures.defaults import DEFAULT_MEASURE
+from lightning_hsu.measures.riesz import RieszEnergy
 from lightning_hsu.measures.wrapper import MeasureWrapper
 from lightning_hsu.projections.kinds import Projection, RandomProjection
 
+_PUBLISHED = RieszEnergy(s=2.0, half_space=True)
 _RANDOM = RandomProjection()
 _INNER = "inner."
 
@@ -58,7 +59,7 @@ class Projected(MeasureWrapper, SphereMeasure):
 
     takes_zero_rows: ClassVar[bool] = True  # they stay zero, and the measure leaves them out
 
-    measure: Measure = DEFAULT_MEASURE
+    measure: Measure = _PUBLISHED
     projection: Projection = _RANDOM
 
     def __post_init__(self) -> None:

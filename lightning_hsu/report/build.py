@@ -80,7 +80,7 @@ def report(
     Args:
         source: A model, a state dict, or a file: Lightning's .ckpt, a state dict in .pt or .pth,
             .safetensors, TorchScript. No code in a file is run.
-        measure: How to measure; None is the half-space Riesz energy with s = 2.
+        measure: How to measure; None is the Riesz energy with s = 2.
         include: Patterns of layer names to take, shell style; None takes all.
         exclude: Patterns of layer names to leave out.
         head: The class head: "auto" is what a model declares, else a guess by names and order; a

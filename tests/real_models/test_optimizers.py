@@ -66,7 +66,7 @@ def fit_plainly(module, mode):
     layers = [
         plain.Layer("net.1", net[1]),
         plain.Layer("net.3", net[3]),
-        plain.Layer("net.5", net[5], plain.FULL_SPACE),
+        plain.Layer("net.5", net[5], plain.DEFAULT_MEASURE),
     ]
     penalty = plain.Penalty(layers, mode, lambda *_: STRENGTH, step_limit=None)
 
