@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_hsu.measures import RieszEnergy
 from lightning_hsu.report import report
 from lightning_hsu.report.checkpoints import read_weights
 from lightning_hsu.report.cli import main
@@ -406,7 +405,7 @@ def test_heads_come_last_whatever_order_a_file_has(tmp_path):
         for name in ("classifier", "layer.10", "layer.9", "layer.2")
     }
     save_file(state, tmp_path / "a.safetensors")
-    found = report(tmp_path / "a.safetensors", RieszEnergy(half_space=True))
+    found = report(tmp_path / "a.safetensors")
     assert [(one.name, one.full_space) for one in found.layers] == [
         ("layer.2", False),
         ("layer.9", False),

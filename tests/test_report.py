@@ -27,7 +27,6 @@ from lightning_hsu.report.cli import main, parse_measure
 from lightning_hsu.report.tables import report_table, show
 
 ENERGY = RieszEnergy(s=2.0, half_space=True)
-IN_HALF_SPACE = ["--measure", "RieszEnergy(s=2.0, half_space=True)"]
 
 
 def network():
@@ -51,10 +50,8 @@ def network():
 def test_numbers_are_those_of_the_monitor():
     model = network()
     found = report(model)
-    wanted = {
-        one.name: one
-        for one in UniformityRegularizer(coefficient=0.0).attach(model).measure_layers()
-    }
+    monitor = UniformityRegularizer(ENERGY, coefficient=0.0).attach(model)
+    wanted = {one.name: one for one in monitor.measure_layers()}
     assert [one.name for one in found.layers] == ["0", "1", "3", "4"]  # the depthwise one, too
     for one in found.layers:
         if one.name != "1":
@@ -62,7 +59,7 @@ def test_numbers_are_those_of_the_monitor():
 
 
 def test_what_it_finds():
-    first, depthwise, second, head = report(network(), ENERGY).layers
+    first, depthwise, second, head = report(network()).layers
     assert [(pair.first, pair.second) for pair in first.pairs] == [(3, 5)]
     assert first.finding.endswith("1 near-duplicate pair")
     assert (
@@ -311,7 +308,6 @@ def test_pairs_that_are_not_kept_are_counted():
 def test_two_neurons_are_measured_in_full_space():
     found = report(
         {"a.weight": torch.tensor([[1.0, 0.0], [-1.0, 0.0]]), "b.weight": torch.randn(5, 2)},
-        ENERGY,
         head=None,
     )
     assert [one.full_space for one in found.layers] == [True, False]
@@ -354,7 +350,7 @@ def test_json_has_no_nan(tmp_path):
 
 
 def test_the_printed_table():
-    lines = str(report(network(), ENERGY)).splitlines()
+    lines = str(report(network())).splitlines()
     assert lines[0].split() == [
         "layer",
         "neurons",
@@ -387,7 +383,7 @@ def test_a_convolution_is_no_head():
     with torch.no_grad():
         model[1].weight[1] = -model[1].weight[0]
     for source in (model, model.state_dict()):
-        found = report(source, ENERGY)
+        found = report(source)
         assert [one.full_space for one in found.layers] == [False, False]
         assert found.layers[1].similar == 1
 
@@ -405,7 +401,7 @@ def test_the_table_says_what_is_by_chance():
 def test_in_a_narrow_terminal(monkeypatch):
     from rich.console import Console
 
-    table = report_table(report(network(), ENERGY))
+    table = report_table(report(network()))
     console = Console(width=80, record=True, file=io.StringIO(), force_terminal=True)
     monkeypatch.setattr("rich.console.Console", lambda *args, **kwargs: console)
     show(table)
@@ -437,10 +433,10 @@ def test_compare_measures_both_alike():
     with torch.no_grad():
         before[2].weight[1] = -before[2].weight[0]
     after = nn.Sequential(*before, nn.Linear(64, 10))
-    one = compare(before, after, ENERGY).layers[1]
+    one = compare(before, after).layers[1]
     assert (one.moved, one.before.uniformity.ratio) == (0.0, one.after.uniformity.ratio)
     assert (one.before.similar, one.after.similar) == (1, 1)
-    assert [layer.full_space for layer in compare(after, after, ENERGY).after.layers] == [
+    assert [layer.full_space for layer in compare(after, after).after.layers] == [
         False,
         False,
         True,
@@ -449,18 +445,18 @@ def test_compare_measures_both_alike():
 
 def test_compare_measures_two_neurons_and_more_in_one_space():
     state = {"a.weight": torch.randn(6, 8), "fc.weight": torch.randn(5, 8)}
-    found = compare(state, state | {"fc.weight": torch.randn(2, 8)}, ENERGY, head=None)
+    found = compare(state, state | {"fc.weight": torch.randn(2, 8)}, head=None)
     assert [(one.before.full_space, one.after.full_space) for one in found.layers] == [
         (False, False),
         (True, True),
     ]
-    found = compare(state, state, ENERGY)
+    found = compare(state, state)
     assert [(one.before.full_space, one.after.full_space) for one in found.layers] == [
         (False, False),
         (True, True),
     ]
     headed = state | {"head.weight": torch.randn(4, 5)}
-    found = compare(state, headed, ENERGY)
+    found = compare(state, headed)
     assert not any(one.before.full_space or one.after.full_space for one in found.layers)
     assert found.after.layers[-1].full_space
     assert "*" not in str(found)  # none of those that are compared
@@ -491,7 +487,7 @@ def test_compare_tells_what_is_broken_and_what_is_left_out(tmp_path, capsys):
         {"g": after.state_dict() | {"h.weight": torch.ones(3, 3, dtype=torch.int8)}, "d": {}},
         tmp_path / "b.pt",
     )
-    said = str(compare(tmp_path / "a.pt", tmp_path / "b.pt", ENERGY, key="g"))
+    said = str(compare(tmp_path / "a.pt", tmp_path / "b.pt", key="g"))
     assert "1 NaN or infinite" in said
     assert "4 *" in said
     assert "not floating-point" in said
@@ -559,9 +555,9 @@ def test_the_user_says_how_weights_hold_neurons(tmp_path):
 
 def test_several_heads_are_in_full_space(tmp_path):
     for source in sources_of(dictionary(), tmp_path):
-        found = report(source, ENERGY, head=["class", "box"])
+        found = report(source, head=["class", "box"])
         assert [layer.name for layer in found.layers if layer.full_space] == ["class", "box"]
-        moved = compare(source, source, ENERGY, head=["class", "box"])
+        moved = compare(source, source, head=["class", "box"])
         assert [one.after.full_space for one in moved.layers] == [False, False, True, True]
 
 
@@ -593,19 +589,17 @@ def test_compare_reads_both_as_the_user_says():
 def test_neurons_and_heads_on_the_command_line(tmp_path, capsys):
     model, _, path = sources_of(dictionary(), tmp_path)
     options = ["--neurons", "decoder=columns", "--neurons", "packed=3", "--head", "class"]
-    options += ["--head", "box", "--json", "-", *IN_HALF_SPACE]
+    options += ["--head", "box", "--json", "-"]
     assert main(["report", str(path), *options]) == 0
     found = json.loads(capsys.readouterr().out)
-    wanted = report(
-        model, ENERGY, neurons={"decoder": "columns", "packed": 3}, head=["class", "box"]
-    )
+    wanted = report(model, neurons={"decoder": "columns", "packed": 3}, head=["class", "box"])
     for layer, one in zip(found["layers"], wanted.layers, strict=True):
         assert (layer["name"], layer["finding"]) == (one.name, one.finding)
         assert layer["measure"] == repr(one.measure)
     assert main(["compare", str(path), str(path), *options]) == 0
     moved = json.loads(capsys.readouterr().out)["moved"]
     assert list(moved) == ["decoder", "packed.0", "packed.1", "packed.2", "class", "box"]
-    assert main(["report", str(path), "--head", "None", "--json", "-", *IN_HALF_SPACE]) == 0
+    assert main(["report", str(path), "--head", "None", "--json", "-"]) == 0
     measures = [layer["measure"] for layer in json.loads(capsys.readouterr().out)["layers"]]
     assert set(measures) == {repr(ENERGY)}
 
@@ -639,19 +633,7 @@ def test_command_line(tmp_path, capsys):
     torch.save(network().state_dict(), path)
     page, numbers = tmp_path / "a.html", tmp_path / "a.json"
     assert (
-        main(
-            [
-                "report",
-                str(path),
-                "--html",
-                str(page),
-                "--json",
-                str(numbers),
-                "--pairs",
-                "1",
-                *IN_HALF_SPACE,
-            ]
-        )
+        main(["report", str(path), "--html", str(page), "--json", str(numbers), "--pairs", "1"])
         == 0
     )
     shown = capsys.readouterr().out

@@ -28,7 +28,6 @@ from lightning_hsu.report.charts import (
     singular_chart,
 )
 from lightning_hsu.report.svg import Axis, short
-from tests.plain import HALF_SPACE
 
 VOID = {"meta", "img", "wbr", "br", "line", "circle", "rect", "polyline", "path"}
 
@@ -111,7 +110,7 @@ def network(seed=0):
 
 @pytest.fixture(scope="module")
 def found():
-    return report(network(), HALF_SPACE)
+    return report(network())
 
 
 def test_page_is_one_well_formed_file_that_loads_nothing(found):
@@ -372,9 +371,9 @@ def test_colours_on_the_chart_are_those_of_the_words():
     layers["d.weight"] = next(
         x
         for x in made
-        if (one := report({"weight": x}, HALF_SPACE, head=None).layers[0]).above and one.as_random
+        if (one := report({"weight": x}, head=None).layers[0]).above and one.as_random
     )
-    chart = ratio_chart(report(layers, HALF_SPACE, head=None).layers)
+    chart = ratio_chart(report(layers, head=None).layers)
     assert re.findall(r'<circle[^>]* class="(\w+)"', chart) == ["even", "below", "above", "even"]
 
 

@@ -8,6 +8,9 @@ from lightning_hsu.measures.riesz import RieszEnergy
 DEFAULT_MEASURE: Measure = RieszEnergy(s=2.0)
 """Minimum hyperspherical energy with s = 2, in full space: what did no harm in evidence/README.md."""
 
+REPORT_MEASURE: Measure = RieszEnergy(s=2.0, half_space=True)
+"""The same in half space: a report counts neurons that differ in sign as one direction."""
+
 COEFFICIENT = 0.3
 """How strong the penalty is."""
 

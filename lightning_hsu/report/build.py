@@ -18,7 +18,7 @@ from lightning_hsu._neurons.state_dict import neurons_of_state_dict
 from lightning_hsu._neurons.wrappers import unwrapped
 from lightning_hsu.measures import Measure
 from lightning_hsu.measures.base import check_measure
-from lightning_hsu.measures.defaults import DEFAULT_MEASURE
+from lightning_hsu.measures.defaults import REPORT_MEASURE
 from lightning_hsu.measures.sampled import measure_of_layer
 from lightning_hsu.report.analysis import look_at
 from lightning_hsu.report.checkpoints import read_weights
@@ -80,7 +80,7 @@ def report(
     Args:
         source: A model, a state dict, or a file: Lightning's .ckpt, a state dict in .pt or .pth,
             .safetensors, TorchScript. No code in a file is run.
-        measure: How to measure; None is the Riesz energy with s = 2.
+        measure: How to measure; None is the half-space Riesz energy with s = 2.
         include: Patterns of layer names to take, shell style; None takes all.
         exclude: Patterns of layer names to leave out.
         head: The class head: "auto" is what a model declares, else a guess by names and order; a
@@ -126,7 +126,7 @@ def look_at_all(
 ) -> Report:
     """Report on what :func:`find_targets` found; other arguments as in :func:`report`."""
     if measure is None:
-        measure = DEFAULT_MEASURE
+        measure = REPORT_MEASURE
     check_measure(measure)
     check_count("keep", keep, 0)
     check_number("similar_above", similar_above, "in (0, 1)", lambda x: 0 < x < 1)

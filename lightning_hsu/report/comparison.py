@@ -68,7 +68,7 @@ def compare(
     Args:
         before: The first network: a model, a state dict or a file.
         after: The second.
-        measure: How to measure; None is the Riesz energy with s = 2.
+        measure: How to measure; None is the half-space Riesz energy with s = 2.
         include: Patterns of layer names to take, shell style; None takes all.
         exclude: Patterns of layer names to leave out.
         head: The class head: "auto" is what a model declares, else a guess by names and order; a

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from lightning_hsu import UniformityRegularizer, summarize
+from tests.plain import HALF_SPACE
 from tests.real_models.catalogue import entries
 from tests.real_models.libraries import missing
 from tests.real_models.table import BEGIN, END, table
@@ -45,7 +46,7 @@ def found(entry):
         model.train()
         before = summarize(model)
         loss = entry.loss(model)
-    regularizer = UniformityRegularizer().attach(model, watch=False)
+    regularizer = UniformityRegularizer(HALF_SPACE, 1.0).attach(model, watch=False)
     regularizer.find_head(loss)
     return model, loss, before, regularizer
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from lightning_hsu import HypersphericalUniformity
 from lightning_hsu._trainer import EveryCallback
+from tests.plain import HALF_SPACE
 from tests.real_models.base import Read
 
 # Only what these libraries and Lightning say of themselves: a warning of the callback is an error.
@@ -527,7 +528,7 @@ def run(program, callback, optimizer=None, **settings):
 
 
 def uniformity(**settings):
-    return HypersphericalUniformity(**{"verbose": False, **settings})
+    return HypersphericalUniformity(**{"measure": HALF_SPACE, "verbose": False, **settings})
 
 
 def penalty(neurons: Tensor, *, half_space: bool) -> Tensor:
