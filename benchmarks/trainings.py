@@ -277,8 +277,8 @@ class Penalties:
         self.optimizer = optimizer
         # Without limits: rivals are compared where the task's gradient is left out.
         free: dict[str, Any] = {"head": None, "share_limit": None, "step_limit": None}
-        self.kept = UniformityRegularizer(MEASURE, tolerance=TOLERANCE, **free).attach(model)
-        self.exact = UniformityRegularizer(MEASURE, **free).attach(model)
+        self.kept = UniformityRegularizer(MEASURE, 1.0, tolerance=TOLERANCE, **free).attach(model)
+        self.exact = UniformityRegularizer(MEASURE, 1.0, **free).attach(model)
         for engine in (self.kept, self.exact):
             engine.checks_order = False  # as in the callback; here gradients are exchanged
         self.layers = list(dict.fromkeys(layer.parameters[0] for layer in self.exact.layers))

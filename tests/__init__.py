@@ -1,7 +1,7 @@
-"""Tests. Most compare with loops that know nothing of the task: so ``share_limit`` is None by default.
+"""Tests. Most compare with loops that know nothing of the task, and whose strength is 1.
 
-It is what users get, SHARE_LIMIT, in tests with the fixture ``shipped_defaults``, in those that say it,
-and in programs and pages that are run as they are.
+So that is the coefficient, and ``share_limit`` is None, where a test says nothing else. Users' defaults are
+those of tests with the fixture ``shipped_defaults``, and of programs and pages that are run as they are.
 """
 
 import os
@@ -26,9 +26,10 @@ metadata.entry_points = cache(metadata.entry_points)
 
 import tests.real_models  # noqa: E402, F401 - it lets torchmetrics import torchvision
 from lightning_hsu import HypersphericalUniformity, UniformityRegularizer  # noqa: E402
+from lightning_hsu.measures.defaults import SHARE_LIMIT as SHARE_LIMIT  # noqa: E402
 
-WITH_LIMITS = (HypersphericalUniformity.__init__, UniformityRegularizer.__init__)
-SHARE_LIMIT = UniformityRegularizer.__init__.__kwdefaults__["share_limit"]
+WITH_DEFAULTS = (HypersphericalUniformity.__init__, UniformityRegularizer.__init__)
 
-for function in WITH_LIMITS:
+for function in WITH_DEFAULTS:
+    function.__defaults__ = (None, 1.0)  # of measure and coefficient
     function.__kwdefaults__["share_limit"] = None

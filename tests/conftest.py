@@ -5,7 +5,8 @@ import gc
 import pytest
 import torch
 
-from tests import SHARE_LIMIT, WITH_LIMITS
+from lightning_hsu.measures.defaults import COEFFICIENT
+from tests import SHARE_LIMIT, WITH_DEFAULTS
 
 HAS_OTHER_GENERATORS = torch.cuda.is_available() or torch.backends.mps.is_available()
 
@@ -35,8 +36,9 @@ def _seeded():
 
 @pytest.fixture
 def shipped_defaults(monkeypatch):
-    """The share limit that users get."""
-    for function in WITH_LIMITS:
+    """The coefficient and the share limit that users get."""
+    for function in WITH_DEFAULTS:
+        monkeypatch.setattr(function, "__defaults__", (None, COEFFICIENT))
         monkeypatch.setitem(function.__kwdefaults__, "share_limit", SHARE_LIMIT)
 
 

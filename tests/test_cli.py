@@ -27,7 +27,7 @@ from lightning_hsu import (
     projections,
 )
 from lightning_hsu.measures import KoLeo, Measure, Orthogonality, RieszEnergy
-from lightning_hsu.measures.defaults import COEFFICIENT, DEFAULT_MEASURE
+from lightning_hsu.measures.defaults import DEFAULT_MEASURE
 from lightning_hsu.projections import Projected, Projection, RandomProjection
 
 pytestmark = pytest.mark.filterwarnings(
@@ -171,7 +171,7 @@ def test_the_readmes_command_line_runs(package):
     assert COMMAND in README
     callback = ours(cli(package, *shlex.split(COMMAND)))
     assert callback.state_dict()["steps"] == [2]
-    assert callback.regularizer.coefficient.given == COEFFICIENT
+    assert callback.regularizer.measure == DEFAULT_MEASURE
 
 
 def test_the_command_line_changes_a_config(package):

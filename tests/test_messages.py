@@ -16,6 +16,7 @@ from lightning_hsu import UniformityRegularizer
 from lightning_hsu._engine import sharing
 from lightning_hsu._neurons.placement import ReplicatedPlacement, replicated
 from tests import processes, ranks
+from tests.plain import HALF_SPACE
 from tests.processes import world
 from tests.ranks import End, max_difference, same_bits
 
@@ -99,7 +100,7 @@ class Training:
             self.model = DistributedDataParallel(self.net)
         self.x = self.x[self.rank :: size]
         self.optimizer = torch.optim.SGD(self.net.parameters(), lr=0.05, momentum=0.9)
-        settings = {"coefficient": 0.5, "head": None} | settings
+        settings = {"measure": HALF_SPACE, "coefficient": 0.5, "head": None} | settings
         self.regularizer = UniformityRegularizer(**settings).attach(self.model)
 
     def backward(self):

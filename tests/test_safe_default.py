@@ -5,7 +5,6 @@ whose penalty is steep, and layers of which the task says little or nothing.
 """
 
 import copy
-import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -19,9 +18,9 @@ from torch.nn import functional as F
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
 from lightning_hsu import HypersphericalUniformity, Share, UniformityRegularizer
+from lightning_hsu.measures.defaults import COEFFICIENT
 
 WITHIN = 1.02  # of the loss without the penalty
-DEFAULT = inspect.signature(UniformityRegularizer).parameters["coefficient"].default
 BATCH = 50
 
 pytestmark = [
@@ -241,7 +240,7 @@ CASES = {
 STRENGTHS = [(name, {}) for name in CASES]
 for name, case in CASES.items():
     for coefficient in case.coefficients:
-        if coefficient != DEFAULT:
+        if coefficient != COEFFICIENT:
             STRENGTHS.append((name, {"coefficient": coefficient}))
 
 

@@ -213,6 +213,7 @@ def add_gradients(layers: Sequence[nn.Module], case: Case, measure: PairwiseMeas
         rate = torch.tensor(RATE, device=next(model.parameters()).device)
     regularizer = UniformityRegularizer(
         measure,
+        1.0,
         head=None,
         step_limit=STEP_LIMIT if case.limited else None,
         share_limit=None,
