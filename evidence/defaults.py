@@ -41,7 +41,7 @@ MARKS = (
 )
 CHOOSING = tuple(range(1000, 1010))
 AGAIN = tuple(range(1010, 1030))
-FRESH = tuple(range(60, 80))
+FRESH = tuple(range(80, 100))
 COEFFICIENTS = (1.0, 0.3, 0.1)
 SHARE_LIMITS = (None, 1.0, 0.3, 0.1)
 SHARES = (0.02, 0.05, 0.1)
@@ -356,10 +356,15 @@ def eliminate(
     choosing: tuple[int, ...],
     again: tuple[int, ...],
 ) -> Story:
-    """Go through the settings; a candidate that is worse on both sets of seeds is out."""
+    """Go through the settings; a candidate that is worse on both sets of seeds is out.
+
+    Of the safe ones that are left, those that were worse by one standard error are looked at again.
+    """
     by_name = {method.name: method for method in methods}
     story = Story(list(by_name), {method.name for method in methods if is_safe(method)})
     decay = METHODS["decay"]
+    doubts: dict[Setting, list[str]] = {}
+    titles: dict[Setting, str] = {}
     start = time.monotonic()
     for number, setting in enumerate(settings, 1):
         trial = tuned[setting]
@@ -372,23 +377,14 @@ def eliminate(
         for name, result in zip(names, others, strict=True):
             errors[name] = result["test_error"]
             broken[name] = result["nonfinite"]
-        title = setting_title(without)
+        title = titles[setting] = setting_title(without)
         suspects = story.look(without["test_error"], errors, broken)
-        if suspects:
-            jobs = [(setting, decay, trial, again, False)]
-            for name in suspects:
-                jobs.append((setting, by_name[name], trial, again, False))
-            baseline, *others = study.results(jobs)
-            for name, result in zip(suspects, others, strict=True):
-                change = paired(result["test_error"], baseline["test_error"])
-                failed = failures(result["test_error"], baseline["test_error"])
-                if change.worse or result["nonfinite"] or failed:
-                    words = f"{change.mean:+.2f} ({change.error:.2f})"
-                    if failed:
-                        words += f", {failed} seeds fail"
-                    if result["nonfinite"]:
-                        words += f", {result['nonfinite']} not finite"
-                    story.drop(name, title, words)
+        for name, words in bad_again(study, setting, trial, again, methods, suspects).items():
+            story.drop(name, title, words)
+        for name in names:
+            change = paired(errors[name], without["test_error"])
+            if name in story.safe and name not in suspects and change.mean > change.error:
+                doubts.setdefault(setting, []).append(name)
         gone = {name: story.out[name][1] for name in names if name not in story.alive}
         minutes = (time.monotonic() - start) / 60
         print(
@@ -396,7 +392,43 @@ def eliminate(
             f"{minutes:.1f} min",
             flush=True,
         )
+    for setting, doubted in doubts.items():
+        names = [name for name in doubted if name in story.alive]
+        bad = bad_again(study, setting, tuned[setting], again, methods, names)
+        for name, words in bad.items():
+            story.drop(name, titles[setting], words)
+        print(f"again {titles[setting]}: {names}, out {bad}", flush=True)
     return story
+
+
+def bad_again(
+    study: Study,
+    setting: Setting,
+    trial: Trial,
+    again: tuple[int, ...],
+    methods: Sequence[Method],
+    names: Collection[str],
+) -> dict[str, str]:
+    """Which of some candidates are worse, or fail, on further seeds, too; by how much, in words."""
+    chosen = [method for method in methods if method.name in names]
+    if not chosen:
+        return {}
+    jobs: list[Job] = [(setting, METHODS["decay"], trial, again, False)]
+    for method in chosen:
+        jobs.append((setting, method, trial, again, False))
+    baseline, *others = study.results(jobs)
+    bad = {}
+    for method, result in zip(chosen, others, strict=True):
+        change = paired(result["test_error"], baseline["test_error"])
+        failed = failures(result["test_error"], baseline["test_error"])
+        if change.worse or result["nonfinite"] or failed:
+            words = f"{change.mean:+.2f} ({change.error:.2f})"
+            if failed:
+                words += f", {failed} seeds fail"
+            if result["nonfinite"]:
+                words += f", {result['nonfinite']} not finite"
+            bad[method.name] = words
+    return bad
 
 
 Reported = list[tuple[str, list[running.Result]]]

@@ -217,6 +217,19 @@ def test_gains_choose_then_reductions_then_the_order():
     assert story_of(changes)[1].chosen() == "half-1-0.1"
 
 
+def test_safe_ones_that_were_a_little_worse_are_looked_at_again():
+    doubtful = [-1.0, 1.0, 1.5], 0  # 0.5, with a standard error of 0.76
+    little = [0.2, 0.1, 1.0], 0  # 0.43, with one of 0.28
+    for added, is_asked in ((doubtful, False), (little, True)):
+        changes = {(name, 0.1, FIRST): added for name in NAMES}
+        changes |= {(name, 0.1, AGAIN): WORSE for name in NAMES}
+        study, story = story_of(changes)
+        asked = {name for name, scale, first in study.run if (scale, first) == (0.1, AGAIN)}
+        safe = set(NAMES[1:])
+        assert asked == (safe | {"decay"} if is_asked else set())
+        assert set(story.out) == (safe if is_asked else set())
+
+
 @pytest.mark.parametrize("name", ["half-1-none", "half-1-0.3"])
 def test_what_is_lost_in_other_tasks_is_not_chosen(name):
     _, story = story_of({(name, 1.0, FIRST): BETTER}, names=(name, "half-1-0.1", "half-share0.02"))
@@ -232,7 +245,7 @@ def test_tables(left):
     for name in NAMES[: 2 if left else 3]:
         changes[name, 1.0, FIRST] = changes[name, 1.0, AGAIN] = WORSE
     changes["full-1-0.1", 0.1, FIRST] = BETTER
-    changes["full-1-0.1", 0.1, 60] = BETTER
+    changes["full-1-0.1", 0.1, defaults.FRESH[0]] = BETTER
     study, story = story_of(changes)
     assert story.chosen() == ("full-1-0.1" if left else None)
     settings = [TINY, OTHER]
