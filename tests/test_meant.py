@@ -20,6 +20,8 @@ from lightning_hsu.measures import KoLeo, RieszEnergy
 from lightning_hsu.presets import PRESETS, recipes, sphere_uniformity
 from lightning_hsu.projections import Projected
 
+pytestmark = pytest.mark.usefixtures("shipped_defaults")  # which an answer leaves out
+
 FROM_PRESETS = "from lightning_hsu.presets import sphere_uniformity"
 FROM_MEASURES = "from lightning_hsu.measures import {}"
 FROM_HERE = "from lightning_hsu import HypersphericalUniformity"
