@@ -73,7 +73,7 @@ def test_the_steps_of_a_large_model(monkeypatch):
 
 
 def test_a_step_that_computes_all_layers_costs_few_launches_more_than_an_exact_one():
-    """They keep the gradients, and learn of them: sixteen a layer and some."""
+    """They keep the gradients, and learn of them: eighteen a layer and some."""
     with told(), pretending():
         steps = Steps("GPT-2 small", tolerance=0.05)
         _, begun = steps.step()
@@ -84,4 +84,4 @@ def test_a_step_that_computes_all_layers_costs_few_launches_more_than_an_exact_o
     assert min(begun.flop, again.flop) > 0
     # But for products with the sum of a layer's neurons, which full space follows.
     assert max(added.flop, following.flop) <= 0.01 * begun.flop
-    assert begun.launches + added.launches <= 120 + 16 * 48 + 80, (begun.calls, added.calls)
+    assert begun.launches + added.launches <= 120 + 18 * 48 + 80, (begun.calls, added.calls)

@@ -63,7 +63,7 @@ def train(way, mode, make, settings):
     model, is_apart = in_parallel(net, way)
     optimizer = sgd(net.parameters())
     regularizer = UniformityRegularizer(
-        **{"coefficient": 0.05, "tolerance": 0.3, **settings}
+        **{"measure": HALF_SPACE, "coefficient": 0.05, "tolerance": 0.3, **settings}
     ).attach(model)
     rank, uses = torch.distributed.get_rank(), []
     deltas = regularizer.state.deltas
