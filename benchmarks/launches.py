@@ -43,6 +43,7 @@ from lightning_hsu._engine.late import LateNumbers
 from lightning_hsu._engine.reuse import Reuse
 from lightning_hsu._neurons import quantised
 from lightning_hsu.measures import Measure
+from lightning_hsu.measures.defaults import DEFAULT_MEASURE, REPORT_MEASURE
 
 SHAPES = {name: MODELS[name] for name in ("ResNet-50", "GPT-2 small", "ViT-B/16")} | LARGE
 
@@ -300,8 +301,7 @@ def _told_of_groups(numbers: GatheredNumbers, values: Sequence[float]) -> list[G
 @contextmanager
 def told() -> Iterator[None]:
     """Within the block what is copied to the host without waiting is :class:`Told`."""
-    default = UniformityRegularizer().measure
-    for measure in (default, default.for_head()):
+    for measure in (DEFAULT_MEASURE, DEFAULT_MEASURE.for_head(), REPORT_MEASURE):
         look_at(measure)
     with ExitStack() as stack:
         for user in ("ahead", "buffered", "lessons", "moves"):
@@ -347,26 +347,27 @@ class Steps:
             LateStats(told)
 
 
-def steps_ahead(name: str) -> tuple[list[Asked], list[Asked], list[Asked]]:
+def steps_ahead(name: str, **settings: Any) -> tuple[list[Asked], list[Asked], list[Asked]]:
     """What a plain step asks for, a logging step, and with a tolerance one at which nothing is due."""
     with told(), pretending():
-        exact = Steps(name)
+        exact = Steps(name, **settings)
         exact.step()  # the first one is looked at
         plain = exact.step()
         exact.step(logs=True)  # learns what is kept from then on
         logging = exact.step(logs=True)
-    return plain, logging, quiet_step(name)
+    return plain, logging, quiet_step(name, **settings)
 
 
-def quiet_step(name: str, *, adaptive: bool = False) -> list[Asked]:
+def quiet_step(name: str, *, adaptive: bool = False, **settings: Any) -> list[Asked]:
     """What a step with a tolerance asks for at most, if nothing is due.
 
     Args:
         name: The model.
         adaptive: Whether the optimizer is AdamW, or else SGD.
+        settings: Of the regularizer.
     """
     with told(), pretending():
-        return _costliest_quiet_step(Steps(name, adaptive=adaptive, tolerance=0.05))
+        return _costliest_quiet_step(Steps(name, adaptive=adaptive, tolerance=0.05, **settings))
 
 
 def _costliest_quiet_step(kept: Steps) -> list[Asked]:
@@ -401,14 +402,14 @@ def _lasts(reuse: Reuse, *_: Any) -> None:
     reuse.interval = 1000
 
 
-def quiet_logging_step(name: str) -> list[Asked]:
+def quiet_logging_step(name: str, **settings: Any) -> list[Asked]:
     """What a logging step asks for with a tolerance, if nothing is due then and at the next one.
 
     The costliest of those that pull, look or project by the way.
     """
     quiet: list[Asked] = []
     with told(), pretending():
-        kept = Steps(name, tolerance=0.05)
+        kept = Steps(name, tolerance=0.05, **settings)
         for _ in range(3):
             kept.step()
         with mock.patch.object(Reuse, "learn", _lasts):

@@ -30,6 +30,7 @@ from evidence.statistics import Paired, beyond_two_errors, holm, paired
 from evidence.tables import error_cell, markdown
 from evidence.training import train
 from lightning_hsu import Share
+from lightning_hsu._core.limits import SAFE_SHARE
 from lightning_hsu.measures import RieszEnergy
 
 FOLDER = Path(__file__).parent
@@ -46,8 +47,6 @@ COEFFICIENTS = (1.0, 0.3, 0.1)
 SHARE_LIMITS = (None, 1.0, 0.3, 0.1)
 SHARES = (0.02, 0.05, 0.1)
 LEVEL = 0.05
-SAFE_LIMIT = 0.1
-"""Largest share limit with which the tasks of tests/test_safe_default.py lose nothing."""
 
 DIGITS = Setting("digits", 500, 40, held_out=400)
 FASHION = Setting("fashion-mnist", 1000, 30)
@@ -89,7 +88,7 @@ def is_safe(method: Method) -> bool:
     """
     if method.share is not None:
         return True
-    return method.share_limit is not None and method.share_limit <= SAFE_LIMIT
+    return method.share_limit is not None and method.share_limit <= SAFE_SHARE
 
 
 def in_order() -> list[Setting]:
@@ -314,26 +313,30 @@ class Story:
         without: Sequence[float],
         errors: Mapping[str, Sequence[float]],
         broken: Mapping[str, int],
-    ) -> list[str]:
-        """Note the errors of a setting; return the candidates that are worse, or fail on some seed.
+    ) -> tuple[list[str], list[str]]:
+        """Note the errors of a setting; return who is worse, or fails on some seed, and who is in doubt.
+
+        In doubt are safe candidates that are worse by one standard error.
 
         Args:
             without: Errors without a penalty.
             errors: Errors of the candidates.
             broken: How many of a candidate's seeds have weights that are not finite.
         """
-        suspects = []
+        suspects, doubted = [], []
         self.settings += 1
         for name in self.alive:
             own = errors[name]
             change = paired(own, without)
             if change.worse or broken[name] or failures(own, without):
                 suspects.append(name)
+            elif name in self.safe and change.mean > change.error:
+                doubted.append(name)
             if change.mean < -2 * change.error and change.error > 0:
                 self.gains[name] += 1
             self.ran[name] += 1
             self.reduction[name] -= change.mean / (sum(without) / len(without))
-        return suspects
+        return suspects, doubted
 
     def drop(self, name: str, setting: str, words: str) -> None:
         """Note that a candidate is out."""
@@ -363,8 +366,7 @@ def eliminate(
     by_name = {method.name: method for method in methods}
     story = Story(list(by_name), {method.name for method in methods if is_safe(method)})
     decay = METHODS["decay"]
-    doubts: dict[Setting, list[str]] = {}
-    titles: dict[Setting, str] = {}
+    doubts: list[tuple[Setting, str, list[str]]] = []
     start = time.monotonic()
     for number, setting in enumerate(settings, 1):
         trial = tuned[setting]
@@ -377,14 +379,11 @@ def eliminate(
         for name, result in zip(names, others, strict=True):
             errors[name] = result["test_error"]
             broken[name] = result["nonfinite"]
-        title = titles[setting] = setting_title(without)
-        suspects = story.look(without["test_error"], errors, broken)
+        title = setting_title(without)
+        suspects, doubted = story.look(without["test_error"], errors, broken)
         for name, words in bad_again(study, setting, trial, again, methods, suspects).items():
             story.drop(name, title, words)
-        for name in names:
-            change = paired(errors[name], without["test_error"])
-            if name in story.safe and name not in suspects and change.mean > change.error:
-                doubts.setdefault(setting, []).append(name)
+        doubts.append((setting, title, doubted))
         gone = {name: story.out[name][1] for name in names if name not in story.alive}
         minutes = (time.monotonic() - start) / 60
         print(
@@ -392,12 +391,13 @@ def eliminate(
             f"{minutes:.1f} min",
             flush=True,
         )
-    for setting, doubted in doubts.items():
+    for setting, title, doubted in doubts:
         names = [name for name in doubted if name in story.alive]
         bad = bad_again(study, setting, tuned[setting], again, methods, names)
         for name, words in bad.items():
-            story.drop(name, titles[setting], words)
-        print(f"again {titles[setting]}: {names}, out {bad}", flush=True)
+            story.drop(name, title, words)
+        if names:
+            print(f"again {title}: {names}, out {bad}", flush=True)
     return story
 
 

@@ -26,7 +26,6 @@ metadata.entry_points = cache(metadata.entry_points)
 
 import tests.real_models  # noqa: E402, F401 - it lets torchmetrics import torchvision
 from lightning_hsu import HypersphericalUniformity, UniformityRegularizer  # noqa: E402
-from lightning_hsu.measures.defaults import SHARE_LIMIT as SHARE_LIMIT  # noqa: E402
 
 WITH_DEFAULTS = (HypersphericalUniformity.__init__, UniformityRegularizer.__init__)
 

@@ -5,8 +5,8 @@ import gc
 import pytest
 import torch
 
-from lightning_hsu.measures.defaults import COEFFICIENT
-from tests import SHARE_LIMIT, WITH_DEFAULTS
+from lightning_hsu.measures.defaults import COEFFICIENT, SHARE_LIMIT
+from tests import WITH_DEFAULTS
 
 HAS_OTHER_GENERATORS = torch.cuda.is_available() or torch.backends.mps.is_available()
 

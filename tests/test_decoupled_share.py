@@ -19,7 +19,8 @@ from lightning_hsu import HypersphericalUniformity, UniformityRegularizer
 from lightning_hsu._engine import optimizer_steps
 from lightning_hsu._engine.optimizer_steps import OptimizerSteps, Part
 from lightning_hsu._engine.plan import learning_rates
-from tests import SHARE_LIMIT, models
+from lightning_hsu.measures.defaults import SHARE_LIMIT
+from tests import models
 from tests.models import Automatic, batches, loader, trainer
 from tests.waits import waits_of
 

@@ -21,7 +21,8 @@ from lightning_hsu import HypersphericalUniformity, Share, UniformityRegularizer
 from lightning_hsu._engine import strength
 from lightning_hsu._engine.optimizer_steps import OptimizerSteps
 from lightning_hsu.measures import Covering, Orthogonality, SlicedWasserstein
-from tests import SHARE_LIMIT, models, plain, ranks, sharding
+from lightning_hsu.measures.defaults import SHARE_LIMIT
+from tests import models, plain, ranks, sharding
 from tests.models import Automatic, batches, loader, mean_square, trainer, uniformity
 from tests.processes import world
 from tests.ranks import make_module

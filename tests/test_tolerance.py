@@ -35,11 +35,9 @@ from lightning_hsu.measures import (
 from lightning_hsu.projections import Projected, RandomProjection
 from tests import models, plain
 from tests.models import Automatic, batches, loader, mean_square, trainer, uniformity
-from tests.plain import slope_at_right_angles
+from tests.plain import HALF_SPACE, slope_at_right_angles
 from tests.ranks import Keep
 from tests.waits import waits_of
-
-HALF_SPACE = RieszEnergy(s=2.0, half_space=True)
 
 
 class Kept:
