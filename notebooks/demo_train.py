@@ -34,12 +34,11 @@ class Plan:
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings of a run; coefficient 0 is a run without the penalty."""
+    """The settings of a run, with and without the penalty."""
 
     scale: float  # factor of the initial weights
     rate: float  # learning rate
     decay: float  # weight decay
-    coefficient: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -115,12 +114,14 @@ def measure(network: nn.Module) -> tuple[list[LayerUniformity], dict[str, Tensor
 
 
 def fit(
-    data: Data, plan: Plan, settings: Settings, seed: int, folder: Path, *, first: bool
+    data: Data, plan: Plan, settings: Settings, seed: int, folder: Path, *, penalised: bool
 ) -> Outcome:
-    """Train once; without the penalty the callback only monitors."""
+    """Train once; without the penalty the callback only monitors. The first fit prints its layers."""
     network, loader, images = prepare(data, plan, settings, seed)
+    first = not folder.exists()
     before, old = measure(network)
-    penalty = "with" if settings.coefficient else "without"
+    penalty = "with" if penalised else "without"
+    strength = {} if penalised else {"coefficient": 0.0}
     run = f"scale-{settings.scale:g}-{penalty}-seed-{seed}"
     csv = CSVLogger(folder / "csv", name=run, version="")
     board = TensorBoardLogger(folder / "tensorboard", name=run, version="", default_hp_metric=False)
@@ -130,7 +131,7 @@ def fit(
         accelerator="cpu",
         devices=1,
         logger=[csv, board],
-        callbacks=[HypersphericalUniformity(coefficient=settings.coefficient, verbose=first)],
+        callbacks=[HypersphericalUniformity(verbose=first, **strength)],
         log_every_n_steps=LOG_EVERY,
         enable_checkpointing=False,
         enable_model_summary=False,
