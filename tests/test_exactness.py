@@ -220,6 +220,12 @@ SITUATIONS = [
     Situation(PRECISION, "AdamW", optimizer=partial(AdamW, lr=0.01, weight_decay=0.1)),
     Situation(PRECISION, "bf16-mixed", **bf16),
     Situation(PRECISION, "64-true", **double),
+    Situation(
+        None,
+        "half space",
+        callback={"measure": plain.HALF_SPACE},
+        layers=lambda module: plain.layers(module.net, measure=plain.HALF_SPACE),
+    ),
     Situation(SCALER, "scaler", **steady),
     Situation(SCALER, "scaler, fused", **steady, optimizer=fused),
     Situation(SCALER, "scaler, overflow, schedule", **overflow, **schedule),
