@@ -16,6 +16,7 @@ import time
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -46,6 +47,8 @@ FRESH = tuple(range(80, 100))
 COEFFICIENTS = (1.0, 0.3, 0.1)
 SHARE_LIMITS = (None, 1.0, 0.3, 0.1)
 SHARES = (0.02, 0.05, 0.1)
+LOWER_LIMITS = ((1.0, 0.05), (1.0, 0.02), (0.3, 0.05), (0.3, 0.02))
+"""Coefficients and share limits that were added in full space after the second look."""
 LEVEL = 0.05
 
 DIGITS = Setting("digits", 500, 40, held_out=400)
@@ -68,12 +71,14 @@ def candidates() -> list[Method]:
     found = []
     for space, measure in (("half", HALF_MHE), ("full", RieszEnergy(s=2.0))):
         base = Method("", "", measure, apart=True)
-        for coefficient in COEFFICIENTS:
-            for limit in SHARE_LIMITS:
-                name = f"{space}-{coefficient:g}-{'none' if limit is None else f'{limit:g}'}"
-                title = f"{space} space, coefficient {coefficient:g}, share limit {limit}"
-                one = replace(base, name=name, title=title, share_limit=limit)
-                found.append(replace(one, coefficient=coefficient))
+        strengths = list(product(COEFFICIENTS, SHARE_LIMITS))
+        if space == "full":
+            strengths += LOWER_LIMITS
+        for coefficient, limit in strengths:
+            name = f"{space}-{coefficient:g}-{'none' if limit is None else f'{limit:g}'}"
+            title = f"{space} space, coefficient {coefficient:g}, share limit {limit}"
+            one = replace(base, name=name, title=title, share_limit=limit)
+            found.append(replace(one, coefficient=coefficient))
         for fraction in SHARES:
             title = f"{space} space, Share({fraction:g})"
             one = replace(base, name=f"{space}-share{fraction:g}", title=title)

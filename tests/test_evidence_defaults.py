@@ -120,7 +120,7 @@ def test_all_methods_begin_with_the_same_trained_networks(start, monkeypatch):
 
 def test_candidates_and_settings_have_names_of_their_own():
     names = [one.name for one in candidates()]
-    assert len(names) == len(set(names)) == 30
+    assert len(names) == len(set(names)) == 34
     settings = [one.name for one in in_order()]
     assert len(settings) == len(set(settings)) == 48 + len(defaults.EXTRA)
     assert set(in_order()) == {*SETTINGS, *defaults.EXTRA}
@@ -295,4 +295,4 @@ def test_the_list_trains_nothing(monkeypatch, capsys):
     assert defaults.main() == 0
     said = capsys.readouterr().out
     assert "half space, coefficient 1, share limit 0.1" in said
-    assert "56 settings x (30 candidates and none): 1736 cells" in said
+    assert "56 settings x (34 candidates and none): 1960 cells" in said
