@@ -1,6 +1,7 @@
 """How defaults are chosen: adapters and fine-tuning as said, and who is out of the candidates."""
 
 import json
+import math
 import sys
 from copy import deepcopy
 from dataclasses import replace
@@ -18,6 +19,7 @@ from evidence.methods import METHODS
 from evidence.networks import Architecture, Networks
 from evidence.plan import SETTINGS, Setting, Trial, cells
 from evidence.training import train
+from lightning_hsu.measures.defaults import COEFFICIENT, DEFAULT_MEASURE, SHARE_LIMIT
 
 ROOT = Path(__file__).parents[1]
 TINY = Setting("digits", 200, 2, held_out=200)
@@ -142,6 +144,27 @@ def test_committed_results_are_asked_as_ever(monkeypatch):
         for now, then in zip(wanted.pop("trials"), asked.pop("trials"), strict=True):
             assert now == pytest.approx(then, rel=1e-6), name
         assert wanted == asked, name
+
+
+def test_committed_results_choose_the_default(monkeypatch, tmp_path):
+    """The evidence's README has what the committed cells give, and the package the candidate that they choose."""
+    shapes = {"digits": (1, 8, 8), "mnist1d": (1, 1, 40), "fashion-mnist": (1, 28, 28)}
+    monkeypatch.setattr(
+        running, "_load", lambda name: SimpleNamespace(shape=shapes[name], classes=10)
+    )
+    for one in json.loads((defaults.RESULTS / "cells.json").read_text()):
+        running.save(one, tmp_path)
+    study = defaults.Study(tmp_path, jobs=1, end=-math.inf)  # what is missing is not run
+    settings = in_order()
+    tuned = {setting: study.tuned(setting, quick=False) for setting in settings}
+    story = eliminate(study, settings, tuned, candidates(), CHOOSING, defaults.AGAIN)
+    reported = defaults.report(study, settings, tuned, story, defaults.FRESH)
+    readme = defaults.README.read_text()
+    assert defaults.elimination_table(story) in readme
+    assert defaults.report_table(story, reported) in readme
+    chosen = next(one for one in candidates() if one.name == story.chosen())
+    assert (chosen.measure, chosen.coefficient) == (DEFAULT_MEASURE, COEFFICIENT)
+    assert (chosen.share_limit, chosen.share) == (SHARE_LIMIT, None)
 
 
 class MadeUp:
