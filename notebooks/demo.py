@@ -150,10 +150,7 @@ def _print_legend(chosen_on: str) -> None:
         "\nratio: energy of a layer's neurons over that of random ones; 1 is random, above 1 is "
         "more redundant."
     )
-    print(
-        "angle: smallest between two neurons of the layer (in hidden layers between their lines). "
-        "Medians over seeds."
-    )
+    print("angle: smallest between two neurons of the layer. Medians over seeds.")
     print("without: the callback only measures (coefficient 0) and leaves training as it is.")
     print("with: HypersphericalUniformity() as it comes; nothing is tuned for it.")
     print(
