@@ -113,7 +113,7 @@ def add_pair_gradients(updates: Sequence[GradientUpdate], term: PairTerm) -> Non
 
 
 def _add_limited(backend: Backend, updates: Sequence[GradientUpdate], term: PairTerm) -> None:
-    """Add gradients that the task's limit, by way of memory for one gradient of each layer.
+    """Add gradients that the task's gradient limits, by way of memory for one gradient of each layer.
 
     A kernel that adds a row knows nothing of the length of the others.
     """
