@@ -15,6 +15,7 @@ from lightning_hsu import Share, UniformityRegularizer
 from lightning_hsu._engine import warn
 from lightning_hsu._monitor.as_random import AsRandom
 from lightning_hsu._monitor.measure import LayerUniformity
+from lightning_hsu.measures.defaults import SHARE_LIMIT
 from tests.models import Automatic, batches, loader, trainer, uniformity
 from tests.plain import HALF_SPACE
 
@@ -102,7 +103,8 @@ def test_a_penalty_above_the_task_is_told_once_after_the_first_steps(caplog, lim
     )
     assert "on 10 steps in a row" in text
     assert "in layer '0' (3.0 times)" in text
-    assert "Set share_limit=0.1, which holds the penalty's gradient to 10% of the task's" in text
+    held_to = f"which holds the penalty's gradient to {SHARE_LIMIT:.0%} of the task's"
+    assert f"Set share_limit={SHARE_LIMIT:g}, {held_to}" in text
     assert "a smaller coefficient may not be enough" in text
     assert logged == []
 
@@ -136,8 +138,8 @@ def test_a_share_of_all_the_task_is_no_matter_but_a_limit_of_it_is(caplog):
     texts, logged = loop.run(caplog, regularizer)
     assert logged == []
     (text,) = texts  # a limit that large may keep a task from being learnt
-    assert "it held its gradient to 1 of the task's, '0' (1, 8, 6). That may be too much" in text
-    assert "set share_limit=0.1" in text
+    assert "in 1 of 1 layers (1 of the task's gradient). That may be too much" in text
+    assert f"set share_limit={SHARE_LIMIT:g}" in text
 
 
 # The step limit.
@@ -189,61 +191,72 @@ def test_the_step_limit_is_told_at_a_later_look_with_adam(caplog, share, is_told
 def test_a_share_limit_that_decides_is_told_once_and_is_no_alarm(caplog):
     loop = Loop()
     coefficient = 3.0 / loop.share()
-    texts, (text,) = loop.run(caplog, of_first(coefficient, share_limit=0.1), 160, asks=True)
+    texts, (text,) = loop.run(
+        caplog, of_first(coefficient, share_limit=SHARE_LIMIT), 160, asks=True
+    )
     assert texts == []
-    assert text.startswith(f"with coefficient {coefficient:g} the share limit has decided")
-    assert "on 10 steps in a row" in text
-    assert "in 1 of 1 layers" in text
-    assert "it held its gradient to 0.1 of the task's, '0' (1, 8, 6). That is safe" in text
-    assert "take a smaller one" in text
+    assert text == (
+        "the share limit has decided how strong the penalty is for 10 steps in a row in 1 of 1 layers "
+        f"({SHARE_LIMIT:g} of the task's gradient); a larger coefficient changes nothing there. Where "
+        "rows must be alike take a smaller share_limit or exclude='0'"
+    )
+
+
+def test_a_head_that_is_held_may_be_left_out_by_its_coefficient(caplog):
+    regularizer = UniformityRegularizer(coefficient=1e4, share_limit=SHARE_LIMIT, step_limit=None)
+    texts, (text,) = Loop().run(caplog, regularizer)
+    assert texts == []
+    assert text.endswith(
+        "Where rows must be alike take a smaller share_limit or head_coefficient=0"
+    )
+    assert len(text) < 250
+    left_out = UniformityRegularizer(coefficient=1e4, share_limit=SHARE_LIMIT, head_coefficient=0)
+    found = Loop().step(left_out.attach(network()), 0, stats=True)
+    assert "2" not in found
 
 
 @pytest.mark.parametrize(
     ("coefficient", "steps"),
     [
-        ({"0": 0.09}, LATER),  # within the limit
-        ({"0": 3.0, "2": 0.09}, 109),  # not for long
+        ({"0": 0.9 * SHARE_LIMIT}, LATER),  # within the limit
+        ({"0": 3.0, "2": 0.9 * SHARE_LIMIT}, 109),  # not for long
     ],
 )
 def test_a_share_limit_that_does_not_decide_is_not_told(caplog, coefficient, steps):
     given = {name: share / Loop().share(name) for name, share in coefficient.items()}
-    regularizer = of_first(given, include=None, share_limit=0.1)
+    regularizer = of_first(given, include=None, share_limit=SHARE_LIMIT)
     assert Loop().run(caplog, regularizer, steps) == ([], [])
 
 
 @pytest.mark.parametrize("moves", [False, True])
 def test_a_limit_that_decides_in_one_small_layer_names_it(caplog, moves):
     given = {"0": 0.01 / Loop().share("0"), "2": 3.0 / Loop().share("2")}
-    regularizer = of_first(given, include=None, share_limit=0.1)
+    regularizer = of_first(given, include=None, share_limit=SHARE_LIMIT)
     texts, (text,) = Loop(moves=moves).run(caplog, regularizer)
     assert texts == []
-    assert "in 1 of 2 layers" in text
-    held = (
-        "its moves to 0.1 of the optimizer's steps"
-        if moves
-        else "its gradient to 0.1 of the task's"
-    )
-    assert f"it held {held}, '2' (1, 3, 8). That is safe" in text
+    of = "optimizer's step" if moves else "task's gradient"
+    assert f"in 1 of 2 layers, '2' ({SHARE_LIMIT:g} of the {of}); a larger coefficient" in text
+    assert text.endswith("exclude='2'")
 
 
 @pytest.mark.parametrize("every", [1, 3, 7])
 def test_a_limit_that_decides_is_told_of_however_often_the_penalty_is_applied(caplog, every):
     loop = Loop()
-    regularizer = of_first(3.0 / loop.share(), share_limit=0.1, every_n_steps=every)
+    regularizer = of_first(3.0 / loop.share(), share_limit=SHARE_LIMIT, every_n_steps=every)
     texts, (_,) = loop.run(caplog, regularizer, 100 + 12 * every)
     assert texts == []
 
 
 @pytest.mark.parametrize("factor", [0.0, math.nan])
 def test_where_the_task_has_no_gradient_no_limit_is_told_to_decide(caplog, factor):
-    regularizer = of_first(1e-3, share_limit=0.1)
+    regularizer = of_first(1e-3, share_limit=SHARE_LIMIT)
     assert Loop(factor=lambda step: factor).run(caplog, regularizer, 160, asks=True) == ([], [])
 
 
 def test_only_the_first_rank_logs(caplog, monkeypatch):
     monkeypatch.setattr(warn, "is_first_rank", lambda: False)
     loop = Loop()
-    regularizer = of_first(3.0 / loop.share(), share_limit=0.1)
+    regularizer = of_first(3.0 / loop.share(), share_limit=SHARE_LIMIT)
     assert loop.run(caplog, regularizer) == ([], [])
 
 
@@ -263,8 +276,11 @@ def test_a_penalty_that_does_nothing_is_told_once(caplog):
 def test_a_layer_that_is_held_does_not_hide_that_the_penalty_does_nothing_elsewhere(caplog):
     loop = Loop()
     given = {"0": 5e-5 / loop.share("0"), "2": 3.0 / loop.share("2")}
-    regularizer = of_first(given, include=None, share_limit=0.1)
+    regularizer = of_first(given, include=None, share_limit=SHARE_LIMIT)
     (text,), logged = loop.run(caplog, regularizer, 160, asks=True)
+    assert text.startswith(
+        "the penalty does next to nothing in the layers that the share limit does not hold with"
+    )
     assert "in each of 1 layers, at most 5.0e-05 in layer '0' (1, 8, 6)" in text
     assert len(logged) == 1
 
@@ -322,23 +338,23 @@ def zeroed(net, rows=slice(None)):
 
 def test_a_layer_that_starts_at_zero_is_told_once(caplog):
     loop = Loop(net=zeroed(network()))
-    limited = UniformityRegularizer(coefficient=1e-3, share_limit=0.1)
+    limited = UniformityRegularizer(coefficient=1e-3, share_limit=SHARE_LIMIT)
     texts, (text,) = loop.run(caplog, limited, 3)
     assert texts == []
     assert text.startswith("layer '2' (3 x 8) starts at zero and has no directions until the task")
     assert "the limit by the task's gradient keeps the penalty from deciding them" in text
     assert "exclude=" in text
     (text,), logged = loop.run(caplog, UniformityRegularizer(coefficient=1e-3), 3)
-    assert "which then learns nothing. Set share_limit=0.1" in text
+    assert f"which then learns nothing. Set share_limit={SHARE_LIMIT:g}" in text
     assert logged == []
     (text,), logged = loop.run(caplog, UniformityRegularizer(coefficient=1e-3, share_limit=1.0), 3)
-    assert "which then learns nothing. Set share_limit=0.1" in text
+    assert f"which then learns nothing. Set share_limit={SHARE_LIMIT:g}" in text
     assert logged == []
     assert loop.run(caplog, UniformityRegularizer(coefficient=Share(0.05)), 3)[0] == []
 
 
 def test_a_loss_with_a_layer_at_zero_is_told_even_with_a_limit(caplog):
-    regularizer = UniformityRegularizer(coefficient=1e-3, share_limit=0.1)
+    regularizer = UniformityRegularizer(coefficient=1e-3, share_limit=SHARE_LIMIT)
     regularizer.attach(zeroed(network()))
     with pytest.warns(UserWarning, match="layer '2' .* starts at zero"):
         regularizer.penalty()
@@ -356,7 +372,7 @@ def test_a_layer_that_is_not_penalised_or_not_all_zero_is_no_matter(caplog, kind
     given = {"coefficient": {"0": 1e-3} if kind == "monitored" else 1e-3}
     given["exclude"] = "2" if kind == "left out" else None
     loop = Loop(net=net)
-    assert loop.run(caplog, UniformityRegularizer(**given, share_limit=0.1), 3) == ([], [])
+    assert loop.run(caplog, UniformityRegularizer(**given, share_limit=SHARE_LIMIT), 3) == ([], [])
 
 
 # In a fit.
@@ -389,12 +405,14 @@ def flat(n=8, d=36):
 
 @pytest.mark.parametrize("apply", ["gradient", "decoupled"])
 def test_a_fit_tells_once_that_the_share_limit_decides(monkeypatch, apply):
-    callback = uniformity(coefficient=1e4, share_limit=0.1, apply=apply, verbose=True, head=None)
+    callback = uniformity(
+        coefficient=1e4, share_limit=SHARE_LIMIT, apply=apply, verbose=True, head=None
+    )
     settings = {"max_epochs": 17, "count": 2}
     for texts, told in fits(monkeypatch, callback, still(flat()), **settings):
         assert texts == []
         (text,) = [text for text in told if "the share limit" in text]
-        assert text.startswith("Hyperspherical uniformity: with coefficient 10000 the share limit")
+        assert text.startswith("Hyperspherical uniformity: the share limit has decided how strong")
         assert "2 of 2 layers" in text
     callback.verbose = False
     assert fits(monkeypatch, callback, still(flat()), max_epochs=17) == [([], [])]
@@ -423,7 +441,9 @@ def test_a_fit_is_told_of_a_penalty_that_does_nothing_where_there_is_something_t
         assert texts[0].startswith("the penalty does next to nothing with coefficient 1e-07")
 
 
-@pytest.mark.parametrize(("apply", "limit"), [("gradient", 0.1), ("gradient", None), ("loss", 0.1)])
+@pytest.mark.parametrize(
+    ("apply", "limit"), [("gradient", SHARE_LIMIT), ("gradient", None), ("loss", SHARE_LIMIT)]
+)
 def test_a_fit_tells_once_of_a_layer_that_starts_at_zero(monkeypatch, apply, limit):
     settings = {"apply": apply, "share_limit": limit, "step_limit": None, "include": "net.2"}
     callback = uniformity(coefficient=1e-9, verbose=True, head=None, **settings)
@@ -450,7 +470,24 @@ def test_a_fit_tells_once_of_layers_that_are_as_random_for_an_epoch(
     assert len(told) == (not is_crowded)
     for text in told:
         assert "in a whole epoch layer 'net.2' was as random (ratios " in text
-        assert re.search(r"at 5 measurements\): the penalty has little to do here$", text)
+        assert "at 4 measurements): the penalty has little to do here, though a ratio" in text
+
+
+def test_a_fit_of_one_epoch_is_not_told_that_fresh_layers_are_as_random(monkeypatch, tmp_path):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(36, 400), nn.Linear(400, 8), nn.Linear(8, 3))
+    callback = uniformity(coefficient=0.01, verbose=True, head=None, include="net.2")
+    logs = {"logger": CSVLogger(tmp_path), "log_every_n_steps": 2}
+    assert fits(monkeypatch, callback, still(net), max_epochs=1, **logs) == [([], [])]
+
+
+def later_epoch():
+    """At the beginning of the second epoch: of the first one nothing is told."""
+    epoch = AsRandom()
+    for _ in range(2):
+        epoch.note([measured("a", 1.0)], ["a"])
+    assert epoch.end_epoch() is None
+    return epoch
 
 
 def measured(name, ratio, score=0.0):
@@ -467,7 +504,7 @@ def measured(name, ratio, score=0.0):
     ],
 )
 def test_every_measurement_of_an_epoch_counts(ratios, is_told):
-    epoch = AsRandom()
+    epoch = later_epoch()
     for ratio in ratios:
         epoch.note([measured("a", ratio), measured("monitored", 2.0)], ["a"])
     text = epoch.end_epoch()
@@ -481,7 +518,7 @@ def test_every_measurement_of_an_epoch_counts(ratios, is_told):
 
 
 def test_layers_that_are_as_random_are_named_and_all_of_them_are_told_of_again():
-    epoch = AsRandom()
+    epoch = later_epoch()
     texts = []
     for crowded in (1.2, 1.2, 1.0, 1.0):
         for _ in range(2):
@@ -491,7 +528,7 @@ def test_layers_that_are_as_random_are_named_and_all_of_them_are_told_of_again()
     some, again, every, last = texts
     assert some == (
         "in a whole epoch 2 of 3 layers with a penalty were as random (ratios 0.999 to 1.001 at 2 "
-        "measurements): it has little to do in 'a', 'c'"
+        "measurements): it has little to do in 'a', 'c', though a ratio near 1 does not exclude a gain"
     )
     assert every.startswith("in a whole epoch all 3 layers with a penalty were as random")
     assert (again, last) == (None, None)
@@ -499,7 +536,7 @@ def test_layers_that_are_as_random_are_named_and_all_of_them_are_told_of_again()
 
 def test_neurons_that_were_spread_are_not_as_random():
     """In many dimensions the ratio is close to 1 even for the best there can be."""
-    epoch = AsRandom()
+    epoch = later_epoch()
     for _ in range(2):
         epoch.note([measured("a", 0.998, score=0.9)], ["a"])
     assert epoch.end_epoch() is None

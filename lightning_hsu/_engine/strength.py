@@ -37,6 +37,7 @@ _GROWN = 5.0  # the task's gradient over that of the run's first step: it is on 
 _LARGER = 1.001  # share from which the penalty's gradient is the larger one: more than a rounding
 _WEAK = 1e-4  # share below which a penalty does next to nothing
 _USUAL = 0.05  # a share that does something
+_NAMED = 3  # layers that are named where the share limit holds some of them
 
 
 def looked_at(every_n_steps: int) -> frozenset[int]:
@@ -54,9 +55,9 @@ class Finding(NamedTuple):
 
     Args:
         kind: "strong": the penalty is too strong. "held": it is held to a share of the task, as
-            ``share_limit`` says, which is safe; "loose": as it says, too, but that is too much to be
-            safe. "weak": it does next to nothing. "unknown": nothing tells of the optimizer how long its
-            steps are, with which moves are compared.
+            ``share_limit`` says; "loose": as it says, too, but that share is large. "weak": it does
+            next to nothing. "unknown": nothing tells what the optimizer makes of a gradient, or how
+            long its steps are, with which the limits compare.
         text: What to say.
     """
 
@@ -82,6 +83,7 @@ class Seen:
         share: Norm of the penalty's gradient over that of the task's.
         task: Norm of the task's gradient.
         held: Whether the share limit shortened the penalty's gradient.
+        head: Whether it is a head.
     """
 
     name: str
@@ -92,6 +94,7 @@ class Seen:
     share: float
     task: float
     held: bool = False
+    head: bool = False
 
     @property
     def neurons(self) -> int:
@@ -200,7 +203,8 @@ class Looks:
             text = _held_text(held, len(layers), share_limit, compares=compares)
             found.append(Finding("held" if share_limit <= SAFE_SHARE else "loose", text))
         if self._weak_looks >= STRONG_IN_A_ROW:
-            found.append(Finding("weak", _weak_warning(weak)))
+            is_any_held = any(one.held for one in layers)
+            found.append(Finding("weak", _weak_warning(weak, is_any_held=is_any_held)))
         new = [one for one in found if one.kind not in self._told]
         for finding in new:
             self._told.add(finding.kind)
@@ -410,6 +414,7 @@ class StrengthWatch:
                 one.share,
                 one.task,
                 one.held,
+                layer.target.head,
             )
             seen.append(found)
         findings = look.watch.see(
@@ -484,7 +489,7 @@ def _larger_warning(layers: Sequence[Seen]) -> str:
 
 
 def _held_text(held: Sequence[Seen], count: int, share_limit: float, *, compares: bool) -> str:
-    """Say that the share limit decides how strong the penalty is, and whether that is safe.
+    """Say that the share limit decides how strong the penalty is, and where that may be too much.
 
     Args:
         held: The layers that it holds.
@@ -492,18 +497,16 @@ def _held_text(held: Sequence[Seen], count: int, share_limit: float, *, compares
         share_limit: The share limit.
         compares: Whether it is a share of the task's gradient, not of the optimizer's step.
     """
-    held_to = "its gradient to"
-    of = "of the task's"
+    where = f"{len(held):,} of {count:,} layers"
+    if len(held) < count:
+        named = listed([f"'{one.name}'" for one in held], _NAMED)
+        where = f"{where}, {named}"
+    share = f"{share_limit:g} of the task's gradient"
     if not compares:
-        held_to = "its moves to"
-        of = "of the optimizer's steps"
-    named = []
-    for one in sorted(held, key=lambda one: -one.neurons):
-        named.append(f"'{one.name}' {one.shape}")
+        share = f"{share_limit:g} of the optimizer's step"
     begin = (
-        f"with {_coefficients(held)} the share limit has decided how strong the penalty is in "
-        f"{len(held):,} of {count:,} layers on {STRONG_IN_A_ROW} steps in a row: it held {held_to} "
-        f"{share_limit:g} {of}, {listed(named)}"
+        f"the share limit has decided how strong the penalty is for {STRONG_IN_A_ROW} steps in a row in "
+        f"{where} ({share})"
     )
     if share_limit > SAFE_SHARE:
         return (
@@ -511,18 +514,32 @@ def _held_text(held: Sequence[Seen], count: int, share_limit: float, *, compares
             f"share_limit={SHARE_LIMIT:g}, or take a smaller coefficient"
         )
     return (
-        f"{begin}. That is safe; for a penalty that follows your coefficient take a smaller one, for a "
-        "stronger one a larger share_limit, which may cost the task"
+        f"{begin}; a larger coefficient changes nothing there. Where rows must be alike take a smaller "
+        f"share_limit or {_left_out(held)}"
     )
 
 
-def _weak_warning(layers: Sequence[Seen]) -> str:
-    """Say that the penalty does next to nothing."""
+def _left_out(held: Sequence[Seen]) -> str:
+    """The setting that leaves out a layer: the head if it is held, else the one with the fewest neurons."""
+    if any(one.head for one in held):
+        return "head_coefficient=0"
+    fewest = min(held, key=lambda one: one.neurons)
+    return f"exclude='{fewest.name}'"
+
+
+def _weak_warning(layers: Sequence[Seen], *, is_any_held: bool) -> str:
+    """Say that the penalty does next to nothing.
+
+    Args:
+        layers: The layers that are not held.
+        is_any_held: Whether the share limit holds others.
+    """
     one = max(layers, key=lambda one: one.share)
+    where = " in the layers that the share limit does not hold" if is_any_held else ""
     return (
-        f"the penalty does next to nothing with {_coefficients(layers)}: on {STRONG_IN_A_ROW} steps in "
-        f"a row its gradient was less than {_WEAK:g} of the task's in each of {len(layers):,} layers, "
-        f"at most {one.share:.1e} in layer '{one.name}' {one.shape}. There a coefficient of about "
+        f"the penalty does next to nothing{where} with {_coefficients(layers)}: on {STRONG_IN_A_ROW} "
+        f"steps in a row its gradient was less than {_WEAK:g} of the task's in each of {len(layers):,} "
+        f"layers, at most {one.share:.1e} in layer '{one.name}' {one.shape}. There a coefficient of about "
         f"{one.coefficient * _USUAL / one.share:.1g} would make it {_USUAL:.0%}, as "
         f"coefficient=Share({_USUAL:g}) does by itself"
     )

@@ -44,7 +44,8 @@ class _Epoch:
 class AsRandom:
     """Looks at what is measured anyway, and tells of layers for which there was nothing to be done.
 
-    That is told once of the first layers that were as random for an epoch, and once when all are.
+    That is told once of the first layers that were as random for an epoch, and once when all are; of the
+    first epoch never, since fresh weights are random.
 
     Attributes:
         is_crowded: Whether any layer was more redundant than random neurons when last measured.
@@ -53,6 +54,7 @@ class AsRandom:
         >>> from lightning_hsu._monitor.measure import LayerUniformity
         >>> layer = LayerUniformity("fc", 1, 64, 512, 0.5, 0.5, 1.001, 0.1, 80.0, 0, 0, True)
         >>> epoch = AsRandom()
+        >>> epoch.end_epoch()  # the first one
         >>> epoch.note([layer], ["fc"])
         >>> epoch.note([layer], ["fc"])
         >>> epoch.end_epoch()[:46]
@@ -61,6 +63,7 @@ class AsRandom:
 
     def __init__(self) -> None:
         self.is_crowded = False
+        self._is_first = True
         self._has_told_some = False
         self._has_told_all = False
         self._layers: dict[str, _Epoch] = {}
@@ -83,6 +86,9 @@ class AsRandom:
         """Begin a new epoch; return what is to be told of the one that ends."""
         layers = self._layers
         self._layers = {}
+        if self._is_first:
+            self._is_first = False
+            return None
         random = {}
         for name, one in layers.items():
             if one.is_random and one.measurements >= _FEWEST:
@@ -108,10 +114,12 @@ def _text(random: dict[str, _Epoch], count: int) -> str:
     how = f"as random (ratios {least:.3f} to {largest:.3f} at {measurements:,} measurements)"
     named = listed([f"'{name}'" for name in random])
     if count == 1:
-        return f"in a whole epoch layer {named} was {how}: the penalty has little to do here"
-    if len(random) == count:
-        return f"in a whole epoch all {count:,} layers with a penalty were {how}: it has little to do here"
-    return (
-        f"in a whole epoch {len(random):,} of {count:,} layers with a penalty were {how}: it has little "
-        f"to do in {named}"
-    )
+        told = f"in a whole epoch layer {named} was {how}: the penalty has little to do here"
+    elif len(random) == count:
+        told = f"in a whole epoch all {count:,} layers with a penalty were {how}: it has little to do here"
+    else:
+        told = (
+            f"in a whole epoch {len(random):,} of {count:,} layers with a penalty were {how}: it has "
+            f"little to do in {named}"
+        )
+    return f"{told}, though a ratio near 1 does not exclude a gain"
