@@ -185,8 +185,9 @@ def warn_added_up(callback: pl.Callback, trainer: pl.Trainer) -> None:
             prefixes = f"'{getattr(other, 'prefix', '')}' and '{getattr(callback, 'prefix', '')}'"
             rank_zero_warn(
                 f"the callbacks with the prefixes {prefixes} both penalise layer "
-                f"{listed(map(repr, common))}: their penalties add up. If that is not meant, leave the layer "
-                "out of one of them with exclude=, or give it a coefficient of 0 there."
+                f"{listed(map(repr, common))}: their penalties add up, each to its own limits, so that "
+                "these add up, too. If that is not meant, leave the layer out of one of them with exclude=, "
+                "or give it a coefficient of 0 there."
             )
 
 
@@ -536,8 +537,13 @@ class Warnings:
             "but the loss that the search compares does not. Use line_search_fn=None."
         )
 
-    def nonfinite(self, measured: Sequence[LayerUniformity]) -> None:
-        """Warn of layers with NaN or infinite weights, so that users see where training broke."""
+    def nonfinite(self, measured: Sequence[LayerUniformity], way_out: str = "") -> None:
+        """Warn of layers with NaN or infinite weights, so that users see where training broke.
+
+        Args:
+            measured: The layers.
+            way_out: What to do about a penalty that may have broken them; "" if it cannot have.
+        """
         broken = []
         for layer in measured:
             if layer.nonfinite and layer.name not in self._nonfinite:
@@ -548,7 +554,7 @@ class Warnings:
             rank_zero_warn(
                 f"NaN or infinite weights in layer {'; '.join(broken)}. Such neurons are left out of "
                 "the penalty. Lower the learning rate, or find the first bad step with "
-                "Trainer(detect_anomaly=True)."
+                f"Trainer(detect_anomaly=True).{way_out}"
             )
 
     def unreached(self, layers: Sequence[Layer], trainer: pl.Trainer) -> None:

@@ -25,7 +25,13 @@ from lightning_hsu._meant import Maker, check_places
 from lightning_hsu._monitor.as_random import AsRandom
 from lightning_hsu._monitor.measure import LayerUniformity, aggregates, by_layer
 from lightning_hsu._monitor.summary import Summary
-from lightning_hsu._monitor.tables import BeforeAfter, change_text, limit_text, zeros_text
+from lightning_hsu._monitor.tables import (
+    BeforeAfter,
+    broken_by_penalty,
+    change_text,
+    limit_text,
+    zeros_text,
+)
 from lightning_hsu._neurons.how import How
 from lightning_hsu._neurons.placement import placement_of
 from lightning_hsu._neurons.select import uninitialized
@@ -273,10 +279,10 @@ class HypersphericalUniformity(_trainer.EveryCallback):
     def summary(self) -> Summary | None:
         """What is measured of the model in this fit, and what is not; None outside a fit."""
         found = self.regularizer.summary
-        if found is None or self.apply != "loss":
-            return found
+        if found is None:
+            return None
         regularizer = self.regularizer
-        limit = limit_text(regularizer.layers, regularizer.share_limit, in_loss=True)
+        limit = limit_text(regularizer.layers, regularizer.share_limit, apply=self.apply)
         return replace(found, limit=limit)
 
     @property
@@ -777,8 +783,20 @@ class HypersphericalUniformity(_trainer.EveryCallback):
         if changed:
             self._forget_changed()
         measured = self._measured()
-        self._fit.warnings.nonfinite(measured)
+        if any(one.nonfinite for one in measured):
+            way_out = "" if self._is_bounded() else broken_by_penalty(self.apply)
+            self._fit.warnings.nonfinite(measured, way_out)
         return measured
+
+    def _is_bounded(self) -> bool:
+        """Whether the penalty has not acted so far, or its gradient is not above the task's."""
+        regularizer = self.regularizer
+        if not regularizer.active or not regularizer.has_stepped:
+            return True
+        if self.apply == "loss":
+            return False
+        penalised = [layer for layer in regularizer.layers if layer.strength != 0]
+        return regularizer.limits_shares(penalised, 1.0)
 
     def _measured(self) -> list[LayerUniformity]:
         """Measure the layers as they are now; frozen ones only once."""

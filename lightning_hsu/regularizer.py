@@ -812,9 +812,9 @@ class UniformityRegularizer:
             layer.name: self.state.last_coefficient(layer, self.every_n_steps) for layer in changing
         }
 
-    def limits_shares(self, layers: Iterable[Layer]) -> bool:
-        """Whether the task's gradient limits the penalty's in each of some layers, and enough."""
-        if self.share_limit is not None and self.share_limit <= SAFE_SHARE:
+    def limits_shares(self, layers: Iterable[Layer], most: float = SAFE_SHARE) -> bool:
+        """Whether the task's gradient limits the penalty's in each of some layers, to this share of it."""
+        if self.share_limit is not None and self.share_limit <= most:
             return True
         return all(layer.has_share for layer in layers)
 

@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from lightning_hsu import HypersphericalUniformity, Share, UniformityRegularizer
 from lightning_hsu._engine import strength
 from lightning_hsu._engine.buffered import LateStats, StatsNumbers
+from lightning_hsu.measures.defaults import SHARE_LIMIT
 from lightning_hsu.metrics import WeightUniformity
 from tests import sharding
 from tests.models import Adversarial, Automatic, batches, loader, network, trainer, uniformity
@@ -243,6 +244,35 @@ class Breaks(Automatic):
             spoil(self.net[5], self.rows)
 
 
+@pytest.mark.parametrize(
+    ("settings", "way_out"),
+    [
+        ({"share_limit": 0.1}, None),
+        ({"share_limit": 1.0, "apply": "decoupled"}, None),
+        ({"coefficient": Share(0.1)}, None),
+        ({"coefficient": 0.0}, None),
+        ({"share_limit": 1e9}, f"take share_limit={SHARE_LIMIT:g}, or a smaller coefficient"),
+        ({"share_limit": None}, f"take share_limit={SHARE_LIMIT:g}, or a smaller coefficient"),
+        ({"share_limit": 0.1, "apply": "loss"}, "a smaller coefficient, or apply='gradient' with"),
+    ],
+)
+def test_a_penalty_that_nothing_limits_is_named_as_a_cause_of_nan(settings, way_out):
+    callback = uniformity(**{"coefficient": 0.1, **settings})
+    (text,) = said(lambda: trainer(callback, max_epochs=2).fit(Breaks(), loader(batches())))
+    assert "Lower the learning rate, or find the first bad step" in text
+    assert ("The penalty may be the cause" in text) == (way_out is not None)
+    assert way_out is None or way_out in text
+
+
+def test_before_the_first_step_it_is_no_cause():
+    module = Breaks()
+    spoil(module.net[5], slice(3, 4))
+    callback = uniformity(coefficient=0.1, verbose=True)
+    texts = said(lambda: trainer(callback, max_epochs=1).fit(module, loader(batches())))
+    assert "Lower the learning rate" in texts[0]
+    assert "The penalty may be the cause" not in texts[0]
+
+
 NOTED = ("hsu/penalty", "hsu/ratio_mean", "hsu/ratio_max", "hsu/angle_min")
 
 
@@ -373,7 +403,7 @@ def test_a_layer_with_two_penalties_is_told_once_a_fit():
         (text,) = fitted(*chain, max_epochs=1)
         assert text.startswith(
             "the callbacks with the prefixes 'hsu' and 'more' both penalise layer 'net.5': their "
-            "penalties add up."
+            "penalties add up, each to its own limits, so that these add up, too."
         )
         assert "exclude=" in text
 

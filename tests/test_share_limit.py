@@ -617,6 +617,21 @@ def test_limits_may_be_changed_in_a_training_and_are_checked_then():
     assert (callback.share_limit, callback.step_limit) == (0.02, 1.0)
 
 
+@pytest.mark.parametrize(
+    ("apply", "said"),
+    [
+        ("gradient", "share limit: at most 0.05 of the task's gradient in each layer"),
+        ("decoupled", "share limit: at most 0.05 of the optimizer's step in each layer"),
+        ("loss", "no share limit: in the loss the task's gradient is not known by itself"),
+    ],
+)
+def test_the_table_says_what_the_penalty_is_compared_with(apply, said):
+    callback = HypersphericalUniformity(apply=apply, share_limit=0.05, head=None)
+    assert callback.summary is None
+    callback.regularizer.attach(dense(), watch=False)
+    assert f"\n{said}\n" in str(callback.summary)
+
+
 @pytest.mark.parametrize("limit", [1e38, 1e300])
 def test_a_limit_beyond_all_numbers_of_the_dtype_limits_nothing(limit):
     """Where the task has no gradient nothing is added all the same."""

@@ -140,6 +140,21 @@ def zeros_text(layers: Sequence[Layer], *, is_limited: bool) -> str:
     )
 
 
+def broken_by_penalty(apply: str) -> str:
+    """What to add where weights are NaN and no share limit keeps the penalty below the task.
+
+    Args:
+        apply: How the penalty enters, as the callback says it.
+    """
+    begin = " The penalty may be the cause, too, since no share limit keeps it below the task"
+    if apply == "loss":
+        return (
+            f"{begin} in the loss: take a smaller coefficient, or apply='gradient' with "
+            f"share_limit={SHARE_LIMIT:g}."
+        )
+    return f"{begin}: take share_limit={SHARE_LIMIT:g}, or a smaller coefficient."
+
+
 def _with_shapes(shapes: Mapping[str, tuple[int, int, int]]) -> list[str]:
     return [f"{name} ({shape_of(*shape)})" for name, shape in shapes.items()]
 
@@ -182,20 +197,23 @@ def summary_of(
     return Summary(model, tuple(rows), tuple(skips), coverage, every_n_steps, tolerance, limit)
 
 
-def limit_text(layers: Sequence[Layer], share_limit: float | None, *, in_loss: bool = False) -> str:
+def limit_text(
+    layers: Sequence[Layer], share_limit: float | None, *, apply: str = "gradient"
+) -> str:
     """What limits the penalty beside the task, in words; "" where each layer has a share of its own.
 
     Args:
         layers: The layers.
         share_limit: The largest norm of a layer's penalty gradient over that of its task gradient.
-        in_loss: Whether the penalty is a part of the loss, where the task's gradient is not known.
+        apply: How the penalty enters, as the callback says it.
     """
     shares = [layer.has_share for layer in layers if layer.strength != 0]
     if shares and all(shares):
         return ""
     if share_limit is None:
         return "no share limit: its gradient may be above the task's"
-    if in_loss:
+    if apply == "loss":
         return "no share limit: in the loss the task's gradient is not known by itself"
     which = "each layer without a Share" if any(shares) else "each layer"
-    return f"share limit: at most {share_limit:g} of the task's gradient in {which}"
+    of = "the optimizer's step" if apply == "decoupled" else "the task's gradient"
+    return f"share limit: at most {share_limit:g} of {of} in {which}"
