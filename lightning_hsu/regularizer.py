@@ -38,7 +38,14 @@ from lightning_hsu._engine.plan import (
     buckets,
     learning_rates,
 )
-from lightning_hsu._engine.rates import Rates, held_by, keeps_elsewhere
+from lightning_hsu._engine.rates import (
+    Rate,
+    Rates,
+    held_by,
+    is_unknown,
+    keeps_elsewhere,
+    tells_gain,
+)
 from lightning_hsu._engine.reuse import check_tolerance
 from lightning_hsu._engine.state import TrainingState
 from lightning_hsu._engine.step import act_on_buckets, loss_terms, refuse_unknown_rates
@@ -85,6 +92,9 @@ NOTHING_TRAINS = (
 
 
 _UNTOLD = 20  # steps: an optimizer of several may step rarely
+_WITHOUT_STATE = (
+    10  # moves after which an optimizer without a state has none: a GradScaler skips few
+)
 
 
 def no_longer_measured(reasons: Mapping[str, str]) -> str:
@@ -711,7 +721,8 @@ class UniformityRegularizer:
             return {}  # a fused optimizer under a GradScaler skipped this step in its kernel
         if self.checks_order:
             self.state.now.order.check(MOVE, optimizer, self.layers)
-        if id(optimizer) not in self.state.now.movers:
+        if id(optimizer) not in self.state.now.movers and self._is_known_to_step(optimizer, index):
+            self.state.now.movers.add(id(optimizer))
             self._check_mover(optimizer)
             self._tell_unknown_steps(optimizer)
         return self._step(optimizer, index, stats=stats, moves=True)
@@ -977,6 +988,8 @@ class UniformityRegularizer:
                 self._follow([optimizer])
                 if self.checks_order and self.state.now.untold:
                     self._tell_untold()
+                if step == self.every_n_steps and not moves and not same_step:
+                    self._tell_unknown_gain(optimizer, rates)  # it has a state now, if any
                 if self.state.deltas.tolerance is not None:
                     attached = self._check_attached()
                     self.state.deltas.begin_step(
@@ -1158,9 +1171,17 @@ class UniformityRegularizer:
             updates.alone = ahead.outdated
         updates.add(placement)
 
+    def _is_known_to_step(self, optimizer: Optimizer, index: int | None) -> bool:
+        """Whether an optimizer has its state, or none of which something could be read.
+
+        In an own loop a GradScaler may have skipped its first steps.
+        """
+        if not self.checks_order or getattr(optimizer, "state", None):
+            return True
+        return self.state.counter.before(optimizer, index) >= _WITHOUT_STATE
+
     def _check_mover(self, optimizer: Optimizer) -> None:
-        """Warn, once, of an optimizer whose next step undoes a part of each move."""
-        self.state.now.movers.add(id(optimizer))
+        """Warn of an optimizer whose next step undoes a part of each move."""
         undone = []
         for layer in self.layers:
             if layer.strength != 0 and keeps_elsewhere(optimizer, layer.parameters):
@@ -1172,6 +1193,34 @@ class UniformityRegularizer:
                 "undoes most of what apply='decoupled' (move) does: use apply='gradient' "
                 "(add_gradients)"
             )
+
+    def _tell_unknown_gain(self, optimizer: Optimizer, rates: Rates) -> None:
+        """Tell, once, of an optimizer of which the step limit knows the learning rate alone."""
+        if self.step_limit is None:
+            return
+        alone: dict[int, Rate] = {}
+        for group in optimizer.param_groups:
+            if tells_gain(optimizer, group):
+                continue
+            for p in group["params"]:
+                alone[id(p)] = rates[id(p)]
+        names = []
+        for layer in self.layers:
+            own = layer.rates(alone)
+            # Without a learning rate that is a number there is no such limit.
+            if layer.strength != 0 and own and not any(map(is_unknown, own)):
+                names.append(repr(layer.name))
+        if names:
+            self._tell_unknown(
+                f"nothing tells what {type(optimizer).__name__} makes of a gradient, so in layer "
+                f"{listed(names)} step_limit takes a step for the learning rate times it, as SGD's"
+            )
+
+    def _tell_unknown(self, text: str) -> None:
+        """Tell, once, what is not known of an optimizer."""
+        if text not in self.state.now.told:
+            self.state.now.told.add(text)
+            self._tell([Finding("unknown", text)])
 
     def _tell_unknown_steps(self, optimizer: Optimizer) -> None:
         """Tell, once, with what moves are compared where nothing tells how long a step was."""
@@ -1187,13 +1236,10 @@ class UniformityRegularizer:
                 if stand_in is not None and layer.name not in named.setdefault(stand_in, []):
                     named[stand_in].append(layer.name)
         for stand_in, names in named.items():
-            text = (
+            self._tell_unknown(
                 f"nothing tells how long a step of {type(optimizer).__name__} is, so share_limit "
                 f"compares the moves of layer {listed(list(map(repr, names)))} with {stand_in}"
             )
-            if text not in self.state.now.told:
-                self.state.now.told.add(text)
-                self._tell([Finding("unknown", text)])
 
     def _steps(self, optimizer: Optimizer, rates: Rates) -> OptimizerSteps:
         """What an optimizer has made of the task's gradients."""

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import logging
 import pickle
 import warnings
 import weakref
@@ -137,6 +138,33 @@ def test_a_step_that_a_scaler_skips_is_silent(act, zero):
     before = loop.net[0].weight.detach().clone()
     assert loop.told((zero + ("buas" if act == "a" else "busm")) * 3) == []
     assert act == "m" or torch.equal(before, loop.net[0].weight)
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
+def test_a_step_that_a_scaler_skips_for_a_parameter_of_no_layer_is_silent(optimizer, caplog):
+    """The layers' own gradients are finite: what overflows is a bias."""
+    caplog.set_level(logging.INFO, "lightning_hsu")
+    loop = Loop(optimizer, share_limit=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    steps = []
+
+    def backward():
+        scaler.scale(loop.net(X).square().mean()).backward()
+        steps.append(1)
+        if len(steps) < 3:
+            loop.net[5].bias.grad[0] = float("inf")
+
+    loop.calls |= {
+        "b": backward,
+        "u": lambda: scaler.unscale_(loop.optimizer),
+        "s": lambda: (scaler.step(loop.optimizer), scaler.update()),
+    }
+    before = loop.net[0].bias.detach().clone()
+    assert loop.told("zbusm" * 2) == []
+    assert torch.equal(before, loop.net[0].bias)
+    assert loop.told("zbusm" * 3) == []
+    assert not torch.equal(before, loop.net[0].bias)
+    assert caplog.messages == []
 
 
 def test_frozen_layers_and_a_coefficient_of_0_are_silent():

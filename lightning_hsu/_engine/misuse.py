@@ -196,9 +196,8 @@ class CallOrder:
                 if known is None or known[1] != version_of(p):
                     return False
                 grads.append(p.grad)
-        # A GradScaler skips the step of a gradient that is not finite.
-        is_finite = all(bool(torch.isfinite(grad).all()) for grad in grads)
-        return is_finite and any(bool(grad.any()) for grad in grads)
+        has_gradient = any(bool(grad.any()) for grad in grads)
+        return has_gradient and not _may_be_skipped(optimizer)
 
     def __reduce__(self) -> tuple[type[CallOrder], tuple[()]]:
         """Copies and pickles begin anew: they have other optimizers."""
@@ -459,6 +458,20 @@ def _named(layers: Sequence[Layer]) -> str:
 def _has_gradient(layer: Layer) -> bool:
     """Whether a parameter of a layer has a gradient."""
     return any(p.grad is not None for p in layer.parameters)
+
+
+def _may_be_skipped(optimizer: Optimizer) -> bool:
+    """Whether a GradScaler may have skipped a step, as it does where any gradient is not finite."""
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            grad = p.grad
+            if grad is None:
+                continue
+            if type(grad) is not Tensor or grad.layout != torch.strided:
+                return True  # sparse, or of several ranks, of which one alone must not ask
+            if not bool(torch.isfinite(grad).all()):
+                return True
+    return False
 
 
 def _counts_versions(optimizer: Optimizer) -> bool:

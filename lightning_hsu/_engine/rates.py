@@ -41,6 +41,12 @@ RESCALING_SETTINGS = frozenset(
 Adam and its relatives, RMSprop, Adagrad, Adafactor, Muon, Rprop.
 """
 
+PLAIN_SETTINGS = frozenset({"dampening", "lambd", "d"})
+"""Settings of optimizers whose steps are the learning rate times gradients, or their momentum.
+
+SGD, ASGD, D-adaptation.
+"""
+
 SECOND_MOMENTS = frozenset({"exp_avg_sq", "exp_avg_sq_row", "exp_inf", "square_avg", "state2"})
 """Names under which other such optimizers keep the squares of gradients."""
 
@@ -154,6 +160,11 @@ def rescales(optimizer: Optimizer, group: Mapping[str, Any]) -> bool:
         return not SECOND_MOMENTS.isdisjoint(states.get(params[0], ()))
     except TypeError:
         return False
+
+
+def tells_gain(optimizer: Optimizer, group: Mapping[str, Any]) -> bool:
+    """Whether settings or state of a group tell what the optimizer makes of a gradient."""
+    return not PLAIN_SETTINGS.isdisjoint(group) or rescales(optimizer, group)
 
 
 def is_unknown(rate: Rate) -> bool:
