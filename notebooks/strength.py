@@ -125,11 +125,12 @@ warnings.filterwarnings("ignore", "the penalty is too strong")
 #
 # **With it**: the best of these decays; the learning rate that was best without, half of it and
 # twice of it; coefficients 1 and 10; `share_limit` 0.1 (in each layer at most a tenth of the
-# task's gradient, five times the default, which is safe and needs no sweep) and None. Validation errors do not tell finer steps apart than a factor of ten.
-# In the 44 settings of the README's results without convolutions, where no such limit was set,
-# the chosen coefficient was 0.2 in 6, 0.8 in 11, 3.5 in 9 and 14, the largest that was tried, in
-# 18. If the best lies on an edge, go on beyond it, in both sweeps. That the second one begins
-# where the first one ended is a small advantage for the penalty.
+# task's gradient, five times the default, which is safe and needs no sweep) and None. Validation
+# errors do not tell finer steps apart than a factor of ten. In the 44 settings of the README's
+# results without convolutions, where no such limit was set, the chosen coefficient was 0.2 in 6,
+# 0.8 in 11, 3.5 in 9 and 14, the largest that was tried, in 18. If the best lies on an edge, go on
+# beyond it, in both sweeps. That the second one begins where the first one ended is a small
+# advantage for the penalty.
 
 # %%
 RATES = (0.05, 0.1, 0.2, 0.4)
