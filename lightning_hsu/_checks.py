@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Hashable, Iterable
 from functools import lru_cache
 from numbers import Real
@@ -89,7 +90,7 @@ def check_softening(softening: float) -> None:
 def check_number(name: str, value: object, what: str, fits: Callable[[float], bool]) -> None:
     """Refuse a setting that is not a real number in its range; ``what`` describes the range."""
     if not plain_number(value) or not fits(cast(float, value)):
-        raise ValueError(f"{name} must be {what}; got {value!r}")
+        raise ValueError(f"{name} must be {what}; got {shown(value)}")
 
 
 def keep_as_numbers(owner: object, *names: str) -> None:
@@ -129,6 +130,19 @@ def plain_number(value: object) -> bool:
         return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
     except OverflowError:  # an int beyond float64
         return False
+
+
+def shown(value: object) -> str:
+    """A value as it stands in code, but a whole number beyond float64 by its power of ten.
+
+    Example:
+        >>> shown(0.5), shown(-(10**400))
+        ('0.5', 'about -10**400')
+    """
+    if isinstance(value, int) and value.bit_length() > sys.float_info.max_exp:
+        sign = "-" if value < 0 else ""
+        return f"about {sign}10**{int(value.bit_length() * math.log10(2))}"
+    return repr(value)
 
 
 def listed(items: Iterable[str], most: int = 4) -> str:

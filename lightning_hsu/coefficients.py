@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
+from types import MappingProxyType
 from typing import Any
 
-from lightning_hsu._checks import check_number, plain_number
+from lightning_hsu._checks import check_number, plain_number, shown
 from lightning_hsu._neurons.patterns import check_patterns, matches
 from lightning_hsu.measures import Measure
+
+LARGEST = 1e30
+"""The largest coefficient: its product with a gradient, and with a GradScaler's factor, is a float32."""
+
+_ROUNDING = 1e-9
+"""By how much a schedule may be below zero where it means 0."""
 
 
 class Varying(ABC):
@@ -28,7 +36,8 @@ class Varying(ABC):
 class Schedule(Varying):
     """A coefficient over optimizer steps.
 
-    In Python any function will do; derive from this class to name yours in a config.
+    In Python any function of the steps will do, as ``lambda step: 0.3``; derive from this class to
+    name yours in a config. A value that rounding leaves below zero, by up to 1e-9, counts as 0.
     """
 
     def label(self) -> str:
@@ -37,7 +46,7 @@ class Schedule(Varying):
 
     @abstractmethod
     def __call__(self, step: int) -> float:
-        """Return the coefficient, >= 0, after ``step`` steps of the optimizer."""
+        """Return the coefficient, from 0 to 1e30, after ``step`` steps of the optimizer."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +62,7 @@ class _WarmedUp(Schedule):
             check_number(
                 f"{name}'s {what}", number, "a finite number >= 0", lambda number: number >= 0
             )
+            _check_size(f"{name}'s {what}", number)
         self._check_steps("warmup", self.warmup)
         if self.end is None:
             return
@@ -170,6 +180,7 @@ class Share(Varying):
     def __post_init__(self) -> None:
         for name, value in (("fraction", self.fraction), ("maximum", self.maximum)):
             check_number(f"Share's {name}", value, "a finite number > 0", lambda number: number > 0)
+        _check_size("Share's maximum", self.maximum)
         check_number(
             "Share's smoothing", self.smoothing, "in [0, 1)", lambda smoothing: 0 <= smoothing < 1
         )
@@ -195,12 +206,13 @@ class Coefficient:
 
     Args:
         given: A number >= 0, a schedule, a share, or a mapping of layer patterns to these, of which
-            the first match counts; layers without a match get 0 and are only monitored.
+            the first match counts; layers without a match get 0 and are only monitored. A mapping
+            is copied.
         what: What to call it in errors.
 
     Raises:
-        ValueError: for a negative, infinite or NaN number, or an empty mapping.
-        TypeError: for anything else that is not a number, schedule, share or mapping.
+        ValueError: for a number that is negative, above 1e30 or NaN, or an empty mapping.
+        TypeError: for anything else that is not a number, schedule, share or mapping of patterns.
     """
 
     given: Strength | Mapping[str, Strength]
@@ -214,7 +226,13 @@ class Coefficient:
                     "{'*': 1.0}"
                 )
             for pattern, strength in self.given.items():
+                if not isinstance(pattern, str):
+                    raise TypeError(
+                        f"the keys of {self.what} are names of layers or patterns of them, as in "
+                        f"{{'encoder.*': 0.3}}; got the key {pattern!r}"
+                    )
                 _check(strength, f"{self.what}[{pattern!r}]")
+            object.__setattr__(self, "given", dict(self.given))
         else:
             _check(self.given, self.what)
 
@@ -226,6 +244,13 @@ class Coefficient:
                 f"head_coefficient is a number or a schedule, not a mapping; got {given!r}"
             )
         return cls(given, "head_coefficient")
+
+    @property
+    def readable(self) -> Strength | Mapping[str, Strength]:
+        """What was given; a mapping cannot be changed, since that would have no effect."""
+        if isinstance(self.given, Mapping):
+            return MappingProxyType(self.given)
+        return self.given
 
     @property
     def has_share(self) -> bool:
@@ -272,17 +297,19 @@ def strength_at(strength: Strength, step: int, name: str) -> float:
     """Evaluate a number or schedule after ``step`` optimizer steps.
 
     Raises:
-        ValueError: if the value is not a finite number >= 0; the error names the layer.
+        ValueError: if the value is not a number from 0 to 1e30; the error names the layer.
     """
     given: Any = strength(step) if callable(strength) else strength
     try:
         value = float(given)  # a one-element tensor will do
-    except (TypeError, ValueError):
+    except (OverflowError, TypeError, ValueError):
         value = math.nan
-    if not math.isfinite(value) or value < 0:
+    if -_ROUNDING <= value < 0:
+        return 0.0
+    if not 0 <= value <= LARGEST:  # or NaN
         raise ValueError(
-            f"the coefficient schedule gave {given!r} for layer '{name}' at optimizer step {step}; "
-            "it must return a finite number >= 0"
+            f"the coefficient schedule gave {shown(given)} for layer '{name}' at optimizer step "
+            f"{step}; it must return a finite number >= 0, at most {LARGEST:g}"
         )
     return value
 
@@ -293,7 +320,8 @@ def _percent_meant(fraction: float) -> str:
     return (
         f"Share's fraction must be at most 1; {fraction:g} is {100 * fraction:g} % of the task's "
         f"gradient. For {percent:g} % write Share({percent / 100:g}). For a penalty stronger than "
-        "the task give a number as the coefficient, e.g. coefficient=1.0"
+        "the task give a number as the coefficient and no limit, e.g. coefficient=1.0 and "
+        "share_limit=None"
     )
 
 
@@ -304,16 +332,45 @@ def _check(strength: object, what: str) -> None:
             f"{what} must be an instance: write {strength.__name__}(...), with its settings in the "
             "brackets"
         )
-    is_schedule = callable(strength) and not isinstance(strength, Measure)
-    if is_schedule or isinstance(strength, Share):
+    if isinstance(strength, Share):
+        return
+    if callable(strength) and not isinstance(strength, Measure):
+        if not _takes_a_step(strength):
+            raise TypeError(
+                f"{what} is a function that cannot be called with the optimizer steps done: write "
+                f"lambda step: 0.3, or the number itself; got {strength!r}"
+            )
         return
     if isinstance(strength, Real) and not isinstance(strength, bool):
         if not plain_number(strength) or strength < 0:
             raise ValueError(
-                f"{what} must be a finite number >= 0 (0 only monitors); got {strength!r}"
+                f"{what} must be a finite number >= 0 (0 only monitors); got {shown(strength)}"
             )
+        _check_size(what, float(strength))
         return
     raise TypeError(
         f"{what} must be a number, a schedule step -> number, a Share or a mapping of patterns to "
         f"these; got {strength!r}"
     )
+
+
+def _check_size(what: str, number: float) -> None:
+    """Refuse a coefficient whose products float32 cannot hold."""
+    if number > LARGEST:
+        raise ValueError(
+            f"{what} must be at most {LARGEST:g}, beyond which float32 cannot hold its product with a "
+            f"gradient; got {shown(number)}"
+        )
+
+
+def _takes_a_step(schedule: Callable[..., object]) -> bool:
+    """Whether a function can be called with one number."""
+    try:
+        signature = inspect.signature(schedule)
+    except (TypeError, ValueError):  # of one that is not written in Python it may not be known
+        return True
+    try:
+        signature.bind(0)
+    except TypeError:
+        return False
+    return True

@@ -73,7 +73,7 @@ from lightning_hsu._neurons.select import (
 from lightning_hsu._neurons.target import Target
 from lightning_hsu._neurons.wrappers import unwrapped
 from lightning_hsu._optimizers import AfterOwnStep, AfterStep
-from lightning_hsu.coefficients import Coefficient, Strength
+from lightning_hsu.coefficients import Coefficient, Share, Strength
 from lightning_hsu.measures import Measure
 from lightning_hsu.measures.base import check_measure
 from lightning_hsu.measures.defaults import (
@@ -1285,8 +1285,13 @@ class UniformityRegularizer:
 
 def _check_limit(name: str, limit: float | None) -> float | None:
     """Refuse a limit that is no positive number."""
+    what = "a finite number > 0, or None for no limit"
+    if isinstance(limit, Share):
+        raise TypeError(
+            f"{name} must be {what}; got a Share: did you mean coefficient=Share({limit.fraction:g})?"
+        )
     if limit is not None:
-        check_number(name, limit, "> 0, or None for no limit", lambda limit: limit > 0)
+        check_number(name, limit, what, lambda limit: limit > 0)
     return limit
 
 

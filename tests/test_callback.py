@@ -3,6 +3,7 @@
 import copy
 import csv
 import logging
+import math
 import pickle
 from contextlib import nullcontext
 
@@ -411,8 +412,22 @@ def test_numbers_of_numpy_are_numbers():
             "apply must be 'gradient', 'loss' or 'decoupled'; got 'later'",
         ),
         ({"every_n_steps": 0}, ValueError, "every_n_steps must be an int >= 1; got 0"),
-        ({"step_limit": 0}, ValueError, "step_limit must be > 0"),
-        ({"step_limit": "a"}, ValueError, "step_limit must be > 0, or None for no limit; got 'a'"),
+        ({"step_limit": 0}, ValueError, "step_limit must be a finite number > 0"),
+        (
+            {"step_limit": "a"},
+            ValueError,
+            "step_limit must be a finite number > 0, or None for no limit; got 'a'",
+        ),
+        ({"share_limit": math.inf}, ValueError, "share_limit must be a finite number > 0.*got inf"),
+        ({"share_limit": 10**400}, ValueError, r"got about 10\*\*400$"),
+        ({"share_limit": torch.tensor(0.1)}, ValueError, r"got tensor\(0.1000\)$"),
+        ({"share_limit": "0.1"}, ValueError, "share_limit must be a finite number > 0.*got '0.1'"),
+        ({"share_limit": True}, ValueError, "share_limit must be a finite number > 0.*got True"),
+        (
+            {"share_limit": Share(0.1)},
+            TypeError,
+            r"None for no limit; got a Share: did you mean coefficient=Share\(0.1\)\?",
+        ),
         ({"prefix": ""}, ValueError, "prefix must be a name such as 'hsu'"),
         ({"prefix": "a/"}, ValueError, "without a slash at its end; got 'a/'"),
         ({"measure": "strong"}, TypeError, "measure must be a measure such as"),

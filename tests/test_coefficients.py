@@ -11,6 +11,7 @@ from torch import nn
 
 from lightning_hsu import CosineSchedule, LinearSchedule, Share, UniformityRegularizer
 from lightning_hsu._engine.state import ShareMeans
+from lightning_hsu.coefficients import LARGEST, strength_at
 from lightning_hsu.measures import PairwiseMeasure, RieszEnergy
 from tests.models import Automatic, batches, loader, network, trainer, uniformity
 from tests.test_callback import rows_of
@@ -57,6 +58,7 @@ def test_without_an_end_a_schedule_stays(kind):
     [
         ({"value": -1.0}, "value must be a finite number >= 0; got -1.0"),
         ({"value": float("nan")}, "value must be a finite number >= 0"),
+        ({"value": 1e39}, r"value must be at most 1e\+30"),
         ({"value": 1.0, "final": -0.1}, "final must be a finite number >= 0; got -0.1"),
         ({"value": 1.0, "warmup": 0.5}, "warmup counts optimizer steps, an int >= 0; got 0.5"),
         ({"value": 1.0, "end": -1}, "end counts optimizer steps, an int >= 0; got -1"),
@@ -78,6 +80,11 @@ def test_bad_schedules(kind, kwargs, message):
         ({"fraction": float("inf")}, "fraction must be a finite number > 0"),
         ({"smoothing": 1.0}, r"smoothing must be in \[0, 1\); got 1.0"),
         ({"maximum": -1.0}, "maximum must be a finite number > 0"),
+        ({"maximum": 1e39}, r"maximum must be at most 1e\+30"),
+        (
+            {"fraction": 5},
+            r"For 5 % write Share\(0.05\)\. .* coefficient=1\.0 and share_limit=None$",
+        ),
     ],
 )
 def test_bad_shares(kwargs, message):
@@ -296,3 +303,87 @@ def test_a_share_needs_the_tasks_gradient_by_itself():
 def test_the_monitor_knows_a_share_before_the_first_step():
     regularizer = UniformityRegularizer(coefficient=Share()).attach(network())
     assert regularizer.current_penalty(regularizer.measure_layers()) == 0.0
+
+
+@pytest.mark.parametrize("given", [-5.6e-17, -1e-9, -0.0, 0])
+def test_a_schedule_that_rounding_leaves_below_zero_ends_at_zero(given):
+    assert strength_at(lambda step: given, 3, "a") == 0.0
+    net = network()
+    regularizer = UniformityRegularizer(coefficient=lambda step: given, head=None).attach(net)
+    stepped(net)
+    before = net[5].weight.grad.clone()
+    regularizer.add_gradients(torch.optim.SGD(net.parameters(), lr=0.1))
+    assert torch.equal(net[5].weight.grad, before)
+
+
+@pytest.mark.parametrize("given", [-1e-8, math.nan, math.inf, 1e39, 10**400, "x", None])
+def test_a_schedule_that_gives_no_coefficient_is_refused_with_its_step(given):
+    with pytest.raises(
+        ValueError, match=r"gave .* for layer 'a' at optimizer step 3; it must return"
+    ):
+        strength_at(lambda step: given, 3, "a")
+
+
+def without_a_step():
+    return 0.3
+
+
+@pytest.mark.parametrize(
+    "wrong", [lambda: 0.3, without_a_step, lambda step, epoch: 0.3, lambda *, step: 0.3]
+)
+def test_a_function_that_takes_no_step_is_refused_at_once(wrong):
+    for given, what in ((wrong, "coefficient"), ({"*": wrong}, r"coefficient\['\*'\]")):
+        with pytest.raises(TypeError, match=f"^{what} is a function .* lambda step: 0.3"):
+            UniformityRegularizer(coefficient=given)
+    with pytest.raises(TypeError, match=r"^head_coefficient is a function"):
+        UniformityRegularizer(head_coefficient=wrong)
+
+
+@pytest.mark.parametrize("fine", [lambda *steps: 0.3, lambda step, rate=2.0: 0.3, math.sqrt])
+def test_a_function_that_can_be_called_with_a_step_is_none_of_these(fine):
+    regularizer = UniformityRegularizer(coefficient=fine).attach(network())
+    assert regularizer.layers[0].strength is fine
+
+
+@pytest.mark.parametrize("key", [1, None, ("a", "b")])
+def test_the_keys_of_a_mapping_are_names(key):
+    told = "the keys of coefficient are names of layers or patterns of them"
+    with pytest.raises(TypeError, match=told):
+        UniformityRegularizer(coefficient={"*": 1.0, key: 0.3})
+
+
+@pytest.mark.parametrize("wrong", [1e31, 1e39, 1e300, 10**40])
+def test_a_coefficient_that_float32_cannot_hold_is_refused(wrong):
+    for settings in ({"coefficient": wrong}, {"coefficient": {"*": wrong}}):
+        with pytest.raises(ValueError, match=r"must be at most 1e\+30, beyond which float32"):
+            UniformityRegularizer(**settings)
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam])
+@pytest.mark.parametrize("way", ["add_gradients", "move"])
+@pytest.mark.parametrize(("scale", "within"), [(1.0, 1e-6), (1e-8, 1e-4)])  # measured: 8e-6
+def test_the_largest_coefficient_is_held_as_any_other_large_one(scale, within, way, optimizer):
+    """Small rows have large gradients, and a GradScaler multiplies them."""
+    ends = []
+    for coefficient in (1e6, LARGEST):
+        torch.manual_seed(0)
+        net = network()
+        with torch.no_grad():
+            net[5].weight *= scale
+        nn.utils.parametrizations.weight_norm(net[0])
+        stepping = optimizer(net.parameters(), lr=1e-3)
+        regularizer = UniformityRegularizer(coefficient=coefficient, share_limit=0.02).attach(net)
+        for seed in range(3):
+            stepped(net, seed)
+            if way == "add_gradients":
+                for p in net.parameters():
+                    p.grad *= 2.0**16
+                regularizer.add_gradients(stepping, grad_scale=2.0**16)
+                for p in net.parameters():
+                    p.grad /= 2.0**16
+            stepping.step()
+            if way == "move":
+                regularizer.move(stepping)
+        ends.append(torch.cat([p.detach().flatten() for p in net.parameters()]))
+    assert ends[1].isfinite().all()
+    torch.testing.assert_close(*ends, rtol=1e-3, atol=within)

@@ -610,9 +610,9 @@ def test_limits_may_be_changed_in_a_training_and_are_checked_then():
     assert shares[1] > 0.2
     assert shares[2] == pytest.approx(0.02)
     for bad in (0, -1, math.nan, True, "0.1"):
-        with pytest.raises(ValueError, match="share_limit must be > 0, or None"):
+        with pytest.raises(ValueError, match="share_limit must be a finite number > 0, or None"):
             callback.share_limit = bad
-        with pytest.raises(ValueError, match="step_limit must be > 0, or None"):
+        with pytest.raises(ValueError, match="step_limit must be a finite number > 0, or None"):
             engine.step_limit = bad
     assert (callback.share_limit, callback.step_limit) == (0.02, 1.0)
 
