@@ -824,10 +824,17 @@ class UniformityRegularizer:
         }
 
     def limits_shares(self, layers: Iterable[Layer], most: float = SAFE_SHARE) -> bool:
-        """Whether the task's gradient limits the penalty's in each of some layers, to this share of it."""
-        if self.share_limit is not None and self.share_limit <= most:
-            return True
-        return all(layer.has_share for layer in layers)
+        """Whether the task's gradient limits the penalty's in each of some layers, to this share of it.
+
+        A layer with a :class:`~lightning_hsu.Share` has that limit alone.
+        """
+        for layer in layers:
+            limit = self.share_limit
+            if isinstance(layer.strength, Share):
+                limit = layer.strength.fraction
+            if limit is None or limit > most:
+                return False
+        return True
 
     def unreached(self) -> list[str]:
         """Names of layers, except frozen ones, that have a coefficient but no gradient so far."""

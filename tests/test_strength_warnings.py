@@ -12,6 +12,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 
 from lightning_hsu import Share, UniformityRegularizer
+from lightning_hsu._core.limits import SAFE_SHARE
 from lightning_hsu._engine import warn
 from lightning_hsu._monitor.as_random import AsRandom
 from lightning_hsu._monitor.measure import LayerUniformity
@@ -351,6 +352,20 @@ def test_a_layer_that_starts_at_zero_is_told_once(caplog):
     assert f"which then learns nothing. Set share_limit={SHARE_LIMIT:g}" in text
     assert logged == []
     assert loop.run(caplog, UniformityRegularizer(coefficient=Share(0.05)), 3)[0] == []
+
+
+@pytest.mark.parametrize("share_limit", [None, SHARE_LIMIT])
+def test_a_share_that_is_no_safe_limit_is_told_of_a_layer_at_zero(caplog, share_limit):
+    """No share limit holds a Share."""
+    loop = Loop(net=zeroed(network()))
+    large = UniformityRegularizer(coefficient=Share(1.0), share_limit=share_limit)
+    (text,), logged = loop.run(caplog, large, 3)
+    assert text.startswith("layer '2' (3 x 8) starts at zero")
+    assert "Take a Share of at most 0.1, or a number and share_limit=" in text
+    assert logged == []
+    mixed = {"2": Share(SAFE_SHARE), "*": 1e-3}
+    safe = UniformityRegularizer(coefficient=mixed, share_limit=share_limit)
+    assert loop.run(caplog, safe, 3)[0] == []
 
 
 def test_a_loss_with_a_layer_at_zero_is_told_even_with_a_limit(caplog):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 
 from lightning_hsu._checks import listed
+from lightning_hsu._core.limits import SAFE_SHARE
 from lightning_hsu._engine.change import Change
 from lightning_hsu._engine.layer import Layer
 from lightning_hsu._monitor.measure import LayerUniformity
@@ -132,10 +133,15 @@ def zeros_text(layers: Sequence[Layer], *, is_limited: bool) -> str:
             f"{begin}the limit by the task's gradient keeps the penalty from deciding them. Leave it as "
             "it is, or the layer out with exclude= or a coefficient of 0"
         )
+    limit = f"Set share_limit={SHARE_LIMIT:g}"
+    if any(layer.has_share for layer in layers):
+        limit = (
+            f"Take a Share of at most {SAFE_SHARE:g}, or a number and share_limit={SHARE_LIMIT:g}"
+        )
     return (
         f"{begin}then its neurons are tiny, and the penalty, whose gradient is the larger the smaller "
-        "they are, may decide these instead of the task, which then learns nothing. Set "
-        f"share_limit={SHARE_LIMIT:g}, which needs the gradient or the decoupled way, or leave the layer "
+        "they are, may decide these instead of the task, which then learns nothing. "
+        f"{limit}, which needs the gradient or the decoupled way, or leave the layer "
         "out with exclude= or a coefficient of 0"
     )
 
