@@ -71,7 +71,11 @@ class Maker:
         """The question whether a preset was meant, which takes no ``further`` arguments."""
         call = f"sphere_uniformity({preset!r}){self.of_preset}"
         asked = _question(call, [_import("sphere_uniformity", "lightning_hsu.presets")])
-        return f"{asked} It has coefficients of its own, and no limits" if further else asked
+        return (
+            f"{asked} It has coefficients of its own, and no limit but share_limit="
+            if further
+            else asked
+        )
 
     def meant_by(self, given: object, further: str = "") -> str:
         """The question what was meant by one argument in a wrong place; "" if nobody knows.

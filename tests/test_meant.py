@@ -160,7 +160,7 @@ def test_names_of_presets(called, place, name, preset):
 def test_a_coefficient_beside_the_name_of_a_preset_is_told_to_be_lost(called):
     told = answer(called, "half_mhe_2", 0.1)
     assert "did you mean sphere_uniformity('half_mhe_2')" in told
-    assert told.endswith("It has coefficients of its own, and no limits")
+    assert told.endswith("It has coefficients of its own, and no limit but share_limit=")
 
 
 def test_a_presets_engine_trains_a_loop():

@@ -367,3 +367,12 @@ def test_too_few_neurons_have_penalty_zero(name, shape):
     assert grad.shape == shape
     assert not value.any()
     assert not grad.any()
+
+
+def test_a_preset_takes_a_share_limit():
+    assert sphere_uniformity("half_mhe_2").share_limit is None
+    limited = sphere_uniformity("half_mhe_2", share_limit=0.02)
+    assert limited.regularizer.share_limit == 0.02
+    assert limited.step_limit is None
+    with pytest.raises(ValueError, match="share_limit must be a finite number > 0"):
+        sphere_uniformity("half_mhe_2", share_limit=0)

@@ -60,12 +60,13 @@ def sphere_uniformity(
     head: str | list[str] | None = "auto",
     neurons: dict[str, How] | None = None,
     inner_lr: float = 0.1,
+    share_limit: float | None = None,
     include: str | list[str] | None = None,
     exclude: str | list[str] | None = None,
     prefix: str = "hsu",
     verbose: bool = True,
 ) -> HypersphericalUniformity:
-    """A published recipe as a callback: official formula and coefficients, without a step limit.
+    """A published recipe as a callback: official formula and coefficients, without limits.
 
     =======================  =============  ======================================  ======  ====
     name                     hidden layers  what is minimised                       hidden  head
@@ -111,6 +112,8 @@ def sphere_uniformity(
         neurons: How weights hold neurons, by patterns of their names; see the callback.
         inner_lr: Learning rate of the pole (mhp, mhc) or projection (comhe_ap, comhe_adv); others
             have none. As published it is that of the network.
+        share_limit: The largest norm of a layer's penalty gradient over that of its task gradient; as
+            published there is no limit, which is None.
         include: Patterns of layer names to take, shell style; None takes all but embeddings.
         exclude: Patterns of layer names to leave out.
         prefix: What the logged names begin with.
@@ -152,7 +155,7 @@ def sphere_uniformity(
         neurons=neurons,
         head_coefficient=None if head is None else head_coefficient,
         step_limit=None,
-        share_limit=None,
+        share_limit=share_limit,
         prefix=prefix,
         verbose=verbose,
     )
