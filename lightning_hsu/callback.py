@@ -36,7 +36,8 @@ from lightning_hsu._neurons.how import How
 from lightning_hsu._neurons.placement import placement_of
 from lightning_hsu._neurons.select import uninitialized
 from lightning_hsu._optimizers import AfterStep
-from lightning_hsu.coefficients import Strength, Strengths
+from lightning_hsu._settings import OfRegularizer, refuse_attached
+from lightning_hsu.coefficients import Coefficient, Strength, Strengths
 from lightning_hsu.measures import Measure
 from lightning_hsu.measures.defaults import COEFFICIENT, SAMPLE_ABOVE, SHARE_LIMIT
 from lightning_hsu.regularizer import UniformityRegularizer
@@ -151,7 +152,8 @@ class HypersphericalUniformity(_trainer.EveryCallback):
             measured in full space.
         coefficient: A number >= 0, a schedule (optimizer steps done -> number), a share of the
             task's gradient (``Share``), or a mapping of layer patterns to these, of which the first
-            match counts. 0 only monitors and leaves training as it is.
+            match counts. 0 only monitors and leaves training as it is. It is at most 1e30. Another
+            one may be assigned at any time: ``callback.coefficient = 0`` switches the penalty off.
         apply: How the penalty enters. "gradient": its gradient is added before each optimizer step,
             before Lightning's clipping, but after your own in manual optimisation. "loss": it is
             added to the loss before each backward, divided by ``accumulate_grad_batches``;
@@ -169,9 +171,10 @@ class HypersphericalUniformity(_trainer.EveryCallback):
             "columns", a number of equal parts along the rows (3 for a fused qkv), or a function of
             the weight to its neurons (..., n, d). What it names is measured, embeddings, bare
             parameters and stacks of matrices too.
-        head_coefficient: A number, schedule or share for the head; None uses ``coefficient``.
+        head_coefficient: A number, schedule or share for the head; None uses ``coefficient``. It may
+            be assigned at any time, too.
         every_n_steps: Apply on every n-th step of each optimizer, at the coefficient's full
-            strength.
+            strength. It may be assigned at any time.
         step_limit: The penalty's part of a step is at most this fraction of a neuron's norm, so that
             no near-duplicate or tiny neuron is thrown away (``hsu/limited`` counts them). Of SGD it
             knows learning rate and momentum, of Adam and its relatives that a step is about the
@@ -207,9 +210,13 @@ class HypersphericalUniformity(_trainer.EveryCallback):
 
     Raises:
         ImportError: for figures without matplotlib.
-        ValueError: for a negative or NaN coefficient, an unknown ``apply``, a ``tolerance`` outside
-            (0, 1), or at the start of fit a pattern that matches nothing or a model without neurons.
+        ValueError: for a coefficient that is negative, above 1e30 or NaN, an unknown ``apply``, a
+            ``tolerance`` outside (0, 1), or at the start of fit a pattern that matches nothing or a
+            model without neurons.
         TypeError: for a measure or a coefficient of the wrong kind.
+        AttributeError: for another ``measure``, ``apply``, ``include``, ``exclude``, ``head``,
+            ``neurons``, ``sample_above``, ``share_work``, ``figures_every_n_steps`` or ``prefix`` that
+            is assigned during a fit.
         NotImplementedError: at the start of fit, where the penalty could not be right: with
             DeepSpeed and unknown strategies, or ``apply="loss"`` with manual optimisation or FSDP.
 
@@ -245,7 +252,7 @@ class HypersphericalUniformity(_trainer.EveryCallback):
         verbose: bool = True,
     ) -> None:
         check_places(Maker(type(self).__name__), measure, coefficient)
-        check_choice("apply", apply, "gradient", "loss", "decoupled")
+        _check_apply(apply)
         self.regularizer = UniformityRegularizer(
             measure,
             coefficient,
@@ -264,13 +271,9 @@ class HypersphericalUniformity(_trainer.EveryCallback):
         )
         self.regularizer.checks_order = False  # the Trainer calls, and `unreached` tells
         _trainer.check_prefix(prefix)
-        if apply == "loss" and self.regularizer.has_share:
-            raise ValueError(
-                "a Share needs the task's gradient apart from the loss: use apply='gradient' or "
-                "'decoupled'"
-            )
-        self.apply = apply
-        self.prefix = prefix
+        _check_share(apply, has_share=self.regularizer.has_share)
+        self._apply = apply
+        self._prefix = prefix
         self.verbose = verbose
         self._figures = FigureRecorder(prefix, figures_every_n_steps)
         self._fit = _Fit()
@@ -286,32 +289,100 @@ class HypersphericalUniformity(_trainer.EveryCallback):
         limit = limit_text(regularizer.layers, regularizer.share_limit, apply=self.apply)
         return replace(found, limit=limit)
 
+    measure = OfRegularizer("What is minimised; it may be changed between fits.")
+    include = OfRegularizer("Patterns of layers to take; they may be changed between fits.")
+    exclude = OfRegularizer("Patterns of layers to leave out; they may be changed between fits.")
+    head = OfRegularizer("How the head is found, or which it is; it may be changed between fits.")
+    neurons = OfRegularizer("How weights hold neurons; it may be changed between fits.")
+    every_n_steps = OfRegularizer(
+        "The penalty is applied on every n-th step of each optimizer; it may be changed at any time."
+    )
+    step_limit = OfRegularizer(
+        "The largest part of a neuron's norm by which a step moves it; it may be changed at any time."
+    )
+    share_limit = OfRegularizer(
+        "The largest share of the task's gradient in each layer; it may be changed at any time."
+    )
+    matmul_precision = OfRegularizer(
+        "The precision of matrix products in a step; it may be changed at any time."
+    )
+    sample_above = OfRegularizer(
+        "Neurons above which energies are estimated; it may be changed between fits."
+    )
+    tolerance = OfRegularizer(
+        "The relative error of kept gradients on average; it may be changed at any time."
+    )
+    share_work = OfRegularizer(
+        "Whether ranks divide the large layers; it may be changed between fits."
+    )
+
     @property
-    def step_limit(self) -> float | None:
-        """The largest part of a neuron's norm by which a step moves it; it may be changed at any time."""
-        return self.regularizer.step_limit
+    def coefficient(self) -> Strengths:
+        """The coefficient as it was given; it may be changed at any time.
 
-    @step_limit.setter
-    def step_limit(self, step_limit: float | None) -> None:
-        self.regularizer.step_limit = step_limit
+        Another one counts from the next step on. Where ranks train together, all must assign it. Steps
+        at which every coefficient is 0 are not counted for schedules and ``every_n_steps``.
+        """
+        return cast(Strengths, self.regularizer.coefficient)
 
-    @property
-    def share_limit(self) -> float | None:
-        """The largest share of the task's gradient in each layer; it may be changed at any time."""
-        return self.regularizer.share_limit
-
-    @share_limit.setter
-    def share_limit(self, share_limit: float | None) -> None:
-        self.regularizer.share_limit = share_limit
+    @coefficient.setter
+    def coefficient(self, coefficient: Strengths) -> None:
+        self._check_strength(Coefficient(coefficient))
+        self.regularizer.coefficient = coefficient
 
     @property
-    def tolerance(self) -> float | None:
-        """The relative error of kept gradients on average; it may be changed at any time."""
-        return self.regularizer.tolerance
+    def head_coefficient(self) -> Strength | None:
+        """The head's coefficient, None for that of all layers; it may be changed at any time."""
+        return self.regularizer.head_coefficient
 
-    @tolerance.setter
-    def tolerance(self, tolerance: float | None) -> None:
-        self.regularizer.tolerance = tolerance
+    @head_coefficient.setter
+    def head_coefficient(self, coefficient: Strength | None) -> None:
+        if coefficient is not None:
+            self._check_strength(Coefficient.of_head(coefficient))
+        self.regularizer.head_coefficient = coefficient
+
+    def _check_strength(self, strength: Coefficient) -> None:
+        """Refuse a coefficient that could have no effect."""
+        _check_share(self.apply, has_share=strength.has_share)
+        if self._fit.is_off and not strength.is_zero:
+            raise AttributeError(
+                "nothing is measured in this fit, as a warning has said, so that another coefficient "
+                "would have no effect: assign it before trainer.fit"
+            )
+
+    @property
+    def apply(self) -> Literal["gradient", "loss", "decoupled"]:
+        """How the penalty enters; it may be changed between fits."""
+        return self._apply
+
+    @apply.setter
+    def apply(self, apply: Literal["gradient", "loss", "decoupled"]) -> None:
+        refuse_attached("apply", is_attached=self.regularizer.is_attached)
+        _check_apply(apply)
+        _check_share(apply, has_share=self.regularizer.has_share)
+        self._apply = apply
+
+    @property
+    def figures_every_n_steps(self) -> int | None:
+        """Optimizer steps between figures, None for no figure; it may be changed between fits."""
+        return self._figures.every_n_steps
+
+    @figures_every_n_steps.setter
+    def figures_every_n_steps(self, every_n_steps: int | None) -> None:
+        refuse_attached("figures_every_n_steps", is_attached=self.regularizer.is_attached)
+        self._figures = FigureRecorder(self.prefix, every_n_steps)
+
+    @property
+    def prefix(self) -> str:
+        """What the logged names begin with; it may be changed between fits."""
+        return self._prefix
+
+    @prefix.setter
+    def prefix(self, prefix: str) -> None:
+        refuse_attached("prefix", is_attached=self.regularizer.is_attached)
+        _trainer.check_prefix(prefix)
+        self._prefix = prefix
+        self._figures = FigureRecorder(prefix, self.figures_every_n_steps)
 
     @property
     def state_key(self) -> str:
@@ -393,7 +464,7 @@ class HypersphericalUniformity(_trainer.EveryCallback):
         if not self.regularizer.only_monitors:
             self._follow(trainer.optimizers)
         self._find_head(trainer, loss)
-        if self.apply != "loss":
+        if self._apply != "loss":
             return
         if not self.regularizer.active:
             return
@@ -422,7 +493,7 @@ class HypersphericalUniformity(_trainer.EveryCallback):
             return
         index = self._hook(trainer, optimizer).position
         self._fit.about_to_move = {}
-        if self.apply == "decoupled":  # not a step yet: a GradScaler may skip it
+        if self._apply == "decoupled":  # not a step yet: a GradScaler may skip it
             self.regularizer.note_reached(optimizer)
             if self._will_measure(trainer):
                 self._fit.about_to_move = self.regularizer.with_gradients(optimizer)
@@ -434,7 +505,7 @@ class HypersphericalUniformity(_trainer.EveryCallback):
         fit.warnings.line_search(optimizer)
         will_measure = self._will_measure(trainer)
         self.regularizer.measures_next = will_measure
-        if self.apply == "loss":
+        if self._apply == "loss":
             self.regularizer.count_step(optimizer, index=index, same_step=same_step)
             return
         every = self.regularizer.every_n_steps
@@ -488,13 +559,13 @@ class HypersphericalUniformity(_trainer.EveryCallback):
         self._attach(trainer, trainer.lightning_module)
         if not self.regularizer.active:
             return
-        if self.apply == "loss" and not is_counted:  # it stepped behind Lightning's back
+        if self._apply == "loss" and not is_counted:  # it stepped behind Lightning's back
             self.regularizer.count_step(hook.optimizer, index=hook.position)
-        if self.apply == "loss":
+        if self._apply == "loss":
             self.regularizer.look_for_moves()
-        if self.apply == "gradient" and self.regularizer.looks_ahead:
+        if self._apply == "gradient" and self.regularizer.looks_ahead:
             self.regularizer.look_ahead(hook.optimizer, index=hook.position)
-        if self.apply == "decoupled":
+        if self._apply == "decoupled":
             every = self.regularizer.every_n_steps
             stats = self._will_measure(trainer) or _trainer.logs_within(trainer, every)
             try:
@@ -653,6 +724,7 @@ class HypersphericalUniformity(_trainer.EveryCallback):
         self._fit.stats = {}
         self._fit.trained = []
         self._fit.about_to_move = {}
+        self._fit.is_off = False
         for name in _LOGGING:
             self.__dict__.pop(name, None)
         self.regularizer.detach()
@@ -906,6 +978,20 @@ class HypersphericalUniformity(_trainer.EveryCallback):
     def _prefixed(self, values: dict[str, float]) -> dict[str, float]:
         """Values under the names that are logged."""
         return {f"{self.prefix}/{name}": value for name, value in values.items()}
+
+
+def _check_apply(apply: str) -> None:
+    """Refuse an unknown way for the penalty to enter."""
+    check_choice("apply", apply, "gradient", "loss", "decoupled")
+
+
+def _check_share(apply: str, *, has_share: bool) -> None:
+    """Refuse a share of the task's gradient where that is not known."""
+    if apply == "loss" and has_share:
+        raise ValueError(
+            "a Share needs the task's gradient apart from the loss: use apply='gradient' or "
+            "'decoupled'"
+        )
 
 
 def _finite_shares(done: dict[str, StatsNumbers]) -> dict[str, float]:

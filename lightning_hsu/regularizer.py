@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -58,7 +58,7 @@ from lightning_hsu._monitor.on_gpu import measure_on_gpu
 from lightning_hsu._monitor.summary import Summary
 from lightning_hsu._monitor.tables import limit_text, summary_of, zeros_text
 from lightning_hsu._neurons.candidates import Candidates, Skip
-from lightning_hsu._neurons.how import Neurons, check_neurons
+from lightning_hsu._neurons.how import How, Neurons, check_neurons
 from lightning_hsu._neurons.model import neurons_of_model
 from lightning_hsu._neurons.patterns import Patterns, as_list
 from lightning_hsu._neurons.placement import PenalisedLayer, Placement, placement_of
@@ -73,6 +73,7 @@ from lightning_hsu._neurons.select import (
 from lightning_hsu._neurons.target import Target
 from lightning_hsu._neurons.wrappers import unwrapped
 from lightning_hsu._optimizers import AfterOwnStep, AfterStep
+from lightning_hsu._settings import BeforeAttach, refuse_attached
 from lightning_hsu.coefficients import Coefficient, Share, Strength
 from lightning_hsu.measures import Measure
 from lightning_hsu.measures.base import check_measure
@@ -107,6 +108,13 @@ def no_longer_measured(reasons: Mapping[str, str]) -> str:
     )
 
 
+def _check_sample_above(sample_above: int | None) -> int | None:
+    """Refuse what is no number of neurons."""
+    if sample_above is not None:
+        check_count("sample_above", sample_above)
+    return sample_above
+
+
 class UniformityRegularizer:
     """Spread a model's neurons over the sphere in any training loop, with or without Lightning.
 
@@ -120,7 +128,7 @@ class UniformityRegularizer:
             measured in full space.
         coefficient: A number >= 0 (0 only monitors), a schedule (optimizer steps done -> number), a
             :class:`~lightning_hsu.Share`, or a mapping of layer patterns to these; the first
-            matching pattern counts.
+            matching pattern counts. At most 1e30. Another one may be assigned at any time.
         include: Patterns of layers to take, shell style; None takes all but embeddings.
         exclude: Patterns of layers to leave out.
         head: "auto" finds the layers that give the model's output: what the model declares, else
@@ -130,9 +138,10 @@ class UniformityRegularizer:
             "columns", a number of equal parts along the rows (3 for a fused qkv), or a function of
             the weight to its neurons (..., n, d). What it names is measured, embeddings, bare
             parameters and stacks of matrices too.
-        head_coefficient: A number, schedule or share for the head; None uses ``coefficient``.
+        head_coefficient: A number, schedule or share for the head; None uses ``coefficient``. It may
+            be assigned at any time, too.
         every_n_steps: Apply on every n-th step of each optimizer, at the coefficient's full
-            strength.
+            strength. It may be assigned at any time.
         step_limit: The penalty's part of a step moves a neuron by at most this fraction of its
             norm. A step is the learning rate times what the optimizer makes of a steady gradient:
             momentum of 0.9 makes it ten times as long, and Adam and its relatives make the task's
@@ -176,9 +185,12 @@ class UniformityRegularizer:
             :meth:`add_to_loss` do not share: each rank's loss has the whole penalty.
 
     Raises:
-        ValueError: for a negative or NaN coefficient, ``every_n_steps`` or ``sample_above`` below
-            1, a ``step_limit`` or ``share_limit`` <= 0 or a ``tolerance`` outside (0, 1).
+        ValueError: for a coefficient that is negative, above 1e30 or NaN, ``every_n_steps`` or
+            ``sample_above`` below 1, a ``step_limit`` or ``share_limit`` <= 0 or a ``tolerance``
+            outside (0, 1).
         TypeError: for a measure or a coefficient of the wrong kind.
+        AttributeError: for another ``measure``, ``include``, ``exclude``, ``head``, ``neurons``,
+            ``sample_above`` or ``share_work`` that is assigned while a model is attached.
 
     Example:
         >>> import torch
@@ -215,37 +227,99 @@ class UniformityRegularizer:
     ) -> None:
         maker = Maker(type(self).__name__, of_preset=".regularizer")
         check_places(maker, measure, coefficient)
-        check_count("every_n_steps", every_n_steps)
         check_tolerance(tolerance)
-        if sample_above is not None:
-            check_count("sample_above", sample_above)
-        self.measure = DEFAULT_MEASURE if measure is None else measure
-        check_measure(self.measure)
-        self.coefficient = Coefficient(coefficient)
-        self.head_coefficient: Coefficient | None = None
-        if head_coefficient is not None:
-            self.head_coefficient = Coefficient.of_head(head_coefficient)
+        self._attached: Attached | None = None
+        self.state = TrainingState(tolerance)
+        self._measure = _checked_measure(measure)
+        self._coefficient = Coefficient(coefficient)
+        self._head_coefficient = _of_head(head_coefficient)
         self.include = include
         self.exclude = exclude
         self.head = head
-        self.neurons = check_neurons(neurons)
+        self.neurons = neurons
         self.every_n_steps = every_n_steps
         self.step_limit = step_limit
         self.share_limit = share_limit
-        self.matmul_precision = check_choice(
-            "matmul_precision", matmul_precision, "highest", "medium"
-        )
+        self.matmul_precision = matmul_precision
         self.sample_above = sample_above
         self.share_work = share_work
-        self.state = TrainingState(tolerance)
-        self._looked_at = looked_at(every_n_steps)
-        self._attached: Attached | None = None
         self._watch: RemovableHandle | None = None
         self._may_watch = False
         self._watched_since = 0
         self._saw_outputs = False
         self.checks_order = True  # and hooks, in an own loop; Lightning's callback has its own
         self.measures_next = False  # whether the layers are measured after the step under way
+
+    include: BeforeAttach[Patterns] = BeforeAttach("Patterns of layers to take")
+    exclude: BeforeAttach[Patterns] = BeforeAttach("Patterns of layers to leave out")
+    head: BeforeAttach[Head] = BeforeAttach("How the head is found, or which it is")
+    neurons: BeforeAttach[dict[str, How]] = BeforeAttach(
+        "How weights hold neurons, by patterns of their names", check_neurons
+    )
+    sample_above: BeforeAttach[int | None] = BeforeAttach(
+        "Neurons above which energies are estimated", _check_sample_above
+    )
+    share_work: BeforeAttach[bool] = BeforeAttach("Whether ranks divide the large layers")
+
+    @property
+    def measure(self) -> Measure:
+        """What is minimised; it may be changed while no model is attached.
+
+        What the former one has carried from step to step is forgotten.
+        """
+        return self._measure
+
+    @measure.setter
+    def measure(self, measure: Measure | None) -> None:
+        refuse_attached("measure", is_attached=self.is_attached)
+        checked = _checked_measure(measure)
+        if checked != self._measure:
+            self.state.forget_measure()
+        self._measure = checked
+
+    @property
+    def coefficient(self) -> Strength | Mapping[str, Strength]:
+        """The coefficient as it was given; it may be changed at any time.
+
+        Another one counts from the next step on. Where ranks train together, all must assign it.
+        """
+        return self._coefficient.readable
+
+    @coefficient.setter
+    def coefficient(self, coefficient: Strength | Mapping[str, Strength]) -> None:
+        self._take_strengths(Coefficient(coefficient), self._head_coefficient)
+
+    @property
+    def head_coefficient(self) -> Strength | None:
+        """The head's coefficient, None for that of all layers; it may be changed at any time."""
+        if self._head_coefficient is None:
+            return None
+        return cast(Strength, self._head_coefficient.given)
+
+    @head_coefficient.setter
+    def head_coefficient(self, coefficient: Strength | None) -> None:
+        self._take_strengths(self._coefficient, _of_head(coefficient))
+
+    @property
+    def every_n_steps(self) -> int:
+        """The penalty is applied on every n-th step of each optimizer; it may be changed at any time."""
+        return self._every_n_steps
+
+    @every_n_steps.setter
+    def every_n_steps(self, every_n_steps: int) -> None:
+        check_count("every_n_steps", every_n_steps)
+        self._every_n_steps = every_n_steps
+        self._looked_at = looked_at(every_n_steps)
+
+    @property
+    def matmul_precision(self) -> Literal["highest", "medium"]:
+        """The precision of matrix products in a step; it may be changed at any time."""
+        return self._matmul_precision
+
+    @matmul_precision.setter
+    def matmul_precision(self, precision: Literal["highest", "medium"]) -> None:
+        check_choice("matmul_precision", precision, "highest", "medium")
+        self._matmul_precision = precision
 
     @property
     def step_limit(self) -> float | None:
@@ -313,9 +387,8 @@ class UniformityRegularizer:
     @property
     def only_monitors(self) -> bool:
         """Whether every coefficient is the number 0."""
-        return self.coefficient.is_zero and (
-            self.head_coefficient is None or self.head_coefficient.is_zero
-        )
+        head = self._head_coefficient
+        return self._coefficient.is_zero and (head is None or head.is_zero)
 
     @property
     def head_is_settled(self) -> bool:
@@ -330,8 +403,8 @@ class UniformityRegularizer:
     @property
     def has_share(self) -> bool:
         """Whether a coefficient is, or holds, a share of the task's gradient."""
-        head = self.head_coefficient
-        return self.coefficient.has_share or (head is not None and head.has_share)
+        head = self._head_coefficient
+        return self._coefficient.has_share or (head is not None and head.has_share)
 
     def attach(
         self,
@@ -377,10 +450,10 @@ class UniformityRegularizer:
                 self._refuse(nothing_left(candidates.source, attached.skips))
             names = [layer.name for layer in attached.layers]
             if names:
-                self.coefficient.check_names(names)
+                self._coefficient.check_names(names)
             heads = find_heads(candidates, self.head, self.state.heads)
             may_be_found = self.head == "auto" and not heads  # at the first forward pass
-            if self.head_coefficient is not None and names and not may_be_found:
+            if self._head_coefficient is not None and names and not may_be_found:
                 check_head([layer.target for layer in attached.layers])
             dropped = Dropped()
             self.state.check(attached.layers, dropped)
@@ -446,7 +519,7 @@ class UniformityRegularizer:
         patterns = {
             "include": as_list("include", self.include) or [],
             "exclude": as_list("exclude", self.exclude) or [],
-            "coefficient": self.coefficient.patterns,
+            "coefficient": self._coefficient.patterns,
         }
         told = self.state.now.told
         words = [one for one in unmet(attached.candidates, self.head, patterns) if one not in told]
@@ -521,7 +594,7 @@ class UniformityRegularizer:
             self.state.heads = [name for name in self.state.heads if name not in former] + heads
             self.state.heads_as_expected = attached.expects(attached.known(self.state.heads))
             attached.choose(self.state.heads)
-        if self.head_coefficient is not None and not any(one.target.head for one in self.layers):
+        if self._head_coefficient is not None and not any(one.target.head for one in self.layers):
             warn(
                 "head_coefficient has no effect: no measured layer acts last before the loss; name "
                 "one with head='...'"
@@ -918,6 +991,43 @@ class UniformityRegularizer:
             strict=strict,
         )
 
+    def _take_strengths(self, coefficient: Coefficient, head: Coefficient | None) -> None:
+        """Let the layers go on with these coefficients, of all layers and of the head.
+
+        Raises:
+            ValueError: for a pattern that matches nothing, a head that is not there, or a
+                coefficient where the attached model has no layer.
+        """
+        if (coefficient, head) == (self._coefficient, self._head_coefficient):
+            return
+        attached = self._attached
+        has_monitored = self.only_monitors
+        if attached is not None:
+            self._check_strengths(attached, coefficient, head)
+        self._coefficient = coefficient
+        self._head_coefficient = head
+        if attached is None:
+            return
+        with self.gathered():
+            attached.choose(self.state.heads)
+        self.state.now.coefficients.clear()
+        if self.checks_order and not self.has_stepped:
+            self.state.now.zeros = self.layers_at_zero()
+        if has_monitored and self.nothing_trains():
+            warn(NOTHING_TRAINS)
+
+    def _check_strengths(
+        self, attached: Attached, coefficient: Coefficient, head: Coefficient | None
+    ) -> None:
+        """Refuse coefficients that do not fit the layers of the attached model."""
+        layers = attached.layers
+        if layers:
+            coefficient.check_names([layer.name for layer in layers])
+        elif not (coefficient.is_zero and (head is None or head.is_zero)):
+            raise ValueError(nothing_left(attached.candidates.source, attached.skips))
+        if head is not None and layers and self.head_is_settled:
+            check_head([layer.target for layer in layers])
+
     def _refuse(self, message: str) -> None:
         """Raise an error, or only warn if this regularizer only monitors.
 
@@ -941,9 +1051,9 @@ class UniformityRegularizer:
             neurons=target.shape[1],
             sample_above=self.sample_above,
         )
-        coefficient = self.coefficient
-        if target.head and self.head_coefficient is not None:
-            coefficient = self.head_coefficient
+        coefficient = self._coefficient
+        if target.head and self._head_coefficient is not None:
+            coefficient = self._head_coefficient
         strength: Strength = 0.0  # a buffer, or a quantised weight: no gradient can reach it
         if parameters:
             strength = coefficient.of(target.name)
@@ -976,7 +1086,7 @@ class UniformityRegularizer:
         if not same_step and (id(optimizer) not in strength.quiet or step in self._looked_at):
             stats = True
         found: dict[str, GradientStats] = {}
-        if step % self.every_n_steps:
+        if step % self._every_n_steps:
             self.note_reached(optimizer)
         else:
             rates = learning_rates(optimizer)
@@ -1053,7 +1163,7 @@ class UniformityRegularizer:
         """
         attached = self._check_attached()
         step = self.state.counter.before(optimizer, index)
-        is_idle = step % self.every_n_steps != 0 or not attached.placement.keeps_whole
+        is_idle = step % self._every_n_steps != 0 or not attached.placement.keeps_whole
         if is_idle or torch.is_inference_mode_enabled() or is_capturing():
             return
         held = held_by(optimizer)
@@ -1262,7 +1372,7 @@ class UniformityRegularizer:
 
     def _products(self) -> AbstractContextManager[None]:
         """The precision of matrix products in a step."""
-        if self.matmul_precision == "medium":
+        if self._matmul_precision == "medium":
             return bf16_products(True)
         return nullcontext()
 
@@ -1300,6 +1410,19 @@ def _check_limit(name: str, limit: float | None) -> float | None:
     if limit is not None:
         check_number(name, limit, what, lambda limit: limit > 0)
     return limit
+
+
+def _checked_measure(measure: Measure | None) -> Measure:
+    """A measure, the default for None; anything else is refused."""
+    if measure is None:
+        return DEFAULT_MEASURE
+    check_measure(measure)
+    return measure
+
+
+def _of_head(coefficient: Strength | None) -> Coefficient | None:
+    """The checked coefficient of the head."""
+    return None if coefficient is None else Coefficient.of_head(coefficient)
 
 
 def _after_step(owner: weakref.ref[UniformityRegularizer], hook: AfterStep) -> bool:

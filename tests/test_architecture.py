@@ -9,7 +9,7 @@ import lightning_hsu
 ROOT = Path(lightning_hsu.__file__).parent
 # Floors from the ground up; the rooms of one floor do not know each other.
 FLOORS = [
-    {"_checks", "_core", "_optimizers"},
+    {"_checks", "_core", "_optimizers", "_settings"},
     {"measures"},
     {"projections", "reference", "_neurons"},
     {"coefficients"},

@@ -4,6 +4,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -112,11 +113,11 @@ def ours(done):
 def settings(callback):
     """All that a config sets; of a mapping the order too, for the first match counts."""
     engine = callback.regularizer
-    given = engine.coefficient.given
+    given = engine.coefficient
     return {
         "measure": engine.measure,
-        "coefficient": list(given.items()) if isinstance(given, dict) else given,
-        "head_coefficient": engine.head_coefficient and engine.head_coefficient.given,
+        "coefficient": list(given.items()) if isinstance(given, Mapping) else given,
+        "head_coefficient": engine.head_coefficient,
         **{
             name: getattr(engine, name)
             for name in ("include", "exclude", "head", "neurons", "every_n_steps", "step_limit")
@@ -163,7 +164,7 @@ def test_the_readmes_config_runs(package):
     assert callback.state_dict()["steps"] == [2]
     (given,) = yaml.safe_load(block)["trainer"]["callbacks"]
     assert given["class_path"] == CALLBACK
-    assert list(callback.regularizer.coefficient.given) == list(given["init_args"]["coefficient"])
+    assert list(callback.coefficient) == list(given["init_args"]["coefficient"])
     assert isinstance(callback.regularizer.measure, Projected)
 
 

@@ -449,7 +449,7 @@ def used_before_quietly(callback):
     """After the fit of another model, which has layers of other names."""
     callback.regularizer.head, head = "auto", callback.regularizer.head
     coefficient = callback.regularizer.coefficient
-    callback.regularizer.coefficient = type(coefficient)(0.1)
+    callback.regularizer.coefficient = 0.1
     used_before(callback)
     callback.regularizer.head, callback.regularizer.coefficient = head, coefficient
     return callback

@@ -118,8 +118,8 @@ def terms(name, head):
     """Measure and coefficient as the callback uses them."""
     regularizer = sphere_uniformity(name).regularizer
     if head:
-        return regularizer.measure.for_head(), regularizer.head_coefficient.of("head")
-    return regularizer.measure, regularizer.coefficient.of("layer")
+        return regularizer.measure.for_head(), regularizer.head_coefficient
+    return regularizer.measure, regularizer.coefficient
 
 
 def weights(shape, scale, dtype=torch.float64):

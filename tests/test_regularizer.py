@@ -156,7 +156,7 @@ def test_layers_of_equal_shape_go_together_and_get_the_same_as_alone(monkeypatch
                 coefficient={"0": 2.0, "*": 0.5} if not include else 0.5,
             )
             if include == "0":
-                regularizer.coefficient = UniformityRegularizer(coefficient=2.0).coefficient
+                regularizer.coefficient = 2.0
             optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
             regularizer.attach(net).add_gradients(optimizer)
         found |= {name: p.grad.clone() for name, p in net.named_parameters()}

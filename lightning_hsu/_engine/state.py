@@ -285,6 +285,13 @@ class TrainingState:
         self.deltas.make_due()
         self.now = SinceAttach()
 
+    def forget_measure(self) -> None:
+        """Forget what belongs to a measure, since another one has come."""
+        self.measure_states = MeasureStates()
+        self.share_means = ShareMeans()
+        self.deltas.forget()
+        self._monitor_states = MeasureStates()
+
     def coefficient(self, layer: Layer, step: int) -> Tensor | float:
         """Note and return the coefficient of a layer at a step."""
         strength = layer.strength
