@@ -15,9 +15,9 @@ from tests.ranks import Shared, data
 
 try:
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-    from torch.distributed.tensor import Replicate, distribute_tensor
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 except ImportError:  # before torch 2.6 FSDP2 is not public, and asks for a GPU
-    from torch.distributed._tensor import Replicate, distribute_tensor
+    from torch.distributed._tensor import Replicate, Shard, distribute_tensor
 
     fully_shard = None
 
@@ -44,6 +44,11 @@ class ParallelManual(Parallel, Manual):
 def replicated(x, mesh):
     """A DTensor of which every rank has all."""
     return distribute_tensor(x, mesh, [Replicate()])
+
+
+def by_rows(x, mesh):
+    """A DTensor of which every rank has some rows."""
+    return distribute_tensor(x, mesh, [Shard(0)])
 
 
 def layer_by_layer(net, mesh, **policy):

@@ -13,6 +13,7 @@ from unittest import mock
 
 import pytest
 import torch
+from torch.distributed.device_mesh import init_device_mesh
 from torch import nn
 from torch.nn.utils.parametrizations import orthogonal, weight_norm
 from torch.optim import SGD, AdamW
@@ -730,3 +731,40 @@ def test_ranks_that_share_a_layer_hold_all_of_it(case, mode):
         unread = mock.patch.object(OptimizerSteps, "_state_of", return_value={})
     with unread:
         assert_held(case.module(False), callback, ends)
+
+
+def act_on_an_attention(mode, optimizer, is_sharded):
+    """Its weights after a step in which the queries' task gradient has a NaN; whole, by name."""
+    torch.manual_seed(0)
+    net = nn.Module()
+    net.attention = nn.MultiheadAttention(8, 2, bias=False)
+    grads = [torch.randn(p.shape) for p in net.parameters()]
+    grads[0][1, 2] = math.nan
+    if is_sharded:
+        mesh = init_device_mesh("cpu", (2,))
+        grads = [sharding.by_rows(grad, mesh) for grad in grads]
+        for part in (net.attention, net.attention.out_proj):
+            for name, p in list(part.named_parameters(recurse=False)):
+                part.register_parameter(name, nn.Parameter(sharding.by_rows(p.detach(), mesh)))
+    optimizer = OPTIMIZERS[optimizer](net.parameters())
+    regularizer = UniformityRegularizer(coefficient=3.0, share_limit=SHARE_LIMIT, head=None)
+    regularizer.attach(net, watch=False)
+    for p, grad in zip(net.parameters(), grads, strict=True):
+        p.grad = grad
+    if mode == "gradient":
+        regularizer.add_gradients(optimizer)
+    optimizer.step()
+    if mode == "decoupled":
+        regularizer.move(optimizer)
+    return ranks.whole_tensors(net)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:the penalty is too strong", "ignore:.*not finite")
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("optimizer", ["SGD", "AdamW"])
+def test_one_gate_that_is_not_finite_stops_none_of_its_sisters_on_ranks(optimizer, mode):
+    alone = act_on_an_attention(mode, optimizer, False)
+    for end in world(2).run(act_on_an_attention, mode, optimizer, True):
+        for name, p in alone.items():
+            torch.testing.assert_close(end[name], p, rtol=0.0, atol=1e-6, equal_nan=True)

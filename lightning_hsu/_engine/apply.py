@@ -218,9 +218,9 @@ class LayerUpdate:
                 found.append(Part(p, task, task.numel(), partial(_entries_of, p, task)))
                 continue
             ones = torch.ones_like(task)
-            belongs = placement.local(self.layer.target.own_part(self.view, p, ones))
+            belongs = placement.local(self.layer.target.own_part(self.view, p, ones)) != 0
             of = partial(self._held_entries_of, p, belongs)
-            own = placement.local(task) * belongs
+            own = torch.where(belongs, placement.local(task), 0.0)
             entries = task.numel()
             if self.view.parameter is not None:
                 entries = self.view.x.numel()
@@ -232,13 +232,13 @@ class LayerUpdate:
 
         Args:
             p: The parameter.
-            belongs: 1 for its entries that are the layer's, 0 for others, as this rank holds them.
+            belongs: Which of its entries are the layer's, as this rank holds them.
             x: The tensor.
         """
         placement = self.layer.target.placement
         if x.shape != p.shape or not placement.is_sharded(x):
             return None
-        return placement.local(x) * belongs
+        return torch.where(belongs, placement.local(x), 0.0)
 
     def _step(self, grad: Tensor, steps: OptimizerSteps) -> tuple[Tensor, int]:
         """Norm of what the optimizer has made of the task's gradient, 0 if that is not finite.

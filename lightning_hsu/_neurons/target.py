@@ -113,7 +113,7 @@ class Target(NeuronSet):
             return part
         ones = torch.ones_like(view.x)
         (belongs,) = torch.autograd.grad(view.x, parameter, ones, retain_graph=True)
-        return part * belongs
+        return torch.where(belongs != 0, part, torch.zeros_like(part))  # others may not be finite
 
     def rearranges(self, view: NeuronView) -> bool:
         """Whether the neurons are entries of one parameter, in any order.
