@@ -1093,7 +1093,7 @@ class UniformityRegularizer:
             limit = self.step_limit
             share = self.share_limit
             steps = None
-            if moves and share is not None:
+            if moves and (share is not None or self.has_share):
                 steps = self._steps(optimizer, rates)
             context = StepContext(
                 step, rates, grad_scale, same_step, limit, share, stats, moves, steps
@@ -1341,12 +1341,12 @@ class UniformityRegularizer:
 
     def _tell_unknown_steps(self, optimizer: Optimizer) -> None:
         """Tell, once, with what moves are compared where nothing tells how long a step was."""
-        if self.share_limit is None:
+        if self.share_limit is None and not self.has_share:
             return
         steps = self._steps(optimizer, learning_rates(optimizer))
         named: dict[str, list[str]] = {}
         for layer in self.layers:
-            if layer.strength == 0 or layer.has_share:
+            if layer.strength == 0 or (self.share_limit is None and not layer.has_share):
                 continue
             for p in layer.parameters:
                 stand_in = None if p.grad is None else steps.stand_in(p)
@@ -1354,8 +1354,8 @@ class UniformityRegularizer:
                     named[stand_in].append(layer.name)
         for stand_in, names in named.items():
             self._tell_unknown(
-                f"nothing tells how long a step of {type(optimizer).__name__} is, so share_limit "
-                f"compares the moves of layer {listed(list(map(repr, names)))} with {stand_in}"
+                f"nothing tells how long a step of {type(optimizer).__name__} is, so the moves "
+                f"of layer {listed(list(map(repr, names)))} are held to a share of {stand_in}"
             )
 
     def _steps(self, optimizer: Optimizer, rates: Rates) -> OptimizerSteps:

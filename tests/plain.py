@@ -370,13 +370,14 @@ class Penalty:
             factor = self._shortening(gradient, neurons.detach(), known, rms)
             found = torch.autograd.grad(neurons, moving, gradient * factor)
             held = 1.0
-            if self.share_limit is not None and not isinstance(given, Share):
+            limit = self._limit_of(given)
+            if limit is not None:
                 if self.mode == "decoupled":
                     steps = [step_length(optimizer, p, partial(layer.own, p)) for p in moving]
                     task = math.hypot(*steps) if 0 < task < math.inf else 0.0
-                held = self._held(norm(found), task)
+                held = self._held(norm(found), task, limit)
             shortened = factor < 1
-            if held < 1:
+            if held < 1 - 1e-12:  # a share may be met to a rounding
                 shortened = neurons.norm(dim=-1, keepdim=True) > 0
             self.limited[layer.name] = int(shortened.sum())
             due.append((layer, [(p, held * part) for p, part in zip(moving, found, strict=True)]))
@@ -412,13 +413,19 @@ class Penalty:
         length = gradient.norm(dim=-1, keepdim=True).double()
         return torch.where(length > room, room / length, 1.0).to(gradient.dtype)
 
-    def _held(self, penalty, task):
+    def _limit_of(self, given):
+        """What a layer's penalty is held to, as a share of the task; None for no limit."""
+        if not isinstance(given, Share):
+            return self.share_limit
+        return given.fraction if self.mode == "decoupled" else None
+
+    def _held(self, penalty, task, limit):
         """By what a whole layer is shortened, for the task's gradient or what is made of it."""
         if not math.isfinite(task):
             task = 0.0
         factor = 1.0
-        if penalty > self.share_limit * task:
-            factor = self.share_limit * task / penalty
+        if penalty > limit * task:
+            factor = limit * task / penalty
         self.held += factor < 1
         self.free += factor == 1
         return factor

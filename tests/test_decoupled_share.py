@@ -15,7 +15,7 @@ from torch import nn, optim
 from torch.nn.utils import parameters_to_vector
 from torch.nn.utils.parametrizations import weight_norm
 
-from lightning_hsu import HypersphericalUniformity, UniformityRegularizer
+from lightning_hsu import HypersphericalUniformity, Share, UniformityRegularizer
 from lightning_hsu._engine import optimizer_steps
 from lightning_hsu._engine.optimizer_steps import OptimizerSteps, Part
 from lightning_hsu._engine.plan import learning_rates
@@ -154,11 +154,13 @@ class Training:
     Args:
         make: Makes the optimizer of some parameters.
         net: The network.
+        scale: A factor of the loss.
         settings: Of the regularizer.
     """
 
-    def __init__(self, make, net, **settings):
+    def __init__(self, make, net, scale=1.0, **settings):
         self.net = net
+        self.scale = scale
         self.teacher = copy.deepcopy(net)
         self.optimizer = make(matrices(net))
         for group in self.optimizer.param_groups:
@@ -173,7 +175,7 @@ class Training:
             y = self.teacher(x)
         noise = torch.randn(y.shape, generator=self.generator)
         self.optimizer.zero_grad()
-        (self.net(x) - y - noise).square().mean().backward()
+        (self.scale * (self.net(x) - y - noise).square().mean()).backward()
 
     def step(self):
         """The length of the move over that of the optimizer's step, by layer."""
@@ -234,6 +236,24 @@ def test_moves_are_a_share_in_any_precision(name, dtype):
     lengths = lengths_of(training.optimizer, matrices(training.net))
     for length, other in zip(lengths, lengths_of(of_twin, matrices(twin)), strict=True):
         assert float(other) == pytest.approx(float(length), rel=4 * torch.finfo(dtype).eps + 1e-6)
+
+
+@quiet
+@pytest.mark.parametrize("share_limit", [SHARE_LIMIT, None])
+@pytest.mark.parametrize("scale", [1.0, 1e2, 1e4])
+@pytest.mark.parametrize("name", ["SGD", "Adam", "RMSprop"])
+@pytest.mark.parametrize("together", [False, True])
+def test_a_share_moves_by_at_most_its_fraction_of_the_steps(together, name, scale, share_limit):
+    """However large the loss is: a share of the gradient grows with it, the steps of Adam do not."""
+    fraction = 0.05
+    make = OPTIMIZERS[name] if name != "SGD" else partial(optim.SGD, lr=0.05 / scale)
+    settings = {"coefficient": Share(fraction, maximum=1e8), "share_limit": share_limit}
+    with waits_of() if together else nullcontext():
+        found = Training(make, normed(), scale, **settings).steps(30)[10:]
+    assert float(found.max()) < 2 * fraction
+    assert float(found.median(0).values.max()) < 1.3 * fraction
+    if name == "SGD" or scale == 1e4:  # else a share of the gradient is less than one of the steps
+        assert float(found.median(0).values.min()) > 0.5 * fraction
 
 
 def lengths_of(optimizer, parameters):
@@ -314,13 +334,17 @@ def test_an_optimizer_of_which_nothing_is_known_is_told_of_once(name, caplog):
         assert "one of the learning rate in each entry" in texts[0]
 
 
-@pytest.mark.parametrize("share_limit", [SHARE_LIMIT, None])
+@pytest.mark.parametrize(
+    ("share_limit", "coefficient"),
+    [(SHARE_LIMIT, 1.0), (None, 1.0), (SHARE_LIMIT, Share()), (None, Share())],
+)
 @pytest.mark.parametrize("make", [partial(Lion, lr=1e-3), models.SharpnessAware, optim.AdamW])
-def test_a_trainer_tells_of_it_once(make, share_limit, caplog):
+def test_a_trainer_tells_of_it_once(make, share_limit, coefficient, caplog):
     caplog.set_level(logging.INFO)
-    settings = {"apply": "decoupled", "share_limit": share_limit}
+    settings = {"apply": "decoupled", "share_limit": share_limit, "coefficient": coefficient}
     trainer(HypersphericalUniformity(**settings)).fit(Automatic(make), loader(batches()))
-    is_unknown = make is not optim.AdamW and share_limit is not None
+    is_limited = share_limit is not None or isinstance(coefficient, Share)
+    is_unknown = make is not optim.AdamW and is_limited
     assert len(told(caplog)) == is_unknown
     if make is models.SharpnessAware and is_unknown:
         assert "the learning rate times the task's gradient" in told(caplog)[0]

@@ -9,7 +9,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -20,7 +19,6 @@ from torch.optim import SGD, AdamW
 
 from lightning_hsu import HypersphericalUniformity, Share, UniformityRegularizer
 from lightning_hsu._engine import strength
-from lightning_hsu._engine.optimizer_steps import OptimizerSteps
 from lightning_hsu.measures import Covering, Orthogonality, SlicedWasserstein
 from lightning_hsu.measures.defaults import SHARE_LIMIT
 from tests import models, plain, ranks, sharding
@@ -40,7 +38,7 @@ from tests.test_exactness import (
     uses_of,
 )
 from tests.test_sharded import Case as ShardedCase
-from tests.test_sharded import Flat, fsdp2, pieces
+from tests.test_sharded import Flat, as_read_by_ranks, fsdp2, pieces
 from tests.test_triton import BACKENDS, choose
 from tests.waits import counting, waits_of
 
@@ -726,10 +724,7 @@ def test_ranks_that_share_a_layer_hold_all_of_it(case, mode):
     callback = {"apply": mode, **HELD, **case.callback}
     size = case.mesh[0] * case.mesh[1]
     ends = world(size).run(ranks.fit, case.module(True), callback, case.strategy, case.trainer)
-    unread = nullcontext()
-    if isinstance(case, Flat):  # whose optimizers have the state of flat pieces
-        unread = mock.patch.object(OptimizerSteps, "_state_of", return_value={})
-    with unread:
+    with as_read_by_ranks(case):
         assert_held(case.module(False), callback, ends)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lightning_hsu._core.foreach import SMALL, shortening
 from lightning_hsu._core.limits import ANY_SHARE, Allowance, held_factors
 from lightning_hsu._core.updates import along_the_sphere
-from lightning_hsu._engine.buffered import GradientStats, strong_neurons
+from lightning_hsu._engine.buffered import GradientStats, less_rounding, strong_neurons
 from lightning_hsu._engine.delta import Use, use_of
 from lightning_hsu._engine.layer import Layer, to_compute_dtype
 from lightning_hsu._engine.one_pass import goes_together, gradient_of, gradients_of
@@ -85,8 +85,13 @@ class LayerUpdate:
     def allowance(self, context: StepContext) -> Allowance | None:
         """What the task's gradient limits here; None if nothing.
 
-        A share is a limit of its own; but where the task has no gradient nothing is added.
+        A share is a limit of its own. What is added to a gradient is a share by its coefficient
+        alone, but where the task has no gradient a share limit keeps it away, too. What moves the
+        neurons is held to a share of the optimizer's step.
         """
+        strength = self.layer.strength
+        if context.moves and isinstance(strength, Share):
+            return Allowance(strength.fraction)
         rescaled = self.learning_rates.rescaled
         is_rescaled = any(id(p) in rescaled for p in self.layer.parameters)
         found = allowance_of(is_rescaled, context)
@@ -148,9 +153,10 @@ class LayerUpdate:
         is_held = penalty.new_zeros(())
         shortened = factor < 1
         if held is not None:
-            is_held = (held < 1).to(penalty.dtype).reshape(())
+            is_shorter = held < less_rounding(penalty.dtype)  # a share may be met to a rounding
+            is_held = is_shorter.to(penalty.dtype).reshape(())
             is_live = (self.neurons != 0).any(-1, keepdim=True)
-            shortened = shortened | ((held < 1) & is_live)
+            shortened = shortened | (is_shorter & is_live)
         limited = self.layer.target.placement.any_holder(shortened, first_parameter)
         unscaled = task / self.grad_scale
         share = penalty / unscaled

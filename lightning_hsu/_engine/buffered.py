@@ -282,7 +282,9 @@ def _stats(stacks: Sequence[_Stack]) -> dict[str, GradientStats]:
     # Zero rows are neither limited nor strong.
     info = torch.finfo(dtype)
     grad_scale = members[0].update.grad_scale  # of all members
-    largest = torch.finfo(members[0].update.entries.dtype).max / 2 * grad_scale * _rounding(dtype)
+    largest = (
+        torch.finfo(members[0].update.entries.dtype).max / 2 * grad_scale * less_rounding(dtype)
+    )
     bounds.clamp_(info.tiny, min(largest, info.max))
     masks = torch.empty_like(bounds)
     torch.ge(lengths, bounds[:2], out=masks[:2])
@@ -332,7 +334,7 @@ def _bounds(members: Sequence[_Member], norms: Sequence[Tensor], tasks: Sequence
     First come the largest lengths that the step limit allows, less a rounding, then those from which
     the penalty is strong, then the norms of the neurons.
     """
-    rounding = _rounding(tasks[0].dtype)
+    rounding = less_rounding(tasks[0].dtype)
     factors = []
     rooms = list(norms)
     strong = []
@@ -369,10 +371,10 @@ def _held_from(members: Sequence[_Member], tasks: Sequence[Tensor]) -> Tensor:
             shares.append(math.inf)  # of a zero it makes NaN, which nothing reaches
         else:
             norms.append(limit.norm)
-            shares.append(share * _rounding(task.dtype))
+            shares.append(share * less_rounding(task.dtype))
     return torch.stack(torch._foreach_mul(norms, shares))
 
 
-def _rounding(dtype: torch.dtype) -> float:
+def less_rounding(dtype: torch.dtype) -> float:
     """A factor that leaves room for the rounding of lengths."""
     return 1.0 - 16 * torch.finfo(dtype).eps

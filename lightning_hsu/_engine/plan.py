@@ -68,7 +68,7 @@ class StepContext:
         stats: Whether to return statistics of what was done.
         moves: Whether the gradients are not added to the task's but move the neurons.
         steps: What the optimizer has made of the task's gradients, if the neurons move and there is
-            a share limit; else None.
+            a share limit, or a layer with a share; else None.
     """
 
     step: int
