@@ -145,8 +145,8 @@ class UniformityRegularizer:
         step_limit: The penalty's part of a step moves a neuron by at most this fraction of its
             norm. A step is the learning rate times what the optimizer makes of a steady gradient:
             momentum of 0.9 makes it ten times as long, and Adam and its relatives make the task's
-            gradient as long as one whose entries are 1. Of others only the learning rate is known,
-            which is told once. None is no limit.
+            gradient as long as one whose entries are 1; where that is 0 the learning rate alone
+            counts. Of others only the learning rate is known, which is told once. None is no limit.
         share_limit: In each layer the norm of the penalty's gradient is at most this fraction of
             that of the task's; where the task's is 0 nothing is added. So no coefficient keeps a task
             from being learnt. With :meth:`move` a move is compared with the optimizer's step, whose

@@ -366,7 +366,9 @@ class Penalty:
                 strength = self._strength(layer, given, task, norm(unweighted))
             gradient = gradient * strength
             known = [reactions[id(p)] for p in moving]
-            rms = task / math.sqrt(entries) if math.isfinite(task) else 0.0
+            rms = task / math.sqrt(entries)
+            if not 0 < task < math.inf:
+                rms = 1.0 if self.share_limit is None else 0.0
             factor = self._shortening(gradient, neurons.detach(), known, rms)
             found = torch.autograd.grad(neurons, moving, gradient * factor)
             held = 1.0

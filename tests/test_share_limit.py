@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch.distributed.device_mesh import init_device_mesh
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.utils.parametrizations import orthogonal, weight_norm
 from torch.optim import SGD, AdamW
 
@@ -491,6 +491,72 @@ def test_a_layer_without_a_gradient_is_left_alone(act):
         assert not call.pop("1.weight", torch.zeros(1)).any()
         for name in call:
             torch.testing.assert_close(call[name], usual[name], rtol=1e-9, atol=1e-12)
+
+
+@dataclass(frozen=True)
+class Stuck(Loop):
+    """A loop in which the task's gradient is 0 in some layers."""
+
+    def backward(self, net, optimizer, step):
+        super().backward(net, optimizer, step)
+        for name in STUCK:
+            for p in weights_of(net, name):
+                p.grad.zero_()
+
+
+STUCK = ("conv", "grouped", "normed", "first", "second")
+FREE = {"share_limit": None, "coefficient": 3.0}
+STUCK_LOOPS = [
+    Stuck(optimizer, FREE | settings, mode, stats=True)
+    for optimizer in ("SGD", "AdamW", "fused AdamW")
+    for mode in MODES
+    for settings in ({}, {"step_limit": 0.01}, {"coefficient": Share(0.3)})
+]
+STUCK_LOOPS.append(Stuck("AdamW", FREE | {"step_limit": 0.01}, stats=True, grad_scale=1024.0))
+
+
+@pytest.mark.filterwarnings("ignore:the penalty", "ignore:the step limit")
+@pytest.mark.parametrize("loop", STUCK_LOOPS, ids=loop_name)
+def test_without_a_share_limit_a_layer_without_a_task_has_the_plain_step_limit(loop):
+    net = mixed()
+    twin, on_gpu = copy.deepcopy(net), copy.deepcopy(net)
+    stats, _ = loop.run(net)
+    _, counts = loop.run_plainly(twin, mixed_layers(twin))
+    assert max_difference(twin, net) < 1e-9
+    for found, expected in zip(stats, counts, strict=True):
+        assert {name: int(one.limited) for name, one in found.items()} == expected
+    if not isinstance(loop.settings["coefficient"], Share):  # a share of nothing
+        for found in stats:
+            assert {float(found[name].share) for name in STUCK} == {math.inf}  # of a task of 0
+    of_gpu, waited = loop.run_on_gpu(on_gpu)
+    assert max_difference(on_gpu, net) < 1e-9
+    assert waited == []
+    for found, expected in zip(of_gpu, stats, strict=True):
+        for name, one in expected.items():
+            assert int(found[name].limited) == int(one.limited)
+
+
+@pytest.mark.filterwarnings("ignore:the penalty", "ignore:the step limit")
+@pytest.mark.parametrize("bad", BAD)
+@pytest.mark.parametrize("on_gpu", [False, True])
+@pytest.mark.parametrize("tolerance", [None, 0.5])
+def test_without_a_share_limit_adam_adds_there_what_plain_descent_does(tolerance, on_gpu, bad):
+    """The entries that are not finite stay so."""
+    names = ("1", "3")
+
+    def spoil(net):
+        for name in names:
+            for p in weights_of(net, name):
+                p.grad.view(-1)[:: 1 if bad == "zero" else 3] = BAD[bad]
+
+    settings = {"share_limit": None, "step_limit": 0.01, "tolerance": tolerance}
+    found = Act("gradient", "AdamW", on_gpu, settings).changes(dense(), spoil)
+    plainly = Act("gradient", "SGD", on_gpu, settings).changes(dense(), spoil)
+    for call, expected in zip(found, plainly, strict=True):
+        for name in ("1.weight", *(name for name in expected if name.startswith("3.para"))):
+            assert call[name].nan_to_num(0.0, 0.0, 0.0).any(), name
+            torch.testing.assert_close(call[name], expected[name], equal_nan=True)
+        assert not torch.allclose(call["0.weight"], expected["0.weight"])  # there the task counts
 
 
 MEASURES = [None, Covering(), SlicedWasserstein(), Orthogonality()]

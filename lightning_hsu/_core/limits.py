@@ -23,7 +23,8 @@ class Allowance(NamedTuple):
     Args:
         share: The largest norm of the penalty's gradient over it; None for no limit.
         counts_in_task: Whether a limit of rows is a multiple of the root mean square of the task's
-            gradient, as with an optimizer that divides gradients by their size.
+            gradient, as with an optimizer that divides gradients by their size. Without a share a
+            gradient of 0 counts as one of ones (:func:`with_ones`).
     """
 
     share: float | None
@@ -34,7 +35,8 @@ class TaskLimit(NamedTuple):
     """The task's gradient of a layer, or what the optimizer makes of it, and what that limits.
 
     Args:
-        norm: Its norm, a 0-d tensor on its device, as scaled as the gradient is.
+        norm: Its norm, a 0-d tensor on its device, as scaled as the gradient is; that of ones where
+            it counts as such.
         allows: What it limits.
     """
 
@@ -56,6 +58,31 @@ def norms_of(tensors: Sequence[Tensor], order: float = 2.0) -> list[Tensor]:
             norms = torch._foreach_norm(chosen, order, working_dtype(dtype))
         found.update(zip(places, norms, strict=True))
     return [found[place] for place in range(len(tensors))]
+
+
+def with_ones(norms: Sequence[Tensor], of_ones: Sequence[float]) -> list[Tensor]:
+    """Norms of the task's gradients of layers, those of ones where they are 0 or not finite.
+
+    With ones a limit of rows, which counts in the norm, is that of the learning rate alone.
+
+    Args:
+        norms: The norms, 0-d tensors.
+        of_ones: The norms of gradients of ones, of as many entries and as scaled.
+    """
+    by_kind: dict[object, tuple[list[int], list[Tensor], list[float]]] = {}
+    for place, (norm, size) in enumerate(zip(norms, of_ones, strict=True)):
+        places, own, sizes = by_kind.setdefault((norm.device, norm.dtype), ([], [], []))
+        places.append(place)
+        own.append(norm)
+        sizes.append(size)
+    found: dict[int, Tensor] = {}
+    for places, own, sizes in by_kind.values():
+        together = torch.stack(own)
+        ones = torch._foreach_mul(list(torch.ones_like(together).unbind()), sizes)
+        is_known = (together > 0) & together.isfinite()
+        chosen = torch.where(is_known, together, torch.stack(ones))
+        found.update(zip(places, chosen.unbind(), strict=True))
+    return [found[place] for place in range(len(norms))]
 
 
 def task_norms(limits: Sequence[TaskLimit]) -> Tensor:

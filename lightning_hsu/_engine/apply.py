@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_hsu._core.foreach import SMALL, shortening
-from lightning_hsu._core.limits import ANY_SHARE, Allowance, held_factors
+from lightning_hsu._core.limits import ANY_SHARE, Allowance, held_factors, with_ones
 from lightning_hsu._core.updates import along_the_sphere
 from lightning_hsu._engine.buffered import GradientStats, less_rounding, strong_neurons
 from lightning_hsu._engine.delta import Use, use_of
@@ -129,7 +129,11 @@ class LayerUpdate:
             else:
                 task, entries = self._step(grad, context.steps)
             if allowance.counts_in_task and limit is not None:
-                limit = limit * task / math.sqrt(entries)
+                of_ones = math.sqrt(entries)
+                counted = task
+                if allowance.share is None:
+                    (counted,) = with_ones([task], [of_ones])
+                limit = limit * counted / of_ones
         largest = torch.finfo(self.view.x.dtype).max / 2
         factor = shortening(grad, self.neurons, scale, limit, largest)
         grad.mul_(factor * scale)

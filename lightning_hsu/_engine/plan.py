@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from lightning_hsu._core import PairTerm
 from lightning_hsu._core.foreach import SMALL, add_all_pair_gradients, goes_in_batches
-from lightning_hsu._core.limits import Allowance, TaskLimit, norms_of
+from lightning_hsu._core.limits import Allowance, TaskLimit, norms_of, with_ones
 from lightning_hsu._core.updates import GradientUpdate, Item
 from lightning_hsu._engine.ahead import Ahead
 from lightning_hsu._engine.buffered import BufferedUpdates
@@ -348,10 +348,29 @@ def _note_tasks(
         norms = norms_of([update.out_entries for _, update, _ in limited])
     else:
         norms = steps.lengths([plain.part(update) for plain, update, _ in limited])
+    without_share = []
     for norm, (_, update, allowance) in zip(norms, limited, strict=True):
         if allowance.counts_in_task and update.limit is None:
             allowance = allowance._replace(counts_in_task=False)
         update.task = TaskLimit(norm, allowance)
+        if allowance.share is None:
+            without_share.append(update)
+    if without_share:
+        _count_in_ones(without_share)
+
+
+def _count_in_ones(updates: Sequence[GradientUpdate]) -> None:
+    """Let task gradients of 0, or not finite ones, count as ones: no share limit keeps all away."""
+    tasks = []
+    norms = []
+    of_ones = []
+    for update in updates:
+        assert update.task is not None
+        tasks.append(update.task)
+        norms.append(update.task.norm)
+        of_ones.append(math.sqrt(update.size.numel()) * update.grad_scale)
+    for update, task, norm in zip(updates, tasks, with_ones(norms, of_ones), strict=True):
+        update.task = task._replace(norm=norm)
 
 
 def _is_penalised(layer: Layer, held: Collection[int]) -> bool:

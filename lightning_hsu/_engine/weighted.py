@@ -13,7 +13,7 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from lightning_hsu._core.limits import Allowance, held_factors, norms_of
+from lightning_hsu._core.limits import Allowance, held_factors, norms_of, with_ones
 from lightning_hsu._engine.apply import GradView, LayerUpdate, Weighted
 from lightning_hsu._engine.layer import Layer
 from lightning_hsu._engine.one_pass import goes_together
@@ -183,10 +183,11 @@ def _weigh_rows(
     if limit is not None:
         norms = torch.cat([_row_lengths(update.view.x.detach()) for update in updates]) * limit
         if tasks is not None and allowance is not None and allowance.counts_in_task:
-            typical = torch._foreach_div(
-                list(tasks.double().unbind()), list(map(math.sqrt, entries))
-            )
-            norms.mul_(_by_row(typical, sizes))
+            of_ones = list(map(math.sqrt, entries))
+            counted = list(tasks.double().unbind())
+            if allowance.share is None:
+                counted = with_ones(counted, of_ones)
+            norms.mul_(_by_row(torch._foreach_div(counted, of_ones), sizes))
         room = norms.clamp_max(room)
     factor = torch.where(lengths > room, room / lengths, 1.0)
     weights = torch.split((factor * scale).to(grads[0].dtype), sizes)
