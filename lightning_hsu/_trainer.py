@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_only
 from lightning_utilities.core import rank_zero
 from torch import Tensor, nn
 from torch.amp.grad_scaler import OptState
@@ -25,6 +25,7 @@ from lightning_hsu._engine.layer import Layer
 from lightning_hsu._engine.moves import reads_late
 from lightning_hsu._engine.rates import held_by
 from lightning_hsu._engine.stored import Dropped
+from lightning_hsu._engine.warn import warn_at
 from lightning_hsu._monitor.measure import LayerUniformity
 from lightning_hsu._monitor.text import counted, shape_of
 from lightning_hsu._neurons.placement import known_strategies, placement_for_strategy
@@ -45,6 +46,12 @@ def _bases() -> tuple[type, ...]:
         # silenced the other one.
         rank_zero.log = log
         rank_zero.rank_zero_deprecation_category = category
+
+
+@rank_zero_only
+def _warn(message: str) -> None:
+    """Warn at the line that calls this, on the first rank."""
+    warn_at(sys._getframe(2), message)  # the first is of the decorator
 
 
 if TYPE_CHECKING:
@@ -136,7 +143,7 @@ def check_prefixes(callback: pl.Callback, trainer: pl.Trainer) -> None:
             if regularizer is not None and not regularizer.only_monitors:
                 raise
         if callback is _ours(callbacks)[0]:
-            rank_zero_warn(str(error))
+            _warn(str(error))
 
 
 def _refuse_equal_prefixes(callbacks: Sequence[pl.Callback]) -> None:
@@ -183,7 +190,7 @@ def warn_added_up(callback: pl.Callback, trainer: pl.Trainer) -> None:
                 common.append(name)
         if common:
             prefixes = f"'{getattr(other, 'prefix', '')}' and '{getattr(callback, 'prefix', '')}'"
-            rank_zero_warn(
+            _warn(
                 f"the callbacks with the prefixes {prefixes} both penalise layer "
                 f"{listed(map(repr, common))}: their penalties add up, each to its own limits, so that "
                 "these add up, too. If that is not meant, leave the layer out of one of them with exclude=, "
@@ -209,7 +216,7 @@ def _penalised(callback: pl.Callback) -> dict[str, set[tuple[int, str]]]:
 def warn_idle(stage: str) -> None:
     """Warn that the callback has nothing to do without a fit."""
     name = getattr(stage, "value", stage)
-    rank_zero_warn(
+    _warn(
         f"HypersphericalUniformity acts and measures only in trainer.fit; in trainer.{name} it does "
         "nothing. To measure a model as it is, use lightning_hsu.report.report(model) or the metric "
         "lightning_hsu.metrics.WeightUniformity; lightning_hsu.summarize(model) lists its layers."
@@ -254,13 +261,13 @@ def trains_alike(trainer: pl.Trainer) -> bool:
 
 def warn_off(error: Exception) -> None:
     """Warn that a callback which only monitors has given up."""
-    rank_zero_warn(f"HypersphericalUniformity monitors nothing in this fit: {error}")
+    _warn(f"HypersphericalUniformity monitors nothing in this fit: {error}")
 
 
 def warn_dropped(dropped: Dropped) -> None:
     """Warn of what was left out of a checkpoint's state."""
     if dropped:
-        rank_zero_warn(str(dropped))
+        _warn(str(dropped))
 
 
 def strangers(trainer: pl.Trainer, checkpoint: Mapping[str, Any]) -> list[str]:
@@ -302,7 +309,7 @@ def warn_without_state(
             "If the callback was added just now, that is right; shift a schedule by the steps done "
             "if it should be further on."
         )
-    rank_zero_warn(text)
+    _warn(text)
 
 
 def is_last_step(trainer: pl.Trainer) -> bool:
@@ -532,7 +539,7 @@ class Warnings:
         if self._line_search or not getattr(optimizer, "defaults", {}).get("line_search_fn"):
             return
         self._line_search = True
-        rank_zero_warn(
+        _warn(
             f"{type(optimizer).__name__} with a line search: the gradient includes the penalty, "
             "but the loss that the search compares does not. Use line_search_fn=None."
         )
@@ -551,7 +558,7 @@ class Warnings:
                 shape = shape_of(layer.groups, layer.neurons, layer.dimension)
                 broken.append(f"'{layer.name}' ({shape}): {counted(layer.nonfinite, 'neuron')}")
         if broken:
-            rank_zero_warn(
+            _warn(
                 f"NaN or infinite weights in layer {'; '.join(broken)}. Such neurons are left out of "
                 "the penalty. Lower the learning rate, or find the first bad step with "
                 f"Trainer(detect_anomaly=True).{way_out}"
@@ -574,19 +581,19 @@ class Warnings:
             by_reason.setdefault(reason, []).append(layer.name)
         for reason, names in by_reason.items():
             named = ", ".join(map(repr, names))
-            rank_zero_warn(f"the penalty has not reached layer {named} in this epoch: {reason}")
+            _warn(f"the penalty has not reached layer {named} in this epoch: {reason}")
 
     def once(self, message: str) -> None:
         """Warn, unless it has been said."""
         if message not in self._said:
             self._said.add(message)
-            rank_zero_warn(message)
+            _warn(message)
 
     def freed(self, names: Collection[str]) -> None:
         """Warn of layers whose gradients are taken away in a step: then nothing says what moves."""
         if names and not self._freed:
             self._freed = True
-            rank_zero_warn(
+            _warn(
                 f"layer {listed(map(repr, sorted(names)))} does not move with apply='decoupled': the "
                 "optimizer, or a hook on it, takes the gradients away within its step, and only what "
                 "has a gradient moves. Use apply='gradient'."
@@ -610,7 +617,7 @@ class Warnings:
         self._shared.update(found)
         if found:
             named = "; ".join(f"'{name}': {', '.join(names)}" for name, names in found.items())
-            rank_zero_warn(
+            _warn(
                 "several optimizers have the same weights, and each applies the penalty at its own "
                 f"steps, in layer {named}. If that is not meant, give these weights to one optimizer "
                 "only, or leave the layer out with exclude=."
@@ -620,4 +627,4 @@ class Warnings:
         """Warn of layers in which the penalty exerts no force."""
         if reasons:
             named = "; ".join(f"'{name}': {reason}" for name, reason in reasons.items())
-            rank_zero_warn(f"the penalty does nothing in layer {named}")
+            _warn(f"the penalty does nothing in layer {named}")

@@ -36,7 +36,6 @@ _VANISHED = 0.1  # of the largest gradient seen: below it the task, or the penal
 _GROWN = 5.0  # the task's gradient over that of the run's first step: it is on its way up from 0
 _LARGER = 1.001  # share from which the penalty's gradient is the larger one: more than a rounding
 _WEAK = 1e-4  # share below which a penalty does next to nothing
-_USUAL = 0.05  # a share that does something
 _NAMED = 3  # layers that are named where the share limit holds some of them
 
 
@@ -540,8 +539,8 @@ def _weak_warning(layers: Sequence[Seen], *, is_any_held: bool) -> str:
         f"the penalty does next to nothing{where} with {_coefficients(layers)}: on {STRONG_IN_A_ROW} "
         f"steps in a row its gradient was less than {_WEAK:g} of the task's in each of {len(layers):,} "
         f"layers, at most {one.share:.1e} in layer '{one.name}' {one.shape}. There a coefficient of about "
-        f"{one.coefficient * _USUAL / one.share:.1g} would make it {_USUAL:.0%}, as "
-        f"coefficient=Share({_USUAL:g}) does by itself"
+        f"{one.coefficient * SHARE_LIMIT / one.share:.1g} would make it {SHARE_LIMIT:.0%}, as "
+        f"coefficient=Share({SHARE_LIMIT:g}) does by itself"
     )
 
 

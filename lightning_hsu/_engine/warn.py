@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
+from types import FrameType
 
 import torch
 
@@ -15,12 +16,25 @@ def warn(message: str) -> None:
     """Warn at the line of the loop that called this package, on the first rank only."""
     if not is_first_rank():
         return
-    level = 2  # of the function that calls this one
     frame = sys._getframe(1)
     while frame.f_back is not None and _is_inside(frame.f_globals.get("__name__", "")):
         frame = frame.f_back
-        level += 1
-    warnings.warn(message, stacklevel=level)
+    warn_at(frame, message)
+
+
+def warn_at(frame: FrameType, message: str) -> None:
+    """Warn at the line of a frame, also if that was said there before.
+
+    Python shows a text once at a line; what is said once a fit must be seen in the next fit, too.
+    """
+    warnings.warn_explicit(
+        message,
+        UserWarning,
+        frame.f_code.co_filename,
+        frame.f_lineno,
+        module=frame.f_globals.get("__name__"),
+        registry={},
+    )
 
 
 def inform(message: str) -> None:

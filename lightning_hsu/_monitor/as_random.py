@@ -122,4 +122,4 @@ def _text(random: dict[str, _Epoch], count: int) -> str:
             f"in a whole epoch {len(random):,} of {count:,} layers with a penalty were {how}: it has "
             f"little to do in {named}"
         )
-    return f"{told}, though a ratio near 1 does not exclude a gain"
+    return f"{told}, or it has done it: a training with coefficient=0 tells which"

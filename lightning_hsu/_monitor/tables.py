@@ -130,8 +130,8 @@ def zeros_text(layers: Sequence[Layer], *, is_limited: bool) -> str:
     begin = f"layer {listed(named)} starts at zero and has no directions until the task moves it: "
     if is_limited:
         return (
-            f"{begin}the limit by the task's gradient keeps the penalty from deciding them. Leave it as "
-            "it is, or the layer out with exclude= or a coefficient of 0"
+            f"{begin}the limit by the task's gradient keeps the penalty from deciding them. There is "
+            "nothing to do about it"
         )
     limit = f"Set share_limit={SHARE_LIMIT:g}"
     if any(layer.has_share for layer in layers):
@@ -141,7 +141,7 @@ def zeros_text(layers: Sequence[Layer], *, is_limited: bool) -> str:
     return (
         f"{begin}then its neurons are tiny, and the penalty, whose gradient is the larger the smaller "
         "they are, may decide these instead of the task, which then learns nothing. "
-        f"{limit}, which needs the gradient or the decoupled way, or leave the layer "
+        f"{limit}, which needs apply='gradient' or 'decoupled', or leave the layer "
         "out with exclude= or a coefficient of 0"
     )
 
@@ -222,4 +222,7 @@ def limit_text(
         return "no share limit: in the loss the task's gradient is not known by itself"
     which = "each layer without a Share" if any(shares) else "each layer"
     of = "the optimizer's step" if apply == "decoupled" else "the task's gradient"
-    return f"share limit: at most {share_limit:g} of {of} in {which}"
+    found = f"share limit: at most {share_limit:g} of {of} in {which}"
+    if share_limit > SAFE_SHARE:
+        found += f" (above {SAFE_SHARE:g} it may cost the task)"
+    return found
