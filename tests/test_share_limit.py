@@ -790,7 +790,7 @@ def test_ranks_that_share_a_layer_hold_all_of_it(case, mode):
     callback = {"apply": mode, **HELD, **case.callback}
     size = case.mesh[0] * case.mesh[1]
     ends = world(size).run(ranks.fit, case.module(True), callback, case.strategy, case.trainer)
-    with as_read_by_ranks(case):
+    with as_read_by_ranks(is_flat=isinstance(case, Flat)):
         assert_held(case.module(False), callback, ends)
 
 
