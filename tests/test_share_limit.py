@@ -82,10 +82,15 @@ ROWS = [
     "ModelPruning",
     "weight_norm",
     "LSTM, attention",
+    "StochasticWeightAveraging",
+    "a compiled part",
+    "all compiled",
     "every second step",
     "the head apart",
     "Share for a layer, clipped, every second step",
     "log_every_n_steps=2",
+    "copied",
+    "used before",
     "resumed",
 ]
 KEEPING = [
