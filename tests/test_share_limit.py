@@ -350,14 +350,12 @@ def loop_name(loop):
     return ", ".join(parts)
 
 
-@pytest.mark.filterwarnings("ignore:the penalty is too strong", "ignore:the step limit")
-@pytest.mark.parametrize("loop", LOOPS, ids=loop_name)
-def test_every_kind_of_layer_is_held_as_in_a_plain_loop(loop):
+def assert_trains_as_a_plain_loop(loop):
+    """On a CPU and as on a GPU; return the statistics, and the plain loop's penalty and counts."""
     net = mixed()
     twin, on_gpu = copy.deepcopy(net), copy.deepcopy(net)
     stats, _ = loop.run(net)
     penalty, counts = loop.run_plainly(twin, mixed_layers(twin))
-    assert penalty.held > 0 or any(sum(one.values()) for one in counts)
     assert max_difference(twin, net) < 1e-9
     if loop.stats:
         for found, expected in zip(stats, counts, strict=True):
@@ -368,6 +366,14 @@ def test_every_kind_of_layer_is_held_as_in_a_plain_loop(loop):
     for found, expected in zip(of_gpu, stats, strict=True):
         for name, one in expected.items():
             assert int(found[name].limited) == int(one.limited)
+    return stats, penalty, counts
+
+
+@pytest.mark.filterwarnings("ignore:the penalty is too strong", "ignore:the step limit")
+@pytest.mark.parametrize("loop", LOOPS, ids=loop_name)
+def test_every_kind_of_layer_is_held_as_in_a_plain_loop(loop):
+    _, penalty, counts = assert_trains_as_a_plain_loop(loop)
+    assert penalty.held > 0 or any(sum(one.values()) for one in counts)
 
 
 # What is added, step by step
@@ -523,22 +529,11 @@ STUCK_LOOPS.append(Stuck("AdamW", FREE | {"step_limit": 0.01}, stats=True, grad_
 @pytest.mark.filterwarnings("ignore:the penalty", "ignore:the step limit")
 @pytest.mark.parametrize("loop", STUCK_LOOPS, ids=loop_name)
 def test_without_a_share_limit_a_layer_without_a_task_has_the_plain_step_limit(loop):
-    net = mixed()
-    twin, on_gpu = copy.deepcopy(net), copy.deepcopy(net)
-    stats, _ = loop.run(net)
-    _, counts = loop.run_plainly(twin, mixed_layers(twin))
-    assert max_difference(twin, net) < 1e-9
-    for found, expected in zip(stats, counts, strict=True):
-        assert {name: int(one.limited) for name, one in found.items()} == expected
+    assert loop.stats
+    stats, _, _ = assert_trains_as_a_plain_loop(loop)
     if not isinstance(loop.settings["coefficient"], Share):  # a share of nothing
         for found in stats:
             assert {float(found[name].share) for name in STUCK} == {math.inf}  # of a task of 0
-    of_gpu, waited = loop.run_on_gpu(on_gpu)
-    assert max_difference(on_gpu, net) < 1e-9
-    assert waited == []
-    for found, expected in zip(of_gpu, stats, strict=True):
-        for name, one in expected.items():
-            assert int(found[name].limited) == int(one.limited)
 
 
 @pytest.mark.filterwarnings("ignore:the penalty", "ignore:the step limit")
