@@ -178,8 +178,8 @@ class HypersphericalUniformity(_trainer.EveryCallback):
         step_limit: The penalty's part of a step is at most this fraction of a neuron's norm, so that
             no near-duplicate or tiny neuron is thrown away (``hsu/limited`` counts them). Of SGD it
             knows learning rate and momentum, of Adam and its relatives that a step is about the
-            learning rate in each entry, of others the learning rate alone, which a line
-            says. None is no limit.
+            learning rate in each entry, of others the learning rate alone, which a line says.
+            None is no limit.
         share_limit: In each layer the norm of the penalty's gradient is at most this fraction of that of
             the task's, and 0 where that is 0, so that no coefficient keeps a task from being learnt
             (``hsu/limited`` counts the neurons of such layers, too). With ``apply="decoupled"`` a

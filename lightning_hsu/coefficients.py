@@ -156,10 +156,11 @@ class Share(Varying):
         coefficient = fraction * mean |task's gradient| / mean |penalty's gradient|,
 
     at most ``maximum``. With ``apply="decoupled"`` a layer moves by no more than ``fraction`` of the
-    optimizer's own step, however large the loss is. The norms are reduced over ranks, without a GradScaler's factor and before
-    the step limit. They are taken before Lightning's clipping with ``apply="gradient"``, and after
-    it with ``"decoupled"``. Steps whose gradients are not finite leave the means as they are. The
-    means are saved in checkpoints; if you resume with another measure, the old ones fade.
+    optimizer's own step, however large the loss is. The norms are reduced over ranks, without a
+    GradScaler's factor and before the step limit. They are taken before Lightning's clipping with
+    ``apply="gradient"``, and after it with ``"decoupled"``. Steps whose gradients are not finite
+    leave the means as they are. The means are saved in checkpoints; if you resume with another
+    measure, the old ones fade.
 
     Args:
         fraction: Norm of the penalty's gradient over that of the task's, in (0, 1]: 0.05 is 5 %.
