@@ -654,7 +654,7 @@ class Penalty:
                 if moving and self.coefficient(step, layer.name) != 0:
                     rows = layer.rows()
                     way = self._way([known[id(p)] for p in moving], [p.grad for p in moving])
-                    found = self._gradients(layer, rows, moving, way, step)
+                    found = self._gradients(layer, rows, moving, way, step, optimizer)
                     due.append((layer, rows.detach(), found))
         return due
 
@@ -669,17 +669,31 @@ class Penalty:
             way = way / rms if 0 < rms < math.inf else math.inf
         return way * max(one.gain for one in known)
 
-    def _gradients(self, layer, rows, moving, way, step):
+    def _gradients(self, layer, rows, moving, way, step, optimizer):
         gradient = self._gradient(layer, rows)
-        strength = self.coefficient(step, layer.name)
+        strength = given = self.coefficient(step, layer.name)
         if isinstance(strength, Share):
             unscaled = torch.autograd.grad(rows, moving, gradient, retain_graph=True)
             strength = self._share(strength, layer.name, [p.grad for p in moving], unscaled)
         gradient = gradient * strength
         gradient *= shortening(gradient, rows, self.one.step_limit, way)
-        if rows.grad_fn is None:
-            return [(moving[0], gradient)]
-        return list(zip(moving, torch.autograd.grad(rows, moving, gradient), strict=True))
+        found = [gradient]
+        if rows.grad_fn is not None:
+            found = torch.autograd.grad(rows, moving, gradient)
+        if self.one.mode == "decoupled" and isinstance(given, Share):
+            held = self._held(given, optimizer, moving, found)
+            found = [held * part for part in found]
+        return list(zip(moving, found, strict=True))
+
+    def _held(self, share, optimizer, moving, found):
+        """By what a layer is shortened, which moves by at most its share of the optimizer's step."""
+        task = plain.norm([p.grad for p in moving])
+        if not 0 < task < math.inf:
+            return 0.0
+        steps = [plain.step_length(optimizer, p, lambda part: part) for p in moving]
+        room = share.fraction * math.hypot(*steps)
+        penalty = plain.norm(found)
+        return room / penalty if penalty > room else 1.0
 
     def _gradient(self, layer, rows):
         """The gradient (groups, n, d) at these rows, or one that is kept: that goes on with the weights."""
