@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +22,7 @@ from lightning_hsu._neurons.candidates import (
     full_name,
     shape_by_group,
 )
+from lightning_hsu._neurons.hints import Hint, Hints, Layers
 from lightning_hsu._neurons.how import (
     How,
     Neurons,
@@ -43,19 +46,24 @@ _TABLE_NAMES = ("embed", "wte", "wpe")  # one is in the name of a look-up table
 _GATES = {len(LSTM_GATES): LSTM_GATES, len(GRU_GATES): GRU_GATES}  # by their number
 
 
+Load = Callable[[str], Tensor]
+"""Returns the numbers of one tensor of a state dict by its name."""
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class StoredNeurons(NeuronSet):
     """One set of neurons of a state dict.
 
     Args:
-        x: The neurons, (n, d) or (groups, n, d).
+        read: Returns the neurons, (n, d) or (groups, n, d). Where numbers stay in a file until
+            they are needed, it reads them.
     """
 
-    x: Tensor
+    read: Callable[[], Tensor] = field(repr=False)
 
     def neurons(self) -> Tensor:
         """The neurons (groups, n, d)."""
-        return self.by_group(self.x)
+        return self.by_group(self.read())
 
 
 @dataclass(frozen=True)
@@ -75,9 +83,19 @@ class _Read:
     asked: bool = False
     note: str = ""
 
+    def flat(self) -> Tensor:
+        """The neurons, (n, d) or (groups, n, d)."""
+        x = self.x.detach()
+        return x.flatten(1) if x.ndim > 3 else x
+
 
 def neurons_of_state_dict(
-    state: Mapping[str, Tensor], asked: Patterns = None, neurons: Neurons = None
+    state: Mapping[str, Tensor],
+    asked: Patterns = None,
+    neurons: Neurons = None,
+    *,
+    load: Load | None = None,
+    config: Mapping[str, Any] | None = None,
 ) -> Candidates[StoredNeurons]:
     """Find every set of neurons of a state dict.
 
@@ -97,6 +115,11 @@ def neurons_of_state_dict(
             biases. A weight of three or more axes is a stack of matrices (..., n, d), but if it is
             named ``weight`` it is a convolution's, (out, in, *kernel): its rows are its outputs,
             flattened, and its columns its inputs. The groups of convolutions are not known.
+        load: Returns the numbers of a tensor by its name in ``state``, which then holds stand-ins
+            on device meta for those that stay in a file until they are needed. None if ``state``
+            holds the numbers.
+        config: What is stored beside the weights of the model that they belong to, as in a
+            config.json: ``model_type`` tells how its weights hold neurons and which are heads.
 
     Returns:
         The sets; those that ``neurons`` names are marked as asked for. Parts are named after their
@@ -122,21 +145,73 @@ def neurons_of_state_dict(
     """
     patterns = as_list("include", asked) or []
     wanted = Asked(check_neurons(neurons))
-    layers = _layers(state)
+    stored = _Stored(state, load)
+    reader = _Reader(stored, patterns, wanted, _hints_of(stored.layers, config))
     found = Candidates[StoredNeurons]("StateDict", [], [])
     sets: dict[str, dict[str, _Read]] = {}
-    for path in layers:
-        sets_of_layer = _sets_of_layer(path, layers, patterns, wanted, found)
+    for path, leaves in stored.layers.items():
+        sets_of_layer = reader.sets(path, leaves, found)
         if sets_of_layer:
             sets[path] = sets_of_layer
     wanted.check()
     for path in _in_tree_order(sets):
-        _add_sets(found, path, sets[path], layers[path])
+        reader.add(path, sets[path], found)
     return found
 
 
-def _layers(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """The tensors of a state dict by the path of their layer, then by their name within it."""
+def _hints_of(layers: Layers, config: Mapping[str, Any] | None) -> list[Hints]:
+    """What tells how weights are read, the surest first.
+
+    Args:
+        layers: All tensors by layer.
+        config: What is stored beside them of their model; None if nothing is.
+    """
+    return []
+
+
+class _Stored:
+    """The tensors of a state dict by layer.
+
+    Args:
+        state: Tensors by name.
+        load: Returns the numbers of one by its name; None if they are there.
+
+    Attributes:
+        layers: The tensors by the path of their layer, then by their name within it.
+    """
+
+    def __init__(self, state: Mapping[str, Tensor], load: Load | None) -> None:
+        self._state_load = load
+        self._names: dict[tuple[str, str], str] = {}  # in the state dict, by path and leaf
+        self.layers: dict[str, dict[str, Tensor]] = {}
+        tensors = _tensors(state)
+        for name, short in zip(tensors, without_prefixes(tensors), strict=True):
+            path, leaf = _split_name(short)
+            self.layers.setdefault(path, {})[leaf] = tensors[name]
+            self._names[path, leaf] = name
+
+    @property
+    def is_lazy(self) -> bool:
+        """Whether some tensors are stand-ins, whose numbers are read when they are needed."""
+        return self._state_load is not None
+
+    def load(self, path: str) -> dict[str, Tensor]:
+        """The tensors of a layer, with their numbers."""
+        leaves = self.layers[path]
+        if self._state_load is None:
+            return leaves
+        loaded = {}
+        for leaf, x in leaves.items():
+            loaded[leaf] = self._state_load(self._names[path, leaf]) if x.is_meta else x
+        return loaded
+
+    def names(self, path: str) -> tuple[str, ...]:
+        """The names that the tensors of a layer have in the state dict."""
+        return tuple(self._names[path, leaf] for leaf in self.layers[path])
+
+
+def _tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a state dict by name."""
     tensors = {}
     if isinstance(state, Mapping):
         for name, x in state.items():
@@ -147,11 +222,7 @@ def _layers(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
         if isinstance(state, Mapping):
             given = f"{len(state)} entries, none a tensor"
         raise TypeError(f"a state dict maps names to tensors; got {given}")
-    layers: dict[str, dict[str, Tensor]] = {}
-    for name, x in without_prefixes(tensors).items():
-        path, leaf = _split_name(name)
-        layers.setdefault(path, {})[leaf] = x
-    return layers
+    return tensors
 
 
 def _split_name(name: str) -> tuple[str, str]:
@@ -179,58 +250,179 @@ def _in_tree_order(paths: Iterable[str]) -> list[str]:
     return sorted(positions, key=positions.__getitem__)
 
 
-def _sets_of_layer(
-    path: str,
-    layers: Mapping[str, Mapping[str, Tensor]],
-    asked: Sequence[str],
-    wanted: Asked,
-    found: Candidates[StoredNeurons],
-) -> dict[str, _Read]:
-    """The sets of neurons of a layer by key; what is left out or broken is added to ``found``."""
-    leaves = layers[path]
-    layer = _layer_name(path)
-    readable = {}
-    reasons = {}
-    for leaf, x in leaves.items():
-        if x.is_meta:
-            reasons[leaf] = "it holds no numbers (device meta)"
-        elif x.layout != torch.strided:
-            reasons[leaf] = f"it is sparse ({x.layout}): store its to_dense()"
-        else:
-            readable[leaf] = x
-    effective, unknown = effective_weights(readable)
-    reasons |= unknown
-    for leaf, x in leaves.items():
-        if leaf in reasons and x.ndim > 1:
-            wanted.of_weight(layer, _attribute_of(leaf))  # it is known, if not readable
-            found.not_weights.append(Skip(_stored_name(path, leaf), tuple(x.shape), reasons[leaf]))
+class _Reader:
+    """Reads the sets of neurons of layers.
 
-    named: dict[str, _Read] = {}
-    others: dict[str, Tensor] = {}
-    for leaf, x in effective.items():
-        if x.ndim < 2:
-            continue
-        how = wanted.of_weight(layer, leaf)
-        name = _stored_name(path, leaf)
-        if how is not None:
-            named |= _sets_as_asked(path, leaf, x, how, effective, found)
-        elif _has_one_of(leaf, _WEIGHT_NAMES) or matches(name, asked):
-            others |= _sets_of_weight(leaf, x, effective)
-        elif names.rule_by_name(nn.Module(), leaf, x) is not None:
+    Args:
+        stored: The state dict.
+        patterns: Patterns of names to take even if they are not named like a weight.
+        wanted: What the user says of how weights hold neurons.
+        hints: What else tells it, the surest first.
+    """
+
+    def __init__(
+        self, stored: _Stored, patterns: Sequence[str], wanted: Asked, hints: Sequence[Hints]
+    ) -> None:
+        self._stored = stored
+        self._patterns = patterns
+        self._wanted = wanted
+        self._hints = hints
+
+    def sets(
+        self, path: str, leaves: Mapping[str, Tensor], found: Candidates[StoredNeurons]
+    ) -> dict[str, _Read]:
+        """The sets of neurons of a layer by key.
+
+        Args:
+            path: Path of the layer.
+            leaves: Its tensors by name.
+            found: Takes what is left out or broken.
+        """
+        layer = _layer_name(path)
+        if self._is_for_a_function(layer, leaves):
+            leaves = self._stored.load(path)
+        readable = {}
+        reasons = {}
+        for leaf, x in leaves.items():
+            if x.is_meta and not self._stored.is_lazy:
+                reasons[leaf] = "it holds no numbers (device meta)"
+            elif x.layout != torch.strided:
+                reasons[leaf] = f"it is sparse ({x.layout}): store its to_dense()"
+            else:
+                readable[leaf] = x
+        effective, unknown = effective_weights(readable)
+        reasons |= unknown
+        for leaf, x in leaves.items():
+            if leaf in reasons and x.ndim > 1:
+                self._wanted.of_weight(layer, _attribute_of(leaf))  # it is known, if not readable
+                skip = Skip(_stored_name(path, leaf), tuple(x.shape), reasons[leaf])
+                found.not_weights.append(skip)
+
+        named: dict[str, _Read] = {}
+        others: dict[str, _Read] = {}
+        unhinted: dict[str, Tensor] = {}  # read as their names and shapes say
+        hints: dict[str, Hint] = {}
+        for leaf, x in effective.items():
+            if x.ndim < 2:
+                continue
+            how = self._wanted.of_weight(layer, leaf)
+            name = _stored_name(path, leaf)
+            hint = self._hint(path, leaf, x)
+            if hint is not None:
+                hints[key_of(leaf)] = hint
             rule = names.rule_by_name(nn.Module(), leaf, x)
-            assert rule is not None
-            others[leaf] = rule.arrange(x)
-        else:
-            reason = f"not named like a weight, measured only when asked for: include='{name}'"
-            found.not_weights.append(Skip(name, tuple(x.shape), reason))
-    kind = _kind_of(path, others, leaves)
-    note = ""
-    if kind == "linear" and names.sounds_like_dictionary(path):
-        mirrored = _is_mirrored(path, layers)
-        note = names.dictionary_note(layer, mirrored=mirrored)
-        if mirrored:
-            others[""] = others[""].T
-    return named | {key: _Read(x, kind, note=note) for key, x in others.items()}
+            if how is not None:
+                named |= self._sets_as_asked(path, leaf, how, effective, found)
+            elif hint is not None and hint.why_not:
+                found.not_weights.append(Skip(name, tuple(x.shape), hint.why_not))
+            elif hint is not None and hint.rule is not None:
+                others |= _sets_as_hinted(leaf, x, hint)
+            elif _has_one_of(leaf, _WEIGHT_NAMES) or matches(name, self._patterns):
+                unhinted |= _sets_of_weight(leaf, x, effective)
+            elif rule is not None:
+                unhinted[leaf] = rule.arrange(x)
+            else:
+                reason = f"not named like a weight, measured only when asked for: include='{name}'"
+                found.not_weights.append(Skip(name, tuple(x.shape), reason))
+        kind = _kind_of(path, unhinted, leaves)
+        note = ""
+        if kind == "linear" and names.sounds_like_dictionary(path):
+            mirrored = _is_mirrored(path, self._stored.layers)
+            note = names.dictionary_note(layer, mirrored=mirrored)
+            if mirrored:
+                unhinted[""] = unhinted[""].T
+        for key, x in unhinted.items():
+            hint = hints.get(key)
+            if hint is None:
+                others[key] = _Read(x, kind, note=note)
+            else:
+                others[key] = _Read(x, hint.kind or kind, note=hint.note or note)
+        return named | others
+
+    def _is_for_a_function(self, layer: str, leaves: Mapping[str, Tensor]) -> bool:
+        """Whether a user's function takes a tensor whose numbers are not there yet."""
+        for leaf, x in leaves.items():
+            if x.is_meta and callable(self._wanted.of_weight(layer, _attribute_of(leaf))):
+                return self._stored.is_lazy
+        return False
+
+    def _hint(self, path: str, leaf: str, x: Tensor) -> Hint | None:
+        """What the surest source that knows of a weight says of it."""
+        for source in self._hints:
+            hint = source.of_weight(path, leaf, tuple(x.shape))
+            if hint is not None:
+                return hint
+        return None
+
+    def _sets_as_asked(
+        self,
+        path: str,
+        attribute: str,
+        how: How,
+        leaves: Mapping[str, Tensor],
+        found: Candidates[StoredNeurons],
+    ) -> dict[str, _Read]:
+        """The sets of neurons of one effective weight by key, as the user says.
+
+        Args:
+            path: Path of the layer.
+            attribute: Name of the weight within it.
+            how: What the user says.
+            leaves: The effective tensors of the layer by name.
+            found: Takes the layer if it is broken or left out; then there are no sets.
+        """
+        key = key_of(attribute)
+        name = full_name(_layer_name(path), key)
+        weight = leaves[attribute].detach()
+        if not weight.is_floating_point():
+            found.skips.append(_no_floats(name, weight))
+            return {}
+        try:
+            neurons = _as_asked(attribute, weight, how, name, _outputs(leaves))
+        except (ValueError, TypeError) as error:
+            found.broken.append(Broken(name, error))
+            return {}
+        kind: Kind = "other"
+        if attribute == "weight":
+            kind = _kind_of(path, {"": weight}, {attribute: weight})
+        sets = {}
+        for part, x in neurons.items():
+            sets[f"{key}.{part}".strip(".")] = _Read(x, kind, asked=True)
+        return sets
+
+    def add(self, path: str, sets: Mapping[str, _Read], found: Candidates[StoredNeurons]) -> None:
+        """Add the sets of neurons of one layer to those found."""
+        layer = _layer_name(path)
+        leaves = self._stored.layers[path]
+        is_lazy = any(x.is_meta for x in leaves.values())
+        for key, one in sets.items():
+            x = one.flat()
+            name = full_name(layer, key)
+            if not x.is_floating_point():
+                found.skips.append(_no_floats(name, x))
+                continue
+            identity: Hashable = (path, key)
+            if one.asked or one.kind in ("linear", "embedding"):  # tied weights are stored as one
+                identity = (x.data_ptr(), x.shape, x.stride())
+                if is_lazy:
+                    identity = (self._stored.names(path), key)
+            stored = StoredNeurons(
+                name=name,
+                layer=layer,
+                shape=shape_by_group(x),
+                kind=one.kind,
+                identity=identity,
+                asked=one.asked,
+                note=one.note,
+                kernel=_kernel_places(leaves),
+                read=partial(self._loaded, path, key) if is_lazy else one.flat,
+            )
+            found.sets.append(stored)
+
+    def _loaded(self, path: str, key: str) -> Tensor:
+        """One set of neurons of a layer whose numbers are in a file."""
+        leaves = self._stored.load(path)
+        return self.sets(path, leaves, Candidates("StateDict", [], []))[key].flat()
 
 
 def _is_mirrored(path: str, layers: Mapping[str, Mapping[str, Tensor]]) -> bool:
@@ -255,42 +447,16 @@ def _is_mirrored(path: str, layers: Mapping[str, Mapping[str, Tensor]]) -> bool:
     return False
 
 
-def _sets_as_asked(
-    path: str,
-    attribute: str,
-    weight: Tensor,
-    how: How,
-    leaves: Mapping[str, Tensor],
-    found: Candidates[StoredNeurons],
-) -> dict[str, _Read]:
-    """The sets of neurons of one effective weight by key, as the user says.
-
-    Args:
-        path: Path of the layer.
-        attribute: Name of the weight within it.
-        weight: The weight.
-        how: What the user says.
-        leaves: The effective tensors of the layer by name.
-        found: Takes the layer if it is broken or left out; then there are no sets.
-    """
-    layer = _layer_name(path)
-    key = key_of(attribute)
-    name = full_name(layer, key)
-    weight = weight.detach()
-    if not weight.is_floating_point():
-        found.skips.append(_no_floats(name, weight))
-        return {}
-    try:
-        neurons = _as_asked(attribute, weight, how, name, _outputs(leaves))
-    except (ValueError, TypeError) as error:
-        found.broken.append(Broken(name, error))
-        return {}
-    kind: Kind = "other"
-    if attribute == "weight":
-        kind = _kind_of(path, {"": weight}, {attribute: weight})
+def _sets_as_hinted(leaf: str, x: Tensor, hint: Hint) -> dict[str, _Read]:
+    """The sets of neurons of one effective weight by key, as a hint says."""
+    assert hint.rule is not None
+    neurons = hint.rule.parted(hint.rule.arrange(x))
+    if isinstance(neurons, Tensor):
+        neurons = {"": neurons}
+    kind: Kind = hint.kind or "other"
     sets = {}
-    for part, x in neurons.items():
-        sets[f"{key}.{part}".strip(".")] = _Read(x, kind, asked=True)
+    for part, one in neurons.items():
+        sets[f"{key_of(leaf)}.{part}".strip(".")] = _Read(one, kind, note=hint.note)
     return sets
 
 
@@ -340,39 +506,6 @@ def _stored_name(path: str, leaf: str) -> str:
 
 def _has_one_of(name: str, parts: Sequence[str]) -> bool:
     return any(part in name.lower() for part in parts)
-
-
-def _add_sets(
-    found: Candidates[StoredNeurons],
-    path: str,
-    sets: Mapping[str, _Read],
-    leaves: Mapping[str, Tensor],
-) -> None:
-    """Add the sets of neurons of one layer."""
-    layer = _layer_name(path)
-    for key, read in sets.items():
-        x = read.x.detach()
-        if x.ndim > 3:
-            x = x.flatten(1)
-        name = full_name(layer, key)
-        if not x.is_floating_point():
-            found.skips.append(_no_floats(name, x))
-            continue
-        identity: Hashable = (path, key)
-        if read.asked or read.kind in ("linear", "embedding"):  # tied weights are stored as one
-            identity = (x.data_ptr(), x.shape, x.stride())
-        stored = StoredNeurons(
-            name=name,
-            layer=layer,
-            shape=shape_by_group(x),
-            kind=read.kind,
-            identity=identity,
-            asked=read.asked,
-            note=read.note,
-            kernel=_kernel_places(leaves),
-            x=x,
-        )
-        found.sets.append(stored)
 
 
 def _kind_of(path: str, sets: Mapping[str, Tensor], leaves: Mapping[str, Tensor]) -> Kind:
