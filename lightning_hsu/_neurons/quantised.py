@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_hsu._neurons import codes
+
 _OUT = "measure the model before it is quantised, or leave this layer out with exclude"
 _DENSE = "measured only when dense; use to_dense()"
 _LAYOUTS = {torch._mkldnn: "packed"}  # type: ignore[attr-defined]
@@ -209,32 +211,13 @@ def _scaled(module: Any, name: str, x: Tensor) -> Tensor | None:
         return None if _has_other_scales(module) else x.float()
     if not isinstance(scale, Tensor) or not scale.is_floating_point():
         return None
-    scale = scale.detach().float()
-    if scale.numel() == 1:
-        return x.float() * scale.reshape(())
-    if scale.ndim == 1 and scale.shape[0] == x.shape[0]:
-        scale = scale.unsqueeze(1)
-    if scale.ndim != x.ndim:
-        return None
     blocks = getattr(module, "block_size", None)
-    for axis, size in enumerate(x.shape):
-        scale = _spread(scale, axis, size, blocks)
-    return x.float() * scale
+    if not isinstance(blocks, (tuple, list)):
+        blocks = None
+    values, _ = codes.scaled(x, scale.detach(), blocks=blocks)
+    return values
 
 
 def _has_other_scales(module: nn.Module) -> bool:
     """Whether a module holds scales under a name that is not known."""
     return any("scale" in name for name in (*module._parameters, *module._buffers))
-
-
-def _spread(scale: Tensor, axis: int, size: int, blocks: Any) -> Tensor:
-    """Repeat the scales of blocks along one axis, so that there is one for each entry."""
-    count = scale.shape[axis]
-    if count in (1, size):
-        return scale
-    length = size // count
-    if isinstance(blocks, (tuple, list)) and len(blocks) >= scale.ndim - axis:
-        length = blocks[axis - scale.ndim]
-    if length * count < size:
-        raise ValueError("the scales do not cover the weight")
-    return scale.repeat_interleave(length, dim=axis).narrow(axis, 0, size)

@@ -31,6 +31,12 @@ from lightning_hsu._neurons.how import (
     check_neurons,
     rule_for,
 )
+from lightning_hsu._neurons.packed import (
+    Unpacked,
+    quantization_settings,
+    split_packed,
+    unpacked,
+)
 from lightning_hsu._neurons.patterns import (
     Patterns,
     as_list,
@@ -102,7 +108,8 @@ def neurons_of_state_dict(
     A matrix named ``weight`` is a Linear, or an Embedding if its name says so. Other weights are
     flattened to one neuron for each output channel. Weights of attention and recurrent layers are
     split into their parts. For weight norm, spectral norm and pruning the effective weights are
-    taken, for spectral norm up to a factor. If a weight's bias has the length of its second axis,
+    taken, for spectral norm up to a factor. Quantised weights are dequantised where what is stored
+    suffices, and left out with the reason where it does not. If a weight's bias has the length of its second axis,
     that axis holds the neurons (transposed convolutions, the Conv1D of GPT-2). Without a bias, or
     if both axes have the same length, the first axis does.
 
@@ -119,7 +126,8 @@ def neurons_of_state_dict(
             on device meta for those that stay in a file until they are needed. None if ``state``
             holds the numbers.
         config: What is stored beside the weights of the model that they belong to, as in a
-            config.json: ``model_type`` tells how its weights hold neurons and which are heads.
+            config.json: ``model_type`` tells how its weights hold neurons and which are heads,
+            ``quantization_config`` how they are quantised.
 
     Returns:
         The sets; those that ``neurons`` names are marked as asked for. Parts are named after their
@@ -145,7 +153,7 @@ def neurons_of_state_dict(
     """
     patterns = as_list("include", asked) or []
     wanted = Asked(check_neurons(neurons))
-    stored = _Stored(state, load)
+    stored = _Stored(state, load, quantization_settings(config))
     reader = _Reader(stored, patterns, wanted, _hints_of(stored.layers, config))
     found = Candidates[StoredNeurons]("StateDict", [], [])
     sets: dict[str, dict[str, _Read]] = {}
@@ -175,20 +183,33 @@ class _Stored:
     Args:
         state: Tensors by name.
         load: Returns the numbers of one by its name; None if they are there.
+        settings: How its model says that weights are quantised; None if it does not.
 
     Attributes:
-        layers: The tensors by the path of their layer, then by their name within it.
+        layers: The tensors by the path of their layer, then by their name within it. Quantised
+            weights are dequantised.
     """
 
-    def __init__(self, state: Mapping[str, Tensor], load: Load | None) -> None:
+    def __init__(
+        self,
+        state: Mapping[str, Tensor],
+        load: Load | None,
+        settings: Mapping[str, Any] | None = None,
+    ) -> None:
         self._state_load = load
+        self._settings = settings
         self._names: dict[tuple[str, str], str] = {}  # in the state dict, by path and leaf
+        self._leaves: dict[str, dict[str, Tensor]] = {}  # by path, as they are stored
+        self._unpacked: dict[str, Unpacked] = {}
         self.layers: dict[str, dict[str, Tensor]] = {}
         tensors = _tensors(state)
         for name, short in zip(tensors, without_prefixes(tensors), strict=True):
             path, leaf = _split_name(short)
-            self.layers.setdefault(path, {})[leaf] = tensors[name]
+            self._leaves.setdefault(path, {})[leaf] = tensors[name]
             self._names[path, leaf] = name
+        for path, leaves in self._leaves.items():
+            self._unpacked[path] = unpacked(leaves, settings)
+            self.layers[path] = self._unpacked[path].tensors
 
     @property
     def is_lazy(self) -> bool:
@@ -197,17 +218,25 @@ class _Stored:
 
     def load(self, path: str) -> dict[str, Tensor]:
         """The tensors of a layer, with their numbers."""
-        leaves = self.layers[path]
         if self._state_load is None:
-            return leaves
+            return self.layers[path]
         loaded = {}
-        for leaf, x in leaves.items():
+        for leaf, x in self._leaves[path].items():
             loaded[leaf] = self._state_load(self._names[path, leaf]) if x.is_meta else x
-        return loaded
+        return unpacked(loaded, self._settings).tensors
+
+    def note(self, path: str) -> str:
+        """How the weights of a layer were dequantised; "" if they are not quantised."""
+        return self._unpacked[path].note
+
+    def unreadable(self, path: str) -> list[tuple[str, Tensor, str]]:
+        """The quantised weights of a layer that cannot be read: name, tensor and reason."""
+        leaves = self._leaves[path]
+        return [(leaf, leaves[leaf], why) for leaf, why in self._unpacked[path].reasons.items()]
 
     def names(self, path: str) -> tuple[str, ...]:
         """The names that the tensors of a layer have in the state dict."""
-        return tuple(self._names[path, leaf] for leaf in self.layers[path])
+        return tuple(self._names[path, leaf] for leaf in self._leaves[path])
 
 
 def _tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -228,8 +257,11 @@ def _tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _split_name(name: str) -> tuple[str, str]:
     """The path of a layer and the name within it.
 
-    ``a.parametrizations.weight.original1`` is in the layer ``a``.
+    ``a.parametrizations.weight.original1`` is in the layer ``a``, as is ``a.weight.absmax``.
     """
+    packed = split_packed(name)
+    if packed is not None:
+        return packed
     path, mark, rest = name.rpartition("parametrizations.")
     if mark:
         return path.rstrip("."), mark + rest
@@ -292,10 +324,11 @@ class _Reader:
                 readable[leaf] = x
         effective, unknown = effective_weights(readable)
         reasons |= unknown
-        for leaf, x in leaves.items():
-            if leaf in reasons and x.ndim > 1:
+        left = [(leaf, x, reasons[leaf]) for leaf, x in leaves.items() if leaf in reasons]
+        for leaf, x, reason in left + self._stored.unreadable(path):
+            if x.ndim > 1:
                 self._wanted.of_weight(layer, _attribute_of(leaf))  # it is known, if not readable
-                skip = Skip(_stored_name(path, leaf), tuple(x.shape), reasons[leaf])
+                skip = Skip(_stored_name(path, leaf), tuple(x.shape), reason)
                 found.not_weights.append(skip)
 
         named: dict[str, _Read] = {}
@@ -398,6 +431,7 @@ class _Reader:
         for key, one in sets.items():
             x = one.flat()
             name = full_name(layer, key)
+            notes = [part for part in (self._stored.note(path), one.note) if part]
             if not x.is_floating_point():
                 found.skips.append(_no_floats(name, x))
                 continue
@@ -413,7 +447,7 @@ class _Reader:
                 kind=one.kind,
                 identity=identity,
                 asked=one.asked,
-                note=one.note,
+                note="; ".join(notes),
                 kernel=_kernel_places(leaves),
                 read=partial(self._loaded, path, key) if is_lazy else one.flat,
             )
