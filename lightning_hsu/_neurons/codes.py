@@ -1,6 +1,7 @@
 """The arithmetic of quantised weights: codes of few bits, and the scales of rows and blocks.
 
-Nothing here asks a tensor for its values, so that all of it works on device meta, too.
+Nothing here asks a tensor for its values, so that all of it works on device meta, too, also if only
+the codes are there and their scales, which are smaller, are not.
 """
 
 from __future__ import annotations
@@ -63,6 +64,7 @@ def nibbles(x: Tensor, *, high_first: bool = False) -> Tensor:
 
 def looked_up(table: Tensor, codes: Tensor) -> Tensor:
     """The entries of a table (k,) that codes of any shape stand for."""
+    table = table.to(codes.device)
     return table.index_select(0, codes.flatten().to(torch.int32)).view(codes.shape)
 
 
@@ -209,11 +211,11 @@ def scaled(
     Raises:
         ValueError: if it is not clear which scale belongs to which entry.
     """
-    scale = aligned(as_float(scale), x.shape)
+    scale = aligned(as_float(scale), x.shape).to(x.device)
     lengths = block_lengths(x.shape, scale.shape, blocks)
     values = x.float()
     if zero is not None:
-        zero = aligned(zero.float(), x.shape)
+        zero = aligned(zero.float(), x.shape).to(x.device)
         if zero.numel() != 1 and zero.shape != scale.shape:
             raise ValueError("its zero points have another shape than its scales")
         values = values - spread(zero, x.shape, lengths)

@@ -78,5 +78,6 @@ def _of_4_bits(name: str, state: Tensor, leaves: Leaves) -> Computed:
     elif not largest.is_floating_point():
         raise ValueError("the maxima of its maxima are not stored")
     length = int(said["blocksize"])
-    values = values[:count].float() * largest.float().repeat_interleave(length)[:count]
+    factors = largest.to(values.device).float().repeat_interleave(length)
+    values = values[:count].float() * factors[:count]
     return values.view(shape), f"blocks of {length} values"

@@ -66,10 +66,10 @@ def _packed_integers(
             zero = points.transpose(-1, -2).to(torch.int16) - 2 ** (bits - 1)
         order = leaves.get(f"{name}_g_idx")
         if order is not None and order.numel() == inputs and not _is_unset(order):
-            order = order.to(torch.int32)
-            factor = codes.as_float(scale).index_select(-1, order)
+            order = order.to(packed.device, torch.int32)
+            factor = codes.as_float(scale).to(packed.device).index_select(-1, order)
             if zero is not None:
-                values = values - zero.index_select(-1, order)
+                values = values - zero.to(packed.device).index_select(-1, order)
             return values.float() * factor, f"{bits} bits, {scale.shape[-1]} groups of inputs"
         weight, detail = codes.scaled(values, scale, zero, stated_blocks(settings))
         return weight, f"{bits} bits, {detail}"

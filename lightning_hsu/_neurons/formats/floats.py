@@ -82,7 +82,7 @@ def floats(
             raise ValueError("the scale of its scales is not stored")
         weight, detail = codes.scaled(codes.floats_of_4_bits(_bytes(packed)), scale)
         if whole is not None:
-            factor = codes.aligned(whole.float(), weight.shape)
+            factor = codes.aligned(whole.float(), weight.shape).to(weight.device)
             weight = weight / factor if divides else weight * factor
         return weight, detail
 
@@ -111,7 +111,7 @@ def blocks_of_floats(leaves: Leaves, settings: Settings) -> Iterator[Reading]:
                 raise ValueError(
                     f"blocks {tuple(x.shape)} beside scales {tuple(scale.shape)} of {scale.dtype}"
                 )
-            values = codes.floats_of_4_bits(x) * codes.powers(scale).unsqueeze(-1)
+            values = codes.floats_of_4_bits(x) * codes.powers(scale).to(x.device).unsqueeze(-1)
             return values.flatten(-2), f"groups of {2 * x.shape[-1]}"
 
         yield reading(leaf, name, [f"{name}_scales"], "MXFP4", compute)

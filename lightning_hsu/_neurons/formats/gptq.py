@@ -81,19 +81,21 @@ def _gptq(
         detail = f"{bits} bits, groups of {length}"
     else:
         values = values[:, : len(order)]
+        order = order.to(packed.device)
         detail = f"{bits} bits, {groups} groups of inputs"
         if len(order) % groups == 0:
             detail = f"{bits} bits, groups of {len(order) // groups}"
     zero: Tensor | float = float(2 ** (bits - 1))
     if zeros is not None:
         first, version = _first_zero(zeros, bits, settings)
-        points = codes.integers(zeros, bits)[:, :outputs].to(torch.int16)
+        points = codes.integers(zeros.to(packed.device), bits)[:, :outputs].to(torch.int16)
         points = (points + first) & (2**bits - 1)
         zero = points.float().index_select(0, order).T
         detail += version
     elif not stated(settings, "sym", "symmetric"):
         raise ValueError("its zero points (qzeros) are not stored")
-    return (values.float() - zero) * scales.float().index_select(0, order).T, detail
+    factors = scales.to(packed.device).float().index_select(0, order).T
+    return (values.float() - zero) * factors, detail
 
 
 def _gptq_bits(
@@ -158,10 +160,9 @@ def _awq(packed: Tensor, zeros: Tensor, scales: Tensor) -> Computed:
     if inputs % groups:
         raise ValueError(f"{groups} groups of {inputs} inputs")
     length = inputs // groups
-    values = _in_awq_order(packed).float() - _in_awq_order(zeros).float().repeat_interleave(
-        length, dim=0
-    )
-    weight = values * scales.float().repeat_interleave(length, dim=0)
+    points = _in_awq_order(zeros.to(packed.device)).repeat_interleave(length, dim=0)
+    factors = scales.to(packed.device).float().repeat_interleave(length, dim=0)
+    weight = (_in_awq_order(packed).float() - points) * factors
     return weight.T, f"4 bits, groups of {length}"
 
 

@@ -72,7 +72,7 @@ def _of_hqq(leaves: Leaves) -> Computed:
     values = values[:rows].float()
     if scale.ndim != 2 or scale.shape != zero.shape:
         raise ValueError(f"its scales are {tuple(scale.shape)}")
-    values = (values - zero.float()) * scale.float()
+    values = (values - zero.to(values.device).float()) * scale.to(values.device).float()
     return values.reshape(shape), f"{bits} bits"
 
 
@@ -102,10 +102,12 @@ def quanto(leaves: Leaves, settings: Settings) -> Iterator[Reading]:
         for offset in range(0, 8, bits):
             planes.append((packed >> offset) & (2**bits - 1))
         values = torch.cat(planes)[:groups].float()
+        factors = scale.to(values.device).float()
+        shifts = shift.to(values.device).float()
         if shift.is_floating_point():
-            values = values * scale.float() - shift.float()
+            values = values * factors - shifts
         else:
-            values = (values - shift.float()) * scale.float()
+            values = (values - shifts) * factors
         return values.reshape(len(bias), -1), f"{bits} bits, groups of {packed.shape[1]}"
 
     yield reading("weight._data._data", "weight", parts, "quanto", compute)

@@ -44,7 +44,7 @@ def without_scale(leaf: str, name: str, leaves: Leaves, values: Tensor, x: Tenso
         of_activations = other.startswith(("input", "output", "act", "k_", "v_", "q_"))
         if "scale" in other and not of_activations and not _belongs(other, leaves):
             reason = f"quantised ({x.dtype}), with scales under an unknown name ({other}); {OUT}"
-            return Reading(leaf, name, reason=reason)
+            return Reading(leaf, name, reason=reason, parts=frozenset({other}))
     note = f"read as it is stored, in {str(x.dtype).removeprefix('torch.')}, without a scale"
     return Reading(leaf, name, weight=values, note=note)
 
