@@ -38,11 +38,14 @@ def gptq_or_awq(leaves: Leaves, settings: Settings) -> Iterator[Reading]:
         yield reading("qweight", "weight", parts, "AWQ", lambda: _awq(packed, zeros, scales))
         return
     order = leaves.get("g_idx")
+    what = "GPTQ"
+    if packed.shape[1] != scales.shape[1]:
+        what = "GPTQ, AWQ or Marlin"
     yield reading(
         "qweight",
         "weight",
         parts,
-        "GPTQ",
+        what,
         lambda: _gptq(packed, zeros, scales, order, settings),
     )
 
