@@ -7,14 +7,21 @@ import pytest
 import torch
 
 from lightning_hsu._neurons import codes
-from lightning_hsu._neurons.packed import split_packed, unpacked
+from lightning_hsu._neurons.packed import quantization_settings, split_packed, unpacked
+from lightning_hsu._neurons.state_dict import neurons_of_state_dict
 from lightning_hsu.report import report
 
 OUT, IN, GROUP = 64, 96, 32
 GROUPS = IN // GROUP
 E2M1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
 FP8 = ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz")
-SETTINGS_NEEDED = ("gptq_v2", "fp8, stated blocks")  # what only these tell
+SETTINGS_NEEDED = (
+    "gptq_v2",
+    "fp8, stated blocks",
+    "mlx 3",
+    "mlx 4",
+    "mlx 6",
+)  # what only these tell
 ALWAYS_SMALL = ("quant_state", "_shape", "quant_map", "nbits", "shape", "axis", "packing", "format")
 
 
@@ -300,6 +307,14 @@ def quanto_bytes():
     return {"weight._data": leaves["weight"], "weight._scale": leaves["weight_scale"]}, weight, None
 
 
+def mlx(bits):
+    q = integers(0, 2**bits, OUT, IN)
+    scales, shifts = drawn(OUT, GROUPS, seed=1), drawn(OUT, GROUPS, seed=2)
+    weight = q * repeated(scales, 1, GROUP) + repeated(shifts, 1, GROUP)
+    leaves = {"weight": words(q, bits).view(torch.uint32), "scales": scales, "biases": shifts}
+    return leaves, weight, {"bits": bits, "group_size": GROUP}
+
+
 def torchao(prefix, ending, scale_name):
     leaves, weight, _ = int8_groups()
     named = {f"{prefix}{ending}": leaves["weight"], scale_name: leaves["weight_scale"]}
@@ -359,6 +374,8 @@ FORMATS = {
     "quanto 2": (quanto, 2, True),
     "quanto, integer shifts": (quanto, 4, False),
     "quanto 8": (quanto_bytes,),
+    **{f"mlx {bits}": (mlx, bits) for bits in (3, 4, 6)},
+    "fp8 of ComfyUI": (fp8, "float8_e4m3fn", "scale_weight", torch.tensor(0.5), 0.5),
     "torchao": (torchao, "_weight", "_qdata", "_weight_scale"),
     "torchao, colons": (torchao, "weight", ":qdata", "weight:scale"),
 }
@@ -481,7 +498,7 @@ def test_what_has_nothing_to_do_with_quantisation_stays():
         "bias": drawn(4),
         "scale": drawn(4, 1),
         "scales": drawn(4, 4),
-        "weight_scale": drawn(4, 4),
+        "weight_scale": drawn(3, 5),
         "zeros": drawn(4, 4),
         "k_scale": drawn(2, 2),
         "relative_position_index": torch.zeros(4, 4, dtype=torch.int64),
@@ -677,6 +694,7 @@ UNREADABLE = {
         "down_proj_packed",
         "packed or integer weights (torch.int32) whose scales are not known",
     ),
+    "mlx without settings": (lambda: mlx(4)[0], "weight", "config.json"),
     "scales alone": (
         lambda: {"weight_scale_inv": torch.ones(4, 4)},
         "weight_scale_inv",
@@ -740,6 +758,52 @@ def test_names_with_dots(name, layer, leaf):
 )
 def test_other_names(name):
     assert split_packed(name) is None
+
+
+# A whole state dict.
+
+
+@pytest.mark.parametrize("name", ["gptq_v2", "mlx 4", "fp8, stated blocks"])
+def test_settings_of_the_model_that_are_stored_beside_it(name):
+    leaves, weight, settings = made(name)
+    state = {f"a.{leaf}": x for leaf, x in leaves.items()}
+    found = neurons_of_state_dict(state, config={"quantization_config": settings})
+    (one,) = found.sets
+    torch.testing.assert_close(one.neurons()[0], weight.float(), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["gptq 4", "nf4, nested", "packed 3, zero points", "mxfp4", "awq"])
+def test_numbers_that_stay_in_the_file_until_they_are_needed(name):
+    leaves, weight, settings = made(name)
+    state = {f"a.{leaf}": x for leaf, x in leaves.items()}
+    most = max(x.nbytes for x in leaves.values())
+    stand_ins = {name: x.to("meta") if x.nbytes == most else x for name, x in state.items()}
+    config = {"quantization_config": settings or {}}
+    read = []
+
+    def load(name):
+        read.append(name)
+        return state[name]
+
+    (one,) = neurons_of_state_dict(stand_ins, load=load, config=config).sets
+    assert one.shape == (1, *weight.shape)
+    assert one.note.startswith("dequantised from")
+    assert not read
+    torch.testing.assert_close(one.neurons()[0], weight.float(), rtol=1e-6, atol=1e-6)
+    assert len(read) == 1
+
+
+def test_scales_beside_a_weight_that_is_not_quantised_are_no_layer():
+    state = {"a.weight": drawn(6, 8), "a.weight_scale": drawn(6, 1)}
+    found = report(state)
+    assert [layer.uniformity.name for layer in found.layers] == ["a"]
+    assert found.skips[0].reason == "scales of a weight that is not stored quantised"
+    assert not found.notes
+
+
+@pytest.mark.parametrize("config", [None, {}, {"text_config": None}, {"quantization_config": 3}])
+def test_models_without_settings(config):
+    assert quantization_settings(config) is None
 
 
 # The lengths of blocks.

@@ -176,6 +176,17 @@ def aligned(part: Tensor, shape: Sequence[int]) -> Tensor:
     raise ValueError(f"scales of shape {given} beside a weight {tuple(shape)}")
 
 
+def may_scale(part: Tensor, weight: Tensor) -> bool:
+    """Whether a tensor has the shape of scales of a weight, one for several of its entries."""
+    if part.shape == weight.shape:
+        return False
+    try:
+        block_lengths(weight.shape, aligned(part, weight.shape).shape)
+    except ValueError:
+        return False
+    return True
+
+
 def spread(part: Tensor, shape: Sequence[int], lengths: Sequence[int]) -> Tensor:
     """Repeat what blocks have so that each entry has it, unless an axis has length 1.
 

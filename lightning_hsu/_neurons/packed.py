@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_hsu._neurons import codes
 from lightning_hsu._neurons.formats import READERS
 from lightning_hsu._neurons.formats.base import Reading, not_known
 from lightning_hsu._neurons.quantised import plain_values, qualified
@@ -24,6 +25,8 @@ _DOTTED = re.compile(
 _PARTS_OF_LAYERS = (  # of activations, or of the cache of keys and values
     "input_scale",
     "output_scale",
+    "scale_input",
+    "comfy_quant",
     "act_scale",
     "activation_scale",
     "input_scale_ub",
@@ -112,6 +115,7 @@ def unpacked(leaves: Mapping[str, Tensor], settings: Mapping[str, Any] | None = 
     HQQ                           1, 2, 4 and 8 bits, if the file stores its settings
     quanto                        8 bits; 2 and 4 bits of a layer with a bias
     torchao                       8 bits, with scales for rows, groups or the whole
+    MLX                           2 to 8 bits, if the model's settings tell how many
     ============================  =================================================================
 
     Args:
@@ -152,8 +156,11 @@ def unpacked(leaves: Mapping[str, Tensor], settings: Mapping[str, Any] | None = 
         ending = next((name for name in _NEVER_WEIGHTS if leaf.endswith(name)), None)
         if ending is None or leaf in parts or x.ndim < 2:
             continue
-        if f"{leaf.removesuffix(ending)}weight" not in left:  # else it scales an ordinary weight
+        weight = left.get(f"{leaf.removesuffix(ending)}weight")
+        if weight is None:
             reasons[leaf] = "scales of quantised weights, which are not stored beside them"
+        elif codes.may_scale(x, weight):
+            reasons[leaf] = "scales of a weight that is not stored quantised"
     return _collected(leaves, readings, frozenset(parts), reasons)
 
 
@@ -172,7 +179,7 @@ def quantization_settings(config: Mapping[str, Any] | None) -> Mapping[str, Any]
     for source in (config, config.get("text_config")):
         if not isinstance(source, Mapping):
             continue
-        for name in ("quantization_config", "compression_config"):
+        for name in ("quantization_config", "compression_config", "quantization"):
             settings = source.get(name)
             if isinstance(settings, Mapping):
                 return settings

@@ -8,6 +8,7 @@ from lightning_hsu._neurons.formats.compressed import compressed
 from lightning_hsu._neurons.formats.eight_bits import bytes_with_scales
 from lightning_hsu._neurons.formats.floats import blocks_of_floats, bytes_of_floats
 from lightning_hsu._neurons.formats.gptq import gptq_or_awq
+from lightning_hsu._neurons.formats.mlx import mlx
 from lightning_hsu._neurons.formats.planes import hqq, quanto
 from lightning_hsu._neurons.formats.refused import refused
 
@@ -16,6 +17,7 @@ READERS: tuple[Reader, ...] = (
     bitsandbytes,
     hqq,
     quanto,
+    mlx,
     gptq_or_awq,
     compressed,
     blocks_of_floats,

@@ -28,6 +28,8 @@ from lightning_hsu._neurons.formats.scales import (
     without_scale,
 )
 
+_SCALE_ENDING = re.compile(r"scale(_inv|s)?$")
+
 
 def bytes_with_scales(leaves: Leaves, settings: Settings) -> Iterator[Reading]:
     """FP8 and int8 with scales beside them, under the names of several libraries."""
@@ -48,8 +50,9 @@ def bytes_with_scales(leaves: Leaves, settings: Settings) -> Iterator[Reading]:
                 yield Reading(leaf, name, reason=reason, parts=frozenset({"weight_scales"}))
             continue
         zero_names = []
-        for ending in ("zero_point", "zeropoint", "shift"):
-            zero_names.append(re.sub(r"scale(_inv)?$", ending, scale_name))
+        for ending in ("zero_point", "zeropoint", "zero_points", "shift"):
+            if _SCALE_ENDING.search(scale_name):
+                zero_names.append(_SCALE_ENDING.sub(ending, scale_name))
         zero_name = first_present(leaves, zero_names)
         parts = present(leaves, (scale_name, zero_name or "", f"{leaf}_shape"))
         scale = leaves[scale_name]

@@ -10,6 +10,8 @@ from lightning_hsu._neurons.formats.base import (
     Reading,
 )
 
+_OF_ACTIVATIONS = ("input", "output", "act", "k_", "v_", "q_", "scale_input", "pre_quant")
+
 
 def names_around(leaf: str) -> tuple[str, list[str]]:
     """The name of a weight, and those that its scales may have."""
@@ -30,7 +32,7 @@ def scale_names(leaf: str) -> list[str]:
             names.append(f"{leaf}{middle}{ending}")
     if leaf == "weight":
         names.remove("weight_scales")  # of EETQ, whose weights are rearranged
-        names += ["scale", "scale_inv"]
+        names += ["scale", "scale_inv", "scale_weight"]
     return names
 
 
@@ -41,7 +43,7 @@ def is_scale_name(leaf: str) -> bool:
 def without_scale(leaf: str, name: str, leaves: Leaves, values: Tensor, x: Tensor) -> Reading:
     """A weight of few bits without scales of a known name: as it is, if it has none at all."""
     for other in leaves:
-        of_activations = other.startswith(("input", "output", "act", "k_", "v_", "q_"))
+        of_activations = other.startswith(_OF_ACTIVATIONS)
         if "scale" in other and not of_activations and not _belongs(other, leaves):
             reason = f"quantised ({x.dtype}), with scales under an unknown name ({other}); {OUT}"
             return Reading(leaf, name, reason=reason, parts=frozenset({other}))
