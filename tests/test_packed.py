@@ -15,13 +15,10 @@ OUT, IN, GROUP = 64, 96, 32
 GROUPS = IN // GROUP
 E2M1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
 FP8 = ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz")
-SETTINGS_NEEDED = (
-    "gptq_v2",
-    "fp8, stated blocks",
-    "mlx 3",
-    "mlx 4",
-    "mlx 6",
-)  # what only these tell
+NOT_IN_A_REPORT = (  # what only settings tell, or no name of a weight
+    *("gptq_v2", "fp8, stated blocks", "mlx 3", "mlx 4", "mlx 6"),
+    *("fp8, scales of experts", "int8, zero points"),
+)
 ALWAYS_SMALL = ("quant_state", "_shape", "quant_map", "nbits", "shape", "axis", "packing", "format")
 
 
@@ -307,6 +304,17 @@ def quanto_bytes():
     return {"weight._data": leaves["weight"], "weight._scale": leaves["weight_scale"]}, weight, None
 
 
+def fp8_named(leaf, scale_name):
+    leaves, weight, _ = fp8(scale=torch.tensor(0.5), whole=0.5)
+    return {leaf: leaves["weight"], scale_name: leaves["weight_scale"]}, weight, None
+
+
+def int8_named(leaf, scale_name, zero_name):
+    leaves, weight, _ = int8_groups()
+    named = {leaf: leaves["weight"], scale_name: leaves["weight_scale"]}
+    return named | {zero_name: leaves["weight_zero_point"]}, weight, None
+
+
 def mlx(bits):
     q = integers(0, 2**bits, OUT, IN)
     scales, shifts = drawn(OUT, GROUPS, seed=1), drawn(OUT, GROUPS, seed=2)
@@ -374,6 +382,8 @@ FORMATS = {
     "quanto 2": (quanto, 2, True),
     "quanto, integer shifts": (quanto, 4, False),
     "quanto 8": (quanto_bytes,),
+    "fp8, scales of experts": (fp8_named, "w1", "w1_scales"),
+    "int8, zero points": (int8_named, "w1", "w1_scales", "w1_zero_points"),
     **{f"mlx {bits}": (mlx, bits) for bits in (3, 4, 6)},
     "fp8 of ComfyUI": (fp8, "float8_e4m3fn", "scale_weight", torch.tensor(0.5), 0.5),
     "torchao": (torchao, "_weight", "_qdata", "_weight_scale"),
@@ -401,12 +411,13 @@ def test_values(name):
     leaves, weight, settings = made(name)
     found = unpacked(leaves, settings)
     assert not found.reasons
-    assert set(found.tensors) == {"weight"} | ({"bias"} & set(leaves))
-    torch.testing.assert_close(found.tensors["weight"], weight.float(), rtol=1e-6, atol=1e-6)
+    (read,) = set(found.tensors) - {"bias"}
+    assert read in ("weight", "w1")
+    torch.testing.assert_close(found.tensors[read], weight.float(), rtol=1e-6, atol=1e-6)
     assert found.note.startswith("dequantised from ")
 
 
-@pytest.mark.parametrize("name", [name for name in FORMATS if name not in SETTINGS_NEEDED])
+@pytest.mark.parametrize("name", [name for name in FORMATS if name not in NOT_IN_A_REPORT])
 def test_a_report_measures_the_weight_and_nothing_else(name):
     leaves, weight, _ = made(name)
     state = {f"model.q_proj.{leaf}": x for leaf, x in leaves.items()}
@@ -431,8 +442,9 @@ def test_shapes_on_meta(name, everything):
         shapes[leaf] = x if is_small else x.to("meta")
     found = unpacked(shapes, settings)
     assert not found.reasons
-    assert found.tensors["weight"].shape == weight.shape
-    assert found.tensors["weight"].is_meta
+    (read,) = [x for leaf, x in found.tensors.items() if leaf != "bias"]
+    assert read.shape == weight.shape
+    assert read.is_meta
 
 
 def test_integers_of_any_bits():

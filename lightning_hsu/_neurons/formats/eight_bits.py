@@ -50,7 +50,7 @@ def bytes_with_scales(leaves: Leaves, settings: Settings) -> Iterator[Reading]:
                 yield Reading(leaf, name, reason=reason, parts=frozenset({"weight_scales"}))
             continue
         zero_names = []
-        for ending in ("zero_point", "zeropoint", "zero_points", "shift"):
+        for ending in ("zero_point", "zeropoint", "zero_points"):
             if _SCALE_ENDING.search(scale_name):
                 zero_names.append(_SCALE_ENDING.sub(ending, scale_name))
         zero_name = first_present(leaves, zero_names)
