@@ -846,3 +846,14 @@ def test_lengths_of_blocks(shape, counts, stated, lengths):
 def test_lengths_of_blocks_that_are_not_clear(shape, counts):
     with pytest.raises(ValueError, match="scales of shape"):
         codes.block_lengths(shape, counts)
+
+
+def test_notes_that_are_the_same_are_told_once():
+    state = {}
+    for i in range(12):
+        state[f"{i}.weight"] = drawn(6, 8, seed=i).to(torch.float8_e4m3fn)
+        state[f"{i}.weight_scale"] = torch.tensor(2.0)
+    found = report(state)
+    assert len(found.notes) == 12
+    assert "note: 0, 1, 2 and 9 more: dequantised from float8_e4m3fn, one scale" in str(found)
+    assert str(found).count("note:") == 1

@@ -20,6 +20,7 @@ from lightning_hsu.report.data import (
     LayerReport,
     ReportData,
     SimilarPair,
+    folded_notes,
     known_ratios,
 )
 
@@ -168,7 +169,7 @@ def _row(i: int, layer: LayerReport) -> str:
 def _skipped(found: ReportData) -> str:
     """What was not measured, and why."""
     notes = ""
-    for name, note in found.notes:
+    for name, note in folded_notes(found.notes):
         notes += f"<p>{breakable(name)}: {escape(note)}</p>\n"
     if not found.skips:
         return notes

@@ -17,7 +17,13 @@ from lightning_hsu._monitor.text import (
 )
 from lightning_hsu._neurons.candidates import Skip
 from lightning_hsu._neurons.select import EXCLUDED, NOT_INCLUDED
-from lightning_hsu.report.data import ComparisonData, LayerComparison, LayerReport, ReportData
+from lightning_hsu.report.data import (
+    ComparisonData,
+    LayerComparison,
+    LayerReport,
+    ReportData,
+    folded_notes,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -111,7 +117,7 @@ def report_table(found: ReportData) -> Table:
     ]
     if mixed:
         below.append(_FULL_SPACE)
-    below += [f"note: {name}: {note}" for name, note in found.notes]
+    below += [f"note: {name}: {note}" for name, note in folded_notes(found.notes)]
     below += skipped_lines(found.skips)
     return Table(_REPORT_COLUMNS, rows, below)
 
