@@ -2,6 +2,7 @@
 
 import json
 import math
+import random
 
 import pytest
 import torch
@@ -568,6 +569,27 @@ def test_quantised_tensors_of_torch():
     assert found.note == "dequantised from torch.qint8"
 
 
+@pytest.mark.filterwarnings("ignore:torch.quantize:UserWarning")  # deprecated
+@pytest.mark.filterwarnings("ignore:TypedStorage:UserWarning")  # as torch itself reads it
+@pytest.mark.parametrize("bias", [None, torch.zeros(6)])
+def test_quantised_linears_of_torch(tmp_path, bias):
+    stored = torch.quantize_per_tensor(drawn(6, 8), 0.02, 0, torch.qint8)
+    state = {
+        "fc.scale": torch.tensor(1.0),
+        "fc.zero_point": torch.tensor(0),
+        "fc._packed_params.dtype": torch.qint8,
+        "fc._packed_params._packed_params": (stored, bias),
+        "head.weight": drawn(4, 6),
+    }
+    torch.save(state, tmp_path / "net.pt")
+    for source in (state, tmp_path / "net.pt"):
+        found = report(source)
+        assert [layer.uniformity.name for layer in found.layers] == ["fc", "head"]
+        angle = found.layers[0].uniformity.min_angle
+        assert angle == pytest.approx(smallest_angle(stored.dequantize()), abs=0.01)
+        assert ("fc", "dequantised from torch.qint8") in found.notes
+
+
 # What cannot be read, and why.
 
 
@@ -857,3 +879,31 @@ def test_notes_that_are_the_same_are_told_once():
     assert len(found.notes) == 12
     assert "note: 0, 1, 2 and 9 more: dequantised from float8_e4m3fn, one scale" in str(found)
     assert str(found).count("note:") == 1
+
+
+NAMES = sorted(
+    {"weight", "bias", "scale", "scales", "zero", "zeros", "shape", "SCB", "W_q", "weight_scale"}
+    | {"qweight", "qzeros", "g_idx", "weight_packed", "weight_shape", "weight_zero_point", "nbits"}
+    | {"weight_scale_2", "weight_scale_inv", "weight_global_scale", "weight._data", "weight._scale"}
+    | {"weight._data._data", "weight._shift", "weight.absmax", "weight.quant_map", "biases"}
+    | {"weight.quant_state.bitsandbytes__nf4", "up_blocks", "up_scales", "_weight_qdata", "codes"}
+    | {"_weight_scale", "_weight_zero_point", "weight_g_idx", "weight_v", "weight_g", "W_dec"}
+)
+KINDS = [torch.float32, torch.bfloat16, torch.uint8, torch.int8, torch.int32, torch.float8_e4m3fn]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_no_mixture_of_names_types_and_shapes_is_an_error(seed):
+    draw = random.Random(seed)
+    for _ in range(40):
+        leaves = {}
+        for name in draw.sample(NAMES, draw.randint(1, 7)):
+            shape = [draw.choice([0, 1, 2, 4, 8, 16]) for _ in range(draw.randint(0, 4))]
+            stored = integers(0, 100, *shape, seed=draw.randint(0, 9))
+            leaves[name] = stored.to(draw.choice(KINDS))
+        found = unpacked(leaves)
+        for leaf, x in found.tensors.items():
+            assert leaf in leaves or x.dtype == torch.float32
+        kept = {leaf for leaf, x in found.tensors.items() if leaves.get(leaf) is x}
+        assert not kept & set(found.reasons)
+        assert not kept & found.parts

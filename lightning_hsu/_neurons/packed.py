@@ -72,6 +72,7 @@ _PACKED_NAMES = (  # integers of one of these names are a packed weight
     "Qidxs",  # QuIP#
 )
 _PACKED_ENDINGS = ("_packed", "_blocks", "_qweight")
+_PAIR = "_packed_params._packed_params"
 _FEW_BITS = re.compile(r"torch\.(?:u?int[1-7]|bits\d.*|float\d_e\d.*)$")
 
 
@@ -205,6 +206,32 @@ def split_packed(name: str) -> tuple[str, str] | None:
     if found is None:
         return None
     return name[: found.start()], found[1]
+
+
+def with_quantised_linears(state: Mapping[str, Any]) -> dict[str, Any]:
+    """A state dict with the weights and biases that torch's quantised Linears store as pairs.
+
+    Args:
+        state: What is stored, by name; pairs are under ``<layer>._packed_params._packed_params``.
+
+    Returns:
+        The same with ``<layer>.weight`` and ``<layer>.bias`` in the place of each pair.
+
+    Example:
+        >>> pair = (torch.eye(2), None)
+        >>> list(with_quantised_linears({"fc._packed_params._packed_params": pair, "a": 1}))
+        ['fc.weight', 'a']
+    """
+    found: dict[str, Any] = {}
+    for name, x in state.items():
+        path = str(name).removesuffix(_PAIR)
+        if path == str(name) or not isinstance(x, tuple) or len(x) != 2:
+            found[name] = x
+            continue
+        for leaf, part in zip(("weight", "bias"), x, strict=True):
+            if isinstance(part, Tensor):
+                found[f"{path}{leaf}"] = part
+    return found
 
 
 def _usable(leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -36,6 +36,7 @@ from lightning_hsu._neurons.packed import (
     quantization_settings,
     split_packed,
     unpacked,
+    with_quantised_linears,
 )
 from lightning_hsu._neurons.patterns import (
     Patterns,
@@ -243,7 +244,7 @@ def _tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of a state dict by name."""
     tensors = {}
     if isinstance(state, Mapping):
-        for name, x in state.items():
+        for name, x in with_quantised_linears(state).items():
             if isinstance(name, str) and isinstance(x, Tensor):
                 tensors[name] = x
     if not tensors:

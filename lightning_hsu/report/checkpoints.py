@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lightning_hsu._neurons.packed import with_quantised_linears
 from lightning_hsu.report.unpickle import Opaque, is_torchscript, read_pickle, read_torchscript
 
 _KEYS = (  # where a file may have its state dict, in the order of the search
@@ -236,7 +237,8 @@ def _is_state_dict(found: Any) -> bool:
 
 
 def _tensors(found: Mapping[str, Any]) -> dict[str, Tensor]:
-    return {str(name): x for name, x in found.items() if isinstance(x, Tensor)}
+    entries = with_quantised_linears(found).items()
+    return {str(name): x for name, x in entries if isinstance(x, Tensor)}
 
 
 def _contents(found: Any, held: Mapping[str, Any]) -> str:
