@@ -677,6 +677,11 @@ UNREADABLE = {
         "weight",
         "zero points have another shape",
     ),
+    "bytes of which each may be two codes": (
+        lambda: int8(torch.full((OUT, 6), 120, dtype=torch.uint8), 1.0)[0],
+        "weight",
+        "may be pairs of codes",
+    ),
     "eetq": (
         lambda: {
             "weight": torch.zeros(IN, OUT, dtype=torch.int8),

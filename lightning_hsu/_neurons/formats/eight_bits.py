@@ -62,6 +62,8 @@ def bytes_with_scales(leaves: Leaves, settings: Settings) -> Iterator[Reading]:
             bits = stated(settings, "num_bits", "bits")
             if x.dtype == torch.int8 and bits not in (None, 8):
                 raise ValueError(f"its codes of {bits} bits may be packed")
+            if x.dtype == torch.int8 and scale.dtype.itemsize < 2:
+                raise ValueError(f"with scales of {scale.dtype} its bytes may be pairs of codes")
             if not scale.is_floating_point() and scale.dtype != torch.uint8:
                 raise ValueError(f"its scales are {scale.dtype}")
             return codes.scaled(x, scale, zero, stated_blocks(settings))
