@@ -621,7 +621,10 @@ class HypersphericalUniformity(_trainer.EveryCallback):
             measured = self._measure()  # which waits for a GPU
             done = {} if late is None else late.read()
             shares = _finite_shares(done)
-            penalised = [one.name for one in self.regularizer.trained_layers if one.strength != 0]
+            penalised = {}
+            for layer in self.regularizer.trained_layers:
+                if layer.strength != 0:
+                    penalised[layer.name] = layer.measure
             fit.as_random.note(measured, penalised)
             self._keep(trainer, measured, shares)
             if logs:

@@ -10,6 +10,14 @@ from torch import Tensor
 
 from lightning_hsu._checks import check_neurons
 from lightning_hsu._core import unit_rows
+from lightning_hsu._core.tails import (
+    NORMAL_TAIL,
+    TAIL,
+    angles_at,
+    ends_by_moments,
+    ends_of_means,
+    random_layers,
+)
 from lightning_hsu.measures import Measure
 from lightning_hsu.measures.base import check_measure
 
@@ -17,6 +25,13 @@ from lightning_hsu.measures.base import check_measure
 _DRAWS = 101
 _FEWEST = 5
 _FLOPS = 2e10
+
+# Simulated layers whose law has to be known at 1 in 1,000.
+_MANY = 2048
+_ENTRIES = 2**22  # of all cosines together
+_AT_ONCE = 2**20  # of those computed together
+_EMPIRICAL = 32  # neurons up to which there are so many layers that they show the law
+_NARROW = 0.005  # ends within this part of the mean need not be exact
 
 
 class Level(float):
@@ -125,9 +140,11 @@ def random_level(measure: Measure, n: int, d: int) -> Level:
 def random_range(measure: Measure, n: int, d: int, groups: int = 1) -> tuple[float, float]:
     """The range of natural values that random layers have: a value outside it is not chance.
 
-    It is three standard deviations around the mean. For means over pairs the deviation is exact
-    except for softening. For other measures, and if it is infinite, it is that of simulated layers,
-    or their extremes if these are wider.
+    Of independent random layers 1 in 1,000 lies below it and 1 in 1,000 above. Both ends are
+    computed by themselves, since the law is skewed: for means over pairs from the angles of two
+    neurons, from simulated layers of few neurons, else from the mean, the deviation (both exact
+    except for softening) and the skewness. For other measures each end is three standard deviations
+    of simulated layers from their mean, or their extreme if that is further.
 
     Args:
         measure: A measure.
@@ -146,25 +163,12 @@ def random_range(measure: Measure, n: int, d: int, groups: int = 1) -> tuple[flo
         >>> low, high = random_range(RieszEnergy(s=2), n=10, d=64)
         >>> low < random_expectation(RieszEnergy(s=2), n=10, d=64) < high, high / low < 1.2
         (True, True)
+        >>> low, high = random_range(RieszEnergy(s=2), n=2, d=64)  # one pair
+        >>> 60 < math.degrees(math.acos(1 - 1 / (2 * high))) < 70  # the smallest angle by chance
+        True
     """
     _check(measure, n, d)
-    expectation = measure.expectation(n, d)
-    deviation = measure.deviation(n, d)
-    mean = math.inf if expectation is None else expectation
-    if math.isfinite(mean) and deviation is not None and math.isfinite(deviation):
-        low = mean - 3.0 * deviation
-        high = mean + 3.0 * deviation
-        part = math.sqrt(1.0 / groups)
-    else:
-        values = _simulated(measure, n, d)
-        mean = float(values.mean())
-        spread = 3.0 * float(values.std())
-        low = min(mean - spread, float(values.amin()))
-        high = max(mean + spread, float(values.amax()))
-        part = math.sqrt(1.0 / groups + 1.0 / len(values))  # the simulated mean is uncertain, too
-        if expectation is not None and math.isinf(expectation):
-            part = 1.0  # a mean over layers is no closer to one value
-    return mean - part * (mean - low), mean + part * (high - mean)
+    return _random_range(measure, n, d, groups)
 
 
 def lower_bound(measure: Measure, n: int, d: int) -> float:
@@ -270,6 +274,80 @@ def score(measure: Measure, value: Tensor, n: int, d: int) -> Tensor:
     if abs(room) <= 1e-6 * max(1.0, abs(level)):
         room = math.nan
     return (value - level) / room
+
+
+@lru_cache(maxsize=1024)
+def _random_range(measure: Measure, n: int, d: int, groups: int) -> tuple[float, float]:
+    deviation = measure.deviation(n, d)
+    if deviation is None:
+        return _range_of_few(measure, n, d, groups)
+    mean = measure.expectation(n, d)
+    assert mean is not None
+    is_finite = math.isfinite(mean) and math.isfinite(deviation)
+    if is_finite and NORMAL_TAIL * deviation <= _NARROW * math.sqrt(groups) * abs(mean):
+        spread = NORMAL_TAIL * deviation / math.sqrt(groups)
+        return mean - spread, mean + spread
+    values = _pair_means(measure, n, d)
+    low, high = ends_of_means(values, groups)
+    if n <= _EMPIRICAL:
+        return low, high
+    if is_finite:
+        ends = ends_by_moments(values, groups, mean=mean, deviation=deviation)
+        low, high = min(low, ends[0]), max(high, ends[1])
+    return low, max(high, _one_close_pair(measure, values, n, d, groups))
+
+
+def _range_of_few(measure: Measure, n: int, d: int, groups: int) -> tuple[float, float]:
+    """The range of a measure that is no mean over pairs, from a few simulated layers."""
+    values = _simulated(measure, n, d)
+    mean = float(values.mean())
+    spread = 3.0 * float(values.std())
+    low = min(mean - spread, float(values.amin()))
+    high = max(mean + spread, float(values.amax()))
+    part = math.sqrt(1.0 / groups + 1.0 / len(values))  # the simulated mean is uncertain, too
+    return mean - part * (mean - low), mean + part * (high - mean)
+
+
+def _pair_means(measure: Measure, n: int, d: int) -> Tensor:
+    """Values of many random layers (n, d) of a mean over pairs, float64; the same at each call."""
+    if n == 2:
+        part = (torch.arange(_MANY, dtype=torch.float64) + 0.5) / _MANY
+        return measure(_pairs_at(angles_at(part, d))).double()
+    draws = min(_MANY, _ENTRIES // n**2)
+    if draws <= _DRAWS:
+        return _simulated(measure, n, d)
+    generator = torch.Generator().manual_seed(n * 65537 + d)
+    values = []
+    for size in torch.arange(draws).split(max(1, _AT_ONCE // (n * n))):
+        layers = random_layers(len(size), n, d, generator)
+        values.append(measure(layers).double())
+    return torch.cat(values)
+
+
+def _one_close_pair(
+    measure: Measure, values: Tensor, n: int, d: int, groups: int
+) -> float:
+    """The value with one pair as close as it is in 1 of 1,000 layers, which few draws do not show.
+
+    Where the kernel grows fast, one pair is what makes a value large.
+    """
+    neurons = n * groups
+    pairs = neurons * (n - 1) / 2
+    part = torch.tensor([min(TAIL / pairs, 0.5), 0.5], dtype=torch.float64)
+    if measure.half_space:
+        part[0] /= 2.0  # a pair is close at either end
+    close, right = measure(_pairs_at(angles_at(part, d))).tolist()
+    share = 1.0 / pairs
+    if measure.half_space:
+        share = 6.0 / (neurons * (2 * n - 1))  # of two neurons it is a third
+    return float(values.median()) + (close - right) * share
+
+
+def _pairs_at(angles: Tensor) -> Tensor:
+    """Two neurons at each of some angles (m,), shape (m, 2, 2)."""
+    first = torch.stack([torch.ones_like(angles), torch.zeros_like(angles)], -1)
+    second = torch.stack([angles.cos(), angles.sin()], -1)
+    return torch.stack([first, second], 1)
 
 
 @lru_cache(maxsize=256)

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from lightning_hsu._checks import listed
 from lightning_hsu._monitor.measure import LayerUniformity
+from lightning_hsu._monitor.text import Verdict, verdict
+from lightning_hsu.measures import Measure
 
-_CLOSE = 0.005  # a ratio this close to 1 is written as 1.00, or one digit beside it
-_SPREAD = (
-    0.5  # score from which neurons are more even than random although their ratio is close to 1
-)
 _FEWEST = 2  # measurements that make an epoch
 
 
@@ -32,11 +30,10 @@ class _Epoch:
     least: float = math.inf
     largest: float = -math.inf
 
-    def note(self, layer: LayerUniformity) -> None:
-        """Note a measurement."""
-        is_spread = layer.score >= _SPREAD  # False for a score of NaN
+    def note(self, layer: LayerUniformity, found: Verdict) -> None:
+        """Note a measurement and its verdict."""
         self.measurements += 1
-        self.is_random &= abs(layer.ratio - 1.0) <= _CLOSE and not is_spread
+        self.is_random &= found == "random"
         self.least = min(self.least, layer.ratio)
         self.largest = max(self.largest, layer.ratio)
 
@@ -52,11 +49,12 @@ class AsRandom:
 
     Example:
         >>> from lightning_hsu._monitor.measure import LayerUniformity
+        >>> from lightning_hsu.measures import RieszEnergy
         >>> layer = LayerUniformity("fc", 1, 64, 512, 0.5, 0.5, 1.001, 0.1, 80.0, 0, 0, True)
         >>> epoch = AsRandom()
         >>> epoch.end_epoch()  # the first one
-        >>> epoch.note([layer], ["fc"])
-        >>> epoch.note([layer], ["fc"])
+        >>> epoch.note([layer], {"fc": RieszEnergy(s=2)})
+        >>> epoch.note([layer], {"fc": RieszEnergy(s=2)})
         >>> epoch.end_epoch()[:46]
         "in a whole epoch layer 'fc' was as random (rat"
     """
@@ -68,19 +66,20 @@ class AsRandom:
         self._has_told_all = False
         self._layers: dict[str, _Epoch] = {}
 
-    def note(self, measured: Sequence[LayerUniformity], penalised: Collection[str]) -> None:
+    def note(self, measured: Sequence[LayerUniformity], penalised: Mapping[str, Measure]) -> None:
         """Note a measurement.
 
         Args:
             measured: The layers.
-            penalised: Names of those with a penalty; the others do not count.
+            penalised: The measures of those with a penalty, by name; the others do not count.
         """
         self.is_crowded = False
         for layer in measured:
             if layer.name not in penalised or not math.isfinite(layer.ratio):
                 continue
-            self.is_crowded |= layer.ratio > 1.0 + _CLOSE
-            self._layers.setdefault(layer.name, _Epoch()).note(layer)
+            found = verdict(layer, penalised[layer.name])
+            self.is_crowded |= found == "above"
+            self._layers.setdefault(layer.name, _Epoch()).note(layer, found)
 
     def end_epoch(self) -> str | None:
         """Begin a new epoch; return what is to be told of the one that ends."""

@@ -10,13 +10,23 @@ from lightning_hsu._engine.change import Change
 from lightning_hsu._engine.layer import Layer
 from lightning_hsu._monitor.measure import LayerUniformity
 from lightning_hsu._monitor.summary import LayerSummary, Summary, coefficient_text, giga_flops
-from lightning_hsu._monitor.text import finding, number, shape_of, table_lines
+from lightning_hsu._monitor.text import (
+    AS_RANDOM,
+    RULE,
+    SCORE,
+    finding,
+    number,
+    score_text,
+    shape_of,
+    table_lines,
+    without_empty,
+)
 from lightning_hsu._neurons.candidates import Skip
 from lightning_hsu.measures.defaults import SHARE_LIMIT
 
 _COLUMNS = ("layer", "neurons x dim", "ratio", "score after", "smallest angle", "dead", "finding")
 _NAMED = 3  # layers that are named of each kind of change
-_NUMBERS = range(2, 6)  # columns of _COLUMNS that are aligned on the right
+_TEXTS = ("layer", "neurons x dim", "finding")  # columns that are aligned on the left
 
 
 class BeforeAfter:
@@ -71,7 +81,17 @@ class BeforeAfter:
             rows.append(self._row(layer, after))
         steps = f"{self._step:,} to {step:,}"
         title = f"Hyperspherical uniformity before and after, optimizer steps {steps}:"
-        return "\n".join([title, *table_lines(rows, right=_NUMBERS)])
+        rows = without_empty(rows, "score after")
+        right = []
+        for place, heading in enumerate(rows[0]):
+            if heading not in _TEXTS:
+                right.append(place)
+        lines = [title, *table_lines(rows, right=right)]
+        if "score after" in rows[0]:
+            lines.append(SCORE)
+        if any(row[-1].startswith(AS_RANDOM) for row in rows):
+            lines.append(RULE)
+        return "\n".join(lines)
 
     def _row(self, layer: Layer, after: LayerUniformity) -> tuple[str, ...]:
         before = self._before[after.name]
@@ -79,7 +99,7 @@ class BeforeAfter:
             after.name,
             shape_of(after.groups, after.neurons, after.dimension),
             f"{_ratio(before.ratio)} -> {_ratio(after.ratio)}",
-            number(after.score, 2),
+            score_text(after.score),
             f"{number(before.min_angle, 1)} -> {number(after.min_angle, 1)}",
             f"{after.dead:,}",
             finding(after, layer.measure),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
+from typing import Literal
 
 from lightning_hsu._monitor.measure import LayerUniformity
 from lightning_hsu._neurons.candidates import Skip
@@ -13,12 +14,22 @@ from lightning_hsu.reference import random_range
 AS_RANDOM = "as random"
 """What a finding begins with where a layer is no more uniform or crowded than random neurons."""
 
+RULE = "as random: within 1 % of random, or where 998 of 1,000 random layers are"
+"""A line under each table with such findings."""
+
+SCORE = "score: 0 as random, 1 the bound that no arrangement can beat; - if it is below 0"
+"""A line under each table with scores."""
+
+Verdict = Literal["above", "random", "below", "unknown"]
+
 _CLOSE = 0.01  # a ratio this close to 1 counts as random, however many neurons there are
 _SPREAD = 0.5
 """Score at which neurons are called more even than random although their ratio is close to 1.
 
 In many dimensions the ratio is always close to 1.
 """
+_ERRORS = 3.0  # standard errors by which an estimated energy may be wrong
+_ROUNDING = 1e-6  # of a score at the bound
 
 
 def finding(
@@ -33,8 +44,8 @@ def finding(
         similar: Near-duplicate pairs, where they were counted.
 
     Returns:
-        A text such as "1.42x random, 11 near-duplicate pairs, 3 dead"; "as random" if the ratio is
-        within 1 % of 1 or within the range of random layers of this shape.
+        A text such as "1.42x random, 11 near-duplicate pairs, 3 dead"; it begins with "as random"
+        where that is the verdict.
     """
     words = [_beside_random(layer, measure)]
     if similar:
@@ -48,18 +59,41 @@ def finding(
     return ", ".join(words)
 
 
+def verdict(layer: LayerUniformity, measure: Measure) -> Verdict:
+    """Compare a layer with random neurons.
+
+    Args:
+        layer: Its numbers.
+        measure: The measure they come from.
+
+    Returns:
+        "random" if the ratio is within 1 % of 1, or the energy (give or take three standard errors
+        if it is an estimate) within the range that all but 1 in 1,000 random layers of this shape
+        at either end have. Else "above" if the layer is more redundant, "below" if it is more even.
+        A score of 0.5 is more even however close the ratio is. "unknown" without a finite ratio.
+    """
+    if not math.isfinite(layer.ratio):
+        return "unknown"
+    is_spread = layer.score >= _SPREAD  # False for a score of NaN
+    is_close = abs(layer.ratio - 1.0) <= _CLOSE
+    if (is_close and not is_spread) or _within_random(layer, measure):
+        return "random"
+    if layer.ratio > 1.0:
+        return "above"
+    return "below"
+
+
 def _beside_random(layer: LayerUniformity, measure: Measure) -> str:
     """Say how the ratio compares with random neurons, or why there is no ratio."""
-    if not math.isfinite(layer.ratio):
+    found = verdict(layer, measure)
+    if found == "unknown":
         return _no_ratio(layer)
-    close = abs(layer.ratio - 1.0) <= _CLOSE
-    spread = layer.score >= _SPREAD  # False for a score of NaN
-    if (close and not spread) or _within_random(layer, measure):
+    if found == "random":
         return AS_RANDOM
-    if layer.ratio > 1.0:
+    if found == "above":
         digits = 2 if layer.ratio < 100 else 0
         return f"{number(layer.ratio, digits)}x random"
-    if close:
+    if layer.ratio >= 1.0 - _CLOSE:
         return f"more even than random (score {layer.score:.2f})"
     return f"more even than random ({layer.ratio:.2f}x)"
 
@@ -80,7 +114,20 @@ def _within_random(layer: LayerUniformity, measure: Measure) -> bool:
     """Return whether the energy is one that random layers of this shape have."""
     alive = round(layer.neurons - (layer.dead + layer.nonfinite) / layer.groups)
     low, high = random_range(measure, alive, layer.dimension, layer.groups)
-    return low <= layer.energy <= high
+    error = _ERRORS * layer.standard_error
+    return low - error <= layer.energy <= high + error
+
+
+def score_text(score: float) -> str:
+    """A score for a table: only between 0 and 1, since below 0 it has no bound and says nothing.
+
+    Example:
+        >>> score_text(0.284), score_text(-8179.0), score_text(1.0 + 1e-9)
+        ('0.28', '-', '1.00')
+    """
+    if 0.0 <= score <= 1.0 + _ROUNDING:
+        return number(score, 2)
+    return "-"
 
 
 def counted(count: int, noun: str) -> str:
@@ -135,6 +182,19 @@ def skip_line(skip: Skip) -> str:
 def weight_shape(skip: Skip) -> str:
     """The shape of a weight that is left out, such as "1000 x 64"."""
     return " x ".join(map(str, skip.shape))
+
+
+def without_empty(rows: Sequence[tuple[str, ...]], heading: str) -> list[tuple[str, ...]]:
+    """Rows of a table, the first being the headings, without a column that has "-" everywhere.
+
+    Example:
+        >>> without_empty([("layer", "score"), ("fc", "-")], "score")
+        [('layer',), ('fc',)]
+    """
+    place = rows[0].index(heading)
+    if any(row[place] != "-" for row in rows[1:]):
+        return list(rows)
+    return [row[:place] + row[place + 1 :] for row in rows]
 
 
 def column_widths(rows: Sequence[Sequence[str]]) -> list[int]:
