@@ -318,15 +318,14 @@ def _pair_means(measure: Measure, n: int, d: int) -> Tensor:
         return _simulated(measure, n, d)
     generator = torch.Generator().manual_seed(n * 65537 + d)
     values = []
-    for size in torch.arange(draws).split(max(1, _AT_ONCE // (n * n))):
-        layers = random_layers(len(size), n, d, generator)
+    at_once = max(1, _AT_ONCE // n**2)
+    for start in range(0, draws, at_once):
+        layers = random_layers(min(at_once, draws - start), n, d, generator)
         values.append(measure(layers).double())
     return torch.cat(values)
 
 
-def _one_close_pair(
-    measure: Measure, values: Tensor, n: int, d: int, groups: int
-) -> float:
+def _one_close_pair(measure: Measure, values: Tensor, n: int, d: int, groups: int) -> float:
     """The value with one pair as close as it is in 1 of 1,000 layers, which few draws do not show.
 
     Where the kernel grows fast, one pair is what makes a value large.
@@ -336,7 +335,7 @@ def _one_close_pair(
     part = torch.tensor([min(TAIL / pairs, 0.5), 0.5], dtype=torch.float64)
     if measure.half_space:
         part[0] /= 2.0  # a pair is close at either end
-    close, right = measure(_pairs_at(angles_at(part, d))).tolist()
+    close, right = map(float, measure(_pairs_at(angles_at(part, d))))
     share = 1.0 / pairs
     if measure.half_space:
         share = 6.0 / (neurons * (2 * n - 1))  # of two neurons it is a third

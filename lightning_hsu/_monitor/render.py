@@ -74,12 +74,12 @@ class View:
         """The view as lines of at most 80 columns."""
         lines: list[str] = []
         for line in self.above:
-            lines += _wrap(line)
+            lines += wrapped(line)
         if self.rows:
             lines += ["", *_table(self), ""]
         for line in self.below:
-            lines += _wrap(line)
-        return "\n".join(lines).replace(_WIDE, "").replace(NO_BREAK, " ")
+            lines += wrapped(line)
+        return "\n".join(lines).replace(_WIDE, "")
 
     def html(self) -> str:
         """The view for a notebook, in the colors of the page, so that it can be light or dark."""
@@ -107,23 +107,24 @@ def printable(text: str) -> str:
 # Text.
 
 
-def _wrap(line: Line) -> list[str]:
+def wrapped(line: Line) -> list[str]:
     """A line as one or several, each at most as wide as the text; none if it is empty."""
-    words = [_shorten(word, WIDTH - line.hanging) for word in line.text.split(" ")]
-    return textwrap.wrap(
+    words = [shorten(word, WIDTH - line.hanging) for word in line.text.split(" ")]
+    lines = textwrap.wrap(
         " ".join(words),
         WIDTH,
         initial_indent=" " * line.indent,
         subsequent_indent=" " * line.hanging,
         break_on_hyphens=False,
     )
+    return [one.replace(NO_BREAK, " ") for one in lines]
 
 
-def _shorten(text: str, width: int) -> str:
+def shorten(text: str, width: int) -> str:
     """Cut a text in its middle, so that both ends can be read.
 
     Example:
-        >>> _shorten("encoder.layers.0.attention.query", 20)
+        >>> shorten("encoder.layers.0.attention.query", 20)
         'encoder.l...on.query'
     """
     if len(text) <= width:
@@ -154,9 +155,9 @@ def _table(view: View) -> list[str]:
             cells += [[*[""] * len(values), other] for other in others]
         else:
             cells.append(values)
-            below[len(cells)] = _wrap(Line(row.remarks, indent=4))
+            below[len(cells)] = wrapped(Line(row.remarks, indent=4))
         if i == view.hidden_at:
-            below.setdefault(len(cells), []).extend(_wrap(Line(view.hidden)))
+            below.setdefault(len(cells), []).extend(wrapped(Line(view.hidden)))
     right = [i for i, title in enumerate(heading) if title == GIGA]
     title, rule, *rows = table_lines(cells, right=right)
     lines = [title, rule]
@@ -214,7 +215,7 @@ def _fitting_name(row: Row, width: int) -> str:
     for name in row.names:
         if len(name) <= room:
             return name + row.count
-    return _shorten(row.names[-1], room) + row.count
+    return shorten(row.names[-1], room) + row.count
 
 
 # HTML.

@@ -235,7 +235,7 @@ def _view(summary: Summary) -> View:
         usual = of_head if layer.is_head else common
         cells.append(_cells(layer, usual, with_coefficient=_COEFFICIENT in columns))
     rows, hidden = _rows(layers, cells, columns)
-    below = [*_about_layers(summary), *_about_skips(summary), _coverage_line(summary)]
+    below = [*_about_layers(summary), *lines_about_skips(summary.skipped), _coverage_line(summary)]
     return View(above, columns, rows, hidden, _FIRST_ROWS, below)
 
 
@@ -391,17 +391,21 @@ def _about_layers(summary: Summary) -> list[Line]:
         if frozen == len(layers) > 1:
             count = f"all {count}"
         lines.append(Line(f"{count} frozen: measured once, no penalty {until}"))
-    noted = [layer for layer in layers if layer.note]
-    names = [layer.name for layer in noted]
-    for text, members in fold_texts(names, [layer.note for layer in noted]):
+    return lines + lines_about_notes([(layer.name, layer.note) for layer in layers if layer.note])
+
+
+def lines_about_notes(notes: Sequence[tuple[str, str]]) -> list[Line]:
+    """What one should know of layers: pairs of a name and a note, folded where notes are alike."""
+    names = [name for name, _ in notes]
+    lines = []
+    for text, members in fold_texts(names, [note for _, note in notes]):
         patterns = _unbroken(fold_names([names[i] for i in members]))
         lines.append(Line(f"note: {patterns}: {text}"))
     return lines
 
 
-def _about_skips(summary: Summary) -> list[Line]:
+def lines_about_skips(skips: Sequence[Skip]) -> list[Line]:
     """The weights that are not measured, by reason."""
-    skips = summary.skipped
     if not skips:
         return []
     lines = [Line(f"not measured ({len(skips):,}):")]

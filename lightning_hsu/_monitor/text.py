@@ -17,7 +17,7 @@ AS_RANDOM = "as random"
 RULE = "as random: within 1 % of random, or where 998 of 1,000 random layers are"
 """A line under each table with such findings."""
 
-SCORE = "score: 0 as random, 1 the bound that no arrangement can beat; - if it is below 0"
+SCORE = "score: 0 as random, 1 the best that there can be; - where it is below 0"
 """A line under each table with scores."""
 
 Verdict = Literal["above", "random", "below", "unknown"]
@@ -47,7 +47,9 @@ def finding(
         A text such as "1.42x random, 11 near-duplicate pairs, 3 dead"; it begins with "as random"
         where that is the verdict.
     """
-    words = [_beside_random(layer, measure)]
+    words = []
+    if not (layer.nonfinite and math.isnan(layer.ratio)):  # what is broken says why
+        words.append(_beside_random(layer, measure))
     if similar:
         words.append(counted(similar, "near-duplicate pair"))
     if dead is None:
@@ -70,9 +72,9 @@ def verdict(layer: LayerUniformity, measure: Measure) -> Verdict:
         "random" if the ratio is within 1 % of 1, or the energy (give or take three standard errors
         if it is an estimate) within the range that all but 1 in 1,000 random layers of this shape
         at either end have. Else "above" if the layer is more redundant, "below" if it is more even.
-        A score of 0.5 is more even however close the ratio is. "unknown" without a finite ratio.
+        A score of 0.5 is more even however close the ratio is. "unknown" without a ratio.
     """
-    if not math.isfinite(layer.ratio):
+    if math.isnan(layer.ratio):
         return "unknown"
     is_spread = layer.score >= _SPREAD  # False for a score of NaN
     is_close = abs(layer.ratio - 1.0) <= _CLOSE
@@ -90,6 +92,8 @@ def _beside_random(layer: LayerUniformity, measure: Measure) -> str:
         return _no_ratio(layer)
     if found == "random":
         return AS_RANDOM
+    if math.isinf(layer.ratio):
+        return "infinitely above random"
     if found == "above":
         digits = 2 if layer.ratio < 100 else 0
         return f"{number(layer.ratio, digits)}x random"
@@ -103,8 +107,6 @@ def _no_ratio(layer: LayerUniformity) -> str:
     alive = layer.groups * layer.neurons - layer.dead - layer.nonfinite
     if alive <= layer.groups:
         return "fewer than two live neurons"
-    if layer.nonfinite:
-        return "broken"
     if layer.groups == 1:
         return "no random reference"
     return "a group with fewer than two live neurons"

@@ -24,7 +24,7 @@ from lightning_hsu.report.analysis import look_at
 from lightning_hsu.report.checkpoints import read_weights
 from lightning_hsu.report.data import ReportData
 from lightning_hsu.report.page import report_page
-from lightning_hsu.report.tables import plain, report_table
+from lightning_hsu.report.tables import plain, report_table, short, table_html, verdicts
 
 Source = nn.Module | Mapping[str, Tensor] | str | Path
 Progress = Callable[[str, float], None]
@@ -45,7 +45,33 @@ class Report(ReportData):
 
     def __str__(self) -> str:
         """The table, in plain text."""
-        return plain(report_table(self))
+        return self.table()
+
+    def __repr__(self) -> str:
+        """What was read and how many layers are above random, in one line."""
+        return f"<Report on {short(self.source)}: {verdicts(self.layers)}>"
+
+    def _repr_html_(self) -> str:
+        """The table, for a notebook."""
+        return table_html(report_table(self), self.source)
+
+    def table(self, top: int | None = None) -> str:
+        """The table, in plain text.
+
+        Args:
+            top: How many layers to show, the worst first; None shows all in the model's order.
+
+        Raises:
+            ValueError: if top is not an int of at least 1.
+
+        Example:
+            >>> found = report(nn.Sequential(nn.Linear(9, 8), nn.Linear(8, 8), nn.Linear(8, 4)))
+            >>> "not shown: 2 of 3 layers" in found.table(top=1)
+            True
+        """
+        if top is not None:
+            check_count("top", top, 1)
+        return plain(report_table(self, top))
 
     def to_html(self) -> str:
         """The report as one page: no script, nothing to load."""

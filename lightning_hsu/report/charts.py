@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_hsu._core import expected_angles
 from lightning_hsu._monitor.text import number
-from lightning_hsu.report.data import LayerReport, known_ratios
+from lightning_hsu.report.data import LayerComparison, LayerReport, known_ratios
 from lightning_hsu.report.svg import Axis, circle, figure, line, path, place, short, text
 
 _WIDTH, _HEIGHT = 360, 240  # of a figure of one layer, in pixels
@@ -40,24 +40,58 @@ def ratio_chart(layers: Sequence[LayerReport]) -> str:
     """
     axis = ratio_axis(layers)
     marks = []
-    for tick in axis.ticks():
-        marks.append(line("0", axis(tick), "100%", axis(tick), "grid"))
-    for tick in axis.ticks():
-        marks.append(text(-8, axis(tick) + 4, short(tick), end="end"))
-    marks.append(line("0", axis(1.0), "100%", axis(1.0), "random"))
-    radius = 4.5 if len(layers) <= 60 else 3.0
+    radius = _radius(len(layers))
     for i, layer in enumerate(layers):
         if not math.isnan(layer.ratio):
             part = (i + 0.5) / len(layers)
             marks.append(_dot(i, layer, part, axis, radius))
-    marks.append(text("100%", axis(1.0) + 17, "as random", end="end", kind="halo"))
-    marks += _names_of_highest(layers, axis)
+    names = _names_of_highest(layers, axis)
     count = len(known_ratios(layers))
-    label = escape(f"Ratio of {count} layers in the model's order; 1 is as random")
+    label = f"Ratio of {count} layers in the model's order; 1 is as random"
+    return _ratio_figure(label, axis, marks, names)
+
+
+def change_chart(layers: Sequence[LayerComparison]) -> str:
+    """Ratios before, as rings, and after, as dots, by layer; each a link to its layer."""
+    axis = change_axis(layers)
+    radius = _radius(len(layers))
+    marks = []
+    count = 0
+    for i, one in enumerate(layers):
+        if not math.isnan(one.after.ratio):
+            count += 1
+            marks.append(_change_mark(i, one, (i + 0.5) / len(layers), axis, radius))
+    names = _names_of_highest([one.after for one in layers], axis)
+    label = f"Ratio of {count} layers before and after, in the model's order; 1 is as random"
+    return _ratio_figure(label, axis, marks, names)
+
+
+def change_axis(layers: Sequence[LayerComparison]) -> Axis:
+    """The axis of :func:`change_chart`."""
+    return ratio_axis([*(one.before for one in layers), *(one.after for one in layers)])
+
+
+def _ratio_figure(label: str, axis: Axis, marks: Sequence[str], names: Sequence[str]) -> str:
+    """A chart of ratios as wide as the page: a grid, the line of random neurons, marks, names."""
+    parts = []
+    for tick in axis.ticks():
+        parts.append(line("0", axis(tick), "100%", axis(tick), "grid"))
+    for tick in axis.ticks():
+        parts.append(text(-8, axis(tick) + 4, short(tick), end="end"))
+    parts.append(line("0", axis(1.0), "100%", axis(1.0), "random"))
+    parts += marks
+    parts.append(text("100%", axis(1.0) + 17, "as random", end="end", kind="halo"))
+    parts += names
+    label = escape(label)
     return (
         f'<svg class="wide" height="{_RATIO_HEIGHT}" role="group" aria-label="{label}">'
-        f"<title>{label}</title>{''.join(marks)}</svg>"
+        f"<title>{label}</title>{''.join(parts)}</svg>"
     )
+
+
+def _radius(count: int) -> float:
+    """The radius of the dots of so many layers."""
+    return 4.5 if count <= 60 else 3.0
 
 
 def ratio_axis(layers: Sequence[LayerReport]) -> Axis:
@@ -87,6 +121,24 @@ def _dot(i: int, layer: LayerReport, part: float, axis: Axis, radius: float) -> 
     return (
         f'<a href="#layer-{i}" tabindex="-1" aria-label="{label}">'
         f"<title>{label}</title>{stem}{dot}</a>"
+    )
+
+
+def _change_mark(i: int, one: LayerComparison, part: float, axis: Axis, radius: float) -> str:
+    """The ring and the dot of one layer at a part of the chart's width, joined by a line."""
+    at = f"{100 * part:.2f}%"
+    height = axis(one.after.ratio)
+    kind = _kind(one.after)
+    before = number(one.before.ratio, 3)
+    label = escape(f"{one.after.name}: {before} to {number(one.after.ratio, 3)}")
+    ring = ""
+    if not math.isnan(one.before.ratio):
+        start = axis(one.before.ratio)
+        ring = line(at, start, at, height, f"stem {kind}")
+        ring += circle(at, start, radius, f"{_kind(one.before)} ring")
+    return (
+        f'<a href="#layer-{i}" tabindex="-1" aria-label="{label}">'
+        f"<title>{label}</title>{ring}{circle(at, height, radius, kind)}</a>"
     )
 
 

@@ -7,14 +7,17 @@ import ast
 import inspect
 import math
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from lightning_hsu import measures
+from lightning_hsu._monitor.render import shorten
 from lightning_hsu._monitor.text import number
 from lightning_hsu._neurons.how import How
 from lightning_hsu._neurons.select import Head
@@ -23,13 +26,31 @@ from lightning_hsu.report.build import Progress, Report, report
 from lightning_hsu.report.checkpoints import printable
 from lightning_hsu.report.comparison import Comparison, compare
 from lightning_hsu.report.data import LayerReport
-from lightning_hsu.report.tables import comparison_table, pair_lines, report_table, show
+from lightning_hsu.report.tables import Table, comparison_table, pair_lines, report_table, show
 
 # Exit codes.
 _FAILED = 1
 _BROKEN = 2
 _INTERRUPTED = 128 + 2  # by SIGINT
 _PIPE_CLOSED = 128 + 13  # SIGPIPE
+
+_LONGEST_WORD = 200  # characters of what a user or a file says, in an error
+_LONGEST_LINE = 2000
+_LONGEST_MEASURE = 300
+_SHOWN_MEASURE = 80
+_MOST_PAIRS = 1_000_000
+_LONGEST_LAYER = 24  # columns of a layer's name beside the progress bar
+
+# What is written for Python, and the same for the command line.
+_OPTIONS = (
+    (r"neurons=\{'([^']*)': '?(rows|columns|[0-9]+)'?\}", r"--neurons '\1=\2'"),
+    (r"\b(include|exclude|head)=('[^']*')", r"--\1 \2"),
+    (r"\bhead=None\b", "--head none"),
+    (r"\bkey=('[^']*')", r"--key \1"),
+    (r" with --key or key=", " with --key"),
+    (r"\b(include|exclude|head|neurons|measure|key)=", r"--\1 "),
+    (r"\bsimilar_above must\b", "--similar-above must"),
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -48,7 +69,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _PIPE_CLOSED
     except (OSError, ValueError, TypeError, ModuleNotFoundError) as error:
-        _complain(str(error))
+        _complain(in_options(str(error)))
+        return _BROKEN
+    except (MemoryError, RecursionError):
+        _complain("what is asked for is too large for this machine")
         return _BROKEN
     except KeyboardInterrupt:
         return _INTERRUPTED
@@ -57,10 +81,42 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _BROKEN
 
 
+def in_options(text: str) -> str:
+    """A text about arguments in Python as one about options of the command line.
+
+    Example:
+        >>> in_options("'a' is no layer; head=None switches it off; or neurons={'W': 'columns'}")
+        "'a' is no layer; --head none switches it off; or --neurons 'W=columns'"
+    """
+    for pattern, options in _OPTIONS:
+        text = re.sub(pattern, options, text)
+    return text
+
+
 def _complain(message: str) -> None:
-    """Print an error without control characters, since it may quote a file."""
-    lines = [printable(line) for line in message.split("\n")]
-    print("lightning-hsu: " + "\n".join(lines), file=sys.stderr)
+    """Print an error, without control characters and not too long, since it may quote a file."""
+    print("lightning-hsu: " + bounded(message), file=sys.stderr)
+
+
+def bounded(message: str) -> str:
+    """A message whose words and lines are not too long, without control characters.
+
+    Example:
+        >>> len(bounded("no layer " + 5000 * "a"))
+        209
+    """
+    lines = []
+    for line in message.split("\n"):
+        words = [shorten(printable(word), _LONGEST_WORD) for word in line.split(" ")]
+        lines.append(shorten(" ".join(words), _LONGEST_LINE))
+    return "\n".join(lines)
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are not too long."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(bounded(message))
 
 
 def parse_measure(text: str) -> Measure:
@@ -77,12 +133,15 @@ def parse_measure(text: str) -> Measure:
         >>> parse_measure("KoLeo"), parse_measure("GaussianPotential(t=3)")
         (KoLeo(softening=0.01), GaussianPotential(t=3, half_space=False))
     """
+    shown = shorten(repr(text), _SHOWN_MEASURE)
+    if len(text) > _LONGEST_MEASURE:
+        raise ValueError(f"cannot make a measure of so many characters ({len(text):,}): {shown}")
     try:
         return _measure_of(ast.parse(text.strip(), mode="eval").body)
-    except (SyntaxError, ValueError, TypeError) as error:
+    except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError) as error:
         raise ValueError(
-            f"cannot make a measure of {text!r}, such as 'RieszEnergy(s=1, half_space=True)': "
-            f"{error}"
+            f"cannot make a measure of {shown}, such as 'RieszEnergy(s=1, half_space=True)': "
+            f"{shorten(str(error), _LONGEST_MEASURE)}"
         ) from error
 
 
@@ -112,10 +171,16 @@ def _measures() -> dict[str, Callable[..., Measure]]:
     return found
 
 
+def _version() -> str:
+    """The version of the package."""
+    return str(sys.modules["lightning_hsu"].__version__)  # it is above this room
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="lightning-hsu", description="See which layers of a network are redundant."
     )
+    parser.add_argument("--version", action="version", version=f"lightning-hsu {_version()}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     one = commands.add_parser(
         "report", help="compare each layer of a checkpoint with random neurons"
@@ -132,6 +197,12 @@ def _parser() -> argparse.ArgumentParser:
         help="list the N nearest near-duplicate pairs of each layer",
     )
     one.add_argument(
+        "--top",
+        metavar="N",
+        type=_top,
+        help="show only the N worst layers in the table: the broken ones, then by ratio",
+    )
+    one.add_argument(
         "--fail-above",
         metavar="RATIO",
         type=_limit,
@@ -141,6 +212,7 @@ def _parser() -> argparse.ArgumentParser:
     two = commands.add_parser("compare", help="show what moved between two checkpoints")
     two.add_argument("before")
     two.add_argument("after")
+    two.add_argument("--html", metavar="FILE", help="write a page with a chart and the table")
     two.set_defaults(run=_compare)
     for command in (one, two):
         _add_common(command)
@@ -243,8 +315,16 @@ def _way(text: str) -> tuple[str, How]:
 
 
 def _count(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"the number of pairs must be 0 or more; got {text}")
+    if not text.isdecimal() or len(text) > 9 or int(text) > _MOST_PAIRS:
+        raise argparse.ArgumentTypeError(
+            f"the number of pairs must be 0 or more, and at most {_MOST_PAIRS:,}; got {text}"
+        )
+    return int(text)
+
+
+def _top(text: str) -> int:
+    if not text.isdecimal() or len(text) > 9 or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"the number of layers must be 1 or more; got {text}")
     return int(text)
 
 
@@ -259,8 +339,6 @@ def _limit(text: str) -> float:
 
 
 def _report(given: argparse.Namespace) -> int:
-    if given.html == "-":
-        raise ValueError("--html needs the name of a file; only --json takes -")
     _check_writable(given.html, given.json, keep=[given.checkpoint])
     keep = max(100, given.pairs)
     with _progress() as progress:
@@ -272,7 +350,7 @@ def _report(given: argparse.Namespace) -> int:
         found.write_html(given.html)
     _write_json(found, given.json)
     if given.json != "-":
-        show(report_table(found))
+        _show(report_table(found, given.top))
         if given.pairs > 0:
             print("\n".join(pair_lines(found, given.pairs)))
     return code
@@ -298,18 +376,30 @@ def _judge(found: Report, limit: float) -> int:
 
 
 def _compare(given: argparse.Namespace) -> int:
-    _check_writable(given.json, keep=[given.before, given.after])
+    _check_writable(given.html, given.json, keep=[given.before, given.after])
     with _progress() as progress:
         found = compare(given.before, given.after, **_settings(given), progress=progress)
+    if given.html:
+        found.write_html(given.html)
     _write_json(found, given.json)
     if given.json != "-":
-        show(comparison_table(found))
+        _show(comparison_table(found))
     return 0
 
 
-def _check_writable(*paths: str | None, keep: Sequence[str]) -> None:
+def _show(table: Table) -> None:
+    """Print a table whose notes speak of options."""
+    show(replace(table, below=[in_options(line) for line in table.below]))
+
+
+def _check_writable(html: str | None, json: str | None, *, keep: Sequence[str]) -> None:
     """Refuse, before the work, output files that cannot be written or are also read."""
-    for name in paths:
+    if html == "-":
+        raise ValueError("--html needs the name of a file; only --json takes -")
+    names = [html, None if json == "-" else json]
+    if html and json and Path(html).resolve() == Path(json).resolve():
+        raise ValueError(f"--html and --json name the same file: {html}")
+    for name in names:
         if not name:
             continue
         path = Path(name)
@@ -333,13 +423,20 @@ def _write_json(found: Report | Comparison, path: str | None) -> None:
 def _progress() -> Iterator[Progress | None]:
     """A progress bar of rich in a terminal, removed when the work is done.
 
-    It also shows the time, since the bar may stand still within a large layer.
+    It shows the time that has passed and the time that is left, both of all layers.
     """
     try:
         from rich.console import Console
         from rich.markup import escape
+        from rich.progress import (
+            BarColumn,
+            SpinnerColumn,
+            TaskProgressColumn,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
         from rich.progress import Progress as Bars
-        from rich.progress import SpinnerColumn, TimeElapsedColumn
     except ModuleNotFoundError:
         yield None
         return
@@ -347,12 +444,21 @@ def _progress() -> Iterator[Progress | None]:
     if not console.is_terminal:
         yield None
         return
-    columns = (SpinnerColumn(), *Bars.get_default_columns(), TimeElapsedColumn())
-    with Bars(*columns, console=console, transient=True) as bars:
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=14),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Bars(*columns, console=console, transient=True, speed_estimate_period=600) as bars:
         task = bars.add_task("reading", total=1.0)
 
         def show_progress(name: str, part: float) -> None:
-            bars.update(task, description=escape(name), completed=part)
+            shown = escape(shorten(name, _LONGEST_LAYER))
+            bars.update(task, description=shown, completed=part)
 
         yield show_progress
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from lightning_hsu._core import unit_rows, with_float64
+from lightning_hsu._monitor.render import shorten
+from lightning_hsu._monitor.text import counted
 from lightning_hsu._neurons.candidates import NeuronSet
 from lightning_hsu._neurons.how import Neurons
 from lightning_hsu._neurons.patterns import Patterns
@@ -22,8 +26,12 @@ from lightning_hsu.report.build import (
     find_targets,
     look_at_all,
 )
+from lightning_hsu.report.comparison_page import comparison_page
 from lightning_hsu.report.data import ComparisonData, LayerComparison
-from lightning_hsu.report.tables import comparison_table, plain
+from lightning_hsu.report.tables import comparison_table, plain, short, table_html
+
+_NAMED = 5  # names of each network in an error
+_LONGEST_NAME = 40
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,6 +44,7 @@ class Comparison(ComparisonData):
         layers: The layers that both have, in the order of the second.
         only_before: Names of layers that only the first has.
         only_after: Names of layers that only the second has.
+        prefixes: What all names of the first and of the second begin with and were matched without.
     """
 
     before: Report
@@ -44,6 +53,24 @@ class Comparison(ComparisonData):
     def __str__(self) -> str:
         """The table, in plain text."""
         return plain(comparison_table(self))
+
+    def __repr__(self) -> str:
+        """What was compared, in one line."""
+        names = f"{short(self.before.source)} and {short(self.after.source)}"
+        return f"<Comparison of {names}: {counted(len(self.layers), 'layer')} in both>"
+
+    def _repr_html_(self) -> str:
+        """The table, for a notebook."""
+        title = f"{self.before.source} -> {self.after.source}"
+        return table_html(comparison_table(self), title)
+
+    def to_html(self) -> str:
+        """The comparison as one page: no script, nothing to load."""
+        return comparison_page(self)
+
+    def write_html(self, path: str | Path) -> None:
+        """Write :meth:`to_html` to a file."""
+        Path(path).write_text(self.to_html(), encoding="utf-8")
 
 
 def compare(
@@ -61,9 +88,11 @@ def compare(
 ) -> Comparison:
     """Compare two networks, or one network at two times, layer by layer.
 
-    Layers are matched by name, and neurons by index. Both are measured in the same space: a layer
-    that both networks have counts as the class head only if it is the head of both. So the last
-    layer of a network stored without its head, for example, does not count as one.
+    Layers are matched by name, and neurons by index. Where all names of one network begin with the
+    same parts, such as "model.", names are matched without them if more layers match so. Both are
+    measured in the same space: a layer that both networks have counts as the class head only if it
+    is the head of both. So the last layer of a network stored without its head, for example, does
+    not count as one.
 
     Args:
         before: The first network: a model, a state dict or a file.
@@ -91,19 +120,74 @@ def compare(
     """
     first = find_targets(before, include, exclude, head, key, neurons)
     second = find_targets(after, include, exclude, head, key, neurons)
-    first, second = _in_space_of(first, second), _in_space_of(second, first)
+    prefixes = _prefixes(_names(first), _names(second))
+    ours, theirs = _by_key(first, prefixes[0]), _by_key(second, prefixes[1])
+    first, second = _in_one_space(first, second, ours, theirs)
     earlier = look_at_all(first, measure, similar_above, progress=_half(progress, 0))
     later = look_at_all(second, measure, similar_above, progress=_half(progress, 1))
-    layers = _matched(earlier, later, first, second)
+    layers = []
+    for key, j in theirs.items():
+        if key in ours:
+            i = ours[key]
+            moved = _moved(first.targets[i].neurons(), second.targets[j].neurons())
+            layers.append(LayerComparison(earlier.layers[i], later.layers[j], moved))
     if not layers:
-        names_before = ", ".join(_names(earlier)[:5])
-        names_after = ", ".join(_names(later)[:5])
         raise ValueError(
-            f"no layer has the same name in both: {names_before}, ... and {names_after}, ..."
+            f"no layer has the same name in both: {_few(_names(first))}, ... and "
+            f"{_few(_names(second))}, ..."
         )
-    only_before = _only_in(earlier, later)
-    only_after = _only_in(later, earlier)
-    return Comparison(earlier, later, tuple(layers), only_before, only_after)
+    return Comparison(
+        before=earlier,
+        after=later,
+        layers=tuple(layers),
+        only_before=_only_in(first, ours, theirs),
+        only_after=_only_in(second, theirs, ours),
+        prefixes=prefixes,
+    )
+
+
+def _prefixes(first: Sequence[str], second: Sequence[str]) -> tuple[str, str]:
+    """What all names of one network and of the other begin with, so that most are the same without.
+
+    Example:
+        >>> _prefixes(["model.fc", "model.stem"], ["fc", "stem", "head"])
+        ('model.', '')
+        >>> _prefixes(["fc", "stem"], ["fc", "head"])
+        ('', '')
+    """
+    best = ("", "")
+    most = -1
+    for start in _common_starts(first):
+        bare = {name.removeprefix(start) for name in first}
+        for other_start in _common_starts(second):
+            matches = sum(name.removeprefix(other_start) in bare for name in second)
+            if matches > most:
+                best = (start, other_start)
+                most = matches
+    return best
+
+
+def _common_starts(names: Sequence[str]) -> list[str]:
+    """Dotted parts that all names begin with, the shortest first: none, "a.", "a.b." and so on."""
+    starts = [""]
+    if not names:
+        return starts
+    first, last = min(names).split("."), max(names).split(".")
+    start = ""
+    for one, other in zip(first[:-1], last[:-1], strict=False):
+        start += f"{one}."
+        if one != other or not all(name.startswith(start) for name in names):
+            break
+        starts.append(start)
+    return starts
+
+
+def _by_key(found: FoundTargets, prefix: str) -> dict[str, int]:
+    """The places of a network's layers by their name without a prefix."""
+    places = {}
+    for i, target in enumerate(found.targets):
+        places[target.name.removeprefix(prefix)] = i
+    return places
 
 
 def _half(progress: Progress | None, i: int) -> Progress | None:
@@ -117,15 +201,26 @@ def _half(progress: Progress | None, i: int) -> Progress | None:
     return half
 
 
-def _in_space_of(found: FoundTargets, other: FoundTargets) -> FoundTargets:
-    """The neurons of a network, in the same space as layers of the same name in another network."""
-    others = {target.name: target for target in other.targets}
-    targets = []
-    for target in found.targets:
-        if target.name in others:
-            target = replace(target, head=_full_space(target, others[target.name]))
-        targets.append(target)
-    return found._replace(targets=targets)
+def _in_one_space(
+    first: FoundTargets, second: FoundTargets, ours: Mapping[str, int], theirs: Mapping[str, int]
+) -> tuple[FoundTargets, FoundTargets]:
+    """The neurons of two networks, with each layer that both have in the same space.
+
+    Args:
+        first: One network.
+        second: The other.
+        ours: The places of the layers of the first by their common names.
+        theirs: Those of the second.
+    """
+    earlier = list(first.targets)
+    later = list(second.targets)
+    for key, j in theirs.items():
+        if key in ours:
+            i = ours[key]
+            is_full = _full_space(earlier[i], later[j])
+            earlier[i] = replace(earlier[i], head=is_full)
+            later[j] = replace(later[j], head=is_full)
+    return first._replace(targets=earlier), second._replace(targets=later)
 
 
 def _full_space(one: NeuronSet, other: NeuronSet) -> bool:
@@ -133,30 +228,24 @@ def _full_space(one: NeuronSet, other: NeuronSet) -> bool:
     return (one.head and other.head) or 2 in (one.shape[1], other.shape[1])
 
 
-def _matched(
-    earlier: Report, later: Report, first: FoundTargets, second: FoundTargets
-) -> list[LayerComparison]:
-    """The layers that both networks have, in the order of the second."""
-    before = {}
-    for layer, target in zip(earlier.layers, first.targets, strict=True):
-        before[layer.name] = (layer, target)
-    matched = []
-    for layer, target in zip(later.layers, second.targets, strict=True):
-        if layer.name in before:
-            layer_before, target_before = before[layer.name]
-            moved = _moved(target_before.neurons(), target.neurons())
-            matched.append(LayerComparison(layer_before, layer, moved))
-    return matched
+def _only_in(
+    found: FoundTargets, own: Mapping[str, int], other: Mapping[str, int]
+) -> tuple[str, ...]:
+    """Names of the layers that the other network does not have."""
+    names = []
+    for key, i in own.items():
+        if key not in other:
+            names.append(found.targets[i].name)
+    return tuple(names)
 
 
-def _only_in(found: Report, other: Report) -> tuple[str, ...]:
-    """Names of the layers that the other report does not have."""
-    others = set(_names(other))
-    return tuple(name for name in _names(found) if name not in others)
+def _names(found: FoundTargets) -> list[str]:
+    return [target.name for target in found.targets]
 
 
-def _names(found: Report) -> list[str]:
-    return [layer.name for layer in found.layers]
+def _few(names: Sequence[str]) -> str:
+    """The first names, each not too long."""
+    return ", ".join(shorten(name, _LONGEST_NAME) for name in names[:_NAMED])
 
 
 @torch.no_grad()

@@ -13,11 +13,9 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from lightning_hsu._monitor.measure import LayerUniformity
-from lightning_hsu._monitor.text import AS_RANDOM, shape_of
+from lightning_hsu._monitor.text import AS_RANDOM, Verdict, shape_of
 from lightning_hsu._neurons.candidates import Skip
 from lightning_hsu.measures import Measure
-
-_MARGIN = 0.02  # of a ratio around 1
 
 HEAT_MAP_SIZE = 128
 """The most neurons that a heat map shows."""
@@ -93,19 +91,37 @@ class LayerReport:
         return self.uniformity.ratio
 
     @property
+    def verdict(self) -> Verdict:
+        """How the layer compares with random neurons: "above", "random", "below" or "unknown".
+
+        It is what the finding says: "random" within 1 % of random, or within the range of all but
+        1 in 1,000 random layers at either end.
+        """
+        if math.isnan(self.ratio):
+            return "unknown"
+        if self.finding.startswith(AS_RANDOM):
+            return "random"
+        return "above" if self.ratio > 1.0 else "below"
+
+    @property
     def above(self) -> bool:
-        """Whether the ratio is more than 2 % above that of random neurons."""
-        return self.ratio > 1.0 + _MARGIN
+        """Whether the layer is more redundant than random neurons may well be."""
+        return self.verdict == "above"
 
     @property
     def below(self) -> bool:
-        """Whether the ratio is more than 2 % below that of random neurons."""
-        return self.ratio < 1.0 - _MARGIN
+        """Whether the layer is more even than random neurons may well be."""
+        return self.verdict == "below"
 
     @property
     def as_random(self) -> bool:
         """Whether random neurons may well have such a ratio, in however few dimensions."""
-        return self.finding.startswith(AS_RANDOM)
+        return self.verdict == "random"
+
+    @property
+    def judged(self) -> bool:
+        """Whether the layer can be judged: it has a ratio, and all its weights are finite."""
+        return not math.isnan(self.ratio) and self.uniformity.nonfinite == 0
 
     @property
     def full_space(self) -> bool:
@@ -178,7 +194,11 @@ class ReportData(JsonData):
         return max(known_ratios(self.layers), default=math.nan)
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it except the heat maps, as lists, numbers, strings and None (for NaN)."""
+        """All of it except the heat maps, as lists, numbers, strings and None (for NaN).
+
+        A layer's ``score`` is 0 for random neurons and 1 at the bound that none can beat. Below 0 it
+        has no bound, and tables do not show it.
+        """
         return {
             "source": self.source,
             "measure": repr(self.measure),
@@ -213,6 +233,18 @@ class ComparisonData(JsonData):
     layers: tuple[LayerComparison, ...]
     only_before: tuple[str, ...]
     only_after: tuple[str, ...]
+    prefixes: tuple[str, str] = ("", "")
+
+    @property
+    def matched(self) -> str:
+        """How names were matched, in words; "" if they are the same."""
+        of_which = []
+        for prefix, which in zip(self.prefixes, ("first", "second"), strict=True):
+            if prefix:
+                of_which.append(f"'{prefix}' of the {which}")
+        if not of_which:
+            return ""
+        return f"names matched without the prefix {' and '.join(of_which)}"
 
     def to_dict(self) -> dict[str, Any]:
         """All of it as lists, numbers, strings and None (for NaN)."""
@@ -222,6 +254,7 @@ class ComparisonData(JsonData):
             "moved": {one.after.name: _without_nan(one.moved) for one in self.layers},
             "only_before": list(self.only_before),
             "only_after": list(self.only_after),
+            "prefixes": list(self.prefixes),
         }
 
 
@@ -245,6 +278,7 @@ def _layer_dict(layer: LayerReport) -> dict[str, Any]:
         "angles": list(layer.angles),
         "singular_values": [round(value, 6) for value in layer.singular_values],
         "edges": list(layer.edges),
+        "verdict": layer.verdict,
         "finding": layer.finding,
     }
 

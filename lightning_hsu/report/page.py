@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import base64
 import math
+from collections.abc import Mapping, Sequence
 from html import escape
 from importlib.resources import files
 
-from lightning_hsu._monitor.text import counted, number, weight_shape
+from lightning_hsu._monitor.fold import fold_names
+from lightning_hsu._monitor.summary import lines_about_notes
+from lightning_hsu._monitor.text import counted, number, score_text, weight_shape
 from lightning_hsu.report.charts import (
     angle_chart,
     heat_map_png,
@@ -20,9 +23,9 @@ from lightning_hsu.report.data import (
     LayerReport,
     ReportData,
     SimilarPair,
-    folded_notes,
     known_ratios,
 )
+from lightning_hsu.report.tables import judged_and_above, unjudged
 
 _COLUMNS = (  # heading and classes; minor ones are left out on a phone
     ("layer", ""),
@@ -34,14 +37,28 @@ _COLUMNS = (  # heading and classes; minor ones are left out on a phone
     ("dead", "number"),
     ("finding", "minor"),
 )
+RULE_PART = (
+    "A layer is called as random within 1 % of that, or where 998 of 1,000 random layers of its "
+    "shape are."
+)
 _LISTED = 20  # pairs and dead neurons that are listed for a layer
 
 
 def report_page(found: ReportData) -> str:
     """The page of a report, one file."""
-    title = escape(f"Neurons of {found.source}")
+    body = _header(found) + _overview(found) + _sections(found) + skipped_part(found)
+    return whole_page(f"Neurons of {found.source}", body)
+
+
+def whole_page(title: str, body: str) -> str:
+    """A page of one file, without a script.
+
+    Args:
+        title: Its title, as text.
+        body: What it shows, as HTML.
+    """
+    title = escape(title)
     style = files("lightning_hsu.report").joinpath("page.css").read_text(encoding="utf-8")
-    body = _header(found) + _overview(found) + _sections(found) + _skipped(found)
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -52,54 +69,54 @@ def report_page(found: ReportData) -> str:
 
 def _header(found: ReportData) -> str:
     """What was read and how it was measured, the main finding, and what the numbers mean."""
-    folder_end = max(found.source.rfind("/"), found.source.rfind("\\")) + 1
-    name = found.source[folder_end:]
-    where = ""
-    if folder_end > 0:
-        where = f'<p class="soft">{escape(found.source)}</p>\n'
+    name, where = source_part(found.source)
     neurons = 0
     for layer in found.layers:
         neurons += layer.uniformity.groups * layer.uniformity.neurons
     how = escape(repr(found.measure))
     if found.measure.half_space:
         how += "; opposite neurons count as the same"
+    score = ""
+    if _has_scores(found):
+        score = (
+            " The score is 0 at random and 1 at the bound that no arrangement can beat; it is not "
+            "shown where it is below 0."
+        )
     return (
-        f"<header><h1>{escape(name)}</h1>\n{where}"
+        f"<header><h1>{name}</h1>\n{where}"
         f'<p class="soft">{counted(len(found.layers), "layer")}, {counted(neurons, "neuron")}, '
         f"measured by {how}.</p>\n"
         f'<p class="lead">{_lead(found)}</p>\n'
         "<p>The ratio is a layer's energy over that of as many random vectors: 1 is as random, "
-        "above 1 more redundant. The score is 0 at random and 1 at the bound that no arrangement "
-        "can beat; below 0 is worse than random.</p>\n"
+        f"above 1 more redundant. {RULE_PART}{score}</p>\n"
         '<p class="soft">A ratio is a fact, not advice: in our experiments it said little about '
         "what regularising gains.</p></header>\n"
     )
 
 
+def source_part(source: str) -> tuple[str, str]:
+    """The name of a source without its folder, and a paragraph with both; as HTML."""
+    folder_end = max(source.rfind("/"), source.rfind("\\")) + 1
+    where = ""
+    if folder_end > 0:
+        where = f'<p class="soft">{escape(source)}</p>\n'
+    return escape(source[folder_end:]), where
+
+
+def _has_scores(found: ReportData) -> bool:
+    """Whether any layer has a score that is shown."""
+    return any(score_text(layer.uniformity.score) != "-" for layer in found.layers)
+
+
 def _lead(found: ReportData) -> str:
-    """How many layers are above random, and how many have no ratio."""
-    known = known_ratios(found.layers)
-    if not known:
-        return "No layer has a ratio."
-    above = 0
-    by_chance = 0
-    for layer in found.layers:
-        if layer.above:
-            above += 1
-            by_chance += layer.as_random
-    verb = "is" if above < 2 else "are"
-    words = (
-        f"{above or 'None'} of {counted(len(known), 'layer')} {verb} above random by more than 2 %."
-    )
-    if by_chance > 0:
-        words += (
-            f" Of these, {by_chance} {_is(by_chance)} within what random layers of the shape have."
-        )
-    missing = len(found.layers) - len(known)
-    if missing == 1:
-        words += " 1 more has no ratio."
-    elif missing > 1:
-        words += f" {missing} more have no ratio."
+    """How many layers are above random, and which cannot be judged."""
+    judged, above = judged_and_above(found.layers)
+    words = "No layer can be judged."
+    if judged > 0:
+        verb = "is" if above < 2 else "are"
+        words = f"{above or 'None'} of {counted(judged, 'layer')} {verb} above random."
+    for reason, names in unjudged(found.layers):
+        words += f" {reason}: {breakable(fold_names(names))}."
     return words
 
 
@@ -115,12 +132,13 @@ def _overview(found: ReportData) -> str:
     chart = ""
     if known_ratios(found.layers):
         chart = _ratio_chart(found)
-    headings = ""
-    for name, css in _COLUMNS:
-        headings += f'<th scope="col" class="{css}">{name}</th>'
+    columns = []
+    for column in _COLUMNS:
+        if column[0] != "score" or _has_scores(found):
+            columns.append(column)
     rows = ""
     for i, layer in enumerate(found.layers):
-        rows += _row(i, layer)
+        rows += table_row(_cells(i, layer), columns)
     note = ""
     if found.measure.half_space and any(layer.full_space for layer in found.layers):
         note = (
@@ -128,9 +146,24 @@ def _overview(found: ReportData) -> str:
         )
     return (
         f'<h2>All layers</h2>\n{chart}<div class="scroll"><table>'
-        f"<thead><tr>{headings}</tr></thead>\n"
-        f"<tbody>\n{rows}</tbody></table></div>\n{note}"
+        f"{table_head(columns)}<tbody>\n{rows}</tbody></table></div>\n{note}"
     )
+
+
+def table_head(columns: Sequence[tuple[str, str]]) -> str:
+    """The headings of a table, each with its classes."""
+    headings = ""
+    for name, css in columns:
+        headings += f'<th scope="col" class="{css}">{name}</th>'
+    return f"<thead><tr>{headings}</tr></thead>\n"
+
+
+def table_row(cells: Mapping[str, str], columns: Sequence[tuple[str, str]]) -> str:
+    """A row of a table: HTML by heading."""
+    row = ""
+    for heading, css in columns:
+        row += f'<td class="{css}">{cells[heading]}</td>'
+    return f"<tr>{row}</tr>\n"
 
 
 def _ratio_chart(found: ReportData) -> str:
@@ -144,33 +177,29 @@ def _ratio_chart(found: ReportData) -> str:
     )
 
 
-def _row(i: int, layer: LayerReport) -> str:
-    """A row of the table of all layers."""
+def _cells(i: int, layer: LayerReport) -> dict[str, str]:
+    """The cells of a row of the table of all layers, by heading."""
     numbers = layer.uniformity
     name = f'<a href="#layer-{i}">{breakable(layer.name)}</a>'
     if layer.full_space:
         name += " *"
-    cells = (
-        name,
-        layer.shape,
-        number(numbers.ratio, 3),
-        number(numbers.score, 2),
-        _degrees(numbers.min_angle),
-        f"{layer.similar:,}",
-        f"{layer.dead:,}",
-        escape(layer.finding),
-    )
-    row = ""
-    for cell, (_, css) in zip(cells, _COLUMNS, strict=True):
-        row += f'<td class="{css}">{cell}</td>'
-    return f"<tr>{row}</tr>\n"
+    return {
+        "layer": name,
+        "neurons x dimension": layer.shape,
+        "ratio": number(numbers.ratio, 3),
+        "score": score_text(numbers.score),
+        "smallest angle": degrees(numbers.min_angle),
+        "near-duplicate pairs": f"{layer.similar:,}",
+        "dead": f"{layer.dead:,}",
+        "finding": escape(layer.finding),
+    }
 
 
-def _skipped(found: ReportData) -> str:
-    """What was not measured, and why."""
+def skipped_part(found: ReportData, title: str = "Left out") -> str:
+    """Notes on layers, and what was not measured, and why."""
     notes = ""
-    for name, note in folded_notes(found.notes):
-        notes += f"<p>{breakable(name)}: {escape(note)}</p>\n"
+    for line in lines_about_notes(found.notes):
+        notes += f"<p>{breakable(line.text)}</p>\n"
     if not found.skips:
         return notes
     rows = ""
@@ -180,7 +209,7 @@ def _skipped(found: ReportData) -> str:
             f"<td>{escape(skip.reason)}</td></tr>\n"
         )
     return notes + (
-        '<h2>Left out</h2>\n<div class="scroll"><table><thead><tr><th scope="col">weight</th>'
+        f'<h2>{title}</h2>\n<div class="scroll"><table><thead><tr><th scope="col">weight</th>'
         '<th scope="col">shape</th><th scope="col">reason</th></tr></thead>\n'
         f"<tbody>\n{rows}</tbody></table></div>\n"
     )
@@ -211,10 +240,12 @@ def _worst(found: ReportData) -> int:
 def _section(i: int, layer: LayerReport, found: ReportData, *, unfolded: bool) -> str:
     """Everything about layer i."""
     numbers = layer.uniformity
+    score = score_text(numbers.score)
+    score = "" if score == "-" else f", score {score}"
     facts = (
         f"{layer.shape}, energy {number(numbers.energy, 4)}, "
-        f"ratio {number(numbers.ratio, 3)}, score {number(numbers.score, 2)}, "
-        f"smallest angle {_degrees(numbers.min_angle)}."
+        f"ratio {number(numbers.ratio, 3)}{score}, "
+        f"smallest angle {degrees(numbers.min_angle)}."
     )
     if repr(layer.measure) != repr(found.measure):
         facts += f" Measured by {layer.measure!r}."
@@ -235,7 +266,8 @@ def breakable(name: str) -> str:
     return escape(name).replace(".", ".<wbr>").replace("_", "_<wbr>")
 
 
-def _degrees(angle: float) -> str:
+def degrees(angle: float) -> str:
+    """An angle in degrees; "-" for NaN."""
     if math.isnan(angle):
         return "-"
     return number(angle, 1) + "°"

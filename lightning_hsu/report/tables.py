@@ -2,33 +2,52 @@
 
 from __future__ import annotations
 
+import math
+import shutil
+import sys
+import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from html import escape
 from itertools import compress
 from typing import TYPE_CHECKING, NamedTuple
 
+from lightning_hsu._monitor.fold import fold_names
+from lightning_hsu._monitor.render import Line, shorten, wrapped
+from lightning_hsu._monitor.summary import lines_about_notes, lines_about_skips
 from lightning_hsu._monitor.text import (
     AS_RANDOM,
+    RULE,
+    SCORE,
     column_widths,
     counted,
     number,
-    skip_line,
+    score_text,
     table_lines,
+    without_empty,
 )
-from lightning_hsu._neurons.candidates import Skip
-from lightning_hsu._neurons.select import EXCLUDED, NOT_INCLUDED
 from lightning_hsu.report.data import (
     ComparisonData,
     LayerComparison,
     LayerReport,
     ReportData,
-    folded_notes,
+    known_ratios,
 )
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 _FULL_SPACE = "* in full space, where opposite neurons are far apart"
+_RATIO = (
+    "ratio: energy over that of random neurons; angle: the smallest between two neurons, in degrees"
+)
+_MOVED = (
+    "moved: median angle between a neuron before and after, in degrees; "
+    "angle: smallest between two neurons"
+)
+_LONGEST_NAME = 60  # of a layer in a table that is not fitted to a terminal
+_SHORTEST_NAME = 16
+_SHORTEST_FINDING = 24
 
 
 class Column(NamedTuple):
@@ -43,6 +62,10 @@ class Column(NamedTuple):
     heading: str
     right: bool = False
     wide_only: bool = False
+
+
+def _headings(columns: Sequence[Column]) -> tuple[str, ...]:
+    return tuple(column.heading for column in columns)
 
 
 _REPORT_COLUMNS = (
@@ -73,7 +96,7 @@ class Table:
     """Rows for a terminal.
 
     Args:
-        columns: Their columns.
+        columns: Their columns, the name of the layer first and the finding last.
         rows: Cells.
         below: Lines under the table.
     """
@@ -84,7 +107,7 @@ class Table:
 
     def with_heading(self) -> list[tuple[str, ...]]:
         """The rows with the heading above them."""
-        return [tuple(column.heading for column in self.columns), *self.rows]
+        return [_headings(self.columns), *self.rows]
 
     def width(self) -> int:
         """The width of the table, with two spaces for each column."""
@@ -105,42 +128,170 @@ class Table:
             below=[*self.below, note],
         )
 
+    def with_names(self, width: int) -> Table:
+        """The table with names of so many characters at most, cut in the middle."""
+        rows = []
+        for name, *others in self.rows:
+            bare = name.removesuffix(_STAR)
+            star = name[len(bare) :]
+            rows.append((abbreviated(bare, width - len(star)) + star, *others))
+        return replace(self, rows=rows)
 
-def report_table(found: ReportData) -> Table:
-    """The table of a report."""
-    mixed = _mixed(found.layers)
-    rows = [_report_row(layer, mixed) for layer in found.layers]
-    below = [
-        _summary(found),
-        "ratio: energy over that of random neurons; "
-        "angle: the smallest between two neurons, in degrees",
-    ]
-    if mixed:
+    def fitted(self, width: int) -> Table:
+        """The table for a terminal of so many columns; its findings may need several lines."""
+        if self.width() <= width:
+            return self
+        table = self.narrow()
+        widths = column_widths(table.with_heading())
+        finding = min(widths[-1], _SHORTEST_FINDING)
+        room = width - sum(widths[1:-1]) - finding - 2 * (len(widths) - 1)
+        return table.with_names(max(room, _SHORTEST_NAME))
+
+
+def abbreviated(name: str, width: int) -> str:
+    """A dotted name in so many characters: longer parts become shorter, numbers and the end stay.
+
+    Example:
+        >>> abbreviated("transformer.encoder.blocks.7.attention.proj", 30)
+        'tra.enc.blocks.7.att.proj'
+        >>> abbreviated("transformer.encoder.blocks.7.attention.proj", 16)
+        't.e.b.7.a.proj'
+    """
+    parts = name.split(".")
+    for letters in (3, 1):
+        places = list(range(len(parts) - 1))
+        places.sort(key=lambda place: -len(parts[place]))  # the longest first
+        for place in places:
+            if len(".".join(parts)) > width and not parts[place].isdecimal():
+                parts[place] = parts[place][:letters]
+    return shorten(".".join(parts), width)
+
+
+_STAR = " *"  # of a layer that is measured in full space, unlike others
+
+
+def report_table(found: ReportData, top: int | None = None) -> Table:
+    """The table of a report.
+
+    Args:
+        found: The report.
+        top: How many layers to show, the worst first: those with NaN or infinite weights, then by
+            ratio; None shows all in the model's order.
+    """
+    layers = list(found.layers)
+    mixed = _mixed(layers)
+    hidden: list[LayerReport] = []
+    if top is not None:
+        layers.sort(key=_badness, reverse=True)
+        layers, hidden = layers[:top], layers[top:]
+    below = []
+    if hidden:
+        below.append(_hidden(hidden, len(found.layers)))
+    below += wrapped(Line(_summary(found)))
+    below += [*_unjudged(found), *wrapped(Line(_RATIO))]
+    headings = _headings(_REPORT_COLUMNS)
+    rows = [headings]
+    for layer in layers:
+        rows.append(_report_row(layer, mixed))
+    rows = without_empty(rows, "score")
+    columns = []
+    for column in _REPORT_COLUMNS:
+        if column.heading in rows[0]:
+            columns.append(column)
+    if "score" in rows[0]:
+        below.append(SCORE)
+    if any(layer.as_random for layer in layers):
+        below.append(RULE)
+    if any(row[0].endswith(_STAR) for row in rows):
         below.append(_FULL_SPACE)
-    below += [f"note: {name}: {note}" for name, note in folded_notes(found.notes)]
-    below += skipped_lines(found.skips)
-    return Table(_REPORT_COLUMNS, rows, below)
+    for line in (*lines_about_notes(found.notes), *lines_about_skips(found.skips)):
+        below += wrapped(line)
+    return Table(tuple(columns), rows[1:], below)
+
+
+def short(source: str) -> str:
+    """The name of a source with at most 60 characters."""
+    return shorten(source, _LONGEST_NAME)
+
+
+def _badness(layer: LayerReport) -> tuple[bool, float]:
+    """What layers are sorted by, the worst with the most."""
+    ratio = -math.inf if math.isnan(layer.ratio) else layer.ratio
+    return layer.uniformity.nonfinite > 0, ratio
+
+
+def _hidden(hidden: Sequence[LayerReport], count: int) -> str:
+    """A line about the layers that are not shown."""
+    line = f"not shown: {len(hidden):,} of {counted(count, 'layer')}"
+    ratios = known_ratios(hidden)
+    if ratios:
+        line += f", with ratios up to {number(max(ratios), 3)}"
+    return line
+
+
+def verdicts(layers: Sequence[LayerReport]) -> str:
+    """How many of the layers that can be judged are above random.
+
+    Example:
+        >>> verdicts([])
+        'no layer can be judged'
+    """
+    judged, above = judged_and_above(layers)
+    if judged == 0:
+        return "no layer can be judged"
+    return f"{above} of {counted(judged, 'layer')} above random"
+
+
+def judged_and_above(layers: Sequence[LayerReport]) -> tuple[int, int]:
+    """How many layers can be judged, and how many of these are above random."""
+    judged = 0
+    above = 0
+    for layer in layers:
+        if layer.judged:
+            judged += 1
+            above += layer.above
+    return judged, above
 
 
 def _summary(found: ReportData) -> str:
     """How many layers are above random, and how many pairs and dead neurons they have."""
-    above = 0
-    by_chance = 0
     pairs = 0
     dead = 0
     for layer in found.layers:
         pairs += layer.similar
         dead += layer.dead
-        if layer.above:
-            above += 1
-            by_chance += layer.as_random
-    summary = f"{above} of {counted(len(found.layers), 'layer')} more than 2 % above random"
-    if by_chance > 0:
-        summary += f", {by_chance} of them within the range of random layers"
     return (
-        f"{summary}; {counted(pairs, 'near-duplicate pair')} "
+        f"{verdicts(found.layers)}; {counted(pairs, 'near-duplicate pair')} "
         f"(cosine from {found.similar_above:g}); {counted(dead, 'dead neuron')}"
     )
+
+
+def unjudged(layers: Sequence[LayerReport]) -> list[tuple[str, list[str]]]:
+    """Why layers cannot be judged, each reason with their names."""
+    broken = []
+    without_ratio = []
+    for layer in layers:
+        if layer.uniformity.nonfinite > 0:
+            broken.append(layer.name)
+        elif not layer.judged:
+            without_ratio.append(layer.name)
+    found = []
+    if broken:
+        has = "has" if len(broken) == 1 else "have"
+        found.append((f"{counted(len(broken), 'layer')} {has} NaN or infinite weights", broken))
+    if without_ratio:
+        has = "has" if len(without_ratio) == 1 else "have"
+        found.append((f"{counted(len(without_ratio), 'layer')} {has} no ratio", without_ratio))
+    return found
+
+
+def _unjudged(found: ReportData) -> list[str]:
+    """Lines about the layers that cannot be judged."""
+    lines = []
+    for reason, names in unjudged(found.layers):
+        folded = fold_names(names).removesuffix(f" ({len(names):,})")
+        lines += wrapped(Line(f"{reason}: {folded}"))
+    return lines
 
 
 def _mixed(layers: Sequence[LayerReport]) -> bool:
@@ -155,7 +306,7 @@ def _report_row(layer: LayerReport, mixed: bool) -> tuple[str, ...]:
         layer.shape,
         number(numbers.energy, 4),
         number(numbers.ratio, 3),
-        number(numbers.score, 2),
+        score_text(numbers.score),
         number(numbers.min_angle, 1),
         f"{layer.similar:,}",
         f"{layer.dead:,}",
@@ -166,25 +317,8 @@ def _report_row(layer: LayerReport, mixed: bool) -> tuple[str, ...]:
 def _name(layer: LayerReport, mixed: bool) -> str:
     """The name of a layer, with a star if it is measured in full space, unlike others."""
     if mixed and layer.full_space:
-        return f"{layer.name} *"
+        return layer.name + _STAR
     return layer.name
-
-
-def skipped_lines(skips: Sequence[Skip]) -> list[str]:
-    """What was left out, and why; what the caller's patterns left out is only counted."""
-    if not skips:
-        return []
-    lines = [f"not measured ({len(skips)}):"]
-    counts = {NOT_INCLUDED: 0, EXCLUDED: 0}
-    for skip in skips:
-        if skip.reason in counts:
-            counts[skip.reason] += 1
-        else:
-            lines.append(skip_line(skip))
-    for reason, count in counts.items():
-        if count > 0:
-            lines.append(f"  {count} {reason}")
-    return lines
 
 
 def pair_lines(found: ReportData, most: int) -> list[str]:
@@ -209,28 +343,52 @@ def comparison_table(found: ComparisonData) -> Table:
     """The table of a comparison."""
     mixed = _mixed([one.after for one in found.layers])
     rows = [_comparison_row(one, mixed) for one in found.layers]
-    below = [
-        "moved: median angle between a neuron before and after, in degrees; "
-        "angle: smallest between two neurons"
-    ]
+    below = []
+    if found.matched:
+        below += wrapped(Line(found.matched))
+    below += wrapped(Line(_MOVED))
+    if any(one.after.as_random for one in found.layers):
+        below.append(RULE)
     if mixed:
         below.append(_FULL_SPACE)
-    below += _only_one_has("before", found.only_before, found.before, found.after)
-    below += _only_one_has("after", found.only_after, found.after, found.before)
+    only_before, only_after = only_names(found)
+    below += _only_one_has("before", only_before, found.before)
+    below += _only_one_has("after", only_after, found.after)
     return Table(_COMPARISON_COLUMNS, rows, below)
 
 
-def _only_one_has(when: str, only: Sequence[str], one: ReportData, other: ReportData) -> list[str]:
-    """Lines about the layers that only one of two networks has, and its skipped weights."""
-    skipped_there = {skip.name for skip in other.skips}  # the other has these, but not measured
-    names = [name for name in only if name not in skipped_there]
+def only_names(found: ComparisonData) -> tuple[list[str], list[str]]:
+    """Names that only one network has; not those that the other has, but does not measure."""
+    first, second = found.prefixes
+    before = _without(found.only_before, first, found.after, second)
+    after = _without(found.only_after, second, found.before, first)
+    return before, after
+
+
+def _without(names: Sequence[str], prefix: str, other: ReportData, other_prefix: str) -> list[str]:
+    """Those of some names that another network does not have even among what it skips."""
+    skipped = {skip.name.removeprefix(other_prefix) for skip in other.skips}
+    found = []
+    for name in names:
+        if name.removeprefix(prefix) not in skipped:
+            found.append(name)
+    return found
+
+
+def _only_one_has(when: str, names: Sequence[str], one: ReportData) -> list[str]:
+    """Lines about the layers that only one of two networks has, its notes and skipped weights."""
     lines = []
     if names:
-        lines.append(f"only {when} ({one.source}): {', '.join(names)}")
-    skipped = skipped_lines(one.skips)
+        lines.append(Line(f"only {when} ({short(one.source)}): {fold_names(names)}"))
+    for line in lines_about_notes(one.notes):
+        lines.append(replace(line, text=f"{when}, {line.text}"))
+    skipped = lines_about_skips(one.skips)
     if skipped:
-        skipped[0] = f"{when}, {skipped[0]}"
-    return lines + skipped
+        skipped[0] = replace(skipped[0], text=f"{when}, {skipped[0].text}")
+    found = []
+    for line in lines + skipped:
+        found += wrapped(line)
+    return found
 
 
 def _comparison_row(one: LayerComparison, mixed: bool) -> tuple[str, ...]:
@@ -255,27 +413,49 @@ def change(before: str, after: str) -> str:
     return f"{before} -> {after}"
 
 
-def plain(table: Table) -> str:
-    """The table in plain text, at its full width."""
+def plain(table: Table, width: int | None = None) -> str:
+    """The table in plain text, at its full width, or with findings folded to fit another.
+
+    Args:
+        table: The table.
+        width: Columns of the terminal; None is as wide as it needs, but cuts very long names.
+    """
+    if width is None:
+        table = table.with_names(_LONGEST_NAME)
+    else:
+        table = table.fitted(width)
+    rows = table.with_heading()
+    if width is not None:
+        widths = column_widths(rows)
+        rows = _folded(rows, width - sum(widths[:-1]) - 2 * (len(widths) - 1))
     right = [i for i, column in enumerate(table.columns) if column.right]
-    lines = table_lines(table.with_heading(), right=right)
-    return "\n".join([*lines, *table.below])
+    return "\n".join([*table_lines(rows, right=right), *table.below])
+
+
+def _folded(rows: Sequence[tuple[str, ...]], width: int) -> list[tuple[str, ...]]:
+    """Rows whose last cell takes as many lines as it needs in so many characters."""
+    found: list[tuple[str, ...]] = []
+    for *cells, last in rows:
+        first, *others = textwrap.wrap(last, max(width, _SHORTEST_FINDING)) or [""]
+        found.append((*cells, first))
+        for other in others:
+            found.append((*[""] * len(cells), other))
+    return found
 
 
 def show(table: Table) -> None:
-    """Print a table: in a terminal with rich, in colour and fitted to its width; else plain."""
+    """Print a table: in a terminal fitted to its width, in colour with rich; else plain."""
     try:
         from rich.console import Console
     except ModuleNotFoundError:
-        print(plain(table))
+        width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+        print(plain(table, width))
         return
     console = Console()
     if not console.is_terminal:
         print(plain(table))
         return
-    if table.width() > console.width:
-        table = table.narrow()
-    _show_rich(table, console)
+    _show_rich(table.fitted(console.width), console)
 
 
 def _show_rich(table: Table, console: Console) -> None:
@@ -288,7 +468,7 @@ def _show_rich(table: Table, console: Console) -> None:
             column.heading,
             justify="right" if column.right else "left",
             overflow="fold",
-            no_wrap=column.right,
+            no_wrap=column.right or column is table.columns[0],
         )
     for row in table.rows:
         cells = []
@@ -307,3 +487,31 @@ def _style(cell: str) -> str:
     if "near-duplicate" in cell or cell.endswith((" dead", "infinite")):
         return "yellow"
     return ""
+
+
+def table_html(table: Table, title: str) -> str:
+    """The table for a notebook, in the colors of the page, so that it can be light or dark."""
+    parts = [
+        f'<div style="overflow-x:auto"><div><b>{escape(title)}</b></div>',
+        '<table style="border-collapse:collapse;margin:0.5em 0"><thead>',
+        _row_html("th", table.columns, _headings(table.columns)),
+        "</thead><tbody>",
+    ]
+    for row in table.rows:
+        parts.append(_row_html("td", table.columns, row))
+    parts.append("</tbody></table>")
+    for line in table.below:
+        indent = len(line) - len(line.lstrip(" "))
+        style = f"padding-left:{indent}ch;opacity:0.75;overflow-wrap:anywhere"
+        parts.append(f'<div style="{style}">{escape(line.strip())}</div>')
+    parts.append("</div>")
+    return "\n".join(parts)
+
+
+def _row_html(tag: str, columns: Sequence[Column], cells: Sequence[str]) -> str:
+    parts = []
+    for column, cell in zip(columns, cells, strict=True):
+        align = "right" if column.right else "left"
+        style = f"text-align:{align};padding:0.2em 0.6em"
+        parts.append(f'<{tag} style="{style}">{escape(cell)}</{tag}>')
+    return f"<tr>{''.join(parts)}</tr>"

@@ -1,0 +1,132 @@
+"""A comparison as one HTML page, in the style of a report's: no script, nothing to load."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from html import escape
+
+from lightning_hsu._monitor.fold import fold_names
+from lightning_hsu._monitor.text import counted, number
+from lightning_hsu.report.charts import change_axis, change_chart
+from lightning_hsu.report.data import ComparisonData, LayerComparison
+from lightning_hsu.report.page import (
+    RULE_PART,
+    breakable,
+    degrees,
+    skipped_part,
+    source_part,
+    table_head,
+    table_row,
+    whole_page,
+)
+from lightning_hsu.report.tables import change, only_names, verdicts
+
+_COLUMNS = (  # heading and classes; minor ones are left out on a phone
+    ("layer", ""),
+    ("neurons x dimension", "number minor"),
+    ("moved", "number"),
+    ("ratio", "number"),
+    ("smallest angle", "number minor"),
+    ("near-duplicate pairs", "number minor"),
+    ("dead", "number minor"),
+    ("finding after", ""),
+)
+
+
+def comparison_page(found: ComparisonData) -> str:
+    """The page of a comparison, one file."""
+    before, after = found.before.source, found.after.source
+    body = _header(found) + _overview(found) + _only(found)
+    body += skipped_part(found.before, "Left out before")
+    body += skipped_part(found.after, "Left out after")
+    return whole_page(f"Neurons of {before} and {after}", body)
+
+
+def _header(found: ComparisonData) -> str:
+    """What was compared, the main finding, and what the numbers mean."""
+    before, where_before = source_part(found.before.source)
+    after, where_after = source_part(found.after.source)
+    earlier = [one.before for one in found.layers]
+    later = [one.after for one in found.layers]
+    most = 0.0
+    for one in found.layers:
+        most = max(most, one.moved)  # 0 stays beside NaN
+    how_far = f" The layer that moved most moved by {degrees(most)}."
+    matched = ""
+    if found.matched:
+        matched = f'<p class="soft">{escape(found.matched[0].upper() + found.matched[1:])}.</p>\n'
+    return (
+        f"<header><h1>{before} to {after}</h1>\n{where_before}{where_after}"
+        f'<p class="soft">{counted(len(found.layers), "layer")} in both, measured by '
+        f"{escape(repr(found.after.measure))}.</p>\n{matched}"
+        f'<p class="lead">Before, {verdicts(earlier)}; after, {verdicts(later)}.{how_far}</p>\n'
+        "<p>The ratio is a layer's energy over that of as many random vectors: 1 is as random, "
+        f"above 1 more redundant. {RULE_PART} Moved is the median angle between a neuron before "
+        "and after.</p></header>\n"
+    )
+
+
+def _overview(found: ComparisonData) -> str:
+    """The chart of ratios before and after, and the table of all layers in both."""
+    chart = ""
+    if any(not math.isnan(one.after.ratio) for one in found.layers):
+        scale = ""
+        if change_axis(found.layers).kind == "log":
+            scale = ", on a logarithmic axis"
+        chart = (
+            f'<p class="soft">Ratio by layer, first layer at the left{scale}: a ring before, '
+            "a dot after. A dot leads to its row.</p>\n"
+            f'<div class="ratios">{change_chart(found.layers)}</div>\n'
+        )
+    rows = ""
+    for i, one in enumerate(found.layers):
+        rows += table_row(_cells(i, one), _COLUMNS)
+    note = ""
+    if found.after.measure.half_space and any(one.after.full_space for one in found.layers):
+        note = (
+            '<p class="soft">* measured in full space, where opposite neurons are far apart.</p>\n'
+        )
+    return (
+        f'<h2>Layers of both</h2>\n{chart}<div class="scroll"><table>'
+        f"{table_head(_COLUMNS)}<tbody>\n{rows}</tbody></table></div>\n{note}"
+    )
+
+
+def _cells(i: int, one: LayerComparison) -> dict[str, str]:
+    """The cells of a row, by heading."""
+    before = one.before.uniformity
+    after = one.after.uniformity
+    name = f'<span id="layer-{i}">{breakable(one.after.name)}</span>'
+    if one.after.full_space:
+        name += " *"
+    return {
+        "layer": name,
+        "neurons x dimension": _change(one.before.shape, one.after.shape),
+        "moved": degrees(one.moved),
+        "ratio": _change(number(before.ratio, 3), number(after.ratio, 3)),
+        "smallest angle": _change(degrees(before.min_angle), degrees(after.min_angle)),
+        "near-duplicate pairs": _change(f"{one.before.similar:,}", f"{one.after.similar:,}"),
+        "dead": _change(f"{one.before.dead:,}", f"{one.after.dead:,}"),
+        "finding after": escape(one.after.finding),
+    }
+
+
+def _change(before: str, after: str) -> str:
+    """Two cells as HTML; a single one if they are the same."""
+    return escape(change(before, after)).replace("-&gt;", "&rarr;")
+
+
+def _only(found: ComparisonData) -> str:
+    """The layers that only one of the two has."""
+    only_before, only_after = only_names(found)
+    return _only_list("before", only_before) + _only_list("after", only_after)
+
+
+def _only_list(when: str, names: Sequence[str]) -> str:
+    if not names:
+        return ""
+    return (
+        f"<h2>Only {when}</h2>\n"
+        f"<p>{counted(len(names), 'layer')}: {breakable(fold_names(names))}</p>\n"
+    )
