@@ -289,9 +289,9 @@ def _random_range(measure: Measure, n: int, d: int, groups: int) -> tuple[float,
         return mean - spread, mean + spread
     values = _pair_means(measure, n, d)
     low, high = ends_of_means(values, groups)
-    if n <= _EMPIRICAL:
+    if n <= _EMPIRICAL and groups == 1:
         return low, high
-    if is_finite:
+    if is_finite and n > _EMPIRICAL:
         ends = ends_by_moments(values, groups, mean=mean, deviation=deviation)
         low, high = min(low, ends[0]), max(high, ends[1])
     return low, max(high, _one_close_pair(measure, values, n, d, groups))

@@ -30,6 +30,7 @@ from lightning_hsu._figures.draw import angle_panels, over_time, pixels
 from lightning_hsu._figures.history import BINS, Angles, History, Record, angles_of
 from lightning_hsu._figures.loggers import sender_for
 from lightning_hsu._monitor import tables
+from lightning_hsu._monitor.text import RULE, SCORE, score_text
 from tests import sharding, test_callback
 from tests.models import Automatic, Manual, batches, loader, network, trainer, uniformity
 from tests.processes import world
@@ -470,11 +471,14 @@ def test_the_table_of_before_and_after(caplog):
     title, heads, _, *rows = table_of(caplog)
     assert title == "Hyperspherical uniformity before and after, optimizer steps 0 to 7:"
     assert heads.split() == [word for name in tables._COLUMNS for word in name.split()]
-    assert [row.split()[0] for row in rows] == ["net.0", "net.2", "net.5", "net.7"]
+    assert [row.split()[0] for row in rows[:4]] == ["net.0", "net.2", "net.5", "net.7"]
+    said = [after[name].score >= 0 for name in after]
+    assert (SCORE in rows[4:], "score after" in heads) == (any(said), any(said))
+    assert (RULE in rows[4:]) == any("as random" in row for row in rows[:4])
     first, last = before["net.5"], after["net.5"]
     ratios = f"{first.ratio:.1f} -> {last.ratio:.3f}"
     angles = f"{first.min_angle:.1f} -> {last.min_angle:.1f}"
-    cells = f"{ratios} {last.score:.2f} {angles} 0"
+    cells = f"{ratios} {score_text(last.score)} {angles} 0"
     assert cells in " ".join(rows[2].split())
     assert rows[1].split()[1:5] == ["2", "groups", "of", "4"]
 

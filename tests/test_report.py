@@ -6,8 +6,10 @@ import io
 import json
 import math
 import os
+import re
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,14 +19,17 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.demos.boring_classes import BoringModel
 from torch import nn
 
+import lightning_hsu
 from lightning_hsu import UniformityRegularizer, reference
-from lightning_hsu._monitor.measure import measure_neurons
-from lightning_hsu._monitor.text import finding, number
+from lightning_hsu._core.tails import angles_at, random_layers
+from lightning_hsu._monitor.measure import LayerUniformity, measure_neurons
+from lightning_hsu._monitor.text import RULE, SCORE, finding, number, verdict
+from lightning_hsu._neurons.candidates import Skip
 from lightning_hsu.measures import GaussianPotential, KoLeo, RieszEnergy, Separation
-from lightning_hsu.reference import random_expectation, random_range
+from lightning_hsu.reference import random_expectation, random_level, random_range
 from lightning_hsu.report import compare, report
-from lightning_hsu.report.cli import main, parse_measure
-from lightning_hsu.report.tables import report_table, show
+from lightning_hsu.report.cli import in_options, main, parse_measure
+from lightning_hsu.report.tables import abbreviated, plain, report_table, show
 
 ENERGY = RieszEnergy(s=2.0, half_space=True)
 
@@ -189,14 +194,11 @@ def test_where_words_begin(ratio, score, words):
 
 def test_the_range_is_that_of_the_mean_over_groups():
     layer = measure_neurons("a", torch.randn(16, 8, 27), ENERGY)
-    low, high = random_range(ENERGY, 8, 27, 16)
+    high = random_range(ENERGY, 8, 27, 16)[1]
     assert finding(replace(layer, ratio=1.05, energy=0.999 * high), ENERGY) == "as random"
     assert finding(replace(layer, ratio=1.05, energy=1.001 * high), ENERGY) == "1.05x random"
-    wide = [
-        random_range(ENERGY, 8, 3, groups) for groups in (1, 64)
-    ]  # of which the mean is infinite
-    assert wide[0] == wide[1]
-    assert low < high
+    one, many = (random_range(ENERGY, 8, 3, groups) for groups in (1, 64))
+    assert one[0] < many[0] < many[1] < one[1]  # even where the expectation is infinite
 
 
 @pytest.mark.parametrize(
@@ -227,6 +229,114 @@ def test_dead_neurons_are_not_of_the_shape_that_is_random():
     )
 
 
+SHAPES = [
+    (2, 2, 1),
+    (2, 64, 1),
+    (2, 16, 8),
+    (3, 3, 1),
+    (4, 256, 1),
+    (8, 4, 16),
+    (10, 8, 1),
+    (10, 512, 1),
+    (16, 27, 1),
+    (40, 3, 1),
+    (64, 9, 1),
+    (96, 16, 1),
+]
+
+
+@pytest.mark.parametrize("half_space", [False, True])
+@pytest.mark.parametrize(("n", "d", "groups"), SHAPES)
+def test_random_layers_are_seldom_called_anything_else(n, d, groups, half_space):
+    """1 in 1,000 lies beyond each end: of 400 layers 0.8 in the mean, and 5 or more once in 700."""
+    measure = RieszEnergy(s=2, half_space=half_space)
+    generator = torch.Generator().manual_seed(1)
+    level = random_level(measure, n, d)
+    found = Counter()
+    for x in torch.randn(8, 50, groups, n, d, generator=generator):
+        for energy in measure(x).double().mean(1).tolist():
+            ratio = energy / level
+            layer = LayerUniformity(
+                "a", groups, n, d, energy, energy, ratio, math.nan, 90.0, 0, 0, True
+            )
+            found[verdict(layer, measure)] += 1
+    assert found["above"] <= 3
+    assert found["below"] <= 3
+
+
+def test_each_end_of_chance_is_where_1_in_1000_random_layers_are():
+    """Of 20,000 layers 20 lie beyond each end; the ends themselves are known from 2,048 layers."""
+    for n, d, half_space in ((2, 8, True), (3, 8, False), (6, 5, True), (40, 8, False)):
+        measure = RieszEnergy(s=1, half_space=half_space)
+        low, high = random_range(measure, n, d)
+        generator = torch.Generator().manual_seed(3)
+        values = measure(torch.randn(20_000, n, d, generator=generator))
+        assert 4 <= int((values < low).sum()) <= 60
+        assert 4 <= int((values > high).sum()) <= 60
+
+
+def test_two_neurons_may_be_more_even_than_random():
+    """In 64 dimensions cosines of random pairs deviate by 1/8: 120 degrees are four deviations."""
+    full = RieszEnergy(s=2)
+    for degrees, d, words in (
+        (120.0, 64, "more even than random (0.66x)"),
+        (180.0, 64, "more even than random (0.49x)"),
+        (105.0, 64, "as random"),  # two deviations
+        (60.0, 64, "1.97x random"),
+        (170.0, 2, "as random"),  # 1 pair in 18 is so far apart on a circle
+        (179.99, 2, "more even than random"),  # 1 in 18,000
+    ):
+        x = torch.zeros(1, 2, d, dtype=torch.float64)
+        x[0, :, 0] = torch.tensor([1.0, math.cos(math.radians(degrees))])
+        x[0, 1, 1] = math.sin(math.radians(degrees))
+        assert finding(measure_neurons("a", x, full), full).startswith(words), (degrees, d)
+
+
+def test_angles_of_random_pairs():
+    part = torch.tensor([1e-9, 1e-3, 0.25, 0.5, 0.75, 0.999]).double()
+    torch.testing.assert_close(angles_at(part, 2), math.pi * part, rtol=1e-4, atol=0)
+    exact = 2 * part.sqrt().asin()  # on a sphere
+    torch.testing.assert_close(angles_at(part, 3), exact, rtol=1e-4, atol=0)
+    normal = torch.special.ndtri(part[1:]) / math.sqrt(20_000)  # of the cosine, nearly
+    found = angles_at(part[1:], 20_000).cos()
+    torch.testing.assert_close(found, -normal, rtol=1e-2, atol=1e-6)
+
+
+def test_few_neurons_are_drawn_in_as_few_dimensions():
+    """The cosines have the law of random neurons: mean 0, variance 1 / d, fourth moment 3 / d (d + 2)."""
+    layers = random_layers(20_000, 4, 50, torch.Generator().manual_seed(0))
+    assert layers.shape == (20_000, 4, 4)
+    unit = nn.functional.normalize(layers.double(), dim=-1)
+    first, second = torch.triu_indices(4, 4, 1)
+    cosines = (unit @ unit.mT)[:, first, second]
+    assert float(cosines.mean()) == pytest.approx(0.0, abs=2e-3)
+    assert float(cosines.square().mean()) == pytest.approx(1 / 50, rel=0.02)
+    assert float(cosines.pow(4).mean()) == pytest.approx(3 / (50 * 52), rel=0.05)
+
+
+def test_an_estimated_energy_is_given_its_error():
+    high = random_range(ENERGY, 64, 9)[1]
+    layer = measure_neurons("a", torch.randn(1, 64, 9), ENERGY)
+    layer = replace(layer, ratio=1.05, energy=high + 0.01)
+    assert verdict(layer, ENERGY) == "above"
+    assert verdict(replace(layer, standard_error=0.004), ENERGY) == "random"
+
+
+def test_a_score_stands_in_tables_between_0_and_1_only():
+    even = torch.cat([torch.eye(8), -torch.eye(8)])
+    torch.manual_seed(0)
+    layers = {"a.weight": even, "b.weight": torch.randn(64, 16) + 1.0}
+    found = report(layers, RieszEnergy(s=2), head=None)
+    rows = {row[0]: row[4] for row in report_table(found).rows}
+    assert rows == {"a": "1.00", "b": "-"}
+    assert SCORE in str(found)
+    assert found.layers[1].uniformity.score < -1.0
+    assert json.loads(found.to_json())["layers"][1]["score"] < -1.0
+    found = report({"b.weight": layers["b.weight"]}, head=None)
+    assert "score" not in str(found)
+    assert "score" not in re.sub("<style>.*</style>", "", found.to_html(), flags=re.DOTALL)
+
+
 @pytest.mark.parametrize("measure", [ENERGY, RieszEnergy(s=1), GaussianPotential(t=2), KoLeo()])
 @pytest.mark.parametrize(("n", "d"), [(4, 64), (10, 16), (40, 9)])
 def test_random_layers_are_as_random(measure, n, d):
@@ -237,7 +347,7 @@ def test_random_layers_are_as_random(measure, n, d):
     as_random = sum(finding(one, measure) == "as random" for one in draws)
     assert (
         as_random >= 95
-    )  # three standard deviations of a skewed law, or the extremes of a hundred: 1 to 2 % lie outside
+    )  # 1 in 500 lies outside; of KoLeo, known by the extremes of a hundred, 1 to 2 %
 
 
 def test_random_deviations_are_what_they_say():
@@ -278,7 +388,9 @@ def test_singular_values_and_heat_map():
 def test_groups_are_judged_as_the_mean_that_they_are():
     one, many = (random_range(ENERGY, 4, 36, groups) for groups in (1, 100))
     middle = random_expectation(ENERGY, 4, 36)
-    assert [end - middle for end in many] == pytest.approx([(end - middle) / 10 for end in one])
+    assert one[1] - middle > 2.0 * (middle - one[0])  # skewed
+    spread = 3.09 * ENERGY.deviation(4, 36) / 10  # and the mean of many nearly normal
+    assert [end - middle for end in many] == pytest.approx([-spread, spread], rel=0.1)
     for measure in (ENERGY, KoLeo()):
         energies = [float(measure(torch.randn(32, 4, 36)).mean()) for _ in range(200)]
         low, high = random_range(measure, 4, 36, 32)
@@ -358,7 +470,6 @@ def test_the_printed_table():
         "dim",
         "energy",
         "ratio",
-        "score",
         "angle",
         "pairs",
         "dead",
@@ -367,7 +478,8 @@ def test_the_printed_table():
     assert lines[2].split()[:4] == ["0", "24", "x", "27"]
     assert lines[4].endswith("1 near-duplicate pair, 2 dead")
     assert lines[5].startswith("4 *")
-    assert "2 near-duplicate pairs (cosine from 0.95); 2 dead neurons" in lines[6]
+    assert lines[6].endswith("2 near-duplicate pairs (cosine from 0.95); 2 dead")
+    assert lines[7] == "    neurons"
 
 
 def test_progress_is_told_by_layer():
@@ -388,14 +500,20 @@ def test_a_convolution_is_no_head():
         assert found.layers[1].similar == 1
 
 
-def test_the_table_says_what_is_by_chance():
+def test_what_is_by_chance_is_not_counted_as_above():
     torch.manual_seed(0)
     made = (report({"weight": torch.randn(10, 8)}, head=None) for _ in range(200))
-    small = next(found for found in made if found.layers[0].above and found.layers[0].as_random)
-    assert (
-        "1 of 1 layer more than 2 % above random, 1 of them within the range of random layers; 0 near"
-        in str(small)
+    small = next(found for found in made if 1.1 < found.layers[0].ratio < 1.2)
+    layer = small.layers[0]
+    assert (layer.verdict, layer.above, layer.below, layer.as_random) == (
+        "random",
+        *[False] * 2,
+        True,
     )
+    assert "0 of 1 layer above random; 0 near" in str(small)
+    assert f"\n{RULE}\n" in f"{small}\n"
+    (layer,) = report({"weight": torch.randn(10, 8) + 1.0}, head=None).layers
+    assert (layer.verdict, layer.above) == ("above", True)
 
 
 def test_in_a_narrow_terminal(monkeypatch):
@@ -409,7 +527,7 @@ def test_in_a_narrow_terminal(monkeypatch):
     assert all(len(line) <= 80 for line in lines)
     assert lines[0].split() == ["layer", "neurons", "x", "dim", "ratio", "angle", "finding"]
     assert "1 near-duplicate pair, 2 dead" in "\n".join(lines)
-    assert "left out of this narrow table: energy, score, pairs, dead" in "\n".join(lines)
+    assert "left out of this narrow table: energy, pairs, dead" in "\n".join(lines)
     console = Console(width=200, record=True, file=io.StringIO(), force_terminal=True)
     show(table)
     text = console.export_text()
@@ -475,7 +593,10 @@ def test_compare_tells_what_only_one_has_and_what_is_left_out():
         )
     )
     assert said.splitlines()[-1] == "only after (state dict): new"
-    assert "before, not measured (1):\n  b 6 x 8: its weights are torch.int8" in said
+    assert (
+        "before, not measured (1):\n  1 its weights are torch.int8, not floating-point: b (6 x 8)"
+        in said
+    )
 
 
 def test_compare_tells_what_is_broken_and_what_is_left_out(tmp_path, capsys):
@@ -683,8 +804,9 @@ def test_command_line(tmp_path, capsys):
         (["FILE", "--measure", "RieszEnergy(t=1)"], "cannot make a measure"),
         (["FILE", "--measure", "__import__('os').system('true')"], "cannot make a measure"),
         (["FILE", "--include", "nothing"], "matches no layer"),
-        (["FILE", "--similar-above", "1.5"], "similar_above"),
+        (["FILE", "--similar-above", "1.5"], "--similar-above must be in (0, 1)"),
         (["FILE", "--head", "nothing"], "is no layer of the model"),
+        (["FILE", "--head", "nothing"], "--head none switches it off"),
         (["FILE", "--head", "0", "--head", "nothing"], "'nothing' is no layer of the model"),
         (["FILE", "--head", "0", "--head", "none"], "together with another --head"),
         (["FILE", "--neurons", "nothing=rows"], "matches no weight; the weights are: 0, 1, 3, 4"),
@@ -705,10 +827,15 @@ def test_command_line_errors(tmp_path, capsys, arguments, message):
 
 def test_what_cannot_be_judged_fails(tmp_path, capsys):
     state = network().state_dict()
-    for name, value in (("nan.pt", math.nan), ("zero.pt", 0.0)):
+    for name, value, why in (
+        ("nan.pt", math.nan, "24 NaN or infinite"),
+        ("zero.pt", 0.0, "fewer than two live neurons"),
+    ):
         torch.save({key: torch.full_like(x, value) for key, x in state.items()}, tmp_path / name)
         assert main(["report", str(tmp_path / name), "--fail-above", "1e9"]) == 1
-        assert "cannot be judged: fewer than two live neurons" in capsys.readouterr().err
+        told = capsys.readouterr()
+        assert f"0 cannot be judged: {why}" in told.err
+        assert "no layer can be judged" in told.out
     state["3.weight"][5, 0] = math.nan
     torch.save(state, tmp_path / "row.pt")
     assert main(["report", str(tmp_path / "row.pt"), "--include", "3", "--fail-above", "1e9"]) == 1
@@ -769,3 +896,216 @@ def test_wrong_kinds():
         report(3)
     with pytest.raises(TypeError, match="measure must be"):
         report(network(), "mhe")
+
+
+def test_what_is_not_finite_is_named(tmp_path, capsys):
+    torch.manual_seed(0)
+    state = {f"{i}.weight": torch.randn(20, 16) for i in range(4)}
+    state["1.weight"][3, 2] = math.nan
+    state["2.weight"] *= math.nan
+    state["3.weight"] *= 0.0
+    found = report(state, head=None)
+    said = str(found)
+    assert "0 of 1 layer above random; " in said
+    assert "\n2 layers have NaN or infinite weights: {1,2}\n" in said
+    assert "\n1 layer has no ratio: 3\n" in said
+    assert found.layers[2].finding == "20 NaN or infinite"
+    assert [layer.judged for layer in found.layers] == [True, False, False, False]
+    page = re.sub("<wbr>", "", found.to_html())
+    assert "None of 1 layer is above random. 2 layers have NaN or infinite weights: {1,2}." in page
+    everything = report({"a.weight": torch.full((4, 8), math.nan)})
+    assert "no layer can be judged; " in str(everything)
+    assert repr(everything) == "<Report on state dict: no layer can be judged>"
+
+
+def test_the_worst_layers_come_first(tmp_path, capsys):
+    torch.manual_seed(0)
+    state = {f"{i}.weight": torch.randn(20, 16) + 0.3 * i for i in range(6)}
+    state["2.weight"][0, 0] = math.nan
+    state["5.weight"] *= 0.0
+    found = report(state, head=None)
+    lines = found.table(top=3).splitlines()
+    assert [line.split()[0] for line in lines[2:5]] == ["2", "4", "3"]
+    hidden = max(found.layers[i].ratio for i in (0, 1))
+    assert lines[5] == f"not shown: 3 of 6 layers, with ratios up to {hidden:.3f}"
+    above = sum(found.layers[i].above for i in (0, 1, 3, 4))
+    assert lines[6].startswith(f"{above} of 4 layers above random")
+    assert above >= 2
+    assert "not shown" not in found.table(top=6)
+    with pytest.raises(ValueError, match="top must be an int >= 1"):
+        found.table(top=0)
+    torch.save(state, tmp_path / "a.pt")
+    assert main(["report", str(tmp_path / "a.pt"), "--head", "none", "--top", "3"]) == 0
+    assert capsys.readouterr().out.splitlines() == lines
+
+
+def test_notes_and_reasons_are_folded():
+    found = report(network())
+    notes = tuple((f"blocks.{i}.attn.qkv", f"its {8 * i} rows are three") for i in range(1, 25))
+    skips = tuple(Skip(f"blocks.{i}.mask", (9, 9), "its weights are torch.int8") for i in range(24))
+    said = str(replace(found, notes=notes, skips=skips))
+    assert "\nnote: blocks.{1..24}.attn.qkv (24): its 8 to 192 rows are three\n" in said
+    assert said.endswith("  24 its weights are torch.int8 (each 9 x 9): blocks.{0..23}.mask")
+    assert all(len(line) <= 80 for line in said.splitlines()[7:])
+    assert "(24): its 8 to 192" in re.sub("<wbr>", "", replace(found, notes=notes).to_html())
+
+
+def test_long_names_are_short_in_tables_and_whole_in_json():
+    name = ".".join(["transformer", "h", "12", *["a_very_long_part"] * 20, "proj"])
+    found = report({f"{name}.weight": torch.randn(8, 4)}, head=None)
+    (row,) = str(found).splitlines()[2:3]
+    assert len(row.split()[0]) <= 60
+    assert row.split()[0].startswith("t.h.12.a.")
+    assert json.loads(found.to_json())["layers"][0]["name"] == name
+    assert abbreviated("blocks.12.attn.proj", 19) == "blocks.12.attn.proj"
+    assert abbreviated("blocks.12.attn.proj", 18) == "blo.12.attn.proj"
+    assert len(abbreviated("x" * 500, 30)) == 30
+
+
+def test_a_plain_table_fits_a_terminal():
+    torch.manual_seed(0)
+    state = {f"encoder.blocks.{i}.attention.output.weight": torch.randn(16, 8) for i in range(3)}
+    state["encoder.blocks.1.attention.output.weight"][:4] = 1.0
+    state["encoder.blocks.1.attention.output.weight"][9] = math.nan
+    table = report_table(report(state, head=None))
+    lines = plain(table, 60).splitlines()
+    rows = lines[: lines.index(next(line for line in lines if "above random" in line))]
+    assert all(len(line) <= 60 for line in rows)
+    assert len(rows) > 5  # the finding of the second takes more than one
+    assert "e.b.0.att.output" in {row.split()[0] for row in rows if row}
+
+
+def test_notebooks_show_a_table():
+    found = report(network())
+    for one, rows in ((found, 5), (compare(network(), network()), 5)):
+        page = one._repr_html_()
+        assert page.count("<tr>") == rows
+        assert len(page) < 10_000
+        assert "<style" not in page
+        assert not re.search("color:|background:", page)  # those of the notebook, light or dark
+        assert "\n" not in repr(one)
+    assert repr(found).startswith("<Report on Sequential: ")
+    hostile = replace(found, source="<script>")
+    assert "<script>" not in hostile._repr_html_()
+    assert repr(compare(network(), network())) == (
+        "<Comparison of Sequential and Sequential: 4 layers in both>"
+    )
+
+
+def prefixed(state, prefix):
+    return {prefix + name: x for name, x in state.items()}
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "said"),
+    [
+        ("", "", ""),
+        ("model.", "", "names matched without the prefix 'model.' of the first"),
+        ("", "student.", "names matched without the prefix 'student.' of the second"),
+        (
+            "a.b.",
+            "a.c.",
+            "names matched without the prefix 'a.b.' of the first and 'a.c.' of the second",
+        ),
+        ("a.", "a.", ""),
+    ],
+)
+def test_names_are_matched_without_a_common_prefix(first, second, said):
+    torch.manual_seed(0)
+    state = {f"{name}.weight": torch.randn(6, 8) for name in ("stem", "mid.0", "fc")}
+    mixed = prefixed(state, first) | {f"{first}more.weight": torch.randn(3, 8)}
+    found = compare(mixed, prefixed(state, second))
+    assert len(found.layers) == 3
+    assert all(one.moved == 0.0 for one in found.layers)
+    assert all(one.before.full_space == one.after.full_space for one in found.layers)
+    assert found.only_before == (f"{first}more",)
+    assert found.only_after == ()
+    assert found.matched == said
+    assert json.loads(found.to_json())["prefixes"] == list(found.prefixes)
+    for text in (str(found), found.to_html()):
+        assert ("without the prefix" in text) == bool(said)
+
+
+def test_a_prefix_that_helps_nothing_is_kept():
+    state = {"net.0.weight": torch.randn(6, 8), "net.1.weight": torch.randn(5, 6)}
+    other = {"net.0.weight": torch.randn(6, 8), "fc.weight": torch.randn(5, 6)}
+    found = compare(state, other)
+    assert [one.after.name for one in found.layers] == ["net.0"]
+    assert (found.prefixes, found.only_before, found.only_after) == (("", ""), ("net.1",), ("fc",))
+
+
+def test_the_version(capsys):
+    with pytest.raises(SystemExit) as error:
+        main(["--version"])
+    assert error.value.code == 0
+    assert capsys.readouterr().out == f"lightning-hsu {lightning_hsu.__version__}\n"
+
+
+def test_compare_writes_a_page(tmp_path, capsys):
+    paths = []
+    for i in range(2):
+        state = network().state_dict()
+        state["3.weight"] += 0.1 * i
+        paths.append(str(tmp_path / f"{i}.pt"))
+        torch.save(state, paths[i])
+    page = tmp_path / "a.html"
+    assert main(["compare", *paths, "--html", str(page)]) == 0
+    assert page.read_text() == compare(*paths).to_html()
+    for wrong in ("-", paths[1], str(tmp_path)):
+        assert main(["compare", *paths, "--html", wrong]) == 2
+    assert main(["compare", *paths, "--html", str(page), "--json", str(page)]) == 2
+    assert "name the same file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ["--measure", "(" * 5000],
+        ["--measure", "(" * 250],
+        ["--measure", "-" * 250],
+        ["--measure", "RieszEnergy(s=" + "9" * 250 + ")"],
+        ["--measure", "RieszEnergy(s=1e999)"],
+        ["--head", "x" * 5000],
+        ["--include", "x" * 5000],
+        ["--exclude", "x" * 5000],
+        ["--key", "x" * 5000],
+        ["--neurons", "x" * 5000 + "=rows"],
+        ["--neurons", "x" * 5000],
+        ["--neurons", "3=" + "9" * 5000],
+        ["--pairs", "9" * 5000],
+        ["--top", "0"],
+        ["--top", "9" * 5000],
+        ["--fail-above", "x" * 5000],
+        ["--similar-above", "x" * 5000],
+        ["--similar-above", "nan"],
+        ["--" + "x" * 5000],
+        ["--html", "x" * 5000],
+    ],
+    ids=lambda wrong: " ".join(wrong)[:24],
+)
+def test_wrong_options_are_told_in_few_characters(tmp_path, capsys, wrong):
+    torch.save(network().state_dict(), tmp_path / "a.pt")
+    try:
+        code = main(["report", str(tmp_path / "a.pt"), *wrong])
+    except SystemExit as error:
+        code = error.code
+    assert code == 2
+    told = capsys.readouterr().err
+    last = told.strip().splitlines()[-1]
+    assert last.startswith("lightning-hsu")
+    assert "Traceback" not in told
+    assert max(map(len, told.split())) <= 200
+    assert len(last) < 1000
+    if wrong[0] == "--measure":
+        assert not re.search(r"\({81}|9{81}|-{81}", told)
+
+
+def test_errors_speak_in_options():
+    for python, options in {
+        "read by rows: neurons={'W_dec': 'columns'}": "read by rows: --neurons 'W_dec=columns'",
+        "neurons={'qkv': 5}: the 24 rows": "--neurons 'qkv=5': the 24 rows",
+        "when asked for: include='wte'": "when asked for: --include 'wte'",
+        "name one, or head=None": "name one, or --head none",
+        "choose one with --key or key=": "choose one with --key",
+    }.items():
+        assert in_options(python) == options

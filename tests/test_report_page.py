@@ -16,7 +16,7 @@ from torch import nn
 
 from lightning_hsu._core import expected_angles
 from lightning_hsu._neurons.candidates import Skip
-from lightning_hsu.report import report
+from lightning_hsu.report import compare, report
 from lightning_hsu.report.charts import (
     COSINE_STEPS,
     angle_chart,
@@ -134,18 +134,15 @@ def test_page_states_the_numbers(found):
     assert "4 and 9180.00° opposite" in said
     assert "2 dead neurons, zero or next to nothing: 11, 140." in said
     assert "1 dead neuron, zero or next to nothing: 2 of group 1." in said
-    above = sum(one.uniformity.ratio > 1.02 for one in found.layers)
-    assert (
-        f"{above or 'None'} of 4 layers {'is' if above < 2 else 'are'} above random by more than 2 %."
-        in said
-    )
+    above = sum(one.finding.split(", ")[0].endswith("x random") for one in found.layers)
+    assert f"{above or 'None'} of 4 layers {'is' if above < 2 else 'are'} above random." in said
     assert "a fact, not advice" in said
 
 
 def test_the_worst_layer_is_unfolded(found):
     ratios = [0.9, 1.1, math.nan, 1.05]
     layers = [
-        replace(one, uniformity=replace(one.uniformity, ratio=r))
+        replace(one, uniformity=replace(one.uniformity, ratio=r), finding=f"{r}x random")
         for one, r in zip(found.layers, ratios, strict=True)
     ]
     tags = read(replace(found, layers=tuple(layers)).to_html())
@@ -155,8 +152,7 @@ def test_the_worst_layer_is_unfolded(found):
         False,
         False,
     ]
-    assert "2 of 3 layers are above random by more than 2 %." in words(tags)
-    assert "1 more has no ratio." in words(tags)
+    assert "2 of 3 layers are above random. 1 layer has no ratio: 2." in words(tags)
 
 
 def test_names_are_escaped(found):
@@ -288,7 +284,7 @@ def test_ratios_of_any_size_are_drawn(found, ratios):
     assert len(
         [one for one in tags.all("circle") if "cx" in one and one["cx"].endswith("%")]
     ) == len(known)
-    assert ("No layer has a ratio." in words(tags)) == (not known)
+    assert ("No layer can be judged." in words(tags)) == (not known)
     assert ("ratios" in [one.get("class") for one in tags.all("div")]) == bool(known)
 
 
@@ -343,7 +339,7 @@ def test_small_and_thin_layers_have_a_page(shape):
 
 
 def test_report_of_nothing_has_a_page(found):
-    assert "No layer has a ratio." in words(read(replace(found, layers=()).to_html()))
+    assert "No layer can be judged." in words(read(replace(found, layers=()).to_html()))
 
 
 def test_only_the_first_pairs_are_listed():
@@ -371,7 +367,7 @@ def test_colours_on_the_chart_are_those_of_the_words():
     layers["d.weight"] = next(
         x
         for x in made
-        if (one := report({"weight": x}, head=None).layers[0]).above and one.as_random
+        if (one := report({"weight": x}, head=None).layers[0]).ratio > 1.1 and one.as_random
     )
     chart = ratio_chart(report(layers, head=None).layers)
     assert re.findall(r'<circle[^>]* class="(\w+)"', chart) == ["even", "below", "above", "even"]
@@ -452,13 +448,59 @@ def test_labels_are_short():
     assert shortened("a" * 28, 28) == "a" * 28
 
 
-def test_layers_within_what_random_ones_have_are_counted_apart(found):
+def test_layers_within_what_random_ones_have_are_not_counted_as_above(found):
     layers = [
         strange(found, uniformity={"ratio": ratio}, finding=said)
         for ratio, said in ((1.2, "as random"), (1.3, "1.30x"))
     ]
     said = words(read(replace(found, layers=tuple(layers)).to_html()))
-    assert (
-        "2 of 2 layers are above random by more than 2 %. Of these, 1 is within what random layers of the shape have."
-        in said
-    )
+    assert "1 of 2 layers is above random." in said
+    assert "as random within 1 % of that, or where 998 of 1,000 random layers" in said
+
+
+def test_a_comparison_is_a_page_of_the_same_kind(found):
+    other = dict(network(1).state_dict()) | {"more.weight": torch.randn(4, 4)}
+    first = dict(network().state_dict()) | {
+        "old.weight": torch.randn(4, 5),
+        "int.weight": torch.ones(3, 3, dtype=torch.int8),
+    }
+    both = compare(first, other)
+    page = both.to_html()
+    tags = read(page)
+    said = words(tags)
+    assert "4 layers in both" in said
+    assert "Only before1" not in said
+    assert "Only before 1 layer: old" in said
+    assert "Only after 1 layer: more" in said
+    assert "Left out before weightshapereason int3 x 3its weights are torch.int8" in said
+    assert "a ring before, a dot after" in said
+    rings = [one for one in tags.all("circle") if one["class"].endswith(" ring")]
+    assert len(rings) == 4
+    assert len(tags.all("circle")) == 8
+    for one in both.layers:
+        before, after = f"{one.before.ratio:.3f}", f"{one.after.ratio:.3f}"
+        assert (after if before == after else f"{before} → {after}") in said
+        assert f"{one.moved:.1f}°" in said
+    assert len(page) < 30_000
+    assert "color-scheme:light dark" in page
+
+
+def test_a_comparison_escapes_names(found):
+    hostile = "<script>alert(1)</script>"
+    both = compare(network(), network())
+    layers = []
+    for one in both.layers:
+        after = replace(one.after, uniformity=replace(one.after.uniformity, name=hostile))
+        layers.append(replace(one, after=after))
+    page = replace(both, layers=tuple(layers), only_before=(hostile,)).to_html()
+    read(page)
+    assert hostile not in page
+    assert hostile not in replace(both, only_after=(hostile,))._repr_html_()
+
+
+def test_a_comparison_without_ratios_has_no_chart():
+    zeros = {"a.weight": torch.zeros(4, 8)}
+    page = compare(zeros, zeros).to_html()
+    assert "no layer can be judged" in words(read(page))
+    assert "<svg" not in page
+    assert "moved most" not in page

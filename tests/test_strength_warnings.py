@@ -17,7 +17,10 @@ from lightning_hsu._core.limits import SAFE_SHARE
 from lightning_hsu._engine import warn
 from lightning_hsu._monitor.as_random import AsRandom
 from lightning_hsu._monitor.measure import LayerUniformity
+from lightning_hsu._monitor.text import finding
+from lightning_hsu.measures import RieszEnergy
 from lightning_hsu.measures.defaults import SHARE_LIMIT
+from lightning_hsu.reference import random_level, random_range
 from tests.models import Automatic, batches, loader, trainer, uniformity
 from tests.plain import HALF_SPACE
 
@@ -517,38 +520,43 @@ def test_a_fit_of_one_epoch_is_not_told_that_fresh_layers_are_as_random(monkeypa
     assert fits(monkeypatch, callback, still(net), max_epochs=1, **logs) == [([], [])]
 
 
+ENERGY = RieszEnergy(s=2.0, half_space=True)
+
+
 def later_epoch():
     """At the beginning of the second epoch: of the first one nothing is told."""
     epoch = AsRandom()
     for _ in range(2):
-        epoch.note([measured("a", 1.0)], ["a"])
+        epoch.note([measured("a", 1.0)], {"a": ENERGY})
     assert epoch.end_epoch() is None
     return epoch
 
 
 def measured(name, ratio, score=0.0):
-    return LayerUniformity(name, 1, 64, 512, 0.5, 0.5, ratio, score, 80.0, 0, 0, True)
+    energy = ratio * random_level(ENERGY, 64, 512)
+    return LayerUniformity(name, 1, 64, 512, energy, energy, ratio, score, 80.0, 0, 0, True)
 
 
 @pytest.mark.parametrize(
     ("ratios", "is_told"),
     [
-        ([0.997, 1.004], True),
+        ([0.993, 1.009], True),
         ([1.004], False),  # one measurement
-        ([1.004, 1.006, 1.004], False),
-        ([1.004, 0.994], False),
+        ([1.009, 1.012, 1.009], False),
+        ([1.004, 0.988], False),
     ],
 )
 def test_every_measurement_of_an_epoch_counts(ratios, is_told):
     epoch = later_epoch()
     for ratio in ratios:
-        epoch.note([measured("a", ratio), measured("monitored", 2.0)], ["a"])
+        epoch.note([measured("a", ratio), measured("monitored", 2.0)], {"a": ENERGY})
     text = epoch.end_epoch()
     assert (text is not None) == is_told
     if text is not None:
-        assert "(ratios 0.997 to 1.004 at 2 measurements)" in text
+        assert "(ratios 0.993 to 1.009 at 2 measurements)" in text
     for _ in range(2):
-        epoch.note([measured("a", 1.0), measured("b", float("nan"))], ["a", "b"])
+        layers = [measured("a", 1.0), measured("b", float("nan"))]
+        epoch.note(layers, {"a": ENERGY, "b": ENERGY})
     assert (epoch.end_epoch() is not None) != is_told  # an epoch later, and once
     assert epoch.end_epoch() is None
 
@@ -559,7 +567,7 @@ def test_layers_that_are_as_random_are_named_and_all_of_them_are_told_of_again()
     for crowded in (1.2, 1.2, 1.0, 1.0):
         for _ in range(2):
             layers = [measured("a", 1.001), measured("b", crowded), measured("c", 0.999)]
-            epoch.note(layers, ["a", "b", "c"])
+            epoch.note(layers, dict.fromkeys("abc", ENERGY))
         texts.append(epoch.end_epoch())
     some, again, every, last = texts
     assert some == (
@@ -571,9 +579,25 @@ def test_layers_that_are_as_random_are_named_and_all_of_them_are_told_of_again()
     assert (again, last) == (None, None)
 
 
+def test_what_is_said_after_an_epoch_is_what_the_table_says():
+    """Five ratios around both ends of what is called as random, in a small layer and a large one."""
+    for n, d in ((4, 8), (64, 512)):
+        low, high = random_range(ENERGY, n, d)
+        level = random_level(ENERGY, n, d)
+        for energy in (0.99 * low, 1.01 * low, level, 0.99 * high, 1.02 * high):
+            ratio = energy / level
+            layer = LayerUniformity("a", 1, n, d, energy, 0.0, ratio, 0.0, 80.0, 0, 0, True)
+            epoch = later_epoch()
+            for _ in range(2):
+                epoch.note([layer], {"a": ENERGY})
+            words = finding(layer, ENERGY)
+            assert (epoch.end_epoch() is not None) == (words == "as random")
+            assert epoch.is_crowded == words.endswith("x random")
+
+
 def test_neurons_that_were_spread_are_not_as_random():
     """In many dimensions the ratio is close to 1 even for the best there can be."""
     epoch = later_epoch()
     for _ in range(2):
-        epoch.note([measured("a", 0.998, score=0.9)], ["a"])
+        epoch.note([measured("a", 0.991, score=0.9)], {"a": ENERGY})
     assert epoch.end_epoch() is None

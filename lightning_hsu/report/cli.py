@@ -71,6 +71,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (OSError, ValueError, TypeError, ModuleNotFoundError) as error:
         _complain(in_options(str(error)))
         return _BROKEN
+    except OverflowError as error:
+        _complain(f"a number is too large: {error}")
+        return _BROKEN
     except (MemoryError, RecursionError):
         _complain("what is asked for is too large for this machine")
         return _BROKEN

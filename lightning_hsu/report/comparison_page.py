@@ -49,10 +49,13 @@ def _header(found: ComparisonData) -> str:
     after, where_after = source_part(found.after.source)
     earlier = [one.before for one in found.layers]
     later = [one.after for one in found.layers]
-    most = 0.0
+    most = -1.0
     for one in found.layers:
-        most = max(most, one.moved)  # 0 stays beside NaN
-    how_far = f" The layer that moved most moved by {degrees(most)}."
+        if one.moved > most:  # never true for NaN
+            most = one.moved
+    how_far = ""
+    if most >= 0.0:
+        how_far = f" The layer that moved most moved by {degrees(most)}."
     matched = ""
     if found.matched:
         matched = f'<p class="soft">{escape(found.matched[0].upper() + found.matched[1:])}.</p>\n'

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from importlib.resources import files
 
-from lightning_hsu._monitor.fold import fold_names
 from lightning_hsu._monitor.summary import lines_about_notes
 from lightning_hsu._monitor.text import counted, number, score_text, weight_shape
 from lightning_hsu.report.charts import (
@@ -115,8 +114,8 @@ def _lead(found: ReportData) -> str:
     if judged > 0:
         verb = "is" if above < 2 else "are"
         words = f"{above or 'None'} of {counted(judged, 'layer')} {verb} above random."
-    for reason, names in unjudged(found.layers):
-        words += f" {reason}: {breakable(fold_names(names))}."
+    for text in unjudged(found.layers):
+        words += f" {breakable(text)}."
     return words
 
 

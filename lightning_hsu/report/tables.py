@@ -47,7 +47,8 @@ _MOVED = (
 )
 _LONGEST_NAME = 60  # of a layer in a table that is not fitted to a terminal
 _SHORTEST_NAME = 16
-_SHORTEST_FINDING = 24
+_SHORTEST_FINDING = 24  # that a name makes room for
+_NARROWEST = 10  # columns of a finding
 
 
 class Column(NamedTuple):
@@ -188,7 +189,8 @@ def report_table(found: ReportData, top: int | None = None) -> Table:
     if hidden:
         below.append(_hidden(hidden, len(found.layers)))
     below += wrapped(Line(_summary(found)))
-    below += [*_unjudged(found), *wrapped(Line(_RATIO))]
+    for text in (*unjudged(found.layers), _RATIO):
+        below += wrapped(Line(text))
     headings = _headings(_REPORT_COLUMNS)
     rows = [headings]
     for layer in layers:
@@ -266,7 +268,7 @@ def _summary(found: ReportData) -> str:
     )
 
 
-def unjudged(layers: Sequence[LayerReport]) -> list[tuple[str, list[str]]]:
+def unjudged(layers: Sequence[LayerReport]) -> list[str]:
     """Why layers cannot be judged, each reason with their names."""
     broken = []
     without_ratio = []
@@ -275,22 +277,12 @@ def unjudged(layers: Sequence[LayerReport]) -> list[tuple[str, list[str]]]:
             broken.append(layer.name)
         elif not layer.judged:
             without_ratio.append(layer.name)
-    found = []
-    if broken:
-        has = "has" if len(broken) == 1 else "have"
-        found.append((f"{counted(len(broken), 'layer')} {has} NaN or infinite weights", broken))
-    if without_ratio:
-        has = "has" if len(without_ratio) == 1 else "have"
-        found.append((f"{counted(len(without_ratio), 'layer')} {has} no ratio", without_ratio))
-    return found
-
-
-def _unjudged(found: ReportData) -> list[str]:
-    """Lines about the layers that cannot be judged."""
     lines = []
-    for reason, names in unjudged(found.layers):
-        folded = fold_names(names).removesuffix(f" ({len(names):,})")
-        lines += wrapped(Line(f"{reason}: {folded}"))
+    for names, what in ((broken, "NaN or infinite weights"), (without_ratio, "no ratio")):
+        if names:
+            has = "has" if len(names) == 1 else "have"
+            folded = fold_names(names).removesuffix(f" ({len(names):,})")
+            lines.append(f"{counted(len(names), 'layer')} {has} {what}: {folded}")
     return lines
 
 
@@ -436,7 +428,7 @@ def _folded(rows: Sequence[tuple[str, ...]], width: int) -> list[tuple[str, ...]
     """Rows whose last cell takes as many lines as it needs in so many characters."""
     found: list[tuple[str, ...]] = []
     for *cells, last in rows:
-        first, *others = textwrap.wrap(last, max(width, _SHORTEST_FINDING)) or [""]
+        first, *others = textwrap.wrap(last, max(width, _NARROWEST), break_on_hyphens=False) or [""]
         found.append((*cells, first))
         for other in others:
             found.append((*[""] * len(cells), other))
