@@ -35,7 +35,7 @@ _INTERRUPTED = 128 + 2  # by SIGINT
 _PIPE_CLOSED = 128 + 13  # SIGPIPE
 
 _LONGEST_WORD = 200  # characters of what a user or a file says, in an error
-_LONGEST_LINE = 2000
+_LONGEST_LINE = 1000
 _LONGEST_MEASURE = 300
 _SHOWN_MEASURE = 80
 _MOST_PAIRS = 1_000_000

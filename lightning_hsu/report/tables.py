@@ -26,6 +26,8 @@ from lightning_hsu._monitor.text import (
     table_lines,
     without_empty,
 )
+from lightning_hsu._neurons.candidates import Skip
+from lightning_hsu._neurons.select import EXCLUDED, NOT_INCLUDED
 from lightning_hsu.report.data import (
     ComparisonData,
     LayerComparison,
@@ -206,7 +208,7 @@ def report_table(found: ReportData, top: int | None = None) -> Table:
         below.append(RULE)
     if any(row[0].endswith(_STAR) for row in rows):
         below.append(_FULL_SPACE)
-    for line in (*lines_about_notes(found.notes), *lines_about_skips(found.skips)):
+    for line in (*lines_about_notes(found.notes), *_skip_lines(found.skips)):
         below += wrapped(line)
     return Table(tuple(columns), rows[1:], below)
 
@@ -214,6 +216,24 @@ def report_table(found: ReportData, top: int | None = None) -> Table:
 def short(source: str) -> str:
     """The name of a source with at most 60 characters."""
     return shorten(source, _LONGEST_NAME)
+
+
+def _skip_lines(skips: Sequence[Skip]) -> list[Line]:
+    """What was left out, and why; what the caller's patterns left out is only counted."""
+    others = []
+    counts = {NOT_INCLUDED: 0, EXCLUDED: 0}
+    for skip in skips:
+        if skip.reason in counts:
+            counts[skip.reason] += 1
+        else:
+            others.append(skip)
+    if not skips:
+        return []
+    lines = [Line(f"not measured ({len(skips):,}):"), *lines_about_skips(others)[1:]]
+    for reason, count in counts.items():
+        if count > 0:
+            lines.append(Line(f"{count:,} {reason}", indent=2))
+    return lines
 
 
 def _badness(layer: LayerReport) -> tuple[bool, float]:
@@ -293,10 +313,13 @@ def _mixed(layers: Sequence[LayerReport]) -> bool:
 
 def _report_row(layer: LayerReport, mixed: bool) -> tuple[str, ...]:
     numbers = layer.uniformity
+    energy = "-"
+    if not math.isnan(numbers.ratio):
+        energy = number(numbers.energy, 4)
     return (
         _name(layer, mixed),
         layer.shape,
-        number(numbers.energy, 4),
+        energy,
         number(numbers.ratio, 3),
         score_text(numbers.score),
         number(numbers.min_angle, 1),
@@ -374,7 +397,7 @@ def _only_one_has(when: str, names: Sequence[str], one: ReportData) -> list[str]
         lines.append(Line(f"only {when} ({short(one.source)}): {fold_names(names)}"))
     for line in lines_about_notes(one.notes):
         lines.append(replace(line, text=f"{when}, {line.text}"))
-    skipped = lines_about_skips(one.skips)
+    skipped = _skip_lines(one.skips)
     if skipped:
         skipped[0] = replace(skipped[0], text=f"{when}, {skipped[0].text}")
     found = []
