@@ -154,29 +154,6 @@ class JsonData(ABC):
         Path(path).write_text(self.to_json() + "\n", encoding="utf-8")
 
 
-def folded_notes(notes: Sequence[tuple[str, str]], most: int = 3) -> list[tuple[str, str]]:
-    """Notes of layers, with those that say the same in one line.
-
-    Args:
-        notes: Names of layers, each with its note.
-        most: How many names are spelled out.
-
-    Example:
-        >>> folded_notes([("a", "odd"), ("b", "even"), ("c", "odd"), ("d", "odd"), ("e", "odd")])
-        [('a, c, d and 1 more', 'odd'), ('b', 'even')]
-    """
-    names: dict[str, list[str]] = {}
-    for name, note in notes:
-        names.setdefault(note, []).append(name)
-    folded = []
-    for note, all_names in names.items():
-        named = ", ".join(all_names[:most])
-        if len(all_names) > most:
-            named += f" and {len(all_names) - most} more"
-        folded.append((named, note))
-    return folded
-
-
 @dataclass(frozen=True, eq=False)
 class ReportData(JsonData):
     """The fields of a report; :class:`Report` describes them."""
