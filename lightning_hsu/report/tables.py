@@ -156,9 +156,9 @@ def abbreviated(name: str, width: int) -> str:
 
     Example:
         >>> abbreviated("transformer.encoder.blocks.7.attention.proj", 30)
-        'tra.enc.blocks.7.att.proj'
+        'tra.encoder.blocks.7.att.proj'
         >>> abbreviated("transformer.encoder.blocks.7.attention.proj", 16)
-        't.e.b.7.a.proj'
+        't.e.b.7.att.proj'
     """
     parts = name.split(".")
     for letters in (3, 1):
