@@ -882,7 +882,7 @@ def test_notes_that_are_the_same_are_told_once():
         state[f"{i}.weight_scale"] = torch.tensor(2.0)
     found = report(state)
     assert len(found.notes) == 12
-    assert "note: 0, 1, 2 and 9 more: dequantised from float8_e4m3fn, one scale" in str(found)
+    assert "note: {0..11} (12): dequantised from float8_e4m3fn, one scale" in str(found)
     assert str(found).count("note:") == 1
 
 
