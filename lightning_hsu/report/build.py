@@ -21,7 +21,7 @@ from lightning_hsu.measures.base import check_measure
 from lightning_hsu.measures.defaults import REPORT_MEASURE
 from lightning_hsu.measures.sampled import measure_of_layer
 from lightning_hsu.report.analysis import look_at
-from lightning_hsu.report.checkpoints import read_weights
+from lightning_hsu.report.checkpoints import Checkpoint, read_checkpoint
 from lightning_hsu.report.data import ReportData
 from lightning_hsu.report.page import report_page
 from lightning_hsu.report.tables import plain, report_table, short, table_html, verdicts
@@ -93,6 +93,7 @@ def report(
     similar_above: float = 0.95,
     keep: int = 100,
     key: str | None = None,
+    base: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """Look at the neurons of every layer of a network.
@@ -104,8 +105,10 @@ def report(
     space, where opposite neurons rightly count as far apart.
 
     Args:
-        source: A model, a state dict, or a file: Lightning's .ckpt, a state dict in .pt or .pth,
-            .safetensors, TorchScript. No code in a file is run.
+        source: A model, a state dict, or a file: Lightning's .ckpt, a state dict in .pt, .pth or
+            .bin, .safetensors, TorchScript; or a folder: of Hugging Face's libraries, whole or in
+            parts, of a Trainer, of sentence-transformers, of a sparse autoencoder, of an adapter
+            of peft with its base. No code in a file is run, and nothing is downloaded.
         measure: How to measure; None is the half-space Riesz energy with s = 2.
         include: Patterns of layer names to take, shell style; None takes all.
         exclude: Patterns of layer names to leave out.
@@ -117,6 +120,8 @@ def report(
         similar_above: Cosine at or above which two neurons are near-duplicates, in (0, 1).
         keep: How many of a layer's near-duplicate pairs to list.
         key: Where in a file the state dict is; None finds it.
+        base: For an adapter of peft: the file or folder of its base. None takes the local folder
+            that the adapter's configuration names, if there is one.
         progress: Called with the layer's name and the fraction of the work that is done.
 
     Raises:
@@ -139,7 +144,7 @@ def report(
         >>> [(layer.name, layer.shape) for layer in found.layers]
         [('W_dec', '64 x 16')]
     """
-    found = find_targets(source, include, exclude, head, key, neurons)
+    found = find_targets(source, include, exclude, head, key, neurons, base)
     return look_at_all(found, measure, similar_above, keep, progress)
 
 
@@ -178,8 +183,13 @@ def look_at_all(
         layers.append(layer)
         done(1.0)
         flops_before += _flops_of(target)
-    notes = tuple((target.name, target.note) for target in found.targets if target.note)
-    return Report(found.source, measure, similar_above, tuple(layers), tuple(found.skips), notes)
+    notes = list(found.notes)
+    for target in found.targets:
+        if target.note:
+            notes.append((target.name, target.note))
+    return Report(
+        found.source, measure, similar_above, tuple(layers), tuple(found.skips), tuple(notes)
+    )
 
 
 def _done(
@@ -208,11 +218,13 @@ class FoundTargets(NamedTuple):
         source: Name of the source.
         targets: Its sets of neurons.
         skips: Weights that are left out, with the reason.
+        notes: Pairs of a name, or "", and what one should know of how the source was read.
     """
 
     source: str
     targets: Sequence[NeuronSet]
     skips: list[Skip]
+    notes: tuple[tuple[str, str], ...] = ()
 
 
 def find_targets(
@@ -222,32 +234,37 @@ def find_targets(
     head: Head,
     key: str | None,
     neurons: Neurons = None,
+    base: str | Path | None = None,
 ) -> FoundTargets:
     """Find the neurons of a source; arguments as in :func:`report`."""
     if isinstance(source, nn.Module) and not isinstance(source, torch.jit.ScriptModule):
         model = unwrapped(source)
         targets, skips = select(model, include, exclude, head, neurons=neurons, everything=True)
         return FoundTargets(type(model).__name__, targets, skips)
-    name, state = _state_dict_of(source, key)
+    found = _checkpoint_of(source, key, base)
+    state = {name: found.load(name) for name in found.tensors}
     others: list[Skip] = []
     try:
         candidates = neurons_of_state_dict(state, include, neurons)
         others = candidates.not_weights
         stored, skips = select(candidates, include, exclude, head, everything=True)
     except ValueError as error:
-        message = f"{name}: {error}"
+        message = f"{found.name}: {error}"
         for skip in others:
             message += f"\n  {skip.name} {skip.shape}: {skip.reason}"
         raise ValueError(message) from error
-    return FoundTargets(name, stored, [*skips, *others])
+    return FoundTargets(found.name, stored, [*skips, *others], found.notes)
 
 
-def _state_dict_of(source: Source, key: str | None) -> tuple[str, Mapping[str, Tensor]]:
-    """The name and the state dict of TorchScript, a file or a state dict."""
-    if isinstance(source, nn.Module):
-        return type(source).__name__, source.state_dict()
+def _checkpoint_of(source: Source, key: str | None, base: str | Path | None) -> Checkpoint:
+    """The weights of TorchScript, a file, a folder or a state dict."""
     if isinstance(source, (str, Path)):
-        return str(source), read_weights(source, key)
-    if isinstance(source, Mapping):
-        return "state dict", source
-    raise TypeError(f"a report is on a model, a state dict or a file; got {type(source).__name__}")
+        return read_checkpoint(source, key, base)
+    if isinstance(source, nn.Module):
+        name, state = type(source).__name__, source.state_dict()
+    elif isinstance(source, Mapping):
+        name, state = "state dict", dict(source)
+    else:
+        kind = type(source).__name__
+        raise TypeError(f"a report is on a model, a state dict or a file; got {kind}")
+    return Checkpoint(name, state, state.__getitem__, None, ())

@@ -1,54 +1,126 @@
-"""Reads weights from files without running code in them."""
+"""Reads weights from files and folders without running code in them."""
 
 from __future__ import annotations
 
-import re
-import tarfile
-import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from lightning_hsu._neurons.packed import with_quantised_linears
-from lightning_hsu.report.unpickle import Opaque, is_torchscript, read_pickle, read_torchscript
-
-_KEYS = (  # where a file may have its state dict, in the order of the search
-    "state_dict",
-    "model_state_dict",
-    "model",
-    "module",
-    "net",
-    "network",
-    "weights",
-    "params",
-    "ema",
+from lightning_hsu.report._files.adapters import (
+    check_no_adapter,
+    is_adapter_file,
+    is_adapter_folder,
+    read_adapter,
 )
-_HEADS = (  # modules that come last, whatever the order in the file
-    "head",
-    "classifier",
-    "fc",
-    "lm_head",
-    "score",
-    "logits",
-)
+from lightning_hsu.report._files.folders import read_folder
+from lightning_hsu.report._files.found import Found
+from lightning_hsu.report._files.naming import printable, short
+from lightning_hsu.report._files.reading import add_what_is_beside, read_file
+from lightning_hsu.report._files.regular import check_exists
+from lightning_hsu.report._files.sentences import is_sentence_folder, read_sentence_folder
+
+__all__ = ["Checkpoint", "printable", "read_checkpoint", "read_weights"]
 
 
-def read_weights(path: str | Path, key: str | None = None) -> dict[str, Tensor]:
-    """Read the weights of a file by name.
+@dataclass(frozen=True)
+class Checkpoint:
+    """The weights of a file or a folder, and what it says of the model.
 
     Args:
-        path: Lightning's .ckpt, a state dict in .pt, .pth or .bin, .safetensors, TorchScript; or a
-            folder of .safetensors.
-        key: Where in the file the state dict is, such as "ema"; None finds it.
+        name: What was read, for the report's title.
+        tensors: By name: real tensors, or, where the numbers stay in the file until they are
+            needed, stand-ins on device meta that have the shape and the dtype.
+        load: Returns the numbers of one tensor by name; of a real one itself. The result may be
+            released after use. A tensor that was stored without numbers stays on device meta.
+        config: What the file or folder says of the model: the content of ``config.json`` (its
+            ``model_type``, ``architectures``, ``num_attention_heads``, ``quantization_config``
+            and so on) or of a sparse autoencoder's ``cfg.json``; None without one.
+        notes: Pairs ("", text) or (name, text) of what one should know: which of several sets of
+            weights was taken and how to take another, what was merged, what was left out.
+    """
+
+    name: str
+    tensors: dict[str, Tensor]
+    load: Callable[[str], Tensor]
+    config: dict[str, Any] | None
+    notes: tuple[tuple[str, str], ...]
+
+
+def read_checkpoint(
+    path: str | Path, key: str | None = None, base: str | Path | None = None
+) -> Checkpoint:
+    """Read the weights of a file or a folder. No code in it is run, and nothing is downloaded.
+
+    One set of weights is taken, never two; a note says which, and how to take another.
+
+    - A file: Lightning's .ckpt, a state dict in .pt, .pth or .bin (DeepSpeed's, of which the
+      module is taken), .safetensors, TorchScript.
+    - A folder of Hugging Face's libraries, with one file or with an index of several; of a
+      Trainer or accelerate, where the optimizer's files are passed over; of sentence-transformers,
+      whose modules' weights are named as in its state dict, with the configuration of the
+      transformer; of a sparse autoencoder (SAELens, sparsify, dictionary_learning); any other
+      folder of .safetensors files that hold different names. The names in an index must be plain
+      names of files in the folder; a file that is a link to a regular file may be read, as in the
+      cache of the Hugging Face hub.
+    - An adapter of peft (LoRA with its variants, DoRA, LoHa, LoKr): the weights of its base with
+      the adapter added.
+
+    With more than 256 MiB of .safetensors files, tensors of more than 1 MiB stay in them until
+    ``load`` is called. Larger files of torch.save are mapped.
+
+    Args:
+        path: The file or folder.
+        key: Where in a file the state dict is, such as "ema"; in .safetensors, a prefix of names;
+            of an adapter's base, not of the adapter. None finds it.
+        base: For an adapter: the file or folder of its base. None takes the local folder that
+            the adapter's configuration names, else weights in the adapter's own folder. Of whole
+            weights it is not used, and a note says so.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it holds no weights that can be read without running code. Before torch 2.6
-            this includes files with other objects beside the weights (hyperparameters that are not
-            numbers or strings).
-        ModuleNotFoundError: for .safetensors without that package.
+        ValueError: if it holds no weights that can be read without running code, or not all of
+            them; if it is a pipe or a device, or asks for far more memory than it has bytes; for
+            an adapter without a base. Before torch 2.6 this includes files with other objects
+            beside the weights (hyperparameters that are not numbers or strings).
+
+    Example:
+        >>> import tempfile, torch
+        >>> path = Path(tempfile.mkdtemp()) / "model.pt"
+        >>> state = {"fc.weight": torch.eye(4)}
+        >>> torch.save({"model": state, "ema": state}, path)
+        >>> found = read_checkpoint(path)
+        >>> found.load("fc.weight").shape
+        torch.Size([4, 4])
+        >>> found.notes[0][1]
+        "the weights under 'model' were taken; the file also holds 'ema': take another with --key ema or key="
+    """
+    path = Path(path)
+    is_folder = check_exists(path)
+    is_adapter = is_adapter_folder(path) if is_folder else is_adapter_file(path)
+    if is_adapter:
+        found = read_adapter(path, base, partial(_read_base, path, key))
+    else:
+        found = _read(path, key)
+        if base is not None:
+            found.notes.append(("", f"the base {base} was not used: these are no adapter of peft"))
+    found = _printable(found, path)
+    return Checkpoint(str(path), found.tensors, found.load, found.config, tuple(found.notes))
+
+
+def read_weights(path: str | Path, key: str | None = None) -> dict[str, Tensor]:
+    """Read all weights of a file or a folder at once, by name.
+
+    Args:
+        path: As for :func:`read_checkpoint`.
+        key: Where in a file the state dict is, such as "ema"; None finds it.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: as for :func:`read_checkpoint`.
 
     Example:
         >>> import tempfile, torch
@@ -57,198 +129,43 @@ def read_weights(path: str | Path, key: str | None = None) -> dict[str, Tensor]:
         >>> list(read_weights(path))
         ['fc.weight']
     """
-    path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"no such file: {path}")
+    found = read_checkpoint(path, key)
+    return {name: found.load(name) for name in found.tensors}
+
+
+def _read(path: Path, key: str | None) -> Found:
+    """The weights of a file or folder that is no adapter of peft."""
     if path.is_dir():
-        return _printable(_in_order(_read_folder(path)))
-    if path.suffix == ".safetensors":
-        return _printable(_in_order(_read_safetensors(path)))
-    if path.stat().st_size == 0:
-        raise ValueError(f"{path} is empty")
-    if is_torchscript(path):
-        return _printable(read_torchscript(path))
-    _check_is_pickle(path)
-    return _printable(_state_dict(read_pickle(path), path, key))
-
-
-def _check_is_pickle(path: Path) -> None:
-    """Refuse a file that torch.save cannot have written."""
-    with path.open("rb") as file:
-        start = file.read(2)
-    if zipfile.is_zipfile(path) or tarfile.is_tarfile(path) or start.startswith(b"\x80"):
-        return
-    if start == b"PK":  # a zip file without the directory at its end
-        raise ValueError(f"{path} is cut short")
-    raise ValueError(
-        f"{path} is not a file of weights: it is not from torch.save, torch.jit.save or safetensors"
-    )
-
-
-def _read_folder(path: Path) -> dict[str, Tensor]:
-    """The weights of all .safetensors files in a folder."""
-    files = sorted(path.glob("*.safetensors"))
-    if not files and (path / ".metadata").exists():
-        raise ValueError(
-            f"{path} is a sharded checkpoint: make one file of it with "
-            f"`python -m lightning.pytorch.utilities.consolidate_checkpoint {path}` or, if it is "
-            f"not from Lightning, "
-            f"`python -m torch.distributed.checkpoint.format_utils dcp_to_torch {path} FILE`"
-        )
-    if not files:
-        raise ValueError(
-            f"{path} is a folder without .safetensors files: name the checkpoint in it"
-        )
-    found: dict[str, Tensor] = {}
-    for file in files:
-        for name, x in _read_safetensors(file).items():
-            if name in found:
-                raise ValueError(
-                    f"{path} holds more than one set of weights ({name} is also in {file.name}): "
-                    "name one file"
-                )
-            found[name] = x
-    return found
-
-
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    try:
-        from safetensors.torch import load_file
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "reading .safetensors needs the package safetensors: "
-            'pip install "lightning-hsu[report]"'
-        ) from error
-    try:
-        return load_file(path)
-    except Exception as error:  # of that package's own types
-        raise ValueError(f"{path} is not a .safetensors file that can be read: {error}") from error
-
-
-def _in_order(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Sort numbers by value and heads last; a .safetensors file is in alphabetical order."""
-    return {name: tensors[name] for name in sorted(tensors, key=_position)}
-
-
-def _position(name: str) -> tuple[bool, list[tuple[int, str]]]:
-    """The sorting key of a name: whether it is in a head, then its texts and numbers in turn."""
-    outer_modules = name.split(".")[:-1][:2]
-    in_head = not set(_HEADS).isdisjoint(outer_modules)
-    parts = []
-    for part in re.split(r"(\d+)", name):
-        if part.isdigit():
-            parts.append((int(part), ""))
+        if is_sentence_folder(path) and key is None:
+            found = read_sentence_folder(path, partial(read_folder, key=None))
         else:
-            parts.append((-1, part))
-    return in_head, parts
+            found = read_folder(path, key)
+    else:
+        found = read_file(path, key)
+        add_what_is_beside(found, path)
+    return check_no_adapter(path, found)
 
 
-def _printable(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _read_base(adapter: Path, key: str | None, path: Path) -> Found:
+    """The weights of an adapter's base."""
+    is_folder = check_exists(path)
+    folder = adapter if adapter.is_dir() else adapter.parent
+    is_same = path.resolve() == folder.resolve()
+    if not is_same and (is_adapter_file(path) or (is_folder and is_adapter_folder(path))):
+        raise ValueError(f"the base {path} is an adapter too: give the folder of a whole model")
+    return _read(path, key)
+
+
+def _printable(found: Found, path: Path) -> Found:
     """The tensors under names that are safe to print in a terminal."""
-    found = {}
-    for name, x in tensors.items():
-        shown = printable(name)
-        if shown in found:
-            raise ValueError(f"two names of weights differ only in control characters: {shown}")
-        found[shown] = x
-    return found
-
-
-def printable(text: str) -> str:
-    r"""A text with its control characters spelled out.
-
-    Example:
-        >>> print(printable("a" + chr(27) + "[2J"))
-        a\x1b[2J
-    """
-    characters = []
-    for character in text:
-        if not character.isprintable():
-            character = ascii(character)[1:-1]
-        characters.append(character)
-    return "".join(characters)
-
-
-def _state_dict(found: Any, path: Path, key: str | None) -> dict[str, Tensor]:
-    """The state dict in what a file holds; a key may be a path with dots."""
-    held = _state_dicts(found)
-    if key is not None:
-        inner = _at(found, key)
-        if not _is_state_dict(inner):
-            raise ValueError(f"{path} has no state dict under {key!r}; {_contents(found, held)}")
-        return _tensors(inner)
-    for name in _KEYS:
-        if name in held:
-            return _tensors(held[name])
-    if len(held) > 1:
-        raise ValueError(f"{path} has several state dicts; {_contents(found, held)}")
-    for state in held.values():
-        return _tensors(state)
-    raise ValueError(f"{path} has no state dict; {_contents(found, held)}")
-
-
-def _state_dicts(found: Any) -> dict[str, Any]:
-    """The state dicts in what a file holds, by their path; "" stands for all that it holds."""
-    inside = _inside(found, depth=1)
-    # A matrix beside a state dict with one of the usual names is something else, such as the
-    # weights of classes.
-    if _is_state_dict(found) and set(_KEYS).isdisjoint(inside):
-        return {"": found}
-    if inside:
-        return inside
-    return _inside(found, depth=4)
-
-
-def _inside(found: Any, above: str = "", *, depth: int) -> dict[str, Any]:
-    """The state dicts within mappings, nested at most ``depth`` deep, by their path.
-
-    Names that are not strings are passed over: an optimizer's state has numbers for names.
-    """
-    held: dict[str, Any] = {}
-    if depth == 0 or not isinstance(found, Mapping):
-        return held
-    for name, one in found.items():
-        if not isinstance(name, str):
-            continue
-        if _is_state_dict(one):
-            held[above + name] = one
-        else:
-            held |= _inside(one, f"{above}{name}.", depth=depth - 1)
-    return held
-
-
-def _at(found: Any, key: str) -> Any:
-    """What nested mappings hold under a key or a dotted path of keys; None if nothing."""
-    if not isinstance(found, Mapping):
-        return None
-    if key in found:
-        return found[key]
-    first, _, rest = key.partition(".")
-    if not rest:
-        return None
-    return _at(found.get(first), rest)
-
-
-def _is_state_dict(found: Any) -> bool:
-    """Whether something maps names to tensors, at least one of them with two dimensions."""
-    if not isinstance(found, Mapping):
-        return False
-    return any(isinstance(x, Tensor) and x.ndim > 1 for x in found.values())
-
-
-def _tensors(found: Mapping[str, Any]) -> dict[str, Tensor]:
-    entries = with_quantised_linears(found).items()
-    return {str(name): x for name, x in entries if isinstance(x, Tensor)}
-
-
-def _contents(found: Any, held: Mapping[str, Any]) -> str:
-    """What a file holds, for an error message."""
-    if isinstance(found, Opaque):
-        return "it holds one object, such as a whole model: save its state_dict() instead"
-    if not isinstance(found, Mapping):
-        return f"it holds {type(found).__name__}"
-    if held:
-        names = ", ".join(map(repr, list(held)[:20]))
-        return f"it holds {names}; choose one with --key or key="
-    names = ", ".join(map(repr, list(found)[:20]))
-    return f"it holds {names or 'nothing'}"
+    shown = Found(config=found.config)
+    for name in found.tensors:
+        its_name = printable(name)
+        if its_name in shown.tensors:
+            raise ValueError(
+                f"{path}: two names of weights differ only in control characters: {short(its_name)}"
+            )
+        shown.take(its_name, found, name)
+    for name, note in found.notes:
+        shown.notes.append((printable(name), printable(note)))
+    return shown

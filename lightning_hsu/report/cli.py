@@ -235,6 +235,9 @@ def _add_common(command: argparse.ArgumentParser) -> None:
         "--key", help="where in the file the state dict is, such as 'ema' or 'model.inner'"
     )
     command.add_argument(
+        "--base", metavar="PATH", help="of an adapter (LoRA): the file or folder of its base"
+    )
+    command.add_argument(
         "--include",
         metavar="PATTERN",
         nargs="+",
@@ -276,6 +279,7 @@ def _settings(given: argparse.Namespace) -> dict[str, Any]:
         "neurons": _neurons(given.neurons),
         "similar_above": given.similar_above,
         "key": given.key,
+        "base": given.base,
     }
 
 

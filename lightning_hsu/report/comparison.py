@@ -84,6 +84,7 @@ def compare(
     neurons: Neurons = None,
     similar_above: float = 0.95,
     key: str | None = None,
+    base: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Comparison:
     """Compare two networks, or one network at two times, layer by layer.
@@ -105,6 +106,7 @@ def compare(
         neurons: How weights of both hold neurons, as for :func:`~lightning_hsu.report.report`.
         similar_above: Cosine at or above which two neurons are near-duplicates, in (0, 1).
         key: Where in a file the state dict is; None finds it.
+        base: Of an adapter of peft: the file or folder of its base.
         progress: Called with the layer's name and the fraction of the work that is done.
 
     Raises:
@@ -118,8 +120,8 @@ def compare(
         >>> round(compare(before, after).layers[0].moved, 3)
         0.0
     """
-    first = find_targets(before, include, exclude, head, key, neurons)
-    second = find_targets(after, include, exclude, head, key, neurons)
+    first = find_targets(before, include, exclude, head, key, neurons, base)
+    second = find_targets(after, include, exclude, head, key, neurons, base)
     prefixes = _prefixes(_names(first), _names(second))
     ours, theirs = _by_key(first, prefixes[0]), _by_key(second, prefixes[1])
     first, second = _in_one_space(first, second, ours, theirs)

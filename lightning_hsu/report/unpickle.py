@@ -7,7 +7,7 @@ import re
 import warnings
 import zipfile
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import MappingProxyType
@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from lightning_hsu.report._files.found import check_expanded
 
 _BUILTINS: dict[str, type] = {
     "builtins.list": list,
@@ -34,17 +36,23 @@ _DTYPES = {
     "ByteStorage": torch.uint8,
     "BoolStorage": torch.bool,
 }
+_MAPPED_ABOVE = 256 * 2**20  # bytes of a file
+_SMALL, _MOST_COMPRESSED = 64 * 2**20, 8  # bytes that any file may ask for; times a file's size
+_MOST_OBJECTS, _DEEPEST = 1_000_000, 100  # of a TorchScript file
 _CANNOT_FILL = re.compile(r"but got <class '[\w.]*\b(Opaque\d+)'>")  # torch's error
 
 
 def read_pickle(path: Path) -> Any:
     """Read a file of torch.save: tensors and plain values only; all other objects stay empty.
 
-    No code of those objects is run.
+    No code of those objects is run. The numbers of a zip file of more than 256 MiB are mapped, so
+    that those which are not used, such as an optimizer's, take no memory.
 
     Raises:
         ValueError: if the file cannot be read that way.
     """
+    check_archive(path)
+    mapped = path.stat().st_size > _MAPPED_ABOVE and _is_stored(path)
     # torch's reader fills only its own lists and mappings. Its error names a class that it cannot
     # fill. The stand-in for this class then becomes a list or a mapping, and the reader starts
     # again.
@@ -53,7 +61,7 @@ def read_pickle(path: Path) -> Any:
         try:
             with _stand_ins(path, bases), warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "Detected pickle protocol")
-                return torch.load(path, map_location="cpu", weights_only=True)
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
         except Exception as error:  # of any type that a broken file can cause in torch's reader
             message = str(error)
             found = _CANNOT_FILL.search(message)
@@ -66,6 +74,40 @@ def read_pickle(path: Path) -> Any:
                 ) from error
             expects_list = "list" in message.partition("but got")[0]
             bases[found[1]] = _OpaqueList if expects_list else _OpaqueMapping
+
+
+def check_archive(path: Path) -> None:
+    """Refuse a zip file that would take far more memory than it has bytes.
+
+    torch compresses the code in a file but no numbers, and no two entries share their bytes.
+
+    Raises:
+        ValueError: if its entries take more than 64 MiB and eight times the file's size.
+    """
+    if not zipfile.is_zipfile(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            asked = sum(entry.file_size for entry in archive.infolist())
+    except Exception as error:  # of any type that a broken file can cause
+        raise ValueError(f"{path} is a zip file that cannot be read: {error}") from error
+    size = path.stat().st_size
+    if asked > max(_SMALL, _MOST_COMPRESSED * size):
+        raise ValueError(
+            f"{path} of {size:,} bytes asks for {asked:,}: it is no file that torch wrote; load it "
+            "yourself and save its state_dict() with torch.save"
+        )
+
+
+def _is_stored(path: Path) -> bool:
+    """Whether a file is a zip file whose entries of numbers are not compressed."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        for entry in archive.infolist():
+            if "/data/" in entry.filename and entry.compress_type != zipfile.ZIP_STORED:
+                return False
+    return True
 
 
 def _reason(message: str) -> str:
@@ -142,21 +184,39 @@ def read_torchscript(path: Path) -> dict[str, Tensor]:
     Raises:
         ValueError: if the file cannot be read that way.
     """
+    check_archive(path)
     try:
         with zipfile.ZipFile(path) as archive:
             module = _TorchScriptReader(archive).load()
-        return dict(_tensors(module))
+        return _Tensors().of(module)
     except Exception as error:  # of any type that a broken file can cause in the reader
         raise ValueError(f"{path} is not a TorchScript file that can be read: {error}") from error
 
 
-def _tensors(found: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Tensors of an object and, recursively, of the objects in its attributes."""
-    if isinstance(found, Tensor):
-        yield name, found
-    elif isinstance(found, _Attributes):
-        for key, part in found.attributes.items():
-            yield from _tensors(part, f"{name}.{key}".lstrip("."))
+class _Tensors:
+    """Collects the tensors of an object and, recursively, of the objects in its attributes.
+
+    A file of a few bytes can refer to one object from many places, and from itself.
+    """
+
+    def __init__(self) -> None:
+        self._found: dict[str, Tensor] = {}
+        self._seen = 0
+
+    def of(self, module: Any) -> dict[str, Tensor]:
+        """The tensors by name."""
+        self._collect(module, "", 0)
+        return self._found
+
+    def _collect(self, found: Any, name: str, depth: int) -> None:
+        self._seen += 1
+        if self._seen > _MOST_OBJECTS or depth > _DEEPEST:
+            raise ValueError("its objects hold each other more often than those of any model")
+        if isinstance(found, Tensor):
+            self._found[name] = found
+        elif isinstance(found, _Attributes):
+            for key, part in found.attributes.items():
+                self._collect(part, f"{name}.{key}".lstrip("."), depth + 1)
 
 
 class _Attributes:
@@ -169,7 +229,7 @@ class _Attributes:
 
     def __setstate__(self, state: Any) -> None:
         if isinstance(state, dict):
-            self.attributes = {str(key): part for key, part in state.items()}
+            self.attributes = {key: part for key, part in state.items() if isinstance(key, str)}
 
 
 class _TorchScriptReader(pickle.Unpickler):
@@ -220,4 +280,5 @@ def _pickle_name(archive: zipfile.ZipFile) -> str:
 def _strided(
     numbers: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any
 ) -> Tensor:
+    check_expanded("a tensor", tuple(size), numbers.dtype, numbers.untyped_storage().nbytes())
     return numbers.as_strided(size, stride, offset)

@@ -1,0 +1,1 @@
+"""What is in files and folders of weights: formats, layouts of folders, adapters."""
