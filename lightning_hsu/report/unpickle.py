@@ -232,8 +232,12 @@ class _Attributes:
             self.attributes = {key: part for key, part in state.items() if isinstance(key, str)}
 
 
-class _TorchScriptReader(pickle.Unpickler):
-    """An unpickler that knows tensors, plain values, and stand-ins for everything else."""
+class _TorchScriptReader(pickle._Unpickler):
+    """An unpickler that knows tensors, plain values, and stand-ins for everything else.
+
+    It is Python's own in Python: the one in C takes gigabytes if a pickle numbers its objects from
+    a large number on.
+    """
 
     def __init__(self, archive: zipfile.ZipFile) -> None:
         name = _pickle_name(archive)

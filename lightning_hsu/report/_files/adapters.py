@@ -30,6 +30,16 @@ _FACTOR = re.compile(  # of peft, kohya's scripts, diffusers and older diffusers
 )
 _KINDS = ("LORA", "LOHA", "LOKR")
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # ways to begin
+_READ = (  # settings with a name like those of variants that do not change the formula
+    "use_rslora",
+    "use_dora",
+    "use_effective_conv2d",
+    "eva_config",
+    "loftq_config",
+    "megatron_config",
+    "runtime_config",
+)
+_NOT_READ = ("alora_invocation_tokens", "layer_replication", "target_parameters")
 _MOST_REPEATS = 2  # * or + or ? in a pattern of layers
 
 
@@ -124,14 +134,14 @@ def read_adapter(path: Path, base: str | Path | None, read_base: Callable[[Path]
         raise ValueError(f"{file} holds no factors of LoRA: name a file of weights")
     base_names = _BaseNames(folder, base_path, found)
     for name in replaced:
-        stored = base_names.of(_module_of(name), name.rpartition(".")[2])
-        found.take(stored, adapter, name)
+        module = _module_of(name)
+        found.loaders.pop(base_names.where(module) or "", None)
+        found.take(base_names.where(module) or module, adapter, name)
     for module, change in changes.items():
-        stored = base_names.of(module, "weight")
-        _add(found, stored, change)
+        _add(found, base_names.of_layer(module), change)
     note = f"{file.name} was added to the base {base_path}: {len(changes)} layers are changed"
     if replaced:
-        note += f", {len(replaced)} tensors replaced"
+        note += f", {len(replaced)} tensors replaced or added"
     found.notes.append(("", note))
     return found
 
@@ -148,9 +158,12 @@ def _check_kind(folder: Path, config: Mapping[str, Any]) -> None:
             f"{folder} holds a LoRA that began with {short(start)}, which changes its base: "
             f"{way_out}"
         )
-    for name in ("megatron_config", "alora_invocation_tokens", "layer_replication", "arrow_config"):
-        if config.get(name):
-            raise ValueError(f"{folder} holds a LoRA with {name}, which is not read: {way_out}")
+    for name, setting in config.items():
+        is_meant = name in _NOT_READ or name.startswith("use_") or name.endswith("_config")
+        if is_meant and setting and name not in _READ:
+            raise ValueError(
+                f"{folder} holds a LoRA with {short(name)}, which is not read: {way_out}"
+            )
 
 
 def _base_of(folder: Path, file: Path, config: Mapping[str, Any], base: str | Path | None) -> Path:
@@ -283,14 +296,22 @@ class _BaseNames:
             for start in range(1, len(parts) - 1):
                 self._by_end.setdefault(".".join(parts[start:]), []).append(name)
 
-    def of(self, module: str, leaf: str) -> str:
-        """The name in the base.
+    def of_layer(self, module: str) -> str:
+        """The name of a layer's weight in the base.
 
         Raises:
             ValueError: if the base has no such layer, or several.
         """
-        module = module.removesuffix(f".{leaf}")
-        name = f"{module}.{leaf}"
+        name = self.where(f"{module}.weight")
+        if name is None:
+            raise ValueError(
+                f"{self._folder} changes {short(module)}, which the base {self._base} does not "
+                "have: is it the base of this adapter?"
+            )
+        return name
+
+    def where(self, name: str) -> str | None:
+        """The name in the base of a tensor; None if it has none, or several that may be it."""
         if name in self._names:
             return name
         ends = self._by_end.get(name, [])
@@ -301,10 +322,7 @@ class _BaseNames:
             shorter = ".".join(parts[start:])
             if shorter in self._names:
                 return shorter
-        raise ValueError(
-            f"{self._folder} changes {short(module)}, of which the base {self._base} has "
-            f"{len(ends)}: is it the base of this adapter?"
-        )
+        return None
 
 
 def _add(found: Found, name: str, change: _Change) -> None:

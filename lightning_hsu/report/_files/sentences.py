@@ -11,7 +11,6 @@ from lightning_hsu.report._files.naming import short
 from lightning_hsu.report._files.regular import is_file, read_json
 
 _MODULES = "modules.json"
-_WRAPPED = {"Transformer": "auto_model.", "CLIPModel": "model.", "MLMTransformer": "auto_model."}
 
 
 def is_sentence_folder(path: Path) -> bool:
@@ -20,9 +19,11 @@ def is_sentence_folder(path: Path) -> bool:
 
 
 def read_sentence_folder(path: Path, read: Callable[[Path], Found]) -> Found:
-    """The weights of every module, named as the state dict of the SentenceTransformer names them.
+    """The weights of every module, under the module's name, such as ``0.encoder.layer.0``.
 
-    The configuration is that of the first module that has one: the transformer.
+    A SentenceTransformer names them so too, but that the transformer is an attribute of its module,
+    ``0.auto_model`` or, in later releases, ``0.model``, which the folder does not tell. The
+    configuration is that of the first module that has one: the transformer.
 
     Args:
         path: The folder.
@@ -36,14 +37,14 @@ def read_sentence_folder(path: Path, read: Callable[[Path], Found]) -> Found:
         raise ValueError(f"{path / _MODULES} is no list of modules: name a file of weights")
     found = Found()
     for module in modules:
-        name, inside, kind = _read_module(path, module)
+        name, inside = _read_module(path, module)
         folder = path / inside
         if inside and not folder.is_dir():
             raise ValueError(f"{path / _MODULES} names the folder {short(inside)}: it is not there")
         if inside and not _holds_weights(folder):
             continue
         part = read(folder)
-        found.add(part, f"{name}.{_WRAPPED.get(kind, '')}")
+        found.add(part, f"{name}.")
         if found.config is None:
             found.config = part.config
     if not found.tensors:
@@ -51,15 +52,20 @@ def read_sentence_folder(path: Path, read: Callable[[Path], Found]) -> Found:
     return found
 
 
-def _read_module(path: Path, module: object) -> tuple[str, str, str]:
-    """The name, the folder and the kind of a module."""
-    name, inside, kind = _text(module, "name"), _text(module, "path"), _text(module, "type")
-    if inside is None or inside in (".", "..") or not re.fullmatch(r"[\w\-. ]*", inside):
+def _read_module(path: Path, module: object) -> tuple[str, str]:
+    """The name and the folder of a module."""
+    name, inside = _text(module, "name"), _text(module, "path")
+    if name is None or inside is None or not _is_inside(inside):
         raise ValueError(
             f"{path / _MODULES} names a module {short(repr(module))} whose folder is not one "
             "inside this one: name a file of weights"
         )
-    return name or "", inside, (kind or "").rpartition(".")[2]
+    return name, inside
+
+
+def _is_inside(folder: str) -> bool:
+    """Whether a text names a folder, with its parent's name at most by being empty."""
+    return folder not in (".", "..") and re.fullmatch(r"[\w\-. ]*", folder) is not None
 
 
 def _text(module: object, key: str) -> str | None:
