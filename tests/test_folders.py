@@ -146,6 +146,22 @@ def test_one_set_of_several_is_taken(tmp_path):
             assert all(f"'{other}'" in texts(found) for other in others)
 
 
+def test_other_files_of_weights_are_named(tmp_path):
+    save_file(state("w.weight"), tmp_path / "model.safetensors")
+    save_file(state("v.weight"), tmp_path / "ema.safetensors")
+    found = read_checkpoint(tmp_path)
+    assert list(found.tensors) == ["w.weight"]
+    assert texts(found) == (
+        "the weights of model.safetensors were taken; the folder also holds 'ema.safetensors': "
+        "name that file to read it instead"
+    )
+
+
+def test_safetensors_without_their_ending(tmp_path):
+    save_file(state("w.weight"), tmp_path / "0123abcd")
+    assert list(read_weights(tmp_path / "0123abcd")) == ["w.weight"]
+
+
 def test_folders_of_trainers(tmp_path):
     folder = tmp_path / "checkpoint-500"
     folder.mkdir()
@@ -161,6 +177,10 @@ def test_folders_of_trainers(tmp_path):
     with pytest.raises(ValueError, match="the state of an optimizer"):
         read_weights(folder / "optimizer.pt")
     with pytest.raises(ValueError, match=r"in folders of their own: .*'checkpoint-500'"):
+        read_weights(tmp_path)
+    (tmp_path / "checkpoint-600").mkdir()
+    save_file(state("w.lora_A.weight"), tmp_path / "checkpoint-600" / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match=r"'checkpoint-500', 'checkpoint-600'"):
         read_weights(tmp_path)
     (folder / "model.safetensors").unlink()
     with pytest.raises(ValueError, match=r"folder without .safetensors"):
@@ -293,6 +313,21 @@ def test_an_averages_key_alone_is_taken(tmp_path):
     found = read_checkpoint(tmp_path / "a.pth")
     assert list(found.tensors) == ["w.weight"]
     assert found.notes == ()
+
+
+def test_whole_models_say_what_to_save(tmp_path):
+    torch.save({"epoch": 1, "model": nn.Linear(3, 3), "ema": None}, tmp_path / "yolo.pt")
+    with pytest.raises(ValueError, match=r"no state dict; 'model' is one object, .*state_dict\(\)"):
+        read_weights(tmp_path / "yolo.pt")
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+def test_a_nested_tensor_is_left_out(tmp_path):
+    nested = torch.nested.nested_tensor([torch.ones(2, 3), torch.ones(4, 3)])
+    torch.save({"n": nested, "w.weight": torch.eye(3)}, tmp_path / "a.pt")
+    found = read_checkpoint(tmp_path / "a.pt")
+    assert list(found.tensors) == ["w.weight"]
+    assert found.notes == (("n", "left out: a nested tensor has no shape"),)
 
 
 def test_states_of_optimizers_are_no_weights(tmp_path):

@@ -58,12 +58,28 @@ def read_folder(path: Path, key: str | None = None) -> Found:
     if sets:
         label = next(iter(sets))
         found = sets[label](key)
-        if len(sets) > 1:
-            found.notes.append(("", _of_several(label, list(sets)[1:])))
+        others = [name for name in sets if name != label]
+        others += [name for name in _weights(files) if name not in sets and not _is_part(name)]
+        if others:
+            found.notes.append(("", _of_several(label, others)))
     else:
         found = _read_unnamed(path, names, files, key)
     add_what_is_beside(found, path / "any")
     return found
+
+
+def _weights(files: list[str]) -> list[str]:
+    """Names of files that may hold weights: no optimizer's, no adapter's."""
+    weights = []
+    for name in files:
+        if name.endswith(_ENDINGS) and not _NOT_WEIGHTS.match(name):
+            weights.append(name)
+    return weights
+
+
+def _is_part(name: str) -> bool:
+    """Whether a name is one of a set in several files."""
+    return PART.match(name) is not None
 
 
 def _of_several(taken: str, others: list[str]) -> str:
@@ -113,10 +129,9 @@ def _sets(path: Path, files: list[str]) -> dict[str, Callable[[str | None], Foun
 
 def _is_variant(name: str) -> bool:
     """Whether a name has a variant in it, such as model.fp16.safetensors."""
-    stem = name.removesuffix(".json").replace(".index", "")
     for ending in _ENDINGS:
-        stem = stem.replace(ending, "")
-    return stem not in _STEMS
+        name = name.removesuffix(".index.json").removesuffix(ending)
+    return name not in _STEMS
 
 
 def _shards(index: Path) -> dict[str, list[str]]:
@@ -220,10 +235,7 @@ def _check_model_parallel(path: Path, files: list[str]) -> None:
 
 def _read_unnamed(path: Path, names: list[str], files: list[str], key: str | None) -> Found:
     """The weights of a folder without a file of a usual name."""
-    weights = []
-    for name in files:
-        if name.endswith(_ENDINGS) and not _NOT_WEIGHTS.match(name):
-            weights.append(name)
+    weights = _weights(files)
     safe = [name for name in weights if name.endswith(".safetensors")]
     if safe:
         _check_all_parts(path, safe)
@@ -300,9 +312,10 @@ def _folders_in(path: Path) -> list[str]:
 
 
 def _has_weights(path: Path) -> bool:
+    """Whether a folder holds weights, an adapter or a sharded checkpoint."""
     for name in entries(path):
-        if name == ".metadata":
+        if name == ".metadata" or name.startswith("adapter_model."):
             return True
-        if name.endswith(_ENDINGS) and not _NOT_WEIGHTS.match(name) and is_file(path / name):
+        if _weights([name]) and is_file(path / name):
             return True
     return False

@@ -10,7 +10,7 @@ from pathlib import Path
 from lightning_hsu.report._files.found import KEPT_IN_FILE, Found, check_tensor
 from lightning_hsu.report._files.naming import in_order, listed, short
 from lightning_hsu.report._files.regular import check_file, check_format, read_config
-from lightning_hsu.report._files.safetensors_files import read_safetensors
+from lightning_hsu.report._files.safetensors_files import is_safetensors, read_safetensors
 from lightning_hsu.report._files.state_dicts import state_dict_of
 from lightning_hsu.report.unpickle import is_torchscript, read_pickle, read_torchscript
 
@@ -19,6 +19,9 @@ _CONFIGS = ("config.json", "cfg.json")
 _SIGNS = (  # one of these is in the configuration of a model or a sparse autoencoder
     "model_type",
     "architectures",
+    "architecture",
+    "hidden_size",
+    "d_model",
     "_class_name",
     "d_in",
     "d_sae",
@@ -37,7 +40,7 @@ def read_file(path: Path, key: str | None = None) -> Found:
     """
     check_file(path)
     _check_is_fetched(path)
-    if path.suffix == ".safetensors":
+    if path.suffix == ".safetensors" or is_safetensors(path):
         return read_safetensors_files([path], key)
     check_format(path)
     if is_torchscript(path):

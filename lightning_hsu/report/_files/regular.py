@@ -33,6 +33,7 @@ _FORMATS = {  # by the end of the file's name
     ".index": "an index of a TensorFlow checkpoint",
     ".engine": "a TensorRT engine",
 }
+_OF_ORBAX = {"_CHECKPOINT_METADATA", "_METADATA", "manifest.ocdbt", "ocdbt.process_0"}
 _BEGINNINGS = {  # by the file's first bytes
     b"\x93NUMPY": ".npy",
     b"\x89HDF\r\n\x1a\n": ".h5",
@@ -135,7 +136,7 @@ def other_folder(path: Path, names: set[str]) -> str | None:
     """
     if "saved_model.pb" in names:
         return f"{path} is a TensorFlow SavedModel, which is not read here: {_WAY_OUT}"
-    if not {"_CHECKPOINT_METADATA", "_METADATA", "ocdbt.process_0"}.isdisjoint(names):
+    if not _OF_ORBAX.isdisjoint(names):
         return f"{path} is an Orbax checkpoint, which is not read here: {_WAY_OUT}"
     for name in names:
         if name.endswith(".index") and f"{name[: -len('.index')]}.data-00000-of-00001" in names:

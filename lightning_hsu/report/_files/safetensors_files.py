@@ -57,6 +57,15 @@ class _Entry(NamedTuple):
     end: int
 
 
+def is_safetensors(path: Path) -> bool:
+    """Whether a file without that ending begins like one; those of the hub's cache have no ending."""
+    with path.open("rb") as file:
+        start = file.read(9)
+    if len(start) < 9 or start[8:] != b"{":
+        return False
+    return int.from_bytes(start[:8], "little") <= path.stat().st_size - 8
+
+
 def read_safetensors(path: Path, keep_in_file: bool) -> Found:
     """The tensors of a file.
 
