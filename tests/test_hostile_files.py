@@ -208,6 +208,16 @@ def test_zip_bombs_are_refused(tmp_path):
             read_weights(tmp_path / name)
 
 
+def test_a_zip_file_in_several_parts(tmp_path):
+    torch.save({"w.weight": torch.eye(3)}, tmp_path / "a.pt")
+    content = bytearray((tmp_path / "a.pt").read_bytes())
+    place = content.rindex(b"PK\x06\x07")  # where the directory's end is, in archives past 4 GB
+    content[place + 16] = 2  # the number of parts
+    (tmp_path / "a.pt").write_bytes(bytes(content))
+    with pytest.raises(ValueError, match=r"a.pt is cut short"):
+        read_weights(tmp_path / "a.pt")
+
+
 @pytest.mark.parametrize("mapped_above", [0, 2**60])
 def test_compressed_numbers_are_read_as_what_they_are(tmp_path, monkeypatch, mapped_above):
     monkeypatch.setattr(unpickle, "_MAPPED_ABOVE", mapped_above)

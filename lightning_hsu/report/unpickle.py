@@ -76,6 +76,14 @@ def read_pickle(path: Path) -> Any:
             bases[found[1]] = _OpaqueList if expects_list else _OpaqueMapping
 
 
+def is_zip(path: Path) -> bool:
+    """Whether a file is a zip file whose directory can be found."""
+    try:
+        return zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:  # such as one of several parts
+        return False
+
+
 def check_archive(path: Path) -> None:
     """Refuse a zip file that would take far more memory than it has bytes.
 
@@ -84,7 +92,7 @@ def check_archive(path: Path) -> None:
     Raises:
         ValueError: if its entries take more than 64 MiB and eight times the file's size.
     """
-    if not zipfile.is_zipfile(path):
+    if not is_zip(path):
         return
     try:
         with zipfile.ZipFile(path) as archive:
@@ -101,7 +109,7 @@ def check_archive(path: Path) -> None:
 
 def _is_stored(path: Path) -> bool:
     """Whether a file is a zip file whose entries of numbers are not compressed."""
-    if not zipfile.is_zipfile(path):
+    if not is_zip(path):
         return False
     with zipfile.ZipFile(path) as archive:
         for entry in archive.infolist():
@@ -128,7 +136,7 @@ def _stand_ins(path: Path, bases: Mapping[str, type]) -> AbstractContextManager[
             stand-in: Opaque<n> for the n-th unknown class.
     """
     find = getattr(torch.serialization, "get_unsafe_globals_in_checkpoint", None)  # torch >= 2.6
-    if find is None or not zipfile.is_zipfile(path):
+    if find is None or not is_zip(path):
         return nullcontext()
     classes: list[Any] = []  # pairs of a stand-in and the name that it stands for
     for i, unknown in enumerate(sorted(find(path))):

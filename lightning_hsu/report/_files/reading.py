@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import tarfile
-import zipfile
 from pathlib import Path
 
 from lightning_hsu.report._files.found import KEPT_IN_FILE, Found, check_tensor
@@ -12,7 +11,7 @@ from lightning_hsu.report._files.naming import in_order, listed, short
 from lightning_hsu.report._files.regular import check_file, check_format, read_config
 from lightning_hsu.report._files.safetensors_files import is_safetensors, read_safetensors
 from lightning_hsu.report._files.state_dicts import state_dict_of
-from lightning_hsu.report.unpickle import is_torchscript, read_pickle, read_torchscript
+from lightning_hsu.report.unpickle import is_torchscript, is_zip, read_pickle, read_torchscript
 
 PART = re.compile(r"^(.+)-(\d{5})-of-(\d{5})((?:\.[^.]+)?\.\w+)$")  # of a set in several files
 _CONFIGS = ("config.json", "cfg.json")
@@ -111,7 +110,7 @@ def _check_is_pickle(path: Path) -> None:
     """Refuse a file that torch.save cannot have written."""
     with path.open("rb") as file:
         start = file.read(2)
-    if zipfile.is_zipfile(path) or tarfile.is_tarfile(path) or start.startswith(b"\x80"):
+    if is_zip(path) or tarfile.is_tarfile(path) or start.startswith(b"\x80"):
         return
     if start == b"PK":  # a zip file without the directory at its end
         raise ValueError(f"{path} is cut short")
