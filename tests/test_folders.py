@@ -515,6 +515,21 @@ def test_a_large_folder_takes_the_memory_of_a_layer(tmp_path):
     assert mebibytes < 256  # measured: 65, the size of a layer; all of them are 768
 
 
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_report_does_not_depend_on_where_the_numbers_are(tmp_path, monkeypatch, kept):
+    torch.manual_seed(0)
+    weights = network().state_dict()
+    expected = report(weights)
+    save_file(weights, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "none of these"}))
+    if kept:
+        monkeypatch.setattr("lightning_hsu.report._files.reading.KEPT_IN_FILE", 0)
+        monkeypatch.setattr(safetensors_files, "ALWAYS_READ", 0)
+    assert read_checkpoint(tmp_path).stays_in_file == kept
+    found = report(tmp_path)
+    assert found.to_dict()["layers"] == expected.to_dict()["layers"]
+
+
 def test_large_pickles_are_mapped(tmp_path, monkeypatch):
     calls = []
     load = torch.load

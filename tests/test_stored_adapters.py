@@ -200,6 +200,11 @@ def test_where_the_base_is(folders, tmp_path, monkeypatch):
     monkeypatch.chdir("/")
     close(read_weights(folders[1])[Q], expected)
 
+    for name in ("~nobody/model", "x" * 100_000, "a\0b", "//host/share"):
+        saved(folders[1], factors, base_model_name_or_path=name)
+        with pytest.raises(ValueError, match=r"not weights: give the base, which is") as error:
+            read_weights(folders[1])
+        assert len(str(error.value)) < 400
     saved(folders[1], factors, base_model_name_or_path="org/model")
     with pytest.raises(
         ValueError,
@@ -259,6 +264,7 @@ def test_what_stays_in_the_file_is_adapted_when_it_is_loaded(folders, monkeypatc
         ({"use_qalora": True}, "a LoRA with use_qalora"),
         ({"kasa_config": {"a": 1}}, "a LoRA with kasa_config"),
         ({"lora_alpha": "8"}, "a rank or an alpha that is none"),
+        ({"lora_alpha": 10**400}, "a rank or an alpha that is none"),
         ({"alpha_pattern": {"(a+)+b": 1}}, "which is too involved"),
         ({"alpha_pattern": {"a?" * 40: 1}}, "which is too involved"),
         ({"alpha_pattern": {"(": 1}}, "a broken pattern"),
@@ -288,6 +294,14 @@ def test_an_adapter_and_a_base_that_do_not_belong_together(folders, tmp_path):
     saved(folders[1], factors)
     with pytest.raises(ValueError, match="do not fit"):
         read_checkpoint(folders[1], base=folders[0])
+    for strange in (torch.tensor(1.0), torch.ones(RANK, 8).int()):
+        factors = factors_of(Q)
+        factors[peft_name(Q, "lora_A.weight")] = strange
+        saved(folders[1], factors)
+        with pytest.raises(
+            ValueError, match=r"the rank of|do not fit|is torch.int32, not floating"
+        ):
+            read_checkpoint(folders[1], base=folders[0])
     save_file({name: torch.ones(shape).char() for name, shape in WEIGHTS.items()}, tmp_path / "i")
     (tmp_path / "i").rename(tmp_path / "i.safetensors")
     saved(folders[1], factors_of(Q))

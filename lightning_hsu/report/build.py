@@ -242,10 +242,12 @@ def find_targets(
         targets, skips = select(model, include, exclude, head, neurons=neurons, everything=True)
         return FoundTargets(type(model).__name__, targets, skips)
     found = _checkpoint_of(source, key, base)
-    state = {name: found.load(name) for name in found.tensors}
+    load = found.load if found.stays_in_file else None
     others: list[Skip] = []
     try:
-        candidates = neurons_of_state_dict(state, include, neurons)
+        candidates = neurons_of_state_dict(
+            found.tensors, include, neurons, load=load, config=found.config
+        )
         others = candidates.not_weights
         stored, skips = select(candidates, include, exclude, head, everything=True)
     except ValueError as error:

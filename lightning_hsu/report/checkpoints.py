@@ -41,6 +41,7 @@ class Checkpoint:
             and so on) or of a sparse autoencoder's ``cfg.json``; None without one.
         notes: Pairs ("", text) or (name, text) of what one should know: which of several sets of
             weights was taken and how to take another, what was merged, what was left out.
+        stays_in_file: Whether some tensors are stand-ins whose numbers ``load`` reads.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Checkpoint:
     load: Callable[[str], Tensor]
     config: dict[str, Any] | None
     notes: tuple[tuple[str, str], ...]
+    stays_in_file: bool = False
 
 
 def read_checkpoint(
@@ -108,7 +110,14 @@ def read_checkpoint(
         if base is not None:
             found.notes.append(("", f"the base {base} was not used: these are no adapter of peft"))
     found = _printable(found, path)
-    return Checkpoint(str(path), found.tensors, found.load, found.config, tuple(found.notes))
+    return Checkpoint(
+        name=str(path),
+        tensors=found.tensors,
+        load=found.load,
+        config=found.config,
+        notes=tuple(found.notes),
+        stays_in_file=bool(found.loaders),
+    )
 
 
 def read_weights(path: str | Path, key: str | None = None) -> dict[str, Tensor]:

@@ -40,6 +40,7 @@ _READ = (  # settings with a name like those of variants that do not change the 
     "runtime_config",
 )
 _NOT_READ = ("alora_invocation_tokens", "layer_replication", "target_parameters")
+_LARGEST = 1e9  # rank or alpha
 _MOST_REPEATS = 2  # * or + or ? in a pattern of layers
 
 
@@ -172,7 +173,10 @@ def _base_of(folder: Path, file: Path, config: Mapping[str, Any], base: str | Pa
         return Path(base)
     named = config.get("base_model_name_or_path")
     if isinstance(named, str) and named:
-        for candidate in (Path(named).expanduser(), folder / named):
+        is_remote = named.startswith(("//", "\\\\"))  # a share in the network
+        for candidate in (Path(named), folder / named):
+            if is_remote:
+                break
             try:
                 is_there = candidate.exists()
             except (OSError, ValueError):  # no name that a file can have
@@ -247,7 +251,7 @@ def _scale(
 def _rank(factors: Mapping[str, Tensor]) -> int:
     """The rank as the factors tell; 0 if they do not."""
     for name, axis in (("lora_A", 0), ("lora_embedding_A", 0), ("hada_w1_b", 0)):
-        if name in factors:
+        if name in factors and factors[name].ndim > axis:
             return int(factors[name].shape[axis])
     return 0
 
@@ -260,9 +264,10 @@ def _by_pattern(folder: Path, patterns: Any, module: str, default: Any) -> float
             if _matches(folder, str(pattern), module):
                 number = of_pattern
                 break
-    if isinstance(number, bool) or not isinstance(number, (int, float)):
+    is_number = isinstance(number, (int, float)) and not isinstance(number, bool)
+    if not is_number or not abs(number) < _LARGEST:
         raise ValueError(f"{folder / CONFIG} gives {short(module)} a rank or an alpha that is none")
-    return number
+    return float(number)
 
 
 def _matches(folder: Path, pattern: str, module: str) -> bool:
@@ -346,7 +351,11 @@ def _load_adapted(load: Callable[[], Tensor], change: _Change, name: str) -> Ten
 
 def _check_factors(name: str, shape: tuple[int, ...], change: _Change) -> None:
     """Refuse factors whose product does not have the weight's shape, before it is computed."""
-    small = {key: factor.to("meta") for key, factor in change.factors.items()}
+    small = {}
+    for key, factor in change.factors.items():
+        if not factor.is_floating_point():
+            raise ValueError(f"the factor {key} of {short(name)} is {factor.dtype}, not floating")
+        small[key] = factor.to("meta")
     try:
         delta = _delta(small, shape, change.transposed)
     except (RuntimeError, KeyError, IndexError, ValueError) as error:

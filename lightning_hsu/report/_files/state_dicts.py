@@ -165,15 +165,15 @@ def _at(found: Any, key: str) -> Any:
 def _found(state: Mapping[Any, Any], path: Path) -> Found:
     """The tensors of a state dict."""
     found = Found()
-    named = {name: x for name, x in state.items() if isinstance(name, (str, int))}
+    named = {str(name): x for name, x in state.items() if isinstance(name, (str, int))}
     for name, x in with_quantised_linears(named).items():
         if not isinstance(x, Tensor):
             continue
         if x.is_nested:
-            found.notes.append((short(str(name)), "left out: a nested tensor has no shape"))
+            found.notes.append((short(name), "left out: a nested tensor has no shape"))
         else:
-            check_tensor(path, str(name), x)
-            found.tensors[str(name)] = x
+            check_tensor(path, name, x)
+            found.tensors[name] = x
     return found
 
 
