@@ -395,10 +395,14 @@ def _about_layers(summary: Summary) -> list[Line]:
 
 
 def lines_about_notes(notes: Sequence[tuple[str, str]]) -> list[Line]:
-    """What one should know of layers: pairs of a name and a note, folded where notes are alike."""
-    names = [name for name, _ in notes]
-    lines = []
-    for text, members in fold_texts(names, [note for _, note in notes]):
+    """What one should know of layers: pairs of a name and a note, folded where notes are alike.
+
+    What is not of one layer has no name, and comes first.
+    """
+    lines = [Line(f"note: {note}") for name, note in notes if not name]
+    of_layers = [(name, note) for name, note in notes if name]
+    names = [name for name, _ in of_layers]
+    for text, members in fold_texts(names, [note for _, note in of_layers]):
         patterns = _unbroken(fold_names([names[i] for i in members]))
         lines.append(Line(f"note: {patterns}: {text}"))
     return lines

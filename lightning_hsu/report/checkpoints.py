@@ -98,7 +98,7 @@ def read_checkpoint(
         >>> found.load("fc.weight").shape
         torch.Size([4, 4])
         >>> found.notes[0][1]
-        "the weights under 'model' were taken; the file also holds 'ema': take another with --key ema or key="
+        "the weights under 'model' were taken; the file also holds 'ema': take another with key='ema'"
     """
     path = Path(path)
     is_folder = check_exists(path)

@@ -128,9 +128,9 @@ def compare(
     earlier = look_at_all(first, measure, similar_above, progress=_half(progress, 0))
     later = look_at_all(second, measure, similar_above, progress=_half(progress, 1))
     layers = []
-    for key, j in theirs.items():
-        if key in ours:
-            i = ours[key]
+    for name, j in theirs.items():
+        if name in ours:
+            i = ours[name]
             moved = _moved(first.targets[i].neurons(), second.targets[j].neurons())
             layers.append(LayerComparison(earlier.layers[i], later.layers[j], moved))
     if not layers:
@@ -216,9 +216,9 @@ def _in_one_space(
     """
     earlier = list(first.targets)
     later = list(second.targets)
-    for key, j in theirs.items():
-        if key in ours:
-            i = ours[key]
+    for name, j in theirs.items():
+        if name in ours:
+            i = ours[name]
             is_full = _full_space(earlier[i], later[j])
             earlier[i] = replace(earlier[i], head=is_full)
             later[j] = replace(later[j], head=is_full)

@@ -92,7 +92,7 @@ def _of_several(taken: str, others: list[str]) -> str:
     """A note on which of several sets of weights was taken."""
     return (
         f"the weights under {taken!r} were taken; the file also holds {listed(others)}: take "
-        f"another with --key {short(others[0])} or key="
+        f"another with key='{short(others[0])}'"
     )
 
 
