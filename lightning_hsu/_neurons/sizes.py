@@ -75,6 +75,8 @@ def rule_by_sizes(module: nn.Module, attribute: str, weight: Tensor) -> WeightRu
         if rule is not None:
             return rule
     for outputs_name, inputs_name in _OUTPUTS_AND_INPUTS:
+        if outputs_name in _NUMBERS_OF_EXPERTS and weight.ndim != 2:
+            continue  # a stack whose axes do not tell, not a router
         all_outputs = _sizes(module, outputs_name)
         all_inputs = _sizes(module, inputs_name)
         for outputs in all_outputs:
