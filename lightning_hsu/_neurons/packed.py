@@ -175,7 +175,7 @@ def quantization_settings(config: Mapping[str, Any] | None) -> Mapping[str, Any]
         >>> quantization_settings({"model_type": "llama", "quantization_config": {"bits": 4}})
         {'bits': 4}
     """
-    if config is None:
+    if not isinstance(config, Mapping):
         return None
     for source in (config, config.get("text_config")):
         if not isinstance(source, Mapping):

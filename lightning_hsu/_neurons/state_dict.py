@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -31,6 +31,8 @@ from lightning_hsu._neurons.how import (
     check_neurons,
     rule_for,
 )
+from lightning_hsu._neurons.known_model import KnownModel, Stacks, known_model
+from lightning_hsu._neurons.model_types import unknown_type
 from lightning_hsu._neurons.packed import (
     Unpacked,
     quantization_settings,
@@ -83,12 +85,14 @@ class _Read:
         kind: The kind of layer.
         asked: Whether the user has named their weight in ``neurons=``.
         note: What a user should know of how they are read.
+        whole: The table of which they are all rows but that of the padding.
     """
 
     x: Tensor
     kind: Kind
     asked: bool = False
     note: str = ""
+    whole: Tensor | None = None
 
     def flat(self) -> Tensor:
         """The neurons, (n, d) or (groups, n, d)."""
@@ -155,27 +159,57 @@ def neurons_of_state_dict(
     patterns = as_list("include", asked) or []
     wanted = Asked(check_neurons(neurons))
     stored = _Stored(state, load, quantization_settings(config))
-    reader = _Reader(stored, patterns, wanted, _hints_of(stored.layers, config))
+    known = known_model(config, stored.layers, stored.by_rows)
+    if known is not None:
+        stored.join(known.stacks)
+    reader = _Reader(stored, patterns, wanted, _hints_of(stored.layers, known))
     found = Candidates[StoredNeurons]("StateDict", [], [])
+    not_known = unknown_type(config)
+    if not_known:
+        found.not_weights.append(Skip("config.json", (), not_known))
     sets: dict[str, dict[str, _Read]] = {}
     for path, leaves in stored.layers.items():
         sets_of_layer = reader.sets(path, leaves, found)
         if sets_of_layer:
             sets[path] = sets_of_layer
     wanted.check()
-    for path in _in_tree_order(sets):
+    paths = list(sets)
+    if known is not None:
+        paths = known.in_order(paths)
+    for path in _in_tree_order(paths):
         reader.add(path, sets[path], found)
+    if known is not None:
+        _add_heads(known, reader, found)
     return found
 
 
-def _hints_of(layers: Layers, config: Mapping[str, Any] | None) -> list[Hints]:
+def _hints_of(layers: Layers, known: KnownModel | None) -> list[Hints]:
     """What tells how weights are read, the surest first.
 
     Args:
         layers: All tensors by layer.
-        config: What is stored beside them of their model; None if nothing is.
+        known: What the config of their model tells; None if it names no known type.
     """
-    return []
+    hints: list[Hints] = []
+    if known is not None:
+        hints.append(known)
+    return hints
+
+
+def _add_heads(known: KnownModel, reader: _Reader, found: Candidates[StoredNeurons]) -> None:
+    """Note which layers are heads, add one that is tied, and name tables that are not stored."""
+    for path in known.not_stored():
+        found.not_weights.append(Skip(path, (), "computed by the model, not stored in its file"))
+    tied = known.tied()
+    if tied is not None:
+        reader.add_tied(*tied, found)
+    layers = [one.layer for one in found.sets]
+    heads = known.heads(layers)
+    for one in found.sets:
+        if one.layer in heads:
+            found.declared.append(one.name)
+    if heads:
+        found.declaring.append("")
 
 
 class _Stored:
@@ -189,6 +223,7 @@ class _Stored:
     Attributes:
         layers: The tensors by the path of their layer, then by their name within it. Quantised
             weights are dequantised.
+        by_rows: Paths and names of the weights whose format fixes that their outputs are rows.
     """
 
     def __init__(
@@ -202,6 +237,8 @@ class _Stored:
         self._names: dict[tuple[str, str], str] = {}  # in the state dict, by path and leaf
         self._leaves: dict[str, dict[str, Tensor]] = {}  # by path, as they are stored
         self._unpacked: dict[str, Unpacked] = {}
+        self._joined: dict[tuple[str, str], list[str]] = {}  # paths of what makes up one stack
+        self.by_rows: set[tuple[str, str]] = set()
         self.layers: dict[str, dict[str, Tensor]] = {}
         tensors = _tensors(state)
         for name, short in zip(tensors, without_prefixes(tensors), strict=True):
@@ -211,33 +248,97 @@ class _Stored:
         for path, leaves in self._leaves.items():
             self._unpacked[path] = unpacked(leaves, settings)
             self.layers[path] = self._unpacked[path].tensors
+            for leaf in self._unpacked[path].by_rows:
+                self.by_rows.add((path, leaf))
 
-    @property
-    def is_lazy(self) -> bool:
-        """Whether some tensors are stand-ins, whose numbers are read when they are needed."""
-        return self._state_load is not None
+    def join(self, stacks: Stacks) -> None:
+        """Make one stack of layers of one weight each, whose numbers are read when needed."""
+        stack_of: dict[str, str] = {}
+        joined: dict[str, dict[str, Tensor]] = {}
+        for stack, by_leaf in stacks.items():
+            joined[stack] = {}
+            for leaf, paths in by_leaf.items():
+                one = self.layers[paths[0]]["weight"]
+                shape = (len(paths), *one.shape)
+                joined[stack][leaf] = torch.empty(shape, dtype=one.dtype, device="meta")
+                self._joined[stack, leaf] = paths
+                stack_of |= dict.fromkeys(paths, stack)
+        layers: dict[str, dict[str, Tensor]] = {}
+        for path, leaves in self.layers.items():
+            if path in stack_of:
+                layers[stack_of[path]] = joined[stack_of[path]]
+            else:
+                layers[path] = leaves
+        self.layers.clear()
+        self.layers.update(layers)
 
-    def load(self, path: str) -> dict[str, Tensor]:
-        """The tensors of a layer, with their numbers."""
+    def is_lazy(self, path: str, leaf: str) -> bool:
+        """Whether a tensor on device meta is a stand-in, whose numbers are read when needed."""
+        if self._state_load is not None:
+            return True
+        paths = self._joined.get((path, leaf), [])
+        return bool(paths) and not any(
+            self._unpacked[one].tensors["weight"].is_meta for one in paths
+        )
+
+    def load(self, path: str, key: str = "") -> dict[str, Tensor]:
+        """The tensors of a layer, with their numbers.
+
+        Args:
+            path: Path of the layer.
+            key: The set that is needed of it; other stacks than this set's stay in the file.
+        """
+        if path not in self._leaves:
+            return self._load_stacks(path, key)
         if self._state_load is None:
-            return self.layers[path]
+            return self._unpacked[path].tensors
         loaded = {}
         for leaf, x in self._leaves[path].items():
             loaded[leaf] = self._state_load(self._names[path, leaf]) if x.is_meta else x
         return unpacked(loaded, self._settings).tensors
 
-    def note(self, path: str) -> str:
-        """How the weights of a layer were dequantised; "" if they are not quantised."""
-        return self._unpacked[path].note
+    def _load_stacks(self, path: str, key: str) -> dict[str, Tensor]:
+        """The stacks of a layer, of which a set needs one; all if none is named."""
+        loaded = dict(self.layers[path])
+        for leaf in self.layers[path]:
+            if key and not f"{key}.".startswith(f"{leaf}."):
+                continue
+            weights = [self.load(one)["weight"] for one in self._joined[path, leaf]]
+            loaded[leaf] = torch.stack(weights)
+        return loaded
+
+    def _stored_at(self, path: str) -> list[str]:
+        """Paths of what is stored of a layer: its own, or those of what makes up its stacks."""
+        if path in self._leaves:
+            return [path]
+        found: list[str] = []
+        for leaf in self.layers[path]:
+            found += self._joined[path, leaf]
+        return found
+
+    def note(self, path: str, key: str) -> str:
+        """How one set of a layer was dequantised; "" if it is not quantised."""
+        if path in self._unpacked:
+            return self._unpacked[path].note
+        for leaf in self.layers[path]:
+            if f"{key}.".startswith(f"{leaf}."):
+                return self._unpacked[self._joined[path, leaf][0]].note
+        return ""
 
     def unreadable(self, path: str) -> list[tuple[str, Tensor, str]]:
         """The quantised weights of a layer that cannot be read: name, tensor and reason."""
-        leaves = self._leaves[path]
+        leaves = self._leaves.get(path)
+        if leaves is None:  # a stack, which is made of weights that can be read
+            return []
         return [(leaf, leaves[leaf], why) for leaf, why in self._unpacked[path].reasons.items()]
 
     def names(self, path: str) -> tuple[str, ...]:
         """The names that the tensors of a layer have in the state dict."""
-        return tuple(self._names[path, leaf] for leaf in self._leaves[path])
+        names = []
+        for one in self._stored_at(path):
+            for leaf in self._leaves[one]:
+                names.append(self._names[one, leaf])
+        return tuple(names)
 
 
 def _tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -312,12 +413,12 @@ class _Reader:
             found: Takes what is left out or broken.
         """
         layer = _layer_name(path)
-        if self._is_for_a_function(layer, leaves):
+        if self._is_for_a_function(path, layer, leaves):
             leaves = self._stored.load(path)
         readable = {}
         reasons = {}
         for leaf, x in leaves.items():
-            if x.is_meta and not self._stored.is_lazy:
+            if x.is_meta and not self._stored.is_lazy(path, leaf):
                 reasons[leaf] = "it holds no numbers (device meta)"
             elif x.layout != torch.strided:
                 reasons[leaf] = f"it is sparse ({x.layout}): store its to_dense()"
@@ -373,11 +474,11 @@ class _Reader:
                 others[key] = _Read(x, hint.kind or kind, note=hint.note or note)
         return named | others
 
-    def _is_for_a_function(self, layer: str, leaves: Mapping[str, Tensor]) -> bool:
+    def _is_for_a_function(self, path: str, layer: str, leaves: Mapping[str, Tensor]) -> bool:
         """Whether a user's function takes a tensor whose numbers are not there yet."""
         for leaf, x in leaves.items():
             if x.is_meta and callable(self._wanted.of_weight(layer, _attribute_of(leaf))):
-                return self._stored.is_lazy
+                return self._stored.is_lazy(path, leaf)
         return False
 
     def _hint(self, path: str, leaf: str, x: Tensor) -> Hint | None:
@@ -432,13 +533,14 @@ class _Reader:
         for key, one in sets.items():
             x = one.flat()
             name = full_name(layer, key)
-            notes = [part for part in (self._stored.note(path), one.note) if part]
+            notes = [part for part in (self._stored.note(path, key), one.note) if part]
             if not x.is_floating_point():
                 found.skips.append(_no_floats(name, x))
                 continue
             identity: Hashable = (path, key)
             if one.asked or one.kind in ("linear", "embedding"):  # tied weights are stored as one
-                identity = (x.data_ptr(), x.shape, x.stride())
+                table = x if one.whole is None else one.whole
+                identity = (table.data_ptr(), table.shape, table.stride())
                 if is_lazy:
                     identity = (self._stored.names(path), key)
             stored = StoredNeurons(
@@ -449,14 +551,43 @@ class _Reader:
                 identity=identity,
                 asked=one.asked,
                 note="; ".join(notes),
-                kernel=_kernel_places(leaves),
+                kernel=_kernel_places(leaves) if one.kind == "convolution" else 1,
                 read=partial(self._loaded, path, key) if is_lazy else one.flat,
             )
             found.sets.append(stored)
 
+    def add_tied(self, head: str, path: str, found: Candidates[StoredNeurons]) -> None:
+        """Add a head that no tensor is stored for, since it is the table of an embedding.
+
+        Args:
+            head: Path of the head.
+            path: Path of the embedding.
+            found: Takes the head.
+        """
+        for place, table in enumerate(found.sets):
+            if table.layer != _layer_name(path) or table.name != table.layer or table.asked:
+                continue
+            identity = ("tied", path)
+            found.sets[place] = replace(table, identity=identity)
+            tied = StoredNeurons(
+                name=_layer_name(head),
+                layer=_layer_name(head),
+                shape=shape_by_group(self._stored.layers[path]["weight"]),
+                kind="linear",
+                identity=identity,
+                note=self._stored.note(path, ""),
+                read=partial(self._table, path),
+            )
+            found.sets.append(tied)
+            return
+
+    def _table(self, path: str) -> Tensor:
+        """The whole weight of an embedding."""
+        return self._stored.load(path)["weight"].detach()
+
     def _loaded(self, path: str, key: str) -> Tensor:
         """One set of neurons of a layer whose numbers are in a file."""
-        leaves = self._stored.load(path)
+        leaves = self._stored.load(path, key)
         return self.sets(path, leaves, Candidates("StateDict", [], []))[key].flat()
 
 
@@ -491,7 +622,9 @@ def _sets_as_hinted(leaf: str, x: Tensor, hint: Hint) -> dict[str, _Read]:
     kind: Kind = hint.kind or "other"
     sets = {}
     for part, one in neurons.items():
-        sets[f"{key_of(leaf)}.{part}".strip(".")] = _Read(one, kind, note=hint.note)
+        whole = None if part else x
+        key = f"{key_of(leaf)}.{part}".strip(".")
+        sets[key] = _Read(one, kind, note=hint.note, whole=whole)
     return sets
 
 
