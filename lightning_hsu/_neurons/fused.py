@@ -820,3 +820,6 @@ _BY_NAME: dict[str, _Recogniser] = {
     "linear": _glu_module,
     "fc": _glu_module,
 }
+
+FUSED_NAMES = frozenset(_BY_NAME).union(*(one for _, one, _ in _BY_CLASS))
+"""The names of projections that may be fused."""

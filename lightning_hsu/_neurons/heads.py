@@ -12,6 +12,7 @@ from lightning_hsu._neurons.candidates import NeuronSet
 DECLARED = "declared"
 TRACED = "last before the loss"
 NAMED = "named"
+GUESSED = "guessed"
 
 _DECLARING = ("get_output_embeddings", "get_classifier")
 """Methods by which models of transformers and of timm say what their output layers are."""
@@ -27,6 +28,7 @@ _HEAD_NAMES = (
     "heads",
     "head_dist",
     "lm_head",
+    "embed_out",
     "classifier",
     "classification_head",
     "segmentation_head",
@@ -113,19 +115,20 @@ def guessed_heads(sets: Sequence[NeuronSet]) -> dict[str, str]:
         eligible = layered
     linear = [one for one in eligible if one.kind == "linear"]
     best = _named_like_heads(eligible)
-    reason = "guessed: its name"
+    reason = f"{GUESSED}: its name"
     pointwise = [one for one in eligible[-1:] if one.kind == "convolution" and one.kernel == 1]
     if best is None and pointwise:
         best = pointwise[0]
-        reason = "guessed: last 1 x 1 convolution"
+        reason = f"{GUESSED}: last 1 x 1 convolution"
     elif best is None and linear:
         best = linear[-1]
     if best is None:
         return {}
     if linear and best is linear[-1]:
-        reason = "guessed: last Linear"
-    # A layer may have several sets.
-    return {one.name: reason for one in eligible if one.layer == best.layer}
+        reason = f"{GUESSED}: last Linear"
+    # A layer may have several sets, and a head for distillation stands beside another one.
+    layers = (best.layer, best.layer.replace("head_dist", "head"))
+    return {one.name: reason for one in eligible if one.layer in layers}
 
 
 def _named_like_heads(sets: Sequence[NeuronSet]) -> NeuronSet | None:

@@ -34,6 +34,8 @@ class WeightRule:
             axis; otherwise the axes before the last two count matrices.
         groups: Groups along the first axis, of a convolution or of matrices one below the other.
         parts: Parts of the rows that are sets of their own; () if it is one set.
+        outputs_last: Whether the weight is (*kernel, in, out), of which a neuron has all but the
+            last axis.
     """
 
     attribute: str
@@ -41,6 +43,7 @@ class WeightRule:
     kernels: bool = False
     groups: int = 1
     parts: tuple[Part, ...] = ()
+    outputs_last: bool = False
 
     def __call__(self, module: nn.Module) -> Tensor | dict[str, Tensor]:
         """The neurons (n, d) or (groups, n, d), or those of each part by its key."""
@@ -54,6 +57,8 @@ class WeightRule:
 
     def arrange(self, weight: Tensor) -> Tensor:
         """The neurons (n, d) or (groups, n, d) of a weight, before it is parted."""
+        if self.outputs_last:
+            return weight.flatten(0, -2).T
         if not self.kernels:
             x = weight
             if weight.ndim > 3:

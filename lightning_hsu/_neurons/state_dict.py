@@ -33,6 +33,7 @@ from lightning_hsu._neurons.how import (
 )
 from lightning_hsu._neurons.known_model import KnownModel, Stacks, known_model
 from lightning_hsu._neurons.model_types import unknown_type
+from lightning_hsu._neurons.neighbours import Neighbours
 from lightning_hsu._neurons.packed import (
     Unpacked,
     quantization_settings,
@@ -116,7 +117,10 @@ def neurons_of_state_dict(
     taken, for spectral norm up to a factor. Quantised weights are dequantised where what is stored
     suffices, and left out with the reason where it does not. If a weight's bias has the length of its second axis,
     that axis holds the neurons (transposed convolutions, the Conv1D of GPT-2). Without a bias, or
-    if both axes have the same length, the first axis does.
+    if both axes have the same length, what stands beside the weight tells, as it does of groups,
+    stacks of matrices, fused projections, dictionaries and codebooks: see
+    :class:`~lightning_hsu._neurons.neighbours.Neighbours`. Where nothing tells, the first axis
+    holds the neurons, and a note says so if there is reason to doubt it.
 
     Args:
         state: Tensors by name.
@@ -126,7 +130,7 @@ def neurons_of_state_dict(
             layer uses it, to its neurons (..., n, d). They take what lies below a name too, except
             biases. A weight of three or more axes is a stack of matrices (..., n, d), but if it is
             named ``weight`` it is a convolution's, (out, in, *kernel): its rows are its outputs,
-            flattened, and its columns its inputs. The groups of convolutions are not known.
+            flattened, and its columns its inputs.
         load: Returns the numbers of a tensor by its name in ``state``, which then holds stand-ins
             on device meta for those that stay in a file until they are needed. None if ``state``
             holds the numbers.
@@ -193,6 +197,7 @@ def _hints_of(layers: Layers, known: KnownModel | None) -> list[Hints]:
     hints: list[Hints] = []
     if known is not None:
         hints.append(known)
+    hints.append(Neighbours(layers))
     return hints
 
 
@@ -538,7 +543,7 @@ class _Reader:
                 found.skips.append(_no_floats(name, x))
                 continue
             identity: Hashable = (path, key)
-            if one.asked or one.kind in ("linear", "embedding"):  # tied weights are stored as one
+            if one.asked or one.kind != "other":  # tied weights are stored as one
                 table = x if one.whole is None else one.whole
                 identity = (table.data_ptr(), table.shape, table.stride())
                 if is_lazy:

@@ -1,0 +1,339 @@
+"""Convolutions of a state dict that are transposed or grouped, as the layers beside them show."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from lightning_hsu._neurons.candidates import full_name
+from lightning_hsu._neurons.hints import Hint
+from lightning_hsu._neurons.how import WeightRule
+from lightning_hsu._neurons.shapes import Shape, Shapes, words
+
+_TRANSPOSED_WORDS = {
+    "up",
+    "ups",
+    "upconv",
+    "upconvs",
+    "upsample",
+    "upsampler",
+    "upsampling",
+    "upscore",
+    "deconv",
+    "deconvs",
+    "deconvolution",
+    "transpose",
+    "transposed",
+    "convtranspose",
+    "convtransposed",
+    "convt",
+    "tconv",
+    "trans",
+    "dconv",
+}
+
+_GROUP_WORDS = {"dw", "dwconv", "depthwise", "group", "grouped", "gconv"}
+_IF_NOT = "if it is grouped, report the model itself"
+_HALVING_WORDS = {
+    "sr",
+    "down",
+    "downs",
+    "downsample",
+    "downsampler",
+    "downsamplers",
+    "reduce",
+    "reduction",
+    "patch",
+    "merge",
+    "merging",
+    "proj",
+    "stem",
+    "enc",
+    "encoder",
+    "embed",
+    "embeddings",
+    "disc",
+    "discriminator",
+}
+
+
+class _Before(NamedTuple):
+    """What comes before a layer.
+
+    Args:
+        channels: How many channels come in; None if that is not known.
+        is_sure: Whether that is sure, and not only of a layer that may stand beside it.
+        in_list: Whether both are in one numbered list.
+    """
+
+    channels: int | None = None
+    is_sure: bool = False
+    in_list: bool = False
+
+
+class Kernels:
+    """Tells how the kernels of convolutions are read, beyond what their biases say.
+
+    Args:
+        shapes: The shapes of all tensors.
+    """
+
+    def __init__(self, shapes: Shapes) -> None:
+        self._shapes = shapes
+        self._channels: set[int] | None = None
+        self._first: tuple[str, Shape] | None = None
+
+    def hint(self, path: str, leaf: str, shape: Shape) -> Hint | None:
+        """How kernels are read; None as their shape and bias say.
+
+        Args:
+            path: Path of the layer.
+            leaf: Name of the weight.
+            shape: (out, in / groups, *kernel), transposed (in, out / groups, *kernel), or with the
+                outputs last, as Keras and Flax have them.
+        """
+        if leaf == "kernel":
+            return self._outputs_last(path, shape)
+        if leaf != "weight" or 0 in shape:
+            return None
+        bias = self._shapes.vector(path)
+        before = self._before(path, shape)
+        outputs = self._outputs(path)
+        if bias is None or shape[0] == shape[1]:
+            is_chain = before.is_sure and before.in_list
+            if self._is_transposed(shape, before.channels if is_chain else None, outputs):
+                return Hint(WeightRule("weight", columns=True, kernels=True), "convolution")
+            hint = self._doubtful(path, shape, bias, outputs)
+            if hint is not None:
+                return hint
+        elif bias != shape[0]:
+            return self._contradicted(path, shape, bias)
+        return self._grouped(path, shape, before)
+
+    def _is_transposed(self, shape: Shape, inputs: int | None, outputs: int | None) -> bool:
+        """Whether only (in, out, *kernel) fits the layers before and after."""
+        first, second = shape[:2]
+        if first == second or (inputs is None and outputs is None):
+            return False
+        after_fits = outputs is None or outputs == second
+        before_fits = inputs is None or inputs == first
+        if not (after_fits and before_fits):
+            return False
+        plainly_before = inputs is None or inputs % second == 0
+        plainly_after = outputs is None or outputs == first
+        if outputs is None and inputs is not None and inputs % second == 0:
+            return False  # it may be grouped
+        return not (plainly_before and plainly_after)
+
+    def _doubtful(
+        self, path: str, shape: Shape, bias: int | None, outputs: int | None
+    ) -> Hint | None:
+        """A note on kernels that may be transposed, as only their name suggests."""
+        first, second = shape[:2]
+        places = shape[2:]
+        if outputs == first and first != second:
+            return None
+        last_words: set[str] = set()
+        for part in path.split(".")[-2:]:
+            last_words |= words(part)
+        sounds_so = bool(last_words & _TRANSPOSED_WORDS)
+        if first == second and places in ((2, 2), (4, 4)):  # such halve a picture, or double it
+            sounds_so = sounds_so or not words(path) & _HALVING_WORDS
+        if not sounds_so or all(size == 1 for size in places):
+            return None
+        if second == 1 or (bias is not None and first != second):
+            return None
+        name = full_name(path, "")
+        note = (
+            "read as a convolution (out, in, kernel), a guess; if it is a transposed one: "
+            f"neurons={{'{name}': 'columns'}}"
+        )
+        return Hint(note=note)
+
+    def _contradicted(self, path: str, shape: Shape, bias: int) -> Hint | None:
+        """A note on kernels that have as many outputs as neither axis."""
+        groups, rest = divmod(bias, shape[1])
+        if rest == 0 and groups and shape[0] % groups == 0:
+            return None  # transposed, in groups
+        note = (
+            f"read as {shape[0]} outputs, though its bias has {bias}: see neurons= or "
+            "report the model itself"
+        )
+        return Hint(note=note)
+
+    def _grouped(self, path: str, shape: Shape, before: _Before) -> Hint | None:
+        """Groups, if the layer before has more outputs than a kernel has inputs."""
+        outputs, each = shape[:2]
+        inputs = before.channels
+        is_sure = before.is_sure
+        if each == 1 and not is_sure:
+            return None
+        says_so = bool(words(path.rpartition(".")[2]) & _GROUP_WORDS)
+        if "pos_conv" in path or "conv_pos" in path or says_so:
+            inputs = outputs  # added to what it reads, or channel by channel
+            is_sure = True
+        is_odd = each > 1 and not self._is_known(path, each)
+        is_wide = any(size > 1 for size in shape[2:])
+        if is_odd and is_wide and not _divides(each, inputs, outputs):
+            inputs = outputs
+            is_sure = False
+        name = full_name(path, "")
+        if inputs is None or not _divides(each, inputs, outputs):
+            may_be_joined = each % 2 == 0 and each // 2 in self._outputs_of_layers()
+            if is_odd and 2 * each <= outputs and not may_be_joined:
+                return Hint(
+                    note=f"read as one group, though no layer has {each} outputs: {_IF_NOT}"
+                )
+            return None
+        groups = inputs // each
+        rule = WeightRule("weight", kernels=True, groups=groups)
+        if is_sure:
+            return Hint(rule, "convolution")
+        if is_odd and is_wide:
+            note = (
+                f"read in {groups} groups, a guess: no layer has {each} outputs; for one group: "
+                f"neurons={{'{name}': 'rows'}}"
+            )
+            return Hint(rule, "convolution", note)
+        if before.in_list:
+            note = f"read as one group; the layer before it has {inputs} outputs: {_IF_NOT}"
+            return Hint(note=note)
+        return None  # they may stand side by side
+
+    def _is_known(self, path: str, channels: int) -> bool:
+        """Whether a layer has as many outputs as another one has inputs, or it may be the first."""
+        if self._first is None:
+            self._first = next(self._all_kernels(), ("", (0, 0)))
+        first_path, first_shape = self._first
+        if path == first_path or channels in (3, first_shape[1]):
+            return True
+        return channels in self._outputs_of_layers()
+
+    def _outputs_of_layers(self) -> set[int]:
+        """How many outputs the layers of the state dict have."""
+        if self._channels is None:
+            self._channels = set()
+            for leaves in self._shapes.layers.values():
+                for shape in leaves.values():
+                    self._channels.update(shape[:1])
+        return self._channels
+
+    def _all_kernels(self) -> Iterator[tuple[str, Shape]]:
+        """All kernels of convolutions, in order."""
+        for path, leaves in self._shapes.layers.items():
+            shape = leaves.get("weight", ())
+            if len(shape) > 2:
+                yield path, shape
+
+    def _before(self, path: str, shape: Shape) -> _Before:
+        """How many channels come into a layer."""
+        if path.rpartition(".")[2] in ("fc1", "fc2"):
+            attended = self._in_split_attention(path)
+            if attended is not None:
+                return attended
+        for link in self._links(path):
+            before = self._shapes.before(link)
+            above = link.rpartition(".")[0]
+            following = self._shapes.after(link)
+            if link == path and self._shapes.is_list(above):
+                if before is not None:
+                    return self._before_in_list(link, before)
+                if following is not None and self._shapes.of(following) == shape:
+                    return _Before(shape[0], in_list=True)
+            if before is None:
+                before = self._shapes.place_before(link)
+                following = self._shapes.place_after(link)
+            earlier = self._kernel_at(before)
+            if earlier is None or len(earlier) != len(shape):
+                continue
+            later = self._kernel_at(following)
+            if later is None and following is not None:  # past squeeze and excitation
+                later = self._kernel_at(self._shapes.after(following))
+            is_sure = self._is_bottleneck(earlier, shape, later)
+            if not self._shapes.is_list(above):
+                is_sure = is_sure or self._follows_narrow(earlier, shape)
+            return _Before(earlier[0], is_sure)
+        return _Before()
+
+    def _in_split_attention(self, path: str) -> _Before | None:
+        """The same in the attention of a ResNeSt over what its convolution has split."""
+        above, _, name = path.rpartition(".")
+        if not (self._shapes.has(above, "conv") and self._shapes.has(above, "fc2")):
+            return None
+        source = self._shapes.before(path) if name == "fc2" else self._shapes.before(above)
+        earlier = self._kernel_at(source)
+        return None if earlier is None else _Before(earlier[0], is_sure=True)
+
+    def _before_in_list(self, link: str, before: str) -> _Before:
+        """The same in a numbered list, which is a chain if something lies between."""
+        norm = self._shapes.norm(before)
+        if norm is not None:
+            return _Before(norm, is_sure=True, in_list=True)
+        earlier = self._shapes.of(before)
+        if earlier is None or len(earlier) < 3:
+            return _Before()
+        first = int(before.rpartition(".")[2])
+        second = int(link.rpartition(".")[2])
+        bias = self._shapes.vector(before)
+        outputs = earlier[0] if bias is None else bias
+        return _Before(outputs, is_sure=second - first > 1, in_list=True)
+
+    def _kernel_at(self, path: str | None) -> Shape | None:
+        """The shape of the only kernels at a path or below it."""
+        inside = self._shapes.weight_inside(path) if path is not None else None
+        shape = self._shapes.of(inside) if inside is not None else None
+        return shape if shape is not None and len(shape) > 2 else None
+
+    def _is_bottleneck(self, earlier: Shape, shape: Shape, later: Shape | None) -> bool:
+        """Whether kernels lie between two of 1 x 1, of which the last takes as many channels."""
+        if later is None or len(later) != len(shape):
+            return False
+        narrow = all(size == 1 for size in (*earlier[2:], *later[2:]))
+        wide = any(size > 1 for size in shape[2:])
+        return narrow and wide and later[1] in (shape[0], earlier[0])
+
+    def _follows_narrow(self, earlier: Shape, shape: Shape) -> bool:
+        """Whether kernels follow some of 1 x 1 with as many outputs, and do not stand beside them."""
+        narrow = all(size == 1 for size in earlier[2:])
+        wide = any(size > 1 for size in shape[2:])
+        return narrow and wide and earlier[0] == shape[0] and earlier[1] != shape[1]
+
+    def _outputs(self, path: str) -> int | None:
+        """How many channels the layer after takes, if it is next in a chain."""
+        for link in self._links(path):
+            following = self._shapes.after(link)
+            above = link.rpartition(".")[0]
+            if following is None or not self._shapes.is_list(above):
+                continue
+            return self._shapes.norm(following)
+        return None
+
+    def _links(self, path: str) -> list[str]:
+        """The layer, and what begins with it or is only a shell around it, as links of a chain."""
+        links = [path]
+        above = path.rpartition(".")[0]
+        begins = self._shapes.place_before(path) is None and not self._shapes.is_list(above)
+        if above and (begins or self._shapes.weight_inside(above) == path):
+            links.append(above)
+        return links
+
+    def _outputs_last(self, path: str, shape: Shape) -> Hint:
+        """Kernels (*kernel, in, out) of Keras and Flax."""
+        rule = WeightRule("kernel", outputs_last=True)
+        bias = self._shapes.vector(path)
+        if bias is not None and bias == shape[-1]:
+            return Hint(rule, "convolution")
+        name = full_name(path, "kernel")
+        note = (
+            "read as (kernel, in, out), as Keras and Flax store kernels; otherwise: "
+            f"neurons={{'{name}': lambda w: ...}}"
+        )
+        return Hint(rule, "convolution", note)
+
+
+def _divides(each: int, inputs: int | None, outputs: int) -> bool:
+    """Whether inputs and outputs divide into groups of so many inputs, not one for each output."""
+    if inputs is None or inputs <= each or inputs % each != 0:
+        return False
+    groups = inputs // each
+    return outputs % groups == 0 and groups != outputs
