@@ -427,7 +427,7 @@ def test_a_report_measures_the_weight_and_nothing_else(name):
     assert (layer.uniformity.neurons, layer.uniformity.dimension) == tuple(weight.shape)
     assert layer.uniformity.min_angle == pytest.approx(smallest_angle(weight), abs=1e-2)
     assert not found.skips
-    assert [name for name, _ in found.notes] == ["model.q_proj"]
+    assert [name for name, _ in found.notes] == ["model.q_proj", "head"]
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -834,7 +834,7 @@ def test_numbers_that_stay_in_the_file_until_they_are_needed(name):
 
 def test_scales_beside_a_weight_that_is_not_quantised_are_no_layer():
     state = {"a.weight": drawn(6, 8), "a.weight_scale": drawn(6, 1)}
-    found = report(state)
+    found = report(state, head=None)
     assert [layer.uniformity.name for layer in found.layers] == ["a"]
     assert found.skips[0].reason == "scales of a weight that is not stored quantised"
     assert not found.notes
@@ -880,7 +880,7 @@ def test_notes_that_are_the_same_are_told_once():
     for i in range(12):
         state[f"{i}.weight"] = drawn(6, 8, seed=i).to(torch.float8_e4m3fn)
         state[f"{i}.weight_scale"] = torch.tensor(2.0)
-    found = report(state)
+    found = report(state, head=None)
     assert len(found.notes) == 12
     assert "note: {0..11} (12): dequantised from float8_e4m3fn, one scale" in str(found)
     assert str(found).count("note:") == 1

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from lightning_hsu._checks import check_count, check_number
 from lightning_hsu._neurons.candidates import NeuronSet, Skip
+from lightning_hsu._neurons.heads import GUESSED
 from lightning_hsu._neurons.how import Neurons
 from lightning_hsu._neurons.patterns import Patterns
 from lightning_hsu._neurons.select import Head, select
-from lightning_hsu._neurons.state_dict import neurons_of_state_dict
+from lightning_hsu._neurons.state_dict import StoredNeurons, neurons_of_state_dict
 from lightning_hsu._neurons.wrappers import unwrapped
 from lightning_hsu.measures import Measure
 from lightning_hsu.measures.base import check_measure
@@ -99,9 +100,10 @@ def report(
     """Look at the neurons of every layer of a network.
 
     A model is read as in training, but with embeddings, and with depthwise convolutions over all
-    their channels. In a state dict or a file the layers are guessed from names and shapes, so the
-    groups of convolutions are not known, and a weight that is named like none is left out unless
-    ``include`` or ``neurons`` names it. The head and layers of two neurons are measured in full
+    their channels. In a state dict or a file the layers are read from names and shapes, those
+    beside a weight too: which axis holds the neurons, groups, experts, fused projections. Where
+    nothing tells, a note says which reading was taken. A weight that is named like none is left
+    out unless ``include`` or ``neurons`` names it. The head and layers of two neurons are measured in full
     space, where opposite neurons rightly count as far apart.
 
     Args:
@@ -183,13 +185,24 @@ def look_at_all(
         layers.append(layer)
         done(1.0)
         flops_before += _flops_of(target)
-    notes = list(found.notes)
-    for target in found.targets:
+    notes = (*found.notes, *_notes_of(found.targets))
+    return Report(found.source, measure, similar_above, tuple(layers), tuple(found.skips), notes)
+
+
+def _notes_of(targets: Sequence[NeuronSet]) -> tuple[tuple[str, str], ...]:
+    """What one should know of how layers were read, and which was guessed to be the head."""
+    notes = []
+    heads = {}
+    for target in targets:
         if target.note:
             notes.append((target.name, target.note))
-    return Report(
-        found.source, measure, similar_above, tuple(layers), tuple(found.skips), tuple(notes)
-    )
+        if target.head_reason.startswith(GUESSED) and isinstance(target, StoredNeurons):
+            heads[target.layer] = target.head_reason
+    if heads:
+        reason = next(iter(heads.values()))
+        taken = f"{', '.join(heads)} ({reason})"
+        notes.append(("head", f"{taken}; --head NAME or --head none otherwise"))
+    return tuple(notes)
 
 
 def _done(
