@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from itertools import pairwise
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -33,16 +32,12 @@ def pair_bound(term: PairTerm, n: int, d: int, *, absolutely_monotone: bool) -> 
             derivatives are >= 0, apart from a constant.
     """
     if term.half_space:
-
-        def even(u: Tensor) -> Tensor:
-            return _value(term, u.sqrt()) + _value(term, -u.sqrt())
-
         welch = max(0.0, (n - d) / (d * (n - 1)))
         opposite = float(_value(term, torch.tensor([-1.0], dtype=torch.float64)))
-        bound = ((n - 1) * _envelope(even, 0.0, welch) + opposite) / (2 * n - 1)
+        bound = ((n - 1) * _envelope(term, 0.0, welch) + opposite) / (2 * n - 1)
         points = 2 * n
     else:
-        bound = _envelope(lambda t: _value(term, t), -1.0, -1.0 / (n - 1))
+        bound = _envelope(term, -1.0, -1.0 / (n - 1))
         points = n
     if absolutely_monotone:
         nodes, weights = universal_quadrature(points, d)
@@ -59,43 +54,77 @@ def _value(term: PairTerm, t: Tensor) -> Tensor:
     return term.softened(2.0 - 2.0 * t, 2.0 + 2.0 * t)[0]
 
 
-def _envelope(function: Callable[[Tensor], Tensor], low: float, least: float) -> float:
-    """Least value, at means >= ``least``, of the convex envelope of a function on [low, 1].
+def _even(term: PairTerm, u: Tensor) -> Tensor:
+    """The softened kernel at squared cosines u, of both neurons of a line together."""
+    root = u.sqrt()
+    return _value(term, root) + _value(term, -root)
 
-    Over numbers with such a mean, the mean of the function is never lower. It is exact for convex
+
+@lru_cache(maxsize=4096)
+def _envelope(term: PairTerm, low: float, least: float) -> float:
+    """Least value, at means >= ``least``, of the convex envelope of a kernel on [low, 1].
+
+    The kernel is a function of the cosine, in half space of its square. Over numbers with such a
+    mean, the mean of the function is never lower. It is exact for convex
     functions that rise from ``least`` on. Other functions are sampled, and the samples lowered by
     as much as the function may fall between two of them, judging by its slopes there.
     """
-    # Even steps in the angle resolve the steep end.
-    turns = torch.linspace(0.0, math.pi / 2, _GRID, dtype=torch.float64)
-    samples = low + (1.0 - low) * torch.sin(turns).square()
-    grid = torch.tensor(sorted({*samples.tolist(), least}), dtype=torch.float64)
-    value = function(grid)
+    samples = _samples(low)
+    own = torch.tensor([least], dtype=torch.float64)
+    place = int(torch.searchsorted(samples, own))
+    grid = torch.cat([samples[:place], own, samples[place:]])
+    if float(samples[place]) == least:
+        grid = samples
+    value = _even(term, grid) if term.half_space else _value(term, grid)
     step = grid.diff()
     slope = value.diff() / step
     bend = slope.diff()
-    at = int((grid == least).nonzero())
     convex = bool((bend >= -1e-9 * slope.abs().max()).all())
-    if convex and (at == len(slope) or float(slope[at]) >= 0.0):
-        return float(value[at])
+    if convex and (place == len(slope) or float(slope[place]) >= 0.0):
+        return float(value[place])
     lowered = value.clone()
     lowered[1:-1] -= bend.clamp_min(0.0) * torch.maximum(step[1:], step[:-1])
-    hull = _lower_hull(grid.tolist(), lowered.tolist())
-    best = min(f for t, f in hull if t >= least)
-    for (a, fa), (b, fb) in pairwise(hull):
-        if a < least < b:
-            best = min(best, fa + (fb - fa) * (least - a) / (b - a))
+    corners = _lower_hull(grid, lowered)
+    t = grid[corners]
+    f = lowered[corners]
+    best = float(f[t >= least].min())
+    right = int(torch.searchsorted(t, own))  # the first corner that is not before ``least``
+    if float(t[right]) > least:
+        part = (least - t[right - 1]) / (t[right] - t[right - 1])
+        best = min(best, float(f[right - 1] + (f[right] - f[right - 1]) * part))
     return best
 
 
-def _lower_hull(grid: list[float], values: list[float]) -> list[Point]:
-    """The corners of the convex envelope of samples, from left to right."""
-    hull: list[Point] = []
-    for point in zip(grid, values, strict=True):
-        while len(hull) > 1 and _is_above(hull[-1], hull[-2], point):
-            hull.pop()
-        hull.append(point)
-    return hull
+@lru_cache(maxsize=1024)
+def _samples(low: float) -> Tensor:
+    """Numbers from ``low`` to 1; even steps in the angle resolve the steep end."""
+    turns = torch.linspace(0.0, math.pi / 2, _GRID, dtype=torch.float64)
+    return low + (1.0 - low) * torch.sin(turns).square()
+
+
+def _lower_hull(grid: Tensor, values: Tensor) -> Tensor:
+    """The corners of the convex envelope of samples, as indices from left to right.
+
+    Runs of samples that are convex by themselves are taken at once.
+    """
+    step = grid.diff()
+    rise = values.diff()
+    is_bent = rise[1:] * step[:-1] <= rise[:-1] * step[1:]
+    ends = (is_bent.nonzero().flatten() + 1).tolist()  # of convex runs
+    ends.append(len(grid) - 1)
+    points = list(zip(grid.tolist(), values.tolist(), strict=True))
+    hull: list[int] = []
+    i = 0
+    for end in ends:
+        while i <= end:
+            while len(hull) > 1 and _is_above(points[hull[-1]], points[hull[-2]], points[i]):
+                hull.pop()
+            hull.append(i)
+            i += 1
+            if hull[-2:] == [i - 2, i - 1]:  # up to the end of the run each is a corner
+                hull += range(i, end + 1)
+                i = end + 1
+    return torch.tensor(hull)
 
 
 def _is_above(middle: Point, left: Point, right: Point) -> bool:
