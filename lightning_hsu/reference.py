@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from lightning_hsu._checks import check_neurons
-from lightning_hsu._core import unit_rows
+from lightning_hsu._core import or_one, unit_rows
+from lightning_hsu._core.small_groups import SmallGroups
 from lightning_hsu._core.tails import (
     NORMAL_TAIL,
     TAIL,
@@ -32,6 +33,12 @@ _ENTRIES = 2**22  # of all cosines together
 _AT_ONCE = 2**20  # of those computed together
 _EMPIRICAL = 32  # neurons up to which there are so many layers that they show the law
 _NARROW = 0.005  # ends within this part of the mean need not be exact
+
+LARGEST_SIMULATED = 4096
+"""Neurons of the largest layer that is simulated if those of larger ones have the same mean."""
+
+_ENOUGH = 100  # pairs below the softening that make a mean over pairs one of many
+_SMALL = 64  # neurons of layers that are simulated together
 
 
 class Level(float):
@@ -321,7 +328,7 @@ def _pair_means(measure: Measure, n: int, d: int) -> Tensor:
     at_once = max(1, _AT_ONCE // n**2)
     for start in range(0, draws, at_once):
         layers = random_layers(min(at_once, draws - start), n, d, generator)
-        values.append(measure(layers).double())
+        values.append(_values_of(measure, layers))
     return torch.cat(values)
 
 
@@ -349,17 +356,49 @@ def _pairs_at(angles: Tensor) -> Tensor:
     return torch.stack([first, second], 1)
 
 
-@lru_cache(maxsize=256)
+def simulated_neurons(measure: Measure, n: int, d: int) -> int:
+    """How many neurons are simulated to learn what n random ones have.
+
+    The mean over the pairs of a few thousand is that of more, unless a few nearest pairs decide it.
+    """
+    term = measure.pair_term()
+    if n <= LARGEST_SIMULATED or term is None:
+        return n
+    expectation = measure.expectation(n, d)
+    is_finite = expectation is not None and math.isfinite(expectation)
+    within_knee = LARGEST_SIMULATED**2 / 2 * term.knee ** (d - 1)  # pairs, up to a factor
+    if is_finite or within_knee >= _ENOUGH:
+        return LARGEST_SIMULATED
+    return n
+
+
+@lru_cache(maxsize=1024)
 def _simulated(measure: Measure, n: int, d: int) -> Tensor:
     """Values of random layers (n, d) from a fixed seed, float64."""
+    enough = simulated_neurons(measure, n, d)
+    if enough < n:
+        return _simulated(measure, enough, d)
     flops = measure.value_flops(n, d) + 400.0 * n * d  # the latter for drawing a layer
     draws = int(min(_DRAWS, max(_FEWEST, _FLOPS / flops)))
     generator = torch.Generator().manual_seed(n * 65537 + d)
+    layers = (torch.randn(n, d, generator=generator, dtype=torch.float32) for _ in range(draws))
+    if n <= _SMALL and measure.pair_term() is not None:
+        return _values_of(measure, torch.stack(list(layers)))
     values = []
-    for _ in range(draws):
-        layer = torch.randn(n, d, generator=generator, dtype=torch.float32)
+    for layer in layers:
         values.append(measure(layer).double())
     return torch.stack(values)
+
+
+def _values_of(measure: Measure, layers: Tensor) -> Tensor:
+    """Values (b,) of a mean over pairs of layers (b, n, d), float64."""
+    term = measure.pair_term()
+    if term is None or layers.shape[1] > _SMALL:
+        return measure(layers).double()
+    energies = SmallGroups(layers).energies(term)
+    if term.logarithm:
+        energies = or_one(energies).log()
+    return measure.natural(energies)
 
 
 def _check(measure: Measure, n: int, d: int) -> None:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lightning_hsu._core.kernel import PairTerm
+from lightning_hsu._core.parts import Done
 from lightning_hsu._core.precision import bf16_allowed
 from lightning_hsu._core.sums import GramPanel, PairSums, outside, product
 
@@ -46,9 +47,9 @@ class BF16PairSums(PairSums):
         self.before = torch.zeros_like(self.sum)
         self.onward: dict[int, Tensor] = {}
 
-    def add(self, height: int, *, with_grad: bool = True) -> None:
+    def add(self, height: int, *, with_grad: bool = True, done: Done | None = None) -> None:
         """Add the pairs of all rows, in panels of ``height`` rows."""
-        super().add(height, with_grad=with_grad)
+        super().add(height, with_grad=with_grad, done=done)
         pull = torch.zeros_like(self.before)
         for row, following in pairwise([*self.onward, self.grad.shape[1]]):
             pull += self.onward[row]

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from lightning_hsu._core.parts import Done
 from lightning_hsu._core.precision import exact_arithmetic, with_float64, working_dtype
 from lightning_hsu._core.sphere import unit_rows
 
@@ -44,7 +44,7 @@ def pair_histogram(
     half_space: bool = False,
     keep: int = 100,
     bins: int = 90,
-    done: Callable[[float], None] | None = None,
+    done: Done | None = None,
 ) -> PairHistogram:
     """Count the pairs of neurons by angle and list the similar ones, without n * n memory.
 
@@ -68,7 +68,7 @@ def pair_histogram(
     n = len(live)
     angles = torch.zeros(bins, dtype=torch.int64, device=w.device)
     opposite = 0
-    kept = _MostSimilar(keep, w.device)
+    kept = MostSimilar(keep, w.device)
     height = max(1, _ENTRIES // max(n, 1))
     with exact_arithmetic(w):
         for start in range(0, n - 1, height):
@@ -87,15 +87,15 @@ def pair_histogram(
             angles += _counts(cosine.acos_().mul_(bins / math.pi), bins)
             if done is not None:
                 done(1.0 - ((n - stop) / n) ** 2)
-        pair_angles = _angles(w, kept.pairs)
-    between = pair_angles
+        angles_of_pairs = pair_angles(w, kept.pairs)
+    between = angles_of_pairs
     if half_space:  # between lines
-        between = torch.minimum(pair_angles, 180.0 - pair_angles)
+        between = torch.minimum(angles_of_pairs, 180.0 - angles_of_pairs)
     order = between.argsort(stable=True)
-    return PairHistogram(angles, kept.count, opposite, kept.pairs[order], pair_angles[order])
+    return PairHistogram(angles, kept.count, opposite, kept.pairs[order], angles_of_pairs[order])
 
 
-class _MostSimilar:
+class MostSimilar:
     """The pairs with the largest cosines among all that were added, in bounded memory."""
 
     def __init__(self, keep: int, device: torch.device) -> None:
@@ -129,7 +129,7 @@ def _counts(positions: Tensor, bins: int) -> Tensor:
     return torch.bincount(positions.flatten().long().clamp_(0, bins - 1), minlength=bins)
 
 
-def _angles(w: Tensor, pairs: Tensor) -> Tensor:
+def pair_angles(w: Tensor, pairs: Tensor) -> Tensor:
     """Angles in degrees (k,) of pairs (k, 2) of rows, from differences in float64."""
     x = unit_rows(w[pairs[:, 0]].double())[0]
     y = unit_rows(w[pairs[:, 1]].double())[0]

@@ -18,6 +18,7 @@ from lightning_hsu._core.kernel import Kernel
 from lightning_hsu._core.near import COINCIDENT, NEAR
 from lightning_hsu._core.neighbours import CandidatePairs, CrowdedRows, Nearest
 from lightning_hsu._core.pairwise import PANEL
+from lightning_hsu._core.parts import Done, part_of
 from lightning_hsu._core.precision import exact_arithmetic, with_float64, working_dtype
 from lightning_hsu._core.sphere import (
     seeded_noise,
@@ -54,12 +55,15 @@ class NearestTerm:
         return 2.0 * self.knee * float(self.kernel(q[0], q[1])[1])
 
 
-def smallest_angle(w: Tensor, *, half_space: bool = False) -> Tensor:
+def smallest_angle(
+    w: Tensor, *, half_space: bool = False, done: Done | None = None
+) -> Tensor:
     """Smallest angle between two neurons, in radians.
 
     Args:
         w: Neurons, shape (..., n, d). Zero and non-finite rows take no part.
         half_space: Measure angles between lines, so that opposite neurons coincide.
+        done: Called with the fraction of the work that is done.
 
     Returns:
         Angles (...) in [0, pi] (half space: [0, pi / 2]), float64; NaN where fewer than two neurons
@@ -70,8 +74,12 @@ def smallest_angle(w: Tensor, *, half_space: bool = False) -> Tensor:
     stack = with_float64(w.detach()).reshape(-1, *w.shape[-2:])
     found = []
     with torch.no_grad(), exact_arithmetic(stack):
+        before = 0
         for groups in _split(stack):
-            found.append(Nearest(groups, half_space, settled=1.0 - NEAR / 2).smallest())
+            within = part_of(done, before / len(stack), len(groups) / len(stack))
+            nearest = Nearest(groups, half_space, settled=1.0 - NEAR / 2, done=within)
+            found.append(nearest.smallest())
+            before += len(groups)
     q = torch.cat(found).reshape(w.shape[:-2])
     angle = 2.0 * torch.atan2(q.sqrt(), (4.0 - q).clamp_min(0.0).sqrt())
     return torch.where(q.isfinite(), angle, float("nan"))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_hsu._core.pairwise import PANEL
+from lightning_hsu._core.parts import Done
 from lightning_hsu._core.sphere import squared_chords, unit_rows
 from lightning_hsu._core.topk import NONE, largest_two
 
@@ -133,10 +134,16 @@ class Nearest:
         every: Find the nearest of every neuron; otherwise only the nearest pairs, each listed under
             its earlier neuron.
         settled: Cosine below which ties within rounding are not resolved.
+        done: Called with the fraction of the work that is done.
     """
 
     def __init__(
-        self, w: Tensor, half_space: bool, every: bool = False, settled: float = NONE
+        self,
+        w: Tensor,
+        half_space: bool,
+        every: bool = False,
+        settled: float = NONE,
+        done: Done | None = None,
     ) -> None:
         self.w = w
         self.half_space = half_space
@@ -144,7 +151,9 @@ class Nearest:
         self.tie = tie_tolerance(w.dtype)
         self.x, self.inverse_norm = unit_rows(w)
         self.alive = self.inverse_norm.squeeze(-1) > 0  # (b, n)
-        first, index, second = largest_two(self.x, self.alive, half_space=half_space, every=every)
+        first, index, second = largest_two(
+            self.x, self.alive, half_space=half_space, every=every, done=done
+        )
         best = first if every else first.amax(-1, keepdim=True)
         # Cosines above this may be the largest: they tie, or differ only by rounding.
         self.threshold = best - self.tie * (1.0 - best) - 64.0 * torch.finfo(w.dtype).eps

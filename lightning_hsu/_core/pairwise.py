@@ -25,6 +25,7 @@ from lightning_hsu._core.batches import batches_of, groups_that_fit
 from lightning_hsu._core.bf16 import kind_of_sums
 from lightning_hsu._core.kernel import PairTerm, softened_at
 from lightning_hsu._core.near import NEAR
+from lightning_hsu._core.parts import Done, part_of
 from lightning_hsu._core.precision import (
     exact_arithmetic,
     gradient_arithmetic,
@@ -51,7 +52,11 @@ _SEVERAL_PAGES = 2**15
 
 
 def pair_energy(
-    w: Tensor, term: PairTerm, *, with_grad: bool = True
+    w: Tensor,
+    term: PairTerm,
+    *,
+    with_grad: bool = True,
+    done: Done | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Mean energy over unordered pairs of neurons, and its gradient.
 
@@ -60,6 +65,7 @@ def pair_energy(
             non-finite rows take no part.
         term: The kernel.
         with_grad: Also return the gradient.
+        done: Called with the fraction of the work that is done.
 
     Returns:
         The value (...) in float32 or wider, and the gradient with the shape and dtype of ``w``
@@ -80,7 +86,7 @@ def pair_energy(
     grads = []
     arithmetic = gradient_arithmetic if with_grad else exact_arithmetic
     with torch.no_grad(), arithmetic(stack):
-        for sums in _gathered(stack, term, with_grad):
+        for sums in _gathered(stack, term, with_grad, done=done):
             values.append(sums.value())
             if with_grad:
                 grads.append(sums.gradient(w.dtype))
@@ -275,6 +281,7 @@ def _gathered(
     *,
     with_value: bool = True,
     scratch: Scratch | None = None,
+    done: Done | None = None,
 ) -> Iterator[PairSums]:
     """The sums over all pairs, some groups at a time.
 
@@ -284,15 +291,19 @@ def _gathered(
         with_grad: Also gather the gradient.
         with_value: Also gather the energies.
         scratch: Memory that the next sums may overwrite, if all groups go together.
+        done: Called with the fraction of the work that is done.
     """
     n = stack.shape[1]
     at_once = _groups_at_once(n, n)
     if len(stack) > at_once:
         scratch = None
+    before = 0
     for groups in torch.split(stack, at_once):
+        within = part_of(done, before / len(stack), len(groups) / len(stack))
+        before += len(groups)
         kind = kind_of_sums(groups) if with_grad else PairSums
         sums = kind(groups, term, with_value=with_value, scratch=scratch)
-        sums.add(sums.height(), with_grad=with_grad)
+        sums.add(sums.height(), with_grad=with_grad, done=within)
         yield sums
 
 

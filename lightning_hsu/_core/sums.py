@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_hsu._core.kernel import PairTerm
 from lightning_hsu._core.near import NEAR, NearPairs
+from lightning_hsu._core.parts import Done
 from lightning_hsu._core.sphere import SHORTEST, to_weights, unit_rows
 from lightning_hsu._core.updates import Scratch
 
@@ -85,8 +86,11 @@ class PairSums:
         self.slopes: Tensor | None = None  # all slopes F'(q_ij) (b, n, n), of few neurons
         self.radial = torch.zeros(self.rows.shape[:2], dtype=w.dtype, device=w.device)
 
-    def add(self, height: int, *, with_grad: bool = True) -> None:
-        """Add the pairs of all rows, in panels of ``height`` rows."""
+    def add(self, height: int, *, with_grad: bool = True, done: Done | None = None) -> None:
+        """Add the pairs of all rows, in panels of ``height`` rows.
+
+        After each panel ``done`` is called with the fraction of the triangle that is done.
+        """
         n = self.x.shape[1]
         if with_grad and self.keeps_slopes():
             self.slopes = self._empty("slopes", (len(self.x), n, n))
@@ -101,6 +105,8 @@ class PairSums:
             else:
                 panel = GramPanel(start, stop, 0, n, True)
             self._add_panel(panel, with_grad)
+            if done is not None:
+                done(1.0 - ((count - stop) / count) ** 2)
         if self.slopes is not None:
             self.grad = self._empty("pull", self.x.shape)
             _add_product(self.grad, self.slopes, self.x, True)

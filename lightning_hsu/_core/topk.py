@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_hsu._core.backend import LargestTwo, active
+from lightning_hsu._core.parts import Done
 from lightning_hsu._core.sums import product
 
 NONE = float("-inf")
@@ -16,7 +17,14 @@ _FOLD = 16
 """Entries first reduced to their maximum, which is ten times as fast as finding its place."""
 
 
-def largest_two(x: Tensor, alive: Tensor, *, half_space: bool, every: bool) -> LargestTwo:
+def largest_two(
+    x: Tensor,
+    alive: Tensor,
+    *,
+    half_space: bool,
+    every: bool,
+    done: Done | None = None,
+) -> LargestTwo:
     """Find the nearest neuron of every neuron, and how near the second nearest is, in n*n*d FLOP.
 
     Args:
@@ -24,6 +32,7 @@ def largest_two(x: Tensor, alive: Tensor, *, half_space: bool, every: bool) -> L
         alive: Rows that take part, bool, shape (b, n).
         half_space: Compare absolute cosines.
         every: Compare every row with all others; otherwise only with those after it.
+        done: Called after each panel of rows with the fraction of the work that is done.
 
     Returns:
         The largest cosine of every row, its column, and the second largest cosine, (b, n) each;
@@ -57,6 +66,8 @@ def largest_two(x: Tensor, alive: Tensor, *, half_space: bool, every: bool) -> L
         if every and stop < n:
             known = (first[:, stop:], index[:, stop:], second[:, stop:])
             _update(known, _two_largest(cosine[..., height:], -2), start)
+        if done is not None:
+            done(1.0 - ((n - stop) / n) ** 2)
     return first, index, second
 
 

@@ -10,11 +10,14 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from lightning_hsu._core import smallest_angle, unit_rows, with_float64
+from lightning_hsu._core import or_one, pair_energy, smallest_angle, unit_rows, with_float64
 from lightning_hsu._core.group_numbers import GroupStats
+from lightning_hsu._core.parts import Done, part_of
 from lightning_hsu._engine.layer import Layer, to_compute_dtype
 from lightning_hsu.measures import Measure, Sampled, State
 from lightning_hsu.reference import random_level, score
+
+_OF_ENERGY = 0.6  # the share of the energy in the time to measure a layer; the rest is the angle
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,8 @@ class LayerUniformity:
         exact: Whether the energy is exact. That of a sampled measure is an estimate; that of a
             measure with an inner search is the best value found.
         standard_error: Standard error of an estimated energy; else 0.
-        gradient_error: Standard error of a sampled gradient over its norm; else 0.
+        gradient_error: Standard error of a sampled gradient over its norm, NaN in a report, which
+            computes no gradient; else 0.
     """
 
     name: str
@@ -111,7 +115,7 @@ def layers_at_zero(layers: Sequence[Layer]) -> list[Layer]:
 
 
 def measure_neurons(
-    name: str, x: Tensor, measure: Measure, state: State | None = None
+    name: str, x: Tensor, measure: Measure, state: State | None = None, done: Done | None = None
 ) -> LayerUniformity:
     """Measure one set of neurons.
 
@@ -120,10 +124,11 @@ def measure_neurons(
         x: Neurons, shape (groups, n, d), any floating dtype.
         measure: How to measure them.
         state: The state of the measure, from its ``prepare``.
+        done: Called with the fraction of the work that is done.
     """
     x = with_float64(to_compute_dtype(x.detach()))
     groups, n, d = x.shape
-    penalties = measure.penalty(x, state).double()  # (groups,)
+    penalties = _penalties(x, measure, state, part_of(done, 0.0, _OF_ENERGY)).double()  # (groups,)
     penalty = penalties.mean()
     energy = measure.natural(penalties).mean()
 
@@ -132,13 +137,14 @@ def measure_neurons(
     if isinstance(measure, Sampled) and not measure.is_exact(state):
         parts = measure.sample(x, state)
         errors = torch.stack(measure.error(x, state))
-    angle = _min_angle(parts, measure.half_space).rad2deg()
+    within = part_of(done, _OF_ENERGY, 1.0 - _OF_ENERGY)
+    angle = _min_angle(parts, measure.half_space, within).rad2deg()
 
     # One synchronisation with the device for all numbers.
     values = torch.stack([penalty, energy, angle])
     numbers = torch.cat([values, _count(x).double()]).tolist()
     fewest, alive, dead, nonfinite = map(int, numbers[3:])
-    ratio, energy_score = _beside_random(measure, energy, fewest, round(alive / groups), d)
+    ratio, energy_score = beside_random(measure, energy, fewest, round(alive / groups), d)
     return LayerUniformity(
         name=name,
         groups=groups,
@@ -178,7 +184,7 @@ def uniformity_of_groups(layer: Layer, groups: Sequence[GroupStats]) -> LayerUni
     finite = [group.finite for group in groups]
     cosine = min(max(group.cosine for group in groups), 1.0)
     alive = sum(live)
-    ratio, energy_score = _beside_random(measure, energy, min(live), round(alive / len(groups)), d)
+    ratio, energy_score = beside_random(measure, energy, min(live), round(alive / len(groups)), d)
     found = LayerUniformity(
         name=layer.target.name,
         groups=len(groups),
@@ -196,7 +202,7 @@ def uniformity_of_groups(layer: Layer, groups: Sequence[GroupStats]) -> LayerUni
     return found.unless_broken()
 
 
-def _beside_random(
+def beside_random(
     measure: Measure, energy: Tensor, fewest: int, each: int, d: int
 ) -> tuple[float, float]:
     """The ratio and the score of a layer; NaN with fewer than two live neurons in a group.
@@ -214,9 +220,27 @@ def _beside_random(
     return ratio, float(score(measure, energy, each, d))
 
 
-def _min_angle(parts: Sequence[Tensor], half_space: bool) -> Tensor:
+def _penalties(
+    x: Tensor, measure: Measure, state: State | None, done: Done | None
+) -> Tensor:
+    """What training minimises, (groups,), of neurons (groups, n, d)."""
+    term = measure.pair_term()
+    if done is None or term is None:
+        return measure.penalty(x, state)
+    energies = pair_energy(x, term, with_grad=False, done=done)[0]
+    if term.logarithm:
+        return or_one(energies).log()
+    return energies
+
+
+def _min_angle(
+    parts: Sequence[Tensor], half_space: bool, done: Done | None = None
+) -> Tensor:
     """Smallest angle in radians between two neurons of the same part (..., n, d)."""
-    angles = [smallest_angle(part, half_space=half_space).amin() for part in parts]
+    angles = []
+    for i, part in enumerate(parts):
+        within = part_of(done, i / len(parts), 1.0 / len(parts))
+        angles.append(smallest_angle(part, half_space=half_space, done=within).amin())
     return torch.stack(angles).amin()
 
 

@@ -164,8 +164,7 @@ class PairwiseMeasure(Measure):
         pair = self._pair_expectation(d)
         if not self.half_space:
             return pair
-        mirror = float(self.kernel(*torch.tensor([4.0, 0.0], dtype=torch.float64))[0])
-        return (2 * (n - 1) * pair + mirror) / (2 * n - 1)
+        return (2 * (n - 1) * pair + _mirror(self)) / (2 * n - 1)
 
     def deviation(self, n: int, d: int) -> float | None:
         """Return the standard deviation by quadrature, exact except for softening.
@@ -247,6 +246,12 @@ def _deviation(measure: PairwiseMeasure, d: int) -> float:
     return math.sqrt(max(square - mean * mean, 0.0))
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=1024)
+def _mirror(measure: PairwiseMeasure) -> float:
+    """The energy of a neuron with its own mirror image."""
+    return float(measure.kernel(*torch.tensor([4.0, 0.0], dtype=torch.float64))[0])
+
+
+@lru_cache(maxsize=16384)
 def _bound(measure: PairwiseMeasure, n: int, d: int) -> float:
     return pair_bound(_term_of(measure), n, d, absolutely_monotone=measure.absolutely_monotone)

@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from lightning_hsu._core import exact_arithmetic, unit_rows, with_float64, working_dtype
+from lightning_hsu._core.duplicates import SimilarPairs
 from lightning_hsu._core.histogram import PairHistogram, pair_histogram
+from lightning_hsu._core.parts import Done, part_of
 from lightning_hsu._monitor.measure import measure_neurons
 from lightning_hsu._monitor.text import finding
 from lightning_hsu.measures import Measure
 from lightning_hsu.report.data import HEAT_MAP_SIZE, LayerReport, SimilarPair
+from lightning_hsu.report.work import LARGEST_GRAM, Parts, work_of
 
 BINS = 90
 """Bins of [0, 180] degrees in a histogram of angles."""
 
-_DEAD_BELOW = 1e-4  # of the median length: a neuron this short counts as dead
-_DEAD_LISTED = 100  # dead neurons that are listed by index
-_LARGEST_GRAM = 4096  # rows of the largest Gram matrix whose eigenvalues are computed
-
-# Approximate shares of the time for measuring and for the histogram; singular values and the heat
-# map take the rest.
-_MEASURED = 0.4
-_SURVEYED = 0.4
+DEAD_BELOW = 1e-4  # of the median length: a neuron this short counts as dead
+DEAD_LISTED = 100  # dead neurons that are listed by index
+_IN_FLOAT64 = 2**23  # entries of neurons that are turned into float64 together
 
 
 @torch.no_grad()
@@ -35,7 +33,7 @@ def look_at(
     *,
     similar_above: float,
     keep: int,
-    done: Callable[[float], None],
+    done: Done,
 ) -> LayerReport:
     """Look at one layer.
 
@@ -48,24 +46,27 @@ def look_at(
         done: Called with the fraction of the work that is done.
     """
     x = with_float64(x.detach().to(working_dtype(x.dtype)))
-    uniformity = measure_neurons(name, x, measure, measure.prepare(x))
-    done(_MEASURED)
-    histograms = _histograms(x, measure, similar_above, keep, done)
+    parts = Parts(work_of(x.shape), done)
+    uniformity = measure_neurons(name, x, measure, measure.prepare(x), parts.begin("measure"))
+    histograms = _histograms(x, measure, similar_above, keep, parts.begin("histogram"))
     similar = sum(histogram.similar for histogram in histograms)
     angles = torch.stack([histogram.angles for histogram in histograms]).sum(0)
     live = unit_rows(x)[1].squeeze(-1) > 0  # (groups, n)
-    dead = _dead(x).flatten().nonzero().flatten()
-    shown, cosines = _heat_map(x, live, histograms)
+    dead = dead_neurons(x).flatten().nonzero().flatten()
+    values = singular_values(x, live, parts.begin("singular values"))
+    group = max(range(len(histograms)), key=lambda i: histograms[i].similar)
+    index = live[group].nonzero().flatten()
+    shown, cosines = heat_map(x[group], index, parts.begin("heat map"))
     return LayerReport(
         uniformity=uniformity,
         measure=measure,
         similar=similar,
         opposite=sum(histogram.opposite for histogram in histograms),
-        pairs=_nearest(histograms, measure.half_space, keep),
+        pairs=nearest_pairs(histograms, measure.half_space, keep),
         dead=len(dead),
-        dead_rows=tuple(dead[:_DEAD_LISTED].tolist()),
+        dead_rows=tuple(dead[:DEAD_LISTED].tolist()),
         angles=tuple(angles.tolist()),
-        singular_values=_singular_values(x, live),
+        singular_values=values,
         live=float(live.sum(1).double().mean()),
         shown=shown,
         cosines=cosines,
@@ -74,36 +75,40 @@ def look_at(
 
 
 def _histograms(
-    x: Tensor, measure: Measure, similar_above: float, keep: int, done: Callable[[float], None]
+    x: Tensor, measure: Measure, similar_above: float, keep: int, done: Done
 ) -> list[PairHistogram]:
     """Angles and near-duplicates of each group of x (groups, n, d)."""
     histograms = []
     for i, group in enumerate(x):
-
-        def within_group(part: float, i: int = i) -> None:
-            done(_MEASURED + _SURVEYED * (i + part) / len(x))
-
         histogram = pair_histogram(
             group,
             above=similar_above,
             half_space=measure.half_space,
             keep=keep,
             bins=BINS,
-            done=within_group,
+            done=part_of(done, i / len(x), 1.0 / len(x)),
         )
         histograms.append(histogram)
     return histograms
 
 
-def _dead(x: Tensor) -> Tensor:
+def dead_neurons(x: Tensor) -> Tensor:
     """Which neurons of x (groups, n, d) are negligibly short beside the others, (groups, n)."""
-    length = torch.linalg.vector_norm(x.double(), dim=-1)
-    dead: Tensor = length <= _DEAD_BELOW * length.nanmedian()
+    lengths = []
+    for rows in torch.split(x, rows_at_once(x), 1):
+        lengths.append(torch.linalg.vector_norm(rows.double(), dim=-1))
+    length = torch.cat(lengths, 1)
+    dead: Tensor = length <= DEAD_BELOW * length.nanmedian()
     return dead
 
 
-def _nearest(
-    histograms: list[PairHistogram], half_space: bool, keep: int
+def rows_at_once(x: Tensor) -> int:
+    """How many rows of neurons x (groups, n, d) are turned into float64 together."""
+    return max(1, _IN_FLOAT64 // max(1, x.shape[0] * x.shape[2]))
+
+
+def nearest_pairs(
+    histograms: Sequence[PairHistogram | SimilarPairs], half_space: bool, keep: int
 ) -> tuple[SimilarPair, ...]:
     """The nearest pairs of all groups."""
     pairs = []
@@ -121,32 +126,52 @@ def _nearest(
     return tuple(pairs[:keep])
 
 
-def _singular_values(x: Tensor, live: Tensor) -> tuple[float, ...]:
+def singular_values(x: Tensor, live: Tensor, done: Done) -> tuple[float, ...]:
     """Singular values of the live unit rows of each group, all together, in descending order.
 
     They come from a Gram matrix in float64; none if that is too large.
     """
-    if min(x.shape[1:]) > _LARGEST_GRAM:
+    if min(x.shape[1:]) > LARGEST_GRAM:
         return ()
     found = []
-    for group, alive in zip(x, live, strict=True):
-        unit = unit_rows(group[alive].double())[0]
-        if len(unit) >= unit.shape[1]:
-            unit = unit.mT  # gives the smaller of the two Gram matrices
-        found.append(torch.linalg.eigvalsh(unit @ unit.mT).clamp_min(0.0).sqrt())
+    for i, alive in enumerate(live):
+        index = alive.nonzero().flatten()
+        if len(index) < x.shape[2]:
+            unit = unit_rows(x[i, index].double())[0]
+            gram = unit @ unit.mT
+        else:
+            gram = _gram_of_columns(x[i], index, part_of(done, i / len(x), 0.5 / len(x)))
+        found.append(torch.linalg.eigvalsh(gram).clamp_min(0.0).sqrt())
+        done((i + 1) / len(x))
     return tuple(torch.cat(found).sort(descending=True).values.tolist())
 
 
-def _heat_map(
-    x: Tensor, live: Tensor, histograms: list[PairHistogram]
-) -> tuple[tuple[int, ...], Tensor]:
-    """Neurons to show, in order, and their cosines (m, m), from the group with the most pairs."""
-    group = max(range(len(histograms)), key=lambda i: histograms[i].similar)
-    index = live[group].nonzero().flatten()
-    unit = unit_rows(x[group, index])[0].float()  # (n, d)
+def _gram_of_columns(x: Tensor, index: Tensor, done: Done | None) -> Tensor:
+    """Products (d, d) of the columns of x (n, d), of the unit rows at some indices, in float64."""
+    gram = x.new_zeros(x.shape[1], x.shape[1], dtype=torch.float64)
+    before = 0
+    for some in torch.split(index, rows_at_once(x[None])):
+        unit = unit_rows(x[some].double())[0]
+        gram.addmm_(unit.mT, unit)
+        before += len(some)
+        if done is not None:
+            done(before / len(index))
+    return gram
+
+
+def heat_map(x: Tensor, index: Tensor, done: Done) -> tuple[tuple[int, ...], Tensor]:
+    """Neurons to show of x (n, d), in order, and their cosines (m, m).
+
+    Args:
+        x: The neurons of one group.
+        index: Those to choose from, which are live: the nearest to another one of these are shown.
+        done: Called with the fraction of the work that is done.
+    """
+    unit = unit_rows(x[index])[0].float()  # (n, d)
     with exact_arithmetic(unit):
         if len(unit) > HEAT_MAP_SIZE:
-            chosen = _largest_cosines(unit).topk(HEAT_MAP_SIZE).indices.sort().values
+            largest = _largest_cosines(unit, done)
+            chosen = largest.topk(HEAT_MAP_SIZE).indices.sort().values
             index = index[chosen]
             unit = unit[chosen]
         cosines = (unit @ unit.mT).clamp_(-1.0, 1.0)
@@ -154,13 +179,14 @@ def _heat_map(
     return tuple(index[order].tolist()), cosines[order][:, order].cpu()
 
 
-def _largest_cosines(unit: Tensor) -> Tensor:
+def _largest_cosines(unit: Tensor, done: Done) -> Tensor:
     """The largest absolute cosine of each unit row (n, d) to another, (n,)."""
     found = []
     for start, rows in zip(range(0, len(unit), 256), torch.split(unit, 256), strict=True):
         cosine = (rows @ unit.mT).abs_()
         cosine[torch.arange(len(rows)), torch.arange(start, start + len(rows))] = -1.0
         found.append(cosine.amax(1))
+        done((start + len(rows)) / len(unit))
     return torch.cat(found)
 
 

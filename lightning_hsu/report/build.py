@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,16 +20,13 @@ from lightning_hsu._neurons.wrappers import unwrapped
 from lightning_hsu.measures import Measure
 from lightning_hsu.measures.base import check_measure
 from lightning_hsu.measures.defaults import REPORT_MEASURE
-from lightning_hsu.measures.sampled import measure_of_layer
-from lightning_hsu.report.analysis import look_at
 from lightning_hsu.report.checkpoints import Checkpoint, read_checkpoint
 from lightning_hsu.report.data import ReportData
+from lightning_hsu.report.looks import SAMPLE_ABOVE, Looks, Progress
 from lightning_hsu.report.page import report_page
 from lightning_hsu.report.tables import plain, report_table, short, table_html, verdicts
 
 Source = nn.Module | Mapping[str, Tensor] | str | Path
-Progress = Callable[[str, float], None]
-"""Called with the current layer and the fraction of all work that is done."""
 
 
 class Report(ReportData):
@@ -95,6 +92,7 @@ def report(
     keep: int = 100,
     key: str | None = None,
     base: str | Path | None = None,
+    sample_above: int | None = SAMPLE_ABOVE,
     progress: Progress | None = None,
 ) -> Report:
     """Look at the neurons of every layer of a network.
@@ -124,6 +122,9 @@ def report(
         key: Where in a file the state dict is; None finds it.
         base: For an adapter of peft: the file or folder of its base. None takes the local folder
             that the adapter's configuration names, if there is one.
+        sample_above: Neurons of a group above which the energy is that of a sample of so many, with
+            its standard error, the same each time; None never samples. It also bounds the time: see
+            below. A measure that is no mean over pairs is not sampled.
         progress: Called with the layer's name and the fraction of the work that is done.
 
     Raises:
@@ -147,7 +148,7 @@ def report(
         [('W_dec', '64 x 16')]
     """
     found = find_targets(source, include, exclude, head, key, neurons, base)
-    return look_at_all(found, measure, similar_above, keep, progress)
+    return look_at_all(found, measure, similar_above, keep, progress, sample_above)
 
 
 def look_at_all(
@@ -156,6 +157,7 @@ def look_at_all(
     similar_above: float,
     keep: int = 100,
     progress: Progress | None = None,
+    sample_above: int | None = SAMPLE_ABOVE,
 ) -> Report:
     """Report on what :func:`find_targets` found; other arguments as in :func:`report`."""
     if measure is None:
@@ -163,28 +165,10 @@ def look_at_all(
     check_measure(measure)
     check_count("keep", keep, 0)
     check_number("similar_above", similar_above, "in (0, 1)", lambda x: 0 < x < 1)
-    all_flops = sum(_flops_of(target) for target in found.targets)
-    flops_before = 0
-    layers = []
-    for target in found.targets:
-        done = _done(target, flops_before, all_flops, progress)
-        done(0.0)
-        layer = look_at(
-            target.name,
-            target.neurons(),
-            measure_of_layer(
-                measure,
-                is_head=target.head or target.shape[1] == 2,  # two neurons are at best opposite
-                neurons=target.shape[1],
-                sample_above=None,
-            ),
-            similar_above=similar_above,
-            keep=keep,
-            done=done,
-        )
-        layers.append(layer)
-        done(1.0)
-        flops_before += _flops_of(target)
+    if sample_above is not None:
+        check_count("sample_above", sample_above, 4)
+    looks = Looks(found.targets, measure, sample_above, similar_above, keep, progress)
+    layers = looks.take()
     notes = (*found.notes, *_notes_of(found.targets))
     return Report(found.source, measure, similar_above, tuple(layers), tuple(found.skips), notes)
 
@@ -203,25 +187,6 @@ def _notes_of(targets: Sequence[NeuronSet]) -> tuple[tuple[str, str], ...]:
         taken = f"{', '.join(heads)} ({reason})"
         notes.append(("head", f"{taken}; --head NAME or --head none otherwise"))
     return tuple(notes)
-
-
-def _done(
-    target: NeuronSet, flops_before: int, all_flops: int, progress: Progress | None
-) -> Callable[[float], None]:
-    """A function that takes the fraction done of one layer and passes on that of all layers."""
-    flops = _flops_of(target)
-
-    def done(part: float) -> None:
-        if progress is not None:
-            progress(target.name, (flops_before + part * flops) / all_flops)
-
-    return done
-
-
-def _flops_of(target: NeuronSet) -> int:
-    """The arithmetic of reporting on one layer, up to a factor."""
-    groups, n, d = target.shape
-    return groups * n * n * d
 
 
 class FoundTargets(NamedTuple):

@@ -26,6 +26,7 @@ from lightning_hsu.report.build import Progress, Report, report
 from lightning_hsu.report.checkpoints import printable
 from lightning_hsu.report.comparison import Comparison, compare
 from lightning_hsu.report.data import LayerReport
+from lightning_hsu.report.looks import SAMPLE_ABOVE
 from lightning_hsu.report.tables import Table, comparison_table, pair_lines, report_table, show
 
 # Exit codes.
@@ -264,6 +265,14 @@ def _add_common(command: argparse.ArgumentParser) -> None:
         default=0.95,
         help="cosine at or above which two neurons are near-duplicates; by default 0.95",
     )
+    command.add_argument(
+        "--sample-above",
+        metavar="N",
+        type=_sample_above,
+        default=SAMPLE_ABOVE,
+        help="measure a sample of layers with more neurons than this, or 'none'; by default "
+        f"{SAMPLE_ABOVE}",
+    )
 
 
 def _settings(given: argparse.Namespace) -> dict[str, Any]:
@@ -278,6 +287,7 @@ def _settings(given: argparse.Namespace) -> dict[str, Any]:
         "head": _head(given.head),
         "neurons": _neurons(given.neurons),
         "similar_above": given.similar_above,
+        "sample_above": given.sample_above,
         "key": given.key,
         "base": given.base,
     }
@@ -332,6 +342,16 @@ def _count(text: str) -> int:
 def _top(text: str) -> int:
     if not text.isdecimal() or len(text) > 9 or int(text) == 0:
         raise argparse.ArgumentTypeError(f"the number of layers must be 1 or more; got {text}")
+    return int(text)
+
+
+def _sample_above(text: str) -> int | None:
+    if text.lower() == "none":
+        return None
+    if not text.isdecimal() or int(text) < 4:
+        raise argparse.ArgumentTypeError(
+            f"the number of neurons must be 4 or more, or 'none'; got {text}"
+        )
     return int(text)
 
 

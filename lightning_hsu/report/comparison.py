@@ -28,6 +28,7 @@ from lightning_hsu.report.build import (
 )
 from lightning_hsu.report.comparison_page import comparison_page
 from lightning_hsu.report.data import ComparisonData, LayerComparison
+from lightning_hsu.report.looks import SAMPLE_ABOVE
 from lightning_hsu.report.tables import comparison_table, plain, short, table_html
 
 _NAMED = 5  # names of each network in an error
@@ -85,6 +86,7 @@ def compare(
     similar_above: float = 0.95,
     key: str | None = None,
     base: str | Path | None = None,
+    sample_above: int | None = SAMPLE_ABOVE,
     progress: Progress | None = None,
 ) -> Comparison:
     """Compare two networks, or one network at two times, layer by layer.
@@ -107,6 +109,7 @@ def compare(
         similar_above: Cosine at or above which two neurons are near-duplicates, in (0, 1).
         key: Where in a file the state dict is; None finds it.
         base: Of an adapter of peft: the file or folder of its base.
+        sample_above: As for :func:`~lightning_hsu.report.report`.
         progress: Called with the layer's name and the fraction of the work that is done.
 
     Raises:
@@ -125,8 +128,8 @@ def compare(
     prefixes = _prefixes(_names(first), _names(second))
     ours, theirs = _by_key(first, prefixes[0]), _by_key(second, prefixes[1])
     first, second = _in_one_space(first, second, ours, theirs)
-    earlier = look_at_all(first, measure, similar_above, progress=_half(progress, 0))
-    later = look_at_all(second, measure, similar_above, progress=_half(progress, 1))
+    earlier = look_at_all(first, measure, similar_above, progress=_half(progress, 0), sample_above=sample_above)
+    later = look_at_all(second, measure, similar_above, progress=_half(progress, 1), sample_above=sample_above)
     layers = []
     for name, j in theirs.items():
         if name in ours:

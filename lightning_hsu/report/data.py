@@ -58,6 +58,9 @@ class LayerReport:
             each followed by the most similar neuron that is left.
         cosines: Cosines between the shown neurons, float32 (m, m).
         finding: The result in words.
+        sampled: How many neurons of all groups the energy is estimated from; None if it is exact.
+            Then the angles are those of at most 4,096 sampled neurons of each group.
+        all_counted: Whether all near-duplicate pairs are counted; otherwise there may be more.
     """
 
     uniformity: LayerUniformity
@@ -73,6 +76,8 @@ class LayerReport:
     shown: tuple[int, ...]
     cosines: Tensor
     finding: str
+    sampled: int | None = None
+    all_counted: bool = True
 
     @property
     def name(self) -> str:
@@ -83,7 +88,24 @@ class LayerReport:
     def shape(self) -> str:
         """Shape of its neurons in words, such as "4 groups of 64 x 576"."""
         numbers = self.uniformity
-        return shape_of(numbers.groups, numbers.neurons, numbers.dimension)
+        return shape_of(
+            numbers.groups, numbers.neurons, numbers.dimension, sampled=self.sampled
+        )
+
+    @property
+    def sampling(self) -> str:
+        """What is estimated, and how well; "" if nothing is."""
+        if self.sampled is None:
+            return ""
+        searched = "all pairs were searched for near-duplicates"
+        if not self.all_counted:
+            searched = (
+                "near-duplicates were searched by random hashes, so there may be more, "
+                "and a smaller angle"
+            )
+        return (
+            f"{self.shape} sampled, energy +- {self.uniformity.standard_error:.1e}; {searched}"
+        )
 
     @property
     def ratio(self) -> float:
@@ -257,6 +279,8 @@ def _layer_dict(layer: LayerReport) -> dict[str, Any]:
         "edges": list(layer.edges),
         "verdict": layer.verdict,
         "finding": layer.finding,
+        "sampled": layer.sampled,
+        "all_counted": layer.all_counted,
     }
 
 

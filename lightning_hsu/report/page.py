@@ -40,6 +40,7 @@ RULE_PART = (
     "A layer is called as random within 1 % of that, or where 998 of 1,000 random layers of its "
     "shape are."
 )
+_FIGURES = 500  # layers with figures, so that the page of very many layers stays readable
 _LISTED = 20  # pairs and dead neurons that are listed for a layer
 
 
@@ -219,10 +220,26 @@ def _sections(found: ReportData) -> str:
     if not found.layers:
         return ""
     worst = _worst(found)
+    drawn = _with_figures(found)
     sections = "<h2>Layer by layer</h2>\n"
+    if len(drawn) < len(found.layers):
+        sections += (
+            f'<p class="soft">Figures are shown for the {len(drawn):,} layers with the highest '
+            "ratios.</p>\n"
+        )
     for i, layer in enumerate(found.layers):
-        sections += _section(i, layer, found, unfolded=i == worst)
+        sections += _section(i, layer, found, unfolded=i == worst, drawn=i in drawn)
     return sections
+
+
+def _with_figures(found: ReportData) -> set[int]:
+    """Indices of the layers that get figures: those with the highest ratios."""
+
+    def order(i: int) -> float:
+        ratio = found.layers[i].ratio
+        return math.inf if math.isnan(ratio) else -ratio
+
+    return set(sorted(range(len(found.layers)), key=order)[:_FIGURES])
 
 
 def _worst(found: ReportData) -> int:
@@ -236,8 +253,10 @@ def _worst(found: ReportData) -> int:
     return worst
 
 
-def _section(i: int, layer: LayerReport, found: ReportData, *, unfolded: bool) -> str:
-    """Everything about layer i."""
+def _section(
+    i: int, layer: LayerReport, found: ReportData, *, unfolded: bool, drawn: bool
+) -> str:
+    """Everything about layer i, with figures if they are ``drawn``."""
     numbers = layer.uniformity
     score = score_text(numbers.score)
     score = "" if score == "-" else f", score {score}"
@@ -248,14 +267,19 @@ def _section(i: int, layer: LayerReport, found: ReportData, *, unfolded: bool) -
     )
     if repr(layer.measure) != repr(found.measure):
         facts += f" Measured by {layer.measure!r}."
-    figures = _angles(layer) + _singular_values(layer) + _heat_map(layer)
+    if layer.sampling:
+        facts += f" {layer.sampling}."
+    figures = ""
+    if drawn:
+        figures = _angles(layer) + _singular_values(layer) + _heat_map(layer)
+        figures = f'<div class="charts">{figures}</div>'
     state = " open" if unfolded else ""
     return (
         f'<details class="layer"{state}>'
         f"<summary><b>{breakable(layer.name)}</b> "
         f"<span class=soft>{escape(layer.finding)}</span></summary>"
         f'<div class="inside" id="layer-{i}"><p class="soft">{escape(facts)}</p>'
-        f'<div class="charts">{figures}</div>'
+        f"{figures}"
         f"{_similar(layer, found.similar_above)}{_dead(layer)}</div></details>\n"
     )
 

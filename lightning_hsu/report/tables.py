@@ -208,6 +208,9 @@ def report_table(found: ReportData, top: int | None = None) -> Table:
         below.append(RULE)
     if any(row[0].endswith(_STAR) for row in rows):
         below.append(_FULL_SPACE)
+    for layer in found.layers:
+        if layer.sampling:
+            below += wrapped(Line(f"note: {layer.name}: {layer.sampling}"))
     for line in (*lines_about_notes(found.notes), *_skip_lines(found.skips)):
         below += wrapped(line)
     return Table(tuple(columns), rows[1:], below)
