@@ -18,7 +18,7 @@ from lightning_hsu._core.parts import Done
 from lightning_hsu._core.precision import exact_arithmetic, with_float64, working_dtype
 from lightning_hsu._core.sphere import seeded, unit_rows
 
-_ENTRIES = 2**22  # cosines held at once
+_ENTRIES = 2**21  # cosines held at once
 _AFFORDABLE = 3e12  # work that all pairs may take: multiplications and additions, nearly
 _PER_PAIR = 100  # further work for each pair, in the same unit
 _GATHERED = 2**22  # entries of neurons that are compared one by one at a time
@@ -121,6 +121,14 @@ def _between(angles: Tensor, half_space: bool) -> Tensor:
     return angles
 
 
+def distinct(numbers: Tensor) -> tuple[Tensor, Tensor]:
+    """The different numbers among some (k,), in ascending order, and a place of each."""
+    ordered, place = numbers.sort(stable=True)
+    is_new = torch.ones_like(ordered, dtype=torch.bool)
+    is_new[1:] = ordered[1:] != ordered[:-1]
+    return ordered[is_new], place[is_new]
+
+
 class _Search:
     """A way to find similar pairs.
 
@@ -188,10 +196,11 @@ class _InPlane(_Search):
         pair = torch.cat(pairs)
         cosine = torch.cat(cosines)
         self.best = pair[cosine.argmax()]
-        unique, place = pair.unique(dim=0, return_inverse=True)
-        value = cosine.new_zeros(len(unique)).scatter_(0, place, cosine)
+        keys, place = distinct(pair[:, 0] * len(self.x) + pair[:, 1])
+        value = cosine[place]
         is_similar = value >= self.above
-        self.kept.add(value[is_similar], *unique[is_similar].unbind(1))
+        keys = keys[is_similar]
+        self.kept.add(value[is_similar], keys // len(self.x), keys % len(self.x))
 
 
 def _pairs_within(directions: Tensor, reach: float, period: float) -> int:
@@ -264,7 +273,7 @@ class _Hashed(_Search):
             for step in range(1, _WINDOW + 1):
                 same = (code[step:] == code[:-step]).nonzero().squeeze(1)
                 keys.append(self._similar(order[same], order[same + step]))
-            found = torch.cat(keys).unique()
+            found = distinct(torch.cat(keys))[0]
             if done is not None:
                 done((draw + 1) / _HASHES)
             if len(found) > _LISTED:
@@ -304,7 +313,9 @@ class _Hashed(_Search):
     def _similar(self, first: Tensor, second: Tensor) -> Tensor:
         """Which of some pairs are similar, as first * n + second with the smaller index first."""
         keys = []
-        for i, j in zip(first.split(self._height()), second.split(self._height()), strict=True):
+        height = self._height()
+        parts = zip(torch.split(first, height), torch.split(second, height), strict=True)
+        for i, j in parts:
             cosine = self._cosines(i, j)
             if self.half_space:
                 cosine = cosine.abs()

@@ -12,7 +12,7 @@ from lightning_hsu._core.parts import Done
 from lightning_hsu._core.precision import exact_arithmetic, with_float64, working_dtype
 from lightning_hsu._core.sphere import unit_rows
 
-_ENTRIES = 2**22  # cosines held at once
+_ENTRIES = 2**20  # cosines held at once
 
 
 @dataclass(frozen=True)

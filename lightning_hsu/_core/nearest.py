@@ -55,9 +55,7 @@ class NearestTerm:
         return 2.0 * self.knee * float(self.kernel(q[0], q[1])[1])
 
 
-def smallest_angle(
-    w: Tensor, *, half_space: bool = False, done: Done | None = None
-) -> Tensor:
+def smallest_angle(w: Tensor, *, half_space: bool = False, done: Done | None = None) -> Tensor:
     """Smallest angle between two neurons, in radians.
 
     Args:

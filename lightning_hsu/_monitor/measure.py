@@ -220,9 +220,7 @@ def beside_random(
     return ratio, float(score(measure, energy, each, d))
 
 
-def _penalties(
-    x: Tensor, measure: Measure, state: State | None, done: Done | None
-) -> Tensor:
+def _penalties(x: Tensor, measure: Measure, state: State | None, done: Done | None) -> Tensor:
     """What training minimises, (groups,), of neurons (groups, n, d)."""
     term = measure.pair_term()
     if done is None or term is None:
@@ -233,9 +231,7 @@ def _penalties(
     return energies
 
 
-def _min_angle(
-    parts: Sequence[Tensor], half_space: bool, done: Done | None = None
-) -> Tensor:
+def _min_angle(parts: Sequence[Tensor], half_space: bool, done: Done | None = None) -> Tensor:
     """Smallest angle in radians between two neurons of the same part (..., n, d)."""
     angles = []
     for i, part in enumerate(parts):

@@ -22,11 +22,11 @@ from lightning_hsu._monitor.text import number
 from lightning_hsu._neurons.how import How
 from lightning_hsu._neurons.select import Head
 from lightning_hsu.measures import Measure
-from lightning_hsu.report.build import Progress, Report, report
+from lightning_hsu.report.build import Report, report
 from lightning_hsu.report.checkpoints import printable
 from lightning_hsu.report.comparison import Comparison, compare
 from lightning_hsu.report.data import LayerReport
-from lightning_hsu.report.looks import SAMPLE_ABOVE
+from lightning_hsu.report.looks import SAMPLE_ABOVE, Progress
 from lightning_hsu.report.tables import Table, comparison_table, pair_lines, report_table, show
 
 # Exit codes.

@@ -20,7 +20,6 @@ from lightning_hsu._neurons.select import Head
 from lightning_hsu.measures import Measure
 from lightning_hsu.report.build import (
     FoundTargets,
-    Progress,
     Report,
     Source,
     find_targets,
@@ -28,7 +27,7 @@ from lightning_hsu.report.build import (
 )
 from lightning_hsu.report.comparison_page import comparison_page
 from lightning_hsu.report.data import ComparisonData, LayerComparison
-from lightning_hsu.report.looks import SAMPLE_ABOVE
+from lightning_hsu.report.looks import SAMPLE_ABOVE, Progress
 from lightning_hsu.report.tables import comparison_table, plain, short, table_html
 
 _NAMED = 5  # names of each network in an error
@@ -128,8 +127,17 @@ def compare(
     prefixes = _prefixes(_names(first), _names(second))
     ours, theirs = _by_key(first, prefixes[0]), _by_key(second, prefixes[1])
     first, second = _in_one_space(first, second, ours, theirs)
-    earlier = look_at_all(first, measure, similar_above, progress=_half(progress, 0), sample_above=sample_above)
-    later = look_at_all(second, measure, similar_above, progress=_half(progress, 1), sample_above=sample_above)
+    reports = []
+    for i, targets in enumerate((first, second)):
+        one = look_at_all(
+            targets,
+            measure,
+            similar_above,
+            progress=_half(progress, i),
+            sample_above=sample_above,
+        )
+        reports.append(one)
+    earlier, later = reports
     layers = []
     for name, j in theirs.items():
         if name in ours:

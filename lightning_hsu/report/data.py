@@ -88,9 +88,7 @@ class LayerReport:
     def shape(self) -> str:
         """Shape of its neurons in words, such as "4 groups of 64 x 576"."""
         numbers = self.uniformity
-        return shape_of(
-            numbers.groups, numbers.neurons, numbers.dimension, sampled=self.sampled
-        )
+        return shape_of(numbers.groups, numbers.neurons, numbers.dimension, sampled=self.sampled)
 
     @property
     def sampling(self) -> str:
@@ -103,9 +101,7 @@ class LayerReport:
                 "near-duplicates were searched by random hashes, so there may be more, "
                 "and a smaller angle"
             )
-        return (
-            f"{self.shape} sampled, energy +- {self.uniformity.standard_error:.1e}; {searched}"
-        )
+        return f"{self.shape} sampled, energy +- {self.uniformity.standard_error:.1e}; {searched}"
 
     @property
     def ratio(self) -> float:

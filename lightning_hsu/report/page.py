@@ -253,9 +253,7 @@ def _worst(found: ReportData) -> int:
     return worst
 
 
-def _section(
-    i: int, layer: LayerReport, found: ReportData, *, unfolded: bool, drawn: bool
-) -> str:
+def _section(i: int, layer: LayerReport, found: ReportData, *, unfolded: bool, drawn: bool) -> str:
     """Everything about layer i, with figures if they are ``drawn``."""
     numbers = layer.uniformity
     score = score_text(numbers.score)

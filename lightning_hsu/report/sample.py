@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_hsu._core import exact_arithmetic, or_one, with_float64, working_dtype
-from lightning_hsu._core.duplicates import SimilarPairs, similar_pairs
+from lightning_hsu._core.duplicates import SimilarPairs, distinct, similar_pairs
 from lightning_hsu._core.histogram import pair_histogram
 from lightning_hsu._core.nearest import smallest_angle
 from lightning_hsu._core.parts import Done, part_of
@@ -103,8 +103,8 @@ def look_at_sample(
     similar = sum(search.similar for search in searches)
     dead = dead_neurons(x).flatten().nonzero().flatten()
     group = max(range(len(x)), key=lambda i: searches[i].similar)
-    near = searches[group].pairs[:PICTURED // 4].flatten()
-    chosen = torch.cat([near, samples[group].rows[:PICTURED]]).unique()
+    near = searches[group].pairs[: PICTURED // 4].flatten()
+    chosen = distinct(torch.cat([near, samples[group].rows[:PICTURED]]))[0]
     angles = _angles(x, samples, parts.begin("histogram"))
     values = singular_values(x, live, parts.begin("singular values"))
     shown, cosines = heat_map(x[group], chosen, parts.begin("heat map"))

@@ -81,9 +81,9 @@ class Parts:
 
     Example:
         >>> parts = Parts({"first": 1.0, "second": 3.0}, print)
-        >>> parts.begin("first")(1.0)
+        >>> within = parts.begin("second")
         0.25
-        >>> parts.begin("second")(0.5)
+        >>> within(0.5)
         0.625
     """
 
