@@ -38,6 +38,7 @@ LARGEST_SIMULATED = 4096
 """Neurons of the largest layer that is simulated if those of larger ones have the same mean."""
 
 _ENOUGH = 100  # pairs below the softening that make a mean over pairs one of many
+_QUICK = ((64, 4), (512, 8))  # draws, and those left out at either end
 _SMALL = 64  # neurons of layers that are simulated together
 
 
@@ -283,7 +284,30 @@ def score(measure: Measure, value: Tensor, n: int, d: int) -> Tensor:
     return (value - level) / room
 
 
-@lru_cache(maxsize=1024)
+def is_surely_random(measure: Measure, n: int, d: int, energy: float) -> bool:
+    """Whether a value is well within :func:`random_range`, by the few draws that this takes to see.
+
+    False says nothing. Were one of 1,000 random layers beyond a value at most, then 4 of 64 would
+    be once in a million times, and 8 of 512 more rarely.
+    """
+    if not 2 < n <= _SMALL or measure.pair_term() is None:
+        return False
+    for draws, beyond in _QUICK:
+        low, high = _inner_range(measure, n, d, draws, beyond)
+        if low < energy < high:
+            return True
+    return False
+
+
+@lru_cache(maxsize=16384)
+def _inner_range(measure: Measure, n: int, d: int, draws: int, beyond: int) -> tuple[float, float]:
+    """The range of the values of random layers without so many at either end."""
+    generator = torch.Generator().manual_seed(n * 65537 + d)
+    values = _values_of(measure, random_layers(draws, n, d, generator)).sort().values
+    return float(values[beyond - 1]), float(values[-beyond])
+
+
+@lru_cache(maxsize=16384)
 def _random_range(measure: Measure, n: int, d: int, groups: int) -> tuple[float, float]:
     deviation = measure.deviation(n, d)
     if deviation is None:

@@ -21,6 +21,7 @@ from lightning_hsu.measures import (
     Sampled,
     Separation,
 )
+from lightning_hsu.reference import is_surely_random, random_range
 from lightning_hsu.report import compare, report
 from lightning_hsu.report import looks as looks_module
 from lightning_hsu.report import sample as sample_module
@@ -494,3 +495,14 @@ def test_a_convex_envelope_is_that_of_a_plain_walk(bend):
     corners = _lower_hull(x, y).tolist()
     wanted = plain_hull(zip(x.tolist(), y.tolist(), strict=True))
     assert [(float(x[i]), float(y[i])) for i in corners] == wanted
+
+
+@pytest.mark.parametrize("measure", [HALF, FULL, GaussianPotential(t=2.0)], ids=repr)
+@pytest.mark.parametrize(("n", "d"), [(3, 2), (5, 4), (20, 3), (60, 9)])
+def test_what_few_draws_show_is_within_the_range(measure, n, d):
+    low, high = random_range(measure, n, d)
+    values = measure(torch.randn(300, n, d, generator=random(n))).tolist()
+    sure = [value for value in values if is_surely_random(measure, n, d, value)]
+    assert len(sure) > 250
+    assert low <= min(sure) <= max(sure) <= high
+    assert not is_surely_random(measure, n, d, high + 0.01)

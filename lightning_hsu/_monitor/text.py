@@ -9,7 +9,7 @@ from typing import Literal
 from lightning_hsu._monitor.measure import LayerUniformity
 from lightning_hsu._neurons.candidates import Skip
 from lightning_hsu.measures import Measure
-from lightning_hsu.reference import random_range
+from lightning_hsu.reference import is_surely_random, random_range
 
 AS_RANDOM = "as random"
 """What a finding begins with where a layer is no more uniform or crowded than random neurons."""
@@ -115,6 +115,9 @@ def _no_ratio(layer: LayerUniformity) -> str:
 def _within_random(layer: LayerUniformity, measure: Measure) -> bool:
     """Return whether the energy is one that random layers of this shape have."""
     alive = round(layer.neurons - (layer.dead + layer.nonfinite) / layer.groups)
+    is_one = layer.groups == 1
+    if is_one and is_surely_random(measure, alive, layer.dimension, layer.energy):
+        return True
     low, high = random_range(measure, alive, layer.dimension, layer.groups)
     error = _ERRORS * layer.standard_error
     return low - error <= layer.energy <= high + error
