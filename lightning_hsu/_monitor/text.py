@@ -33,7 +33,12 @@ _ROUNDING = 1e-6  # of a score at the bound
 
 
 def finding(
-    layer: LayerUniformity, measure: Measure, *, dead: int | None = None, similar: int = 0
+    layer: LayerUniformity,
+    measure: Measure,
+    *,
+    dead: int | None = None,
+    similar: int = 0,
+    one_of_many: bool = False,
 ) -> str:
     """Compare a layer with random neurons, in words: facts, not advice.
 
@@ -42,6 +47,7 @@ def finding(
         measure: The measure they come from.
         dead: Neurons that do nothing; None takes those that are all zero.
         similar: Near-duplicate pairs, where they were counted.
+        one_of_many: As for :func:`verdict`.
 
     Returns:
         A text such as "1.42x random, 11 near-duplicate pairs, 3 dead"; it begins with "as random"
@@ -49,7 +55,7 @@ def finding(
     """
     words = []
     if not (layer.nonfinite and math.isnan(layer.ratio)):  # what is broken says why
-        words.append(_beside_random(layer, measure))
+        words.append(_beside_random(layer, measure, one_of_many))
     if similar:
         words.append(counted(similar, "near-duplicate pair"))
     if dead is None:
@@ -61,12 +67,14 @@ def finding(
     return ", ".join(words)
 
 
-def verdict(layer: LayerUniformity, measure: Measure) -> Verdict:
+def verdict(layer: LayerUniformity, measure: Measure, *, one_of_many: bool = False) -> Verdict:
     """Compare a layer with random neurons.
 
     Args:
         layer: Its numbers.
         measure: The measure they come from.
+        one_of_many: Whether there are layers of so many shapes that few random ones of each are
+            drawn where few tell.
 
     Returns:
         "random" if the ratio is within 1 % of 1, or the energy (give or take three standard errors
@@ -78,16 +86,16 @@ def verdict(layer: LayerUniformity, measure: Measure) -> Verdict:
         return "unknown"
     is_spread = layer.score >= _SPREAD  # False for a score of NaN
     is_close = abs(layer.ratio - 1.0) <= _CLOSE
-    if (is_close and not is_spread) or _within_random(layer, measure):
+    if (is_close and not is_spread) or _within_random(layer, measure, one_of_many):
         return "random"
     if layer.ratio > 1.0:
         return "above"
     return "below"
 
 
-def _beside_random(layer: LayerUniformity, measure: Measure) -> str:
+def _beside_random(layer: LayerUniformity, measure: Measure, one_of_many: bool) -> str:
     """Say how the ratio compares with random neurons, or why there is no ratio."""
-    found = verdict(layer, measure)
+    found = verdict(layer, measure, one_of_many=one_of_many)
     if found == "unknown":
         return _no_ratio(layer)
     if found == "random":
@@ -112,11 +120,11 @@ def _no_ratio(layer: LayerUniformity) -> str:
     return "a group with fewer than two live neurons"
 
 
-def _within_random(layer: LayerUniformity, measure: Measure) -> bool:
+def _within_random(layer: LayerUniformity, measure: Measure, one_of_many: bool) -> bool:
     """Return whether the energy is one that random layers of this shape have."""
     alive = round(layer.neurons - (layer.dead + layer.nonfinite) / layer.groups)
-    is_one = layer.groups == 1
-    if is_one and is_surely_random(measure, alive, layer.dimension, layer.energy):
+    few_tell = one_of_many and layer.groups == 1
+    if few_tell and is_surely_random(measure, alive, layer.dimension, layer.energy):
         return True
     low, high = random_range(measure, alive, layer.dimension, layer.groups)
     error = _ERRORS * layer.standard_error

@@ -148,7 +148,11 @@ class _Stack:
                 shown=shown[i],
                 cosines=cosines[i],
                 finding=finding(
-                    uniformity[i], layer.measure, dead=len(dead[i]), similar=similar_pairs
+                    uniformity[i],
+                    layer.measure,
+                    dead=len(dead[i]),
+                    similar=similar_pairs,
+                    one_of_many=True,
                 ),
             )
             reports.append(report)
