@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from lightning_hsu._neurons.candidates import NeuronSet
 from lightning_hsu._neurons.how import WeightRule
 
 _DICTIONARIES = ("W_dec", "dictionary", "atoms")
@@ -16,7 +17,9 @@ _NUMBERS_OF_CLASSES = (
     "num_clusters",
     "n_clusters",
 )
+_DIRECTIONS = (*_DICTIONARIES, "decoder_weight", "W_enc", "W_gate", "W_mag")
 _ENCODERS = ("W_enc",)  # of features, whose directions lie along the same axis
+_AS_DICTIONARY = "read by columns, as a dictionary"
 _CODEBOOKS = ("codebook", "codebooks", "codevectors", "code_book")
 _PROTOTYPES = ("prototypes", "proxies", "centers", "centres", "centroids", "class_centers")
 _TOKENS = (
@@ -185,8 +188,18 @@ def dictionary_note(layer: str, *, mirrored: bool) -> str:
         mirrored: Whether its encoder mirrors it, so that its columns are taken.
     """
     if mirrored:
-        return f"read by columns, as a dictionary; for its rows: neurons={{'{layer}': 'rows'}}"
+        return f"{_AS_DICTIONARY}; for its rows: neurons={{'{layer}': 'rows'}}"
     return f"read by rows; if its columns are directions: neurons={{'{layer}': 'columns'}}"
+
+
+def is_dictionary(one: NeuronSet) -> bool:
+    """Whether a set of neurons was read as a codebook, or as directions of a sparse autoencoder.
+
+    The order of such directions means nothing: another run has them in another one.
+    """
+    if one.kind == "codebook" or _AS_DICTIONARY in one.note:
+        return True
+    return one.name.rpartition(".")[2] in _DIRECTIONS
 
 
 def why_no_neurons(module: nn.Module, attribute: str, weight: Tensor) -> str | None:

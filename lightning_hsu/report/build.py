@@ -220,13 +220,27 @@ def find_targets(
     key: str | None,
     neurons: Neurons = None,
     base: str | Path | None = None,
+    compared_with: Source | None = None,
 ) -> FoundTargets:
-    """Find the neurons of a source; arguments as in :func:`report`."""
+    """Find the neurons of a source; other arguments as in :func:`report`.
+
+    Args:
+        source: The source.
+        include: Patterns of layer names to take.
+        exclude: Patterns of layer names to leave out.
+        head: The class head.
+        key: Where in a file the state dict is.
+        neurons: How weights hold neurons.
+        base: Of an adapter.
+        compared_with: The source that it is compared with: if this is a file or folder, it is the
+            base of an adapter that names no other.
+    """
     if isinstance(source, nn.Module) and not isinstance(source, torch.jit.ScriptModule):
         model = unwrapped(source)
         targets, skips = select(model, include, exclude, head, neurons=neurons, everything=True)
         return FoundTargets(type(model).__name__, targets, skips)
-    found = _checkpoint_of(source, key, base)
+    other = compared_with if isinstance(compared_with, (str, Path)) else None
+    found = _checkpoint_of(source, key, base, other)
     load = found.load if found.stays_in_file else None
     others: list[Skip] = []
     try:
@@ -243,10 +257,12 @@ def find_targets(
     return FoundTargets(found.name, stored, [*skips, *others], found.notes)
 
 
-def _checkpoint_of(source: Source, key: str | None, base: str | Path | None) -> Checkpoint:
+def _checkpoint_of(
+    source: Source, key: str | None, base: str | Path | None, compared_with: str | Path | None
+) -> Checkpoint:
     """The weights of TorchScript, a file, a folder or a state dict."""
     if isinstance(source, (str, Path)):
-        return read_checkpoint(source, key, base)
+        return read_checkpoint(source, key, base, compared_with)
     if isinstance(source, nn.Module):
         name, state = type(source).__name__, source.state_dict()
     elif isinstance(source, Mapping):

@@ -53,7 +53,10 @@ class Checkpoint:
 
 
 def read_checkpoint(
-    path: str | Path, key: str | None = None, base: str | Path | None = None
+    path: str | Path,
+    key: str | None = None,
+    base: str | Path | None = None,
+    compared_with: str | Path | None = None,
 ) -> Checkpoint:
     """Read the weights of a file or a folder. No code in it is run, and nothing is downloaded.
 
@@ -81,6 +84,7 @@ def read_checkpoint(
         base: For an adapter: the file or folder of its base. None takes the local folder that
             the adapter's configuration names, else weights in the adapter's own folder. Of whole
             weights it is not used, and a note says so.
+        compared_with: Whole weights that are an adapter's base if it has no other; a note says so.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -104,7 +108,9 @@ def read_checkpoint(
     is_folder = check_exists(path)
     is_adapter = is_adapter_folder(path) if is_folder else is_adapter_file(path)
     if is_adapter:
-        found = read_adapter(path, base, partial(_read_base, path, key))
+        if compared_with is not None and _is_adapter(Path(compared_with)):
+            compared_with = None
+        found = read_adapter(path, base, partial(_read_base, path, key), compared_with)
     else:
         found = _read(path, key)
         if base is not None:
@@ -153,6 +159,11 @@ def _read(path: Path, key: str | None) -> Found:
         found = read_file(path, key)
         add_what_is_beside(found, path)
     return check_no_adapter(path, found)
+
+
+def _is_adapter(path: Path) -> bool:
+    """Whether a path is that of an adapter of peft, whether or not anything is there."""
+    return is_adapter_file(path) or is_adapter_folder(path)
 
 
 def _read_base(adapter: Path, key: str | None, path: Path) -> Found:

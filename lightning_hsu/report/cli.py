@@ -48,6 +48,8 @@ _OPTIONS = (
     (r"\b(include|exclude|head)=('[^']*')", r"--\1 \2"),
     (r"\bhead=None\b", "--head none"),
     (r"\bkey=('[^']*')", r"--key \1"),
+    (r"\bmatch='([^']*)'", r"--match \1"),
+    (r"\bbase=$", "--base PATH"),
     (r" with --key or key=", " with --key"),
     (r"\b(include|exclude|head|neurons|measure|key)=", r"--\1 "),
     (r"\bsimilar_above must\b", "--similar-above must"),
@@ -217,6 +219,13 @@ def _parser() -> argparse.ArgumentParser:
     two.add_argument("before")
     two.add_argument("after")
     two.add_argument("--html", metavar="FILE", help="write a page with a chart and the table")
+    two.add_argument(
+        "--match",
+        choices=("auto", "index", "assignment"),
+        default="auto",
+        help="how neurons are matched: by index, or one to one by their cosines; by default only "
+        "dictionaries and codebooks are matched by cosines",
+    )
     two.set_defaults(run=_compare)
     for command in (one, two):
         _add_common(command)
@@ -405,7 +414,13 @@ def _judge(found: Report, limit: float) -> int:
 def _compare(given: argparse.Namespace) -> int:
     _check_writable(given.html, given.json, keep=[given.before, given.after])
     with _progress() as progress:
-        found = compare(given.before, given.after, **_settings(given), progress=progress)
+        found = compare(
+            given.before,
+            given.after,
+            **_settings(given),
+            match=given.match,
+            progress=progress,
+        )
     if given.html:
         found.write_html(given.html)
     _write_json(found, given.json)

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
-from lightning_hsu._core import unit_rows, with_float64
 from lightning_hsu._monitor.render import shorten
 from lightning_hsu._monitor.text import counted
 from lightning_hsu._neurons.candidates import NeuronSet
@@ -26,8 +21,10 @@ from lightning_hsu.report.build import (
     look_at_all,
 )
 from lightning_hsu.report.comparison_page import comparison_page
-from lightning_hsu.report.data import ComparisonData, LayerComparison
+from lightning_hsu.report.data import ComparisonData, LayerComparison, LayerReport
+from lightning_hsu.report.drift import drift_of
 from lightning_hsu.report.looks import SAMPLE_ABOVE, Progress
+from lightning_hsu.report.matching import Followed, Match, Matcher
 from lightning_hsu.report.tables import comparison_table, plain, short, table_html
 
 _NAMED = 5  # names of each network in an error
@@ -45,6 +42,8 @@ class Comparison(ComparisonData):
         only_before: Names of layers that only the first has.
         only_after: Names of layers that only the second has.
         prefixes: What all names of the first and of the second begin with and were matched without.
+        drift: How far the network has drifted, over all layers.
+        notes: Names of layers with what one should know of how their neurons are matched.
     """
 
     before: Report
@@ -86,11 +85,15 @@ def compare(
     key: str | None = None,
     base: str | Path | None = None,
     sample_above: int | None = SAMPLE_ABOVE,
+    match: Match = "auto",
     progress: Progress | None = None,
 ) -> Comparison:
     """Compare two networks, or one network at two times, layer by layer.
 
-    Layers are matched by name, and neurons by index. Where all names of one network begin with the
+    Layers are matched by name, and neurons by index, but those of dictionaries and codebooks one to
+    one so that the sum of their cosines is largest: the order of a dictionary's features means
+    nothing. That takes scipy (``pip install lightning-hsu[hull]``). Of more than 8,192 neurons
+    those are matched that are each other's nearest. Where all names of one network begin with the
     same parts, such as "model.", names are matched without them if more layers match so. Both are
     measured in the same space: a layer that both networks have counts as the class head only if it
     is the head of both. So the last layer of a network stored without its head, for example, does
@@ -107,13 +110,17 @@ def compare(
         neurons: How weights of both hold neurons, as for :func:`~lightning_hsu.report.report`.
         similar_above: Cosine at or above which two neurons are near-duplicates, in (0, 1).
         key: Where in a file the state dict is; None finds it.
-        base: Of an adapter of peft: the file or folder of its base.
+        base: Of an adapter of peft: the file or folder of its base. None is the one that the
+            adapter names, else the other network, if that is a file or folder of whole weights.
         sample_above: As for :func:`~lightning_hsu.report.report`.
+        match: How neurons are matched: "index", "assignment" (every layer as dictionaries are), or
+            "auto", which is "index" for all layers but dictionaries and codebooks.
         progress: Called with the layer's name and the fraction of the work that is done.
 
     Raises:
         ValueError: if the two have no layer of the same name, or as for
             :func:`~lightning_hsu.report.report`.
+        ModuleNotFoundError: for ``match="assignment"`` without scipy.
 
     Example:
         >>> from torch import nn
@@ -121,9 +128,14 @@ def compare(
         >>> _ = after.load_state_dict(before.state_dict())
         >>> round(compare(before, after).layers[0].moved, 3)
         0.0
+        >>> shuffled = {"0.weight": -before[0].weight.detach()[[2, 0, 3, 1]]}
+        >>> one = compare(before, shuffled, head=None, match="assignment").layers[0]
+        >>> one.matched, one.matching.agreement
+        ((1, 3, 0, 2), 1.0)
     """
-    first = find_targets(before, include, exclude, head, key, neurons, base)
-    second = find_targets(after, include, exclude, head, key, neurons, base)
+    matcher = Matcher(match, similar_above)
+    first = find_targets(before, include, exclude, head, key, neurons, base, after)
+    second = find_targets(after, include, exclude, head, key, neurons, base, before)
     prefixes = _prefixes(_names(first), _names(second))
     ours, theirs = _by_key(first, prefixes[0]), _by_key(second, prefixes[1])
     first, second = _in_one_space(first, second, ours, theirs)
@@ -139,11 +151,15 @@ def compare(
         reports.append(one)
     earlier, later = reports
     layers = []
+    notes = []
     for name, j in theirs.items():
         if name in ours:
             i = ours[name]
-            moved = _moved(first.targets[i].neurons(), second.targets[j].neurons())
-            layers.append(LayerComparison(earlier.layers[i], later.layers[j], moved))
+            half_space = later.layers[j].measure.half_space
+            one = matcher.follow(first.targets[i], second.targets[j], half_space)
+            layers.append(_followed(earlier.layers[i], later.layers[j], one))
+            if one.note:
+                notes.append((second.targets[j].name, one.note))
     if not layers:
         raise ValueError(
             f"no layer has the same name in both: {_few(_names(first))}, ... and "
@@ -156,7 +172,14 @@ def compare(
         only_before=_only_in(first, ours, theirs),
         only_after=_only_in(second, theirs, ours),
         prefixes=prefixes,
+        drift=drift_of(layers),
+        notes=tuple(notes),
     )
+
+
+def _followed(before: LayerReport, after: LayerReport, one: Followed) -> LayerComparison:
+    """A layer before and after, with what its neurons have become."""
+    return LayerComparison(before, after, one.moved, one.matched, one.matching)
 
 
 def _prefixes(first: Sequence[str], second: Sequence[str]) -> tuple[str, str]:
@@ -259,19 +282,3 @@ def _names(found: FoundTargets) -> list[str]:
 def _few(names: Sequence[str]) -> str:
     """The first names, each not too long."""
     return ", ".join(shorten(name, _LONGEST_NAME) for name in names[:_NAMED])
-
-
-@torch.no_grad()
-def _moved(before: Tensor, after: Tensor) -> float:
-    """Median angle in degrees between neurons of the same index, both sets (groups, n, d)."""
-    if before.shape != after.shape:
-        return math.nan
-    x, x_inverse = unit_rows(with_float64(before.cpu()).double())
-    y, y_inverse = unit_rows(with_float64(after.cpu()).double())
-    live = ((x_inverse > 0) & (y_inverse > 0)).squeeze(-1)  # (groups, n)
-    if not bool(live.any()):
-        return math.nan
-    difference = torch.linalg.vector_norm(x - y, dim=-1)[live]
-    total = torch.linalg.vector_norm(x + y, dim=-1)[live]
-    angles = 2.0 * torch.atan2(difference, total)
-    return float(angles.rad2deg().median())

@@ -10,6 +10,7 @@ from lightning_hsu._monitor.fold import fold_names
 from lightning_hsu._monitor.text import counted, number
 from lightning_hsu.report.charts import change_axis, change_chart
 from lightning_hsu.report.data import ComparisonData, LayerComparison
+from lightning_hsu.report.drift import drift_line
 from lightning_hsu.report.page import (
     RULE_PART,
     breakable,
@@ -64,10 +65,27 @@ def _header(found: ComparisonData) -> str:
         f'<p class="soft">{counted(len(found.layers), "layer")} in both, measured by '
         f"{escape(repr(found.after.measure))}.</p>\n{matched}"
         f'<p class="lead">Before, {verdicts(earlier)}; after, {verdicts(later)}.{how_far}</p>\n'
+        f"{_drift(found)}"
         "<p>The ratio is a layer's energy over that of as many random vectors: 1 is as random, "
         f"above 1 more redundant. {RULE_PART} Moved is the median angle between a neuron before "
         "and after.</p></header>\n"
     )
+
+
+def _drift(found: ComparisonData) -> str:
+    """The drift over all layers in a sentence."""
+    if found.drift is None:
+        return ""
+    line = drift_line(found.drift)
+    return f"<p>{breakable(line[0].upper() + line[1:])}.</p>\n"
+
+
+def _matching(found: ComparisonData) -> str:
+    """How the neurons of layers are matched that are not matched by index."""
+    text = ""
+    for name, note in found.notes:
+        text += f'<p class="soft">{breakable(name)}: {escape(note)}.</p>\n'
+    return text
 
 
 def _overview(found: ComparisonData) -> str:
@@ -93,6 +111,7 @@ def _overview(found: ComparisonData) -> str:
     return (
         f'<h2>Layers of both</h2>\n{chart}<div class="scroll"><table>'
         f"{table_head(_COLUMNS)}<tbody>\n{rows}</tbody></table></div>\n{note}"
+        f"{_matching(found)}"
     )
 
 

@@ -35,6 +35,7 @@ from lightning_hsu.report.data import (
     ReportData,
     known_ratios,
 )
+from lightning_hsu.report.drift import drift_line
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -364,7 +365,11 @@ def comparison_table(found: ComparisonData) -> Table:
     below = []
     if found.matched:
         below += wrapped(Line(found.matched))
+    if found.drift is not None:
+        below += wrapped(Line(drift_line(found.drift)))
     below += wrapped(Line(_MOVED))
+    for line in lines_about_notes(found.notes):
+        below += wrapped(line)
     if any(one.after.as_random for one in found.layers):
         below.append(RULE)
     if mixed:

@@ -107,7 +107,12 @@ def check_no_adapter(path: Path, found: Found) -> Found:
     return found
 
 
-def read_adapter(path: Path, base: str | Path | None, read_base: Callable[[Path], Found]) -> Found:
+def read_adapter(
+    path: Path,
+    base: str | Path | None,
+    read_base: Callable[[Path], Found],
+    compared_with: str | Path | None = None,
+) -> Found:
     """The weights of a base with an adapter of peft added.
 
     Args:
@@ -115,6 +120,7 @@ def read_adapter(path: Path, base: str | Path | None, read_base: Callable[[Path]
         base: The file or folder of the base; None is the local folder that the adapter's
             configuration names, else weights in the adapter's own folder. Nothing is downloaded.
         read_base: Reads a base.
+        compared_with: The file or folder that is the base if there is no other.
 
     Raises:
         ValueError: without a base, for an adapter of another kind, or if a layer of the adapter
@@ -128,7 +134,7 @@ def read_adapter(path: Path, base: str | Path | None, read_base: Callable[[Path]
         raise ValueError(f"{folder / CONFIG} is no configuration of an adapter")
     adapter = read_file(file)
     _check_kind(folder, config)
-    base_path = _base_of(folder, file, config, base)
+    base_path = _base_of(folder, file, config, base, compared_with)
     found = read_base(base_path)
     changes, replaced = _changes(folder, config, adapter)
     if not changes and not replaced:
@@ -143,6 +149,8 @@ def read_adapter(path: Path, base: str | Path | None, read_base: Callable[[Path]
     note = f"{file.name} was added to the base {base_path}: {len(changes)} layers are changed"
     if replaced:
         note += f", {len(replaced)} tensors replaced or added"
+    if base is None and compared_with is not None and base_path == Path(compared_with):
+        note += "; this is its base since it is compared with it; another one: base="
     found.notes.append(("", note))
     return found
 
@@ -167,7 +175,13 @@ def _check_kind(folder: Path, config: Mapping[str, Any]) -> None:
             )
 
 
-def _base_of(folder: Path, file: Path, config: Mapping[str, Any], base: str | Path | None) -> Path:
+def _base_of(
+    folder: Path,
+    file: Path,
+    config: Mapping[str, Any],
+    base: str | Path | None,
+    compared_with: str | Path | None,
+) -> Path:
     """The file or folder of the base."""
     if base is not None:
         return Path(base)
@@ -187,6 +201,8 @@ def _base_of(folder: Path, file: Path, config: Mapping[str, Any], base: str | Pa
         is_model = entry.name.startswith(("model", "pytorch_model"))
         if is_model and entry.suffix in (".safetensors", ".bin") and is_file(entry):
             return folder
+    if compared_with is not None:
+        return Path(compared_with)
     hint = ""
     if isinstance(named, str) and named:
         hint = f", which is {short(named)}"
