@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 
 from lightning_hsu._neurons.candidates import NeuronSet
@@ -192,11 +194,26 @@ def dictionary_note(layer: str, *, mirrored: bool) -> str:
     return f"read by rows; if its columns are directions: neurons={{'{layer}': 'columns'}}"
 
 
-def is_dictionary(one: NeuronSet) -> bool:
-    """Whether a set of neurons was read as a codebook, or as directions of a sparse autoencoder.
+def dictionaries(sets: Sequence[NeuronSet]) -> set[str]:
+    """Names of the codebooks, and of the decoders and encoders of sparse autoencoders.
 
-    The order of such directions means nothing: another run has them in another one.
+    The order of their neurons means nothing: another run has them in another one.
     """
+    found = set()
+    sizes = set()  # with the path that the encoder of a decoder shares with it
+    for one in sets:
+        if _is_dictionary(one):
+            found.add(one.name)
+            sizes.add((one.layer.rpartition(".")[0], one.shape))
+    for one in sets:
+        above, _, last = one.layer.rpartition(".")
+        if "enc" in last.lower() and (above, one.shape) in sizes:
+            found.add(one.name)
+    return found
+
+
+def _is_dictionary(one: NeuronSet) -> bool:
+    """Whether a set was read as a codebook, or as directions of a sparse autoencoder by name."""
     if one.kind == "codebook" or _AS_DICTIONARY in one.note:
         return True
     return one.name.rpartition(".")[2] in _DIRECTIONS

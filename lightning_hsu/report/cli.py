@@ -49,7 +49,6 @@ _OPTIONS = (
     (r"\bhead=None\b", "--head none"),
     (r"\bkey=('[^']*')", r"--key \1"),
     (r"\bmatch='([^']*)'", r"--match \1"),
-    (r"\bbase=$", "--base PATH"),
     (r" with --key or key=", " with --key"),
     (r"\b(include|exclude|head|neurons|measure|key)=", r"--\1 "),
     (r"\bsimilar_above must\b", "--similar-above must"),

@@ -10,6 +10,7 @@ from lightning_hsu._monitor.render import shorten
 from lightning_hsu._monitor.text import counted
 from lightning_hsu._neurons.candidates import NeuronSet
 from lightning_hsu._neurons.how import Neurons
+from lightning_hsu._neurons.names import dictionaries
 from lightning_hsu._neurons.patterns import Patterns
 from lightning_hsu._neurons.select import Head
 from lightning_hsu.measures import Measure
@@ -150,16 +151,21 @@ def compare(
         )
         reports.append(one)
     earlier, later = reports
+    unordered = dictionaries(first.targets), dictionaries(second.targets)
     layers = []
     notes = []
     for name, j in theirs.items():
         if name in ours:
             i = ours[name]
             half_space = later.layers[j].measure.half_space
-            one = matcher.follow(first.targets[i], second.targets[j], half_space)
-            layers.append(_followed(earlier.layers[i], later.layers[j], one))
-            if one.note:
-                notes.append((second.targets[j].name, one.note))
+            earlier_set, later_set = first.targets[i], second.targets[j]
+            is_dictionary = earlier_set.name in unordered[0] and later_set.name in unordered[1]
+            followed = matcher.follow(
+                earlier_set, later_set, half_space=half_space, is_dictionary=is_dictionary
+            )
+            layers.append(_compared(earlier.layers[i], later.layers[j], followed))
+            if followed.note:
+                notes.append((later_set.name, followed.note))
     if not layers:
         raise ValueError(
             f"no layer has the same name in both: {_few(_names(first))}, ... and "
@@ -177,7 +183,7 @@ def compare(
     )
 
 
-def _followed(before: LayerReport, after: LayerReport, one: Followed) -> LayerComparison:
+def _compared(before: LayerReport, after: LayerReport, one: Followed) -> LayerComparison:
     """A layer before and after, with what its neurons have become."""
     return LayerComparison(before, after, one.moved, one.matched, one.matching)
 

@@ -274,7 +274,8 @@ class Drift:
         rose_from: Its ratio before; NaN if none rose.
         rose_to: Its ratio after.
         followed: How many layers have neurons that are followed, so that their move is known.
-        moved: Median over them of how far they moved, in degrees; NaN without any.
+        moved: Median over those that moved of how far they did, in degrees; 0 if none did, NaN if
+            none is followed.
         moved_most: How far the layer that moved most did.
         moved_layer: Its name; "" if none moved.
         moved_layers: Names of the layers that moved.

@@ -42,8 +42,10 @@ def drift_of(layers: Sequence[LayerComparison]) -> Drift:
     farthest = max(moved, key=_moved, default=None)
     middle = most = math.nan
     if followed:
-        middle = median([one.moved for one in followed])
-        most = max(one.moved for one in followed)
+        middle = most = 0.0
+    if moved:
+        middle = median([one.moved for one in moved])
+        most = max(one.moved for one in moved)
     return Drift(
         layers=len(known),
         left_out=tuple(left_out),
@@ -77,35 +79,40 @@ def drift_line(drift: Drift) -> str:
         'drift: no layer has a ratio before and after; how far neurons moved is not known'
     """
     parts = [_ratios(drift), _moves(drift)]
-    if drift.not_followed:
+    if drift.followed > 0 and drift.not_followed:
         parts.append(f"how far is not known of {fold_names(drift.not_followed)}")
     return f"drift: {'; '.join(parts)}"
 
 
 def _ratios(drift: Drift) -> str:
     """How the ratios have changed."""
-    if drift.layers == 0:
-        return "no layer has a ratio before and after"
-    text = (
-        f"ratio {number(drift.ratio_before, 4)} -> {number(drift.ratio_after, 4)}"
-        f"{_percent(drift)}, the plain mean of {counted(drift.layers, 'layer')}"
-    )
-    if drift.rose:
-        change = f"{number(drift.rose_from, 4)} -> {number(drift.rose_to, 4)}"
-        text += f", rose most in {drift.rose} ({change})"
-    elif drift.ratio_before != drift.ratio_after:
-        text += ", rose in none"
-    if drift.left_out:
+    text = "no layer has a ratio before and after"
+    if drift.layers > 0:
+        text = (
+            f"energy ratio {_change(drift.ratio_before, drift.ratio_after)}, the plain mean of "
+            f"{counted(drift.layers, 'layer')}"
+        )
+    if drift.rose and number(drift.rose_from, 4) != number(drift.rose_to, 4):
+        text += f", rose most in {drift.rose} ({_change(drift.rose_from, drift.rose_to)})"
+    if drift.layers > 0 and drift.left_out:
         text += f"; without a finite ratio, left out: {fold_names(drift.left_out)}"
     return text
 
 
-def _percent(drift: Drift) -> str:
-    """The change of the mean ratio in percent, in brackets; "" from 0."""
-    if drift.ratio_before == 0.0:
-        return ""
-    change = 100.0 * (drift.ratio_after - drift.ratio_before) / abs(drift.ratio_before)
-    return f" ({change + 0.0:+.2f} %)"
+def _change(before: float, after: float) -> str:
+    """Two ratios, and from the first to the second in percent if they differ.
+
+    Example:
+        >>> _change(1.0, 1.25), _change(1.0, 1.000001)
+        ('1.0000 -> 1.2500, +25.00 %', '1.0000 as before')
+    """
+    first, second = number(before, 4), number(after, 4)
+    if first == second:
+        return f"{first} as before"
+    text = f"{first} -> {second}"
+    if before > 0.0:
+        text += f", {100.0 * (after - before) / before:+.2f} %"
+    return text
 
 
 def _moves(drift: Drift) -> str:
@@ -115,14 +122,18 @@ def _moves(drift: Drift) -> str:
     count = len(drift.moved_layers)
     layers = counted(drift.followed, "layer")
     if count == 0:
-        return f"moved: none of {layers}"
+        return f"none of {layers} moved"
     names = fold_names(drift.moved_layers).removesuffix(f" ({count:,})")
-    which = f"{count:,} of {layers} moved: {names}"
+    who = f"{count:,} of {layers} moved"
+    where = f": {names}"
+    if count == 1:
+        return f"{who} by {degrees(drift.moved)} degrees{where}"
     if count == drift.followed:
-        which = "all of them moved"
+        who = f"all {layers} moved"
+        where = ""
     return (
-        f"moved by {degrees(drift.moved)} degrees (median of {layers}), most in "
-        f"{drift.moved_layer} ({degrees(drift.moved_most)}); {which}"
+        f"{who} by {degrees(drift.moved)} degrees (median), most in {drift.moved_layer} "
+        f"({degrees(drift.moved_most)}){where}"
     )
 
 

@@ -17,7 +17,6 @@ from lightning_hsu._core.assignment import (
     nearest_of_random,
 )
 from lightning_hsu._neurons.candidates import NeuronSet
-from lightning_hsu._neurons.names import is_dictionary
 from lightning_hsu.report.data import Matching
 
 Match = Literal["auto", "index", "assignment"]
@@ -70,17 +69,20 @@ class Matcher:
         if self.match == "assignment" and not can_assign():
             raise ModuleNotFoundError(f"matching neurons by assignment needs scipy: {_INSTALL}")
 
-    def follow(self, before: NeuronSet, after: NeuronSet, half_space: bool) -> Followed:
+    def follow(
+        self, before: NeuronSet, after: NeuronSet, *, half_space: bool, is_dictionary: bool
+    ) -> Followed:
         """Follow the neurons of one layer.
 
         Args:
             before: The neurons of the earlier network.
             after: Those of the later one.
             half_space: Whether opposite neurons are the same, if they are not matched by index.
+            is_dictionary: Whether both are dictionaries, whose order means nothing.
         """
         x, y = before.neurons(), after.neurons()
         is_asked = self.match == "assignment"
-        is_wanted = self.match == "auto" and is_dictionary(before) and is_dictionary(after)
+        is_wanted = self.match == "auto" and is_dictionary
         if not is_asked and not is_wanted:
             return Followed(moved_by_index(x, y))
         why_not = _why_by_index(x, y)
@@ -164,7 +166,9 @@ def _matched(
         if half_space:
             angles = torch.minimum(angles, 180.0 - angles)
         all_angles.append(angles)
-        expected.append((len(rows), *_by_chance(len(own), len(others), x.shape[2], how, half_space)))
+        expected.append(
+            (len(rows), *_by_chance(len(own), len(others), x.shape[2], how, half_space))
+        )
     if not all_angles:
         return Followed(math.nan, note="no neuron is matched: all are dead in one of the two")
     angles = torch.cat(all_angles)
@@ -209,19 +213,34 @@ def _by_chance(n: int, m: int, d: int, how: str, half_space: bool) -> tuple[floa
     return nearest_of_random(count, d, half_space=half_space)
 
 
+def _percent(part: float) -> str:
+    """A part of 1 in whole percent: 0 and 100 only for none and all.
+
+    Example:
+        >>> _percent(0.999), _percent(1.0), _percent(0.001)
+        ('99', '100', '1')
+    """
+    percent = round(100 * part)
+    if 0.0 < part < 1.0:
+        percent = min(max(percent, 1), 99)
+    return str(percent)
+
+
 def _sentence(found: Matching, similar_above: float) -> str:
     """How well the neurons of a layer match, in words."""
     fewer = min(found.before, found.after)
-    text = "matched by assignment, for the largest sum of cosines"
+    how = "matched by assignment"
     bound, least = " at most", " or more"
     if found.how == "mutual":
-        text = f"more than {MOST_ASSIGNED:,} neurons are too many for an exact assignment: "
-        text += "matched where two are each other's nearest"
+        how = (
+            f"more than {MOST_ASSIGNED:,} neurons are too many for an exact assignment, so those are "
+            "matched that are each other's nearest"
+        )
         bound, least = "", ""
-    text += (
-        f"; agreement {100 * found.agreement:.0f} %: {found.agreeing:,} of {fewer:,} neurons have "
-        f"a counterpart (cosine from {similar_above:g}); cosine {found.mean:.3f} on average, median "
-        f"{found.median:.3f}"
+    text = (
+        f"agreement {_percent(found.agreement)} %: {found.agreeing:,} of {fewer:,} neurons have a "
+        f"counterpart (cosine from {similar_above:g}); {how}: cosine {found.mean:.3f} on average, "
+        f"median {found.median:.3f}"
     )
     if not math.isnan(found.random_cosine):
         text += (

@@ -134,7 +134,13 @@ def read_adapter(
         raise ValueError(f"{folder / CONFIG} is no configuration of an adapter")
     adapter = read_file(file)
     _check_kind(folder, config)
-    base_path = _base_of(folder, file, config, base, compared_with)
+    base_path = _base_of(folder, config, base)
+    why = ""
+    if base_path is None:
+        if compared_with is None:
+            raise ValueError(_no_base(file, config))
+        base_path = Path(compared_with)
+        why = ", which it is compared with, since no other is there (--base PATH or base=)"
     found = read_base(base_path)
     changes, replaced = _changes(folder, config, adapter)
     if not changes and not replaced:
@@ -146,11 +152,9 @@ def read_adapter(
         found.take(base_names.where(module) or module, adapter, name)
     for module, change in changes.items():
         _add(found, base_names.of_layer(module), change)
-    note = f"{file.name} was added to the base {base_path}: {len(changes)} layers are changed"
+    note = f"{file.name} was added to the base {base_path}{why}: {len(changes)} layers are changed"
     if replaced:
         note += f", {len(replaced)} tensors replaced or added"
-    if base is None and compared_with is not None and base_path == Path(compared_with):
-        note += "; this is its base since it is compared with it; another one: base="
     found.notes.append(("", note))
     return found
 
@@ -175,14 +179,8 @@ def _check_kind(folder: Path, config: Mapping[str, Any]) -> None:
             )
 
 
-def _base_of(
-    folder: Path,
-    file: Path,
-    config: Mapping[str, Any],
-    base: str | Path | None,
-    compared_with: str | Path | None,
-) -> Path:
-    """The file or folder of the base."""
+def _base_of(folder: Path, config: Mapping[str, Any], base: str | Path | None) -> Path | None:
+    """The file or folder of the base; None if none is there."""
     if base is not None:
         return Path(base)
     named = config.get("base_model_name_or_path")
@@ -201,12 +199,16 @@ def _base_of(
         is_model = entry.name.startswith(("model", "pytorch_model"))
         if is_model and entry.suffix in (".safetensors", ".bin") and is_file(entry):
             return folder
-    if compared_with is not None:
-        return Path(compared_with)
+    return None
+
+
+def _no_base(file: Path, config: Mapping[str, Any]) -> str:
+    """That an adapter's base is not there, and how to give it."""
+    named = config.get("base_model_name_or_path")
     hint = ""
     if isinstance(named, str) and named:
         hint = f", which is {short(named)}"
-    raise ValueError(
+    return (
         f"{file} holds the factors of LoRA, not weights: give the base{hint}, with --base PATH or "
         "base="
     )
