@@ -190,6 +190,13 @@ def test_the_encoder_belongs_to_its_dictionary():
     assert dictionaries(targets) == {"encoder", "decoder"}
 
 
+def test_prototypes_of_classes_have_an_order():
+    model = nn.ModuleDict({"codebook": nn.Embedding(9, 4), "proxies": nn.Embedding(9, 4)})
+    targets = build.find_targets(model, None, None, None, None).targets
+    assert [target.kind for target in targets] == ["codebook", "codebook"]
+    assert dictionaries(targets) == {"codebook"}
+
+
 @needs_scipy
 def test_other_dimensions_and_groups_are_said():
     found = compare(
@@ -200,7 +207,7 @@ def test_other_dimensions_and_groups_are_said():
     first, second = found.layers
     assert math.isnan(first.moved)
     assert second.matched is not None
-    assert "neurons of dimension 4 and 5" in " ".join(str(found).split())
+    assert "note: a: not matched: neurons of dimension 4 and 5" in " ".join(str(found).split())
     assert found.drift.not_followed == ("a",)
     assert "how far is not known of a" in " ".join(str(found).split())
 
@@ -275,7 +282,7 @@ def test_without_scipy(no_scipy, tmp_path, capsys):
     assert only(found).matched is None
     assert only(found).moved > 30.0
     said = " ".join(str(found).split())
-    assert "note: W_dec: matched by index: the order of a dictionary means nothing" in said
+    assert "note: W_dec: matched by index: to match a dictionary, whose order means" in said
     assert "pip install lightning-hsu[hull]" in said
     with pytest.raises(
         ModuleNotFoundError, match=r"needs scipy: pip install lightning-hsu\[hull\]"

@@ -214,9 +214,10 @@ def dictionaries(sets: Sequence[NeuronSet]) -> set[str]:
 
 def _is_dictionary(one: NeuronSet) -> bool:
     """Whether a set was read as a codebook, or as directions of a sparse autoencoder by name."""
-    if one.kind == "codebook" or _AS_DICTIONARY in one.note:
-        return True
-    return one.name.rpartition(".")[2] in _DIRECTIONS
+    last = one.name.rpartition(".")[2]
+    if last in _PROTOTYPES:  # of classes, in their order
+        return False
+    return one.kind == "codebook" or _AS_DICTIONARY in one.note or last in _DIRECTIONS
 
 
 def why_no_neurons(module: nn.Module, attribute: str, weight: Tensor) -> str | None:

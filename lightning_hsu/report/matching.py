@@ -16,6 +16,7 @@ from lightning_hsu._core.assignment import (
     mutual_nearest,
     nearest_of_random,
 )
+from lightning_hsu._monitor.text import counted
 from lightning_hsu._neurons.candidates import NeuronSet
 from lightning_hsu.report.data import Matching
 
@@ -24,8 +25,8 @@ Match = Literal["auto", "index", "assignment"]
 
 MOST_ASSIGNED = 8192
 """Neurons of a group above which the assignment takes too long (8,192 take half a minute)."""
-MOST_PRODUCTS = 1e14
-"""Multiplications above which even the nearest neurons take too long (minutes)."""
+MOST_PRODUCTS = 2e13
+"""Multiplications above which even the nearest neurons take too long (minutes for so many)."""
 
 _INSTALL = "pip install lightning-hsu[hull]"
 
@@ -87,7 +88,8 @@ class Matcher:
             return Followed(moved_by_index(x, y))
         why_not = _why_by_index(x, y)
         if why_not:
-            return Followed(moved_by_index(x, y), note=f"matched by index: {why_not}")
+            how = "matched by index" if x.shape == y.shape else "not matched"
+            return Followed(moved_by_index(x, y), note=f"{how}: {why_not}")
         return _matched(x, y, half_space, self.similar_above, is_wanted)
 
 
@@ -98,11 +100,11 @@ def _why_by_index(x: Tensor, y: Tensor) -> str:
     if d != other_d:
         return f"neurons of dimension {d:,} and {other_d:,} have no angle between them"
     if groups != other_groups:
-        return f"there are {groups:,} groups of them before and {other_groups:,} after"
+        return f"{counted(groups, 'group')} of neurons before, {other_groups:,} after"
     if groups * n * m * d > MOST_PRODUCTS:
         return f"{n:,} and {m:,} neurons are too many to search for the nearest"
     if max(n, m) <= MOST_ASSIGNED and not can_assign():
-        return f"the order of a dictionary means nothing, but to match it needs scipy: {_INSTALL}"
+        return f"to match a dictionary, whose order means nothing, needs scipy: {_INSTALL}"
     return ""
 
 
