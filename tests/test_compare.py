@@ -429,6 +429,7 @@ def test_an_adapter_beside_its_base_in_one_command(tmp_path, capsys):
     assert found.drift.moved_layers == ("model.layers.0.q", "model.layers.2.q")
     for one in found.layers:
         assert (one.moved == 0.0) == (one.after.name not in found.drift.moved_layers)
+    assert "which it is compared with" in " ".join(found.to_html().split())
     back = compare(adapter, base)
     assert [one.moved for one in back.layers] == pytest.approx([one.moved for one in found.layers])
     file = f"{adapter}/adapter_model.safetensors"

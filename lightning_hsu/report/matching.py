@@ -25,8 +25,8 @@ Match = Literal["auto", "index", "assignment"]
 
 MOST_ASSIGNED = 8192
 """Neurons of a group above which the assignment takes too long (8,192 take half a minute)."""
-MOST_PRODUCTS = 2e13
-"""Multiplications above which even the nearest neurons take too long (minutes for so many)."""
+MOST_PRODUCTS = 1e13
+"""Multiplications above which even the nearest neurons take too long (minutes on two cores)."""
 
 _INSTALL = "pip install lightning-hsu[hull]"
 
