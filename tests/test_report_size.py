@@ -431,6 +431,23 @@ def test_broken_and_dead_neurons_of_a_sampled_layer():
     assert nothing.finding.startswith("fewer than two live neurons")
 
 
+@pytest.mark.parametrize(
+    ("layers", "sample_above"), [(1, None), (1, 8), (20, None)], ids=["one", "sampled", "many"]
+)
+@pytest.mark.parametrize("broken", [3, 15, 20])
+def test_infinite_neurons_are_not_dead_and_kill_no_others(layers, sample_above, broken):
+    x = torch.randn(20, 6, generator=random(4))
+    x[:broken] = math.inf
+    x[19] *= 1e-6
+    state = {f"{i}.weight": x for i in range(layers)}
+    for layer in report(state, head=None, sample_above=sample_above).layers:
+        rows = (19,) if broken < 20 else ()
+        assert layer.dead_rows == rows
+        assert layer.dead == len(rows)
+        assert layer.uniformity.nonfinite == broken
+        assert f"{broken} NaN or infinite" in layer.finding
+
+
 def test_a_steep_sampled_energy_without_reference_has_no_ratio(monkeypatch):
     x = torch.randn(6000, 4, generator=random(0))
     measure = RieszEnergy(s=6.0, softening=0.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -20,7 +21,7 @@ from lightning_hsu.report.work import LARGEST_GRAM, Parts, work_of
 BINS = 90
 """Bins of [0, 180] degrees in a histogram of angles."""
 
-DEAD_BELOW = 1e-4  # of the median length: a neuron this short counts as dead
+_DEAD_BELOW = 1e-4  # of the median length: a neuron this short counts as dead
 DEAD_LISTED = 100  # dead neurons that are listed by index
 _IN_FLOAT64 = 2**23  # entries of neurons that are turned into float64 together
 
@@ -98,7 +99,16 @@ def dead_neurons(x: Tensor) -> Tensor:
     for rows in torch.split(x, rows_at_once(x), 1):
         lengths.append(torch.linalg.vector_norm(rows.double(), dim=-1))
     length = torch.cat(lengths, 1)
-    dead: Tensor = length <= DEAD_BELOW * length.nanmedian()
+    return negligible(length.view(1, -1)).view_as(length)
+
+
+def negligible(length: Tensor) -> Tensor:
+    """Which lengths (layers, n) are negligible beside the others of their layer.
+
+    A length that is NaN or infinite is not, and does not count as one of the others.
+    """
+    finite = torch.where(torch.isfinite(length), length, math.nan)
+    dead: Tensor = finite <= _DEAD_BELOW * finite.nanmedian(1, keepdim=True).values
     return dead
 
 

@@ -17,7 +17,7 @@ from lightning_hsu._core.small_groups import SmallGroups, chains
 from lightning_hsu._monitor.measure import LayerUniformity, beside_random
 from lightning_hsu._monitor.text import finding
 from lightning_hsu.measures import Measure, Sampled
-from lightning_hsu.report.analysis import BINS, DEAD_BELOW, DEAD_LISTED
+from lightning_hsu.report.analysis import BINS, DEAD_LISTED, negligible
 from lightning_hsu.report.data import HEAT_MAP_SIZE, LayerReport, SimilarPair
 
 _SMALL = 2**16  # entries of a layer's neurons and of all pairs' cosines together
@@ -228,9 +228,8 @@ class _Stack:
         """Indices group * n + row of the neurons of each layer that are negligibly short."""
         length = torch.linalg.vector_norm(self.x.double(), dim=-1)
         length = torch.where(self.exists, length, math.nan).flatten(1)  # (L, g n)
-        is_dead = length <= DEAD_BELOW * length.nanmedian(1, keepdim=True).values
         found: list[list[int]] = [[] for _ in self.layers]
-        for i, place in is_dead.nonzero().tolist():
+        for i, place in negligible(length).nonzero().tolist():
             group, row = divmod(place, self.n)
             found[i].append(group * self.layers[i].x.shape[1] + row)
         return found
