@@ -64,6 +64,36 @@ def gpt2():
     )
 
 
+def by_rows(state):
+    """The same with matrices (out, in) below the blocks, as other libraries write them."""
+    return {name: x.T if "c_" in name and x.ndim == 2 else x for name, x in state.items()}
+
+
+@pytest.mark.parametrize("without_bias", [False, True])
+def test_files_of_other_libraries_show_that_their_outputs_are_rows(without_bias):
+    state = gpt2()
+    if without_bias:
+        state = {name: x for name, x in state.items() if not name.endswith("bias")}
+    wanted, _ = read(state, GPT2)
+    found, _ = read(by_rows(state), GPT2)
+    assert list(found) == list(wanted)
+    for name, one in wanted.items():
+        assert torch.equal(found[name].neurons(), one.neurons())
+        assert found[name].head == one.head
+
+
+def test_a_file_with_both_orientations_is_read_layer_by_layer():
+    state = gpt2() | {"h.1.attn.c_attn.weight": torch.randn(3 * WIDTH, WIDTH)}
+    state["h.1.attn.c_attn.bias"] = torch.randn(3 * WIDTH)
+    found, _ = read(state, GPT2)
+    for i, weight in (
+        ("0", state["h.0.attn.c_attn.weight"].T),
+        ("1", state["h.1.attn.c_attn.weight"]),
+    ):
+        assert torch.equal(found[f"h.{i}.attn.c_attn.k"].neurons()[0], weight[WIDTH : 2 * WIDTH])
+    assert torch.equal(found["h.0.attn.c_proj"].neurons()[0], state["h.0.attn.c_proj.weight"].T)
+
+
 def mixtral(experts=4):
     shapes = {
         "model/embed_tokens/weight": (WORDS, WIDTH),

@@ -177,7 +177,7 @@ def test_a_square_matrix_is_read_as_its_neighbours():
     weight[:, 3] = 2 * weight[:, 5]  # two equal outputs
     found, _ = read(state | tensors({"lm_head.weight": (20, 8)}))
     assert torch.equal(found["h.1.attn.c_proj"].neurons()[0], weight.T)
-    assert "biases of its neighbours show" in found["h.1.attn.c_proj"].note
+    assert "as its neighbours show" in found["h.1.attn.c_proj"].note
     assert found["h.0.mlp.c_proj"].shape == (1, 8, 32)
     assert torch.equal(
         found["h.0.attn.c_attn.k"].neurons()[0], state["h.0.attn.c_attn.weight"].T[8:16]

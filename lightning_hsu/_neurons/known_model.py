@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -22,6 +22,8 @@ from lightning_hsu._neurons.model_types import (
     is_number,
     row_of,
 )
+from lightning_hsu._neurons.orientation import Orientation
+from lightning_hsu._neurons.shapes import Shapes
 
 Stacks = dict[str, dict[str, list[str]]]
 """Layers of one weight each that are one stack: their paths by the stack's path, then leaf."""
@@ -109,8 +111,8 @@ class KnownModel:
         self._row = row
         self._config = config
         self._layers = layers
-        self._by_rows = by_rows
         self._parts = _parts_of_config(config, row)
+        self._by_rows = {*by_rows, *self._stored_by_rows()}
         self._owners: dict[str, nn.Module] = {}  # stand-ins by path
         self._children: dict[str, list[str]] = {}  # paths of layers by that of their parent
         for path in layers:
@@ -255,6 +257,22 @@ class KnownModel:
                 if any(word in part for word in words):
                     return row, config
         return self._parts[-1][1:]
+
+    def _stored_by_rows(self) -> Iterator[tuple[str, str]]:
+        """Paths and names of weights (out, in) of layers whose class in transformers has (in, out).
+
+        Files of other libraries have them, as their biases show.
+        """
+        orientation = None
+        shown = {}
+        for path in self._layers:
+            if path.rpartition(".")[2] in self._part(path)[0].columns:
+                orientation = orientation or Orientation(Shapes(self._layers))
+                shown[path] = orientation.shown(path)
+        axes = set(shown.values())
+        for path, axis in shown.items():
+            if axis == "rows" or (axis is None and "rows" in axes and "columns" not in axes):
+                yield path, "weight"
 
     # Stand-ins for modules that divide a projection.
 

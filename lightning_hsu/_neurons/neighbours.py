@@ -31,7 +31,7 @@ class Neighbours:
         >>> hint.rule.columns
         True
         >>> hint.note.partition(";")[0]
-        'read by columns, as the biases of its neighbours show'
+        'read by columns, as its neighbours show'
     """
 
     def __init__(self, layers: Layers) -> None:

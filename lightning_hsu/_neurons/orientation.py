@@ -120,8 +120,8 @@ class Orientation:
             return "rows" if bias == shape[0] else "columns"
         return None
 
-    def _shown(self, path: str) -> Axis | None:
-        """The axis that a neighbour shows."""
+    def shown(self, path: str) -> Axis | None:
+        """The axis that a layer's bias, or the name of a fused projection, shows by itself."""
         for leaf in _MATRICES:
             shape = self._shapes.of(path, leaf)
             if shape is None or len(shape) != 2 or _is_table(path):
@@ -149,7 +149,7 @@ class Orientation:
                 paths.extend(self._shapes.children(child))
         seen = set()
         for path in paths:
-            axis = self._shown(path)
+            axis = self.shown(path)
             if axis is not None:
                 seen.add(axis)
         vote = seen.pop() if len(seen) == 1 else None
@@ -175,7 +175,7 @@ class Orientation:
                 seen.add("rows")
             elif fits_columns and not fits_rows and not is_square and not may_be_gated:
                 seen.add("columns")
-            if self._shown(path) == "rows" or (following and self._shown(following) == "rows"):
+            if self.shown(path) == "rows" or (following and self.shown(following) == "rows"):
                 seen.add("rows")
         chain = seen.pop() if len(seen) == 1 else None
         self._chains[above, leaf] = chain
@@ -196,7 +196,7 @@ class Orientation:
         return shape
 
 
-_BY_NEIGHBOURS = "as the biases of its neighbours show"
+_BY_NEIGHBOURS = "as its neighbours show"
 _BY_CHAIN = "as the shapes of its neighbours show"
 
 

@@ -18,7 +18,7 @@ ALIKE = 58  # of 81 that are read alike without a word; measured: 61
 RIGHT = 64  # that are read alike, some with a note on what shows it; measured: 66
 
 TOLD_WHY = (
-    "as the biases of its neighbours show",
+    "as its neighbours show",
     "as the shapes of its neighbours show",
     "as its neighbours show",
     "as GPT-OSS has them",
