@@ -1,5 +1,7 @@
 """State dicts without their model: what the names and shapes beside a weight tell of it."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import nn
@@ -215,6 +217,29 @@ def test_chains_that_fit_only_one_way(names):
     backward = {f"{name}.weight": sizes[i : i + 2][::-1] for i, name in enumerate(names)}
     found, _ = read(tensors(backward))
     assert [one.shape for one in found.values()] == [(1, 16, 7), (1, 9, 16), (1, 4, 9)]
+    assert not any(one.note for one in found.values())
+
+
+@pytest.mark.parametrize("squares", [1, 3])
+@pytest.mark.parametrize("transposed", [True, False])
+def test_a_chain_shows_how_its_square_matrices_are_read(squares, transposed):
+    sizes = [20] + (squares + 1) * [8] + [3]
+    shapes = {}
+    for i, shape in enumerate(pairwise(sizes)):  # (in, out)
+        shapes[f"net.{2 * i}.weight"] = shape if transposed else shape[::-1]
+    state = tensors(shapes)
+    found, _ = read(state)
+    assert [one.shape for one in found.values()] == [(1, n, d) for d, n in pairwise(sizes)]
+    for name, one in found.items():
+        weight = state[f"{name}.weight"]
+        assert torch.equal(one.neurons()[0], weight.T if transposed else weight)
+        assert bool(one.note) == transposed
+
+
+def test_parallel_layers_do_not_look_like_a_chain():
+    shapes = [(20, 8), (8, 8), (8, 8), (3, 8)]
+    found, _ = read(tensors({f"heads.{i}.weight": shape for i, shape in enumerate(shapes)}))
+    assert [one.shape[1:] for one in found.values()] == shapes
     assert not any(one.note for one in found.values())
 
 

@@ -162,24 +162,47 @@ class Orientation:
             return self._chains[above, leaf]
         seen: set[Axis] = set()
         for path in self._shapes.children(above):
-            following = self._next_matrix(path)
             first = self._matrix(path, leaf)
-            second = self._matrix(following, leaf) if following is not None else None
-            if first is None or second is None or _is_table(path):
+            if first is None or _is_table(path):
                 continue
-            fits_rows = first[0] == second[1]
-            fits_columns = first[1] == second[0]
-            is_square = first[0] == first[1] or second[0] == second[1]
-            may_be_gated = first[0] % second[1] == 0  # halved in between
-            if fits_rows and not fits_columns:
-                seen.add("rows")
-            elif fits_columns and not fits_rows and not is_square and not may_be_gated:
-                seen.add("columns")
-            if self.shown(path) == "rows" or (following and self.shown(following) == "rows"):
-                seen.add("rows")
+            for following in self._following(path, leaf, first):
+                second = self._matrix(following, leaf)
+                assert second is not None
+                fits_rows = first[0] == second[1]
+                fits_columns = first[1] == second[0]
+                is_square = first[0] == first[1] or second[0] == second[1]
+                may_be_gated = first[0] % second[1] == 0  # halved in between
+                if fits_rows and not fits_columns:
+                    seen.add("rows")
+                elif fits_columns and not fits_rows and not is_square and not may_be_gated:
+                    seen.add("columns")
+                if "rows" in (self.shown(path), self.shown(following)):
+                    seen.add("rows")
         chain = seen.pop() if len(seen) == 1 else None
         self._chains[above, leaf] = chain
         return chain
+
+    def _following(self, path: str, leaf: str, shape: Shape) -> list[str]:
+        """The next layer of a chain with a matrix, and that after square ones if this is not one.
+
+        Args:
+            path: Path of a layer.
+            leaf: Name of the matrices.
+            shape: That of the layer's: square ones that follow have the size of one of its axes.
+        """
+        found: list[str] = []
+        following = self._next_matrix(path)
+        while following is not None:
+            second = self._matrix(following, leaf)
+            if second is None:
+                break
+            is_square = second[0] == second[1] and second[0] in shape
+            if not found or not is_square:
+                found.append(following)
+            if not is_square or shape[0] == shape[1]:
+                break
+            following = self._next_matrix(following)
+        return found
 
     def _next_matrix(self, path: str) -> str | None:
         """The next layer of a chain, past one normalization."""
