@@ -1026,6 +1026,26 @@ def test_names_are_matched_without_a_common_prefix(first, second, said):
         assert ("without the prefix" in text) == bool(said)
 
 
+def test_a_prefix_that_most_have_is_enough():
+    """As a model with a head and the same without one."""
+    state = {f"layers.{i}.weight": torch.randn(6, 8) for i in range(3)}
+    with_head = prefixed(state, "bert.") | {"classifier.weight": torch.randn(3, 8)}
+    found = compare(state, with_head)
+    assert [one.after.name for one in found.layers] == [f"bert.layers.{i}" for i in range(3)]
+    assert all(one.moved == 0.0 for one in found.layers)
+    assert (found.prefixes, found.only_after) == (("", "bert."), ("classifier",))
+    assert "without the prefix 'bert.' of the second" in str(found)
+
+
+def test_a_prefix_without_which_two_names_are_the_same_is_kept():
+    state = {f"{name}.weight": torch.randn(6, 8) for name in ("ema.fc", "ema.mid", "fc")}
+    found = compare(state, {name: x for name, x in state.items() if name == "fc.weight"})
+    assert [one.before.name for one in found.layers] == ["fc"]
+    assert (found.prefixes, found.only_before) == (("", ""), ("ema.fc", "ema.mid"))
+    with pytest.raises(ValueError, match="no layer has the same name"):
+        compare(state, {"mid.weight": torch.randn(6, 8)})
+
+
 def test_a_prefix_that_helps_nothing_is_kept():
     state = {"net.0.weight": torch.randn(6, 8), "net.1.weight": torch.randn(5, 6)}
     other = {"net.0.weight": torch.randn(6, 8), "fc.weight": torch.randn(5, 6)}

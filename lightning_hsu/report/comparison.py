@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,6 +31,7 @@ from lightning_hsu.report.tables import comparison_table, plain, short, table_ht
 
 _NAMED = 5  # names of each network in an error
 _LONGEST_NAME = 40
+_DEEPEST = 6  # parts of a name, of which the first ones may be a prefix
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +44,7 @@ class Comparison(ComparisonData):
         layers: The layers that both have, in the order of the second.
         only_before: Names of layers that only the first has.
         only_after: Names of layers that only the second has.
-        prefixes: What all names of the first and of the second begin with and were matched without.
+        prefixes: What most names of the first and of the second begin with and were matched without.
         drift: How far the network has drifted, over all layers.
         notes: Names of layers with what one should know of how their neurons are matched.
     """
@@ -94,7 +96,7 @@ def compare(
     Layers are matched by name, and neurons by index, but those of dictionaries and codebooks one to
     one so that the sum of their cosines is largest: the order of a dictionary's features means
     nothing. That takes scipy (``pip install lightning-hsu[hull]``). Of more than 8,192 neurons
-    those are matched that are each other's nearest. Where all names of one network begin with the
+    those are matched that are each other's nearest. Where most names of one network begin with the
     same parts, such as "model.", names are matched without them if more layers match so. Both are
     measured in the same space: a layer that both networks have counts as the class head only if it
     is the head of both. So the last layer of a network stored without its head, for example, does
@@ -189,11 +191,13 @@ def _compared(before: LayerReport, after: LayerReport, one: Followed) -> LayerCo
 
 
 def _prefixes(first: Sequence[str], second: Sequence[str]) -> tuple[str, str]:
-    """What all names of one network and of the other begin with, so that most are the same without.
+    """What most names of one network and of the other begin with, so that most match without.
 
     Example:
         >>> _prefixes(["model.fc", "model.stem"], ["fc", "stem", "head"])
         ('model.', '')
+        >>> _prefixes(["0", "1"], ["bert.0", "bert.1", "classifier"])
+        ('', 'bert.')
         >>> _prefixes(["fc", "stem"], ["fc", "head"])
         ('', '')
     """
@@ -210,17 +214,20 @@ def _prefixes(first: Sequence[str], second: Sequence[str]) -> tuple[str, str]:
 
 
 def _common_starts(names: Sequence[str]) -> list[str]:
-    """Dotted parts that all names begin with, the shortest first: none, "a.", "a.b." and so on."""
+    """Dotted parts that most names begin with, the shortest first: none, "a.", "a.b." and so on.
+
+    Not those without which two names would be the same.
+    """
+    counts: Counter[str] = Counter()
+    for name in names:
+        parts = name.split(".")[:_DEEPEST]
+        for depth in range(1, len(parts)):
+            counts[".".join(parts[:depth]) + "."] += 1
     starts = [""]
-    if not names:
-        return starts
-    first, last = min(names).split("."), max(names).split(".")
-    start = ""
-    for one, other in zip(first[:-1], last[:-1], strict=False):
-        start += f"{one}."
-        if one != other or not all(name.startswith(start) for name in names):
-            break
-        starts.append(start)
+    for start in sorted(counts, key=len):
+        bare = {name.removeprefix(start) for name in names}
+        if 2 * counts[start] > len(names) and len(bare) == len(names):
+            starts.append(start)
     return starts
 
 
