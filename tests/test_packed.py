@@ -912,3 +912,14 @@ def test_no_mixture_of_names_types_and_shapes_is_an_error(seed):
         kept = {leaf for leaf, x in found.tensors.items() if leaves.get(leaf) is x}
         assert not kept & set(found.reasons)
         assert not kept & found.parts
+
+
+def test_codes_of_few_outputs_that_fill_no_words_of_three_bits():
+    leaves = {
+        "qweight": torch.zeros(4, 16, dtype=torch.int32),
+        "qzeros": torch.zeros(1, 2, dtype=torch.int32),
+        "scales": torch.ones(1, 16),
+    }
+    found = unpacked(leaves)
+    assert found.tensors["weight"].shape == (16, 32)
+    assert "GPTQ, 4 bits" in found.note

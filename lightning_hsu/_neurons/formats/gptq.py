@@ -110,9 +110,9 @@ def _gptq_bits(
     possible = []
     for bits in (2, 3, 4, 8):
         inputs = packed.shape[0] * width // bits
-        fits = True
+        fits = packed.shape[0] * width % bits == 0
         if order is not None:
-            fits = packed.shape[0] * width == len(order) * bits
+            fits &= packed.shape[0] * width == len(order) * bits
         if zeros is not None:
             fits &= zeros.shape == (len(scales), math.ceil(outputs * bits / width))
         if order is None:
