@@ -83,10 +83,7 @@ def test_lora_on_its_base(folders):
     for name in set(WEIGHTS) - {Q}:
         assert torch.equal(found.load(name), weights[name])
     ((_, note),) = found.notes
-    assert (
-        note
-        == f"adapter_model.safetensors was added to the base {folders[0]}: 1 layers are changed"
-    )
+    assert note == f"adapter_model.safetensors was added to the base {folders[0]}: 1 layer changed"
     one_file = read_checkpoint(folders[1] / "adapter_model.safetensors", base=folders[0])
     assert torch.equal(one_file.load(Q), found.load(Q))
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from lightning_hsu._monitor.text import counted
 from lightning_hsu.report.checkpoints import read_checkpoint
 from tests.real_models.libraries import library
 from tests.real_models.test_adapters import quiet
@@ -126,7 +127,7 @@ def test_an_adapter_is_added_as_peft_merges_it(transformers, tmp_path, name):
     for tensor in before.tensors:
         if not torch.equal(before.load(tensor), found.load(tensor)):
             changed.append(tensor)
-    assert f"{len(changed)} layers are changed" in found.notes[0][1]
+    assert f": {counted(len(changed), 'layer')} changed" in found.notes[0][1]
     if name == "head":
         assert torch.equal(found.load("classifier.weight"), merged["classifier.weight"])
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_hsu._monitor.text import counted
 from lightning_hsu.report._files.found import Found
 from lightning_hsu.report._files.naming import listed, short
 from lightning_hsu.report._files.reading import read_file
@@ -152,7 +153,8 @@ def read_adapter(
         found.take(base_names.where(module) or module, adapter, name)
     for module, change in changes.items():
         _add(found, base_names.of_layer(module), change)
-    note = f"{file.name} was added to the base {base_path}{why}: {len(changes)} layers are changed"
+    layers = counted(len(changes), "layer")
+    note = f"{file.name} was added to the base {base_path}{why}: {layers} changed"
     if replaced:
         note += f", {len(replaced)} tensors replaced or added"
     found.notes.append(("", note))
