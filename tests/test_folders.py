@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from torch.nn.utils import prune
 
 from lightning_hsu.report import compare, report, unpickle
 from lightning_hsu.report._files import found as found_module
@@ -528,6 +529,28 @@ def test_a_report_does_not_depend_on_where_the_numbers_are(tmp_path, monkeypatch
     assert read_checkpoint(tmp_path).stays_in_file == kept
     found = report(tmp_path)
     assert found.to_dict()["layers"] == expected.to_dict()["layers"]
+
+
+@pytest.mark.parametrize("always_read", [20, 400, 1500])
+def test_small_parts_of_a_large_layer_may_be_there_already(tmp_path, monkeypatch, always_read):
+    torch.manual_seed(0)
+    norm = nn.utils.parametrizations.weight_norm
+    model = nn.Sequential(norm(nn.Linear(12, 16)), norm(nn.Conv1d(16, 8, 3), dim=2), nn.LSTM(8, 6))
+    prune.random_unstructured(model.append(nn.Linear(6, 9))[-1], "weight", 0.5)
+    weights = model.state_dict()
+    weights |= {"old.weight_g": torch.rand(7, 1), "old.weight_v": torch.randn(7, 9)}
+    weights |= {"q.weight": torch.randn(16, 32).to(torch.float8_e4m3fn)}
+    weights |= {"q.weight_scale": torch.rand(16, 1)}
+    weights["3.weight_mask"] = weights["3.weight_mask"].half()
+    expected = report(weights)
+    save_file(weights, tmp_path / "model.safetensors")
+    monkeypatch.setattr("lightning_hsu.report._files.reading.KEPT_IN_FILE", 0)
+    monkeypatch.setattr(safetensors_files, "ALWAYS_READ", always_read)
+    found = report(tmp_path / "model.safetensors")
+    assert {one.name: one.uniformity.energy for one in found.layers} == {
+        one.name: one.uniformity.energy for one in expected.layers
+    }
+    assert sorted(found.notes) == sorted(expected.notes)
 
 
 def test_large_pickles_are_mapped(tmp_path, monkeypatch):

@@ -429,6 +429,9 @@ class _Reader:
                 reasons[leaf] = f"it is sparse ({x.layout}): store its to_dense()"
             else:
                 readable[leaf] = x
+        if any(x.is_meta for x in readable.values()):  # some of them may be small enough to be there
+            for leaf, x in readable.items():
+                readable[leaf] = x.to("meta")
         effective, unknown = effective_weights(readable)
         reasons |= unknown
         left = [(leaf, x, reasons[leaf]) for leaf, x in leaves.items() if leaf in reasons]
