@@ -172,8 +172,8 @@ def neurons_of_state_dict(
     if not_known:
         found.not_weights.append(Skip("config.json", (), not_known))
     sets: dict[str, dict[str, _Read]] = {}
-    for path, leaves in stored.layers.items():
-        sets_of_layer = reader.sets(path, leaves, found)
+    for path in stored.layers:
+        sets_of_layer = reader.sets(path, stored.stand_ins(path), found)
         if sets_of_layer:
             sets[path] = sets_of_layer
     wanted.check()
@@ -285,6 +285,13 @@ class _Stored:
         return bool(paths) and not any(
             self._unpacked[one].tensors["weight"].is_meta for one in paths
         )
+
+    def stand_ins(self, path: str) -> dict[str, Tensor]:
+        """The tensors of a layer: all on device meta if the numbers of some stay in a file."""
+        leaves = self.layers[path]
+        if self._state_load is None or not any(x.is_meta for x in leaves.values()):
+            return leaves
+        return {leaf: x.to("meta") for leaf, x in leaves.items()}
 
     def load(self, path: str, key: str = "") -> dict[str, Tensor]:
         """The tensors of a layer, with their numbers.
@@ -429,9 +436,6 @@ class _Reader:
                 reasons[leaf] = f"it is sparse ({x.layout}): store its to_dense()"
             else:
                 readable[leaf] = x
-        if any(x.is_meta for x in readable.values()):  # some of them may be small enough to be there
-            for leaf, x in readable.items():
-                readable[leaf] = x.to("meta")
         effective, unknown = effective_weights(readable)
         reasons |= unknown
         left = [(leaf, x, reasons[leaf]) for leaf, x in leaves.items() if leaf in reasons]
