@@ -187,11 +187,6 @@ def shape_of(groups: int, neurons: int, dimension: int, *, sampled: int | None =
     return f"{groups} groups of {shape}"
 
 
-def skip_line(skip: Skip) -> str:
-    """A line about a weight that is left out: its name, its shape and the reason."""
-    return f"  {skip.name} {weight_shape(skip)}: {skip.reason}"
-
-
 def weight_shape(skip: Skip) -> str:
     """The shape of a weight that is left out, such as "1000 x 64"."""
     return " x ".join(map(str, skip.shape))
