@@ -116,6 +116,7 @@ NETWORKS = (
     ),
 )
 
+NEAR_DUPLICATES = "near-duplicate pairs"
 COLUMNS = (
     "network",
     "weights measured",
@@ -125,7 +126,7 @@ COLUMNS = (
     "below",
     "worst layer",
     "its ratio",
-    "near-duplicate pairs",
+    NEAR_DUPLICATES,
     "dead",
 )
 
@@ -180,9 +181,14 @@ def cells(network: Network, found: Report) -> tuple[str, ...]:
         f"{verdicts['below']}",
         f"`{worst.name}` ({worst.shape})",
         f"{worst.ratio:.2f}",
-        f"{sum(layer.similar for layer in found.layers):,}",
+        near_duplicates(found),
         f"{sum(layer.dead for layer in found.layers):,}",
     )
+
+
+def near_duplicates(found: Report) -> str:
+    """The text below the heading NEAR_DUPLICATES."""
+    return f"{sum(layer.similar for layer in found.layers):,}"
 
 
 def row(texts: tuple[str, ...]) -> str:
