@@ -105,6 +105,7 @@ class Candidates(Generic[AnySet]):
         declared: Names of the sets that the model declares to be its heads.
         declaring: Where names within the modules begin that declare them.
         unmet: Patterns of ``neurons=`` that no weight has met.
+        notes: What a user should know of how a whole state dict is read.
     """
 
     source: str
@@ -115,6 +116,7 @@ class Candidates(Generic[AnySet]):
     declared: list[str] = field(default_factory=list)
     declaring: list[str] = field(default_factory=list)
     unmet: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
 def shape_by_group(x: Tensor) -> tuple[int, int, int]:

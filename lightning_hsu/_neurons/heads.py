@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from lightning_hsu._neurons.candidates import NeuronSet
+from lightning_hsu._neurons.names import dictionaries
 
 DECLARED = "declared"
 TRACED = "last before the loss"
@@ -106,7 +107,11 @@ def guessed_heads(sets: Sequence[NeuronSet]) -> dict[str, str]:
     Args:
         sets: All sets of a model, in its order.
     """
-    layered = [one for one in sets if one.kind in ("linear", "convolution")]
+    no_heads = dictionaries(sets)
+    layered = []
+    for one in sets:
+        if one.kind in ("linear", "convolution") and one.name not in no_heads:
+            layered.append(one)
     eligible = []
     for one in layered:
         if one.trains and not _is_named_copy(one.name):

@@ -170,7 +170,7 @@ def neurons_of_state_dict(
     found = Candidates[StoredNeurons]("StateDict", [], [])
     not_known = unknown_type(config)
     if not_known:
-        found.not_weights.append(Skip("config.json", (), not_known))
+        found.notes.append(not_known)
     sets: dict[str, dict[str, _Read]] = {}
     for path in stored.layers:
         sets_of_layer = reader.sets(path, stored.stand_ins(path), found)
@@ -184,7 +184,35 @@ def neurons_of_state_dict(
         reader.add(path, sets[path], found)
     if known is not None:
         _add_heads(known, reader, found)
+    elif not _are_rows_shown(stored.layers):
+        count = sum(map(_is_undecided, found.sets))
+        if count > 0:
+            matrices = "a square matrix" if count == 1 else f"{count:,} square matrices"
+            found.notes.append(
+                f"{matrices} read by rows, as torch's Linear is, for nothing beside tells; by "
+                "columns: neurons={'NAME': 'columns'}"
+            )
     return found
+
+
+def _are_rows_shown(layers: Layers) -> bool:
+    """Whether a bias of one layer, at least, shows that its matrix has a row for each output."""
+    for leaves in layers.values():
+        weight, bias = leaves.get("weight"), leaves.get("bias")
+        if weight is None or bias is None or weight.ndim != 2:
+            continue
+        rows, columns = weight.shape
+        if rows != columns and bias.shape == (rows,):
+            return True
+    return False
+
+
+def _is_undecided(one: NeuronSet) -> bool:
+    """Whether a set may as well be read by its other axis, and nothing is said of that yet."""
+    is_matrix = one.kind == "linear" and one.name == one.layer  # no part of one
+    groups, n, d = one.shape
+    is_told = one.asked or bool(one.note)
+    return is_matrix and groups == 1 and n == d and not is_told
 
 
 def _hints_of(layers: Layers, known: KnownModel | None) -> list[Hints]:

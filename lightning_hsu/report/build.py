@@ -254,7 +254,10 @@ def find_targets(
         for skip in others:
             message += f"\n  {skip.name} {skip.shape}: {skip.reason}"
         raise ValueError(message) from error
-    return FoundTargets(found.name, stored, [*skips, *others], found.notes)
+    notes = [*found.notes]
+    for note in candidates.notes:
+        notes.append(("", note))
+    return FoundTargets(found.name, stored, [*skips, *others], tuple(notes))
 
 
 def _checkpoint_of(

@@ -114,6 +114,8 @@ def _check_is_pickle(path: Path) -> None:
         return
     if start == b"PK":  # a zip file without the directory at its end
         raise ValueError(f"{path} is cut short")
+    if path.name.endswith(".index.json"):
+        raise ValueError(f"{path} is the index of a folder of weights: name the folder")
     raise ValueError(
         f"{path} is not a file of weights: it is not from torch.save, torch.jit.save or safetensors"
     )
