@@ -1129,3 +1129,20 @@ def test_errors_speak_in_options():
         "choose one with --key or key=": "choose one with --key",
     }.items():
         assert in_options(python) == options
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_infinite_neurons_are_not_dead_nor_make_others_dead(value):
+    x = torch.randn(8, 16, generator=torch.Generator().manual_seed(0))
+    x[3:] = value
+    layer = report({"fc.weight": x}).layers[0]
+    assert layer.dead == 0 and layer.uniformity.nonfinite == 5
+    x[0] = 0.0
+    assert report({"fc.weight": x}).layers[0].dead_rows == (0,)
+
+
+@pytest.mark.parametrize("scale", [1e300, 1e-300])
+def test_dead_neurons_of_any_scale(scale):
+    x = torch.randn(8, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x[5] *= 1e-6
+    assert report({"fc.weight": x * scale}).layers[0].dead_rows == (5,)

@@ -94,10 +94,13 @@ def _histograms(
 
 
 def dead_neurons(x: Tensor) -> Tensor:
-    """Which neurons of x (groups, n, d) are negligibly short beside the others, (groups, n)."""
+    """Which neurons of x (groups, n, d) are negligibly short beside the others, (groups, n).
+
+    Neurons with NaN or infinite numbers are not, and count for nothing beside the others.
+    """
     lengths = []
     for rows in torch.split(x, rows_at_once(x), 1):
-        lengths.append(torch.linalg.vector_norm(rows.double(), dim=-1))
+        lengths.append(_length(rows))
     length = torch.cat(lengths, 1)
     return negligible(length.view(1, -1)).view_as(length)
 
@@ -110,6 +113,15 @@ def negligible(length: Tensor) -> Tensor:
     finite = torch.where(torch.isfinite(length), length, math.nan)
     dead: Tensor = finite <= _DEAD_BELOW * finite.nanmedian(1, keepdim=True).values
     return dead
+
+
+def _length(rows: Tensor) -> Tensor:
+    """Lengths of rows (groups, n, d) in float64, (groups, n); NaN where they are not finite."""
+    rows = rows.double()
+    largest = torch.linalg.vector_norm(rows, math.inf, dim=-1, keepdim=True)
+    scale = torch.where(largest > 0, largest, 1.0)  # so that no square overflows
+    length = torch.linalg.vector_norm(rows / scale, dim=-1) * scale.squeeze(-1)
+    return torch.where(largest.squeeze(-1).isfinite(), length, math.nan)
 
 
 def rows_at_once(x: Tensor) -> int:
