@@ -349,3 +349,41 @@ def test_what_is_quoted_is_short(tmp_path):
     with pytest.raises(ValueError, match="no state dict under") as error:
         read_weights(tmp_path / "a.pt", "k" * 10_000)
     assert len(str(error.value)) < 20 * 100 + 500
+
+
+def test_a_file_without_weights_is_named(tmp_path, capsys):
+    header = {"a.weight": {"dtype": "F5", "shape": [4, 4], "data_offsets": [0, 64]}}
+    for name, its_header, numbers in (("none", {}, b""), ("other", header, bytes(64))):
+        written = json.dumps(its_header).encode()
+        path = tmp_path / f"{name}.safetensors"
+        path.write_bytes(struct.pack("<Q", len(written)) + written + numbers)
+        assert main(["report", str(path)]) == 2
+        assert f"{path} holds no weights that can be read" in capsys.readouterr().err
+        assert main(["compare", str(path), str(path)]) == 2
+        said = capsys.readouterr().err
+        assert f"{path} holds no weights that can be read" in said
+        assert ("a.weight: left out: torch has no dtype F5" in said) == bool(its_header)
+
+
+@pytest.mark.parametrize("count", [9, 10**9, 10**20])
+def test_more_parts_than_a_layer_has_rows_are_refused_at_once(tmp_path, capsys, count):
+    path = tmp_path / "model.safetensors"
+    save_file({"fc.weight": torch.randn(8, 16)}, path)
+    assert main(["report", str(path), "--neurons", f"fc={count}"]) == 2
+    assert f"do not divide into {count} equal parts" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--html", "--json"])
+def test_an_empty_name_of_a_file_to_write_is_refused(tmp_path, capsys, option):
+    path = tmp_path / "model.safetensors"
+    save_file({"fc.weight": torch.randn(8, 16)}, path)
+    assert main(["report", str(path), option, ""]) == 2
+    assert f"{option} needs the name of a file" in capsys.readouterr().err
+
+
+def test_an_empty_name_is_not_the_folder_that_one_is_in(tmp_path, capsys, monkeypatch):
+    save_file({"fc.weight": torch.randn(8, 16)}, tmp_path / "model.safetensors")
+    monkeypatch.chdir(tmp_path)
+    assert main(["report", ""]) == 2
+    assert main(["compare", "model.safetensors", ""]) == 2
+    assert capsys.readouterr().err.count("the name of the file to read is empty") == 2

@@ -368,6 +368,20 @@ def test_a_positional_convolution_has_groups():
     assert shapes_of(state) == {"pos_conv_embed.conv": (4, 4, 128)}
 
 
+@pytest.mark.parametrize("name", ["encode_positions.conv", "pos_embed.conv", "position_conv.conv"])
+def test_a_convolution_of_positions_is_added_to_what_it_reads(name):
+    state = tensors({"fc.weight": (8, 32), f"{name}.weight": (32, 8, 128), "out.weight": (6, 32)})
+    sets, _ = read(state)
+    assert sets[name].shape == (4, 8, 8 * 128) and not sets[name].note
+
+
+def test_depthwise_kernels_between_layers_in_alphabetical_order():
+    """In the order of names the layer after the kernels comes first, as in MobileViTv2."""
+    shapes = {"conv_1x1.weight": (16, 32, 1, 1), "conv_kxk.weight": (32, 1, 3, 3)}
+    state = tensors({**shapes, "conv_projection.weight": (32, 16, 1, 1)})
+    assert shapes_of(state)["conv_kxk"] == (1, 32, 9)
+
+
 def test_channels_that_no_layer_has_are_groups():
     shapes = {
         "stem.weight": (16, 3, 3, 3),
@@ -454,6 +468,35 @@ def test_heads_that_nothing_tells_are_said():
     assert "some models hold them per head" in found["attn.qkv.q"].note
     found, _ = read(tensors({"attn.qkv.weight": (20, 8), "attn.proj.weight": (7, 7)}))
     assert "one set, though its name says q, k and v" in found["attn.qkv"].note
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "held"),
+    [
+        ("attn.wqkv", (96, 32), "q, k and v"),
+        ("attn.w_qkv", (80, 32), "q, k and v"),
+        ("attn.gqkv_proj", (128, 32), "q, k and v"),
+        ("attn.in_proj_qkv", (97, 32), "q, k and v"),
+        ("attn.kv_b_proj", (64, 16), "k and v"),
+        ("attn.wkv_b", (64, 16), "k and v"),
+        ("mlp.up_gate_proj", (96, 32), "gate and up"),
+    ],
+)
+def test_a_name_of_several_sets_that_is_read_as_one_is_told(name, shape, held):
+    sets, _ = read(tensors({f"{name}.weight": shape}))
+    assert list(sets) == [name]
+    assert f"one set, though its name says {held}" in sets[name].note
+
+
+def test_projections_of_state_spaces_of_unknown_sizes_are_told():
+    sets, _ = read(tensors({"mixer.in_proj.weight": (111, 32), "mixer.A_log": (5,)}))
+    assert "it seems to hold several parts" in sets["mixer.in_proj"].note
+
+
+@pytest.mark.parametrize("name", ["gate_proj", "up_proj", "kv_block", "k_proj"])
+def test_other_names_are_not_those_of_several_sets(name):
+    sets, _ = read(tensors({f"mlp.{name}.weight": (48, 32)}))
+    assert not sets[f"mlp.{name}"].note
 
 
 def test_mamba():

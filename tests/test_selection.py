@@ -12,6 +12,7 @@ from lightning_hsu import UniformityRegularizer, register_neurons
 from lightning_hsu._neurons.rules import _RULES
 from lightning_hsu._neurons.select import select
 from lightning_hsu.measures import RieszEnergy
+from lightning_hsu.report import report
 from tests.plain import HALF_SPACE
 
 
@@ -510,3 +511,10 @@ def test_names_do_not_show_wrappers():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3))
     model[0] = torch.compile(model[0], backend="eager")
     assert [target.name for target in select(model)[0]] == ["0", "1"]
+
+
+@pytest.mark.parametrize("function", [lambda w: w.to_sparse(), lambda w: w.to("meta")])
+def test_a_function_that_gives_no_dense_neurons_is_named(function):
+    for source in (nn.Sequential(nn.Linear(6, 5)), {"0.weight": torch.randn(5, 6)}):
+        with pytest.raises(ValueError, match="for layer '0' .*it must give a dense tensor"):
+            report(source, neurons={"0": function})

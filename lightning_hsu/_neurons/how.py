@@ -267,14 +267,13 @@ def rule_for(
     if how == "columns":
         return replace(by_row, columns=not transposed)
     if isinstance(how, int):
-        rule = replace(by_row, parts=equal_parts(how))
-        rows = rule.arrange(weight).shape[-2]
-        if rows % how:
+        rows = by_row.arrange(weight).shape[-2]
+        if rows % how or how > max(1, rows):
             raise ValueError(
                 f"neurons={{'{name}': {how}}}: the {rows} rows of layer '{name}' {shape} do not "
                 f"divide into {how} equal parts"
             )
-        return by_row if how == 1 else rule
+        return by_row if how == 1 else replace(by_row, parts=equal_parts(how))
     assert callable(how)
     return FunctionRule(attribute, how, name)
 
@@ -292,6 +291,12 @@ def apply_function(function: Callable[[Tensor], Tensor], weight: Tensor, name: s
         raise TypeError(
             f"the function in neurons= for layer '{name}' {shape} gave {type(x).__name__}; it must "
             "give a tensor (..., n, d)"
+        )
+    if x.layout != torch.strided or (x.is_meta and not weight.is_meta):
+        kind = "no numbers (device meta)" if x.is_meta else f"a tensor of layout {x.layout}"
+        raise ValueError(
+            f"the function in neurons= for layer '{name}' {shape} gave {kind}; it must give a dense "
+            "tensor (..., n, d)"
         )
     if x.ndim < 2 or x.numel() == 0:
         raise ValueError(

@@ -33,6 +33,7 @@ _TRANSPOSED_WORDS = {
 }
 
 _GROUP_WORDS = {"dw", "dwconv", "depthwise", "group", "grouped", "gconv"}
+_POSITION_WORDS = {"pos", "position", "positions", "positional"}
 _IF_NOT = "if it is grouped, report the model itself"
 _HALVING_WORDS = {
     "sr",
@@ -169,7 +170,7 @@ class Kernels:
         if each == 1 and not is_sure:
             return None
         says_so = bool(words(path.rpartition(".")[2]) & _GROUP_WORDS)
-        if "pos_conv" in path or "conv_pos" in path or says_so:
+        if says_so or "pos_conv" in path or "conv_pos" in path or _is_of_positions(path, shape):
             inputs = outputs  # added to what it reads, or channel by channel
             is_sure = True
         is_odd = each > 1 and not self._is_known(path, each)
@@ -290,7 +291,10 @@ class Kernels:
             return False
         narrow = all(size == 1 for size in (*earlier[2:], *later[2:]))
         wide = any(size > 1 for size in shape[2:])
-        return narrow and wide and later[1] in (shape[0], earlier[0])
+        is_chain = later[1] == shape[0]
+        if shape[1] > 1:
+            is_chain = is_chain or later[1] == earlier[0]
+        return narrow and wide and is_chain
 
     def _follows_narrow(self, earlier: Shape, shape: Shape) -> bool:
         """Whether kernels follow some of 1 x 1 with as many outputs, and do not stand beside them."""
@@ -329,6 +333,13 @@ class Kernels:
             f"neurons={{'{name}': lambda w: ...}}"
         )
         return Hint(rule, "convolution", note)
+
+
+def _is_of_positions(path: str, shape: Shape) -> bool:
+    """Whether kernels (out, in / groups, size) are those of positions along a sequence."""
+    above, _, name = path.rpartition(".")
+    around = words(f"{above.rpartition('.')[2]}.{name}")
+    return len(shape) == 3 and "conv" in words(name) and bool(around & _POSITION_WORDS)
 
 
 def _divides(each: int, inputs: int | None, outputs: int) -> bool:

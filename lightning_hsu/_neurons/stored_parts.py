@@ -15,7 +15,7 @@ from lightning_hsu._neurons.candidates import Kind, full_name
 from lightning_hsu._neurons.fused import FUSED_NAMES, Parts, contiguous, parts_of
 from lightning_hsu._neurons.hints import Hint
 from lightning_hsu._neurons.how import WeightRule
-from lightning_hsu._neurons.shapes import Shape, Shapes, below
+from lightning_hsu._neurons.shapes import Shape, Shapes, below, words
 from lightning_hsu._neurons.weights import key_of
 
 _LEVELS = 4  # from a projection up to the module that divides it
@@ -102,10 +102,10 @@ class StoredParts:
         """
         if leaf == "in_proj_weight" and not rule.columns:  # of torch's attention
             return None
-        if not names_of(path, leaf) & FUSED_NAMES:
-            return None
-        outputs, inputs = rule.arrange(torch.empty(shape, device="meta")).shape[-2:]
         path_of_weight = path if leaf in ("weight", "kernel") else below(path, leaf)
+        if not names_of(path, leaf) & FUSED_NAMES:
+            return _as_its_name_says(path_of_weight, rule, kind, note)
+        outputs, inputs = rule.arrange(torch.empty(shape, device="meta")).shape[-2:]
         path_of_weight = path_of_weight.removesuffix(".base_layer")  # of an adapter
         owner_path, name, parts = self._parts(path_of_weight, outputs, inputs)
         set_name = full_name(path, key_of(leaf))
@@ -115,7 +115,7 @@ class StoredParts:
             return Hint(replace(rule, parts=parts), kind, both)
         doubt = self._why_whole(owner_path, name, outputs, shape, set_name)
         if not doubt:
-            return None
+            return _as_its_name_says(path_of_weight, rule, kind, note)
         both = "; ".join(one for one in (note, doubt) if one)
         return Hint(rule, kind, both)
 
@@ -295,7 +295,10 @@ class StoredParts:
 
     def _why_whole(self, path: str, name: str, outputs: int, shape: Shape, set_name: str) -> str:
         """Why a projection that looks fused is read as one set; "" if it does not look so."""
-        is_attention = name == "in_proj" and "A_log" not in self._shapes.leaves(path)
+        has_states = "A_log" in self._shapes.leaves(path)
+        if name == "in_proj" and has_states:
+            return f"one set, though it seems to hold several parts: {_UNKNOWN}"
+        is_attention = name == "in_proj"
         if name in _BY_HEADS or (is_attention and outputs == 3 * min(shape)):
             return f"one set: its parts lie head by head, and nothing tells the heads: {_UNKNOWN}"
         is_wide = len(shape) == 2 and outputs > min(shape)
@@ -333,6 +336,22 @@ class StoredParts:
             if inside is not None:
                 return self._shapes.of(inside)
         return None
+
+
+def _as_its_name_says(path: str, rule: WeightRule, kind: Kind, note: str) -> Hint | None:
+    """A note on what is read as one set, if its name is that of several; None if it is not."""
+    name = path.rpartition(".")[2].lower()
+    held = ""
+    if "qkv" in name or "kqv" in name:
+        held = "q, k and v"
+    elif name.removesuffix("_proj").endswith("kv_b"):
+        held = "k and v"
+    elif {"gate", "up"} <= words(name):
+        held = "gate and up"
+    if not held:
+        return None
+    doubt = f"one set, though its name says {held}: {_UNKNOWN}"
+    return Hint(rule, kind, "; ".join(one for one in (note, doubt) if one))
 
 
 def names_of(path: str, leaf: str) -> set[str]:

@@ -265,7 +265,15 @@ def _checkpoint_of(
 ) -> Checkpoint:
     """The weights of TorchScript, a file, a folder or a state dict."""
     if isinstance(source, (str, Path)):
-        return read_checkpoint(source, key, base, compared_with)
+        if source == "":
+            raise ValueError("the name of the file to read is empty")
+        found = read_checkpoint(source, key, base, compared_with)
+        if not found.tensors:
+            message = f"{found.name} holds no weights that can be read"
+            for name, note in found.notes:
+                message += f"\n  {name}: {note}"
+            raise ValueError(message)
+        return found
     if isinstance(source, nn.Module):
         name, state = type(source).__name__, source.state_dict()
     elif isinstance(source, Mapping):

@@ -435,6 +435,9 @@ def _show(table: Table) -> None:
 
 def _check_writable(html: str | None, json: str | None, *, keep: Sequence[str]) -> None:
     """Refuse, before the work, output files that cannot be written or are also read."""
+    for option, name in (("--html", html), ("--json", json)):
+        if name == "":
+            raise ValueError(f"{option} needs the name of a file; got an empty one")
     if html == "-":
         raise ValueError("--html needs the name of a file; only --json takes -")
     names = [html, None if json == "-" else json]
