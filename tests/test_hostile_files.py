@@ -387,3 +387,19 @@ def test_an_empty_name_is_not_the_folder_that_one_is_in(tmp_path, capsys, monkey
     assert main(["report", ""]) == 2
     assert main(["compare", "model.safetensors", ""]) == 2
     assert capsys.readouterr().err.count("the name of the file to read is empty") == 2
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b'{"model_type":', b'{"model_type": "\xe9"}', b'{"a":' * 50_000]
+)
+def test_a_config_that_cannot_be_read_is_told(tmp_path, capsys, content):
+    save_file({"fc.weight": torch.randn(8, 16)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_bytes(content)
+    for path in (tmp_path, tmp_path / "model.safetensors"):
+        found = read_checkpoint(path)
+        assert found.config is None
+        assert len(found.notes) == 1
+        assert "config.json is" in found.notes[0][1]
+        assert found.notes[0][1].endswith(": read by names and shapes")
+        assert main(["report", str(path)]) == 0
+        assert "by names and shapes" in " ".join(capsys.readouterr().out.split())

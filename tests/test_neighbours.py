@@ -372,7 +372,8 @@ def test_a_positional_convolution_has_groups():
 def test_a_convolution_of_positions_is_added_to_what_it_reads(name):
     state = tensors({"fc.weight": (8, 32), f"{name}.weight": (32, 8, 128), "out.weight": (6, 32)})
     sets, _ = read(state)
-    assert sets[name].shape == (4, 8, 8 * 128) and not sets[name].note
+    assert sets[name].shape == (4, 8, 8 * 128)
+    assert not sets[name].note
 
 
 def test_depthwise_kernels_between_layers_in_alphabetical_order():

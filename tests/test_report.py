@@ -1136,7 +1136,8 @@ def test_infinite_neurons_are_not_dead_nor_make_others_dead(value):
     x = torch.randn(8, 16, generator=torch.Generator().manual_seed(0))
     x[3:] = value
     layer = report({"fc.weight": x}).layers[0]
-    assert layer.dead == 0 and layer.uniformity.nonfinite == 5
+    assert layer.dead == 0
+    assert layer.uniformity.nonfinite == 5
     x[0] = 0.0
     assert report({"fc.weight": x}).layers[0].dead_rows == (0,)
 

@@ -516,5 +516,5 @@ def test_names_do_not_show_wrappers():
 @pytest.mark.parametrize("function", [lambda w: w.to_sparse(), lambda w: w.to("meta")])
 def test_a_function_that_gives_no_dense_neurons_is_named(function):
     for source in (nn.Sequential(nn.Linear(6, 5)), {"0.weight": torch.randn(5, 6)}):
-        with pytest.raises(ValueError, match="for layer '0' .*it must give a dense tensor"):
+        with pytest.raises(ValueError, match=r"for layer '0' .*it must give a dense tensor"):
             report(source, neurons={"0": function})

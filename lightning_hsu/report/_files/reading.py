@@ -124,7 +124,11 @@ def _check_is_pickle(path: Path) -> None:
 def add_what_is_beside(found: Found, path: Path) -> None:
     """Add the configuration beside a file, and a note if the file is one of several parts."""
     for name in _CONFIGS:
-        config = read_config(path.parent / name)
+        try:
+            config = read_config(path.parent / name)
+        except ValueError as error:
+            found.notes.append(("", f"{error}: read by names and shapes"))
+            continue
         if config is not None and not set(_SIGNS).isdisjoint(config):
             found.config = config
             break

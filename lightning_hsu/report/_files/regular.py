@@ -164,13 +164,14 @@ def read_json(path: Path) -> Any:
 
 
 def read_config(path: Path) -> dict[str, Any] | None:
-    """The mapping in a JSON file that may be there; None without one."""
+    """The mapping in a JSON file that may be there; None without one.
+
+    Raises:
+        ValueError: if it is there, and is not JSON that can be read.
+    """
     if not is_file(path):
         return None
-    try:
-        found = read_json(path)
-    except ValueError:
-        return None
+    found = read_json(path)
     if not isinstance(found, dict):
         return None
     return found
