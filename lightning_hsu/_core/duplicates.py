@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_hsu._core.components import Components
 from lightning_hsu._core.histogram import MostSimilar, pair_angles
 from lightning_hsu._core.parts import Done
 from lightning_hsu._core.precision import exact_arithmetic, with_float64, working_dtype
@@ -39,6 +40,8 @@ class SimilarPairs:
         nearest: The smallest angle between two neurons that was seen, in half space between two
             lines, in degrees; infinite if none was.
         all_counted: Whether no similar pair is missing in the counts.
+        label: The first neuron of each one's group, int64, shape (n,): the similar pairs that were
+            found, not only those listed, connect the neurons of a group.
     """
 
     similar: int
@@ -47,6 +50,7 @@ class SimilarPairs:
     pair_angles: Tensor
     nearest: float
     all_counted: bool
+    label: Tensor
 
 
 @torch.no_grad()
@@ -106,6 +110,7 @@ def similar_pairs(
         angles if similar else angles[:0],
         nearest,
         search.all_counted,
+        search.groups.labels_among(live, len(w)),
     )
 
 
@@ -144,6 +149,7 @@ class _Search:
         self.above = above
         self.half_space = half_space
         self.kept = MostSimilar(keep, x.device)
+        self.groups = Components(len(x), x.device)
         self.similar = 0
         self.opposite = 0
         self.all_counted = True
@@ -171,9 +177,19 @@ class _InPlane(_Search):
             as_lines = _pairs_within(directions, reach, math.pi)
             self.opposite = as_lines - self.similar
             self.similar = as_lines
+        self._group(directions, reach)
         self._list(directions)
         if done is not None:
             done(1.0)
+
+    def _group(self, directions: Tensor, reach: float) -> None:
+        """Connect neighbours around the circle that are similar."""
+        period = math.pi if self.half_space else 2 * math.pi
+        ordered, order = directions.remainder(period).sort(stable=True)
+        following = ordered.roll(-1)
+        following[-1:] += period
+        near = following <= ordered + reach
+        self.groups.add(order[near], order.roll(-1)[near])
 
     def _list(self, directions: Tensor) -> None:
         """Keep the nearest pairs: those of k are less than sqrt(2 k) + 2 places apart."""
@@ -247,6 +263,8 @@ class _AllPairs(_Search):
             number += opposite
             cosine.abs_()
         self.similar += number
+        near = cosine >= self.above
+        self.groups.add_block(near, start, start)
         if not self.kept.keep:
             return
         if number > self.kept.keep:
@@ -254,7 +272,7 @@ class _AllPairs(_Search):
             row = places // cosine.shape[1]
             col = places % cosine.shape[1]
         else:
-            row, col = (cosine >= self.above).nonzero(as_tuple=True)
+            row, col = near.nonzero(as_tuple=True)
             values = cosine[row, col]
         self.kept.add(values, row + start, col + start)
 
@@ -281,6 +299,7 @@ class _Hashed(_Search):
         self.similar = len(found)
         first = found // n
         second = found % n
+        self.groups.add(first, second)
         for some in torch.split(torch.arange(len(found), device=found.device), self._height()):
             cosine = self._cosines(first[some], second[some])
             self.opposite += int((cosine < 0).sum())

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_hsu._core.components import Components
 from lightning_hsu._core.parts import Done
 from lightning_hsu._core.precision import exact_arithmetic, with_float64, working_dtype
 from lightning_hsu._core.sphere import unit_rows
@@ -27,6 +28,8 @@ class PairHistogram:
             chosen by float32 cosines: if more than k pairs are below about 0.05 degrees, rounding
             decides which are kept.
         pair_angles: Their angles in degrees, float64, shape (k,).
+        label: The first neuron of each one's group, int64, shape (n,): similar pairs, all of them,
+            connect the neurons of a group.
     """
 
     angles: Tensor
@@ -34,6 +37,7 @@ class PairHistogram:
     opposite: int
     pairs: Tensor
     pair_angles: Tensor
+    label: Tensor
 
 
 @torch.no_grad()
@@ -69,6 +73,7 @@ def pair_histogram(
     angles = torch.zeros(bins, dtype=torch.int64, device=w.device)
     opposite = 0
     kept = MostSimilar(keep, w.device)
+    groups = Components(n, w.device)
     height = max(1, _ENTRIES // max(n, 1))
     with exact_arithmetic(w):
         for start in range(0, n - 1, height):
@@ -84,6 +89,7 @@ def pair_histogram(
                 opposite += int((similar & (cosine < 0)).sum())
                 row, col = similar.nonzero(as_tuple=True)
                 kept.add(cosine[row, col].abs(), live[row + start], live[col + start])
+                groups.add_block(similar, start, start)
             angles += _counts(cosine.acos_().mul_(bins / math.pi), bins)
             if done is not None:
                 done(1.0 - ((n - stop) / n) ** 2)
@@ -92,7 +98,10 @@ def pair_histogram(
     if half_space:  # between lines
         between = torch.minimum(angles_of_pairs, 180.0 - angles_of_pairs)
     order = between.argsort(stable=True)
-    return PairHistogram(angles, kept.count, opposite, kept.pairs[order], angles_of_pairs[order])
+    pairs = kept.pairs[order]
+    nearest = angles_of_pairs[order]
+    label = groups.labels_among(live, len(w))
+    return PairHistogram(angles, kept.count, opposite, pairs, nearest, label)
 
 
 class MostSimilar:

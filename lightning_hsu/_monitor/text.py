@@ -37,7 +37,8 @@ def finding(
     measure: Measure,
     *,
     dead: int | None = None,
-    similar: int = 0,
+    grouped: int = 0,
+    groups: int = 0,
     one_of_many: bool = False,
 ) -> str:
     """Compare a layer with random neurons, in words: facts, not advice.
@@ -46,18 +47,19 @@ def finding(
         layer: Its numbers.
         measure: The measure they come from.
         dead: Neurons that do nothing; None takes those that are all zero.
-        similar: Near-duplicate pairs, where they were counted.
+        grouped: Neurons in groups of near-duplicates, where they were counted.
+        groups: How many such groups there are.
         one_of_many: As for :func:`verdict`.
 
     Returns:
-        A text such as "1.42x random, 11 near-duplicate pairs, 3 dead"; it begins with "as random"
-        where that is the verdict.
+        A text such as "1.42x random, 12 neurons in 4 near-duplicate groups, 3 dead"; it begins with
+        "as random" where that is the verdict.
     """
     words = []
     if not (layer.nonfinite and math.isnan(layer.ratio)):  # what is broken says why
         words.append(_beside_random(layer, measure, one_of_many))
-    if similar:
-        words.append(counted(similar, "near-duplicate pair"))
+    if groups:
+        words.append(in_groups(grouped, groups))
     if dead is None:
         dead = layer.dead
     if dead:
@@ -147,6 +149,16 @@ def counted(count: int, noun: str) -> str:
     """A count with its noun, such as "1 pair" or "2 pairs"."""
     plural = "" if count == 1 else "s"
     return f"{count:,} {noun}{plural}"
+
+
+def in_groups(neurons: int, groups: int) -> str:
+    """How many near-duplicate neurons there are, in how many groups.
+
+    Example:
+        >>> in_groups(12, 4), in_groups(2, 1)
+        ('12 neurons in 4 near-duplicate groups', '2 neurons in 1 near-duplicate group')
+    """
+    return f"{counted(neurons, 'neuron')} in {counted(groups, 'near-duplicate group')}"
 
 
 def number(x: float, digits: int) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from lightning_hsu._monitor.measure import measure_neurons
 from lightning_hsu._monitor.text import finding
 from lightning_hsu.measures import Measure
 from lightning_hsu.report.data import HEAT_MAP_SIZE, LayerReport, SimilarPair
+from lightning_hsu.report.groups import similar_groups
 from lightning_hsu.report.work import LARGEST_GRAM, Parts, work_of
 
 BINS = 90
@@ -54,7 +56,9 @@ def look_at(
     angles = torch.stack([histogram.angles for histogram in histograms]).sum(0)
     live = unit_rows(x)[1].squeeze(-1) > 0  # (groups, n)
     dead = dead_neurons(x).flatten().nonzero().flatten()
-    values = singular_values(x, live, parts.begin("singular values"))
+    spectrum = spectrum_of(x, live, parts.begin("singular values"))
+    labels = [histogram.label for histogram in histograms]
+    groups = similar_groups(x, labels, measure.half_space, keep)
     group = max(range(len(histograms)), key=lambda i: histograms[i].similar)
     index = live[group].nonzero().flatten()
     shown, cosines = heat_map(x[group], index, parts.begin("heat map"))
@@ -67,11 +71,21 @@ def look_at(
         dead=len(dead),
         dead_rows=tuple(dead[:DEAD_LISTED].tolist()),
         angles=tuple(angles.tolist()),
-        singular_values=values,
+        singular_values=spectrum.values,
         live=float(live.sum(1).double().mean()),
         shown=shown,
         cosines=cosines,
-        finding=finding(uniformity, measure, dead=len(dead), similar=similar),
+        finding=finding(
+            uniformity,
+            measure,
+            dead=len(dead),
+            grouped=groups.neurons,
+            groups=groups.count,
+        ),
+        groups=groups.listed,
+        group_count=groups.count,
+        grouped=groups.neurons,
+        effective_rank=spectrum.effective_rank,
     )
 
 
@@ -148,14 +162,41 @@ def nearest_pairs(
     return tuple(pairs[:keep])
 
 
-def singular_values(x: Tensor, live: Tensor, done: Done) -> tuple[float, ...]:
-    """Singular values of the live unit rows of each group, all together, in descending order.
+class Spectrum(NamedTuple):
+    """Singular values of a layer's unit neurons.
+
+    Args:
+        values: Those of all groups together, in descending order.
+        effective_rank: The mean effective rank of the groups; NaN without values.
+    """
+
+    values: tuple[float, ...]
+    effective_rank: float
+
+
+def effective_ranks(values: Tensor) -> Tensor:
+    """Effective ranks (...,) of singular values (..., m): e to the entropy of their squares.
+
+    NaN where all are zero. Negative values are left out.
+
+    Example:
+        >>> effective_ranks(torch.tensor([[2.0, 2.0, 0.0], [1.0, 0.0, -1.0]])).tolist()
+        [2.0, 1.0]
+    """
+    square = values.double().clamp_min(0.0).square()
+    share = square / square.sum(-1, keepdim=True)
+    return torch.special.entr(share).sum(-1).exp()
+
+
+def spectrum_of(x: Tensor, live: Tensor, done: Done) -> Spectrum:
+    """Singular values of the live unit rows of each group of x (groups, n, d), and their rank.
 
     They come from a Gram matrix in float64; none if that is too large.
     """
     if min(x.shape[1:]) > LARGEST_GRAM:
-        return ()
+        return Spectrum((), math.nan)
     found = []
+    ranks = []
     for i, alive in enumerate(live):
         index = alive.nonzero().flatten()
         if len(index) < x.shape[2]:
@@ -163,9 +204,13 @@ def singular_values(x: Tensor, live: Tensor, done: Done) -> tuple[float, ...]:
             gram = unit @ unit.mT
         else:
             gram = _gram_of_columns(x[i], index, part_of(done, i / len(x), 0.5 / len(x)))
-        found.append(torch.linalg.eigvalsh(gram).clamp_min(0.0).sqrt())
+        values = torch.linalg.eigvalsh(gram).clamp_min(0.0).sqrt()
+        found.append(values)
+        if len(index) > 0:
+            ranks.append(float(effective_ranks(values)))
         done((i + 1) / len(x))
-    return tuple(torch.cat(found).sort(descending=True).values.tolist())
+    mean = sum(ranks) / len(ranks) if ranks else math.nan
+    return Spectrum(tuple(torch.cat(found).sort(descending=True).values.tolist()), mean)
 
 
 def _gram_of_columns(x: Tensor, index: Tensor, done: Done | None) -> Tensor:

@@ -37,6 +37,23 @@ class SimilarPair(NamedTuple):
     angle: float
 
 
+class SimilarGroup(NamedTuple):
+    """Neurons that near-duplicate pairs connect: each is one of another, not of all (single linkage).
+
+    Args:
+        group: Their group of a convolution; 0 if the layer has only one.
+        neurons: Their indices within that group, in ascending order.
+        signs: 1 for each that points the same way as the first, -1 for each that points the
+            opposite way, which only counts where opposite neurons count as the same.
+        cosine: The smallest cosine to the first one, with these signs.
+    """
+
+    group: int
+    neurons: tuple[int, ...]
+    signs: tuple[int, ...]
+    cosine: float
+
+
 @dataclass(frozen=True, eq=False)
 class LayerReport:
     """What a report says about one layer.
@@ -61,6 +78,13 @@ class LayerReport:
         sampled: How many neurons of all groups the energy is estimated from; None if it is exact.
             Then the angles are those of at most 4,096 sampled neurons of each group.
         all_counted: Whether all near-duplicate pairs are counted; otherwise there may be more.
+        groups: The largest groups of near-duplicates, the largest first.
+        group_count: How many groups there are.
+        grouped: How many neurons are in them.
+        effective_rank: How many directions the neurons take, from 1 to the smaller of n and d:
+            e to the entropy of their squared singular values, divided by the sum of these. The
+            mean over groups; NaN without singular values. Roy and Vetterli (2007) take singular
+            values that are not squared, which gives more.
     """
 
     uniformity: LayerUniformity
@@ -78,6 +102,30 @@ class LayerReport:
     finding: str
     sampled: int | None = None
     all_counted: bool = True
+    groups: tuple[SimilarGroup, ...] = ()
+    group_count: int = 0
+    grouped: int = 0
+    effective_rank: float = math.nan
+
+    @property
+    def redundant(self) -> int:
+        """How many neurons a group of near-duplicates has beside the first, in all groups."""
+        return self.grouped - self.group_count
+
+    @property
+    def full_rank(self) -> int:
+        """The largest effective rank that there can be: the smaller of n and d."""
+        return min(self.uniformity.neurons, self.uniformity.dimension)
+
+    @property
+    def random_rank(self) -> float:
+        """The effective rank of as many random vectors: m e^(-m / 2M), the limit for large n and d.
+
+        m is the smaller and M the larger of the live neurons of a group and the dimension.
+        """
+        smaller = min(self.live, self.uniformity.dimension)
+        larger = max(self.live, self.uniformity.dimension)
+        return smaller * math.exp(-0.5 * smaller / larger)
 
     @property
     def name(self) -> str:
@@ -359,11 +407,17 @@ def _layer_dict(layer: LayerReport) -> dict[str, Any]:
         "similar": layer.similar,
         "opposite": layer.opposite,
         "pairs": [pair._asdict() for pair in layer.pairs],
+        "groups_of_similar": [group._asdict() for group in layer.groups],
+        "group_count": layer.group_count,
+        "grouped": layer.grouped,
+        "redundant": layer.redundant,
         "dead": layer.dead,
         "dead_rows": list(layer.dead_rows),
         "angles": list(layer.angles),
         "singular_values": [round(value, 6) for value in layer.singular_values],
         "edges": list(layer.edges),
+        "effective_rank": _without_nan(layer.effective_rank),
+        "random_rank": layer.random_rank,
         "verdict": layer.verdict,
         "finding": layer.finding,
         "sampled": layer.sampled,

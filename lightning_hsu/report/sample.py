@@ -20,7 +20,7 @@ from lightning_hsu._core.parts import Done, part_of
 from lightning_hsu._core.sampled_energy import sampled_energy
 from lightning_hsu._core.sphere import live_rows, seeded
 from lightning_hsu._monitor.measure import LayerUniformity, beside_random
-from lightning_hsu._monitor.text import counted, finding
+from lightning_hsu._monitor.text import finding, in_groups
 from lightning_hsu.measures import Measure
 from lightning_hsu.reference import LARGEST_SIMULATED, simulated_neurons
 from lightning_hsu.report.analysis import (
@@ -30,9 +30,10 @@ from lightning_hsu.report.analysis import (
     heat_map,
     nearest_pairs,
     rows_at_once,
-    singular_values,
+    spectrum_of,
 )
 from lightning_hsu.report.data import LayerReport
+from lightning_hsu.report.groups import similar_groups
 from lightning_hsu.report.work import PICTURED, Parts, work_of_sample
 
 BLOCK = 1024
@@ -100,35 +101,42 @@ def look_at_sample(
     live = _live(x)
     smallest = _smallest_angle(x, samples, searches, measure.half_space)
     uniformity = _uniformity(name, x, live, measure, penalties, errors, smallest)
-    similar = sum(search.similar for search in searches)
     dead = dead_neurons(x).flatten().nonzero().flatten()
     group = max(range(len(x)), key=lambda i: searches[i].similar)
     near = searches[group].pairs[: PICTURED // 4].flatten()
     chosen = distinct(torch.cat([near, samples[group].rows[:PICTURED]]))[0]
     angles = _angles(x, samples, parts.begin("histogram"))
-    values = singular_values(x, live, parts.begin("singular values"))
+    spectrum = spectrum_of(x, live, parts.begin("singular values"))
     shown, cosines = heat_map(x[group], chosen, parts.begin("heat map"))
-    words = finding(uniformity, measure, dead=len(dead), similar=similar)
+    labels = [search.label for search in searches]
+    groups = similar_groups(x, labels, measure.half_space, keep)
+    words = finding(
+        uniformity, measure, dead=len(dead), grouped=groups.neurons, groups=groups.count
+    )
     all_counted = all(search.all_counted for search in searches)
-    if not all_counted:
-        told = counted(similar, "near-duplicate pair")
-        words = words.replace(told, f"at least {told}")
+    if not all_counted:  # pairs that were missed may join groups
+        told = in_groups(groups.neurons, groups.count)
+        words = words.replace(told, f"at least {groups.neurons:,} neurons in near-duplicate groups")
     return LayerReport(
         uniformity=uniformity,
         measure=measure,
-        similar=similar,
+        similar=sum(search.similar for search in searches),
         opposite=sum(search.opposite for search in searches),
         pairs=nearest_pairs(searches, measure.half_space, keep),
         dead=len(dead),
         dead_rows=tuple(dead[:DEAD_LISTED].tolist()),
         angles=tuple(angles.tolist()),
-        singular_values=values,
+        singular_values=spectrum.values,
         live=float(live.sum(1).double().mean()),
         shown=shown,
         cosines=cosines,
         finding=words,
         sampled=sum(len(sample.rows) for sample in samples),
         all_counted=all_counted,
+        groups=groups.listed,
+        group_count=groups.count,
+        grouped=groups.neurons,
+        effective_rank=spectrum.effective_rank,
     )
 
 

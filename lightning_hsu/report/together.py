@@ -13,12 +13,14 @@ import torch
 from torch import Tensor
 
 from lightning_hsu._core import with_float64, working_dtype
+from lightning_hsu._core.components import Components
 from lightning_hsu._core.small_groups import SmallGroups, chains
 from lightning_hsu._monitor.measure import LayerUniformity, beside_random
 from lightning_hsu._monitor.text import finding
 from lightning_hsu.measures import Measure, Sampled
-from lightning_hsu.report.analysis import BINS, DEAD_LISTED, negligible
-from lightning_hsu.report.data import HEAT_MAP_SIZE, LayerReport, SimilarPair
+from lightning_hsu.report.analysis import BINS, DEAD_LISTED, effective_ranks, negligible
+from lightning_hsu.report.data import HEAT_MAP_SIZE, LayerReport, SimilarGroup, SimilarPair
+from lightning_hsu.report.groups import FoundGroups, group_of, largest_first
 
 _SMALL = 2**16  # entries of a layer's neurons and of all pairs' cosines together
 _AT_ONCE = 2**21  # cosines of layers that are looked at in one pass
@@ -125,15 +127,18 @@ class _Stack:
         angles = self._by_layer(self.pairs.histograms(BINS)).view(-1, self.groups, BINS)
         angles_of = angles.sum(1).tolist()
         dead = self._dead()
-        values = self._singular_values()
+        values, ranks = self._singular_values()
+        labels = self._labels(similar)
         live = self._by_layer(self.pairs.live).double().mean(1).tolist()
         shown, cosines = self._heat_maps([max(range(len(c)), key=c.__getitem__) for c in counts])
         reports = []
         for i, layer in enumerate(self.layers):
             similar_pairs = sum(counts[i])
             listed: tuple[SimilarPair, ...] = ()
-            if similar_pairs and keep:
+            groups = FoundGroups((), 0, 0)
+            if similar_pairs:
                 listed = self._nearest(i, similar, keep)
+                groups = self._groups(i, labels, keep)
             report = LayerReport(
                 uniformity=uniformity[i],
                 measure=layer.measure,
@@ -151,9 +156,14 @@ class _Stack:
                     uniformity[i],
                     layer.measure,
                     dead=len(dead[i]),
-                    similar=similar_pairs,
+                    grouped=groups.neurons,
+                    groups=groups.count,
                     one_of_many=True,
                 ),
+                groups=groups.listed,
+                group_count=groups.count,
+                grouped=groups.neurons,
+                effective_rank=ranks[i],
             )
             reports.append(report)
         return reports
@@ -234,8 +244,11 @@ class _Stack:
             found[i].append(group * self.layers[i].x.shape[1] + row)
         return found
 
-    def _singular_values(self) -> list[list[float]]:
-        """Singular values of the live unit rows of each group, in descending order by layer."""
+    def _singular_values(self) -> tuple[list[list[float]], list[float]]:
+        """Singular values of the live unit rows of each group, in descending order by layer.
+
+        With the mean effective rank of each layer's groups.
+        """
         gram = self.pairs.cosines
         if self.x.shape[3] < self.n:
             unit = self.pairs.unit
@@ -247,11 +260,42 @@ class _Stack:
         from_largest = torch.arange(values.shape[1], device=gram.device).flip(0)
         is_padding = from_largest >= count.flatten()[:, None]
         values.masked_fill_(is_padding, -1.0)
+        ranks = self._by_layer(effective_ranks(values)).nanmean(1).tolist()
         ordered = self._by_layer(values).sort(1, descending=True).values.tolist()
         found = []
         for own, number in zip(ordered, count.sum(1).tolist(), strict=True):
             found.append(own[:number])
-        return found
+        return found, ranks
+
+    def _labels(self, similar: Tensor) -> Tensor:
+        """The first neuron of each one's group of near-duplicates, (L g, n).
+
+        Args:
+            similar: Which pairs are similar, (L g, k).
+        """
+        place, pair = similar.nonzero(as_tuple=True)
+        start = place * self.n
+        components = Components(len(similar) * self.n, similar.device)
+        components.add(start + self.pairs.first[pair], start + self.pairs.second[pair])
+        own = components.label.view(-1, self.n)
+        return own - torch.arange(len(own), device=own.device)[:, None] * self.n
+
+    def _groups(self, i: int, labels: Tensor, keep: int) -> FoundGroups:
+        """The groups of near-duplicates of layer i, by the labels (L g, n) of all layers."""
+        half_space = self.measure.half_space
+        found: list[SimilarGroup] = []
+        neurons = 0
+        for group, label in enumerate(labels[i * self.groups : (i + 1) * self.groups].tolist()):
+            members: dict[int, list[int]] = {}
+            for neuron, first in enumerate(label):
+                members.setdefault(first, []).append(neuron)
+            cosines = self.pairs.cosines[i * self.groups + group]
+            for first, own in members.items():
+                if len(own) > 1:
+                    neurons += len(own)
+                    to_first = cosines[first, own].tolist()
+                    found.append(group_of(group, own, to_first, half_space))
+        return FoundGroups(largest_first(found, keep), len(found), neurons)
 
     def _heat_maps(self, chosen: Sequence[int]) -> tuple[list[tuple[int, ...]], list[Tensor]]:
         """Neurons to show, in order, and their cosines (m, m), of the chosen group of each layer."""
