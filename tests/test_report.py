@@ -66,7 +66,7 @@ def test_numbers_are_those_of_the_monitor():
 def test_what_it_finds():
     first, depthwise, second, head = report(network()).layers
     assert [(pair.first, pair.second) for pair in first.pairs] == [(3, 5)]
-    assert first.finding.endswith("1 near-duplicate pair")
+    assert first.finding.endswith("2 neurons in 1 near-duplicate group")
     assert (
         depthwise.uniformity.groups,
         depthwise.uniformity.neurons,
@@ -76,7 +76,7 @@ def test_what_it_finds():
     assert second.pairs[0][:3] == (0, 7, 11)
     assert second.pairs[0].angle == pytest.approx(180.0)
     assert (second.dead, second.dead_rows, second.uniformity.dead) == (2, (20, 21), 1)
-    assert second.finding.endswith("1 near-duplicate pair, 2 dead")
+    assert second.finding.endswith("2 neurons in 1 near-duplicate group, 2 dead")
     assert head.finding == "as random"
     assert head.full_space
 
@@ -366,7 +366,7 @@ def test_more_than_one_group_and_one_that_is_empty():
     assert one.pairs[0][:3] == (0, 1, 2)
     assert one.dead == 6
     assert len(one.shown) == 6
-    assert one.finding.startswith("a group with fewer than two live neurons, 1 near-duplicate pair")
+    assert one.finding.startswith("a group with fewer than two live neurons, 2 neurons in 1 near-duplicate group")
 
 
 def test_singular_values_and_heat_map():
@@ -471,15 +471,16 @@ def test_the_printed_table():
         "energy",
         "ratio",
         "angle",
-        "pairs",
+        "rank",
+        "similar",
         "dead",
         "finding",
     ]
     assert lines[2].split()[:4] == ["0", "24", "x", "27"]
-    assert lines[4].endswith("1 near-duplicate pair, 2 dead")
+    assert lines[4].endswith("2 neurons in 1 near-duplicate group, 2 dead")
     assert lines[5].startswith("4 *")
-    assert lines[6].endswith("2 near-duplicate pairs (cosine from 0.95); 2 dead")
-    assert lines[7] == "    neurons"
+    assert lines[6].endswith("4 neurons in 2 near-duplicate groups (cosine from")
+    assert lines[7] == "    0.95); 2 dead neurons"
 
 
 def test_progress_is_told_by_layer():
@@ -526,8 +527,8 @@ def test_in_a_narrow_terminal(monkeypatch):
     lines = console.export_text().splitlines()
     assert all(len(line) <= 80 for line in lines)
     assert lines[0].split() == ["layer", "neurons", "x", "dim", "ratio", "angle", "finding"]
-    assert "1 near-duplicate pair, 2 dead" in "\n".join(lines)
-    assert "left out of this narrow table: energy, pairs, dead" in "\n".join(lines)
+    assert "2 neurons in 1 near-duplicate group, 2 dead" in " ".join("\n".join(lines).split())
+    assert "left out of this narrow table: energy, rank, similar, dead" in "\n".join(lines)
     console = Console(width=200, record=True, file=io.StringIO(), force_terminal=True)
     show(table)
     text = console.export_text()
@@ -758,7 +759,7 @@ def test_command_line(tmp_path, capsys):
         == 0
     )
     shown = capsys.readouterr().out
-    assert "1 near-duplicate pair, 2 dead" in shown
+    assert "2 neurons in 1 near-duplicate group, 2 dead" in shown
     assert "3: 7 and 11, 180.00 degrees" in shown
     assert page.read_text().startswith("<!")
     assert len(json.loads(numbers.read_text())["layers"]) == 4

@@ -386,7 +386,7 @@ def test_what_is_sampled_is_said(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(duplicates, "_AFFORDABLE", 0.0)
     hashed = report(state, head=None, sample_above=1000)
     assert "searched by random hashes, so there may be more" in str(hashed)
-    assert "at least 2 near-duplicate pairs" in hashed.layers[0].finding
+    assert "at least 4 neurons in near-duplicate groups" in hashed.layers[0].finding
     torch.save(state, tmp_path / "a.pt")
     arguments = [str(tmp_path / "a.pt"), "--head", "none", "--sample-above"]
     for command in (["report", *arguments], ["compare", str(tmp_path / "a.pt"), *arguments]):

@@ -1,8 +1,16 @@
 """Reports on trained networks: which layers are redundant, by how much, and what moved."""
 
-from lightning_hsu.report.build import Report, report
+from lightning_hsu.report.build import Report, merges, report
 from lightning_hsu.report.comparison import Comparison, compare
-from lightning_hsu.report.data import Drift, LayerComparison, LayerReport, Matching, SimilarPair
+from lightning_hsu.report.data import (
+    Drift,
+    LayerComparison,
+    LayerReport,
+    Matching,
+    SimilarGroup,
+    SimilarPair,
+)
+from lightning_hsu.report.merging import Merge, Merges
 
 __all__ = [
     "Comparison",
@@ -10,8 +18,12 @@ __all__ = [
     "LayerComparison",
     "LayerReport",
     "Matching",
+    "Merge",
+    "Merges",
     "Report",
+    "SimilarGroup",
     "SimilarPair",
     "compare",
+    "merges",
     "report",
 ]

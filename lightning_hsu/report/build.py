@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,13 +24,16 @@ from lightning_hsu.measures.base import check_measure
 from lightning_hsu.measures.defaults import REPORT_MEASURE
 from lightning_hsu.report.checkpoints import Checkpoint, read_checkpoint
 from lightning_hsu.report.data import ReportData
+from lightning_hsu.report.following import Steps, steps_of_model, steps_of_names
 from lightning_hsu.report.looks import SAMPLE_ABOVE, Looks, Progress
+from lightning_hsu.report.merging import Merges, merges_of
 from lightning_hsu.report.page import report_page
 from lightning_hsu.report.tables import plain, report_table, short, table_html, verdicts
 
 Source = nn.Module | Mapping[str, Tensor] | str | Path
 
 
+@dataclass(frozen=True, eq=False)
 class Report(ReportData):
     """Every layer of a network compared with random neurons; print it, or write a page or JSON.
 
@@ -39,7 +44,17 @@ class Report(ReportData):
         layers: The layers, in the model's order.
         skips: Weights that were left out, with the reason.
         notes: Names of layers with what one should know of how they were read.
+        merges: Near-duplicates that could be merged into one, if that was asked for.
     """
+
+    merges: Merges | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As of :class:`ReportData`, with the merges if they were asked for."""
+        found = super().to_dict()
+        if self.merges is not None:
+            found["merges"] = self.merges.to_dict()
+        return found
 
     def __str__(self) -> str:
         """The table, in plain text."""
@@ -93,6 +108,7 @@ def report(
     key: str | None = None,
     base: str | Path | None = None,
     sample_above: int | None = SAMPLE_ABOVE,
+    merge: int | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """Look at the neurons of every layer of a network.
@@ -125,13 +141,15 @@ def report(
             "experts.*.W") to "rows", "columns", a number of equal parts along the rows, or a
             function of the weight to its neurons (..., n, d). What it names is taken in.
         similar_above: Cosine at or above which two neurons are near-duplicates, in (0, 1).
-        keep: How many of a layer's near-duplicate pairs to list.
+        keep: How many of a layer's near-duplicate pairs, and of their groups, to list.
         key: Where in a file the state dict is; None finds it.
         base: For an adapter of peft: the file or folder of its base. None takes the local folder
             that the adapter's configuration names, if there is one.
         sample_above: Neurons of a group above which the energy is that of a sample of so many, with
             its standard error, the same each time; None never samples. A measure that is no mean
             over pairs is not sampled.
+        merge: How many merges of near-duplicate neurons into one to list, with the bound on what
+            the next layer notices, see :func:`merges`; None looks for none.
         progress: Called with the layer's name and the fraction of the work that is done.
 
     Raises:
@@ -147,15 +165,83 @@ def report(
         ...     _ = model[0].weight[7].copy_(2 * model[0].weight[3])
         >>> found = report(model)
         >>> [layer.finding.split(", ")[-1] for layer in found.layers]
-        ['1 near-duplicate pair', 'as random']
+        ['2 neurons in 1 near-duplicate group', 'as random']
         >>> found.layers[0].pairs
         (SimilarPair(group=0, first=3, second=7, angle=0.0),)
         >>> found = report({"W_dec": torch.randn(16, 64)}, neurons={"W_dec": "columns"})
         >>> [(layer.name, layer.shape) for layer in found.layers]
         [('W_dec', '64 x 16')]
     """
+    if merge is not None:
+        check_count("merge", merge, 1)
     found = find_targets(source, include, exclude, head, key, neurons, base)
-    return look_at_all(found, measure, similar_above, keep, progress, sample_above)
+    looked_at = look_at_all(found, measure, similar_above, keep, progress, sample_above)
+    if merge is None:
+        return looked_at
+    assert found.steps is not None
+    steps = found.steps()
+    merges = merges_of(steps, found.targets, looked_at.layers, similar_above, merge)
+    return replace(looked_at, merges=merges)
+
+
+def merges(
+    source: Source,
+    *,
+    most: int = 20,
+    include: Patterns = None,
+    exclude: Patterns = None,
+    similar_above: float = 0.95,
+    keep: int = 100,
+    key: str | None = None,
+    base: str | Path | None = None,
+) -> Merges:
+    """Which near-duplicate neurons could be merged into one, and what the next layer notices.
+
+    Layers that follow each other: Linear on Linear, convolution on convolution, convolution on
+    Linear, one group each, with an elementwise activation between them, a batch norm in eval mode
+    right after the first, dropout, pooling and a flattening. In a model ``torch.fx`` finds them,
+    else the order in ``nn.Sequential``; in a file names and shapes do, which tell nothing of the
+    activation: the condition stands beside each merge.
+
+    Through ReLU, leaky ReLU or nothing a neuron is replaced by another one times the ratio of their
+    lengths. Other activations need equal lengths, up to a tenth. Neurons that point opposite ways
+    are merged through odd functions only.
+
+    Args:
+        source: As for :func:`report`.
+        most: How many merges to list, those with the smallest share of the outputs' bound first.
+        include: Patterns of layer names to take, shell style; None takes all.
+        exclude: Patterns of layer names to leave out.
+        similar_above: Cosine at or above which two neurons are near-duplicates, in (0, 1).
+        keep: How many groups of each layer to look at, the largest.
+        key: Where in a file the state dict is; None finds it.
+        base: For an adapter of peft: the file or folder of its base.
+
+    Raises:
+        ValueError: as for :func:`report`.
+
+    Example:
+        >>> import torch
+        >>> model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
+        >>> with torch.no_grad():
+        ...     _ = model[0].weight[7].copy_(2 * model[0].weight[3])
+        ...     _ = model[0].bias[7].copy_(2 * model[0].bias[3])
+        >>> (merge,) = merges(model).found
+        >>> merge.layer, merge.following, merge.kept, merge.dropped, merge.slope, merge.saved
+        ('0', '2', 3, (7,), 0.0, 75)
+    """
+    found = report(
+        source,
+        include=include,
+        exclude=exclude,
+        similar_above=similar_above,
+        keep=keep,
+        key=key,
+        base=base,
+        merge=most,
+    )
+    assert found.merges is not None
+    return found.merges
 
 
 def look_at_all(
@@ -204,12 +290,14 @@ class FoundTargets(NamedTuple):
         targets: Its sets of neurons.
         skips: Weights that are left out, with the reason.
         notes: Pairs of a name, or "", and what one should know of how the source was read.
+        steps: Returns which layer follows which.
     """
 
     source: str
     targets: Sequence[NeuronSet]
     skips: list[Skip]
     notes: tuple[tuple[str, str], ...] = ()
+    steps: Callable[[], Steps] | None = None
 
 
 def find_targets(
@@ -238,7 +326,8 @@ def find_targets(
     if isinstance(source, nn.Module) and not isinstance(source, torch.jit.ScriptModule):
         model = unwrapped(source)
         targets, skips = select(model, include, exclude, head, neurons=neurons, everything=True)
-        return FoundTargets(type(model).__name__, targets, skips)
+        steps = partial(steps_of_model, model)
+        return FoundTargets(type(model).__name__, targets, skips, steps=steps)
     other = compared_with if isinstance(compared_with, (str, Path)) else None
     found = _checkpoint_of(source, key, base, other)
     load = found.load if found.stays_in_file else None
@@ -257,7 +346,8 @@ def find_targets(
     notes = [*found.notes]
     for note in candidates.notes:
         notes.append(("", note))
-    return FoundTargets(found.name, stored, [*skips, *others], tuple(notes))
+    steps = partial(steps_of_names, found.tensors, found.load)
+    return FoundTargets(found.name, stored, [*skips, *others], tuple(notes), steps)
 
 
 def _checkpoint_of(

@@ -27,7 +27,14 @@ from lightning_hsu.report.checkpoints import printable
 from lightning_hsu.report.comparison import Comparison, compare
 from lightning_hsu.report.data import LayerReport
 from lightning_hsu.report.looks import SAMPLE_ABOVE, Progress
-from lightning_hsu.report.tables import Table, comparison_table, pair_lines, report_table, show
+from lightning_hsu.report.tables import (
+    Table,
+    comparison_table,
+    group_lines,
+    pair_lines,
+    report_table,
+    show,
+)
 
 # Exit codes.
 _FAILED = 1
@@ -40,6 +47,7 @@ _LONGEST_LINE = 1000
 _LONGEST_MEASURE = 300
 _SHOWN_MEASURE = 80
 _MOST_PAIRS = 1_000_000
+_MERGES = 20  # that are listed by default
 _LONGEST_LAYER = 24  # columns of a layer's name beside the progress bar
 
 # What is written for Python, and the same for the command line.
@@ -202,6 +210,22 @@ def _parser() -> argparse.ArgumentParser:
         help="list the N nearest near-duplicate pairs of each layer",
     )
     one.add_argument(
+        "--groups",
+        metavar="N",
+        type=_count,
+        default=0,
+        help="list the N largest groups of near-duplicates of each layer",
+    )
+    one.add_argument(
+        "--merge",
+        metavar="N",
+        nargs="?",
+        type=_merge,
+        const=_MERGES,
+        help="list at most N near-duplicates that could be merged into one, with the bound on what "
+        f"the next layer notices; by default {_MERGES}; give it after the file",
+    )
+    one.add_argument(
         "--top",
         metavar="N",
         type=_top,
@@ -342,7 +366,15 @@ def _way(text: str) -> tuple[str, How]:
 def _count(text: str) -> int:
     if not text.isdecimal() or len(text) > 9 or int(text) > _MOST_PAIRS:
         raise argparse.ArgumentTypeError(
-            f"the number of pairs must be 0 or more, and at most {_MOST_PAIRS:,}; got {text}"
+            f"the number must be 0 or more, and at most {_MOST_PAIRS:,}; got {text}"
+        )
+    return int(text)
+
+
+def _merge(text: str) -> int:
+    if not text.isdecimal() or len(text) > 9 or int(text) == 0:
+        raise argparse.ArgumentTypeError(
+            f"the number of merges must be 1 or more, and --merge stand after the file; got {text}"
         )
     return int(text)
 
@@ -375,9 +407,15 @@ def _limit(text: str) -> float:
 
 def _report(given: argparse.Namespace) -> int:
     _check_writable(given.html, given.json, keep=[given.checkpoint])
-    keep = max(100, given.pairs)
+    keep = max(100, given.pairs, given.groups)
     with _progress() as progress:
-        found = report(given.checkpoint, **_settings(given), keep=keep, progress=progress)
+        found = report(
+            given.checkpoint,
+            **_settings(given),
+            keep=keep,
+            merge=given.merge,
+            progress=progress,
+        )
     code = 0
     if given.fail_above is not None:
         code = _judge(found, given.fail_above)
@@ -388,6 +426,10 @@ def _report(given: argparse.Namespace) -> int:
         _show(report_table(found, given.top))
         if given.pairs > 0:
             print("\n".join(pair_lines(found, given.pairs)))
+        if given.groups > 0:
+            print("\n".join(group_lines(found, given.groups)))
+        if found.merges is not None:
+            print(found.merges)
     return code
 
 

@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 from torch import Tensor
 
 from lightning_hsu._monitor.measure import LayerUniformity
-from lightning_hsu._monitor.text import AS_RANDOM, Verdict, shape_of
+from lightning_hsu._monitor.text import AS_RANDOM, Verdict, number, shape_of
 from lightning_hsu._neurons.candidates import Skip
 from lightning_hsu.measures import Measure
 
@@ -116,6 +116,22 @@ class LayerReport:
     def full_rank(self) -> int:
         """The largest effective rank that there can be: the smaller of n and d."""
         return min(self.uniformity.neurons, self.uniformity.dimension)
+
+    @property
+    def rank(self) -> str:
+        """The effective rank and the largest there can be, such as "27.3 of 32"; "-" without."""
+        if math.isnan(self.effective_rank):
+            return "-"
+        return f"{number(self.effective_rank, 1)} of {self.full_rank:,}"
+
+    @property
+    def in_groups(self) -> str:
+        """Near-duplicate neurons and their groups, such as "12 in 4", with "+" if there may be more."""
+        if not self.group_count:
+            return "0" if self.all_counted else "0+"
+        if not self.all_counted:
+            return f"{self.grouped:,}+"
+        return f"{self.grouped:,} in {self.group_count:,}"
 
     @property
     def random_rank(self) -> float:

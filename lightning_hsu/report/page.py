@@ -24,7 +24,7 @@ from lightning_hsu.report.data import (
     SimilarPair,
     known_ratios,
 )
-from lightning_hsu.report.tables import judged_and_above, unjudged
+from lightning_hsu.report.tables import judged_and_above, members, unjudged
 
 _COLUMNS = (  # heading and classes; minor ones are left out on a phone
     ("layer", ""),
@@ -32,7 +32,8 @@ _COLUMNS = (  # heading and classes; minor ones are left out on a phone
     ("ratio", "number"),
     ("score", "number minor"),
     ("smallest angle", "number minor"),
-    ("near-duplicate pairs", "number"),
+    ("effective rank", "number minor"),
+    ("near-duplicates", "number"),
     ("dead", "number"),
     ("finding", "minor"),
 )
@@ -189,7 +190,8 @@ def _cells(i: int, layer: LayerReport) -> dict[str, str]:
         "ratio": number(numbers.ratio, 3),
         "score": score_text(numbers.score),
         "smallest angle": degrees(numbers.min_angle),
-        "near-duplicate pairs": f"{layer.similar:,}",
+        "effective rank": layer.rank,
+        "near-duplicates": near_duplicates(layer),
         "dead": f"{layer.dead:,}",
         "finding": escape(layer.finding),
     }
@@ -263,6 +265,11 @@ def _section(i: int, layer: LayerReport, found: ReportData, *, unfolded: bool, d
         f"ratio {number(numbers.ratio, 3)}{score}, "
         f"smallest angle {degrees(numbers.min_angle)}."
     )
+    if layer.rank != "-":
+        facts += (
+            f" Effective rank {layer.rank}, of as many random vectors "
+            f"{number(layer.random_rank, 1)}: e to the entropy of the squared singular values."
+        )
     if repr(layer.measure) != repr(found.measure):
         facts += f" Measured by {layer.measure!r}."
     if layer.sampling:
@@ -278,7 +285,7 @@ def _section(i: int, layer: LayerReport, found: ReportData, *, unfolded: bool, d
         f"<span class=soft>{escape(layer.finding)}</span></summary>"
         f'<div class="inside" id="layer-{i}"><p class="soft">{escape(facts)}</p>'
         f"{figures}"
-        f"{_similar(layer, found.similar_above)}{_dead(layer)}</div></details>\n"
+        f"{_similar(layer, found.similar_above)}{_groups(layer)}{_dead(layer)}</div></details>\n"
     )
 
 
@@ -397,6 +404,35 @@ def _pair(pair: SimilarPair, groups: int) -> str:
     if pair.angle > 90.0:
         angle += " opposite"
     return f"<span>{names}</span><span>{angle}</span>"
+
+
+def near_duplicates(layer: LayerReport) -> str:
+    """Near-duplicate neurons of a layer and their groups, for a cell."""
+    if not layer.group_count or not layer.all_counted:
+        return layer.in_groups
+    return f"{layer.grouped:,} in {counted(layer.group_count, 'group')}"
+
+
+def _groups(layer: LayerReport) -> str:
+    """The largest groups of near-duplicates by index; a pair alone stands among the pairs."""
+    if layer.redundant <= 1:
+        return ""
+    items = ""
+    shown = layer.groups[:_LISTED]
+    for group in shown:
+        where = f"group {group.group}: " if layer.uniformity.groups > 1 else ""
+        items += (
+            f"<li><span>{where}{members(group)}</span>"
+            f"<span>cosine to the first from {group.cosine:.4f}</span></li>"
+        )
+    rest = ""
+    more = layer.group_count - len(shown)
+    if more > 0:
+        rest = f'<p class="soft">and {more:,} more</p>'
+    title = "Groups that these pairs connect"
+    if not layer.all_counted:
+        title += ", at least"
+    return f"<h3>{title}</h3><ul class=pairs>{items}</ul>{rest}"
 
 
 def _dead(layer: LayerReport) -> str:

@@ -21,6 +21,7 @@ from lightning_hsu._monitor.text import (
     SCORE,
     column_widths,
     counted,
+    in_groups,
     number,
     score_text,
     table_lines,
@@ -33,6 +34,7 @@ from lightning_hsu.report.data import (
     LayerComparison,
     LayerReport,
     ReportData,
+    SimilarGroup,
     known_ratios,
 )
 from lightning_hsu.report.drift import drift_line
@@ -44,6 +46,11 @@ _FULL_SPACE = "* in full space, where opposite neurons are far apart"
 _RATIO = (
     "ratio: energy over that of random neurons; angle: the smallest between two neurons, in degrees"
 )
+_RANK = (
+    "rank: effective rank of the neurons at length 1, e to the entropy of their squared singular "
+    "values"
+)
+_SIMILAR = "similar: near-duplicate neurons, in so many groups"
 _MOVED = (
     "moved: median angle between a neuron before and after, in degrees; "
     "angle: smallest between two neurons"
@@ -52,6 +59,7 @@ _LONGEST_NAME = 60  # of a layer in a table that is not fitted to a terminal
 _SHORTEST_NAME = 16
 _SHORTEST_FINDING = 24  # that a name makes room for
 _NARROWEST = 10  # columns of a finding
+_MEMBERS = 40  # neurons of a group that are listed
 
 
 class Column(NamedTuple):
@@ -79,7 +87,8 @@ _REPORT_COLUMNS = (
     Column("ratio", right=True),
     Column("score", right=True, wide_only=True),
     Column("angle", right=True),
-    Column("pairs", right=True, wide_only=True),
+    Column("rank", right=True, wide_only=True),
+    Column("similar", right=True, wide_only=True),
     Column("dead", right=True, wide_only=True),
     Column("finding"),
 )
@@ -192,7 +201,7 @@ def report_table(found: ReportData, top: int | None = None) -> Table:
     if hidden:
         below.append(_hidden(hidden, len(found.layers)))
     below += wrapped(Line(_summary(found)))
-    for text in (*unjudged(found.layers), _RATIO):
+    for text in (*unjudged(found.layers), _RATIO, _RANK, _SIMILAR):
         below += wrapped(Line(text))
     headings = _headings(_REPORT_COLUMNS)
     rows = [headings]
@@ -280,14 +289,21 @@ def judged_and_above(layers: Sequence[LayerReport]) -> tuple[int, int]:
 
 
 def _summary(found: ReportData) -> str:
-    """How many layers are above random, and how many pairs and dead neurons they have."""
-    pairs = 0
+    """How many layers are above random, their near-duplicates, and their dead neurons."""
+    groups = 0
+    grouped = 0
     dead = 0
     for layer in found.layers:
-        pairs += layer.similar
+        groups += layer.group_count
+        grouped += layer.grouped
         dead += layer.dead
+    similar = "0 near-duplicates"
+    if groups:
+        similar = in_groups(grouped, groups)
+    if not all(layer.all_counted for layer in found.layers):
+        similar = f"at least {counted(grouped, 'near-duplicate neuron')}"
     return (
-        f"{verdicts(found.layers)}; {counted(pairs, 'near-duplicate pair')} "
+        f"{verdicts(found.layers)}; {similar} "
         f"(cosine from {found.similar_above:g}); {counted(dead, 'dead neuron')}"
     )
 
@@ -327,7 +343,8 @@ def _report_row(layer: LayerReport, mixed: bool) -> tuple[str, ...]:
         number(numbers.ratio, 3),
         score_text(numbers.score),
         number(numbers.min_angle, 1),
-        f"{layer.similar:,}",
+        layer.rank,
+        layer.in_groups,
         f"{layer.dead:,}",
         layer.finding,
     )
@@ -356,6 +373,42 @@ def pair_lines(found: ReportData, most: int) -> list[str]:
     if not lines:
         return ["no near-duplicate pairs"]
     return lines
+
+
+def group_lines(found: ReportData, most: int) -> list[str]:
+    """The largest groups of near-duplicates of each layer by index."""
+    lines = []
+    for layer in found.layers:
+        listed = layer.groups[:most]
+        for group in listed:
+            where = f"group {group.group}: " if layer.uniformity.groups > 1 else ""
+            lines.append(
+                f"{layer.name}: {where}{len(group.neurons):,} near-duplicates: "
+                f"{members(group)}; cosine to the first from {group.cosine:.4f}"
+            )
+        more = layer.group_count - len(listed)
+        if layer.groups and more > 0:
+            lines.append(f"{layer.name}: and {counted(more, 'more group')}")
+    if not lines:
+        return ["no near-duplicate neurons"]
+    return lines
+
+
+def members(group: SimilarGroup) -> str:
+    """The neurons of a group by index, those that point the opposite way named so.
+
+    Example:
+        >>> members(SimilarGroup(0, (3, 7, 9), (1, 1, -1), 0.99))
+        '3, 7, 9 (opposite)'
+    """
+    words = []
+    for neuron, sign in zip(group.neurons[:_MEMBERS], group.signs, strict=False):
+        words.append(f"{neuron} (opposite)" if sign < 0 else str(neuron))
+    text = ", ".join(words)
+    more = len(group.neurons) - len(words)
+    if more > 0:
+        text += f" and {more:,} more"
+    return text
 
 
 def comparison_table(found: ComparisonData) -> Table:

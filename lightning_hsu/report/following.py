@@ -1,0 +1,519 @@
+"""Which layer takes what another gives, and what lies between: from a model, or from names."""
+
+from __future__ import annotations
+
+import copy
+import operator
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_NOTHING = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
+_MAX_POOLS = (
+    nn.MaxPool1d,
+    nn.MaxPool2d,
+    nn.MaxPool3d,
+    nn.AdaptiveMaxPool1d,
+    nn.AdaptiveMaxPool2d,
+    nn.AdaptiveMaxPool3d,
+)
+_MEAN_POOLS = (
+    nn.AvgPool1d,
+    nn.AvgPool2d,
+    nn.AvgPool3d,
+    nn.AdaptiveAvgPool1d,
+    nn.AdaptiveAvgPool2d,
+    nn.AdaptiveAvgPool3d,
+)
+_POOLS_WITHOUT_MODULE = {
+    F.max_pool1d: True,
+    F.max_pool2d: True,
+    F.max_pool3d: True,
+    F.adaptive_max_pool2d: True,
+    F.adaptive_avg_pool1d: False,
+    F.adaptive_avg_pool2d: False,
+    F.adaptive_avg_pool3d: False,
+}
+_NUMBERED = re.compile(r"(fc|conv|linear|lin|dense|layer|hidden|l|)[_]?(\d+)")
+_FIRST_LINEAR = re.compile(r"(fc|linear|lin|dense|classifier|head|out)[_]?1?")
+
+
+@dataclass(frozen=True)
+class Activation:
+    """What is known of an activation.
+
+    Args:
+        name: Its name.
+        slope: The largest absolute value of its derivative.
+        homogeneous: Whether f(c x) = c f(x) for each c >= 0.
+        odd: Whether f(-x) = -f(x).
+    """
+
+    name: str
+    slope: float = 1.0
+    homogeneous: bool = False
+    odd: bool = False
+
+
+NONE = Activation("no activation", homogeneous=True, odd=True)
+RELU = Activation("ReLU", homogeneous=True)
+_GELU = Activation("GELU", 1.13)
+_TANH = Activation("tanh", odd=True)
+_SIGMOID = Activation("sigmoid", 0.25)
+_SILU = Activation("SiLU", 1.1)
+_RELU6 = Activation("ReLU6")
+_HARDSWISH = Activation("hardswish", 1.5)
+_BY_CLASS = {
+    nn.ReLU: RELU,
+    nn.GELU: _GELU,  # 1.1290, and 1.1289 if approximated by tanh
+    nn.Tanh: _TANH,
+    nn.Sigmoid: _SIGMOID,
+    nn.SiLU: _SILU,  # 1.0998
+    nn.Mish: Activation("Mish", 1.09),  # 1.0885
+    nn.ReLU6: _RELU6,
+    nn.Hardswish: _HARDSWISH,
+    nn.Softsign: Activation("softsign", odd=True),
+    nn.SELU: Activation("SELU", 1.7581),
+}
+_BY_FUNCTION: dict[Any, Activation] = {
+    F.relu: RELU,
+    torch.relu: RELU,
+    "relu": RELU,
+    F.gelu: _GELU,
+    F.tanh: _TANH,
+    torch.tanh: _TANH,
+    "tanh": _TANH,
+    F.sigmoid: _SIGMOID,
+    torch.sigmoid: _SIGMOID,
+    "sigmoid": _SIGMOID,
+    F.silu: _SILU,
+    F.relu6: _RELU6,
+    F.hardswish: _HARDSWISH,
+}
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A batch norm in eval mode.
+
+    Args:
+        mean: Running mean (n,).
+        scale: What x - mean is multiplied by, (n,).
+        bias: What is added after that, (n,).
+        affine: How many parameters each neuron has here.
+    """
+
+    mean: Tensor
+    scale: Tensor
+    bias: Tensor
+    affine: int
+
+
+@dataclass(frozen=True)
+class Step:
+    """A layer, the next one, and what lies between.
+
+    Args:
+        layer: Name of the layer.
+        following: Name of the layer that takes what it gives.
+        activation: What lies between.
+        condition: What must hold for that, where it is read from names; else "".
+        norm: Name of a batch norm right after the layer; None without one.
+        keeps_sign: Whether all else between, such as a maximum, gives -y for -x.
+    """
+
+    layer: str
+    following: str
+    activation: Activation
+    condition: str = ""
+    norm: str | None = None
+    keeps_sign: bool = True
+
+
+@dataclass(frozen=True)
+class Steps:
+    """The pairs of layers of a network that are known to follow each other.
+
+    Args:
+        steps: The pairs.
+        how: How they were found, in words.
+        tensor: Returns a tensor of the network by its name.
+        names: The names of all its tensors.
+        eps: What batch norms add to a variance, by their names.
+    """
+
+    steps: list[Step]
+    how: str
+    tensor: Callable[[str], Tensor]
+    names: frozenset[str]
+    eps: Mapping[str, float]
+
+    def bias(self, layer: str, n: int) -> Tensor:
+        """The bias of a layer of n neurons, zeros without one."""
+        name = f"{layer}.bias"
+        if name not in self.names:
+            return torch.zeros(n, dtype=torch.float64)
+        return self.tensor(name).detach().double().flatten()
+
+    def norm(self, name: str) -> Norm:
+        """A batch norm by its name."""
+        mean = self.tensor(f"{name}.running_mean").detach().double()
+        variance = self.tensor(f"{name}.running_var").detach().double()
+        scale = (variance + self.eps.get(name, 1e-5)).rsqrt()
+        affine = 0
+        if f"{name}.weight" in self.names:
+            scale = scale * self.tensor(f"{name}.weight").detach().double().to(scale.device)
+            affine += 1
+        bias = torch.zeros_like(mean)
+        if f"{name}.bias" in self.names:
+            bias = self.tensor(f"{name}.bias").detach().double().to(scale.device)
+            affine += 1
+        return Norm(mean, scale, bias, affine)
+
+
+class _Between:
+    """What lies between a layer and the next, collected step by step."""
+
+    def __init__(self, layer: str, module: nn.Module) -> None:
+        self.layer = layer
+        self.is_conv = not isinstance(module, nn.Linear)
+        self.outputs = int(module.weight.shape[0])
+        self.norm: str | None = None
+        self.activation = NONE
+        self.keeps_sign = True
+        self.flat = not self.is_conv
+        self.flattened = False
+        self.touched = False  # by anything that is not the identity
+
+    def take(self, name: str, module: nn.Module) -> bool:
+        """Go through a module; return False if it ends the way."""
+        kind = type(module)
+        if _has_hooks(module):
+            return False
+        if kind in _NOTHING:
+            return True
+        if kind in _NORMS:
+            return self._normalise(name, module)
+        if kind is nn.Flatten:
+            return module.start_dim == 1 and module.end_dim == -1 and self.flatten()
+        if kind in _MAX_POOLS:
+            return not getattr(module, "return_indices", False) and self.pool(is_max=True)
+        if kind in _MEAN_POOLS:
+            return getattr(module, "divisor_override", None) is None and self.pool(is_max=False)
+        found = activation_of(module)
+        return found is not None and self.activate(found)
+
+    def _normalise(self, name: str, module: nn.Module) -> bool:
+        if self.touched or self.norm or module.running_mean is None:
+            return False
+        if module.num_features != self.outputs:
+            return False
+        self.norm = name
+        return True
+
+    def activate(self, found: Activation) -> bool:
+        """Go through an activation; one after another only if both are homogeneous."""
+        before = self.activation
+        self.touched = True
+        if before is NONE:
+            self.activation = found
+            return True
+        if not (before.homogeneous and found.homogeneous):
+            return False
+        slope = before.slope * found.slope
+        self.activation = Activation(f"{before.name}, {found.name}", slope, homogeneous=True)
+        return True
+
+    def pool(self, is_max: bool) -> bool:
+        """Go through a maximum or a mean over places."""
+        if self.flat:
+            return False
+        self.touched = True
+        if is_max:
+            self.keeps_sign = False
+        return True
+
+    def flatten(self) -> bool:
+        """Go through a flattening of all but the batch."""
+        self.touched = True
+        self.flattened = True
+        self.flat = True
+        return True
+
+    def ends_at(self, name: str, module: nn.Module) -> Step | None:
+        """The step to the next layer; None if it does not fit."""
+        inputs = int(module.weight.shape[1])
+        if isinstance(module, nn.Linear):
+            fits = self.flat and inputs == self.outputs
+            if self.is_conv:
+                fits = self.flattened and inputs % self.outputs == 0
+        else:
+            fits = self.is_conv and not self.flattened and inputs == self.outputs
+        if not fits:
+            return None
+        return Step(
+            self.layer, name, self.activation, norm=self.norm, keeps_sign=self.keeps_sign
+        )
+
+
+def activation_of(module: nn.Module) -> Activation | None:
+    """What is known of a module as an activation; None if nothing is."""
+    found = _BY_CLASS.get(type(module))
+    if found is not None:
+        return found
+    if type(module) is nn.LeakyReLU:
+        slope = abs(module.negative_slope)
+        return Activation("leaky ReLU", max(1.0, slope), homogeneous=True)
+    if type(module) is nn.PReLU and module.weight.numel() == 1:
+        slope = abs(float(module.weight))
+        return Activation("PReLU", max(1.0, slope), homogeneous=True)
+    if type(module) is nn.ELU:
+        return Activation("ELU", max(1.0, abs(module.alpha)))
+    if type(module) is nn.Softplus:
+        return Activation("softplus")
+    return None
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def _is_layer(module: nn.Module, shared: set[int]) -> bool:
+    """Whether this is a plain layer whose weight nothing else has."""
+    if type(module) not in _LAYERS or getattr(module, "groups", 1) != 1:
+        return False
+    return id(module.weight) not in shared and not _has_hooks(module)
+
+
+def _shared(model: nn.Module) -> set[int]:
+    """Weights that have two names."""
+    seen: set[int] = set()
+    twice: set[int] = set()
+    for _, parameter in model.named_parameters(remove_duplicate=False):
+        if id(parameter) in seen:
+            twice.add(id(parameter))
+        seen.add(id(parameter))
+    return twice
+
+
+def steps_of_model(model: nn.Module) -> Steps:
+    """The pairs of layers of a model: from its traced graph, else from its ``nn.Sequential``."""
+    try:
+        graph = fx.Tracer().trace(copy.deepcopy(model))  # which may keep what it is called with
+        steps = _traced(model, graph)
+        how = "layers follow each other as the model was traced"
+    except Exception:  # the model's own code may raise anything on a stand-in for its input
+        steps = _in_sequentials(model)
+        how = "the model cannot be traced: layers follow each other within nn.Sequential"
+    tensors = dict(model.named_parameters())
+    tensors.update(model.named_buffers())
+    eps = {}
+    for name, module in model.named_modules():
+        if type(module) in _NORMS:
+            eps[name] = float(module.eps)
+    return Steps(steps, how, tensors.__getitem__, frozenset(tensors), eps)
+
+
+def _traced(model: nn.Module, graph: fx.Graph) -> list[Step]:
+    modules = dict(model.named_modules())
+    shared = _shared(model)
+    calls: dict[nn.Module, int] = {}
+    read = set()
+    for node in graph.nodes:
+        if node.op == "call_module":
+            module = modules[node.target]
+            calls[module] = calls.get(module, 0) + 1
+        elif node.op == "get_attr":
+            read.add(str(node.target).rpartition(".")[0])
+    steps = []
+    for node in graph.nodes:
+        if node.op != "call_module" or node.target in read:
+            continue
+        module = modules[node.target]
+        if calls[module] == 1 and _is_layer(module, shared):
+            step = _way_from(node, modules, calls, shared)
+            if step is not None and step.following not in read:
+                steps.append(step)
+    return steps
+
+
+def _way_from(
+    start: fx.Node, modules: Mapping[str, nn.Module], calls: Mapping[nn.Module, int], shared: set[int]
+) -> Step | None:
+    """The way from a layer to the next one; None if it leads elsewhere."""
+    between = _Between(str(start.target), modules[str(start.target)])
+    node = start
+    while True:
+        users = [user for user in node.users if not _asks_batch(user, node)]
+        if len(users) != 1:
+            return None
+        before = node
+        node = users[0]
+        if not node.all_input_nodes or node.args[:1] != (before,):
+            return None
+        if node.op == "call_module":
+            module = modules[str(node.target)]
+            if type(module) in _LAYERS:
+                if calls[module] == 1 and _is_layer(module, shared):
+                    return between.ends_at(str(node.target), module)
+                return None
+            if not between.take(str(node.target), module):
+                return None
+        elif not _through(node, between):
+            return None
+
+
+def _asks_batch(user: fx.Node, node: fx.Node) -> bool:
+    """Whether this only asks for the size of the batch."""
+    if user.op == "call_method" and user.target == "size":
+        return user.args == (node, 0)
+    if user.op != "call_function" or user.target is not getattr or user.args[1] != "shape":
+        return False
+    return all(one.target is operator.getitem and one.args[1] == 0 for one in user.users)
+
+
+def _through(node: fx.Node, between: _Between) -> bool:
+    """Go through a function or a method; return False if it ends the way."""
+    others = node.args[1:]
+    found = _BY_FUNCTION.get(node.target)
+    if found is not None:
+        return not others and between.activate(found)
+    if node.target is F.leaky_relu:
+        slope = others[0] if others else node.kwargs.get("negative_slope", 0.01)
+        largest = max(1.0, abs(float(slope)))
+        return between.activate(Activation("leaky ReLU", largest, homogeneous=True))
+    if node.target is F.dropout:
+        return True
+    if node.target in _POOLS_WITHOUT_MODULE and not node.kwargs.get("return_indices"):
+        return between.pool(_POOLS_WITHOUT_MODULE[node.target])
+    if node.target in (torch.flatten, "flatten"):
+        start = others[0] if others else node.kwargs.get("start_dim")
+        return start == 1 and len(others) < 2 and "end_dim" not in node.kwargs and between.flatten()
+    if node.target in ("view", "reshape"):
+        return _keeps_batch(others) and between.flatten()
+    return False
+
+
+def _keeps_batch(sizes: Sequence[Any]) -> bool:
+    """Whether these are the sizes (batch, -1), as they come from ``x.view(x.size(0), -1)``."""
+    if len(sizes) != 2 or sizes[1] != -1 or not isinstance(sizes[0], fx.Node):
+        return False
+    size = sizes[0]
+    if size.op == "call_method" and size.target == "size":
+        return size.args[1:] == (0,)
+    if size.op != "call_function" or size.target is not operator.getitem or size.args[1] != 0:
+        return False
+    shape = size.args[0]
+    return isinstance(shape, fx.Node) and shape.target in ("size", getattr)
+
+
+def _in_sequentials(model: nn.Module) -> list[Step]:
+    shared = _shared(model)
+    steps = []
+    for prefix, container in model.named_modules():
+        if type(container) is not nn.Sequential or _has_hooks(container):
+            continue
+        between: _Between | None = None
+        for key, module in container.named_children():
+            name = f"{prefix}.{key}".lstrip(".")
+            if _is_layer(module, shared):
+                step = between.ends_at(name, module) if between else None
+                if step is not None:
+                    steps.append(step)
+                between = _Between(name, module)
+            elif between is not None and not between.take(name, module):
+                between = None
+    return steps
+
+
+def steps_of_names(
+    tensors: Mapping[str, Tensor], tensor: Callable[[str], Tensor]
+) -> Steps:
+    """The pairs of layers of a state dict that names and shapes tell.
+
+    They have one parent and numbers that follow each other ("net.0" and "net.2", "fc1" and "fc2",
+    "conv1" and "conv2"), or are the last convolution and the first Linear there or of the next
+    ``nn.Sequential``. The shapes must fit, and between them in the file there is nothing, or the
+    batch norm of the first.
+
+    Args:
+        tensors: By name; only their shapes are read.
+        tensor: Returns the numbers of one by its name.
+    """
+    layers = []
+    for name, x in tensors.items():
+        if name.endswith(".weight") and x.ndim > 1:
+            layers.append(name.removesuffix(".weight"))
+    order = {name: place for place, name in enumerate(tensors)}
+    steps = []
+    for layer, following in zip(layers, layers[1:], strict=False):
+        first = tensors[f"{layer}.weight"].shape
+        second = tensors[f"{following}.weight"].shape
+        if not (_names_follow(layer, following, first, second) and _fit(first, second)):
+            continue
+        between = list(tensors)[order[f"{layer}.weight"] + 1 : order[f"{following}.weight"]]
+        owners = {name.rpartition(".")[0] for name in between} - {layer, following}
+        norm = None
+        if owners:
+            norm = owners.pop()
+            if owners or not _is_norm(norm, tensors, first[0]):
+                continue
+        elif _has_other_norms(layer, tensors):
+            continue
+        condition = "if ReLU or nothing lies between"
+        if len(first) > 2:
+            condition = "if ReLU, pooling or nothing lies between"
+        steps.append(Step(layer, following, RELU, condition, norm, keeps_sign=False))
+    how = "names and shapes tell which layer follows; the file does not say how they are connected"
+    return Steps(steps, how, tensor, frozenset(tensors), {})
+
+
+def _fit(first: torch.Size, second: torch.Size) -> bool:
+    """Whether the outputs of one weight are the inputs of another."""
+    if len(first) == 2 or len(second) > 2:
+        return len(first) == len(second) and second[1] == first[0]
+    return second[1] % first[0] == 0
+
+
+def _names_follow(layer: str, following: str, first: torch.Size, second: torch.Size) -> bool:
+    """Whether names say that one layer takes what the other gives."""
+    parent, _, own = layer.rpartition(".")
+    other_parent, _, other = following.rpartition(".")
+    one = _NUMBERED.fullmatch(own)
+    two = _NUMBERED.fullmatch(other)
+    becomes_linear = len(first) > 2 and len(second) == 2
+    if parent != other_parent:
+        siblings = parent.rpartition(".")[0] == other_parent.rpartition(".")[0]
+        are_sequential = own.isdecimal() and other.isdecimal() and parent and other_parent
+        return becomes_linear and siblings and bool(are_sequential)
+    if one and two and one[1] == two[1]:
+        step = int(two[2]) - int(one[2])
+        return step == 1 or (own.isdecimal() and step > 0)
+    return becomes_linear and bool(one) and bool(_FIRST_LINEAR.fullmatch(other))
+
+
+def _is_norm(name: str, tensors: Mapping[str, Tensor], n: int) -> bool:
+    """Whether these are the tensors of a batch norm of n neurons."""
+    mean = tensors.get(f"{name}.running_mean")
+    return mean is not None and f"{name}.running_var" in tensors and mean.shape == (n,)
+
+
+def _has_other_norms(layer: str, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether there may be a norm after a layer that its place in the file does not tell of."""
+    parent, _, own = layer.rpartition(".")
+    if own.isdecimal():
+        return False  # its place is its number
+    for name, x in tensors.items():
+        owner, _, key = name.rpartition(".")
+        if owner.rpartition(".")[0] == parent and key in ("weight", "running_mean"):
+            if x.ndim < 2:
+                return True
+    return False
+
