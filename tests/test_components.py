@@ -135,9 +135,7 @@ def test_a_report_names_groups_with_signs(half_space):
     w[1, 7] = 2.0 * w[1, 3]
     w[1, 9] = -w[1, 3]
     w[2, 4] = w[2, 28] + 0.01 * w[2, 1]
-    alone = analysis.look_at(
-        "a", w, measure, similar_above=0.95, keep=10, done=lambda part: None
-    )
+    alone = analysis.look_at("a", w, measure, similar_above=0.95, keep=10, done=lambda part: None)
     layers = [SmallLayer("a", w, measure)]
     (small,) = look_at_together(layers, similar_above=0.95, keep=10)
     for layer in (alone, small):

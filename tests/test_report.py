@@ -366,7 +366,9 @@ def test_more_than_one_group_and_one_that_is_empty():
     assert one.pairs[0][:3] == (0, 1, 2)
     assert one.dead == 6
     assert len(one.shown) == 6
-    assert one.finding.startswith("a group with fewer than two live neurons, 2 neurons in 1 near-duplicate group")
+    assert one.finding.startswith(
+        "a group with fewer than two live neurons, 2 neurons in 1 near-duplicate group"
+    )
 
 
 def test_singular_values_and_heat_map():

@@ -145,20 +145,20 @@ class Steps:
         steps: The pairs.
         how: How they were found, in words.
         tensor: Returns a tensor of the network by its name.
-        names: The names of all its tensors.
+        shapes: The shapes of all its tensors, by name.
         eps: What batch norms add to a variance, by their names.
     """
 
     steps: list[Step]
     how: str
     tensor: Callable[[str], Tensor]
-    names: frozenset[str]
+    shapes: Mapping[str, torch.Size]
     eps: Mapping[str, float]
 
     def bias(self, layer: str, n: int) -> Tensor:
         """The bias of a layer of n neurons, zeros without one."""
         name = f"{layer}.bias"
-        if name not in self.names:
+        if name not in self.shapes:
             return torch.zeros(n, dtype=torch.float64)
         return self.tensor(name).detach().double().flatten()
 
@@ -168,11 +168,11 @@ class Steps:
         variance = self.tensor(f"{name}.running_var").detach().double()
         scale = (variance + self.eps.get(name, 1e-5)).rsqrt()
         affine = 0
-        if f"{name}.weight" in self.names:
+        if f"{name}.weight" in self.shapes:
             scale = scale * self.tensor(f"{name}.weight").detach().double().to(scale.device)
             affine += 1
         bias = torch.zeros_like(mean)
-        if f"{name}.bias" in self.names:
+        if f"{name}.bias" in self.shapes:
             bias = self.tensor(f"{name}.bias").detach().double().to(scale.device)
             affine += 1
         return Norm(mean, scale, bias, affine)
@@ -258,9 +258,7 @@ class _Between:
             fits = self.is_conv and not self.flattened and inputs == self.outputs
         if not fits:
             return None
-        return Step(
-            self.layer, name, self.activation, norm=self.norm, keeps_sign=self.keeps_sign
-        )
+        return Step(self.layer, name, self.activation, norm=self.norm, keeps_sign=self.keeps_sign)
 
 
 def activation_of(module: nn.Module) -> Activation | None:
@@ -272,7 +270,7 @@ def activation_of(module: nn.Module) -> Activation | None:
         slope = abs(module.negative_slope)
         return Activation("leaky ReLU", max(1.0, slope), homogeneous=True)
     if type(module) is nn.PReLU and module.weight.numel() == 1:
-        slope = abs(float(module.weight))
+        slope = abs(float(module.weight.detach()))
         return Activation("PReLU", max(1.0, slope), homogeneous=True)
     if type(module) is nn.ELU:
         return Activation("ELU", max(1.0, abs(module.alpha)))
@@ -318,7 +316,7 @@ def steps_of_model(model: nn.Module) -> Steps:
     for name, module in model.named_modules():
         if type(module) in _NORMS:
             eps[name] = float(module.eps)
-    return Steps(steps, how, tensors.__getitem__, frozenset(tensors), eps)
+    return Steps(steps, how, tensors.__getitem__, _shapes(tensors), eps)
 
 
 def _traced(model: nn.Module, graph: fx.Graph) -> list[Step]:
@@ -345,7 +343,10 @@ def _traced(model: nn.Module, graph: fx.Graph) -> list[Step]:
 
 
 def _way_from(
-    start: fx.Node, modules: Mapping[str, nn.Module], calls: Mapping[nn.Module, int], shared: set[int]
+    start: fx.Node,
+    modules: Mapping[str, nn.Module],
+    calls: Mapping[nn.Module, int],
+    shared: set[int],
 ) -> Step | None:
     """The way from a layer to the next one; None if it leads elsewhere."""
     between = _Between(str(start.target), modules[str(start.target)])
@@ -433,9 +434,7 @@ def _in_sequentials(model: nn.Module) -> list[Step]:
     return steps
 
 
-def steps_of_names(
-    tensors: Mapping[str, Tensor], tensor: Callable[[str], Tensor]
-) -> Steps:
+def steps_of_names(tensors: Mapping[str, Tensor], tensor: Callable[[str], Tensor]) -> Steps:
     """The pairs of layers of a state dict that names and shapes tell.
 
     They have one parent and numbers that follow each other ("net.0" and "net.2", "fc1" and "fc2",
@@ -472,7 +471,11 @@ def steps_of_names(
             condition = "if ReLU, pooling or nothing lies between"
         steps.append(Step(layer, following, RELU, condition, norm, keeps_sign=False))
     how = "names and shapes tell which layer follows; the file does not say how they are connected"
-    return Steps(steps, how, tensor, frozenset(tensors), {})
+    return Steps(steps, how, tensor, _shapes(tensors), {})
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: x.shape for name, x in tensors.items()}
 
 
 def _fit(first: torch.Size, second: torch.Size) -> bool:
@@ -516,4 +519,3 @@ def _has_other_norms(layer: str, tensors: Mapping[str, Tensor]) -> bool:
             if x.ndim < 2:
                 return True
     return False
-

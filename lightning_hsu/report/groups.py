@@ -29,9 +29,7 @@ class FoundGroups:
     neurons: int
 
 
-def similar_groups(
-    x: Tensor, labels: Sequence[Tensor], half_space: bool, keep: int
-) -> FoundGroups:
+def similar_groups(x: Tensor, labels: Sequence[Tensor], half_space: bool, keep: int) -> FoundGroups:
     """The groups of near-duplicates among neurons.
 
     Args:

@@ -141,16 +141,17 @@ def merges_of(
         if step.layer not in places:
             continue
         place = places[step.layer]
-        if not _plain(targets[place], steps.tensor(f"{step.layer}.weight").shape):
+        if not _plain(targets[place], steps.shapes[f"{step.layer}.weight"]):
             continue
         pairs.append((step.layer, step.following))
         groups = layers[place].groups
         if not groups:
             continue
-        joint = _joint(step, steps)
-        if not torch.equal(targets[place].neurons()[0].cpu(), _rows(step, steps)):
-            pairs.pop()  # its neurons are not the rows of its weight
+        rows = targets[place].neurons()[0].detach().cpu()
+        if not torch.equal(rows.double(), _rows(step, steps).double()):
+            pairs.pop()  # its neurons are not the rows of its weight, or are NaN
             continue
+        joint = _joint(step, steps)
         for group in groups:
             found += _merges(step, joint, group.neurons, similar_above)
     found.sort(key=lambda merge: merge.share)
@@ -171,7 +172,7 @@ def _joint(step: Step, steps: Steps) -> _Joint:
     """A layer and the next one in float64."""
     weight = _rows(step, steps).double()
     bias = steps.bias(step.layer, len(weight)).cpu()
-    parameters = weight.shape[1] + (f"{step.layer}.bias" in steps.names)
+    parameters = weight.shape[1] + (f"{step.layer}.bias" in steps.shapes)
     if step.norm is not None:
         norm = steps.norm(step.norm)
         scale = norm.scale.cpu()
@@ -185,9 +186,7 @@ def _joint(step: Step, steps: Steps) -> _Joint:
     return _Joint(weight, bias, blocks.abs().sum(2), parameters, step.activation, odd)
 
 
-def _merges(
-    step: Step, joint: _Joint, group: Sequence[int], similar_above: float
-) -> list[Merge]:
+def _merges(step: Step, joint: _Joint, group: Sequence[int], similar_above: float) -> list[Merge]:
     """What could be merged among a group of near-duplicates.
 
     The neuron to keep is the one that most others are near to, then with the smallest bound. What
