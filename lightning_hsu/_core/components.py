@@ -110,5 +110,5 @@ def largest_groups(label: Tensor, keep: int) -> Groups:
     rank_of_node = rank[label]
     listed = (rank_of_node < len(order)).nonzero().squeeze(1)
     listed = listed[rank_of_node[listed].argsort(stable=True)]
-    largest = listed.split(sizes[first[order]].tolist())
+    largest = torch.split(listed, sizes[first[order]].tolist())
     return Groups(len(first), nodes, list(largest) if len(order) else [])

@@ -185,7 +185,8 @@ def effective_ranks(values: Tensor) -> Tensor:
     """
     square = values.double().clamp_min(0.0).square()
     share = square / square.sum(-1, keepdim=True)
-    return torch.special.entr(share).sum(-1).exp()
+    entropy: Tensor = torch.special.entr(share).sum(-1)
+    return entropy.exp()
 
 
 def spectrum_of(x: Tensor, live: Tensor, done: Done) -> Spectrum:

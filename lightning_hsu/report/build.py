@@ -24,7 +24,8 @@ from lightning_hsu.measures.base import check_measure
 from lightning_hsu.measures.defaults import REPORT_MEASURE
 from lightning_hsu.report.checkpoints import Checkpoint, read_checkpoint
 from lightning_hsu.report.data import ReportData
-from lightning_hsu.report.following import Steps, steps_of_model, steps_of_names
+from lightning_hsu.report.following import Steps, steps_of_model
+from lightning_hsu.report.following_names import steps_of_names
 from lightning_hsu.report.looks import SAMPLE_ABOVE, Looks, Progress
 from lightning_hsu.report.merging import Merges, merges_of
 from lightning_hsu.report.page import report_page

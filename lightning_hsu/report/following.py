@@ -1,10 +1,9 @@
-"""Which layer takes what another gives, and what lies between: from a model, or from names."""
+"""Which layer of a model takes what another gives, and what lies between."""
 
 from __future__ import annotations
 
 import copy
 import operator
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
+
+from lightning_hsu.report.activations import BY_FUNCTION, NONE, Activation, activation_of
 
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -40,62 +41,6 @@ _POOLS_WITHOUT_MODULE = {
     F.adaptive_avg_pool1d: False,
     F.adaptive_avg_pool2d: False,
     F.adaptive_avg_pool3d: False,
-}
-_NUMBERED = re.compile(r"(fc|conv|linear|lin|dense|layer|hidden|l|)[_]?(\d+)")
-_FIRST_LINEAR = re.compile(r"(fc|linear|lin|dense|classifier|head|out)[_]?1?")
-
-
-@dataclass(frozen=True)
-class Activation:
-    """What is known of an activation.
-
-    Args:
-        name: Its name.
-        slope: The largest absolute value of its derivative.
-        homogeneous: Whether f(c x) = c f(x) for each c >= 0.
-        odd: Whether f(-x) = -f(x).
-    """
-
-    name: str
-    slope: float = 1.0
-    homogeneous: bool = False
-    odd: bool = False
-
-
-NONE = Activation("no activation", homogeneous=True, odd=True)
-RELU = Activation("ReLU", homogeneous=True)
-_GELU = Activation("GELU", 1.13)
-_TANH = Activation("tanh", odd=True)
-_SIGMOID = Activation("sigmoid", 0.25)
-_SILU = Activation("SiLU", 1.1)
-_RELU6 = Activation("ReLU6")
-_HARDSWISH = Activation("hardswish", 1.5)
-_BY_CLASS = {
-    nn.ReLU: RELU,
-    nn.GELU: _GELU,  # 1.1290, and 1.1289 if approximated by tanh
-    nn.Tanh: _TANH,
-    nn.Sigmoid: _SIGMOID,
-    nn.SiLU: _SILU,  # 1.0998
-    nn.Mish: Activation("Mish", 1.09),  # 1.0885
-    nn.ReLU6: _RELU6,
-    nn.Hardswish: _HARDSWISH,
-    nn.Softsign: Activation("softsign", odd=True),
-    nn.SELU: Activation("SELU", 1.7581),
-}
-_BY_FUNCTION: dict[Any, Activation] = {
-    F.relu: RELU,
-    torch.relu: RELU,
-    "relu": RELU,
-    F.gelu: _GELU,
-    F.tanh: _TANH,
-    torch.tanh: _TANH,
-    "tanh": _TANH,
-    F.sigmoid: _SIGMOID,
-    torch.sigmoid: _SIGMOID,
-    "sigmoid": _SIGMOID,
-    F.silu: _SILU,
-    F.relu6: _RELU6,
-    F.hardswish: _HARDSWISH,
 }
 
 
@@ -178,13 +123,18 @@ class Steps:
         return Norm(mean, scale, bias, affine)
 
 
+def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    """The shapes of tensors by name."""
+    return {name: x.shape for name, x in tensors.items()}
+
+
 class _Between:
     """What lies between a layer and the next, collected step by step."""
 
     def __init__(self, layer: str, module: nn.Module) -> None:
         self.layer = layer
         self.is_conv = not isinstance(module, nn.Linear)
-        self.outputs = int(module.weight.shape[0])
+        self.outputs = _shape(module)[0]
         self.norm: str | None = None
         self.activation = NONE
         self.keeps_sign = True
@@ -202,7 +152,9 @@ class _Between:
         if kind in _NORMS:
             return self._normalise(name, module)
         if kind is nn.Flatten:
-            return module.start_dim == 1 and module.end_dim == -1 and self.flatten()
+            if module.start_dim != 1 or module.end_dim != -1:
+                return False
+            return self.flatten()
         if kind in _MAX_POOLS:
             return not getattr(module, "return_indices", False) and self.pool(is_max=True)
         if kind in _MEAN_POOLS:
@@ -249,7 +201,7 @@ class _Between:
 
     def ends_at(self, name: str, module: nn.Module) -> Step | None:
         """The step to the next layer; None if it does not fit."""
-        inputs = int(module.weight.shape[1])
+        inputs = _shape(module)[1]
         if isinstance(module, nn.Linear):
             fits = self.flat and inputs == self.outputs
             if self.is_conv:
@@ -261,22 +213,11 @@ class _Between:
         return Step(self.layer, name, self.activation, norm=self.norm, keeps_sign=self.keeps_sign)
 
 
-def activation_of(module: nn.Module) -> Activation | None:
-    """What is known of a module as an activation; None if nothing is."""
-    found = _BY_CLASS.get(type(module))
-    if found is not None:
-        return found
-    if type(module) is nn.LeakyReLU:
-        slope = abs(module.negative_slope)
-        return Activation("leaky ReLU", max(1.0, slope), homogeneous=True)
-    if type(module) is nn.PReLU and module.weight.numel() == 1:
-        slope = abs(float(module.weight.detach()))
-        return Activation("PReLU", max(1.0, slope), homogeneous=True)
-    if type(module) is nn.ELU:
-        return Activation("ELU", max(1.0, abs(module.alpha)))
-    if type(module) is nn.Softplus:
-        return Activation("softplus")
-    return None
+def _shape(module: nn.Module) -> torch.Size:
+    """The shape of a layer's weight."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight.shape
 
 
 def _has_hooks(module: nn.Module) -> bool:
@@ -310,13 +251,13 @@ def steps_of_model(model: nn.Module) -> Steps:
     except Exception:  # the model's own code may raise anything on a stand-in for its input
         steps = _in_sequentials(model)
         how = "the model cannot be traced: layers follow each other within nn.Sequential"
-    tensors = dict(model.named_parameters())
+    tensors: dict[str, Tensor] = dict(model.named_parameters())
     tensors.update(model.named_buffers())
     eps = {}
     for name, module in model.named_modules():
         if type(module) in _NORMS:
             eps[name] = float(module.eps)
-    return Steps(steps, how, tensors.__getitem__, _shapes(tensors), eps)
+    return Steps(steps, how, tensors.__getitem__, shapes_of(tensors), eps)
 
 
 def _traced(model: nn.Module, graph: fx.Graph) -> list[Step]:
@@ -365,6 +306,8 @@ def _way_from(
                 if calls[module] == 1 and _is_layer(module, shared):
                     return between.ends_at(str(node.target), module)
                 return None
+            if type(module) in _NORMS and calls[module] > 1:
+                return None
             if not between.take(str(node.target), module):
                 return None
         elif not _through(node, between):
@@ -383,12 +326,14 @@ def _asks_batch(user: fx.Node, node: fx.Node) -> bool:
 def _through(node: fx.Node, between: _Between) -> bool:
     """Go through a function or a method; return False if it ends the way."""
     others = node.args[1:]
-    found = _BY_FUNCTION.get(node.target)
+    found = BY_FUNCTION.get(node.target)
     if found is not None:
         return not others and between.activate(found)
     if node.target is F.leaky_relu:
         slope = others[0] if others else node.kwargs.get("negative_slope", 0.01)
-        largest = max(1.0, abs(float(slope)))
+        if not isinstance(slope, float):
+            return False
+        largest = max(1.0, abs(slope))
         return between.activate(Activation("leaky ReLU", largest, homogeneous=True))
     if node.target is F.dropout:
         return True
@@ -396,7 +341,9 @@ def _through(node: fx.Node, between: _Between) -> bool:
         return between.pool(_POOLS_WITHOUT_MODULE[node.target])
     if node.target in (torch.flatten, "flatten"):
         start = others[0] if others else node.kwargs.get("start_dim")
-        return start == 1 and len(others) < 2 and "end_dim" not in node.kwargs and between.flatten()
+        if start != 1 or len(others) > 1 or "end_dim" in node.kwargs:
+            return False
+        return between.flatten()
     if node.target in ("view", "reshape"):
         return _keeps_batch(others) and between.flatten()
     return False
@@ -432,90 +379,3 @@ def _in_sequentials(model: nn.Module) -> list[Step]:
             elif between is not None and not between.take(name, module):
                 between = None
     return steps
-
-
-def steps_of_names(tensors: Mapping[str, Tensor], tensor: Callable[[str], Tensor]) -> Steps:
-    """The pairs of layers of a state dict that names and shapes tell.
-
-    They have one parent and numbers that follow each other ("net.0" and "net.2", "fc1" and "fc2",
-    "conv1" and "conv2"), or are the last convolution and the first Linear there or of the next
-    ``nn.Sequential``. The shapes must fit, and between them in the file there is nothing, or the
-    batch norm of the first.
-
-    Args:
-        tensors: By name; only their shapes are read.
-        tensor: Returns the numbers of one by its name.
-    """
-    layers = []
-    for name, x in tensors.items():
-        if name.endswith(".weight") and x.ndim > 1:
-            layers.append(name.removesuffix(".weight"))
-    order = {name: place for place, name in enumerate(tensors)}
-    steps = []
-    for layer, following in zip(layers, layers[1:], strict=False):
-        first = tensors[f"{layer}.weight"].shape
-        second = tensors[f"{following}.weight"].shape
-        if not (_names_follow(layer, following, first, second) and _fit(first, second)):
-            continue
-        between = list(tensors)[order[f"{layer}.weight"] + 1 : order[f"{following}.weight"]]
-        owners = {name.rpartition(".")[0] for name in between} - {layer, following}
-        norm = None
-        if owners:
-            norm = owners.pop()
-            if owners or not _is_norm(norm, tensors, first[0]):
-                continue
-        elif _has_other_norms(layer, tensors):
-            continue
-        condition = "if ReLU or nothing lies between"
-        if len(first) > 2:
-            condition = "if ReLU, pooling or nothing lies between"
-        steps.append(Step(layer, following, RELU, condition, norm, keeps_sign=False))
-    how = "names and shapes tell which layer follows; the file does not say how they are connected"
-    return Steps(steps, how, tensor, _shapes(tensors), {})
-
-
-def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
-    return {name: x.shape for name, x in tensors.items()}
-
-
-def _fit(first: torch.Size, second: torch.Size) -> bool:
-    """Whether the outputs of one weight are the inputs of another."""
-    if len(first) == 2 or len(second) > 2:
-        return len(first) == len(second) and second[1] == first[0]
-    return second[1] % first[0] == 0
-
-
-def _names_follow(layer: str, following: str, first: torch.Size, second: torch.Size) -> bool:
-    """Whether names say that one layer takes what the other gives."""
-    parent, _, own = layer.rpartition(".")
-    other_parent, _, other = following.rpartition(".")
-    one = _NUMBERED.fullmatch(own)
-    two = _NUMBERED.fullmatch(other)
-    becomes_linear = len(first) > 2 and len(second) == 2
-    if parent != other_parent:
-        siblings = parent.rpartition(".")[0] == other_parent.rpartition(".")[0]
-        are_sequential = own.isdecimal() and other.isdecimal() and parent and other_parent
-        return becomes_linear and siblings and bool(are_sequential)
-    if one and two and one[1] == two[1]:
-        step = int(two[2]) - int(one[2])
-        return step == 1 or (own.isdecimal() and step > 0)
-    return becomes_linear and bool(one) and bool(_FIRST_LINEAR.fullmatch(other))
-
-
-def _is_norm(name: str, tensors: Mapping[str, Tensor], n: int) -> bool:
-    """Whether these are the tensors of a batch norm of n neurons."""
-    mean = tensors.get(f"{name}.running_mean")
-    return mean is not None and f"{name}.running_var" in tensors and mean.shape == (n,)
-
-
-def _has_other_norms(layer: str, tensors: Mapping[str, Tensor]) -> bool:
-    """Whether there may be a norm after a layer that its place in the file does not tell of."""
-    parent, _, own = layer.rpartition(".")
-    if own.isdecimal():
-        return False  # its place is its number
-    for name, x in tensors.items():
-        owner, _, key = name.rpartition(".")
-        if owner.rpartition(".")[0] == parent and key in ("weight", "running_mean"):
-            if x.ndim < 2:
-                return True
-    return False

@@ -21,11 +21,13 @@ from torch import Tensor
 
 from lightning_hsu._monitor.text import counted, number
 from lightning_hsu._neurons.candidates import NeuronSet
+from lightning_hsu.report.activations import Activation
 from lightning_hsu.report.data import LayerReport
-from lightning_hsu.report.following import Activation, Step, Steps
+from lightning_hsu.report.following import Step, Steps
 
 _CANDIDATES = 64  # neurons of a group that may be the one that is kept
 _SAME_LENGTH = 0.1  # lengths may differ by so much where the activation is not homogeneous
+_PER_GROUP = 20  # merges of a group, which may be a long chain
 _LISTED = 12  # neurons of a merge that are printed
 
 
@@ -73,7 +75,7 @@ class Merges:
 
     Args:
         found: The merges with the smallest share first, at most so many as were asked for.
-        count: How many there are in all.
+        count: How many there are in all, with at most 20 of a group.
         pairs: Layers that were looked at, each with the next one.
         how: How it is known which layer follows which.
     """
@@ -193,8 +195,8 @@ def _merges(step: Step, joint: _Joint, group: Sequence[int], similar_above: floa
     is not near to it, in a chain of near-duplicates, is looked at again without those.
     """
     left = torch.tensor(group)
-    found = []
-    while len(left) > 1:
+    found: list[Merge] = []
+    while len(left) > 1 and len(found) < _PER_GROUP:
         best: _Choice | None = None
         for kept in left[:_CANDIDATES].tolist():
             choice = _choice(joint, kept, left, similar_above)
