@@ -445,6 +445,34 @@ def test_the_command_line(tmp_path, capsys):
     assert "--merge stand after the file" in capsys.readouterr().err
 
 
+def test_broken_and_dead_neurons_are_left_out():
+    model, layer, _ = networks()["relu"]
+    plant(model.get_submodule(layer), 0.02)
+    with torch.no_grad():
+        model[0].weight[5] = float("nan")
+        model[0].weight[6] = 0.0
+    for source in (model, model.state_dict()):
+        (merge,) = merges(source).found
+        assert {merge.kept, *merge.dropped} == {3, 7, 9}
+        assert 0.0 < merge.share < 1.0
+    with torch.no_grad():
+        model[2].weight[0, 0] = float("inf")
+    found = merges(model)
+    assert (found.pairs, found.found) == ((("0", "2"),), ())
+    model = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 4))
+    nn.init.zeros_(model[0].weight)
+    assert merges(model).found == ()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_other_precisions(dtype):
+    model, layer, _ = networks()["relu"]
+    plant(model.get_submodule(layer))
+    (merge,) = merges(model.to(dtype)).found
+    assert merge.slope == 0.0  # factors that are powers of two
+    assert {merge.kept, *merge.dropped} == {3, 7, 9}
+
+
 def test_at_most_so_many_are_listed():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 8))

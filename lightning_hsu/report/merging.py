@@ -25,7 +25,7 @@ from lightning_hsu.report.activations import Activation
 from lightning_hsu.report.data import LayerReport
 from lightning_hsu.report.following import Step, Steps
 
-_CANDIDATES = 64  # neurons of a group that may be the one that is kept
+_CANDIDATES = 16  # neurons of a group that may be the one that is kept, evenly spaced
 _SAME_LENGTH = 0.1  # lengths may differ by so much where the activation is not homogeneous
 _PER_GROUP = 20  # merges of a group, which may be a long chain
 _LISTED = 12  # neurons of a merge that are printed
@@ -150,10 +150,12 @@ def merges_of(
         if not groups:
             continue
         rows = targets[place].neurons()[0].detach().cpu()
-        if not torch.equal(rows.double(), _rows(step, steps).double()):
-            pairs.pop()  # its neurons are not the rows of its weight, or are NaN
+        if not torch.equal(rows.double().nan_to_num(), _rows(step, steps).double().nan_to_num()):
+            pairs.pop()  # its neurons are not the rows of its weight
             continue
         joint = _joint(step, steps)
+        if not bool(torch.isfinite(joint.outgoing).all()):
+            continue
         for group in groups:
             found += _merges(step, joint, group.neurons, similar_above)
     found.sort(key=lambda merge: merge.share)
@@ -198,7 +200,8 @@ def _merges(step: Step, joint: _Joint, group: Sequence[int], similar_above: floa
     found: list[Merge] = []
     while len(left) > 1 and len(found) < _PER_GROUP:
         best: _Choice | None = None
-        for kept in left[:_CANDIDATES].tolist():
+        step_size = -(-len(left) // _CANDIDATES)
+        for kept in left[::step_size].tolist():
             choice = _choice(joint, kept, left, similar_above)
             if best is None or choice.order() < best.order():
                 best = choice
@@ -262,7 +265,8 @@ def _merge(step: Step, joint: _Joint, choice: _Choice) -> Merge:
     """A merge with its bound."""
     length = torch.linalg.vector_norm(joint.weight, dim=1)
     outgoing = joint.activation.slope * joint.outgoing
-    of_outputs = float((outgoing @ (length + joint.bias.abs())).max())
+    reach = (length + joint.bias.abs()).nan_to_num(0.0, posinf=0.0)
+    of_outputs = float((outgoing @ reach).max())
     change = float((choice.slopes + choice.offsets).max())
     return Merge(
         layer=step.layer,
