@@ -138,7 +138,7 @@ class Table:
         return Table(
             columns=tuple(compress(self.columns, shown)),
             rows=[tuple(compress(row, shown)) for row in self.rows],
-            below=[*self.below, note],
+            below=[*_without_legends(self.below, left_out), note],
         )
 
     def with_names(self, width: int) -> Table:
@@ -181,6 +181,25 @@ def abbreviated(name: str, width: int) -> str:
 
 
 _STAR = " *"  # of a layer that is measured in full space, unlike others
+
+
+def _without_legends(lines: Sequence[str], columns: Sequence[str]) -> list[str]:
+    """Lines under a table without those that tell what some of its columns are.
+
+    Example:
+        >>> _without_legends(["rank: effective", "    rank", "angle: the smallest"], ["rank"])
+        ['angle: the smallest']
+    """
+    starts = tuple(f"{column}: " for column in columns)
+    kept = []
+    is_legend = False
+    for line in lines:
+        is_continued = line.startswith("    ")
+        if not is_continued:
+            is_legend = line.startswith(starts)
+        if not is_legend:
+            kept.append(line)
+    return kept
 
 
 def report_table(found: ReportData, top: int | None = None) -> Table:
