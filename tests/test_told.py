@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lightning_hsu._neurons.state_dict import neurons_of_state_dict
-from lightning_hsu.report import report
+from lightning_hsu.report import compare, report
 
 
 def square(*shape):
@@ -65,3 +65,29 @@ def test_the_dictionary_of_an_autoencoder_is_no_head():
     others = {layer.name: layer.ratio for layer in report(by_rows).layers}
     assert ratios["decoder"] == pytest.approx(others["W_dec"], rel=1e-5)
     assert ratios["encoder"] == pytest.approx(others["W_enc"], rel=1e-5)
+
+
+def test_notes_on_two_matched_dictionaries_keep_their_numbers_apart():
+    first = {"W_enc": square(16, 64), "W_dec": square(64, 16)}
+    other = torch.randn(64, 16, generator=torch.Generator().manual_seed(1))
+    text = str(compare(first, {**first, "W_dec": other}))
+    assert "note: W_enc: " in text
+    assert "note: W_dec: " in text
+
+
+def test_a_printed_report_has_the_merges_that_were_asked_for():
+    weight = square(8, 4)
+    weight[5] = 2 * weight[1]
+    net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
+    with torch.no_grad():
+        net[0].weight.copy_(weight)
+        net[0].bias.zero_()
+    found = report(net, merge=3)
+    assert found.merges is not None
+    assert str(found.merges) in str(found)
+
+
+def test_a_file_of_one_set_of_weights_needs_no_key(tmp_path):
+    torch.save({"fc.weight": square()}, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match="it needs no key"):
+        report(tmp_path / "a.pt", key="nope")

@@ -14,7 +14,7 @@ from lightning_hsu.reference import is_surely_random, random_range
 AS_RANDOM = "as random"
 """What a finding begins with where a layer is no more uniform or crowded than random neurons."""
 
-RULE = "as random: within 1 % of random, or where 998 of 1,000 random layers are"
+RULE = "as random: within 1 % of random, or where 998 of 1,000 such random layers are"
 """A line under each table with such findings."""
 
 SCORE = "score: 0 as random, 1 the best that there can be; - where it is below 0"

@@ -185,12 +185,13 @@ def neurons_of_state_dict(
     if known is not None:
         _add_heads(known, reader, found)
     elif not _are_rows_shown(stored.layers):
-        count = sum(map(_is_undecided, found.sets))
-        if count > 0:
+        undecided = [one.name for one in found.sets if _is_undecided(one)]
+        if undecided:
+            count = len(undecided)
             matrices = "a square matrix" if count == 1 else f"{count:,} square matrices"
             found.notes.append(
                 f"{matrices} read by rows, as torch's Linear is, for nothing beside tells; by "
-                "columns: neurons={'NAME': 'columns'}"
+                f"columns: neurons={{'{undecided[0]}': 'columns'}}"
             )
     return found
 

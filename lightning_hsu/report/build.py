@@ -58,8 +58,10 @@ class Report(ReportData):
         return found
 
     def __str__(self) -> str:
-        """The table, in plain text."""
-        return self.table()
+        """The table, in plain text, and the merges if they were asked for."""
+        if self.merges is None:
+            return self.table()
+        return f"{self.table()}\n{self.merges}"
 
     def __repr__(self) -> str:
         """What was read and how many layers are above random, in one line."""

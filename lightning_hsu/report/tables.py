@@ -440,8 +440,8 @@ def comparison_table(found: ComparisonData) -> Table:
     if found.drift is not None:
         below += wrapped(Line(drift_line(found.drift)))
     below += wrapped(Line(_MOVED))
-    for line in lines_about_notes(found.notes):
-        below += wrapped(line)
+    for name, note in found.notes:  # with the numbers of each layer, so that none are folded
+        below += wrapped(Line(f"note: {name}: {note}"))
     if any(one.after.as_random for one in found.layers):
         below.append(RULE)
     if mixed:

@@ -183,6 +183,8 @@ def _contents(content: Any, held: Mapping[str, Any]) -> str:
         return "it holds one object, such as a whole model: save its state_dict() instead"
     if not isinstance(content, Mapping):
         return f"it holds {type(content).__name__}"
+    if list(held) == [""]:
+        return "it is one set of weights: it needs no key"
     if held:
         return f"it holds {listed(held)}; choose one with --key or key="
     for name in content:
