@@ -8,6 +8,7 @@ compared: what is found is similar, but some pairs may be missed.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -134,7 +135,7 @@ def distinct(numbers: Tensor) -> tuple[Tensor, Tensor]:
     return ordered[is_new], place[is_new]
 
 
-class _Search:
+class _Search(ABC):
     """A way to find similar pairs.
 
     Args:
@@ -155,9 +156,9 @@ class _Search:
         self.all_counted = True
         self.best: Tensor | None = None  # the nearest pair (2,), where no pair is similar
 
+    @abstractmethod
     def run(self, done: Done | None) -> None:
         """Look at the pairs."""
-        raise NotImplementedError
 
     def pairs(self) -> Tensor:
         """The listed pairs (k, 2), in any order."""

@@ -41,7 +41,7 @@ _PROJECTIONS = ("proj", "text_projection", "image_projection", "visual_projectio
 """Bare parameters (in, out) by which CLIP and its descendants multiply from the right."""
 _POSITION_BIASES = ("relative", "bias_table", "attention_bias")
 _IN_QUANTIZERS = ("embed", "embedding", "embeddings")
-_QUANTIZERS = ("codebook", "quantiz", "quantis")
+QUANTIZERS = ("codebook", "quantiz", "quantis")
 
 
 def rule_by_name(module: nn.Module, attribute: str, weight: Tensor) -> WeightRule | None:
@@ -115,7 +115,7 @@ def may_be_a_buffer(module: nn.Module, attribute: str) -> bool:
 def is_codebook(module: nn.Module, attribute: str) -> bool:
     """Whether a tensor of a module, or an embedding in it, is a quantiser's table of codes."""
     kind = type(module).__name__.lower()
-    return attribute in _IN_QUANTIZERS and any(part in kind for part in _QUANTIZERS)
+    return attribute in _IN_QUANTIZERS and any(part in kind for part in QUANTIZERS)
 
 
 def means_codebook(path: str) -> bool:

@@ -37,7 +37,6 @@ _STATISTICS = (
 """Buffers that hold no neurons."""
 
 _CODES = ("embed", "embedding", "embeddings", "codebook", "_codebook", "codebooks", "weight")
-_QUANTIZERS = ("codebook", "quantiz", "quantis")
 _COUNTS = ("cluster_size", "ema_cluster_size", "_ema_cluster_size", "N")
 _AVERAGES = ("embed_avg", "embed_sum", "ema_w", "_ema_w", "ema_embed", "ema_dw")
 _FEATURES = (
@@ -124,7 +123,7 @@ class StoredNames:
         if leaf == "weight":
             above, _, last = path.rpartition(".")
             is_table = last in ("embedding", "embeddings", "embed", "codebook", "_codebook")
-            is_inside = any(part in above.lower() for part in (*_QUANTIZERS, "vq"))
+            is_inside = any(part in above.lower() for part in (*names.QUANTIZERS, "vq"))
             beside = self._shapes.leaves(above)
             is_counted = any(name in beside for name in (*_COUNTS, *_AVERAGES))
             is_table = is_table and len(shape) == 2 and self._shapes.vector(path) is None
@@ -132,7 +131,7 @@ class StoredNames:
                 return Hint(kind="codebook")
             return None
         beside = self._shapes.leaves(path)
-        is_inside = any(part in lower for part in _QUANTIZERS)
+        is_inside = any(part in lower for part in names.QUANTIZERS)
         is_counted = any(name in beside for name in (*_COUNTS, *_AVERAGES))
         if not (is_inside or is_counted or "codebook" in leaf):
             return None
