@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -60,46 +61,71 @@ def _even(term: PairTerm, u: Tensor) -> Tensor:
     return _value(term, root) + _value(term, -root)
 
 
-@lru_cache(maxsize=4096)
+@dataclass(frozen=True, eq=False)
+class _Sampled:
+    """A kernel at numbers ``t`` from the least possible one to 1, and what they tell of its shape.
+
+    Args:
+        t: The numbers, ascending, float64, shape (k,).
+        value: The kernel there.
+        convex: Whether the samples are convex.
+        corners: The numbers at the corners of the convex envelope of the samples, each lowered by
+            as much as the kernel may fall between two of them, judging by its slopes there.
+        envelope: The envelope at its corners.
+        least: The least value of the envelope from each corner on.
+    """
+
+    t: Tensor
+    value: Tensor
+    convex: bool
+    corners: Tensor
+    envelope: Tensor
+    least: Tensor
+
+
+@lru_cache(maxsize=256)
+def _sampled(term: PairTerm, low: float) -> _Sampled:
+    """A kernel on [low, 1], as a function of the cosine, in half space of its square.
+
+    Even steps in the angle resolve the steep end.
+    """
+    turns = torch.linspace(0.0, math.pi / 2, _GRID, dtype=torch.float64)
+    t = low + (1.0 - low) * torch.sin(turns).square()
+    value = _even(term, t) if term.half_space else _value(term, t)
+    step = t.diff()
+    slope = value.diff() / step
+    bend = slope.diff()
+    convex = bool((bend >= -1e-9 * slope.abs().max()).all())
+    lowered = value.clone()
+    lowered[1:-1] -= bend.clamp_min(0.0) * torch.maximum(step[1:], step[:-1])
+    corners = _lower_hull(t, lowered)
+    envelope = lowered[corners]
+    least = envelope.flip(0).cummin(0).values.flip(0)
+    return _Sampled(t, value, convex, t[corners], envelope, least)
+
+
 def _envelope(term: PairTerm, low: float, least: float) -> float:
     """Least value, at means >= ``least``, of the convex envelope of a kernel on [low, 1].
 
     The kernel is a function of the cosine, in half space of its square. Over numbers with such a
-    mean, the mean of the function is never lower. It is exact for convex
-    functions that rise from ``least`` on. Other functions are sampled, and the samples lowered by
-    as much as the function may fall between two of them, judging by its slopes there.
+    mean, the mean of the function is never lower. It is exact for convex functions that rise from
+    ``least`` on. Other functions are sampled.
     """
-    samples = _samples(low)
+    samples = _sampled(term, low)
     own = torch.tensor([least], dtype=torch.float64)
-    place = int(torch.searchsorted(samples, own))
-    grid = torch.cat([samples[:place], own, samples[place:]])
-    if float(samples[place]) == least:
-        grid = samples
-    value = _even(term, grid) if term.half_space else _value(term, grid)
-    step = grid.diff()
-    slope = value.diff() / step
-    bend = slope.diff()
-    convex = bool((bend >= -1e-9 * slope.abs().max()).all())
-    if convex and (place == len(slope) or float(slope[place]) >= 0.0):
-        return float(value[place])
-    lowered = value.clone()
-    lowered[1:-1] -= bend.clamp_min(0.0) * torch.maximum(step[1:], step[:-1])
-    corners = _lower_hull(grid, lowered)
-    t = grid[corners]
-    f = lowered[corners]
-    best = float(f[t >= least].min())
+    if samples.convex:
+        after = int(torch.searchsorted(samples.t, own, right=True))  # the first beyond ``least``
+        value = float(_even(term, own) if term.half_space else _value(term, own))
+        if after == len(samples.t) or float(samples.value[after]) >= value:
+            return value
+    t = samples.corners
+    f = samples.envelope
     right = int(torch.searchsorted(t, own))  # the first corner that is not before ``least``
+    best = float(samples.least[right])
     if float(t[right]) > least:
         part = (least - t[right - 1]) / (t[right] - t[right - 1])
         best = min(best, float(f[right - 1] + (f[right] - f[right - 1]) * part))
     return best
-
-
-@lru_cache(maxsize=1024)
-def _samples(low: float) -> Tensor:
-    """Numbers from ``low`` to 1; even steps in the angle resolve the steep end."""
-    turns = torch.linspace(0.0, math.pi / 2, _GRID, dtype=torch.float64)
-    return low + (1.0 - low) * torch.sin(turns).square()
 
 
 def _lower_hull(grid: Tensor, values: Tensor) -> Tensor:

@@ -76,6 +76,14 @@ class PairTerm:
         mirrored, mirrored_slope = self.softened(p, q)
         return value + mirrored, slope, mirrored_slope
 
+    def values(self, q: Tensor, p: Tensor, nearest: float) -> Tensor:
+        """The energies alone of :meth:`split`, at squared chords that are at least ``nearest``."""
+        if self.formula != _INVERSE_SQUARE or nearest < self.knee**2:
+            return self.split(q, p)[0]
+        if not self.half_space:
+            return q.reciprocal()
+        return torch.mul(q, p).reciprocal_().mul_(4.0)  # 1 / q + 1 / p, since p is 4 - q
+
     def softened_slope(self, q: Tensor, p: Tensor) -> Tensor:
         """The slope alone of :meth:`softened`."""
         square = self.knee**2

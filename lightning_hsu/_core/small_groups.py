@@ -34,6 +34,7 @@ class SmallGroups:
         first: Index of the first neuron of each pair, shape (k,), k = n (n - 1) / 2.
         second: Index of the second neuron, which is larger.
         valid: Which pairs count, bool, shape (b, k).
+        cosine: Cosines of the pairs, float64, shape (b, k).
         q: Squared chords of the pairs, float64, shape (b, k).
         p: Squared chords to the second neuron's mirror image, of the same shape.
 
@@ -58,11 +59,18 @@ class SmallGroups:
         n = w.shape[1]
         self.first, self.second = torch.triu_indices(n, n, 1, device=w.device)
         self.valid = self.alive[:, self.first] & self.alive[:, self.second]
-        cosine = self.cosines[:, self.first, self.second]
-        self.q = 2.0 - 2.0 * cosine
-        self.p = 2.0 + 2.0 * cosine
-        self._redo(self.q, 1.0)
-        self._redo(self.p, -1.0)
+        self.cosine = self.cosines.flatten(1).index_select(1, self.first * n + self.second)
+        self.q = torch.rsub(self.cosine, 2.0, alpha=2.0)
+        self.p = 4.0 - self.q
+        if self.nearest() < _CLOSE:
+            self._redo(self.q, 1.0)
+            self._redo(self.p, -1.0)
+
+    def nearest(self) -> float:
+        """The smallest squared chord to a neuron or a mirror image; 4 where there are no pairs."""
+        if not self.q.numel():
+            return 4.0
+        return min(float(self.q.amin()), float(self.p.amin()))
 
     def _redo(self, square: Tensor, side: float) -> None:
         """Replace small squared chords (b, k), by differences.
@@ -80,14 +88,14 @@ class SmallGroups:
 
     def energies(self, term: PairTerm) -> Tensor:
         """Mean energies over the pairs of each group, float64, shape (b,); 0 below two neurons."""
-        value = term.split(self.q, self.p)[0]
-        total = torch.where(self.valid, value, 0.0).sum(-1)
+        value = term.values(self.q, self.p, self.nearest())
+        total = value.masked_fill_(~self.valid, 0.0).sum(-1)
         scales = []
         constants = []
-        for live in self.live.tolist():
+        for live in range(self.alive.shape[1] + 1):
             scales.append(term.scale(live))
             constants.append(term.constant(live))
-        return (total + total.new_tensor(constants)) * total.new_tensor(scales)
+        return (total + total.new_tensor(constants)[self.live]) * total.new_tensor(scales)[self.live]
 
     def smallest_angles(self, half_space: bool) -> Tensor:
         """The smallest angle of each group in radians, (b,); NaN with fewer than two neurons."""
@@ -119,10 +127,9 @@ class SmallGroups:
 
     def similar(self, above: float, half_space: bool) -> Tensor:
         """Which pairs have a cosine from ``above`` on, in half space of either sign, (b, k)."""
-        cosine = self.cosines[:, self.first, self.second]
-        found = cosine >= above
+        found = self.cosine >= above
         if half_space:
-            found |= cosine <= -above
+            found |= self.cosine <= -above
         return found & self.valid
 
 
