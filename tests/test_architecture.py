@@ -1,6 +1,7 @@
 """The structure of the package: no import circle, arrows point down only, third parties each in their own room."""
 
 import ast
+import subprocess
 import sys
 from pathlib import Path
 
@@ -135,3 +136,28 @@ def test_triton_is_imported_in_its_own_folder_only():
 
 def test_public_names_are_all_that_dir_shows():
     assert set(dir(lightning_hsu)) == {*lightning_hsu.__all__, "__version__"}
+
+
+def test_public_names_are_imported_when_they_are_asked_for():
+    code = """
+import sys
+import lightning_hsu
+import lightning_hsu.report.cli
+slow = {"lightning", "torchmetrics", "torch._dynamo", "scipy", "matplotlib", "rich"}
+assert not slow & set(sys.modules), slow & set(sys.modules)
+for name in lightning_hsu.__all__:
+    assert getattr(lightning_hsu, name) is not None
+assert lightning_hsu.callback.HypersphericalUniformity is lightning_hsu.HypersphericalUniformity
+assert not hasattr(lightning_hsu, "HypersphericalUniformty")
+assert not hasattr(lightning_hsu, "_nothing")
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+
+
+def test_types_and_imports_name_the_same_public_names():
+    own = set()
+    for node in ast.walk(ast.parse(Path(lightning_hsu.__file__).read_text())):
+        if isinstance(node, ast.ImportFrom) and str(node.module).startswith("lightning_hsu"):
+            own.update(alias.name for alias in node.names)
+    assert own == set(lightning_hsu.__all__)
