@@ -95,7 +95,8 @@ class SmallGroups:
         for live in range(self.alive.shape[1] + 1):
             scales.append(term.scale(live))
             constants.append(term.constant(live))
-        return (total + total.new_tensor(constants)[self.live]) * total.new_tensor(scales)[self.live]
+        total += total.new_tensor(constants)[self.live]
+        return total * total.new_tensor(scales)[self.live]
 
     def smallest_angles(self, half_space: bool) -> Tensor:
         """The smallest angle of each group in radians, (b,); NaN with fewer than two neurons."""
