@@ -39,6 +39,7 @@ def finding(
     dead: int | None = None,
     grouped: int = 0,
     groups: int = 0,
+    all_counted: bool = True,
     one_of_many: bool = False,
 ) -> str:
     """Compare a layer with random neurons, in words: facts, not advice.
@@ -49,6 +50,7 @@ def finding(
         dead: Neurons that do nothing; None takes those that are all zero.
         grouped: Neurons in groups of near-duplicates, where they were counted.
         groups: How many such groups there are.
+        all_counted: Whether no pair was missed, which might join groups.
         one_of_many: As for :func:`verdict`.
 
     Returns:
@@ -59,7 +61,7 @@ def finding(
     if not (layer.nonfinite and math.isnan(layer.ratio)):  # what is broken says why
         words.append(_beside_random(layer, measure, one_of_many))
     if groups:
-        words.append(in_groups(grouped, groups))
+        words.append(in_groups(grouped, groups, all_counted=all_counted))
     if dead is None:
         dead = layer.dead
     if dead:
@@ -151,13 +153,15 @@ def counted(count: int, noun: str) -> str:
     return f"{count:,} {noun}{plural}"
 
 
-def in_groups(neurons: int, groups: int) -> str:
-    """How many near-duplicate neurons there are, in how many groups.
+def in_groups(neurons: int, groups: int, *, all_counted: bool = True) -> str:
+    """How many near-duplicate neurons there are, in how many groups if all pairs are counted.
 
     Example:
         >>> in_groups(12, 4), in_groups(2, 1)
         ('12 neurons in 4 near-duplicate groups', '2 neurons in 1 near-duplicate group')
     """
+    if not all_counted:  # pairs that were missed may join groups
+        return f"at least {counted(neurons, 'neuron')} in near-duplicate groups"
     return f"{counted(neurons, 'neuron')} in {counted(groups, 'near-duplicate group')}"
 
 

@@ -20,7 +20,7 @@ from lightning_hsu._core.parts import Done, part_of
 from lightning_hsu._core.sampled_energy import sampled_energy
 from lightning_hsu._core.sphere import live_rows, seeded
 from lightning_hsu._monitor.measure import LayerUniformity, beside_random
-from lightning_hsu._monitor.text import finding, in_groups
+from lightning_hsu._monitor.text import finding
 from lightning_hsu.measures import Measure
 from lightning_hsu.reference import LARGEST_SIMULATED, simulated_neurons
 from lightning_hsu.report.analysis import (
@@ -110,13 +110,7 @@ def look_at_sample(
     shown, cosines = heat_map(x[group], chosen, parts.begin("heat map"))
     labels = [search.label for search in searches]
     groups = similar_groups(x, labels, measure.half_space, keep)
-    words = finding(
-        uniformity, measure, dead=len(dead), grouped=groups.neurons, groups=groups.count
-    )
     all_counted = all(search.all_counted for search in searches)
-    if not all_counted:  # pairs that were missed may join groups
-        told = in_groups(groups.neurons, groups.count)
-        words = words.replace(told, f"at least {groups.neurons:,} neurons in near-duplicate groups")
     return LayerReport(
         uniformity=uniformity,
         measure=measure,
@@ -130,7 +124,14 @@ def look_at_sample(
         live=float(live.sum(1).double().mean()),
         shown=shown,
         cosines=cosines,
-        finding=words,
+        finding=finding(
+            uniformity,
+            measure,
+            dead=len(dead),
+            grouped=groups.neurons,
+            groups=groups.count,
+            all_counted=all_counted,
+        ),
         sampled=sum(len(sample.rows) for sample in samples),
         all_counted=all_counted,
         groups=groups.listed,
