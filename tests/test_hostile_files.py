@@ -1,11 +1,14 @@
 """Files that ask for too much, lie about themselves or cannot be opened: a line, and soon."""
 
+import gzip
 import json
+import lzma
 import os
 import socket
 import struct
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -97,6 +100,27 @@ def test_links_in_a_circle_or_to_nothing(tmp_path):
         read_weights(tmp_path / "folder")
     with pytest.raises(FileNotFoundError, match="no such file"):
         read_weights("a\0b")
+
+
+def test_archives_are_told_for_what_they_are(tmp_path):
+    weights_file = tmp_path / "a.pt"
+    torch.save({"fc.weight": torch.randn(4, 8)}, weights_file)
+    with tarfile.open(tmp_path / "a.nemo", "w") as archive:
+        archive.add(weights_file, "model_weights.ckpt")
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.write(weights_file, "model/model_weights.ckpt")
+        archive.writestr("config.json", "{}")
+    (tmp_path / "a.pt.gz").write_bytes(gzip.compress(weights_file.read_bytes()))
+    (tmp_path / "a.pt.xz").write_bytes(lzma.compress(weights_file.read_bytes()))
+    for name, words in (
+        ("a.nemo", r"is an archive of files \('model_weights.ckpt'\): unpack it"),
+        ("a.zip", r"is an archive of files \('model/model_weights.ckpt', 'config.json'\)"),
+        ("a.pt.gz", "is compressed by gzip: unpack it"),
+        ("a.pt.xz", "is compressed by xz: unpack it"),
+    ):
+        with pytest.raises(ValueError, match=f"{name} {words}"):
+            read_weights(tmp_path / name)
+    assert list(read_weights(weights_file)) == ["fc.weight"]
 
 
 @pytest.mark.parametrize(

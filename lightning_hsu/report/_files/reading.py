@@ -8,7 +8,12 @@ from pathlib import Path
 
 from lightning_hsu.report._files.found import KEPT_IN_FILE, Found, check_tensor
 from lightning_hsu.report._files.naming import in_order, listed, short
-from lightning_hsu.report._files.regular import check_file, check_format, read_config
+from lightning_hsu.report._files.regular import (
+    check_file,
+    check_format,
+    check_is_no_archive,
+    read_config,
+)
 from lightning_hsu.report._files.safetensors_files import is_safetensors, read_safetensors
 from lightning_hsu.report._files.state_dicts import state_dict_of
 from lightning_hsu.report.unpickle import is_torchscript, is_zip, read_pickle, read_torchscript
@@ -42,6 +47,7 @@ def read_file(path: Path, key: str | None = None) -> Found:
     if path.suffix == ".safetensors" or is_safetensors(path):
         return read_safetensors_files([path], key)
     check_format(path)
+    check_is_no_archive(path)
     if is_torchscript(path):
         tensors = read_torchscript(path)
         for name, x in tensors.items():

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import stat
+import tarfile
 import zipfile
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-from lightning_hsu.report._files.naming import short
+from lightning_hsu.report._files.naming import listed, short
 
 _LARGEST_JSON = 128 * 2**20  # bytes
 _WAY_OUT = (
@@ -39,6 +40,14 @@ _BEGINNINGS = {  # by the file's first bytes
     b"\x89HDF\r\n\x1a\n": ".h5",
     b"GGUF": ".gguf",
 }
+_COMPRESSED = {  # by the file's first bytes
+    b"\x1f\x8b": "gzip",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ\x00": "xz",
+    b"\x28\xb5\x2f\xfd": "Zstandard",
+    b"7z\xbc\xaf\x27\x1c": "7-Zip",
+}
+_OF_TORCH = {"data.pkl", "constants.pkl", "pickle"}  # in its zip files, and in tar files of old
 _KINDS = {
     stat.S_IFIFO: "a pipe (FIFO)",
     stat.S_IFSOCK: "a socket",
@@ -111,6 +120,38 @@ def check_format(path: Path) -> None:
     if suffix not in _FORMATS or start.startswith(b"\x80") or _is_of_torch(path, start):
         return
     raise ValueError(f"{path} holds {_FORMATS[suffix]}, which is not read here: {_WAY_OUT}")
+
+
+def check_is_no_archive(path: Path) -> None:
+    """Refuse a compressed file, and an archive of files that is none of torch's own.
+
+    Raises:
+        ValueError: with what the file is and what is in it.
+    """
+    with path.open("rb") as file:
+        start = file.read(8)
+    for beginning, kind in _COMPRESSED.items():
+        if start.startswith(beginning):
+            raise ValueError(f"{path} is compressed by {kind}: unpack it and name what is in it")
+    try:
+        names = _names_in_archive(path)
+    except (OSError, ValueError, NotImplementedError, tarfile.TarError, zipfile.BadZipFile):
+        return
+    if not names or any(PurePosixPath(name).name in _OF_TORCH for name in names):
+        return
+    some = listed(names, most=3)
+    raise ValueError(f"{path} is an archive of files ({some}): unpack it and name one of them")
+
+
+def _names_in_archive(path: Path) -> list[str]:
+    """The names of the files in a zip or tar archive; none if a file is neither."""
+    if tarfile.is_tarfile(path):  # it may end with a zip file
+        with tarfile.open(path, "r:") as members:
+            return [member.name for member in members if member.isfile()]
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            return [name for name in archive.namelist() if not name.endswith("/")]
+    return []
 
 
 def _is_of_torch(path: Path, start: bytes) -> bool:
