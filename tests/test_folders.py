@@ -266,7 +266,8 @@ def test_dcp_as_torch_writes_it(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."]
+    "prefix",
+    ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "_forward_module.module."],
 )
 def test_wrappers_of_training_do_not_show(tmp_path, prefix):
     torch.manual_seed(0)

@@ -582,9 +582,11 @@ def test_quantised_linears_of_torch(tmp_path, bias):
         "head.weight": drawn(4, 6),
     }
     torch.save(state, tmp_path / "net.pt")
-    for source in (state, tmp_path / "net.pt"):
+    alone = {name: x for name, x in state.items() if name.startswith("fc")}  # no plain matrix
+    torch.save(alone, tmp_path / "alone.pt")
+    for source in (state, tmp_path / "net.pt", alone, tmp_path / "alone.pt"):
         found = report(source)
-        assert [layer.uniformity.name for layer in found.layers] == ["fc", "head"]
+        assert found.layers[0].uniformity.name == "fc"
         angle = found.layers[0].uniformity.min_angle
         assert angle == pytest.approx(smallest_angle(stored.dequantize()), abs=0.01)
         assert ("fc", "dequantised from torch.qint8") in found.notes

@@ -208,6 +208,11 @@ def split_packed(name: str) -> tuple[str, str] | None:
     return name[: found.start()], found[1]
 
 
+def is_packed_pair(name: str, x: Any) -> bool:
+    """Whether a value of a state dict is the weight and bias of one of torch's quantised Linears."""
+    return name.endswith(_PAIR) and isinstance(x, tuple) and len(x) == 2
+
+
 def with_quantised_linears(state: Mapping[str, Any]) -> dict[str, Any]:
     """A state dict with the weights and biases that torch's quantised Linears store as pairs.
 
@@ -224,10 +229,10 @@ def with_quantised_linears(state: Mapping[str, Any]) -> dict[str, Any]:
     """
     found: dict[str, Any] = {}
     for name, x in state.items():
-        path = str(name).removesuffix(_PAIR)
-        if path == str(name) or not isinstance(x, tuple) or len(x) != 2:
+        if not is_packed_pair(str(name), x):
             found[name] = x
             continue
+        path = str(name).removesuffix(_PAIR)
         for leaf, part in zip(("weight", "bias"), x, strict=True):
             if isinstance(part, Tensor):
                 found[f"{path}{leaf}"] = part

@@ -9,7 +9,7 @@ from torch import nn
 
 _COMPILED = "_orig_mod."  # by torch.compile
 _INSIDE_NAMES = (_COMPILED, "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
-_AROUND_ALL_NAMES = ("module.", _COMPILED)  # "module." is DDP's, or the name of a part
+_AROUND_ALL_NAMES = ("module.", "_forward_module.", _COMPILED)  # of DDP, or of a part; of Fabric
 
 Value = TypeVar("Value")
 

@@ -60,7 +60,7 @@ def read_pickle(path: Path) -> Any:
     while True:
         try:
             with _stand_ins(path, bases), warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "Detected pickle protocol")
+                warnings.simplefilter("ignore")  # of how the file was written, not of its numbers
                 return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
         except Exception as error:  # of any type that a broken file can cause in torch's reader
             message = str(error)

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_hsu._neurons.packed import with_quantised_linears
+from lightning_hsu._neurons.packed import is_packed_pair, with_quantised_linears
 from lightning_hsu.report._files.found import Found, check_tensor
 from lightning_hsu.report._files.naming import listed, short, starts_with_one_of
 from lightning_hsu.report.unpickle import Opaque
@@ -146,7 +146,11 @@ class _Search:
 
 
 def _has_matrix(found: Mapping[Any, Any]) -> bool:
-    return any(isinstance(x, Tensor) and x.ndim > 1 for x in found.values())
+    for name, x in found.items():
+        one = x[0] if is_packed_pair(str(name), x) else x
+        if isinstance(one, Tensor) and one.ndim > 1:
+            return True
+    return False
 
 
 def _at(found: Any, key: str) -> Any:
