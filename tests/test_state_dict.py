@@ -516,3 +516,29 @@ def test_bare_matrices_whose_names_say_what_they_hold():
     }
     shapes = {one.name: one.shape for one in neurons_of_state_dict(state).sets}
     assert shapes == {"W_dec": (1, 32, 8), "W_enc": (1, 32, 8), "prototypes": (1, 5, 8)}
+
+
+ALONE = {
+    "linear": lambda: nn.Linear(8, 6),
+    "convolution 1d": lambda: nn.Conv1d(4, 6, 3),
+    "convolution 2d": lambda: nn.Conv2d(4, 6, 3),
+    "convolution 3d": lambda: nn.Conv3d(4, 6, 3),
+    "depthwise": lambda: nn.Conv2d(6, 6, 3, groups=6),
+    "transposed 1d": lambda: nn.ConvTranspose1d(4, 6, 3),
+    "transposed 2d": lambda: nn.ConvTranspose2d(4, 6, 3),
+    "bilinear": lambda: nn.Bilinear(4, 5, 6),
+    "embedding": lambda: nn.Embedding(9, 5),
+    "lstm": lambda: nn.LSTM(3, 8, proj_size=4),
+    "rnn cell": lambda: nn.RNNCell(3, 4),
+    "attention": lambda: nn.MultiheadAttention(8, 2),
+    "transformer": lambda: nn.TransformerDecoderLayer(8, 2, 16),
+    "adaptive softmax": lambda: nn.AdaptiveLogSoftmaxWithLoss(16, 20, [4, 10]),
+}
+
+
+@pytest.mark.parametrize("build", ALONE.values(), ids=ALONE.keys())
+def test_the_state_dict_of_a_layer_alone(build):
+    """Its weights have no path before them."""
+    layer = build()
+    expected = {one.name: one.shape for one in report(layer).layers}
+    assert {one.name: one.shape for one in report(layer.state_dict()).layers} == expected

@@ -119,7 +119,9 @@ class Shapes:
         return self._in_order(path, 1)
 
     def _in_order(self, path: str, step: int) -> str | None:
-        """The child of the same parent so many places on."""
+        """The child of the same parent so many places on; none of the model itself."""
+        if not path:
+            return None
         above, _, name = path.rpartition(".")
         if above not in self._orders:
             names = list(self._children.get(above, {}))
