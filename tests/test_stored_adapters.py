@@ -336,6 +336,13 @@ def test_factors_alone_are_never_layers(tmp_path, names, ending, capsys):
     assert "--base PATH" in capsys.readouterr().err
 
 
+def test_an_adapter_without_its_configuration(folders):
+    saved(folders[1], factors_of(Q))
+    (folders[1] / "adapter_config.json").unlink()
+    with pytest.raises(ValueError, match=r"without the adapter_config\.json that says how"):
+        read_checkpoint(folders[1])
+
+
 def test_factors_beside_their_base_are_left_out(tmp_path):
     torch.manual_seed(0)
     state = {

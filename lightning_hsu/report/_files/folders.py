@@ -250,6 +250,12 @@ def _read_unnamed(path: Path, names: list[str], files: list[str], key: str | Non
     if weights:
         _check_all_parts(path, weights)
         raise ValueError(f"{path} holds several files of weights, {listed(weights)}: name one")
+    adapters = [name for name in files if name.startswith("adapter_model.")]
+    if adapters:
+        raise ValueError(
+            f"{path} holds an adapter ({adapters[0]}) without the adapter_config.json that says "
+            "how it is added to its base: put that beside it"
+        )
     other = other_folder(path, set(names))
     if other is not None:
         raise ValueError(other)
