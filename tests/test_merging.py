@@ -352,7 +352,7 @@ def test_a_model_is_as_before_when_it_was_traced():
 
 
 def names(*shapes):
-    return {name: torch.randn(*shape) for name, shape in shapes}
+    return {name: torch.randn(shape) for name, shape in shapes}
 
 
 @pytest.mark.parametrize(
@@ -404,6 +404,178 @@ def test_a_file_tells_what_the_model_does(name, tmp_path):
     assert (read.condition, read.norm) == ("", stored.norm)
 
 
+class Autoencoder(nn.Module):
+    """As of SAELens: weights are (inputs, outputs)."""
+
+    def __init__(self):
+        super().__init__()
+        self.W_enc = nn.Parameter(torch.randn(20, 48))
+        self.b_enc = nn.Parameter(torch.randn(48))
+        self.W_dec = nn.Parameter(torch.randn(48, 20))
+        self.b_dec = nn.Parameter(torch.randn(20))
+
+    def forward(self, x):
+        return (x @ self.W_enc + self.b_enc).relu() @ self.W_dec + self.b_dec
+
+
+class Coder(nn.Module):
+    """An autoencoder of two Linear layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.Linear(20, 48)
+        self.decoder = nn.Linear(48, 20)
+
+    def forward(self, x):
+        return self.decoder(self.encoder(x).relu())
+
+
+class Mixed(nn.Module):
+    """As of sparsify: an ``nn.Linear`` and a W_dec."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.Linear(20, 48)
+        self.W_dec = nn.Parameter(torch.randn(48, 20))
+        self.b_dec = nn.Parameter(torch.randn(20))
+
+    def forward(self, x):
+        return self.encoder(x).relu() @ self.W_dec + self.b_dec
+
+
+class OwnBias(nn.Module):
+    """As of OpenAI: the biases of the encoder have a name of their own."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.Linear(20, 48, bias=False)
+        self.latent_bias = nn.Parameter(torch.randn(48))
+        self.pre_bias = nn.Parameter(0.01 * torch.randn(20))
+        self.decoder = nn.Linear(48, 20, bias=False)
+        self.register_buffer("stats_last_nonzero", torch.zeros(48, dtype=torch.long))
+
+    def forward(self, x):
+        h = (self.encoder(x - self.pre_bias) + self.latent_bias).relu()
+        return self.decoder(h) + self.pre_bias
+
+
+def tensor_of(model, names):
+    """The first of some parameters that a model has."""
+    state = model.state_dict()
+    for name in names:
+        if name in state:
+            return state[name]
+    raise AssertionError(names)
+
+
+@torch.no_grad()
+def parts(model):
+    """An autoencoder's weights as views, the neurons of the encoder as rows, columns of the decoder."""
+    state = model.state_dict()
+    encoder = state["W_enc"].T if "W_enc" in state else state["encoder.weight"]
+    decoder = state["W_dec"].T if "W_dec" in state else state["decoder.weight"]
+    return encoder, tensor_of(model, ["b_enc", "encoder.bias", "latent_bias"]), decoder
+
+
+@pytest.mark.parametrize("prefix", ["", "sae."])
+@pytest.mark.parametrize("kind", [Autoencoder, Coder, Mixed, OwnBias])
+@torch.no_grad()
+def test_the_bound_holds_for_an_autoencoder_that_is_read_by_names(kind, prefix):
+    torch.manual_seed(0)
+    model = kind().double()
+    encoder, bias, _ = parts(model)
+    bias[3] = 1.0
+    for j, factor in ((7, 2.0), (9, 0.5)):
+        encoder[j] = factor * (encoder[3] + 0.02 * torch.randn(20))
+        bias[j] = factor * (bias[3] + 0.5)
+    stored = {prefix + name: x for name, x in model.state_dict().items()}
+    found = merges(dict(reversed(stored.items())))  # a file may be sorted in any way
+    (merge,) = found.found
+    assert {merge.kept, *merge.dropped} == {3, 7, 9}
+    assert merge.layer in (f"{prefix}encoder", f"{prefix}W_enc")
+    assert merge.following in (f"{prefix}decoder", f"{prefix}W_dec")
+    assert merge.condition == "if ReLU or nothing lies between"
+    assert merge.saved == 2 * (20 + 1 + 20)
+    follower = copy.deepcopy(model)
+    rows, _, columns = parts(follower)
+    for j, factor in zip(merge.dropped, merge.factors, strict=True):
+        columns[:, merge.kept] += factor * columns[:, j]
+        columns[:, j] = 0.0
+        rows[j] = 0.0
+    for scale in (0.1, 1.0, 10.0):
+        x = scale * torch.randn(64, 20, dtype=torch.float64)
+        changes = (follower(x) - model(x)).abs().amax(1)
+        inputs = x - model.pre_bias if kind is OwnBias else x
+        bound = merge.slope * inputs.norm(dim=1) + merge.offset
+        assert bool((changes <= bound * (1 + 1e-9)).all())
+        assert float(changes.max()) > 0.0
+        if scale == 0.1:  # the biases count
+            assert bool((changes > bound - merge.offset).any())
+
+
+NO_RELU = {
+    "gated": {"W_enc": (20, 48), "W_dec": (48, 20), "r_mag": (48,)},
+    "a threshold": {"W_enc": (20, 48), "W_dec": (48, 20), "b_enc": (48,), "threshold": (48,)},
+    "top-k": {"encoder.weight": (48, 20), "decoder.weight": (20, 48), "k": ()},
+    "a norm": {"encoder.weight": (48, 20), "decoder.weight": (20, 48), "norm.weight": (48,)},
+    "two biases": {"W_enc": (20, 48), "W_dec": (48, 20), "b_enc": (48,), "encoder_bias": (48,)},
+    "another decoder": {"encoder.weight": (48, 20), "decoder.weight": (20, 30)},
+    "two decoders": {"W_enc": (20, 48), "W_dec": (48, 20), "decoder.weight": (20, 48)},
+    "transposed": {"decoder.0.weight": (8, 8, 3, 3), "decoder.2.weight": (8, 8, 3, 3)},
+}
+
+
+@pytest.mark.parametrize("shapes", NO_RELU.values(), ids=NO_RELU)
+def test_what_is_not_known_to_follow_is_said(shapes):
+    torch.manual_seed(0)
+    state = names(*shapes.items())
+    first = next(iter(state))
+    rows = state[first].T if first == "W_enc" else state[first]
+    rows[4] = rows[5]
+    found = merges(state)
+    assert found.pairs == ()
+    assert found.not_followed == (first.removesuffix(".weight"),)
+    said = " ".join(str(found).split())
+    assert "1 layer with near-duplicates has no known next layer" in said
+    assert "in Python, merges(model) follows the model itself" in said
+
+
+def test_the_encoder_and_decoder_of_an_autoencoder_may_be_sequential():
+    shapes = {"encoder.0": (30, 20), "encoder.2": (8, 30), "decoder.0": (30, 8)}
+    state = names(*((f"{name}.weight", shape) for name, shape in shapes.items()))
+    assert merges(state).pairs == (("encoder.0", "encoder.2"), ("encoder.2", "decoder.0"))
+
+
+def test_a_model_that_cannot_be_followed_says_no_way_out():
+    torch.manual_seed(0)
+    model = Residual()
+    with torch.no_grad():
+        model.c.weight[3] = model.c.weight[4]
+    found = merges(model)
+    assert found.not_followed == ("c",)
+    assert "in Python" not in str(found)
+    assert json.loads(json.dumps(found.to_dict()))["not_followed"] == ["c"]
+
+
+def test_what_is_printed_is_80_columns_wide_and_names_layers():
+    torch.manual_seed(0)
+    model, layer, _ = networks()["norm"]
+    plant(model.get_submodule(layer), 0.05)
+    with torch.no_grad():
+        model[3].weight[2] = model[3].weight[5]
+    for source in (model, model.state_dict()):
+        lines = str(merges(source)).splitlines()
+        assert max(map(len, lines)) <= 80
+        said = " ".join(" ".join(lines).split())
+        assert " layer 0: keep " in said
+        assert "outputs of layer 3 change by at most" in said
+        assert "% of the bound on them" in said
+        assert "batch norm 1 in eval mode" in said
+        assert "no known next layer, so that nothing is said of merging there: 3" in said
+        has_eps = "the norm's eps is 1e-05, which the file does not say" in said
+        assert has_eps == (source is not model)
+
+
 @pytest.mark.parametrize(
     "module",
     [*(kind() for kind in PLAIN), nn.LeakyReLU(0.2), nn.GELU("tanh"), nn.ELU(1.5), nn.PReLU()],
@@ -432,7 +604,8 @@ def test_the_command_line(tmp_path, capsys):
     assert main(["report", path, "--merge", "--groups", "2", "--json", str(numbers)]) == 0
     shown = capsys.readouterr().out
     assert "0: 3 near-duplicates: 3, 7, 9; cosine to the first from 0.99" in shown
-    assert "0: keep " in shown
+    assert "layer 0: keep " in shown
+    shown = " ".join(shown.split())
     assert "if ReLU or nothing lies between" in shown
     assert "saves 58 parameters" in shown  # two rows of 20 + 1, two columns of 8
     read = json.loads(numbers.read_text())

@@ -43,6 +43,9 @@ _POOLS_WITHOUT_MODULE = {
     F.adaptive_avg_pool3d: False,
 }
 
+USUAL_EPS = 1e-5
+"""What batch norms add to a variance unless told otherwise; a file does not say it."""
+
 
 @dataclass(frozen=True)
 class Norm:
@@ -62,6 +65,29 @@ class Norm:
 
 
 @dataclass(frozen=True)
+class Stored:
+    """A weight by its name.
+
+    Args:
+        name: Name of the tensor.
+        transposed: Whether it is a matrix (inputs, outputs) instead of (outputs, inputs).
+    """
+
+    name: str
+    transposed: bool = False
+
+    def shape(self, shapes: Mapping[str, torch.Size]) -> torch.Size:
+        """Its shape, the outputs first."""
+        shape = shapes[self.name]
+        return torch.Size(reversed(shape)) if self.transposed else shape
+
+    def read(self, tensor: Callable[[str], Tensor]) -> Tensor:
+        """Its numbers, the outputs first, on the CPU."""
+        weight = tensor(self.name).detach().cpu()
+        return weight.mT if self.transposed else weight
+
+
+@dataclass(frozen=True)
 class Step:
     """A layer, the next one, and what lies between.
 
@@ -72,6 +98,9 @@ class Step:
         condition: What must hold for that, where it is read from names; else "".
         norm: Name of a batch norm right after the layer; None without one.
         keeps_sign: Whether all else between, such as a maximum, gives -y for -x.
+        weight: How the layer's weight is stored; None is ``layer.weight`` with neurons as rows.
+        following_weight: How the next one's is; None is likewise, so that a neuron has a column.
+        bias: Name of the tensor with the layer's biases; None is ``layer.bias``.
     """
 
     layer: str
@@ -80,6 +109,21 @@ class Step:
     condition: str = ""
     norm: str | None = None
     keeps_sign: bool = True
+    weight: Stored | None = None
+    following_weight: Stored | None = None
+    bias: str | None = None
+
+    def stored(self) -> Stored:
+        """How the layer's weight is stored."""
+        return self.weight or Stored(f"{self.layer}.weight")
+
+    def stored_following(self) -> Stored:
+        """How the weight of the next layer is stored."""
+        return self.following_weight or Stored(f"{self.following}.weight")
+
+    def name_of_bias(self) -> str:
+        """Name of the tensor with the layer's biases, which need not exist."""
+        return self.bias or f"{self.layer}.bias"
 
 
 @dataclass(frozen=True)
@@ -92,6 +136,7 @@ class Steps:
         tensor: Returns a tensor of the network by its name.
         shapes: The shapes of all its tensors, by name.
         eps: What batch norms add to a variance, by their names.
+        way_out: What to do where no following layer is known, in words; "" if there is nothing.
     """
 
     steps: list[Step]
@@ -99,10 +144,10 @@ class Steps:
     tensor: Callable[[str], Tensor]
     shapes: Mapping[str, torch.Size]
     eps: Mapping[str, float]
+    way_out: str = ""
 
-    def bias(self, layer: str, n: int) -> Tensor:
-        """The bias of a layer of n neurons, zeros without one."""
-        name = f"{layer}.bias"
+    def bias(self, name: str, n: int) -> Tensor:
+        """The bias of this name of a layer of n neurons, zeros without one."""
         if name not in self.shapes:
             return torch.zeros(n, dtype=torch.float64)
         return self.tensor(name).detach().double().flatten()
@@ -111,7 +156,7 @@ class Steps:
         """A batch norm by its name."""
         mean = self.tensor(f"{name}.running_mean").detach().double()
         variance = self.tensor(f"{name}.running_var").detach().double()
-        scale = (variance + self.eps.get(name, 1e-5)).rsqrt()
+        scale = (variance + self.eps.get(name, USUAL_EPS)).rsqrt()
         affine = 0
         if f"{name}.weight" in self.shapes:
             scale = scale * self.tensor(f"{name}.weight").detach().double().to(scale.device)

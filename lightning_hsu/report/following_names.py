@@ -10,9 +10,17 @@ import torch
 from torch import Tensor
 
 from lightning_hsu.report.activations import RELU
-from lightning_hsu.report.following import Step, Steps, shapes_of
+from lightning_hsu.report.following import USUAL_EPS, Step, Steps, Stored, shapes_of
 
 _NUMBERED = re.compile(r"(fc|conv|linear|lin|dense|layer|hidden|l|)[_]?(\d+)")
+_IF_RELU = "if ReLU or nothing lies between"
+_WEIGHTS_OF_ENCODERS = ("encoder.weight", "W_enc")
+_BIASES_OF_ENCODERS = ("encoder.bias", "b_enc", "encoder_bias", "latent_bias")
+_WEIGHTS_OF_DECODERS = ("decoder.weight", "W_dec")
+_BIASES_OF_INPUTS = ("decoder.bias", "b_dec", "decoder_bias", "pre_bias", "b_pre", "bias")
+"""What is beside them in an autoencoder of one encoder and one decoder."""
+_MAY_BE_TRANSPOSED = re.compile(r"(^|[._])(dec|up|gen)|deconv|transp", re.IGNORECASE)
+"""In names of convolutions whose weights may be (inputs, outputs)."""
 _FIRST_LINEAR = re.compile(r"(fc|linear|lin|dense|classifier|head|out)[_]?1?")
 
 
@@ -21,8 +29,10 @@ def steps_of_names(tensors: Mapping[str, Tensor], tensor: Callable[[str], Tensor
 
     They have one parent and numbers that follow each other ("net.0" and "net.2", "fc1" and "fc2",
     "conv1" and "conv2"), or are the last convolution and the first Linear there or of the next
-    ``nn.Sequential``. The shapes must fit, and between them in the file there is nothing, or the
-    batch norm of the first.
+    ``nn.Sequential``, or the last Linear of an ``encoder`` and the first of the ``decoder`` beside
+    it. The shapes must fit, and between them in the file there is nothing, or the batch norm of the
+    first. An ``encoder`` or ``W_enc`` is followed by the ``decoder`` or ``W_dec`` if the two are
+    all that is there, but for biases: a gate or a threshold is no ReLU.
 
     Args:
         tensors: By name; only their shapes are read.
@@ -48,12 +58,81 @@ def steps_of_names(tensors: Mapping[str, Tensor], tensor: Callable[[str], Tensor
                 continue
         elif _has_other_norms(layer, tensors):
             continue
-        condition = "if ReLU or nothing lies between"
+        condition = _IF_RELU
         if len(first) > 2:
             condition = "if ReLU, pooling or nothing lies between"
+        if norm is not None:
+            condition += f" and the norm's eps is {USUAL_EPS:g}, which the file does not say"
         steps.append(Step(layer, following, RELU, condition, norm, keeps_sign=False))
+    steps += _autoencoders(tensors)
     how = "names and shapes tell which layer follows; the file does not say how they are connected"
-    return Steps(steps, how, tensor, shapes_of(tensors), {})
+    way_out = "in Python, merges(model) follows the model itself"
+    return Steps(steps, how, tensor, shapes_of(tensors), {}, way_out)
+
+
+def _autoencoders(tensors: Mapping[str, Tensor]) -> list[Step]:
+    """The encoders of autoencoders, each with its decoder."""
+    steps = []
+    for name in tensors:
+        for own in _WEIGHTS_OF_ENCODERS:
+            above = name.removesuffix(own)
+            if name.endswith(own) and (not above or above.endswith(".")):
+                step = _autoencoder(above, own, tensors)
+                if step is not None:
+                    steps.append(step)
+    return steps
+
+
+def _autoencoder(above: str, own: str, tensors: Mapping[str, Tensor]) -> Step | None:
+    """An encoder and its decoder; None if there is anything else beside them, or no shape fits.
+
+    Args:
+        above: What the names of all tensors of the autoencoder begin with.
+        own: The rest of the name of the encoder's weight.
+        tensors: By name.
+    """
+    biases = []
+    decoders = []
+    for name, x in tensors.items():
+        if not name.startswith(above):
+            continue
+        rest = name.removeprefix(above)
+        if rest in _BIASES_OF_ENCODERS:
+            biases.append(name)
+        elif rest in _WEIGHTS_OF_DECODERS:
+            decoders.append(rest)
+        elif rest != own and rest not in _BIASES_OF_INPUTS and not _is_count(x):
+            return None
+    weight = tensors[above + own]
+    if len(biases) > 1 or len(decoders) != 1 or weight.ndim != 2:
+        return None
+    columns = own == "W_enc" and weight.shape[1] >= weight.shape[0]
+    if biases and own == "W_enc" and weight.shape[0] != weight.shape[1]:
+        columns = tensors[biases[0]].shape == weight.shape[1:]
+    stored = Stored(above + own, columns)
+    n = weight.shape[1] if columns else weight.shape[0]
+    if biases and tensors[biases[0]].shape != (n,):
+        return None
+    (decoder,) = decoders
+    following = tensors[above + decoder]
+    rows = decoder == "W_dec" and following.shape[0] == n
+    if following.ndim != 2 or following.shape[0 if rows else 1] != n:
+        return None
+    return Step(
+        above + own.removesuffix(".weight"),
+        above + decoder.removesuffix(".weight"),
+        RELU,
+        _IF_RELU,
+        keeps_sign=False,
+        weight=stored,
+        following_weight=Stored(above + decoder, rows),
+        bias=biases[0] if biases else None,
+    )
+
+
+def _is_count(x: Tensor) -> bool:
+    """Whether a tensor counts something for each neuron: a single number may be the k of a top-k."""
+    return x.ndim == 1 and len(x) > 1 and not (x.is_floating_point() or x.is_complex())
 
 
 def _fit(first: torch.Size, second: torch.Size) -> bool:
@@ -70,14 +149,24 @@ def _names_follow(layer: str, following: str, first: torch.Size, second: torch.S
     one = _NUMBERED.fullmatch(own)
     two = _NUMBERED.fullmatch(other)
     becomes_linear = len(first) > 2 and len(second) == 2
+    if _MAY_BE_TRANSPOSED.search(layer) and (_is_square(first) or _is_square(second)):
+        return False  # shapes do not tell whether a neuron is a row
     if parent != other_parent:
-        siblings = parent.rpartition(".")[0] == other_parent.rpartition(".")[0]
+        above, _, last = parent.rpartition(".")
+        siblings = above == other_parent.rpartition(".")[0]
+        if siblings and last == "encoder" and other_parent.endswith("decoder"):
+            return len(first) == len(second) == 2 and own.isdecimal() and other == "0"
         are_sequential = own.isdecimal() and other.isdecimal() and parent and other_parent
         return becomes_linear and siblings and bool(are_sequential)
     if one and two and one[1] == two[1]:
         step = int(two[2]) - int(one[2])
         return step == 1 or (own.isdecimal() and step > 0)
     return becomes_linear and bool(one) and bool(_FIRST_LINEAR.fullmatch(other))
+
+
+def _is_square(shape: torch.Size) -> bool:
+    """Whether a convolution has as many inputs as outputs."""
+    return len(shape) > 2 and shape[0] == shape[1]
 
 
 def _is_norm(name: str, tensors: Mapping[str, Tensor], n: int) -> bool:

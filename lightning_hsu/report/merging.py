@@ -19,10 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_hsu._monitor.fold import NO_BREAK, fold_names
+from lightning_hsu._monitor.render import Line, wrapped
 from lightning_hsu._monitor.text import counted, number
 from lightning_hsu._neurons.candidates import NeuronSet
 from lightning_hsu.report.activations import Activation
-from lightning_hsu.report.data import LayerReport
+from lightning_hsu.report.data import LayerReport, layer_named
 from lightning_hsu.report.following import Step, Steps
 
 _CANDIDATES = 16  # neurons of a group that may be the one that is kept, evenly spaced
@@ -37,7 +39,9 @@ class Merge:
 
     The recipe: add ``factors[j]`` times the column of neuron ``dropped[j]`` in the next layer to that
     of neuron ``kept``, and drop the row ``dropped[j]`` (of a batch norm right after it, too) and that
-    column. Where a convolution feeds a Linear layer, a column is a block of columns.
+    column. Where a convolution feeds a Linear layer, a column is a block of columns. Of weights stored
+    as (inputs, outputs), such as W_enc and W_dec of a sparse autoencoder, rows are columns and columns
+    are rows.
 
     Args:
         layer: Name of the layer.
@@ -78,12 +82,16 @@ class Merges:
         count: How many there are in all, with at most 20 of a group.
         pairs: Layers that were looked at, each with the next one.
         how: How it is known which layer follows which.
+        not_followed: Layers that have near-duplicates, but of which no following layer is known.
+        way_out: What to do about these, in words; "" if there is nothing.
     """
 
     found: tuple[Merge, ...]
     count: int
     pairs: tuple[tuple[str, str], ...]
     how: str
+    not_followed: tuple[str, ...] = ()
+    way_out: str = ""
 
     def __str__(self) -> str:
         """A line for each merge, and what the numbers mean."""
@@ -96,6 +104,7 @@ class Merges:
             "count": self.count,
             "pairs": [list(pair) for pair in self.pairs],
             "how": self.how,
+            "not_followed": list(self.not_followed),
         }
 
 
@@ -136,14 +145,14 @@ def merges_of(
         similar_above: Cosine from which on a neuron may be merged into another.
         most: How many merges to list.
     """
-    places = {target.layer: i for i, target in enumerate(targets) if target.name == target.layer}
+    places = {target.name: i for i, target in enumerate(targets)}
     found: list[Merge] = []
     pairs = []
     for step in steps.steps:
         if step.layer not in places:
             continue
         place = places[step.layer]
-        if not _plain(targets[place], steps.shapes[f"{step.layer}.weight"]):
+        if not _plain(targets[place], step.stored().shape(steps.shapes)):
             continue
         pairs.append((step.layer, step.following))
         groups = layers[place].groups
@@ -159,7 +168,14 @@ def merges_of(
         for group in groups:
             found += _merges(step, joint, group.neurons, similar_above)
     found.sort(key=lambda merge: merge.share)
-    return Merges(tuple(found[:most]), len(found), tuple(pairs), steps.how)
+    followed = {layer for layer, _ in pairs}
+    others = []
+    for layer in layers:
+        if layer.groups and layer.name not in followed:
+            others.append(layer.name)
+    return Merges(
+        tuple(found[:most]), len(found), tuple(pairs), steps.how, tuple(others), steps.way_out
+    )
 
 
 def _plain(target: NeuronSet, shape: torch.Size) -> bool:
@@ -169,22 +185,22 @@ def _plain(target: NeuronSet, shape: torch.Size) -> bool:
 
 def _rows(step: Step, steps: Steps) -> Tensor:
     """The weight of a layer (n, d)."""
-    return steps.tensor(f"{step.layer}.weight").detach().flatten(1).cpu()
+    return step.stored().read(steps.tensor).flatten(1)
 
 
 def _joint(step: Step, steps: Steps) -> _Joint:
     """A layer and the next one in float64."""
     weight = _rows(step, steps).double()
-    bias = steps.bias(step.layer, len(weight)).cpu()
-    parameters = weight.shape[1] + (f"{step.layer}.bias" in steps.shapes)
+    bias = steps.bias(step.name_of_bias(), len(weight)).cpu()
+    parameters = weight.shape[1] + (step.name_of_bias() in steps.shapes)
     if step.norm is not None:
         norm = steps.norm(step.norm)
         scale = norm.scale.cpu()
         bias = scale * (bias - norm.mean.cpu()) + norm.bias.cpu()
         weight = scale[:, None] * weight
         parameters += norm.affine
-    following = steps.tensor(f"{step.following}.weight").detach().cpu()
-    blocks = following.flatten(1).double().view(len(following), len(weight), -1)
+    following = step.stored_following().read(steps.tensor)
+    blocks = following.flatten(1).double().reshape(len(following), len(weight), -1)
     parameters += len(following) * blocks.shape[2]
     odd = step.activation.odd and step.keeps_sign
     return _Joint(weight, bias, blocks.abs().sum(2), parameters, step.activation, odd)
@@ -285,24 +301,59 @@ def _merge(step: Step, joint: _Joint, choice: _Choice) -> Merge:
 
 
 def merge_lines(merges: Merges) -> list[str]:
-    """A line for each merge, and what the numbers mean."""
+    """A line for each merge, and what the numbers mean; none is longer than 80 columns."""
     if not merges.pairs:
-        return ["merge: no pair of layers is known to follow each other"]
-    pairs = counted(len(merges.pairs), "pair")
-    lines = [f"merge: {pairs} of layers that follow each other; {merges.how}"]
-    if not merges.found:
-        return [*lines, "  no near-duplicate neurons that could be merged"]
+        lines = [Line("merge: no pair of layers is known to follow each other")]
+    else:
+        pairs = counted(len(merges.pairs), "pair")
+        lines = [Line(f"merge: {pairs} of layers that follow each other; {merges.how}")]
+        if not merges.found:
+            lines.append(Line("no near-duplicate neurons that could be merged", indent=2))
     for merge in merges.found:
-        lines.append("  " + _line(merge))
+        lines.append(Line(_line(merge), indent=2, hanging=6))
     if merges.count > len(merges.found):
-        lines.append(f"  and {merges.count - len(merges.found):,} more")
-    lines += [
-        "  (x c): add c times the neuron's column of the next layer to that of the one that is kept,",
-        "  then drop its row and that column; no output of the next layer changes by more than the",
-        "  bound, |x| is the norm of the layer's input (of a convolution: of the largest patch);",
-        "  %: of the same bound on the outputs themselves, at |x| = 1; in eval mode",
-    ]
-    return lines
+        lines.append(Line(f"and {merges.count - len(merges.found):,} more", indent=2))
+    if merges.found:
+        lines += _explained(merges.found)
+    if merges.not_followed:
+        lines.append(Line(_not_followed(merges)))
+    found = []
+    for line in lines:
+        found += wrapped(line)
+    return found
+
+
+def _explained(merges: Sequence[Merge]) -> list[Line]:
+    """What the numbers of merges mean."""
+    what = (
+        "(x c): add c times the neuron's column of the next layer to that of the one that is kept, "
+        "then drop its row and that column, and its numbers in a batch norm between; of W_enc and "
+        "W_dec that are stored transposed, rows are columns"
+    )
+    bound = (
+        "bound: no output of the next layer changes by more, in eval mode; |x| is the norm of the "
+        "layer's input, of a convolution that of the largest patch; %: that bound over the same "
+        "bound on the outputs themselves, both at |x| = 1"
+    )
+    if not any("W_enc" in merge.layer or "W_dec" in merge.following for merge in merges):
+        what = what.partition(";")[0]
+    if all(merge.norm is None for merge in merges):
+        what = what.replace(", and its numbers in a batch norm between", "")
+    return [Line(what), Line(bound)]
+
+
+def _not_followed(merges: Merges) -> str:
+    """Which layers have near-duplicates, but no known next layer, and what to do about it."""
+    names = merges.not_followed
+    folded = fold_names(names).removesuffix(f" ({len(names):,})")
+    have = "has" if len(names) == 1 else "have"
+    line = (
+        f"{counted(len(names), 'layer')} with near-duplicates {have} no known next layer, so that "
+        f"nothing is said of merging there: {folded}"
+    )
+    if merges.way_out:
+        line += f"; {merges.way_out}"
+    return line
 
 
 def _line(merge: Merge) -> str:
@@ -314,13 +365,15 @@ def _line(merge: Merge) -> str:
         words.append(f"{len(merge.dropped) - _LISTED:,} more")
     between = merge.condition or f"{merge.activation} between"
     if merge.norm is not None:
-        between = f"batch norm {merge.norm} folded in, {between}"
+        between = f"batch norm {merge.norm} in eval mode, {between}"
     bound = f"{_short(merge.slope)} |x|"
     if merge.offset > 0:
         bound += f" + {_short(merge.offset)}"
+    bound = bound.replace(" ", NO_BREAK)
     return (
-        f"{merge.layer}: keep {merge.kept} <- {', '.join(words)}; {merge.following} changes by at "
-        f"most {bound} ({100 * merge.share:.2g} %); {between}; saves {merge.saved:,} parameters"
+        f"{layer_named(merge.layer)}: keep {merge.kept} <- {', '.join(words)}; outputs of "
+        f"{layer_named(merge.following)} change by at most {bound}, {100 * merge.share:.2g} % of "
+        f"the bound on them; {between}; saves {merge.saved:,} parameters"
     )
 
 
