@@ -621,7 +621,7 @@ def test_adapters_are_told():
 def test_a_guessed_head_is_said():
     state = tensors({"fc1.weight": (12, 8), "fc.weight": (5, 12), "aux.weight": (4, 12)})
     notes = report(state).notes
-    assert notes[-1] == ("head", "fc (guessed: its name); --head NAME or --head none otherwise")
+    assert notes[-1] == ("head", 'fc (guessed: its name); head="NAME" or head=None otherwise')
     assert report(state, head="aux").notes == ()
 
 

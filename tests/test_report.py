@@ -762,7 +762,7 @@ def test_command_line(tmp_path, capsys):
     )
     shown = capsys.readouterr().out
     assert "2 neurons in 1 near-duplicate group, 2 dead" in shown
-    assert "3: 7 and 11, 180.00 degrees" in shown
+    assert "layer 3: 7 and 11, 180.00 degrees (opposite)" in shown
     assert page.read_text().startswith("<!")
     assert len(json.loads(numbers.read_text())["layers"]) == 4
     assert main(["report", str(path), "--include", "3", "--fail-above", "1.0"]) == 1
@@ -930,7 +930,8 @@ def test_the_worst_layers_come_first(tmp_path, capsys):
     lines = found.table(top=3).splitlines()
     assert [line.split()[0] for line in lines[2:5]] == ["2", "4", "3"]
     hidden = max(found.layers[i].ratio for i in (0, 1))
-    assert lines[5] == f"not shown: 3 of 6 layers, with ratios up to {hidden:.3f}"
+    told = f"not shown: 3 of 6 layers, with ratios up to {hidden:.3f}; 1 of them with dead neurons"
+    assert lines[5] == told
     above = sum(found.layers[i].above for i in (0, 1, 3, 4))
     assert lines[6].startswith(f"{above} of 4 layers above random")
     assert above >= 2

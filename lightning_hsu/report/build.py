@@ -17,7 +17,7 @@ from lightning_hsu._neurons.heads import GUESSED
 from lightning_hsu._neurons.how import Neurons
 from lightning_hsu._neurons.patterns import Patterns
 from lightning_hsu._neurons.select import Head, select
-from lightning_hsu._neurons.state_dict import StoredNeurons, neurons_of_state_dict
+from lightning_hsu._neurons.state_dict import neurons_of_state_dict
 from lightning_hsu._neurons.wrappers import unwrapped
 from lightning_hsu.measures import Measure
 from lightning_hsu.measures.base import check_measure
@@ -265,23 +265,29 @@ def look_at_all(
         check_count("sample_above", sample_above, 4)
     looks = Looks(found.targets, measure, sample_above, similar_above, keep, progress)
     layers = looks.take()
-    notes = (*found.notes, *_notes_of(found.targets))
+    notes = (*found.notes, *_notes_of(found.targets, of_file=found.of_file))
     return Report(found.source, measure, similar_above, tuple(layers), tuple(found.skips), notes)
 
 
-def _notes_of(targets: Sequence[NeuronSet]) -> tuple[tuple[str, str], ...]:
-    """What one should know of how layers were read, and which was guessed to be the head."""
+def _notes_of(targets: Sequence[NeuronSet], *, of_file: bool) -> tuple[tuple[str, str], ...]:
+    """What one should know of how layers were read, and which was guessed to be the head.
+
+    Args:
+        targets: The layers.
+        of_file: Whether they come from a file or folder, as on the command line.
+    """
     notes = []
     heads = {}
     for target in targets:
         if target.note:
             notes.append((target.name, target.note))
-        if target.head_reason.startswith(GUESSED) and isinstance(target, StoredNeurons):
+        if target.head_reason.startswith(GUESSED):
             heads[target.layer] = target.head_reason
     if heads:
         reason = next(iter(heads.values()))
         taken = f"{', '.join(heads)} ({reason})"
-        notes.append(("head", f"{taken}; --head NAME or --head none otherwise"))
+        way_out = "--head NAME or --head none" if of_file else 'head="NAME" or head=None'
+        notes.append(("head", f"{taken}; {way_out} otherwise"))
     return tuple(notes)
 
 
@@ -294,6 +300,7 @@ class FoundTargets(NamedTuple):
         skips: Weights that are left out, with the reason.
         notes: Pairs of a name, or "", and what one should know of how the source was read.
         steps: Returns which layer follows which.
+        of_file: Whether the source is a file or folder.
     """
 
     source: str
@@ -301,6 +308,7 @@ class FoundTargets(NamedTuple):
     skips: list[Skip]
     notes: tuple[tuple[str, str], ...] = ()
     steps: Callable[[], Steps] | None = None
+    of_file: bool = False
 
 
 def find_targets(
@@ -350,7 +358,8 @@ def find_targets(
     for note in candidates.notes:
         notes.append(("", note))
     steps = partial(steps_of_names, found.tensors, found.load)
-    return FoundTargets(found.name, stored, [*skips, *others], tuple(notes), steps)
+    of_file = isinstance(source, (str, Path))
+    return FoundTargets(found.name, stored, [*skips, *others], tuple(notes), steps, of_file)
 
 
 def _checkpoint_of(

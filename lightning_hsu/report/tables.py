@@ -36,6 +36,7 @@ from lightning_hsu.report.data import (
     ReportData,
     SimilarGroup,
     known_ratios,
+    layer_named,
 )
 from lightning_hsu.report.drift import drift_line
 
@@ -218,7 +219,7 @@ def report_table(found: ReportData, top: int | None = None) -> Table:
         layers, hidden = layers[:top], layers[top:]
     below = []
     if hidden:
-        below.append(_hidden(hidden, len(found.layers)))
+        below += wrapped(Line(_hidden(hidden, len(found.layers))))
     below += wrapped(Line(_summary(found)))
     for text in (*unjudged(found.layers), _RATIO, _RANK, _SIMILAR):
         below += wrapped(Line(text))
@@ -280,6 +281,14 @@ def _hidden(hidden: Sequence[LayerReport], count: int) -> str:
     ratios = known_ratios(hidden)
     if ratios:
         line += f", with ratios up to {number(max(ratios), 3)}"
+    similar = 0
+    dead = 0
+    for layer in hidden:
+        similar += layer.similar > 0
+        dead += layer.dead > 0
+    for number_of, what in ((similar, "near-duplicates"), (dead, "dead neurons")):
+        if number_of:
+            line += f"; {number_of:,} of them with {what}"
     return line
 
 
@@ -377,37 +386,43 @@ def _name(layer: LayerReport, mixed: bool) -> str:
 
 
 def pair_lines(found: ReportData, most: int) -> list[str]:
-    """The nearest pairs of each layer by index."""
+    """The nearest pairs of each layer by index; no line is longer than 80 columns."""
     lines = []
     for layer in found.layers:
+        name = layer_named(layer.name)
         listed = layer.pairs[:most]
         for pair in listed:
             names = f"{pair.first} and {pair.second}"
             if layer.uniformity.groups > 1:
                 names = f"group {pair.group}: {names}"
-            lines.append(f"{layer.name}: {names}, {pair.angle:.2f} degrees")
+            line = f"{name}: {names}, {pair.angle:.2f} degrees"
+            if pair.angle > 90.0 and layer.measure.half_space:
+                line += " (opposite)"
+            lines += wrapped(Line(line))
         more = layer.similar - len(listed)
         if layer.pairs and more > 0:
-            lines.append(f"{layer.name}: and {more:,} more")
+            lines += wrapped(Line(f"{name}: and {more:,} more"))
     if not lines:
         return ["no near-duplicate pairs"]
     return lines
 
 
 def group_lines(found: ReportData, most: int) -> list[str]:
-    """The largest groups of near-duplicates of each layer by index."""
+    """The largest groups of near-duplicates of each layer by index, in 80 columns."""
     lines = []
     for layer in found.layers:
+        name = layer_named(layer.name)
         listed = layer.groups[:most]
         for group in listed:
             where = f"group {group.group}: " if layer.uniformity.groups > 1 else ""
-            lines.append(
-                f"{layer.name}: {where}{len(group.neurons):,} near-duplicates: "
+            line = (
+                f"{name}: {where}{len(group.neurons):,} near-duplicates: "
                 f"{members(group)}; cosine to the first from {group.cosine:.4f}"
             )
+            lines += wrapped(Line(line))
         more = layer.group_count - len(listed)
         if layer.groups and more > 0:
-            lines.append(f"{layer.name}: and {counted(more, 'more group')}")
+            lines += wrapped(Line(f"{name}: and {counted(more, 'more group')}"))
     if not lines:
         return ["no near-duplicate neurons"]
     return lines
