@@ -144,7 +144,8 @@ def measure_neurons(
     values = torch.stack([penalty, energy, angle])
     numbers = torch.cat([values, _count(x).double()]).tolist()
     fewest, alive, dead, nonfinite = map(int, numbers[3:])
-    ratio, energy_score = beside_random(measure, energy, fewest, round(alive / groups), d)
+    each = round(alive / groups)
+    ratio, energy_score = beside_random(measure, energy, fewest, each, d, x.dtype)
     return LayerUniformity(
         name=name,
         groups=groups,
@@ -203,9 +204,16 @@ def uniformity_of_groups(layer: Layer, groups: Sequence[GroupStats]) -> LayerUni
 
 
 def beside_random(
-    measure: Measure, energy: Tensor, fewest: int, each: int, d: int
+    measure: Measure,
+    energy: Tensor,
+    fewest: int,
+    each: int,
+    d: int,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[float, float]:
     """The ratio and the score of a layer; NaN with fewer than two live neurons in a group.
+
+    NaN, too, where a steep kernel's energies are beyond the numbers of the computation.
 
     Args:
         measure: The measure.
@@ -213,11 +221,48 @@ def beside_random(
         fewest: The fewest live neurons of a group.
         each: Live neurons of a group on average.
         d: Their dimension.
+        dtype: In which the energy was computed.
     """
     if fewest <= 1:
         return math.nan, math.nan
-    ratio = float(measure.ratio(energy, random_level(measure, each, d)))
+    level = random_level(measure, each, d)
+    if is_out_of_range(measure, float(energy), level, dtype):
+        return math.nan, math.nan
+    ratio = float(measure.ratio(energy, level))
     return ratio, float(score(measure, energy, each, d))
+
+
+def is_out_of_range(
+    measure: Measure, energy: float, level: float, dtype: torch.dtype = torch.float32
+) -> bool:
+    """Whether a steep kernel's energy, or that of random neurons, is too small or large to compare.
+
+    An energy at the largest number is more than that, which is enough beside a smaller level. Other
+    measures may well be 0.
+
+    Args:
+        measure: The measure.
+        energy: Its natural value.
+        level: That of random neurons.
+        dtype: In which the energy was computed.
+
+    Example:
+        >>> from lightning_hsu.measures import RieszEnergy
+        >>> is_out_of_range(RieszEnergy(s=1000), 0.0, 1.9e-49)
+        True
+        >>> is_out_of_range(RieszEnergy(s=2), 1.5, 0.5)
+        False
+    """
+    if isinstance(measure, Sampled):
+        measure = measure.measure
+    formula = getattr(measure, "compiled_as", None)  # a power or an exponential is never 0
+    if formula is None or formula[1] == 0.0:
+        return False
+    if getattr(measure, "in_float64", False):
+        dtype = torch.float64
+    numbers = torch.finfo(dtype)
+    is_known = numbers.tiny <= abs(level) <= numbers.max
+    return not is_known or abs(energy) < numbers.tiny
 
 
 def _penalties(x: Tensor, measure: Measure, state: State | None, done: Done | None) -> Tensor:

@@ -6,10 +6,10 @@ import math
 from collections.abc import Collection, Sequence
 from typing import Literal
 
-from lightning_hsu._monitor.measure import LayerUniformity
+from lightning_hsu._monitor.measure import LayerUniformity, is_out_of_range
 from lightning_hsu._neurons.candidates import Skip
 from lightning_hsu.measures import Measure
-from lightning_hsu.reference import is_surely_random, random_range
+from lightning_hsu.reference import is_surely_random, random_level, random_range
 
 AS_RANDOM = "as random"
 """What a finding begins with where a layer is no more uniform or crowded than random neurons."""
@@ -55,10 +55,10 @@ def finding(
 
     Returns:
         A text such as "1.42x random, 12 neurons in 4 near-duplicate groups, 3 dead"; it begins with
-        "as random" where that is the verdict.
+        "as random" where that is the verdict. Where neurons are NaN or infinite there is none.
     """
     words = []
-    if not (layer.nonfinite and math.isnan(layer.ratio)):  # what is broken says why
+    if not layer.nonfinite:
         words.append(_beside_random(layer, measure, one_of_many))
     if groups:
         words.append(in_groups(grouped, groups, all_counted=all_counted))
@@ -84,9 +84,10 @@ def verdict(layer: LayerUniformity, measure: Measure, *, one_of_many: bool = Fal
         "random" if the ratio is within 1 % of 1, or the energy (give or take three standard errors
         if it is an estimate) within the range that all but 1 in 1,000 random layers of this shape
         at either end have. Else "above" if the layer is more redundant, "below" if it is more even.
-        A score of 0.5 is more even however close the ratio is. "unknown" without a ratio.
+        A score of 0.5 is more even however close the ratio is. "unknown" without a ratio, or if
+        neurons are NaN or infinite.
     """
-    if math.isnan(layer.ratio):
+    if math.isnan(layer.ratio) or layer.nonfinite:
         return "unknown"
     is_spread = layer.score >= _SPREAD  # False for a score of NaN
     is_close = abs(layer.ratio - 1.0) <= _CLOSE
@@ -101,7 +102,7 @@ def _beside_random(layer: LayerUniformity, measure: Measure, one_of_many: bool) 
     """Say how the ratio compares with random neurons, or why there is no ratio."""
     found = verdict(layer, measure, one_of_many=one_of_many)
     if found == "unknown":
-        return _no_ratio(layer)
+        return _no_ratio(layer, measure)
     if found == "random":
         return AS_RANDOM
     if math.isinf(layer.ratio):
@@ -114,11 +115,16 @@ def _beside_random(layer: LayerUniformity, measure: Measure, one_of_many: bool) 
     return f"more even than random ({layer.ratio:.2f}x)"
 
 
-def _no_ratio(layer: LayerUniformity) -> str:
+def _no_ratio(layer: LayerUniformity, measure: Measure) -> str:
     """Say why a layer has no ratio."""
     alive = layer.groups * layer.neurons - layer.dead - layer.nonfinite
     if alive <= layer.groups:
         return "fewer than two live neurons"
+    each = round(alive / layer.groups)
+    if each > 1 and layer.dimension > 1:
+        level = random_level(measure, each, layer.dimension)
+        if is_out_of_range(measure, layer.energy, level):
+            return "not measurable, energy out of range"
     if layer.groups == 1:
         return "no random reference"
     return "a group with fewer than two live neurons"

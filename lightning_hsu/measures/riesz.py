@@ -159,4 +159,8 @@ def _random_pair(s: float, d: int) -> float:
         psi = torch.digamma(torch.tensor([d - 1.0, (d - 1.0) / 2.0], dtype=torch.float64))
         return -math.log(2.0) + float(psi[0] - psi[1]) / 2.0
     log = (d - 2 - s) * math.log(2.0) + math.lgamma(d / 2) + math.lgamma((d - 1 - s) / 2)
-    return math.copysign(math.exp(log - math.lgamma(d - 1 - s / 2) - math.log(math.pi) / 2), s)
+    try:
+        size = math.exp(log - math.lgamma(d - 1 - s / 2) - math.log(math.pi) / 2)
+    except OverflowError:
+        size = math.inf
+    return math.copysign(size, s)

@@ -114,7 +114,7 @@ def dead_neurons(x: Tensor) -> Tensor:
     """
     lengths = []
     for rows in torch.split(x, rows_at_once(x), 1):
-        lengths.append(_length(rows))
+        lengths.append(lengths_of(rows))
     length = torch.cat(lengths, 1)
     return negligible(length.view(1, -1)).view_as(length)
 
@@ -129,8 +129,8 @@ def negligible(length: Tensor) -> Tensor:
     return dead
 
 
-def _length(rows: Tensor) -> Tensor:
-    """Lengths of rows (groups, n, d) in float64, (groups, n); NaN where they are not finite."""
+def lengths_of(rows: Tensor) -> Tensor:
+    """Lengths of rows (..., n, d) in float64, (..., n); NaN where they are not finite."""
     rows = rows.double()
     largest = torch.linalg.vector_norm(rows, math.inf, dim=-1, keepdim=True)
     scale = torch.where(largest > 0, largest, 1.0)  # so that no square overflows

@@ -18,7 +18,13 @@ from lightning_hsu._core.small_groups import SmallGroups, chains
 from lightning_hsu._monitor.measure import LayerUniformity, beside_random
 from lightning_hsu._monitor.text import finding
 from lightning_hsu.measures import Measure, Sampled
-from lightning_hsu.report.analysis import BINS, DEAD_LISTED, effective_ranks, negligible
+from lightning_hsu.report.analysis import (
+    BINS,
+    DEAD_LISTED,
+    effective_ranks,
+    lengths_of,
+    negligible,
+)
 from lightning_hsu.report.data import HEAT_MAP_SIZE, LayerReport, SimilarGroup, SimilarPair
 from lightning_hsu.report.groups import FoundGroups, group_of, largest_first
 
@@ -194,7 +200,7 @@ class _Stack:
             penalty, angle = numbers[i]
             fewest, live, dead, nonfinite = rows[i]
             each = round(live / groups)
-            ratio, score = beside_random(self.measure, energies[i], fewest, each, d)
+            ratio, score = beside_random(self.measure, energies[i], fewest, each, d, self.x.dtype)
             numbers_of_layer = LayerUniformity(
                 name=layer.name,
                 groups=groups,
@@ -236,7 +242,7 @@ class _Stack:
 
     def _dead(self) -> list[list[int]]:
         """Indices group * n + row of the neurons of each layer that are negligibly short."""
-        length = torch.linalg.vector_norm(self.x.double(), dim=-1)
+        length = lengths_of(self.x)
         length = torch.where(self.exists, length, math.nan).flatten(1)  # (L, g n)
         found: list[list[int]] = [[] for _ in self.layers]
         for i, place in negligible(length).nonzero().tolist():
