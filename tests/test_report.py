@@ -766,7 +766,7 @@ def test_command_line(tmp_path, capsys):
     assert page.read_text().startswith("<!")
     assert len(json.loads(numbers.read_text())["layers"]) == 4
     assert main(["report", str(path), "--include", "3", "--fail-above", "1.0"]) == 1
-    assert "of 3 is above 1" in capsys.readouterr().err
+    assert "--fail-above: 1 layer has a ratio above 1: layer 3 (" in capsys.readouterr().err
     assert (
         main(
             [
@@ -831,13 +831,13 @@ def test_command_line_errors(tmp_path, capsys, arguments, message):
 def test_what_cannot_be_judged_fails(tmp_path, capsys):
     state = network().state_dict()
     for name, value, why in (
-        ("nan.pt", math.nan, "24 NaN or infinite"),
-        ("zero.pt", 0.0, "fewer than two live neurons"),
+        ("nan.pt", math.nan, "4 layers have NaN or infinite weights: {0,1,3,4}"),
+        ("zero.pt", 0.0, "4 layers have no ratio: {0,1,3,4}"),
     ):
         torch.save({key: torch.full_like(x, value) for key, x in state.items()}, tmp_path / name)
         assert main(["report", str(tmp_path / name), "--fail-above", "1e9"]) == 1
         told = capsys.readouterr()
-        assert f"0 cannot be judged: {why}" in told.err
+        assert told.err == f"lightning-hsu: --fail-above: {why}\n"
         assert "no layer can be judged" in told.out
     state["3.weight"][5, 0] = math.nan
     torch.save(state, tmp_path / "row.pt")
@@ -909,7 +909,7 @@ def test_what_is_not_finite_is_named(tmp_path, capsys):
     state["3.weight"] *= 0.0
     found = report(state, head=None)
     said = str(found)
-    assert "0 of 1 layer above random; " in said
+    assert "0 of 1 layer above random, 2 layers with NaN or infinite numbers; " in said
     assert "\n2 layers have NaN or infinite weights: {1,2}\n" in said
     assert "\n1 layer has no ratio: 3\n" in said
     assert found.layers[2].finding == "20 NaN or infinite"
@@ -917,8 +917,9 @@ def test_what_is_not_finite_is_named(tmp_path, capsys):
     page = re.sub("<wbr>", "", found.to_html())
     assert "None of 1 layer is above random. 2 layers have NaN or infinite weights: {1,2}." in page
     everything = report({"a.weight": torch.full((4, 8), math.nan)})
-    assert "no layer can be judged; " in str(everything)
-    assert repr(everything) == "<Report on state dict: no layer can be judged>"
+    told = "no layer can be judged, 1 layer with NaN or infinite numbers"
+    assert f"\n{told}; " in str(everything)
+    assert repr(everything) == f"<Report on state dict: {told}>"
 
 
 def test_the_worst_layers_come_first(tmp_path, capsys):

@@ -1,9 +1,14 @@
 """What a report prints beside its table: pairs, groups, what is not shown, heads, what is broken."""
 
+import json
+import math
+
+import pytest
 import torch
 from torch import nn
 
-from lightning_hsu.measures import RieszEnergy
+from lightning_hsu.measures import Orthogonality, RieszEnergy
+from lightning_hsu.reference import random_expectation
 from lightning_hsu.report import compare, report
 from lightning_hsu.report.cli import main
 from lightning_hsu.report.tables import group_lines, pair_lines
@@ -61,3 +66,91 @@ def test_a_guessed_head_is_told_with_the_way_out(tmp_path, capsys):
     assert "note: head: 2 (guessed: last Linear); --head NAME or --head none otherwise" in shown
     for head in ("2", None):
         assert "guessed" not in str(report(model, head=head))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("count", [3, 20])  # one by one, and all at once
+def test_a_broken_layer_is_neither_above_nor_as_random(tmp_path, capsys, value, count):
+    torch.manual_seed(0)
+    state = {f"{i}.weight": torch.randn(20, 16) + 2.0 * (i < 2) for i in range(count)}
+    state["1.weight"][3, 4] = value
+    found = report(state, head=None)
+    layer = found.layers[1]
+    assert (layer.verdict, layer.above, layer.as_random) == ("unknown", False, False)
+    assert layer.finding.endswith("1 NaN or infinite")
+    assert "random" not in layer.finding
+    row = str(found).splitlines()[3]
+    assert row.split()[4:6] == ["NaN", "NaN"]
+    assert f"1 of {count - 1} layers above random, 1 layer with NaN or infinite" in str(found)
+    assert found.worst_ratio == found.layers[0].ratio
+    torch.save(state, tmp_path / "a.pt")
+    arguments = ["report", str(tmp_path / "a.pt"), "--head", "none", "--json", "-"]
+    assert main([*arguments, "--fail-above", "1e9"]) == 1
+    told = capsys.readouterr()
+    assert told.err == "lightning-hsu: --fail-above: 1 layer has NaN or infinite weights: 1\n"
+    read = json.loads(told.out)["layers"][1]
+    assert (read["ratio"], read["nonfinite"], read["verdict"]) == (None, 1, "unknown")
+
+
+def test_a_limit_names_the_layers_above_it(tmp_path, capsys):
+    torch.manual_seed(0)
+    state = {f"{i}.weight": torch.randn(20, 16) + 0.5 * i for i in range(9)}
+    torch.save(state, tmp_path / "a.pt")
+    arguments = ["report", str(tmp_path / "a.pt"), "--head", "none", "--fail-above"]
+    assert main([*arguments, "1.5"]) == 1
+    told = capsys.readouterr().err
+    layers = report(state, head=None).layers
+    above = sum(layer.ratio > 1.5 for layer in layers)
+    worst = f"layer 8 ({layers[8].ratio:.3f}), layer 7 ("
+    assert told.startswith(
+        f"lightning-hsu: --fail-above: {above} layers have a ratio above 1.5: {worst}"
+    )
+    assert told.endswith(f", {above - 5} more\n")
+    limit = (layers[8].ratio + layers[7].ratio) / 2
+    assert main([*arguments, str(limit)]) == 1
+    assert "1 layer has a ratio above" in capsys.readouterr().err
+
+
+STEEP = [RieszEnergy(s=1000), RieszEnergy(s=3000), RieszEnergy(s=-3000)]
+
+
+@pytest.mark.parametrize("measure", STEEP, ids=str)
+@pytest.mark.parametrize("count", [2, 20])  # one by one, and all at once
+def test_an_energy_out_of_range_is_not_called_random(measure, count):
+    torch.manual_seed(0)
+    state = {f"{i}.weight": torch.randn(12, 200) for i in range(count)}
+    found = report(state, measure, head=None)
+    for layer in found.layers:
+        assert layer.finding == "not measurable, energy out of range"
+        assert (layer.verdict, math.isnan(layer.ratio)) == ("unknown", True)
+    assert "no layer can be judged" in str(found)
+    assert f"{count} layers have no ratio" in str(found)
+
+
+def test_an_energy_in_range_is_judged():
+    torch.manual_seed(0)
+    x = torch.randn(12, 200)
+    same = x.clone()
+    same[1] = same[0]
+    steep = RieszEnergy(s=100)
+    layers = report({"a.weight": x, "b.weight": same}, steep, head=None).layers
+    assert [layer.verdict for layer in layers] == ["random", "above"]
+    double = report({"a.weight": x.double()}, RieszEnergy(s=900), head=None).layers[0]
+    assert 0.0 < double.uniformity.energy < 1e-90
+    assert double.verdict == "random"
+    even = {"a.weight": torch.eye(12, 200)}
+    assert report(even, Orthogonality(), head=None).layers[0].verdict == "below"
+    assert math.isinf(random_expectation(RieszEnergy(s=-3000), 4, 8))
+
+
+@pytest.mark.parametrize("count", [1, 20])
+@pytest.mark.parametrize("scale", [1e-170, 1e170])
+def test_neurons_whose_squares_vanish_are_not_dead(count, scale):
+    torch.manual_seed(0)
+    state = {f"{i}.weight": torch.randn(8, 16, dtype=torch.float64) for i in range(count)}
+    wanted = report(state, head=None).layers
+    found = report({name: scale * x for name, x in state.items()}, head=None).layers
+    for one, other in zip(found, wanted, strict=True):
+        assert (one.dead, one.uniformity.dead) == (0, 0)
+        assert one.ratio == pytest.approx(other.ratio, rel=1e-9)
+        assert one.finding == other.finding

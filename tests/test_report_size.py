@@ -422,10 +422,14 @@ def test_a_measure_that_is_no_mean_over_pairs_is_not_sampled():
 def test_broken_and_dead_neurons_of_a_sampled_layer():
     x = torch.zeros(2000, 8)
     x[:700] = torch.randn(700, 8, generator=random(3))
-    x[900:903] = math.nan
+    x[900:903] = math.inf
+    broken = report({"a.weight": x}, head=None, sample_above=800).layers[0]
+    assert (broken.uniformity.dead, broken.uniformity.nonfinite) == (1297, 3)
+    assert math.isnan(broken.ratio)
+    x[900:903] = 0.0
     found = report({"a.weight": x, "b.weight": x}, head=None, sample_above=800).layers[0]
     exact = report({"a.weight": x, "b.weight": x}, head=None, sample_above=None).layers[0]
-    assert (found.uniformity.dead, found.uniformity.nonfinite) == (1297, 3)
+    assert (found.uniformity.dead, found.uniformity.nonfinite) == (1300, 0)
     assert found.uniformity.energy == pytest.approx(exact.uniformity.energy, rel=1e-6)
     assert (found.dead, found.live, found.similar) == (exact.dead, exact.live, exact.similar)
     nothing = report({"a.weight": torch.zeros(500, 8)}, head=None, sample_above=100).layers[0]

@@ -264,7 +264,9 @@ def look_at_all(
     if sample_above is not None:
         check_count("sample_above", sample_above, 4)
     looks = Looks(found.targets, measure, sample_above, similar_above, keep, progress)
-    layers = looks.take()
+    layers = []
+    for layer in looks.take():
+        layers.append(replace(layer, uniformity=layer.uniformity.unless_broken()))
     notes = (*found.notes, *_notes_of(found.targets, of_file=found.of_file))
     return Report(found.source, measure, similar_above, tuple(layers), tuple(found.skips), notes)
 

@@ -18,14 +18,14 @@ from typing import Any, NoReturn
 
 from lightning_hsu import measures
 from lightning_hsu._monitor.render import shorten
-from lightning_hsu._monitor.text import number
+from lightning_hsu._monitor.text import counted, number
 from lightning_hsu._neurons.how import How
 from lightning_hsu._neurons.select import Head
 from lightning_hsu.measures import Measure
 from lightning_hsu.report.build import Report, report
 from lightning_hsu.report.checkpoints import printable
 from lightning_hsu.report.comparison import Comparison, compare
-from lightning_hsu.report.data import LayerReport
+from lightning_hsu.report.data import layer_named
 from lightning_hsu.report.looks import SAMPLE_ABOVE, Progress
 from lightning_hsu.report.tables import (
     Table,
@@ -34,6 +34,7 @@ from lightning_hsu.report.tables import (
     pair_lines,
     report_table,
     show,
+    unjudged,
 )
 
 # Exit codes.
@@ -48,6 +49,8 @@ _LONGEST_MEASURE = 300
 _SHOWN_MEASURE = 80
 _MOST_PAIRS = 1_000_000
 _MERGES = 20  # that are listed by default
+_NAMED = 5  # layers above the limit of --fail-above
+_LONGEST_NAMED = 60  # characters of their names
 _LONGEST_LAYER = 24  # columns of a layer's name beside the progress bar
 
 # What is written for Python, and the same for the command line.
@@ -434,22 +437,29 @@ def _report(given: argparse.Namespace) -> int:
 
 
 def _judge(found: Report, limit: float) -> int:
-    """The exit code for a limit on ratios.
+    """The exit code for a limit on ratios, after a line on each reason to fail.
 
     A layer without a ratio, or with weights that are NaN or infinite, fails too.
     """
-    code = 0
-    worst: LayerReport | None = None
+    lines = unjudged(found.layers)
+    above = []
     for layer in found.layers:
-        if math.isnan(layer.ratio) or layer.uniformity.nonfinite:
-            _complain(f"{layer.name} cannot be judged: {layer.finding}")
-            code = _FAILED
-        if layer.ratio > limit and (worst is None or layer.ratio > worst.ratio):
-            worst = layer
-    if worst is not None:
-        _complain(f"ratio {number(worst.ratio, 3)} of {worst.name} is above {limit:g}")
-        code = _FAILED
-    return code
+        if layer.ratio > limit:  # never true for NaN
+            above.append(layer)
+    above.sort(key=lambda layer: -layer.ratio)
+    names = []
+    for layer in above[:_NAMED]:
+        name = layer_named(shorten(layer.name, _LONGEST_NAMED))
+        names.append(f"{name} ({number(layer.ratio, 3)})")
+    if len(above) > _NAMED:
+        names.append(f"{len(above) - _NAMED:,} more")
+    if above:
+        have = "has" if len(above) == 1 else "have"
+        count = counted(len(above), "layer")
+        lines.append(f"{count} {have} a ratio above {limit:g}: {', '.join(names)}")
+    for line in lines:
+        _complain(f"--fail-above: {line}")
+    return _FAILED if lines else 0
 
 
 def _compare(given: argparse.Namespace) -> int:

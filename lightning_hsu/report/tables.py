@@ -293,16 +293,22 @@ def _hidden(hidden: Sequence[LayerReport], count: int) -> str:
 
 
 def verdicts(layers: Sequence[LayerReport]) -> str:
-    """How many of the layers that can be judged are above random.
+    """How many of the layers that can be judged are above random, and how many are broken.
 
     Example:
         >>> verdicts([])
         'no layer can be judged'
     """
     judged, above = judged_and_above(layers)
+    told = f"{above} of {counted(judged, 'layer')} above random"
     if judged == 0:
-        return "no layer can be judged"
-    return f"{above} of {counted(judged, 'layer')} above random"
+        told = "no layer can be judged"
+    broken = 0
+    for layer in layers:
+        broken += layer.uniformity.nonfinite > 0
+    if broken:
+        told += f", {counted(broken, 'layer')} with NaN or infinite numbers"
+    return told
 
 
 def judged_and_above(layers: Sequence[LayerReport]) -> tuple[int, int]:
@@ -364,13 +370,17 @@ def _report_row(layer: LayerReport, mixed: bool) -> tuple[str, ...]:
     energy = "-"
     if not math.isnan(numbers.ratio):
         energy = number(numbers.energy, 4)
+    ratio = number(numbers.ratio, 3)
+    angle = number(numbers.min_angle, 1)
+    if numbers.nonfinite > 0:
+        energy = ratio = angle = "NaN"
     return (
         _name(layer, mixed),
         layer.shape,
         energy,
-        number(numbers.ratio, 3),
+        ratio,
         score_text(numbers.score),
-        number(numbers.min_angle, 1),
+        angle,
         layer.rank,
         layer.in_groups,
         f"{layer.dead:,}",
