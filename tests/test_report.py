@@ -28,7 +28,9 @@ from lightning_hsu._neurons.candidates import Skip
 from lightning_hsu.measures import GaussianPotential, KoLeo, RieszEnergy, Separation
 from lightning_hsu.reference import random_expectation, random_level, random_range
 from lightning_hsu.report import compare, report
-from lightning_hsu.report.cli import in_options, main, parse_measure
+from lightning_hsu.report.cli import main
+from lightning_hsu.report.measure_names import parse_measure
+from lightning_hsu.report.messages import in_options
 from lightning_hsu.report.tables import abbreviated, plain, report_table, show
 
 ENERGY = RieszEnergy(s=2.0, half_space=True)
@@ -747,9 +749,10 @@ def test_the_help_explains_neurons_and_heads(capsys, monkeypatch, command):
     monkeypatch.setenv("COLUMNS", "140")
     with pytest.raises(SystemExit):
         main([command, "--help"])
-    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
-    assert any(line.startswith("--neurons NAME=HOW") and "columns" in line for line in lines)
-    assert any(line.startswith("--head NAME") and "several times" in line for line in lines)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "--neurons NAME=HOW where the neurons of a weight are: its rows, its columns" in said
+    assert "--head NAME the layer that gives the classes" in said
+    assert "'none' if there is none; may be given several times" in said
 
 
 def test_command_line(tmp_path, capsys):
@@ -807,7 +810,6 @@ def test_command_line(tmp_path, capsys):
         (["FILE", "--measure", "RieszEnergy(t=1)"], "cannot make a measure"),
         (["FILE", "--measure", "__import__('os').system('true')"], "cannot make a measure"),
         (["FILE", "--include", "nothing"], "matches no layer"),
-        (["FILE", "--similar-above", "1.5"], "--similar-above must be in (0, 1)"),
         (["FILE", "--head", "nothing"], "is no layer of the model"),
         (["FILE", "--head", "nothing"], "--head none switches it off"),
         (["FILE", "--head", "0", "--head", "nothing"], "'nothing' is no layer of the model"),
@@ -851,6 +853,11 @@ def test_what_cannot_be_judged_fails(tmp_path, capsys):
         ["--fail-above", "nan"],
         ["--fail-above", "-1"],
         ["--fail-above", "x"],
+        ["--similar-above", "2"],
+        ["--similar-above", "0"],
+        ["--similar-above", "1"],
+        ["--similar-above", "nan"],
+        ["--similar-above", "x"],
         ["--pairs", "-1"],
         ["--pairs", "x"],
     ],
@@ -885,7 +892,7 @@ def test_a_reader_that_has_had_enough(tmp_path):
     found = subprocess.run(
         ["bash", "-c", command], capture_output=True, text=True, timeout=60, env=buffered
     )
-    assert (found.stdout, found.stderr) == ("141\n", "")
+    assert (found.stdout, found.stderr) == ("141\n", f"wrote {tmp_path / 'a.html'}\n")
     assert (tmp_path / "a.html").stat().st_size > 1000
 
 

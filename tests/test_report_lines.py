@@ -2,6 +2,9 @@
 
 import json
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +13,7 @@ from torch import nn
 from lightning_hsu.measures import Orthogonality, RieszEnergy
 from lightning_hsu.reference import random_expectation
 from lightning_hsu.report import compare, report
+from lightning_hsu.report.arguments import parser
 from lightning_hsu.report.cli import main
 from lightning_hsu.report.tables import group_lines, pair_lines
 
@@ -154,3 +158,89 @@ def test_neurons_whose_squares_vanish_are_not_dead(count, scale):
         assert (one.dead, one.uniformity.dead) == (0, 0)
         assert one.ratio == pytest.approx(other.ratio, rel=1e-9)
         assert one.finding == other.finding
+
+
+def layers_in_a_file(folder):
+    torch.manual_seed(0)
+    path = folder / "a.pt"
+    torch.save({f"{i}.weight": torch.randn(20, 16) for i in range(2)}, path)
+    return str(path)
+
+
+@pytest.mark.parametrize("command", ["report", "compare"])
+def test_what_was_written_is_said(tmp_path, capsys, command):
+    path = layers_in_a_file(tmp_path)
+    files = [path] if command == "report" else [path, path]
+    page, numbers = str(tmp_path / "a.html"), str(tmp_path / "a.json")
+    assert main([command, *files, "--html", page, "--json", numbers]) == 0
+    told = capsys.readouterr()
+    assert told.out.splitlines()[-2:] == [f"wrote {page}", f"wrote {numbers}"]
+    assert told.err == ""
+    assert main([command, *files, "--html", page, "--json", "-"]) == 0
+    told = capsys.readouterr()
+    assert json.loads(told.out) == json.loads((tmp_path / "a.json").read_text())
+    assert told.err == f"wrote {page}\n"
+    assert main([command, *files]) == 0
+    assert "wrote" not in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
+@pytest.mark.any_cpu
+def test_a_full_disk_is_told_with_the_file(tmp_path, capsys):
+    path = layers_in_a_file(tmp_path)
+    for option in ("--html", "--json"):
+        for files in (["report", path], ["compare", path, path]):
+            assert main([*files, option, "/dev/full"]) == 2
+            assert "lightning-hsu: cannot write /dev/full: No space" in capsys.readouterr().err
+    program = [sys.executable, "-m", "lightning_hsu.report.cli", "report", path]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(program, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120)
+    assert done.returncode == 2
+    told = "lightning-hsu: cannot write to the standard output: No space left on device\n"
+    assert done.stderr == told
+
+
+def test_a_cosine_that_is_none_is_refused_before_a_file_is_read(capsys):
+    for wrong in ("2", "nan", "x", "1"):
+        with pytest.raises(SystemExit, match="2"):
+            main(["report", "there-is-no-such-file.pt", "--similar-above", wrong])
+        assert f"above 0 and below 1; got {wrong}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("columns", ["80", "140"])
+@pytest.mark.parametrize("command", ["report", "compare"])
+def test_the_help_has_words_for_each_argument(capsys, monkeypatch, command, columns):
+    monkeypatch.setenv("COLUMNS", columns)
+    with pytest.raises(SystemExit, match="0"):
+        main([command, "--help"])
+    said = capsys.readouterr().out
+    assert max(map(len, said.splitlines())) <= int(columns)
+    said = " ".join(said.split())
+    assert "exit codes: 0 if all went well" in said
+    assert "2 if something cannot be read" in said
+    assert "or a folder (of Hugging Face" in said
+    if command == "report":
+        assert "1 if --fail-above is given" in said
+    else:
+        assert "before the earlier one: a file" in said
+        assert "after the later one: a file or a folder" in said
+
+
+def test_every_option_has_a_help():
+    commands = next(iter(parser(int, int)._subparsers._group_actions)).choices
+    assert set(commands) == {"report", "compare"}
+    for command in commands.values():
+        for action in command._actions:
+            assert action.help
+            assert len(action.help) > 20
+
+
+def test_a_base_that_is_not_used_is_said(tmp_path, capsys):
+    path = layers_in_a_file(tmp_path)
+    assert main(["report", path, "--base", "elsewhere"]) == 0
+    assert "note: the base elsewhere was not used: these are no adapter" in capsys.readouterr().out
+    model = nn.Sequential(nn.Linear(16, 20), nn.Linear(20, 10))
+    for source in (model, model.state_dict()):
+        said = " ".join(str(report(source, base="elsewhere")).split())
+        assert "note: the base elsewhere was not used: it belongs to an adapter, this is" in said
+        assert "elsewhere" not in str(report(source))

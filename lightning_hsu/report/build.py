@@ -340,7 +340,8 @@ def find_targets(
         model = unwrapped(source)
         targets, skips = select(model, include, exclude, head, neurons=neurons, everything=True)
         steps = partial(steps_of_model, model)
-        return FoundTargets(type(model).__name__, targets, skips, steps=steps)
+        name = type(model).__name__
+        return FoundTargets(name, targets, skips, _base_not_used(base, "a model"), steps)
     other = compared_with if isinstance(compared_with, (str, Path)) else None
     found = _checkpoint_of(source, key, base, other)
     load = found.load if found.stays_in_file else None
@@ -385,4 +386,12 @@ def _checkpoint_of(
     else:
         kind = type(source).__name__
         raise TypeError(f"a report is on a model, a state dict or a file; got {kind}")
-    return Checkpoint(name, state, state.__getitem__, None, ())
+    notes = _base_not_used(base, "weights that are not in a file")
+    return Checkpoint(name, state, state.__getitem__, None, notes)
+
+
+def _base_not_used(base: str | Path | None, source: str) -> tuple[tuple[str, str], ...]:
+    """A note on a base that was given beside something that is no adapter; none without one."""
+    if base is None:
+        return ()
+    return (("", f"the base {base} was not used: it belongs to an adapter, this is {source}"),)
