@@ -536,7 +536,8 @@ def test_what_is_not_known_to_follow_is_said(shapes):
     assert found.pairs == ()
     assert found.not_followed == (first.removesuffix(".weight"),)
     said = " ".join(str(found).split())
-    assert "1 layer with near-duplicates has no known next layer" in said
+    name = first.removesuffix(".weight")
+    assert f"{name} has near-duplicates, but no known next layer" in said
     assert "in Python, merges(model) follows the model itself" in said
 
 
@@ -544,6 +545,16 @@ def test_the_encoder_and_decoder_of_an_autoencoder_may_be_sequential():
     shapes = {"encoder.0": (30, 20), "encoder.2": (8, 30), "decoder.0": (30, 8)}
     state = names(*((f"{name}.weight", shape) for name, shape in shapes.items()))
     assert merges(state).pairs == (("encoder.0", "encoder.2"), ("encoder.2", "decoder.0"))
+
+
+def test_several_layers_that_nothing_follows_are_folded():
+    torch.manual_seed(0)
+    state = names(*((f"blocks.{i}.q.weight", (8, 8)) for i in range(12)))
+    for x in state.values():
+        x[1] = x[0]
+    said = " ".join(str(merges(state, include="*")).split())
+    assert "12 layers have near-duplicates, but no known next layer" in said
+    assert "there: blocks.{0..11}.q; in Python, merges(model) follows" in said
 
 
 def test_a_model_that_cannot_be_followed_says_no_way_out():
@@ -571,7 +582,7 @@ def test_what_is_printed_is_80_columns_wide_and_names_layers():
         assert "outputs of layer 3 change by at most" in said
         assert "% of the bound on them" in said
         assert "batch norm 1 in eval mode" in said
-        assert "no known next layer, so that nothing is said of merging there: 3" in said
+        assert "layer 3 has near-duplicates, but no known next layer" in said
         has_eps = "the norm's eps is 1e-05, which the file does not say" in said
         assert has_eps == (source is not model)
 

@@ -57,7 +57,9 @@ def parser(report: Command, compare: Command) -> argparse.ArgumentParser:
     one = commands.add_parser(
         "report",
         help="compare each layer of a checkpoint with random neurons",
-        description="Compare the neurons of each layer of a checkpoint with random ones.",
+        description="Compare the neurons of each layer of a checkpoint with random ones. A layer's "
+        "ratio is its energy over that of random neurons: the further above 1, the more redundant "
+        "it is.",
         epilog=_CODES_OF_REPORT,
     )
     one.add_argument("checkpoint", help=_FILES)
@@ -150,7 +152,7 @@ def _add_common(command: argparse.ArgumentParser) -> None:
         "--base",
         metavar="PATH",
         help="if what is read is an adapter (LoRA): the file or folder of the model it was trained "
-        "for; by default the local folder that the adapter names",
+        "for; by default the local folder that the adapter names, else, in a comparison, the other one",
     )
     command.add_argument(
         "--include",

@@ -204,7 +204,9 @@ def merges(
     Linear, one group each, with an elementwise activation between them, a batch norm in eval mode
     right after the first, dropout, pooling and a flattening. In a model ``torch.fx`` finds them,
     else the order in ``nn.Sequential``; in a file names and shapes do, which tell nothing of the
-    activation: the condition stands beside each merge.
+    activation: the condition stands beside each merge. So a sparse autoencoder's ``encoder`` or
+    ``W_enc`` is followed by its ``decoder`` or ``W_dec``. Layers that have near-duplicates, but no
+    known next layer, are named.
 
     Through ReLU, leaky ReLU or nothing a neuron is replaced by another one times the ratio of their
     lengths. Other activations need equal lengths, up to a tenth. Neurons that point opposite ways

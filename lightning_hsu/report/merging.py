@@ -345,12 +345,14 @@ def _explained(merges: Sequence[Merge]) -> list[Line]:
 def _not_followed(merges: Merges) -> str:
     """Which layers have near-duplicates, but no known next layer, and what to do about it."""
     names = merges.not_followed
-    folded = fold_names(names).removesuffix(f" ({len(names):,})")
-    have = "has" if len(names) == 1 else "have"
-    line = (
-        f"{counted(len(names), 'layer')} with near-duplicates {have} no known next layer, so that "
-        f"nothing is said of merging there: {folded}"
-    )
+    if len(names) == 1:
+        line = f"{layer_named(names[0])} has near-duplicates, but no known next layer"
+    else:
+        folded = fold_names(names).removesuffix(f" ({len(names):,})")
+        line = (
+            f"{len(names):,} layers have near-duplicates, but no known next layer, so that nothing is "
+            f"said of merging there: {folded}"
+        )
     if merges.way_out:
         line += f"; {merges.way_out}"
     return line
