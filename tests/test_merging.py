@@ -390,6 +390,19 @@ def test_which_layers_follow_by_names(state, expected):
         assert "no pair of layers is known to follow each other" in str(found)
 
 
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+def test_names_that_a_wrapper_has_made_longer(prefix):
+    model, layer, _ = networks()["norm"]
+    plant(model.get_submodule(layer), 0.02)
+    state = model.state_dict()
+    longer = {prefix + name: x for name, x in state.items()}
+    assert merges(longer) == merges(state)
+    assert merges({**state, "epoch": 3, "name": "x"}) == merges(state)
+    inside = {name.replace("3.", "3._fsdp_wrapped_module."): x for name, x in state.items()}
+    assert merges(inside) == merges(state)
+    assert len(merges(state).found) == 1
+
+
 @pytest.mark.parametrize("name", ["relu", "norm", "functional"])
 def test_a_file_tells_what_the_model_does(name, tmp_path):
     model, layer, _ = networks()[name]

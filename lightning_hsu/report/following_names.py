@@ -9,6 +9,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from lightning_hsu._neurons.wrappers import plain_name, without_prefixes
 from lightning_hsu.report.activations import RELU
 from lightning_hsu.report.following import USUAL_EPS, Step, Steps, Stored, shapes_of
 
@@ -38,6 +39,12 @@ def steps_of_names(tensors: Mapping[str, Tensor], tensor: Callable[[str], Tensor
         tensors: By name; only their shapes are read.
         tensor: Returns the numbers of one by its name.
     """
+    stored = _stored_names(tensors)
+    tensors = {name: tensors[own] for name, own in stored.items()}
+
+    def read(name: str) -> Tensor:
+        return tensor(stored[name])
+
     layers = []
     for name, x in tensors.items():
         if name.endswith(".weight") and x.ndim > 1:
@@ -67,7 +74,18 @@ def steps_of_names(tensors: Mapping[str, Tensor], tensor: Callable[[str], Tensor
     steps += _autoencoders(tensors)
     how = "names and shapes tell which layer follows; the file does not say how they are connected"
     way_out = "in Python, merges(model) follows the model itself"
-    return Steps(steps, how, tensor, shapes_of(tensors), {}, way_out)
+    return Steps(steps, how, read, shapes_of(tensors), {}, way_out)
+
+
+def _stored_names(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """The names of tensors as they are stored, by those without what wrappers of models add."""
+    names = [name for name, x in tensors.items() if isinstance(x, Tensor)]
+    stored = {}
+    for own, short in zip(names, without_prefixes(dict.fromkeys(names)), strict=True):
+        stored[plain_name(short)] = own
+    if len(stored) < len(names):  # two are one without it
+        return dict(zip(names, names, strict=True))
+    return stored
 
 
 def _autoencoders(tensors: Mapping[str, Tensor]) -> list[Step]:
