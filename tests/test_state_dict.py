@@ -541,4 +541,8 @@ def test_the_state_dict_of_a_layer_alone(build):
     """Its weights have no path before them."""
     layer = build()
     expected = {one.name: one.shape for one in report(layer).layers}
-    assert {one.name: one.shape for one in report(layer.state_dict()).layers} == expected
+    found = report(layer.state_dict())
+    assert {one.name: one.shape for one in found.layers} == expected
+    for name, note in found.notes:
+        if name == "head":
+            assert note.startswith(tuple(expected))

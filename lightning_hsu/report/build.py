@@ -286,7 +286,7 @@ def _notes_of(targets: Sequence[NeuronSet], *, of_file: bool) -> tuple[tuple[str
         if target.note:
             notes.append((target.name, target.note))
         if target.head_reason.startswith(GUESSED):
-            heads[target.layer] = target.head_reason
+            heads[target.layer or target.name] = target.head_reason
     if heads:
         reason = next(iter(heads.values()))
         taken = f"{', '.join(heads)} ({reason})"
