@@ -176,6 +176,20 @@ def test_skipped_weights_are_listed_with_the_reason(found):
     assert "Left out" not in replace(found, skips=()).to_html()
 
 
+def test_table_and_page_show_the_same_shape_of_a_weight(found):
+    skips = (
+        Skip("single", (1, 1000, 64), "it is left out"),
+        Skip("row", (1, 64), "it is a row"),
+        Skip("groups", (3, 4, 5), "it has groups"),
+    )
+    other = replace(found, skips=skips)
+    page = words(read(other.to_html()))
+    table = str(other)
+    for name, shape in (("single", "1000 x 64"), ("row", "1 x 64"), ("groups", "3 x 4 x 5")):
+        assert f"{name}{shape}it" in page
+        assert f"{name} ({shape})" in table
+
+
 @pytest.mark.parametrize("dimension", [2, 3, 10, 500, 100_000])
 def test_expected_angles_are_as_many_as_the_pairs(dimension):
     counts = expected_angles(1234.0, dimension, 90).tolist()

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from lightning_hsu._engine.layer import Layer
 from lightning_hsu._monitor.fold import NO_BREAK, Pattern, fold, fold_names, fold_texts, place_of
 from lightning_hsu._monitor.render import GIGA, SHAPE, WIDTH, Line, Row, View, printable
-from lightning_hsu._monitor.text import counted, shape_of
+from lightning_hsu._monitor.text import counted, shape_of, weight_shape
 from lightning_hsu._neurons.candidates import Skip
 from lightning_hsu.coefficients import Varying
 from lightning_hsu.measures import Measure, Sampled
@@ -423,7 +423,7 @@ def lines_about_skips(skips: Sequence[Skip]) -> list[Line]:
 def _reason_lines(text: str, skips: Sequence[Skip]) -> list[Line]:
     """A reason, and below it the weights; all in one line if that is short."""
     names = [skip.name for skip in skips]
-    shapes = [_weight_shape(skip) for skip in skips]
+    shapes = [weight_shape(skip) for skip in skips]
     begin = f"{len(skips):,} {text}"
     # One pattern of all the names needs no number, since the line begins with it.
     patterns = _unbroken(fold_names(names).removesuffix(f" ({len(names):,})"))
@@ -441,14 +441,6 @@ def _reason_lines(text: str, skips: Sequence[Skip]) -> list[Line]:
 def _unbroken(names: str) -> str:
     """Names and patterns that each stay in one line with what is in brackets behind them."""
     return re.sub("(?<!,) ", NO_BREAK, names)
-
-
-def _weight_shape(skip: Skip) -> str:
-    """The shape of a weight, such as "1000 x 64"; no single group or batch before it."""
-    shape = skip.shape
-    while len(shape) > 2 and shape[0] == 1:
-        shape = shape[1:]
-    return " x ".join(map(str, shape))
 
 
 def _coverage_line(summary: Summary) -> Line:

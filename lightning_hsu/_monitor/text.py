@@ -210,8 +210,16 @@ def shape_of(groups: int, neurons: int, dimension: int, *, sampled: int | None =
 
 
 def weight_shape(skip: Skip) -> str:
-    """The shape of a weight that is left out, such as "1000 x 64"."""
-    return " x ".join(map(str, skip.shape))
+    """The shape of a weight that is left out, without a single group or batch before it.
+
+    Example:
+        >>> weight_shape(Skip("table", (1, 1000, 64), "")), weight_shape(Skip("row", (1, 64), ""))
+        ('1000 x 64', '1 x 64')
+    """
+    shape = skip.shape
+    while len(shape) > 2 and shape[0] == 1:
+        shape = shape[1:]
+    return " x ".join(map(str, shape))
 
 
 def without_empty(rows: Sequence[tuple[str, ...]], heading: str) -> list[tuple[str, ...]]:
