@@ -364,9 +364,10 @@ def test_the_drift_of_a_network():
     assert drift.moved_layers == ("c",)  # of b the median neuron stays
     assert drift.moved == drift.moved_most == found.layers[2].moved
     said = " ".join(str(found).split())
-    assert f"drift: energy ratio {drift.ratio_before:.4f} -> {drift.ratio_after:.4f}" in said
-    assert "the plain mean of 3 layers, rose most in b (" in said
-    assert f"1 of 3 layers moved by {drift.moved:.1f} degrees: c" in said
+    mean = f"{drift.ratio_before:.4f} -> {drift.ratio_after:.4f}"
+    assert f"drift: mean energy ratio of 3 layers {mean} (+" in said
+    assert ", rose most in b (" in said
+    assert f"the median neuron moved in 1 of 3 layers: by {drift.moved:.1f} degrees in c" in said
 
 
 def test_the_drift_of_a_network_that_stays():
@@ -374,9 +375,34 @@ def test_the_drift_of_a_network_that_stays():
     found = compare(state, state)
     assert (found.drift.moved, found.drift.rose, found.drift.moved_layer) == (0.0, "", "")
     assert drift_line(found.drift).endswith(
-        " as before, the plain mean of 2 layers; none of 2 layers moved"
+        ", as before; the median neuron moved in none of 2 layers"
     )
     json.loads(found.to_json())
+
+
+def test_a_drift_tells_falls_and_prints_as_a_line():
+    tight = directions(20) + 1.0
+    before = layers(a=directions(20), b=tight, c=directions(20, seed=2))
+    after = layers(a=tight, b=directions(20), c=directions(20, seed=2))
+    found = compare(before, after, head=None)
+    a, b, _ = found.layers
+    drift = found.drift
+    assert (drift.rose, drift.rose_from, drift.rose_to) == ("a", a.before.ratio, a.after.ratio)
+    assert (drift.fell, drift.fell_from, drift.fell_to) == ("b", b.before.ratio, b.after.ratio)
+    assert str(drift) == drift_line(drift)
+    assert repr(drift) == f"<{drift}>"
+    line = str(drift)
+    assert ", rose most in a (" in line
+    assert f", fell most in b ({b.before.ratio:.4f} -> {b.after.ratio:.4f}, -" in line
+    moved = sorted([a.moved, b.moved])
+    assert "the median neuron moved in 2 of 3 layers (a, b): by " in line
+    assert f"by {sum(moved) / 2:.1f} degrees, the median of these, and most in " in line
+    assert line.endswith(f", by {moved[1]:.1f} degrees")
+    assert found.to_dict()["drift"]["fell"] == "b"
+    assert " ".join(str(found).split()).count(line) == 1
+    only_falls = compare(layers(b=tight), layers(b=directions(20)), head=None).drift
+    assert (only_falls.rose, only_falls.fell) == ("", "b")
+    assert math.isnan(only_falls.rose_from)
 
 
 def test_what_cannot_drift_is_left_out_and_said():
@@ -388,7 +414,7 @@ def test_what_cannot_drift_is_left_out_and_said():
     assert found.drift.not_followed == ("b", "c")
     said = " ".join(str(found).split())
     assert "without a finite ratio, left out: b;" in said
-    assert "none of 1 layer moved; how far is not known of b, c" in said
+    assert "the median neuron moved by 0.0 degrees; how far is not known of b, c" in said
     nothing = compare(layers(b=broken), layers(b=broken))
     assert "no layer has a ratio before and after" in str(nothing)
     assert json.loads(nothing.to_json())["drift"]["ratio_before"] is None
@@ -422,9 +448,8 @@ def test_an_adapter_beside_its_base_in_one_command(tmp_path, capsys):
     below = said[said.index("drift:") :].splitlines()
     assert all(len(line) <= 80 for line in below)
     said = " ".join(said.split())
-    assert "2 of 9 layers moved by" in said
-    assert "most in model.layers.2.q" in said
-    assert "model.layers.{0,2}.q" in said
+    assert "the median neuron moved in 2 of 9 layers (model.layers.{0,2}.q): by" in said
+    assert "the median of these, and most in model.layers.2.q, by" in said
     assert "which it is compared with, since no other is there" in said
     found = compare(base, adapter)
     assert found.drift.moved_layers == ("model.layers.0.q", "model.layers.2.q")
@@ -455,6 +480,6 @@ def test_two_adapters_need_a_base(tmp_path, capsys):
     (line,) = capsys.readouterr().err.splitlines()
     assert "give the base, which is organisation/model" in line
     assert main(["compare", adapter, adapter, "--base", base]) == 0
-    assert "none of 9 layers moved" in " ".join(capsys.readouterr().out.split())
+    assert "moved in none of 9 layers" in " ".join(capsys.readouterr().out.split())
     with pytest.raises(ValueError, match="give the base"):
         compare({"a.weight": torch.randn(4, 4)}, adapter)

@@ -2,14 +2,9 @@
 
 from lightning_hsu.report.build import Report, merges, report
 from lightning_hsu.report.comparison import Comparison, compare
-from lightning_hsu.report.data import (
-    Drift,
-    LayerComparison,
-    LayerReport,
-    Matching,
-    SimilarGroup,
-    SimilarPair,
-)
+from lightning_hsu.report.comparison_data import LayerComparison, Matching
+from lightning_hsu.report.data import LayerReport, SimilarGroup, SimilarPair
+from lightning_hsu.report.drift import Drift
 from lightning_hsu.report.merging import Merge, Merges
 
 __all__ = [

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from lightning_hsu._core import expected_angles
 from lightning_hsu._monitor.text import number
-from lightning_hsu.report.data import LayerComparison, LayerReport, known_ratios
+from lightning_hsu.report.comparison_data import LayerComparison
+from lightning_hsu.report.data import LayerReport, known_ratios
 from lightning_hsu.report.svg import Axis, circle, figure, line, path, place, short, text
 
 _WIDTH, _HEIGHT = 360, 240  # of a figure of one layer, in pixels

@@ -22,9 +22,10 @@ from lightning_hsu.report.build import (
     find_targets,
     look_at_all,
 )
+from lightning_hsu.report.comparison_data import ComparisonData, LayerComparison
 from lightning_hsu.report.comparison_page import comparison_page
-from lightning_hsu.report.data import ComparisonData, LayerComparison, LayerReport
-from lightning_hsu.report.drift import drift_of
+from lightning_hsu.report.data import LayerReport
+from lightning_hsu.report.drift import LayerMove, drift_of
 from lightning_hsu.report.looks import SAMPLE_ABOVE, Progress
 from lightning_hsu.report.matching import Followed, Match, Matcher
 from lightning_hsu.report.tables import comparison_table, plain, short, table_html
@@ -173,6 +174,10 @@ def compare(
             f"no layer has the same name in both: {_few(_names(first))}, ... and "
             f"{_few(_names(second))}, ..."
         )
+    moves = []
+    for layer in layers:
+        ratios = layer.before.ratio, layer.after.ratio
+        moves.append(LayerMove(layer.after.name, *ratios, layer.moved))
     return Comparison(
         before=earlier,
         after=later,
@@ -180,7 +185,7 @@ def compare(
         only_before=_only_in(first, ours, theirs),
         only_after=_only_in(second, theirs, ours),
         prefixes=prefixes,
-        drift=drift_of(layers),
+        drift=drift_of(moves),
         notes=tuple(notes),
     )
 

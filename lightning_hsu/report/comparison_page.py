@@ -9,7 +9,7 @@ from html import escape
 from lightning_hsu._monitor.fold import fold_names
 from lightning_hsu._monitor.text import counted, number
 from lightning_hsu.report.charts import change_axis, change_chart
-from lightning_hsu.report.data import ComparisonData, LayerComparison
+from lightning_hsu.report.comparison_data import ComparisonData, LayerComparison
 from lightning_hsu.report.drift import drift_line
 from lightning_hsu.report.page import (
     RULE_PART,

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -264,147 +264,7 @@ class ReportData(JsonData):
             "similar_above": self.similar_above,
             "layers": [_layer_dict(layer) for layer in self.layers],
             "skipped": [_skip_dict(skip) for skip in self.skips],
-            "notes": _notes_list(self.notes),
-        }
-
-
-@dataclass(frozen=True, eq=False)
-class Matching:
-    """How well the neurons of a layer that are not matched by index have found each other.
-
-    Dead neurons take no part. In half space opposite neurons are the same.
-
-    Args:
-        how: "assignment" is one to one with the largest sum of cosines; "mutual" matches neurons
-            that are each other's nearest.
-        before: How many neurons there are before.
-        after: How many there are after.
-        matched: How many have a match.
-        agreeing: How many matches have a cosine of ``similar_above`` or more.
-        mean: Mean cosine of the matches.
-        median: Median cosine of the matches.
-        random_cosine: What random directions would have for their mean: with "mutual" expected so,
-            with "assignment" at most so (it is that of the nearest one). NaN in one dimension.
-        random_angle: The same for the mean angle in degrees: expected so, or at least so.
-    """
-
-    how: Literal["assignment", "mutual"]
-    before: int
-    after: int
-    matched: int
-    agreeing: int
-    mean: float
-    median: float
-    random_cosine: float
-    random_angle: float
-
-    @property
-    def agreement(self) -> float:
-        """Agreeing matches over the neurons of the smaller of the two, in [0, 1]."""
-        return self.agreeing / min(self.before, self.after)
-
-
-@dataclass(frozen=True, eq=False)
-class LayerComparison:
-    """One layer before and after.
-
-    Args:
-        before: The earlier report on it.
-        after: The later report on it.
-        moved: Median angle between a neuron before and after, in degrees; NaN if the shapes differ.
-            Of matched neurons it is that between the lines in half space.
-        matched: For each neuron before, by index group * n + row, the index of its match after; -1
-            for one without a match. None if neurons are matched by index.
-        matching: How well they match; None if neurons are matched by index.
-    """
-
-    before: LayerReport
-    after: LayerReport
-    moved: float
-    matched: tuple[int, ...] | None = None
-    matching: Matching | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class Drift:
-    """How far a network has drifted, such as an adapted one from its base, over all its layers.
-
-    Args:
-        layers: How many layers have a finite ratio both before and after.
-        left_out: Names of the layers that do not.
-        ratio_before: Mean of their ratios before, each layer counted once; NaN without layers.
-        ratio_after: The same after.
-        rose: Name of the layer whose ratio rose most; "" if none did.
-        rose_from: Its ratio before; NaN if none rose.
-        rose_to: Its ratio after.
-        followed: How many layers have neurons that are followed, so that their move is known.
-        moved: Median over those that moved of how far they did, in degrees; 0 if none did, NaN if
-            none is followed.
-        moved_most: How far the layer that moved most did.
-        moved_layer: Its name; "" if none moved.
-        moved_layers: Names of the layers that moved.
-        not_followed: Names of the other layers, such as those of another shape after than before.
-    """
-
-    layers: int
-    left_out: tuple[str, ...]
-    ratio_before: float
-    ratio_after: float
-    rose: str
-    rose_from: float
-    rose_to: float
-    followed: int
-    moved: float
-    moved_most: float
-    moved_layer: str
-    moved_layers: tuple[str, ...]
-    not_followed: tuple[str, ...]
-
-
-@dataclass(frozen=True, eq=False)
-class ComparisonData(JsonData):
-    """The fields of a comparison; :class:`Comparison` describes them."""
-
-    before: ReportData
-    after: ReportData
-    layers: tuple[LayerComparison, ...]
-    only_before: tuple[str, ...]
-    only_after: tuple[str, ...]
-    prefixes: tuple[str, str] = ("", "")
-    drift: Drift | None = None
-    notes: tuple[tuple[str, str], ...] = ()
-
-    @property
-    def matched(self) -> str:
-        """How names were matched, in words; "" if they are the same."""
-        of_which = []
-        for prefix, which in zip(self.prefixes, ("first", "second"), strict=True):
-            if prefix:
-                of_which.append(f"'{prefix}' of the {which}")
-        if not of_which:
-            return ""
-        return f"names matched without the prefix {' and '.join(of_which)}"
-
-    def to_dict(self) -> dict[str, Any]:
-        """All of it as lists, numbers, strings and None (for NaN)."""
-        drift = None
-        if self.drift is not None:
-            drift = _plain(self.drift)
-        matching = {}
-        for one in self.layers:
-            if one.matching is not None and one.matched is not None:
-                numbers = _plain(one.matching) | {"agreement": one.matching.agreement}
-                matching[one.after.name] = numbers | {"indices": list(one.matched)}
-        return {
-            "before": self.before.to_dict(),
-            "after": self.after.to_dict(),
-            "moved": {one.after.name: _without_nan(one.moved) for one in self.layers},
-            "only_before": list(self.only_before),
-            "only_after": list(self.only_after),
-            "prefixes": list(self.prefixes),
-            "drift": drift,
-            "matching": matching,
-            "notes": _notes_list(self.notes),
+            "notes": notes_list(self.notes),
         }
 
 
@@ -427,7 +287,7 @@ def _layer_dict(layer: LayerReport) -> dict[str, Any]:
     """A layer in JSON's own types."""
     numbers: dict[str, Any] = {}
     for name, value in asdict(layer.uniformity).items():
-        numbers[name] = _without_nan(value)
+        numbers[name] = without_nan(value)
     return numbers | {
         "measure": repr(layer.measure),
         "similar": layer.similar,
@@ -442,7 +302,7 @@ def _layer_dict(layer: LayerReport) -> dict[str, Any]:
         "angles": list(layer.angles),
         "singular_values": [round(value, 6) for value in layer.singular_values],
         "edges": list(layer.edges),
-        "effective_rank": _without_nan(layer.effective_rank),
+        "effective_rank": without_nan(layer.effective_rank),
         "random_rank": layer.random_rank,
         "verdict": layer.verdict,
         "finding": layer.finding,
@@ -456,22 +316,22 @@ def _skip_dict(skip: Skip) -> dict[str, Any]:
     return {"name": skip.name, "shape": list(skip.shape), "reason": skip.reason}
 
 
-def _notes_list(notes: Sequence[tuple[str, str]]) -> list[dict[str, str]]:
+def notes_list(notes: Sequence[tuple[str, str]]) -> list[dict[str, str]]:
     """Notes in JSON's own types."""
     return [{"name": name, "note": note} for name, note in notes]
 
 
-def _plain(numbers: Matching | Drift) -> dict[str, Any]:
-    """A dataclass in JSON's own types."""
+def plain_dict(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a dataclass in JSON's own types."""
     found: dict[str, Any] = {}
-    for name, value in asdict(numbers).items():
+    for name, value in fields.items():
         if isinstance(value, tuple):
             value = list(value)
-        found[name] = _without_nan(value)
+        found[name] = without_nan(value)
     return found
 
 
-def _without_nan(value: Any) -> Any:
+def without_nan(value: Any) -> Any:
     """A value, or None for NaN and infinity, which JSON does not have."""
     if isinstance(value, float) and not math.isfinite(value):
         return None

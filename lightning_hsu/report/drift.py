@@ -1,73 +1,155 @@
-"""How far a network has drifted from another one, over all layers, in one line."""
+"""How far a network has drifted from another one, over all layers, as numbers and in one line."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from statistics import fmean, median
+from typing import NamedTuple
 
 from lightning_hsu._monitor.fold import fold_names
 from lightning_hsu._monitor.text import counted, number
-from lightning_hsu.report.data import Drift, LayerComparison
 
 
-def drift_of(layers: Sequence[LayerComparison]) -> Drift:
+@dataclass(frozen=True, eq=False)
+class Drift:
+    """How far a network has drifted, such as an adapted one from its base, over all its layers.
+
+    ``print`` shows it as one line.
+
+    Args:
+        layers: How many layers have a finite ratio both before and after.
+        left_out: Names of the layers that do not.
+        ratio_before: Mean of their ratios before, each layer counted once; NaN without layers.
+        ratio_after: The same after.
+        rose: Name of the layer whose ratio rose most; "" if none did.
+        rose_from: Its ratio before; NaN if none rose.
+        rose_to: Its ratio after.
+        followed: How many layers have neurons that are followed, so that their move is known.
+        moved: Median over those that moved of how far they did, in degrees; 0 if none did, NaN if
+            none is followed.
+        moved_most: How far the layer that moved most did.
+        moved_layer: Its name; "" if none moved.
+        moved_layers: Names of the layers that moved.
+        not_followed: Names of the other layers, such as those of another shape after than before.
+        fell: Name of the layer whose ratio fell most; "" if none did.
+        fell_from: Its ratio before; NaN if none fell.
+        fell_to: Its ratio after.
+
+    Example:
+        >>> drift = drift_of([LayerMove("fc", 1.0, 1.5, 9.0), LayerMove("head", 2.0, 1.9, 0.0)])
+        >>> drift.rose, drift.fell, drift.moved_layers
+        ('fc', 'head', ('fc',))
+        >>> print(drift_of([LayerMove("fc", 1.0, 1.5, 9.0)]))
+        drift: energy ratio 1.0000 -> 1.5000 (+50.00 %); the median neuron moved by 9.0 degrees
+    """
+
+    layers: int
+    left_out: tuple[str, ...]
+    ratio_before: float
+    ratio_after: float
+    rose: str
+    rose_from: float
+    rose_to: float
+    followed: int
+    moved: float
+    moved_most: float
+    moved_layer: str
+    moved_layers: tuple[str, ...]
+    not_followed: tuple[str, ...]
+    fell: str = ""
+    fell_from: float = math.nan
+    fell_to: float = math.nan
+
+    def __str__(self) -> str:
+        """The drift as one line."""
+        return drift_line(self)
+
+    def __repr__(self) -> str:
+        """The same line."""
+        return f"<{drift_line(self)}>"
+
+
+class LayerMove(NamedTuple):
+    """What the drift takes of one layer.
+
+    Args:
+        name: Its name.
+        before: Its ratio before; NaN if it has none.
+        after: Its ratio after.
+        moved: Median angle between a neuron before and after, in degrees; NaN if not known.
+    """
+
+    name: str
+    before: float
+    after: float
+    moved: float
+
+
+def drift_of(layers: Sequence[LayerMove]) -> Drift:
     """How far the layers of a comparison have drifted.
 
     Args:
-        layers: Each before and after.
+        layers: What each has become.
     """
     known = []
     left_out = []
     for one in layers:
-        if math.isfinite(one.before.ratio) and math.isfinite(one.after.ratio):
+        if math.isfinite(one.before) and math.isfinite(one.after):
             known.append(one)
         else:
-            left_out.append(one.after.name)
+            left_out.append(one.name)
     before = after = math.nan
     if known:
-        before = fmean([one.before.ratio for one in known])
-        after = fmean([one.after.ratio for one in known])
-    rose = max(known, key=_rise, default=None)
-    if rose is not None and _rise(rose) <= 0.0:
-        rose = None
+        before = fmean([one.before for one in known])
+        after = fmean([one.after for one in known])
+    nothing = LayerMove("", math.nan, math.nan, math.nan)
+    rose = fell = nothing
+    highest = lowest = 0.0
+    for one in known:
+        rise = one.after - one.before
+        if rise > highest:
+            rose, highest = one, rise
+        if rise < lowest:
+            fell, lowest = one, rise
     followed = []
     not_followed = []
     for one in layers:
         if math.isnan(one.moved):
-            not_followed.append(one.after.name)
+            not_followed.append(one.name)
         else:
             followed.append(one)
     moved = [one for one in followed if one.moved > 0.0]
-    farthest = max(moved, key=_moved, default=None)
+    farthest = nothing
     middle = most = math.nan
     if followed:
         middle = most = 0.0
     if moved:
+        farthest = max(moved, key=_moved)
         middle = median([one.moved for one in moved])
-        most = max(one.moved for one in moved)
+        most = farthest.moved
     return Drift(
         layers=len(known),
         left_out=tuple(left_out),
         ratio_before=before,
         ratio_after=after,
-        rose="" if rose is None else rose.after.name,
-        rose_from=math.nan if rose is None else rose.before.ratio,
-        rose_to=math.nan if rose is None else rose.after.ratio,
+        rose=rose.name,
+        rose_from=rose.before,
+        rose_to=rose.after,
         followed=len(followed),
         moved=middle,
         moved_most=most,
-        moved_layer="" if farthest is None else farthest.after.name,
-        moved_layers=tuple(one.after.name for one in moved),
+        moved_layer=farthest.name,
+        moved_layers=tuple(one.name for one in moved),
         not_followed=tuple(not_followed),
+        fell=fell.name,
+        fell_from=fell.before,
+        fell_to=fell.after,
     )
 
 
-def _rise(one: LayerComparison) -> float:
-    return one.after.ratio - one.before.ratio
-
-
-def _moved(one: LayerComparison) -> float:
+def _moved(one: LayerMove) -> float:
     return one.moved
 
 
@@ -86,17 +168,25 @@ def drift_line(drift: Drift) -> str:
 
 def _ratios(drift: Drift) -> str:
     """How the ratios have changed."""
-    text = "no layer has a ratio before and after"
-    if drift.layers > 0:
-        text = (
-            f"energy ratio {_change(drift.ratio_before, drift.ratio_after)}, the plain mean of "
-            f"{counted(drift.layers, 'layer')}"
-        )
-    if drift.rose and number(drift.rose_from, 4) != number(drift.rose_to, 4):
-        text += f", rose most in {drift.rose} ({_change(drift.rose_from, drift.rose_to)})"
-    if drift.layers > 0 and drift.left_out:
+    if drift.layers == 0:
+        return "no layer has a ratio before and after"
+    change = _change(drift.ratio_before, drift.ratio_after)
+    text = f"energy ratio {change}"
+    if drift.layers > 1:
+        text = f"mean energy ratio of {drift.layers:,} layers {change}"
+        text += _extreme("rose", drift.rose, drift.rose_from, drift.rose_to)
+        text += _extreme("fell", drift.fell, drift.fell_from, drift.fell_to)
+    if drift.left_out:
         text += f"; without a finite ratio, left out: {fold_names(drift.left_out)}"
     return text
+
+
+def _extreme(what: str, name: str, before: float, after: float) -> str:
+    """Which layer's ratio rose or fell most; "" if none did so that four digits tell."""
+    if not name or number(before, 4) == number(after, 4):
+        return ""
+    change = _change(before, after).replace(" (", ", ").removesuffix(")")
+    return f", {what} most in {name} ({change})"
 
 
 def _change(before: float, after: float) -> str:
@@ -104,14 +194,14 @@ def _change(before: float, after: float) -> str:
 
     Example:
         >>> _change(1.0, 1.25), _change(1.0, 1.000001)
-        ('1.0000 -> 1.2500, +25.00 %', '1.0000 as before')
+        ('1.0000 -> 1.2500 (+25.00 %)', '1.0000, as before')
     """
     first, second = number(before, 4), number(after, 4)
     if first == second:
-        return f"{first} as before"
+        return f"{first}, as before"
     text = f"{first} -> {second}"
     if before > 0.0:
-        text += f", {100.0 * (after - before) / before:+.2f} %"
+        text += f" ({100.0 * (after - before) / before:+.2f} %)"
     return text
 
 
@@ -121,19 +211,20 @@ def _moves(drift: Drift) -> str:
         return "how far neurons moved is not known"
     count = len(drift.moved_layers)
     layers = counted(drift.followed, "layer")
+    most = f"by {degrees(drift.moved_most)} degrees"
+    if drift.followed == 1:
+        return f"the median neuron moved {most}"
     if count == 0:
-        return f"none of {layers} moved"
-    names = fold_names(drift.moved_layers).removesuffix(f" ({count:,})")
-    who = f"{count:,} of {layers} moved"
-    where = f": {names}"
+        return f"the median neuron moved in none of {layers}"
     if count == 1:
-        return f"{who} by {degrees(drift.moved)} degrees{where}"
-    if count == drift.followed:
-        who = f"all {layers} moved"
-        where = ""
+        return f"the median neuron moved in 1 of {layers}: {most} in {drift.moved_layer}"
+    where = f"all {layers}"
+    if count < drift.followed:
+        names = fold_names(drift.moved_layers).removesuffix(f" ({count:,})")
+        where = f"{count:,} of {layers} ({names})"
     return (
-        f"{who} by {degrees(drift.moved)} degrees (median), most in {drift.moved_layer} "
-        f"({degrees(drift.moved_most)}){where}"
+        f"the median neuron moved in {where}: by {degrees(drift.moved)} degrees, the median of "
+        f"these, and most in {drift.moved_layer}, {most}"
     )
 
 

@@ -18,7 +18,7 @@ from lightning_hsu._core.assignment import (
 )
 from lightning_hsu._monitor.text import counted
 from lightning_hsu._neurons.candidates import NeuronSet
-from lightning_hsu.report.data import Matching
+from lightning_hsu.report.comparison_data import Matching
 
 Match = Literal["auto", "index", "assignment"]
 """How the neurons of two networks are matched."""

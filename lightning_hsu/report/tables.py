@@ -29,9 +29,8 @@ from lightning_hsu._monitor.text import (
 )
 from lightning_hsu._neurons.candidates import Skip
 from lightning_hsu._neurons.select import EXCLUDED, NOT_INCLUDED
+from lightning_hsu.report.comparison_data import ComparisonData, LayerComparison
 from lightning_hsu.report.data import (
-    ComparisonData,
-    LayerComparison,
     LayerReport,
     ReportData,
     SimilarGroup,
