@@ -14,6 +14,7 @@ from lightning_hsu._neurons.names import dictionaries
 from lightning_hsu.report import build, compare, matching
 from lightning_hsu.report.cli import main
 from lightning_hsu.report.drift import drift_line
+from lightning_hsu.report.tables import comparison_table, plain
 
 WIDTH = 12
 needs_scipy = pytest.mark.skipif(
@@ -339,6 +340,54 @@ def test_matches_in_json_page_and_command(tmp_path, capsys):
     assert "Drift: energy ratio" in html
     assert main(["compare", *paths, "--match", "assignment"]) == 0
     assert "matches by index" not in capsys.readouterr().out
+
+
+# Near-duplicates, and what the columns show.
+
+
+def with_copies(*counts):
+    """Directions of which each count is so many neurons that point the same way."""
+    x = directions(20)
+    start = 0
+    for count in counts:
+        x[start : start + count] = x[start]
+        start += count
+    return {"a.weight": x}
+
+
+def test_near_duplicates_are_counted_in_groups():
+    found = compare(with_copies(3, 3), with_copies(4), head=None)
+    assert (only(found).before.similar, only(found).after.similar) == (6, 6)  # pairs
+    table = comparison_table(found)
+    place = [column.heading for column in table.columns].index("similar")
+    assert table.rows[0][place] == "6 in 2 -> 4 in 1"
+    assert "6 in 2 groups &rarr; 4 in 1 group<" in found.to_html()
+    numbers = found.to_dict()
+    assert numbers["near_duplicates"] == {
+        "a": {"before": {"neurons": 6, "groups": 2}, "after": {"neurons": 4, "groups": 1}}
+    }
+    assert numbers["before"]["layers"][0]["similar"] == 6
+    assert "pairs" not in str(found)
+
+
+def test_the_columns_of_a_comparison_are_explained_if_they_are_shown():
+    table = comparison_table(compare(with_copies(3), with_copies(3, 2), head=None))
+    texts = {
+        "moved": "moved: median angle between a neuron before and after, in degrees",
+        "ratio": "ratio: energy over that of random neurons",
+        "angle": "angle: the smallest between two neurons, in degrees",
+        "similar": "similar: near-duplicate neurons, in so many groups",
+    }
+    for width in (200, 90, 80, 60):
+        fitted = table.fitted(width)
+        headings = [column.heading for column in fitted.columns]
+        lines = plain(table, width).splitlines()
+        for heading, text in texts.items():
+            assert lines.count(text) == (heading in headings)
+        told = [line for line in lines if line.startswith("left out of this narrow table: ")]
+        assert len(told) == (width < 200)
+        for column in table.columns:
+            assert (column.heading in headings) != (column.heading in "".join(told))
 
 
 # Drift.

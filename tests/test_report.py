@@ -530,14 +530,48 @@ def test_in_a_narrow_terminal(monkeypatch):
     show(table)
     lines = console.export_text().splitlines()
     assert all(len(line) <= 80 for line in lines)
-    assert lines[0].split() == ["layer", "neurons", "x", "dim", "ratio", "angle", "finding"]
+    headings = ["layer", "neurons", "x", "dim", "ratio", "angle", "dead", "finding"]
+    assert lines[0].split() == headings
     assert "2 neurons in 1 near-duplicate group, 2 dead" in " ".join("\n".join(lines).split())
-    assert "left out of this narrow table: energy, rank, similar, dead" in "\n".join(lines)
+    assert "left out of this narrow table: energy, rank, similar" in lines
     console = Console(width=200, record=True, file=io.StringIO(), force_terminal=True)
     show(table)
     text = console.export_text()
     assert "left out" not in text
     assert "energy" in text
+
+
+def shown_in(table, width):
+    """The headings that a table has in so many columns, and those that it names as left out."""
+    fitted = table.fitted(width)
+    assert fitted.without(()).rows == fitted.rows
+    (said,) = [line for line in fitted.under() if "left out" in line] or [": "]
+    return [column.heading for column in fitted.columns], said.split(": ")[1].split(", ")
+
+
+def test_columns_are_left_out_one_by_one():
+    torch.manual_seed(0)
+    state = {f"encoder.block.{i}.query.weight": torch.randn(64, 32) for i in range(3)}
+    state["encoder.block.1.query.weight"][:4] = state["encoder.block.1.query.weight"][4:8]
+    table = report_table(report(state, head=None))
+    everything = [column.heading for column in table.columns]
+    assert shown_in(table, table.width()) == (everything, [""])
+    counts = []
+    together = []
+    for width in range(40, table.width() + 1):
+        shown, left_out = shown_in(table, width)
+        lines = plain(table, width).splitlines()
+        rows = lines[: [line[:1].isdigit() for line in lines].index(True)]
+        assert width < 50 or all(len(line) <= width for line in rows)
+        assert [one for one in everything if one in {*shown, *left_out}] == everything
+        assert left_out == [one for one in everything if one not in shown] or left_out == [""]
+        told = [line.split(":")[0] for line in table.fitted(width).under()]
+        for legend in table.legends:
+            assert (legend.heading in told) == (legend.heading in shown)
+        counts.append(len(shown))
+        together.append(left_out)
+    assert set(counts) == {4, 5, 6, 7, 8, 9, 10}  # one at a time
+    assert ["energy"] in together
 
 
 def test_huge_numbers_are_short():
@@ -984,7 +1018,8 @@ def test_a_plain_table_fits_a_terminal():
     rows = lines[: lines.index(next(line for line in lines if "above random" in line))]
     assert all(len(line) <= 60 for line in rows)
     assert len(rows) > 5  # the finding of the second takes more than one
-    assert "e.b.0.att.output" in {row.split()[0] for row in rows if row}
+    assert "e.blo.0.att.output" in {row.split()[0] for row in rows if row}
+    assert "left out of this narrow table: neurons x dim, energy," in lines[-1]
 
 
 def test_notebooks_show_a_table():

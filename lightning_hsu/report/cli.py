@@ -6,7 +6,6 @@ import argparse
 import sys
 import traceback
 from collections.abc import Sequence
-from dataclasses import replace
 
 from lightning_hsu._monitor.render import shorten
 from lightning_hsu._monitor.text import counted, number
@@ -147,7 +146,7 @@ def _compare(given: argparse.Namespace) -> int:
 
 def _show(table: Table) -> None:
     """Print a table whose notes speak of options."""
-    show(replace(table, below=[in_options(line) for line in table.below]))
+    show(table.reworded(in_options))
 
 
 def _write(found: Report | Comparison, given: argparse.Namespace) -> None:

@@ -103,13 +103,19 @@ class ComparisonData(JsonData):
         if self.drift is not None:
             drift = plain_dict(asdict(self.drift))
         matching = {}
+        near_duplicates = {}
         for one in self.layers:
+            near_duplicates[one.after.name] = {
+                "before": _groups_dict(one.before),
+                "after": _groups_dict(one.after),
+            }
             if one.matching is not None and one.matched is not None:
                 numbers = plain_dict(asdict(one.matching)) | {"agreement": one.matching.agreement}
                 matching[one.after.name] = numbers | {"indices": list(one.matched)}
         return {
             "before": self.before.to_dict(),
             "after": self.after.to_dict(),
+            "near_duplicates": near_duplicates,
             "moved": {one.after.name: without_nan(one.moved) for one in self.layers},
             "only_before": list(self.only_before),
             "only_after": list(self.only_after),
@@ -118,3 +124,8 @@ class ComparisonData(JsonData):
             "matching": matching,
             "notes": notes_list(self.notes),
         }
+
+
+def _groups_dict(layer: LayerReport) -> dict[str, int]:
+    """How many near-duplicate neurons a layer has, and in how many groups, in JSON's own types."""
+    return {"neurons": layer.grouped, "groups": layer.group_count}

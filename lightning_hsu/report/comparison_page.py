@@ -15,6 +15,7 @@ from lightning_hsu.report.page import (
     RULE_PART,
     breakable,
     degrees,
+    near_duplicates,
     skipped_part,
     source_part,
     table_head,
@@ -29,7 +30,7 @@ _COLUMNS = (  # heading and classes; minor ones are left out on a phone
     ("moved", "number"),
     ("ratio", "number"),
     ("smallest angle", "number minor"),
-    ("near-duplicate pairs", "number minor"),
+    ("near-duplicates", "number minor"),
     ("dead", "number minor"),
     ("finding after", ""),
 )
@@ -128,7 +129,7 @@ def _cells(i: int, one: LayerComparison) -> dict[str, str]:
         "moved": degrees(one.moved),
         "ratio": _change(number(before.ratio, 3), number(after.ratio, 3)),
         "smallest angle": _change(degrees(before.min_angle), degrees(after.min_angle)),
-        "near-duplicate pairs": _change(f"{one.before.similar:,}", f"{one.after.similar:,}"),
+        "near-duplicates": _change(near_duplicates(one.before), near_duplicates(one.after)),
         "dead": _change(f"{one.before.dead:,}", f"{one.after.dead:,}"),
         "finding after": escape(one.after.finding),
     }

@@ -6,7 +6,7 @@ import math
 import shutil
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from html import escape
 from itertools import compress
@@ -43,21 +43,19 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 _FULL_SPACE = "* in full space, where opposite neurons are far apart"
-_RATIO = (
-    "ratio: energy over that of random neurons; angle: the smallest between two neurons, in degrees"
-)
+_ANGLE = "angle: the smallest between two neurons, in degrees"
+_RATIO = "ratio: energy over that of random neurons"
 _RANK = (
     "rank: effective rank of the neurons at length 1, e to the entropy of their squared singular "
     "values"
 )
 _SIMILAR = "similar: near-duplicate neurons, in so many groups"
-_MOVED = (
-    "moved: median angle between a neuron before and after, in degrees; "
-    "angle: smallest between two neurons"
-)
+_MOVED = "moved: median angle between a neuron before and after, in degrees"
 _LONGEST_NAME = 60  # of a layer in a table that is not fitted to a terminal
 _SHORTEST_NAME = 16
 _SHORTEST_FINDING = 24  # that a name makes room for
+_SHORT_FINDING = 36  # that a column makes room for
+_SHAPED_FINDING = 14  # that a shape makes room for: "near-duplicate"
 _NARROWEST = 10  # columns of a finding
 _MEMBERS = 40  # neurons of a group that are listed
 
@@ -68,12 +66,25 @@ class Column(NamedTuple):
     Args:
         heading: Its name.
         right: Whether cells are aligned on the right, as numbers are.
-        wide_only: Whether a narrow terminal leaves the column out.
+        spare: How important it is where not all columns fit, from 1 for the least; 0 if it always
+            stays.
     """
 
     heading: str
     right: bool = False
-    wide_only: bool = False
+    spare: int = 0
+
+
+class Legend(NamedTuple):
+    """What a column shows, below the table.
+
+    Args:
+        heading: The column.
+        text: What it shows, beginning with the heading.
+    """
+
+    heading: str
+    text: str
 
 
 def _headings(columns: Sequence[Column]) -> tuple[str, ...]:
@@ -83,24 +94,36 @@ def _headings(columns: Sequence[Column]) -> tuple[str, ...]:
 _REPORT_COLUMNS = (
     Column("layer"),
     Column("neurons x dim", right=True),
-    Column("energy", right=True, wide_only=True),
+    Column("energy", right=True, spare=1),
     Column("ratio", right=True),
-    Column("score", right=True, wide_only=True),
+    Column("score", right=True, spare=4),
     Column("angle", right=True),
-    Column("rank", right=True, wide_only=True),
-    Column("similar", right=True, wide_only=True),
-    Column("dead", right=True, wide_only=True),
+    Column("rank", right=True, spare=5),
+    Column("similar", right=True, spare=3),  # as is "dead", it is in the finding, too
+    Column("dead", right=True, spare=2),
     Column("finding"),
+)
+_REPORT_LEGENDS = (
+    Legend("ratio", f"{_RATIO}; {_ANGLE}"),
+    Legend("rank", _RANK),
+    Legend("similar", _SIMILAR),
+    Legend("score", SCORE),
 )
 _COMPARISON_COLUMNS = (
     Column("layer"),
     Column("neurons x dim", right=True),
     Column("moved", right=True),
     Column("ratio", right=True),
-    Column("angle", right=True, wide_only=True),
-    Column("pairs", right=True, wide_only=True),
-    Column("dead", right=True, wide_only=True),
+    Column("angle", right=True, spare=2),
+    Column("similar", right=True, spare=3),
+    Column("dead", right=True, spare=1),
     Column("finding after"),
+)
+_COMPARISON_LEGENDS = (
+    Legend("moved", _MOVED),
+    Legend("ratio", _RATIO),
+    Legend("angle", _ANGLE),
+    Legend("similar", _SIMILAR),
 )
 
 
@@ -111,34 +134,63 @@ class Table:
     Args:
         columns: Their columns, the name of the layer first and the finding last.
         rows: Cells.
-        below: Lines under the table.
+        first: Lines under the table, above the legends.
+        legends: What columns show; those of columns that are left out are not shown.
+        below: Lines below these.
+        left_out: Headings of the columns that are left out, in their order.
     """
 
     columns: tuple[Column, ...]
     rows: list[tuple[str, ...]]
+    first: list[str]
+    legends: tuple[Legend, ...]
     below: list[str]
+    left_out: tuple[str, ...] = ()
+
+    def under(self) -> list[str]:
+        """All lines under the table."""
+        headings = _headings(self.columns)
+        lines = list(self.first)
+        for legend in self.legends:
+            if legend.heading in headings:
+                lines += wrapped(Line(legend.text))
+        lines += self.below
+        if self.left_out:
+            names = ", ".join(self.left_out)
+            lines += wrapped(Line(f"left out of this narrow table: {names}"))
+        return lines
+
+    def reworded(self, change: Callable[[str], str]) -> Table:
+        """The table with other words in the lines under it.
+
+        Args:
+            change: Makes another line of a line.
+        """
+        first = [change(line) for line in self.first]
+        return replace(self, first=first, below=[change(line) for line in self.below])
 
     def with_heading(self) -> list[tuple[str, ...]]:
         """The rows with the heading above them."""
         return [_headings(self.columns), *self.rows]
 
     def width(self) -> int:
-        """The width of the table, with two spaces for each column."""
-        return sum(column_widths(self.with_heading())) + 2 * len(self.columns)
+        """The width of the table, with two spaces between columns."""
+        widths = column_widths(self.with_heading())
+        return sum(widths) + 2 * (len(widths) - 1)
 
-    def narrow(self) -> Table:
-        """The table for a narrow terminal; a line below names the columns it leaves out."""
+    def without(self, places: Collection[int]) -> Table:
+        """The table without some of its columns; a line under it names them."""
         shown = []
         left_out = []
-        for column in self.columns:
-            shown.append(not column.wide_only)
-            if column.wide_only:
+        for i, column in enumerate(self.columns):
+            shown.append(i not in places)
+            if i in places:
                 left_out.append(column.heading)
-        note = f"left out of this narrow table: {', '.join(left_out)}"
-        return Table(
+        return replace(
+            self,
             columns=tuple(compress(self.columns, shown)),
             rows=[tuple(compress(row, shown)) for row in self.rows],
-            below=[*_without_legends(self.below, left_out), note],
+            left_out=tuple(left_out),
         )
 
     def with_names(self, width: int) -> Table:
@@ -151,14 +203,41 @@ class Table:
         return replace(self, rows=rows)
 
     def fitted(self, width: int) -> Table:
-        """The table for a terminal of so many columns; its findings may need several lines."""
+        """The table for a terminal of so many columns; its findings may need several lines.
+
+        As many columns are left out as it takes, the least important first. If that is not enough,
+        names are cut, and at last the shapes are left out.
+        """
         if self.width() <= width:
             return self
-        table = self.narrow()
-        widths = column_widths(table.with_heading())
+        spare = [i for i, column in enumerate(self.columns) if column.spare > 0]
+        spare.sort(key=lambda i: -self.columns[i].spare)  # the most important first
+        left_out = set(spare)
+        table = self.without(left_out)
+        for i in spare:
+            wider = self.without(left_out - {i})
+            if wider.fits(width, _SHORT_FINDING):
+                left_out.remove(i)
+                table = wider
+        if table.fits(width, _SHORT_FINDING):
+            return table
+        cut = table.with_names(max(table.room_for_names(width), _SHORTEST_NAME))
+        if cut.fits(width, _SHAPED_FINDING):
+            return cut
+        table = self.without(left_out | {1})
+        return table.with_names(max(table.room_for_names(width), _SHORTEST_NAME))
+
+    def fits(self, width: int, finding: int) -> bool:
+        """Whether so many columns are enough if findings may be folded to ``finding`` columns."""
+        widths = column_widths(self.with_heading())
+        needed = sum(widths[:-1]) + min(widths[-1], finding) + 2 * (len(widths) - 1)
+        return needed <= width
+
+    def room_for_names(self, width: int) -> int:
+        """Columns of so many that are left for names if findings are folded."""
+        widths = column_widths(self.with_heading())
         finding = min(widths[-1], _SHORTEST_FINDING)
-        room = width - sum(widths[1:-1]) - finding - 2 * (len(widths) - 1)
-        return table.with_names(max(room, _SHORTEST_NAME))
+        return width - sum(widths[1:-1]) - finding - 2 * (len(widths) - 1)
 
 
 def abbreviated(name: str, width: int) -> str:
@@ -183,25 +262,6 @@ def abbreviated(name: str, width: int) -> str:
 _STAR = " *"  # of a layer that is measured in full space, unlike others
 
 
-def _without_legends(lines: Sequence[str], columns: Sequence[str]) -> list[str]:
-    """Lines under a table without those that tell what some of its columns are.
-
-    Example:
-        >>> _without_legends(["rank: effective", "    rank", "angle: the smallest"], ["rank"])
-        ['angle: the smallest']
-    """
-    starts = tuple(f"{column}: " for column in columns)
-    kept = []
-    is_legend = False
-    for line in lines:
-        is_continued = line.startswith("    ")
-        if not is_continued:
-            is_legend = line.startswith(starts)
-        if not is_legend:
-            kept.append(line)
-    return kept
-
-
 def report_table(found: ReportData, top: int | None = None) -> Table:
     """The table of a report.
 
@@ -216,12 +276,11 @@ def report_table(found: ReportData, top: int | None = None) -> Table:
     if top is not None:
         layers.sort(key=_badness, reverse=True)
         layers, hidden = layers[:top], layers[top:]
-    below = []
+    first = []
     if hidden:
-        below += wrapped(Line(_hidden(hidden, len(found.layers))))
-    below += wrapped(Line(_summary(found)))
-    for text in (*unjudged(found.layers), _RATIO, _RANK, _SIMILAR):
-        below += wrapped(Line(text))
+        first += wrapped(Line(_hidden(hidden, len(found.layers))))
+    for text in (_summary(found), *unjudged(found.layers)):
+        first += wrapped(Line(text))
     headings = _headings(_REPORT_COLUMNS)
     rows = [headings]
     for layer in layers:
@@ -231,8 +290,7 @@ def report_table(found: ReportData, top: int | None = None) -> Table:
     for column in _REPORT_COLUMNS:
         if column.heading in rows[0]:
             columns.append(column)
-    if "score" in rows[0]:
-        below.append(SCORE)
+    below = []
     if any(layer.as_random for layer in layers):
         below.append(RULE)
     if any(row[0].endswith(_STAR) for row in rows):
@@ -242,7 +300,7 @@ def report_table(found: ReportData, top: int | None = None) -> Table:
             below += wrapped(Line(f"note: {layer.name}: {layer.sampling}"))
     for line in (*lines_about_notes(found.notes), *_skip_lines(found.skips)):
         below += wrapped(line)
-    return Table(tuple(columns), rows[1:], below)
+    return Table(tuple(columns), rows[1:], first, _REPORT_LEGENDS, below)
 
 
 def short(source: str) -> str:
@@ -458,12 +516,12 @@ def comparison_table(found: ComparisonData) -> Table:
     """The table of a comparison."""
     mixed = _mixed([one.after for one in found.layers])
     rows = [_comparison_row(one, mixed) for one in found.layers]
-    below = []
+    first = []
     if found.matched:
-        below += wrapped(Line(found.matched))
+        first += wrapped(Line(found.matched))
     if found.drift is not None:
-        below += wrapped(Line(drift_line(found.drift)))
-    below += wrapped(Line(_MOVED))
+        first += wrapped(Line(drift_line(found.drift)))
+    below = []
     for name, note in found.notes:  # with the numbers of each layer, so that none are folded
         below += wrapped(Line(f"note: {name}: {note}"))
     if any(one.after.as_random for one in found.layers):
@@ -473,7 +531,7 @@ def comparison_table(found: ComparisonData) -> Table:
     only_before, only_after = only_names(found)
     below += _only_one_has("before", only_before, found.before)
     below += _only_one_has("after", only_after, found.after)
-    return Table(_COMPARISON_COLUMNS, rows, below)
+    return Table(_COMPARISON_COLUMNS, rows, first, _COMPARISON_LEGENDS, below)
 
 
 def only_names(found: ComparisonData) -> tuple[list[str], list[str]]:
@@ -519,7 +577,7 @@ def _comparison_row(one: LayerComparison, mixed: bool) -> tuple[str, ...]:
         number(one.moved, 1),
         change(number(before.ratio, 3), number(after.ratio, 3)),
         change(number(before.min_angle, 1), number(after.min_angle, 1)),
-        change(f"{one.before.similar:,}", f"{one.after.similar:,}"),
+        change(one.before.in_groups, one.after.in_groups),
         change(f"{one.before.dead:,}", f"{one.after.dead:,}"),
         one.after.finding,
     )
@@ -548,7 +606,7 @@ def plain(table: Table, width: int | None = None) -> str:
         widths = column_widths(rows)
         rows = _folded(rows, width - sum(widths[:-1]) - 2 * (len(widths) - 1))
     right = [i for i, column in enumerate(table.columns) if column.right]
-    return "\n".join([*table_lines(rows, right=right), *table.below])
+    return "\n".join([*table_lines(rows, right=right), *table.under()])
 
 
 def _folded(rows: Sequence[tuple[str, ...]], width: int) -> list[tuple[str, ...]]:
@@ -595,7 +653,7 @@ def _show_rich(table: Table, console: Console) -> None:
             cells.append(Text(cell, style=_style(cell)))
         grid.add_row(*cells)
     console.print(grid)
-    for line in table.below:
+    for line in table.under():
         console.print(Text(line, style="dim"))
 
 
@@ -619,7 +677,7 @@ def table_html(table: Table, title: str) -> str:
     for row in table.rows:
         parts.append(_row_html("td", table.columns, row))
     parts.append("</tbody></table>")
-    for line in table.below:
+    for line in table.under():
         indent = len(line) - len(line.lstrip(" "))
         style = f"padding-left:{indent}ch;opacity:0.75;overflow-wrap:anywhere"
         parts.append(f'<div style="{style}">{escape(line.strip())}</div>')
