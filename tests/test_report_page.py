@@ -499,6 +499,48 @@ def test_a_comparison_is_a_page_of_the_same_kind(found):
     assert "color-scheme:light dark" in page
 
 
+def guessed_head(name):
+    """A network whose head is guessed: its layers and their weights."""
+    return {"stem.weight": torch.randn(8, 4), f"{name}.weight": torch.randn(3, 8)}
+
+
+def test_notes_and_skips_of_both_are_told_once():
+    torch.manual_seed(0)
+    packed = {"int.weight": torch.ones(3, 3, dtype=torch.int8)}
+    first, second = guessed_head("fc") | packed, guessed_head("fc") | packed
+    both = compare(first, second)
+    page, table = words(read(both.to_html())), " ".join(str(both).split())
+    assert page.count("note: head: fc (guessed") == table.count("note: head: fc (guessed") == 1
+    assert table.count("before and after, not measured (1): 1 its weights are torch.int8") == 1
+    assert page.count("its weights are torch.int8") == 1
+    for text in (page, table):
+        assert "before, note" not in text
+        assert "after, note" not in text
+        assert "Left out before" not in text
+    other = compare(first, guessed_head("classifier"))
+    page, table = words(read(other.to_html())), " ".join(str(other).split())
+    for text in (page, table):
+        assert "before, note: head: fc (guessed" in text
+        assert "after, note: head: classifier (guessed" in text
+    assert "before, not measured (1): 1 its weights are torch.int8" in table
+    assert "Left out before" in page
+    assert "Left out after" not in page
+
+
+def test_names_may_be_broken_but_not_numbers():
+    torch.manual_seed(0)
+    first = {f"net.part_{letter}.weight": torch.randn(8, 6) for letter in "abc"}
+    second = {f"net.part_{letter}.weight": torch.randn(8, 6) + 0.3 for letter in "abc"}
+    first["net.part_a.weight"][0] = second["net.part_a.weight"][0] = math.nan
+    for page in (compare(first, second).to_html(), report(first).to_html()):
+        assert "net.<wbr>part_<wbr>a" in page
+        assert re.findall(r"[0-9.,]*[0-9][.,]<wbr>\S*", page) == []
+        assert ".<wbr>." not in page
+    assert re.search(
+        r"Drift: mean energy ratio of 3 layers [0-9.]+ -&gt; ", compare(first, second).to_html()
+    )
+
+
 def test_a_comparison_escapes_names(found):
     hostile = "<script>alert(1)</script>"
     both = compare(network(), network())

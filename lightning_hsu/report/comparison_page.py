@@ -14,15 +14,17 @@ from lightning_hsu.report.drift import drift_line
 from lightning_hsu.report.page import (
     RULE_PART,
     breakable,
+    breakable_words,
     degrees,
     near_duplicates,
+    notes_part,
     skipped_part,
     source_part,
     table_head,
     table_row,
     whole_page,
 )
-from lightning_hsu.report.tables import change, only_names, verdicts
+from lightning_hsu.report.tables import change, notes_of_both, only_names, verdicts
 
 _COLUMNS = (  # heading and classes; minor ones are left out on a phone
     ("layer", ""),
@@ -40,8 +42,7 @@ def comparison_page(found: ComparisonData) -> str:
     """The page of a comparison, one file."""
     before, after = found.before.source, found.after.source
     body = _header(found) + _overview(found) + _only(found)
-    body += skipped_part(found.before, "Left out before")
-    body += skipped_part(found.after, "Left out after")
+    body += notes_part(notes_of_both(found)) + _skipped(found)
     return whole_page(f"Neurons of {before} and {after}", body)
 
 
@@ -78,14 +79,14 @@ def _drift(found: ComparisonData) -> str:
     if found.drift is None:
         return ""
     line = drift_line(found.drift)
-    return f"<p>{breakable(line[0].upper() + line[1:])}.</p>\n"
+    return f"<p>{breakable_words(line[0].upper() + line[1:])}.</p>\n"
 
 
 def _matching(found: ComparisonData) -> str:
     """How the neurons of layers are matched that are not matched by index."""
     text = ""
     for name, note in found.notes:
-        text += f'<p class="soft">{breakable(name)}: {escape(note)}.</p>\n'
+        text += f'<p class="soft">{breakable(name)}: {breakable_words(note)}.</p>\n'
     return text
 
 
@@ -151,5 +152,13 @@ def _only_list(when: str, names: Sequence[str]) -> str:
         return ""
     return (
         f"<h2>Only {when}</h2>\n"
-        f"<p>{counted(len(names), 'layer')}: {breakable(fold_names(names))}</p>\n"
+        f"<p>{counted(len(names), 'layer')}: {breakable_words(fold_names(names))}</p>\n"
     )
+
+
+def _skipped(found: ComparisonData) -> str:
+    """What was not measured, once if it is the same in both."""
+    before, after = found.before.skips, found.after.skips
+    if before == after:
+        return skipped_part(before, "Left out")
+    return skipped_part(before, "Left out before") + skipped_part(after, "Left out after")

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import base64
 import math
+import re
 from collections.abc import Mapping, Sequence
 from html import escape
 from importlib.resources import files
 
+from lightning_hsu._monitor.render import Line
 from lightning_hsu._monitor.summary import lines_about_notes
 from lightning_hsu._monitor.text import counted, number, score_text, weight_shape
+from lightning_hsu._neurons.candidates import Skip
 from lightning_hsu.report.charts import (
     angle_chart,
     heat_map_png,
@@ -41,13 +44,16 @@ RULE_PART = (
     "A layer is called as random within 1 % of that, or where 998 of 1,000 random layers of its "
     "shape are."
 )
+_BREAK = re.compile(r"(?<!\.)([._])(?![.]|\W*$)")  # within a name, not within "0..11"
+_NUMBER = re.compile(r"\W*[0-9][0-9.,]*(e[+-]?[0-9]+)?x?\W*")
 _FIGURES = 500  # layers with figures, so that the page of very many layers stays readable
 _LISTED = 20  # pairs and dead neurons that are listed for a layer
 
 
 def report_page(found: ReportData) -> str:
     """The page of a report, one file."""
-    body = _header(found) + _overview(found) + _sections(found) + skipped_part(found)
+    body = _header(found) + _overview(found) + _sections(found)
+    body += notes_part(lines_about_notes(found.notes)) + skipped_part(found.skips, "Left out")
     return whole_page(f"Neurons of {found.source}", body)
 
 
@@ -117,7 +123,7 @@ def _lead(found: ReportData) -> str:
         verb = "is" if above < 2 else "are"
         words = f"{above or 'None'} of {counted(judged, 'layer')} {verb} above random."
     for text in unjudged(found.layers):
-        words += f" {breakable(text)}."
+        words += f" {breakable_words(text)}."
     return words
 
 
@@ -197,20 +203,25 @@ def _cells(i: int, layer: LayerReport) -> dict[str, str]:
     }
 
 
-def skipped_part(found: ReportData, title: str = "Left out") -> str:
-    """Notes on layers, and what was not measured, and why."""
+def notes_part(lines: Sequence[Line]) -> str:
+    """What one should know of layers."""
     notes = ""
-    for line in lines_about_notes(found.notes):
-        notes += f"<p>{breakable(line.text)}</p>\n"
-    if not found.skips:
-        return notes
+    for line in lines:
+        notes += f"<p>{breakable_words(line.text)}</p>\n"
+    return notes
+
+
+def skipped_part(skips: Sequence[Skip], title: str) -> str:
+    """What was not measured, and why."""
+    if not skips:
+        return ""
     rows = ""
-    for skip in found.skips:
+    for skip in skips:
         rows += (
             f"<tr><td>{breakable(skip.name)}</td><td>{weight_shape(skip)}</td>"
             f"<td>{escape(skip.reason)}</td></tr>\n"
         )
-    return notes + (
+    return (
         f'<h2>{title}</h2>\n<div class="scroll"><table><thead><tr><th scope="col">weight</th>'
         '<th scope="col">shape</th><th scope="col">reason</th></tr></thead>\n'
         f"<tbody>\n{rows}</tbody></table></div>\n"
@@ -290,8 +301,29 @@ def _section(i: int, layer: LayerReport, found: ReportData, *, unfolded: bool, d
 
 
 def breakable(name: str) -> str:
-    """A name, escaped, that may go to the next line after a dot or an underscore."""
-    return escape(name).replace(".", ".<wbr>").replace("_", "_<wbr>")
+    """A name, escaped, that may go to the next line after a dot or an underscore.
+
+    Example:
+        >>> breakable("blocks.{0..11}.v_proj")
+        'blocks.<wbr>{0..11}.<wbr>v_<wbr>proj'
+    """
+    return _BREAK.sub(r"\1<wbr>", escape(name))
+
+
+def breakable_words(text: str) -> str:
+    """A text, escaped, whose names may be broken as by :func:`breakable`, but not its numbers.
+
+    Example:
+        >>> breakable_words("layer.0 rose (0.95 -> 1.02x).")
+        'layer.<wbr>0 rose (0.95 -&gt; 1.02x).'
+    """
+    words = []
+    for word in text.split(" "):
+        if _NUMBER.fullmatch(word):
+            words.append(escape(word))
+        else:
+            words.append(breakable(word))
+    return " ".join(words)
 
 
 def degrees(angle: float) -> str:

@@ -529,8 +529,10 @@ def comparison_table(found: ComparisonData) -> Table:
     if mixed:
         below.append(_FULL_SPACE)
     only_before, only_after = only_names(found)
-    below += _only_one_has("before", only_before, found.before)
-    below += _only_one_has("after", only_after, found.after)
+    lines = _only_line("before", only_before, found.before)
+    lines += _only_line("after", only_after, found.after)
+    for line in (*lines, *notes_of_both(found), *_skips_of_both(found)):
+        below += wrapped(line)
     return Table(_COMPARISON_COLUMNS, rows, first, _COMPARISON_LEGENDS, below)
 
 
@@ -552,20 +554,39 @@ def _without(names: Sequence[str], prefix: str, other: ReportData, other_prefix:
     return found
 
 
-def _only_one_has(when: str, names: Sequence[str], one: ReportData) -> list[str]:
-    """Lines about the layers that only one of two networks has, its notes and skipped weights."""
-    lines = []
-    if names:
-        lines.append(Line(f"only {when} ({short(one.source)}): {fold_names(names)}"))
-    for line in lines_about_notes(one.notes):
-        lines.append(replace(line, text=f"{when}, {line.text}"))
-    skipped = _skip_lines(one.skips)
-    if skipped:
-        skipped[0] = replace(skipped[0], text=f"{when}, {skipped[0].text}")
-    found = []
-    for line in lines + skipped:
-        found += wrapped(line)
-    return found
+def _only_line(when: str, names: Sequence[str], one: ReportData) -> list[Line]:
+    """A line about the layers that only one of two networks has."""
+    if not names:
+        return []
+    return [Line(f"only {when} ({short(one.source)}): {fold_names(names)}")]
+
+
+def notes_of_both(found: ComparisonData) -> list[Line]:
+    """The notes on the two networks: what holds before and after once, else with when it holds."""
+    before = lines_about_notes(found.before.notes)
+    after = lines_about_notes(found.after.notes)
+    lines = [line for line in before if line in after]
+    lines += [_when("before", line) for line in before if line not in after]
+    return lines + [_when("after", line) for line in after if line not in before]
+
+
+def _skips_of_both(found: ComparisonData) -> list[Line]:
+    """What is not measured of the two networks, once if it is the same."""
+    if found.before.skips == found.after.skips:
+        return _skips_of("before and after", found.before)
+    return _skips_of("before", found.before) + _skips_of("after", found.after)
+
+
+def _skips_of(when: str, one: ReportData) -> list[Line]:
+    lines = _skip_lines(one.skips)
+    if lines:
+        lines[0] = _when(when, lines[0])
+    return lines
+
+
+def _when(when: str, line: Line) -> Line:
+    """A line of a network with when it holds."""
+    return replace(line, text=f"{when}, {line.text}")
 
 
 def _comparison_row(one: LayerComparison, mixed: bool) -> tuple[str, ...]:
