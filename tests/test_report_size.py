@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections import Counter
 from itertools import pairwise
 
@@ -21,12 +22,13 @@ from lightning_hsu.measures import (
     Sampled,
     Separation,
 )
-from lightning_hsu.reference import is_surely_random, random_range
+from lightning_hsu.reference import is_surely_random, random_level, random_range
 from lightning_hsu.report import compare, report
 from lightning_hsu.report import looks as looks_module
 from lightning_hsu.report import sample as sample_module
 from lightning_hsu.report.analysis import look_at
 from lightning_hsu.report.cli import main
+from lightning_hsu.report.tables import comparison_table
 from lightning_hsu.report.together import SmallLayer, is_small, look_at_together, padded
 
 HALF = RieszEnergy(s=2.0, half_space=True)
@@ -405,6 +407,64 @@ def test_compare_samples_too():
     found = compare(state, state, head=None, sample_above=1000).layers[0]
     assert (found.before.sampled, found.after.sampled, found.moved) == (1000, 1000, 0.0)
     assert compare(state, state, head=None, sample_above=None).layers[0].after.sampled is None
+
+
+def shuffled(x):
+    return x[torch.randperm(len(x), generator=random(4))]
+
+
+@pytest.mark.parametrize("measure", [HALF, RieszEnergy(s=0.0), GaussianPotential(t=2.0)])
+def test_a_change_within_the_standard_error_is_none(measure):
+    before, after = {"a.weight": large()}, {"a.weight": shuffled(large())}
+    found = compare(before, after, measure, head=None, sample_above=1000)
+    (one,) = found.layers
+    first, second = one.before.ratio, one.after.ratio
+    assert first != second  # of other neurons
+    level = random_level(measure, 2998, 24)
+    for layer, error in zip((one.before, one.after), one.ratio_errors, strict=True):
+        numbers = layer.uniformity
+        further = measure.ratio(torch.tensor(numbers.energy + numbers.standard_error), level)
+        assert error == pytest.approx(abs(float(further) - layer.ratio), rel=0.1)
+    assert one.ratio_error == pytest.approx(math.hypot(*one.ratio_errors))
+    assert abs(second - first) < 3.0 * one.ratio_error
+    assert one.ratio_change == "same"
+    assert (found.drift.rose, found.drift.fell) == ("", "")
+    assert found.drift.ratio_error == one.ratio_error
+    assert found.to_dict()["ratio_changes"]["a"] == {
+        "change": "same",
+        "standard_error": one.ratio_error,
+    }
+    exact = compare(before, after, measure, head=None, sample_above=None)
+    assert exact.layers[0].ratio_errors == (0.0, 0.0)
+    assert exact.layers[0].ratio_change == "same"  # but for rounding
+    assert "+-" not in str(exact)
+
+
+def test_a_standard_error_is_shown_with_its_change():
+    random_neurons = torch.randn(3000, 24, generator=random(1))
+    states = {"a.weight": large(), "b.weight": large()}
+    others = {"a.weight": shuffled(large()), "b.weight": random_neurons}
+    found = compare(states, others, head=None, sample_above=100)
+    a, b = found.layers
+    assert (a.ratio_change, b.ratio_change) == ("same", "fell")
+    assert (found.drift.rose, found.drift.fell) == ("", "b")
+    table = comparison_table(found)
+    place = [column.heading for column in table.columns].index("ratio")
+    first, second = (row[place] for row in table.rows)
+    assert first == (f"{a.before.ratio:.3f} ~ {a.after.ratio:.3f} +-{a.ratio_error:.2g}")
+    assert second == f"{b.before.ratio:.3f} -> {b.after.ratio:.3f} +-{b.ratio_error:.2g}"
+    said = " ".join(str(found).split())
+    assert said.count("+-: standard error of a ratio's change, where it is of samples; ~: a") == 1
+    assert re.search(
+        r"mean energy ratio of 2 layers [0-9.]+ -> [0-9.]+ \(-[0-9.]+ \+- [0-9.]+ %\)", said
+    )
+    page = found.to_html()
+    assert f"{a.after.ratio:.3f} &plusmn;{a.ratio_error:.2g}" in page
+    assert page.count("standard error of a ratio&#x27;s change") == 1
+    for state in (states, others):
+        del state["b.weight"]
+    alike = compare(states, others, head=None, sample_above=100)
+    assert re.search(r"energy ratio [0-9.]+ ~ [0-9.]+ \(within three standard errors", str(alike))
 
 
 @pytest.mark.parametrize("wrong", [3, -1, 2.5, True])

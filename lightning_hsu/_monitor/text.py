@@ -20,6 +20,9 @@ RULE = "as random: within 1 % of random, or where 998 of 1,000 such random layer
 SCORE = "score: 0 as random, 1 the best that there can be; - where it is below 0"
 """A line under each table with scores."""
 
+ERRORS = 3.0
+"""Standard errors by which an estimate may be wrong."""
+
 Verdict = Literal["above", "random", "below", "unknown"]
 
 _CLOSE = 0.01  # a ratio this close to 1 counts as random, however many neurons there are
@@ -28,7 +31,6 @@ _SPREAD = 0.5
 
 In many dimensions the ratio is always close to 1.
 """
-_ERRORS = 3.0  # standard errors by which an estimated energy may be wrong
 _ROUNDING = 1e-6  # of a score at the bound
 
 
@@ -137,7 +139,7 @@ def _within_random(layer: LayerUniformity, measure: Measure, one_of_many: bool) 
     if few_tell and is_surely_random(measure, alive, layer.dimension, layer.energy):
         return True
     low, high = random_range(measure, alive, layer.dimension, layer.groups)
-    error = _ERRORS * layer.standard_error
+    error = ERRORS * layer.standard_error
     return low - error <= layer.energy <= high + error
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+import torch
 
 from lightning_hsu._monitor.render import shorten
 from lightning_hsu._monitor.text import counted
@@ -15,6 +18,7 @@ from lightning_hsu._neurons.names import dictionaries
 from lightning_hsu._neurons.patterns import Patterns
 from lightning_hsu._neurons.select import Head
 from lightning_hsu.measures import Measure
+from lightning_hsu.reference import random_level
 from lightning_hsu.report.build import (
     FoundTargets,
     Report,
@@ -177,7 +181,7 @@ def compare(
     moves = []
     for layer in layers:
         ratios = layer.before.ratio, layer.after.ratio
-        moves.append(LayerMove(layer.after.name, *ratios, layer.moved))
+        moves.append(LayerMove(layer.after.name, *ratios, layer.moved, layer.ratio_error))
     return Comparison(
         before=earlier,
         after=later,
@@ -192,7 +196,20 @@ def compare(
 
 def _compared(before: LayerReport, after: LayerReport, one: Followed) -> LayerComparison:
     """A layer before and after, with what its neurons have become."""
-    return LayerComparison(before, after, one.moved, one.matched, one.matching)
+    errors = _ratio_error(before), _ratio_error(after)
+    return LayerComparison(before, after, one.moved, one.matched, one.matching, errors)
+
+
+def _ratio_error(layer: LayerReport) -> float:
+    """Standard error of a layer's ratio; 0 if it is exact, infinite or unknown."""
+    numbers = layer.uniformity
+    error = numbers.standard_error
+    if not error > 0.0 or not math.isfinite(layer.ratio):
+        return 0.0
+    level = random_level(layer.measure, round(layer.live), numbers.dimension)
+    ends = torch.tensor([numbers.energy - error, numbers.energy + error], dtype=torch.float64)
+    ratios = layer.measure.ratio(ends, level)
+    return float((ratios[1] - ratios[0]).abs()) / 2.0
 
 
 def _prefixes(first: Sequence[str], second: Sequence[str]) -> tuple[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -13,7 +14,7 @@ from lightning_hsu.report.data import (
     plain_dict,
     without_nan,
 )
-from lightning_hsu.report.drift import Drift
+from lightning_hsu.report.drift import Change, Drift, change_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,6 +65,7 @@ class LayerComparison:
         matched: For each neuron before, by index group * n + row, the index of its match after; -1
             for one without a match. None if neurons are matched by index.
         matching: How well they match; None if neurons are matched by index.
+        ratio_errors: Standard errors of the ratios before and after; 0 for an exact one.
     """
 
     before: LayerReport
@@ -71,6 +73,24 @@ class LayerComparison:
     moved: float
     matched: tuple[int, ...] | None = None
     matching: Matching | None = None
+    ratio_errors: tuple[float, float] = (0.0, 0.0)
+
+    @property
+    def ratio_error(self) -> float:
+        """Standard error of the ratio's change; 0 if both are exact.
+
+        It is that of two samples that know nothing of each other. Those of one layer have the same
+        neurons, so the error may well be smaller.
+        """
+        return math.hypot(*self.ratio_errors)
+
+    @property
+    def ratio_change(self) -> Change:
+        """Whether the ratio "rose", "fell", is the "same", or "unknown" without both ratios.
+
+        Of samples it is the same if it has changed by at most three standard errors.
+        """
+        return change_of(self.before.ratio, self.after.ratio, self.ratio_error)
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,10 +124,15 @@ class ComparisonData(JsonData):
             drift = plain_dict(asdict(self.drift))
         matching = {}
         near_duplicates = {}
+        changes = {}
         for one in self.layers:
             near_duplicates[one.after.name] = {
                 "before": _groups_dict(one.before),
                 "after": _groups_dict(one.after),
+            }
+            changes[one.after.name] = {
+                "change": one.ratio_change,
+                "standard_error": without_nan(one.ratio_error),
             }
             if one.matching is not None and one.matched is not None:
                 numbers = plain_dict(asdict(one.matching)) | {"agreement": one.matching.agreement}
@@ -116,6 +141,7 @@ class ComparisonData(JsonData):
             "before": self.before.to_dict(),
             "after": self.after.to_dict(),
             "near_duplicates": near_duplicates,
+            "ratio_changes": changes,
             "moved": {one.after.name: without_nan(one.moved) for one in self.layers},
             "only_before": list(self.only_before),
             "only_after": list(self.only_after),

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from html import escape
 
 from lightning_hsu._monitor.fold import fold_names
-from lightning_hsu._monitor.text import counted, number
+from lightning_hsu._monitor.text import counted
 from lightning_hsu.report.charts import change_axis, change_chart
 from lightning_hsu.report.comparison_data import ComparisonData, LayerComparison
 from lightning_hsu.report.drift import drift_line
@@ -24,7 +24,14 @@ from lightning_hsu.report.page import (
     table_row,
     whole_page,
 )
-from lightning_hsu.report.tables import change, notes_of_both, only_names, verdicts
+from lightning_hsu.report.tables import (
+    SAMPLES,
+    change,
+    notes_of_both,
+    only_names,
+    ratio_change,
+    verdicts,
+)
 
 _COLUMNS = (  # heading and classes; minor ones are left out on a phone
     ("layer", ""),
@@ -79,7 +86,8 @@ def _drift(found: ComparisonData) -> str:
     if found.drift is None:
         return ""
     line = drift_line(found.drift)
-    return f"<p>{breakable_words(line[0].upper() + line[1:])}.</p>\n"
+    words = breakable_words(line[0].upper() + line[1:])
+    return f"<p>{words.replace('+-', '&plusmn;')}.</p>\n"
 
 
 def _matching(found: ComparisonData) -> str:
@@ -106,8 +114,10 @@ def _overview(found: ComparisonData) -> str:
     for i, one in enumerate(found.layers):
         rows += table_row(_cells(i, one), _COLUMNS)
     note = ""
+    if any(one.ratio_error > 0.0 for one in found.layers):
+        note = f'<p class="soft">{_html(SAMPLES)}.</p>\n'
     if found.after.measure.half_space and any(one.after.full_space for one in found.layers):
-        note = (
+        note += (
             '<p class="soft">* measured in full space, where opposite neurons are far apart.</p>\n'
         )
     return (
@@ -128,7 +138,7 @@ def _cells(i: int, one: LayerComparison) -> dict[str, str]:
         "layer": name,
         "neurons x dimension": _change(one.before.shape, one.after.shape),
         "moved": degrees(one.moved),
-        "ratio": _change(number(before.ratio, 3), number(after.ratio, 3)),
+        "ratio": _html(ratio_change(one)),
         "smallest angle": _change(degrees(before.min_angle), degrees(after.min_angle)),
         "near-duplicates": _change(near_duplicates(one.before), near_duplicates(one.after)),
         "dead": _change(f"{one.before.dead:,}", f"{one.after.dead:,}"),
@@ -138,7 +148,12 @@ def _cells(i: int, one: LayerComparison) -> dict[str, str]:
 
 def _change(before: str, after: str) -> str:
     """Two cells as HTML; a single one if they are the same."""
-    return escape(change(before, after)).replace("-&gt;", "&rarr;")
+    return _html(change(before, after))
+
+
+def _html(change: str) -> str:
+    """A change in words as HTML."""
+    return escape(change).replace("-&gt;", "&rarr;").replace("+-", "&plusmn;")
 
 
 def _only(found: ComparisonData) -> str:

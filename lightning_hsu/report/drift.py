@@ -6,10 +6,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean, median
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from lightning_hsu._monitor.fold import fold_names
-from lightning_hsu._monitor.text import counted, number
+from lightning_hsu._monitor.text import ERRORS, counted, number
+
+Change = Literal["rose", "fell", "same", "unknown"]
+"""What a number has done."""
+
+_ROUNDING = 1e-6  # part of a ratio, by which two that are the same may differ
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,6 +41,7 @@ class Drift:
         fell: Name of the layer whose ratio fell most; "" if none did.
         fell_from: Its ratio before; NaN if none fell.
         fell_to: Its ratio after.
+        ratio_error: Standard error of the change of the mean ratio; 0 if all ratios are exact.
 
     Example:
         >>> drift = drift_of([LayerMove("fc", 1.0, 1.5, 9.0), LayerMove("head", 2.0, 1.9, 0.0)])
@@ -61,6 +67,7 @@ class Drift:
     fell: str = ""
     fell_from: float = math.nan
     fell_to: float = math.nan
+    ratio_error: float = 0.0
 
     def __str__(self) -> str:
         """The drift as one line."""
@@ -79,12 +86,35 @@ class LayerMove(NamedTuple):
         before: Its ratio before; NaN if it has none.
         after: Its ratio after.
         moved: Median angle between a neuron before and after, in degrees; NaN if not known.
+        error: Standard error of the ratio's change; 0 if both ratios are exact.
     """
 
     name: str
     before: float
     after: float
     moved: float
+    error: float = 0.0
+
+
+def change_of(before: float, after: float, error: float) -> Change:
+    """Whether a ratio has changed by more than rounding and three standard errors.
+
+    Args:
+        before: The ratio before; NaN if there is none.
+        after: The ratio after.
+        error: Standard error of the change; 0 if both are exact.
+
+    Example:
+        >>> change_of(1.0, 1.2, 0.0), change_of(1.0, 1.2, 0.1), change_of(2.0, math.nan, 0.0)
+        ('rose', 'same', 'unknown')
+    """
+    if math.isnan(before) or math.isnan(after):
+        return "unknown"
+    if before == after:  # two that are infinite, too
+        return "same"
+    if abs(after - before) <= max(ERRORS * error, _ROUNDING * abs(before)):
+        return "same"
+    return "rose" if after > before else "fell"
 
 
 def drift_of(layers: Sequence[LayerMove]) -> Drift:
@@ -104,14 +134,18 @@ def drift_of(layers: Sequence[LayerMove]) -> Drift:
     if known:
         before = fmean([one.before for one in known])
         after = fmean([one.after for one in known])
+    error = 0.0
+    if known:
+        error = math.hypot(*[one.error for one in known]) / len(known)
     nothing = LayerMove("", math.nan, math.nan, math.nan)
     rose = fell = nothing
     highest = lowest = 0.0
     for one in known:
         rise = one.after - one.before
-        if rise > highest:
+        what = change_of(one.before, one.after, one.error)
+        if what == "rose" and rise > highest:
             rose, highest = one, rise
-        if rise < lowest:
+        if what == "fell" and rise < lowest:
             fell, lowest = one, rise
     followed = []
     not_followed = []
@@ -146,6 +180,7 @@ def drift_of(layers: Sequence[LayerMove]) -> Drift:
         fell=fell.name,
         fell_from=fell.before,
         fell_to=fell.after,
+        ratio_error=error,
     )
 
 
@@ -170,7 +205,7 @@ def _ratios(drift: Drift) -> str:
     """How the ratios have changed."""
     if drift.layers == 0:
         return "no layer has a ratio before and after"
-    change = _change(drift.ratio_before, drift.ratio_after)
+    change = _change(drift.ratio_before, drift.ratio_after, drift.ratio_error)
     text = f"energy ratio {change}"
     if drift.layers > 1:
         text = f"mean energy ratio of {drift.layers:,} layers {change}"
@@ -189,20 +224,46 @@ def _extreme(what: str, name: str, before: float, after: float) -> str:
     return f", {what} most in {name} ({change})"
 
 
-def _change(before: float, after: float) -> str:
+def _change(before: float, after: float, error: float = 0.0) -> str:
     """Two ratios, and from the first to the second in percent if they differ.
+
+    Args:
+        before: The first.
+        after: The second.
+        error: Standard error of the change; 0 if both are exact.
 
     Example:
         >>> _change(1.0, 1.25), _change(1.0, 1.000001)
         ('1.0000 -> 1.2500 (+25.00 %)', '1.0000, as before')
+        >>> _change(1.0, 1.25, 0.02)
+        '1.0000 -> 1.2500 (+25.00 +- 2 %)'
+        >>> _change(1.0, 1.01, 0.02)
+        '1.0000 ~ 1.0100 (within three standard errors of 0.02)'
     """
     first, second = number(before, 4), number(after, 4)
     if first == second:
         return f"{first}, as before"
+    if error > 0.0 and change_of(before, after, error) == "same":
+        return f"{first} ~ {second} (within three standard errors of {error_text(error)})"
     text = f"{first} -> {second}"
     if before > 0.0:
-        text += f" ({100.0 * (after - before) / before:+.2f} %)"
+        percent = f"{100.0 * (after - before) / before:+.2f}"
+        if error > 0.0:
+            percent += f" +- {100.0 * error / before:.2g}"
+        text += f" ({percent} %)"
     return text
+
+
+def error_text(error: float) -> str:
+    """A standard error with two digits that tell.
+
+    Example:
+        >>> error_text(0.00414), error_text(12.34)
+        ('0.0041', '12')
+    """
+    if error >= 10.0:
+        return number(error, 0)
+    return f"{error:.2g}"
 
 
 def _moves(drift: Drift) -> str:

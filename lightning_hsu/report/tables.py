@@ -37,7 +37,7 @@ from lightning_hsu.report.data import (
     known_ratios,
     layer_named,
 )
-from lightning_hsu.report.drift import drift_line
+from lightning_hsu.report.drift import drift_line, error_text
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -51,6 +51,12 @@ _RANK = (
 )
 _SIMILAR = "similar: near-duplicate neurons, in so many groups"
 _MOVED = "moved: median angle between a neuron before and after, in degrees"
+SAMPLES = (
+    "+-: standard error of a ratio's change, where it is of samples; ~: a change of at most three of "
+    "these, which is none that the samples tell"
+)
+"""A line under a comparison with ratios of samples."""
+
 _LONGEST_NAME = 60  # of a layer in a table that is not fitted to a terminal
 _SHORTEST_NAME = 16
 _SHORTEST_FINDING = 24  # that a name makes room for
@@ -522,6 +528,8 @@ def comparison_table(found: ComparisonData) -> Table:
     if found.drift is not None:
         first += wrapped(Line(drift_line(found.drift)))
     below = []
+    if any(one.ratio_error > 0.0 for one in found.layers):
+        below += wrapped(Line(SAMPLES))
     for name, note in found.notes:  # with the numbers of each layer, so that none are folded
         below += wrapped(Line(f"note: {name}: {note}"))
     if any(one.after.as_random for one in found.layers):
@@ -596,12 +604,22 @@ def _comparison_row(one: LayerComparison, mixed: bool) -> tuple[str, ...]:
         _name(one.after, mixed),
         change(one.before.shape, one.after.shape),
         number(one.moved, 1),
-        change(number(before.ratio, 3), number(after.ratio, 3)),
+        ratio_change(one),
         change(number(before.min_angle, 1), number(after.min_angle, 1)),
         change(one.before.in_groups, one.after.in_groups),
         change(f"{one.before.dead:,}", f"{one.after.dead:,}"),
         one.after.finding,
     )
+
+
+def ratio_change(one: LayerComparison) -> str:
+    """The ratio before and after; of samples with "~" where they do not tell a change."""
+    text = change(number(one.before.ratio, 3), number(one.after.ratio, 3))
+    if one.ratio_error > 0.0:
+        if one.ratio_change == "same":
+            text = text.replace("->", "~")
+        text += f" +-{error_text(one.ratio_error)}"
+    return text
 
 
 def change(before: str, after: str) -> str:
