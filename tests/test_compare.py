@@ -361,7 +361,7 @@ def test_near_duplicates_are_counted_in_groups():
     table = comparison_table(found)
     place = [column.heading for column in table.columns].index("similar")
     assert table.rows[0][place] == "6 in 2 -> 4 in 1"
-    assert "6 in 2 groups &rarr; 4 in 1 group<" in found.to_html()
+    assert ">6 in 2 &rarr; 4 in 1<" in found.to_html()
     numbers = found.to_dict()
     assert numbers["near_duplicates"] == {
         "a": {"before": {"neurons": 6, "groups": 2}, "after": {"neurons": 4, "groups": 1}}
@@ -444,9 +444,9 @@ def test_a_drift_tells_falls_and_prints_as_a_line():
     assert ", rose most in a (" in line
     assert f", fell most in b ({b.before.ratio:.4f} -> {b.after.ratio:.4f}, -" in line
     moved = sorted([a.moved, b.moved])
-    assert "the median neuron moved in 2 of 3 layers (a, b): by " in line
+    assert "the median neuron moved in 2 of 3 layers: by " in line
     assert f"by {sum(moved) / 2:.1f} degrees, the median of these, and most in " in line
-    assert line.endswith(f", by {moved[1]:.1f} degrees")
+    assert line.endswith(f", by {moved[1]:.1f} degrees; these 2 are a, b")
     assert found.to_dict()["drift"]["fell"] == "b"
     assert " ".join(str(found).split()).count(line) == 1
     only_falls = compare(layers(b=tight), layers(b=directions(20)), head=None).drift
@@ -497,8 +497,9 @@ def test_an_adapter_beside_its_base_in_one_command(tmp_path, capsys):
     below = said[said.index("drift:") :].splitlines()
     assert all(len(line) <= 80 for line in below)
     said = " ".join(said.split())
-    assert "the median neuron moved in 2 of 9 layers (model.layers.{0,2}.q): by" in said
+    assert "the median neuron moved in 2 of 9 layers: by" in said
     assert "the median of these, and most in model.layers.2.q, by" in said
+    assert "; these 2 are model.layers.{0,2}.q" in said
     assert "which it is compared with, since no other is there" in said
     found = compare(base, adapter)
     assert found.drift.moved_layers == ("model.layers.0.q", "model.layers.2.q")

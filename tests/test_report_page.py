@@ -24,7 +24,6 @@ from lightning_hsu.report.charts import (
     random_singular_values,
     ratio_chart,
     sampled,
-    shortened,
     singular_chart,
 )
 from lightning_hsu.report.svg import Axis, short
@@ -450,6 +449,31 @@ def test_ticks_are_round_few_and_on_the_axis(axis):
     assert (axis(axis.low), axis(axis.high)) == (200.0, 0.0)
 
 
+def test_names_in_a_chart_keep_their_numbers():
+    torch.manual_seed(0)
+    state = {
+        f"model.encoder.layers.{i}.self_attn.q_proj.weight": torch.randn(20, 8) for i in range(3)
+    }
+    state["model.encoder.layers.1.self_attn.q_proj.weight"] += 2.0
+    page = report(state, head=None).to_html()
+    (name,) = re.findall(r">([^<>]*q_proj) [0-9.]+</text>", page)
+    assert name == "mod.enc.lay.1.sel.q_proj"
+
+
+def test_groups_stand_in_rows_of_their_own():
+    torch.manual_seed(0)
+    x = torch.randn(60, 8)
+    x[:50] = x[0]
+    page = report({"a.weight": x}, head=None).to_html()
+    (found,) = re.findall(r"<ul class=groups>(.*?)</ul>", page)
+    assert found.count("<li>") == 1
+    assert "39 and 10 more</span><span>cosine to the first from 1.0000</span>" in found
+    style = page[: page.index("</style>")]
+    (rule,) = re.findall(r"\.groups li\{(.*?)\}", style[: style.index("@media(max")])
+    assert "white-space" not in rule  # so that 40 indices take several lines
+    assert "gap" in rule
+
+
 def test_labels_are_short():
     assert [short(x) for x in (0.0, 0.5, 1500.0, 20_000.0, 3e6)] == [
         "0",
@@ -458,8 +482,6 @@ def test_labels_are_short():
         "20k",
         "3M",
     ]
-    assert shortened("a" * 50, 28) == "a" * 14 + "…" + "a" * 13
-    assert shortened("a" * 28, 28) == "a" * 28
 
 
 def test_layers_within_what_random_ones_have_are_not_counted_as_above(found):
@@ -537,7 +559,7 @@ def test_names_may_be_broken_but_not_numbers():
         assert re.findall(r"[0-9.,]*[0-9][.,]<wbr>\S*", page) == []
         assert ".<wbr>." not in page
     assert re.search(
-        r"Drift: mean energy ratio of 3 layers [0-9.]+ -&gt; ", compare(first, second).to_html()
+        r"Drift: mean energy ratio of 3 layers [0-9.]+ &rarr; ", compare(first, second).to_html()
     )
 
 

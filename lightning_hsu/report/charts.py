@@ -16,6 +16,7 @@ from lightning_hsu._monitor.text import number
 from lightning_hsu.report.comparison_data import LayerComparison
 from lightning_hsu.report.data import LayerReport, known_ratios
 from lightning_hsu.report.svg import Axis, circle, figure, line, path, place, short, text
+from lightning_hsu.report.tables import abbreviated
 
 _WIDTH, _HEIGHT = 360, 240  # of a figure of one layer, in pixels
 _LEFT, _RIGHT, _TOP, _BOTTOM = 44.0, 352.0, 28.0, 204.0  # of its axes
@@ -23,6 +24,7 @@ _POINTS = 200  # the most singular values that are drawn
 _LAW_STEPS = 2000  # points at which the law of singular values is summed
 _RATIO_HEIGHT = 210  # of the chart of ratios, in pixels
 _NAMED = 3  # number of highest ratios that get a name
+_NAME_LETTERS = 24
 _NAME_WIDTH = 0.25  # of the chart's width: no name is longer on a wide page
 
 COSINE_STEPS = 16
@@ -172,7 +174,7 @@ def _names_of_highest(layers: Sequence[LayerReport], axis: Axis) -> list[str]:
         if covered or not layers[i].above:
             continue
         taken.append((part, height))
-        words = f"{shortened(layers[i].name, 24)} {number(layers[i].ratio, 2)}"
+        words = f"{abbreviated(layers[i].name, _NAME_LETTERS)} {number(layers[i].ratio, 2)}"
         kind = "halo"
         if beside:
             kind = "halo minor"  # on a phone there is no room for two names side by side
@@ -187,14 +189,6 @@ def _anchor(part: float) -> str:
     if part < 0.7:
         return "middle"
     return "end"
-
-
-def shortened(name: str, most: int) -> str:
-    """A name cut to at most ``most`` characters by leaving out its middle."""
-    if len(name) <= most:
-        return name
-    half = (most - 1) // 2
-    return f"{name[: most - 1 - half]}…{name[-half:]}"
 
 
 def angle_chart(layer: LayerReport) -> str:

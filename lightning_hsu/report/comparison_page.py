@@ -16,7 +16,6 @@ from lightning_hsu.report.page import (
     breakable,
     breakable_words,
     degrees,
-    near_duplicates,
     notes_part,
     skipped_part,
     source_part,
@@ -41,7 +40,7 @@ _COLUMNS = (  # heading and classes; minor ones are left out on a phone
     ("smallest angle", "number minor"),
     ("near-duplicates", "number minor"),
     ("dead", "number minor"),
-    ("finding after", ""),
+    ("finding after", "minor"),
 )
 
 
@@ -77,7 +76,7 @@ def _header(found: ComparisonData) -> str:
         f"{_drift(found)}"
         "<p>The ratio is a layer's energy over that of as many random vectors: 1 is as random, "
         f"above 1 more redundant. {RULE_PART} Moved is the median angle between a neuron before "
-        "and after.</p></header>\n"
+        "and after. Near-duplicates are neurons, in so many groups.</p></header>\n"
     )
 
 
@@ -86,8 +85,7 @@ def _drift(found: ComparisonData) -> str:
     if found.drift is None:
         return ""
     line = drift_line(found.drift)
-    words = breakable_words(line[0].upper() + line[1:])
-    return f"<p>{words.replace('+-', '&plusmn;')}.</p>\n"
+    return f"<p>{_with_signs(breakable_words(line[0].upper() + line[1:]))}.</p>\n"
 
 
 def _matching(found: ComparisonData) -> str:
@@ -140,7 +138,7 @@ def _cells(i: int, one: LayerComparison) -> dict[str, str]:
         "moved": degrees(one.moved),
         "ratio": _html(ratio_change(one)),
         "smallest angle": _change(degrees(before.min_angle), degrees(after.min_angle)),
-        "near-duplicates": _change(near_duplicates(one.before), near_duplicates(one.after)),
+        "near-duplicates": _change(one.before.in_groups, one.after.in_groups),
         "dead": _change(f"{one.before.dead:,}", f"{one.after.dead:,}"),
         "finding after": escape(one.after.finding),
     }
@@ -153,7 +151,12 @@ def _change(before: str, after: str) -> str:
 
 def _html(change: str) -> str:
     """A change in words as HTML."""
-    return escape(change).replace("-&gt;", "&rarr;").replace("+-", "&plusmn;")
+    return _with_signs(escape(change))
+
+
+def _with_signs(text: str) -> str:
+    """HTML with an arrow and a plus-minus sign."""
+    return text.replace("-&gt;", "&rarr;").replace("+-", "&plusmn;")
 
 
 def _only(found: ComparisonData) -> str:

@@ -280,12 +280,14 @@ def _moves(drift: Drift) -> str:
     if count == 1:
         return f"the median neuron moved in 1 of {layers}: {most} in {drift.moved_layer}"
     where = f"all {layers}"
+    names = ""
     if count < drift.followed:
-        names = fold_names(drift.moved_layers).removesuffix(f" ({count:,})")
-        where = f"{count:,} of {layers} ({names})"
+        where = f"{count:,} of {layers}"
+        folded = fold_names(drift.moved_layers).removesuffix(f" ({count:,})")
+        names = f"; these {count:,} are {folded}"
     return (
         f"the median neuron moved in {where}: by {degrees(drift.moved)} degrees, the median of "
-        f"these, and most in {drift.moved_layer}, {most}"
+        f"these, and most in {drift.moved_layer}, {most}{names}"
     )
 
 

@@ -464,7 +464,7 @@ def _groups(layer: LayerReport) -> str:
     title = "Groups that these pairs connect"
     if not layer.all_counted:
         title += ", at least"
-    return f"<h3>{title}</h3><ul class=pairs>{items}</ul>{rest}"
+    return f"<h3>{title}</h3><ul class=groups>{items}</ul>{rest}"
 
 
 def _dead(layer: LayerReport) -> str:
