@@ -13,8 +13,9 @@ from lightning_hsu._core.assignment import best_assignment, mutual_nearest, near
 from lightning_hsu._neurons.names import dictionaries
 from lightning_hsu.report import build, compare, matching
 from lightning_hsu.report.cli import main
+from lightning_hsu.report.comparison_table import comparison_table
 from lightning_hsu.report.drift import drift_line
-from lightning_hsu.report.tables import comparison_table, plain
+from lightning_hsu.report.tables import plain
 
 WIDTH = 12
 needs_scipy = pytest.mark.skipif(

@@ -14,7 +14,8 @@ from lightning_hsu.measures import RieszEnergy
 from lightning_hsu.report import report
 from lightning_hsu.report.checkpoints import read_weights
 from lightning_hsu.report.cli import main
-from lightning_hsu.report.tables import report_table, show
+from lightning_hsu.report.report_table import report_table
+from lightning_hsu.report.tables import show
 from tests.pretrained_picture import kind, picture
 from tests.pretrained_table import (
     BEGIN,

@@ -31,7 +31,8 @@ from lightning_hsu.report import compare, report
 from lightning_hsu.report.cli import main
 from lightning_hsu.report.measure_names import parse_measure
 from lightning_hsu.report.messages import in_options
-from lightning_hsu.report.tables import abbreviated, plain, report_table, show
+from lightning_hsu.report.report_table import report_table
+from lightning_hsu.report.tables import abbreviated, plain, show
 
 ENERGY = RieszEnergy(s=2.0, half_space=True)
 

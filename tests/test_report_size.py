@@ -28,7 +28,7 @@ from lightning_hsu.report import looks as looks_module
 from lightning_hsu.report import sample as sample_module
 from lightning_hsu.report.analysis import look_at
 from lightning_hsu.report.cli import main
-from lightning_hsu.report.tables import comparison_table
+from lightning_hsu.report.comparison_table import comparison_table
 from lightning_hsu.report.together import SmallLayer, is_small, look_at_together, padded
 
 HALF = RieszEnergy(s=2.0, half_space=True)

@@ -29,7 +29,8 @@ from lightning_hsu.report.following_names import steps_of_names
 from lightning_hsu.report.looks import SAMPLE_ABOVE, Looks, Progress
 from lightning_hsu.report.merging import Merges, merges_of
 from lightning_hsu.report.page import report_page
-from lightning_hsu.report.tables import plain, report_table, short, table_html, verdicts
+from lightning_hsu.report.report_table import report_table, verdicts
+from lightning_hsu.report.tables import plain, short, table_html
 
 Source = nn.Module | Mapping[str, Tensor] | str | Path
 

@@ -12,6 +12,7 @@ from lightning_hsu._monitor.text import counted, number
 from lightning_hsu.report.arguments import parser, settings
 from lightning_hsu.report.build import Report, report
 from lightning_hsu.report.comparison import Comparison, compare
+from lightning_hsu.report.comparison_table import comparison_table
 from lightning_hsu.report.data import layer_named
 from lightning_hsu.report.messages import complain, in_options
 from lightning_hsu.report.outputs import (
@@ -21,15 +22,9 @@ from lightning_hsu.report.outputs import (
     progress_bar,
     write_file,
 )
-from lightning_hsu.report.tables import (
-    Table,
-    comparison_table,
-    group_lines,
-    pair_lines,
-    report_table,
-    show,
-    unjudged,
-)
+from lightning_hsu.report.report_table import report_table, unjudged
+from lightning_hsu.report.similar_lines import group_lines, pair_lines
+from lightning_hsu.report.tables import Table, show
 
 # Exit codes.
 _FAILED = 1

@@ -28,11 +28,12 @@ from lightning_hsu.report.build import (
 )
 from lightning_hsu.report.comparison_data import ComparisonData, LayerComparison
 from lightning_hsu.report.comparison_page import comparison_page
+from lightning_hsu.report.comparison_table import comparison_table
 from lightning_hsu.report.data import LayerReport
 from lightning_hsu.report.drift import LayerMove, drift_of
 from lightning_hsu.report.looks import SAMPLE_ABOVE, Progress
 from lightning_hsu.report.matching import Followed, Match, Matcher
-from lightning_hsu.report.tables import comparison_table, plain, short, table_html
+from lightning_hsu.report.tables import plain, short, table_html
 
 _NAMED = 5  # names of each network in an error
 _LONGEST_NAME = 40

@@ -10,6 +10,13 @@ from lightning_hsu._monitor.fold import fold_names
 from lightning_hsu._monitor.text import counted
 from lightning_hsu.report.charts import change_axis, change_chart
 from lightning_hsu.report.comparison_data import ComparisonData, LayerComparison
+from lightning_hsu.report.comparison_table import (
+    SAMPLES,
+    change,
+    notes_of_both,
+    only_names,
+    ratio_change,
+)
 from lightning_hsu.report.drift import drift_line
 from lightning_hsu.report.page import (
     RULE_PART,
@@ -23,14 +30,7 @@ from lightning_hsu.report.page import (
     table_row,
     whole_page,
 )
-from lightning_hsu.report.tables import (
-    SAMPLES,
-    change,
-    notes_of_both,
-    only_names,
-    ratio_change,
-    verdicts,
-)
+from lightning_hsu.report.report_table import verdicts
 
 _COLUMNS = (  # heading and classes; minor ones are left out on a phone
     ("layer", ""),

@@ -27,7 +27,8 @@ from lightning_hsu.report.data import (
     SimilarPair,
     known_ratios,
 )
-from lightning_hsu.report.tables import judged_and_above, members, unjudged
+from lightning_hsu.report.report_table import judged_and_above, unjudged
+from lightning_hsu.report.similar_lines import members
 
 _COLUMNS = (  # heading and classes; minor ones are left out on a phone
     ("layer", ""),

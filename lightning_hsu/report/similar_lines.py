@@ -1,0 +1,69 @@
+"""Near-duplicates one by one: the nearest pairs and the largest groups of each layer."""
+
+from __future__ import annotations
+
+from lightning_hsu._monitor.render import Line, wrapped
+from lightning_hsu._monitor.text import counted
+from lightning_hsu.report.data import ReportData, SimilarGroup, layer_named
+
+_MEMBERS = 40  # neurons of a group that are listed
+
+
+def pair_lines(found: ReportData, most: int) -> list[str]:
+    """The nearest pairs of each layer by index; no line is longer than 80 columns."""
+    lines = []
+    for layer in found.layers:
+        name = layer_named(layer.name)
+        listed = layer.pairs[:most]
+        for pair in listed:
+            names = f"{pair.first} and {pair.second}"
+            if layer.uniformity.groups > 1:
+                names = f"group {pair.group}: {names}"
+            line = f"{name}: {names}, {pair.angle:.2f} degrees"
+            if pair.angle > 90.0 and layer.measure.half_space:
+                line += " (opposite)"
+            lines += wrapped(Line(line))
+        more = layer.similar - len(listed)
+        if layer.pairs and more > 0:
+            lines += wrapped(Line(f"{name}: and {more:,} more"))
+    if not lines:
+        return ["no near-duplicate pairs"]
+    return lines
+
+
+def group_lines(found: ReportData, most: int) -> list[str]:
+    """The largest groups of near-duplicates of each layer by index, in 80 columns."""
+    lines = []
+    for layer in found.layers:
+        name = layer_named(layer.name)
+        listed = layer.groups[:most]
+        for group in listed:
+            where = f"group {group.group}: " if layer.uniformity.groups > 1 else ""
+            line = (
+                f"{name}: {where}{len(group.neurons):,} near-duplicates: "
+                f"{members(group)}; cosine to the first from {group.cosine:.4f}"
+            )
+            lines += wrapped(Line(line))
+        more = layer.group_count - len(listed)
+        if layer.groups and more > 0:
+            lines += wrapped(Line(f"{name}: and {counted(more, 'more group')}"))
+    if not lines:
+        return ["no near-duplicate neurons"]
+    return lines
+
+
+def members(group: SimilarGroup) -> str:
+    """The neurons of a group by index, those that point the opposite way named so.
+
+    Example:
+        >>> members(SimilarGroup(0, (3, 7, 9), (1, 1, -1), 0.99))
+        '3, 7, 9 (opposite)'
+    """
+    words = []
+    for neuron, sign in zip(group.neurons[:_MEMBERS], group.signs, strict=False):
+        words.append(f"{neuron} (opposite)" if sign < 0 else str(neuron))
+    text = ", ".join(words)
+    more = len(group.neurons) - len(words)
+    if more > 0:
+        text += f" and {more:,} more"
+    return text
