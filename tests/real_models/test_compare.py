@@ -41,7 +41,7 @@ def test_an_adapter_of_peft_beside_its_base(tmp_path, capsys):
     assert found.drift.ratio_after == pytest.approx(in_memory.ratio_after, rel=1e-4)
     assert main(["compare", str(base), str(adapter)]) == 0
     said = " ".join(capsys.readouterr().out.split())
-    assert f"4 of {len(found.layers)} layers moved by" in said
+    assert f"the median neuron moved in 4 of {len(found.layers)} layers: by" in said
     assert "encoder.layer.{0,1}.attention.self.{query,value}" in said
 
 
