@@ -953,7 +953,7 @@ def test_what_is_not_finite_is_named(tmp_path, capsys):
     said = str(found)
     assert "0 of 1 layer above random, 2 layers with NaN or infinite numbers; " in said
     assert "\n2 layers have NaN or infinite weights: {1,2}\n" in said
-    assert "\n1 layer has no ratio: 3\n" in said
+    assert "\n1 layer has no ratio: layer 3\n" in said
     assert found.layers[2].finding == "20 NaN or infinite"
     assert [layer.judged for layer in found.layers] == [True, False, False, False]
     page = re.sub("<wbr>", "", found.to_html())

@@ -15,7 +15,7 @@ from lightning_hsu.reference import random_expectation
 from lightning_hsu.report import compare, report
 from lightning_hsu.report.arguments import parser
 from lightning_hsu.report.cli import main
-from lightning_hsu.report.tables import group_lines, pair_lines
+from lightning_hsu.report.similar_lines import group_lines, pair_lines
 
 
 def test_layers_that_are_not_shown_are_told_with_what_they_have():
@@ -91,7 +91,7 @@ def test_a_broken_layer_is_neither_above_nor_as_random(tmp_path, capsys, value, 
     arguments = ["report", str(tmp_path / "a.pt"), "--head", "none", "--json", "-"]
     assert main([*arguments, "--fail-above", "1e9"]) == 1
     told = capsys.readouterr()
-    assert told.err == "lightning-hsu: --fail-above: 1 layer has NaN or infinite weights: 1\n"
+    assert told.err == "lightning-hsu: --fail-above: 1 layer has NaN or infinite weights: layer 1\n"
     read = json.loads(told.out)["layers"][1]
     assert (read["ratio"], read["nonfinite"], read["verdict"]) == (None, 1, "unknown")
 

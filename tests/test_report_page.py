@@ -151,7 +151,7 @@ def test_the_worst_layer_is_unfolded(found):
         False,
         False,
     ]
-    assert "2 of 3 layers are above random. 1 layer has no ratio: 2." in words(tags)
+    assert "2 of 3 layers are above random. 1 layer has no ratio: layer 2." in words(tags)
 
 
 def test_names_are_escaped(found):

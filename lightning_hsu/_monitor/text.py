@@ -173,6 +173,16 @@ def in_groups(neurons: int, groups: int, *, all_counted: bool = True) -> str:
     return f"{counted(neurons, 'neuron')} in {counted(groups, 'near-duplicate group')}"
 
 
+def layer_named(name: str) -> str:
+    """The name of a layer in a sentence, where a number alone would be taken for one.
+
+    Example:
+        >>> layer_named("2"), layer_named("net.2")
+        ('layer 2', 'net.2')
+    """
+    return f"layer {name}" if name.isdecimal() else name
+
+
 def number(x: float, digits: int) -> str:
     """A number for a table cell, short even if huge; "-" for NaN.
 

@@ -8,12 +8,11 @@ import traceback
 from collections.abc import Sequence
 
 from lightning_hsu._monitor.render import shorten
-from lightning_hsu._monitor.text import counted, number
+from lightning_hsu._monitor.text import counted, layer_named, number
 from lightning_hsu.report.arguments import parser, settings
 from lightning_hsu.report.build import Report, report
 from lightning_hsu.report.comparison import Comparison, compare
 from lightning_hsu.report.comparison_table import comparison_table
-from lightning_hsu.report.data import layer_named
 from lightning_hsu.report.messages import complain, in_options
 from lightning_hsu.report.outputs import (
     check_writable,

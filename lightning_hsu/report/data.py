@@ -268,16 +268,6 @@ class ReportData(JsonData):
         }
 
 
-def layer_named(name: str) -> str:
-    """The name of a layer in a sentence, where a number alone would be taken for one.
-
-    Example:
-        >>> layer_named("2"), layer_named("net.2")
-        ('layer 2', 'net.2')
-    """
-    return f"layer {name}" if name.isdecimal() else name
-
-
 def known_ratios(layers: Sequence[LayerReport]) -> list[float]:
     """Ratios of the layers that have one."""
     return [layer.ratio for layer in layers if not math.isnan(layer.ratio)]

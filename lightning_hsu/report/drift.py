@@ -9,7 +9,7 @@ from statistics import fmean, median
 from typing import Literal, NamedTuple
 
 from lightning_hsu._monitor.fold import fold_names
-from lightning_hsu._monitor.text import ERRORS, counted, number
+from lightning_hsu._monitor.text import ERRORS, counted, layer_named, number
 
 Change = Literal["rose", "fell", "same", "unknown"]
 """What a number has done."""
@@ -221,7 +221,7 @@ def _extreme(what: str, name: str, before: float, after: float) -> str:
     if not name or number(before, 4) == number(after, 4):
         return ""
     change = _change(before, after).replace(" (", ", ").removesuffix(")")
-    return f", {what} most in {name} ({change})"
+    return f", {what} most in {layer_named(name)} ({change})"
 
 
 def _change(before: float, after: float, error: float = 0.0) -> str:
@@ -278,7 +278,8 @@ def _moves(drift: Drift) -> str:
     if count == 0:
         return f"the median neuron moved in none of {layers}"
     if count == 1:
-        return f"the median neuron moved in 1 of {layers}: {most} in {drift.moved_layer}"
+        where = layer_named(drift.moved_layer)
+        return f"the median neuron moved in 1 of {layers}: {most} in {where}"
     where = f"all {layers}"
     names = ""
     if count < drift.followed:
@@ -287,7 +288,7 @@ def _moves(drift: Drift) -> str:
         names = f"; these {count:,} are {folded}"
     return (
         f"the median neuron moved in {where}: by {degrees(drift.moved)} degrees, the median of "
-        f"these, and most in {drift.moved_layer}, {most}{names}"
+        f"these, and most in {layer_named(drift.moved_layer)}, {most}{names}"
     )
 
 

@@ -21,10 +21,10 @@ from torch import Tensor
 
 from lightning_hsu._monitor.fold import NO_BREAK, fold_names
 from lightning_hsu._monitor.render import Line, wrapped
-from lightning_hsu._monitor.text import counted, number
+from lightning_hsu._monitor.text import counted, layer_named, number
 from lightning_hsu._neurons.candidates import NeuronSet
 from lightning_hsu.report.activations import Activation
-from lightning_hsu.report.data import LayerReport, layer_named
+from lightning_hsu.report.data import LayerReport
 from lightning_hsu.report.following import Step, Steps
 
 _CANDIDATES = 16  # neurons of a group that may be the one that is kept, evenly spaced

@@ -13,6 +13,7 @@ from lightning_hsu._monitor.text import (
     SCORE,
     counted,
     in_groups,
+    layer_named,
     number,
     score_text,
     without_empty,
@@ -197,7 +198,9 @@ def unjudged(layers: Sequence[LayerReport]) -> list[str]:
     for names, what in ((broken, "NaN or infinite weights"), (without_ratio, "no ratio")):
         if names:
             has = "has" if len(names) == 1 else "have"
-            folded = fold_names(names).removesuffix(f" ({len(names):,})")
+            folded = layer_named(names[0])
+            if len(names) > 1:
+                folded = fold_names(names).removesuffix(f" ({len(names):,})")
             lines.append(f"{counted(len(names), 'layer')} {has} {what}: {folded}")
     return lines
 

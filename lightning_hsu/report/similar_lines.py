@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from lightning_hsu._monitor.render import Line, wrapped
-from lightning_hsu._monitor.text import counted
-from lightning_hsu.report.data import ReportData, SimilarGroup, layer_named
+from lightning_hsu._monitor.text import counted, layer_named
+from lightning_hsu.report.data import ReportData, SimilarGroup
 
 _MEMBERS = 40  # neurons of a group that are listed
 
