@@ -61,6 +61,7 @@ _FOLLOWING = {
 }
 _BY_HEADS = ("query_key_value", "queries_keys_values", "keys_values", "in_proj_qkvz", "in_proj_ba")
 """Projections whose parts lie head by head."""
+_WITH_GATE = "one set, though it seems to hold a gate too; for its halves"
 _UNKNOWN = "report the model itself, or give its config.json"
 
 
@@ -104,7 +105,7 @@ class StoredParts:
             return None
         path_of_weight = path if leaf in ("weight", "kernel") else below(path, leaf)
         if not names_of(path, leaf) & FUSED_NAMES:
-            return _as_its_name_says(path_of_weight, rule, kind, note)
+            return self._as_one_set(path_of_weight, leaf, shape, rule, kind, note)
         outputs, inputs = rule.arrange(torch.empty(shape, device="meta")).shape[-2:]
         path_of_weight = path_of_weight.removesuffix(".base_layer")  # of an adapter
         owner_path, name, parts = self._parts(path_of_weight, outputs, inputs)
@@ -115,9 +116,41 @@ class StoredParts:
             return Hint(replace(rule, parts=parts), kind, both)
         doubt = self._why_whole(owner_path, name, outputs, shape, set_name)
         if not doubt:
-            return _as_its_name_says(path_of_weight, rule, kind, note)
+            return self._as_one_set(path_of_weight, leaf, shape, rule, kind, note)
         both = "; ".join(one for one in (note, doubt) if one)
         return Hint(rule, kind, both)
+
+    def _as_one_set(
+        self, path: str, leaf: str, shape: Shape, rule: WeightRule, kind: Kind, note: str
+    ) -> Hint | None:
+        """A note on what is read as one set, if its name or what follows says that it is several."""
+        named = _as_its_name_says(path, rule, kind, note)
+        is_matrix = leaf in ("weight", "kernel") and len(shape) == 2
+        if named is not None or not is_matrix:
+            return named
+        outputs, inputs = rule.arrange(torch.empty(shape, device="meta")).shape
+        if not self._is_halved(path, outputs, inputs):
+            return None
+        name = full_name(path, key_of(leaf))
+        doubt = f"{_WITH_GATE}: neurons={{'{name}': 2}}"
+        return Hint(rule, kind, "; ".join(one for one in (note, doubt) if one))
+
+    def _is_halved(self, path: str, outputs: int, inputs: int) -> bool:
+        """Whether a matrix of the same block takes half of what one gives, and leads back."""
+        above = path.rpartition(".")[0]
+        if outputs % 2 != 0 or not above or self._shapes.is_list(above):
+            return False
+        half = outputs // 2
+        leads_back = False
+        for child in self._shapes.children(above):
+            inside = self._shapes.weight_inside(child) if child != path else None
+            weight = self._shapes.of(inside) if inside is not None else None
+            if weight is None or len(weight) != 2:
+                continue
+            if weight[1] == outputs or weight[0] == half:
+                return False  # nothing is halved, or that is where the half comes from
+            leads_back = leads_back or weight == (inputs, half)
+        return leads_back
 
     def _parts(self, path: str, outputs: int, inputs: int) -> tuple[str, str, Parts]:
         """The owner of a projection, the projection's name in it, and its parts."""
@@ -181,18 +214,25 @@ class StoredParts:
         """The class of a stand-in, where what is around it tells that it is one of these."""
         shapes = self._shapes
         if shapes.names_below(path) == ["proj"]:
-            above = path.rpartition(".")[0]
             inside = shapes.of(f"{path}.proj")
-            if shapes.is_list(above) and inside is not None and len(inside) == 2:
-                following = shapes.after(path)
-                outer = shapes.of(following) if following is not None else None
-                if outer is not None and inside[0] == 2 * outer[-1]:
+            following = self._following(path)
+            outer = shapes.of(following) if following is not None else None
+            if inside is not None and len(inside) == 2 and outer is not None:
+                is_halved = inside[0] == 2 * outer[-1]
+                if is_halved:
                     return GLU
         kernel = shapes.of(f"{path}.conv")
         has_kernel = kernel is not None and len(kernel) == 3 and kernel[1] == 1
         if has_kernel and shapes.has(path, "out_proj") and not shapes.of(path, "A_log"):
             return ShortConv
         return _Owner
+
+    def _following(self, path: str) -> str | None:
+        """The layer after one, by its number or by the names of a gated MLP."""
+        above, _, name = path.rpartition(".")
+        if name in _FOLLOWING:
+            return self._shapes.weight_inside(below(above, _FOLLOWING[name]))
+        return self._shapes.after(path) if self._shapes.is_list(above) else None
 
     def _add_sizes(self, owner: _Owner, path: str, name: str, outputs: int) -> None:
         """Add the sizes to a stand-in that its shapes tell."""
@@ -309,10 +349,7 @@ class StoredParts:
         if name in _HALVED and len(shape) == 2:
             inputs = self._inputs_of(path, _FOLLOWING[name])
             if inputs is not None and outputs == 2 * inputs:
-                return (
-                    "one set, though it seems to hold a gate too; for its halves: "
-                    f"neurons={{'{set_name}': 2}}"
-                )
+                return f"{_WITH_GATE}: neurons={{'{set_name}': 2}}"
         if name == "q_proj" and len(shape) == 2:
             inputs = self._inputs_of(path, "o_proj")
             if inputs is not None and outputs == 2 * inputs:
