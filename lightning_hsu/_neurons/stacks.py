@@ -120,7 +120,7 @@ class Stacks:
             if bias in ((count, last), (count, 1, last)):
                 return True
         if width is None or width not in (first, last):
-            width = self._shared_width(path, leaf, shape)
+            width = self._shared_width(path, leaf, shape) or self._width_of_others(path, shape)
         name = _name_of(path, leaf)
         if width is None:
             return None
@@ -156,7 +156,11 @@ class Stacks:
         return [one for one in self._stacks[key] if one != (path, leaf)]
 
     def _shared_width(self, path: str, leaf: str, shape: Shape) -> int | None:
-        """The width of the model, which the matrices into and out of the experts share."""
+        """The width of the model, which the matrices into and out of the experts share.
+
+        None if it may be either axis: without two matrices in one, both are shared.
+        """
+        fitting: set[int] = set()
         is_leaving = _is_like(_name_of(path, leaf), _LEAVING)
         for other, name in self._beside(path, leaf):
             beside = self._shapes.of(other, name)
@@ -169,13 +173,20 @@ class Stacks:
                     continue
                 outer = beside[1] if beside[2] == width else beside[2]
                 if outer in (inner, 2 * inner) or inner == 2 * outer:
-                    return width
-        return None
+                    fitting.add(width)
+        return fitting.pop() if len(fitting) == 1 else None
 
     def _width(self, path: str, shape: Shape) -> int | None:
         """The width of the model, as a router beside the experts, or a normalization, shows."""
         for experts, width in self._routers(path):
             if experts == shape[0] and width in shape[1:]:
+                return width
+        return None
+
+    def _width_of_others(self, path: str, shape: Shape) -> int | None:
+        """The width of the model, as the router of other experts beside a stack shows."""
+        for _, width in self._routers(path):
+            if width in shape[1:]:
                 return width
         return None
 
