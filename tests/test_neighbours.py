@@ -344,6 +344,28 @@ def test_what_nothing_tells_of_a_stack_is_said():
     assert "read as 3 matrices by rows, a guess" in found["conv"].note
 
 
+SHARED = {
+    "mlp.shared_experts.gate_proj": (2, 12, 20),
+    "mlp.shared_experts.up_proj": (2, 12, 20),
+    "mlp.shared_experts.down_proj": (2, 20, 12),
+}
+
+
+def test_shared_experts_are_read_by_the_width_that_the_router_of_the_others_shows():
+    """As Inkling has them: of either orientation each matrix fits the one after it."""
+    found, _ = read(tensors({**SHARED, "mlp.gate.weight": (7, 20)}))
+    for name, shape in SHARED.items():
+        assert found[name].shape == shape
+        assert not found[name].note
+
+
+def test_stacks_that_fit_each_other_either_way_are_a_guess():
+    found, _ = read(tensors(SHARED))
+    for name, shape in SHARED.items():
+        assert found[name].shape == shape
+        assert "by rows, a guess" in found[name].note
+
+
 def test_gate_and_up_in_turns():
     shapes = {
         "experts.gate_up_proj": (4, 16, 32),
@@ -460,6 +482,56 @@ def test_fewer_keys_than_queries():
     sizes = shapes_of(tensors(shapes))
     assert sizes["attn.qkv_proj.q"] == (1, 8, 8)
     assert sizes["attn.qkv_proj.k"] == sizes["attn.qkv_proj.v"] == (1, 4, 8)
+
+
+class GatedUnit(nn.Module):
+    """As CLVP's: its class is that of a gated linear unit."""
+
+    def __init__(self):
+        super().__init__()
+        self.proj = nn.Linear(8, 48)
+
+
+class SwiGLU(GatedUnit):
+    pass
+
+
+class GatedMLP(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc1, self.fc2 = SwiGLU(), nn.Linear(24, 8)
+
+
+def test_a_gated_unit_before_a_layer_of_half_its_outputs_has_two_parts():
+    model = nn.ModuleDict({"mlp": GatedMLP()})
+    wanted = {one.name: one for one in select(model, everything=True)[0]}
+    found, _ = read(model.state_dict())
+    assert list(found) == list(wanted) == ["mlp.fc1.proj.up", "mlp.fc1.proj.gate", "mlp.fc2"]
+    for name, one in wanted.items():
+        torch.testing.assert_close(found[name].neurons(), one.neurons().detach())
+
+
+@pytest.mark.parametrize("following", ["ff_out", "back"])
+def test_twice_the_rows_that_the_block_takes_are_told(following):
+    shapes = {"mlp.ff_proj.weight": (48, 8), f"mlp.{following}.weight": (8, 24)}
+    state = tensors(shapes)
+    found, _ = read(state)
+    assert "for its halves: neurons={'mlp.ff_proj': 2}" in found["mlp.ff_proj"].note
+    halves = neurons_of_state_dict(state, neurons={"mlp.ff_proj": 2}).sets
+    assert [one.shape for one in halves] == [(1, 24, 8), (1, 24, 8), (1, 8, 24)]
+
+
+NOT_GATED = {
+    "taken whole": {"a.weight": (48, 8), "b.weight": (8, 48), "c.weight": (8, 24)},
+    "the half comes from another": {"a.weight": (48, 8), "b.weight": (24, 8), "c.weight": (8, 24)},
+    "in a list": {"0.weight": (48, 8), "1.weight": (8, 24)},
+}
+
+
+@pytest.mark.parametrize("case", NOT_GATED)
+def test_no_word_of_a_gate_where_there_is_none(case):
+    found, _ = read(tensors({f"mlp.{name}": shape for name, shape in NOT_GATED[case].items()}))
+    assert not any(one.note for one in found.values())
 
 
 def test_heads_that_nothing_tells_are_said():
@@ -585,6 +657,17 @@ def test_statistics_and_tables_hold_no_neurons():
     assert list(found) == ["fc"]
     assert "position" in reasons["positional_embedding"]
     assert "statistics" in reasons["rope.inv_freq"]
+
+
+@pytest.mark.parametrize("ending", ["integer", "int8", "ema"])
+def test_a_copy_of_a_weight_is_no_layer(ending):
+    """I-BERT's ``weight_integer`` is what its layers compute with, rounded from the weight."""
+    shapes = {"fc.weight": (6, 8), f"fc.weight_{ending}": (6, 8), "fc.bias": (6,)}
+    found, reasons = read(tensors(shapes))
+    assert list(found) == ["fc"]
+    assert "a copy or mask of 'weight'" in reasons[f"fc.weight_{ending}"]
+    del shapes["fc.weight"]
+    assert len(read(tensors(shapes))[0]) == 1
 
 
 def test_tables_and_what_is_only_named_so():

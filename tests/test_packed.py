@@ -834,6 +834,22 @@ def test_numbers_that_stay_in_the_file_until_they_are_needed(name):
     assert len(read) == 1
 
 
+@pytest.mark.parametrize("name", ["pre_quant_scale", "input_quantizer._pre_quant_scale"])
+@pytest.mark.parametrize("is_quantised", [True, False])
+def test_factors_of_inputs_that_are_left_out_are_told(name, is_quantised):
+    """AWQ of ModelOpt divides inputs by what it multiplies the weight with."""
+    weight = drawn(OUT, IN)
+    state = {"fc.weight": weight, f"fc.{name}": drawn(IN).abs()}
+    if is_quantised:
+        state["fc.weight"] = weight.to(torch.float8_e4m3fn)
+        state["fc.weight_scale"] = torch.tensor(0.5)
+    (one,) = neurons_of_state_dict(state).sets
+    assert f"read without the factors of its inputs ({name})" in one.note
+    del state[f"fc.{name}"]
+    (one,) = neurons_of_state_dict(state).sets
+    assert "factors" not in one.note
+
+
 def test_scales_beside_a_weight_that_is_not_quantised_are_no_layer():
     state = {"a.weight": drawn(6, 8), "a.weight_scale": drawn(6, 1)}
     found = report(state, head=None)

@@ -72,6 +72,13 @@ _PACKED_NAMES = (  # integers of one of these names are a packed weight
     "Qidxs",  # QuIP#
 )
 _PACKED_ENDINGS = ("_packed", "_blocks", "_qweight")
+_OF_INPUTS = (  # endings of the names of factors that smoothing has moved to a layer's inputs
+    "pre_quant_scale",
+    "act_pre_scale",
+    "smooth_factor",
+    "smooth_scale",
+    "smoothing_scale",
+)
 _PAIR = "_packed_params._packed_params"
 _FEW_BITS = re.compile(r"torch\.(?:u?int[1-7]|bits\d.*|float\d_e\d.*)$")
 
@@ -187,6 +194,19 @@ def quantization_settings(config: Mapping[str, Any] | None) -> Mapping[str, Any]
     return None
 
 
+def without_factors(leaf: str) -> str:
+    """The note on a weight whose inputs have factors of their own.
+
+    Args:
+        leaf: Name of the stored factors.
+
+    Example:
+        >>> without_factors("pre_quant_scale")
+        'read without the factors of its inputs (pre_quant_scale), which smoothing took out of it'
+    """
+    return f"read without the factors of its inputs ({leaf}), which smoothing took out of it"
+
+
 def split_packed(name: str) -> tuple[str, str] | None:
     """The path of a layer and the name within it, for a part of a weight with dots in its name.
 
@@ -272,6 +292,9 @@ def _collected(
             by_rows.add(reading.name)
         if reading.note and reading.note not in notes:
             notes.append(reading.note)
+    for leaf in leaves:
+        if leaf.endswith(_OF_INPUTS):
+            notes.append(without_factors(leaf))
     return Unpacked(tensors, reasons, parts, frozenset(by_rows), "; ".join(notes))
 
 

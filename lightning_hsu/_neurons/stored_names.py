@@ -9,6 +9,7 @@ from lightning_hsu._neurons import names
 from lightning_hsu._neurons.candidates import full_name
 from lightning_hsu._neurons.hints import Hint
 from lightning_hsu._neurons.how import WeightRule
+from lightning_hsu._neurons.packed import without_factors
 from lightning_hsu._neurons.shapes import Shape, Shapes, below, words
 
 _STATISTICS = (
@@ -57,6 +58,21 @@ _WIDTHS = ("b_dec", "pre_bias", "decoder_bias", "b_dec_out", "b_pre")
 _DICTIONARIES = ("W_dec", "W_enc", "W_gate", "W_mag", "dictionary", "atoms", "decoder_weight")
 _TABLES = ("emb", "embs", "shared", "lookup")
 _BIAS_TABLES = ("relative_attention_bias", "relative_position_bias", "rel_pos_bias")
+_COPIES = (
+    "integer",
+    "int",
+    "int8",
+    "quantized",
+    "quantised",
+    "copy",
+    "ema",
+    "avg",
+    "average",
+    "shadow",
+    "backup",
+    "mask",
+)
+"""What a name adds to that of a weight for a tensor of its shape that is computed from it."""
 _FACTORS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
 
 
@@ -85,6 +101,7 @@ class StoredNames:
             self._no_weight,
             self._dictionary,
             self._table,
+            self._smoothed,
             self._standardised,
         ):
             hint = ask(path, leaf, shape)
@@ -148,6 +165,9 @@ class StoredNames:
             return Hint(why_not="statistics, a mask or an index: it holds no neurons")
         if leaf in ("weight", "kernel"):
             return None
+        base, _, ending = leaf.rpartition("_")
+        if ending.lower() in _COPIES and self._shapes.of(path, base) == shape:
+            return Hint(why_not=f"a copy or mask of '{base}', which is measured")
         meta = torch.empty(shape, device="meta")
         reason = names.why_no_neurons(nn.Module(), leaf, meta)
         if reason is not None and "weight" not in leaf:
@@ -223,6 +243,14 @@ class StoredNames:
         if last.lower().split("_")[-1] in _TABLES:
             return Hint(kind="embedding")
         return None
+
+    def _smoothed(self, path: str, leaf: str, shape: Shape) -> Hint | None:
+        """A note on a weight whose inputs are multiplied by factors in a quantiser beside it."""
+        factors = "_pre_quant_scale"
+        beside = self._shapes.leaves(below(path, "input_quantizer"))
+        if leaf != "weight" or factors not in beside:
+            return None
+        return Hint(note=without_factors(f"input_quantizer.{factors}"))
 
     def _standardised(self, path: str, leaf: str, shape: Shape) -> Hint | None:
         """A note on convolutions that may standardise their weights, as those of BiT do."""
