@@ -145,6 +145,19 @@ def test_wrappers_names_and_ties():
     assert [(skip.name, skip.reason) for skip in skips] == [("wte", "tied to lm_head")]
 
 
+@pytest.mark.parametrize("prefix", ["", "a."])
+def test_a_copy_under_a_wrapper_keeps_a_name_of_its_own(prefix):
+    plain, wrapped = f"{prefix}fc", f"{prefix}_orig_mod.fc"
+    state = {f"{plain}.weight": torch.randn(4, 6), f"{wrapped}.weight": torch.randn(4, 6)}
+    found = {one.name: one for one in neurons_of_state_dict(state).sets}
+    assert list(found) == [plain, wrapped]
+    for name, one in found.items():
+        assert torch.equal(one.neurons()[0], state[f"{name}.weight"])
+    asked = neurons_of_state_dict(state, neurons={wrapped: "columns"}).sets
+    assert [one.shape for one in asked] == [(1, 4, 6), (1, 6, 4)]
+    assert [layer.name for layer in report(state).layers] == [plain, wrapped]
+
+
 @pytest.mark.parametrize(
     "state",
     [

@@ -258,6 +258,7 @@ class _Stored:
         layers: The tensors by the path of their layer, then by their name within it. Quantised
             weights are dequantised.
         by_rows: Paths and names of the weights whose format fixes that their outputs are rows.
+        doubled: Paths that name a layer of another path, too, without what wrappers add to them.
     """
 
     def __init__(
@@ -284,6 +285,11 @@ class _Stored:
             self.layers[path] = self._unpacked[path].tensors
             for leaf in self._unpacked[path].by_rows:
                 self.by_rows.add((path, leaf))
+        self.doubled = _doubled(self.layers)
+
+    def layer_name(self, path: str) -> str:
+        """Name of the layer at a path: without what wrappers add, unless another one has it."""
+        return path.lstrip(".") if path in self.doubled else _plain_layer(path)
 
     def join(self, stacks: Stacks) -> None:
         """Make one stack of layers of one weight each, whose numbers are read when needed."""
@@ -453,7 +459,7 @@ class _Reader:
             leaves: Its tensors by name.
             found: Takes what is left out or broken.
         """
-        layer = _layer_name(path)
+        layer = self._stored.layer_name(path)
         if self._is_for_a_function(path, layer, leaves):
             leaves = self._stored.load(path)
         readable = {}
@@ -548,7 +554,7 @@ class _Reader:
             found: Takes the layer if it is broken or left out; then there are no sets.
         """
         key = key_of(attribute)
-        name = full_name(_layer_name(path), key)
+        name = full_name(self._stored.layer_name(path), key)
         weight = leaves[attribute].detach()
         if not weight.is_floating_point():
             found.skips.append(_no_floats(name, weight))
@@ -568,7 +574,7 @@ class _Reader:
 
     def add(self, path: str, sets: Mapping[str, _Read], found: Candidates[StoredNeurons]) -> None:
         """Add the sets of neurons of one layer to those found."""
-        layer = _layer_name(path)
+        layer = self._stored.layer_name(path)
         leaves = self._stored.layers[path]
         is_lazy = any(x.is_meta for x in leaves.values())
         for key, one in sets.items():
@@ -606,13 +612,17 @@ class _Reader:
             found: Takes the head.
         """
         for place, table in enumerate(found.sets):
-            if table.layer != _layer_name(path) or table.name != table.layer or table.asked:
+            if (
+                table.layer != self._stored.layer_name(path)
+                or table.name != table.layer
+                or table.asked
+            ):
                 continue
             identity = ("tied", path)
             found.sets[place] = replace(table, identity=identity)
             tied = StoredNeurons(
-                name=_layer_name(head),
-                layer=_layer_name(head),
+                name=self._stored.layer_name(head),
+                layer=self._stored.layer_name(head),
                 shape=shape_by_group(self._stored.layers[path]["weight"]),
                 kind="linear",
                 identity=identity,
@@ -694,9 +704,20 @@ def _as_asked(
     return {part.key: part.take(x) for part in rule.parts}
 
 
-def _layer_name(path: str) -> str:
-    """Name of the layer at a path."""
+def _plain_layer(path: str) -> str:
+    """Name of the layer at a path, without what wrappers add."""
     return plain_name(path.lstrip("."))
+
+
+def _doubled(paths: Iterable[str]) -> set[str]:
+    """The paths from which wrappers' parts cannot be taken: another path is left without them."""
+    as_stored = set(paths)
+    doubled = set()
+    for path in as_stored:
+        plain = _plain_layer(path)
+        if plain != path and plain in as_stored:
+            doubled.add(path)
+    return doubled
 
 
 def _attribute_of(leaf: str) -> str:
