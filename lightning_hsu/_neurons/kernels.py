@@ -9,6 +9,7 @@ from lightning_hsu._neurons.candidates import full_name
 from lightning_hsu._neurons.hints import Hint
 from lightning_hsu._neurons.how import WeightRule
 from lightning_hsu._neurons.shapes import Shape, Shapes, words
+from lightning_hsu._neurons.widths import Scope, Widths
 
 _TRANSPOSED_WORDS = {
     "up",
@@ -34,6 +35,7 @@ _TRANSPOSED_WORDS = {
 
 _GROUP_WORDS = {"dw", "dwconv", "depthwise", "group", "grouped", "gconv"}
 _POSITION_WORDS = {"pos", "position", "positions", "positional"}
+_MOST_OF_A_PICTURE = 16  # channels that a picture may have
 _IF_NOT = "if it is grouped, report the model itself"
 _HALVING_WORDS = {
     "sr",
@@ -81,6 +83,7 @@ class Kernels:
 
     def __init__(self, shapes: Shapes) -> None:
         self._shapes = shapes
+        self._widths = Widths(shapes)
         self._channels: set[int] | None = None
         self._first: tuple[str, Shape] | None = None
 
@@ -109,7 +112,7 @@ class Kernels:
                 return hint
         elif bias != shape[0]:
             return self._contradicted(path, shape, bias)
-        return self._grouped(path, shape, before)
+        return self._grouped(path, shape, before) or self._as_block_shows(path, shape)
 
     def _is_transposed(self, shape: Shape, inputs: int | None, outputs: int | None) -> bool:
         """Whether only (in, out, *kernel) fits the layers before and after."""
@@ -168,7 +171,8 @@ class Kernels:
         inputs = before.channels
         is_sure = before.is_sure
         if each == 1 and not is_sure:
-            return None
+            is_wider = before.in_list and inputs is not None and _divides(1, inputs, outputs)
+            return self._doubt(path, inputs, inputs) if is_wider and inputs else None
         says_so = bool(words(path.rpartition(".")[2]) & _GROUP_WORDS)
         if says_so or "pos_conv" in path or "conv_pos" in path or _is_of_positions(path, shape):
             inputs = outputs  # added to what it reads, or channel by channel
@@ -196,16 +200,81 @@ class Kernels:
                 f"neurons={{'{name}': 'rows'}}"
             )
             return Hint(rule, "convolution", note)
-        if before.in_list:
+        parts = self._widths.part_of(path)
+        if before.in_list and (parts is None or parts.inputs != inputs):
             note = f"read as one group; the layer before it has {inputs} outputs: {_IF_NOT}"
             return Hint(note=note)
         return None  # they may stand side by side
 
-    def _is_known(self, path: str, channels: int) -> bool:
-        """Whether a layer has as many outputs as another one has inputs, or it may be the first."""
+    def _as_block_shows(self, path: str, shape: Shape) -> Hint | None:
+        """Groups, or a note on them, if no layer around gives as many channels as a kernel takes."""
+        outputs, each = shape[:2]
+        first_path, first_shape = self._first_kernels()
+        block = self._widths.block_of(path)
+        coming_in = self._widths.coming_in(block)
+        is_first = path == first_path and not coming_in.links
+        of_picture = first_shape[1] if first_shape[1] <= _MOST_OF_A_PICTURE else 3
+        if is_first or (each > 1 and each in (3, of_picture)):
+            return None
+        if each == 1:
+            return self._several_filters(path, outputs, block, coming_in)
+        left = self._widths.left_over(path, block)
+        if left is not None and left not in coming_in.entering and _divides(each, left, outputs):
+            return self._doubt(path, left, left // each)
+        given = coming_in.outputs() | {link.outputs for link in self._widths.before(path, block)}
+        around = given | self._widths.scope(block).outputs(but=path)
+        if not given or outputs <= each or _is_among(each, around | coming_in.entering):
+            return None
+        fitting = {inputs for inputs in around if _divides(each, inputs, outputs)}
+        parts = self._widths.part_of(path)
+        if not fitting or (parts is not None and parts.inputs in given):
+            return None
+        inputs = min(fitting)
+        return self._doubt(path, inputs, inputs // each)
+
+    def _several_filters(
+        self, path: str, outputs: int, block: str, coming_in: Scope
+    ) -> Hint | None:
+        """Groups of one channel each with several filters, if that is what comes in."""
+        given = coming_in.main_widths()
+        fitting = {inputs for inputs in coming_in.outputs() if _divides(1, inputs, outputs)}
+        fitting -= {1, 2, 3}
+        if outputs in given or not fitting or self._widths.part_of(path) is not None:
+            return None
+        scope = self._widths.scope(block)
+        if any(together == outputs for _, together in scope.together):
+            return None
+        is_joined = coming_in.is_joined() or scope.is_joined()
+        is_doubtful = is_joined or not self._widths.is_order_known(path, block)
+        for link in self._widths.before(path, block):
+            is_of_width = link.is_matrix and outputs in scope.norms
+            comes_later = self._widths.comes_later(link.path, path)
+            if link.outputs % outputs == 0 and not (is_of_width and comes_later):
+                return None
+        likely = fitting & coming_in.norms
+        if is_doubtful or len(likely) != 1:
+            inputs = max(likely or fitting)
+            return self._doubt(path, inputs, inputs)
+        return Hint(WeightRule("weight", kernels=True, groups=likely.pop()), "convolution")
+
+    def _doubt(self, path: str, inputs: int, groups: int) -> Hint:
+        """A note on kernels that may be grouped."""
+        name = full_name(path, "")
+        note = (
+            f"read as one group; where it takes {inputs} channels in {groups} groups, each by "
+            f"itself: neurons={{'{name}': {groups}}}"
+        )
+        return Hint(note=note)
+
+    def _first_kernels(self) -> tuple[str, Shape]:
+        """The first kernels of all, and their shape."""
         if self._first is None:
             self._first = next(self._all_kernels(), ("", (0, 0)))
-        first_path, first_shape = self._first
+        return self._first
+
+    def _is_known(self, path: str, channels: int) -> bool:
+        """Whether a layer has as many outputs as another one has inputs, or it may be the first."""
+        first_path, first_shape = self._first_kernels()
         if path == first_path or channels in (3, first_shape[1]):
             return True
         return channels in self._outputs_of_layers()
@@ -289,6 +358,8 @@ class Kernels:
         """Whether kernels lie between two of 1 x 1, of which the last takes as many channels."""
         if later is None or len(later) != len(shape):
             return False
+        if earlier[1] == shape[1]:
+            return False  # both may take what comes into the block
         narrow = all(size == 1 for size in (*earlier[2:], *later[2:]))
         wide = any(size > 1 for size in shape[2:])
         is_chain = later[1] == shape[0]
@@ -316,7 +387,10 @@ class Kernels:
         """The layer, and what begins with it or is only a shell around it, as links of a chain."""
         links = [path]
         above = path.rpartition(".")[0]
-        begins = self._shapes.place_before(path) is None and not self._shapes.is_list(above)
+        earlier = self._shapes.place_before(path)
+        while earlier is not None and self._shapes.norm(earlier) is not None:  # in order of names
+            earlier = self._shapes.place_before(earlier)
+        begins = earlier is None and not self._shapes.is_list(above)
         if above and (begins or self._shapes.weight_inside(above) == path):
             links.append(above)
         return links
@@ -333,6 +407,11 @@ class Kernels:
             f"neurons={{'{name}': lambda w: ...}}"
         )
         return Hint(rule, "convolution", note)
+
+
+def _is_among(channels: int, widths: set[int]) -> bool:
+    """Whether layers of these widths may give so many channels, alone or two of them joined."""
+    return channels in widths or any(channels - width in widths for width in widths)
 
 
 def _is_of_positions(path: str, shape: Shape) -> bool:

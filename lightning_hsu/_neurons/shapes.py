@@ -137,7 +137,7 @@ class Shapes:
         if above not in self._numbers:
             self._numbers[above] = self._numbered(above)
         numbers = self._numbers[above]
-        number = _number_of(name)
+        number = number_of(name)
         if number is None:
             return None
         if self.is_list(above):
@@ -154,7 +154,7 @@ class Shapes:
         """The children of a path with a number in their names, by what comes before it and it."""
         found: dict[tuple[str, int], str] = {}
         for name in self._children.get(above, {}):
-            number = _number_of(name)
+            number = number_of(name)
             if number is not None:
                 found.setdefault(number, name)
         return found
@@ -174,7 +174,7 @@ def words(path: str) -> set[str]:
     return found
 
 
-def _number_of(name: str) -> tuple[str, int] | None:
+def number_of(name: str) -> tuple[str, int] | None:
     """What comes before the number in a name, and the number: conv2 or conv2_kxk."""
     if len(name) == 1 and name in _LETTERS:
         return "", _LETTERS.index(name)

@@ -138,9 +138,10 @@ class StoredParts:
     def _is_halved(self, path: str, outputs: int, inputs: int) -> bool:
         """Whether a matrix of the same block takes half of what one gives, and leads back."""
         above = path.rpartition(".")[0]
-        if outputs % 2 != 0 or not above or self._shapes.is_list(above):
-            return False
         half = outputs // 2
+        is_wide = outputs % 2 == 0 and outputs > inputs and half > 1
+        if not is_wide or not above or self._shapes.is_list(above):
+            return False
         leads_back = False
         for child in self._shapes.children(above):
             inside = self._shapes.weight_inside(child) if child != path else None
@@ -339,6 +340,11 @@ class StoredParts:
         if name == "in_proj" and has_states:
             return f"one set, though it seems to hold several parts: {_UNKNOWN}"
         is_attention = name == "in_proj"
+        taken = None
+        if is_attention and len(shape) == 2:
+            taken = self._inputs_of(path, "out_proj", "attn_out_proj")
+        if taken is not None and outputs > taken and outputs != 3 * min(shape):
+            return f"one set, though it seems to hold several parts: {_UNKNOWN}"
         if name in _BY_HEADS or (is_attention and outputs == 3 * min(shape)):
             return f"one set: its parts lie head by head, and nothing tells the heads: {_UNKNOWN}"
         is_wide = len(shape) == 2 and outputs > min(shape)
