@@ -211,6 +211,8 @@ class Kernels:
         outputs, each = shape[:2]
         first_path, first_shape = self._first_kernels()
         block = self._widths.block_of(path)
+        if self._widths.is_large(block):
+            return None
         coming_in = self._widths.coming_in(block)
         is_first = path == first_path and not coming_in.links
         of_picture = first_shape[1] if first_shape[1] <= _MOST_OF_A_PICTURE else 3
@@ -218,11 +220,13 @@ class Kernels:
             return None
         if each == 1:
             return self._several_filters(path, outputs, block, coming_in)
-        left = self._widths.left_over(path, block)
-        if left is not None and left not in coming_in.entering and _divides(each, left, outputs):
-            return self._doubt(path, left, left // each)
         given = coming_in.outputs() | {link.outputs for link in self._widths.before(path, block)}
         around = given | self._widths.scope(block).outputs(but=path)
+        earlier = self._widths.right_before(path, block)
+        if outputs == each and earlier is not None and _divides(each, earlier.outputs, outputs):
+            is_grouped = not _is_among(earlier.inputs, around)  # and so may this one be
+            if is_grouped:
+                return self._doubt(path, earlier.outputs, earlier.outputs // each)
         if not given or outputs <= each or _is_among(each, around | coming_in.entering):
             return None
         fitting = {inputs for inputs in around if _divides(each, inputs, outputs)}

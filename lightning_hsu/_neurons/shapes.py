@@ -56,6 +56,10 @@ class Shapes:
         """Names of the children of a path, in order."""
         return list(self._children.get(path, {}))
 
+    def count_below(self, path: str) -> int:
+        """How many children a path has."""
+        return len(self._children.get(path, {}))
+
     def children(self, path: str) -> Iterator[str]:
         """The paths of the children of a path, in order."""
         for name in self._children.get(path, {}):

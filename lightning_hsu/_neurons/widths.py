@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from lightning_hsu._neurons.shapes import Shapes, number_of, words
+from lightning_hsu._neurons.shapes import Shapes, below, number_of, words
 
 _SIDE_WORDS = {
     "shortcut",
@@ -21,6 +21,8 @@ _SIDE_WORDS = {
 """Words of layers beside the main path of a block."""
 _ENTRY_WORDS = {"down", "downsample", "pool", "merge", "merging", "transition", "reduction", "stem"}
 """Words of modules through which everything enters a block."""
+_MOST_BESIDE = 512  # layers of a block, or children of one parent, that are looked at
+_MOST_PARTS = 32  # layers side by side that are looked at as one
 _JOINED_WORDS = {"cheap", "ghost", "dense", "concat", "cat", "join", "fuse"}
 """Words of layers whose outputs are joined with others'."""
 
@@ -101,6 +103,7 @@ class Widths:
     def __init__(self, shapes: Shapes) -> None:
         self._shapes = shapes
         self._scopes: dict[str, Scope] = {}
+        self._coming_in: dict[str, Scope] = {}
         self._order = {path: place for place, path in enumerate(shapes.layers)}
         ends = [path for path in shapes.layers if not shapes.names_below(path)]
         self.is_by_name = ends == sorted(ends)
@@ -130,6 +133,16 @@ class Widths:
 
         Nothing is beside what everything enters through.
         """
+        if block not in self._coming_in:
+            self._coming_in[block] = self._found_before(block)
+        return self._coming_in[block]
+
+    def is_large(self, block: str) -> bool:
+        """Whether a block has so many layers that they are not looked at for each one of them."""
+        return len(self.scope(block).links) > _MOST_BESIDE
+
+    def _found_before(self, block: str) -> Scope:
+        """The layers that come before a block."""
         above = block
         while above:
             before = self._shapes.before(above)
@@ -142,16 +155,13 @@ class Widths:
             above = above.rpartition(".")[0]
         return Scope()
 
-    def left_over(self, path: str, block: str) -> int | None:
-        """How many channels the layer right before one gives, if none of its block takes as many."""
+    def right_before(self, path: str, block: str) -> Link | None:
+        """The layer of a block that is stored right before one, if it has kernels."""
         links = self.scope(block).links
-        places = [link.path for link in links]
-        place = places.index(path) if path in places else 0
-        if place == 0 or self._is_side(links[place - 1].path, path, block):
-            return None
-        given = links[place - 1].outputs
-        is_taken = any(given == link.inputs for link in links)
-        return None if is_taken or links[place - 1].is_matrix else given
+        for earlier, link in pairwise(links):
+            if link.path == path:
+                return None if earlier.is_matrix else earlier
+        return None
 
     def _with_same_number(self, path: str, before: str) -> Scope:
         """The layers of the item before one, and of those with its number in lists beside."""
@@ -159,8 +169,10 @@ class Widths:
         around = outer.rpartition(".")[0]
         scope = Scope()
         scope.add(self.scope(before))
-        if self._shapes.is_list(outer) and not self._shapes.is_list(around):
-            for child in self._shapes.children(around):
+        is_among_lists = self._shapes.is_list(outer) and not self._shapes.is_list(around)
+        if is_among_lists and self._shapes.count_below(around) <= _MOST_BESIDE:
+            for name in self._shapes.names_below(around):
+                child = below(around, name)
                 if child != outer and self._shapes.is_list(child):
                     scope.add(self.scope(f"{child}.{number}"))
         return scope
@@ -206,10 +218,13 @@ class Widths:
         above = path
         for _ in range(2):
             above = above.rpartition(".")[0]
+            count = self._shapes.count_below(above)
+            if not self._shapes.is_list(above) or count > _MOST_PARTS:
+                continue
             links = self.scope(above).links
-            is_of_single_layers = len(links) == len(self._shapes.names_below(above)) > 1
+            is_of_single_layers = len(links) == count > 1
             is_chain = any(one.outputs == two.inputs for one, two in pairwise(links))
-            if self._shapes.is_list(above) and is_of_single_layers and not is_chain:
+            if is_of_single_layers and not is_chain:
                 inputs = sum(link.inputs for link in links)
                 outputs = sum(link.outputs for link in links)
                 return Link(above, inputs, outputs, is_matrix=False)
@@ -259,13 +274,14 @@ class Widths:
         """
         beside = Scope()
         outer, _, name = path.rpartition(".")
-        if self._shapes.is_list(outer):
+        if self._shapes.is_list(outer) or self._shapes.count_below(outer) > _MOST_BESIDE:
             return beside
         numbering = (number_of(name) or ("", 0))[0]
-        for child in self._shapes.children(outer):
+        for child_name in self._shapes.names_below(outer):
+            child = below(outer, child_name)
             if child == path and not self.is_by_name:
                 break
-            number = number_of(child.rpartition(".")[2])
+            number = number_of(child_name)
             is_item = number is not None and number[0] == numbering
             if child != path and not is_item:
                 beside.add(self.scope(child))
