@@ -33,6 +33,10 @@ def read(request):
     return both_readings(request.param)
 
 
+GROUPED = ("pit_ti_224", "fastvit_t8", "edgenext_small_rw", "cpubone_b0_bfrobust", "repvgg_b1g4")
+"""Of timm: several filters for each channel, and groups beside layers of a group's width."""
+
+
 def both_readings(entry):
     for name in entry.imports:
         if find_spec(name) is None:
@@ -43,8 +47,16 @@ def both_readings(entry):
             import_module(name)
         torch.manual_seed(0)
         model = entry.build()
+    return readings_of(model)
+
+
+def readings_of(model, *, by_name=False):
+    """The same of a model; of its state dict in the order of names, if so."""
     wanted, _ = select(model, everything=True)
-    candidates = neurons_of_state_dict(model.state_dict())
+    state = model.state_dict()
+    if by_name:
+        state = {name: state[name] for name in sorted(state)}
+    candidates = neurons_of_state_dict(state)
     found, skips = select(candidates, everything=True)
     reasons = {skip.name: skip.reason for skip in [*skips, *candidates.not_weights]}
     wanted = {one.name: one for one in wanted}
@@ -109,6 +121,17 @@ def is_sibling(name, other):
 def test_every_difference_is_told(read):
     print(differences(read))
     assert untold(read) == []
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+@pytest.mark.parametrize("name", GROUPED)
+def test_groups_are_read_or_told(name, by_name):
+    if find_spec("timm") is None:
+        missing("timm")
+    build = import_module("timm").create_model
+    read = readings_of(build(name), by_name=by_name)
+    convolutions = {name for name, one in read[0].items() if one.kind == "convolution"}
+    assert convolutions.isdisjoint(untold(read))
 
 
 def test_no_note_without_a_difference(read):
