@@ -132,7 +132,20 @@ def squeezed():
     return nn.ModuleDict({"embeddings": table, "layers": nn.Sequential(Squeezed(), Squeezed())})
 
 
+def side_by_side():
+    """As the pyramid of DeepLab: each branch takes what the encoder gives."""
+    narrow = nn.Sequential(nn.Conv2d(32, 8, 1, bias=False), nn.BatchNorm2d(8))
+    branches = []
+    for _ in range(2):
+        depthwise = nn.Conv2d(32, 32, 3, groups=32, bias=False)
+        apart = nn.Sequential(depthwise, nn.Conv2d(32, 8, 1, bias=False))
+        branches.append(nn.Sequential(apart, nn.BatchNorm2d(8)))
+    encoder = nn.Sequential(nn.Conv2d(3, 32, 3), nn.BatchNorm2d(32))
+    return nn.ModuleDict({"encoder": encoder, "convs": nn.ModuleList([narrow, *branches])})
+
+
 ALIKE = {
+    "side by side": side_by_side,
     "several filters a channel, before attention": pooled,
     "depthwise after a wider layer": mobile,
     "several filters a channel, at a stage": widening,

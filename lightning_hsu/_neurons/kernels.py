@@ -245,6 +245,9 @@ class Kernels:
         fitting -= {1, 2, 3}
         if outputs in given or not fitting or self._widths.part_of(path) is not None:
             return None
+        is_item_before = not coming_in.entering
+        if is_item_before and outputs in coming_in.taken_from_outside():
+            return None  # what comes into both, side by side
         scope = self._widths.scope(block)
         if any(together == outputs for _, together in scope.together):
             return None
@@ -253,7 +256,9 @@ class Kernels:
         for link in self._widths.before(path, block):
             is_of_width = link.is_matrix and outputs in scope.norms
             comes_later = self._widths.comes_later(link.path, path)
-            if link.outputs % outputs == 0 and not (is_of_width and comes_later):
+            gives_it = link.outputs % outputs == 0
+            gives_more = link.is_matrix and link.outputs > outputs  # a part of which goes through
+            if (gives_it or gives_more) and not (is_of_width and comes_later):
                 return None
         likely = fitting & coming_in.norms
         if is_doubtful or len(likely) != 1:

@@ -75,6 +75,11 @@ class Scope:
                 found.add(link.outputs)
         return found or self.outputs()
 
+    def taken_from_outside(self) -> set[int]:
+        """How many channels layers take that no other one of these makes of others."""
+        made = {link.outputs for link in self.links if link.inputs > 1}
+        return {link.inputs for link in self.links} - made
+
     def is_joined(self) -> bool:
         """Whether outputs of several layers are joined, as names say."""
         return any(words(link.path) & _JOINED_WORDS for link in self.links)
