@@ -534,3 +534,18 @@ def test_two_adapters_need_a_base(tmp_path, capsys):
     assert "moved in none of 9 layers" in " ".join(capsys.readouterr().out.split())
     with pytest.raises(ValueError, match="give the base"):
         compare({"a.weight": torch.randn(4, 4)}, adapter)
+
+
+def test_a_layer_with_nan_says_so_in_table_and_page():
+    torch.manual_seed(0)
+    before = {"fc.weight": torch.randn(9, 16), "out.weight": torch.randn(4, 9)}
+    after = {name: x.clone() for name, x in before.items()}
+    after["fc.weight"][2, 3] = math.nan
+    found = compare(before, after)
+    (layer,) = [one.before for one in found.layers if one.before.name == "fc"]
+    (row,) = [line for line in str(found).splitlines() if line.startswith("fc ")]
+    assert f"{layer.ratio:.3f} -> NaN" in row
+    assert f"{layer.uniformity.min_angle:.1f} -> NaN" in row
+    page = found.to_html()
+    assert f"{layer.ratio:.3f} &rarr; NaN" in page
+    assert f"{layer.uniformity.min_angle:.1f}° &rarr; NaN" in page

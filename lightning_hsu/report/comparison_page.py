@@ -127,8 +127,9 @@ def _overview(found: ComparisonData) -> str:
 
 def _cells(i: int, one: LayerComparison) -> dict[str, str]:
     """The cells of a row, by heading."""
-    before = one.before.uniformity
-    after = one.after.uniformity
+    angles = []
+    for layer in (one.before, one.after):
+        angles.append(layer.or_nan(degrees(layer.uniformity.min_angle)))
     name = f'<span id="layer-{i}">{breakable(one.after.name)}</span>'
     if one.after.full_space:
         name += " *"
@@ -137,7 +138,7 @@ def _cells(i: int, one: LayerComparison) -> dict[str, str]:
         "neurons x dimension": _change(one.before.shape, one.after.shape),
         "moved": degrees(one.moved),
         "ratio": _html(ratio_change(one)),
-        "smallest angle": _change(degrees(before.min_angle), degrees(after.min_angle)),
+        "smallest angle": _change(*angles),
         "near-duplicates": _change(one.before.in_groups, one.after.in_groups),
         "dead": _change(f"{one.before.dead:,}", f"{one.after.dead:,}"),
         "finding after": escape(one.after.finding),

@@ -129,14 +129,15 @@ def _when(when: str, line: Line) -> Line:
 
 
 def _row(one: LayerComparison, mixed: bool) -> tuple[str, ...]:
-    before = one.before.uniformity
-    after = one.after.uniformity
+    angles = []
+    for layer in (one.before, one.after):
+        angles.append(layer.or_nan(number(layer.uniformity.min_angle, 1)))
     return (
         name_of(one.after, mixed),
         change(one.before.shape, one.after.shape),
         number(one.moved, 1),
         ratio_change(one),
-        change(number(before.min_angle, 1), number(after.min_angle, 1)),
+        change(*angles),
         change(one.before.in_groups, one.after.in_groups),
         change(f"{one.before.dead:,}", f"{one.after.dead:,}"),
         one.after.finding,
@@ -145,7 +146,9 @@ def _row(one: LayerComparison, mixed: bool) -> tuple[str, ...]:
 
 def ratio_change(one: LayerComparison) -> str:
     """The ratio before and after; of samples with "~" where they do not tell a change."""
-    text = change(number(one.before.ratio, 3), number(one.after.ratio, 3))
+    before = one.before.or_nan(number(one.before.ratio, 3))
+    after = one.after.or_nan(number(one.after.ratio, 3))
+    text = change(before, after)
     if one.ratio_error > 0.0:
         if one.ratio_change == "same":
             text = text.replace("->", "~")

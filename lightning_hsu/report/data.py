@@ -205,6 +205,10 @@ class LayerReport:
         """Whether the layer can be judged: it has a ratio, and all its weights are finite."""
         return not math.isnan(self.ratio) and self.uniformity.nonfinite == 0
 
+    def or_nan(self, cell: str) -> str:
+        """A cell with a number about the neurons; "NaN" where some of them are NaN or infinite."""
+        return "NaN" if self.uniformity.nonfinite > 0 else cell
+
     @property
     def full_space(self) -> bool:
         """Whether opposite neurons count as far apart, not as the same line."""

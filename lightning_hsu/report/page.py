@@ -194,9 +194,9 @@ def _cells(i: int, layer: LayerReport) -> dict[str, str]:
     return {
         "layer": name,
         "neurons x dimension": layer.shape,
-        "ratio": number(numbers.ratio, 3),
+        "ratio": layer.or_nan(number(numbers.ratio, 3)),
         "score": score_text(numbers.score),
-        "smallest angle": degrees(numbers.min_angle),
+        "smallest angle": layer.or_nan(degrees(numbers.min_angle)),
         "effective rank": layer.rank,
         "near-duplicates": near_duplicates(layer),
         "dead": f"{layer.dead:,}",
@@ -273,9 +273,9 @@ def _section(i: int, layer: LayerReport, found: ReportData, *, unfolded: bool, d
     score = score_text(numbers.score)
     score = "" if score == "-" else f", score {score}"
     facts = (
-        f"{layer.shape}, energy {number(numbers.energy, 4)}, "
-        f"ratio {number(numbers.ratio, 3)}{score}, "
-        f"smallest angle {degrees(numbers.min_angle)}."
+        f"{layer.shape}, energy {layer.or_nan(number(numbers.energy, 4))}, "
+        f"ratio {layer.or_nan(number(numbers.ratio, 3))}{score}, "
+        f"smallest angle {layer.or_nan(degrees(numbers.min_angle))}."
     )
     if layer.rank != "-":
         facts += (

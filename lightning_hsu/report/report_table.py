@@ -215,17 +215,13 @@ def _row(layer: LayerReport, mixed: bool) -> tuple[str, ...]:
     energy = "-"
     if not math.isnan(numbers.ratio):
         energy = number(numbers.energy, 4)
-    ratio = number(numbers.ratio, 3)
-    angle = number(numbers.min_angle, 1)
-    if numbers.nonfinite > 0:
-        energy = ratio = angle = "NaN"
     return (
         name_of(layer, mixed),
         layer.shape,
-        energy,
-        ratio,
+        layer.or_nan(energy),
+        layer.or_nan(number(numbers.ratio, 3)),
         score_text(numbers.score),
-        angle,
+        layer.or_nan(number(numbers.min_angle, 1)),
         layer.rank,
         layer.in_groups,
         f"{layer.dead:,}",
