@@ -374,7 +374,7 @@ def test_near_duplicates_are_counted_in_groups():
 def test_the_columns_of_a_comparison_are_explained_if_they_are_shown():
     table = comparison_table(compare(with_copies(3), with_copies(3, 2), head=None))
     texts = {
-        "moved": "moved: median angle between a neuron before and after, in degrees",
+        "moved": "moved: median (largest) angle between neurons before and after, in degrees",
         "ratio": "ratio: energy over that of random neurons",
         "angle": "angle: the smallest between two neurons, in degrees",
         "similar": "similar: near-duplicate neurons, in so many groups",
@@ -446,8 +446,8 @@ def test_a_drift_tells_falls_and_prints_as_a_line():
     assert f", fell most in b ({b.before.ratio:.4f} -> {b.after.ratio:.4f}, -" in line
     moved = sorted([a.moved, b.moved])
     assert "the median neuron moved in 2 of 3 layers: by " in line
-    assert f"by {sum(moved) / 2:.1f} degrees, the median of these, and most in " in line
-    assert line.endswith(f", by {moved[1]:.1f} degrees; these 2 are a, b")
+    assert f"by {sum(moved) / 2:.1f} degrees in the middle one of these, most in " in line
+    assert f", by {moved[1]:.1f} degrees; these 2 are a, b; the one that moved most by " in line
     assert found.to_dict()["drift"]["fell"] == "b"
     assert " ".join(str(found).split()).count(line) == 1
     only_falls = compare(layers(b=tight), layers(b=directions(20)), head=None).drift
@@ -499,7 +499,7 @@ def test_an_adapter_beside_its_base_in_one_command(tmp_path, capsys):
     assert all(len(line) <= 80 for line in below)
     said = " ".join(said.split())
     assert "the median neuron moved in 2 of 9 layers: by" in said
-    assert "the median of these, and most in model.layers.2.q, by" in said
+    assert "in the middle one of these, most in model.layers.2.q, by" in said
     assert "; these 2 are model.layers.{0,2}.q" in said
     assert "which it is compared with, since no other is there" in said
     found = compare(base, adapter)
@@ -549,3 +549,29 @@ def test_a_layer_with_nan_says_so_in_table_and_page():
     page = found.to_html()
     assert f"{layer.ratio:.3f} &rarr; NaN" in page
     assert f"{layer.uniformity.min_angle:.1f}° &rarr; NaN" in page
+
+
+def test_a_change_of_few_neurons_shows_though_the_median_one_stays():
+    torch.manual_seed(0)
+    before = {"fc.weight": torch.randn(40, 16), "out.weight": torch.randn(10, 40)}
+    after = {name: x.clone() for name, x in before.items()}
+    after["fc.weight"][:5] = torch.randn(5, 16)
+    found = compare(before, after)
+    (fc,) = [one for one in found.layers if one.after.name == "fc"]
+    x, y = before["fc.weight"].double(), after["fc.weight"].double()
+    angles = torch.nn.functional.cosine_similarity(x, y).clamp(-1, 1).acos().rad2deg()
+    assert fc.moved == 0.0
+    assert fc.moved_most == pytest.approx(float(angles.max()), abs=1e-3)
+    told = f"the one that moved most by {fc.moved_most:.1f} degrees, in fc"
+    assert told in str(found.drift)
+    assert f"0.0 ({fc.moved_most:.1f})" in str(found)
+    page = found.to_html()
+    assert f"The neuron that moved most moved by {fc.moved_most:.1f}°." in page
+    assert f"0.0° ({fc.moved_most:.1f}°)" in page
+    assert found.to_dict()["moved_most"] == {"fc": fc.moved_most, "out": 0.0}
+
+
+def test_matches_no_better_than_chance_are_called_so():
+    torch.manual_seed(0)
+    found = compare(sae(torch.randn(64, 16)), sae(torch.randn(64, 16)), match="assignment")
+    assert "no better than chance" in str(found)

@@ -182,7 +182,10 @@ def compare(
     moves = []
     for layer in layers:
         ratios = layer.before.ratio, layer.after.ratio
-        moves.append(LayerMove(layer.after.name, *ratios, layer.moved, layer.ratio_error))
+        move = LayerMove(
+            layer.after.name, *ratios, layer.moved, layer.ratio_error, layer.moved_most
+        )
+        moves.append(move)
     return Comparison(
         before=earlier,
         after=later,
@@ -198,7 +201,9 @@ def compare(
 def _compared(before: LayerReport, after: LayerReport, one: Followed) -> LayerComparison:
     """A layer before and after, with what its neurons have become."""
     errors = _ratio_error(before), _ratio_error(after)
-    return LayerComparison(before, after, one.moved, one.matched, one.matching, errors)
+    return LayerComparison(
+        before, after, one.moved, one.matched, one.matching, errors, one.farthest
+    )
 
 
 def _ratio_error(layer: LayerReport) -> float:

@@ -66,6 +66,8 @@ class LayerComparison:
             for one without a match. None if neurons are matched by index.
         matching: How well they match; None if neurons are matched by index.
         ratio_errors: Standard errors of the ratios before and after; 0 for an exact one.
+        moved_most: The largest angle between a neuron before and after, in degrees; NaN as for
+            ``moved``.
     """
 
     before: LayerReport
@@ -74,6 +76,7 @@ class LayerComparison:
     matched: tuple[int, ...] | None = None
     matching: Matching | None = None
     ratio_errors: tuple[float, float] = (0.0, 0.0)
+    moved_most: float = math.nan
 
     @property
     def ratio_error(self) -> float:
@@ -143,6 +146,7 @@ class ComparisonData(JsonData):
             "near_duplicates": near_duplicates,
             "ratio_changes": changes,
             "moved": {one.after.name: without_nan(one.moved) for one in self.layers},
+            "moved_most": {one.after.name: without_nan(one.moved_most) for one in self.layers},
             "only_before": list(self.only_before),
             "only_after": list(self.only_after),
             "prefixes": list(self.prefixes),

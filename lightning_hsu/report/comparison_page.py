@@ -60,11 +60,11 @@ def _header(found: ComparisonData) -> str:
     later = [one.after for one in found.layers]
     most = -1.0
     for one in found.layers:
-        if one.moved > most:  # never true for NaN
-            most = one.moved
+        if one.moved_most > most:  # never true for NaN
+            most = one.moved_most
     how_far = ""
     if most >= 0.0:
-        how_far = f" The layer that moved most moved by {degrees(most)}."
+        how_far = f" The neuron that moved most moved by {degrees(most)}."
     matched = ""
     if found.matched:
         matched = f'<p class="soft">{escape(found.matched[0].upper() + found.matched[1:])}.</p>\n'
@@ -76,7 +76,7 @@ def _header(found: ComparisonData) -> str:
         f"{_drift(found)}"
         "<p>The ratio is a layer's energy over that of as many random vectors: 1 is as random, "
         f"above 1 more redundant. {RULE_PART} Moved is the median angle between a neuron before "
-        "and after. Near-duplicates are neurons, in so many groups.</p></header>\n"
+        "and after, with the largest one. Near-duplicates are neurons, in so many groups.</p></header>\n"
     )
 
 
@@ -136,13 +136,20 @@ def _cells(i: int, one: LayerComparison) -> dict[str, str]:
     return {
         "layer": name,
         "neurons x dimension": _change(one.before.shape, one.after.shape),
-        "moved": degrees(one.moved),
+        "moved": _moved(one),
         "ratio": _html(ratio_change(one)),
         "smallest angle": _change(*angles),
         "near-duplicates": _change(one.before.in_groups, one.after.in_groups),
         "dead": _change(f"{one.before.dead:,}", f"{one.after.dead:,}"),
         "finding after": escape(one.after.finding),
     }
+
+
+def _moved(one: LayerComparison) -> str:
+    """How far the median neuron moved, and the one that moved most."""
+    if math.isnan(one.moved):
+        return "-"
+    return f"{degrees(one.moved)} ({degrees(one.moved_most)})"
 
 
 def _change(before: str, after: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -23,7 +24,7 @@ from lightning_hsu.report.report_table import (
 )
 from lightning_hsu.report.tables import Column, Legend, Table, short
 
-_MOVED = "moved: median angle between a neuron before and after, in degrees"
+_MOVED = "moved: median (largest) angle between neurons before and after, in degrees"
 
 SAMPLES = (
     "+-: standard error of a ratio's change, where it is of samples; ~: a change of at most three of "
@@ -135,13 +136,20 @@ def _row(one: LayerComparison, mixed: bool) -> tuple[str, ...]:
     return (
         name_of(one.after, mixed),
         change(one.before.shape, one.after.shape),
-        number(one.moved, 1),
+        _moved(one),
         ratio_change(one),
         change(*angles),
         change(one.before.in_groups, one.after.in_groups),
         change(f"{one.before.dead:,}", f"{one.after.dead:,}"),
         one.after.finding,
     )
+
+
+def _moved(one: LayerComparison) -> str:
+    """How far the median neuron moved, and the one that moved most."""
+    if math.isnan(one.moved):
+        return "-"
+    return f"{number(one.moved, 1)} ({number(one.moved_most, 1)})"
 
 
 def ratio_change(one: LayerComparison) -> str:

@@ -42,6 +42,8 @@ class Drift:
         fell_from: Its ratio before; NaN if none fell.
         fell_to: Its ratio after.
         ratio_error: Standard error of the change of the mean ratio; 0 if all ratios are exact.
+        farthest: How far the neuron of all layers that moved most did; NaN if none is followed.
+        farthest_layer: Its layer; "" if none moved.
 
     Example:
         >>> drift = drift_of([LayerMove("fc", 1.0, 1.5, 9.0), LayerMove("head", 2.0, 1.9, 0.0)])
@@ -68,6 +70,8 @@ class Drift:
     fell_from: float = math.nan
     fell_to: float = math.nan
     ratio_error: float = 0.0
+    farthest: float = math.nan
+    farthest_layer: str = ""
 
     def __str__(self) -> str:
         """The drift as one line."""
@@ -87,6 +91,7 @@ class LayerMove(NamedTuple):
         after: Its ratio after.
         moved: Median angle between a neuron before and after, in degrees; NaN if not known.
         error: Standard error of the ratio's change; 0 if both ratios are exact.
+        farthest: Largest angle between a neuron before and after, in degrees; NaN if not known.
     """
 
     name: str
@@ -94,6 +99,7 @@ class LayerMove(NamedTuple):
     after: float
     moved: float
     error: float = 0.0
+    farthest: float = math.nan
 
 
 def change_of(before: float, after: float, error: float) -> Change:
@@ -156,9 +162,15 @@ def drift_of(layers: Sequence[LayerMove]) -> Drift:
             followed.append(one)
     moved = [one for one in followed if one.moved > 0.0]
     farthest = nothing
-    middle = most = math.nan
+    of_all = nothing
+    for one in followed:
+        if one.farthest > 0.0 and not one.farthest <= of_all.farthest:
+            of_all = one
+    middle = most = reach = math.nan
     if followed:
-        middle = most = 0.0
+        middle = most = reach = 0.0
+    if of_all.name:
+        reach = of_all.farthest
     if moved:
         farthest = max(moved, key=_moved)
         middle = median([one.moved for one in moved])
@@ -181,6 +193,8 @@ def drift_of(layers: Sequence[LayerMove]) -> Drift:
         fell_from=fell.before,
         fell_to=fell.after,
         ratio_error=error,
+        farthest=reach,
+        farthest_layer=of_all.name,
     )
 
 
@@ -196,6 +210,9 @@ def drift_line(drift: Drift) -> str:
         'drift: no layer has a ratio before and after; how far neurons moved is not known'
     """
     parts = [_ratios(drift), _moves(drift)]
+    if drift.farthest > drift.moved_most and drift.farthest_layer:
+        where = f", in {layer_named(drift.farthest_layer)}" if drift.followed > 1 else ""
+        parts.append(f"the one that moved most by {degrees(drift.farthest)} degrees{where}")
     if drift.followed > 0 and drift.not_followed:
         parts.append(f"how far is not known of {fold_names(drift.not_followed)}")
     return f"drift: {'; '.join(parts)}"
@@ -287,8 +304,8 @@ def _moves(drift: Drift) -> str:
         folded = fold_names(drift.moved_layers).removesuffix(f" ({count:,})")
         names = f"; these {count:,} are {folded}"
     return (
-        f"the median neuron moved in {where}: by {degrees(drift.moved)} degrees, the median of "
-        f"these, and most in {layer_named(drift.moved_layer)}, {most}{names}"
+        f"the median neuron moved in {where}: by {degrees(drift.moved)} degrees in the middle one "
+        f"of these, most in {layer_named(drift.moved_layer)}, {most}{names}"
     )
 
 

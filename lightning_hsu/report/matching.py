@@ -36,12 +36,14 @@ class Followed(NamedTuple):
 
     Args:
         moved: Median angle between a neuron before and after, in degrees; NaN if not known.
+        farthest: The largest of these angles; NaN if not known.
         matched: The index after of each neuron before; None if they are matched by index.
         matching: How well they match; None if they are matched by index.
         note: What one should know of it; "" for nothing.
     """
 
     moved: float
+    farthest: float
     matched: tuple[int, ...] | None = None
     matching: Matching | None = None
     note: str = ""
@@ -85,11 +87,11 @@ class Matcher:
         is_asked = self.match == "assignment"
         is_wanted = self.match == "auto" and is_dictionary
         if not is_asked and not is_wanted:
-            return Followed(moved_by_index(x, y))
+            return Followed(*moved_by_index(x, y))
         why_not = _why_by_index(x, y)
         if why_not:
             how = "matched by index" if x.shape == y.shape else "not matched"
-            return Followed(moved_by_index(x, y), note=f"{how}: {why_not}")
+            return Followed(*moved_by_index(x, y), note=f"{how}: {why_not}")
         return _matched(x, y, half_space, self.similar_above, is_wanted)
 
 
@@ -109,16 +111,17 @@ def _why_by_index(x: Tensor, y: Tensor) -> str:
 
 
 @torch.no_grad()
-def moved_by_index(before: Tensor, after: Tensor) -> float:
-    """Median angle in degrees between neurons of the same index, both sets (groups, n, d)."""
+def moved_by_index(before: Tensor, after: Tensor) -> tuple[float, float]:
+    """Median and largest angle in degrees between neurons of one index, both sets (groups, n, d)."""
     if before.shape != after.shape:
-        return math.nan
+        return math.nan, math.nan
     x, is_live = _unit(before)
     y, is_live_after = _unit(after)
     live = is_live & is_live_after  # (groups, n)
     if not bool(live.any()):
-        return math.nan
-    return float(_angles(x[live], y[live]).median())
+        return math.nan, math.nan
+    angles = _angles(x[live], y[live])
+    return float(angles.median()), float(angles.max())
 
 
 def _unit(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -172,7 +175,7 @@ def _matched(
             (len(rows), *_by_chance(len(own), len(others), x.shape[2], how, half_space))
         )
     if not all_angles:
-        return Followed(math.nan, note="no neuron is matched: all are dead in one of the two")
+        return Followed(math.nan, math.nan, note="no neuron is matched: all are dead in one of the two")
     angles = torch.cat(all_angles)
     cosines = angles.deg2rad().cos()
     count = len(angles)
@@ -190,7 +193,8 @@ def _matched(
     note = _sentence(matching, similar_above)
     if says_how:
         note += "; match='index' matches by index"
-    return Followed(float(angles.median()), tuple(matched.flatten().tolist()), matching, note)
+    indices = tuple(matched.flatten().tolist())
+    return Followed(float(angles.median()), float(angles.max()), indices, matching, note)
 
 
 def _pairs(x: Tensor, y: Tensor, how: str, half_space: bool) -> tuple[Tensor, Tensor]:
@@ -249,6 +253,8 @@ def _sentence(found: Matching, similar_above: float) -> str:
             f", random directions {found.random_cosine:.3f}{bound} "
             f"({found.random_angle:.1f} degrees{least})"
         )
+        if found.mean <= found.random_cosine:
+            text += ": no better than chance"
     without = []
     for count, when in ((found.before, "before"), (found.after, "after")):
         if count > found.matched:
