@@ -377,7 +377,7 @@ def test_the_columns_of_a_comparison_are_explained_if_they_are_shown():
         "moved": "moved: median (largest) angle between neurons before and after, in degrees",
         "ratio": "ratio: energy over that of random neurons",
         "angle": "angle: the smallest between two neurons, in degrees",
-        "similar": "similar: near-duplicate neurons, in so many groups",
+        "similar": "similar: neurons with a near-duplicate, in groups that such pairs connect",
     }
     for width in (200, 90, 80, 60):
         fitted = table.fitted(width)

@@ -244,3 +244,13 @@ def test_a_base_that_is_not_used_is_said(tmp_path, capsys):
         said = " ".join(str(report(source, base="elsewhere")).split())
         assert "note: the base elsewhere was not used: it belongs to an adapter, this is" in said
         assert "elsewhere" not in str(report(source))
+
+
+def test_a_chain_of_near_duplicates_is_called_one():
+    turns = torch.tensor([0.0, 15.0, 30.0, 90.0]).deg2rad()
+    plane = torch.stack([turns.cos(), turns.sin(), torch.zeros(4)], 1)
+    found = report({"fc.weight": plane, "out.weight": torch.randn(2, 4)}, head="out")
+    (line,) = [line for line in " ".join(group_lines(found, 3)).split("; ") if "chain" in line]
+    assert line.startswith("fc: 3 near-duplicates in a chain, each near another one but not all: 0")
+    near = report({"fc.weight": plane[[0, 1, 3]], "out.weight": torch.randn(2, 3)}, head="out")
+    assert "chain" not in " ".join(group_lines(near, 3))

@@ -76,7 +76,8 @@ def _header(found: ComparisonData) -> str:
         f"{_drift(found)}"
         "<p>The ratio is a layer's energy over that of as many random vectors: 1 is as random, "
         f"above 1 more redundant. {RULE_PART} Moved is the median angle between a neuron before "
-        "and after, with the largest one. Near-duplicates are neurons, in so many groups.</p></header>\n"
+        "and after, with the largest one. Near-duplicates are neurons "
+        "that have one, in groups that such pairs connect.</p></header>\n"
     )
 
 

@@ -109,7 +109,10 @@ class LayerReport:
 
     @property
     def redundant(self) -> int:
-        """How many neurons a group of near-duplicates has beside the first, in all groups."""
+        """How many neurons groups of near-duplicates have beside the first of each.
+
+        In a group that is a chain not each of them is near the first.
+        """
         return self.grouped - self.group_count
 
     @property

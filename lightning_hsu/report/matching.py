@@ -175,7 +175,9 @@ def _matched(
             (len(rows), *_by_chance(len(own), len(others), x.shape[2], how, half_space))
         )
     if not all_angles:
-        return Followed(math.nan, math.nan, note="no neuron is matched: all are dead in one of the two")
+        return Followed(
+            math.nan, math.nan, note="no neuron is matched: all are dead in one of the two"
+        )
     angles = torch.cat(all_angles)
     cosines = angles.deg2rad().cos()
     count = len(angles)

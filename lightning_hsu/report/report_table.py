@@ -27,7 +27,7 @@ from lightning_hsu.report.tables import STAR, Column, Legend, Table, headings_of
 FULL_SPACE = "* in full space, where opposite neurons are far apart"
 ANGLE = "angle: the smallest between two neurons, in degrees"
 RATIO = "ratio: energy over that of random neurons"
-SIMILAR = "similar: near-duplicate neurons, in so many groups"
+SIMILAR = "similar: neurons with a near-duplicate, in groups that such pairs connect"
 
 _RANK = (
     "rank: effective rank of the neurons at length 1, e to the entropy of their squared singular "

@@ -39,8 +39,11 @@ def group_lines(found: ReportData, most: int) -> list[str]:
         listed = layer.groups[:most]
         for group in listed:
             where = f"group {group.group}: " if layer.uniformity.groups > 1 else ""
+            chain = ""
+            if group.cosine < found.similar_above:
+                chain = " in a chain, each near another one but not all"
             line = (
-                f"{name}: {where}{len(group.neurons):,} near-duplicates: "
+                f"{name}: {where}{len(group.neurons):,} near-duplicates{chain}: "
                 f"{members(group)}; cosine to the first from {group.cosine:.4f}"
             )
             lines += wrapped(Line(line))
