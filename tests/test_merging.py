@@ -684,3 +684,25 @@ def test_at_most_so_many_are_listed():
     assert report(model).merges is None
     with pytest.raises(ValueError, match="merge"):
         report(model, merge=0)
+
+
+@pytest.mark.parametrize("size", [3, 4])
+def test_a_square_convolution_that_may_be_transposed(size):
+    """Nothing shows whether its rows are outputs: not followed, or on that condition only."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3), nn.ReLU(), nn.ConvTranspose2d(16, 16, size, bias=False)
+    )
+    with torch.no_grad():
+        model[0].weight[5] = model[0].weight[2]
+    found = merges(model.state_dict())
+    if size == 4:
+        assert found.pairs == ()
+    else:
+        (merge,) = found.found
+        assert "and layer 2 is not transposed" in merge.condition
+    assert merges(model).pairs == ()
+    plain = {"conv1.weight": torch.randn(16, 3, 3, 3), "conv2.weight": torch.randn(16, 16, 1, 1)}
+    plain["conv1.weight"][5] = plain["conv1.weight"][2]
+    (merge,) = merges(plain).found
+    assert "transposed" not in merge.condition

@@ -9,6 +9,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from lightning_hsu._monitor.text import layer_named
 from lightning_hsu._neurons.wrappers import plain_name, without_prefixes
 from lightning_hsu.report.activations import RELU
 from lightning_hsu.report.following import USUAL_EPS, Step, Steps, Stored, shapes_of
@@ -68,6 +69,7 @@ def steps_of_names(tensors: Mapping[str, Tensor], tensor: Callable[[str], Tensor
         condition = _IF_RELU
         if len(first) > 2:
             condition = "if ReLU, pooling or nothing lies between"
+            condition += _if_not_transposed({layer: first, following: second})
         if norm is not None:
             condition += f" and the norm's eps is {USUAL_EPS:g}, which the file does not say"
         steps.append(Step(layer, following, RELU, condition, norm, keeps_sign=False))
@@ -167,8 +169,10 @@ def _names_follow(layer: str, following: str, first: torch.Size, second: torch.S
     one = _NUMBERED.fullmatch(own)
     two = _NUMBERED.fullmatch(other)
     becomes_linear = len(first) > 2 and len(second) == 2
-    if _MAY_BE_TRANSPOSED.search(layer) and (_is_square(first) or _is_square(second)):
-        return False  # shapes do not tell whether a neuron is a row
+    for shape in (first, second):
+        is_likely = _MAY_BE_TRANSPOSED.search(layer) or _has_even_sides(shape)
+        if is_likely and _is_square(shape):
+            return False  # the shape does not tell whether a neuron is a row
     if parent != other_parent:
         above, _, last = parent.rpartition(".")
         siblings = above == other_parent.rpartition(".")[0]
@@ -185,6 +189,22 @@ def _names_follow(layer: str, following: str, first: torch.Size, second: torch.S
 def _is_square(shape: torch.Size) -> bool:
     """Whether a convolution has as many inputs as outputs."""
     return len(shape) > 2 and shape[0] == shape[1]
+
+
+def _has_even_sides(shape: torch.Size) -> bool:
+    """Whether kernels are of a size that transposed convolutions often have, such as 4 x 4."""
+    return len(shape) > 2 and all(side % 2 == 0 for side in shape[2:])
+
+
+def _if_not_transposed(shapes: Mapping[str, torch.Size]) -> str:
+    """A condition on convolutions with as many inputs as outputs, by name; "" if there is none."""
+    names = []
+    for name, shape in shapes.items():
+        if _is_square(shape) and max(shape[2:]) > 1:
+            names.append(layer_named(name))
+    if not names:
+        return ""
+    return f" and {' and '.join(names)} {'is' if len(names) == 1 else 'are'} not transposed"
 
 
 def _is_norm(name: str, tensors: Mapping[str, Tensor], n: int) -> bool:
