@@ -53,7 +53,7 @@ def __getattr__(name: str) -> Any:
         found = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
         globals()[name] = found
         return found
-    if name.startswith("_") or find_spec(f"{__name__}.{name}") is None:
+    if not name.isidentifier() or name.startswith("_") or find_spec(f"{__name__}.{name}") is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return import_module(f"{__name__}.{name}")
 

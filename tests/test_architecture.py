@@ -150,6 +150,7 @@ for name in lightning_hsu.__all__:
 assert lightning_hsu.callback.HypersphericalUniformity is lightning_hsu.HypersphericalUniformity
 assert not hasattr(lightning_hsu, "HypersphericalUniformty")
 assert not hasattr(lightning_hsu, "_nothing")
+assert not hasattr(lightning_hsu, "nothing.inside")
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
