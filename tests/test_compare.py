@@ -575,3 +575,12 @@ def test_matches_no_better_than_chance_are_called_so():
     torch.manual_seed(0)
     found = compare(sae(torch.randn(64, 16)), sae(torch.randn(64, 16)), match="assignment")
     assert "no better than chance" in str(found)
+
+
+def test_neurons_that_stay_beside_a_broken_one_have_not_moved():
+    torch.manual_seed(0)
+    before = {"fc1.weight": torch.randn(16, 8), "fc2.weight": torch.randn(5, 16)}
+    after = {name: x.clone() for name, x in before.items()}
+    for broken in (float("nan"), 0.0, 1e30):
+        after["fc1.weight"][3] = broken
+        assert compare(before, after).drift.moved_layers == ()

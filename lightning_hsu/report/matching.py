@@ -120,14 +120,20 @@ def moved_by_index(before: Tensor, after: Tensor) -> tuple[float, float]:
     live = is_live & is_live_after  # (groups, n)
     if not bool(live.any()):
         return math.nan, math.nan
-    angles = _angles(x[live], y[live])
+    is_same = (_in_float64(before) == _in_float64(after)).all(-1)[live]  # unit ones may differ
+    angles = _angles(x[live], y[live]).masked_fill(is_same, 0.0)
     return float(angles.median()), float(angles.max())
 
 
 def _unit(x: Tensor) -> tuple[Tensor, Tensor]:
     """Unit neurons (groups, n, d) in float64, and which of them (groups, n) are live."""
-    unit, inverse = unit_rows(with_float64(x.cpu()).double())
+    unit, inverse = unit_rows(_in_float64(x))
     return unit, (inverse > 0).squeeze(-1)
+
+
+def _in_float64(x: Tensor) -> Tensor:
+    """Neurons in float64 on the CPU."""
+    return with_float64(x.cpu()).double()
 
 
 def _angles(x: Tensor, y: Tensor) -> Tensor:
