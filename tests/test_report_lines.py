@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -254,3 +255,22 @@ def test_a_chain_of_near_duplicates_is_called_one():
     assert line.startswith("fc: 3 near-duplicates in a chain, each near another one but not all: 0")
     near = report({"fc.weight": plane[[0, 1, 3]], "out.weight": torch.randn(2, 3)}, head="out")
     assert "chain" not in " ".join(group_lines(near, 3))
+
+
+def test_a_name_that_the_output_cannot_show_is_escaped(tmp_path):
+    path = tmp_path / "names.pt"
+    torch.save({"\u5c64.weight": torch.randn(6, 4)}, path)
+    program = [sys.executable, "-m", "lightning_hsu.report.cli", "report", str(path)]
+    ascii_only = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(program, capture_output=True, text=True, timeout=120, env=ascii_only)
+    assert done.returncode == 0, done.stderr
+    assert "\\u5c64" in done.stdout
+
+
+def test_a_closed_output_is_told_in_a_line(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "model.pt"
+    torch.save({"fc.weight": torch.randn(6, 4)}, path)
+    monkeypatch.setattr(sys, "stdout", None)
+    assert main(["report", str(path)]) == 2
+    monkeypatch.undo()
+    assert "cannot write to the standard output: it is closed" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -33,7 +34,9 @@ def check_writable(html: str | None, json: str | None, *, keep: Sequence[str]) -
         if not path.parent.is_dir():
             raise FileNotFoundError(f"cannot write {path}: there is no folder {path.parent}")
         to_change = path if path.exists() else path.parent
-        if path.is_dir() or not os.access(to_change, os.W_OK):
+        if path.is_dir():
+            raise IsADirectoryError(f"cannot write {path}: it is a folder")
+        if not os.access(to_change, os.W_OK):
             raise PermissionError(f"cannot write {path}")
 
 
@@ -47,7 +50,14 @@ def write_file(path: str, text: str) -> None:
 
 @contextmanager
 def printing() -> Iterator[None]:
-    """Print to the standard output; an error says that it is this which cannot be written."""
+    """Print to the standard output; an error says that it is this which cannot be written.
+
+    Characters that its encoding lacks, as a layer's name may have, are written as escapes.
+    """
+    if sys.stdout is None:
+        raise OSError("cannot write to the standard output: it is closed")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         yield
         sys.stdout.flush()
