@@ -706,3 +706,93 @@ def test_a_square_convolution_that_may_be_transposed(size):
     plain["conv1.weight"][5] = plain["conv1.weight"][2]
     (merge,) = merges(plain).found
     assert "transposed" not in merge.condition
+
+
+def test_kernels_that_may_see_one_channel_each_are_not_merged():
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3, groups=8),
+        nn.ReLU(),
+        nn.Conv2d(8, 4, 1),
+    )
+    with torch.no_grad():
+        model[2].weight[1] = model[2].weight[0]
+        model[2].bias[1] = model[2].bias[0]
+    found = merges(model.state_dict())
+    assert report(model.state_dict()).layers[1].grouped == 2
+    assert found.found == ()
+    assert found.not_followed == ("2",)
+    first = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1))
+    with torch.no_grad():
+        first[0].weight[1] = first[0].weight[0]
+    (merge,) = merges(first.state_dict()).found
+    assert merge.condition.endswith("and layer 0 is not grouped")
+
+
+def linear_pair():
+    torch.manual_seed(0)
+    weight = torch.randn(6, 4)
+    weight[1] = weight[0]
+    return {"fc1.weight": weight, "fc1.bias": torch.zeros(6), "fc2.weight": torch.randn(3, 6)}
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"fc1.bias": torch.zeros(2)},
+        {"fc1.bias": torch.zeros(())},
+        {"fc2.weight": torch.ones(3, 6).to_sparse()},
+        {"fc2.weight": torch.empty(0, 6)},
+        {"fc2.weight": torch.ones(3, 6, device="meta")},
+        {"fc2.weight": torch.ones(3, 6).to(torch.float8_e4m3fn), "fc2.weight_scale": torch.ones(1)},
+        {"fc2.weight": torch.ones(3, 6, dtype=torch.int8), "fc2.SCB": torch.ones(3)},
+        {"fc2.weight_mask": torch.ones(3, 6)},
+    ],
+)
+def test_weights_that_are_not_stored_as_they_are_used_are_not_merged(changed):
+    assert len(merges(linear_pair()).found) == 1
+    found = merges(linear_pair() | changed)
+    assert found.found == ()
+    assert "fc1" in found.not_followed
+
+
+def test_a_neuron_whose_bias_is_nan_is_not_kept():
+    tensors = linear_pair()
+    tensors["fc1.bias"][0] = float("nan")
+    assert merges(tensors).found == ()
+
+
+class ByMode(nn.Module):
+    """A network that does something else in a training."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc1 = nn.Linear(4, 6)
+        self.fc2 = nn.Linear(6, 3)
+        with torch.no_grad():
+            self.fc1.weight[1] = self.fc1.weight[0]
+
+    def forward(self, x):
+        x = self.fc1(x)
+        if self.training:
+            return self.fc2(F.relu(x))
+        return self.fc2(torch.sin(x))
+
+
+def test_a_model_is_followed_as_it_is_in_eval_mode():
+    model = ByMode()
+    assert merges(model).found == ()
+    assert model.training
+    assert model.fc1.training
+
+
+def test_a_layer_whose_forward_was_replaced_is_not_merged():
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
+    with torch.no_grad():
+        model[0].weight[1] = model[0].weight[0]
+        model[0].bias[1] = model[0].bias[0]
+    assert len(merges(model).found) == 1
+    plain = model[0].forward
+    model[0].forward = lambda x: plain(x) * torch.arange(6.0)
+    assert merges(model).found == ()

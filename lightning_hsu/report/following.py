@@ -266,7 +266,9 @@ def _shape(module: nn.Module) -> torch.Size:
 
 
 def _has_hooks(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+    """Whether a module may do something else than its class does."""
+    is_replaced = "forward" in vars(module)
+    return is_replaced or bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def _is_layer(module: nn.Module, shared: set[int]) -> bool:
@@ -290,7 +292,8 @@ def _shared(model: nn.Module) -> set[int]:
 def steps_of_model(model: nn.Module) -> Steps:
     """The pairs of layers of a model: from its traced graph, else from its ``nn.Sequential``."""
     try:
-        graph = fx.Tracer().trace(copy.deepcopy(model))  # which may keep what it is called with
+        as_used = copy.deepcopy(model).eval()  # a copy, which may keep what it is called with
+        graph = fx.Tracer().trace(as_used)
         steps = _traced(model, graph)
         how = "layers follow each other as the model was traced"
     except Exception:  # the model's own code may raise anything on a stand-in for its input

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 
 import torch
@@ -23,6 +23,7 @@ _BIASES_OF_INPUTS = ("decoder.bias", "b_dec", "decoder_bias", "pre_bias", "b_pre
 """What is beside them in an autoencoder of one encoder and one decoder."""
 _MAY_BE_TRANSPOSED = re.compile(r"(^|[._])(dec|up|gen)|deconv|transp", re.IGNORECASE)
 """In names of convolutions whose weights may be (inputs, outputs)."""
+_PLAIN_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _FIRST_LINEAR = re.compile(r"(fc|linear|lin|dense|classifier|head|out)[_]?1?")
 
 
@@ -52,10 +53,14 @@ def steps_of_names(tensors: Mapping[str, Tensor], tensor: Callable[[str], Tensor
             layers.append(name.removesuffix(".weight"))
     order = {name: place for place, name in enumerate(tensors)}
     steps = []
+    plain = _plain_layers(layers, tensors)
+    doubtful = _doubtful_groups(layers, tensors)
     for layer, following in pairwise(layers):
         first = tensors[f"{layer}.weight"].shape
         second = tensors[f"{following}.weight"].shape
         if not (_names_follow(layer, following, first, second) and _fit(first, second)):
+            continue
+        if layer not in plain or following not in plain or layer in doubtful:
             continue
         between = list(tensors)[order[f"{layer}.weight"] + 1 : order[f"{following}.weight"]]
         owners = {name.rpartition(".")[0] for name in between} - {layer, following}
@@ -70,6 +75,7 @@ def steps_of_names(tensors: Mapping[str, Tensor], tensor: Callable[[str], Tensor
         if len(first) > 2:
             condition = "if ReLU, pooling or nothing lies between"
             condition += _if_not_transposed({layer: first, following: second})
+            condition += f" and {layer_named(layer)} is not grouped"
         if norm is not None:
             condition += f" and the norm's eps is {USUAL_EPS:g}, which the file does not say"
         steps.append(Step(layer, following, RELU, condition, norm, keeps_sign=False))
@@ -126,6 +132,9 @@ def _autoencoder(above: str, own: str, tensors: Mapping[str, Tensor]) -> Step | 
     weight = tensors[above + own]
     if len(biases) > 1 or len(decoders) != 1 or weight.ndim != 2:
         return None
+    read = (above + own, above + decoders[0], *biases)
+    if not all(_is_plain(tensors[name]) for name in read):
+        return None
     columns = own == "W_enc" and weight.shape[1] >= weight.shape[0]
     if biases and own == "W_enc" and weight.shape[0] != weight.shape[1]:
         columns = tensors[biases[0]].shape == weight.shape[1:]
@@ -153,6 +162,49 @@ def _autoencoder(above: str, own: str, tensors: Mapping[str, Tensor]) -> Step | 
 def _is_count(x: Tensor) -> bool:
     """Whether a tensor counts something for each neuron: a single number may be the k of a top-k."""
     return x.ndim == 1 and len(x) > 1 and not (x.is_floating_point() or x.is_complex())
+
+
+def _doubtful_groups(layers: Sequence[str], tensors: Mapping[str, Tensor]) -> set[str]:
+    """Convolutions that take fewer channels than what comes before gives: they may be grouped.
+
+    Then neurons of one kernel see different channels, and none can be merged. One channel may come
+    in only where the file begins.
+    """
+    kernels = []
+    for name in layers:
+        if tensors[f"{name}.weight"].ndim > 2:
+            kernels.append(name)
+    doubtful = set()
+    for before, layer in pairwise(kernels):
+        first = tensors[f"{before}.weight"].shape
+        second = tensors[f"{layer}.weight"].shape
+        is_next = _names_follow(before, layer, first, second)
+        if second[1] == 1 or (is_next and second[1] != first[0]):
+            doubtful.add(layer)
+    return doubtful
+
+
+def _plain_layers(layers: Sequence[str], tensors: Mapping[str, Tensor]) -> set[str]:
+    """Layers whose weights are stored as they are used, beside at most one bias for each neuron.
+
+    Scales, masks and the like would change them.
+    """
+    sizes = {}
+    for layer in layers:
+        sizes[layer] = tensors[f"{layer}.weight"].shape[:1]
+    plain = set(layers)
+    for name, x in tensors.items():
+        layer, _, key = name.rpartition(".")
+        is_bias = key == "bias" and x.shape == sizes.get(layer)
+        if not (is_bias or key == "weight") or not _is_plain(x):
+            plain.discard(layer)
+    return plain
+
+
+def _is_plain(x: Tensor) -> bool:
+    """Whether a tensor is stored number by number, none of them in few bits."""
+    is_stored = x.layout == torch.strided and not x.is_meta
+    return is_stored and x.dtype in _PLAIN_TYPES and x.numel() > 0
 
 
 def _fit(first: torch.Size, second: torch.Size) -> bool:

@@ -269,6 +269,7 @@ def _choice(joint: _Joint, kept: int, group: Tensor, similar_above: float) -> _C
         near &= (lengths - length).abs() <= _SAME_LENGTH * torch.maximum(lengths, length)
         factors = signs
     near &= torch.isfinite(w).all(1) & torch.isfinite(joint.bias[others])
+    near &= torch.isfinite(joint.bias[kept])
     others = others[near]
     factors = factors[near]
     distance = torch.linalg.vector_norm(w[near] - factors[:, None] * to, dim=1)
