@@ -934,6 +934,9 @@ def test_a_reader_that_has_had_enough(tmp_path):
 def test_measures_by_their_name():
     assert parse_measure("RieszEnergy(s=-1, half_space=True)") == RieszEnergy(s=-1, half_space=True)
     assert parse_measure("KoLeo") == KoLeo()
+    for text in ("RieszEnergy(s=nan)", "RieszEnergy(s=10**9)"):
+        with pytest.raises(ValueError, match="the setting s must be a plain number"):
+            parse_measure(text)
 
 
 def test_wrong_kinds():

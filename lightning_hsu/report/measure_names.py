@@ -47,11 +47,26 @@ def _measure_of(expression: ast.expr) -> Measure:
     if isinstance(expression, ast.Call) and not expression.args:
         name = expression.func
         for keyword in expression.keywords:
-            settings[str(keyword.arg)] = ast.literal_eval(keyword.value)
+            settings[str(keyword.arg)] = _plain(keyword)
     kinds = _measures()
     if not isinstance(name, ast.Name) or name.id not in kinds:
         raise ValueError(f"it is not a measure with settings by name; there are {', '.join(kinds)}")
     return kinds[name.id](**settings)
+
+
+def _plain(setting: ast.keyword) -> object:
+    """The value of a setting.
+
+    Raises:
+        ValueError: if it is no plain number, string, True, False or None.
+    """
+    try:
+        value = ast.literal_eval(setting.value)
+    except ValueError as error:
+        raise ValueError(
+            f"the setting {setting.arg} must be a plain number, a text in quotes, True, False or None"
+        ) from error
+    return value
 
 
 def _measures() -> dict[str, Callable[..., Measure]]:
