@@ -10,6 +10,7 @@ from lightning_hsu._neurons.neighbours import Neighbours
 from lightning_hsu._neurons.select import select
 from lightning_hsu._neurons.state_dict import neurons_of_state_dict
 from lightning_hsu.report import report
+from tests.tracing import count_calls
 
 
 def tensors(shapes):
@@ -724,3 +725,40 @@ def test_numbers_are_not_looked_at():
     hint = Neighbours(layers).of_weight("h.0.attn.c_proj", "weight", (6, 6))
     assert hint.rule.columns
     assert Neighbours(layers).of_weight("h.0.ln", "weight", (6,)) is None
+
+
+# The work that files of very many layers side by side take
+
+MANY = {
+    "numbers before letters": ("s.{}q", (8, 4)),
+    "numbers after letters": ("s.q{}", (8, 4)),
+    "matrices in modules": ("s.{}q.fc1", (8, 4)),
+    "attention": ("s.{}q.qkv", (12, 4)),
+    "square matrices": ("s.{}q", (4, 4)),
+}
+
+
+@pytest.mark.parametrize("case", MANY)
+def test_work_grows_no_faster_than_the_layers(case):
+    name, shape = MANY[case]
+    calls = []
+    for count in (10, 100, 400):  # the first one only warms up
+        state = {f"{name.format(i)}.weight": torch.ones(shape) for i in range(count)}
+        calls.append(count_calls(lambda state=state: neurons_of_state_dict(state)))
+    assert calls[2] < 4.5 * calls[1]
+
+
+def halved(shapes, names):
+    """Whether a note tells of a gate, by name, of matrices below one path."""
+    state = tensors({f"s.{name}.weight": shape for name, shape in zip(names, shapes, strict=True)})
+    found, _ = read(state)
+    return {name.removeprefix("s."): "a gate too" in one.note for name, one in found.items()}
+
+
+def test_a_matrix_is_not_beside_itself():
+    names = ["1q", "2q", "3q"]
+    assert halved([(12, 4), (4, 6), (4, 5)], names)["1q"]
+    assert not any(halved([(12, 4), (4, 6), (4, 12)], names).values())  # something takes all
+    assert not any(halved([(12, 4), (4, 6), (6, 3)], names).values())  # or gives the half
+    assert not any(halved([(12, 4), (4, 5), (4, 7)], names).values())  # nothing leads back
+    assert halved([(6, 3), (3, 3), (6, 3)], names) == {"1q": False, "2q": False, "3q": False}

@@ -6,7 +6,8 @@ from them; :mod:`~lightning_hsu._neurons.fused` then reads it as it reads a mode
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections import Counter
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
@@ -77,6 +78,30 @@ class ShortConv(_Owner):
     """Stands for a short convolution between two gates."""
 
 
+@dataclass
+class _Matrices:
+    """The matrices of the children of a path, each child's only one.
+
+    Args:
+        of_child: Their shapes (out, in) by the path of the child.
+        shapes: How many there are of each shape.
+        outputs: How many there are of each number of outputs.
+        inputs: How many there are of each number of inputs.
+    """
+
+    of_child: dict[str, Shape] = field(default_factory=dict)
+    shapes: Counter[Shape] = field(default_factory=Counter)
+    outputs: Counter[int] = field(default_factory=Counter)
+    inputs: Counter[int] = field(default_factory=Counter)
+
+    def add(self, child: str, shape: Shape) -> None:
+        """Add the matrix of a child."""
+        self.of_child[child] = shape
+        self.shapes[shape] += 1
+        self.outputs[shape[0]] += 1
+        self.inputs[shape[1]] += 1
+
+
 class StoredParts:
     """Tells the parts of fused projections.
 
@@ -87,6 +112,8 @@ class StoredParts:
     def __init__(self, shapes: Shapes) -> None:
         self._shapes = shapes
         self._owners: dict[str, _Owner] = {}
+        self._alone: dict[str, bool] = {}  # whether a path has a single matrix
+        self._matrices: dict[str, _Matrices] = {}  # by the path that they are below
 
     def divided(
         self, path: str, leaf: str, shape: Shape, rule: WeightRule, kind: Kind, note: str = ""
@@ -142,16 +169,30 @@ class StoredParts:
         is_wide = outputs % 2 == 0 and outputs > inputs and half > 1
         if not is_wide or not above or self._shapes.is_list(above):
             return False
-        leads_back = False
-        for child in self._shapes.children(above):
-            inside = self._shapes.weight_inside(child) if child != path else None
-            weight = self._shapes.of(inside) if inside is not None else None
-            if weight is None or len(weight) != 2:
-                continue
-            if weight[1] == outputs or weight[0] == half:
-                return False  # nothing is halved, or that is where the half comes from
-            leads_back = leads_back or weight == (inputs, half)
-        return leads_back
+        matrices = self._matrices_below(above)
+        gives_the_half = matrices.outputs[half]
+        takes_all = matrices.inputs[outputs]
+        leads_back = matrices.shapes[inputs, half]
+        own = matrices.of_child.get(path)
+        if own is not None:  # it is not beside itself
+            gives_the_half -= own[0] == half
+            takes_all -= own[1] == outputs
+            leads_back -= own == (inputs, half)
+        if takes_all or gives_the_half:
+            return False  # nothing is halved, or that is where the half comes from
+        return leads_back > 0
+
+    def _matrices_below(self, path: str) -> _Matrices:
+        """The matrices of the children of a path."""
+        if path not in self._matrices:
+            matrices = _Matrices()
+            for child in self._shapes.children(path):
+                inside = self._shapes.weight_inside(child)
+                shape = self._shapes.of(inside) if inside is not None else None
+                if shape is not None and len(shape) == 2:
+                    matrices.add(child, shape)
+            self._matrices[path] = matrices
+        return self._matrices[path]
 
     def _parts(self, path: str, outputs: int, inputs: int) -> tuple[str, str, Parts]:
         """The owner of a projection, the projection's name in it, and its parts."""
@@ -185,13 +226,15 @@ class StoredParts:
 
     def _is_alone(self, above: str) -> bool:
         """Whether a path has a single child with a matrix, and none of its own."""
-        count = 0
-        for leaf, shape in self._shapes.leaves(above).items():
-            count += len(shape) > 1 and "bias" not in leaf
-        for child in self._shapes.children(above):
-            count += any(len(shape) > 1 for shape in self._shapes.leaves(child).values())
-            count += bool(self._shapes.names_below(child))
-        return count <= 1
+        if above not in self._alone:
+            count = 0
+            for leaf, shape in self._shapes.leaves(above).items():
+                count += len(shape) > 1 and "bias" not in leaf
+            for child in self._shapes.children(above):
+                count += any(len(shape) > 1 for shape in self._shapes.leaves(child).values())
+                count += self._shapes.count_below(child) > 0
+            self._alone[above] = count <= 1
+        return self._alone[above]
 
     def _owner(self, path: str) -> _Owner:
         """A stand-in for the module at a path, with what is below it."""
