@@ -732,6 +732,7 @@ def test_numbers_are_not_looked_at():
 MANY = {
     "numbers before letters": ("s.{}q", (8, 4)),
     "numbers after letters": ("s.q{}", (8, 4)),
+    "decoders": ("s.{}q.dec", (4, 8)),
     "matrices in modules": ("s.{}q.fc1", (8, 4)),
     "attention": ("s.{}q.qkv", (12, 4)),
     "square matrices": ("s.{}q", (4, 4)),

@@ -500,6 +500,15 @@ def dictionary():
     return model
 
 
+def test_a_dictionary_under_weight_norm_is_read_by_its_columns():
+    model = dictionary()
+    nn.utils.parametrizations.weight_norm(model.decoder)
+    state = model.state_dict()
+    found = {one.name: one for one in neurons_of_state_dict(state).sets}
+    assert found["decoder"].shape == (1, 32, 8)
+    torch.testing.assert_close(found["decoder"].neurons()[0], model.decoder.weight.detach().T)
+
+
 def test_a_dictionary_is_read_by_its_columns_in_a_file_too():
     model = dictionary()
     for source in (

@@ -22,6 +22,7 @@ from lightning_hsu._neurons.candidates import (
     full_name,
     shape_by_group,
 )
+from lightning_hsu._neurons.encoders import Encoders
 from lightning_hsu._neurons.hints import Hint, Hints, Layers
 from lightning_hsu._neurons.how import (
     How,
@@ -448,6 +449,7 @@ class _Reader:
         self._patterns = patterns
         self._wanted = wanted
         self._hints = hints
+        self._encoders = Encoders(stored.layers)
 
     def sets(
         self, path: str, leaves: Mapping[str, Tensor], found: Candidates[StoredNeurons]
@@ -509,7 +511,8 @@ class _Reader:
         kind = _kind_of(path, unhinted, leaves)
         note = ""
         if kind == "linear" and names.sounds_like_dictionary(path):
-            mirrored = _is_mirrored(path, self._stored.layers)
+            outputs, inputs = effective["weight"].shape
+            mirrored = self._encoders.are_mirrored_by(path, outputs, inputs)
             note = names.dictionary_note(layer, mirrored=mirrored)
             if mirrored:
                 unhinted[""] = unhinted[""].T
@@ -640,28 +643,6 @@ class _Reader:
         """One set of neurons of a layer whose numbers are in a file."""
         leaves = self._stored.load(path, key)
         return self.sets(path, leaves, Candidates("StateDict", [], []))[key].flat()
-
-
-def _is_mirrored(path: str, layers: Mapping[str, Mapping[str, Tensor]]) -> bool:
-    """Whether a matrix decodes what that of the encoder beside it encodes, into fewer dimensions.
-
-    See :func:`~lightning_hsu._neurons.names.mirrored_encoder`.
-    """
-    above, _, _ = path.rpartition(".")
-    outputs, inputs = layers[path]["weight"].shape
-    if inputs <= outputs:
-        return False
-    encoders: dict[str, list[Tensor]] = {}
-    for other, leaves in layers.items():
-        first = other.removeprefix(f"{above}.").partition(".")[0]
-        is_beside = not above or other.startswith(f"{above}.")
-        if is_beside and "enc" in first.lower() and "weight" in leaves:
-            encoders.setdefault(first, []).append(leaves["weight"])
-    for weights in encoders.values():
-        matrices = [x for x in weights if x.ndim == 2]
-        if len(matrices) == 1 and tuple(matrices[0].shape) == (inputs, outputs):
-            return True
-    return False
 
 
 def _sets_as_hinted(leaf: str, x: Tensor, hint: Hint) -> dict[str, _Read]:
