@@ -17,7 +17,8 @@ from lightning_hsu._monitor.measure import LayerUniformity, measure_neurons
 from lightning_hsu._neurons.how import Neurons, check_neurons
 from lightning_hsu._neurons.patterns import Patterns
 from lightning_hsu._neurons.select import Head, select
-from lightning_hsu._neurons.state_dict import StoredNeurons, neurons_of_state_dict
+from lightning_hsu._neurons.set_reader import StoredNeurons
+from lightning_hsu._neurons.state_dict import neurons_of_state_dict
 from lightning_hsu.measures import Measure
 from lightning_hsu.measures.defaults import DEFAULT_MEASURE
 from lightning_hsu.measures.sampled import measure_of_layer
