@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from lightning_hsu._neurons.candidates import NeuronSet
+from lightning_hsu._neurons.head_names import depth_of_head_name
 from lightning_hsu._neurons.names import dictionaries
 
 DECLARED = "declared"
@@ -23,34 +24,6 @@ _COPIES = ("AveragedModel", "ModelEma", "ModelEmaV2", "ModelEmaV3")
 
 _COPY_WORDS = ("ema", "teacher", "momentum", "target", "swa", "averaged", "average", "shadow")
 """Words in the names of copies of a model, of which another one is trained."""
-
-_HEAD_NAMES = (
-    "head",
-    "heads",
-    "head_dist",
-    "lm_head",
-    "embed_out",
-    "classifier",
-    "classification_head",
-    "segmentation_head",
-    "class_head",
-    "cls_head",
-    "cls_score",
-    "class_embed",
-    "logits",
-    "to_logits",
-    "last_linear",
-    "fc",
-    "fc_out",
-    "conv_out",
-    "proj_out",
-    "out_conv",
-    "final_conv",
-    "final_layer",
-    "output_layer",
-    "readout",
-)
-"""Parts of names that output layers have."""
 
 
 def declared_heads(model: nn.Module) -> dict[nn.Module, list[nn.Module]]:
@@ -141,21 +114,11 @@ def _named_like_heads(sets: Sequence[NeuronSet]) -> NeuronSet | None:
     best = None
     best_depth = 0
     for one in sets:
-        depth = _depth_of_head_name(one.name)
+        depth = depth_of_head_name(one.name)
         if depth is not None and (best is None or depth <= best_depth):
             best = one
             best_depth = depth
     return best
-
-
-def _depth_of_head_name(name: str) -> int | None:
-    """Where in a path the name of an output layer stands, if it is outside all blocks."""
-    for depth, part in enumerate(name.split(".")):
-        if part in _HEAD_NAMES:
-            return depth
-        if part.isdigit():  # within a block that is repeated
-            return None
-    return None
 
 
 def _is_named_copy(name: str) -> bool:

@@ -12,6 +12,12 @@ from torch import Tensor, nn
 from lightning_hsu._neurons import names, sizes
 from lightning_hsu._neurons.candidates import full_name
 from lightning_hsu._neurons.fused import Part, parts_of
+from lightning_hsu._neurons.head_names import (
+    HEAD_NAMED_AS_TABLE,
+    LANGUAGE_HEAD,
+    LAST_IN_TRANSFORMERS,
+    TASK_HEADS,
+)
 from lightning_hsu._neurons.hints import Hint, Layers
 from lightning_hsu._neurons.how import WeightRule
 from lightning_hsu._neurons.model_types import (
@@ -28,19 +34,6 @@ from lightning_hsu._neurons.shapes import Shapes
 Stacks = dict[str, dict[str, list[str]]]
 """Layers of one weight each that are one stack: their paths by the stack's path, then leaf."""
 
-_TASK_HEADS = (
-    "classifier",
-    "classifier.out_proj",
-    "classifier.1",
-    "classification_head.out_proj",
-    "score",
-    "qa_outputs",
-    "logits_proj",
-    "decode_head.classifier",
-    "lm_head",
-)
-"""Output layers of other models than language models, as transformers names them."""
-
 _LANGUAGE = re.compile(
     r"(?!Electra\w*PreTraining)\w*(LMHead|LMHeadModel|ForCausalLM|ForMaskedLM|MTModel|ForPreTraining"
     r"|ForConditionalGeneration|ForCausalImageModeling|DoubleHeadsModel|EncoderDecoderModel)"
@@ -51,8 +44,8 @@ _TABLES = ("shared", "relative_attention_bias")
 """Embeddings whose names do not say so."""
 
 _MAPS = (
-    *("embedding_hidden_mapping_in", "embeddings_project", "decoder_embed", "embed_out"),
-    *("patch_embedding", "embed_state", "embed_action"),
+    *("embedding_hidden_mapping_in", "embeddings_project", "decoder_embed"),
+    *(HEAD_NAMED_AS_TABLE, "patch_embedding", "embed_state", "embed_action"),
 )
 """Linear layers whose names sound like embeddings."""
 
@@ -63,9 +56,8 @@ _FIRST = (
 _LAST = (
     *("decoder", "mlp", "ffn", "block_sparse_moe", "fc1", "fc2", "dense_4h_to_h", "down_proj"),
     *("out_proj", "pooler", "quantizer", "project_hid", "project_q", "visual_projection"),
-    *("text_projection", "head", "discriminator_predictions", "cls", "lm_head", "qa_outputs"),
-    *("logits_proj", "classifier", "itm_head", "start_classifier", "end_classifier"),
-    *("bbox_predictor", "predict_return"),
+    "text_projection",
+    *LAST_IN_TRANSFORMERS,
 )
 """Modules that stand before, and after, those beside them: files are in alphabetical order."""
 
@@ -170,7 +162,7 @@ class KnownModel:
                 return [path]
         if self._is_base():
             return []
-        for path in _TASK_HEADS:
+        for path in TASK_HEADS:
             if path in here:
                 return [path]
         return []
@@ -216,7 +208,7 @@ class KnownModel:
         head = self._row.head
         if not head:
             return ()
-        return head, "lm_head", f"language_model.{head}"
+        return head, LANGUAGE_HEAD, f"language_model.{head}"
 
     def _has_weight(self, path: str) -> bool:
         """Whether a weight is stored for a layer: a bias may be stored alone."""

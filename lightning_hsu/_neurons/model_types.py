@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from lightning_hsu._neurons.head_names import HEAD_NAMED_AS_TABLE, LANGUAGE_HEAD
+
 Config = Mapping[str, Any]
 Sizes = dict[str, Any]
 """Sizes and flags by name; a name with the value None is not known."""
@@ -151,17 +153,17 @@ _GATED_QUERIES = {"self_attn": "Qwen3NextAttention"}
 
 _SINUSOIDS = ("model.encoder.embed_positions", "model.decoder.embed_positions")
 
-_GPT = ModelType("lm_head", "wte")
-_DECODER = ModelType("lm_head", "embed_tokens", ("embed_tokens",))
+_GPT = ModelType(LANGUAGE_HEAD, "wte")
+_DECODER = ModelType(LANGUAGE_HEAD, "embed_tokens", ("embed_tokens",))
 _WITH_EXPERTS = replace(_DECODER, experts=_GATED)
-_MEGATRON = ModelType("lm_head", "word_embeddings")
-_SSM = ModelType("lm_head", "embeddings", sizes=_mamba)
+_MEGATRON = ModelType(LANGUAGE_HEAD, "word_embeddings")
+_SSM = ModelType(LANGUAGE_HEAD, "embeddings", sizes=_mamba)
 _BERT = ModelType("cls.predictions.decoder", "word_embeddings", ("word_embeddings",), 0)
 _ROBERTA = ModelType(
     "lm_head.decoder", "word_embeddings", ("word_embeddings", "position_embeddings"), 1
 )
-_BART = ModelType("lm_head", "shared", ("shared", "embed_tokens"), 1)
-_SPEECH = ModelType("lm_head", groups={"pos_conv_embed": "num_conv_pos_embedding_groups"})
+_BART = ModelType(LANGUAGE_HEAD, "shared", ("shared", "embed_tokens"), 1)
+_SPEECH = ModelType(LANGUAGE_HEAD, groups={"pos_conv_embed": "num_conv_pos_embedding_groups"})
 _SQUEEZED = {
     "query": "q_groups",
     "key": "k_groups",
@@ -175,12 +177,12 @@ _OTHER = ModelType()
 _ROWS: tuple[tuple[str, ModelType], ...] = (
     # Decoders
     ("gpt2 imagegpt decision_transformer", replace(_GPT, columns=_CONV1D)),
-    ("openai-gpt", ModelType("lm_head", "tokens_embed", columns=_CONV1D)),
+    ("openai-gpt", ModelType(LANGUAGE_HEAD, "tokens_embed", columns=_CONV1D)),
     ("gpt_neo gptj mpt", _GPT),
     ("gpt_bigcode", replace(_GPT, sizes=_gpt_bigcode)),
     ("codegen", replace(_GPT, owners={"attn": "CodeGenAttention"})),
     ("dbrx", replace(_GPT, padded=("wte",))),
-    ("gpt_neox", ModelType("embed_out", "embed_in")),
+    ("gpt_neox", ModelType(HEAD_NAMED_AS_TABLE, "embed_in")),
     ("bloom", _MEGATRON),
     ("falcon", replace(_MEGATRON, sizes=_falcon)),
     ("llama mistral ministral qwen2 qwen3 gemma gemma2 gemma3_text phi phi3 opt", _DECODER),
@@ -212,9 +214,9 @@ _ROWS: tuple[tuple[str, ModelType], ...] = (
     ("longformer esm", _ROBERTA),
     ("modernbert", ModelType("decoder", "tok_embeddings", ("tok_embeddings",))),
     ("xlnet", ModelType("lm_loss", "word_embedding")),
-    ("funnel", replace(_BERT, head="lm_head", padding=None, unread=("r_kernel",))),
+    ("funnel", replace(_BERT, head=LANGUAGE_HEAD, padding=None, unread=("r_kernel",))),
     # Encoders with decoders
-    ("t5 mt5 umt5 longt5 switch_transformers", ModelType("lm_head", "shared")),
+    ("t5 mt5 umt5 longt5 switch_transformers", ModelType(LANGUAGE_HEAD, "shared")),
     ("bart mbart pegasus pegasus_x bigbird_pegasus m2m_100", _BART),
     ("marian", replace(_BART, computed=_SINUSOIDS)),
     ("blenderbot blenderbot-small led mvp plbart", _BART),

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from lightning_hsu._neurons.candidates import NeuronSet
+from lightning_hsu._neurons.head_names import LANGUAGE_HEAD
 from lightning_hsu._neurons.how import WeightRule
 
 _DICTIONARIES = ("W_dec", "dictionary", "atoms")
@@ -177,7 +178,7 @@ def sounds_like_dictionary(path: str) -> bool:
     if path in _PROTOTYPES:
         return True
     parts = [part for part in path.lower().split(".") if not part.isdigit()]
-    if not parts or "lm_head" in parts:
+    if not parts or LANGUAGE_HEAD in parts:
         return False
     return parts[-1] in ("decoder", "decode", "dec", "w_dec", "dictionary")
 

@@ -7,6 +7,7 @@ from torch import nn
 
 from lightning_hsu._neurons import names
 from lightning_hsu._neurons.candidates import full_name
+from lightning_hsu._neurons.head_names import HEAD_NAMED_AS_TABLE
 from lightning_hsu._neurons.hints import Hint
 from lightning_hsu._neurons.how import WeightRule
 from lightning_hsu._neurons.packed import without_factors
@@ -236,7 +237,7 @@ class StoredNames:
             if any(part in last.lower() for part in ("embed", "wte", "wpe")):
                 return Hint(kind="linear")  # a table has no bias
             return None
-        if last == "embed_out":  # of GPT-NeoX
+        if last == HEAD_NAMED_AS_TABLE:
             return Hint(kind="linear")
         if any(last.startswith(part) for part in _BIAS_TABLES):
             return Hint(kind="embedding")

@@ -6,16 +6,10 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from lightning_hsu._neurons.head_names import LAST_IN_FILES
+
 _SHOWN = 80  # characters of a foreign text in an error
 _LONGEST, _DEEPEST = 1000, 100  # characters and dots of a name
-_HEADS = (  # modules that come last, whatever the order in the file
-    "head",
-    "classifier",
-    "fc",
-    "lm_head",
-    "score",
-    "logits",
-)
 
 
 def printable(text: str) -> str:
@@ -80,7 +74,7 @@ def in_order(names: Iterable[str]) -> list[str]:
 def _position(name: str) -> tuple[bool, list[tuple[int, str]]]:
     """The sorting key of a name: whether it is in a head, then its texts and numbers in turn."""
     outer_modules = name.split(".")[:-1][:2]
-    in_head = not set(_HEADS).isdisjoint(outer_modules)
+    in_head = not set(LAST_IN_FILES).isdisjoint(outer_modules)
     parts = []
     for part in re.split(r"(\d+)", name, flags=re.ASCII):
         if part.isascii() and part.isdigit() and len(part) < 19:
