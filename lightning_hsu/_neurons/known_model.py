@@ -13,7 +13,6 @@ from lightning_hsu._neurons import names, sizes
 from lightning_hsu._neurons.candidates import full_name
 from lightning_hsu._neurons.fused import Part, parts_of
 from lightning_hsu._neurons.head_names import (
-    HEAD_NAMED_AS_TABLE,
     LANGUAGE_HEAD,
     LAST_IN_TRANSFORMERS,
     TASK_HEADS,
@@ -30,6 +29,12 @@ from lightning_hsu._neurons.model_types import (
 )
 from lightning_hsu._neurons.orientation import Orientation
 from lightning_hsu._neurons.shapes import Shapes
+from lightning_hsu._neurons.table_names import (
+    is_map_in_transformers,
+    is_table_in_transformers,
+    is_table_of_tokens,
+    why_tokens_are_left_out,
+)
 
 Stacks = dict[str, dict[str, list[str]]]
 """Layers of one weight each that are one stack: their paths by the stack's path, then leaf."""
@@ -39,15 +44,6 @@ _LANGUAGE = re.compile(
     r"|ForConditionalGeneration|ForCausalImageModeling|DoubleHeadsModel|EncoderDecoderModel)"
 )
 """Architectures with an output layer for words."""
-
-_TABLES = ("shared", "relative_attention_bias")
-"""Embeddings whose names do not say so."""
-
-_MAPS = (
-    *("embedding_hidden_mapping_in", "embeddings_project", "decoder_embed"),
-    *(HEAD_NAMED_AS_TABLE, "patch_embedding", "embed_state", "embed_action"),
-)
-"""Linear layers whose names sound like embeddings."""
 
 _FIRST = (
     *("shared", "embeddings", "embed_tokens", "feature_extractor", "feature_projection"),
@@ -141,12 +137,12 @@ class KnownModel:
             if row_of_padding is not None:
                 take = partial(_without, row=row_of_padding)
                 return Hint(WeightRule(leaf, parts=(Part("", take),)), "embedding")
-        if name in _TABLES or name in row.padded:
+        if is_table_in_transformers(name) or name in row.padded:
             return Hint(kind="embedding")
         parts = self._fused(path, shape[0])
         if parts or path == self._row.head:
             return Hint(WeightRule(leaf, parts=parts), "linear")
-        if name in _MAPS:
+        if is_map_in_transformers(name):
             return Hint(kind="linear")
         return None
 
@@ -431,14 +427,11 @@ def _without_neurons(path: str, leaf: str, shape: Sequence[int]) -> Hint | None:
     weight = torch.empty(tuple(shape), device="meta")
     reason = names.why_no_neurons(nn.Module(), leaf, weight)
     if reason is None and sizes.is_factor(leaf):
-        reason = "a factor or shift by entry: it has no directions"
+        reason = names.NO_DIRECTIONS
     if reason is None and leaf.endswith("_ids"):
         reason = "numbers of tokens or positions"
-    if reason is None and names.is_table_of_tokens(leaf, weight):
-        reason = (
-            "an embedding of tokens or positions, measured only when asked for: "
-            f"neurons={{'{full_name(path, leaf)}': 'rows'}}"
-        )
+    if reason is None and is_table_of_tokens(leaf, weight):
+        reason = why_tokens_are_left_out(full_name(path, leaf))
     if reason is None:
         return None
     return Hint(why_not=reason)

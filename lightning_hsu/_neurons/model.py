@@ -19,6 +19,7 @@ from lightning_hsu._neurons.quantised import qualified
 from lightning_hsu._neurons.roles import roles_of
 from lightning_hsu._neurons.rules import Rule, class_rule, has_built_in_rule, rule_of
 from lightning_hsu._neurons.surroundings import Surroundings, kind_of_base
+from lightning_hsu._neurons.table_names import is_table_of_tokens, why_tokens_are_left_out
 from lightning_hsu._neurons.target import Target
 from lightning_hsu._neurons.weights import key_of, shape_of_weight, weights_of, why_computed
 from lightning_hsu._neurons.wrappers import plain_name
@@ -283,7 +284,7 @@ class _Finder:
             self._found.skip(name, shape, reason)
             return
         if sizes.is_factor(attribute):
-            self._found.skip(name, shape, "a factor or shift by entry: it has no directions")
+            self._found.skip(name, shape, names.NO_DIRECTIONS)
             return
         rule = sizes.rule_by_sizes(module, attribute, weight)
         if rule is None:
@@ -305,11 +306,8 @@ class _Finder:
 
 def _advice(module: nn.Module, attribute: str, name: str, weight: Tensor) -> str:
     """Why a weight without a rule is left out, and the line that takes it in."""
-    if names.is_table_of_tokens(attribute, weight):
-        return (
-            "an embedding of tokens or positions, measured only when asked for: "
-            f"neurons={{'{name}': 'rows'}}"
-        )
+    if is_table_of_tokens(attribute, weight):
+        return why_tokens_are_left_out(name)
     kind = qualified(module)
     if weight.ndim == 2:
         ways = f"neurons={{'{name}': 'rows'}} or 'columns'"

@@ -20,29 +20,23 @@ _NUMBERS_OF_CLASSES = (
     "num_clusters",
     "n_clusters",
 )
-_DIRECTIONS = (*_DICTIONARIES, "decoder_weight", "W_enc", "W_gate", "W_mag")
 _ENCODERS = ("W_enc",)  # of features, whose directions lie along the same axis
+DECODERS = (*_DICTIONARIES, "decoder_weight")
+"""Names of matrices that decode the features of sparse autoencoders."""
+DIRECTIONS = (*DECODERS, *_ENCODERS, "W_gate", "W_mag")
+"""Names of matrices that decode or encode the features of sparse autoencoders."""
 _AS_DICTIONARY = "read by columns, as a dictionary"
 _CODEBOOKS = ("codebook", "codebooks", "codevectors", "code_book")
 _PROTOTYPES = ("prototypes", "proxies", "centers", "centres", "centroids", "class_centers")
-_TOKENS = (
-    "token",
-    "pos_emb",
-    "position",
-    "pos_enc",
-    "w_pos",
-    "query",
-    "queries",
-    "prompt",
-    "latents",
-    "mem_k",
-    "mem_v",
-)
 _PROJECTIONS = ("proj", "text_projection", "image_projection", "visual_projection")
 """Bare parameters (in, out) by which CLIP and its descendants multiply from the right."""
 _POSITION_BIASES = ("relative", "bias_table", "attention_bias")
-_IN_QUANTIZERS = ("embed", "embedding", "embeddings")
+IN_QUANTIZERS = ("embed", "embedding", "embeddings")
+"""Names of tables of codes in quantisers, and of other tables elsewhere."""
 QUANTIZERS = ("codebook", "quantiz", "quantis")
+"""Parts of the names of quantisers."""
+NO_DIRECTIONS = "a factor or shift by entry: it has no directions"
+"""Why such a parameter holds no neurons."""
 
 
 def rule_by_name(module: nn.Module, attribute: str, weight: Tensor) -> WeightRule | None:
@@ -116,7 +110,7 @@ def may_be_a_buffer(module: nn.Module, attribute: str) -> bool:
 def is_codebook(module: nn.Module, attribute: str) -> bool:
     """Whether a tensor of a module, or an embedding in it, is a quantiser's table of codes."""
     kind = type(module).__name__.lower()
-    return attribute in _IN_QUANTIZERS and any(part in kind for part in QUANTIZERS)
+    return attribute in IN_QUANTIZERS and any(part in kind for part in QUANTIZERS)
 
 
 def means_codebook(path: str) -> bool:
@@ -218,7 +212,7 @@ def _is_dictionary(one: NeuronSet) -> bool:
     last = one.name.rpartition(".")[2]
     if last in _PROTOTYPES:  # of classes, in their order
         return False
-    return one.kind == "codebook" or _AS_DICTIONARY in one.note or last in _DIRECTIONS
+    return one.kind == "codebook" or _AS_DICTIONARY in one.note or last in DIRECTIONS
 
 
 def why_no_neurons(module: nn.Module, attribute: str, weight: Tensor) -> str | None:
@@ -227,7 +221,7 @@ def why_no_neurons(module: nn.Module, attribute: str, weight: Tensor) -> str | N
     if len(long_axes) < 2:
         return "a vector"
     if type(module).__name__.endswith("Norm"):
-        return "a factor or shift by entry: it has no directions"
+        return NO_DIRECTIONS
     lower = attribute.lower()
     if any(part in lower for part in _POSITION_BIASES):
         return "a table of position biases"
@@ -236,11 +230,3 @@ def why_no_neurons(module: nn.Module, attribute: str, weight: Tensor) -> str | N
     if lower == "att" or lower.startswith(("att_", "lin_src_", "lin_dst_")):
         return "attention vectors, one a head"
     return None
-
-
-def is_table_of_tokens(attribute: str, weight: Tensor) -> bool:
-    """Whether a bare parameter is a table of tokens, positions or queries, as an embedding is."""
-    lower = attribute.lower()
-    if any(part in lower for part in _TOKENS):
-        return True
-    return weight.ndim == 3 and weight.shape[0] == 1 and "embed" in lower

@@ -9,6 +9,7 @@ from lightning_hsu._neurons.candidates import full_name
 from lightning_hsu._neurons.hints import Hint
 from lightning_hsu._neurons.how import WeightRule
 from lightning_hsu._neurons.shapes import Shape, Shapes
+from lightning_hsu._neurons.table_names import sounds_like_table
 from lightning_hsu._neurons.weights import key_of
 
 Axis = Literal["rows", "columns"]
@@ -17,7 +18,6 @@ Axis = Literal["rows", "columns"]
 _MATRICES = ("weight", "kernel")
 _THREE_PARTS = ("qkv", "Wqkv", "qkv_proj", "c_attn", "query_key_value", "to_qkv")
 _TORCHS = re.compile(r"in_proj_weight|[qkv]_proj_weight|weight_(ih|hh|hr)(_.*)?|weight")
-_TABLES = ("embed", "wte", "wpe")
 
 
 class Orientation:
@@ -73,7 +73,7 @@ class Orientation:
         """The axis of a matrix that its neighbours show, and a few words on what shows it."""
         above = path.rpartition(".")[0]
         grandparent = above.rpartition(".")[0]
-        if _is_table(path):
+        if sounds_like_table(path):
             return None, ""
         for scope in ("alike", "chain", "parent", "grandparent"):
             axis: Axis | None = None
@@ -124,7 +124,7 @@ class Orientation:
         """The axis that a layer's bias, or the name of a fused projection, shows by itself."""
         for leaf in _MATRICES:
             shape = self._shapes.of(path, leaf)
-            if shape is None or len(shape) != 2 or _is_table(path):
+            if shape is None or len(shape) != 2 or sounds_like_table(path):
                 continue
             own = self._own(path, leaf)
             if own is not None:
@@ -163,7 +163,7 @@ class Orientation:
         seen: set[Axis] = set()
         for path in self._shapes.children(above):
             first = self._matrix(path, leaf)
-            if first is None or _is_table(path):
+            if first is None or sounds_like_table(path):
                 continue
             for following in self._following(path, leaf, first):
                 second = self._matrix(following, leaf)
@@ -231,9 +231,3 @@ def _read_by(axis: Axis, leaf: str, note: str, kind: Literal["linear", "other"] 
 def _mask(path: str) -> str:
     """A path with its numbers replaced, equal for the same layer of other blocks."""
     return re.sub(r"\d+", "*", path)
-
-
-def _is_table(path: str) -> bool:
-    """Whether a layer is a look-up table, as its name says."""
-    last = path.rpartition(".")[2].lower()
-    return any(part in last for part in _TABLES)

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from torch import Tensor
 
 from lightning_hsu._neurons.candidates import Kind
 from lightning_hsu._neurons.how import How, WeightRule, apply_function, rule_for
 from lightning_hsu._neurons.rules import GRU_GATES, LSTM_GATES, PROJECTIONS
+from lightning_hsu._neurons.table_names import sounds_like_table
 from lightning_hsu._neurons.weights import key_of
 
 _WEIGHT_NAMES = ("weight", "kernel", "embedding")  # one is in the last part of a weight's name
-_TABLE_NAMES = ("embed", "wte", "wpe")  # one is in the name of a look-up table
 _GATES = {len(LSTM_GATES): LSTM_GATES, len(GRU_GATES): GRU_GATES}  # by their number
 
 
@@ -44,11 +44,7 @@ def neurons_as_asked(
 
 def is_named_like_a_weight(leaf: str) -> bool:
     """Whether the name of a tensor within its layer says that it is a weight."""
-    return _has_one_of(leaf, _WEIGHT_NAMES)
-
-
-def _has_one_of(name: str, parts: Sequence[str]) -> bool:
-    return any(part in name.lower() for part in parts)
+    return any(part in leaf.lower() for part in _WEIGHT_NAMES)
 
 
 def kind_of_layer(path: str, sets: Mapping[str, Tensor], leaves: Mapping[str, Tensor]) -> Kind:
@@ -63,7 +59,7 @@ def kind_of_layer(path: str, sets: Mapping[str, Tensor], leaves: Mapping[str, Te
         return "convolution"
     if x.ndim != 2:
         return "other"
-    if _has_one_of(path.rpartition(".")[2], _TABLE_NAMES):
+    if sounds_like_table(path):
         return "embedding"
     return "linear"
 

@@ -12,6 +12,12 @@ from lightning_hsu._neurons.hints import Hint
 from lightning_hsu._neurons.how import WeightRule
 from lightning_hsu._neurons.packed import without_factors
 from lightning_hsu._neurons.shapes import Shape, Shapes, below, words
+from lightning_hsu._neurons.table_names import (
+    is_other_table,
+    is_table_of_tokens,
+    sounds_like_table,
+    why_tokens_are_left_out,
+)
 
 _STATISTICS = (
     "running_mean",
@@ -38,7 +44,8 @@ _STATISTICS = (
 )
 """Buffers that hold no neurons."""
 
-_CODES = ("embed", "embedding", "embeddings", "codebook", "_codebook", "codebooks", "weight")
+_TABLES_OF_CODES = (*names.IN_QUANTIZERS, "codebook", "_codebook")
+_CODES = (*_TABLES_OF_CODES, "codebooks", "weight")
 _COUNTS = ("cluster_size", "ema_cluster_size", "_ema_cluster_size", "N")
 _AVERAGES = ("embed_avg", "embed_sum", "ema_w", "_ema_w", "ema_embed", "ema_dw")
 _FEATURES = (
@@ -56,9 +63,6 @@ _FEATURES = (
 """Vectors with an entry for each feature of a sparse autoencoder."""
 _WIDTHS = ("b_dec", "pre_bias", "decoder_bias", "b_dec_out", "b_pre")
 """Vectors with an entry for each dimension that it encodes."""
-_DICTIONARIES = ("W_dec", "W_enc", "W_gate", "W_mag", "dictionary", "atoms", "decoder_weight")
-_TABLES = ("emb", "embs", "shared", "lookup")
-_BIAS_TABLES = ("relative_attention_bias", "relative_position_bias", "rel_pos_bias")
 _COPIES = (
     "integer",
     "int",
@@ -140,7 +144,7 @@ class StoredNames:
         lower = path.lower()
         if leaf == "weight":
             above, _, last = path.rpartition(".")
-            is_table = last in ("embedding", "embeddings", "embed", "codebook", "_codebook")
+            is_table = last in _TABLES_OF_CODES
             is_inside = any(part in above.lower() for part in (*names.QUANTIZERS, "vq"))
             beside = self._shapes.leaves(above)
             is_counted = any(name in beside for name in (*_COUNTS, *_AVERAGES))
@@ -173,17 +177,14 @@ class StoredNames:
         reason = names.why_no_neurons(nn.Module(), leaf, meta)
         if reason is not None and "weight" not in leaf:
             return Hint(why_not=reason)
-        if "embedding" in leaf and leaf not in _CODES and names.is_table_of_tokens(leaf, meta):
+        if "embedding" in leaf and leaf not in _CODES and is_table_of_tokens(leaf, meta):
             name = full_name(path, leaf)
-            return Hint(
-                why_not="an embedding of tokens or positions, measured only when asked for: "
-                f"neurons={{'{name}': 'rows'}}"
-            )
+            return Hint(why_not=why_tokens_are_left_out(name))
         return None
 
     def _dictionary(self, path: str, leaf: str, shape: Shape) -> Hint | None:
         """The encoder or decoder of a sparse autoencoder, or several of them in one."""
-        if leaf not in _DICTIONARIES:
+        if leaf not in names.DIRECTIONS:
             return None
         features = self._length(path, _FEATURES, "encoder")
         width = self._length(path, _WIDTHS, "decoder")
@@ -199,7 +200,7 @@ class StoredNames:
                     return Hint(WeightRule(leaf, columns=length == by_columns), "other")
         columns = last > first  # there are more features than dimensions
         if first == last:
-            columns = leaf not in ("W_dec", "dictionary", "atoms", "decoder_weight")
+            columns = leaf not in names.DECODERS
         return Hint(
             WeightRule(leaf, columns=columns),
             "other",
@@ -232,16 +233,13 @@ class StoredNames:
         """A look-up table whose name does not say so, or a layer whose name says that it is one."""
         if leaf != "weight" or len(shape) != 2:
             return None
-        last = path.rpartition(".")[2]
         if self._shapes.vector(path) == shape[0]:
-            if any(part in last.lower() for part in ("embed", "wte", "wpe")):
+            if sounds_like_table(path):
                 return Hint(kind="linear")  # a table has no bias
             return None
-        if last == HEAD_NAMED_AS_TABLE:
+        if path.rpartition(".")[2] == HEAD_NAMED_AS_TABLE:
             return Hint(kind="linear")
-        if any(last.startswith(part) for part in _BIAS_TABLES):
-            return Hint(kind="embedding")
-        if last.lower().split("_")[-1] in _TABLES:
+        if is_other_table(path):
             return Hint(kind="embedding")
         return None
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 from lightning_hsu._neurons.shapes import Shapes, below, number_of, words
+from lightning_hsu._neurons.table_names import sounds_like_table
 
 _SIDE_WORDS = {
     "shortcut",
@@ -313,7 +314,7 @@ class Widths:
         bias = self._shapes.vector(path)
         if bias is not None and bias == inputs:
             outputs, inputs = inputs, outputs
-        if any(part in path.rpartition(".")[2].lower() for part in ("embed", "wte", "wpe")):
+        if sounds_like_table(path):
             outputs = shape[-1] if len(shape) == 2 else outputs
         return Link(path, inputs, outputs, len(shape) == 2)
 
