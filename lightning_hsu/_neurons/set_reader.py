@@ -110,24 +110,7 @@ class SetReader:
         layer = self._stored.layer_name(path)
         if self._is_for_a_function(path, layer, leaves):
             leaves = self._stored.load(path)
-        readable = {}
-        reasons = {}
-        for leaf, x in leaves.items():
-            if x.is_meta and not self._stored.is_lazy(path, leaf):
-                reasons[leaf] = "it holds no numbers (device meta)"
-            elif x.layout != torch.strided:
-                reasons[leaf] = f"it is sparse ({x.layout}): store its to_dense()"
-            else:
-                readable[leaf] = x
-        effective, unknown = effective_weights(readable)
-        reasons |= unknown
-        left = [(leaf, x, reasons[leaf]) for leaf, x in leaves.items() if leaf in reasons]
-        for leaf, x, reason in left + self._stored.unreadable(path):
-            if x.ndim > 1:
-                self._wanted.of_weight(layer, _attribute_of(leaf))  # it is known, if not readable
-                skip = Skip(stored_name(path, leaf), tuple(x.shape), reason)
-                found.not_weights.append(skip)
-
+        effective = self._effective(path, layer, leaves, found)
         named: dict[str, ReadSet] = {}
         others: dict[str, ReadSet] = {}
         unhinted: dict[str, Tensor] = {}  # read as their names and shapes say
@@ -169,6 +152,33 @@ class SetReader:
             else:
                 others[key] = ReadSet(x, hint.kind or kind, note=hint.note or note)
         return named | others
+
+    def _effective(
+        self,
+        path: str,
+        layer: str,
+        leaves: Mapping[str, Tensor],
+        found: Candidates[StoredNeurons],
+    ) -> dict[str, Tensor]:
+        """The tensors of a layer as its forward pass uses them; says which cannot be read."""
+        readable = {}
+        reasons = {}
+        for leaf, x in leaves.items():
+            if x.is_meta and not self._stored.is_lazy(path, leaf):
+                reasons[leaf] = "it holds no numbers (device meta)"
+            elif x.layout != torch.strided:
+                reasons[leaf] = f"it is sparse ({x.layout}): store its to_dense()"
+            else:
+                readable[leaf] = x
+        effective, unknown = effective_weights(readable)
+        reasons |= unknown
+        left = [(leaf, x, reasons[leaf]) for leaf, x in leaves.items() if leaf in reasons]
+        for leaf, x, reason in left + self._stored.unreadable(path):
+            if x.ndim > 1:
+                self._wanted.of_weight(layer, _attribute_of(leaf))  # it is known, if not readable
+                skip = Skip(stored_name(path, leaf), tuple(x.shape), reason)
+                found.not_weights.append(skip)
+        return effective
 
     def _is_for_a_function(self, path: str, layer: str, leaves: Mapping[str, Tensor]) -> bool:
         """Whether a user's function takes a tensor whose numbers are not there yet."""
@@ -261,11 +271,8 @@ class SetReader:
             found: Takes the head.
         """
         for place, table in enumerate(found.sets):
-            if (
-                table.layer != self._stored.layer_name(path)
-                or table.name != table.layer
-                or table.asked
-            ):
+            is_whole = table.layer == self._stored.layer_name(path) == table.name
+            if not is_whole or table.asked:
                 continue
             identity = ("tied", path)
             found.sets[place] = replace(table, identity=identity)
