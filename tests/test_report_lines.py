@@ -59,6 +59,28 @@ def test_lines_of_groups_are_80_columns_wide():
     assert "39; cosine to the first from 1.0000" in said
 
 
+def test_dead_neurons_are_listed_by_index():
+    torch.manual_seed(0)
+    state = {"conv1.weight": torch.randn(200, 16), "fc.weight": torch.randn(200, 16)}
+    state["conv1.weight"][[11, 140]] = 0.0
+    state["conv1.weight"][7] *= 1e-6
+    state["fc.weight"][:60] = 0.0
+    lines = group_lines(report(state, head=None, similar_above=0.999), 3)
+    assert lines[:2] == ["no near-duplicate neurons", "conv1: 3 dead: 7, 11, 140"]
+    assert max(map(len, lines)) <= 80
+    said = " ".join(" ".join(lines).split())
+    assert "fc: 60 dead: 0, 1, 2, " in said
+    assert said.endswith(" 38, 39 and 20 more")
+    state["fc.weight"][71] = state["fc.weight"][70]
+    lines = group_lines(report(state, head=None, similar_above=0.999), 3)
+    assert lines[0] == "conv1: 3 dead: 7, 11, 140"
+    assert lines[1] == "fc: 2 near-duplicates: 70, 71; cosine to the first from 1.0000"
+    grouped = torch.randn(3, 8, 16)
+    grouped[2, 5] = 0.0
+    found = report({"experts.w": grouped}, neurons={"experts.w": lambda x: x}, head=None)
+    assert "experts.w: 1 dead: 5 of group 2" in group_lines(found, 3)
+
+
 def test_a_guessed_head_is_told_with_the_way_out(tmp_path, capsys):
     model = nn.Sequential(nn.Linear(16, 20), nn.ReLU(), nn.Linear(20, 10))
     in_python = 'note: head: 2 (guessed: last Linear); head="NAME" or head=None otherwise'

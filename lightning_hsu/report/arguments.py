@@ -79,7 +79,8 @@ def parser(report: Command, compare: Command) -> argparse.ArgumentParser:
         metavar="N",
         type=_count,
         default=0,
-        help="below the table, list the N largest groups of near-duplicates of each layer, by index",
+        help="below the table, list the N largest groups of near-duplicates of each layer, and its "
+        "dead neurons, by index",
     )
     one.add_argument(
         "--merge",

@@ -28,7 +28,7 @@ from lightning_hsu.report.data import (
     known_ratios,
 )
 from lightning_hsu.report.report_table import judged_and_above, unjudged
-from lightning_hsu.report.similar_lines import members
+from lightning_hsu.report.similar_lines import dead_members, members
 
 _COLUMNS = (  # heading and classes; minor ones are left out on a phone
     ("layer", ""),
@@ -472,19 +472,7 @@ def _dead(layer: LayerReport) -> str:
     """The dead neurons by index."""
     if layer.dead == 0:
         return ""
-    groups = layer.uniformity.groups
-    n = layer.uniformity.neurons
-    names = []
-    for row in layer.dead_rows[:_LISTED]:
-        if groups == 1:
-            names.append(str(row))
-        else:
-            names.append(f"{row % n} of group {row // n}")
-    listed = ", ".join(names)
-    more = layer.dead - len(names)
-    if more > 0:
-        listed += f" and {more:,} more"
     return (
         f'<p class="soft">{counted(layer.dead, "dead neuron")}, '
-        f"zero or next to nothing: {listed}.</p>"
+        f"zero or next to nothing: {dead_members(layer, _LISTED)}.</p>"
     )

@@ -1,12 +1,12 @@
-"""Near-duplicates one by one: the nearest pairs and the largest groups of each layer."""
+"""Near-duplicates and dead neurons by index, layer by layer."""
 
 from __future__ import annotations
 
 from lightning_hsu._monitor.render import Line, wrapped
 from lightning_hsu._monitor.text import counted, layer_named
-from lightning_hsu.report.data import ReportData, SimilarGroup
+from lightning_hsu.report.data import LayerReport, ReportData, SimilarGroup
 
-_MEMBERS = 40  # neurons of a group that are listed
+_MEMBERS = 40  # neurons of a group, or dead ones, that are listed
 
 
 def pair_lines(found: ReportData, most: int) -> list[str]:
@@ -32,8 +32,9 @@ def pair_lines(found: ReportData, most: int) -> list[str]:
 
 
 def group_lines(found: ReportData, most: int) -> list[str]:
-    """The largest groups of near-duplicates of each layer by index, in 80 columns."""
+    """The largest groups of near-duplicates of each layer, and its dead neurons, in 80 columns."""
     lines = []
+    groups = 0
     for layer in found.layers:
         name = layer_named(layer.name)
         listed = layer.groups[:most]
@@ -50,9 +51,26 @@ def group_lines(found: ReportData, most: int) -> list[str]:
         more = layer.group_count - len(listed)
         if layer.groups and more > 0:
             lines += wrapped(Line(f"{name}: and {counted(more, 'more group')}"))
-    if not lines:
-        return ["no near-duplicate neurons"]
+        groups += layer.group_count
+        if layer.dead > 0:
+            lines += wrapped(Line(f"{name}: {layer.dead:,} dead: {dead_members(layer)}"))
+    if groups == 0:
+        lines.insert(0, "no near-duplicate neurons")
     return lines
+
+
+def dead_members(layer: LayerReport, most: int = _MEMBERS) -> str:
+    """The dead neurons of a layer by index, such as "11, 140 and 7 more"."""
+    groups = layer.uniformity.groups
+    n = layer.uniformity.neurons
+    words = []
+    for row in layer.dead_rows[:most]:
+        words.append(str(row) if groups == 1 else f"{row % n} of group {row // n}")
+    text = ", ".join(words)
+    more = layer.dead - len(words)
+    if more > 0:
+        text += f" and {more:,} more"
+    return text
 
 
 def members(group: SimilarGroup) -> str:
