@@ -19,6 +19,8 @@ def merged(model, merge):
     model = copy.deepcopy(model)
     first = model.get_submodule(merge.layer)
     following = model.get_submodule(merge.following)
+    if merge.prelu is not None:
+        assert dict(model.named_parameters())[merge.prelu].shape == (len(first.weight),)
     with torch.no_grad():
         blocks = following.weight.view(len(following.weight), len(first.weight), -1)
         for j, factor in zip(merge.dropped, merge.factors, strict=True):
@@ -171,6 +173,42 @@ def test_exact_duplicates_change_nothing(name):
     assert float(changes.max()) < 1e-12
 
 
+class Slopes(nn.Module):
+    """A PReLU as a function, with slopes that the model itself has."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(20, 16)
+        self.slopes = nn.Parameter(torch.rand(16))
+        self.b = nn.Linear(16, 8)
+
+    def forward(self, x):
+        return self.b(F.prelu(self.a(x), self.slopes))
+
+
+@torch.no_grad()
+def with_prelu(name, apart, slope=0.25):
+    """A network with a PReLU, the slopes of 3, 7 and 9 so far apart; its first layer, its input."""
+    torch.manual_seed(0)
+    first = nn.Conv2d(3, 12, 3)
+    last = nn.Conv2d(12, 8, 2)
+    prelu = nn.PReLU(12)
+    size = (3, 8, 8)
+    if name == "linear":
+        prelu, size = nn.PReLU(16), (20,)
+        model = nn.Sequential(nn.Linear(20, 16), prelu, nn.Linear(16, 8))
+    elif name == "function":
+        model, size = Slopes(), (20,)
+    elif name == "o-net":
+        model = nn.Sequential(first, prelu, nn.MaxPool2d(3, 2), last)
+    else:
+        model = nn.Sequential(first, normalised(12), prelu, last)
+    slopes = model.slopes if name == "function" else prelu.weight
+    slopes.copy_(torch.linspace(-1.5, 0.9, len(slopes)))
+    slopes[[3, 7, 9]] = slope + torch.tensor([0.0, apart, -apart / 2])
+    return model, "a" if name == "function" else "0", size
+
+
 def adversarial(model, merge, size, steps=300):
     """The largest share of the bound that a search over inputs reaches."""
     torch.manual_seed(1)
@@ -207,6 +245,77 @@ def test_the_bound_is_nearly_reached(name, least):
     model.double().eval()
     (merge,) = merges(model).found
     assert least < adversarial(model, merge, size) <= 1.0 + 1e-9
+
+
+@pytest.mark.parametrize("name", ["linear", "function", "o-net", "norm"])
+@pytest.mark.parametrize("spread", [0.0, 0.05])
+@pytest.mark.parametrize("apart", [0.0, 0.06])
+def test_the_bound_holds_through_a_prelu_with_a_slope_for_each_neuron(name, spread, apart):
+    model, layer, size = with_prelu(name, apart)
+    plant(model.get_submodule(layer), spread, same_length=name == "norm")
+    model.double().eval()
+    (merge,) = merges(model).found
+    assert {merge.kept, *merge.dropped} == {3, 7, 9}
+    assert merge.prelu in ("1.weight", "2.weight", "slopes")
+    assert "slope 2 of a PReLU between and row 2 here" in " ".join(str(merges(model)).split())
+    for scale in (0.1, 1.0, 10.0):
+        x = scale * torch.randn(64, *size, dtype=torch.float64)
+        changes, bound = change(model, merge, x)
+        assert bool((changes <= bound * (1 + 1e-9) + 1e-12).all())
+        if spread == apart == 0.0:
+            assert float(changes.max()) < 1e-12 * max(scale, 1.0)
+        else:
+            assert float(changes.max()) > 0.0
+
+
+@pytest.mark.parametrize(
+    # Reached: 1.00, 1.00, and 0.25, where patches overlap and a maximum hides what is negative.
+    ("name", "spread", "apart", "slope", "least"),
+    [
+        ("linear", 0.0, 0.05, 0.25, 0.9),
+        ("linear", 0.05, 0.0, -1.8, 0.9),
+        ("o-net", 0.03, 0.05, 0.25, 0.12),
+    ],
+)
+def test_the_bound_through_a_prelu_is_nearly_reached(name, spread, apart, slope, least):
+    model, layer, size = with_prelu(name, apart, slope)
+    first = model.get_submodule(layer)
+    with torch.no_grad():
+        noise = F.normalize(torch.randn_like(first.weight[3].flatten()), dim=0)
+        noise = spread * first.weight[3].norm() * noise.view_as(first.weight[3])
+        first.weight[7] = first.weight[3] + noise
+        first.bias[7] = first.bias[3]
+    model.double().eval()
+    (merge,) = merges(model).found
+    assert least < adversarial(model, merge, size, steps=150) <= 1.0 + 1e-9
+
+
+def test_prelu_slopes_of_neurons_that_are_merged_are_nearly_the_same():
+    model, layer, _ = with_prelu("linear", 0.3)
+    plant(model.get_submodule(layer))
+    found = merges(model)
+    assert (found.pairs, found.found) == ((("0", "2"),), ())
+    assert found.not_merged == (("0", "PReLU slopes differ"),)
+    assert "near-duplicates that are not merged:\n  layer 0: PReLU slopes differ" in str(found)
+    assert found.to_dict()["not_merged"] == [{"layer": "0", "reason": "PReLU slopes differ"}]
+
+
+class TwoUses(Slopes):
+    def forward(self, x):
+        return super().forward(x) + self.slopes.sum()
+
+
+def test_prelu_slopes_that_something_else_needs_are_left_alone():
+    shared = nn.PReLU(16)
+    twice = nn.Sequential(nn.Linear(20, 16), shared, nn.Linear(16, 16), shared, nn.Linear(16, 8))
+    flat = nn.Sequential(nn.Conv1d(3, 4, 1), nn.Flatten(), nn.PReLU(20), nn.Linear(20, 4))
+    late = nn.Sequential(nn.Linear(20, 16), nn.ReLU(), nn.PReLU(16), nn.Linear(16, 4))
+    for model in (twice, flat, late, TwoUses()):
+        assert pairs(model) == set()
+        assert any("PReLU" in reason for reason in steps_of_model(model).reasons.values())
+    one = nn.PReLU()  # a single slope is no neuron's own
+    model = nn.Sequential(nn.Linear(20, 16), one, nn.Linear(16, 16), one, nn.Linear(16, 8))
+    assert pairs(model) == {("0", "2"), ("2", "4")}
 
 
 def test_a_convolution_reaches_a_fair_part_of_the_bound():
@@ -547,10 +656,12 @@ def test_what_is_not_known_to_follow_is_said(shapes):
     rows[4] = rows[5]
     found = merges(state)
     assert found.pairs == ()
-    assert found.not_followed == (first.removesuffix(".weight"),)
-    said = " ".join(str(found).split())
     name = first.removesuffix(".weight")
-    assert f"{name} has near-duplicates, but no known next layer" in said
+    assert [one.layer for one in found.not_followed] == [name]
+    reason = "names tell of no layer that takes its outputs"
+    assert found.not_followed[0].reason == reason
+    said = " ".join(str(found).split())
+    assert f"near-duplicates that are not merged: {name}: {reason}" in said
     assert "in Python, merges(model) follows the model itself" in said
 
 
@@ -566,8 +677,8 @@ def test_several_layers_that_nothing_follows_are_folded():
     for x in state.values():
         x[1] = x[0]
     said = " ".join(str(merges(state, include="*")).split())
-    assert "12 layers have near-duplicates, but no known next layer" in said
-    assert "there: blocks.{0..11}.q; in Python, merges(model) follows" in said
+    reason = "names tell of no layer that takes its outputs"
+    assert f"not merged: blocks.{{0..11}}.q (12): {reason} in Python, merges(model)" in said
 
 
 def test_a_model_that_cannot_be_followed_says_no_way_out():
@@ -576,9 +687,11 @@ def test_a_model_that_cannot_be_followed_says_no_way_out():
     with torch.no_grad():
         model.c.weight[3] = model.c.weight[4]
     found = merges(model)
-    assert found.not_followed == ("c",)
+    reason = "its outputs are the network's own"
+    assert found.not_followed == (("c", reason),)
     assert "in Python" not in str(found)
-    assert json.loads(json.dumps(found.to_dict()))["not_followed"] == ["c"]
+    told = json.loads(json.dumps(found.to_dict()))["not_followed"]
+    assert told == [{"layer": "c", "reason": reason}]
 
 
 def test_what_is_printed_is_80_columns_wide_and_names_layers():
@@ -593,9 +706,9 @@ def test_what_is_printed_is_80_columns_wide_and_names_layers():
         said = " ".join(" ".join(lines).split())
         assert " layer 0: keep " in said
         assert "outputs of layer 3 change by at most" in said
-        assert "% of the bound on them" in said
+        assert "% of what its weights allow" in said
         assert "batch norm 1 in eval mode" in said
-        assert "layer 3 has near-duplicates, but no known next layer" in said
+        assert "near-duplicates that are not merged: layer 3: " in said
         has_eps = "the norm's eps is 1e-05, which the file does not say" in said
         assert has_eps == (source is not model)
 
@@ -722,7 +835,7 @@ def test_kernels_that_may_see_one_channel_each_are_not_merged():
     found = merges(model.state_dict())
     assert report(model.state_dict()).layers[1].grouped == 2
     assert found.found == ()
-    assert found.not_followed == ("2",)
+    assert found.not_followed == (("2", "it may be a convolution in groups"),)
     first = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1))
     with torch.no_grad():
         first[0].weight[1] = first[0].weight[0]
@@ -754,7 +867,9 @@ def test_weights_that_are_not_stored_as_they_are_used_are_not_merged(changed):
     assert len(merges(linear_pair()).found) == 1
     found = merges(linear_pair() | changed)
     assert found.found == ()
-    assert "fc1" in found.not_followed
+    ((layer, reason), *_) = found.not_followed
+    assert layer == "fc1"
+    assert reason.endswith("may not be used as they are stored")
 
 
 def test_a_neuron_whose_bias_is_nan_is_not_kept():
@@ -796,3 +911,144 @@ def test_a_layer_whose_forward_was_replaced_is_not_merged():
     plain = model[0].forward
     model[0].forward = lambda x: plain(x) * torch.arange(6.0)
     assert merges(model).found == ()
+
+
+class Reasons(nn.Module):
+    """Layers that are followed by nothing that they could be merged into, each for a reason."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Linear(8, 8)
+        self.normed = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+        self.norm = nn.LayerNorm(8)
+        self.added = nn.Linear(8, 8)
+        self.forked = nn.Linear(8, 8)
+        self.left = nn.Linear(8, 8)
+        self.right = nn.Linear(8, 8)
+        self.gated = nn.Linear(8, 8)
+        self.twice = nn.Linear(8, 8)
+        self.block = nn.TransformerEncoderLayer(8, 2, 8, batch_first=True)
+        self.unused = nn.Linear(8, 8)
+        self.last = nn.Linear(8, 8)
+
+    def forward(self, x):
+        x = self.twice(self.twice(self.stem(x)))
+        for layer in self.normed:
+            x = self.norm(layer(x).tanh())
+        x = x + self.added(x)
+        x = self.forked(x)
+        x = torch.cat([self.left(x), self.right(x)], 1)[:, :8]
+        return self.last(self.block(self.gated(x) * x))
+
+
+EXPECTED = {
+    "stem": "the next layer, twice, cannot be changed: it is called several times",
+    "normed.0": "LayerNorm lies between",
+    "normed.1": "LayerNorm lies between",
+    "added": "its outputs are added to others",
+    "forked": "several layers take its outputs",
+    "left": "its outputs are joined with others",
+    "gated": "mul lies between",
+    "twice": "it is called several times",
+    "block.linear1": "it is a part of block, a TransformerEncoderLayer, which is not traced",
+    "unused": "the traced forward pass does not call it",
+    "last": "its outputs are the network's own",
+}
+
+
+def test_each_layer_that_nothing_follows_has_its_reason():
+    torch.manual_seed(0)
+    model = Reasons()
+    with torch.no_grad():
+        for name in EXPECTED:
+            weight = model.get_submodule(name).weight
+            weight[1] = weight[0]
+    found = merges(model, include=list(EXPECTED))
+    assert {one.layer: one.reason for one in found.not_followed} == EXPECTED
+    said = " ".join(str(found).split())
+    assert "normed.{0,1} (2): LayerNorm lies between" in said
+    assert max(map(len, str(found).splitlines())) <= 80
+
+
+def test_a_model_that_cannot_be_traced_says_why():
+    torch.manual_seed(0)
+    model = Branching()
+    for layer in model.modules():
+        if isinstance(layer, nn.Linear):
+            with torch.no_grad():
+                layer.weight[1] = layer.weight[0]
+    reasons = {one.layer: one.reason for one in merges(model).not_followed}
+    (reason,) = set(reasons.values())
+    assert reason.startswith("the forward pass cannot be traced: symbolically traced variables")
+    normed = Branching()
+    normed.net.insert(1, nn.LayerNorm(normed.net[0].out_features))
+    assert steps_of_model(normed).reasons["net.0"] == "LayerNorm lies between"
+
+
+def test_an_activation_that_is_used_twice_in_a_sequential_is_seen_twice():
+    class Untraced(nn.Module):
+        def __init__(self):
+            super().__init__()
+            gelu = nn.GELU()
+            self.net = nn.Sequential(nn.Linear(8, 8), gelu, nn.Linear(8, 8), gelu, nn.Linear(8, 8))
+
+        def forward(self, x):
+            return self.net(x) if x.sum() > 0 else x
+
+    found = steps_of_model(Untraced()).steps
+    assert [step.activation.name for step in found] == ["GELU", "GELU"]
+
+
+def test_the_vectors_of_a_dictionary_are_merged_with_its_encoder():
+    torch.manual_seed(0)
+    state = names(("W_enc", (20, 48)), ("W_dec", (48, 20)))
+    state["W_dec"][5] = state["W_dec"][4]
+    found = merges(state)
+    reason = "its neurons are the dictionary's own vectors; their merge is that of W_enc"
+    assert found.not_followed == (("W_dec", reason),)
+
+
+def test_why_neurons_of_a_followed_layer_are_not_merged():
+    for kind, factor, reason in (
+        (nn.ReLU, -1.0, "they point opposite ways, which ReLU tells apart"),
+        (nn.GELU, 2.0, "their lengths differ, which GELU tells apart"),
+    ):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(20, 16), kind(), nn.Linear(16, 8))
+        with torch.no_grad():
+            model[0].weight[4] = factor * model[0].weight[3]
+        found = merges(model)
+        assert (found.found, found.together) == ((), ())
+        assert found.not_merged == (("0", reason),)
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.05])
+@torch.no_grad()
+def test_all_merges_of_a_layer_together_change_no_more_than_is_said(spread):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 8)).double()
+    for i in range(0, 12, 3):
+        for j, factor in ((i + 1, 2.0), (i + 2, 0.5)):
+            noise = spread * F.normalize(torch.randn(20, dtype=torch.float64), dim=0)
+            model[0].weight[j] = factor * (model[0].weight[i] + 0.5 * noise)
+            model[0].bias[j] = factor * (model[0].bias[i] + spread)
+    found = merges(model, most=1)
+    assert "together in " not in str(merges(networks()["relu"][0]))
+    (one,) = found.together
+    assert (one.layer, one.following, one.count, one.dropped) == ("0", "2", 4, 8)
+    assert one.saved == 8 * (20 + 1 + 8)
+    every = merges(model).found
+    assert one.slope <= sum(merge.slope for merge in every) * (1 + 1e-12)
+    assert one.slope >= max(merge.slope for merge in every)
+    other = model
+    for merge in every:
+        other = merged(other, merge)
+    for scale in (0.1, 1.0, 10.0):
+        x = scale * torch.randn(256, 20, dtype=torch.float64)
+        changes = (other(x) - model(x)).abs().amax(1)
+        bound = one.slope * x.norm(dim=1) + one.offset
+        assert bool((changes <= bound * (1 + 1e-9) + 1e-12 * max(scale, 1.0)).all())
+        assert (float(changes.max()) > 1e-6) == (spread > 0.0)
+    said = " ".join(str(found).split())
+    assert "together in layer 0: 4 merges drop 8 neurons and save 232 parameters;" in said
+    assert json.loads(json.dumps(found.to_dict()))["together"][0]["saved"] == 232

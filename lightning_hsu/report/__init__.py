@@ -5,7 +5,7 @@ from lightning_hsu.report.comparison import Comparison, compare
 from lightning_hsu.report.comparison_data import LayerComparison, Matching
 from lightning_hsu.report.data import LayerReport, SimilarGroup, SimilarPair
 from lightning_hsu.report.drift import Drift
-from lightning_hsu.report.merging import Merge, Merges
+from lightning_hsu.report.merge_list import Merge, Merges
 
 __all__ = [
     "Comparison",

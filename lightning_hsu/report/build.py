@@ -24,12 +24,14 @@ from lightning_hsu.measures.base import check_measure
 from lightning_hsu.measures.defaults import REPORT_MEASURE
 from lightning_hsu.report.checkpoints import Checkpoint, read_checkpoint
 from lightning_hsu.report.data import ReportData
-from lightning_hsu.report.following import Steps, steps_of_model
+from lightning_hsu.report.following import steps_of_model
 from lightning_hsu.report.following_names import steps_of_names
 from lightning_hsu.report.looks import SAMPLE_ABOVE, Looks, Progress
-from lightning_hsu.report.merging import Merges, merges_of
+from lightning_hsu.report.merge_list import Merges
+from lightning_hsu.report.merging import merges_of
 from lightning_hsu.report.page import report_page
 from lightning_hsu.report.report_table import report_table, verdicts
+from lightning_hsu.report.steps import Steps
 from lightning_hsu.report.tables import plain, short, table_html
 
 Source = nn.Module | Mapping[str, Tensor] | str | Path
@@ -206,12 +208,14 @@ def merges(
     right after the first, dropout, pooling and a flattening. In a model ``torch.fx`` finds them,
     else the order in ``nn.Sequential``; in a file names and shapes do, which tell nothing of the
     activation: the condition stands beside each merge. So a sparse autoencoder's ``encoder`` or
-    ``W_enc`` is followed by its ``decoder`` or ``W_dec``. Layers that have near-duplicates, but no
-    known next layer, are named.
+    ``W_enc`` is followed by its ``decoder`` or ``W_dec``. Of layers with near-duplicates that are not
+    merged, ``not_followed`` and ``not_merged`` give the reasons; ``together`` adds up all merges of
+    a layer.
 
-    Through ReLU, leaky ReLU or nothing a neuron is replaced by another one times the ratio of their
-    lengths. Other activations need equal lengths, up to a tenth. Neurons that point opposite ways
-    are merged through odd functions only.
+    Through ReLU, leaky ReLU, PReLU or nothing a neuron is replaced by another one times the ratio of
+    their lengths; slopes of a PReLU may differ by a tenth. Other activations need equal lengths, up
+    to a tenth. Neurons that point opposite ways are merged through odd functions only. With a batch
+    norm or such a PReLU after it, a Linear layer is taken to get inputs of shape (batch, features).
 
     Args:
         source: As for :func:`report`.

@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_hsu._monitor.text import layer_named
 from lightning_hsu._neurons.wrappers import plain_name, without_prefixes
 from lightning_hsu.report.activations import RELU
-from lightning_hsu.report.following import USUAL_EPS, Step, Steps, Stored, shapes_of
+from lightning_hsu.report.steps import USUAL_EPS, Step, Steps, Stored, shapes_of
 
 _NUMBERED = re.compile(r"(fc|conv|linear|lin|dense|layer|hidden|l|)[_]?(\d+)")
 _IF_RELU = "if ReLU or nothing lies between"
@@ -55,12 +55,18 @@ def steps_of_names(tensors: Mapping[str, Tensor], tensor: Callable[[str], Tensor
     steps = []
     plain = _plain_layers(layers, tensors)
     doubtful = _doubtful_groups(layers, tensors)
+    reasons = {}
     for layer, following in pairwise(layers):
         first = tensors[f"{layer}.weight"].shape
         second = tensors[f"{following}.weight"].shape
         if not (_names_follow(layer, following, first, second) and _fit(first, second)):
             continue
-        if layer not in plain or following not in plain or layer in doubtful:
+        if layer in doubtful:
+            reasons[layer] = "it may be a convolution in groups"
+            continue
+        if layer not in plain or following not in plain:
+            own = layer if layer not in plain else following
+            reasons[layer] = f"the weights of {layer_named(own)} may not be used as they are stored"
             continue
         between = list(tensors)[order[f"{layer}.weight"] + 1 : order[f"{following}.weight"]]
         owners = {name.rpartition(".")[0] for name in between} - {layer, following}
@@ -68,8 +74,10 @@ def steps_of_names(tensors: Mapping[str, Tensor], tensor: Callable[[str], Tensor
         if owners:
             norm = owners.pop()
             if owners or not _is_norm(norm, tensors, first[0]):
+                reasons[layer] = f"{layer_named(norm)} lies between in the file"
                 continue
         elif _has_other_norms(layer, tensors):
+            reasons[layer] = "a norm beside it may lie between"
             continue
         condition = _IF_RELU
         if len(first) > 2:
@@ -82,7 +90,9 @@ def steps_of_names(tensors: Mapping[str, Tensor], tensor: Callable[[str], Tensor
     steps += _autoencoders(tensors)
     how = "names and shapes tell which layer follows; the file does not say how they are connected"
     way_out = "in Python, merges(model) follows the model itself"
-    return Steps(steps, how, read, shapes_of(tensors), {}, way_out)
+    otherwise = "names tell of no layer that takes its outputs"
+    shapes = shapes_of(tensors)
+    return Steps(steps, how, read, shapes, {}, way_out, reasons, otherwise)
 
 
 def _stored_names(tensors: Mapping[str, Tensor]) -> dict[str, str]:

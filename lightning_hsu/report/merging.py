@@ -8,104 +8,34 @@ next layer is added to that of neuron i. With outgoing weights v_kj, output k th
 
 where L is the largest slope of f. The bound is linear in the norm |x| of the layer's input; for a
 convolution |v_kj| is the sum over the places of the kernel, and |x| the norm of the largest patch.
+
+A PReLU with a slope a_j for each neuron has h_j = f_j(z_j) with z_j = w_j x + b_j, and
+
+    f_j(z_j) - c f_i(z_i) = f_j(z_j) - f_j(c z_i) + (a_j - a_i) min(c z_i, 0)
+
+because c f_i(z_i) = f_i(c z_i). So |a_j - a_i| c (|w_i| |x| + |b_i|) is added in the sum over j, where
+L is the larger of 1 and |a_j|.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from lightning_hsu._monitor.fold import NO_BREAK, fold_names
-from lightning_hsu._monitor.render import Line, wrapped
-from lightning_hsu._monitor.text import counted, layer_named, number
 from lightning_hsu._neurons.candidates import NeuronSet
 from lightning_hsu.report.activations import Activation
-from lightning_hsu.report.data import LayerReport
-from lightning_hsu.report.following import Step, Steps
+from lightning_hsu.report.data import LayerReport, SimilarGroup
+from lightning_hsu.report.merge_list import Merge, Merges, NotMerged, Together
+from lightning_hsu.report.steps import Step, Steps, dictionary_of
 
 _CANDIDATES = 16  # neurons of a group that may be the one that is kept, evenly spaced
 _SAME_LENGTH = 0.1  # lengths may differ by so much where the activation is not homogeneous
 _PER_GROUP = 20  # merges of a group, which may be a long chain
-_LISTED = 12  # neurons of a merge that are printed
-
-
-@dataclass(frozen=True)
-class Merge:
-    """Neurons of a layer that could be merged into one.
-
-    The recipe: add ``factors[j]`` times the column of neuron ``dropped[j]`` in the next layer to that
-    of neuron ``kept``, and drop the row ``dropped[j]`` (of a batch norm right after it, too) and that
-    column. Where a convolution feeds a Linear layer, a column is a block of columns. Of weights stored
-    as (inputs, outputs), such as W_enc and W_dec of a sparse autoencoder, rows are columns and columns
-    are rows.
-
-    Args:
-        layer: Name of the layer.
-        following: Name of the next layer.
-        kept: Index of the neuron that stays.
-        dropped: Indices of those that are merged into it.
-        factors: What their outgoing weights are multiplied by.
-        slope: No output of the next layer changes by more than ``slope * |x| + offset`` where x is
-            the layer's input: a vector, or the largest patch of a convolution.
-        offset: What biases add.
-        share: That bound at ``|x| = 1`` over the same bound on the outputs themselves.
-        saved: Parameters that are no longer needed.
-        norm: Name of the batch norm whose rows are dropped, too, in eval mode; None without one.
-        condition: What must hold, where it is read from names; "" if the model itself was read.
-        activation: What lies between the layers.
-    """
-
-    layer: str
-    following: str
-    kept: int
-    dropped: tuple[int, ...]
-    factors: tuple[float, ...]
-    slope: float
-    offset: float
-    share: float
-    saved: int
-    norm: str | None
-    condition: str
-    activation: str
-
-
-@dataclass(frozen=True)
-class Merges:
-    """What could be merged in a network.
-
-    Args:
-        found: The merges with the smallest share first, at most so many as were asked for.
-        count: How many there are in all, with at most 20 of a group.
-        pairs: Layers that were looked at, each with the next one.
-        how: How it is known which layer follows which.
-        not_followed: Layers that have near-duplicates, but of which no following layer is known.
-        way_out: What to do about these, in words; "" if there is nothing.
-    """
-
-    found: tuple[Merge, ...]
-    count: int
-    pairs: tuple[tuple[str, str], ...]
-    how: str
-    not_followed: tuple[str, ...] = ()
-    way_out: str = ""
-
-    def __str__(self) -> str:
-        """A line for each merge, and what the numbers mean."""
-        return "\n".join(merge_lines(self))
-
-    def to_dict(self) -> dict[str, Any]:
-        """All of it as lists, numbers and strings."""
-        return {
-            "found": [asdict(merge) for merge in self.found],
-            "count": self.count,
-            "pairs": [list(pair) for pair in self.pairs],
-            "how": self.how,
-            "not_followed": list(self.not_followed),
-        }
+_NO_ROWS = "its neurons are not the rows of its weight"
+_SAME_SLOPE = 0.1  # slopes of a PReLU may differ by so much
 
 
 @dataclass(frozen=True)
@@ -119,6 +49,7 @@ class _Joint:
         parameters: How many parameters a neuron has here and in the next layer.
         activation: What lies between.
         odd: Whether opposite neurons can be merged.
+        slopes: Of a PReLU with one for each neuron, (n,); None without one.
     """
 
     weight: Tensor
@@ -127,6 +58,19 @@ class _Joint:
     parameters: int
     activation: Activation
     odd: bool
+    slopes: Tensor | None = None
+
+    def steepest(self) -> Tensor:
+        """The largest slope of each neuron's activation (n,)."""
+        if self.slopes is None:
+            return self.bias.new_full(self.bias.shape, self.activation.slope)
+        return self.slopes.abs().clamp(min=1.0)
+
+    def outputs(self) -> float:
+        """What the next layer can make of its neurons at most, for inputs of norm 1."""
+        length = torch.linalg.vector_norm(self.weight, dim=1)
+        reach = self.steepest() * (length + self.bias.abs())
+        return float((self.outgoing @ reach.nan_to_num(0.0, posinf=0.0)).max())
 
 
 def merges_of(
@@ -147,35 +91,62 @@ def merges_of(
     """
     places = {target.name: i for i, target in enumerate(targets)}
     found: list[Merge] = []
+    together = []
     pairs = []
+    not_merged = []
+    reasons = {}
     for step in steps.steps:
         if step.layer not in places:
             continue
         place = places[step.layer]
-        if not _plain(targets[place], step.stored().shape(steps.shapes)):
-            continue
-        pairs.append((step.layer, step.following))
         groups = layers[place].groups
+        if not _plain(targets[place], step.stored().shape(steps.shapes)):
+            reasons[step.layer] = _NO_ROWS
+            continue
+        if groups:
+            rows = targets[place].neurons()[0].detach().cpu().double()
+            if not torch.equal(rows.nan_to_num(), _rows(step, steps).double().nan_to_num()):
+                reasons[step.layer] = _NO_ROWS
+                continue
+        pairs.append((step.layer, step.following))
         if not groups:
             continue
-        rows = targets[place].neurons()[0].detach().cpu()
-        if not torch.equal(rows.double().nan_to_num(), _rows(step, steps).double().nan_to_num()):
-            pairs.pop()  # its neurons are not the rows of its weight
-            continue
         joint = _joint(step, steps)
-        if not bool(torch.isfinite(joint.outgoing).all()):
-            continue
+        choices = []
         for group in groups:
-            found += _merges(step, joint, group.neurons, similar_above)
+            choices += _choices(joint, group.neurons, similar_above)
+        if not choices:
+            reason = _why_not(step, joint, groups, similar_above)
+            not_merged.append(NotMerged(step.layer, reason))
+            continue
+        for choice in choices:
+            found.append(_merge(step, joint, choice))
+        together.append(_together(step, joint, choices))
     found.sort(key=lambda merge: merge.share)
     followed = {layer for layer, _ in pairs}
     others = []
-    for layer in layers:
+    for layer, target in zip(layers, targets, strict=True):
         if layer.groups and layer.name not in followed:
-            others.append(layer.name)
+            why = _of_dictionary(target, steps) or reasons.get(layer.name)
+            others.append(NotMerged(layer.name, why or steps.reason(layer.name)))
     return Merges(
-        tuple(found[:most]), len(found), tuple(pairs), steps.how, tuple(others), steps.way_out
+        found=tuple(found[:most]),
+        count=len(found),
+        pairs=tuple(pairs),
+        how=steps.how,
+        not_followed=tuple(others),
+        way_out=steps.way_out,
+        not_merged=tuple(not_merged),
+        together=tuple(together),
     )
+
+
+def _of_dictionary(target: NeuronSet, steps: Steps) -> str:
+    """Why the vectors of a dictionary are not merged by themselves; "" for another layer."""
+    found = dictionary_of(target.name, steps.shapes)
+    if found is None or target.shape[:2] != (1, found[1]):
+        return ""
+    return f"its neurons are the dictionary's own vectors; their merge is that of {found[0]}"
 
 
 def _plain(target: NeuronSet, shape: torch.Size) -> bool:
@@ -203,17 +174,23 @@ def _joint(step: Step, steps: Steps) -> _Joint:
     blocks = following.flatten(1).double().reshape(len(following), len(weight), -1)
     parameters += len(following) * blocks.shape[2]
     odd = step.activation.odd and step.keeps_sign
-    return _Joint(weight, bias, blocks.abs().sum(2), parameters, step.activation, odd)
+    slopes = None
+    if step.prelu is not None:
+        slopes = steps.tensor(step.prelu).detach().cpu().double()
+        parameters += 1
+    return _Joint(weight, bias, blocks.abs().sum(2), parameters, step.activation, odd, slopes)
 
 
-def _merges(step: Step, joint: _Joint, group: Sequence[int], similar_above: float) -> list[Merge]:
+def _choices(joint: _Joint, group: Sequence[int], similar_above: float) -> list[_Choice]:
     """What could be merged among a group of near-duplicates.
 
     The neuron to keep is the one that most others are near to, then with the smallest bound. What
     is not near to it, in a chain of near-duplicates, is looked at again without those.
     """
     left = torch.tensor(group)
-    found: list[Merge] = []
+    found: list[_Choice] = []
+    if not bool(torch.isfinite(joint.outgoing).all()):
+        return found
     while len(left) > 1 and len(found) < _PER_GROUP:
         best: _Choice | None = None
         step_size = -(-len(left) // _CANDIDATES)
@@ -223,7 +200,7 @@ def _merges(step: Step, joint: _Joint, group: Sequence[int], similar_above: floa
                 best = choice
         assert best is not None
         if len(best.dropped):
-            found.append(_merge(step, joint, best))
+            found.append(best)
         gone = torch.cat([best.dropped, torch.tensor([best.kept])])
         left = left[~torch.isin(left, gone)]
     return found
@@ -268,22 +245,28 @@ def _choice(joint: _Joint, kept: int, group: Tensor, similar_above: float) -> _C
     if not joint.activation.homogeneous:
         near &= (lengths - length).abs() <= _SAME_LENGTH * torch.maximum(lengths, length)
         factors = signs
-    near &= torch.isfinite(w).all(1) & torch.isfinite(joint.bias[others])
-    near &= torch.isfinite(joint.bias[kept])
+    near &= torch.isfinite(w).all(1) & torch.isfinite(joint.bias[others] + joint.bias[kept])
+    steepest = joint.steepest()
+    near &= torch.isfinite(steepest[others] + steepest[kept])
+    if joint.slopes is not None:
+        near &= (joint.slopes[others] - joint.slopes[kept]).abs() <= _SAME_SLOPE
     others = others[near]
     factors = factors[near]
     distance = torch.linalg.vector_norm(w[near] - factors[:, None] * to, dim=1)
     shift = (joint.bias[others] - factors * joint.bias[kept]).abs()
-    outgoing = joint.activation.slope * joint.outgoing[:, others]
+    distance = steepest[others] * distance
+    shift = steepest[others] * shift
+    if joint.slopes is not None:
+        bent = (joint.slopes[others] - joint.slopes[kept]).abs() * factors
+        distance = distance + bent * length
+        shift = shift + bent * joint.bias[kept].abs()
+    outgoing = joint.outgoing[:, others]
     return _Choice(kept, others, factors, outgoing @ distance, outgoing @ shift)
 
 
 def _merge(step: Step, joint: _Joint, choice: _Choice) -> Merge:
     """A merge with its bound."""
-    length = torch.linalg.vector_norm(joint.weight, dim=1)
-    outgoing = joint.activation.slope * joint.outgoing
-    reach = (length + joint.bias.abs()).nan_to_num(0.0, posinf=0.0)
-    of_outputs = float((outgoing @ reach).max())
+    of_outputs = joint.outputs()
     change = float((choice.slopes + choice.offsets).max())
     return Merge(
         layer=step.layer,
@@ -298,87 +281,52 @@ def _merge(step: Step, joint: _Joint, choice: _Choice) -> Merge:
         norm=step.norm,
         condition=step.condition,
         activation=step.activation.name,
+        prelu=step.prelu,
     )
 
 
-def merge_lines(merges: Merges) -> list[str]:
-    """A line for each merge, and what the numbers mean; none is longer than 80 columns."""
-    if not merges.pairs:
-        lines = [Line("merge: no pair of layers is known to follow each other")]
-    else:
-        pairs = counted(len(merges.pairs), "pair")
-        lines = [Line(f"merge: {pairs} of layers that follow each other; {merges.how}")]
-        if not merges.found:
-            lines.append(Line("no near-duplicate neurons that could be merged", indent=2))
-    for merge in merges.found:
-        lines.append(Line(_line(merge), indent=2, hanging=6))
-    if merges.count > len(merges.found):
-        lines.append(Line(f"and {merges.count - len(merges.found):,} more", indent=2))
-    if merges.found:
-        lines += _explained(merges.found)
-    if merges.not_followed:
-        lines.append(Line(_not_followed(merges)))
-    found = []
-    for line in lines:
-        found += wrapped(line)
-    return found
-
-
-def _explained(merges: Sequence[Merge]) -> list[Line]:
-    """What the numbers of merges mean."""
-    what = (
-        "(x c): add c times the neuron's column of the next layer to that of the one that is kept, "
-        "then drop its row and that column, and its numbers in a batch norm between; of W_enc and "
-        "W_dec that are stored transposed, rows are columns"
-    )
-    bound = (
-        "bound: no output of the next layer changes by more, in eval mode; |x| is the norm of the "
-        "layer's input, of a convolution that of the largest patch; %: that bound over the same "
-        "bound on the outputs themselves, both at |x| = 1"
-    )
-    if not any("W_enc" in merge.layer or "W_dec" in merge.following for merge in merges):
-        what = what.partition(";")[0]
-    if all(merge.norm is None for merge in merges):
-        what = what.replace(", and its numbers in a batch norm between", "")
-    return [Line(what), Line(bound)]
-
-
-def _not_followed(merges: Merges) -> str:
-    """Which layers have near-duplicates, but no known next layer, and what to do about it."""
-    names = merges.not_followed
-    if len(names) == 1:
-        line = f"{layer_named(names[0])} has near-duplicates, but no known next layer"
-    else:
-        folded = fold_names(names).removesuffix(f" ({len(names):,})")
-        line = (
-            f"{len(names):,} layers have near-duplicates, but no known next layer, so that nothing is "
-            f"said of merging there: {folded}"
-        )
-    if merges.way_out:
-        line += f"; {merges.way_out}"
-    return line
-
-
-def _line(merge: Merge) -> str:
-    """A merge in a line."""
-    words = []
-    for neuron, factor in zip(merge.dropped[:_LISTED], merge.factors, strict=False):
-        words.append(f"{neuron} (x {number(factor, 3)})")
-    if len(merge.dropped) > _LISTED:
-        words.append(f"{len(merge.dropped) - _LISTED:,} more")
-    between = merge.condition or f"{merge.activation} between"
-    if merge.norm is not None:
-        between = f"batch norm {merge.norm} in eval mode, {between}"
-    bound = f"{_short(merge.slope)} |x|"
-    if merge.offset > 0:
-        bound += f" + {_short(merge.offset)}"
-    bound = bound.replace(" ", NO_BREAK)
-    return (
-        f"{layer_named(merge.layer)}: keep {merge.kept} <- {', '.join(words)}; outputs of "
-        f"{layer_named(merge.following)} change by at most {bound}, {100 * merge.share:.2g} % of "
-        f"the bound on them; {between}; saves {merge.saved:,} parameters"
+def _together(step: Step, joint: _Joint, choices: Sequence[_Choice]) -> Together:
+    """All merges of a layer, no neuron of which is in two."""
+    slopes = torch.stack([choice.slopes for choice in choices]).sum(0)
+    offsets = torch.stack([choice.offsets for choice in choices]).sum(0)
+    seen: set[int] = set()
+    dropped = 0
+    for choice in choices:
+        neurons = {choice.kept, *choice.dropped.tolist()}
+        if seen & neurons:
+            raise RuntimeError(f"{step.layer}: neurons {sorted(seen & neurons)} are in two merges")
+        seen |= neurons
+        dropped += len(choice.dropped)
+    of_outputs = joint.outputs()
+    return Together(
+        layer=step.layer,
+        following=step.following,
+        count=len(choices),
+        dropped=dropped,
+        saved=dropped * joint.parameters,
+        slope=float(slopes.max()),
+        offset=float(offsets.max()),
+        share=float((slopes + offsets).max()) / of_outputs if of_outputs > 0 else 0.0,
     )
 
 
-def _short(x: float) -> str:
-    return f"{x:.3g}"
+def _why_not(
+    step: Step, joint: _Joint, groups: Sequence[SimilarGroup], similar_above: float
+) -> str:
+    """Why no near-duplicates of a layer can be merged: what would have to be otherwise."""
+    if not bool(torch.isfinite(joint.outgoing).all()):
+        return f"weights of the next layer, {step.following}, are NaN or infinite"
+    name = step.activation.name
+    homogeneous = replace(joint.activation, homogeneous=True)
+    otherwise = [
+        ("PReLU slopes differ", replace(joint, slopes=None)),
+        (f"they point opposite ways, which {name} tells apart", replace(joint, odd=True)),
+        (f"their lengths differ, which {name} tells apart", replace(joint, activation=homogeneous)),
+    ]
+    for reason, other in otherwise:
+        for group in groups:
+            if _choices(other, group.neurons, similar_above):
+                return reason
+    if step.norm is not None:
+        return f"they are none after batch norm {step.norm}"
+    return "none of them can stand for another"
