@@ -1052,3 +1052,26 @@ def test_all_merges_of_a_layer_together_change_no_more_than_is_said(spread):
     said = " ".join(str(found).split())
     assert "together in layer 0: 4 merges drop 8 neurons and save 232 parameters;" in said
     assert json.loads(json.dumps(found.to_dict()))["together"][0]["saved"] == 232
+
+
+def test_merges_are_shown_in_a_page_and_in_notebooks(tmp_path, capsys):
+    torch.manual_seed(0)
+    hostile = "<script>alert(1)</script>\x1b[31m"
+    state = names((f"{hostile}.0.weight", (16, 20)), (f"{hostile}.2.weight", (8, 16)))
+    for x in state.values():
+        x[4] = x[3]
+    found = report(state, merge=5)
+    assert len(found.merges.found) == 1
+    for shown in (found.merges._repr_html_(), found._repr_html_(), found.to_html()):
+        assert "keep 3 for 4" in shown.replace("&nbsp;", " ")
+        assert "near-duplicates that are not merged:" in shown
+        assert "&lt;script&gt;" in shown
+        assert "<script" not in shown
+    assert "\x1b" not in str(found.merges)
+    assert "\x1b" not in found.merges._repr_html_()
+    assert "What could be merged" not in report(state).to_html()
+    torch.save(state, tmp_path / "a.pt")
+    page = tmp_path / "a.html"
+    assert main(["report", str(tmp_path / "a.pt"), "--merge", "--html", str(page)]) == 0
+    assert "<h2>What could be merged</h2>" in page.read_text(encoding="utf-8")
+    capsys.readouterr()

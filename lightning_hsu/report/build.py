@@ -71,8 +71,11 @@ class Report(ReportData):
         return f"<Report on {short(self.source)}: {verdicts(self.layers)}>"
 
     def _repr_html_(self) -> str:
-        """The table, for a notebook."""
-        return table_html(report_table(self), self.source)
+        """The table, and the merges if they were asked for, for a notebook."""
+        found = table_html(report_table(self), self.source)
+        if self.merges is not None:
+            found += "\n" + self.merges._repr_html_()
+        return found
 
     def table(self, top: int | None = None) -> str:
         """The table, in plain text.
@@ -94,7 +97,8 @@ class Report(ReportData):
 
     def to_html(self) -> str:
         """The report as one page: no script, nothing to load."""
-        return report_page(self)
+        merges = "" if self.merges is None else self.merges._repr_html_()
+        return report_page(self, merges)
 
     def write_html(self, path: str | Path) -> None:
         """Write :meth:`to_html` to a file."""

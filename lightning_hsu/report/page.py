@@ -51,9 +51,16 @@ _FIGURES = 500  # layers with figures, so that the page of very many layers stay
 _LISTED = 20  # pairs and dead neurons that are listed for a layer
 
 
-def report_page(found: ReportData) -> str:
-    """The page of a report, one file."""
+def report_page(found: ReportData, merges: str = "") -> str:
+    """The page of a report, one file.
+
+    Args:
+        found: The report.
+        merges: What could be merged, as HTML; "" if that was not asked for.
+    """
     body = _header(found) + _overview(found) + _sections(found)
+    if merges:
+        body += f"<h2>What could be merged</h2>\n{merges}\n"
     body += notes_part(lines_about_notes(found.notes)) + skipped_part(found.skips, "Left out")
     return whole_page(f"Neurons of {found.source}", body)
 
