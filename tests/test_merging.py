@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from lightning_hsu._monitor.text import layer_named
 from lightning_hsu.report import merges, report
 from lightning_hsu.report.activations import activation_of
 from lightning_hsu.report.cli import main
@@ -169,6 +170,7 @@ def test_exact_duplicates_change_nothing(name):
     model.double().eval()
     (merge,) = [merge for merge in merges(model).found if merge.layer == layer]
     assert (merge.kept, merge.dropped, merge.slope, merge.offset) == (3, (9,), 0.0, 0.0)
+    assert f"outputs of {layer_named(merge.following)} stay the same" in shown(merges(model))
     changes, _ = change(model, merge, torch.randn(32, *size, dtype=torch.float64))
     assert float(changes.max()) < 1e-12
 
@@ -207,6 +209,11 @@ def with_prelu(name, apart, slope=0.25):
     slopes.copy_(torch.linspace(-1.5, 0.9, len(slopes)))
     slopes[[3, 7, 9]] = slope + torch.tensor([0.0, apart, -apart / 2])
     return model, "a" if name == "function" else "0", size
+
+
+def shown(found):
+    """What is printed, as one line."""
+    return " ".join(str(found).split())
 
 
 def adversarial(model, merge, size, steps=300):
@@ -1062,11 +1069,11 @@ def test_merges_are_shown_in_a_page_and_in_notebooks(tmp_path, capsys):
         x[4] = x[3]
     found = report(state, merge=5)
     assert len(found.merges.found) == 1
-    for shown in (found.merges._repr_html_(), found._repr_html_(), found.to_html()):
-        assert "keep 3 for 4" in shown.replace("&nbsp;", " ")
-        assert "near-duplicates that are not merged:" in shown
-        assert "&lt;script&gt;" in shown
-        assert "<script" not in shown
+    for html in (found.merges._repr_html_(), found._repr_html_(), found.to_html()):
+        assert "keep 3 for 4" in html.replace("&nbsp;", " ")
+        assert "near-duplicates that are not merged:" in html
+        assert "&lt;script&gt;" in html
+        assert "<script" not in html
     assert "\x1b" not in str(found.merges)
     assert "\x1b" not in found.merges._repr_html_()
     assert "What could be merged" not in report(state).to_html()
@@ -1075,3 +1082,22 @@ def test_merges_are_shown_in_a_page_and_in_notebooks(tmp_path, capsys):
     assert main(["report", str(tmp_path / "a.pt"), "--merge", "--html", str(page)]) == 0
     assert "<h2>What could be merged</h2>" in page.read_text(encoding="utf-8")
     capsys.readouterr()
+
+
+def test_a_weight_that_a_model_uses_by_itself_is_told_with_the_way_out():
+    torch.manual_seed(0)
+    model = Autoencoder()
+    with torch.no_grad():
+        model.W_enc[:, 3] = model.W_enc[:, 4]
+    (one,) = merges(model, include="W_enc").not_followed
+    assert one.reason.endswith("merges(model.state_dict()) goes by names")
+    assert len(merges(model.state_dict()).found) == 1
+
+
+def test_what_lies_between_in_a_file_is_named():
+    state = names(("fc1.weight", (8, 6)), ("norm.weight", (8,)), ("fc2.weight", (4, 8)))
+    state["fc1.weight"][1] = state["fc1.weight"][0]
+    assert merges(state).not_followed == (("fc1", "norm lies between in the file"),)
+    state = names(("fc1.weight", (8, 6)), ("fc2.weight", (4, 8)), ("norm.weight", (8,)))
+    state["fc1.weight"][1] = state["fc1.weight"][0]
+    assert merges(state).not_followed == (("fc1", "a norm beside it may lie between"),)

@@ -203,7 +203,10 @@ def steps_of_model(model: nn.Module) -> Steps:
         as_used = copy.deepcopy(model).eval()  # a copy, which may keep what it is called with
         steps, reasons = _Traced(model, fx.Tracer().trace(as_used)).find()
         how = "layers follow each other as the model was traced"
-        otherwise = "its weight is used by itself, which is not followed in a model"
+        otherwise = (
+            "its weight is used by itself, which is not followed in a model; "
+            "merges(model.state_dict()) goes by names"
+        )
     except Exception as error:  # the model's own code may raise anything on a stand-in
         steps, reasons = _in_sequentials(model)
         how = "the model cannot be traced: layers follow each other within nn.Sequential"

@@ -72,8 +72,8 @@ def steps_of_names(tensors: Mapping[str, Tensor], tensor: Callable[[str], Tensor
         owners = {name.rpartition(".")[0] for name in between} - {layer, following}
         norm = None
         if owners:
-            norm = owners.pop()
-            if owners or not _is_norm(norm, tensors, first[0]):
+            norm = min(owners)
+            if len(owners) > 1 or not _is_norm(norm, tensors, first[0]):
                 reasons[layer] = f"{layer_named(norm)} lies between in the file"
                 continue
         elif _has_other_norms(layer, tensors):

@@ -183,10 +183,14 @@ def _line(merge: Merge) -> str:
 
 def _change(change: Merge | Together) -> str:
     """How much the outputs of the next layer change, in words."""
-    limit = f"{change.slope:.3g} * |input|"
+    parts = []
+    if change.slope > 0:
+        parts.append(f"{change.slope:.3g} * |input|")
     if change.offset > 0:
-        limit += f" + {change.offset:.3g}"
-    limit = limit.replace(" ", NO_BREAK)
+        parts.append(f"{change.offset:.3g}")
+    if not parts:
+        return f"outputs of {_named(change.following)} stay the same"
+    limit = " + ".join(parts).replace(" ", NO_BREAK)
     return (
         f"outputs of {_named(change.following)} change by at most {limit}, "
         f"{100 * change.share:.2g}{NO_BREAK}% of what its weights allow"
