@@ -395,11 +395,65 @@ def sentence_folder(folder, dense="2_Dense"):
     (folder / "modules.json").write_text(json.dumps(modules))
 
 
+def add_module(folder, kind, path):
+    """Add a module to those that a folder of sentence-transformers names."""
+    modules = json.loads((folder / "modules.json").read_text())
+    modules.append({"idx": len(modules), "name": str(len(modules)), "path": path, "type": kind})
+    (folder / "modules.json").write_text(json.dumps(modules))
+
+
 def test_a_folder_of_sentence_transformers(tmp_path):
     sentence_folder(tmp_path)
     found = read_checkpoint(tmp_path)
     assert list(found.tensors) == ["0.encoder.layer.0.weight", "2.linear.weight"]
     assert found.config == {"model_type": "bert"}
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "models.Normalize",
+        "models.Dropout",
+        "models.Pooling",
+        "base.modules.normalize.Normalize",
+        "sparse_encoder.models.SpladePooling",
+    ],
+)
+def test_modules_without_weights_need_no_folder(tmp_path, kind):
+    sentence_folder(tmp_path)
+    add_module(tmp_path, f"sentence_transformers.{kind}", "3_Absent")
+    found = read_checkpoint(tmp_path)
+    assert list(found.tensors) == ["0.encoder.layer.0.weight", "2.linear.weight"]
+    assert found.notes == ()
+
+
+@pytest.mark.parametrize(
+    "kind", ["sentence_transformers.models.Dense", "sentence_transformers.models.LayerNorm"]
+)
+def test_modules_with_weights_need_their_folder(tmp_path, kind):
+    sentence_folder(tmp_path)
+    add_module(tmp_path, kind, "3_Absent")
+    with pytest.raises(ValueError, match=r"names the folder 3_Absent: it is not there"):
+        read_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["mine.Normalize", "sentence_transformers.models", ""])
+def test_a_module_of_an_unknown_class_needs_its_folder(tmp_path, kind):
+    sentence_folder(tmp_path)
+    add_module(tmp_path, kind, "3_Absent")
+    with pytest.raises(ValueError, match=r"names the folder 3_Absent: it is not there"):
+        read_checkpoint(tmp_path)
+
+
+def test_an_empty_file_of_a_dropout_is_no_error(tmp_path):
+    sentence_folder(tmp_path)
+    add_module(tmp_path, "sentence_transformers.models.Dropout", "3_Dropout")
+    (tmp_path / "3_Dropout").mkdir()
+    torch.save({}, tmp_path / "3_Dropout" / "pytorch_model.bin")
+    assert list(read_checkpoint(tmp_path).tensors) == [
+        "0.encoder.layer.0.weight",
+        "2.linear.weight",
+    ]
 
 
 @pytest.mark.parametrize("dense", ["..", "../x", "/tmp", "a/b", None])

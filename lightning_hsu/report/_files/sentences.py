@@ -11,6 +11,9 @@ from lightning_hsu.report._files.naming import short
 from lightning_hsu.report._files.regular import is_file, read_json
 
 _MODULES = "modules.json"
+_PACKAGE = "sentence_transformers."
+_WITHOUT_WEIGHTS = ("Dropout", "Normalize", "Pooling", "SpladePooling", "WKPooling")
+"""Classes of sentence-transformers, in whatever module of it, that have nothing to learn."""
 
 
 def is_sentence_folder(path: Path) -> bool:
@@ -21,6 +24,8 @@ def is_sentence_folder(path: Path) -> bool:
 def read_sentence_folder(path: Path, read: Callable[[Path], Found]) -> Found:
     """The weights of every module, under the module's name, such as ``0.encoder.layer.0``.
 
+    Modules without weights, such as ``Normalize``, need no folder: not every copy of a model has it.
+
     A SentenceTransformer names them so too, but that the transformer is an attribute of its module,
     ``0.auto_model`` or, in later releases, ``0.model``, which the folder does not tell. The
     configuration is that of the first module that has one: the transformer.
@@ -30,7 +35,7 @@ def read_sentence_folder(path: Path, read: Callable[[Path], Found]) -> Found:
         read: Reads the folder of one module.
 
     Raises:
-        ValueError: if a module is not a folder inside this one.
+        ValueError: if a module is not a folder inside this one, or that of its weights is missing.
     """
     modules = read_json(path / _MODULES)
     if not isinstance(modules, list):
@@ -38,6 +43,8 @@ def read_sentence_folder(path: Path, read: Callable[[Path], Found]) -> Found:
     found = Found()
     for module in modules:
         name, inside = _read_module(path, module)
+        if _has_no_weights(module):
+            continue
         folder = path / inside
         if inside and not folder.is_dir():
             raise ValueError(f"{path / _MODULES} names the folder {short(inside)}: it is not there")
@@ -61,6 +68,12 @@ def _read_module(path: Path, module: object) -> tuple[str, str]:
             "inside this one: name a file of weights"
         )
     return name, inside
+
+
+def _has_no_weights(module: object) -> bool:
+    """Whether a module is of a class that has no weights."""
+    kind = _text(module, "type") or ""
+    return kind.startswith(_PACKAGE) and kind.rpartition(".")[2] in _WITHOUT_WEIGHTS
 
 
 def _is_inside(folder: str) -> bool:
