@@ -13,8 +13,8 @@ from torch import nn
 from torch.nn.utils import prune
 
 from lightning_hsu.report import compare, report, unpickle
+from lightning_hsu.report._files import folders, safetensors_files
 from lightning_hsu.report._files import found as found_module
-from lightning_hsu.report._files import safetensors_files
 from lightning_hsu.report.checkpoints import read_checkpoint, read_weights
 from tests.models import network
 
@@ -122,6 +122,52 @@ def test_the_cache_of_the_hub_is_made_of_links(tmp_path):
         ValueError, match=r"in folders of their own: name one, such as .*snapshots/abc"
     ):
         read_weights(tmp_path)
+
+
+def test_the_folder_of_a_training_names_that_of_its_checkpoints(tmp_path):
+    """Lightning's default_root_dir, three levels up."""
+    inner = Path("lightning_logs") / "version_0" / "checkpoints"
+    (tmp_path / inner).mkdir(parents=True)
+    torch.save({"state_dict": state("w.weight")}, tmp_path / inner / "epoch=0-step=10.ckpt")
+    with pytest.raises(ValueError, match=r"name one, such as (.*);") as told:
+        read_weights(tmp_path)
+    assert f"such as {tmp_path / inner}; there are" in str(told.value)
+    outer = tmp_path / "run" / "again"
+    outer.mkdir(parents=True)
+    (tmp_path / "lightning_logs").rename(outer / "lightning_logs")
+    with pytest.raises(ValueError, match=r"folder without .safetensors"):
+        read_weights(tmp_path)  # five levels up
+    with pytest.raises(ValueError, match=r"name one, such as .*again/lightning_logs/version_0"):
+        read_weights(tmp_path / "run")
+
+
+def test_the_nearest_folder_with_weights_is_named_first(tmp_path):
+    for inner in ("a/b/c", "z"):
+        (tmp_path / inner).mkdir(parents=True)
+        save_file(state("w.weight"), tmp_path / inner / "model.safetensors")
+    with pytest.raises(ValueError, match=r"such as .*z; there are 'z', 'a/b/c'"):
+        read_weights(tmp_path)
+
+
+def test_links_to_folders_with_weights_are_not_followed(tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    save_file(state("w.weight"), elsewhere / "model.safetensors")
+    (tmp_path / "here" / "a").mkdir(parents=True)
+    (tmp_path / "here" / "a" / "b").symlink_to(elsewhere)
+    with pytest.raises(ValueError, match=r"folder without .safetensors"):
+        read_weights(tmp_path / "here")
+
+
+def test_a_bounded_number_of_folders_is_looked_at(tmp_path, monkeypatch):
+    looked_at = []
+    monkeypatch.setattr(folders, "_has_weights", looked_at.append)
+    for i in range(201):
+        for j in range(6):
+            (tmp_path / f"{i:03}" / str(j)).mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"folder without .safetensors"):
+        read_weights(tmp_path)
+    assert len(looked_at) == len(set(looked_at)) == 1_000
 
 
 def test_one_set_of_several_is_taken(tmp_path):

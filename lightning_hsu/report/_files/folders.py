@@ -7,9 +7,11 @@ Face hub is made of such links.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 from lightning_hsu.report._files.found import Found
@@ -43,6 +45,9 @@ _NOT_WEIGHTS = re.compile(
     re.IGNORECASE,
 )
 _MOST_ENTRIES = 10_000
+_DEEPEST = 4  # levels of folders inside in which weights are searched, to name their folder
+_MOST_FOLDERS = 1_000  # that are looked at in such a search
+_MOST_FOLDERS_IN_ONE = 200
 
 
 def read_folder(path: Path, key: str | None = None) -> Found:
@@ -259,7 +264,7 @@ def _read_unnamed(path: Path, names: list[str], files: list[str], key: str | Non
     other = other_folder(path, set(names))
     if other is not None:
         raise ValueError(other)
-    inner = _folders_with_weights(path, names)
+    inner = _folders_with_weights(path)
     if inner:
         kind = "a diffusers pipeline" if "model_index.json" in names else "a folder"
         raise ValueError(
@@ -296,22 +301,36 @@ def _set_of(part: re.Match[str]) -> tuple[str, str, str]:
     return part[1], part[3], part[4]
 
 
-def _folders_with_weights(path: Path, names: list[str]) -> list[str]:
-    """Folders at most two levels inside that hold weights; links to folders are not followed."""
+def _folders_with_weights(path: Path) -> list[str]:
+    """Folders inside that hold weights, as paths from this one, those nearest to it first.
+
+    Up to four levels, as deep as Lightning puts checkpoints below its ``default_root_dir`` and one
+    more, and up to 1,000 folders are looked at. Links to folders are not followed.
+    """
     found = []
-    for name in names[:200]:
-        inner = path / name
-        if inner.is_symlink() or not inner.is_dir():
-            continue
-        for folder in ("", *_folders_in(inner)):
-            if _has_weights(inner / folder):
-                found.append(f"{name}/{folder}".rstrip("/"))
+    count = 0
+    level = [""]
+    for _ in range(_DEEPEST):
+        inner = []
+        for above in level:
+            for name in _folders_in(path / above):
+                if count == _MOST_FOLDERS:
+                    return found
+                count += 1
+                folder = f"{above}/{name}".lstrip("/")
+                inner.append(folder)
+                if _has_weights(path / folder):
+                    found.append(folder)
+        level = inner
     return found
 
 
 def _folders_in(path: Path) -> list[str]:
+    """Names of the folders in a folder, at most 200 of them."""
     found = []
-    for name in entries(path)[:200]:
+    for name in _some_entries(path):
+        if len(found) == _MOST_FOLDERS_IN_ONE:
+            break
         if (path / name).is_dir() and not (path / name).is_symlink():
             found.append(name)
     return found
@@ -319,9 +338,18 @@ def _folders_in(path: Path) -> list[str]:
 
 def _has_weights(path: Path) -> bool:
     """Whether a folder holds weights, an adapter or a sharded checkpoint."""
-    for name in entries(path):
+    for name in _some_entries(path):
         if name == ".metadata" or name.startswith("adapter_model."):
             return True
         if _weights([name]) and is_file(path / name):
             return True
     return False
+
+
+def _some_entries(path: Path) -> list[str]:
+    """The names in a folder, sorted; of very many the first 10,000, of an unreadable folder none."""
+    try:
+        with os.scandir(path) as inside:
+            return sorted(entry.name for entry in islice(inside, _MOST_ENTRIES))
+    except OSError:
+        return []
