@@ -239,8 +239,29 @@ def test_layers_are_in_the_order_of_a_model():
 
 
 def test_integers_are_left_out_with_the_reason():
-    state = {"a.weight": torch.randn(4, 4), "b.weight": torch.zeros(4, 4, dtype=torch.int8)}
-    assert "torch.int8, not floating-point" in select(neurons_of_state_dict(state))[1][0].reason
+    state = {"a.weight": torch.randn(4, 4)}
+    reasons = {}
+    for dtype in (torch.int8, torch.uint8, torch.int64):
+        state["b.weight"] = torch.zeros(4, 4, dtype=dtype)
+        (skip,) = select(neurons_of_state_dict(state))[1]
+        assert skip.name == "b"
+        reasons[dtype] = skip.reason
+    for dtype in (torch.int8, torch.uint8):
+        assert reasons[dtype] == (
+            f"its weights are {dtype}, not floating-point, and no scale that fits lies beside them: "
+            "report the model itself, or pass dequantised tensors"
+        )
+    assert reasons[torch.int64] == "its weights are torch.int64, not floating-point"
+
+
+def test_codes_without_a_scale_alone_say_what_to_do():
+    state = {"fc.weight": torch.zeros(32, 64, dtype=torch.int8)}
+    with pytest.raises(ValueError, match=r"fc \(32, 64\): .* dequantised tensors"):
+        select(neurons_of_state_dict(state))
+    state["fc.weight_scale"] = torch.ones(32, 1)
+    state["fc.weight"] = torch.randint(-128, 128, (32, 64), dtype=torch.int8)
+    ((fc,), skips) = select(neurons_of_state_dict(state))
+    assert (fc.name, fc.shape, skips) == ("fc", (1, 32, 64), [])
 
 
 @pytest.mark.parametrize("wrong", [{}, {"epoch": 3}, [1]])
@@ -484,9 +505,8 @@ def test_what_cannot_be_read_is_told_even_if_it_is_named():
     candidates = neurons_of_state_dict(state, None, asked)
     targets, skips = select(candidates)
     assert [one.name for one in targets] == ["1"]
-    assert ("a", "its weights are torch.int8, not floating-point") in [
-        (skip.name, skip.reason) for skip in skips
-    ]
+    (reason,) = [skip.reason for skip in skips if skip.name == "a"]
+    assert reason.startswith("its weights are torch.int8, not floating-point, and no scale")
     reasons = {skip.name: skip.reason for skip in candidates.not_weights}
     assert "report the model itself" in reasons["0.parametrizations.weight.original"]
     assert "device meta" in reasons["b.W"]

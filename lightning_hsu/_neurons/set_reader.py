@@ -319,5 +319,11 @@ def _attribute_of(leaf: str) -> str:
 
 
 def _no_floats(name: str, x: Tensor) -> Skip:
-    """That a weight does not hold floating-point numbers."""
-    return Skip(name, tuple(x.shape), f"its weights are {x.dtype}, not floating-point")
+    """That a weight does not hold floating-point numbers, and of codes in bytes what to do."""
+    reason = f"its weights are {x.dtype}, not floating-point"
+    if x.dtype in (torch.int8, torch.uint8):
+        reason += (
+            ", and no scale that fits lies beside them: report the model itself, or pass "
+            "dequantised tensors"
+        )
+    return Skip(name, tuple(x.shape), reason)
