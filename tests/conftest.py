@@ -1,12 +1,15 @@
 """Fixtures shared by the tests."""
 
 import gc
+import os
 
 import pytest
 import torch
 
 from lightning_hsu.measures.defaults import COEFFICIENT, SHARE_LIMIT
 from tests import WITH_DEFAULTS
+
+os.environ.pop("COLUMNS", None)  # a width that a shell may set is for its own programs
 
 HAS_OTHER_GENERATORS = torch.cuda.is_available() or torch.backends.mps.is_available()
 

@@ -14,6 +14,7 @@ from lightning_hsu.measures import RieszEnergy
 from lightning_hsu.report import report
 from lightning_hsu.report.checkpoints import read_weights
 from lightning_hsu.report.cli import main
+from lightning_hsu.report.messages import in_options
 from lightning_hsu.report.report_table import report_table
 from lightning_hsu.report.tables import show
 from tests.pretrained_picture import kind, picture
@@ -353,6 +354,6 @@ def test_the_readme_shows_what_is_printed(installed, monkeypatch):
     shown = re.search(r"\$ lightning-hsu report onet.pt.*?\n(.*?)```", readme, re.DOTALL).group(1)
     console = Console(width=80, record=True, file=io.StringIO(), force_terminal=True)
     monkeypatch.setattr("rich.console.Console", lambda *args, **kwargs: console)
-    show(report_table(installed.report("MTCNN's O-Net")))
+    show(report_table(installed.report("MTCNN's O-Net")).reworded(in_options))
     printed = [line.rstrip() for line in console.export_text().splitlines()]
     assert [*printed, "wrote onet.html"] == shown.strip().splitlines()

@@ -542,11 +542,22 @@ def test_in_a_narrow_terminal(monkeypatch):
     assert "energy" in text
 
 
+def whole(lines):
+    """Lines that were wrapped, as they were before."""
+    found = []
+    for line in lines:
+        if line.startswith("    "):
+            found[-1] += f" {line.strip()}"
+        else:
+            found.append(line)
+    return found
+
+
 def shown_in(table, width):
     """The headings that a table has in so many columns, and those that it names as left out."""
     fitted = table.fitted(width)
     assert fitted.without(()).rows == fitted.rows
-    (said,) = [line for line in fitted.under() if "left out" in line] or [": "]
+    (said,) = [line for line in whole(fitted.under()) if "left out" in line] or [": "]
     return [column.heading for column in fitted.columns], said.split(": ")[1].split(", ")
 
 
@@ -566,7 +577,7 @@ def test_columns_are_left_out_one_by_one():
         assert width < 50 or all(len(line) <= width for line in rows)
         assert [one for one in everything if one in {*shown, *left_out}] == everything
         assert left_out == [one for one in everything if one not in shown] or left_out == [""]
-        told = [line.split(":")[0] for line in table.fitted(width).under()]
+        told = [line.split(":")[0] for line in whole(table.fitted(width).under())]
         for legend in table.legends:
             assert (legend.heading in told) == (legend.heading in shown)
         counts.append(len(shown))
@@ -1006,6 +1017,7 @@ def test_long_names_are_short_in_tables_and_whole_in_json():
     (row,) = str(found).splitlines()[2:3]
     assert len(row.split()[0]) <= 60
     assert row.split()[0].startswith("t.h.12.a.")
+    assert str(found).splitlines()[-1] == "some names are shortened; to_json() has them whole"
     assert json.loads(found.to_json())["layers"][0]["name"] == name
     assert abbreviated("blocks.12.attn.proj", 19) == "blocks.12.attn.proj"
     assert abbreviated("blocks.12.attn.proj", 18) == "blo.12.attn.proj"
@@ -1020,10 +1032,14 @@ def test_a_plain_table_fits_a_terminal():
     table = report_table(report(state, head=None))
     lines = plain(table, 60).splitlines()
     rows = lines[: lines.index(next(line for line in lines if "above random" in line))]
-    assert all(len(line) <= 60 for line in rows)
+    assert max(map(len, lines)) <= 60
     assert len(rows) > 5  # the finding of the second takes more than one
     assert any(row.split()[0].endswith(".blo.0.att.output") for row in rows)
-    assert "left out of this narrow table: neurons x dim, energy," in lines[-1]
+    *_, shortened, left_out = whole(lines)
+    assert shortened == "some names are shortened; a wider terminal or to_json() has them whole"
+    assert left_out.startswith("left out of this narrow table: neurons x dim, energy,")
+    assert not any("shortened" in line for line in plain(table, 200).splitlines())
+    assert not any("shortened" in line for line in plain(table).splitlines())
 
 
 def test_notebooks_show_a_table():

@@ -95,6 +95,71 @@ def test_a_guessed_head_is_told_with_the_way_out(tmp_path, capsys):
         assert "guessed" not in str(report(model, head=head))
 
 
+def long_names_in_a_file(folder):
+    """A checkpoint whose table is wider than 80 columns."""
+    torch.manual_seed(0)
+    state = {}
+    for i in range(3):
+        name = f"encoder.blocks.{i}._attention_output_of_the_block._depthwise_conv.weight"
+        state[name] = torch.randn(20, 16)
+        state[name][3] = state[name][2]
+    torch.save(state, folder / "long.pt")
+    return str(folder / "long.pt")
+
+
+@pytest.mark.parametrize("rich", [True, False])
+@pytest.mark.parametrize("columns", [60, 80, 100])
+def test_columns_in_the_environment_are_used_in_a_pipe(
+    tmp_path, capsys, monkeypatch, columns, rich
+):
+    if not rich:
+        monkeypatch.setitem(sys.modules, "rich.console", None)
+    path = long_names_in_a_file(tmp_path)
+    monkeypatch.setenv("COLUMNS", str(columns))
+    assert main(["report", path, "--groups", "2", "--pairs", "2", "--merge"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= columns
+    text = lines[next(i for i, line in enumerate(lines) if "above random" in line) :]
+    assert min(60, columns) - 20 < max(map(len, text)) <= min(80, columns)
+    said = " ".join(" ".join(lines).split())
+    told = "some names are shortened; a wider terminal or --json has them whole"
+    assert said.count(told) == 1
+
+
+@pytest.mark.parametrize("columns", [None, "", "0", "-5", "wide", "1e3"])
+def test_without_columns_a_pipe_has_the_full_width(tmp_path, capsys, monkeypatch, columns):
+    path = long_names_in_a_file(tmp_path)
+    if columns is not None:
+        monkeypatch.setenv("COLUMNS", columns)
+    assert main(["report", path]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split()[-2:] == ["dead", "finding"]
+    assert len(lines[0]) > 100
+    start = next(i for i, line in enumerate(lines) if "above random" in line)
+    assert 60 < max(map(len, lines[start:])) <= 80
+    assert "some names are shortened; --json has them whole" in lines
+
+
+def test_a_wide_pipe_has_whole_names(tmp_path, capsys, monkeypatch):
+    path = long_names_in_a_file(tmp_path)
+    monkeypatch.setenv("COLUMNS", "300")
+    assert main(["report", path]) == 0
+    said = capsys.readouterr().out
+    assert "encoder.blocks.2._attention_output_of_the_block._depthwise_conv " in said
+    assert "shortened" not in said
+
+
+def test_a_file_in_python_is_told_in_the_words_of_python(tmp_path, capsys):
+    model = nn.Sequential(nn.Linear(16, 20), nn.ReLU(), nn.Linear(20, 10))
+    torch.save(model.state_dict(), tmp_path / "a.pt")
+    path = str(tmp_path / "a.pt")
+    in_python = 'head="NAME" or head=None otherwise'
+    for found in (report(path), compare(path, path)):
+        for said in (str(found), found.to_html(), found._repr_html_().replace("&quot;", '"')):
+            assert in_python in " ".join(said.replace("&quot;", '"').split())
+            assert "--head" not in said
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("count", [3, 20])  # one by one, and all at once
 def test_a_broken_layer_is_neither_above_nor_as_random(tmp_path, capsys, value, count):

@@ -70,15 +70,15 @@ class View:
     hidden_at: int
     below: list[Line]
 
-    def text(self) -> str:
-        """The view as lines of at most 80 columns."""
+    def text(self, width: int = WIDTH) -> str:
+        """The view as text, whose lines above and below the table have at most so many columns."""
         lines: list[str] = []
         for line in self.above:
-            lines += wrapped(line)
+            lines += wrapped(line, width)
         if self.rows:
             lines += ["", *_table(self), ""]
         for line in self.below:
-            lines += wrapped(line)
+            lines += wrapped(line, width)
         return "\n".join(lines).replace(_WIDE, "")
 
     def html(self) -> str:
@@ -107,12 +107,17 @@ def printable(text: str) -> str:
 # Text.
 
 
-def wrapped(line: Line) -> list[str]:
-    """A line as one or several, each at most as wide as the text; none if it is empty."""
-    words = [shorten(word, WIDTH - line.hanging) for word in line.text.split(" ")]
+def wrapped(line: Line, width: int = WIDTH) -> list[str]:
+    """A line as one or several, each at most as wide as the text; none if it is empty.
+
+    Args:
+        line: The line.
+        width: Columns of the text.
+    """
+    words = [shorten(word, width - line.hanging) for word in line.text.split(" ")]
     lines = textwrap.wrap(
         " ".join(words),
-        WIDTH,
+        width,
         initial_indent=" " * line.indent,
         subsequent_indent=" " * line.hanging,
         break_on_hyphens=False,

@@ -278,16 +278,15 @@ def look_at_all(
     layers = []
     for layer in looks.take():
         layers.append(replace(layer, uniformity=layer.uniformity.unless_broken()))
-    notes = (*found.notes, *_notes_of(found.targets, of_file=found.of_file))
+    notes = (*found.notes, *_notes_of(found.targets))
     return Report(found.source, measure, similar_above, tuple(layers), tuple(found.skips), notes)
 
 
-def _notes_of(targets: Sequence[NeuronSet], *, of_file: bool) -> tuple[tuple[str, str], ...]:
+def _notes_of(targets: Sequence[NeuronSet]) -> tuple[tuple[str, str], ...]:
     """What one should know of how layers were read, and which was guessed to be the head.
 
     Args:
         targets: The layers.
-        of_file: Whether they come from a file or folder, as on the command line.
     """
     notes = []
     heads = {}
@@ -299,8 +298,7 @@ def _notes_of(targets: Sequence[NeuronSet], *, of_file: bool) -> tuple[tuple[str
     if heads:
         reason = next(iter(heads.values()))
         taken = f"{', '.join(heads)} ({reason})"
-        way_out = "--head NAME or --head none" if of_file else 'head="NAME" or head=None'
-        notes.append(("head", f"{taken}; {way_out} otherwise"))
+        notes.append(("head", f'{taken}; head="NAME" or head=None otherwise'))
     return tuple(notes)
 
 
@@ -313,7 +311,6 @@ class FoundTargets(NamedTuple):
         skips: Weights that are left out, with the reason.
         notes: Pairs of a name, or "", and what one should know of how the source was read.
         steps: Returns which layer follows which.
-        of_file: Whether the source is a file or folder.
     """
 
     source: str
@@ -321,7 +318,6 @@ class FoundTargets(NamedTuple):
     skips: list[Skip]
     notes: tuple[tuple[str, str], ...] = ()
     steps: Callable[[], Steps] | None = None
-    of_file: bool = False
 
 
 def find_targets(
@@ -372,8 +368,7 @@ def find_targets(
     for note in candidates.notes:
         notes.append(("", note))
     steps = partial(steps_of_names, found.tensors, found.load)
-    of_file = isinstance(source, (str, Path))
-    return FoundTargets(found.name, stored, [*skips, *others], tuple(notes), steps, of_file)
+    return FoundTargets(found.name, stored, [*skips, *others], tuple(notes), steps)
 
 
 def _checkpoint_of(

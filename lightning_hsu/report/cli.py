@@ -23,7 +23,7 @@ from lightning_hsu.report.outputs import (
 )
 from lightning_hsu.report.report_table import report_table, unjudged
 from lightning_hsu.report.similar_lines import group_lines, pair_lines
-from lightning_hsu.report.tables import Table, show
+from lightning_hsu.report.tables import Table, output_width, show, text_width
 
 # Exit codes.
 _FAILED = 1
@@ -84,12 +84,13 @@ def _report(given: argparse.Namespace) -> int:
     if given.json != "-":
         with printing():
             _show(report_table(found, given.top))
+            width = text_width(output_width())
             if given.pairs > 0:
-                print("\n".join(pair_lines(found, given.pairs)))
+                print("\n".join(pair_lines(found, given.pairs, width)))
             if given.groups > 0:
-                print("\n".join(group_lines(found, given.groups)))
+                print("\n".join(group_lines(found, given.groups, width)))
             if found.merges is not None:
-                print(found.merges)
+                print(found.merges.text(width))
             _say_what_was_written(given)
     return code
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from lightning_hsu._monitor.fold import fold_names
-from lightning_hsu._monitor.render import Line, wrapped
+from lightning_hsu._monitor.render import Line
 from lightning_hsu._monitor.summary import lines_about_notes
 from lightning_hsu._monitor.text import RULE, number
 from lightning_hsu.report.comparison_data import ComparisonData, LayerComparison
@@ -56,23 +56,22 @@ def comparison_table(found: ComparisonData) -> Table:
     rows = [_row(one, mixed) for one in found.layers]
     first = []
     if found.matched:
-        first += wrapped(Line(found.matched))
+        first.append(Line(found.matched))
     if found.drift is not None:
-        first += wrapped(Line(drift_line(found.drift)))
+        first.append(Line(drift_line(found.drift)))
     below = []
     if any(one.ratio_error > 0.0 for one in found.layers):
-        below += wrapped(Line(SAMPLES))
+        below.append(Line(SAMPLES))
     for name, note in found.notes:  # with the numbers of each layer, so that none are folded
-        below += wrapped(Line(f"note: {name}: {note}"))
+        below.append(Line(f"note: {name}: {note}"))
     if any(one.after.as_random for one in found.layers):
-        below.append(RULE)
+        below.append(Line(RULE))
     if mixed:
-        below.append(FULL_SPACE)
+        below.append(Line(FULL_SPACE))
     only_before, only_after = only_names(found)
-    lines = _only_line("before", only_before, found.before)
-    lines += _only_line("after", only_after, found.after)
-    for line in (*lines, *notes_of_both(found), *_skips_of_both(found)):
-        below += wrapped(line)
+    below += _only_line("before", only_before, found.before)
+    below += _only_line("after", only_after, found.after)
+    below += [*notes_of_both(found), *_skips_of_both(found)]
     return Table(_COLUMNS, rows, first, _LEGENDS, below)
 
 

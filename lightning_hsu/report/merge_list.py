@@ -126,7 +126,11 @@ class Merges:
 
     def __str__(self) -> str:
         """A line for each merge, and what the numbers mean, in 80 columns."""
-        return _view(self).text()
+        return self.text()
+
+    def text(self, width: int = 80) -> str:
+        """The same in so many columns."""
+        return _view(self).text(width)
 
     def _repr_html_(self) -> str:
         """The same for a notebook."""

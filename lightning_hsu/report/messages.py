@@ -15,9 +15,11 @@ _LONGEST_LINE = 1000
 _OPTIONS = (
     (r"neurons=\{'([^']*)': '?(rows|columns|[0-9]+)'?\}", r"--neurons '\1=\2'"),
     (r"\b(include|exclude|head)=('[^']*')", r"--\1 \2"),
+    (r'\bhead="NAME"', "--head NAME"),
     (r"\bhead=None\b", "--head none"),
     (r"\bkey=('[^']*')", r"--key \1"),
     (r"\bmatch='([^']*)'", r"--match \1"),
+    (r"\bto_json\(\)", "--json"),
     (r" with --key or key=", " with --key"),
     (r"\b(include|exclude|head|neurons|measure|key)=", r"--\1 "),
 )

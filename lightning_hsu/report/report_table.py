@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from lightning_hsu._monitor.fold import fold_names
-from lightning_hsu._monitor.render import Line, wrapped
+from lightning_hsu._monitor.render import Line
 from lightning_hsu._monitor.summary import lines_about_notes, lines_about_skips
 from lightning_hsu._monitor.text import (
     RULE,
@@ -69,9 +69,9 @@ def report_table(found: ReportData, top: int | None = None) -> Table:
         layers, hidden = layers[:top], layers[top:]
     first = []
     if hidden:
-        first += wrapped(Line(_hidden(hidden, len(found.layers))))
+        first.append(Line(_hidden(hidden, len(found.layers))))
     for text in (_summary(found), *unjudged(found.layers)):
-        first += wrapped(Line(text))
+        first.append(Line(text))
     headings = headings_of(_COLUMNS)
     rows = [headings]
     for layer in layers:
@@ -83,14 +83,13 @@ def report_table(found: ReportData, top: int | None = None) -> Table:
             columns.append(column)
     below = []
     if any(layer.as_random for layer in layers):
-        below.append(RULE)
+        below.append(Line(RULE))
     if any(row[0].endswith(STAR) for row in rows):
-        below.append(FULL_SPACE)
+        below.append(Line(FULL_SPACE))
     for layer in found.layers:
         if layer.sampling:
-            below += wrapped(Line(f"note: {layer.name}: {layer.sampling}"))
-    for line in (*lines_about_notes(found.notes), *skip_lines(found.skips)):
-        below += wrapped(line)
+            below.append(Line(f"note: {layer.name}: {layer.sampling}"))
+    below += [*lines_about_notes(found.notes), *skip_lines(found.skips)]
     return Table(tuple(columns), rows[1:], first, _LEGENDS, below)
 
 

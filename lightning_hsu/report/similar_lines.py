@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from lightning_hsu._monitor.render import Line, wrapped
+from lightning_hsu._monitor.render import WIDTH, Line, wrapped
 from lightning_hsu._monitor.text import counted, layer_named
 from lightning_hsu.report.data import LayerReport, ReportData, SimilarGroup
 
 _MEMBERS = 40  # neurons of a group, or dead ones, that are listed
 
 
-def pair_lines(found: ReportData, most: int) -> list[str]:
-    """The nearest pairs of each layer by index; no line is longer than 80 columns."""
+def pair_lines(found: ReportData, most: int, width: int = WIDTH) -> list[str]:
+    """The nearest pairs of each layer by index, in lines of so many columns."""
     lines = []
     for layer in found.layers:
         name = layer_named(layer.name)
@@ -22,17 +22,20 @@ def pair_lines(found: ReportData, most: int) -> list[str]:
             line = f"{name}: {names}, {pair.angle:.2f} degrees"
             if pair.angle > 90.0 and layer.measure.half_space:
                 line += " (opposite)"
-            lines += wrapped(Line(line))
+            lines += wrapped(Line(line), width)
         more = layer.similar - len(listed)
         if layer.pairs and more > 0:
-            lines += wrapped(Line(f"{name}: and {more:,} more"))
+            lines += wrapped(Line(f"{name}: and {more:,} more"), width)
     if not lines:
         return ["no near-duplicate pairs"]
     return lines
 
 
-def group_lines(found: ReportData, most: int) -> list[str]:
-    """The largest groups of near-duplicates of each layer, and its dead neurons, in 80 columns."""
+def group_lines(found: ReportData, most: int, width: int = WIDTH) -> list[str]:
+    """The largest groups of near-duplicates of each layer, and its dead neurons.
+
+    No line is longer than so many columns.
+    """
     lines = []
     groups = 0
     for layer in found.layers:
@@ -47,13 +50,13 @@ def group_lines(found: ReportData, most: int) -> list[str]:
                 f"{name}: {where}{len(group.neurons):,} near-duplicates{chain}: "
                 f"{members(group)}; cosine to the first from {group.cosine:.4f}"
             )
-            lines += wrapped(Line(line))
+            lines += wrapped(Line(line), width)
         more = layer.group_count - len(listed)
         if layer.groups and more > 0:
-            lines += wrapped(Line(f"{name}: and {counted(more, 'more group')}"))
+            lines += wrapped(Line(f"{name}: and {counted(more, 'more group')}"), width)
         groups += layer.group_count
         if layer.dead > 0:
-            lines += wrapped(Line(f"{name}: {layer.dead:,} dead: {dead_members(layer)}"))
+            lines += wrapped(Line(f"{name}: {layer.dead:,} dead: {dead_members(layer)}"), width)
     if groups == 0:
         lines.insert(0, "no near-duplicate neurons")
     return lines

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 import textwrap
@@ -11,7 +12,7 @@ from html import escape
 from itertools import compress
 from typing import TYPE_CHECKING, NamedTuple
 
-from lightning_hsu._monitor.render import Line, shorten, wrapped
+from lightning_hsu._monitor.render import WIDTH, Line, shorten, wrapped
 from lightning_hsu._monitor.text import AS_RANDOM, column_widths, table_lines
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ _SHORTEST_FINDING = 24  # that a name makes room for
 _SHORT_FINDING = 36  # that a column makes room for
 _SHAPED_FINDING = 14  # that a shape makes room for: "near-duplicate"
 _NARROWEST = 10  # columns of a finding
+_NARROWEST_TEXT = 20  # columns of the lines under a table
 
 STAR = " *"
 """What follows the name of a layer that is measured in full space, unlike others."""
@@ -71,36 +73,48 @@ class Table:
         legends: What columns show; those of columns that are left out are not shown.
         below: Lines below these.
         left_out: Headings of the columns that are left out, in their order.
+        names_cut: Whether any name is not whole.
+        room: Columns of the terminal that it is fitted to; None if it is not.
+        change: Makes another text of one of a line under it.
     """
 
     columns: tuple[Column, ...]
     rows: list[tuple[str, ...]]
-    first: list[str]
+    first: list[Line]
     legends: tuple[Legend, ...]
-    below: list[str]
+    below: list[Line]
     left_out: tuple[str, ...] = ()
+    names_cut: bool = False
+    room: int | None = None
+    change: Callable[[str], str] = str
 
     def under(self) -> list[str]:
-        """All lines under the table."""
+        """All lines under the table, at most as wide as the terminal and as 80 columns."""
         headings = headings_of(self.columns)
         lines = list(self.first)
         for legend in self.legends:
             if legend.heading in headings:
-                lines += wrapped(Line(legend.text))
+                lines.append(Line(legend.text))
         lines += self.below
+        if self.names_cut:
+            wider = "" if self.room is None else "a wider terminal or "
+            lines.append(Line(f"some names are shortened; {wider}to_json() has them whole"))
         if self.left_out:
             names = ", ".join(self.left_out)
-            lines += wrapped(Line(f"left out of this narrow table: {names}"))
-        return lines
+            lines.append(Line(f"left out of this narrow table: {names}"))
+        found = []
+        width = text_width(self.room)
+        for line in lines:
+            found += wrapped(replace(line, text=self.change(line.text)), width)
+        return found
 
     def reworded(self, change: Callable[[str], str]) -> Table:
         """The table with other words in the lines under it.
 
         Args:
-            change: Makes another line of a line.
+            change: Makes another text of that of a line.
         """
-        first = [change(line) for line in self.first]
-        return replace(self, first=first, below=[change(line) for line in self.below])
+        return replace(self, change=change)
 
     def with_heading(self) -> list[tuple[str, ...]]:
         """The rows with the heading above them."""
@@ -129,11 +143,14 @@ class Table:
     def with_names(self, width: int) -> Table:
         """The table with names of so many characters at most, cut in the middle."""
         rows = []
+        names_cut = self.names_cut
         for name, *others in self.rows:
             bare = name.removesuffix(STAR)
             star = name[len(bare) :]
-            rows.append((abbreviated(bare, width - len(star)) + star, *others))
-        return replace(self, rows=rows)
+            shown = abbreviated(bare, width - len(star))
+            names_cut = names_cut or shown != bare
+            rows.append((shown + star, *others))
+        return replace(self, rows=rows, names_cut=names_cut)
 
     def fitted(self, width: int) -> Table:
         """The table for a terminal of so many columns; its findings may need several lines.
@@ -141,6 +158,10 @@ class Table:
         As many columns are left out as it takes, the least important first. If that is not enough,
         names are cut, and at last the shapes are left out.
         """
+        return replace(self._fitted(width), room=width)
+
+    def _fitted(self, width: int) -> Table:
+        """The columns and names that a terminal of so many columns has room for."""
         if self.width() <= width:
             return self
         spare = [i for i, column in enumerate(self.columns) if column.spare > 0]
@@ -227,17 +248,39 @@ def _folded(rows: Sequence[tuple[str, ...]], width: int) -> list[tuple[str, ...]
     return found
 
 
+def output_width() -> int | None:
+    """Columns of the output: those that ``COLUMNS`` says, else those of a terminal; else None."""
+    columns = os.environ.get("COLUMNS", "")
+    if columns.isdecimal() and len(columns) < 10 and int(columns) > 0:
+        return int(columns)
+    if sys.stdout.isatty():
+        return shutil.get_terminal_size().columns
+    return None
+
+
+def text_width(columns: int | None) -> int:
+    """Columns of lines of text: 80, or fewer in a narrower output.
+
+    Example:
+        >>> text_width(60), text_width(200), text_width(None)
+        (60, 80, 80)
+    """
+    if columns is None:
+        return WIDTH
+    return max(min(WIDTH, columns), _NARROWEST_TEXT)
+
+
 def show(table: Table) -> None:
-    """Print a table: in a terminal fitted to its width, in colour with rich; else plain."""
+    """Print a table, fitted to a terminal's width or ``COLUMNS``; in a terminal with rich in colour."""
+    width = output_width()
     try:
         from rich.console import Console
     except ModuleNotFoundError:
-        width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
         print(plain(table, width))
         return
-    console = Console()
+    console = Console(width=width)
     if not console.is_terminal:
-        print(plain(table))
+        print(plain(table, width))
         return
     _show_rich(table.fitted(console.width), console)
 
