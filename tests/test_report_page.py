@@ -582,3 +582,27 @@ def test_a_comparison_without_ratios_has_no_chart():
     assert "no layer can be judged" in words(read(page))
     assert "<svg" not in page
     assert "moved most" not in page
+
+
+@pytest.mark.parametrize("of_two", [False, True])
+def test_a_narrow_screen_says_which_columns_are_left_out(found, of_two):
+    page = compare(network(), network()).to_html() if of_two else found.to_html()
+    tags = Tags(page)
+    headings = {}
+    cells = re.search(r"<thead>(.*?)</thead>", page, re.DOTALL)[1]
+    for css, heading in re.findall(r'<th scope="col" class="(.*?)">(.*?)</th>', cells):
+        headings[heading] = "minor" in css.split()
+    assert True in headings.values()
+    assert False in headings.values()
+    minor = ", ".join(heading for heading, is_minor in headings.items() if is_minor)
+    (told,) = [text for text in tags.text if "left out on this narrow screen" in text]
+    assert told == f"Some columns are left out on this narrow screen: {minor}."
+    assert f'<p class="soft narrow">{told}</p>' in page
+    style = re.search(r"<style>(.*?)</style>", page, re.DOTALL)[1]
+    shown = [kind for _, kind in re.findall(r"(\.narrow)\{display:(\w+)\}", style)]
+    hidden = [kind for _, kind in re.findall(r"(\.minor)\{display:([\w-]+)\}", style)]
+    assert shown == ["none", "block", "none"]  # usually, on a narrow screen, in print
+    assert hidden == ["none", "table-cell"]  # on a narrow screen, in print
+    narrow = re.search(r"@media\(max-width:760px\)\{(.*?)\}\}", style, re.DOTALL)[1] + "}"
+    assert ".minor{display:none}" in narrow
+    assert ".narrow{display:block}" in narrow

@@ -23,6 +23,7 @@ from lightning_hsu.report.page import (
     breakable,
     breakable_words,
     degrees,
+    narrow_note,
     notes_part,
     skipped_part,
     source_part,
@@ -121,7 +122,7 @@ def _overview(found: ComparisonData) -> str:
         )
     return (
         f'<h2>Layers of both</h2>\n{chart}<div class="scroll"><table>'
-        f"{table_head(_COLUMNS)}<tbody>\n{rows}</tbody></table></div>\n{note}"
+        f"{table_head(_COLUMNS)}<tbody>\n{rows}</tbody></table></div>\n{narrow_note(_COLUMNS)}{note}"
         f"{_matching(found)}"
     )
 

@@ -161,7 +161,7 @@ def _overview(found: ReportData) -> str:
         )
     return (
         f'<h2>All layers</h2>\n{chart}<div class="scroll"><table>'
-        f"{table_head(columns)}<tbody>\n{rows}</tbody></table></div>\n{note}"
+        f"{table_head(columns)}<tbody>\n{rows}</tbody></table></div>\n{narrow_note(columns)}{note}"
     )
 
 
@@ -171,6 +171,18 @@ def table_head(columns: Sequence[tuple[str, str]]) -> str:
     for name, css in columns:
         headings += f'<th scope="col" class="{css}">{name}</th>'
     return f"<thead><tr>{headings}</tr></thead>\n"
+
+
+def narrow_note(columns: Sequence[tuple[str, str]]) -> str:
+    """A paragraph, shown on a narrow screen only, about the columns that are left out there."""
+    names = []
+    for heading, css in columns:
+        if "minor" in css.split():
+            names.append(heading)
+    return (
+        '<p class="soft narrow">Some columns are left out on this narrow screen: '
+        f"{', '.join(names)}.</p>\n"
+    )
 
 
 def table_row(cells: Mapping[str, str], columns: Sequence[tuple[str, str]]) -> str:
