@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -93,6 +94,51 @@ def test_a_guessed_head_is_told_with_the_way_out(tmp_path, capsys):
     assert "note: head: 2 (guessed: last Linear); --head NAME or --head none otherwise" in shown
     for head in ("2", None):
         assert "guessed" not in str(report(model, head=head))
+
+
+@pytest.mark.parametrize("option", ["--groups", "--pairs"])
+def test_lists_are_of_the_layers_in_the_table(tmp_path, capsys, option):
+    torch.manual_seed(0)
+    state = {}
+    for i, copies in enumerate((3, 0, 9, 6)):
+        state[f"l{i}.weight"] = torch.randn(20, 16)
+        state[f"l{i}.weight"][: copies + 1] = state[f"l{i}.weight"][0]
+    path = str(tmp_path / "a.pt")
+    torch.save(state, path)
+    orders = {}
+    for top in (None, 1, 2, 3, 4):
+        arguments = ["report", path, "--head", "none", option, "1"]
+        if top is not None:
+            arguments += ["--top", str(top)]
+        assert main(arguments) == 0
+        lines = capsys.readouterr().out.splitlines()
+        start = next(i for i, line in enumerate(lines) if line.startswith("l") and ": " in line)
+        rows = [line.split()[0] for line in lines[2:start] if re.match(r"l\d ", line)]
+        listed = dict.fromkeys(line.split(":")[0] for line in lines[start:] if line[0] == "l")
+        assert list(listed) == [name for name in rows if name != "l1"]
+        orders[top] = rows
+    assert orders == {
+        None: ["l0", "l1", "l2", "l3"],
+        1: ["l2"],
+        2: ["l2", "l3"],
+        3: ["l2", "l3", "l0"],
+        4: ["l2", "l3", "l0", "l1"],
+    }
+
+
+def test_no_duplicates_in_the_layers_that_are_shown_is_said_so():
+    torch.manual_seed(0)
+    state = {"a.weight": torch.randn(20, 16), "b.weight": torch.randn(20, 16)}
+    state["a.weight"][3] = state["a.weight"][2]
+    state["b.weight"][3] = math.nan  # the worst
+    found = report(state, head=None)
+    where = " in the layers that are shown"
+    for lines_of, what in ((pair_lines, "pairs"), (group_lines, "neurons")):
+        assert lines_of(found, 3, top=1) == [f"no near-duplicate {what}{where}"]
+        assert lines_of(found, 3, top=2) == lines_of(found, 3)
+        assert len(lines_of(found, 3)) == 1
+        plain = report({"c.weight": torch.randn(20, 16)}, head=None)
+        assert lines_of(plain, 3, top=1) == [f"no near-duplicate {what}"]
 
 
 def long_names_in_a_file(folder):

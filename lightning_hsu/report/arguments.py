@@ -96,8 +96,8 @@ def parser(report: Command, compare: Command) -> argparse.ArgumentParser:
         "--top",
         metavar="N",
         type=_top,
-        help="show only the N worst layers in the table: first those with NaN or infinite weights, "
-        "then those with the highest ratio",
+        help="show only the N worst layers, in the table and in lists of pairs and groups: first "
+        "those with NaN or infinite weights, then those with the highest ratio",
     )
     one.add_argument(
         "--fail-above",

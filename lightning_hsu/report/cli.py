@@ -86,9 +86,9 @@ def _report(given: argparse.Namespace) -> int:
             _show(report_table(found, given.top))
             width = text_width(output_width())
             if given.pairs > 0:
-                print("\n".join(pair_lines(found, given.pairs, width)))
+                print("\n".join(pair_lines(found, given.pairs, width, given.top)))
             if given.groups > 0:
-                print("\n".join(group_lines(found, given.groups, width)))
+                print("\n".join(group_lines(found, given.groups, width, given.top)))
             if found.merges is not None:
                 print(found.merges.text(width))
             _say_what_was_written(given)

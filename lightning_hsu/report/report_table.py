@@ -61,12 +61,8 @@ def report_table(found: ReportData, top: int | None = None) -> Table:
         top: How many layers to show, the worst first: those with NaN or infinite weights, then by
             ratio; None shows all in the model's order.
     """
-    layers = list(found.layers)
-    mixed = is_mixed(layers)
-    hidden: list[LayerReport] = []
-    if top is not None:
-        layers.sort(key=_badness, reverse=True)
-        layers, hidden = layers[:top], layers[top:]
+    mixed = is_mixed(found.layers)
+    layers, hidden = shown_and_hidden(found.layers, top)
     first = []
     if hidden:
         first.append(Line(_hidden(hidden, len(found.layers))))
@@ -91,6 +87,21 @@ def report_table(found: ReportData, top: int | None = None) -> Table:
             below.append(Line(f"note: {layer.name}: {layer.sampling}"))
     below += [*lines_about_notes(found.notes), *skip_lines(found.skips)]
     return Table(tuple(columns), rows[1:], first, _LEGENDS, below)
+
+
+def shown_and_hidden(
+    layers: Sequence[LayerReport], top: int | None
+) -> tuple[list[LayerReport], list[LayerReport]]:
+    """The layers that a report shows, and those that it does not.
+
+    Args:
+        layers: All layers, in the model's order.
+        top: How many to show, the worst first; None shows all in their order.
+    """
+    if top is None:
+        return list(layers), []
+    ordered = sorted(layers, key=_badness, reverse=True)
+    return ordered[:top], ordered[top:]
 
 
 def skip_lines(skips: Sequence[Skip]) -> list[Line]:

@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from lightning_hsu._monitor.render import WIDTH, Line, wrapped
 from lightning_hsu._monitor.text import counted, layer_named
 from lightning_hsu.report.data import LayerReport, ReportData, SimilarGroup
+from lightning_hsu.report.report_table import shown_and_hidden
 
 _MEMBERS = 40  # neurons of a group, or dead ones, that are listed
 
 
-def pair_lines(found: ReportData, most: int, width: int = WIDTH) -> list[str]:
-    """The nearest pairs of each layer by index, in lines of so many columns."""
+def pair_lines(
+    found: ReportData, most: int, width: int = WIDTH, top: int | None = None
+) -> list[str]:
+    """The nearest pairs of each layer by index, in lines of so many columns.
+
+    Args:
+        found: The report.
+        most: How many pairs of a layer to list.
+        width: Columns of the text.
+        top: How many layers the table shows, the worst first; None is all.
+    """
     lines = []
-    for layer in found.layers:
+    layers, hidden = shown_and_hidden(found.layers, top)
+    for layer in layers:
         name = layer_named(layer.name)
         listed = layer.pairs[:most]
         for pair in listed:
@@ -27,18 +40,21 @@ def pair_lines(found: ReportData, most: int, width: int = WIDTH) -> list[str]:
         if layer.pairs and more > 0:
             lines += wrapped(Line(f"{name}: and {more:,} more"), width)
     if not lines:
-        return ["no near-duplicate pairs"]
+        return [f"no near-duplicate pairs{_where(hidden)}"]
     return lines
 
 
-def group_lines(found: ReportData, most: int, width: int = WIDTH) -> list[str]:
-    """The largest groups of near-duplicates of each layer, and its dead neurons.
+def group_lines(
+    found: ReportData, most: int, width: int = WIDTH, top: int | None = None
+) -> list[str]:
+    """The largest groups of near-duplicates of each layer, and its dead neurons, by index.
 
-    No line is longer than so many columns.
+    Arguments as for :func:`pair_lines`.
     """
     lines = []
     groups = 0
-    for layer in found.layers:
+    layers, hidden = shown_and_hidden(found.layers, top)
+    for layer in layers:
         name = layer_named(layer.name)
         listed = layer.groups[:most]
         for group in listed:
@@ -58,8 +74,13 @@ def group_lines(found: ReportData, most: int, width: int = WIDTH) -> list[str]:
         if layer.dead > 0:
             lines += wrapped(Line(f"{name}: {layer.dead:,} dead: {dead_members(layer)}"), width)
     if groups == 0:
-        lines.insert(0, "no near-duplicate neurons")
+        lines.insert(0, f"no near-duplicate neurons{_where(hidden)}")
     return lines
+
+
+def _where(hidden: Sequence[LayerReport]) -> str:
+    """Where something was looked for, if some layers are not shown."""
+    return " in the layers that are shown" if hidden else ""
 
 
 def dead_members(layer: LayerReport, most: int = _MEMBERS) -> str:
