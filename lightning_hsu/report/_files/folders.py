@@ -307,11 +307,11 @@ def _folders_with_weights(path: Path) -> list[str]:
     Up to four levels, as deep as Lightning puts checkpoints below its ``default_root_dir`` and one
     more, and up to 1,000 folders are looked at. Links to folders are not followed.
     """
-    found = []
+    found: list[str] = []
     count = 0
     level = [""]
     for _ in range(_DEEPEST):
-        inner = []
+        inner: list[str] = []
         for above in level:
             for name in _folders_in(path / above):
                 if count == _MOST_FOLDERS:
@@ -327,7 +327,7 @@ def _folders_with_weights(path: Path) -> list[str]:
 
 def _folders_in(path: Path) -> list[str]:
     """Names of the folders in a folder, at most 200 of them."""
-    found = []
+    found: list[str] = []
     for name in _some_entries(path):
         if len(found) == _MOST_FOLDERS_IN_ONE:
             break
