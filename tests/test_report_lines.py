@@ -1,5 +1,6 @@
 """What a report prints beside its table: pairs, groups, what is not shown, heads, what is broken."""
 
+import html
 import json
 import math
 import os
@@ -204,6 +205,47 @@ def test_a_file_in_python_is_told_in_the_words_of_python(tmp_path, capsys):
         for said in (str(found), found.to_html(), found._repr_html_().replace("&quot;", '"')):
             assert in_python in " ".join(said.replace("&quot;", '"').split())
             assert "--head" not in said
+
+
+def test_the_pages_of_the_command_line_speak_of_options(tmp_path, capsys):
+    torch.manual_seed(0)
+    state = {"decoder.weight": torch.randn(16, 16), "encoder.weight": torch.randn(16, 16)}
+    path = str(tmp_path / "a.pt")
+    torch.save(state, path)
+    page = tmp_path / "page.html"
+    options = [
+        "by columns: --neurons 'encoder=columns'",
+        "directions: --neurons 'decoder=columns'",
+        "--head NAME or --head none otherwise",
+    ]
+    python = ["neurons={'encoder': 'columns'}", "neurons={'decoder': 'columns'}", 'head="NAME"']
+    for arguments, found in ((["report", path], report(path)), (["compare"] + 2 * [path], None)):
+        assert main([*arguments, "--html", str(page), "--json", "all.json"]) == 0
+        table = " ".join(capsys.readouterr().out.split())
+        found = found or compare(path, path)
+        written = " ".join(html.unescape(page.read_text(encoding="utf-8")).split())
+        in_python = " ".join(html.unescape(found.to_html()).split())
+        for option, argument in zip(options, python, strict=True):
+            assert option in table
+            assert option in written
+            assert argument not in written
+            assert argument in in_python
+            assert option not in in_python
+        assert json.loads(Path("all.json").read_text()) == json.loads(found.to_json())
+
+
+def test_reworded_data_changes_notes_and_reasons_only():
+    torch.manual_seed(0)
+    state = {"a.weight": torch.randn(9, 4), "b.weight": torch.zeros(9, 4, dtype=torch.int8)}
+    both = compare(state, state)
+    changed = both.reworded(str.upper)
+    for one, other in ((both.before, changed.before), (both.after, changed.after)):
+        assert [note for _, note in other.notes] == [note.upper() for _, note in one.notes]
+        assert [name for name, _ in other.notes] == [name for name, _ in one.notes]
+        assert [skip.reason for skip in other.skips] == [skip.reason.upper() for skip in one.skips]
+        assert len(other.skips) == len(other.notes) == 1
+        assert other.layers is one.layers
+    assert changed.layers is both.layers
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from lightning_hsu.report.data import (
@@ -12,6 +13,7 @@ from lightning_hsu.report.data import (
     ReportData,
     notes_list,
     plain_dict,
+    reworded_notes,
     without_nan,
 )
 from lightning_hsu.report.drift import Change, Drift, change_of
@@ -119,6 +121,15 @@ class ComparisonData(JsonData):
         if not of_which:
             return ""
         return f"names matched without the prefix {' and '.join(of_which)}"
+
+    def reworded(self, change: Callable[[str], str]) -> ComparisonData:
+        """The comparison with other words in all notes and reasons, as of :class:`ReportData`."""
+        return replace(
+            self,
+            before=self.before.reworded(change),
+            after=self.after.reworded(change),
+            notes=reworded_notes(self.notes, change),
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """All of it as lists, numbers, strings and None (for NaN)."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -259,6 +259,17 @@ class ReportData(JsonData):
         """The highest ratio of a layer, which may be infinite; NaN if no layer has a ratio."""
         return max(known_ratios(self.layers), default=math.nan)
 
+    def reworded(self, change: Callable[[str], str]) -> ReportData:
+        """The report with other words in its notes and in the reasons why weights are left out.
+
+        Args:
+            change: Makes another text of one.
+        """
+        skips = []
+        for skip in self.skips:
+            skips.append(replace(skip, reason=change(skip.reason)))
+        return replace(self, notes=reworded_notes(self.notes, change), skips=tuple(skips))
+
     def to_dict(self) -> dict[str, Any]:
         """All of it except the heat maps, as lists, numbers, strings and None (for NaN).
 
@@ -311,6 +322,16 @@ def _layer_dict(layer: LayerReport) -> dict[str, Any]:
 def _skip_dict(skip: Skip) -> dict[str, Any]:
     """A weight that was left out, in JSON's own types."""
     return {"name": skip.name, "shape": list(skip.shape), "reason": skip.reason}
+
+
+def reworded_notes(
+    notes: Sequence[tuple[str, str]], change: Callable[[str], str]
+) -> tuple[tuple[str, str], ...]:
+    """Notes, each with the name of its layer, in other words."""
+    found = []
+    for name, note in notes:
+        found.append((name, change(note)))
+    return tuple(found)
 
 
 def notes_list(notes: Sequence[tuple[str, str]]) -> list[dict[str, str]]:

@@ -13,7 +13,7 @@ _LONGEST_LINE = 1000
 
 # What is written for Python, and the same for the command line.
 _OPTIONS = (
-    (r"neurons=\{'([^']*)': '?(rows|columns|[0-9]+)'?\}", r"--neurons '\1=\2'"),
+    (r"neurons=\{'([^']*)':\s'?(rows|columns|[0-9]+)'?\}", r"--neurons '\1=\2'"),
     (r"\b(include|exclude|head)=('[^']*')", r"--\1 \2"),
     (r'\bhead="NAME"', "--head NAME"),
     (r"\bhead=None\b", "--head none"),
