@@ -1138,7 +1138,9 @@ def test_compare_writes_a_page(tmp_path, capsys):
     page = tmp_path / "a.html"
     assert main(["compare", *paths, "--html", str(page)]) == 0
     in_python = compare(*paths).to_html()
-    in_python = in_python.replace("head=&quot;NAME&quot; or head=None", "--head NAME or --head none")
+    in_python = in_python.replace(
+        "head=&quot;NAME&quot; or head=None", "--head NAME or --head none"
+    )
     assert page.read_text() == in_python
     for wrong in ("-", paths[1], str(tmp_path)):
         assert main(["compare", *paths, "--html", wrong]) == 2

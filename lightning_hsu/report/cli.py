@@ -12,7 +12,6 @@ from lightning_hsu._monitor.text import counted, layer_named, number
 from lightning_hsu.report.arguments import parser, settings
 from lightning_hsu.report.build import Report, report
 from lightning_hsu.report.comparison import Comparison, compare
-from lightning_hsu.report.comparison_page import comparison_page
 from lightning_hsu.report.comparison_table import comparison_table
 from lightning_hsu.report.messages import complain, in_options
 from lightning_hsu.report.outputs import (
@@ -22,7 +21,6 @@ from lightning_hsu.report.outputs import (
     progress_bar,
     write_file,
 )
-from lightning_hsu.report.page import report_page
 from lightning_hsu.report.report_table import report_table, unjudged
 from lightning_hsu.report.similar_lines import group_lines, pair_lines
 from lightning_hsu.report.tables import Table, output_width, show, text_width
@@ -149,7 +147,7 @@ def _show(table: Table) -> None:
 def _write(found: Report | Comparison, given: argparse.Namespace) -> None:
     """Write the files that are asked for, and print JSON if that is."""
     if given.html:
-        write_file(given.html, _page(found))
+        write_file(given.html, found.reworded(in_options).to_html())
     if given.json == "-":
         if given.html:
             print(f"wrote {given.html}", file=sys.stderr)
@@ -157,13 +155,6 @@ def _write(found: Report | Comparison, given: argparse.Namespace) -> None:
             print(found.to_json())
     elif given.json:
         write_file(given.json, found.to_json() + "\n")
-
-
-def _page(found: Report | Comparison) -> str:
-    """The page of a report or a comparison whose notes speak of options."""
-    if isinstance(found, Comparison):
-        return comparison_page(found.reworded(in_options))
-    return report_page(found.reworded(in_options))
 
 
 def _say_what_was_written(given: argparse.Namespace) -> None:

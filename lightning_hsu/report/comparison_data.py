@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from lightning_hsu.report.data import (
     JsonData,
@@ -17,6 +17,8 @@ from lightning_hsu.report.data import (
     without_nan,
 )
 from lightning_hsu.report.drift import Change, Drift, change_of
+
+Kind = TypeVar("Kind", bound="ComparisonData")
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,7 +124,7 @@ class ComparisonData(JsonData):
             return ""
         return f"names matched without the prefix {' and '.join(of_which)}"
 
-    def reworded(self, change: Callable[[str], str]) -> ComparisonData:
+    def reworded(self: Kind, change: Callable[[str], str]) -> Kind:
         """The comparison with other words in all notes and reasons, as of :class:`ReportData`."""
         return replace(
             self,

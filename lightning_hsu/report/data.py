@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor
 
@@ -16,6 +16,8 @@ from lightning_hsu._monitor.measure import LayerUniformity
 from lightning_hsu._monitor.text import AS_RANDOM, Verdict, number, shape_of
 from lightning_hsu._neurons.candidates import Skip
 from lightning_hsu.measures import Measure
+
+Kind = TypeVar("Kind", bound="ReportData")
 
 HEAT_MAP_SIZE = 128
 """The most neurons that a heat map shows."""
@@ -259,7 +261,7 @@ class ReportData(JsonData):
         """The highest ratio of a layer, which may be infinite; NaN if no layer has a ratio."""
         return max(known_ratios(self.layers), default=math.nan)
 
-    def reworded(self, change: Callable[[str], str]) -> ReportData:
+    def reworded(self: Kind, change: Callable[[str], str]) -> Kind:
         """The report with other words in its notes and in the reasons why weights are left out.
 
         Args:
