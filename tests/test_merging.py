@@ -1101,3 +1101,25 @@ def test_what_lies_between_in_a_file_is_named():
     state = names(("fc1.weight", (8, 6)), ("fc2.weight", (4, 8)), ("norm.weight", (8,)))
     state["fc1.weight"][1] = state["fc1.weight"][0]
     assert merges(state).not_followed == (("fc1", "a norm beside it may lie between"),)
+
+
+class Dropping(nn.Module):
+    """A dropout that is a function, which by default is active in eval mode as well."""
+
+    def __init__(self, **settings):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(12, 16), nn.Linear(16, 4)
+        self.settings = settings
+
+    def forward(self, x):
+        x = torch.relu(self.fc1(x))
+        if "training" in self.settings:
+            x = nn.functional.dropout(x, 0.5, training=self.training)
+        else:
+            x = nn.functional.dropout(x, 0.5)
+        return self.fc2(x)
+
+
+def test_a_dropout_that_is_always_active_ends_the_way():
+    assert merges(Dropping(training=None)).pairs == (("fc1", "fc2"),)
+    assert merges(Dropping()).pairs == ()

@@ -400,8 +400,8 @@ def _through(node: fx.Node, between: _Between) -> bool:
             return False
         largest = max(1.0, abs(slope))
         return not between.activate(Activation("leaky ReLU", largest, homogeneous=True))
-    if node.target is F.dropout:
-        return True
+    if node.target is F.dropout:  # without training=False it drops in eval mode, too
+        return (others[1] if len(others) > 1 else node.kwargs.get("training", True)) is False
     if node.target in _POOLS_WITHOUT_MODULE and not node.kwargs.get("return_indices"):
         return not between.pool(_POOLS_WITHOUT_MODULE[node.target])
     if node.target in (torch.flatten, "flatten"):
