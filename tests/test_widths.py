@@ -180,13 +180,33 @@ GROUPED = {
 }
 
 
-@pytest.mark.parametrize("build", [*ALIKE.values(), lambda: fused(2)], ids=[*ALIKE, "grouped"])
-def test_groups_that_are_not_read_are_told_in_the_order_of_names(build):
+BY_NAME = {case: (build, {}) for case, build in ALIKE.items()}
+BY_NAME["several filters a channel, at a stage"] = (
+    widening,
+    {"stages.1.blocks.0.conv_dw": ((8, 2, 25), (1, 16, 25))},
+)
+BY_NAME["grouped"] = (
+    lambda: fused(2),
+    {
+        "blocks.1.spatial_conv": ((2, 64, 144), (1, 128, 144)),
+        "blocks.2.spatial_conv": ((2, 64, 144), (1, 128, 144)),
+    },
+)
+"""The layers that are read otherwise in the order of names: their shapes, and as they are read."""
+
+
+@pytest.mark.parametrize("case", BY_NAME)
+def test_groups_that_are_not_read_are_told_in_the_order_of_names(case):
     """Files often have their tensors by name, which does not tell what comes before what."""
+    build, expected = BY_NAME[case]
     wanted, found = both(build(), by_name=True)
+    different = {}
     for name, one in wanted.items():
         if found[name].shape != one.shape:
-            assert "read as one group" in found[name].note
+            different[name] = one.shape, found[name].shape
+    assert different == expected
+    for name in different:
+        assert "read as one group" in found[name].note
 
 
 @pytest.mark.parametrize("case", GROUPED)
