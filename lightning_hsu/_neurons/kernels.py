@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
 from lightning_hsu._neurons.candidates import full_name
 from lightning_hsu._neurons.hints import Hint
 from lightning_hsu._neurons.how import WeightRule
+from lightning_hsu._neurons.runs import Reading, Runs
 from lightning_hsu._neurons.shapes import Shape, Shapes, words
 from lightning_hsu._neurons.widths import Scope, Widths
 
@@ -84,6 +86,7 @@ class Kernels:
     def __init__(self, shapes: Shapes) -> None:
         self._shapes = shapes
         self._widths = Widths(shapes)
+        self._runs = Runs(shapes)
         self._channels: set[int] | None = None
         self._first: tuple[str, Shape] | None = None
 
@@ -101,18 +104,45 @@ class Kernels:
         if leaf != "weight" or 0 in shape:
             return None
         bias = self._shapes.vector(path)
+        if bias is not None and bias != shape[0]:
+            return self._contradicted(path, shape, bias)
+        reading = self._runs.reading(path)
+        if reading is not None and reading.is_transposed:
+            return self._transposed(path, reading)
         before = self._before(path, shape)
-        outputs = self._outputs(path)
         if bias is None or shape[0] == shape[1]:
+            outputs = self._outputs(path)
             is_chain = before.is_sure and before.in_list
             if self._is_transposed(shape, before.channels if is_chain else None, outputs):
                 return Hint(WeightRule("weight", columns=True, kernels=True), "convolution")
             hint = self._doubtful(path, shape, bias, outputs)
             if hint is not None:
                 return hint
-        elif bias != shape[0]:
-            return self._contradicted(path, shape, bias)
-        return self._grouped(path, shape, before) or self._as_block_shows(path, shape)
+        hint = self._grouped(path, shape, before) or self._as_block_shows(path, shape)
+        if reading is not None and reading.is_open:
+            return self._open(path, hint)
+        return hint
+
+    def _transposed(self, path: str, reading: Reading) -> Hint:
+        """Kernels (in, out / groups, *kernel), as the widths along the run show."""
+        rule = WeightRule("weight", columns=True, kernels=True, groups=reading.groups)
+        if reading.is_sure:
+            return Hint(rule, "convolution")
+        name = full_name(path, "")
+        in_groups = f" in {reading.groups} groups" if reading.groups > 1 else ""
+        note = (
+            f"read as a transposed convolution (in, out, kernel){in_groups}, as the shapes of its "
+            f"neighbours show; if it is none: neurons={{'{name}': 'rows'}}"
+        )
+        return Hint(rule, "convolution", note)
+
+    def _open(self, path: str, hint: Hint | None) -> Hint:
+        """The same hint, with a note that kernels may be transposed."""
+        if hint is None:
+            return Hint(note=_may_be_transposed(path))
+        if hint.note:
+            return hint
+        return replace(hint, note=_may_be_transposed(path))
 
     def _is_transposed(self, shape: Shape, inputs: int | None, outputs: int | None) -> bool:
         """Whether only (in, out, *kernel) fits the layers before and after."""
@@ -147,12 +177,7 @@ class Kernels:
             return None
         if second == 1 or (bias is not None and first != second):
             return None
-        name = full_name(path, "")
-        note = (
-            "read as a convolution (out, in, kernel), a guess; if it is a transposed one: "
-            f"neurons={{'{name}': 'columns'}}"
-        )
-        return Hint(note=note)
+        return Hint(note=_may_be_transposed(path))
 
     def _contradicted(self, path: str, shape: Shape, bias: int) -> Hint | None:
         """A note on kernels that have as many outputs as neither axis."""
@@ -354,8 +379,15 @@ class Kernels:
         first = int(before.rpartition(".")[2])
         second = int(link.rpartition(".")[2])
         bias = self._shapes.vector(before)
-        outputs = earlier[0] if bias is None else bias
+        outputs = self._outputs_of(before, earlier) if bias is None else bias
         return _Before(outputs, is_sure=second - first > 1, in_list=True)
+
+    def _outputs_of(self, path: str, shape: Shape) -> int:
+        """How many channels kernels without a bias give."""
+        reading = self._runs.reading(path)
+        if reading is None or not reading.is_transposed:
+            return shape[0]
+        return reading.groups * shape[1]
 
     def _kernel_at(self, path: str | None) -> Shape | None:
         """The shape of the only kernels at a path or below it."""
@@ -416,6 +448,15 @@ class Kernels:
             f"neurons={{'{name}': lambda w: ...}}"
         )
         return Hint(rule, "convolution", note)
+
+
+def _may_be_transposed(path: str) -> str:
+    """A note on kernels that may be transposed."""
+    name = full_name(path, "")
+    return (
+        "read as a convolution (out, in, kernel), a guess; if it is a transposed one: "
+        f"neurons={{'{name}': 'columns'}}"
+    )
 
 
 def _is_among(channels: int, widths: set[int]) -> bool:
