@@ -248,3 +248,26 @@ def test_kernels_beside_a_shortcut_take_what_it_takes():
     state = {name: torch.randn(shape) for name, shape in shapes.items()}
     found = {one.name: one for one in neurons_of_state_dict(state).sets}
     assert found["stages.0.0.conv1.conv"].shape == (1, 32, 144)
+
+
+class ShuffleUnit(nn.Module):
+    """Of ShuffleNet: its kernels in groups are named so, and take what the layer before gives."""
+
+    def __init__(self):
+        super().__init__()
+        self.gconv1 = nn.Conv2d(16, 8, 1, groups=2, bias=False)
+        self.bn1 = nn.BatchNorm2d(8)
+        self.dwconv = nn.Conv2d(8, 8, 3, groups=8, bias=False)
+        self.bn2 = nn.BatchNorm2d(8)
+        self.gconv2 = nn.Conv2d(8, 32, 1, groups=2, bias=False)
+        self.bn3 = nn.BatchNorm2d(32)
+
+
+def test_groups_by_name_are_of_what_the_layer_before_gives():
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), ShuffleUnit(), nn.Conv2d(32, 8, 1))
+    found = report(model.state_dict())
+    shapes = {layer.name: layer.shape for layer in report(model).layers}
+    assert {layer.name: layer.shape for layer in found.layers} == shapes
+    assert shapes["1.gconv2"] == "2 groups of 16 x 4"
+    told = [name for name, note in found.notes if "as its name and the layer before" in note]
+    assert told == ["1.gconv1", "1.gconv2"]

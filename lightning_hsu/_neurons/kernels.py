@@ -35,7 +35,8 @@ _TRANSPOSED_WORDS = {
     "dconv",
 }
 
-_GROUP_WORDS = {"dw", "dwconv", "depthwise", "group", "grouped", "gconv"}
+_DEPTHWISE_WORDS = {"dw", "dwconv", "depthwise"}
+_GROUP_WORDS = {"group", "grouped", "gconv"}
 _POSITION_WORDS = {"pos", "position", "positions", "positional"}
 _MOST_OF_A_PICTURE = 16  # channels that a picture may have
 _IF_NOT = "if it is grouped, report the model itself"
@@ -198,7 +199,12 @@ class Kernels:
         if each == 1 and not is_sure:
             is_wider = before.in_list and inputs is not None and _divides(1, inputs, outputs)
             return self._doubt(path, inputs, inputs) if is_wider and inputs else None
-        says_so = bool(words(path.rpartition(".")[2]) & _GROUP_WORDS)
+        own_words = words(path.rpartition(".")[2])
+        if own_words & _GROUP_WORDS:
+            named = self._named_grouped(path, outputs, each)
+            if named is not None:
+                return named
+        says_so = bool(own_words & (_DEPTHWISE_WORDS | _GROUP_WORDS))
         if says_so or "pos_conv" in path or "conv_pos" in path or _is_of_positions(path, shape):
             inputs = outputs  # added to what it reads, or channel by channel
             is_sure = True
@@ -230,6 +236,26 @@ class Kernels:
             note = f"read as one group; the layer before it has {inputs} outputs: {_IF_NOT}"
             return Hint(note=note)
         return None  # they may stand side by side
+
+    def _named_grouped(self, path: str, outputs: int, each: int) -> Hint | None:
+        """Groups of kernels whose name says that they have some, if one width before them fits."""
+        block = self._widths.block_of(path)
+        if self._widths.is_large(block):
+            return None
+        earlier = self._widths.right_before(path, block)
+        given = {earlier.outputs} if earlier is not None else set()
+        if not given:
+            given = self._widths.coming_in(block).main_widths()
+        fitting = {inputs for inputs in given if _divides(each, inputs, outputs)}
+        if len(fitting) != 1:
+            return None
+        groups = fitting.pop() // each
+        note = (
+            f"read in {groups} groups, as its name and the layer before it say; for one group: "
+            f"neurons={{'{full_name(path, '')}': 'rows'}}"
+        )
+        rule = WeightRule("weight", kernels=True, groups=groups)
+        return Hint(rule, "convolution", note)
 
     def _as_block_shows(self, path: str, shape: Shape) -> Hint | None:
         """Groups, or a note on them, if no layer around gives as many channels as a kernel takes."""
