@@ -588,12 +588,3 @@ def test_the_state_dict_of_a_layer_alone(build):
     for name, note in found.notes:
         if name == "head":
             assert note.startswith(tuple(expected))
-
-
-@pytest.mark.parametrize(
-    "last", ["mlp.router", "mlp.gate", "moe.experts.3.w2", "block_sparse_moe.experts.1.w3"]
-)
-def test_routers_and_experts_are_no_heads(last):
-    state = {"attention.out.weight": torch.randn(8, 8), f"{last}.weight": torch.randn(4, 8)}
-    heads = [layer.name for layer in report(state).layers if layer.full_space]
-    assert heads == ["attention.out"]

@@ -22,9 +22,6 @@ _DECLARING = ("get_output_embeddings", "get_classifier")
 _COPIES = ("AveragedModel", "ModelEma", "ModelEmaV2", "ModelEmaV3")
 """Classes that hold a copy of a model whose weights are averages of the trained ones."""
 
-_INNER = {"experts", "expert", "router", "gate"}
-"""Parts of the names of layers within a mixture of experts, which give no output of a model."""
-
 _COPY_WORDS = ("ema", "teacher", "momentum", "target", "swa", "averaged", "average", "shadow")
 """Words in the names of copies of a model, of which another one is trained."""
 
@@ -86,9 +83,7 @@ def guessed_heads(sets: Sequence[NeuronSet]) -> dict[str, str]:
     no_heads = dictionaries(sets)
     layered = []
     for one in sets:
-        if one.name in no_heads or set(one.layer.split(".")) & _INNER:
-            continue
-        if one.kind in ("linear", "convolution"):
+        if one.kind in ("linear", "convolution") and one.name not in no_heads:
             layered.append(one)
     eligible = []
     for one in layered:
