@@ -588,3 +588,25 @@ def test_the_state_dict_of_a_layer_alone(build):
     for name, note in found.notes:
         if name == "head":
             assert note.startswith(tuple(expected))
+
+
+class Bottleneck(nn.Module):
+    def __init__(self):
+        super().__init__()
+        for i, (inputs, outputs, size) in enumerate([(8, 4, 1), (4, 4, 3), (4, 16, 1)]):
+            layer = nn.Module()
+            layer.convolution = nn.Conv2d(inputs, outputs, size, bias=False)
+            layer.normalization = nn.BatchNorm2d(outputs)
+            self.add_module(f"layer{i}", layer)
+
+
+def test_counts_that_a_file_has_first_are_no_order():
+    """safetensors sorts by type, so that the steps of all batch norms come first."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), Bottleneck(), nn.Linear(16, 5))
+    state = model.state_dict()
+    by_type = dict(sorted(state.items(), key=lambda item: (item[1].ndim != 0, item[0])))
+    assert next(iter(by_type)).endswith("num_batches_tracked")
+    shapes = {layer.name: layer.shape for layer in report(model).layers}
+    found = report(by_type)
+    assert {layer.name: layer.shape for layer in found.layers} == shapes
+    assert [name for name, _ in found.notes] == ["head"]

@@ -159,12 +159,21 @@ class StoredTensors:
 
 
 def _tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a state dict by name."""
+    """The tensors of a state dict by name, counts of steps last.
+
+    A file of safetensors has them first, so that norms would come before all that they follow.
+    """
     tensors = {}
+    counts = {}
     if isinstance(state, Mapping):
         for name, x in with_quantised_linears(state).items():
-            if isinstance(name, str) and isinstance(x, Tensor):
+            if not isinstance(name, str) or not isinstance(x, Tensor):
+                continue
+            if x.ndim == 0 and not x.is_floating_point():
+                counts[name] = x
+            else:
                 tensors[name] = x
+    tensors |= counts
     if not tensors:
         given = type(state).__name__
         if isinstance(state, Mapping):
