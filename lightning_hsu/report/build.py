@@ -130,11 +130,10 @@ def report(
     out unless ``include`` or ``neurons`` names it. The head and layers of two neurons are measured in full
     space, where opposite neurons rightly count as far apart.
 
-    Ten thousand layers of 4 x 4 take 4 seconds of a processor core, of mixed shapes up to 64 x 64
-    some 25, with 850 MiB. An embedding of 50257 x 768 takes 40 to 60 of them and 1 GiB, a million
-    neurons of dimension 64 take 60 and 1.3 GiB: their energy is that of a sample, and among a
-    million neurons near-duplicates are searched by random hashes, so that there may be more. Table,
-    page and JSON say so.
+    On two cores ten thousand layers of 4 x 4 take 4 seconds, of mixed shapes up to 64 x 64 16, with
+    0.6 GiB. An embedding of 50257 x 768 takes 17 and 0.7 GiB, a million neurons of dimension 64
+    take 17 and 1 GiB: their energy is that of a sample, and among a million neurons near-duplicates
+    are searched by random hashes, so that there may be more. Table, page and JSON say so.
     ``python -m benchmarks.report`` measures it.
 
     Args:
