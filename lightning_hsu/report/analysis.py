@@ -13,11 +13,11 @@ from lightning_hsu._core import exact_arithmetic, unit_rows, with_float64, worki
 from lightning_hsu._core.duplicates import SimilarPairs
 from lightning_hsu._core.histogram import PairHistogram, pair_histogram
 from lightning_hsu._core.parts import Done, part_of
-from lightning_hsu._monitor.measure import measure_neurons
+from lightning_hsu._monitor.measure import LayerUniformity, measure_neurons
 from lightning_hsu._monitor.text import finding
 from lightning_hsu.measures import Measure
 from lightning_hsu.report.data import HEAT_MAP_SIZE, LayerReport, SimilarPair
-from lightning_hsu.report.groups import similar_groups
+from lightning_hsu.report.groups import FoundGroups, similar_groups
 from lightning_hsu.report.work import LARGEST_GRAM, Parts, work_of
 
 BINS = 90
@@ -52,7 +52,6 @@ def look_at(
     parts = Parts(work_of(x.shape), done)
     uniformity = measure_neurons(name, x, measure, measure.prepare(x), parts.begin("measure"))
     histograms = _histograms(x, measure, similar_above, keep, parts.begin("histogram"))
-    similar = sum(histogram.similar for histogram in histograms)
     angles = torch.stack([histogram.angles for histogram in histograms]).sum(0)
     live = unit_rows(x)[1].squeeze(-1) > 0  # (groups, n)
     dead = dead_neurons(x).flatten().nonzero().flatten()
@@ -62,12 +61,58 @@ def look_at(
     group = max(range(len(histograms)), key=lambda i: histograms[i].similar)
     index = live[group].nonzero().flatten()
     shown, cosines = heat_map(x[group], index, parts.begin("heat map"))
+    return layer_report(
+        uniformity,
+        measure,
+        histograms,
+        keep=keep,
+        dead=dead,
+        angles=angles,
+        spectrum=spectrum,
+        live=live,
+        picture=(shown, cosines),
+        groups=groups,
+    )
+
+
+def layer_report(
+    uniformity: LayerUniformity,
+    measure: Measure,
+    searches: Sequence[PairHistogram | SimilarPairs],
+    *,
+    keep: int,
+    dead: Tensor,
+    angles: Tensor,
+    spectrum: Spectrum,
+    live: Tensor,
+    picture: tuple[tuple[int, ...], Tensor],
+    groups: FoundGroups,
+    sampled: int | None = None,
+    all_counted: bool = True,
+) -> LayerReport:
+    """What is found about one layer, in one.
+
+    Args:
+        uniformity: Its numbers.
+        measure: How they were measured.
+        searches: The near-duplicates of each group.
+        keep: How many near-duplicate pairs to list.
+        dead: Indices group * n + row of its dead neurons.
+        angles: Number of pairs by angle.
+        spectrum: Its singular values.
+        live: Which neurons take part, (groups, n).
+        picture: The neurons of the heat map, in order, and their cosines.
+        groups: Its groups of near-duplicates.
+        sampled: How many neurons its energy is estimated from; None if it is exact.
+        all_counted: Whether all near-duplicate pairs are counted.
+    """
+    shown, cosines = picture
     return LayerReport(
         uniformity=uniformity,
         measure=measure,
-        similar=similar,
-        opposite=sum(histogram.opposite for histogram in histograms),
-        pairs=nearest_pairs(histograms, measure.half_space, keep),
+        similar=sum(search.similar for search in searches),
+        opposite=sum(search.opposite for search in searches),
+        pairs=nearest_pairs(searches, measure.half_space, keep),
         dead=len(dead),
         dead_rows=tuple(dead[:DEAD_LISTED].tolist()),
         angles=tuple(angles.tolist()),
@@ -81,7 +126,10 @@ def look_at(
             dead=len(dead),
             grouped=groups.neurons,
             groups=groups.count,
+            all_counted=all_counted,
         ),
+        sampled=sampled,
+        all_counted=all_counted,
         groups=groups.listed,
         group_count=groups.count,
         grouped=groups.neurons,

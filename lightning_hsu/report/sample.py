@@ -20,15 +20,13 @@ from lightning_hsu._core.parts import Done, part_of
 from lightning_hsu._core.sampled_energy import sampled_energy
 from lightning_hsu._core.sphere import live_rows, seeded
 from lightning_hsu._monitor.measure import LayerUniformity, beside_random
-from lightning_hsu._monitor.text import finding
 from lightning_hsu.measures import Measure
 from lightning_hsu.reference import LARGEST_SIMULATED, simulated_neurons
 from lightning_hsu.report.analysis import (
     BINS,
-    DEAD_LISTED,
     dead_neurons,
     heat_map,
-    nearest_pairs,
+    layer_report,
     rows_at_once,
     spectrum_of,
 )
@@ -110,34 +108,19 @@ def look_at_sample(
     shown, cosines = heat_map(x[group], chosen, parts.begin("heat map"))
     labels = [search.label for search in searches]
     groups = similar_groups(x, labels, measure.half_space, keep)
-    all_counted = all(search.all_counted for search in searches)
-    return LayerReport(
-        uniformity=uniformity,
-        measure=measure,
-        similar=sum(search.similar for search in searches),
-        opposite=sum(search.opposite for search in searches),
-        pairs=nearest_pairs(searches, measure.half_space, keep),
-        dead=len(dead),
-        dead_rows=tuple(dead[:DEAD_LISTED].tolist()),
-        angles=tuple(angles.tolist()),
-        singular_values=spectrum.values,
-        live=float(live.sum(1).double().mean()),
-        shown=shown,
-        cosines=cosines,
-        finding=finding(
-            uniformity,
-            measure,
-            dead=len(dead),
-            grouped=groups.neurons,
-            groups=groups.count,
-            all_counted=all_counted,
-        ),
+    return layer_report(
+        uniformity,
+        measure,
+        searches,
+        keep=keep,
+        dead=dead,
+        angles=angles,
+        spectrum=spectrum,
+        live=live,
+        picture=(shown, cosines),
+        groups=groups,
         sampled=sum(len(sample.rows) for sample in samples),
-        all_counted=all_counted,
-        groups=groups.listed,
-        group_count=groups.count,
-        grouped=groups.neurons,
-        effective_rank=spectrum.effective_rank,
+        all_counted=all(search.all_counted for search in searches),
     )
 
 
