@@ -20,12 +20,7 @@ def files_called(act):
         if event == "call" and name.startswith(_PREFIX):
             files.append(name.removeprefix(_PREFIX))
 
-    before = sys.getprofile()
-    sys.setprofile(note)
-    try:
-        act()
-    finally:
-        sys.setprofile(before)
+    _profiled(act, note)
     return files
 
 
@@ -37,13 +32,18 @@ def count_calls(act):
         nonlocal count
         count += event in ("call", "c_call")
 
+    _profiled(act, note)
+    return count
+
+
+def _profiled(act, note):
+    """Do something while each call is noted."""
     before = sys.getprofile()
     sys.setprofile(note)
     try:
         act()
     finally:
         sys.setprofile(before)
-    return count
 
 
 class Traced(HypersphericalUniformity):

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from lightning_hsu._neurons.candidates import full_name
 from lightning_hsu._neurons.hints import Hint
 from lightning_hsu._neurons.how import WeightRule
-from lightning_hsu._neurons.runs import Reading, Runs
+from lightning_hsu._neurons.runs import Reading, Runs, divide
 from lightning_hsu._neurons.shapes import Shape, Shapes, words
 from lightning_hsu._neurons.widths import Scope, Widths
 
@@ -499,7 +499,6 @@ def _is_of_positions(path: str, shape: Shape) -> bool:
 
 def _divides(each: int, inputs: int | None, outputs: int) -> bool:
     """Whether inputs and outputs divide into groups of so many inputs, not one for each output."""
-    if inputs is None or inputs <= each or inputs % each != 0:
+    if inputs is None or not divide(each, inputs, outputs):
         return False
-    groups = inputs // each
-    return outputs % groups == 0 and groups != outputs
+    return inputs // each != outputs

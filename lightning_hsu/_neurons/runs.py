@@ -99,8 +99,6 @@ class Runs:
     def __init__(self, shapes: Shapes) -> None:
         self._shapes = shapes
         self._readings: dict[str, Reading] | None = None
-        ends = [path for path in shapes.layers if not shapes.names_below(path)]
-        self._is_by_name = ends == sorted(ends)
 
     def reading(self, path: str) -> Reading | None:
         """How the kernels of a layer are read; None if it has none, or its bias tells."""
@@ -193,7 +191,11 @@ class Runs:
         step = steps[i]
         if len(steps) == 1:
             return True
-        if i == 0 or not self._is_by_name or self._shapes.is_list(step.path.rpartition(".")[0]):
+        if (
+            i == 0
+            or not self._shapes.is_by_name
+            or self._shapes.is_list(step.path.rpartition(".")[0])
+        ):
             return False
         taking = [one for one in steps if one.is_kernels and one.shape[1] == step.shape[1]]
         before = [way.outputs for way in steps[i - 1].ways if way.is_transposed]
@@ -243,7 +245,7 @@ class Runs:
         if len(following.shape) == 2 and step.is_kernels and given > 1 and inputs % given == 0:
             return 0  # a picture as one vector
         if following.is_kernels and not after.is_transposed:
-            if _divide(inputs, given, after.outputs):
+            if divide(inputs, given, after.outputs):
                 return _GROUPS
             if self._are_beside(step, way, following, after):
                 return 0
@@ -342,13 +344,13 @@ class Runs:
 def _takes(step: Step, channels: int) -> bool:
     """Whether a step takes so many channels, maybe in groups."""
     for way in step.ways:
-        in_groups = not way.is_transposed and _divide(way.inputs, channels, way.outputs)
+        in_groups = not way.is_transposed and divide(way.inputs, channels, way.outputs)
         if way.inputs == channels or (step.is_kernels and in_groups):
             return True
     return False
 
 
-def _divide(each: int, inputs: int, outputs: int) -> bool:
+def divide(each: int, inputs: int, outputs: int) -> bool:
     """Whether inputs and outputs divide into groups of so many inputs."""
     if inputs <= each or inputs % each != 0:
         return False

@@ -20,6 +20,10 @@ class Shapes:
 
     Args:
         layers: All tensors by layer.
+
+    Attributes:
+        layers: The shapes of the tensors of each layer.
+        is_by_name: Whether the layers are in the order of their names.
     """
 
     def __init__(self, layers: Layers) -> None:
@@ -33,6 +37,8 @@ class Shapes:
         for path, leaves in layers.items():
             self.layers[path] = _effective(leaves)
             self._add_above(path)
+        ends = [path for path in self.layers if not self._children.get(path)]
+        self.is_by_name = ends == sorted(ends)
 
     def _add_above(self, path: str) -> None:
         """Note a path below all that it is in."""

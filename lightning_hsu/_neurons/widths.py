@@ -101,9 +101,6 @@ class Widths:
 
     Args:
         shapes: The shapes of all tensors.
-
-    Attributes:
-        is_by_name: Whether the layers are in the order of their names.
     """
 
     def __init__(self, shapes: Shapes) -> None:
@@ -111,8 +108,6 @@ class Widths:
         self._scopes: dict[str, Scope] = {}
         self._coming_in: dict[str, Scope] = {}
         self._order = {path: place for place, path in enumerate(shapes.layers)}
-        ends = [path for path in shapes.layers if not shapes.names_below(path)]
-        self.is_by_name = ends == sorted(ends)
 
     def block_of(self, path: str) -> str:
         """The path of the smallest numbered item around a layer that has others, too.
@@ -204,16 +199,18 @@ class Widths:
         inner = {link.outputs for link in main} - entering
         found = []
         for link in main:
-            is_earlier = not self.is_by_name and not self.comes_later(link.path, path)
-            may_be_out_of_order = self.is_by_name or link.is_matrix
-            enters = link.inputs in entering if not self.is_by_name else link.inputs not in inner
+            is_earlier = not self._shapes.is_by_name and not self.comes_later(link.path, path)
+            may_be_out_of_order = self._shapes.is_by_name or link.is_matrix
+            enters = (
+                link.inputs in entering if not self._shapes.is_by_name else link.inputs not in inner
+            )
             if is_earlier or (may_be_out_of_order and enters):
                 found.append(link)
         return found
 
     def is_order_known(self, path: str, block: str) -> bool:
         """Whether it is known which layers of a block are before one, and not after it."""
-        return not self.is_by_name or bool(self._entry_of(path, block))
+        return not self._shapes.is_by_name or bool(self._entry_of(path, block))
 
     def comes_later(self, path: str, other: str) -> bool:
         """Whether a layer is stored after another one."""
@@ -285,7 +282,7 @@ class Widths:
         numbering = (number_of(name) or ("", 0))[0]
         for child_name in self._shapes.names_below(outer):
             child = below(outer, child_name)
-            if child == path and not self.is_by_name:
+            if child == path and not self._shapes.is_by_name:
                 break
             number = number_of(child_name)
             is_item = number is not None and number[0] == numbering
