@@ -197,13 +197,12 @@ class Widths:
             main.append(link)
         entering = self.coming_in(block).outputs()
         inner = {link.outputs for link in main} - entering
+        by_name = self._shapes.is_by_name
         found = []
         for link in main:
-            is_earlier = not self._shapes.is_by_name and not self.comes_later(link.path, path)
-            may_be_out_of_order = self._shapes.is_by_name or link.is_matrix
-            enters = (
-                link.inputs in entering if not self._shapes.is_by_name else link.inputs not in inner
-            )
+            is_earlier = not by_name and not self.comes_later(link.path, path)
+            may_be_out_of_order = by_name or link.is_matrix
+            enters = link.inputs not in inner if by_name else link.inputs in entering
             if is_earlier or (may_be_out_of_order and enters):
                 found.append(link)
         return found
