@@ -26,7 +26,7 @@ DEVICE = (
     "cuda" if torch.cuda.is_available() else "cpu"
 )  # without one Triton's interpreter runs the kernels; see conftest.py
 BACKENDS = ["torch", "triton"]
-CLOSE = 6e-6  # measured: at most 2.9e-6 for either back end
+CLOSE = 2e-5  # measured: at most 6.7e-6, where two of 63 neurons in five dimensions come near
 MEASURES = [
     *(RieszEnergy(s=s, half_space=half) for s in (0, 1, 2, 2.5, -1) for half in (False, True)),
     *(
