@@ -70,7 +70,9 @@ def test_a_huge_coefficient_is_told_once_a_fit(apply, settings, tmp_path):
         (text,) = fitted(callback, module=Automatic(), **settings)
         assert text.startswith("the penalty is too strong with coefficient 1e+06: on ")
         assert all(name in text for name in ("'net.0'", "'net.2'", "'net.5'", "'net.7'"))
-        assert "coefficient=Share(0.05)" in text
+        assert (
+            f"or coefficient=Share({SHARE_LIMIT:g}), which keeps it at {SHARE_LIMIT:.0%};" in text
+        )
         assert "12 of 12 neurons" in text
 
 

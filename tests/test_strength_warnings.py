@@ -172,9 +172,11 @@ def test_the_step_limit_is_told_at_a_later_look_with_momentum(caplog, momentum, 
     huge = {"factor": lambda step: 1e6}  # so that the penalty is small beside the task
     loop = Loop(lambda p: sgd(p, momentum=momentum), **huge)
     schedule = grown(row_coefficient(loop, 0.3))
-    texts, _ = loop.run(caplog, of_first(schedule, step_limit=1.0))
+    limits = {"step_limit": 1.0, "share_limit": SHARE_LIMIT}
+    texts, _ = loop.run(caplog, of_first(schedule, **limits))
     assert len(texts) == is_told
     for text in texts:
+        assert text.endswith(". Take a smaller coefficient or share_limit")
         assert "on 5 steps in a row the step limit shortened most of it, in layer '0' (" in text
         assert re.search(r"\((5|6|7|8) of 8 neurons\)", text)
 
@@ -202,17 +204,25 @@ def test_a_share_limit_that_decides_is_told_once_and_is_no_alarm(caplog):
     assert texts == []
     assert text == (
         "the share limit has decided how strong the penalty is for 10 steps in a row in 1 of 1 layers "
-        f"({SHARE_LIMIT:g} of the task's gradient); a larger coefficient changes nothing there. Where "
-        "rows must be alike take a smaller share_limit or exclude='0'"
+        f"({SHARE_LIMIT:g} of the task's gradient); a larger coefficient changes nothing there"
+    )
+
+
+def test_above_the_default_a_limit_that_decides_may_be_too_much_where_rows_must_be_alike(caplog):
+    loop = Loop()
+    texts, (text,) = loop.run(caplog, of_first(3.0 / loop.share(), share_limit=SAFE_SHARE))
+    assert texts == []
+    assert text.endswith(
+        f"Where rows must be alike take share_limit={SHARE_LIMIT:g} or exclude='0'"
     )
 
 
 def test_a_head_that_is_held_may_be_left_out_by_its_coefficient(caplog):
-    regularizer = UniformityRegularizer(coefficient=1e4, share_limit=SHARE_LIMIT, step_limit=None)
+    regularizer = UniformityRegularizer(coefficient=1e4, share_limit=SAFE_SHARE, step_limit=None)
     texts, (text,) = Loop().run(caplog, regularizer)
     assert texts == []
     assert text.endswith(
-        "Where rows must be alike take a smaller share_limit or head_coefficient=0"
+        f"Where rows must be alike take share_limit={SHARE_LIMIT:g} or head_coefficient=0"
     )
     assert len(text) < 250
     left_out = UniformityRegularizer(coefficient=1e4, share_limit=SHARE_LIMIT, head_coefficient=0)
@@ -236,11 +246,11 @@ def test_a_share_limit_that_does_not_decide_is_not_told(caplog, coefficient, ste
 @pytest.mark.parametrize("moves", [False, True])
 def test_a_limit_that_decides_in_one_small_layer_names_it(caplog, moves):
     given = {"0": 0.01 / Loop().share("0"), "2": 3.0 / Loop().share("2")}
-    regularizer = of_first(given, include=None, share_limit=SHARE_LIMIT)
+    regularizer = of_first(given, include=None, share_limit=SAFE_SHARE)
     texts, (text,) = Loop(moves=moves).run(caplog, regularizer)
     assert texts == []
     of = "optimizer's step" if moves else "task's gradient"
-    assert f"in 1 of 2 layers, '2' ({SHARE_LIMIT:g} of the {of}); a larger coefficient" in text
+    assert f"in 1 of 2 layers, '2' ({SAFE_SHARE:g} of the {of}); a larger coefficient" in text
     assert text.endswith("exclude='2'")
 
 
@@ -366,7 +376,7 @@ def test_a_share_that_is_no_safe_limit_is_told_of_a_layer_at_zero(caplog, share_
     large = UniformityRegularizer(coefficient=Share(1.0), share_limit=share_limit)
     (text,), logged = loop.run(caplog, large, 3)
     assert text.startswith("layer '2' (3 x 8) starts at zero")
-    assert "Take a Share of at most 0.1, or a number and share_limit=" in text
+    assert f"Take Share({SHARE_LIMIT:g}), or a number and share_limit=" in text
     assert logged == []
     mixed = {"2": Share(SAFE_SHARE), "*": 1e-3}
     safe = UniformityRegularizer(coefficient=mixed, share_limit=share_limit)

@@ -460,14 +460,14 @@ def _limited_warning(layers: Sequence[Seen]) -> str:
 
 def _way_out(share_limit: float | None) -> str:
     """What to do about a penalty that is too strong."""
-    by_itself = "coefficient=Share(0.05), which keeps the penalty's gradient at 5 % of the task's"
     if share_limit is None or share_limit > SAFE_SHARE:
         return (
             f"Set share_limit={SHARE_LIMIT:g}, which holds the penalty's gradient to "
-            f"{SHARE_LIMIT:.0%} of the task's in each layer, or {by_itself}; a smaller coefficient "
-            "may not be enough"
+            f"{SHARE_LIMIT:.0%} of the task's in each layer, or coefficient=Share({SHARE_LIMIT:g}), "
+            f"which keeps it at {SHARE_LIMIT:.0%}; a smaller coefficient may not be enough"
         )
-    return f"Take a smaller coefficient, or {by_itself}"
+    # The share is below the limit already: a Share might raise it.
+    return "Take a smaller coefficient or share_limit"
 
 
 def _strong_warning(layers: Sequence[Seen]) -> str:
@@ -512,10 +512,10 @@ def _held_text(held: Sequence[Seen], count: int, share_limit: float, *, compares
             f"{begin}. That may be too much for the task to be learnt as well: set "
             f"share_limit={SHARE_LIMIT:g}, or take a smaller coefficient"
         )
-    return (
-        f"{begin}; a larger coefficient changes nothing there. Where rows must be alike take a smaller "
-        f"share_limit or {_left_out(held)}"
-    )
+    begin = f"{begin}; a larger coefficient changes nothing there"
+    if share_limit > SHARE_LIMIT:
+        return f"{begin}. Where rows must be alike take share_limit={SHARE_LIMIT:g} or {_left_out(held)}"
+    return begin
 
 
 def _left_out(held: Sequence[Seen]) -> str:

@@ -155,9 +155,7 @@ def zeros_text(layers: Sequence[Layer], *, is_limited: bool) -> str:
         )
     limit = f"Set share_limit={SHARE_LIMIT:g}"
     if any(layer.has_share for layer in layers):
-        limit = (
-            f"Take a Share of at most {SAFE_SHARE:g}, or a number and share_limit={SHARE_LIMIT:g}"
-        )
+        limit = f"Take Share({SHARE_LIMIT:g}), or a number and share_limit={SHARE_LIMIT:g}"
     return (
         f"{begin}then its neurons are tiny, and the penalty, whose gradient is the larger the smaller "
         "they are, may decide these instead of the task, which then learns nothing. "
