@@ -154,6 +154,7 @@ class HypersphericalUniformity(_trainer.EveryCallback):
             task's gradient (``Share``), or a mapping of layer patterns to these, of which the first
             match counts. 0 only monitors and leaves training as it is. It is at most 1e30. Another
             one may be assigned at any time: ``callback.coefficient = 0`` switches the penalty off.
+            With the default ``share_limit`` a larger one changes little: raise the limit for more.
         apply: How the penalty enters. "gradient": its gradient is added before each optimizer step,
             before Lightning's clipping, but after your own in manual optimisation. "loss": it is
             added to the loss before each backward, divided by ``accumulate_grad_batches``;
@@ -181,8 +182,9 @@ class HypersphericalUniformity(_trainer.EveryCallback):
             learning rate in each entry, of others the learning rate alone, which a line says.
             None is no limit.
         share_limit: In each layer the norm of the penalty's gradient is at most this fraction of that of
-            the task's, and 0 where that is 0, so that no coefficient keeps a task from being learnt
-            (``hsu/limited`` counts the neurons of such layers, too). With ``apply="decoupled"`` a
+            the task's, and 0 where that is 0 (``hsu/limited`` counts the neurons of such layers,
+            too). At 0.02 no coefficient that was tried, up to 1000, cost a task of our tests more
+            than 2 %; at 0.3 the loss of adapters ended 20 % higher. With ``apply="decoupled"`` a
             move is compared with the optimizer's step, whose length its state tells; where it does
             not, a line says what stands for it (see :class:`~lightning_hsu.UniformityRegularizer`).
             ``apply="loss"`` knows no task gradient and has no such limit; a ``Share`` is a limit by
@@ -226,7 +228,7 @@ class HypersphericalUniformity(_trainer.EveryCallback):
     Example:
         >>> from lightning.pytorch import Trainer
         >>> from lightning_hsu import HypersphericalUniformity
-        >>> trainer = Trainer(callbacks=[HypersphericalUniformity(coefficient=0.1)], logger=False, accelerator="cpu")
+        >>> trainer = Trainer(callbacks=[HypersphericalUniformity()], logger=False, accelerator="cpu")
     """
 
     def __init__(

@@ -12,7 +12,10 @@ REPORT_MEASURE: Measure = RieszEnergy(s=2.0, half_space=True)
 """The same in half space: a report counts neurons that differ in sign as one direction."""
 
 COEFFICIENT = 1.0
-"""How strong the penalty is, within the limit below, which decides in most layers."""
+"""How strong the penalty is, within the limit below.
+
+In small networks the limit decides at nine steps of ten or more (tests/test_safe_default.py counts).
+"""
 
 SHARE_LIMIT = 0.02
 """Largest norm of a layer's penalty gradient over that of its task gradient."""
