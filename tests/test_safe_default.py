@@ -19,9 +19,9 @@ from torch.nn import functional as F
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
 from lightning_hsu import HypersphericalUniformity, Share, UniformityRegularizer
-from lightning_hsu.measures.defaults import COEFFICIENT
 
 WITHIN = 1.02  # of the loss without the penalty
+HUGE = 1000.0  # a coefficient with which the limit decides everywhere
 BATCH = 50
 
 pytestmark = [
@@ -225,7 +225,7 @@ class Case:
         loss: Of the model, images and labels.
         steps: Of the optimizer.
         settings: Of the regularizer, beside its strength.
-        coefficients: Strengths to try beside the default.
+        coefficients: Numbers to try beside the default of 1, within the default's limit.
     """
 
     build: Callable[[], nn.Module]
@@ -233,7 +233,7 @@ class Case:
     loss: Callable[..., torch.Tensor] = classify
     steps: int = 300
     settings: dict = field(default_factory=dict)
-    coefficients: tuple[float, ...] = (1.0,)
+    coefficients: tuple[float, ...] = (HUGE,)
 
 
 CASES = {
@@ -243,10 +243,10 @@ CASES = {
         momentum_and_decay,
         steps=600,
         settings={"exclude": "4"},
-        coefficients=(1.0, 0.3),
+        coefficients=(0.3, HUGE),
     ),
     "zero convolutions": Case(Controlled, partial(adamw, lr=3e-3), steps=150),
-    "adaLN-zero": Case(Denoiser, loss=denoise, steps=150, coefficients=(1.0, 10.0)),
+    "adaLN-zero": Case(Denoiser, loss=denoise, steps=150),
     "LayerScale": Case(layer_scaled, steps=150),
     "tiny norms, momentum": Case(lambda: plain(1e-4), momentum),
     "tiny norms, Adam": Case(lambda: plain(1e-4), adam, steps=200),
@@ -255,8 +255,7 @@ CASES = {
 STRENGTHS = [(name, {}) for name in CASES]
 for name, case in CASES.items():
     for coefficient in case.coefficients:
-        if coefficient != COEFFICIENT:
-            STRENGTHS.append((name, {"coefficient": coefficient}))
+        STRENGTHS.append((name, {"coefficient": coefficient}))
 
 
 def optimizer_of(case, model):
@@ -318,7 +317,46 @@ def ratio(name, seeds, **strength):
 
 @pytest.mark.parametrize(("name", "strength"), STRENGTHS, ids=str)
 def test_a_task_is_learnt_as_well_as_without_the_penalty(name, strength):
+    """Measured: at most 1.00, with any of these coefficients.
+
+    Two of these would pass without a share limit at the default coefficient, too: "tiny norms", which the
+    step limit saves, and "head left out". Their cases with other coefficients would not, but for "tiny norms,
+    momentum", which only both limits together can lose.
+    """
     assert ratio(name, seeds=2, **strength) <= WITHIN
+
+
+@pytest.mark.parametrize("name", ["adapters", "zero convolutions", "adaLN-zero"])
+def test_what_begins_at_zero_bears_a_share_limit_of_a_tenth(name):
+    """Measured: 1.015, 0.985 and 0.990. README says 5 %; of quantiles it says what is lost (see LOST)."""
+    assert ratio(name, seeds=2, share_limit=0.1) <= 1.05
+
+
+@pytest.mark.parametrize("optimizer", [momentum, adamw])
+def test_the_share_limit_decides_at_most_steps(optimizer):
+    """Measured: in 555 of 600 layers and steps with SGD, in all 600 with AdamW."""
+    case = Case(plain, optimizer, steps=200)
+    held = layers = 0
+    for stats in steps_of(case, UniformityRegularizer()):
+        layers += len(stats)
+        held += sum(bool(one.held) for one in stats.values())
+    assert layers == 3 * case.steps
+    assert held >= 0.8 * layers
+
+
+def steps_of(case, regularizer):
+    """Train; yield the statistics of each step, by layer."""
+    torch.manual_seed(0)
+    model = case.build()
+    regularizer.attach(model)
+    optimizer = optimizer_of(case, model)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, case.steps)
+    for images, labels in batches(case, 0):
+        optimizer.zero_grad()
+        case.loss(model, images, labels).backward()
+        yield regularizer.add_gradients(optimizer, stats=True)
+        optimizer.step()
+        schedule.step()
 
 
 DECOUPLED = {
@@ -331,28 +369,45 @@ if hasattr(torch.optim, "Muon"):  # from torch 2.9 on
     DECOUPLED["Muon"] = Case(lambda: plain(1e-4), muon, steps=50)
 
 
-@pytest.mark.parametrize("kind", DECOUPLED)
-def test_moves_past_the_optimizer_do_no_harm_to_tiny_norms(kind):
-    """Measured: momentum .97, Adagrad .68, Adafactor .84, Muon .99. If momentum counts as ten times the gradient, and
-    Adafactor's steps as those of Adam, 1.11 and 1.22.
-    """
+def ratio_of_moves(kind, **strength):
+    """The mean loss over two seeds, where neurons move past the optimizer, over that without the penalty."""
     case = DECOUPLED[kind]
     penalised = without = 0.0
     for seed in range(2):
-        penalised += train(case, seed, UniformityRegularizer(coefficient=1.0), "move")
-        without += train(case, seed)
-    assert penalised <= WITHIN * without
+        penalised += train(case, seed, UniformityRegularizer(**strength), "move")
+        without += decoupled_without(kind, seed)
+    return penalised / without
+
+
+@cache
+def decoupled_without(kind, seed):
+    """The loss without the penalty."""
+    return train(DECOUPLED[kind], seed)
+
+
+@pytest.mark.parametrize("coefficient", [1.0, HUGE])
+@pytest.mark.parametrize("kind", DECOUPLED)
+def test_moves_past_the_optimizer_do_no_harm_to_tiny_norms(kind, coefficient):
+    """Measured: momentum 1.00, Adagrad .80 and .86, Adafactor 1.00, Muon .99. Adagrad's gains without a limit, too."""
+    assert ratio_of_moves(kind, coefficient=coefficient) <= WITHIN
+
+
+@pytest.mark.parametrize("kind", sorted({"momentum", "Adafactor", "Muon"} & DECOUPLED.keys()))
+def test_such_moves_lose_tiny_norms_where_no_task_limits_them(kind):
+    """Measured: momentum 1.29, Adafactor 1.22, Muon 1.22."""
+    assert ratio_of_moves(kind, coefficient=HUGE, share_limit=None) > WITHIN
 
 
 LOST = [  # without a limit by the task; measured
     ("adapters", {}),  # 2.64
     ("adapters", {"share_limit": 0.3}),  # 1.21; with 0.2 1.08
     ("head left out", {"coefficient": 0.3}),  # 47
+    ("head left out", {"coefficient": HUGE}),  # 1.20
     ("zero convolutions", {}),  # 1.23
-    ("adaLN-zero", {"coefficient": 10.0}),  # 1.18
+    ("adaLN-zero", {"coefficient": HUGE}),  # 1.37; with 10 1.18
     ("LayerScale", {}),  # 1.13
-    ("tiny norms, momentum", {"step_limit": None}),  # 1.44
-    ("tiny norms, Adam", {"step_limit": None}),  # 1.18
+    ("tiny norms, momentum", {"step_limit": None}),  # 1.44; with it 0.00
+    ("tiny norms, Adam", {"coefficient": HUGE}),  # 1.17
     ("quantiles", {}),  # 1.55
     ("quantiles", {"share_limit": 0.1}),  # 1.24
 ]
@@ -407,7 +462,10 @@ def fit(case, seed, callbacks):
 def test_one_line_in_a_trainer_does_no_harm(apply):
     case = replace(CASES["adapters"], steps=100)
     callback = HypersphericalUniformity(apply=apply, verbose=False)
-    assert fit(case, 0, [callback]) <= WITHIN * fit(case, 0, [])
+    without = fit(case, 0, [])
+    assert fit(case, 0, [callback]) <= WITHIN * without
+    unlimited = HypersphericalUniformity(apply=apply, share_limit=None, verbose=False)
+    assert fit(case, 0, [unlimited]) > WITHIN * without  # measured: 1.22 and 1.06
 
 
 class Branches(nn.Module):
@@ -576,3 +634,11 @@ def test_steps_whose_gradients_are_not_finite_do_no_harm(step_of):
         penalised += train_broken(case, seed, UniformityRegularizer(), step_of)
         without += train_broken(case, seed, None, step_of)
     assert penalised <= WITHIN * without
+
+
+def test_skipped_steps_save_no_task_from_a_penalty_without_a_limit():
+    """Measured: 2.5 times the loss."""
+    case = replace(CASES["adapters"], steps=100)
+    unlimited = UniformityRegularizer(coefficient=1.0, share_limit=None)
+    penalised = train_broken(case, 0, unlimited, look_then_add)
+    assert penalised > WITHIN * train_broken(case, 0, None, look_then_add)
