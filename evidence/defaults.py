@@ -469,7 +469,8 @@ def elimination_table(story: Story) -> str:
     for name, gains in story.gains.items():
         ran = story.ran[name]
         mean = 100 * story.reduction[name] / ran
-        gained = f"{gains} gains, {mean:.1f} % less error in the mean of {ran} settings"
+        direction = "less" if mean >= 0 else "more"
+        gained = f"{gains} gains, {abs(mean):.1f} % {direction} error in the mean of {ran} settings"
         fate = f"left: {gained}"
         if name not in story.safe:
             fate = f"left, but not safe elsewhere: {gained}"

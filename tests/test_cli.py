@@ -158,7 +158,7 @@ def test_a_config_is_run_saved_and_run_again(package):
 
 
 def test_the_readmes_config_runs(package):
-    (block,) = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
+    _, block = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
     Path("config.yaml").write_text(block)
     callback = ours(cli(package, "fit", "--config", "config.yaml"))
     assert callback.state_dict()["steps"] == [2]
@@ -166,6 +166,15 @@ def test_the_readmes_config_runs(package):
     assert given["class_path"] == CALLBACK
     assert list(callback.coefficient) == list(given["init_args"]["coefficient"])
     assert isinstance(callback.regularizer.measure, Projected)
+
+
+def test_the_readmes_shortest_config_runs_with_the_defaults(package):
+    block, _ = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
+    Path("config.yaml").write_text(block)
+    callback = ours(cli(package, "fit", "--config", "config.yaml"))
+    assert callback.state_dict()["steps"] == [2]
+    assert callback.regularizer.measure == DEFAULT_MEASURE
+    assert yaml.safe_load(block)["trainer"]["callbacks"] == [{"class_path": CALLBACK}]
 
 
 def test_the_readmes_command_line_runs(package):

@@ -6,6 +6,7 @@ import sys
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
+from statistics import mean, median
 from types import SimpleNamespace
 
 import pytest
@@ -18,6 +19,7 @@ from evidence.defaults import CHOOSING, candidates, eliminate, in_order
 from evidence.methods import METHODS
 from evidence.networks import Architecture, Networks
 from evidence.plan import SETTINGS, Setting, Trial, cells
+from evidence.statistics import holm, paired
 from evidence.training import train
 from lightning_hsu.measures.defaults import COEFFICIENT, DEFAULT_MEASURE, SHARE_LIMIT
 
@@ -146,8 +148,9 @@ def test_committed_results_are_asked_as_ever(monkeypatch):
         assert wanted == asked, name
 
 
-def test_committed_results_choose_the_default(monkeypatch, tmp_path):
-    """The evidence's README has what the committed cells give, and the package the candidate that they choose."""
+@pytest.fixture
+def committed(monkeypatch, tmp_path):
+    """The story that the committed cells tell, and what they report."""
     shapes = {"digits": (1, 8, 8), "mnist1d": (1, 1, 40), "fashion-mnist": (1, 28, 28)}
     monkeypatch.setattr(
         running, "_load", lambda name: SimpleNamespace(shape=shapes[name], classes=10)
@@ -158,13 +161,78 @@ def test_committed_results_choose_the_default(monkeypatch, tmp_path):
     settings = in_order()
     tuned = {setting: study.tuned(setting, quick=False) for setting in settings}
     story = eliminate(study, settings, tuned, candidates(), CHOOSING, defaults.AGAIN)
-    reported = defaults.report(study, settings, tuned, story, defaults.FRESH)
+    return story, defaults.report(study, settings, tuned, story, defaults.FRESH)
+
+
+def test_committed_results_choose_the_default(committed):
+    """The evidence's README has what the committed cells give, and the package the candidate that they choose."""
+    story, reported = committed
     readme = defaults.README.read_text()
     assert defaults.elimination_table(story) in readme
     assert defaults.report_table(story, reported) in readme
     chosen = next(one for one in candidates() if one.name == story.chosen())
     assert (chosen.measure, chosen.coefficient) == (DEFAULT_MEASURE, COEFFICIENT)
     assert (chosen.share_limit, chosen.share) == (SHARE_LIMIT, None)
+
+
+def summed_up(reported, place):
+    """What README says of a method: counts, the part of the error that it takes away, medians and the worst change.
+
+    Args:
+        reported: The settings, with the results of each method.
+        place: Place of the method's result.
+    """
+    changes, parts, at_scale_1 = [], [], []
+    for _, results in reported:
+        without, own = results[0]["test_error"], results[place]["test_error"]
+        change = paired(own, without)
+        changes.append(change)
+        parts.append(-100 * change.mean / mean(without))
+        setting = results[0]["asked"]["setting"]
+        if setting["scale"] == 1.0:
+            at_scale_1.append(change.mean)
+    better = worse = corrected = 0
+    for change, p in zip(changes, holm([change.p for change in changes]), strict=True):
+        better += change.error > 0 and change.mean < -2 * change.error
+        worse += change.worse
+        corrected += p < defaults.LEVEL and change.mean < 0
+    largest = max(changes, key=lambda change: change.mean)
+    return SimpleNamespace(
+        better=better,
+        worse=worse,
+        corrected=corrected,
+        part=f"{mean(parts):.1f} %",
+        median=f"{median(change.mean for change in changes):.1f}".replace("-", "−"),
+        at_scale_1=f"{median(at_scale_1):.1f}".replace("-", "−"),
+        largest=f"{largest.mean:+.2f} points, standard error {largest.error:.2f}",
+    )
+
+
+def test_the_main_readme_says_what_the_committed_cells_give(committed):
+    story, reported = committed
+    default, former = summed_up(reported, 1), summed_up(reported, 2)
+    gains = story.gains
+    chosen = gains[story.chosen()]
+    assert default.worse == 0
+    sentences = [
+        f"from {len(gains)} candidates in {len(reported)} settings",
+        f"in {default.better} of the {len(reported)} (in {default.corrected} after Holm's correction) "
+        "and **worse in none**",
+        f"is {default.median} points, {default.at_scale_1} at PyTorch's own initial scale",
+        f"({gains['full-0.1-0.1']} and {gains['half-0.1-0.1']}, against {chosen} on the seeds",
+        f"had {gains['full-1-0.3']} and {gains['full-1-none']} and was left out",
+        f"was better in {former.better}, {former.corrected} after Holm, takes away more of the error "
+        f"({former.part} in the mean of the settings, the default {default.part}), and was worse in "
+        f"{former.worse}.",
+        f"no measurable harm in {len(reported)} settings (worst: {default.largest}) and gained in "
+        f"{default.better} of them, {default.corrected} after Holm's correction",
+    ]
+    said = " ".join((ROOT / "README.md").read_text().split())
+    for sentence in sentences:
+        assert sentence in said
+    assert {"full-0.1-0.1", "half-0.1-0.1", "full-1-0.3", "full-share0.02"} <= set(story.alive)
+    lower = {"full-1-0.1", "full-1-0.05", "full-0.3-0.1", "full-0.3-0.05", "full-share0.05"}
+    assert lower <= story.out.keys()
 
 
 class MadeUp:
@@ -278,7 +346,7 @@ def test_tables(left):
     assert reported_names == ["decay", *(["full-1-0.1"] if left else []), "half-1-none"]
     table = defaults.elimination_table(story)
     assert ("**chosen**" in table) == left
-    assert "+1.10 (0.06); 0 gains, -10.0 % less error in the mean of 1 settings" in table
+    assert "+1.10 (0.06); 0 gains, 10.0 % more error in the mean of 1 settings" in table
     said = defaults.report_table(story, reported)
     assert "Test error in % over 3 seeds" in said
     none_worse = "worse by two standard errors in 0 of 2 settings (in 0 after Holm's correction), "
