@@ -100,7 +100,7 @@ def rival(kind: Kind, task: Task) -> Rival:
     optimizer = task.optimizer(model)
     regularizer = None
     if kind.penalised:
-        regularizer = UniformityRegularizer(coefficient=0.1, tolerance=kind.tolerance).attach(model)
+        regularizer = UniformityRegularizer(tolerance=kind.tolerance).attach(model)
     return Rival(kind, task, model, optimizer, regularizer)
 
 
@@ -109,7 +109,7 @@ def measure(report: Report, name: str) -> None:
     settings = report.settings
     require_backend("torch", settings.device)
     what = task(name, settings.device, quick=settings.quick)
-    report.note(f"{what.about}; an own loop with UniformityRegularizer, coefficient 0.1")
+    report.note(f"{what.about}; an own loop with UniformityRegularizer, its defaults")
     if settings.device == "cpu":
         report.note("triton on a CPU is an interpreter: left out; waits and memory need a card")
     rivals = started(report, what)
