@@ -667,6 +667,32 @@ def test_compare_tells_what_is_broken_and_what_is_left_out(tmp_path, capsys):
     assert main(["compare", str(tmp_path / "a.pt"), str(tmp_path / "b.pt")]) == 2
 
 
+def test_compare_takes_a_key_for_each_file(tmp_path, capsys):
+    model, ema = network(), network()
+    with torch.no_grad():
+        ema[3].weight.copy_(model[3].weight.roll(1, 1))
+    torch.save({"model": model.state_dict(), "ema": ema.state_dict()}, tmp_path / "both.pt")
+    torch.save(ema.state_dict(), tmp_path / "ema.pt")
+    both, alone = str(tmp_path / "both.pt"), str(tmp_path / "ema.pt")
+    found = compare(both, both, key=("model", "ema"))
+    assert [one.moved for one in found.layers] == [
+        pytest.approx(one.moved) for one in compare(model, ema.state_dict()).layers
+    ]
+    assert (found.before.source, found.after.source) == (f"{both}, model", f"{both}, ema")
+    assert main(["compare", both, both, "--key", "model", "--key", "ema", "--json", "-"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["before"]["source"] == f"{both}, model"
+    same = compare(both, alone, key=("ema", None))
+    assert max(one.moved for one in same.layers) == pytest.approx(0.0, abs=1e-3)
+    assert main(["compare", both, alone, "--key", "ema", "--key", "auto"]) == 0
+    assert main(["compare", both, both, "--key", "model", "--key", "ema", "--key", "x"]) == 2
+    assert "--key was given 3 times; give it once or twice" in capsys.readouterr().err
+    assert main(["report", both, "--key", "model", "--key", "ema"]) == 2
+    assert "--key was given 2 times; give it once" in capsys.readouterr().err
+    with pytest.raises(TypeError, match="key is a name in both files, or two"):
+        compare(both, both, key=("model", 3))
+
+
 def test_compare_sees_what_moved(tmp_path):
     before, after = network(), network()
     with torch.no_grad():

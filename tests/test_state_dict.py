@@ -610,3 +610,8 @@ def test_counts_that_a_file_has_first_are_no_order():
     found = report(by_type)
     assert {layer.name: layer.shape for layer in found.layers} == shapes
     assert [name for name, _ in found.notes] == ["head"]
+
+
+def test_two_names_of_one_weight_are_refused():
+    with pytest.raises(ValueError, match=r"'\.weight' and 'weight' name the same weight"):
+        report({".weight": torch.randn(8, 8), "weight": torch.randn(6, 8)})

@@ -48,6 +48,10 @@ class StoredTensors:
         tensors = _tensors(state)
         for name, short in zip(tensors, without_prefixes(tensors), strict=True):
             path, leaf = _split_name(short)
+            if (path, leaf) in self._names:
+                raise ValueError(
+                    f"{self._names[path, leaf]!r} and {name!r} name the same weight: rename one of them"
+                )
             self._leaves.setdefault(path, {})[leaf] = tensors[name]
             self._names[path, leaf] = name
         for path, leaves in self._leaves.items():

@@ -146,8 +146,10 @@ def _add_common(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument(
         "--key",
+        action="append",
         help="where in a file with several sets of weights the one to read is, such as 'ema' or "
-        "'model.inner'; by default it is found, and a note names it",
+        "'model.inner'; by default (auto) it is found, and a note names it; in a comparison it may be "
+        "given twice: for the first file and for the second",
     )
     command.add_argument(
         "--base",
@@ -215,9 +217,20 @@ def settings(given: argparse.Namespace) -> dict[str, Any]:
         "neurons": _neurons(given.neurons),
         "similar_above": given.similar_above,
         "sample_above": given.sample_above,
-        "key": given.key,
+        "key": _key(given.key, files=2 if "after" in given else 1),
         "base": given.base,
     }
+
+
+def _key(keys: list[str] | None, files: int) -> str | tuple[str | None, ...] | None:
+    """The key for all files, or one for each of them; None finds it."""
+    if keys is None:
+        return None
+    if len(keys) not in (1, files):
+        most = "once" if files == 1 else "once or twice"
+        raise ValueError(f"--key was given {len(keys)} times; give it {most}")
+    found = tuple(None if key == "auto" else key for key in keys)
+    return found if len(found) > 1 else found[0]
 
 
 def _head(names: list[str] | None) -> Head:

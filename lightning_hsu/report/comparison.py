@@ -91,7 +91,7 @@ def compare(
     head: Head = "auto",
     neurons: Neurons = None,
     similar_above: float = 0.95,
-    key: str | None = None,
+    key: str | tuple[str | None, str | None] | None = None,
     base: str | Path | None = None,
     sample_above: int | None = SAMPLE_ABOVE,
     match: Match = "auto",
@@ -118,7 +118,8 @@ def compare(
             name or a list of names are these layers; None is no head.
         neurons: How weights of both hold neurons, as for :func:`~lightning_hsu.report.report`.
         similar_above: Cosine at or above which two neurons are near-duplicates, in (0, 1).
-        key: Where in a file the state dict is; None finds it.
+        key: Where in a file the state dict is; None finds it. Two of them are for the first network
+            and for the second, such as ``("model", "ema")`` for the two sets of one file.
         base: Of an adapter of peft: the file or folder of its base. None is the one that the
             adapter names, else the other network, if that is a file or folder of whole weights.
         sample_above: As for :func:`~lightning_hsu.report.report`.
@@ -129,6 +130,7 @@ def compare(
     Raises:
         ValueError: if the two have no layer of the same name, or as for
             :func:`~lightning_hsu.report.report`.
+        TypeError: if ``key`` is neither a name nor two.
         ModuleNotFoundError: for ``match="assignment"`` without scipy.
 
     Example:
@@ -143,8 +145,12 @@ def compare(
         ((1, 3, 0, 2), 1.0)
     """
     matcher = Matcher(match, similar_above)
-    first = find_targets(before, include, exclude, head, key, neurons, base, after)
-    second = find_targets(after, include, exclude, head, key, neurons, base, before)
+    first_key, second_key = _keys(key)
+    first = find_targets(before, include, exclude, head, first_key, neurons, base, after)
+    second = find_targets(after, include, exclude, head, second_key, neurons, base, before)
+    if first_key != second_key:
+        first = _named_with(first, first_key)
+        second = _named_with(second, second_key)
     prefixes = _prefixes(_names(first), _names(second))
     ours, theirs = _by_key(first, prefixes[0]), _by_key(second, prefixes[1])
     first, second = _in_one_space(first, second, ours, theirs)
@@ -196,6 +202,25 @@ def compare(
         drift=drift_of(moves),
         notes=tuple(notes),
     )
+
+
+def _keys(key: str | tuple[str | None, str | None] | None) -> tuple[str | None, str | None]:
+    """The keys of the first file and of the second."""
+    if key is None or isinstance(key, str):
+        return key, key
+    if len(key) != 2 or not all(one is None or isinstance(one, str) for one in key):
+        raise TypeError(
+            f"key is a name in both files, or two: one in each, such as ('model', 'ema'); got {key!r}"
+        )
+    first, second = key
+    return first, second
+
+
+def _named_with(found: FoundTargets, key: str | None) -> FoundTargets:
+    """What was found under a key of a file, named with it."""
+    if key is None:
+        return found
+    return found._replace(source=f"{found.source}, {key}")
 
 
 def _compared(before: LayerReport, after: LayerReport, one: Followed) -> LayerComparison:
