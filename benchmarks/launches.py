@@ -30,8 +30,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from benchmarks.outcomes import Outcomes, tensors_in
 from benchmarks.shapes import LARGE, MODELS, Shapes
 from lightning_hsu import UniformityRegularizer
 from lightning_hsu._core import layouts
@@ -68,6 +68,7 @@ _ANSWERS = frozenset({"_local_scalar_dense", "equal", "is_nonzero", "item"})
 _WAITS = frozenset({"masked_select", "nonzero"})
 _COPIES = frozenset({"_to_copy", "copy_", "_foreach_copy_"})
 _PRODUCTS = frozenset({"mm", "bmm", "addmm", "addmm_", "baddbmm", "baddbmm_"})
+OUTCOMES = Outcomes()
 
 
 @dataclass
@@ -101,19 +102,21 @@ class Counting(TorchDispatchMode):
     ) -> Any:
         """Count one call."""
         kwargs = kwargs or {}
+        if func is torch.ops.prim.device.default:
+            return args[0].device
         name = func.overloadpacket.__name__
-        given = [part for part in tree_leaves((args, kwargs)) if isinstance(part, Tensor)]
+        given = tensors_in((args, kwargs.values()))
         if name in _ANSWERS and given[0].is_cuda:
             self.asked.waits += 1
             self.asked.calls[name] += 1
             if given[0].dtype == torch.bool or name in ("equal", "is_nonzero"):
                 return True
             return 1.0 if given[0].is_floating_point() else 1
-        result = func(*args, **kwargs)
-        made = [part for part in tree_leaves(result) if isinstance(part, Tensor)]
-        touched = [*given, *made]
+        result = OUTCOMES.of(func, args, kwargs, given)
         if func.namespace != "aten" or name in WITHOUT_KERNEL or func.is_view:
             return result
+        made = tensors_in(result)
+        touched = [*given, *made]
         if not any(part.is_cuda for part in touched):
             return result
         self.asked.launches += 1
@@ -137,8 +140,7 @@ class Counting(TorchDispatchMode):
         if name in _WAITS:
             return 1
         if name in ("index", "index_put", "index_put_"):
-            masks = [part for part in tree_leaves(args[1]) if isinstance(part, Tensor)]
-            return int(any(part.dtype == torch.bool for part in masks))
+            return int(any(part.dtype == torch.bool for part in tensors_in(args[1])))
         if name in _COPIES and len({part.device.type for part in touched}) > 1:
             is_asynchronous = kwargs.get("non_blocking") or (len(args) > 2 and args[2] is True)
             return int(not is_asynchronous)
@@ -225,6 +227,7 @@ def pretending() -> Iterator[None]:
     with as_list, as_numbers, FakeTensorMode(), _Indexing(), torch.no_grad():
         yield
     layouts.layout_of.cache_clear()
+    OUTCOMES.clear()
 
 
 def count(act: Callable[[], object]) -> Asked:

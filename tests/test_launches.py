@@ -109,6 +109,25 @@ def test_the_counter_counts():
         assert count(lambda: x.to("cpu", non_blocking=True)).waits == 0
 
 
+@pytest.mark.parametrize("tolerance", [None, 0.05])
+def test_what_is_known_of_calls_is_what_is_found_without_it(tolerance, monkeypatch):
+    """Of two blocks and a head, in all that is counted."""
+    shapes = launches.SHAPES["ViT-B/16"]()
+    monkeypatch.setitem(launches.SHAPES, "ViT-B/16", lambda: [*shapes[:13], shapes[-1]])
+
+    def steps():
+        with launches.told(), pretending():
+            found = launches.Steps("ViT-B/16", tolerance=tolerance)
+            return [found.step(logs=number == 2) for number in range(4)]
+
+    known = steps()
+    monkeypatch.setattr(
+        launches.Outcomes, "of", lambda self, call, args, kwargs, _: call(*args, **kwargs)
+    )
+    assert known == steps()
+    assert launches.launches_of(known[-1]) > 20
+
+
 def test_learning_rates_on_the_device_are_not_asked():
     with pretending():
         model = nn.ModuleList([launches.linear(64, 32), launches.linear(64, 32)])
