@@ -39,7 +39,7 @@ class Outcomes:
         """Forget all."""
         self._known.clear()
 
-    def of(self, func: Any, args: Sequence[Any], kwargs: Any, given: Sequence[Tensor]) -> Any:
+    def of(self, func: Any, args: Sequence[Any], kwargs: Any, given: Sequence[Any]) -> Any:
         """What a call gives, of which ``given`` are all tensors."""
         if not given or not all(map(_only_pretends, given)):
             return func(*args, **kwargs)

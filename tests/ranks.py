@@ -114,6 +114,21 @@ def fit_alone(make, callback, settings, **given):
     return _fit(make, callback, settings, train_dataloaders=loader(data()), **given)
 
 
+_ALONE = {}
+
+
+def fit_alone_once(make, callback, settings, beside=None):
+    """The same for a ``partial(make_module, ...)``, kept for all tests of this run that train alike.
+
+    ``beside`` tells trainings apart in which something else differs.
+    """
+    words = [sorted(map(repr, given.items())) for given in (make.keywords, callback, settings)]
+    key = (make.func, make.args, repr(words), beside)
+    if key not in _ALONE:
+        _ALONE[key] = fit_alone(make, callback, settings)
+    return _ALONE[key]
+
+
 def _fit(make, callback, settings, **given):
     module = make()
     keep = Keep()

@@ -120,9 +120,9 @@ def test_a_model_that_changes_under_way_is_followed_on_both_ranks(mode):
     flags = {"find_unused_parameters": True}  # the frozen layer
     ends = world(2).run(ranks.fit_sharing, make, callback, partial(ddp, **flags), {})
     assert same_bits(ends)
-    alone = ranks.fit_alone(make, callback, {})
+    alone = ranks.fit_alone_once(make, callback, {})
     assert max_difference(ends[0], alone) < TOLERANCE
-    without = ranks.fit_alone(make, callback | {"coefficient": 0.0}, {})
+    without = ranks.fit_alone_once(make, callback | {"coefficient": 0.0}, {})
     assert max_difference(ends[0], without) > 10 * TOLERANCE
 
 
@@ -138,7 +138,7 @@ def test_the_same_where_lightning_starts_the_processes(tmp_path):
     fit.fit(make(), datamodule=ranks.Shared())
     ends = [End(torch.load(tmp_path / f"{rank}.pt", weights_only=True)) for rank in range(2)]
     assert same_bits(ends)
-    assert max_difference(ends[0], ranks.fit_alone(make, {"coefficient": 0.5}, {})) < TOLERANCE
+    assert max_difference(ends[0], ranks.fit_alone_once(make, {"coefficient": 0.5}, {})) < TOLERANCE
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,7 @@ def test_what_is_searched_or_drawn_is_the_same_on_every_rank(measure, mode):
     ends = world(2).run(ranks.fit_sharing, make, callback, ddp, {})
     assert same_bits(ends)
     # a search amplifies rounding: another of two holes about as deep, never another function
-    assert max_difference(ends[0], ranks.fit_alone(make, callback, {})) < 1e-3
+    assert max_difference(ends[0], ranks.fit_alone_once(make, callback, {})) < 1e-3
 
 
 @pytest.mark.parametrize("run", [ranks.fit, ranks.fit_sharing])
@@ -169,7 +169,7 @@ def test_equal_neurons_part_along_the_same_direction_on_every_rank(run):
     callback = {"coefficient": 0.5}
     ends = world(2).run(run, make, callback, ddp, {})
     assert same_bits(ends)
-    assert max_difference(ends[0], ranks.fit_alone(make, callback, {})) < TOLERANCE
+    assert max_difference(ends[0], ranks.fit_alone_once(make, callback, {})) < TOLERANCE
     assert float(smallest_angle(ends[0].parameters["net.1.weight"])) > 0.01
 
 
@@ -202,7 +202,7 @@ def test_each_rank_sends_one_message_a_step_however_many_layers_there_are(callba
     ends = world(2).run(run, make, callback, ddp, {})
     assert same_bits(ends)
     assert [end.messages for end in ends] == [6 * messages] * 2
-    assert max_difference(ends[0], ranks.fit_alone(make, callback, {})) < TOLERANCE
+    assert max_difference(ends[0], ranks.fit_alone_once(make, callback, {})) < TOLERANCE
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch uses what it warns of
@@ -255,7 +255,7 @@ def test_layers_of_several_loops_are_shared(name, tolerance):
     ends = world(2).run(ranks.fit_sharing, make, callback, strategy, settings)
     assert same_bits(ends)
     assert ends[0].messages > 0
-    assert max_difference(ends[0], ranks.fit_alone(make, callback, settings)) < TOLERANCE
+    assert max_difference(ends[0], ranks.fit_alone_once(make, callback, settings)) < TOLERANCE
 
 
 @pytest.mark.parametrize(("tolerance", "most"), [(None, TOLERANCE), (0.05, 1e-3)])
@@ -265,7 +265,7 @@ def test_one_process_goes_on_from_the_checkpoint_of_two(tolerance, most, tmp_pat
     path = tmp_path / "first.ckpt"
     world(2).run(first_epoch_sharing, make, callback, ddp, {}, path)
     resumed = ranks.fit_alone(make, callback, {}, ckpt_path=path)
-    assert max_difference(resumed, ranks.fit_alone(make, callback, {})) < most
+    assert max_difference(resumed, ranks.fit_alone_once(make, callback, {})) < most
 
 
 def first_epoch_sharing(*args):

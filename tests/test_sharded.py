@@ -221,8 +221,9 @@ def test_ranks_train_as_one_process_does(case, mode):
     ends = world(math.prod(case.mesh)).run(
         ranks.fit, case.module(True), callback, case.strategy, case.trainer
     )
-    with as_read_by_ranks(is_flat=isinstance(case, Flat)):
-        alone = ranks.fit_alone(case.module(False), callback, case.trainer)
+    is_flat = isinstance(case, Flat)
+    with as_read_by_ranks(is_flat=is_flat):
+        alone = ranks.fit_alone_once(case.module(False), callback, case.trainer, is_flat)
     assert_all_end_as(alone, ends, case.tolerance)
 
 

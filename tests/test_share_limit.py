@@ -746,10 +746,11 @@ def test_ranks_hold_layers_by_the_reduced_gradient(optimizer, run, mode):
     assert_held(make, callback, ends)
 
 
-def assert_held(make, callback, ends, tolerance=1e-6):
+def assert_held(make, callback, ends, beside=None, tolerance=1e-6):
     """All end as one process does, which ends elsewhere without limits."""
-    alone = ranks.fit_alone(make, callback, {})
-    free = ranks.fit_alone(make, callback | {"share_limit": None, "step_limit": None}, {})
+    alone = ranks.fit_alone_once(make, callback, {}, beside)
+    without = callback | {"share_limit": None, "step_limit": None}
+    free = ranks.fit_alone_once(make, without, {}, beside)
     for end in ends:
         assert ranks.max_difference(end, alone) < tolerance
     assert ranks.max_difference(alone, free) > 10 * tolerance
@@ -790,8 +791,9 @@ def test_ranks_that_share_a_layer_hold_all_of_it(case, mode):
     callback = {"apply": mode, **HELD, **case.callback}
     size = case.mesh[0] * case.mesh[1]
     ends = world(size).run(ranks.fit, case.module(True), callback, case.strategy, case.trainer)
-    with as_read_by_ranks(is_flat=isinstance(case, Flat)):
-        assert_held(case.module(False), callback, ends)
+    is_flat = isinstance(case, Flat)
+    with as_read_by_ranks(is_flat=is_flat):
+        assert_held(case.module(False), callback, ends, is_flat)
 
 
 def act_on_an_attention(mode, optimizer, is_sharded):
