@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 
-from benchmarks import trainings
+from benchmarks import large_file, trainings
 from benchmarks.gpu import stand_in
 from benchmarks.gpu.table import page, verdict
 
@@ -200,3 +201,12 @@ def test_the_rows_of_a_training_tell_whether_its_goals_are_met():
         "stale error, median": "met",
         "stale error, 99th percentile": "missed",
     }
+
+
+def test_a_file_as_a_llama_s_is_reported_whole(tmp_path, capsys):
+    shapes = large_file.shapes_of(blocks=2, width=16, inner=24, words=40)
+    large_file.write(tmp_path, shapes)
+    with safe_open(tmp_path / "model.safetensors", "pt") as stored:
+        assert set(stored.keys()) == set(shapes)
+    found = large_file.measured(tmp_path)
+    assert (found["exit code"], found["layers"], found["with the two rows"]) == (0, 16, 16)
