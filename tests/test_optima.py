@@ -61,11 +61,15 @@ def start(n, d, seed):
     return torch.randn(n, d, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
-def descend(measure, x, steps=600):
-    """Quasi-Newton steps along the measure's own gradient."""
+def descend(measure, x, steps=600, least=1e-14):
+    """Quasi-Newton steps along the measure's own gradient, until one gains or moves less than the least."""
     x = x.clone().requires_grad_()
     optimizer = torch.optim.LBFGS(
-        [x], max_iter=steps, tolerance_grad=1e-13, tolerance_change=0, line_search_fn="strong_wolfe"
+        [x],
+        max_iter=steps,
+        tolerance_grad=1e-13,
+        tolerance_change=least,
+        line_search_fn="strong_wolfe",
     )
 
     def closure():
@@ -125,7 +129,8 @@ def test_tammes_angles_and_line_packings(n, half_space):
     target = math.radians((LINES if half_space else TAMMES)[n])
     best = 0.0
     for seed in range(10):
-        x = descend(RieszEnergy(s=8, half_space=half_space), start(n, 3, seed), steps=100)
+        smooth = RieszEnergy(s=8, half_space=half_space)
+        x = descend(smooth, start(n, 3, seed), steps=100, least=0.0)
         best = max(best, spread(x, half_space))
         if best > target - 1e-8:
             break
@@ -163,10 +168,10 @@ def test_the_simplex_is_reached(measure, n, d):
 @pytest.mark.parametrize("d", [2, 3, 4, 8, 16])
 def test_the_cross_polytope_is_reached(measure, d):
     best = float(measure.penalty(c.cross_polytope(d)))
-    found = min(
-        float(measure.penalty(descend(measure, start(2 * d, d, seed))))
-        for seed in range(1 if d < 8 else 4)
-    )
+    for seed in range(1 if d < 8 else 4):
+        found = float(measure.penalty(descend(measure, start(2 * d, d, seed))))
+        if found == pytest.approx(best, rel=1e-9):
+            break
     assert found == pytest.approx(best, rel=1e-9)
 
 
@@ -197,7 +202,7 @@ def follow(measure, x, target, steps=4000, tolerance=1e-4):
     return best
 
 
-@pytest.mark.parametrize(("n", "d"), [(3, 2), (4, 4), (5, 4), (9, 8), (17, 16)])
+@pytest.mark.parametrize(("n", "d"), [(3, 2), (4, 4), (5, 4), (9, 8), (13, 12)])
 def test_nearest_neighbour_members_reach_the_simplex(n, d):
     for measure in (MinimalAngle(), KoLeo()):
         target = float(measure.penalty(c.simplex(n, d)))
