@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from lightning_hsu import reference
 from lightning_hsu._core import duplicates, histogram, oracle_energy
 from lightning_hsu._core.bounds import _lower_hull
 from lightning_hsu._core.duplicates import similar_pairs
@@ -135,10 +136,12 @@ def one_by_one(layers):
     return found
 
 
+@pytest.mark.usefixtures("_few_random_layers")
 @pytest.mark.parametrize("measure", MEASURES, ids=repr)
 def test_many_at_once_are_as_one_by_one(measure, shipped_defaults):
     # What random layers have is simulated for each shape where the measure is no mean over pairs.
-    layers = small_layers(90 if measure.pair_term() else 15, measure)
+    many = 90 if measure == HALF else 45  # of every kind
+    layers = small_layers(many if measure.pair_term() else 15, measure)
     found = look_at_together(layers, similar_above=0.95, keep=5000)
     for one, other in zip(found, one_by_one(layers), strict=True):
         assert_alike(one, other)
@@ -152,6 +155,7 @@ def test_other_precisions_are_as_one_by_one(dtype, shipped_defaults):
         assert_alike(one, other)
 
 
+@pytest.mark.usefixtures("_few_random_layers")
 def test_measures_and_shapes_may_be_mixed(shipped_defaults):
     layers = small_layers(20, HALF) + small_layers(20, FULL) + small_layers(5, KoLeo())
     found = look_at_together(layers, similar_above=0.95, keep=5000)
@@ -514,11 +518,15 @@ def test_infinite_neurons_are_not_dead_and_kill_no_others(layers, sample_above, 
 
 
 def test_a_steep_sampled_energy_without_reference_has_no_ratio(monkeypatch):
+    """And no layer of that many random neurons is simulated, which would be more work than not to sample."""
+    simulated = []
+    monkeypatch.setattr(reference, "_simulated", lambda *args: simulated.append(args))
     x = torch.randn(6000, 4, generator=random(0))
     measure = RieszEnergy(s=6.0, softening=0.0)
     found = report({"a.weight": x}, measure, head=None, sample_above=512).layers[0]
     assert math.isnan(found.ratio)
     assert found.finding.startswith("no random reference")
+    assert not simulated
 
 
 @pytest.mark.parametrize("shape", [(1, 3000, 64), (1, 2500, 150), (4, 800, 30)])

@@ -9,7 +9,13 @@ from typing import Literal
 from lightning_hsu._monitor.measure import LayerUniformity, is_out_of_range
 from lightning_hsu._neurons.candidates import Skip
 from lightning_hsu.measures import Measure
-from lightning_hsu.reference import is_surely_random, random_level, random_range
+from lightning_hsu.reference import (
+    LARGEST_SIMULATED,
+    is_surely_random,
+    random_level,
+    random_range,
+    simulated_neurons,
+)
 
 AS_RANDOM = "as random"
 """What a finding begins with where a layer is no more uniform or crowded than random neurons."""
@@ -124,7 +130,9 @@ def _no_ratio(layer: LayerUniformity, measure: Measure) -> str:
         return "fewer than two live neurons"
     each = round(alive / layer.groups)
     if each > 1 and layer.dimension > 1:
-        level = random_level(measure, each, layer.dimension)
+        level = layer.energy  # of a sample, where it is too much work to simulate a random layer
+        if layer.exact or simulated_neurons(measure, each, layer.dimension) <= LARGEST_SIMULATED:
+            level = random_level(measure, each, layer.dimension)
         if is_out_of_range(measure, layer.energy, level):
             return "not measurable, energy out of range"
     if layer.groups == 1:
