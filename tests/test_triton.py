@@ -335,14 +335,14 @@ def test_layers_the_kernels_do_not_know_go_through_torch(launch, monkeypatch):
 
 def test_rounds_and_row_panels(launch, monkeypatch):
     """In little room layers go one after the other, and a large one in panels, with near pairs across their seams."""
-    ws = [neurons(1, 65, 5), neurons(1, 330, 9), neurons(2, 130, 5), neurons(1, 30, 3)]
-    ws[1][0, 300] = 2 * ws[1][0, 10] + 1e-3 * neurons(9)
-    ws[1][0, 200] = ws[1][0, 201] + 1e-3 * neurons(9)
+    ws = [neurons(1, 65, 5), neurons(1, 200, 9), neurons(2, 66, 5), neurons(1, 30, 3)]
+    ws[1][0, 170] = 2 * ws[1][0, 10] + 1e-3 * neurons(9)
+    ws[1][0, 150] = ws[1][0, 151] + 1e-3 * neurons(9)
     for measure, room, height, launches in (
         (RieszEnergy(s=2), 2**30, 4, 6),
-        (RieszEnergy(s=2), 900_000, 4, 18),
-        (RieszEnergy(s=2), 100_000, 1, 60),
-        (GaussianPotential(t=5), 900_000, 4, 18),
+        (RieszEnergy(s=2), 350_000, 4, 18),
+        (RieszEnergy(s=2), 60_000, 1, 48),
+        (GaussianPotential(t=5), 350_000, 4, 18),
     ):
         term = measure.pair_term()
         monkeypatch.setattr(launch, "WORKSPACE", room)
