@@ -305,11 +305,11 @@ def loss_without(name, seed):
     return train(CASES[name], seed)
 
 
-def ratio(name, seeds, **strength):
+def ratio(name, seeds=(0,), **strength):
     """The mean loss over seeds with the penalty over that without."""
     case = CASES[name]
     penalised = without = 0.0
-    for seed in range(seeds):
+    for seed in seeds:
         penalised += train(case, seed, UniformityRegularizer(**case.settings, **strength))
         without += loss_without(name, seed)
     return penalised / without
@@ -317,19 +317,19 @@ def ratio(name, seeds, **strength):
 
 @pytest.mark.parametrize(("name", "strength"), STRENGTHS, ids=str)
 def test_a_task_is_learnt_as_well_as_without_the_penalty(name, strength):
-    """Measured: at most 1.00, with any of these coefficients.
+    """Measured: at most 1.00, with any of these coefficients; another seed moves it by .06 at most, below 1.
 
     Two of these would pass without a share limit at the default coefficient, too: "tiny norms", which the
     step limit saves, and "head left out". Their cases with other coefficients would not, but for "tiny norms,
     momentum", which only both limits together can lose.
     """
-    assert ratio(name, seeds=2, **strength) <= WITHIN
+    assert ratio(name, **strength) <= WITHIN
 
 
 @pytest.mark.parametrize("name", ["adapters", "zero convolutions", "adaLN-zero"])
 def test_what_begins_at_zero_bears_a_share_limit_of_a_tenth(name):
     """Measured: 1.015, 0.985 and 0.990. README says 5 %; of quantiles it says what is lost (see LOST)."""
-    assert ratio(name, seeds=2, share_limit=0.1) <= 1.05
+    assert ratio(name, seeds=(0, 1), share_limit=0.1) <= 1.05
 
 
 @pytest.mark.parametrize("optimizer", [momentum, adamw])
@@ -370,19 +370,15 @@ if hasattr(torch.optim, "Muon"):  # from torch 2.9 on
 
 
 def ratio_of_moves(kind, **strength):
-    """The mean loss over two seeds, where neurons move past the optimizer, over that without the penalty."""
-    case = DECOUPLED[kind]
-    penalised = without = 0.0
-    for seed in range(2):
-        penalised += train(case, seed, UniformityRegularizer(**strength), "move")
-        without += decoupled_without(kind, seed)
-    return penalised / without
+    """The loss where neurons move past the optimizer, over that without the penalty."""
+    penalised = train(DECOUPLED[kind], 0, UniformityRegularizer(**strength), "move")
+    return penalised / decoupled_without(kind)
 
 
 @cache
-def decoupled_without(kind, seed):
+def decoupled_without(kind):
     """The loss without the penalty."""
-    return train(DECOUPLED[kind], seed)
+    return train(DECOUPLED[kind], 0)
 
 
 @pytest.mark.parametrize("coefficient", [1.0, HUGE])
@@ -417,7 +413,7 @@ LOST = [  # without a limit by the task; measured
 def test_these_tasks_are_lost_where_no_task_limits_a_penalty(name, strength):
     """So they can tell a safe strength from an unsafe one."""
     strength = {"coefficient": 1.0, "share_limit": None} | strength
-    assert ratio(name, seeds=1, **strength) > WITHIN
+    assert ratio(name, **strength) > WITHIN
 
 
 class Program(pl.LightningModule):
@@ -630,7 +626,7 @@ def scaled(loss, optimizer, regularizer, scaler):
 def test_steps_whose_gradients_are_not_finite_do_no_harm(step_of):
     case = replace(CASES["adapters"], steps=100)
     penalised = without = 0.0
-    for seed in range(4):
+    for seed in range(2):
         penalised += train_broken(case, seed, UniformityRegularizer(), step_of)
         without += train_broken(case, seed, None, step_of)
     assert penalised <= WITHIN * without
