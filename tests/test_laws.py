@@ -27,6 +27,7 @@ def members_where(applies):
 
 
 every_member = pytest.mark.parametrize("measure", FAMILY, ids=name_of)
+EXAMPLES = 10  # for each member, so hundreds for each law
 PRECISION = {torch.float64: 1e-8, torch.float32: 2e-4}
 
 layers = st.fixed_dictionaries(
@@ -90,7 +91,7 @@ def test_no_member_is_missing():
 
 
 @members_where(lambda measure: not searches(measure))
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=EXAMPLES)
 @given(layer=layers)
 def test_order_does_not_matter(measure, layer):
     x = drawn(layer)
@@ -103,7 +104,7 @@ def test_order_does_not_matter(measure, layer):
 
 
 @members_where(lambda measure: not searches(measure) and not isinstance(measure, FRAMED))
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=EXAMPLES)
 @given(layer=layers)
 def test_a_common_rotation_does_not_matter(measure, layer):
     x = drawn(layer)
@@ -117,7 +118,7 @@ def test_a_common_rotation_does_not_matter(measure, layer):
 
 
 @members_where(searches)
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=EXAMPLES)
 @given(layer=layers)
 def test_a_search_finds_the_same_in_any_order(measure, layer):
     x = drawn(layer)
@@ -125,7 +126,7 @@ def test_a_search_finds_the_same_in_any_order(measure, layer):
 
 
 @members_where(lambda measure: isinstance(measure, SEARCHING))
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=EXAMPLES)
 @given(layer=layers)
 def test_a_search_finds_the_same_after_a_rotation(measure, layer):
     x = drawn(layer)
@@ -133,7 +134,7 @@ def test_a_search_finds_the_same_after_a_rotation(measure, layer):
 
 
 @every_member
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=EXAMPLES)
 @given(layer=layers, powers=st.lists(st.integers(-20, 20), min_size=9, max_size=9))
 def test_norms_do_not_matter_and_gradients_go_with_their_inverse(measure, layer, powers):
     x = drawn(layer | {"scale": 0.0})
@@ -146,7 +147,7 @@ def test_norms_do_not_matter_and_gradients_go_with_their_inverse(measure, layer,
 
 
 @every_member
-@settings(deadline=None, max_examples=15)
+@settings(deadline=None, max_examples=EXAMPLES)
 @given(layer=layers)
 def test_a_batch_equals_a_loop(measure, layer):
     x = drawn(layer, 2, 2)
@@ -161,7 +162,7 @@ def test_a_batch_equals_a_loop(measure, layer):
 
 
 @every_member
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=EXAMPLES)
 @given(layer=layers)
 def test_the_gradient_is_tangent_and_that_of_the_penalty(measure, layer):
     x = drawn(layer)
@@ -344,7 +345,7 @@ def test_a_small_step_down_the_gradient_lowers_the_penalty(measure, layer):
 
 
 @every_member
-@settings(deadline=None, max_examples=15)
+@settings(deadline=None, max_examples=EXAMPLES)
 @given(layer=layers)
 def test_no_neurons_beat_the_bound(measure, layer):
     """Random neurons, and the same after some steps of descent."""
