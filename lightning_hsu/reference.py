@@ -380,6 +380,11 @@ def _pairs_at(angles: Tensor) -> Tensor:
     return torch.stack([first, second], 1)
 
 
+def is_soon_simulated(measure: Measure, n: int, d: int) -> bool:
+    """Whether at most ``LARGEST_SIMULATED`` random neurons need to be simulated to stand for n."""
+    return simulated_neurons(measure, n, d) <= LARGEST_SIMULATED
+
+
 def simulated_neurons(measure: Measure, n: int, d: int) -> int:
     """How many neurons are simulated to learn what n random ones have.
 

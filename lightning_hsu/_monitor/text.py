@@ -10,11 +10,10 @@ from lightning_hsu._monitor.measure import LayerUniformity, is_out_of_range
 from lightning_hsu._neurons.candidates import Skip
 from lightning_hsu.measures import Measure
 from lightning_hsu.reference import (
-    LARGEST_SIMULATED,
+    is_soon_simulated,
     is_surely_random,
     random_level,
     random_range,
-    simulated_neurons,
 )
 
 AS_RANDOM = "as random"
@@ -131,7 +130,7 @@ def _no_ratio(layer: LayerUniformity, measure: Measure) -> str:
     each = round(alive / layer.groups)
     if each > 1 and layer.dimension > 1:
         level = layer.energy  # of a sample, where it is too much work to simulate a random layer
-        if layer.exact or simulated_neurons(measure, each, layer.dimension) <= LARGEST_SIMULATED:
+        if layer.exact or is_soon_simulated(measure, each, layer.dimension):
             level = random_level(measure, each, layer.dimension)
         if is_out_of_range(measure, layer.energy, level):
             return "not measurable, energy out of range"

@@ -21,7 +21,7 @@ from lightning_hsu._core.sampled_energy import sampled_energy
 from lightning_hsu._core.sphere import live_rows, seeded
 from lightning_hsu._monitor.measure import LayerUniformity, beside_random
 from lightning_hsu.measures import Measure
-from lightning_hsu.reference import LARGEST_SIMULATED, simulated_neurons
+from lightning_hsu.reference import is_soon_simulated
 from lightning_hsu.report.analysis import (
     BINS,
     dead_neurons,
@@ -234,7 +234,7 @@ def _uniformity(
     for rows in torch.split(x, rows_at_once(x), 1):
         nonfinite += int((~torch.isfinite(rows).all(-1)).sum())
     ratio = score = math.nan
-    if fewest > 1 and simulated_neurons(measure, each, d) <= LARGEST_SIMULATED:
+    if fewest > 1 and is_soon_simulated(measure, each, d):
         ratio, score = beside_random(measure, energy, fewest, each, d)
         further = beside_random(measure, energy + error, fewest, each, d)[1]
         if not abs(further - score) <= _UNSURE:
