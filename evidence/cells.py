@@ -8,7 +8,7 @@ import platform
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,15 @@ import torch
 
 import lightning_hsu
 from evidence.data import NAMED, Data, load
-from evidence.plan import Cell, Setting, Trial
+from evidence.grid import BEYOND, Trial, edges
+from evidence.plan import Cell, Setting
 from evidence.training import Trained, train
 
 Result = dict[str, Any]
 """What JSON holds of a cell: what was asked, and what was found."""
+
+FIRST = Path(__file__).parent / "results" / "first"
+"""The plan's first run: without controls, and on grids that were not widened."""
 
 _load = lru_cache(maxsize=1)(load)
 
@@ -39,11 +43,13 @@ def asked(cell: Cell, tuning: Sequence[int], testing: Sequence[int]) -> Result:
         "measure": measure,
         "apply": cell.method.apply,
         "share": repr(cell.method.share),
+        "keep": cell.method.keep,
     }
     return {
         "setting": setting,
         "method": method,
         "trials": trials,
+        "beyond": BEYOND,
         "tuning": list(tuning),
         "testing": list(testing),
     }
@@ -64,20 +70,66 @@ def run(cell: Cell, tuning: Sequence[int], testing: Sequence[int]) -> Result:
     torch.set_num_threads(1)
     start = time.perf_counter()
     data = _load(cell.setting.data)
-    trials = cell.trials(data)
-    tuned = train(data, cell.setting, cell.method, trials, tuning, test=False)
-    chosen = int(tuned.error.mean(1).argmin())
-    tested = train(data, cell.setting, cell.method, [trials[chosen]], testing, test=True)
-    return {
+    tuned = tune(data, cell, tuning)
+    trials = [tuned.best]
+    if tuned.first_best != tuned.best:
+        trials.append(tuned.first_best)
+    tested = train(data, cell.setting, cell.method, trials, testing, test=True)
+    found = {
         "name": cell.name,
         "asked": asked(cell, tuning, testing),
+        "trials": [asdict(trial) for trial in tuned.trials],
         "validation_error": _rounded(tuned.error),
         "tuning_nonfinite": int((~tuned.finite).sum()),
-        "chosen": asdict(trials[chosen]),
-        "edges": edges(trials, trials[chosen]),
+        "chosen": asdict(tuned.best),
+        "edges": edges(tuned.trials, tuned.best),
         **told(tested),
         **ran(start),
     }
+    if tuned.first_best != tuned.best:
+        found["first"] = {
+            "chosen": asdict(tuned.first_best),
+            "edges": edges(tuned.first, tuned.first_best),
+            **told(tested, 1),
+        }
+    return found
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """Every trial of a cell, (trials, tuning seeds) of errors and of whether weights are finite."""
+
+    trials: list[Trial]
+    error: torch.Tensor
+    finite: torch.Tensor
+    first: list[Trial]  # those before the grid was widened
+
+    @property
+    def best(self) -> Trial:
+        """The trial with the lowest mean error."""
+        return self.trials[int(self.error.mean(1).argmin())]
+
+    @property
+    def first_best(self) -> Trial:
+        """The best of the first."""
+        return self.trials[int(self.error[: len(self.first)].mean(1).argmin())]
+
+
+def tune(data: Data, cell: Cell, seeds: Sequence[int]) -> Tuned:
+    """Try the grid, and widen it until the best trial lies inside or at the end of an axis."""
+    grid = cell.grid(data)
+    more = grid.first()
+    found = Tuned([], torch.zeros(0, len(seeds)), torch.zeros(0, len(seeds)) > 0, more)
+    while more:
+        new = train(data, cell.setting, cell.method, more, seeds, test=False)
+        found = replace(
+            found,
+            trials=found.trials + more,
+            error=torch.cat([found.error, new.error]),
+            finite=torch.cat([found.finite, new.finite]),
+        )
+        more = grid.wider(found.trials, found.best)
+    return found
 
 
 def ran(start: float) -> Result:
@@ -90,21 +142,6 @@ def ran(start: float) -> Result:
         },
         "machine": platform.machine(),
     }
-
-
-def edges(trials: Sequence[Trial], chosen: Trial) -> list[str]:
-    """Of what the chosen trial takes the smallest or largest value that was tried."""
-    found = []
-    for name in ("rate", "decay", "strength"):
-        values = {getattr(trial, name) for trial in trials}
-        value = getattr(chosen, name)
-        if len(values) == 1:
-            continue
-        if value == min(values):
-            found.append(f"smallest {name}")
-        elif value == max(values):
-            found.append(f"largest {name}")
-    return found
 
 
 def save(result: Mapping[str, Any], folder: Path) -> None:
@@ -140,9 +177,9 @@ def known(folder: Path, name: str, wanted: Result) -> Result | None:
 
 @cache
 def tuned_in_plan(method: str) -> Mapping[str, Trial]:
-    """What the plan's tuning chose for a method, by the names of its settings."""
+    """What the first run's tuning chose for a method, by the names of its settings."""
     found = {}
-    for result in read(Path(__file__).parent / "results" / "cells.json"):
+    for result in read(FIRST / "cells.json"):
         setting, _, name = result["name"].partition("--")
         if name == method:
             found[setting] = Trial(**result["chosen"])
@@ -165,15 +202,19 @@ def data_of(cell: Cell) -> Data:
     return _load(cell.setting.data)
 
 
-def told(tested: Trained) -> Result:
-    """What the test of the chosen trial found."""
-    return {
-        "test_error": _rounded(tested.error[0]),
-        "train_error": _rounded(tested.train_error[0]),
-        "nonfinite": int((~tested.finite).sum()),
-        "ratio_before": _rounded(tested.before[0], 5),
-        "ratio_after": _rounded(tested.after[0], 5),
+def told(tested: Trained, trial: int = 0) -> Result:
+    """What the test of a trial found; early in training by layers, means over seeds."""
+    found = {
+        "test_error": _rounded(tested.error[trial]),
+        "train_error": _rounded(tested.train_error[trial]),
+        "nonfinite": int((~tested.finite[trial]).sum()),
+        "ratio_before": _rounded(tested.before[trial], 5),
+        "ratio_after": _rounded(tested.after[trial], 5),
     }
+    if len(tested.early_ratio):
+        found["early_ratio"] = _rounded(tested.early_ratio[:, trial].nanmean(1), 5)
+        found["early_share"] = _rounded(tested.early_share[:, trial].nanmean(1), 6)
+    return found
 
 
 def _rounded(values: torch.Tensor, digits: int = 3) -> Any:

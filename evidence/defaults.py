@@ -25,8 +25,9 @@ from evidence import cells as running
 from evidence.comparisons import setting_title
 from evidence.data import MissingDataError
 from evidence.documents import quoted
+from evidence.grid import Trial
 from evidence.methods import HALF_MHE, METHODS, Method
-from evidence.plan import SETTINGS, TUNING_SEEDS, Cell, Setting, Trial
+from evidence.plan import SETTINGS, TUNING_SEEDS, Cell, Setting
 from evidence.statistics import Paired, beyond_two_errors, holm, paired
 from evidence.tables import error_cell, markdown
 from evidence.training import train

@@ -9,6 +9,7 @@ from typing import Literal
 
 import torch
 
+from evidence.controls import Part, RandomDirection
 from lightning_hsu import Share
 from lightning_hsu.measures import (
     Covering,
@@ -39,7 +40,8 @@ class Method:
         tolerance: As in the callback.
         apart: Whether a layer of each network is a layer of its own, as it is with a share.
         coefficient: A coefficient that is not tuned.
-        share_limit: As in the callback. The plan was run before there was one.
+        share_limit: As in the callback; the plan has none.
+        keep: The half of the penalty's step that is kept, where only one is.
     """
 
     name: str
@@ -51,6 +53,7 @@ class Method:
     apart: bool = False
     coefficient: float | None = None
     share_limit: float | None = None
+    keep: Part | None = None
 
 
 HALF_MHE = RieszEnergy(s=2.0, half_space=True)
@@ -65,6 +68,9 @@ def _methods() -> Iterator[Method]:
     yield Method("share", "half-space MHE, s = 2, Share(0.05)", HALF_MHE, share=Share(0.05))
     yield Method("loss", "half-space MHE, s = 2, in the loss", HALF_MHE, apply="loss")
     yield Method("decoupled", "half-space MHE, s = 2, decoupled", HALF_MHE, apply="decoupled")
+    yield Method("random", "random direction of equal length", RandomDirection(HALF_MHE))
+    yield Method("direction", "MHE's direction alone", HALF_MHE, keep="direction")
+    yield Method("length", "MHE's growth alone", HALF_MHE, keep="length")
     for half_space in (False, True):
         for distance in ("chordal", "geodesic"):
             for s in (0, 1, 2):
@@ -94,7 +100,10 @@ def _energy(s: int, half_space: bool, distance: Literal["chordal", "geodesic"]) 
 
 METHODS = {method.name: method for method in _methods()}
 
-CORE = ("decay", "half_mhe_2", "mgd", "orthogonality", "share")
+CONTROLS = ("random", "direction", "length", "decoupled")
+"""Half-space MHE's gradient without what makes it a uniformity's, and the other way round."""
+
+CORE = ("decay", "half_mhe_2", "mgd", "orthogonality", *CONTROLS)
 """Compared in every setting."""
 
 

@@ -85,7 +85,13 @@ class Side(nn.ModuleList):
 
     def joined(self, name: str) -> Tensor:
         """Weights or biases of all networks, (seeds, trials, n, ...)."""
-        parts = [getattr(piece, name) for piece in self]
+        return self._joined([getattr(piece, name) for piece in self])
+
+    def gradients(self) -> Tensor:
+        """Gradients of the weights of all networks, (seeds, trials, n, ...)."""
+        return self._joined([piece.weight.grad for piece in self])
+
+    def _joined(self, parts: list[Tensor]) -> Tensor:
         each = len(parts) // self.trials
         if each > 1:
             parts = [torch.cat(parts[i : i + each]) for i in range(0, len(parts), each)]

@@ -26,9 +26,10 @@ from torch import Tensor
 from evidence import cells as running
 from evidence.data import Data, MissingDataError
 from evidence.documents import quoted
+from evidence.grid import Trial
 from evidence.methods import HALF_MHE, METHODS
 from evidence.networks import Networks, Piece
-from evidence.plan import SETTINGS, STRENGTHS, Cell, Setting, Trial
+from evidence.plan import SETTINGS, STRENGTHS, Cell, Setting
 from evidence.statistics import Correlation, interval, rank_correlation
 from evidence.tables import UNTRAINED, markdown
 from evidence.training import batches, drawn, loss_of, optimizer_of
@@ -168,7 +169,7 @@ def _norms(piece: Piece) -> Tensor:
 @cache
 def _tunings() -> dict[str, running.Result]:
     """The plan's results by name."""
-    return {one["name"]: one for one in running.read(FOLDER / "results" / "cells.json")}
+    return {one["name"]: one for one in running.read(running.FIRST / "cells.json")}
 
 
 def found_in(probed: Mapping[str, Any]) -> Found:

@@ -24,8 +24,9 @@ from evidence import cells as running
 from evidence.comparisons import setting_title
 from evidence.data import MissingDataError
 from evidence.documents import quoted
+from evidence.grid import Trial
 from evidence.methods import METHODS, Method
-from evidence.plan import SETTINGS, Cell, Setting, Trial
+from evidence.plan import SETTINGS, Cell, Setting
 from evidence.statistics import interval, paired
 from evidence.tables import error_cell, markdown
 from evidence.training import train

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
+from evidence.controls import Halves
 from evidence.data import Data, Draw, draw
-from evidence.methods import HALF_MHE, METHODS, Method
+from evidence.early import Early, ratio_of
+from evidence.grid import Trial
+from evidence.methods import METHODS, Method
 from evidence.networks import Networks
-from evidence.plan import Setting, Trial
+from evidence.plan import Setting
 from lightning_hsu import Share, UniformityRegularizer
 from lightning_hsu._neurons.how import How
-from lightning_hsu.reference import uniformity_ratio
 
 BATCH = 50
 _BEFORE = 500_000
@@ -39,6 +41,10 @@ class Trained:
         after: The same at the end.
         recomputed: Part of the penalty's arithmetic that was done in hidden layers, where gradients
             are kept; else 1.
+        early_ratio: The ratio of each hidden layer when a tenth of the training is over, of shape
+            (layers, trials, seeds).
+        early_share: The norm of the penalty's gradient over the task's then, of the same shape; 0
+            where the penalty is not added to the gradients.
     """
 
     error: Tensor
@@ -47,6 +53,8 @@ class Trained:
     before: Tensor
     after: Tensor
     recomputed: float = 1.0
+    early_ratio: Tensor = field(default_factory=lambda: torch.zeros(0))
+    early_share: Tensor = field(default_factory=lambda: torch.zeros(0))
 
 
 def train(
@@ -71,6 +79,7 @@ def train(
     if setting.images < BATCH:
         raise ValueError(f"{setting.images} training images are less than one batch of {BATCH}")
     draws = [drawn(data, setting, seed) for seed in seeds]
+    torch.manual_seed(seeds[0])  # random directions repeat
     # AdamW's step limit looks at the task's gradient of each network's layer.
     by_task = setting.optimizer == "adamw" and method.measure is not None
     apart = method.apart or method.share is not None or by_task
@@ -80,7 +89,9 @@ def train(
     optimizer = optimizer_of(networks, setting, trials)
     penalties = _penalties(networks, setting, method, trials)
     before = _ratios(networks)
-    _fit(networks, optimizer, penalties, method, setting, draws, seeds)
+    early = _early(networks, setting)
+    halves = _halves(networks, optimizer, method, setting)
+    _fit(networks, optimizer, penalties, method, setting, draws, seeds, early, halves)
     networks.eval()
     judged, trained_on = [], []
     for one in draws:
@@ -94,6 +105,8 @@ def train(
         before=before,
         after=_ratios(networks),
         recomputed=_recomputed(penalties),
+        early_ratio=early.ratio if early else torch.zeros(0),
+        early_share=early.share if early else torch.zeros(0),
     )
 
 
@@ -188,6 +201,26 @@ def _penalties(
     return found
 
 
+def _early(networks: Networks, setting: Setting) -> Early | None:
+    """Watches the hidden layers, where these are trained."""
+    if setting.start == "adapters":
+        return None
+    return Early(networks, setting.epochs * (setting.images // BATCH))
+
+
+def _halves(
+    networks: Networks, optimizer: torch.optim.Optimizer, method: Method, setting: Setting
+) -> Halves | None:
+    """Keeps a half of what the penalty does, for a method that has only one."""
+    if method.keep is None:
+        return None
+    sides = [*networks.hidden, *networks.down, *networks.up]
+    if setting.penalises_head:
+        sides.append(networks.head)
+    weights = [(piece.weight, 2) for side in sides for piece in side if piece.weight.requires_grad]
+    return Halves(optimizer, weights, method.keep)
+
+
 def _fit(
     networks: Networks,
     optimizer: torch.optim.Optimizer,
@@ -196,6 +229,8 @@ def _fit(
     setting: Setting,
     draws: Sequence[Draw],
     seeds: Sequence[int],
+    early: Early | None = None,
+    halves: Halves | None = None,
 ) -> None:
     for images, labels in batches(optimizer, setting, draws, seeds):
         optimizer.zero_grad()
@@ -204,10 +239,18 @@ def _fit(
             for penalty in penalties:
                 penalty.add_to_loss(loss, optimizer)
         loss.backward()
+        if early:
+            early.before_penalty()
+        if halves:
+            halves.before_penalty()
         if method.apply == "gradient":
             for penalty in penalties:
                 penalty.add_gradients(optimizer)
+        if early:
+            early.after_penalty()
         optimizer.step()
+        if halves:
+            halves.after_step()
         for penalty in penalties:
             if method.apply == "decoupled":
                 penalty.move(optimizer)
@@ -282,6 +325,4 @@ def _finite(networks: Networks) -> Tensor:
 
 def _ratios(networks: Networks) -> Tensor:
     """Mean ratio over hidden layers (trials, seeds)."""
-    sides = [side.joined("weight").detach().flatten(0, 1).flatten(2) for side in networks.hidden]
-    each = torch.stack([uniformity_ratio(HALF_MHE, side.nan_to_num()) for side in sides])
-    return each.mean(0).view(networks.seeds, networks.trials).T
+    return torch.stack([ratio_of(side) for side in networks.hidden]).mean(0)

@@ -37,7 +37,7 @@ from evidence.documents import legend  # noqa: E402
 from evidence.methods import CORE, METHODS  # noqa: E402
 from evidence.pictures import ratio_and_gain_figure  # noqa: E402
 
-results = json.loads((ROOT / "evidence/results/cells.json").read_text())
+results = json.loads((ROOT / "evidence/results/first/cells.json").read_text())
 comparisons = compare(results)
 settings = {one.setting for one in comparisons}
 seeds = len(results[0]["test_error"])

@@ -1,5 +1,6 @@
 """The harness of `make evidence`: its networks are ordinary ones, its protocol is what it says, it goes on after a kill."""
 
+import copy
 import itertools
 import json
 import math
@@ -27,9 +28,10 @@ from evidence.cnn9 import CNN9, _bytes, _check_same, _moved, bounded_cross_entro
 from evidence.comparisons import compare, hypothesis
 from evidence.data import MissingDataError, draw, load
 from evidence.documents import quoted, readme, write
+from evidence.grid import Trial, edges
 from evidence.methods import HALF_MHE, METHODS, unit_coefficient
 from evidence.networks import Architecture, Networks
-from evidence.plan import FAMILY, SETTINGS, TEST_SEEDS, TUNING_SEEDS, Cell, Setting, Trial, cells
+from evidence.plan import FAMILY, SETTINGS, TEST_SEEDS, TUNING_SEEDS, Cell, Setting, cells
 from evidence.statistics import holm, paired, rank_correlation
 from evidence.training import BATCH, Trained, _finite, train
 from lightning_hsu import UniformityRegularizer
@@ -118,6 +120,35 @@ def in_own_layers(networks, trial, seed):
     return network
 
 
+def without_the_penalty(network, optimizer):
+    """A copy of a network, and an optimizer of it with the same settings."""
+    other = copy.deepcopy(network)
+    settings = {name: optimizer.defaults[name] for name in ("lr", "weight_decay")}
+    if isinstance(optimizer, torch.optim.SGD):
+        settings["momentum"] = 0.9
+    return other, type(optimizer)(other.parameters(), **settings)
+
+
+def take_over(network, optimizer, other, twin):
+    """Give the copy the weights, the task's gradients and the learning rate."""
+    for theirs, ours in zip(other.parameters(), network.parameters(), strict=True):
+        theirs.data.copy_(ours.data)
+        theirs.grad = ours.grad.clone()
+    twin.param_groups[0]["lr"] = optimizer.param_groups[0]["lr"]
+
+
+def keep_a_half(network, other, twin, keep):
+    """Neuron by neuron, the direction of one network and the norm of the other."""
+    twin.step()
+    for name, weight in network.named_parameters():
+        if weight.ndim > 1:
+            plain = other.get_parameter(name)
+            direction, norm = (weight, plain) if keep == "direction" else (plain, weight)
+            for i in range(len(weight)):
+                unit = direction.data[i] / direction.data[i].norm()
+                weight.data[i] = unit * norm.data[i].norm()
+
+
 def train_alone(network, images, labels, setting, method, trial, seed):
     """Train one network of PyTorch's own layers for two epochs, as a user writes it."""
     if setting.optimizer == "sgd":
@@ -129,6 +160,7 @@ def train_alone(network, images, labels, setting, method, trial, seed):
     batches = setting.images // BATCH
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 2 * batches)
     engine = UniformityRegularizer(method.measure, trial.coefficient).attach(network)
+    twin = without_the_penalty(network, optimizer)
     chance = torch.Generator().manual_seed(seed)
     for _ in range(2):
         order = torch.randperm(setting.images, generator=chance)
@@ -140,9 +172,13 @@ def train_alone(network, images, labels, setting, method, trial, seed):
                 engine.add_to_loss(loss, optimizer)
                 engine.count_step(optimizer)
             loss.backward()
+            if method.keep:
+                take_over(network, optimizer, *twin)
             if method.apply == "gradient":
                 engine.add_gradients(optimizer)
             optimizer.step()
+            if method.keep:
+                keep_a_half(network, *twin, method.keep)
             if method.apply == "decoupled":
                 engine.move(optimizer)
             schedule.step()
@@ -158,15 +194,15 @@ LESS_THAN_AN_IMAGE = 50 / 797  # in percent, of the test images
 
 @pytest.mark.usefixtures("_double")
 @pytest.mark.filterwarnings("ignore:the penalty is too strong")  # so that it is not missed
-@pytest.mark.parametrize("apply", ["gradient", "loss", "decoupled"])
+@pytest.mark.parametrize("how", ["gradient", "loss", "decoupled", "direction", "length"])
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 @pytest.mark.parametrize("network", ["plain", "convolutions", "batch norm"])
-def test_a_network_among_many_trains_as_one_alone(network, optimizer, apply, monkeypatch):
+def test_a_network_among_many_trains_as_one_alone(network, optimizer, how, monkeypatch):
     data = digits_in_double()
     setting = replace(TINY, network=network, optimizer=optimizer, scale=0.1, noise=0.2)
-    method = replace(METHODS["half_mhe_2"], apply=apply)
+    method = METHODS["half_mhe_2" if how == "gradient" else how]
     rate = 0.05 if optimizer == "sgd" else 3e-3
-    c = 200.0 if (optimizer, apply) == ("adamw", "decoupled") else 20.0
+    c = 200.0 if (optimizer, how) == ("adamw", "decoupled") else 20.0
     trials = [
         Trial(rate, 1e-3, 0.0, c),
         Trial(rate / 2, 1e-2, 0.0, 3 * c),
@@ -175,7 +211,11 @@ def test_a_network_among_many_trains_as_one_alone(network, optimizer, apply, mon
     ]
     seeds = (3, 4, 5)
     many, networks = train_and_keep(monkeypatch, data, setting, method, trials, seeds)
-    assert (abs(many.after[:2] - many.after[2:]) > 1e-3).all()  # the penalty is there
+    with_penalty, without = many.after.tensor_split(2)
+    if how == "length":
+        norms = networks.hidden[0].joined("weight").detach().flatten(2).norm(dim=-1)
+        with_penalty, without = norms.T.tensor_split(2)
+    assert (abs(with_penalty - without) > 1e-3).all()  # the penalty is there
 
     # Without a penalty, and with one of strength 0.
     without, plain = train_and_keep(monkeypatch, data, setting, METHODS["decay"], trials[2:], seeds)
@@ -637,7 +677,7 @@ def test_tables_say_where_and_against_whom(tmp_path):
 
 
 def test_the_readme_quotes_the_committed_results():
-    committed = json.loads((ROOT / "evidence/results/cells.json").read_text())
+    committed = json.loads((ROOT / "evidence/results/first/cells.json").read_text())
     text = (ROOT / "README.md").read_text()
     assert quoted(text, readme(committed)) == text
 
@@ -773,13 +813,13 @@ def test_a_result_asked_otherwise_is_not_taken(tmp_path):
 
 def test_edges_are_flagged():
     trials = Cell(TINY, METHODS["half_mhe_2"]).trials(load("digits"))
-    assert running.edges(trials, trials[0]) == [
+    assert edges(trials, trials[0]) == [
         "smallest rate",
         "smallest decay",
         "smallest strength",
     ]
-    assert running.edges(trials, trials[5]) == []
-    assert running.edges(trials, trials[7]) == ["largest decay", "smallest strength"]
+    assert edges(trials, trials[5]) == []
+    assert edges(trials, trials[7]) == ["largest decay", "smallest strength"]
 
 
 def test_images_move_by_four_pixels_and_flip():

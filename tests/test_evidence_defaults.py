@@ -16,9 +16,10 @@ from evidence import cells as running
 from evidence import defaults, training
 from evidence.data import load
 from evidence.defaults import CHOOSING, candidates, eliminate, in_order
+from evidence.grid import Trial
 from evidence.methods import METHODS
 from evidence.networks import Architecture, Networks
-from evidence.plan import SETTINGS, Setting, Trial, cells
+from evidence.plan import SETTINGS, Setting, cells
 from evidence.statistics import holm, paired
 from evidence.training import train
 from lightning_hsu.measures.defaults import COEFFICIENT, DEFAULT_MEASURE, SHARE_LIMIT
@@ -135,7 +136,7 @@ def test_committed_results_are_asked_as_ever(monkeypatch):
     monkeypatch.setattr(
         running, "_load", lambda name: SimpleNamespace(shape=shapes[name], classes=10)
     )
-    committed = json.loads((ROOT / "evidence/results/cells.json").read_text())
+    committed = json.loads((ROOT / "evidence/results/first/cells.json").read_text())
     by_name = {one["name"]: one["asked"] for one in committed}
     planned = {cell.name: cell for cell in cells()}
     assert by_name.keys() == planned.keys()
