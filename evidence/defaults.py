@@ -250,7 +250,7 @@ def run(job: Job) -> running.Result:
     """Train the networks of a cell on one core."""
     setting, method, trial, seeds, test = job
     torch.set_num_threads(1)
-    start = time.perf_counter()
+    start = time.process_time()
     data = running.data_of(Cell(setting, method))
     trained = train(data, setting, method, [trial], seeds, test=test)
     return {

@@ -105,7 +105,7 @@ def _result(cell: Cell, trial: Trial, seeds: Sequence[int], folder: Path) -> run
     asked = _asked(cell.setting, cell.method, trial, seeds)
     if not running.kept(folder, cell, asked):
         print(cell.name, flush=True)
-        start = time.perf_counter()
+        start = time.process_time()
         data = running.data_of(cell)
         trained = train(data, cell.setting, cell.method, [trial], seeds, test=True)
         result = {
