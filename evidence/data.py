@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import io
 import math
-import pickle
+import zipfile
 import zlib
 from argparse import Namespace
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
+
+from evidence import cifar
+from evidence.errors import MissingDataError as MissingDataError
 
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 IDX_FILES = (
@@ -31,10 +31,6 @@ NPZ_NAMES = (
     ("x_train", "y_train", "x_test", "y_test"),
     ("train_images", "train_labels", "test_images", "test_labels"),
 )
-
-
-class MissingDataError(Exception):
-    """The data asked for is not there; the message says what to do."""
 
 
 @dataclass(frozen=True)
@@ -94,9 +90,9 @@ def load(source: str) -> Data:
     """The data by name (digits, fashion-mnist, mnist1d), or from a folder.
 
     A folder holds four idx files, gzipped or plain; or one .npz with x_train, y_train, x_test,
-    y_test (or train_images, train_labels, test_images, test_labels); or CIFAR-100's files train and
-    test, as its authors pickled them. Images of four axes in an .npz have their channels last,
-    unless the second axis is 4 or less and the last is more.
+    y_test (or train_images, train_labels, test_images, test_labels); or CIFAR-10's six batches or
+    CIFAR-100's files train and test, as their authors pickled them. Images of four axes in an .npz
+    have their channels last, unless the second axis is 4 or less and the last is more.
 
     Raises:
         MissingDataError: if the data is not there or not whole; the message says what to do.
@@ -115,9 +111,12 @@ def load(source: str) -> Data:
         raise MissingDataError(f"{folder} holds {names}: leave one of them there.")
     if archives:
         return _npz(archives[0], name)
+    for place in (folder, folder / "cifar-10-batches-py"):
+        if any((place / batch).is_file() for batch in cifar.BATCHES):
+            return _made(place.resolve().name, "CIFAR-10", *cifar.pickled10(place))
     for place in (folder, folder / "cifar-100-python"):
         if (place / "train").is_file() and (place / "test").is_file():
-            return _cifar100(place, place.resolve().name)
+            return _made(place.resolve().name, "CIFAR-100", *cifar.pickled100(place))
     return _idx(folder, name, name)
 
 
@@ -222,13 +221,13 @@ def _npz(path: Path, name: str) -> Data:
     import numpy as np
 
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             found = []
             for names in NPZ_NAMES:
                 if set(names) <= set(archive.files):
                     found = [torch.as_tensor(archive[part]) for part in names]
                     break
-    except (OSError, ValueError, TypeError, zlib.error) as error:
+    except (OSError, EOFError, ValueError, TypeError, zipfile.BadZipFile, zlib.error) as error:
         raise MissingDataError(f"{path} cannot be read: {error}") from None
     if not found:
         wanted = " or ".join(", ".join(one) for one in NPZ_NAMES)
@@ -274,47 +273,13 @@ def _check(title: str, what: str, images: Tensor, labels: Tensor) -> None:
             f"{title} has {what} images of shape {tuple(images.shape)}: "
             "(m, h, w), with channels, or rows."
         )
-    if not images.float().isfinite().all() or images.min() == images.max():
+    finite = not images.is_floating_point() or images.isfinite().all()
+    if not finite or images.min() == images.max():
         raise MissingDataError(
             f"{title} has {what} images with pixels that are all the same, NaN or infinite."
         )
     if (labels != labels.long()).any() or int(labels.min()) < 0:
         raise MissingDataError(f"{title} has {what} labels that are no whole numbers from 0.")
-
-
-def _cifar100(folder: Path, name: str) -> Data:
-    """CIFAR-100's "python version": pickles of a dict with pixels (m, 3072) and fine labels."""
-    arrays = []
-    for part in ("train", "test"):
-        found = _unpickled(folder / part)
-        arrays.append(torch.as_tensor(found["data"]).view(-1, 3, 32, 32))
-        arrays.append(torch.as_tensor(found["fine_labels"]))
-    return _made(name, "CIFAR-100", *arrays)
-
-
-class _ArraysOnly(pickle.Unpickler):
-    """Unpickles arrays and plain containers, and nothing that could run."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        within_numpy = module.removeprefix("numpy.")
-        arrays = within_numpy.startswith(("core.multiarray", "_core.multiarray"))
-        if arrays and name == "_reconstruct":
-            return super().find_class("numpy._core.multiarray", name)
-        if (module, name) in (("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode")):
-            return super().find_class(module, name)
-        raise MissingDataError(f"a data file asks for {module}.{name}; only arrays are read.")
-
-
-def _unpickled(path: Path) -> Mapping[str, Any]:
-    try:
-        found = _ArraysOnly(io.BytesIO(path.read_bytes()), encoding="latin1").load()
-    except (pickle.UnpicklingError, EOFError, ValueError) as error:
-        raise MissingDataError(f"{path} cannot be read: {error}") from None
-    if not isinstance(found, Mapping) or not {"data", "fine_labels"} <= set(found):
-        raise MissingDataError(
-            f"{path} has no data and fine_labels: is it a file of CIFAR-100's python version?"
-        )
-    return found
 
 
 def _read(path: Path) -> Tensor:

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from evidence import cells as running
+from evidence import cifar
 from evidence.data import MissingDataError, draw, load
 from evidence.methods import METHODS
 from evidence.plan import Cell, Setting
@@ -97,9 +98,11 @@ def test_folders_of_ones_own(tmp_path):
     np.savez(tmp_path / "mine.npz", x_train=made["x_train"])
     with pytest.raises(MissingDataError, match="it needs x_train, y_train"):
         load(str(tmp_path))
-    (tmp_path / "mine.npz").write_bytes(b"no archive")
-    with pytest.raises(MissingDataError, match="cannot be read"):
-        load(str(tmp_path))
+    whole = (tmp_path / "mine.npz").read_bytes()
+    for content in (b"no archive", b"", whole[: len(whole) // 2]):
+        (tmp_path / "mine.npz").write_bytes(content)
+        with pytest.raises(MissingDataError, match="cannot be read"):
+            load(str(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -165,7 +168,7 @@ def test_results_of_other_data_are_not_taken(tmp_path, monkeypatch):
     assert "content" not in running.asked(Cell(TINY, METHODS["decay"]), (1,), (2,))["setting"]
 
 
-def test_cifar_as_its_authors_pickled_it(tmp_path):
+def test_cifar100_as_its_authors_pickled_it(tmp_path):
     folder = tmp_path / "cifar-100-python"
     folder.mkdir()
     for part, count in (("train", 20), ("test", 10)):
@@ -179,15 +182,127 @@ def test_cifar_as_its_authors_pickled_it(tmp_path):
         assert load(str(place)).shape == (3, 32, 32)
 
 
+IMAGES = 4  # of each of the six files of CIFAR-10 here
+
+
+def coloured(name):
+    """Pixels (m, 3, 32, 32) and labels (m,) that are others in each of the six files."""
+    chance = np.random.default_rng(cifar.BATCHES.index(name))
+    images = chance.integers(0, 256, (IMAGES, 3, 32, 32), np.uint8)
+    return images, chance.permutation(IMAGES).tolist()
+
+
+def check_is_cifar10(data):
+    """The data is what ``coloured`` tells, in the order of the files."""
+    assert (data.title, data.shape, data.classes) == ("CIFAR-10", (3, 32, 32), IMAGES)
+    train = [coloured(name) for name in cifar.TRAIN_BATCHES]
+    images = np.concatenate([one[0] for one in train])
+    assert np.array_equal(data.pool[0].numpy(), images.reshape(-1, 3072))
+    assert data.pool[1].tolist() == [label for one in train for label in one[1]]
+    images, labels = coloured(cifar.TEST_BATCH)
+    assert np.array_equal(data.test[0].numpy(), images.reshape(-1, 3072))
+    assert data.test[1].tolist() == labels
+
+
+def write_batches(folder):
+    """CIFAR-10's python version; its authors' pickles are of protocol 2, too."""
+    folder.mkdir(exist_ok=True)
+    for name in cifar.BATCHES:
+        images, labels = coloured(name)
+        found = {"data": images.reshape(-1, 3072), "labels": labels, "batch_label": name}
+        (folder / name).write_bytes(pickle.dumps(found, protocol=2))
+
+
+def test_cifar10_as_its_authors_pickled_it(tmp_path):
+    folder = tmp_path / "cifar-10-batches-py"
+    write_batches(folder)
+    for place in (folder, tmp_path):
+        check_is_cifar10(load(str(place)))
+
+
+def test_every_batch_of_cifar10_has_to_be_there(tmp_path):
+    write_batches(tmp_path)
+    for name in ("data_batch_3", "test_batch"):
+        content = (tmp_path / name).read_bytes()
+        (tmp_path / name).unlink()
+        with pytest.raises(MissingDataError, match=f"has no {name}: .* has six files"):
+            load(str(tmp_path))
+        (tmp_path / name).write_bytes(content)
+
+
+def dumped(**changes):
+    images, labels = coloured("data_batch_2")
+    return pickle.dumps({"data": images.reshape(-1, 3072), "labels": labels} | changes)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "data_batch_2 cannot be read"),
+        (b"no pickle", "data_batch_2 cannot be read"),
+        (pickle.dumps([1, 2]), "has no data and labels"),
+        (pickle.dumps({"data": [1], "fine_labels": [1]}), "has no data and labels"),
+        (dumped(data="text"), "data or labels of no numbers"),
+        (dumped(labels=["cat"] * IMAGES), "data or labels of no numbers"),
+        (dumped(labels=[1]), r"data of shape \(4, 3072\) and labels of \(1,\)"),
+        (dumped(data=np.zeros((IMAGES, 784), np.uint8)), r"data of shape \(4, 784\)"),
+        (dumped(labels=[-1, 0, 1, 2]), "labels that are no whole numbers from 0"),
+    ],
+)
+def test_a_batch_that_is_none(tmp_path, content, message):
+    write_batches(tmp_path)
+    (tmp_path / "data_batch_2").write_bytes(content)
+    with pytest.raises(MissingDataError, match=message):
+        load(str(tmp_path))
+
+
+@pytest.mark.any_cpu
+def test_a_batch_that_is_cut_or_damaged_is_refused_or_read(tmp_path):
+    write_batches(tmp_path)
+    path = tmp_path / "data_batch_2"
+    whole = path.read_bytes()
+    for end in (*range(1, 300, 7), len(whole) // 2, *range(len(whole) - 60, len(whole), 3)):
+        path.write_bytes(whole[:end])
+        with pytest.raises(MissingDataError, match="cannot be read"):
+            cifar.pickled10(tmp_path)
+    chance = np.random.default_rng(0)
+    refused = 0
+    for place in chance.integers(0, 250, 200):  # where the structure is
+        damaged = bytearray(whole)
+        damaged[place] ^= chance.integers(1, 256)
+        path.write_bytes(damaged)
+        try:
+            images = cifar.pickled10(tmp_path)[0]
+        except MissingDataError:
+            refused += 1
+        else:
+            assert images.shape == (5 * IMAGES, 3, 32, 32)
+    assert refused > 100
+
+
 class Hostile:
     def __reduce__(self):
         return (Path.touch, (Path("touched"),))
 
 
-def test_a_hostile_pickle_does_not_run(tmp_path, monkeypatch):
+@pytest.mark.parametrize("names", [("train", "test", "meta"), cifar.BATCHES])
+def test_a_hostile_pickle_does_not_run(tmp_path, monkeypatch, names):
     monkeypatch.chdir(tmp_path)
-    for part in ("train", "test", "meta"):
-        (tmp_path / part).write_bytes(pickle.dumps(Hostile()))
+    for name in names:
+        (tmp_path / name).write_bytes(pickle.dumps(Hostile()))
     with pytest.raises(MissingDataError, match="only arrays are read"):
         load(str(tmp_path))
     assert not (tmp_path / "touched").exists()
+
+
+def test_cifar10_as_keras_has_it(tmp_path):
+    train = [coloured(name) for name in cifar.TRAIN_BATCHES]
+    images, labels = coloured(cifar.TEST_BATCH)
+    np.savez(
+        tmp_path / "cifar10.npz",
+        x_train=np.concatenate([one[0] for one in train]).transpose(0, 2, 3, 1),
+        y_train=np.concatenate([one[1] for one in train]).astype(np.uint8)[:, None],
+        x_test=images.transpose(0, 2, 3, 1),
+        y_test=np.array(labels, np.uint8)[:, None],
+    )
+    check_is_cifar10(replace(load(str(tmp_path)), title="CIFAR-10"))
