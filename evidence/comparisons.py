@@ -14,7 +14,12 @@ from evidence.statistics import Correlation, Paired, holm, paired, rank_correlat
 Result = Mapping[str, Any]
 """What JSON holds of a cell."""
 
-TITLES = {"fashion-mnist": "Fashion-MNIST", "mnist1d": "MNIST1D", "digits": "digits"}
+TITLES = {
+    "fashion-mnist": "Fashion-MNIST",
+    "mnist1d": "MNIST1D",
+    "digits": "digits",
+    "cifar10": "CIFAR-10",
+}
 LEVEL = 0.05
 """Of p, for a gain or a loss."""
 

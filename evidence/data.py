@@ -1,4 +1,4 @@
-"""Real data that is on the machine already, or in a folder of yours."""
+"""Real data that is on the machine already, in a folder of yours, or fetched once."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ IDX_FILES = (
     "t10k-images-idx3-ubyte",
     "t10k-labels-idx1-ubyte",
 )
-NAMED = ("digits", "fashion-mnist", "mnist1d")
+NAMED = ("digits", "fashion-mnist", "mnist1d", "cifar10")
 """Data that need no folder."""
 NPZ_NAMES = (
     ("x_train", "y_train", "x_test", "y_test"),
@@ -87,7 +87,9 @@ class Draw:
 
 
 def load(source: str) -> Data:
-    """The data by name (digits, fashion-mnist, mnist1d), or from a folder.
+    """The data by name (digits, fashion-mnist, mnist1d, cifar10), or from a folder.
+
+    cifar10 is fetched, 139 MB, where it is not kept from the last time.
 
     A folder holds four idx files, gzipped or plain; or one .npz with x_train, y_train, x_test,
     y_test (or train_images, train_labels, test_images, test_labels); or CIFAR-10's six batches or
@@ -103,6 +105,8 @@ def load(source: str) -> Data:
         return _idx(DEBIAN_FOLDER, "fashion-mnist", "Fashion-MNIST")
     if source == "mnist1d":
         return _mnist1d()
+    if source == "cifar10":
+        return _cifar10()
     folder = Path(source).expanduser()
     name = folder.resolve().name
     archives = sorted(folder.glob("*.npz"))
@@ -110,7 +114,7 @@ def load(source: str) -> Data:
         names = ", ".join(one.name for one in archives)
         raise MissingDataError(f"{folder} holds {names}: leave one of them there.")
     if archives:
-        return _npz(archives[0], name)
+        return _npz(archives[0], name, name)
     for place in (folder, folder / "cifar-10-batches-py"):
         if any((place / batch).is_file() for batch in cifar.BATCHES):
             return _made(place.resolve().name, "CIFAR-10", *cifar.pickled10(place))
@@ -203,6 +207,14 @@ def _mnist1d() -> Data:
     return Data("mnist1d", "MNIST1D", pool, test, (1, 1, made["x"].shape[1]))
 
 
+def _cifar10() -> Data:
+    kept = cifar.fetched()
+    try:
+        return _npz(kept, "cifar10", "CIFAR-10")
+    except MissingDataError as error:
+        raise MissingDataError(f"{error}\nRemove it, and it is fetched anew.") from None
+
+
 def _idx(folder: Path, name: str, title: str) -> Data:
     paths, missing = [], []
     for file in IDX_FILES:
@@ -217,7 +229,7 @@ def _idx(folder: Path, name: str, title: str) -> Data:
     return _made(name, title, *map(_read, paths))
 
 
-def _npz(path: Path, name: str) -> Data:
+def _npz(path: Path, name: str, title: str) -> Data:
     import numpy as np
 
     try:
@@ -232,7 +244,7 @@ def _npz(path: Path, name: str) -> Data:
     if not found:
         wanted = " or ".join(", ".join(one) for one in NPZ_NAMES)
         raise MissingDataError(f"{path} has {', '.join(archive.files)}; it needs {wanted}.")
-    return _made(name, name, *found, channels_last=True)
+    return _made(name, title, *found, channels_last=True)
 
 
 def _made(name: str, title: str, *arrays: Tensor, channels_last: bool = False) -> Data:
@@ -304,6 +316,7 @@ def _ways_out(folder: Path, missing: list[str]) -> str:
         "  apt-get install dataset-fashion-mnist   on Debian and Ubuntu, then the same again",
         "  make demo DATA=/your/folder             a folder that holds these four idx files, or one .npz",
         "  python -m evidence --data /your/folder  the same",
+        "  make demo DATA=cifar10                  CIFAR-10, fetched once (139 MB)",
         "  make demo                               scikit-learn's bundled digits, nothing to install",
     ]
     return "\n".join(lines)

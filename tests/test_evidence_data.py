@@ -1,18 +1,27 @@
-"""The data of the harness: drawn as it says, read from folders."""
+"""The data of the harness: drawn as it says, read from folders, fetched whole or not at all."""
 
+import errno
+import hashlib
+import io
+import json
 import math
 import pickle
+import sys
+import tarfile
 from argparse import Namespace
 from dataclasses import replace
 from functools import cache
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from evidence import cells as running
 from evidence import cifar
+from evidence.__main__ import main
 from evidence.data import MissingDataError, draw, load
 from evidence.methods import METHODS
 from evidence.plan import Cell, Setting
@@ -306,3 +315,173 @@ def test_cifar10_as_keras_has_it(tmp_path):
         y_test=np.array(labels, np.uint8)[:, None],
     )
     check_is_cifar10(replace(load(str(tmp_path)), title="CIFAR-10"))
+
+
+def png(images):
+    """A picture as the package has them: each image a row of 1024 coloured pixels."""
+    written = io.BytesIO()
+    Image.fromarray(images.reshape(-1, 3, 1024).transpose(0, 2, 1).copy()).save(written, "png")
+    return written.getvalue()
+
+
+def package():
+    """A package as the registry has it, but with few images."""
+    files = {f"{name}.png": png(coloured(name)[0]) for name in cifar.BATCHES}
+    labels = [coloured(name)[1] for name in cifar.BATCHES]
+    files["train_lables.json"] = json.dumps([*chain(*labels[:5])]).encode()
+    files["test_lables.json"] = json.dumps(labels[5]).encode()
+    files["index.bundle.js"] = b"throw new Error('run')"
+    written = io.BytesIO()
+    with tarfile.open(fileobj=written, mode="w:gz") as archive:
+        for name, content in files.items():
+            member = tarfile.TarInfo(f"package/{name}")
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return written.getvalue()
+
+
+@pytest.fixture
+def registry(tmp_path, monkeypatch):
+    """A registry in a folder, whose package is taken for the real one; returns the package's path."""
+    path = tmp_path / "registry" / cifar.PACKAGE
+    path.parent.mkdir(parents=True)
+    path.write_bytes(package())
+    monkeypatch.setenv("npm_config_registry", f"{(tmp_path / 'registry').as_uri()}/")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
+    monkeypatch.setattr(cifar, "SHA512", hashlib.sha512(path.read_bytes()).hexdigest())
+    monkeypatch.setattr(cifar, "SIZE", path.stat().st_size)
+    return path
+
+
+def kept(tmp_path):
+    """The files in the cache folder."""
+    return [path.name for path in (tmp_path / "caches" / "lightning-hsu").glob("*")]
+
+
+def test_cifar10_is_fetched_once_and_kept(tmp_path, registry, capsys):
+    data = load("cifar10")
+    check_is_cifar10(data)
+    assert data.name == "cifar10"
+    told = capsys.readouterr().err
+    assert f"0 MB, from {registry.as_uri()} to {tmp_path}/caches/lightning-hsu/cifar10.npz" in told
+    assert kept(tmp_path) == ["cifar10.npz"]
+    registry.unlink()
+    assert load("cifar10").digest == data.digest
+    assert capsys.readouterr().err == ""
+    (tmp_path / "caches" / "lightning-hsu" / "cifar10.npz").write_bytes(b"PK damaged")
+    with pytest.raises(MissingDataError, match=r"cannot be read: .*\nRemove it"):
+        load("cifar10")
+
+
+def test_pixels_of_the_pictures_are_red_green_and_blue_row_by_row(registry):
+    image = load("cifar10").pool[0][1].view(3, 32, 32)
+    with tarfile.open(registry) as archive:
+        picture = Image.open(io.BytesIO(archive.extractfile("package/data_batch_1.png").read()))
+    assert picture.size == (1024, IMAGES)
+    right, down = 5, 3
+    assert image[:, down, right].tolist() == list(picture.getpixel((32 * down + right, 1)))
+
+
+@pytest.mark.parametrize("change", [b"", b"more"])
+def test_another_file_than_the_package_is_not_taken(tmp_path, registry, change):
+    content = registry.read_bytes()
+    registry.write_bytes(content[:-4] + change)
+    with pytest.raises(MissingDataError, match=r"right SHA-512\.\nWays out"):
+        load("cifar10")
+    assert kept(tmp_path) == []
+
+
+def test_the_real_package_is_meant_where_nothing_is_changed(tmp_path, registry, monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setenv("npm_config_registry", (tmp_path / "registry").as_uri())
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
+    with pytest.raises(MissingDataError, match="not those 138,940,914 with the right SHA-512"):
+        load("cifar10")
+
+
+def test_without_a_network_the_ways_out_are_told(tmp_path, registry, monkeypatch, capsys):
+    registry.unlink()
+    monkeypatch.setattr(sys, "argv", ["evidence", "--data", "cifar10"])
+    assert main() == 2
+    told = capsys.readouterr().err
+    assert "cannot be fetched from" in told
+    for way in ("the same again", "https_proxy", "test_batch", "x_train, y_train"):
+        assert way in told.partition("Ways out")[2]
+    monkeypatch.setenv("npm_config_registry", "no registry")
+    with pytest.raises(MissingDataError, match="cannot be fetched from no registry/tfjs"):
+        load("cifar10")
+    assert kept(tmp_path) == []
+
+
+def test_without_pillow_nothing_is_fetched(tmp_path, registry, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "PIL.Image", None)
+    with pytest.raises(MissingDataError, match="needs Pillow: pip install pillow"):
+        load("cifar10")
+    assert "is fetched" not in capsys.readouterr().err
+
+
+class Broken(io.BytesIO):
+    """An answer that breaks off."""
+
+    def read(self, size):
+        found = super().read(100)
+        if not found:
+            raise self.error
+        return found
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError("reset"), TimeoutError("timed out")])
+def test_a_download_that_breaks_off_leaves_nothing(tmp_path, registry, monkeypatch, error):
+    answer = Broken(registry.read_bytes()[:1000])
+    answer.error = error
+    with monkeypatch.context() as patch:
+        patch.setattr("urllib.request.urlopen", lambda address, timeout: answer)
+        with pytest.raises(MissingDataError, match=f"cannot be fetched from .*: {error}"):
+            load("cifar10")
+    assert kept(tmp_path) == []
+    check_is_cifar10(load("cifar10"))
+
+
+@pytest.mark.parametrize(
+    ("error", "raised", "message"),
+    [
+        (
+            OSError(errno.ENOSPC, "disk full"),
+            MissingDataError,
+            "cannot be written to .*: .*disk full",
+        ),
+        (KeyboardInterrupt("stopped"), KeyboardInterrupt, "stopped"),
+    ],
+)
+def test_a_file_half_written_does_not_stay(tmp_path, registry, monkeypatch, error, raised, message):
+    def half(file, **arrays):
+        file.write(b"half")
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "savez", half)
+        with pytest.raises(raised, match=message):
+            load("cifar10")
+    assert kept(tmp_path) == []
+
+
+def test_a_cache_that_cannot_be_is_told_before_anything_is_fetched(tmp_path, registry):
+    registry.unlink()
+    (tmp_path / "caches").write_text("a file")
+    with pytest.raises(MissingDataError, match=r"cannot be kept in .*caches/lightning-hsu"):
+        load("cifar10")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not (cifar.cache_folder() / "cifar10.npz").is_file(),
+    reason="CIFAR-10 has not been fetched: make evidence DATA=cifar10",
+)
+def test_the_real_cifar10_has_its_known_numbers():
+    data = load("cifar10")
+    assert data.pool[1].bincount().tolist() == [5000] * 10
+    assert data.test[1].bincount().tolist() == [1000] * 10
+    values = data.pool[0].view(-1, 3, 1024) / 255
+    mean, std = values.mean((0, 2)), values.std((0, 2))
+    assert torch.allclose(mean, torch.tensor([0.4914, 0.4822, 0.4465]), rtol=0, atol=1e-4)
+    assert torch.allclose(std, torch.tensor([0.2470, 0.2435, 0.2616]), rtol=0, atol=1e-4)
