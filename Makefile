@@ -3,6 +3,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 CONSTRAINTS ?= constraints.txt
 DATA ?= digits
+OWN_DATA = $(if $(filter command line environment,$(origin DATA)),--data "$(DATA)")
 JOBS ?= 2
 BIN = .venv/bin
 PIP_INSTALL = -m pip install --disable-pip-version-check -c $(CONSTRAINTS)
@@ -40,8 +41,8 @@ docs: .venv/test.installed  ## Run the code that README and docstrings show
 events: .venv/test.installed  ## Trainings at random in which models and optimizers change; EVENTS_COUNT=3000 EVENTS_SEED=1 for more
 	EVENTS_COUNT=$${EVENTS_COUNT:-300} $(PYTEST) tests/test_events.py
 
-evidence: .venv/evidence.installed  ## Does it help, and where: the whole plan, or QUICK=--quick; goes on where it was ended
-	$(BIN)/python -m evidence --jobs $(JOBS) $(QUICK)
+evidence: .venv/evidence.installed  ## Does it help, and where: the whole plan, QUICK=--quick, or DATA=cifar10 (fetched, 139 MB) or a folder; goes on where it was ended
+	$(BIN)/python -m evidence --jobs $(JOBS) $(QUICK) $(OWN_DATA)
 
 versions: .venv/test.installed  ## Exactness with Lightning 2.4, 2.5 and 2.6; needs a package index
 	$(PYTEST) -m versions tests/test_versions.py
