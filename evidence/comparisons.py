@@ -86,15 +86,15 @@ def compare(results: Iterable[Result]) -> list[Comparison]:
     baselines, rest = {}, []
     for result in results:
         if result["asked"]["method"]["name"] == "decay":
-            baselines[_key(result)] = result
+            baselines[key_of(result)] = result
         else:
             rest.append(result)
-    rest = [one for one in rest if _key(one) in baselines]
-    changes = [paired(one["test_error"], baselines[_key(one)]["test_error"]) for one in rest]
+    rest = [one for one in rest if key_of(one) in baselines]
+    changes = [paired(one["test_error"], baselines[key_of(one)]["test_error"]) for one in rest]
     corrected = holm([change.p for change in changes])
     found = []
     for result, change, p in zip(rest, changes, corrected, strict=True):
-        found.append(Comparison(result, baselines[_key(result)], change, p))
+        found.append(Comparison(result, baselines[key_of(result)], change, p))
     return found
 
 
@@ -136,5 +136,6 @@ def mean_ratio(result: Result, ratio: str = "ratio_after") -> float:
     return mean(known) if known else math.nan
 
 
-def _key(result: Result) -> str:
+def key_of(result: Result) -> str:
+    """What tells a cell's setting from all others."""
     return json.dumps(result["asked"]["setting"], sort_keys=True)

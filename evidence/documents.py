@@ -6,17 +6,17 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from evidence import tables
+from evidence import control_tables, tables
 from evidence.comparisons import Comparison, Result, compare
-from evidence.methods import CORE
-from evidence.pictures import ratio_and_gain_figure
+from evidence.pictures import controls_figure, ratio_and_gain_figure
+from evidence.uniformity import beyond_controls
 
 MARKS = ("<!-- evidence: written by `python -m evidence --commit` -->", "<!-- end of evidence -->")
 """What stands before and after the tables in the main README."""
 
 
 def write(results: Sequence[Result], planned: int, folder: Path) -> bool:
-    """Write cells.json, tables.md and, with five settings or more, ratio.png.
+    """Write cells.json, tables.md and, with five settings or more, ratio.png and controls.png.
 
     Returns:
         Whether there are as many settings.
@@ -29,13 +29,15 @@ def write(results: Sequence[Result], planned: int, folder: Path) -> bool:
     enough = len({one.setting for one in comparisons}) >= 5
     if enough:
         ratio_and_gain_figure(comparisons).savefig(folder / "ratio.png", dpi=130)
+        if beyond_controls(results):
+            controls_figure(results).savefig(folder / "controls.png", dpi=130)
     return enough
 
 
 def readme(results: Sequence[Result]) -> str:
     """What the main README quotes: methods, conditions, rivals and, folded, every setting."""
     comparisons = compare(results)
-    settings = tables.settings_table(comparisons, tables.beside_decay(CORE))
+    settings = tables.settings_table(comparisons)
     seeds = len(results[0]["test_error"])
     count = len({one.setting for one in comparisons})
     parts = [
@@ -71,14 +73,18 @@ def _sections(
         f"{len(results)} of {planned} cells, {len(comparisons)} comparisons with weight decay, "
         f"{'/'.join(map(str, seeds))} test seeds, {hours:.1f} core hours. {legend(comparisons)}"
     )
-    return [
+    sections = [
         "# Does the penalty help, and where",
         "Made by `make evidence`; the protocol is in [README.md](../README.md).",
         intro,
+    ]
+    if beyond_controls(results):
+        sections += _control_sections(results)
+    sections += [
         "## By method\n\n" + tables.summary(comparisons),
         "## Where\n\n" + tables.conditions_table(comparisons),
         "## Against each other\n\n" + tables.rivals_table(comparisons),
-        "## By setting\n\n" + tables.settings_table(comparisons, tables.beside_decay(CORE)),
+        "## By setting\n\n" + tables.settings_table(comparisons),
         "## Ways of applying\n\n"
         + tables.settings_table(comparisons, ["half_mhe_2", "loss", "decoupled"], needed="loss"),
         "## The whole family\n\n" + tables.family_table(comparisons),
@@ -86,6 +92,19 @@ def _sections(
         + tables.share_table(comparisons),
         "## Does the ratio predict the gain?\n\n" + tables.hypothesis_table(comparisons),
         "## Choices on an edge of their grid\n\n" + tables.edges_table(results),
+    ]
+    return sections
+
+
+def _control_sections(results: Sequence[Result]) -> list[str]:
+    """What the controls say, and what only cells with all of their trials can tell."""
+    return [
+        "## Is it uniformity?\n\n" + control_tables.uniformity_table(results),
+        "## Clear gains\n\n" + control_tables.clear_gains_table(results),
+        "## Beyond the controls, and where\n\n" + control_tables.controls_by_condition(results),
+        "## Beyond the controls, by setting\n\n" + control_tables.controls_by_setting(results),
+        "## Wider grids\n\n" + control_tables.widening_table(results),
+        "## Does what is seen early predict the gain?\n\n" + control_tables.early_table(results),
     ]
 
 

@@ -1,12 +1,13 @@
-"""The ratio without a penalty against what the penalty gains."""
+"""What the penalty gains: against the ratio without it, and against what controls gain."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from evidence.comparisons import TITLES, Comparison, hypothesis, ratio_and_gain
+from evidence.comparisons import TITLES, Comparison, Result, hypothesis, ratio_and_gain
 from evidence.methods import METHODS
+from evidence.uniformity import Beyond, beyond_controls
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 _LEAST = 1e-3  # of a ratio less 1, on a logarithmic axis
 SHOWN = ("half_mhe_2", "orthogonality")
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
+_CONTROLS = {"random": "a random direction of equal length", "length": "growth alone"}
 
 
 def ratio_and_gain_figure(comparisons: Sequence[Comparison]) -> Figure:
@@ -57,4 +59,50 @@ def _draw(axes: Axes, comparisons: Sequence[Comparison], method: str) -> None:
     found = hypothesis(comparisons, method)
     rho = f"rho = {found.rho:+.2f} ({found.low:+.2f} to {found.high:+.2f})"
     axes.set_title(f"{METHODS[method].title}: {rho}", fontsize=10)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def controls_figure(results: Sequence[Result]) -> Figure:
+    """A panel a control that spreads nothing: its gain against half-space MHE's, a dot a setting.
+
+    Above the diagonal uniformity itself gains. Bars are two standard errors of the difference.
+    """
+    from matplotlib.figure import Figure
+
+    found = beyond_controls(results, ["half_mhe_2"])
+    figure = Figure(figsize=(10, 4.6), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes, control in zip(panels, ("random", "length"), strict=True):
+        _draw_control(axes, found, control)
+    panels[0].set_ylabel("points that half-space MHE gains over weight decay")
+    panels[0].legend(frameon=False, fontsize=8, loc="upper left", title="initial weights")
+    return figure
+
+
+def _draw_control(axes: Axes, found: Sequence[Beyond], control: str) -> None:
+    """The panel of one control."""
+    groups: dict[str, list[Beyond]] = {"PyTorch's": [], "× 0.3": [], "× 0.1": [], "× 0.03": []}
+    for one in found:
+        scale = one.result["asked"]["setting"]["scale"]
+        groups["PyTorch's" if scale == 1.0 else f"× {scale:g}"].append(one)
+    for i, (title, own) in enumerate(groups.items()):
+        gains = [-one.changes["decay"].mean for one in own]
+        beyond = [one.changes[control] for one in own]
+        axes.errorbar(
+            [gain + change.mean for gain, change in zip(gains, beyond, strict=True)],
+            gains,
+            [2 * change.error for change in beyond],
+            fmt="o",
+            color=COLOURS[i],
+            markersize=4,
+            linewidth=0.8,
+            label=title,
+        )
+    axes.plot([-10, 100], [-10, 100], color="0.6", linewidth=0.8, zorder=0)
+    axes.axhline(0, color="0.85", linewidth=0.8, zorder=0)
+    axes.axvline(0, color="0.85", linewidth=0.8, zorder=0)
+    axes.set_xscale("symlog", linthresh=1)
+    axes.set_yscale("symlog", linthresh=1)
+    axes.set_xlabel(f"points that {_CONTROLS[control]} gains over weight decay")
+    axes.set_title("above the line uniformity itself gains", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)

@@ -88,6 +88,28 @@ def rank_correlation(
     return Correlation(float(_spearman(*pairs)), float(low), float(high), pairs.shape[1])
 
 
+def clustered_rank_correlation(
+    clusters: Sequence[Sequence[tuple[float, float]]], resamples: int = 10_000
+) -> Correlation:
+    """Spearman's rho of all pairs; its interval is of whole clusters, resampled with a fixed seed."""
+    ordered = [np.asarray(sorted(one)) for one in sorted(clusters)]
+    pairs = np.concatenate(ordered)
+    chance = np.random.default_rng(0)
+    found = []
+    for drawn in chance.integers(0, len(ordered), (resamples, len(ordered))):
+        found.append(_spearman(*np.concatenate([ordered[i] for i in drawn]).T))
+    known = np.array(found)
+    low, high = np.percentile(known[np.isfinite(known)], [2.5, 97.5])
+    return Correlation(float(_spearman(*pairs.T)), float(low), float(high), len(pairs))
+
+
+def signed_rank(differences: Sequence[float]) -> float:
+    """The two-sided p of Wilcoxon's signed-rank test; 1 where nothing differs."""
+    if not any(differences):
+        return 1.0
+    return float(stats.wilcoxon(differences).pvalue)
+
+
 def _spearman(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Rank correlations of arrays (..., settings); NaN where all are equal."""
     a = _centred_ranks(x)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from statistics import mean, median, stdev
 from typing import Any
 
 from evidence.comparisons import LEVEL, TITLES, Comparison, Result, hypothesis, mean_ratio
-from evidence.methods import CORE, METHODS
+from evidence.methods import METHODS
 from evidence.statistics import Paired, holm, paired
 
 CONDITIONS: Mapping[str, Callable[[Mapping[str, Any]], bool]] = {
@@ -36,13 +37,20 @@ RIVALS = (
     ("mgd", "orthogonality"),
     ("mgd", "half_mhe_2"),
     ("share", "half_mhe_2"),
+    ("half_mhe_2", "random"),
+    ("half_mhe_2", "length"),
+    ("half_mhe_2", "direction"),
+    ("half_mhe_2", "decoupled"),
+    ("decoupled", "random"),
 )
 """Compared with each other, too, and not only with weight decay."""
 
 
-def beside_decay(methods: Sequence[str]) -> list[str]:
-    """Methods that are compared with weight decay."""
-    return [name for name in methods if name != "decay"]
+def everywhere(comparisons: Sequence[Comparison]) -> list[str]:
+    """Methods that are compared with weight decay in most settings."""
+    count = Counter(one.method for one in comparisons)
+    most = max(count.values(), default=0)
+    return [name for name in METHODS if count[name] > most / 2]
 
 
 def summary(comparisons: Sequence[Comparison], least: int = 1) -> str:
@@ -71,7 +79,7 @@ def of_method(comparisons: Sequence[Comparison], name: str) -> list[Comparison]:
 
 def conditions_table(comparisons: Sequence[Comparison]) -> str:
     """Gains, nulls, losses and median change of each method under each condition."""
-    methods = [name for name in beside_decay(CORE) if of_method(comparisons, name)]
+    methods = everywhere(comparisons)
     rows: list[list[object]] = []
     for name, group in _groups(comparisons).items():
         if group:
@@ -112,10 +120,11 @@ def _tally(own: Sequence[Comparison]) -> str:
 def rivals_table(comparisons: Sequence[Comparison]) -> str:
     """Methods against each other, each tuned by itself; p corrected for the settings."""
     head = ["method", "against", "settings", "better", "worse", "median difference"]
+    methods = everywhere(comparisons)
     rows: list[list[object]] = []
     for name, rival in RIVALS:
         changes = [change for _, _, change in against(comparisons, name, rival)]
-        if not changes:
+        if name not in methods or rival not in methods:
             continue
         better = worse = 0
         for change, p in zip(changes, holm([one.p for one in changes]), strict=True):
@@ -142,9 +151,16 @@ def against(
 
 
 def settings_table(
-    comparisons: Sequence[Comparison], methods: Sequence[str], needed: str | None = None
+    comparisons: Sequence[Comparison],
+    methods: Sequence[str] | None = None,
+    needed: str | None = None,
 ) -> str:
-    """Weight decay's error and each method's difference, in settings that have ``needed``."""
+    """Weight decay's error and each method's difference, in settings that have ``needed``.
+
+    Without ``methods`` those that are compared everywhere.
+    """
+    if methods is None:
+        methods = everywhere(comparisons)
     head = ["setting", "ratio", "weight decay only", *titles_of(methods)]
     shown = comparisons if needed is None else of_method(comparisons, needed)
     rows = []

@@ -34,7 +34,7 @@ sys.path.insert(0, str(ROOT))
 from evidence import tables  # noqa: E402
 from evidence.comparisons import compare  # noqa: E402
 from evidence.documents import legend  # noqa: E402
-from evidence.methods import CORE, METHODS  # noqa: E402
+from evidence.methods import METHODS  # noqa: E402
 from evidence.pictures import ratio_and_gain_figure  # noqa: E402
 
 results = json.loads((ROOT / "evidence/results/first/cells.json").read_text())
@@ -57,7 +57,7 @@ Markdown(tables.summary(comparisons))
 # Every setting as a bar, from the largest gain to the largest loss, by method. Grey is null.
 
 # %%
-shown = tables.beside_decay(CORE)
+shown = tables.everywhere(comparisons)
 colours = {"gain": "#0072B2", "null": "#BBBBBB", "worse": "#D55E00"}
 figure, axes = plt.subplots(
     1, len(shown), figsize=(3 * len(shown), 3), sharey=True, layout="constrained"
@@ -95,7 +95,7 @@ Markdown(tables.rivals_table(comparisons))
 # ## Setting by setting
 
 # %%
-Markdown(f"{legend(comparisons)}\n\n{tables.settings_table(comparisons, shown)}")
+Markdown(f"{legend(comparisons)}\n\n{tables.settings_table(comparisons)}")
 
 # %% [markdown]
 # ## The nulls
