@@ -5,11 +5,9 @@ import itertools
 import json
 import math
 import os
-import re
 import subprocess
 import sys
 import time
-from argparse import Namespace
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -20,12 +18,11 @@ import torch
 from torch import nn
 
 from evidence import cells as running
-from evidence import cnn9, tolerance, training
 from evidence import probe as probing
+from evidence import tolerance, training
 from evidence.__main__ import _run, main
-from evidence.cnn9 import CNN9, _bytes, _check_same, _moved, bounded_cross_entropy, table
 from evidence.comparisons import compare, hypothesis
-from evidence.data import MissingDataError, draw, load
+from evidence.data import draw, load
 from evidence.documents import quoted, readme, write
 from evidence.grid import Trial, edges
 from evidence.methods import HALF_MHE, METHODS, unit_coefficient
@@ -613,13 +610,6 @@ def test_a_quick_probe_prints_its_verdict(monkeypatch, capsys):
     assert "leave out --quick" in capsys.readouterr().err
 
 
-def test_the_readme_has_the_committed_runs_of_the_published_recipe():
-    folder = ROOT / "evidence/results/cnn9/fashion-mnist-width16-steps2500-rate0.02/n5000"
-    assert (
-        table(folder, ["none", "half_mhe_2", "mgd"], range(5)) in (ROOT / "README.md").read_text()
-    )
-
-
 def test_intervals_do_not_depend_on_the_order_of_settings():
     chance = np.random.default_rng(2)
     x, y = chance.normal(size=(2, 20))
@@ -645,100 +635,3 @@ def test_edges_are_flagged():
     ]
     assert edges(trials, trials[5]) == []
     assert edges(trials, trials[7]) == ["largest decay", "smallest strength"]
-
-
-def test_images_move_by_four_pixels_and_flip():
-    images = torch.arange(2 * 12 * 12).view(1, 2, 12, 12).expand(400, -1, -1, -1)
-    padded = np.pad(images[0].numpy(), ((0, 0), (4, 4), (4, 4)), mode="symmetric")
-    crops = {
-        padded[:, i : i + 12, j : j + 12].tobytes(): (i, j) for i in range(9) for j in range(9)
-    }
-    found = [
-        (one.tobytes() in crops, np.ascontiguousarray(one[..., ::-1]).tobytes() in crops)
-        for one in _moved(images).numpy()
-    ]
-    assert all(a != b for a, b in found)
-    assert 150 < sum(a for a, _ in found) < 250
-
-
-def test_the_network_is_the_published_one():
-    network = CNN9((3, 32, 32), 100, 75_000)
-    neurons = [
-        (layer.neurons, layer.dimension)
-        for layer in UniformityRegularizer().attach(network).measure_layers()
-    ]
-    expected = [
-        (64, 27),
-        (64, 576),
-        (64, 576),
-        (128, 576),
-        (128, 1152),
-        (128, 1152),
-        (256, 1152),
-        (256, 2304),
-        (256, 2304),
-    ]
-    assert neurons == [*expected, (256, 4096), (100, 256)]
-    schedule = network.configure_optimizers()["lr_scheduler"]["scheduler"]
-    assert sorted(schedule.milestones) == [30_000, 50_000, 65_000]
-    with torch.no_grad():
-        assert network(torch.zeros(2, 3, 32, 32, dtype=torch.uint8)).shape == (2, 100)
-
-
-def test_the_loss_is_the_published_one():
-    scores, labels = torch.randn(7, 10, dtype=torch.float64) * 3, torch.arange(7)
-    wanted = 0.99 * nn.functional.one_hot(labels, 10) + 0.001
-    expected = -(wanted * (scores.softmax(1) + 1e-4).log()).sum(1).mean()
-    assert math.isclose(float(bounded_cross_entropy(scores, labels)), float(expected), rel_tol=1e-6)
-    saturated = bounded_cross_entropy(1e4 * torch.eye(10)[1:], torch.zeros(9, dtype=torch.long))
-    assert float(saturated) < 9.22
-
-
-@pytest.mark.any_cpu
-def test_pixels_that_are_not_bytes_are_refused():
-    data = load("digits")
-    assert _bytes(data)
-    halved = replace(data, pool=(data.pool[0] / 2, data.pool[1]))
-    with pytest.raises(MissingDataError, match="takes whole numbers from 0 to 255"):
-        _bytes(halved)
-    for count in (100, 5000):
-        with pytest.raises(MissingDataError, match="has 1000 training images; take from 128"):
-            _bytes(load("digits"), count)
-
-
-def test_results_of_other_settings_are_not_taken(tmp_path):
-    (tmp_path / "none-0.json").write_text(
-        json.dumps({"asked": {"test_every": "250", "precision": "32-true"}})
-    )
-    _check_same(tmp_path / "none-0.json", Namespace(test_every=250, precision="32-true"))
-    with pytest.raises(
-        MissingDataError, match="made with test_every = 250, not 500: name another --out"
-    ):
-        _check_same(tmp_path / "none-0.json", Namespace(test_every=500, precision="32-true"))
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings(
-    "ignore:Checkpoint directory .* exists and is not empty", "ignore:.*resuming from a checkpoint"
-)
-def test_cnn9_goes_on_from_its_last_checkpoint(tmp_path, monkeypatch, capsys):
-    what = "--data digits --images 512 --presets none half_mhe_2 --seeds 0 1 --width 4"
-    how = "--steps 6 --test-every 2 --accelerator cpu --devices 1"
-    arguments = [*what.split(), *how.split()]
-    folder = tmp_path / "out/cnn9/digits-width4-steps6/n512"
-    with begun("evidence.cnn9", arguments, tmp_path) as run:
-        wait_for((folder / "none-0/last.ckpt").exists)
-        run.kill()
-    assert not (folder / "half_mhe_2-1.json").exists()
-    monkeypatch.setattr(sys, "argv", ["cnn9", *arguments])
-    assert cnn9.main() == 0
-    printed = capsys.readouterr().out
-    assert re.search(r"\| half_mhe_2 \| \d+\.\d\d \(\d+\.\d\d\) \|", printed)
-    made = [
-        json.loads((folder / f"{preset}-0.json").read_text()) for preset in ("none", "half_mhe_2")
-    ]
-    assert all(len(one["errors"]) == 3 for one in made)
-    assert made[0]["ratio_before"] == made[1]["ratio_before"]
-    assert made[0]["ratio_after"] != made[1]["ratio_after"]  # the penalty is there
-    assert cnn9.main() == 0  # all is done
-    assert capsys.readouterr().out.strip().splitlines()[-4:] == printed.strip().splitlines()[-4:]

@@ -1,0 +1,529 @@
+"""One run of ``python -m evidence.images``: a network, a recipe, a method and a seed, through Lightning.
+
+A run is a function of its settings and its seed: batches and crops depend on the seed and the
+step alone, so that all methods of a seed see the same, and so does a run that goes on from a checkpoint.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, cast, get_args
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+from evidence.controls import Halves, Part, RandomDirection
+from evidence.data import NAMED, Data, MissingDataError, load
+from evidence.image_networks import build, neuron_layers
+from lightning_hsu import HypersphericalUniformity, UniformityRegularizer
+from lightning_hsu.measures import Measure, Orthogonality
+from lightning_hsu.presets import PRESETS, sphere_uniformity
+
+BATCH = 128
+SMOOTHING = 0.01
+FLOOR = 1e-4
+"""What CNN-9's loss adds to every probability."""
+DROPS = (0.4, 2 / 3, 13 / 15)
+"""Of all steps, where CNN-9's learning rate falls to a tenth."""
+WARM_UP = 0.05
+"""Of all steps, in which a ViT's learning rate rises."""
+CONTROLLED = "half_mhe_2"
+"""The preset that the controls are made of."""
+METHODS = ("none", CONTROLLED, "mgd", "orthogonality", "random", "direction", "length", "default")
+CHOICES = tuple(dict.fromkeys([*METHODS, *PRESETS]))
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a network is trained.
+
+    Args:
+        rate: The learning rate at first.
+        decay: Weight decay of all parameters.
+        adamw: AdamW, else SGD with momentum 0.9.
+        clip: The largest norm of all gradients together; None is no limit.
+        drops: Parts of all steps at which the learning rate falls to a tenth; with none it follows
+            half a cosine to 0.
+        warm_up: Part of all steps in which it rises linearly before that.
+        bounded: The official bounded loss, else plain cross entropy.
+    """
+
+    rate: float
+    decay: float
+    adamw: bool = False
+    clip: float | None = None
+    drops: tuple[float, ...] = ()
+    warm_up: float = 0.0
+    bounded: bool = False
+
+    def factor(self, steps: int, step: int) -> float:
+        """What the learning rate is multiplied by at a step, from 0, of so many."""
+        if self.drops:
+            return float(0.1 ** sum(step >= round(part * steps) for part in self.drops))
+        rising = round(self.warm_up * steps)
+        if step < rising:
+            return (step + 1) / rising
+        done = (step - rising) / max(1, steps - rising)
+        return 0.5 + 0.5 * math.cos(math.pi * done)
+
+
+_CNN9 = Recipe(0.1, 5e-4, drops=DROPS, bounded=True)
+_RESNET18 = Recipe(0.1, 5e-4)
+_VIT = Recipe(1e-3, 0.05, adamw=True, clip=1.0, warm_up=WARM_UP)
+RECIPES = {
+    "cnn9": _CNN9,
+    "resnet18": _RESNET18,
+    "resnet18-plain": _RESNET18,
+    "vit": _VIT,
+    "vit-bn": _VIT,
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all runs of a table share.
+
+    Args:
+        data: What :func:`evidence.data.load` takes.
+        network: Of :data:`RECIPES`.
+        width: Of the network.
+        rate: Learning rate at first.
+        steps: Of training.
+        images: Training images; 0 takes all.
+        validate: So many training images are held out, and judge in place of the test images.
+        test_every: Steps between tests and checkpoints.
+        accelerator: As in the Trainer, like the next two.
+    """
+
+    data: str
+    network: str
+    width: int
+    rate: float
+    steps: int
+    images: int = 0
+    validate: int = 0
+    test_every: int = 500
+    accelerator: str = "auto"
+    devices: str = "1"
+    precision: str = "32-true"
+
+    @property
+    def name(self) -> str:
+        """In names of files."""
+        count = f"n{self.images}" if self.images else "all"
+        found = f"{loaded(self.data).name}-{self.network}-width{self.width}-steps{self.steps}"
+        found += f"-rate{self.rate:g}-{count}"
+        return f"{found}-validate{self.validate}" if self.validate else found
+
+    def asked(self, method: str, seed: int) -> dict[str, Any]:
+        """What decides the numbers of a run."""
+        data = loaded(self.data)
+        found = {
+            "data": data.title,
+            "network": self.network,
+            "width": self.width,
+            "rate": self.rate,
+            "steps": self.steps,
+            "images": self.images or len(data.pool[1]) - self.validate,
+            "validate": self.validate,
+            "test_every": self.test_every,
+            "precision": self.precision,
+            "method": method,
+            "seed": seed,
+        }
+        if self.data not in NAMED:  # a folder, whose content may change under its name
+            found["content"] = data.digest
+        return found
+
+
+@lru_cache(maxsize=1)
+def loaded(source: str) -> Data:
+    """The data with images as bytes, read once.
+
+    Raises:
+        MissingDataError: if it is not there, or pixels are not bytes.
+    """
+    data = load(source)
+    images = data.pool[0]
+    if not (images == images.byte()).all():
+        told = f"{data.title} has pixels from {float(images.min()):g} to {float(images.max()):g}"
+        raise MissingDataError(f"{told}; these recipes take whole numbers from 0 to 255.")
+    test = data.test[0].byte(), data.test[1]
+    return replace(data, pool=(images.byte(), data.pool[1]), test=test)
+
+
+def check(settings: Settings) -> None:
+    """Refuse settings that cannot be trained with.
+
+    Raises:
+        MissingDataError: the message says what to do.
+    """
+    data = loaded(settings.data)
+    left = len(data.pool[1]) - settings.validate
+    if not BATCH <= (settings.images or left) <= left:
+        held = f", {settings.validate} of them held out" if settings.validate else ""
+        raise MissingDataError(
+            f"{data.title} has {len(data.pool[1])} training images{held}; take from {BATCH} to "
+            "as many as are left with --images."
+        )
+    if settings.steps % settings.test_every:
+        raise MissingDataError(
+            f"the last test comes after the last step: make --steps {settings.steps} a multiple of "
+            f"--test-every {settings.test_every}."
+        )
+    try:
+        build(settings.network, data.shape, data.classes, settings.width)
+    except ValueError as error:
+        raise MissingDataError(f"{data.title}, {settings.network}: {error}.") from None
+
+
+class Classifier(pl.LightningModule):
+    """A network with its recipe.
+
+    Args:
+        network: Images of bytes to scores.
+        recipe: How it is trained.
+        rate: Learning rate at first.
+        steps: Of training, for the schedule.
+        seed: Decides how images are moved.
+
+    Attributes:
+        errors: In percent, one a test.
+        seconds: Of a processor, before the checkpoint that this run goes on from.
+    """
+
+    def __init__(
+        self, network: nn.Module, recipe: Recipe, rate: float, steps: int, seed: int
+    ) -> None:
+        super().__init__()
+        self.network = network
+        self.recipe = recipe
+        self.rate = rate
+        self.steps = steps
+        self.seed = seed
+        self.errors: list[float] = []
+        self.seconds = 0.0
+        self._since = time.process_time()
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Scores (batch, classes) of images (batch, channels, height, width) of bytes."""
+        return self.network(images)
+
+    def training_step(self, batch: list[Tensor], _: int) -> Tensor:
+        """The loss of images moved and flipped at random."""
+        images, labels = batch
+        # One stream a step and rank, from which a random direction is drawn, too.
+        torch.manual_seed((self.seed * 1_000_003 + self.global_step) * 1009 + self.global_rank)
+        scores = self(moved(images))
+        if self.recipe.bounded:
+            return bounded_cross_entropy(scores, labels)
+        return nn.functional.cross_entropy(scores, labels)
+
+    def validation_step(self, batch: list[Tensor], _: int) -> None:
+        """Count wrong answers."""
+        images, labels = batch
+        wrong = (self(images).argmax(1) != labels).float()
+        self.log("test/error", 100.0 * wrong.mean(), on_epoch=True, sync_dist=True)
+
+    def on_validation_epoch_end(self) -> None:
+        """Keep the error: the papers report the best over training."""
+        self.errors.append(float(self.trainer.callback_metrics["test/error"]))
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Errors and time so far go with the checkpoint."""
+        checkpoint["errors"] = self.errors
+        checkpoint["seconds"] = self.elapsed()
+
+    def on_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
+        """Go on with them."""
+        self.errors = list(checkpoint["errors"])
+        self.seconds = checkpoint["seconds"]
+        self._since = time.process_time()
+
+    def elapsed(self) -> float:
+        """Seconds of a processor of this run so far, in all its parts."""
+        return self.seconds + time.process_time() - self._since
+
+    def configure_optimizers(self) -> Any:
+        """The recipe's optimizer, and its learning rate step by step."""
+        recipe = self.recipe
+        optimizer: torch.optim.Optimizer
+        if recipe.adamw:
+            optimizer = torch.optim.AdamW(self.parameters(), self.rate, weight_decay=recipe.decay)
+        else:
+            optimizer = torch.optim.SGD(
+                self.parameters(), self.rate, momentum=0.9, weight_decay=recipe.decay
+            )
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: recipe.factor(self.steps, step)
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def bounded_cross_entropy(scores: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross entropy of smoothed labels and of probabilities + 1e-4, so never above 9.21.
+
+    Args:
+        scores: Shape (batch, classes).
+        labels: Shape (batch,).
+    """
+    likelihood = (scores.float().softmax(1) + FLOOR).log()
+    hard = nn.functional.nll_loss(likelihood, labels)
+    return hard * (1 - SMOOTHING) - SMOOTHING * likelihood.mean()
+
+
+def moved(images: Tensor) -> Tensor:
+    """Each image moved by up to 4 pixels each way, its edges mirrored, and flipped or not."""
+    batch, _, height, width = images.shape
+    down = torch.randint(-4, 5, (batch, 1), device=images.device)
+    right = torch.randint(-4, 5, (batch, 1), device=images.device)
+    rows = _mirrored(down + torch.arange(height, device=images.device), height)
+    cols = _mirrored(right + torch.arange(width, device=images.device), width)
+    cols = torch.where(torch.rand(batch, 1, device=images.device) < 0.5, cols.flip(1), cols)
+    every = torch.arange(batch, device=images.device)[:, None, None]
+    return images[every, :, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2)
+
+
+def _mirrored(index: Tensor, size: int) -> Tensor:
+    """Indices beyond the edges fold back: -1 is 0, -2 is 1."""
+    index = torch.where(index < 0, -1 - index, index)
+    return torch.where(index >= size, 2 * size - 1 - index, index)
+
+
+class Batches(Dataset[tuple[Tensor, Tensor]]):
+    """The images of all steps one after another, epoch by epoch in a new order.
+
+    Args:
+        images: Shape (m, channels, height, width).
+        labels: Shape (m,).
+        steps: How many.
+        seed: Decides the orders.
+        first: The step that item 0 begins, as Lightning begins at item 0 when it resumes.
+    """
+
+    def __init__(self, images: Tensor, labels: Tensor, steps: int, seed: int, first: int) -> None:
+        self._images = images
+        self._labels = labels
+        self._steps = steps
+        chance = torch.Generator().manual_seed(seed)
+        whole = len(labels) // BATCH
+        orders = []
+        for _ in range(0, steps, whole):
+            orders.append(torch.randperm(len(labels), generator=chance)[: whole * BATCH])
+        self._order = torch.cat(orders)[first * BATCH : steps * BATCH]
+
+    def __len__(self) -> int:
+        """Of all steps, those before the first included: Lightning counts them as done."""
+        return self._steps * BATCH
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        """An image and its label."""
+        chosen = self._order[index]
+        return self._images[chosen], self._labels[chosen]
+
+
+class KeepHalf(pl.Callback):
+    """Of the penalised step only the direction, or only the length; it stands before the penalty's.
+
+    Args:
+        keep: Which.
+    """
+
+    def __init__(self, keep: Part) -> None:
+        self.keep = keep
+        self._halves: Halves | None = None
+        self._twin: dict[str, Any] | None = None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Begin the twin, or go on with that of the checkpoint."""
+        weights = [(layer.weight, 1) for layer in neuron_layers(pl_module)]
+        self._halves = Halves(trainer.optimizers[0], weights, self.keep)
+        if self._twin is not None:
+            self._halves.twin.load_state_dict(self._twin)
+            self._twin = None
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Show the twin the task's gradients, clipped as they would be without a penalty."""
+        assert self._halves is not None
+        self._halves.before_penalty()
+        if trainer.gradient_clip_val:
+            twins = [p for group in self._halves.twin.param_groups for p in group["params"]]
+            nn.utils.clip_grad_norm_(twins, trainer.gradient_clip_val)
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        """Put the halves together, before anything is measured."""
+        assert self._halves is not None
+        self._halves.after_step()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The twin's moments."""
+        assert self._halves is not None
+        return {"twin": self._halves.twin.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep them until the training starts."""
+        self._twin = state_dict["twin"]
+
+
+def penalty(method: str, network: nn.Module) -> HypersphericalUniformity | None:
+    """The callback of a method, or of what it controls; None where there is no penalty.
+
+    Args:
+        method: Of :data:`CHOICES`.
+        network: With its initial weights, to which orthogonality's coefficients are matched.
+    """
+    if method == "none":
+        return None
+    if method == "default":
+        return HypersphericalUniformity(verbose=False)
+    if method == "orthogonality":
+        hidden, head = matched_coefficients(Orthogonality(), network)
+        return HypersphericalUniformity(
+            Orthogonality(),
+            hidden,
+            head_coefficient=head,
+            step_limit=None,
+            share_limit=None,
+            verbose=False,
+        )
+    if method in PRESETS:
+        return sphere_uniformity(method, verbose=False)
+    found = sphere_uniformity(CONTROLLED, verbose=False)
+    if method == "random":
+        found.measure = RandomDirection(found.measure)
+    return found
+
+
+def callbacks(method: str, network: nn.Module) -> list[pl.Callback]:
+    """All callbacks of a method, in the order in which they act."""
+    found: list[pl.Callback] = []
+    if method in get_args(Part):
+        found.append(KeepHalf(cast(Part, method)))
+    acting = penalty(method, network)
+    if acting is not None:
+        found.append(acting)
+    return found
+
+
+def matched_coefficients(measure: Measure, network: nn.Module) -> tuple[float, float]:
+    """Coefficients of hidden layers and head at which gradients are as long as those of the preset.
+
+    They are compared at the weights that the network has, over all hidden layers together.
+    """
+    preset = sphere_uniformity(CONTROLLED, verbose=False)
+    strengths = cast(tuple[float, float], (preset.coefficient, preset.head_coefficient))
+    *hidden, head = neuron_layers(network)
+    wanted = strengths[0] * _length(preset.measure, hidden)
+    wanted_head = strengths[1] * _length(preset.measure.for_head(), [head])
+    return (
+        wanted / _length(measure, hidden),
+        wanted_head / _length(measure.for_head(), [head]),
+    )
+
+
+def _length(measure: Measure, layers: list[nn.Conv2d | nn.Linear]) -> float:
+    """The norm of a measure's gradient in all layers together."""
+    total = 0.0
+    for layer in layers:
+        x = layer.weight.detach().flatten(1)
+        grad = measure.value_and_grad(x, measure.prepare(x))[1]
+        total += float(grad.double().square().sum())
+    return math.sqrt(total)
+
+
+def train(settings: Settings, method: str, seed: int, folder: Path) -> dict[str, Any]:
+    """One run; ended and called again, it goes on from its last checkpoint.
+
+    Args:
+        settings: What is trained, as :func:`check` takes it.
+        method: Of :data:`CHOICES`.
+        seed: Decides which images, the initial weights, the batches and crops.
+        folder: For its checkpoints.
+
+    Returns:
+        What JSON holds of it.
+    """
+    data = loaded(settings.data)
+    recipe = RECIPES[settings.network]
+    pl.seed_everything(seed, verbose=False)
+    network = build(settings.network, data.shape, data.classes, settings.width)
+    module = Classifier(network, recipe, settings.rate, settings.steps, seed)
+    before = ratios(network)
+    acting = callbacks(method, network)
+    trainer = pl.Trainer(
+        max_steps=settings.steps,
+        max_epochs=-1,
+        accelerator=settings.accelerator,
+        devices=settings.devices,
+        precision=settings.precision,
+        gradient_clip_val=recipe.clip,
+        val_check_interval=settings.test_every,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        logger=False,
+        # A checkpoint after each test.
+        callbacks=[*acting, ModelCheckpoint(folder, save_last=True, save_on_train_epoch_end=False)],
+        enable_model_summary=False,
+        enable_progress_bar=False,
+    )
+    last = folder / "last.ckpt"
+    first = 0
+    if last.exists():
+        first = torch.load(last, map_location="cpu", weights_only=False)["global_step"]
+    trained_on, judged = _datasets(data, settings, seed, first)
+    trainer.fit(
+        module,
+        DataLoader(trained_on, BATCH // trainer.world_size),
+        DataLoader(judged, 500),
+        ckpt_path=last if first else None,
+        weights_only=False,
+    )
+    found: dict[str, Any] = {
+        "method": method,
+        "seed": seed,
+        "errors": [round(error, 4) for error in module.errors],
+        "best": round(min(module.errors), 4),
+        "finite": all(bool(p.isfinite().all()) for p in network.parameters()),
+        "ratio_before": before,
+        "ratio_after": ratios(network),
+        "seconds": round(module.elapsed()),
+        "asked": settings.asked(method, seed),
+    }
+    for callback in acting:
+        if isinstance(callback, HypersphericalUniformity):
+            found["measure"] = repr(callback.measure)
+            found["coefficients"] = [callback.coefficient, callback.head_coefficient]
+    return found
+
+
+def _datasets(
+    data: Data, settings: Settings, seed: int, first: int
+) -> tuple[Batches, TensorDataset]:
+    """What is trained on from a step on, and what judges."""
+    images = data.pool[0].view(-1, *data.shape)
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    held, kept = order.tensor_split([settings.validate])
+    kept = kept[: settings.images or None]
+    labels = data.pool[1]
+    trained_on = Batches(images[kept], labels[kept], settings.steps, seed, first)
+    if settings.validate:
+        return trained_on, TensorDataset(images[held], labels[held])
+    return trained_on, TensorDataset(data.test[0].view(-1, *data.shape), data.test[1])
+
+
+def ratios(network: nn.Module) -> dict[str, float | None]:
+    """Half-space ratios of all layers; None where they are not finite."""
+    found: dict[str, float | None] = {}
+    for layer in UniformityRegularizer().attach(network).measure_layers():
+        found[layer.name] = round(layer.ratio, 4) if math.isfinite(layer.ratio) else None
+    return found

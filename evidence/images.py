@@ -1,0 +1,339 @@
+"""``python -m evidence.images``: CNN-9, ResNet-18 and a small ViT with a penalty, without, and with controls.
+
+    python -m evidence.images --data cifar10 --network resnet18 --methods none half_mhe_2 random --seeds 0 1 2
+
+No number is tuned for a penalty. Pixels are bytes, 0 to 255, scaled to -1 to 1; batches have 128
+images over all devices, moved by up to 4 pixels with mirrored edges and flipped.
+
+CNN-9 has the recipe of the official code (github.com/wy1iu/Sphere-Uniformity): three times three
+3 x 3 convolutions of 64, 128 and 256 channels with batch norm and ReLU, a pooling after each three,
+a convolution over all that is left to 256, the head; no biases. Cross entropy of smoothed labels
+(0.01) and of probabilities + 1e-4, which bounds it. SGD with momentum 0.9, weight decay 5e-4,
+learning rate 0.1, a tenth of it after 0.4, 2/3 and 13/15 of 75000 steps. Running means of batch norm
+are PyTorch's (0.1 a step; 0.001 there). From its initial weights a learning rate of 0.1 throws the
+head so far that its probabilities saturate and the loss has no slope; weight decay then takes some
+2000 steps to bring it back. So it is in the published logs, too (github.com/wy1iu/MHE: the training
+loss leaves 9 after 1600 to 3100 of 42500 steps, without a penalty after 2200). ``--rate 0.02`` learns
+at once.
+
+ResNet-18 is that of CIFAR: SGD with momentum 0.9, weight decay 5e-4, a learning rate of 0.1 that
+follows half a cosine. ``resnet18-plain`` has no batch norm, but biases and SkipInit. The ViT has
+patches of 4, six blocks and four heads: AdamW, weight decay 0.05, a learning rate of 1e-3 that rises
+for a twentieth of all steps and then follows half a cosine, gradients clipped to norm 1. ``vit-bn``
+has batch norm in place of layer norm. Both take plain cross entropy; decay is on all parameters.
+
+Methods: presets by name; ``orthogonality`` (soft orthogonality, for which no preset is published, at
+the coefficients of hidden layers and head at which its gradients are as long as those of half_mhe_2
+at the initial weights); ``default``, the callback as it comes; and three controls of half_mhe_2:
+``random`` (a random tangent direction at each step, row by row as long as its gradient),
+``direction`` (its steps, with the norms that neurons would have without it) and ``length`` (steps
+without it, with the norms that neurons would have with it).
+
+Ended and called again it goes on from the last checkpoints, on the same batches and crops. On several
+devices a few test images may count twice.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_only
+
+from evidence import cells as running
+from evidence.data import MissingDataError
+from evidence.documents import quoted
+from evidence.image_networks import WIDTHS
+from evidence.image_training import BATCH, CHOICES, METHODS, RECIPES, Settings, check, train
+from evidence.statistics import Paired, holm, paired
+from evidence.tables import error_cell, markdown
+
+FOLDER = Path(__file__).parent
+RESULTS = FOLDER / "results" / "images"
+README = FOLDER / "README.md"
+MARKS = (
+    "<!-- images: written by `python -m evidence.images --commit` -->",
+    "<!-- end of images -->",
+)
+CONTROLS = ("random", "length")
+"""What methods are compared with beside none."""
+TITLES = {
+    "cnn9": "CNN-9",
+    "resnet18": "ResNet-18",
+    "resnet18-plain": "ResNet-18 without batch norm",
+    "vit": "ViT",
+    "vit-bn": "ViT with batch norm",
+}
+
+Run = dict[str, Any]
+"""What JSON holds of a run."""
+Job = tuple[Settings, str, int, Path]
+"""Settings, method, seed, and the file of its result."""
+
+
+def main() -> int:
+    """Run what is left, print the table, and write it if asked to."""
+    args = _arguments()
+    if args.table:
+        print(table(read_folder(Path(args.table))))
+        return 0
+    settings = _settings(args)
+    try:
+        check(settings)
+        folder = Path(args.out) / settings.name
+        jobs = []
+        for seed in args.seeds:
+            for method in args.methods:
+                jobs.append((settings, method, seed, folder / f"{method}-{seed}.json"))
+        missing = [job for job in jobs if not is_done(job)]
+    except MissingDataError as error:
+        print(error, file=sys.stderr)
+        return 2
+    if args.jobs > 1 and len(missing) > 1:
+        _run_beside(missing, args.jobs)
+    else:
+        for job in missing:
+            run(job)
+    if rank_zero_only.rank:
+        return 0
+    runs = [running.read(path) for *_, path in jobs]
+    print(f"\n{section(runs)}")
+    if args.commit:
+        lines = ",\n".join(json.dumps(one, allow_nan=False) for one in runs)
+        running.write_whole(RESULTS / f"{settings.name}.json", f"[\n{lines}\n]\n")
+        running.write_whole(README, quoted(README.read_text(), block(), MARKS))
+    return 0
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m evidence.images",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--data", help="cifar10, fashion-mnist, CIFAR-100's folder, any folder the harness reads"
+    )
+    parser.add_argument("--network", choices=[*WIDTHS], default="cnn9")
+    parser.add_argument(
+        "--methods", nargs="+", default=[*METHODS], choices=CHOICES, metavar="METHOD"
+    )
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=75_000)
+    parser.add_argument("--rate", type=float, help="learning rate at first; else the recipe's")
+    parser.add_argument(
+        "--width",
+        type=int,
+        help="channels of the first block (published: 64), or dimensions of a ViT's token (256)",
+    )
+    parser.add_argument("--images", type=int, default=0, help="training images; 0 takes all")
+    parser.add_argument(
+        "--validate",
+        type=int,
+        default=0,
+        metavar="N",
+        help="judge on so many held-out training images, not on the test images",
+    )
+    parser.add_argument(
+        "--test-every", type=int, default=500, help="steps between tests and checkpoints"
+    )
+    parser.add_argument("--accelerator", default="auto")
+    parser.add_argument("--devices", default="1")
+    parser.add_argument("--precision", default="32-true")
+    parser.add_argument("--jobs", type=int, default=1, help="processes of one thread")
+    parser.add_argument("--commit", action="store_true", help="write evidence/results and README")
+    parser.add_argument("--out", default="out/images")
+    parser.add_argument(
+        "--table", metavar="FOLDER", help="only print the table of the runs in a folder"
+    )
+    args = parser.parse_args()
+    if (args.data is None) == (args.table is None):
+        parser.error("say either --data, to train, or --table, to print what is there")
+    if args.devices != "1" and (args.jobs > 1 or "random" in args.methods):
+        parser.error("--jobs, and the method random, take one device a run: --devices 1")
+    if args.commit and (args.validate or len(args.seeds) < 2):
+        parser.error("--commit takes two seeds or more, judged on test images")
+    args.seeds = list(dict.fromkeys(args.seeds))
+    args.methods = list(dict.fromkeys(args.methods))
+    return args
+
+
+def _settings(args: argparse.Namespace) -> Settings:
+    """What all runs share; the network's own width and rate where none is asked for."""
+    return Settings(
+        data=args.data,
+        network=args.network,
+        width=args.width or WIDTHS[args.network],
+        rate=args.rate or RECIPES[args.network].rate,
+        steps=args.steps,
+        images=args.images,
+        validate=args.validate,
+        test_every=min(args.test_every, args.steps),
+        accelerator=args.accelerator,
+        devices=args.devices,
+        precision=args.precision,
+    )
+
+
+def is_done(job: Job) -> bool:
+    """Whether there is a result.
+
+    Raises:
+        MissingDataError: if it was made with other settings than are asked for.
+    """
+    settings, method, seed, path = job
+    if not path.exists():
+        return False
+    made = running.read(path)["asked"]
+    for name, wanted in settings.asked(method, seed).items():
+        if made.get(name) != wanted:
+            raise MissingDataError(
+                f"{path} was made with {name} = {made.get(name)}, not {wanted}: name another --out"
+            )
+    return True
+
+
+def run(job: Job) -> None:
+    """Train on one core, or one device, and write the result."""
+    settings, method, seed, path = job
+    torch.set_num_threads(1)
+    found = train(settings, method, seed, path.with_suffix(""))
+    if rank_zero_only.rank:
+        return
+    running.write_whole(path, json.dumps(found, allow_nan=False))
+    print(f"{path.stem}: {found['errors'][-1]:.2f} % after {found['seconds']} s", flush=True)
+
+
+def _run_beside(jobs: Sequence[Job], count: int) -> None:
+    """Run them in so many processes."""
+    context = multiprocessing.get_context("spawn")
+    workers = min(count, len(jobs))
+    with ProcessPoolExecutor(workers, context, running.end_with, (os.getpid(),)) as pool:
+        for future in as_completed([pool.submit(run, job) for job in jobs]):
+            future.result()
+
+
+def read_folder(folder: Path) -> list[Run]:
+    """The runs whose results lie in a folder."""
+    found = [running.read(path) for path in sorted(folder.glob("*-*.json"))]
+    if not found:
+        raise SystemExit(f"{folder} holds no result of a run, such as none-0.json")
+    return found
+
+
+def section(runs: Sequence[Run]) -> str:
+    """The table of the runs of one setting under what they share."""
+    asked = runs[0]["asked"]
+    seeds = len({run["seed"] for run in runs})
+    hours = sum(run["seconds"] for run in runs) / 3600
+    judged = "test images"
+    if asked["validate"]:
+        judged = f"{asked['validate']} held-out images"
+    head = (
+        f"**{asked['data']}, {TITLES[asked['network']]}**, width {asked['width']}, "
+        f"{asked['images']} training images, {asked['steps']} steps of {BATCH} images, "
+        f"learning rate {asked['rate']:g}, {seeds} seeds, judged on {judged}; "
+        f"{hours:.2f} core hours."
+    )
+    return f"{head}\n\n{table(runs)}"
+
+
+def block() -> str:
+    """What the README quotes: the sections of all committed results."""
+    parts = []
+    hours = 0.0
+    for path in sorted(RESULTS.glob("*.json")):
+        runs = running.read(path)
+        hours += sum(run["seconds"] for run in runs) / 3600
+        parts.append(section(runs))
+    if not parts:
+        return "Not run."
+    legend = (
+        "Error in %, mean over seeds (standard error); changes of the last error in points (standard "
+        "error), and the seeds on which it is lower. p: paired t test against none, corrected by "
+        "Holm within a table. Largest ratio: of a layer, half-space energy over that of random "
+        f"neurons, before → after training. {hours:.1f} core hours in all."
+    )
+    return "\n\n".join([legend, *parts])
+
+
+def table(runs: Sequence[Run]) -> str:
+    """A row a method: errors, changes of the last one from none and from the controls, ratios.
+
+    Only seeds that all methods have count; with one seed there is no change to tell.
+    """
+    by_method = _by_method(runs)
+    seeds = len(next(iter(by_method.values())))
+    last = {name: [run["errors"][-1] for run in own] for name, own in by_method.items()}
+    changes = {}
+    if seeds > 1:
+        for other in ("none", *CONTROLS):
+            if other in last:
+                rivals = [name for name in last if name not in ("none", other)]
+                changes[other] = {name: paired(last[name], last[other]) for name in rivals}
+    from_none = changes.get("none", {})
+    corrected = holm([one.p for one in from_none.values()])
+    p = dict(zip(from_none, corrected, strict=True))
+    head = ["method", "last error", "best error", "change of the last", "p (Holm)"]
+    controls = [other for other in CONTROLS if other in changes]
+    head += [f"from {other}" for other in controls]
+    head += ["largest ratio", "not finite"]
+    rows = []
+    for name, own in by_method.items():
+        row: list[object] = [name, f"{last[name][0]:.2f}"]
+        if seeds > 1:
+            row[1] = error_cell({"test_error": last[name]})
+        row.append(f"{mean(run['best'] for run in own):.2f}")
+        row.append(_change(from_none.get(name)))
+        row.append(f"{p[name]:.2g}" if name in p else "")
+        row += [_change(changes[other].get(name)) for other in controls]
+        row.append(f"{_largest(own, 'ratio_before')} → {_largest(own, 'ratio_after')}")
+        row.append(sum(not run["finite"] for run in own))
+        rows.append(row)
+    return markdown(head, rows)
+
+
+def _by_method(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """The runs of each method, on the seeds that all of them have, in the order of the tables."""
+    found: dict[str, dict[int, Run]] = {}
+    for one in runs:
+        name = one.get("method") or one["preset"]  # as it was called at first
+        found.setdefault(name, {})[one["seed"]] = one
+    common = sorted(set.intersection(*[set(own) for own in found.values()]))
+    if not common:
+        raise SystemExit("there is no seed that all methods have")
+    names = [name for name in CHOICES if name in found]
+    return {name: [found[name][seed] for seed in common] for name in names}
+
+
+def _change(one: Paired | None) -> str:
+    """A difference, its standard error and wins; nothing where there is none."""
+    if one is None:
+        return ""
+    return f"{one.mean:+.2f} ({one.error:.2f}), {one.wins}/{one.seeds}"
+
+
+def _largest(runs: Sequence[Mapping[str, Any]], when: str) -> str:
+    """The largest ratio of a layer, mean over the runs that have it."""
+    found = list(_largest_of_each(runs, when))
+    return f"{mean(found):.2f}" if found else "–"
+
+
+def _largest_of_each(runs: Sequence[Mapping[str, Any]], when: str) -> Iterator[float]:
+    for one in runs:
+        ratios = [ratio for ratio in one[when].values() if ratio is not None]
+        if ratios:
+            yield max(ratios)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
