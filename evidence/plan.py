@@ -26,8 +26,8 @@ DECAYS = {"sgd": (1e-3, 3e-3, 1e-2, 3e-2), "adamw": (0.03, 0.1, 0.3, 1.0)}
 STRENGTHS = (3e-3, 1.2e-2, 5e-2, 0.2)
 """In units of :func:`~evidence.methods.unit_coefficient`."""
 
-DECOUPLED_STRENGTHS = (3e-2, 0.12, 0.5, 2.0)
-"""Ten times as large: there momentum 0.9 does not multiply them."""
+DECOUPLED_STRENGTHS = (1e-3, 1e-2, 0.1, 1.0)
+"""Further apart: there neither momentum nor Adam's preconditioner sets how far a neuron moves."""
 
 
 @dataclass(frozen=True)
