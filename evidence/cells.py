@@ -49,7 +49,7 @@ def asked(cell: Cell, tuning: Sequence[int], testing: Sequence[int]) -> Result:
         "setting": setting,
         "method": method,
         "trials": trials,
-        "beyond": BEYOND,
+        "beyond": f"{BEYOND} values outwards",
         "tuning": list(tuning),
         "testing": list(testing),
     }

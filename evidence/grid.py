@@ -51,38 +51,44 @@ class Grid:
         return found
 
     def wider(self, tried: Sequence[Trial], best: Trial) -> list[Trial]:
-        """Four more trials for each axis on whose edge the best one lies; none if it lies inside.
+        """More trials where the best one lies on the edge of an axis or beyond; none if it lies inside.
 
-        They take the next value of that axis, at a distance as between the first four. The other
-        axes take the four values that were tried around the best one, and are paired as in a Latin
-        square in which the best one's values meet. An axis ends :data:`BEYOND` values after its
-        fourth and before its first.
+        An edge is that of the first four values. The next value outwards, at the distance of these,
+        is tried beside the best one's other values; and where it is new, with the four values around
+        the best one's on the other axes, paired as in a Latin square in which the best one's meet.
+        On several edges one more trial has all their next values. An axis ends :data:`BEYOND`
+        values after its fourth and before its first.
         """
         found: list[Trial] = []
+        corner = best
+        edges = 0
         for axis in self._axes():
-            values = values_of(tried, axis)
-            value = getattr(best, axis)
-            if value not in (values[0], values[-1]):
+            value = self._outwards(axis, getattr(best, axis))
+            if value is None:
                 continue
-            beyond = self._beyond(axis, values, up=value == values[-1])
-            if beyond is not None:
-                found += self._at(axis, beyond, tried, best)
-        return found
+            corner = self._with(corner, axis, value)
+            edges += 1
+            if value in values_of(tried, axis):
+                found.append(self._with(best, axis, value))
+            else:
+                found += self._at(axis, value, tried, best)
+        if edges > 1:
+            found.append(corner)
+        return [trial for trial in found if trial not in tried]
 
     def _axes(self) -> tuple[str, ...]:
         return AXES if self.strengths else AXES[:2]
 
-    def _beyond(self, axis: str, values: Sequence[float], *, up: bool) -> float | None:
-        """The value after the last that was tried, or before the first; None at the axis' end."""
+    def _outwards(self, axis: str, value: float) -> float | None:
+        """The next value further out; None inside the first four and at the axis' end."""
         begun: tuple[float, ...] = getattr(self, f"{axis}s")
         factor = (begun[-1] / begun[0]) ** (1 / 3)
-        if up:
-            count = sum(value > begun[-1] for value in values) + 1
-            found = begun[-1] * factor**count
-        else:
-            count = sum(value < begun[0] for value in values) + 1
-            found = begun[0] / factor**count
-        return float(f"{found:.3g}") if count <= BEYOND else None
+        above = [float(f"{begun[-1] * factor**count:.3g}") for count in range(1, BEYOND + 1)]
+        below = [float(f"{begun[0] / factor**count:.3g}") for count in range(1, BEYOND + 1)]
+        for side in ([begun[-1], *above], [begun[0], *below]):
+            if value in side[:-1]:
+                return side[side.index(value) + 1]
+        return None
 
     def _at(self, axis: str, value: float, tried: Sequence[Trial], best: Trial) -> list[Trial]:
         """Four trials with one value of an axis, around the best one in the others."""

@@ -24,7 +24,7 @@ from evidence.__main__ import _run, main
 from evidence.comparisons import compare, hypothesis
 from evidence.data import draw, load
 from evidence.documents import quoted, readme, write
-from evidence.grid import Trial, edges
+from evidence.grid import Trial
 from evidence.methods import HALF_MHE, METHODS, unit_coefficient
 from evidence.networks import Architecture, Networks
 from evidence.plan import FAMILY, SETTINGS, TEST_SEEDS, TUNING_SEEDS, Cell, Setting, cells
@@ -269,15 +269,18 @@ def test_a_cell_is_tuned_on_tuning_seeds_and_tested_once(monkeypatch):
         calls.append((list(trials), tuple(seeds), test))
         error = torch.full((len(trials), len(seeds)), 50.0 + test)
         if not test:
-            error[9] = 40.0  # the best
+            error[5] = 40.0  # the best, inside the grid
             error[3] = torch.tensor([1.0, 60.0, 60.0])  # lucky on one seed
             error[12] = 99.0
+        early = torch.ones(2, *error.shape)
         return Trained(
             error,
             0.1 * error,
             error < 60,
             error / 10,
             torch.full_like(error, math.nan if test else 2.0),
+            early_ratio=early,
+            early_share=0.5 * early,
         )
 
     monkeypatch.setattr(running, "train", recorded)
@@ -285,12 +288,54 @@ def test_a_cell_is_tuned_on_tuning_seeds_and_tested_once(monkeypatch):
     cell = Cell(TINY, METHODS["half_mhe_2"])
     found = running.run(cell, (1, 2, 3), (7, 8))
     trials = cell.trials(load("digits"))
-    assert calls == [(trials, (1, 2, 3), False), ([trials[9]], (7, 8), True)]
-    assert found["chosen"] == asdict(trials[9])
+    assert calls == [(trials, (1, 2, 3), False), ([trials[5]], (7, 8), True)]
+    assert found["chosen"] == asdict(trials[5])
+    assert found["trials"] == [asdict(trial) for trial in trials]
     assert found["test_error"] == [51.0, 51.0]
-    assert found["validation_error"][9] == [40.0, 40.0, 40.0]
+    assert found["validation_error"][5] == [40.0, 40.0, 40.0]
     assert (found["nonfinite"], found["tuning_nonfinite"]) == (0, 5)
     assert found["ratio_after"] == [None, None]  # JSON has no NaN
+    assert (found["early_ratio"], found["early_share"]) == ([1.0, 1.0], [0.5, 0.5])
+    assert "first" not in found
+
+
+def landscape(best):
+    """A training whose error is the distance, on a logarithmic scale, from the best values."""
+
+    def train(data, setting, method, trials, seeds, *, test):
+        errors = []
+        for trial in trials:
+            far = [abs(math.log(getattr(trial, axis) / best[axis])) for axis in best]
+            errors.append([sum(far) + 0.01 * seed for seed in seeds])
+        error = torch.tensor(errors)
+        return Trained(error, error, error >= 0, error, error)
+
+    return train
+
+
+@pytest.mark.parametrize(
+    ("best", "rounds", "left"),
+    [
+        ({"rate": 0.08, "decay": 1e-2, "strength": 0.2}, 0, []),
+        ({"rate": 0.7, "decay": 1e-2, "strength": 1e-2}, 2, []),
+        ({"rate": 0.08, "decay": 1e-4, "strength": 3.0}, 3, []),
+        ({"rate": 0.08, "decay": 1e-2, "strength": 1e6}, 4, ["largest strength"]),
+        ({"rate": 1e-9, "decay": 1e9, "strength": 0.1}, 8, ["smallest rate", "largest decay"]),
+    ],
+)
+def test_grids_are_widened_until_the_best_lies_inside(best, rounds, left, monkeypatch):
+    monkeypatch.setattr(running, "train", landscape(best))
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    cell = Cell(TINY, METHODS["half_mhe_2"])
+    found = running.run(cell, (1, 2), (7, 8, 9))
+    assert found["edges"] == left
+    assert len(found["trials"]) == len(found["validation_error"]) >= 16 + 4 * rounds
+    if rounds:
+        assert found["first"]["edges"]
+        assert sum(found["test_error"]) < sum(found["first"]["test_error"])
+    for axis, value in best.items():  # as near as the steps of that axis allow
+        if all(axis not in edge for edge in left):
+            assert 1 / 4.1 < found["chosen"][axis] / value < 4.1
 
 
 def test_every_method_has_the_same_budget_and_seeds_are_apart():
@@ -624,14 +669,3 @@ def test_a_result_asked_otherwise_is_not_taken(tmp_path):
     assert not running.kept(tmp_path, cell, running.asked(cell, (1, 2), (3, 5)))
     (tmp_path / f"{cell.name}.json").write_text("{")
     assert not running.kept(tmp_path, cell, wanted)
-
-
-def test_edges_are_flagged():
-    trials = Cell(TINY, METHODS["half_mhe_2"]).trials(load("digits"))
-    assert edges(trials, trials[0]) == [
-        "smallest rate",
-        "smallest decay",
-        "smallest strength",
-    ]
-    assert edges(trials, trials[5]) == []
-    assert edges(trials, trials[7]) == ["largest decay", "smallest strength"]
