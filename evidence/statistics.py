@@ -91,16 +91,23 @@ def rank_correlation(
 def clustered_rank_correlation(
     clusters: Sequence[Sequence[tuple[float, float]]], resamples: int = 10_000
 ) -> Correlation:
-    """Spearman's rho of all pairs; its interval is of whole clusters, resampled with a fixed seed."""
-    ordered = [np.asarray(sorted(one)) for one in sorted(clusters)]
-    pairs = np.concatenate(ordered)
+    """Spearman's rho of all pairs; its interval is of whole clusters, resampled with a fixed seed.
+
+    Args:
+        clusters: Pairs of x and y, as many in each cluster.
+        resamples: How often clusters are drawn.
+    """
+    ordered = np.asarray(sorted(sorted(one) for one in clusters))  # whatever order they came in
     chance = np.random.default_rng(0)
-    found = []
-    for drawn in chance.integers(0, len(ordered), (resamples, len(ordered))):
-        found.append(_spearman(*np.concatenate([ordered[i] for i in drawn]).T))
-    known = np.array(found)
-    low, high = np.percentile(known[np.isfinite(known)], [2.5, 97.5])
-    return Correlation(float(_spearman(*pairs.T)), float(low), float(high), len(pairs))
+    drawn = chance.integers(0, len(ordered), (resamples, len(ordered)))
+    x, y = ordered[drawn].reshape(resamples, -1, 2).transpose(2, 0, 1)
+    found = _spearman(x, y)
+    found = found[np.isfinite(found)]
+    low = high = float("nan")  # where all values are equal
+    if len(found):
+        low, high = np.percentile(found, [2.5, 97.5])
+    rho = _spearman(*ordered.reshape(-1, 2).T)
+    return Correlation(float(rho), float(low), float(high), ordered[..., 0].size)
 
 
 def signed_rank(differences: Sequence[float]) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean
 
@@ -116,28 +116,30 @@ def early_and_gain(
         rival: Whose error the gain is a part of.
         methods: Whose cells are taken.
         below: Leave out settings in which weight decay alone has a larger error, in percent.
+
+    Settings that lack one of the cells are left out.
     """
     clusters = []
     for own in by_setting(results):
-        if not {"decay", rival} <= own.keys() or mean(own["decay"]["test_error"]) >= below:
+        if not {"decay", rival, *methods} <= own.keys():
             continue
-        cells = [own[name] for name in methods if name in own]
-        clusters.append(list(_pairs(cells, own["decay"], own[rival], x)))
-    return clustered_rank_correlation([one for one in clusters if one])
-
-
-def _pairs(
-    cells: Sequence[Result], decay: Result, rival: Result, x: str
-) -> Iterator[tuple[float, float]]:
-    error = mean(rival["test_error"])
-    for cell in cells:
-        seen = _seen(decay if x == "without" else cell, "ratio" if x == "without" else x)
-        if np.isfinite(seen):
-            yield seen, 1.0 - mean(cell["test_error"]) / error
+        if mean(own["decay"]["test_error"]) >= below:
+            continue
+        pairs = []
+        for name in methods:
+            if x == "without":
+                seen = _seen(own["decay"], "ratio")
+            else:
+                seen = _seen(own[name], x)
+            gain = 1.0 - mean(own[name]["test_error"]) / mean(own[rival]["test_error"])
+            pairs.append((seen, gain))
+        if np.isfinite(pairs).all():
+            clusters.append(pairs)
+    return clustered_rank_correlation(clusters)
 
 
 def _seen(cell: Result, x: str) -> float:
-    """The mean over hidden layers of what is seen early in a cell; NaN where it is not finite."""
+    """The mean over hidden layers of what is seen early in a cell."""
     ratio = np.array(cell["early_ratio"], dtype=float)
     share = np.array(cell["early_share"], dtype=float)
     each = {"product": (ratio - 1.0) * share, "ratio": ratio, "share": share}[x]

@@ -1,0 +1,263 @@
+"""The controls of the evidence: what they leave out of a penalty, and what is left of it beyond them."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from scipy import stats
+from torch import nn
+
+from evidence import control_tables
+from evidence.controls import Halves, RandomDirection
+from evidence.data import load
+from evidence.grid import Trial
+from evidence.methods import CONTROLS, HALF_MHE, METHODS, unit_coefficient
+from evidence.plan import Setting
+from evidence.statistics import clustered_rank_correlation, signed_rank
+from evidence.training import train
+from evidence.uniformity import before_widening, beyond_controls, early_and_gain
+from lightning_hsu.reference import uniformity_ratio
+
+TINY = Setting("digits", 200, 2, held_out=200)
+
+
+def in_a_cone(*shape):
+    chance = torch.Generator().manual_seed(0)
+    return 1.0 + torch.randn(*shape, generator=chance, dtype=torch.float64)
+
+
+def test_a_random_direction_is_perpendicular_as_long_and_drawn_anew():
+    x = in_a_cone(3, 16, 9)
+    x[0] *= 0.1  # its gradient is ten times as long
+    measure = RandomDirection(HALF_MHE)
+    value, grad = HALF_MHE.value_and_grad(x)
+    for _ in range(2):
+        torch.manual_seed(5)
+        same, drawn = measure.value_and_grad(x)
+        _, other = measure.value_and_grad(x)
+        assert torch.equal(same, value)
+        for one in (drawn, other):
+            assert torch.allclose(one.norm(dim=-1), grad.norm(dim=-1), rtol=1e-12)
+            assert float((one * x).sum(-1).abs().max()) < 1e-12 * float(grad.norm())
+        assert float(nn.functional.cosine_similarity(drawn, other, dim=-1).mean().abs()) < 0.2
+    torch.manual_seed(5)
+    assert torch.equal(measure.value_and_grad(x)[1], drawn)
+    many = torch.stack([measure.value_and_grad(x)[1] for _ in range(400)])
+    assert float(many.mean(0).norm() / grad.norm()) < 0.1  # on no side more than on another
+    assert measure.for_head() == RandomDirection(HALF_MHE.for_head())
+    assert math.isclose(
+        unit_coefficient(measure, 64, 40), unit_coefficient(HALF_MHE, 64, 40), rel_tol=1e-6
+    )
+
+
+def test_a_random_direction_of_zero_or_equal_neurons_is_finite():
+    for x in (torch.zeros(4, 5), torch.ones(4, 5)):
+        _, grad = RandomDirection(HALF_MHE).value_and_grad(x)
+        assert grad.isfinite().all()
+
+
+@pytest.mark.parametrize("keep", ["direction", "length"])
+def test_half_of_a_step_by_hand(keep):
+    weight = nn.Parameter(torch.tensor([[1.0, 0.0], [0.0, 2.0], [0.0, 0.0]]))
+    bias = nn.Parameter(torch.tensor([1.0]))
+    optimizer = torch.optim.SGD([weight, bias], lr=0.5)
+    halves = Halves(optimizer, [(weight, 1)], keep)
+    optimizer.param_groups[0]["lr"] = 1.0  # as a schedule does
+    weight.grad = torch.tensor([[0.5, 0.0], [0.0, 0.0], [0.0, 0.0]])
+    bias.grad = torch.tensor([0.25])
+    halves.before_penalty()
+    weight.grad += torch.tensor([[0.0, -1.0], [-2.0, 0.0], [0.0, 0.0]])
+    optimizer.step()
+    halves.after_step()
+    if keep == "direction":  # of (0.5, 1) and (2, 2), as long as 0.5 and 2
+        known = [[0.5 / 5**0.5, 1.0 / 5**0.5], [2**0.5, 2**0.5], [0.0, 0.0]]
+    else:  # of (0.5, 0) and (0, 2), as long as (0.5, 1) and (2, 2)
+        known = [[1.25**0.5, 0.0], [0.0, 8**0.5], [0.0, 0.0]]
+    assert torch.allclose(weight, torch.tensor(known))
+    assert bias.tolist() == [0.75]  # what is not penalised is as it was
+
+
+@pytest.mark.filterwarnings("ignore:the penalty is too strong")  # so that it shows
+def test_controls_have_the_half_that_they_are_named_after():
+    """From a small scale all that make neurons longer train, and only those that spread are spread."""
+    data = load("digits")
+    setting = replace(TINY, images=500, epochs=25, scale=0.03)
+    before, after = {}, {}
+    for name in ("decay", "half_mhe_2", *CONTROLS):
+        strength = 100.0 if name == "decoupled" else 20.0
+        trial = Trial(0.16, 1e-2, 0.2, strength)
+        found = train(data, setting, METHODS[name], [trial], (1, 2, 3), test=False)
+        before[name], after[name] = float(found.error.mean()), float(found.after.mean())
+    for name in ("half_mhe_2", "random", "length"):
+        assert before[name] < before["decay"] - 20.0
+    for name in ("direction", "decoupled"):
+        assert before[name] > before["half_mhe_2"] + 20.0
+        assert after[name] < 0.99
+    assert after["half_mhe_2"] < 0.99
+    for name in ("random", "length"):
+        assert after[name] > 0.99
+
+
+def test_what_is_seen_early_is_what_a_plain_loop_sees(monkeypatch):
+    """The ratio at a tenth of the steps, and norms of gradients summed over the ten before."""
+    kept = []
+    import evidence.early as watched
+
+    original = watched.Early.after_penalty
+
+    def recorded(self):
+        grads = [(side.gradients(), self._gradients) for side in self._sides]
+        kept.append([(total, task[i] if task else None) for i, (total, task) in enumerate(grads)])
+        original(self)
+
+    monkeypatch.setattr(watched.Early, "after_penalty", recorded)
+    data = load("digits")
+    setting = replace(TINY, images=500, epochs=12)  # 120 steps: seen at the third to the twelfth
+    trials = [Trial(0.05, 1e-3, 0.0, 5.0), Trial(0.1, 1e-2, 0.0, 10.0)]
+    found = train(data, setting, METHODS["half_mhe_2"], trials, (3, 4), test=True)
+    seen = [i + 1 for i, step in enumerate(kept) if step[0][1] is not None]
+    assert seen == list(range(3, 13))
+    for layer in range(2):
+        task = sum(kept[i - 1][layer][1].flatten(2).norm(dim=-1) for i in seen)
+        penalty = sum(
+            (kept[i - 1][layer][0] - kept[i - 1][layer][1]).flatten(2).norm(dim=-1) for i in seen
+        )
+        assert torch.allclose(found.early_share[layer], (penalty / task).T)
+    short = replace(setting, epochs=1)
+    assert train(data, short, METHODS["decay"], trials, (3, 4), test=True).early_share.eq(0).all()
+    ratio = found.early_ratio
+    assert ratio.shape == (2, 2, 2)
+    random = uniformity_ratio(HALF_MHE, torch.randn(64, 64))
+    assert ((ratio - random).abs() < 0.1).all()
+    assert not torch.equal(ratio.mean(0), found.before)
+
+
+def cell(setting, method, errors, *, early=(1.0, 0.0), first=None, edges=()):
+    """A result, as JSON holds it."""
+    asked = {
+        "setting": {
+            "data": "digits",
+            "images": setting,
+            "epochs": 1,
+            "network": "plain",
+            "depth": 2,
+            "scale": 1.0,
+            "optimizer": "sgd",
+            "noise": 0.0,
+            "imbalance": 1.0,
+        },
+        "method": {"name": method},
+    }
+    found = {
+        "asked": asked,
+        "name": f"{setting}--{method}",
+        "test_error": errors,
+        "nonfinite": 0,
+        "ratio_before": [1.0] * len(errors),
+        "ratio_after": [1.0] * len(errors),
+        "edges": list(edges),
+        "trials": [None] * (16 if first is None else 24),
+        "early_ratio": [early[0]] * 2,
+        "early_share": [early[1]] * 2,
+        "seconds": 1.0,
+    }
+    if first is not None:
+        found["first"] = {"test_error": first, "edges": ["largest rate"]}
+    return found
+
+
+def around(mean, wobble=0.1):
+    """Twenty errors of this mean, of which each method's differ a little."""
+    return [mean + wobble * math.sin(seed * (1 + mean)) + 0.5 * seed for seed in range(20)]
+
+
+def of_setting(number, **means):
+    return [cell(number, name, around(mean)) for name, mean in means.items()]
+
+
+def test_uniformity_gains_only_beyond_all_controls():
+    gain = of_setting(1, decay=9.0, random=8.9, length=8.8, half_mhe_2=7.0, orthogonality=7.5)
+    growth = of_setting(2, decay=9.0, random=7.0, length=7.0, half_mhe_2=7.0, orthogonality=8.0)
+    half = of_setting(3, decay=9.0, random=8.0, length=6.0, half_mhe_2=7.0, orthogonality=8.0)
+    cost = of_setting(4, decay=7.0, random=7.1, length=7.0, half_mhe_2=9.0, orthogonality=7.0)
+    without = of_setting(5, decay=7.0, half_mhe_2=5.0)  # no controls there
+    found = beyond_controls([*gain, *growth, *half, *cost, *without])
+    verdicts = {(one.result["name"]): one.verdict for one in found}
+    assert verdicts["1--half_mhe_2"] == verdicts["1--orthogonality"] == "gain"
+    assert verdicts["2--half_mhe_2"] == verdicts["3--half_mhe_2"] == "null"
+    assert verdicts["2--orthogonality"] == verdicts["3--orthogonality"] == "null"
+    assert verdicts["4--half_mhe_2"] == "cost"
+    assert "5--half_mhe_2" not in verdicts
+    clear = {one.result["name"] for one in found if one.is_clear}
+    assert clear == {"1--half_mhe_2", "1--orthogonality"}
+    smallest = min(one.corrected for one in found)
+    largest_p = max(found[0].changes[name].p for name in ("decay", "random", "length"))
+    assert smallest <= found[0].corrected <= len(found) * largest_p * (1 + 1e-9)
+
+    table = control_tables.uniformity_table([*gain, *growth, *half, *cost])
+    assert "| half-space MHE, s = 2 | 4 | 3 | 1 | 1 | 1 |" in table
+    clear_gains = control_tables.clear_gains_table([*gain, *cost])
+    assert clear_gains.count("digits") == 2
+    assert "**In no setting**" in control_tables.clear_gains_table([*growth, *cost])
+    by_setting = control_tables.controls_by_setting([*gain, *growth])
+    first, second = by_setting.splitlines()[2:]
+    assert first.endswith("| half-space MHE, s = 2, orthogonality |")
+    assert second.endswith("|  |")
+
+
+def test_wider_grids_and_changed_verdicts_are_counted():
+    results = [
+        cell(1, "decay", around(7.0), first=around(9.0)),
+        cell(1, "half_mhe_2", around(7.0)),
+        cell(2, "decay", around(9.0)),
+        cell(2, "half_mhe_2", around(7.0), first=around(9.0), edges=["largest strength"]),
+    ]
+    before = before_widening(results)
+    assert [one["test_error"] for one in before[:2]] == [around(9.0), around(7.0)]
+    told = control_tables.widening_table(results)
+    assert (
+        "| half-space MHE, s = 2 | 2 | 1 | 1 | 20 | 24 | 1 | 2: 1 gain → null, 1 null → gain |"
+        in told
+    )
+    assert "| weight decay only | 2 | 1 | 0 | 20 | 24 | 1 | 0 |" in told
+
+
+def test_what_is_seen_early_is_correlated_with_the_gain_beyond_a_rival():
+    results = []
+    for number in range(1, 9):
+        seen = (1.0 + 0.1 * number, 0.5)
+        results += [
+            cell(number, "decay", around(10.0), early=(1.0 + 0.3 * (number % 3), 0.0)),
+            cell(number, "random", around(10.0 + number)),
+            cell(number, "half_mhe_2", around(10.0 - number), early=seen),
+            cell(number, "mgd", around(10.0 - 0.5 * number), early=seen),
+            cell(number, "orthogonality", around(10.0 - 0.5 * number), early=seen),
+        ]
+    for x in ("product", "ratio"):
+        found = early_and_gain(results, x)
+        assert found.count == 24
+        assert found.low > 0.5
+    assert early_and_gain(results, "without").low < 0.0
+    assert early_and_gain(results, rival="random").rho > 0.5
+    table = control_tables.early_table(results)
+    assert table.splitlines()[2].startswith(
+        "| (ratio − 1) × gradient share | weight decay only | 24 |"
+    )
+
+
+def test_clusters_are_resampled_whole():
+    chance = torch.Generator().manual_seed(0)
+    single = [[(float(a), float(b))] for a, b in torch.randn(30, 2, generator=chance)]
+    copied = [one * 3 for one in single]  # three times the same says no more
+    one, three = clustered_rank_correlation(single), clustered_rank_correlation(copied)
+    x, y = zip(*[pair for cluster in single for pair in cluster], strict=True)
+    assert math.isclose(one.rho, float(stats.spearmanr(x, y).statistic), abs_tol=1e-9)
+    assert math.isclose(one.rho, three.rho, abs_tol=1e-9)
+    assert math.isclose(one.low, three.low, abs_tol=0.05)
+    assert math.isclose(one.high, three.high, abs_tol=0.05)
+
+
+def test_signed_ranks_against_a_number_known_by_hand():
+    assert signed_rank([0.0, 0.0]) == 1.0
+    assert math.isclose(signed_rank([1.0, 2.0, 3.0, 4.0, 5.0]), 2 / 2**5)
