@@ -52,8 +52,9 @@ from lightning.pytorch.utilities import rank_zero_only
 from evidence import cells as running
 from evidence.data import MissingDataError
 from evidence.documents import quoted
+from evidence.image_methods import CHOICES, METHODS
 from evidence.image_networks import WIDTHS
-from evidence.image_training import BATCH, CHOICES, METHODS, RECIPES, Settings, check, train
+from evidence.image_training import BATCH, RECIPES, Settings, check, train
 from evidence.statistics import Paired, holm, paired
 from evidence.tables import error_cell, markdown
 

@@ -19,6 +19,7 @@ from evidence import image_training as training
 from evidence import images
 from evidence.data import MissingDataError
 from evidence.documents import quoted
+from evidence.image_methods import callbacks, matched_coefficients, penalty
 from evidence.image_networks import WIDTHS, BasicBlock, TokenBatchNorm, build, neuron_layers
 from evidence.image_training import (
     BATCH,
@@ -27,10 +28,7 @@ from evidence.image_training import (
     Classifier,
     Settings,
     bounded_cross_entropy,
-    callbacks,
-    matched_coefficients,
     moved,
-    penalty,
     train,
 )
 from evidence.images import block, is_done, read_folder, section, table
