@@ -16,13 +16,16 @@ from tqdm import tqdm
 
 from evidence import cells as running
 from evidence.data import MissingDataError
-from evidence.documents import quoted, readme, write
+from evidence.documents import page, quoted, write
+from evidence.headline import five_lines
 from evidence.methods import CORE, METHODS
 from evidence.plan import SCALES, TEST_SEEDS, TUNING_SEEDS, Cell, Setting, cells
 from evidence.training import BATCH
+from evidence.uniformity import PENALTIES
 
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parents[1] / "README.md"
+PAGE = Path(__file__).parents[1] / "docs" / "evidence.md"
 
 
 def main() -> int:
@@ -52,7 +55,8 @@ def main() -> int:
     if done:
         pictured = write(done, len(plan), target)
         if args.commit:
-            README.write_text(quoted(README.read_text(), readme(done)))
+            README.write_text(quoted(README.read_text(), five_lines(done)))
+            PAGE.write_text(quoted(PAGE.read_text(), page(done)))
         picture = f", picture: {target / 'ratio.png'}" if pictured else ""
         print(f"\n{len(done)} of {len(plan)} cells; tables: {target / 'tables.md'}{picture}")
     return 0 if len(done) == len(plan) else 3
@@ -87,7 +91,9 @@ def _arguments() -> argparse.Namespace:
         "--minutes", type=float, default=float("inf"), help="start no cell after so long"
     )
     parser.add_argument(
-        "--commit", action="store_true", help="write into evidence/results and the README"
+        "--commit",
+        action="store_true",
+        help="write into evidence/results, docs/evidence.md and README",
     )
     parser.add_argument(
         "--resume-committed",
@@ -119,7 +125,7 @@ def _plan(args: argparse.Namespace) -> tuple[list[Cell], Sequence[int], Sequence
         base = Setting("digits", 200, 4, held_out=200)
         settings = [base, replace(base, scale=0.3), replace(base, depth=4)]
         settings.append(replace(base, imbalance=20.0))
-        found = _crossed(settings, ("decay", "half_mhe_2", "orthogonality", "share"))
+        found = _crossed(settings, ("decay", *PENALTIES, "random", "length"))
         return _chosen(found, args.only), TUNING_SEEDS[:2], TEST_SEEDS[:3]
     if args.data:
         data = running.data_of(Cell(Setting(args.data, 0, 0), METHODS["decay"]))

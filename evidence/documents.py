@@ -34,21 +34,28 @@ def write(results: Sequence[Result], planned: int, folder: Path) -> bool:
     return enough
 
 
-def readme(results: Sequence[Result]) -> str:
-    """What the main README quotes: methods, conditions, rivals and, folded, every setting."""
+def page(results: Sequence[Result]) -> str:
+    """What docs/evidence.md quotes: controls, methods, conditions and, folded, every setting."""
     comparisons = compare(results)
-    settings = tables.settings_table(comparisons)
     seeds = len(results[0]["test_error"])
     count = len({one.setting for one in comparisons})
+    hours = sum(one["seconds"] for one in results) / 3600
+    beyond = control_tables.controls_by_setting(results)
+    settings = tables.settings_table(comparisons)
     parts = [
-        tables.summary(comparisons, least=5),
-        tables.conditions_table(comparisons),
+        f"{len(results)} cells in {count} settings, {seeds} test seeds each, {hours:.1f} core hours.",
+        control_tables.uniformity_table(results),
+        control_tables.clear_gains_table(results),
+        control_tables.controls_by_condition(results),
+        tables.summary(comparisons),
         tables.rivals_table(comparisons),
-        tables.hypothesis_table(comparisons),
+        "**Wider grids:**",
+        control_tables.widening_table(results),
+        "**What is seen early, and the gain:**",
+        control_tables.early_table(results),
         _folded("All methods, in three settings", tables.family_table(comparisons)),
-        _folded(
-            f"All {count} settings, {seeds} seeds each", f"{legend(comparisons)}\n\n{settings}"
-        ),
+        _folded("Beyond the controls, setting by setting", beyond),
+        _folded(f"All {count} settings", f"{legend(comparisons)}\n\n{settings}"),
     ]
     return "\n\n".join(parts)
 
@@ -86,10 +93,8 @@ def _sections(
         "## Against each other\n\n" + tables.rivals_table(comparisons),
         "## By setting\n\n" + tables.settings_table(comparisons),
         "## Ways of applying\n\n"
-        + tables.settings_table(comparisons, ["half_mhe_2", "loss", "decoupled"], needed="loss"),
+        + tables.settings_table(comparisons, ["half_mhe_2", "loss"], needed="loss"),
         "## The whole family\n\n" + tables.family_table(comparisons),
-        "## One share for all, against the best coefficient of each setting\n\n"
-        + tables.share_table(comparisons),
         "## Does the ratio predict the gain?\n\n" + tables.hypothesis_table(comparisons),
         "## Choices on an edge of their grid\n\n" + tables.edges_table(results),
     ]

@@ -36,7 +36,6 @@ RIVALS = (
     ("half_mhe_2", "orthogonality"),
     ("mgd", "orthogonality"),
     ("mgd", "half_mhe_2"),
-    ("share", "half_mhe_2"),
     ("half_mhe_2", "random"),
     ("half_mhe_2", "length"),
     ("half_mhe_2", "direction"),
@@ -185,25 +184,6 @@ def family_table(comparisons: Sequence[Comparison]) -> str:
         if not own.keys().isdisjoint(places):
             rows.append([METHODS[name].title, *(change_cell(own.get(place)) for place in places)])
     return markdown(["method", *places], rows)
-
-
-def share_table(comparisons: Sequence[Comparison]) -> str:
-    """One value of Share for all settings, against the fixed coefficient tuned for each."""
-    pairs = against(comparisons, "share", "half_mhe_2")
-    if not pairs:
-        return markdown([], [])
-    head = ["coefficient", "settings", "gain", "failures", "of them not finite", "median change"]
-    shares = _share_row("Share(0.05)", [share for share, _, _ in pairs])
-    tuned = _share_row("best coefficient of the setting", [best for _, best, _ in pairs])
-    return markdown(head, [shares, tuned])
-
-
-def _share_row(title: str, group: Sequence[Comparison]) -> list[object]:
-    gains = sum(one.verdict == "gain" for one in group)
-    failures = sum(one.failed for one in group)
-    broken = sum(bool(one.result["nonfinite"]) for one in group)
-    change = f"{median(one.paired.mean for one in group):+.2f}"
-    return [title, len(group), gains, failures, broken, change]
 
 
 def hypothesis_table(comparisons: Sequence[Comparison]) -> str:
