@@ -166,6 +166,7 @@ def _run(
     """Run cells, each on one core, and save each; one that fails does not end the others."""
     start = time.monotonic()
     waiting = list(left)
+    running.keep_freed_memory()
     context = multiprocessing.get_context("spawn")
     with (
         ProcessPoolExecutor(jobs, context, running.end_with, (os.getpid(),)) as pool,

@@ -216,6 +216,7 @@ def run(job: Job) -> None:
 
 def _run_beside(jobs: Sequence[Job], count: int) -> None:
     """Run them in so many processes."""
+    running.keep_freed_memory()
     context = multiprocessing.get_context("spawn")
     workers = min(count, len(jobs))
     with ProcessPoolExecutor(workers, context, running.end_with, (os.getpid(),)) as pool:
