@@ -16,10 +16,13 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator, NullLocator
 from torch import Tensor
 
-from notebooks.demo_train import Outcome
+from notebooks.demo_train import Arm, Outcome
 
-WITHOUT = "#D55E00"
-WITH = "#0072B2"  # differs from WITHOUT even for colour-blind readers
+COLORS: dict[Arm, str] = {  # apart even for colour-blind readers
+    "without": "#D55E00",
+    "with": "#0072B2",
+    "control": "#8A8A8A",
+}
 INK = "#222222"
 QUIET = "#6B6B6B"
 FAINT = "#C9C9C9"
@@ -27,31 +30,44 @@ HALO = [withStroke(linewidth=2.5, foreground="white")]
 CORNER: dict[str, Any] = {"size": 7.5, "va": "top", "linespacing": 1.3}
 
 
-def draw_picture(path: Path, title: str, without: list[Outcome], penalised: list[Outcome]) -> None:
+def draw_picture(path: Path, title: str, runs: dict[Arm, list[Outcome]]) -> None:
     """Write one PNG: the ratio of every layer, and angles in the most redundant hidden layer.
 
     Args:
         path: The PNG to write.
-        title: Data and initial scale.
-        without: Runs without the penalty.
-        penalised: Runs with it.
+        title: Data and labels.
+        runs: Runs of each arm.
     """
-    figure = Figure(figsize=(6.6, 5.2), dpi=150, facecolor="white")
+    figure = Figure(figsize=(6.6, 5.6), dpi=150, facecolor="white")
     FigureCanvasAgg(figure)
-    detail = f"{title}: a layer's energy over that of random neurons, by step"
-    _heading(figure, 0.965, "The penalty keeps neurons from crowding", detail)
-    key: dict[str, Any] = {"size": 8, "weight": "bold", "va": "center", "ha": "right"}
-    figure.text(0.79, 0.965, "without the penalty", color=WITHOUT, **key)
-    figure.text(0.975, 0.965, "with the penalty", color=WITH, **key)
-    _curves(_row(figure, 0.845, 0.53), without, penalised)
+    detail = f"{title}: a layer's energy over that of random neurons (dashed) during training"
+    _heading(figure, 0.968, "How far neurons crowd", detail)
+    _key(figure, 0.968)
+    _curves(_row(figure, 0.855, 0.575), runs)
+    without = runs["without"]
     hidden = range(len(without[0].after) - 1)  # the last layer is the head
     worst = max(hidden, key=lambda i: _end(without, i))
     name = without[0].after[worst].name
     detail = f"Angles between the neurons of {name}: pairs per 3 degrees, all seeds together"
-    _heading(figure, 0.435, "Without it, some become near-copies of others", detail)
-    _histograms(_row(figure, 0.315, 0.06), name, without, penalised)
+    _heading(figure, 0.455, "How close they come to each other", detail)
+    _histograms(_row(figure, 0.342, 0.085), name, runs)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
+
+
+def _key(figure: Figure, y: float) -> None:
+    """Name the arms in their colours, at the right."""
+    names: dict[Arm, str] = {
+        "control": "control: random directions",
+        "with": "with the penalty",
+        "without": "without",
+    }
+    right = 0.975
+    for arm, text in names.items():
+        found = figure.text(
+            right, y, text, color=COLORS[arm], size=8, weight="bold", va="center", ha="right"
+        )
+        right -= found.get_window_extent().width / figure.bbox.width + 0.02
 
 
 def _end(runs: list[Outcome], i: int) -> float:
@@ -66,7 +82,7 @@ def _heading(figure: Figure, y: float, text: str, detail: str) -> None:
 
 def _row(figure: Figure, top: float, bottom: float) -> list[Axes]:
     """Add three panels side by side on one logarithmic scale."""
-    grid = {"left": 0.075, "right": 0.975, "top": top, "bottom": bottom, "wspace": 0.13}
+    grid = {"left": 0.09, "right": 0.975, "top": top, "bottom": bottom, "wspace": 0.13}
     axes = list(figure.subplots(1, 3, sharey=True, gridspec_kw=grid))
     for ax in axes:
         ax.set_yscale("log")
@@ -77,64 +93,56 @@ def _row(figure: Figure, top: float, bottom: float) -> list[Axes]:
     return axes
 
 
-def _curves(axes: list[Axes], without: list[Outcome], penalised: list[Outcome]) -> None:
-    """Draw one panel for each layer: its ratio over steps in every run."""
+def _curves(axes: list[Axes], runs: dict[Arm, list[Outcome]]) -> None:
+    """Draw one panel for each layer: its ratio over steps in every run, of the control in the median."""
     drawn = []
-    for i, (ax, layer) in enumerate(zip(axes, without[0].after, strict=True)):
+    for i, (ax, layer) in enumerate(zip(axes, runs["without"][0].after, strict=True)):
         ax.axhline(1, color=INK, lw=0.8, ls=(0, (4, 3)))
-        drawn += _lines(ax, [_curve(run, i) for run in without], WITHOUT)
-        drawn += _lines(ax, [_curve(run, i) for run in penalised], WITH)
+        for arm, outcomes in runs.items():
+            drawn += _lines(ax, [_curve(run, i) for run in outcomes], arm)
         title = f"{layer.name}, {layer.neurons} × {layer.dimension}"
         ax.set_title(title, size=8, color=INK, loc="left", pad=4)
-        _label(ax, _end(without, i), _end(penalised, i))
-    _note(axes[0], "random", (0.02, 1), -4, INK, "left")
+        _ends(ax, {arm: _end(outcomes, i) for arm, outcomes in runs.items()})
+    axes[1].set_xlabel("optimizer step", size=8, color=QUIET, labelpad=3)
+    axes[0].set_ylabel("ratio", size=8, color=QUIET, labelpad=1)
     top = 1.25 * max(drawn)
     marks = [1, 1.5, 2, 3, 5, 10, 20]
-    if top > 30:
+    if top < 1.6:
+        marks = [0.8, 0.9, 1, 1.1, 1.2, 1.3, 1.4, 1.5]
+    elif top > 30:
         marks = [1, 10, 100, 1000, 10000]
     axes[0].set_ylim(min(drawn) * top**-0.16, top)
     axes[0].yaxis.set_major_locator(FixedLocator(marks))
     axes[0].yaxis.set_major_formatter("{x:g}×")
 
 
-def _lines(ax: Axes, curves: list[tuple[list[int], list[float]]], color: str) -> list[float]:
-    """Draw each seed's curve thin and their median bold; return all values drawn."""
+def _lines(ax: Axes, curves: list[tuple[list[int], list[float]]], arm: Arm) -> list[float]:
+    """Draw their median bold and, but for the control, each seed thin; return all values drawn."""
+    color = COLORS[arm]
     drawn = []
     by_seed = []
     for steps, ratios in curves:
-        ax.plot(steps, ratios, color=color, lw=0.6, alpha=0.35)
-        drawn += ratios
         by_seed.append(ratios)
+        if arm != "control":
+            ax.plot(steps, ratios, color=color, lw=0.6, alpha=0.35)
+            drawn += ratios
     middle = [median(values) for values in zip(*by_seed, strict=True)]
     steps = curves[0][0]
     ax.plot(steps, middle, color=color, lw=2, solid_capstyle="round")
     ax.set_xlim(0, steps[-1])
     ax.xaxis.set_major_locator(MaxNLocator(4))
-    return drawn
+    return drawn + middle
 
 
-def _label(ax: Axes, without: float, penalised: float) -> None:
-    """Write both runs' last values where their lines end."""
-    _note(ax, f"without {without:.2f}", (1, max(without, penalised, 1)), 4, WITHOUT, "right")
-    _note(ax, f"with {penalised:.2f}", (1, min(without, penalised, 1)), -4, WITH, "right")
-
-
-def _note(
-    ax: Axes, text: str, xy: tuple[float, float], shift: float, color: str, side: str
-) -> None:
-    """Write text, ``shift`` points above xy: a fraction of the width and a value of the y axis."""
-    ax.annotate(
-        text,
-        xy,
-        xycoords=ax.get_yaxis_transform(),
-        xytext=(0, shift),
-        textcoords="offset points",
-        size=7.5,
-        color=color,
-        ha=side,
-        va="bottom" if shift > 0 else "top",
-        path_effects=HALO,
-    )
+def _ends(ax: Axes, ends: dict[Arm, float]) -> None:
+    """Write the ratios after training in the upper left corner."""
+    y = 0.97
+    ax.text(0.03, y, "after training", color=QUIET, transform=ax.transAxes, **CORNER)
+    for arm, ratio in ends.items():
+        y -= 0.105
+        text = f"{arm} {ratio:.2f}"
+        label = ax.text(0.03, y, text, color=COLORS[arm], transform=ax.transAxes, **CORNER)
+        label.set_path_effects(HALO)
 
 
 def _curve(run: Outcome, i: int) -> tuple[list[int], list[float]]:
@@ -150,22 +158,22 @@ def _curve(run: Outcome, i: int) -> tuple[list[int], list[float]]:
     return steps, ratios
 
 
-def _histograms(
-    axes: list[Axes], name: str, without: list[Outcome], penalised: list[Outcome]
-) -> None:
+def _histograms(axes: list[Axes], name: str, runs: dict[Arm, list[Outcome]]) -> None:
     """Draw the angles in a layer at the start, after training without and with the penalty."""
-    start = [run.weights[name][0] for run in without]
-    end_without = [run.weights[name][1] for run in without]
-    end_with = [run.weights[name][1] for run in penalised]
+    start = [run.weights[name][0] for run in runs["without"]]
+    end_without = [run.weights[name][1] for run in runs["without"]]
+    end_with = [run.weights[name][1] for run in runs["with"]]
     first, second, third = axes
     most = max(
         _histogram(first, "at the start", QUIET, start),
-        _histogram(second, "after training without", WITHOUT, end_without),
-        _histogram(third, "after training with", WITH, end_with),
+        _histogram(second, "after training without", COLORS["without"], end_without),
+        _histogram(third, "after training with the penalty", COLORS["with"], end_with),
     )
     first.set_ylim(0.7, 4 * most)
     first.yaxis.set_major_locator(LogLocator(10))
     first.yaxis.set_major_formatter("{x:g}")
+    first.set_ylabel("pairs", size=8, color=QUIET, labelpad=1)
+    second.set_xlabel("angle between two neurons", size=8, color=QUIET, labelpad=3)
     power = start[0].shape[1] - 2
     formula = f"curve: random,\nsin(angle)$^{{{power}}}$"
     first.text(0.98, 0.94, formula, color=INK, ha="right", transform=first.transAxes, **CORNER)

@@ -4,39 +4,50 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch import Tensor, nn
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
+from evidence.controls import RandomDirection
 from evidence.data import Data, Draw, draw
 from lightning_hsu import HypersphericalUniformity, LayerUniformity, UniformityRegularizer
 
 BATCH = 50
 LOG_EVERY = 10  # steps
+Arm = Literal["without", "with", "control"]
+ARMS: tuple[Arm, ...] = get_args(Arm)
 CHATTER = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What the search tries at one fraction of wrong labels."""
+
+    noise: float
+    rates: tuple[float, ...]
+    decays: tuple[float, ...]
 
 
 @dataclass(frozen=True)
 class Plan:
     """What all runs on the same data share."""
 
-    images: int
+    images: int  # a multiple of the batch
     epochs: int
-    small_scale: float
-    rates: tuple[float, ...]  # learning rates that the search tries
+    grids: tuple[Grid, ...]
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings of a run, with and without the penalty."""
+    """What the three arms of a comparison share."""
 
-    scale: float  # factor of the initial weights
+    noise: float  # fraction of wrong training labels
     rate: float  # learning rate
     decay: float  # weight decay
 
@@ -62,9 +73,6 @@ class Network(pl.LightningModule):
         self.head = nn.Linear(64, classes)
         self.settings = settings
         self.steps = steps
-        with torch.no_grad():
-            for layer in self.children():
-                layer.weight *= settings.scale
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.hidden2(self.hidden1(x).relu()).relu())
@@ -91,20 +99,31 @@ class Network(pl.LightningModule):
         return 100 * float((self(images).argmax(1) != labels).float().mean())
 
 
-def prepare(
-    data: Data, plan: Plan, settings: Settings, seed: int
-) -> tuple[Network, DataLoader[Any], Draw]:
+class Batches:
+    """Batches in an order of its own each epoch; it takes no numbers from torch's generator."""
+
+    def __init__(self, images: Tensor, labels: Tensor, seed: int) -> None:
+        self.images = images
+        self.labels = labels
+        self.chance = torch.Generator().manual_seed(seed)
+
+    def __len__(self) -> int:
+        return len(self.labels) // BATCH
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        order = torch.randperm(len(self.labels), generator=self.chance)
+        for rows in order.split(BATCH):
+            yield self.images[rows], self.labels[rows]
+
+
+def prepare(data: Data, plan: Plan, settings: Settings, seed: int) -> tuple[Network, Batches, Draw]:
     """Make a network, its batches and its data; the seed alone fixes images, weights and order."""
     held_out = max(0, min(2000, len(data.pool[1]) - plan.images))
-    images = draw(data, seed, plan.images, held_out=held_out)
+    images = draw(data, seed, plan.images, held_out=held_out, noise=settings.noise)
     pl.seed_everything(seed, verbose=False)
     inputs = data.pool[0].shape[1]
-    classes = int(data.pool[1].max()) + 1
-    network = Network(inputs, classes, settings, steps=plan.epochs * (plan.images // BATCH))
-    rows = TensorDataset(*images.train)
-    order = RandomSampler(rows, generator=torch.Generator().manual_seed(seed))
-    batches = BatchSampler(order, BATCH, drop_last=True)
-    return network, DataLoader(rows, sampler=batches, batch_size=None), images
+    network = Network(inputs, data.classes, settings, steps=plan.epochs * (plan.images // BATCH))
+    return network, Batches(*images.train, seed), images
 
 
 def measure(network: nn.Module) -> tuple[list[LayerUniformity], dict[str, Tensor]]:
@@ -113,16 +132,27 @@ def measure(network: nn.Module) -> tuple[list[LayerUniformity], dict[str, Tensor
     return UniformityRegularizer().attach(network).measure_layers(), weights
 
 
+def penalty(arm: Arm, *, verbose: bool) -> HypersphericalUniformity:
+    """The callback of an arm. All of them measure; "without" adds nothing.
+
+    "control" adds random tangent directions, as long as the penalty's gradient would be.
+    """
+    if arm == "without":
+        return HypersphericalUniformity(coefficient=0.0, verbose=verbose)
+    callback = HypersphericalUniformity(verbose=verbose)
+    if arm == "control":
+        callback.measure = RandomDirection(callback.measure)
+    return callback
+
+
 def fit(
-    data: Data, plan: Plan, settings: Settings, seed: int, folder: Path, *, penalised: bool
+    data: Data, plan: Plan, settings: Settings, seed: int, folder: Path, *, arm: Arm
 ) -> Outcome:
-    """Train once; without the penalty the callback only monitors. The first fit prints its layers."""
-    network, loader, images = prepare(data, plan, settings, seed)
+    """Train once. The first fit prints its layers."""
+    network, batches, images = prepare(data, plan, settings, seed)
     first = not folder.exists()
     before, old = measure(network)
-    penalty = "with" if penalised else "without"
-    strength = {} if penalised else {"coefficient": 0.0}
-    run = f"scale-{settings.scale:g}-{penalty}-seed-{seed}"
+    run = f"wrong-{settings.noise:g}-{arm}-seed-{seed}"
     csv = CSVLogger(folder / "csv", name=run, version="")
     board = TensorBoardLogger(folder / "tensorboard", name=run, version="", default_hp_metric=False)
     CHATTER.setLevel(logging.WARNING)
@@ -131,7 +161,7 @@ def fit(
         accelerator="cpu",
         devices=1,
         logger=[csv, board],
-        callbacks=[HypersphericalUniformity(verbose=first, **strength)],
+        callbacks=[penalty(arm, verbose=first)],
         log_every_n_steps=LOG_EVERY,
         enable_checkpointing=False,
         enable_model_summary=False,
@@ -139,9 +169,8 @@ def fit(
     )
     CHATTER.setLevel(logging.INFO if first else logging.WARNING)  # the table of layers, once
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*does not have many workers")  # the data are in memory
         warnings.filterwarnings("ignore", ".*LeafSpec")  # Lightning's own, with recent PyTorch
-        trainer.fit(network, loader)
+        trainer.fit(network, batches)
     after, new = measure(network)
     weights = {name: (old[name], new[name]) for name in old}
     metrics = Path(csv.log_dir) / "metrics.csv"

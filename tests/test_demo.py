@@ -1,4 +1,4 @@
-"""The demo as `make demo` runs it, shortened: two seeds, two epochs, its table, its picture and its message."""
+"""The demo as `make demo` runs it, shortened: two seeds, two epochs, its arms, table, picture and message."""
 
 import gzip
 import logging
@@ -10,8 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-PROGRESS = r"^ \d/8 +\d+ s  (no|with) penalty .* test error +\d+\.\d\d %"
-ROW = r"{} +{} x {} +1\.\d\d +\d+\.\d\d +\d+\.\d\d +\d+\.\d° +\d+\.\d°"
+PROGRESS = (
+    r"^ ?\d+/12 +\d+ s  (20 % wrong|clean) labels +seed \d (without|with|control) "
+    r"+test error +\d+\.\d\d %"
+)
+ROW = r"{} +{} x {} +\d\.\d\d( +\d+\.\d\d){{3}}( +\d+\.\d°){{3}}"
 
 pytestmark = [
     pytest.mark.usefixtures("shipped_defaults"),
@@ -42,15 +45,63 @@ def run(demo, monkeypatch, *arguments):
 def test_table_picture_and_logs(demo, monkeypatch, capsys):
     assert run(demo, monkeypatch) == 0
     printed = capsys.readouterr().out
-    assert len(re.findall(PROGRESS, printed, re.MULTILINE)) == 8
+    assert len(re.findall(PROGRESS, printed, re.MULTILINE)) == 12
     assert "\r" not in printed  # a log file is as readable as a terminal
     for name, n, d in (("hidden1", 64, 64), ("hidden2", 64, 64), ("head", 10, 64)):
-        assert len(re.findall(ROW.format(name, n, d), printed)) == 2  # at both scales
-    assert len(re.findall(r"test error with, +2 seeds +\d+\.\d\d % ± \d", printed)) == 2
-    assert len(re.findall(r"lower on \d of 2 seeds: (null|gain|worse)", printed)) == 2
+        assert len(re.findall(ROW.format(name, n, d), printed)) == 2  # both settings
+    table = printed[printed.index("ratio to random") :]
+    for arm in ("without", "with", "control"):
+        assert len(re.findall(rf"test error {arm} +\d+\.\d\d % ± \d", table)) == 2
+    for other in ("without", "control"):
+        assert len(re.findall(rf"with - {other} .* of 2 seeds: (null|gain|worse)", table)) == 2
+    assert [line for line in table.splitlines() if len(line) > 80] == []
     assert Path("out/demo/demo.png").stat().st_size > 50_000
-    assert len(list(Path("out/demo/digits/csv").rglob("metrics.csv"))) == 8
-    assert len(list(Path("out/demo/digits/tensorboard").rglob("events*"))) == 8
+    assert len(list(Path("out/demo/digits/csv").rglob("metrics.csv"))) == 12
+    assert len(list(Path("out/demo/digits/tensorboard").rglob("events*"))) == 12
+
+
+@pytest.fixture
+def batches(monkeypatch):
+    """The batches that networks train on, in order."""
+    from notebooks.demo_train import Network
+
+    seen = []
+    step = Network.training_step
+
+    def training_step(network, batch, number):
+        seen.append(batch)
+        return step(network, batch, number)
+
+    monkeypatch.setattr(Network, "training_step", training_step)
+    return seen
+
+
+def test_arms_share_weights_batches_and_wrong_labels_and_the_control_repeats(
+    demo, batches, tmp_path
+):
+    from evidence.data import draw, load
+    from notebooks.demo_train import fit
+
+    data = load("digits")
+    plan = demo.PLANS["digits"]
+    settings = demo.CHOSEN["digits"][0]
+    outcomes = []
+    for run, arm in enumerate(("without", "with", "control", "control")):
+        outcomes.append(fit(data, plan, settings, 3, tmp_path / str(run), arm=arm))
+    without, penalised, control, again = outcomes
+    steps = len(batches) // 4
+    assert steps == plan.epochs * plan.images // 50
+    for start in range(steps, 4 * steps, steps):
+        torch.testing.assert_close(batches[start : start + steps], batches[:steps], rtol=0, atol=0)
+    clean = draw(data, 3, plan.images, 400).labels
+    labels = torch.cat([labels for _, labels in batches[: steps // plan.epochs]])
+    assert (labels.bincount() != clean.bincount()).any()
+    for name, (before, after) in without.weights.items():
+        for other in (penalised, control):
+            assert torch.equal(other.weights[name][0], before)
+            assert not torch.equal(other.weights[name][1], after)
+        assert not torch.equal(penalised.weights[name][1], control.weights[name][1])
+        assert torch.equal(control.weights[name][1], again.weights[name][1])
 
 
 def idx(values):
@@ -68,10 +119,10 @@ def test_a_folder_of_ones_own(demo, monkeypatch, capsys, tmp_path):
         (folder / f"{part}-images-idx3-ubyte.gz").write_bytes(gzip.compress(idx(images)))
         (folder / f"{part}-labels-idx1-ubyte").write_bytes(idx(labels))
     assert run(demo, monkeypatch, "--data", str(folder)) == 0
-    assert (
-        "mine: a ReLU network 16-64-64-10, 1000 training images, 100 test images"
-        in capsys.readouterr().out
-    )
+    printed = capsys.readouterr().out
+    assert "mine: a ReLU network 16-64-64-10" in printed
+    assert "1000 training images, 100 test images" in printed
+    assert "on fashion-mnist, not on these data" in printed
 
 
 def test_missing_data_are_told_with_the_ways_out(demo, monkeypatch, capsys):
