@@ -27,7 +27,8 @@ class RandomDirection(Measure):
     """A random tangent direction in place of a measure's gradient, row by row as long as that is.
 
     A row's direction is uniform among all that are perpendicular to its neuron, and drawn anew at
-    each call, from torch's global generator. It makes neurons longer and spreads nothing.
+    each call, from torch's global generator. It makes neurons longer and spreads them no more than
+    noise does, which parts those that coincide.
 
     Args:
         measure: Whose gradient gives the lengths.
