@@ -41,8 +41,7 @@ def _over_decay(results: Sequence[Result]) -> str:
         own = of_method(comparisons, name)
         verdicts = Counter(one.verdict for one in own)
         parts.append(
-            f"{NAMES[name]} gains over weight decay in {verdicts['gain']} and is worse in "
-            f"{verdicts['worse']}"
+            f"{NAMES[name]} gains in {verdicts['gain']} and is worse in {verdicts['worse']}"
         )
     return ", ".join(parts)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -97,13 +98,15 @@ def clustered_rank_correlation(
         clusters: Pairs of x and y, as many in each cluster.
         resamples: How often clusters are drawn.
     """
+    if not clusters:
+        return Correlation(math.nan, math.nan, math.nan, 0)
     ordered = np.asarray(sorted(sorted(one) for one in clusters))  # whatever order they came in
     chance = np.random.default_rng(0)
     drawn = chance.integers(0, len(ordered), (resamples, len(ordered)))
     x, y = ordered[drawn].reshape(resamples, -1, 2).transpose(2, 0, 1)
     found = _spearman(x, y)
     found = found[np.isfinite(found)]
-    low = high = float("nan")  # where all values are equal
+    low = high = math.nan  # where all values are equal
     if len(found):
         low, high = np.percentile(found, [2.5, 97.5])
     rho = _spearman(*ordered.reshape(-1, 2).T)

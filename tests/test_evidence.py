@@ -23,8 +23,9 @@ from evidence import tolerance, training
 from evidence.__main__ import _run, main
 from evidence.comparisons import compare, hypothesis
 from evidence.data import draw, load
-from evidence.documents import quoted, readme, write
+from evidence.documents import page, quoted, write
 from evidence.grid import Trial
+from evidence.headline import five_lines
 from evidence.methods import HALF_MHE, METHODS, unit_coefficient
 from evidence.networks import Architecture, Networks
 from evidence.plan import FAMILY, SETTINGS, TEST_SEEDS, TUNING_SEEDS, Cell, Setting, cells
@@ -543,10 +544,11 @@ def test_tables_say_where_and_against_whom(tmp_path):
     assert "initial scale 0.03" not in said
 
 
-def test_the_readme_quotes_the_committed_results():
-    committed = json.loads((ROOT / "evidence/results/first/cells.json").read_text())
-    text = (ROOT / "README.md").read_text()
-    assert quoted(text, readme(committed)) == text
+def test_readme_and_docs_quote_the_committed_results():
+    committed = json.loads((ROOT / "evidence/results/cells.json").read_text())
+    for name, block in (("README.md", five_lines), ("docs/evidence.md", page)):
+        text = (ROOT / name).read_text()
+        assert quoted(text, block(committed)) == text
 
 
 def test_its_own_readme_quotes_the_committed_results_of_kept_gradients():

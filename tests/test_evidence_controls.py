@@ -12,6 +12,7 @@ from evidence import control_tables
 from evidence.controls import Halves, RandomDirection
 from evidence.data import load
 from evidence.grid import Trial
+from evidence.headline import five_lines
 from evidence.methods import CONTROLS, HALF_MHE, METHODS, unit_coefficient
 from evidence.plan import Setting
 from evidence.statistics import clustered_rank_correlation, signed_rank
@@ -197,6 +198,11 @@ def test_uniformity_gains_only_beyond_all_controls():
 
     table = control_tables.uniformity_table([*gain, *growth, *half, *cost])
     assert "| half-space MHE, s = 2 | 4 | 3 | 1 | 1 | 1 |" in table
+    lines = five_lines([*gain, *growth, *half, *cost]).splitlines()
+    assert len(lines) == 5
+    assert "half-space MHE gains in 3 and is worse in 1" in lines[0]
+    assert "noise of the same length gains over weight decay in 3 settings" in lines[1]
+    assert "half-space MHE in 1 (worse than all in 1)" in lines[1]
     clear_gains = control_tables.clear_gains_table([*gain, *cost])
     assert clear_gains.count("digits") == 2
     assert "**In no setting**" in control_tables.clear_gains_table([*growth, *cost])
