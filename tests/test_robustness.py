@@ -10,7 +10,7 @@ from torch import nn
 
 from lightning_hsu import UniformityRegularizer
 from lightning_hsu._core import smallest_angle
-from lightning_hsu.measures import RieszEnergy
+from lightning_hsu.measures import GramDeterminant, Orthogonality, RieszEnergy
 from tests.models import Automatic, batches, loader, trainer, uniformity
 from tests.rounding import assert_near
 
@@ -311,3 +311,33 @@ def test_the_step_limit_bounds_a_step_and_touches_nothing_else():
     assert (moved[None][:2] > 100).all()
     torch.testing.assert_close(moved[1.0][:2], torch.ones(2))
     torch.testing.assert_close(moved[1.0][2:], moved[None][2:])
+
+
+@pytest.mark.parametrize(
+    "measure",
+    [GramDeterminant(), GramDeterminant(half_space=True), Orthogonality(), Orthogonality("dso")],
+    ids=repr,
+)
+def test_a_zero_row_in_one_group_does_not_slow_down_the_others(measure, monkeypatch):
+    """Groups without one keep their closed form; all are as they are by themselves."""
+    chance = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 4, 5, 7, generator=chance, dtype=torch.float64)
+    x[1, 2, 3] = 0.0
+    x[0, 3, :4] = 0.0  # a single row is left
+    seen = []
+    original = type(measure).on_sphere
+
+    def watched(self, unit, state):
+        seen.append(tuple(unit.shape))
+        return original(self, unit, state)
+
+    monkeypatch.setattr(type(measure), "on_sphere", watched)
+    value, grad = measure.value_and_grad(x)
+    assert seen == [(1, 4, 7)]
+    for i in range(2):
+        for j in range(4):
+            alone, slope = measure.value_and_grad(x[i, j])
+            assert_near(value[i, j], alone)
+            assert_near(grad[i, j], slope)
+    assert not grad[1, 2, 3].any()
+    assert not grad[0, 3].any()

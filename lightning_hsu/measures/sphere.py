@@ -88,6 +88,9 @@ class SphereMeasure(Measure):
         with torch.no_grad(), exact_arithmetic(x):
             state = self._prepared(x, state)
             found = self.closed_form(x, state)
+            has_closed_form = type(self).closed_form is not SphereMeasure.closed_form
+            if found is None and has_closed_form and state is None:
+                found = self._in_two_parts(x)
             if found is not None:
                 return found
             unit, inverse_norm = self._unit(x.detach())
@@ -98,6 +101,24 @@ class SphereMeasure(Measure):
                 if value.requires_grad:
                     (grad,) = torch.autograd.grad(value.sum(), leaf)
             return self._shaped(value.detach(), x), self._to_weights(grad, unit, inverse_norm, x)
+
+    def _in_two_parts(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Both in closed form for groups without zero rows, and by themselves for the others.
+
+        None if all groups are of one kind, or have no closed form.
+        """
+        groups = x.reshape(-1, *x.shape[-2:])
+        whole = (self._unit(groups)[1] > 0).flatten(1).all(1)
+        if len(groups) < 2 or bool(whole.all()) or not bool(whole.any()):
+            return None
+        closed = self.closed_form(groups[whole], None)
+        if closed is None:
+            return None
+        value = closed[0].new_empty(len(groups))
+        grad = torch.empty_like(groups)
+        value[whole], grad[whole] = closed
+        value[~whole], grad[~whole] = SphereMeasure.value_and_grad(self, groups[~whole])
+        return value.reshape(x.shape[:-2]), grad.reshape(x.shape)
 
     def recorded(self, x: Tensor, state: State | None = None) -> Tensor:
         """Return the penalty (...) of x (..., n, d) with the whole graph, for any derivative."""
