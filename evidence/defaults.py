@@ -15,14 +15,16 @@ import sys
 import time
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
+from statistics import median
 
 import torch
 
 from evidence import cells as running
 from evidence.comparisons import setting_title
+from evidence.controls import RandomDirection
 from evidence.data import MissingDataError
 from evidence.documents import quoted
 from evidence.grid import Trial
@@ -87,6 +89,23 @@ def candidates() -> list[Method]:
     return found
 
 
+def controls_of(method: Method) -> list[Method]:
+    """A candidate's own numbers with noise in place of uniformity, and with its growth alone.
+
+    evidence/controls.py says what each has of its step.
+    """
+    assert method.measure is not None
+    return [
+        replace(
+            method,
+            name=f"{method.name}-random",
+            title="random direction",
+            measure=RandomDirection(method.measure),
+        ),
+        replace(method, name=f"{method.name}-length", title="growth alone", keep="length"),
+    ]
+
+
 def is_safe(method: Method) -> bool:
     """Whether a candidate may be the default: whether little is added where the task says little.
 
@@ -119,11 +138,15 @@ def main() -> int:
     if args.list:
         print(listed(settings, alive))
         return 0
-    study = Study(Path(args.out) / "cells", args.jobs, time.monotonic() + 60 * args.minutes)
+    folder = Path(args.out) / "cells"
+    if args.resume_committed:
+        unpack(folder)
+    study = Study(folder, args.jobs, time.monotonic() + 60 * args.minutes)
     try:
         tuned = {setting: study.tuned(setting, quick=args.quick) for setting in settings}
         story = eliminate(study, settings, tuned, alive, seeds[0], seeds[1])
-        reported = report(study, settings, tuned, story, seeds[2])
+        methods = [*reported_methods(story), *controls(story)]
+        reported = report(study, settings, tuned, methods, seeds[2])
     except MissingDataError as error:
         print(error, file=sys.stderr)
         return 2
@@ -149,6 +172,9 @@ def _arguments() -> argparse.Namespace:
         "--minutes", type=float, default=float("inf"), help="start no cell after so long"
     )
     parser.add_argument("--commit", action="store_true", help="write evidence/results and README")
+    parser.add_argument(
+        "--resume-committed", action="store_true", help="take cells from evidence/results, too"
+    )
     parser.add_argument("--out", help="folder for results; the same folder goes on where it ended")
     args = parser.parse_args()
     if args.quick and args.commit:
@@ -168,6 +194,13 @@ def listed(settings: Sequence[Setting], methods: Sequence[Method]) -> str:
         "with suspects again on other seeds, and then the report"
     )
     return "\n".join(lines)
+
+
+def unpack(folder: Path) -> None:
+    """Lay the committed cells where a study looks for its own; those that it has stay."""
+    for result in running.read(RESULTS / "cells.json"):
+        if not (folder / f"{result['name']}.json").exists():
+            running.save(result, folder)
 
 
 class OutOfTimeError(Exception):
@@ -293,15 +326,18 @@ def _name(job: Job) -> str:
 def _asked(job: Job) -> running.Result:
     """What decides the numbers of a cell."""
     setting, method, trial, seeds, test = job
+    applied = {
+        "name": method.name,
+        "measure": repr(method.measure),
+        "coefficient": method.coefficient,
+        "share": repr(method.share),
+        "share_limit": method.share_limit,
+    }
+    if method.keep is not None:  # came after most results
+        applied["keep"] = method.keep
     return {
         "setting": running.described(setting),
-        "method": {
-            "name": method.name,
-            "measure": repr(method.measure),
-            "coefficient": method.coefficient,
-            "share": repr(method.share),
-            "share_limit": method.share_limit,
-        },
+        "method": applied,
         "trial": asdict(trial),
         "seeds": list(seeds),
         "test": test,
@@ -465,17 +501,30 @@ Reported = list[tuple[str, list[running.Result]]]
 """The settings, with the results without a penalty and with each of those that are reported."""
 
 
+def reported_methods(story: Story) -> list[Method]:
+    """No penalty, the chosen candidate, and coefficient 1 alone."""
+    by_name = {method.name: method for method in candidates()}
+    names = [name for name in (story.chosen(), "half-1-none") if name is not None]
+    return [METHODS["decay"], *[by_name[name] for name in dict.fromkeys(names)]]
+
+
+def controls(story: Story) -> list[Method]:
+    """Those of the chosen candidate; none if none is chosen."""
+    found = []
+    for method in candidates():
+        if method.name == story.chosen():
+            found += controls_of(method)
+    return found
+
+
 def report(
     study: Study,
     settings: Sequence[Setting],
     tuned: Mapping[Setting, Trial],
-    story: Story,
+    methods: Sequence[Method],
     seeds: tuple[int, ...],
 ) -> Reported:
-    """Train on fresh seeds without a penalty, with coefficient 1 alone, and with the chosen candidate."""
-    by_name = {method.name: method for method in candidates()}
-    names = [name for name in (story.chosen(), "half-1-none") if name is not None]
-    methods = [METHODS["decay"], *[by_name[name] for name in dict.fromkeys(names)]]
+    """Train on fresh seeds with each method, of which the first has no penalty."""
     found = []
     for number, setting in enumerate(settings, 1):
         jobs: list[Job] = []
@@ -510,38 +559,33 @@ def elimination_table(story: Story) -> str:
 
 def report_table(story: Story, reported: Reported) -> str:
     """What came out on fresh seeds."""
-    titles = {method.name: method.title for method in candidates()}
+    titles = {method.name: method.title for method in [*candidates(), *controls(story)]}
     names = [one["asked"]["method"]["name"] for one in reported[0][1][1:]]
+    from_none = [Versus.of(reported, name, "decay") for name in names]
+    from_controls = []
+    for control in controls(story):
+        if control.name in names:
+            from_controls.append(Versus.of(reported, str(story.chosen()), control.name))
     head = ["setting", "none", *[titles[name] for name in names]]
+    head += [f"chosen minus {titles[versus.baseline]}" for versus in from_controls]
     rows = []
-    seconds = 0.0
-    counts = {name: {"worse": 0, "better": 0, "broken": 0} for name in names}
-    changes: dict[str, list[Paired]] = {name: [] for name in names}
-    for title, (without, *others) in reported:
-        row = [title, error_cell(without)]
-        seconds += without["seconds"]
-        for name, result in zip(names, others, strict=True):
-            change = paired(result["test_error"], without["test_error"])
+    for i, (title, results) in enumerate(reported):
+        row = [title, error_cell(results[0])]
+        for versus in (*from_none, *from_controls):
+            change = versus.changes[i]
             row.append(f"{change.mean:+.2f} ({change.error:.2f})")
-            counts[name]["worse"] += change.worse
-            counts[name]["better"] += change.mean < -2 * change.error and change.error > 0
-            counts[name]["broken"] += result["nonfinite"]
-            changes[name].append(change)
-            seconds += result["seconds"]
         rows.append(row)
-    lines = []
-    for name in names:
-        corrected = holm([change.p for change in changes[name]])
-        gains = losses = 0
-        for p, change in zip(corrected, changes[name], strict=True):
-            gains += p < LEVEL and change.mean < 0
-            losses += p < LEVEL and change.mean > 0
-        one = counts[name]
-        lines.append(
-            f"{titles[name]}: worse by two standard errors in {one['worse']} of {len(reported)} "
-            f"settings (in {losses} after Holm's correction), better in {one['better']} ({gains}), "
-            f"{one['broken']} runs not finite."
-        )
+    broken = dict.fromkeys(names, 0)
+    seconds = 0.0
+    for _, results in reported:
+        for result in results:
+            seconds += result["seconds"]
+        for name, result in zip(names, results[1:], strict=True):
+            broken[name] += result["nonfinite"]
+    lines = [
+        f"{titles[versus.name]}: {versus.counted()}, {broken[versus.name]} runs not finite."
+        for versus in from_none
+    ]
     seeds = len(reported[0][1][0]["test_error"])
     chance = len(reported) * beyond_two_errors(seeds)
     lines.append(
@@ -552,7 +596,88 @@ def report_table(story: Story, reported: Reported) -> str:
         f"Test error in % over {seeds} seeds, mean (standard error); with a penalty the paired "
         f"difference in points (standard error). {seconds / 3600:.1f} core hours for this table."
     )
-    return "\n\n".join([markdown(head, rows), legend, " ".join(lines)])
+    parts = [markdown(head, rows), legend, " ".join(lines)]
+    if from_controls:
+        parts.append(controlled(from_none[0], from_controls, titles))
+    return "\n\n".join(parts)
+
+
+@dataclass(frozen=True)
+class Versus:
+    """A method against another in all settings of a report, seed by seed.
+
+    Args:
+        name: Of the method.
+        baseline: Name of the other.
+        changes: Setting by setting, below 0 where the method is better.
+    """
+
+    name: str
+    baseline: str
+    changes: list[Paired]
+
+    @classmethod
+    def of(cls, reported: Reported, name: str, baseline: str) -> Versus:
+        """Look both up in a report."""
+        changes = []
+        for _, results in reported:
+            errors = {one["asked"]["method"]["name"]: one["test_error"] for one in results}
+            changes.append(paired(errors[name], errors[baseline]))
+        return cls(name, baseline, changes)
+
+    def better(self) -> set[int]:
+        """The settings, by number, in which the method is better by two standard errors."""
+        found = set()
+        for i, change in enumerate(self.changes):
+            if change.mean < -2 * change.error and change.error > 0:
+                found.add(i)
+        return found
+
+    def counted(self) -> str:
+        """In how many settings the method is worse and better, in words."""
+        corrected = holm([change.p for change in self.changes])
+        gains = losses = 0
+        for p, change in zip(corrected, self.changes, strict=True):
+            gains += p < LEVEL and change.mean < 0
+            losses += p < LEVEL and change.mean > 0
+        worse = sum(change.worse for change in self.changes)
+        return (
+            f"worse by two standard errors in {worse} of {len(self.changes)} settings (in {losses} "
+            f"after Holm's correction), better in {len(self.better())} ({gains})"
+        )
+
+
+def controlled(chosen: Versus, others: Sequence[Versus], titles: Mapping[str, str]) -> str:
+    """What the chosen candidate gains beyond its controls.
+
+    Args:
+        chosen: The candidate against no penalty.
+        others: The candidate against each control.
+        titles: Of the controls.
+    """
+    lines = []
+    gains = stand = chosen.better()
+    for versus in others:
+        title = titles[versus.baseline]
+        left = len(gains & versus.better())
+        middle = median(change.mean for change in versus.changes)
+        lines.append(
+            f"The chosen candidate against {title}: {versus.counted()}, median {middle:+.2f} "
+            f"points; of its {len(gains)} gains over none {left} are gains over {title}, too."
+        )
+        stand = stand & versus.better()
+    p = [max(ps) for ps in zip(*[_ps(versus) for versus in (chosen, *others)], strict=True)]
+    corrected = sum(one < LEVEL for one in holm(p))
+    lines.append(
+        f"**Better than none and than both controls: {len(stand)} of {len(chosen.changes)}** "
+        f"({corrected} after Holm's correction of the largest of the three p's)."
+    )
+    return " ".join(lines)
+
+
+def _ps(versus: Versus) -> list[float]:
+    """By settings the p that the method is not better: 1 where its error is not lower."""
+    return [change.p if change.mean < 0 else 1.0 for change in versus.changes]
 
 
 if __name__ == "__main__":

@@ -166,7 +166,8 @@ def committed(monkeypatch, tmp_path):
     settings = in_order()
     tuned = {setting: study.tuned(setting, quick=False) for setting in settings}
     story = eliminate(study, settings, tuned, candidates(), CHOOSING, defaults.AGAIN)
-    return story, defaults.report(study, settings, tuned, story, defaults.FRESH)
+    methods = defaults.reported_methods(story)
+    return story, defaults.report(study, settings, tuned, methods, defaults.FRESH)
 
 
 def test_committed_results_choose_the_default(committed):
@@ -346,7 +347,8 @@ def test_tables(left):
     assert story.chosen() == ("full-1-0.1" if left else None)
     settings = [TINY, OTHER]
     tuned = dict.fromkeys(settings, TRIAL)
-    reported = defaults.report(study, settings, tuned, story, defaults.FRESH[:3])
+    methods = defaults.reported_methods(story)
+    reported = defaults.report(study, settings, tuned, methods, defaults.FRESH[:3])
     reported_names = [one["asked"]["method"]["name"] for one in reported[0][1]]
     assert reported_names == ["decay", *(["full-1-0.1"] if left else []), "half-1-none"]
     table = defaults.elimination_table(story)
