@@ -16,7 +16,7 @@ import torch
 from evidence import cells as running
 from evidence import defaults, training
 from evidence.data import load
-from evidence.defaults import CHOOSING, candidates, eliminate, in_order
+from evidence.defaults import CHOOSING, candidates, controls_of, eliminate, in_order
 from evidence.grid import Trial
 from evidence.methods import METHODS
 from evidence.networks import Architecture, Networks
@@ -30,6 +30,7 @@ TINY = Setting("digits", 200, 2, held_out=200)
 OTHER = replace(TINY, scale=0.1)
 TRIAL = Trial(0.16, 0.01)
 LIMITED = next(one for one in candidates() if one.name == "half-1-0.1")
+RANDOM, GROWTH = controls_of(LIMITED)
 
 # For float64, as in test_evidence.py.
 CLOSE = {"rtol": 1e-7, "atol": 1e-9}
@@ -87,13 +88,18 @@ def test_factors_and_head_move_and_nothing_else(optimizer, monkeypatch):
 
 
 @pytest.mark.usefixtures("_double")
+@pytest.mark.filterwarnings("ignore:the penalty is too strong")  # so that growth is not missed
+@pytest.mark.parametrize("keep", [None, "length"])
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 @pytest.mark.parametrize("network", ["plain", "convolutions"])
-def test_a_seed_trains_with_a_share_limit_as_alone(network, optimizer, monkeypatch):
+def test_a_seed_trains_with_a_share_limit_as_alone(network, optimizer, keep, monkeypatch):
+    method = LIMITED
+    if keep == "length":
+        method = replace(GROWTH, share_limit=100.0)  # a limit of 0.1 leaves hardly any growth
     setting = replace(TINY, network=network, optimizer=optimizer, scale=0.1)
     trial = Trial(0.05 if optimizer == "sgd" else 3e-3, 1e-3)
-    many, _ = train_and_keep(monkeypatch, setting, LIMITED, [trial], (3, 4))
-    alone, _ = train_and_keep(monkeypatch, setting, LIMITED, [trial], (4,))
+    many, _ = train_and_keep(monkeypatch, setting, method, [trial], (3, 4))
+    alone, _ = train_and_keep(monkeypatch, setting, method, [trial], (4,))
     without, _ = train_and_keep(monkeypatch, setting, METHODS["decay"], [trial], (4,))
     for ours, theirs, plain in zip(
         (*many.hidden, many.head),
@@ -104,6 +110,45 @@ def test_a_seed_trains_with_a_share_limit_as_alone(network, optimizer, monkeypat
         own, other = ours.joined("weight")[1], theirs.joined("weight")[0]
         assert torch.allclose(own, other, **CLOSE)
         assert (own - plain.joined("weight")[0]).abs().max() > 1e-5  # the penalty is there
+
+
+def penalty_gradients(networks, setting, method):
+    """What a penalty adds to the gradients of each weight, after a first step's loss."""
+    optimizer = training.optimizer_of(networks, setting, [TRIAL])
+    images = torch.randn(2, 50, 64, generator=torch.Generator().manual_seed(0))
+    optimizer.zero_grad()
+    training.loss_of(networks(images), torch.arange(50).remainder(10).expand(2, 50)).backward()
+    weights = [p for name, p in networks.named_parameters() if p.requires_grad and "weight" in name]
+    before = [weight.grad.clone() for weight in weights]
+    for penalty in training._penalties(networks, setting, method, [TRIAL]):
+        penalty.add_gradients(optimizer)
+    return [(weight, weight.grad - task) for weight, task in zip(weights, before, strict=True)]
+
+
+@pytest.mark.usefixtures("_double")
+@pytest.mark.parametrize(
+    ("network", "start"), [("plain", "fresh"), ("plain", "adapters"), ("convolutions", "fresh")]
+)
+def test_random_directions_are_limited_as_the_gradient_is(network, start):
+    setting = replace(TINY, network=network, start=start)
+    networks = Networks(setting.architecture(digits()), 1, (3, 4), apart=True)
+    if start == "adapters":
+        networks.add_adapters((3, 4), apart=True)
+        with torch.no_grad():
+            for factor in (piece for side in networks.up for piece in side):
+                factor.weight.normal_()
+    torch.manual_seed(0)
+    real = penalty_gradients(networks, setting, LIMITED)
+    random = penalty_gradients(networks, setting, RANDOM)
+    for (weight, gradient), (_, noise) in zip(real, random, strict=True):
+        neurons, gradient, noise = weight.flatten(2), gradient.flatten(2), noise.flatten(2)
+        norms = noise.norm(dim=-1)
+        assert torch.allclose(norms, gradient.norm(dim=-1), rtol=1e-6)
+        assert norms.max() > 1e-6
+        along = (noise * neurons).sum(-1) / (norms * neurons.norm(dim=-1))
+        assert along.nan_to_num().abs().max() < 1e-6
+        same = (noise * gradient).sum() / (noise.norm() * gradient.norm())
+        assert abs(same) < 0.6
 
 
 @pytest.mark.usefixtures("_double")
@@ -361,6 +406,103 @@ def test_tables(left):
     assert f"share limit None: {none_worse}better in 0 (0), 0 runs" in said
     chance = 2 * (0.5 - 1 / 6**0.5)  # Student's t with 2 degrees of freedom beyond 2
     assert f"changes nothing {chance:.1f} settings would be worse by chance" in said
+
+
+GAINS = [-1.0, -1.1, -1.2]
+
+
+@pytest.mark.parametrize("control", ["random", "length"])
+def test_gains_that_a_control_has_too_do_not_stand(control):
+    """In one setting nothing else gains; in the other a control gains, or is better, or worse."""
+    fresh = defaults.FRESH[0]
+    chosen = "full-1-0.1"
+    other = {"random": "length", "length": "random"}[control]
+    titles = {"random": "random direction", "length": "growth alone"}
+    gains = {
+        (chosen, 0.1, FIRST): BETTER,
+        (chosen, 1.0, fresh): (GAINS, 0),
+        (chosen, 0.1, fresh): (GAINS, 0),
+    }
+
+    def said(changes):
+        study, story = story_of(gains | changes)
+        settings = [TINY, OTHER]
+        methods = [*defaults.reported_methods(story), *defaults.controls(story)]
+        tuned = dict.fromkeys(settings, TRIAL)
+        reported = defaults.report(study, settings, tuned, methods, defaults.FRESH[:3])
+        return defaults.report_table(story, reported)
+
+    def against(name, counts, stand, middle):
+        title = titles[name]
+        return (
+            f"The chosen candidate against {title}: {counts}, median {middle} points; of its 2 "
+            f"gains over none {stand} are gains over {title}, too."
+        )
+
+    none = "in 0 of 2 settings (in 0 after Holm's correction)"
+    all_better = f"worse by two standard errors {none}, better in 2 (2)"
+    text = said({})
+    assert against(control, all_better, 2, "-1.10") in text
+    assert "than both controls: 2 of 2** (2 after Holm's" in text
+    assert f"| chosen minus {titles[control]} |" in text
+
+    name = f"{chosen}-{control}"
+    half = f"worse by two standard errors {none}, better in 1 (1)"
+    text = said({(name, 1.0, fresh): (GAINS, 0)})
+    assert against(control, half, 1, "-0.55") in text
+    assert against(other, all_better, 2, "-1.10") in text
+    assert "than both controls: 1 of 2** (1 after Holm's" in text
+    assert f"{titles[control]}: {half}, 0 runs" in text
+
+    text = said({(name, 1.0, fresh): ([-3.0, -3.2, -3.4], 1)})
+    mixed = (
+        "worse by two standard errors in 1 of 2 settings (in 1 after Holm's correction), "
+        "better in 1 (1)"
+    )
+    assert against(control, mixed, 1, "+0.50") in text
+    assert f"{titles[control]}: {half}, 1 runs" in text
+
+
+def test_a_better_candidate_that_is_worse_than_none_does_not_stand():
+    """A control may be so bad that the candidate is better than it and gains nothing."""
+    bad = ([1.0, 1.1, 1.2], 0)
+    worse = ([3.0, 3.1, 3.2], 0)
+    fresh = defaults.FRESH[0]
+    changes = {("full-1-0.1", 0.1, FIRST): BETTER}
+    for scale in (1.0, 0.1):
+        changes["full-1-0.1", scale, fresh] = bad
+        for control in ("random", "length"):
+            changes[f"full-1-0.1-{control}", scale, fresh] = worse
+    study, story = story_of(changes)
+    methods = [*defaults.reported_methods(story), *defaults.controls(story)]
+    tuned = dict.fromkeys([TINY, OTHER], TRIAL)
+    reported = defaults.report(study, [TINY, OTHER], tuned, methods, defaults.FRESH[:3])
+    said = defaults.report_table(story, reported)
+    assert "of its 0 gains over none 0 are" in said
+    assert "than both controls: 0 of 2** (0 after Holm's" in said
+
+
+def test_committed_cells_are_laid_beside_those_that_are_there(tmp_path):
+    committed = json.loads((defaults.RESULTS / "cells.json").read_text())
+    own = {**committed[0], "seconds": -1.0}
+    running.save(own, tmp_path)
+    defaults.unpack(tmp_path)
+    assert len(list(tmp_path.glob("*.json"))) == len(committed)
+    assert running.read(tmp_path / f"{own['name']}.json") == own
+    last = committed[-1]
+    assert running.read(tmp_path / f"{last['name']}.json") == last
+
+
+def test_controls_are_asked_as_their_candidate_but_for_what_they_keep():
+    asked = [
+        defaults._asked((TINY, one, TRIAL, (1, 2), True))["method"]
+        for one in (LIMITED, RANDOM, GROWTH)
+    ]
+    whole, random, growth = asked
+    assert "keep" not in whole
+    measure = f"RandomDirection(measure={whole['measure']})"
+    assert random == {**whole, "name": RANDOM.name, "measure": measure}
+    assert growth == {**whole, "name": GROWTH.name, "keep": "length"}
 
 
 @pytest.mark.filterwarnings("ignore:.*starts at zero")
