@@ -211,7 +211,7 @@ def committed(monkeypatch, tmp_path):
     settings = in_order()
     tuned = {setting: study.tuned(setting, quick=False) for setting in settings}
     story = eliminate(study, settings, tuned, candidates(), CHOOSING, defaults.AGAIN)
-    methods = defaults.reported_methods(story)
+    methods = [*defaults.reported_methods(story), *defaults.controls(story)]
     return story, defaults.report(study, settings, tuned, methods, defaults.FRESH)
 
 
@@ -255,6 +255,35 @@ def summed_up(reported, place):
         median=f"{median(change.mean for change in changes):.1f}".replace("-", "−"),
         at_scale_1=f"{median(at_scale_1):.1f}".replace("-", "−"),
     )
+
+
+def test_the_readmes_say_what_is_left_beyond_the_controls(committed):
+    story, reported = committed
+    name = story.chosen()
+    versus = [defaults.Versus.of(reported, name, "decay")]
+    for control in defaults.controls(story):
+        versus.append(defaults.Versus.of(reported, name, control.name))
+    gains, random, growth = [one.better() for one in versus]
+    assert not any(change.worse for one in versus for change in one.changes)
+    stand = gains & random & growth
+    p = [defaults._ps(one) for one in versus]
+    corrected = sum(one < defaults.LEVEL for one in holm([max(ps) for ps in zip(*p, strict=True)]))
+    at_scale_1 = set()
+    for i, (_, results) in enumerate(reported):
+        if results[0]["asked"]["setting"]["scale"] == 1.0:
+            at_scale_1.add(i)
+    main = " ".join((ROOT / "README.md").read_text().split())
+    assert (
+        f"{len(gains & random)} of the {len(gains)} gains are gains over a random direction of the "
+        f"same length, too, {len(gains & growth)} over the growth that the penalty brings, without "
+        f"its turns, and {len(stand)} ({corrected} after Holm's correction) over both"
+    ) in main
+    own = " ".join(defaults.README.read_text().split())
+    assert f"{len(stand)} of the {len(gains)} gains stand against both controls" in own
+    left = len(stand & at_scale_1)
+    assert f"initial scale {left} of {len(gains & at_scale_1)} stand" in own
+    changes = (ROOT / "CHANGELOG.md").read_text()
+    assert f"{len(gains)} gains {len(stand)} are also gains over a random direction" in changes
 
 
 def test_the_main_readme_says_what_the_committed_cells_give(committed):
