@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
@@ -18,6 +19,7 @@ import torch
 import lightning_hsu
 from evidence.data import NAMED, Data, load
 from evidence.grid import BEYOND, Trial, edges
+from evidence.methods import matched
 from evidence.plan import Cell, Setting
 from evidence.training import Trained, train
 
@@ -26,6 +28,15 @@ Result = dict[str, Any]
 
 FIRST = Path(__file__).parent / "results" / "first"
 """The plan's first run: without controls, and on grids that were not widened."""
+
+BROKEN = 100.0
+"""The validation error, in percent, of a network whose weights are not finite: no trial is worse.
+
+Its answers are all class 0, which would pass for a class at random.
+"""
+
+DECIDING = ("cells", "controls", "data", "early", "grid", "methods", "networks", "plan", "training")
+"""The modules beside the library that decide the numbers of a cell."""
 
 _load = lru_cache(maxsize=1)(load)
 
@@ -50,6 +61,8 @@ def asked(cell: Cell, tuning: Sequence[int], testing: Sequence[int]) -> Result:
         "method": method,
         "trials": trials,
         "beyond": f"{BEYOND} values outwards",
+        "not finite": BROKEN,
+        "matched": [*matched(cell.method)],
         "tuning": list(tuning),
         "testing": list(testing),
     }
@@ -75,6 +88,7 @@ def run(cell: Cell, tuning: Sequence[int], testing: Sequence[int]) -> Result:
     if tuned.first_best != tuned.best:
         trials.append(tuned.first_best)
     tested = train(data, cell.setting, cell.method, trials, testing, test=True)
+    first = told(tested, len(trials) - 1)
     found = {
         "name": cell.name,
         "asked": asked(cell, tuning, testing),
@@ -83,26 +97,41 @@ def run(cell: Cell, tuning: Sequence[int], testing: Sequence[int]) -> Result:
         "tuning_nonfinite": int((~tuned.finite).sum()),
         "chosen": asdict(tuned.best),
         "edges": edges(tuned.trials, tuned.best),
+        "tuning_early_ratio": tuned.early_ratio,
+        "tuning_early_share": tuned.early_share,
         **told(tested),
-        **ran(start),
     }
+    for name, control in matched(cell.method).items():
+        tested = train(data, cell.setting, control, [tuned.best], testing, test=True)
+        found.setdefault("matched", {})[name] = told(tested)
     if tuned.first_best != tuned.best:
         found["first"] = {
             "chosen": asdict(tuned.first_best),
             "edges": edges(tuned.first, tuned.first_best),
-            **told(tested, 1),
+            **first,
         }
-    return found
+    return found | ran(start)
 
 
 @dataclass(frozen=True)
 class Tuned:
-    """Every trial of a cell, (trials, tuning seeds) of errors and of whether weights are finite."""
+    """Every trial of a cell.
+
+    Args:
+        trials: All of them.
+        first: Those before the grid was widened.
+        error: On held-out images, (trials, tuning seeds); :data:`BROKEN` where weights are not finite.
+        finite: Whether weights are, of the same shape.
+        early_ratio: Of each trial the mean over hidden layers and seeds.
+        early_share: The same.
+    """
 
     trials: list[Trial]
+    first: list[Trial]
     error: torch.Tensor
     finite: torch.Tensor
-    first: list[Trial]  # those before the grid was widened
+    early_ratio: list[float | None]
+    early_share: list[float | None]
 
     @property
     def best(self) -> Trial:
@@ -119,17 +148,27 @@ def tune(data: Data, cell: Cell, seeds: Sequence[int]) -> Tuned:
     """Try the grid, and widen it until the best trial lies inside or at the end of an axis."""
     grid = cell.grid(data)
     more = grid.first()
-    found = Tuned([], torch.zeros(0, len(seeds)), torch.zeros(0, len(seeds)) > 0, more)
+    none = torch.zeros(0, len(seeds))
+    found = Tuned([], more, none, none.bool(), [], [])
     while more:
         new = train(data, cell.setting, cell.method, more, seeds, test=False)
         found = replace(
             found,
             trials=found.trials + more,
-            error=torch.cat([found.error, new.error]),
+            error=torch.cat([found.error, new.error.where(new.finite, BROKEN)]),
             finite=torch.cat([found.finite, new.finite]),
+            early_ratio=found.early_ratio + _by_trial(new.early_ratio, len(more), 5),
+            early_share=found.early_share + _by_trial(new.early_share, len(more), 6),
         )
         more = grid.wider(found.trials, found.best)
     return found
+
+
+def _by_trial(early: torch.Tensor, trials: int, digits: int) -> list[float | None]:
+    """Means over layers and seeds of (layers, trials, seeds); None where nothing was watched."""
+    if not len(early):
+        return [None] * trials
+    return list(_rounded(early.mean((0, 2)), digits))
 
 
 def ran(start: float) -> Result:
@@ -139,9 +178,22 @@ def ran(start: float) -> Result:
         "versions": {
             "lightning_hsu": lightning_hsu.__version__,
             "torch": torch.__version__.split("+")[0],
+            "code": code(),
         },
         "machine": platform.machine(),
     }
+
+
+@cache
+def code() -> str:
+    """A digest of the sources that decide the numbers: the library's, and :data:`DECIDING`."""
+    here = Path(__file__).parent
+    files = sorted(Path(lightning_hsu.__file__).parent.rglob("*.py"))
+    files += [here / f"{name}.py" for name in DECIDING]
+    found = hashlib.sha256()
+    for file in files:
+        found.update(file.read_bytes())
+    return found.hexdigest()[:12]
 
 
 def save(result: Mapping[str, Any], folder: Path) -> None:

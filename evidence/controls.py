@@ -43,7 +43,7 @@ class RandomDirection(Measure):
     def value_and_grad(self, x: Tensor, state: State | None = None) -> tuple[Tensor, Tensor]:
         """The measure's value (...) and, in place of its gradient, the random one (..., n, d)."""
         value, grad = self.measure.value_and_grad(x, state)
-        noise = torch.randn_like(grad)
+        noise = _noise(grad)
         along = (noise * x).sum(-1, keepdim=True) / x.square().sum(-1, keepdim=True)
         noise = noise - along.nan_to_num() * x
         length = grad.norm(dim=-1, keepdim=True)
@@ -57,6 +57,11 @@ class RandomDirection(Measure):
     def for_head(self) -> RandomDirection:
         """Lengths of the measure's own form for heads."""
         return RandomDirection(self.measure.for_head())
+
+
+def _noise(like: Tensor) -> Tensor:
+    """Normal numbers from torch's global generator."""
+    return torch.randn_like(like)
 
 
 class Halves:

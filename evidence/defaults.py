@@ -297,9 +297,11 @@ def tune(cell: Cell) -> running.Result:
 
 
 def _tuning_asked(cell: Cell) -> running.Result:
-    """What the first run would have asked: no grid was widened, no method kept a half."""
+    """What the first run would have asked: sixteen trials, whatever they came to."""
     found = running.asked(cell, TUNING_SEEDS, FRESH[:2])
-    del found["beyond"], found["method"]["keep"]
+    for later in ("beyond", "not finite", "matched"):
+        del found[later]
+    del found["method"]["keep"]
     return found
 
 

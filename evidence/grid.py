@@ -74,7 +74,7 @@ class Grid:
                 found += self._at(axis, value, tried, best)
         if edges > 1:
             found.append(corner)
-        return [trial for trial in found if trial not in tried]
+        return [trial for trial in dict.fromkeys(found) if trial not in tried]
 
     def _axes(self) -> tuple[str, ...]:
         return AXES if self.strengths else AXES[:2]

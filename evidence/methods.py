@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Literal
 
@@ -100,11 +100,27 @@ def _energy(s: int, half_space: bool, distance: Literal["chordal", "geodesic"]) 
 
 METHODS = {method.name: method for method in _methods()}
 
+PENALTIES = ("half_mhe_2", "mgd", "orthogonality")
 CONTROLS = ("random", "direction", "length", "decoupled")
 """Half-space MHE's gradient without what makes it a uniformity's, and the other way round."""
 
-CORE = ("decay", "half_mhe_2", "mgd", "orthogonality", *CONTROLS)
+CORE = ("decay", *PENALTIES, *CONTROLS)
 """Compared in every setting."""
+
+
+def matched(method: Method) -> dict[str, Method]:
+    """Controls of a penalty's own gradient, to be tested where it is: with the same trial.
+
+    None for what has no penalty in the gradient, or is a control itself.
+    """
+    if method.measure is None or method.apply != "gradient" or method.share is not None:
+        return {}
+    if method.keep is not None or isinstance(method.measure, RandomDirection):
+        return {}
+    return {
+        "random": replace(method, measure=RandomDirection(method.measure)),
+        "length": replace(method, keep="length"),
+    }
 
 
 @cache

@@ -9,9 +9,9 @@ from statistics import mean
 import numpy as np
 
 from evidence.comparisons import LEVEL, Result, key_of, setting_title
+from evidence.methods import PENALTIES
 from evidence.statistics import Correlation, Paired, clustered_rank_correlation, holm, paired
 
-PENALTIES = ("half_mhe_2", "mgd", "orthogonality")
 CONTROLS = ("decay", "random", "length")
 """Weight decay only, noise of equal length, and growth alone: none of them spreads neurons."""
 

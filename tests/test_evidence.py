@@ -18,8 +18,8 @@ import torch
 from torch import nn
 
 from evidence import cells as running
+from evidence import controls, tolerance, training
 from evidence import probe as probing
-from evidence import tolerance, training
 from evidence.__main__ import _run, main
 from evidence.comparisons import compare, hypothesis
 from evidence.data import draw, load
@@ -167,7 +167,6 @@ def train_alone(network, images, labels, setting, method, trial, seed):
                 engine.move(optimizer)
             schedule.step()
     network.eval()
-    return engine
 
 
 # For float64. Measured: at most 2e-15 of either kind, with the instruction sets of `make cpus`,
@@ -178,13 +177,15 @@ LESS_THAN_AN_IMAGE = 50 / 797  # in percent, of the test images
 
 @pytest.mark.usefixtures("_double")
 @pytest.mark.filterwarnings("ignore:the penalty is too strong")  # so that it is not missed
-@pytest.mark.parametrize("how", ["gradient", "loss", "decoupled", "direction", "length"])
+@pytest.mark.parametrize("how", ["gradient", "loss", "decoupled", "random", "direction", "length"])
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 @pytest.mark.parametrize("network", ["plain", "convolutions", "batch norm"])
 def test_a_network_among_many_trains_as_one_alone(network, optimizer, how, monkeypatch):
     data = digits_in_double()
     setting = replace(TINY, network=network, optimizer=optimizer, scale=0.1, noise=0.2)
     method = METHODS["half_mhe_2" if how == "gradient" else how]
+    # Noise of one network must not depend on how many there are.
+    monkeypatch.setattr(controls, "_noise", lambda like: like.flip(-1).roll(1, -1))
     rate = 0.05 if optimizer == "sgd" else 3e-3
     c = 200.0 if (optimizer, how) == ("adamw", "decoupled") else 20.0
     trials = [
@@ -196,7 +197,7 @@ def test_a_network_among_many_trains_as_one_alone(network, optimizer, how, monke
     seeds = (3, 4, 5)
     many, networks = train_and_keep(monkeypatch, data, setting, method, trials, seeds)
     with_penalty, without = many.after.tensor_split(2)
-    if how == "length":
+    if how in ("random", "length"):
         norms = networks.hidden[0].joined("weight").detach().flatten(2).norm(dim=-1)
         with_penalty, without = norms.T.tensor_split(2)
     assert (abs(with_penalty - without) > 1e-3).all()  # the penalty is there
@@ -219,12 +220,12 @@ def test_a_network_among_many_trains_as_one_alone(network, optimizer, how, monke
             test_images = test_images.view(-1, *data.shape)
         begin = Networks(setting.architecture(data), 1, seeds[s : s + 1])
         alone = in_own_layers(begin, 0, 0)
-        engine = train_alone(alone, images, labels, setting, method, trials[t], seeds[s])
+        train_alone(alone, images, labels, setting, method, trials[t], seeds[s])
         for one, other in zip(parameters_of(networks, t, s), alone.parameters(), strict=True):
             assert torch.allclose(one, other, **CLOSE)
         error = 100 * (alone(test_images).argmax(1) != test_labels).double().mean()
         assert abs(float(error - many.error[t, s])) < LESS_THAN_AN_IMAGE
-        *hidden, _head = engine.measure_layers()
+        *hidden, _head = UniformityRegularizer(HALF_MHE).attach(alone).measure_layers()
         ratio = sum(layer.ratio for layer in hidden) / len(hidden)
         assert math.isclose(ratio, float(many.after[t, s]), rel_tol=1e-7)
 
@@ -272,12 +273,13 @@ def test_a_cell_is_tuned_on_tuning_seeds_and_tested_once(monkeypatch):
         if not test:
             error[5] = 40.0  # the best, inside the grid
             error[3] = torch.tensor([1.0, 60.0, 60.0])  # lucky on one seed
+            error[2] = 30.0  # not finite: its answers are all one class
             error[12] = 99.0
         early = torch.ones(2, *error.shape)
         return Trained(
             error,
             0.1 * error,
-            error < 60,
+            (error < 60) & (error != 30.0),
             error / 10,
             torch.full_like(error, math.nan if test else 2.0),
             early_ratio=early,
@@ -289,12 +291,17 @@ def test_a_cell_is_tuned_on_tuning_seeds_and_tested_once(monkeypatch):
     cell = Cell(TINY, METHODS["half_mhe_2"])
     found = running.run(cell, (1, 2, 3), (7, 8))
     trials = cell.trials(load("digits"))
-    assert calls == [(trials, (1, 2, 3), False), ([trials[5]], (7, 8), True)]
+    tested = ([trials[5]], (7, 8), True)  # the cell's, and both of the matched controls'
+    assert calls == [(trials, (1, 2, 3), False), tested, tested, tested]
+    assert [*found["matched"]] == ["random", "length"]
+    assert found["matched"]["random"]["test_error"] == [51.0, 51.0]
     assert found["chosen"] == asdict(trials[5])
     assert found["trials"] == [asdict(trial) for trial in trials]
     assert found["test_error"] == [51.0, 51.0]
     assert found["validation_error"][5] == [40.0, 40.0, 40.0]
-    assert (found["nonfinite"], found["tuning_nonfinite"]) == (0, 5)
+    assert found["validation_error"][2] == [running.BROKEN] * 3
+    assert (found["nonfinite"], found["tuning_nonfinite"]) == (0, 8)
+    assert found["tuning_early_ratio"] == [1.0] * 16
     assert found["ratio_after"] == [None, None]  # JSON has no NaN
     assert (found["early_ratio"], found["early_share"]) == ([1.0, 1.0], [0.5, 0.5])
     assert "first" not in found

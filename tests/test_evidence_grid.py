@@ -64,6 +64,9 @@ def test_two_edges_are_widened_at_once_and_alike_without_a_strength():
     assert sorted(one.decay for one in more[:4]) == [0.1, 1.0, 10.0, 100.0]
     assert [one.decay for one in more[4:]] == [0.01] * 5
     assert more[-1] == trial(16.0, 0.01)
+    tried = [*GRID.first(), trial(16.0, 1.0, 9.0)]
+    more = GRID.wider(tried, trial(8.0, 100.0, 81.0))
+    assert len(more) == len(set(more))
 
 
 @pytest.mark.parametrize("up", [True, False])
