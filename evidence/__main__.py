@@ -50,6 +50,9 @@ def main() -> int:
     if not args.tables:
         _run(left, tuning, testing, folder, args.jobs, args.minutes)
     still_left = set(_not_kept(plan, folder, wanted))
+    if args.commit and still_left and not args.so_far:
+        print(f"{len(still_left)} cells are missing: --so-far commits the others", file=sys.stderr)
+        return 3
     done = [running.read(folder / f"{cell.name}.json") for cell in plan if cell not in still_left]
     target = RESULTS if args.commit else Path(args.out)
     if done:
@@ -94,6 +97,9 @@ def _arguments() -> argparse.Namespace:
         "--commit",
         action="store_true",
         help="write into evidence/results, docs/evidence.md and README",
+    )
+    parser.add_argument(
+        "--so-far", action="store_true", help="with --commit: though cells are missing"
     )
     parser.add_argument(
         "--resume-committed",

@@ -23,6 +23,9 @@ TITLES = {
 LEVEL = 0.05
 """Of p, for a gain or a loss."""
 
+UNTRAINED = 85.0
+"""From this test error on, in percent, a network has hardly trained."""
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -52,8 +55,8 @@ class Comparison:
 
     @property
     def failed(self) -> bool:
-        """Weights that are not finite, or worse than weight decay by two standard errors."""
-        return bool(self.result["nonfinite"]) or self.paired.worse
+        """Whether a seed fails, or it is worse than weight decay by two standard errors."""
+        return failing(self.result, self.baseline) > 0 or self.paired.worse
 
 
 def setting_title(result: Result) -> str:
@@ -79,6 +82,12 @@ def setting_title(result: Result) -> str:
     if not one.get("penalises_head", True):
         parts.append("head left out")
     return ", ".join(parts)
+
+
+def failing(result: Result, decay: Result) -> int:
+    """Test seeds whose weights are not finite, or whose error is above twice weight decay's largest."""
+    limit = 2.0 * max(decay["test_error"])
+    return max(result["nonfinite"], sum(error > limit for error in result["test_error"]))
 
 
 def compare(results: Iterable[Result]) -> list[Comparison]:

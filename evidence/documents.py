@@ -44,8 +44,9 @@ def page(results: Sequence[Result]) -> str:
     settings = tables.settings_table(comparisons)
     parts = [
         f"{len(results)} cells in {count} settings, {seeds} test seeds each, {hours:.1f} core hours.",
-        control_tables.uniformity_table(results),
         control_tables.clear_gains_table(results),
+        control_tables.uniformity_table(results),
+        control_tables.matched_table(results),
         control_tables.controls_by_condition(results),
         tables.summary(comparisons),
         tables.rivals_table(comparisons),
@@ -78,7 +79,8 @@ def _sections(
     seeds = sorted({len(one["test_error"]) for one in results})
     intro = (
         f"{len(results)} of {planned} cells, {len(comparisons)} comparisons with weight decay, "
-        f"{'/'.join(map(str, seeds))} test seeds, {hours:.1f} core hours. {legend(comparisons)}"
+        f"{'/'.join(map(str, seeds))} test seeds, {hours:.1f} core hours, by {_codes(results)}. "
+        f"{legend(comparisons)}"
     )
     sections = [
         "# Does the penalty help, and where",
@@ -95,17 +97,25 @@ def _sections(
         "## Ways of applying\n\n"
         + tables.settings_table(comparisons, ["half_mhe_2", "loss"], needed="loss"),
         "## The whole family\n\n" + tables.family_table(comparisons),
-        "## Does the ratio predict the gain?\n\n" + tables.hypothesis_table(comparisons),
+        "## Does the ratio after training predict the gain? (the first run's test)\n\n"
+        + tables.hypothesis_table(comparisons),
         "## Choices on an edge of their grid\n\n" + tables.edges_table(results),
     ]
     return sections
 
 
+def _codes(results: Sequence[Result]) -> str:
+    """How many versions of the code made the results; what is older has none."""
+    found = {one["versions"].get("code") for one in results if "versions" in one} - {None}
+    return f"{len(found)} version{'s' * (len(found) != 1)} of the code"
+
+
 def _control_sections(results: Sequence[Result]) -> list[str]:
     """What the controls say, and what only cells with all of their trials can tell."""
     return [
-        "## Is it uniformity?\n\n" + control_tables.uniformity_table(results),
         "## Clear gains\n\n" + control_tables.clear_gains_table(results),
+        "## Is it uniformity?\n\n" + control_tables.uniformity_table(results),
+        "## Against controls of the same gradient\n\n" + control_tables.matched_table(results),
         "## Beyond the controls, and where\n\n" + control_tables.controls_by_condition(results),
         "## Beyond the controls, by setting\n\n" + control_tables.controls_by_setting(results),
         "## Wider grids\n\n" + control_tables.widening_table(results),
@@ -120,6 +130,7 @@ def legend(comparisons: Sequence[Comparison]) -> str:
         "only in points (standard error), seeds on which it is lower, \\*\\* where p < 0.05 after "
         f"Holm's correction for all {len(comparisons)} comparisons, \\* where only the uncorrected "
         "p is. ↑ and ↓: the best learning rate (r), weight decay (d) or strength (s) is the largest "
-        "or the smallest that was tried. Ratio: energy of the hidden layers over that of random "
+        "or the smallest that was tried. Fail: seeds whose weights are not finite, or whose error is "
+        "above twice weight decay's largest. Ratio: energy of the hidden layers over that of random "
         "neurons, of the tuned network without a penalty, after training."
     )

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from evidence import cells as running
+from evidence.comparisons import UNTRAINED
 from evidence.data import Data, MissingDataError
 from evidence.documents import quoted
 from evidence.grid import Trial
@@ -31,7 +32,7 @@ from evidence.methods import HALF_MHE, METHODS
 from evidence.networks import Networks, Piece
 from evidence.plan import SETTINGS, STRENGTHS, Cell, Setting
 from evidence.statistics import Correlation, interval, rank_correlation
-from evidence.tables import UNTRAINED, markdown
+from evidence.tables import markdown
 from evidence.training import batches, drawn, loss_of, optimizer_of
 
 FOLDER = Path(__file__).parent

@@ -113,13 +113,6 @@ def clustered_rank_correlation(
     return Correlation(float(rho), float(low), float(high), ordered[..., 0].size)
 
 
-def signed_rank(differences: Sequence[float]) -> float:
-    """The two-sided p of Wilcoxon's signed-rank test; 1 where nothing differs."""
-    if not any(differences):
-        return 1.0
-    return float(stats.wilcoxon(differences).pvalue)
-
-
 def _spearman(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Rank correlations of arrays (..., settings); NaN where all are equal."""
     a = _centred_ranks(x)

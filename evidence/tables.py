@@ -7,7 +7,16 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import mean, median, stdev
 from typing import Any
 
-from evidence.comparisons import LEVEL, TITLES, Comparison, Result, hypothesis, mean_ratio
+from evidence.comparisons import (
+    LEVEL,
+    TITLES,
+    UNTRAINED,
+    Comparison,
+    Result,
+    failing,
+    hypothesis,
+    mean_ratio,
+)
 from evidence.methods import METHODS
 from evidence.statistics import Paired, holm, paired
 
@@ -28,9 +37,6 @@ CONDITIONS: Mapping[str, Callable[[Mapping[str, Any]], bool]] = {
     ),
 }
 """Settings that have something in common; one setting may be in several."""
-
-UNTRAINED = 85.0
-"""From this test error on, in percent, a network has hardly trained."""
 
 RIVALS = (
     ("half_mhe_2", "orthogonality"),
@@ -67,8 +73,11 @@ def summary(comparisons: Sequence[Comparison], least: int = 1) -> str:
         row += [f"{median(change):+.2f}", f"{min(change):+.2f}", f"{max(change):+.2f}"]
         row.append(sum(one.failed for one in own))
         rows.append(row)
-    failures = "weights that are not finite, or worse by two standard errors (uncorrected)."
-    return f"{markdown(head, rows)}\n\nFailures: {failures}"
+    failures = (
+        "Failures: a seed whose weights are not finite, or whose error is above twice weight decay's "
+        "largest; or worse by two standard errors (uncorrected)."
+    )
+    return f"{markdown(head, rows)}\n\n{failures}"
 
 
 def of_method(comparisons: Sequence[Comparison], name: str) -> list[Comparison]:
@@ -187,7 +196,7 @@ def family_table(comparisons: Sequence[Comparison]) -> str:
 
 
 def hypothesis_table(comparisons: Sequence[Comparison]) -> str:
-    """Rank correlations; the first row is the one that the protocol names."""
+    """Rank correlations; the first row is the one that the protocol of the first run names."""
     head = ["method", "ratio of weight decay alone", "gain", "settings", "Spearman's rho"]
     head.append("95 % bootstrap interval")
     trained = _trained(comparisons)
@@ -262,8 +271,9 @@ def change_cell(one: Comparison | None) -> str:
         text += " **"
     elif one.paired.p < LEVEL:
         text += " *"
-    if one.result["nonfinite"]:
-        text += f", {one.result['nonfinite']} not finite"
+    count = failing(one.result, one.baseline)
+    if count:
+        text += f", {count} fail{'s' * (count == 1)}"
     return (text + edge_marks(one.result)).replace("*", "\\*")
 
 

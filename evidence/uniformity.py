@@ -1,19 +1,22 @@
-"""What a penalty gains beyond controls that spread nothing: what uniformity itself gains."""
+"""What a penalty gains beyond controls that have no aim: what uniformity itself gains."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import mean
 
 import numpy as np
 
-from evidence.comparisons import LEVEL, Result, key_of, setting_title
+from evidence.comparisons import LEVEL, UNTRAINED, Result, key_of, setting_title
 from evidence.methods import PENALTIES
 from evidence.statistics import Correlation, Paired, clustered_rank_correlation, holm, paired
 
 CONTROLS = ("decay", "random", "length")
-"""Weight decay only, noise of equal length, and growth alone: none of them spreads neurons."""
+"""Weight decay only, noise of equal length, and growth alone: none of them aims at uniformity."""
+
+MATCHED = ("random", "length")
+"""Of the controls those that are made of a penalty's own gradient, too, at its own trial."""
 
 CLEAR = 3.0
 """Standard errors of a clear gain."""
@@ -27,13 +30,17 @@ class Beyond:
         setting: In words.
         result: The penalty's.
         changes: Its paired differences from every other method there, by the rival's name.
+        matched: The same from the controls of its own gradient at its own trial, where it has them.
         corrected: The largest p of the controls, corrected for all penalties and settings.
+        matched_corrected: The same with the matched controls beside weight decay; 1 without them.
     """
 
     setting: str
     result: Result
     changes: Mapping[str, Paired]
-    corrected: float
+    matched: Mapping[str, Paired]
+    corrected: float = 1.0
+    matched_corrected: float = 1.0
 
     @property
     def method(self) -> str:
@@ -43,18 +50,37 @@ class Beyond:
     @property
     def verdict(self) -> str:
         """Gain or cost if it differs from all controls in one direction; else null."""
-        if self.corrected >= LEVEL:
+        return self._verdict(self.corrected)
+
+    @property
+    def matched_verdict(self) -> str:
+        """The same against weight decay and the matched controls."""
+        return self._verdict(self.matched_corrected)
+
+    def _verdict(self, corrected: float) -> str:
+        if corrected >= LEVEL:
             return "null"
         return "gain" if self.changes["decay"].mean < 0 else "cost"
 
     @property
+    def rest(self) -> float:
+        """The mean difference from the best of the controls: a badly tuned one proves nothing."""
+        return max(self.changes[control].mean for control in CONTROLS)
+
+    @property
+    def trains(self) -> bool:
+        """Whether weight decay alone does."""
+        return mean(self.result["test_error"]) - self.changes["decay"].mean < UNTRAINED
+
+    @property
     def is_clear(self) -> bool:
-        """Whether it is lower than the controls and than orthogonality by three standard errors."""
+        """A gain, and lower than the controls and orthogonality by three standard errors each."""
         rivals = [*CONTROLS]
         if self.method != "orthogonality":
             rivals.append("orthogonality")
         changes = [self.changes[rival] for rival in rivals if rival in self.changes]
-        return len(changes) == len(rivals) and all(_is_clear(change) for change in changes)
+        is_below = all(_is_clear(change) for change in changes)
+        return self.verdict == "gain" and len(changes) == len(rivals) and is_below
 
 
 def _is_clear(change: Paired) -> bool:
@@ -63,20 +89,31 @@ def _is_clear(change: Paired) -> bool:
 
 def beyond_controls(results: Iterable[Result], methods: Sequence[str] = PENALTIES) -> list[Beyond]:
     """Each of some methods in every setting that has it and all controls."""
-    found, p = [], []
+    found, p, matched_p = [], [], []
     for own in by_setting(results):
         if not set(CONTROLS) <= own.keys():
             continue
         for name in methods:
             if name in own:
                 changes = _changes(own, name)
-                found.append(Beyond(setting_title(own[name]), own[name], changes, 1.0))
+                matched = _matched(own[name])
+                found.append(Beyond(setting_title(own[name]), own[name], changes, matched))
                 p.append(_of_all([changes[control] for control in CONTROLS]))
-    corrected = holm(p)
-    return [
-        Beyond(one.setting, one.result, one.changes, value)
-        for one, value in zip(found, corrected, strict=True)
-    ]
+                beside = [changes["decay"], *matched.values()]
+                matched_p.append(_of_all(beside) if matched else 1.0)
+    corrected = []
+    for one, value, other in zip(found, holm(p), holm(matched_p), strict=True):
+        corrected.append(replace(one, corrected=value, matched_corrected=other))
+    return corrected
+
+
+def clear_gains(results: Iterable[Result]) -> list[Beyond]:
+    """Those of all penalties, from PyTorch's own initial scale first, then the largest first."""
+    found = [one for one in beyond_controls(results) if one.is_clear]
+    return sorted(
+        found,
+        key=lambda one: (one.result["asked"]["setting"]["scale"] != 1.0, not one.trains, one.rest),
+    )
 
 
 def by_setting(results: Iterable[Result]) -> list[dict[str, Result]]:
@@ -92,6 +129,14 @@ def _changes(own: Mapping[str, Result], name: str) -> dict[str, Paired]:
     return {
         rival: paired(errors, other["test_error"]) for rival, other in own.items() if rival != name
     }
+
+
+def _matched(result: Result) -> dict[str, Paired]:
+    """A penalty's paired differences from the controls of its own gradient."""
+    found = {}
+    for name, control in result.get("matched", {}).items():
+        found[name] = paired(result["test_error"], control["test_error"])
+    return found
 
 
 def _of_all(changes: Sequence[Paired]) -> float:

@@ -9,18 +9,31 @@ from scipy import stats
 from torch import nn
 
 from evidence import control_tables
+from evidence.comparisons import compare, failing
 from evidence.controls import Halves, RandomDirection
-from evidence.data import load
+from evidence.data import draw, load
 from evidence.grid import Trial
 from evidence.headline import five_lines
 from evidence.methods import CONTROLS, HALF_MHE, METHODS, unit_coefficient
+from evidence.methods import matched as controls_of
+from evidence.networks import Networks
 from evidence.plan import Setting
-from evidence.statistics import clustered_rank_correlation, signed_rank
+from evidence.statistics import clustered_rank_correlation
+from evidence.tables import change_cell
 from evidence.training import train
-from evidence.uniformity import before_widening, beyond_controls, early_and_gain
+from evidence.uniformity import before_widening, beyond_controls, clear_gains, early_and_gain
+from lightning_hsu import UniformityRegularizer
 from lightning_hsu.reference import uniformity_ratio
+from tests.test_evidence import digits_in_double, in_own_layers
 
 TINY = Setting("digits", 200, 2, held_out=200)
+
+
+@pytest.fixture
+def _double():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
 
 
 def in_a_cone(*shape):
@@ -100,38 +113,52 @@ def test_controls_have_the_half_that_they_are_named_after():
         assert after[name] > 0.99
 
 
-def test_what_is_seen_early_is_what_a_plain_loop_sees(monkeypatch):
+@pytest.mark.usefixtures("_double")
+@pytest.mark.parametrize("epochs", [12, 1])
+def test_what_is_seen_early_is_what_a_plain_loop_sees(epochs):
     """The ratio at a tenth of the steps, and norms of gradients summed over the ten before."""
-    kept = []
-    import evidence.early as watched
-
-    original = watched.Early.after_penalty
-
-    def recorded(self):
-        grads = [(side.gradients(), self._gradients) for side in self._sides]
-        kept.append([(total, task[i] if task else None) for i, (total, task) in enumerate(grads)])
-        original(self)
-
-    monkeypatch.setattr(watched.Early, "after_penalty", recorded)
-    data = load("digits")
-    setting = replace(TINY, images=500, epochs=12)  # 120 steps: seen at the third to the twelfth
+    data = digits_in_double()
+    setting = replace(TINY, images=500, epochs=epochs)  # 120 steps, seen at 3 to 12; or 10, at 1
     trials = [Trial(0.05, 1e-3, 0.0, 5.0), Trial(0.1, 1e-2, 0.0, 10.0)]
     found = train(data, setting, METHODS["half_mhe_2"], trials, (3, 4), test=True)
-    seen = [i + 1 for i, step in enumerate(kept) if step[0][1] is not None]
-    assert seen == list(range(3, 13))
-    for layer in range(2):
-        task = sum(kept[i - 1][layer][1].flatten(2).norm(dim=-1) for i in seen)
-        penalty = sum(
-            (kept[i - 1][layer][0] - kept[i - 1][layer][1]).flatten(2).norm(dim=-1) for i in seen
-        )
-        assert torch.allclose(found.early_share[layer], (penalty / task).T)
-    short = replace(setting, epochs=1)
-    assert train(data, short, METHODS["decay"], trials, (3, 4), test=True).early_share.eq(0).all()
-    ratio = found.early_ratio
-    assert ratio.shape == (2, 2, 2)
-    random = uniformity_ratio(HALF_MHE, torch.randn(64, 64))
-    assert ((ratio - random).abs() < 0.1).all()
-    assert not torch.equal(ratio.mean(0), found.before)
+    drawn = draw(data, 4, 500, setting.held_out)
+    images, labels = drawn.train
+    alone = in_own_layers(Networks(setting.architecture(data), 1, (4,)), 0, 0)
+    optimizer = torch.optim.SGD(alone.parameters(), lr=0.1, weight_decay=1e-2, momentum=0.9)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10 * epochs)
+    engine = UniformityRegularizer(HALF_MHE, 10.0, share_limit=None).attach(alone)
+    hidden = [layer for layer in alone if isinstance(layer, nn.Linear)][:-1]
+    task, penalty = torch.zeros(2), torch.zeros(2)
+    chance = torch.Generator().manual_seed(4)
+    step = 0
+    for _ in range(2):
+        order = torch.randperm(500, generator=chance)
+        for chosen in order.split(50):
+            step += 1
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(alone(images[chosen]), labels[chosen]).backward()
+            before = [layer.weight.grad.clone() for layer in hidden]
+            engine.add_gradients(optimizer)
+            if step > epochs - 10:
+                task += torch.stack([grad.norm() for grad in before])
+                added = zip(hidden, before, strict=True)
+                penalty += torch.stack([(one.weight.grad - grad).norm() for one, grad in added])
+            if step == epochs:  # a tenth
+                ratio = [uniformity_ratio(HALF_MHE, layer.weight.detach()) for layer in hidden]
+                assert torch.allclose(found.early_ratio[:, 1, 1], torch.stack(ratio))
+                assert torch.allclose(found.early_share[:, 1, 1], penalty / task)
+                assert (found.early_share > 1e-3).all()
+                return
+            optimizer.step()
+            schedule.step()
+    raise AssertionError
+
+
+def test_nothing_is_seen_of_a_penalty_that_is_not_there():
+    trials = [Trial(0.05, 1e-3)]
+    found = train(load("digits"), TINY, METHODS["decay"], trials, (3, 4), test=True)
+    assert found.early_share.eq(0.0).all()
+    assert found.early_ratio.shape == (2, 1, 2)
 
 
 def cell(setting, method, errors, *, early=(1.0, 0.0), first=None, edges=()):
@@ -177,39 +204,83 @@ def of_setting(number, **means):
     return [cell(number, name, around(mean)) for name, mean in means.items()]
 
 
+def matched(result, **means):
+    """The result with matched controls of these means."""
+    controls = {name: {"test_error": around(mean)} for name, mean in means.items()}
+    return result | {"matched": controls}
+
+
 def test_uniformity_gains_only_beyond_all_controls():
     gain = of_setting(1, decay=9.0, random=8.9, length=8.8, half_mhe_2=7.0, orthogonality=7.5)
     growth = of_setting(2, decay=9.0, random=7.0, length=7.0, half_mhe_2=7.0, orthogonality=8.0)
     half = of_setting(3, decay=9.0, random=8.0, length=6.0, half_mhe_2=7.0, orthogonality=8.0)
     cost = of_setting(4, decay=7.0, random=7.1, length=7.0, half_mhe_2=9.0, orthogonality=7.0)
     without = of_setting(5, decay=7.0, half_mhe_2=5.0)  # no controls there
-    found = beyond_controls([*gain, *growth, *half, *cost, *without])
-    verdicts = {(one.result["name"]): one.verdict for one in found}
+    results = [*gain, *growth, *half, *cost, *without]
+    found = beyond_controls(results)
+    verdicts = {one.result["name"]: one.verdict for one in found}
     assert verdicts["1--half_mhe_2"] == verdicts["1--orthogonality"] == "gain"
     assert verdicts["2--half_mhe_2"] == verdicts["3--half_mhe_2"] == "null"
     assert verdicts["2--orthogonality"] == verdicts["3--orthogonality"] == "null"
     assert verdicts["4--half_mhe_2"] == "cost"
     assert "5--half_mhe_2" not in verdicts
-    clear = {one.result["name"] for one in found if one.is_clear}
-    assert clear == {"1--half_mhe_2", "1--orthogonality"}
-    smallest = min(one.corrected for one in found)
-    largest_p = max(found[0].changes[name].p for name in ("decay", "random", "length"))
-    assert smallest <= found[0].corrected <= len(found) * largest_p * (1 + 1e-9)
+    by_name = {one.result["name"]: one for one in found}
+    assert math.isclose(by_name["3--half_mhe_2"].rest, 1.0, abs_tol=0.1)  # growth alone is best
+    assert {one.result["name"] for one in clear_gains(results)} == {
+        "1--half_mhe_2",
+        "1--orthogonality",
+    }
+    one = by_name["1--half_mhe_2"]
+    largest = max(one.changes[name].p for name in ("decay", "random", "length"))
+    assert largest <= one.corrected <= len(found) * largest * (1 + 1e-9)
 
-    table = control_tables.uniformity_table([*gain, *growth, *half, *cost])
+    four = [*gain, *growth, *half, *cost]
+    table = control_tables.uniformity_table(four)
     assert "| half-space MHE, s = 2 | 4 | 3 | 1 | 1 | 1 |" in table
-    lines = five_lines([*gain, *growth, *half, *cost]).splitlines()
+    lines = five_lines(four).splitlines()
     assert len(lines) == 5
-    assert "half-space MHE gains in 3 and is worse in 1" in lines[0]
-    assert "noise of the same length gains over weight decay in 3 settings" in lines[1]
-    assert "half-space MHE in 1 (worse than all in 1)" in lines[1]
-    clear_gains = control_tables.clear_gains_table([*gain, *cost])
-    assert clear_gains.count("digits") == 2
-    assert "**In no setting**" in control_tables.clear_gains_table([*growth, *cost])
+    assert lines[0].startswith("- **Clear gains in 1 settings**, 1 of them from PyTorch's own")
+    assert "half-space MHE gains in 3, is worse in 1, and fails on 0 seeds" in lines[1]
+    assert "Noise of the same length gains over weight decay in 3 settings" in lines[2]
+    assert "half-space MHE in 1 (worse than all in 1)" in lines[2]
+    assert control_tables.clear_gains_table([*gain, *cost]).count("digits") == 2
+    for text in (control_tables.clear_gains_table(growth), five_lines([*growth, *cost])):
+        assert "**In no setting**" in text
     by_setting = control_tables.controls_by_setting([*gain, *growth])
     first, second = by_setting.splitlines()[2:]
     assert first.endswith("| half-space MHE, s = 2, orthogonality |")
     assert second.endswith("|  |")
+
+
+def test_matched_controls_are_those_of_the_penalty_itself():
+    results = []
+    for number in range(1, 5):
+        results += of_setting(number, decay=9.0, random=9.0, length=9.0)
+        results.append(matched(cell(number, "half_mhe_2", around(7.0)), random=8.0, length=8.5))
+        results.append(matched(cell(number, "mgd", around(7.0)), random=7.0, length=6.0))
+    found = beyond_controls(results)
+    assert {one.matched_verdict for one in found if one.method == "half_mhe_2"} == {"gain"}
+    assert {one.matched_verdict for one in found if one.method == "mgd"} == {"null"}
+    assert {one.verdict for one in found} == {"gain"}
+    table = control_tables.matched_table(results).splitlines()
+    assert table[2] == "| half-space MHE, s = 2 | 4 | 4 | 0 | -1.00 | 4 | 0 | -1.49 | 4 | 0 |"
+    assert table[3] == "| MGD | 4 | 0 | 0 | +0.00 | 0 | 4 | +1.00 | 0 | 0 |"
+    own = METHODS["mgd"]
+    assert replace(METHODS["mgd"], keep="length") == controls_of(own)["length"]
+    assert controls_of(own)["random"].measure == RandomDirection(own.measure)
+    for name in ("decay", "share", "loss", *CONTROLS):
+        assert controls_of(METHODS[name]) == {}
+
+
+def test_seeds_that_fail_are_counted():
+    decay = cell(1, "decay", [10.0, 12.0, 11.0])
+    bad = cell(1, "half_mhe_2", [9.0, 90.0, 24.5])
+    assert failing(bad, decay) == 2
+    assert failing(bad | {"nonfinite": 3}, decay) == 3
+    (one,) = compare([decay, bad])
+    assert one.failed
+    assert "2 fail" in change_cell(one)
+    assert control_tables.failing_seeds([decay, bad], "half_mhe_2") == 2
 
 
 def test_wider_grids_and_changed_verdicts_are_counted():
@@ -262,8 +333,3 @@ def test_clusters_are_resampled_whole():
     assert math.isclose(one.rho, three.rho, abs_tol=1e-9)
     assert math.isclose(one.low, three.low, abs_tol=0.05)
     assert math.isclose(one.high, three.high, abs_tol=0.05)
-
-
-def test_signed_ranks_against_a_number_known_by_hand():
-    assert signed_rank([0.0, 0.0]) == 1.0
-    assert math.isclose(signed_rank([1.0, 2.0, 3.0, 4.0, 5.0]), 2 / 2**5)
