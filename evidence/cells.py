@@ -62,6 +62,7 @@ def asked(cell: Cell, tuning: Sequence[int], testing: Sequence[int]) -> Result:
         "trials": trials,
         "beyond": f"{BEYOND} values outwards",
         "not finite": BROKEN,
+        "of equal ones": "the strongest",
         "matched": [*matched(cell.method)],
         "tuning": list(tuning),
         "testing": list(testing),
@@ -136,12 +137,22 @@ class Tuned:
     @property
     def best(self) -> Trial:
         """The trial with the lowest mean error."""
-        return self.trials[int(self.error.mean(1).argmin())]
+        return lowest(self.trials, self.error)
 
     @property
     def first_best(self) -> Trial:
         """The best of the first."""
-        return self.trials[int(self.error[: len(self.first)].mean(1).argmin())]
+        return lowest(self.first, self.error[: len(self.first)])
+
+
+def lowest(trials: Sequence[Trial], error: torch.Tensor) -> Trial:
+    """The trial with the lowest mean error (trials, seeds); of equal ones the strongest.
+
+    Equal are above all those of which none has begun to learn.
+    """
+    means = error[: len(trials)].mean(1)
+    equal = [trial for trial, mean in zip(trials, means, strict=True) if mean == means.min()]
+    return max(equal, key=lambda trial: (trial.strength, trial.rate, -trial.decay))
 
 
 def tune(data: Data, cell: Cell, seeds: Sequence[int]) -> Tuned:

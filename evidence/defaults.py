@@ -299,7 +299,7 @@ def tune(cell: Cell) -> running.Result:
 def _tuning_asked(cell: Cell) -> running.Result:
     """What the first run would have asked: sixteen trials, whatever they came to."""
     found = running.asked(cell, TUNING_SEEDS, FRESH[:2])
-    for later in ("beyond", "not finite", "matched"):
+    for later in ("beyond", "not finite", "of equal ones", "matched"):
         del found[later]
     del found["method"]["keep"]
     return found

@@ -4,7 +4,9 @@ import itertools
 import math
 
 import pytest
+import torch
 
+from evidence.cells import lowest
 from evidence.data import load
 from evidence.grid import AXES, BEYOND, Grid, Trial, edges, values_of
 from evidence.methods import METHODS
@@ -94,6 +96,18 @@ def test_windows_follow_the_best_along_a_long_axis():
     tried = [*GRID.first(), trial(16.0, 1.0, 9.0), trial(32.0, 1.0, 9.0)]
     more = GRID.wider(tried, trial(16.0, 100.0, 9.0))
     assert sorted({one.rate for one in more}) == [4.0, 8.0, 16.0, 32.0]
+
+
+def test_of_equal_trials_the_strongest_is_taken():
+    trials = [
+        trial(1.0, 0.1, 3.0),
+        trial(2.0, 1.0, 9.0),
+        trial(1.0, 1.0, 9.0),
+        trial(2.0, 0.1, 9.0),
+    ]
+    assert lowest(trials, torch.full((4, 3), 90.0)) == trials[3]
+    errors = torch.tensor([[90.0], [90.0], [89.0], [90.0]])
+    assert lowest(trials, errors) == trials[2]
 
 
 def test_edges_are_flagged():
