@@ -65,6 +65,16 @@ def test_a_random_direction_is_perpendicular_as_long_and_drawn_anew():
     )
 
 
+def test_noise_parts_what_has_collapsed_up_to_as_random_and_no_further():
+    torch.manual_seed(0)
+    x = 1.0 + 0.2 * torch.randn(64, 32)
+    assert uniformity_ratio(HALF_MHE, x) > 3.0
+    for _ in range(300):
+        drawn = RandomDirection(HALF_MHE).value_and_grad(x)[1]
+        x = x + 0.1 * x.norm(dim=-1, keepdim=True) * nn.functional.normalize(drawn, dim=-1)
+    assert abs(float(uniformity_ratio(HALF_MHE, x)) - 1.0) < 0.05
+
+
 def test_a_random_direction_of_zero_or_equal_neurons_is_finite():
     for x in (torch.zeros(4, 5), torch.ones(4, 5)):
         _, grad = RandomDirection(HALF_MHE).value_and_grad(x)
