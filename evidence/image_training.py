@@ -1,7 +1,8 @@
 """One run of ``python -m evidence.images``: a network, a recipe, a method and a seed, through Lightning.
 
-A run is a function of its settings and its seed: batches and crops depend on the seed and the
-step alone, so that all methods of a seed see the same, and so does a run that goes on from a checkpoint.
+On a CPU a run is a function of its settings and its seed; on a GPU it is one unless kernels add in
+another order. Batches and crops depend on the seed and the step alone, so that all methods of a seed
+see the same, and so does a run that goes on from a checkpoint.
 """
 
 from __future__ import annotations
@@ -20,17 +21,22 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
+from evidence.cells import code
 from evidence.data import NAMED, Data, MissingDataError, load
 from evidence.image_methods import callbacks
 from evidence.image_networks import build
 from lightning_hsu import HypersphericalUniformity, UniformityRegularizer
 
+DECIDING = ("cifar", "controls", "data", "image_methods", "image_networks", "image_training")
+"""The modules beside the library that decide the numbers of a run."""
 BATCH = 128
 SMOOTHING = 0.01
 FLOOR = 1e-4
 """What CNN-9's loss adds to every probability."""
 DROPS = (0.4, 2 / 3, 13 / 15)
 """Of all steps, where CNN-9's learning rate falls to a tenth."""
+LAST = "last.ckpt"
+"""The name of a run's last checkpoint."""
 WARM_UP = 0.05
 """Of all steps, in which a ViT's learning rate rises."""
 
@@ -190,6 +196,8 @@ class Classifier(pl.LightningModule):
         seed: Decides how images are moved.
 
     Attributes:
+        asked: What decides the numbers; it goes with the checkpoint.
+        code: Digests of the code of all parts of this run.
         errors: In percent, one a test.
         seconds: Of a processor, before the checkpoint that this run goes on from.
     """
@@ -203,6 +211,8 @@ class Classifier(pl.LightningModule):
         self.rate = rate
         self.steps = steps
         self.seed = seed
+        self.asked: dict[str, Any] = {}
+        self.code = [code(DECIDING)]
         self.errors: list[float] = []
         self.seconds = 0.0
         self._since = time.process_time()
@@ -232,12 +242,15 @@ class Classifier(pl.LightningModule):
         self.errors.append(float(self.trainer.callback_metrics["test/error"]))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Errors and time so far go with the checkpoint."""
+        """What was asked, and code, errors and time so far, go with the checkpoint."""
+        checkpoint["asked"] = self.asked
+        checkpoint["code"] = self.code
         checkpoint["errors"] = self.errors
         checkpoint["seconds"] = self.elapsed()
 
     def on_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
         """Go on with them."""
+        self.code = sorted({*checkpoint["code"], *self.code})
         self.errors = list(checkpoint["errors"])
         self.seconds = checkpoint["seconds"]
         self._since = time.process_time()
@@ -335,12 +348,17 @@ def train(settings: Settings, method: str, seed: int, folder: Path) -> dict[str,
 
     Returns:
         What JSON holds of it.
+
+    Raises:
+        MissingDataError: if the checkpoint was made with other settings.
     """
+    first = first_step(settings, method, seed, folder)
     data = loaded(settings.data)
     recipe = RECIPES[settings.network]
     pl.seed_everything(seed, verbose=False)
     network = build(settings.network, data.shape, data.classes, settings.width)
     module = Classifier(network, recipe, settings.rate, settings.steps, seed)
+    module.asked = settings.asked(method, seed)
     before = ratios(network)
     acting = callbacks(method, network)
     trainer = pl.Trainer(
@@ -359,16 +377,12 @@ def train(settings: Settings, method: str, seed: int, folder: Path) -> dict[str,
         enable_model_summary=False,
         enable_progress_bar=False,
     )
-    last = folder / "last.ckpt"
-    first = 0
-    if last.exists():
-        first = torch.load(last, map_location="cpu", weights_only=False)["global_step"]
     trained_on, judged = _datasets(data, settings, seed, first)
     trainer.fit(
         module,
         DataLoader(trained_on, BATCH // trainer.world_size),
         DataLoader(judged, 500),
-        ckpt_path=last if first else None,
+        ckpt_path=folder / LAST if first else None,
         weights_only=False,
     )
     found: dict[str, Any] = {
@@ -380,13 +394,42 @@ def train(settings: Settings, method: str, seed: int, folder: Path) -> dict[str,
         "ratio_before": before,
         "ratio_after": ratios(network),
         "seconds": round(module.elapsed()),
-        "asked": settings.asked(method, seed),
+        "asked": module.asked,
+        "code": module.code,
     }
     for callback in acting:
         if isinstance(callback, HypersphericalUniformity):
             found["measure"] = repr(callback.measure)
             found["coefficients"] = [callback.coefficient, callback.head_coefficient]
     return found
+
+
+def first_step(settings: Settings, method: str, seed: int, folder: Path) -> int:
+    """The step at which a run goes on; 0 where it has no checkpoint.
+
+    Raises:
+        MissingDataError: if the checkpoint was made with other settings.
+    """
+    last = folder / LAST
+    if not last.exists():
+        return 0
+    checkpoint = torch.load(last, map_location="cpu", mmap=True, weights_only=False)
+    refuse_others(last, checkpoint.get("asked", {}), settings.asked(method, seed))
+    return int(checkpoint["global_step"])
+
+
+def refuse_others(path: Path, made: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Refuse what was made with other settings than are asked for.
+
+    Raises:
+        MissingDataError: it names each of them.
+    """
+    others = []
+    for name in {**wanted, **made}:
+        if made.get(name) != wanted.get(name):
+            others.append(f"{name} = {made.get(name)}, not {wanted.get(name)}")
+    if others:
+        raise MissingDataError(f"{path} was made with {'; '.join(others)}: name another --out")
 
 
 def _datasets(

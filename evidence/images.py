@@ -29,8 +29,8 @@ at the initial weights); ``default``, the callback as it comes; and three contro
 ``direction`` (its steps, with the norms that neurons would have without it) and ``length`` (steps
 without it, with the norms that neurons would have with it).
 
-Ended and called again it goes on from the last checkpoints, on the same batches and crops. On several
-devices a few test images may count twice.
+Ended and called again it goes on from the last checkpoints, on the same batches and crops; what was
+made with other settings is refused. On several devices a few test images may count twice.
 """
 
 from __future__ import annotations
@@ -54,7 +54,15 @@ from evidence.data import MissingDataError
 from evidence.documents import quoted
 from evidence.image_methods import CHOICES, METHODS
 from evidence.image_networks import WIDTHS
-from evidence.image_training import BATCH, RECIPES, Settings, check, train
+from evidence.image_training import (
+    BATCH,
+    RECIPES,
+    Settings,
+    check,
+    first_step,
+    refuse_others,
+    train,
+)
 from evidence.statistics import Paired, holm, paired
 from evidence.tables import error_cell, markdown
 
@@ -96,14 +104,14 @@ def main() -> int:
             for method in args.methods:
                 jobs.append((settings, method, seed, folder / f"{method}-{seed}.json"))
         missing = [job for job in jobs if not is_done(job)]
+        if args.jobs > 1 and len(missing) > 1:
+            _run_beside(missing, args.jobs)
+        else:
+            for job in missing:
+                run(job)
     except MissingDataError as error:
         print(error, file=sys.stderr)
         return 2
-    if args.jobs > 1 and len(missing) > 1:
-        _run_beside(missing, args.jobs)
-    else:
-        for job in missing:
-            run(job)
     if rank_zero_only.rank:
         return 0
     runs = [running.read(path) for *_, path in jobs]
@@ -189,17 +197,13 @@ def is_done(job: Job) -> bool:
     """Whether there is a result.
 
     Raises:
-        MissingDataError: if it was made with other settings than are asked for.
+        MissingDataError: if it, or its checkpoint, was made with other settings than are asked for.
     """
     settings, method, seed, path = job
     if not path.exists():
+        first_step(settings, method, seed, path.with_suffix(""))
         return False
-    made = running.read(path)["asked"]
-    for name, wanted in settings.asked(method, seed).items():
-        if made.get(name) != wanted:
-            raise MissingDataError(
-                f"{path} was made with {name} = {made.get(name)}, not {wanted}: name another --out"
-            )
+    refuse_others(path, running.read(path)["asked"], settings.asked(method, seed))
     return True
 
 
@@ -241,12 +245,26 @@ def section(runs: Sequence[Run]) -> str:
     if asked["validate"]:
         judged = f"{asked['validate']} held-out images"
     head = (
-        f"**{asked['data']}, {TITLES[asked['network']]}**, width {asked['width']}, "
-        f"{asked['images']} training images, {asked['steps']} steps of {BATCH} images, "
+        f"**{asked['data']}, {TITLES[asked['network']]}**, {_size(asked)}, "
         f"learning rate {asked['rate']:g}, {seeds} seeds, judged on {judged}; "
-        f"{hours:.2f} core hours."
+        f"{hours:.2f} core hours{_versions(runs)}."
     )
     return f"{head}\n\n{table(runs)}"
+
+
+def _size(asked: Mapping[str, Any]) -> str:
+    return (
+        f"width {asked['width']}, {asked['images']} training images, "
+        f"{asked['steps']} steps of {BATCH} images"
+    )
+
+
+def _versions(runs: Sequence[Run]) -> str:
+    """How many versions of the code made the runs, if more than one; runs without one are of one."""
+    found = set()
+    for one in runs:
+        found.update(one.get("code", ["unknown"]))
+    return f", made by {len(found)} versions of the code" if len(found) > 1 else ""
 
 
 def block() -> str:

@@ -268,6 +268,44 @@ def test_results_of_other_settings_are_not_taken(tmp_path):
         is_done((other, "none", 0, path))
 
 
+@RESUMES
+def test_checkpoints_of_other_settings_are_not_gone_on_from(tmp_path, monkeypatch, capsys):
+    settings = replace(DIGITS, steps=2)
+    path = tmp_path / settings.name / "none-0.json"
+    found = train(settings, "none", 0, path.with_suffix(""))
+    assert not is_done((settings, "none", 0, path))
+    other = replace(settings, test_every=1, precision="bf16-mixed")
+    told = "test_every = 2, not 1; precision = 32-true, not bf16-mixed: name another --out"
+    with pytest.raises(MissingDataError, match=f"last.ckpt was made with {told}"):
+        train(other, "none", 0, path.with_suffix(""))
+    line = "--data digits --width 4 --rate 0.02 --steps 2 --images 256 --methods none --seeds 0"
+    line += f" --test-every 1 --out {tmp_path}"
+    monkeypatch.setattr(sys, "argv", ["images", *line.split()])
+    assert images.main() == 2
+    assert "test_every = 2, not 1: name another --out" in capsys.readouterr().err
+    assert train(settings, "none", 0, path.with_suffix(""))["errors"] == found["errors"]
+
+
+@RESUMES
+def test_a_result_names_the_code_of_all_its_parts(tmp_path, monkeypatch):
+    settings = replace(DIGITS, steps=2)
+    assert train(settings, "none", 0, tmp_path)["code"] == [running.code(training.DECIDING)]
+    monkeypatch.setattr(training, "code", lambda _: "another")
+    made = train(settings, "none", 0, tmp_path)["code"]
+    assert set(made) == {running.code(training.DECIDING), "another"}
+
+
+@pytest.mark.any_cpu
+def test_the_digest_is_of_all_modules_that_decide():
+    assert running.code() == running.code(running.DECIDING)
+    assert running.code(training.DECIDING) != running.code()
+    for name in training.DECIDING:
+        source = (ROOT / f"evidence/{name}.py").read_text()
+        imported = re.findall(r"from evidence\.(\w+) import", source)
+        imported += re.findall(r"from evidence import (\w+)", source)
+        assert {*imported} <= {*training.DECIDING, "cells", "errors"}
+
+
 def test_orthogonality_is_as_long_as_the_preset():
     torch.manual_seed(0)
     network = build("resnet18", (1, 28, 28), 10, 4)
@@ -536,6 +574,13 @@ def test_a_section_says_what_was_run():
         "**scikit-learn's digits, CNN-9**, width 4, 256 training images, 4 steps of 128 images, "
         "learning rate 0.02, 3 seeds, judged on test images; 3.00 core hours."
     )
+    runs = constructed()[0]
+    for one in runs:
+        one["code"] = ["one"]
+    assert section(runs).splitlines()[0] == head
+    runs[3]["code"] = ["one", "two"]
+    del runs[5]["code"]
+    assert "3.00 core hours, made by 3 versions of the code." in section(runs)
 
 
 def test_its_own_readme_quotes_the_committed_images():
