@@ -44,12 +44,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from lightning.pytorch.utilities import rank_zero_only
 
 from evidence import cells as running
+from evidence.controls import Part
 from evidence.data import MissingDataError
 from evidence.documents import quoted
 from evidence.image_methods import CHOICES, METHODS
@@ -173,6 +174,12 @@ def _arguments() -> argparse.Namespace:
         parser.error("--commit takes two seeds or more, judged on test images")
     args.seeds = list(dict.fromkeys(args.seeds))
     args.methods = list(dict.fromkeys(args.methods))
+    halves = [name for name in args.methods if name in get_args(Part)]
+    if halves and args.precision in ("16", "16-mixed"):
+        parser.error(
+            f"--precision {args.precision} leaves out steps in which something overflows, which the "
+            f"twin behind {' and '.join(halves)} would take: take bf16-mixed or 32-true"
+        )
     return args
 
 

@@ -249,6 +249,8 @@ def test_what_cannot_be_trained_on_is_refused(monkeypatch):
         ("--data digits --devices 2 --methods random", "take one device a run"),
         ("--data digits --commit --seeds 0", "--commit takes two seeds or more"),
         ("--data digits --commit --validate 100", "judged on test images"),
+        ("--data digits --methods none length --precision 16-mixed", "behind length would take"),
+        ("--data digits --methods direction --precision 16", "take bf16-mixed or 32-true"),
     ],
 )
 def test_a_line_that_cannot_be_run_is_refused(monkeypatch, capsys, line, told):
