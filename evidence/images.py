@@ -1,6 +1,6 @@
 """``python -m evidence.images``: CNN-9, ResNet-18 and a small ViT with a penalty, without, and with controls.
 
-    python -m evidence.images --data cifar10 --network resnet18 --methods none half_mhe_2 random --seeds 0 1 2
+    python -m evidence.images --data cifar10 --network resnet18 --methods none half_mhe_2 random length
 
 No number is tuned for a penalty. Pixels are bytes, 0 to 255, scaled to -1 to 1; batches have 128
 images over all devices, moved by up to 4 pixels with mirrored edges and flipped.
@@ -64,8 +64,9 @@ from evidence.image_training import (
     refuse_others,
     train,
 )
-from evidence.statistics import Paired, holm, paired
+from evidence.statistics import Paired, holm, interval, paired
 from evidence.tables import error_cell, markdown
+from evidence.uniformity import of_all
 
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER / "results" / "images"
@@ -76,6 +77,9 @@ MARKS = (
 )
 CONTROLS = ("random", "length")
 """What methods are compared with beside none."""
+RIVALS = ("none", *CONTROLS)
+"""What a penalty has to be beyond, for its gain to be uniformity's."""
+NO_PENALTY = (*RIVALS, "direction")
 TITLES = {
     "cnn9": "CNN-9",
     "resnet18": "ResNet-18",
@@ -119,7 +123,8 @@ def main() -> int:
     print(f"\n{section(runs)}")
     if args.commit:
         lines = ",\n".join(json.dumps(one, allow_nan=False) for one in runs)
-        running.write_whole(RESULTS / f"{settings.name}.json", f"[\n{lines}\n]\n")
+        folder = RESULTS / "rates" if settings.validate else RESULTS
+        running.write_whole(folder / f"{settings.name}.json", f"[\n{lines}\n]\n")
         running.write_whole(README, quoted(README.read_text(), block(), MARKS))
     return 0
 
@@ -137,7 +142,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--methods", nargs="+", default=[*METHODS], choices=CHOICES, metavar="METHOD"
     )
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--steps", type=int, default=75_000)
     parser.add_argument("--rate", type=float, help="learning rate at first; else the recipe's")
     parser.add_argument(
@@ -160,7 +165,12 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--devices", default="1")
     parser.add_argument("--precision", default="32-true")
     parser.add_argument("--jobs", type=int, default=1, help="processes of one thread")
-    parser.add_argument("--commit", action="store_true", help="write evidence/results and README")
+    parser.add_argument(
+        "--commit",
+        action="store_true",
+        help="write evidence/results and README: methods with their controls, or, with --validate, "
+        "how good a learning rate is without a penalty",
+    )
     parser.add_argument("--out", default="out/images")
     parser.add_argument(
         "--table", metavar="FOLDER", help="only print the table of the runs in a folder"
@@ -170,8 +180,6 @@ def _arguments() -> argparse.Namespace:
         parser.error("say either --data, to train, or --table, to print what is there")
     if args.devices != "1" and (args.jobs > 1 or "random" in args.methods):
         parser.error("--jobs, and the method random, take one device a run: --devices 1")
-    if args.commit and (args.validate or len(args.seeds) < 2):
-        parser.error("--commit takes two seeds or more, judged on test images")
     args.seeds = list(dict.fromkeys(args.seeds))
     args.methods = list(dict.fromkeys(args.methods))
     halves = [name for name in args.methods if name in get_args(Part)]
@@ -180,6 +188,15 @@ def _arguments() -> argparse.Namespace:
             f"--precision {args.precision} leaves out steps in which something overflows, which the "
             f"twin behind {' and '.join(halves)} would take: take bf16-mixed or 32-true"
         )
+    if args.commit and args.validate:
+        if args.methods != ["none"]:
+            parser.error("--commit --validate keeps learning rates: take --methods none")
+    elif args.commit:
+        lacking = [name for name in RIVALS if name not in args.methods]
+        if lacking:
+            parser.error(f"--commit takes {', '.join(RIVALS)} beside others: add {lacking}")
+        if len(args.seeds) < 2:
+            parser.error("--commit takes two seeds or more; one with --validate")
     return args
 
 
@@ -275,22 +292,46 @@ def _versions(runs: Sequence[Run]) -> str:
 
 
 def block() -> str:
-    """What the README quotes: the sections of all committed results."""
-    parts = []
-    hours = 0.0
-    for path in sorted(RESULTS.glob("*.json")):
-        runs = running.read(path)
-        hours += sum(run["seconds"] for run in runs) / 3600
-        parts.append(section(runs))
+    """What the README quotes: the sections of all committed results, and the learning rates."""
+    results = [running.read(path) for path in sorted(RESULTS.glob("*.json"))]
+    tried = [running.read(path) for path in sorted(RESULTS.glob("rates/*.json"))]
+    parts = [section(runs) for runs in results]
+    if tried:
+        parts.append(f"**Learning rates**, chosen without a penalty:\n\n{rates_table(tried)}")
     if not parts:
         return "Not run."
+    hours = sum(run["seconds"] for runs in results + tried for run in runs) / 3600
     legend = (
         "Error in %, mean over seeds (standard error); changes of the last error in points (standard "
-        "error), and the seeds on which it is lower. p: paired t test against none, corrected by "
-        "Holm within a table. Largest ratio: of a layer, half-space energy over that of random "
+        "error), and the seeds on which it is lower; ± 95 %: half the width of its 95 % interval, the "
+        "smallest change that such seeds could have shown, uncorrected. p: paired t test against "
+        "none, corrected for all methods of a table (Holm). p beyond all: the largest of those "
+        "against none, random and length, 1 if their signs differ, corrected for all penalties of a "
+        "table (Holm). Largest ratio: of a layer, half-space energy over that of random "
         f"neurons, before → after training. {hours:.1f} core hours in all."
     )
     return "\n\n".join([legend, *parts])
+
+
+def rates_table(tried: Sequence[Sequence[Run]]) -> str:
+    """A row a learning rate: the mean last error on held-out images; of a network the best is bold.
+
+    Args:
+        tried: The runs of each rate, without a penalty.
+    """
+    found: dict[tuple[str, int], dict[float, float]] = {}
+    for runs in tried:
+        asked = runs[0]["asked"]
+        network = f"{asked['data']}, {TITLES[asked['network']]}, {_size(asked)}"
+        errors = found.setdefault((network, asked["validate"]), {})
+        errors[asked["rate"]] = mean(run["errors"][-1] for run in runs)
+    rows = []
+    for (network, held_out), errors in sorted(found.items()):
+        best = min(errors, key=lambda rate: errors[rate])
+        for rate, error in sorted(errors.items()):
+            mark = "**" if rate == best else ""
+            rows.append([network, held_out, f"{mark}{rate:g}{mark}", f"{mark}{error:.2f}{mark}"])
+    return markdown(["network", "held-out images", "learning rate", "held-out error"], rows)
 
 
 def table(runs: Sequence[Run]) -> str:
@@ -303,16 +344,19 @@ def table(runs: Sequence[Run]) -> str:
     last = {name: [run["errors"][-1] for run in own] for name, own in by_method.items()}
     changes = {}
     if seeds > 1:
-        for other in ("none", *CONTROLS):
+        for other in RIVALS:
             if other in last:
                 rivals = [name for name in last if name not in ("none", other)]
                 changes[other] = {name: paired(last[name], last[other]) for name in rivals}
     from_none = changes.get("none", {})
     corrected = holm([one.p for one in from_none.values()])
     p = dict(zip(from_none, corrected, strict=True))
-    head = ["method", "last error", "best error", "change of the last", "p (Holm)"]
+    beyond = _beyond_all(changes)
+    head = ["method", "last error", "best error", "change of the last", "± 95 %", "p (Holm)"]
     controls = [other for other in CONTROLS if other in changes]
     head += [f"from {other}" for other in controls]
+    if beyond:
+        head.append("p beyond all (Holm)")
     head += ["largest ratio", "not finite"]
     rows = []
     for name, own in by_method.items():
@@ -321,12 +365,40 @@ def table(runs: Sequence[Run]) -> str:
             row[1] = error_cell({"test_error": last[name]})
         row.append(f"{mean(run['best'] for run in own):.2f}")
         row.append(_change(from_none.get(name)))
-        row.append(f"{p[name]:.2g}" if name in p else "")
+        row.append(_half_width(last[name], last["none"]) if name in from_none else "")
+        row.append(_p(p.get(name)))
         row += [_change(changes[other].get(name)) for other in controls]
+        if beyond:
+            row.append(_p(beyond.get(name)))
         row.append(f"{_largest(own, 'ratio_before')} → {_largest(own, 'ratio_after')}")
         row.append(sum(not run["finite"] for run in own))
         rows.append(row)
     return markdown(head, rows)
+
+
+def _beyond_all(changes: Mapping[str, Mapping[str, Paired]]) -> dict[str, float]:
+    """Of each penalty the p of its difference from all rivals in one direction, corrected.
+
+    Args:
+        changes: By rivals, of each method. Where one of them was not run nothing is found.
+    """
+    if not set(RIVALS) <= changes.keys():
+        return {}
+    found = {}
+    for name in changes["none"]:
+        if name not in NO_PENALTY:
+            found[name] = of_all([changes[rival][name] for rival in RIVALS])
+    return dict(zip(found, holm([*found.values()]), strict=True))
+
+
+def _p(value: float | None) -> str:
+    return "" if value is None else f"{value:.2g}"
+
+
+def _half_width(method: Sequence[float], baseline: Sequence[float]) -> str:
+    """Of the 95 % interval of their mean difference."""
+    low, high = interval(method, baseline)
+    return f"{(high - low) / 2:.2f}"
 
 
 def _by_method(runs: Sequence[Run]) -> dict[str, list[Run]]:

@@ -98,9 +98,9 @@ def beyond_controls(results: Iterable[Result], methods: Sequence[str] = PENALTIE
                 changes = _changes(own, name)
                 matched = _matched(own[name])
                 found.append(Beyond(setting_title(own[name]), own[name], changes, matched))
-                p.append(_of_all([changes[control] for control in CONTROLS]))
+                p.append(of_all([changes[control] for control in CONTROLS]))
                 beside = [changes["decay"], *matched.values()]
-                matched_p.append(_of_all(beside) if matched else 1.0)
+                matched_p.append(of_all(beside) if matched else 1.0)
     corrected = []
     for one, value, other in zip(found, holm(p), holm(matched_p), strict=True):
         corrected.append(replace(one, corrected=value, matched_corrected=other))
@@ -139,7 +139,7 @@ def _matched(result: Result) -> dict[str, Paired]:
     return found
 
 
-def _of_all(changes: Sequence[Paired]) -> float:
+def of_all(changes: Sequence[Paired]) -> float:
     """The p of a difference from all of them in one direction: the largest; 1 if they disagree."""
     signs = {change.mean < 0 for change in changes}
     return max(change.p for change in changes) if len(signs) == 1 else 1.0

@@ -248,7 +248,8 @@ def test_what_cannot_be_trained_on_is_refused(monkeypatch):
         ("--data digits --devices 2 --jobs 2 --methods none", "take one device a run"),
         ("--data digits --devices 2 --methods random", "take one device a run"),
         ("--data digits --commit --seeds 0", "--commit takes two seeds or more"),
-        ("--data digits --commit --validate 100", "judged on test images"),
+        ("--data digits --commit --validate 100", "keeps learning rates: take --methods none"),
+        ("--data digits --commit --methods none mgd random", "add ['length']"),
         ("--data digits --methods none length --precision 16-mixed", "behind length would take"),
         ("--data digits --methods direction --precision 16", "take bf16-mixed or 32-true"),
     ],
@@ -542,20 +543,45 @@ def test_the_table_tells_changes_from_none_and_from_the_controls():
     runs[3]["ratio_after"]["b"] = None
     runs[4] |= {"finite": False}
     lines = [line.split(" | ") for line in table(runs[::-1]).splitlines()]
-    assert lines[0][5:7] == ["from random", "from length"]
+    assert lines[0][6:9] == ["from random", "from length", "p beyond all (Holm)"]
     assert [line[0] for line in lines[2:]] == ["| none", "| half_mhe_2", "| random", "| length"]
     cells = lines[3]
     assert cells[1:3] == ["20.83 (1.17)", "18.00"]
     assert cells[3] == "-1.17 (0.17), 3/3"
+    assert cells[4] == f"{4.302653 / 6:.2f}"  # Student's t of two degrees of freedom, times 1/6
     p = paired(last["half_mhe_2"], last["none"]).p
-    assert cells[4] == f"{3 * p:.2g}"  # the smallest of three
-    assert cells[5] == "-1.33 (0.17), 3/3"
-    assert cells[6] == "-0.17 (0.33), 2/3"
-    assert cells[7] == "1.10 → 1.33"  # of 1.0, 1.5 and 1.5
-    assert cells[8] == "1 |"
-    assert lines[2][3:7] == ["", "", "", ""]
-    assert lines[4][5] == ""
-    assert lines[5][5].startswith("-1.17 (")
+    assert cells[5] == f"{3 * p:.2g}"  # the smallest of three
+    assert cells[6] == "-1.33 (0.17), 3/3"
+    assert cells[7] == "-0.17 (0.33), 2/3"
+    assert cells[8] == f"{paired(last['half_mhe_2'], last['length']).p:.2g}"  # the largest
+    assert cells[9] == "1.10 → 1.33"  # of 1.0, 1.5 and 1.5
+    assert cells[10] == "1 |"
+    assert lines[2][3:9] == [""] * 6
+    assert lines[4][6] == ""
+    assert lines[4][8] == ""
+    assert lines[5][6].startswith("-1.17 (")
+    assert lines[5][8] == ""
+
+
+def test_what_is_beyond_all_is_corrected_for_the_penalties_alone():
+    runs, last = constructed()
+    more = {
+        "mgd": [15.0, 16.0, 18.0],
+        "direction": [15.0, 16.1, 18.0],
+        "default": [20.2, 21.6, 24.0],  # lower than none and random, higher than length
+    }
+    for method, errors in more.items():
+        runs += [made(method, seed, [error]) for seed, error in enumerate(errors)]
+    rows = [line.split(" | ") for line in table(runs).splitlines()]
+    beyond = {row[0].removeprefix("| "): row[8] for row in rows}
+    largest = max(paired(more["mgd"], last[name]).p for name in ("none", "random", "length"))
+    assert 3 * largest < 1
+    assert beyond["mgd"] == f"{3 * largest:.2g}"
+    assert beyond["default"] == "1"
+    assert {beyond[name] for name in ("none", "random", "direction", "length")} == {""}
+    without = table([one for one in runs if one["method"] != "length"])
+    assert "from random" in without
+    assert "beyond" not in without
 
 
 def test_only_seeds_that_all_methods_have_count():
@@ -564,7 +590,7 @@ def test_only_seeds_that_all_methods_have_count():
     assert table(runs[:-1]) == alike
     one_seed = table([one for one in runs if one["seed"] == 0]).splitlines()
     assert "from random" not in one_seed[0]
-    assert one_seed[3].startswith("| half_mhe_2 | 19.00 | 18.00 |  |  |")
+    assert one_seed[3].startswith("| half_mhe_2 | 19.00 | 18.00 |  |  |  |")
     assert "from random" not in table(runs[:6])
     with pytest.raises(SystemExit, match="no seed that all methods have"):
         table([runs[0], runs[4]])
@@ -585,6 +611,36 @@ def test_a_section_says_what_was_run():
     assert "3.00 core hours, made by 3 versions of the code." in section(runs)
 
 
+def test_learning_rates_are_kept_and_the_best_is_bold(tmp_path, monkeypatch, capsys):
+    (tmp_path / "README.md").write_text("\n\n".join(["Before.", *images.MARKS, "After."]))
+    monkeypatch.setattr(images, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(images, "README", tmp_path / "README.md")
+    held_out = {"0.01": 30.0, "0.02": 20.0, "0.1": 25.0}
+
+    def run(job):
+        settings, method, seed, path = job
+        found = made(method, seed, [40.0, held_out[f"{settings.rate:g}"]])
+        running.write_whole(path, json.dumps(found | {"asked": settings.asked(method, seed)}))
+
+    monkeypatch.setattr(images, "run", run)
+    what = "--data digits --images 256 --width 4 --steps 4 --methods none --seeds 1000"
+    line = [*what.split(), "--validate", "100", "--out", str(tmp_path / "out"), "--commit"]
+    for rate in held_out:
+        monkeypatch.setattr(sys, "argv", ["images", *line, "--rate", rate])
+        assert images.main() == 0
+    kept = sorted(path.name for path in (tmp_path / "results/rates").iterdir())
+    start = "digits-cnn9-width4-steps4-rate"
+    assert kept == [f"{start}{rate}-n256-validate100.json" for rate in held_out]
+    lines = (tmp_path / "README.md").read_text().splitlines()
+    network = "scikit-learn's digits, CNN-9, width 4, 256 training images, 4 steps of 128 images"
+    assert lines[lines.index("| --- | --- | --- | --- |") + 1 :][:4] == [
+        f"| {network} | 100 | 0.01 | 30.00 |",
+        f"| {network} | 100 | **0.02** | **20.00** |",
+        f"| {network} | 100 | 0.1 | 25.00 |",
+        "",
+    ]
+
+
 def test_its_own_readme_quotes_the_committed_images():
     text = images.README.read_text()
     assert quoted(text, block(), images.MARKS) == text
@@ -594,7 +650,7 @@ def test_the_readme_has_the_committed_runs_of_the_published_recipe(monkeypatch, 
     monkeypatch.setattr(sys, "argv", ["images", "--table", str(ROOT / CNN9_RUNS)])
     assert images.main() == 0
     told = capsys.readouterr().out.strip()
-    assert told in (ROOT / "README.md").read_text()
+    assert told in (ROOT / "docs/evidence.md").read_text()
     assert len(told.splitlines()) == 2 + 3
     assert len(read_folder(ROOT / CNN9_RUNS)) == 3 * 5
     with pytest.raises(SystemExit, match="holds no result of a run"):
@@ -604,8 +660,8 @@ def test_the_readme_has_the_committed_runs_of_the_published_recipe(monkeypatch, 
 @pytest.mark.slow
 @RESUMES
 def test_images_go_on_from_their_last_checkpoints_and_are_committed(tmp_path, monkeypatch, capsys):
-    what = "--data digits --images 512 --methods none half_mhe_2 length --seeds 0 1 --width 4"
-    how = "--steps 6 --test-every 2 --accelerator cpu"
+    what = "--data digits --images 512 --methods none half_mhe_2 random length --seeds 0 1"
+    how = "--width 4 --steps 6 --test-every 2 --accelerator cpu"
     arguments = [*what.split(), *how.split()]
     folder = tmp_path / "out/images/digits-cnn9-width4-steps6-rate0.1-n512"
     with begun("evidence.images", arguments, tmp_path) as run:
@@ -633,7 +689,7 @@ def test_images_go_on_from_their_last_checkpoints_and_are_committed(tmp_path, mo
     assert running.read(committed) == [
         json.loads((folder / f"{method}-{seed}.json").read_text())
         for seed in (0, 1)
-        for method in ("none", "half_mhe_2", "length")
+        for method in ("none", "half_mhe_2", "random", "length")
     ]  # fmt: skip
     monkeypatch.setattr(images, "run", None)  # nothing is left to do
     assert images.main() == 0
