@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 import lightning_hsu
+from evidence.comparisons import UNTRAINED
 from evidence.data import NAMED, Data, load
 from evidence.grid import BEYOND, Trial, edges
 from evidence.methods import matched
@@ -62,7 +63,7 @@ def asked(cell: Cell, tuning: Sequence[int], testing: Sequence[int]) -> Result:
         "trials": trials,
         "beyond": f"{BEYOND} values outwards",
         "not finite": BROKEN,
-        "of equal ones": "the strongest",
+        "of equal ones": "the first, or where none trains the strongest",
         "matched": [*matched(cell.method)],
         "tuning": list(tuning),
         "testing": list(testing),
@@ -146,11 +147,13 @@ class Tuned:
 
 
 def lowest(trials: Sequence[Trial], error: torch.Tensor) -> Trial:
-    """The trial with the lowest mean error (trials, seeds); of equal ones the strongest.
+    """The trial with the lowest mean error (trials, seeds); of equal ones the first.
 
-    Equal are above all those of which none has begun to learn.
+    Where none has begun to learn, many are equal: there the strongest of them, since more is wanted.
     """
     means = error[: len(trials)].mean(1)
+    if means.min() < UNTRAINED:
+        return trials[int(means.argmin())]
     equal = [trial for trial, mean in zip(trials, means, strict=True) if mean == means.min()]
     return max(equal, key=lambda trial: (trial.strength, trial.rate, -trial.decay))
 

@@ -98,7 +98,7 @@ def test_windows_follow_the_best_along_a_long_axis():
     assert sorted({one.rate for one in more}) == [4.0, 8.0, 16.0, 32.0]
 
 
-def test_of_equal_trials_the_strongest_is_taken():
+def test_of_equal_trials_the_strongest_is_taken_only_where_none_trains():
     trials = [
         trial(1.0, 0.1, 3.0),
         trial(2.0, 1.0, 9.0),
@@ -106,8 +106,8 @@ def test_of_equal_trials_the_strongest_is_taken():
         trial(2.0, 0.1, 9.0),
     ]
     assert lowest(trials, torch.full((4, 3), 90.0)) == trials[3]
-    errors = torch.tensor([[90.0], [90.0], [89.0], [90.0]])
-    assert lowest(trials, errors) == trials[2]
+    assert lowest(trials, torch.tensor([[90.0], [90.0], [89.0], [90.0]])) == trials[2]
+    assert lowest(trials, torch.tensor([[4.0], [3.0], [3.0], [3.0]])) == trials[1]
 
 
 def test_edges_are_flagged():
