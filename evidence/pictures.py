@@ -105,7 +105,11 @@ def _draw_control(axes: Axes, found: Sequence[Beyond], control: str) -> None:
             linewidth=0.8,
             label=title,
         )
-    axes.plot([-10, 100], [-10, 100], color="0.6", linewidth=0.8, zorder=0)
+    gains = [-one.changes["decay"].mean for one in found]
+    ends = [min(-0.5, 1.5 * min(gains)), max(1.0, 1.5 * max(gains))]
+    axes.plot(ends, ends, color="0.6", linewidth=0.8, zorder=0)
+    axes.set_xlim(*ends)
+    axes.set_ylim(*ends)
     axes.axhline(0, color="0.85", linewidth=0.8, zorder=0)
     axes.axvline(0, color="0.85", linewidth=0.8, zorder=0)
     axes.set_xscale("symlog", linthresh=1)
