@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import platform
 import threading
@@ -238,7 +239,18 @@ def known(folder: Path, name: str, wanted: Result) -> Result | None:
         found: Result = read(folder / f"{name}.json")
     except (FileNotFoundError, json.JSONDecodeError):
         return None
-    return found if found.get("asked") == json.loads(json.dumps(wanted)) else None
+    return found if _alike(found.get("asked"), json.loads(json.dumps(wanted))) else None
+
+
+def _alike(one: Any, other: Any) -> bool:
+    """Whether both are the same but for the last digits of numbers, which differ between machines."""
+    if isinstance(one, float) and isinstance(other, float):
+        return math.isclose(one, other, rel_tol=1e-5)
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_alike(one[key], other[key]) for key in one)
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(_alike, one, other))
+    return bool(one == other)
 
 
 @cache

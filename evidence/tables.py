@@ -75,7 +75,7 @@ def summary(comparisons: Sequence[Comparison], least: int = 1) -> str:
         rows.append(row)
     failures = (
         "Failures: a seed whose weights are not finite, or whose error is above twice weight decay's "
-        "largest; or worse by two standard errors (uncorrected)."
+        "largest, or above 85 % where that is not; or worse by two standard errors (uncorrected)."
     )
     return f"{markdown(head, rows)}\n\n{failures}"
 

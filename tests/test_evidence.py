@@ -678,3 +678,14 @@ def test_a_result_asked_otherwise_is_not_taken(tmp_path):
     assert not running.kept(tmp_path, cell, running.asked(cell, (1, 2), (3, 5)))
     (tmp_path / f"{cell.name}.json").write_text("{")
     assert not running.kept(tmp_path, cell, wanted)
+
+
+@pytest.mark.parametrize(("factor", "is_taken"), [(1 + 1e-6, True), (1 + 1e-3, False)])
+def test_a_result_of_another_machine_is_taken(factor, is_taken, tmp_path):
+    """A coefficient is computed in float32, whose last digits differ."""
+    cell = Cell(TINY, METHODS["random"])
+    wanted = running.asked(cell, (1, 2), (3, 4))
+    made = json.loads(json.dumps(wanted))
+    made["trials"][5]["coefficient"] *= factor
+    running.save({"name": cell.name, "asked": made}, tmp_path)
+    assert running.kept(tmp_path, cell, wanted) is is_taken
