@@ -131,6 +131,7 @@ def legend(comparisons: Sequence[Comparison]) -> str:
         f"Holm's correction for all {len(comparisons)} comparisons, \\* where only the uncorrected "
         "p is. ↑ and ↓: the best learning rate (r), weight decay (d) or strength (s) is the largest "
         "or the smallest that was tried. Fail: seeds whose weights are not finite, or whose error is "
-        "above twice weight decay's largest, or above 85 % where that is not. Ratio: energy of the hidden layers over that of random "
-        "neurons, of the tuned network without a penalty, after training."
+        "above twice weight decay's largest, or above 85 % where that is not. Ratio: energy of the "
+        "hidden layers over that of random neurons, of the tuned network without a penalty, after "
+        "training."
     )
