@@ -18,10 +18,9 @@ from evidence import cells as running
 from evidence.data import MissingDataError
 from evidence.documents import page, quoted, write
 from evidence.headline import five_lines
-from evidence.methods import CORE, METHODS
+from evidence.methods import CORE, METHODS, PENALTIES
 from evidence.plan import SCALES, TEST_SEEDS, TUNING_SEEDS, Cell, Setting, cells
 from evidence.training import BATCH
-from evidence.uniformity import PENALTIES
 
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parents[1] / "README.md"

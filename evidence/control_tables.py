@@ -184,7 +184,7 @@ def clear_gains_table(results: Sequence[Result]) -> str:
     head = ["setting", "method", "error", "weight decay", "random direction", "growth alone"]
     head += ["orthogonality"]
     rows = []
-    for one in clear_gains(results):
+    for one in clear_gains(beyond_controls(results)):
         row = [one.setting, METHODS[one.method].title, error_cell(one.result)]
         for rival in ("decay", "random", "length", "orthogonality"):
             change = one.changes.get(rival)

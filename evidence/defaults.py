@@ -8,7 +8,6 @@ that is worse is out. The protocol is in evidence/README.md.
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import os
 import sys
@@ -26,7 +25,7 @@ from evidence import cells as running
 from evidence.comparisons import setting_title
 from evidence.controls import RandomDirection
 from evidence.data import MissingDataError
-from evidence.documents import quoted
+from evidence.documents import quoted, save_all
 from evidence.grid import Trial
 from evidence.methods import HALF_MHE, METHODS, Method
 from evidence.plan import SETTINGS, TUNING_SEEDS, Cell, Setting
@@ -157,8 +156,7 @@ def main() -> int:
     print(text)
     if args.commit:
         RESULTS.mkdir(parents=True, exist_ok=True)
-        lines = ",\n".join(json.dumps(one, allow_nan=False) for one in study.used())
-        running.write_whole(RESULTS / "cells.json", f"[\n{lines}\n]\n")
+        save_all(study.used(), RESULTS / "cells.json")
         running.write_whole(README, quoted(README.read_text(), text, MARKS))
     return 0
 

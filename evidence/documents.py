@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from evidence import control_tables, tables
+from evidence.cells import write_whole
 from evidence.comparisons import Comparison, Result, compare
 from evidence.pictures import controls_figure, ratio_and_gain_figure
 from evidence.uniformity import beyond_controls
@@ -22,8 +23,7 @@ def write(results: Sequence[Result], planned: int, folder: Path) -> bool:
         Whether there are as many settings.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    lines = ",\n".join(json.dumps(one, allow_nan=False) for one in results)
-    (folder / "cells.json").write_text(f"[\n{lines}\n]\n")
+    save_all(results, folder / "cells.json")
     comparisons = compare(results)
     (folder / "tables.md").write_text("\n\n".join(_sections(results, comparisons, planned)) + "\n")
     enough = len({one.setting for one in comparisons}) >= 5
@@ -63,6 +63,12 @@ def page(results: Sequence[Result]) -> str:
 
 def _folded(summary: str, text: str) -> str:
     return f"<details>\n<summary>{summary}</summary>\n\n{text}\n\n</details>"
+
+
+def save_all(results: Sequence[Result], path: Path) -> None:
+    """Write results as one JSON list, a line each."""
+    lines = ",\n".join(json.dumps(one, allow_nan=False) for one in results)
+    write_whole(path, f"[\n{lines}\n]\n")
 
 
 def quoted(text: str, block: str, marks: tuple[str, str] = MARKS) -> str:

@@ -30,7 +30,7 @@ def five_lines(results: Sequence[Result]) -> str:
     found = beyond_controls(results)
     comparisons = compare(results)
     lines = [
-        _clear(clear_gains(results)),
+        _clear(clear_gains(found)),
         _over_decay(results, comparisons, len({one.setting for one in found})),
         _beyond(found, comparisons),
         _where(found),

@@ -52,7 +52,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from evidence import cells as running
 from evidence.controls import Part
 from evidence.data import MissingDataError
-from evidence.documents import quoted
+from evidence.documents import quoted, save_all
 from evidence.image_methods import CHOICES, METHODS
 from evidence.image_networks import WIDTHS
 from evidence.image_training import (
@@ -122,9 +122,8 @@ def main() -> int:
     runs = [running.read(path) for *_, path in jobs]
     print(f"\n{section(runs)}")
     if args.commit:
-        lines = ",\n".join(json.dumps(one, allow_nan=False) for one in runs)
         folder = RESULTS / "rates" if settings.validate else RESULTS
-        running.write_whole(folder / f"{settings.name}.json", f"[\n{lines}\n]\n")
+        save_all(runs, folder / f"{settings.name}.json")
         running.write_whole(README, quoted(README.read_text(), block(), MARKS))
     return 0
 

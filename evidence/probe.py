@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import math
 import sys
 import time
@@ -26,7 +25,7 @@ from torch import Tensor
 from evidence import cells as running
 from evidence.comparisons import UNTRAINED
 from evidence.data import Data, MissingDataError
-from evidence.documents import quoted
+from evidence.documents import quoted, save_all
 from evidence.grid import Trial
 from evidence.methods import HALF_MHE, METHODS
 from evidence.networks import Networks, Piece
@@ -106,8 +105,7 @@ def main() -> int:
     print(table(probed))
     print(f"\n{time.perf_counter() - start:.0f} s")
     if args.commit:
-        lines = ",\n".join(json.dumps(one, allow_nan=False) for one in probed)
-        running.write_whole(RESULTS, f"[\n{lines}\n]\n")
+        save_all(probed, RESULTS)
         running.write_whole(README, quoted(README.read_text(), table(probed), MARKS))
     return 0
 

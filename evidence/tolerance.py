@@ -9,7 +9,6 @@ a seed's three networks begin with the same weights and see the same images in t
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -23,7 +22,7 @@ import torch
 from evidence import cells as running
 from evidence.comparisons import setting_title
 from evidence.data import MissingDataError
-from evidence.documents import quoted
+from evidence.documents import quoted, save_all
 from evidence.grid import Trial
 from evidence.methods import METHODS, Method
 from evidence.plan import SETTINGS, Cell, Setting
@@ -75,8 +74,7 @@ def main() -> int:
     print(table(found))
     if args.commit:
         RESULTS.mkdir(parents=True, exist_ok=True)
-        lines = ",\n".join(json.dumps(one, allow_nan=False) for one in found)
-        running.write_whole(RESULTS / "cells.json", f"[\n{lines}\n]\n")
+        save_all(found, RESULTS / "cells.json")
         running.write_whole(README, quoted(README.read_text(), table(found), MARKS))
     return 0
 

@@ -107,11 +107,10 @@ def beyond_controls(results: Iterable[Result], methods: Sequence[str] = PENALTIE
     return corrected
 
 
-def clear_gains(results: Iterable[Result]) -> list[Beyond]:
-    """Those of all penalties, from PyTorch's own initial scale first, then the largest first."""
-    found = [one for one in beyond_controls(results) if one.is_clear]
+def clear_gains(found: Iterable[Beyond]) -> list[Beyond]:
+    """The clear ones, from PyTorch's own initial scale first, then the largest first."""
     return sorted(
-        found,
+        [one for one in found if one.is_clear],
         key=lambda one: (one.result["asked"]["setting"]["scale"] != 1.0, not one.trains, one.rest),
     )
 

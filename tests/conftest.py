@@ -46,6 +46,14 @@ def shipped_defaults(monkeypatch):
 
 
 @pytest.fixture
+def _double():
+    """Train in float64: AdamW makes steps of any size of a gradient that is zero but for rounding."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture
 def _few_random_layers(monkeypatch):
     """Random layers for references of measures without an expectation: the usual number takes long."""
     from lightning_hsu import reference

@@ -37,14 +37,6 @@ ROOT = Path(__file__).parents[1]
 TINY = Setting("digits", 200, 2, held_out=200)
 
 
-@pytest.fixture
-def _double():
-    """Train in float64: AdamW makes steps of any size of a gradient that is zero but for rounding."""
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
 def digits_in_double():
     data = load("digits")
     pool = data.pool[0].double(), data.pool[1]

@@ -29,13 +29,6 @@ from tests.test_evidence import digits_in_double, in_own_layers
 TINY = Setting("digits", 200, 2, held_out=200)
 
 
-@pytest.fixture
-def _double():
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
 def in_a_cone(*shape):
     chance = torch.Generator().manual_seed(0)
     return 1.0 + torch.randn(*shape, generator=chance, dtype=torch.float64)
@@ -236,7 +229,7 @@ def test_uniformity_gains_only_beyond_all_controls():
     assert "5--half_mhe_2" not in verdicts
     by_name = {one.result["name"]: one for one in found}
     assert math.isclose(by_name["3--half_mhe_2"].rest, 1.0, abs_tol=0.1)  # growth alone is best
-    assert {one.result["name"] for one in clear_gains(results)} == {
+    assert {one.result["name"] for one in clear_gains(found)} == {
         "1--half_mhe_2",
         "1--orthogonality",
     }

@@ -36,14 +36,6 @@ RANDOM, GROWTH = controls_of(LIMITED)
 CLOSE = {"rtol": 1e-7, "atol": 1e-9}
 
 
-@pytest.fixture
-def _double():
-    """Train in float64: AdamW makes steps of any size of a gradient that is zero but for rounding."""
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
 def digits():
     data = load("digits")
     dtype = torch.get_default_dtype()
