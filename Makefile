@@ -2,7 +2,6 @@
 # A fresh machine needs python3.11 with venv, make and a package index.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 CONSTRAINTS ?= constraints.txt
-DATA ?= digits
 OWN_DATA = $(if $(filter command line environment,$(origin DATA)),--data "$(DATA)")
 JOBS ?= 2
 BIN = .venv/bin
@@ -23,8 +22,8 @@ unexport PYTHONDONTWRITEBYTECODE  # else each process compiles all tests anew
 setup: .venv/dev.installed  ## Install everything, and lint before each commit
 	$(BIN)/pre-commit install
 
-demo: .venv/demo.installed  ## Train with and without the callback on real data: DATA=digits, fashion-mnist or a folder
-	$(BIN)/python -m notebooks.demo --data "$(DATA)"
+demo: .venv/demo.installed  ## Train with and without the callback on MNIST1D and digits, or DATA=fashion-mnist or a folder
+	$(BIN)/python -m notebooks.demo $(OWN_DATA)
 
 test: .venv/test.installed  ## All tests, slow ones too; COVERAGE=--cov tells which lines they reach
 	$(PYTEST) $(COVERAGE) -m "not versions and not pretrained and not models"

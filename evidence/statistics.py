@@ -37,11 +37,16 @@ class Paired:
 def paired(method: Sequence[float], baseline: Sequence[float]) -> Paired:
     """Compare test errors of the same seeds."""
     change = np.asarray(method) - np.asarray(baseline)
-    error = float(change.std(ddof=1) / len(change) ** 0.5)
+    error = standard_error(change)
     p = 1.0
     if error > 0:
         p = float(stats.ttest_rel(method, baseline).pvalue)
     return Paired(float(change.mean()), error, int((change < 0).sum()), len(change), p)
+
+
+def standard_error(values: Sequence[float] | np.ndarray) -> float:
+    """Of the mean of two or more values."""
+    return float(np.std(values, ddof=1) / len(values) ** 0.5)
 
 
 def beyond_two_errors(seeds: int) -> float:
@@ -52,8 +57,7 @@ def beyond_two_errors(seeds: int) -> float:
 def interval(method: Sequence[float], baseline: Sequence[float]) -> tuple[float, float]:
     """The 95 % interval of the mean difference of the same seeds (Student's t)."""
     change = np.asarray(method) - np.asarray(baseline)
-    error = float(change.std(ddof=1) / len(change) ** 0.5)
-    reach = float(stats.t.ppf(0.975, len(change) - 1)) * error
+    reach = float(stats.t.ppf(0.975, len(change) - 1)) * standard_error(change)
     return float(change.mean()) - reach, float(change.mean()) + reach
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from statistics import mean, median, stdev
+from statistics import mean, median
 from typing import Any
 
 from evidence.comparisons import (
@@ -18,7 +18,7 @@ from evidence.comparisons import (
     mean_ratio,
 )
 from evidence.methods import METHODS
-from evidence.statistics import Paired, holm, paired
+from evidence.statistics import Paired, holm, paired, standard_error
 
 CONDITIONS: Mapping[str, Callable[[Mapping[str, Any]], bool]] = {
     "initial scale 0.03": lambda one: one["scale"] == 0.03,
@@ -259,7 +259,7 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 def error_cell(result: Result) -> str:
     """Mean test error and its standard error."""
     errors = result["test_error"]
-    return f"{mean(errors):.2f} ({stdev(errors) / len(errors) ** 0.5:.2f})"
+    return f"{mean(errors):.2f} ({standard_error(errors):.2f})"
 
 
 def change_cell(one: Comparison | None) -> str:

@@ -1,18 +1,17 @@
-"""The demo's picture: redundancy over training, and angles between neurons beside random ones."""
+"""The demo's picture: redundancy over training, angles between neurons, and test errors."""
 
 from __future__ import annotations
 
 import csv
 import math
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 import torch
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator, NullLocator
 from torch import Tensor
 
@@ -26,31 +25,33 @@ COLORS: dict[Arm, str] = {  # apart even for colour-blind readers
 INK = "#222222"
 QUIET = "#6B6B6B"
 FAINT = "#C9C9C9"
-HALO = [withStroke(linewidth=2.5, foreground="white")]
 CORNER: dict[str, Any] = {"size": 7.5, "va": "top", "linespacing": 1.3}
 
 
 def draw_picture(path: Path, title: str, runs: dict[Arm, list[Outcome]]) -> None:
-    """Write one PNG: the ratio of every layer, and angles in the most redundant hidden layer.
+    """Write one PNG: ratios of three layers, angles in the most redundant hidden one, test errors.
 
     Args:
         path: The PNG to write.
         title: Data and labels.
-        runs: Runs of each arm.
+        runs: Runs of each arm; those at the same position share a seed.
     """
     figure = Figure(figsize=(6.6, 5.6), dpi=150, facecolor="white")
     FigureCanvasAgg(figure)
     detail = f"{title}: a layer's energy over that of random neurons (dashed) during training"
     _heading(figure, 0.968, "How far neurons crowd", detail)
     _key(figure, 0.968)
-    _curves(_row(figure, 0.855, 0.575), runs)
     without = runs["without"]
-    hidden = range(len(without[0].after) - 1)  # the last layer is the head
-    worst = max(hidden, key=lambda i: _end(without, i))
+    layers = range(len(without[0].after))
+    crowded = sorted(layers, key=lambda i: _end(without, i))[-3:]
+    _curves(_row(figure, 0.835, 0.575, 0.975, 3), sorted(crowded), runs)
+    worst = max(layers[:-1], key=lambda i: _end(without, i))  # the last one is the head
     name = without[0].after[worst].name
-    detail = f"Angles between the neurons of {name}: pairs per 3 degrees, all seeds together"
+    detail = f"Angles in {name}: pairs per 3 degrees, all seeds"
     _heading(figure, 0.455, "How close they come to each other", detail)
-    _histograms(_row(figure, 0.342, 0.085), name, runs)
+    _histograms(_row(figure, 0.342, 0.085, 0.655, 2), name, runs)
+    _heading(figure, 0.455, "What it is worth", "Test error, a line a seed", x=0.7)
+    _errors(_row(figure, 0.342, 0.085, 0.975, 1, left=0.76)[0], runs)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
 
@@ -75,33 +76,37 @@ def _end(runs: list[Outcome], i: int) -> float:
     return median(run.after[i].ratio for run in runs)
 
 
-def _heading(figure: Figure, y: float, text: str, detail: str) -> None:
-    figure.text(0.015, y, text, size=10.5, weight="bold", color=INK, va="center")
-    figure.text(0.015, y - 0.042, detail, size=8, color=QUIET, va="center")
+def _heading(figure: Figure, y: float, text: str, detail: str, x: float = 0.015) -> None:
+    figure.text(x, y, text, size=10.5, weight="bold", color=INK, va="center")
+    figure.text(x, y - 0.042, detail, size=8, color=QUIET, va="center")
 
 
-def _row(figure: Figure, top: float, bottom: float) -> list[Axes]:
-    """Add three panels side by side on one logarithmic scale."""
-    grid = {"left": 0.09, "right": 0.975, "top": top, "bottom": bottom, "wspace": 0.13}
-    axes = list(figure.subplots(1, 3, sharey=True, gridspec_kw=grid))
+def _row(
+    figure: Figure, top: float, bottom: float, right: float, count: int, left: float = 0.09
+) -> list[Axes]:
+    """Add so many panels side by side on one scale."""
+    grid = figure.add_gridspec(
+        1, count, left=left, right=right, top=top, bottom=bottom, wspace=0.13
+    )
+    axes = list(grid.subplots(sharey=True, squeeze=False)[0])
     for ax in axes:
-        ax.set_yscale("log")
-        ax.yaxis.set_minor_locator(NullLocator())
         ax.spines[["top", "right"]].set_visible(False)
         ax.spines[["left", "bottom"]].set_color(FAINT)
         ax.tick_params(colors=QUIET, labelsize=7, length=2.5, color=FAINT)
     return axes
 
 
-def _curves(axes: list[Axes], runs: dict[Arm, list[Outcome]]) -> None:
-    """Draw one panel for each layer: its ratio over steps in every run, of the control in the median."""
+def _curves(axes: list[Axes], shown: list[int], runs: dict[Arm, list[Outcome]]) -> None:
+    """Draw a layer in each panel: its ratio over steps in every run, of the control in the median."""
     drawn = []
-    for i, (ax, layer) in enumerate(zip(axes, runs["without"][0].after, strict=True)):
+    _logarithmic(axes[0])
+    for ax, i in zip(axes, shown, strict=True):
+        layer = runs["without"][0].after[i]
         ax.axhline(1, color=INK, lw=0.8, ls=(0, (4, 3)))
         for arm, outcomes in runs.items():
             drawn += _lines(ax, [_curve(run, i) for run in outcomes], arm)
         title = f"{layer.name}, {layer.neurons} × {layer.dimension}"
-        ax.set_title(title, size=8, color=INK, loc="left", pad=4)
+        ax.set_title(title, size=8, color=INK, loc="left", pad=15)
         _ends(ax, {arm: _end(outcomes, i) for arm, outcomes in runs.items()})
     axes[1].set_xlabel("optimizer step", size=8, color=QUIET, labelpad=3)
     axes[0].set_ylabel("ratio", size=8, color=QUIET, labelpad=1)
@@ -114,6 +119,12 @@ def _curves(axes: list[Axes], runs: dict[Arm, list[Outcome]]) -> None:
     axes[0].set_ylim(min(drawn) * top**-0.16, top)
     axes[0].yaxis.set_major_locator(FixedLocator(marks))
     axes[0].yaxis.set_major_formatter("{x:g}×")
+
+
+def _logarithmic(ax: Axes) -> None:
+    """Make the scale of a row logarithmic, without marks between those that are set."""
+    ax.set_yscale("log")
+    ax.yaxis.set_minor_locator(NullLocator())
 
 
 def _lines(ax: Axes, curves: list[tuple[list[int], list[float]]], arm: Arm) -> list[float]:
@@ -135,14 +146,13 @@ def _lines(ax: Axes, curves: list[tuple[list[int], list[float]]], arm: Arm) -> l
 
 
 def _ends(ax: Axes, ends: dict[Arm, float]) -> None:
-    """Write the ratios after training in the upper left corner."""
-    y = 0.97
-    ax.text(0.03, y, "after training", color=QUIET, transform=ax.transAxes, **CORNER)
-    for arm, ratio in ends.items():
-        y -= 0.105
-        text = f"{arm} {ratio:.2f}"
-        label = ax.text(0.03, y, text, color=COLORS[arm], transform=ax.transAxes, **CORNER)
-        label.set_path_effects(HALO)
+    """Write the ratios after training above the panel, in the colours of the arms."""
+    style: dict[str, Any] = {"size": 7.5, "va": "bottom", "transform": ax.transAxes}
+    ax.text(0, 1.03, "after training:", color=QUIET, **style)
+    for place, (arm, ratio) in enumerate(ends.items()):
+        ax.text(
+            0.44 + 0.19 * place, 1.03, f"{ratio:.2f}", color=COLORS[arm], weight="bold", **style
+        )
 
 
 def _curve(run: Outcome, i: int) -> tuple[list[int], list[float]]:
@@ -159,22 +169,21 @@ def _curve(run: Outcome, i: int) -> tuple[list[int], list[float]]:
 
 
 def _histograms(axes: list[Axes], name: str, runs: dict[Arm, list[Outcome]]) -> None:
-    """Draw the angles in a layer at the start, after training without and with the penalty."""
-    start = [run.weights[name][0] for run in runs["without"]]
+    """Draw the angles in a layer after training without and with the penalty."""
     end_without = [run.weights[name][1] for run in runs["without"]]
     end_with = [run.weights[name][1] for run in runs["with"]]
-    first, second, third = axes
+    first, second = axes
+    _logarithmic(first)
     most = max(
-        _histogram(first, "at the start", QUIET, start),
-        _histogram(second, "after training without", COLORS["without"], end_without),
-        _histogram(third, "after training with the penalty", COLORS["with"], end_with),
+        _histogram(first, "after training without", COLORS["without"], end_without),
+        _histogram(second, "with the penalty", COLORS["with"], end_with),
     )
     first.set_ylim(0.7, 4 * most)
     first.yaxis.set_major_locator(LogLocator(10))
     first.yaxis.set_major_formatter("{x:g}")
     first.set_ylabel("pairs", size=8, color=QUIET, labelpad=1)
-    second.set_xlabel("angle between two neurons", size=8, color=QUIET, labelpad=3)
-    power = start[0].shape[1] - 2
+    first.set_xlabel("angle between two neurons", size=8, color=QUIET, labelpad=3, x=1.06)
+    power = end_with[0].shape[1] - 2
     formula = f"curve: random,\nsin(angle)$^{{{power}}}$"
     first.text(0.98, 0.94, formula, color=INK, ha="right", transform=first.transAxes, **CORNER)
 
@@ -192,6 +201,30 @@ def _histogram(ax: Axes, title: str, color: str, weights: list[Tensor]) -> float
     ax.xaxis.set_major_locator(FixedLocator([30, 60, 90, 120, 150]))
     ax.xaxis.set_major_formatter("{x:g}°")
     return float(counts.max())
+
+
+def _errors(ax: Axes, runs: dict[Arm, list[Outcome]]) -> None:
+    """Draw the test errors of all arms, joined seed by seed, and their means."""
+    names: list[Arm] = ["without", "control", "with"]
+    columns = [[run.error for run in runs[arm]] for arm in names]
+    for seed in zip(*columns, strict=True):
+        ax.plot(seed, color=FAINT, lw=0.7, zorder=1)
+    highest = max(max(column) for column in columns)
+    lowest = min(min(column) for column in columns)
+    room = 0.3 * (highest - lowest) or 1.0
+    for i, (arm, column) in enumerate(zip(names, columns, strict=True)):
+        color = COLORS[arm]
+        ax.scatter(len(column) * [i], column, s=9, color=color, alpha=0.6, lw=0, zorder=2)
+        ax.plot([i - 0.22, i + 0.22], 2 * [mean(column)], color=color, lw=2, zorder=3)
+        label = {"size": 7.5, "ha": "center", "color": color}
+        ax.text(i, highest + 0.45 * room, f"{mean(column):.1f} %", weight="bold", **label)
+    ax.set_xlim(-0.5, 2.5)
+    ax.set_ylim(lowest - 0.2 * room, highest + room)
+    ax.set_xticks(range(3), names)
+    for text, arm in zip(ax.get_xticklabels(), names, strict=True):
+        text.set_color(COLORS[arm])
+    ax.yaxis.set_major_locator(MaxNLocator(5))
+    ax.yaxis.set_major_formatter("{x:g} %")
 
 
 def _angles(weight: Tensor) -> Tensor:

@@ -40,6 +40,7 @@ class Plan:
 
     images: int  # a multiple of the batch
     epochs: int
+    depth: int  # hidden layers
     grids: tuple[Grid, ...]
 
 
@@ -64,18 +65,24 @@ class Outcome:
 
 
 class Network(pl.LightningModule):
-    """A plain ReLU network, d-64-64-classes."""
+    """A plain ReLU network, d-64-...-64-classes."""
 
-    def __init__(self, inputs: int, classes: int, settings: Settings, steps: int) -> None:
+    def __init__(
+        self, inputs: int, classes: int, depth: int, settings: Settings, steps: int
+    ) -> None:
         super().__init__()
-        self.hidden1 = nn.Linear(inputs, 64)
-        self.hidden2 = nn.Linear(64, 64)
+        sizes = [inputs, *depth * [64]]
+        for i in range(depth):
+            self.add_module(f"hidden{i + 1}", nn.Linear(sizes[i], sizes[i + 1]))
         self.head = nn.Linear(64, classes)
         self.settings = settings
         self.steps = steps
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.hidden2(self.hidden1(x).relu()).relu())
+        *hidden, head = self.children()
+        for layer in hidden:
+            x = layer(x).relu()
+        return head(x)
 
     def training_step(self, batch: list[Tensor], _: int) -> Tensor:
         images, labels = batch
@@ -122,7 +129,8 @@ def prepare(data: Data, plan: Plan, settings: Settings, seed: int) -> tuple[Netw
     images = draw(data, seed, plan.images, held_out=held_out, noise=settings.noise)
     pl.seed_everything(seed, verbose=False)
     inputs = data.pool[0].shape[1]
-    network = Network(inputs, data.classes, settings, steps=plan.epochs * (plan.images // BATCH))
+    steps = plan.epochs * (plan.images // BATCH)
+    network = Network(inputs, data.classes, plan.depth, settings, steps)
     return network, Batches(*images.train, seed), images
 
 

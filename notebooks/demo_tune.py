@@ -8,13 +8,14 @@ from itertools import product
 from torch import nn
 
 from evidence.data import Data
+from evidence.statistics import standard_error
 from notebooks.demo_train import Plan, Settings, prepare
 
 SEEDS = range(1000, 1008)
 
 
 def tune(data: Data, plan: Plan) -> None:
-    """Try four learning rates times three weight decays, with wrong labels and with clean ones."""
+    """Try four learning rates times three weight decays; of some data with wrong labels and with clean ones."""
     for grid in plan.grids:
         errors = {}
         for rate, decay in product(grid.rates, grid.decays):
@@ -28,11 +29,10 @@ def _trial(data: Data, plan: Plan, settings: Settings) -> float:
     """Print and return the mean validation error over the seeds."""
     errors = [_validation_error(data, plan, settings, seed) for seed in SEEDS]
     mean = statistics.mean(errors)
-    sem = statistics.stdev(errors) / len(errors) ** 0.5
     print(
         f"wrong labels {100 * settings.noise:<2.0f} % rate {settings.rate:<8g} decay {settings.decay:<7g} "
         f"validation error {mean:6.2f} % "
-        f"(standard error {sem:.2f})",
+        f"(standard error {standard_error(errors):.2f})",
         flush=True,
     )
     return mean
