@@ -10,8 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +18,25 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 from evidence.cells import code
-from evidence.data import NAMED, Data, MissingDataError, load
+from evidence.data import NAMED, Data, MissingDataError
+from evidence.image_data import BATCH, Batches, loaded, moved
 from evidence.image_methods import callbacks
 from evidence.image_networks import build
 from lightning_hsu import HypersphericalUniformity, UniformityRegularizer
 
-DECIDING = ("cifar", "controls", "data", "image_methods", "image_networks", "image_training")
+DECIDING = (
+    "cifar",
+    "controls",
+    "data",
+    "image_data",
+    "image_methods",
+    "image_networks",
+    "image_training",
+)
 """The modules beside the library that decide the numbers of a run."""
-BATCH = 128
 SMOOTHING = 0.01
 FLOOR = 1e-4
 """What CNN-9's loss adds to every probability."""
@@ -135,6 +142,7 @@ class Settings:
             "images": self.images or len(data.pool[1]) - self.validate,
             "validate": self.validate,
             "test_every": self.test_every,
+            "devices": self.devices,
             "precision": self.precision,
             "method": method,
             "seed": seed,
@@ -142,22 +150,6 @@ class Settings:
         if self.data not in NAMED:  # a folder, whose content may change under its name
             found["content"] = data.digest
         return found
-
-
-@lru_cache(maxsize=1)
-def loaded(source: str) -> Data:
-    """The data with images as bytes, read once.
-
-    Raises:
-        MissingDataError: if it is not there, or pixels are not bytes.
-    """
-    data = load(source)
-    images = data.pool[0]
-    if not (images == images.byte()).all():
-        told = f"{data.title} has pixels from {float(images.min()):g} to {float(images.max()):g}"
-        raise MissingDataError(f"{told}; these recipes take whole numbers from 0 to 255.")
-    test = data.test[0].byte(), data.test[1]
-    return replace(data, pool=(images.byte(), data.pool[1]), test=test)
 
 
 def check(settings: Settings) -> None:
@@ -285,56 +277,6 @@ def bounded_cross_entropy(scores: Tensor, labels: Tensor) -> Tensor:
     likelihood = (scores.float().softmax(1) + FLOOR).log()
     hard = nn.functional.nll_loss(likelihood, labels)
     return hard * (1 - SMOOTHING) - SMOOTHING * likelihood.mean()
-
-
-def moved(images: Tensor) -> Tensor:
-    """Each image moved by up to 4 pixels each way, its edges mirrored, and flipped or not."""
-    batch, _, height, width = images.shape
-    down = torch.randint(-4, 5, (batch, 1), device=images.device)
-    right = torch.randint(-4, 5, (batch, 1), device=images.device)
-    rows = _mirrored(down + torch.arange(height, device=images.device), height)
-    cols = _mirrored(right + torch.arange(width, device=images.device), width)
-    cols = torch.where(torch.rand(batch, 1, device=images.device) < 0.5, cols.flip(1), cols)
-    every = torch.arange(batch, device=images.device)[:, None, None]
-    return images[every, :, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2)
-
-
-def _mirrored(index: Tensor, size: int) -> Tensor:
-    """Indices beyond the edges fold back: -1 is 0, -2 is 1."""
-    index = torch.where(index < 0, -1 - index, index)
-    return torch.where(index >= size, 2 * size - 1 - index, index)
-
-
-class Batches(Dataset[tuple[Tensor, Tensor]]):
-    """The images of all steps one after another, epoch by epoch in a new order.
-
-    Args:
-        images: Shape (m, channels, height, width).
-        labels: Shape (m,).
-        steps: How many.
-        seed: Decides the orders.
-        first: The step that item 0 begins, as Lightning begins at item 0 when it resumes.
-    """
-
-    def __init__(self, images: Tensor, labels: Tensor, steps: int, seed: int, first: int) -> None:
-        self._images = images
-        self._labels = labels
-        self._steps = steps
-        chance = torch.Generator().manual_seed(seed)
-        whole = len(labels) // BATCH
-        orders = []
-        for _ in range(0, steps, whole):
-            orders.append(torch.randperm(len(labels), generator=chance)[: whole * BATCH])
-        self._order = torch.cat(orders)[first * BATCH : steps * BATCH]
-
-    def __len__(self) -> int:
-        """Of all steps, those before the first included: Lightning counts them as done."""
-        return self._steps * BATCH
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        """An image and its label."""
-        chosen = self._order[index]
-        return self._images[chosen], self._labels[chosen]
 
 
 def train(settings: Settings, method: str, seed: int, folder: Path) -> dict[str, Any]:

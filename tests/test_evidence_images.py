@@ -15,23 +15,16 @@ import torch
 from torch import nn
 
 from evidence import cells as running
+from evidence import image_data, images
 from evidence import image_training as training
-from evidence import images
 from evidence.data import MissingDataError
 from evidence.documents import quoted
+from evidence.image_data import BATCH, Batches, moved
 from evidence.image_methods import callbacks, matched_coefficients, penalty
 from evidence.image_networks import WIDTHS, BasicBlock, TokenBatchNorm, build, neuron_layers
-from evidence.image_training import (
-    BATCH,
-    RECIPES,
-    Batches,
-    Classifier,
-    Settings,
-    bounded_cross_entropy,
-    moved,
-    train,
-)
-from evidence.images import block, is_done, read_folder, section, table
+from evidence.image_tables import section, table
+from evidence.image_training import RECIPES, Classifier, Settings, bounded_cross_entropy, train
+from evidence.images import block, is_done, read_folder
 from evidence.statistics import paired
 from lightning_hsu import HypersphericalUniformity, UniformityRegularizer
 from lightning_hsu.measures import Orthogonality
@@ -204,7 +197,7 @@ def test_batches_are_whole_epochs_and_go_on_at_any_step():
 
 
 def test_held_out_images_judge_and_are_not_trained_on():
-    data = training.loaded("digits")
+    data = image_data.loaded("digits")
     numbered = replace(data, pool=(data.pool[0], torch.arange(1000)))
     for count in (0, 300):
         settings = replace(DIGITS, validate=200, images=count, steps=40)
@@ -234,11 +227,11 @@ def test_what_cannot_be_trained_on_is_refused(monkeypatch):
         build("vit", (1, 10, 8), 10, 8)
     with pytest.raises(ValueError, match="from 8 x 8; these have 7 x 8"):
         build("cnn9", (1, 7, 8), 10, 8)
-    data = training.loaded("digits")
+    data = image_data.loaded("digits")
     halved = replace(data, pool=(data.pool[0] / 2, data.pool[1]))
-    monkeypatch.setattr(training, "load", lambda _: halved)
+    monkeypatch.setattr(image_data, "load", lambda _: halved)
     with pytest.raises(MissingDataError, match="take whole numbers from 0 to 255"):
-        training.loaded.__wrapped__("halved")
+        image_data.loaded.__wrapped__("halved")
 
 
 @pytest.mark.parametrize(
@@ -375,7 +368,7 @@ def test_random_directions_are_as_long_as_the_gradient_tangent_and_new():
             callbacks=[before, *callbacks(method, network), after],
         )
         module = Classifier(network, RECIPES["cnn9"], 0.0, 2, 0)  # the weights stay
-        data = training.loaded("digits")
+        data = image_data.loaded("digits")
         taken = Batches(data.pool[0].view(-1, 1, 8, 8), data.pool[1], 2, 0, 0)
         trainer.fit(module, torch.utils.data.DataLoader(taken, BATCH))
         added[method] = []
@@ -428,7 +421,7 @@ def test_a_method_does_what_a_plain_loop_does(tmp_path, method, network):
 
 def by_hand(settings, method, seed):
     """Three steps; a second network takes each step from the same weights without the penalty."""
-    data = training.loaded(settings.data)
+    data = image_data.loaded(settings.data)
     recipe = RECIPES[settings.network]
     torch.manual_seed(seed)
     network = build(settings.network, data.shape, data.classes, settings.width).double()

@@ -1,0 +1,181 @@
+"""Tables of ``python -m evidence.images``: methods beside their controls, and learning rates."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from statistics import mean
+from typing import Any
+
+from evidence.image_data import BATCH
+from evidence.image_methods import CHOICES
+from evidence.statistics import Paired, holm, interval, paired
+from evidence.tables import error_cell, markdown
+from evidence.uniformity import of_all
+
+CONTROLS = ("random", "length")
+"""What methods are compared with beside none."""
+RIVALS = ("none", *CONTROLS)
+"""What a penalty has to be beyond, for its gain to be uniformity's."""
+NO_PENALTY = (*RIVALS, "direction")
+TITLES = {
+    "cnn9": "CNN-9",
+    "resnet18": "ResNet-18",
+    "resnet18-plain": "ResNet-18 without batch norm",
+    "vit": "ViT",
+    "vit-bn": "ViT with batch norm",
+}
+
+Run = dict[str, Any]
+"""What JSON holds of a run."""
+
+
+def section(runs: Sequence[Run]) -> str:
+    """The table of the runs of one setting under what they share."""
+    asked = runs[0]["asked"]
+    seeds = len({run["seed"] for run in runs})
+    hours = sum(run["seconds"] for run in runs) / 3600
+    judged = "test images"
+    if asked["validate"]:
+        judged = f"{asked['validate']} held-out images"
+    head = (
+        f"**{asked['data']}, {TITLES[asked['network']]}**, {_size(asked)}, "
+        f"learning rate {asked['rate']:g}, {seeds} seeds, judged on {judged}; "
+        f"{hours:.2f} core hours{_versions(runs)}."
+    )
+    return f"{head}\n\n{table(runs)}"
+
+
+def _size(asked: Mapping[str, Any]) -> str:
+    return (
+        f"width {asked['width']}, {asked['images']} training images, "
+        f"{asked['steps']} steps of {BATCH} images"
+    )
+
+
+def _versions(runs: Sequence[Run]) -> str:
+    """How many versions of the code made the runs, if more than one; runs without one are of one."""
+    found = set()
+    for one in runs:
+        found.update(one.get("code", ["unknown"]))
+    return f", made by {len(found)} versions of the code" if len(found) > 1 else ""
+
+
+def rates_table(tried: Sequence[Sequence[Run]]) -> str:
+    """A row a learning rate: the mean last error on held-out images; of a network the best is bold.
+
+    Args:
+        tried: The runs of each rate, without a penalty.
+    """
+    found: dict[tuple[str, int], dict[float, float]] = {}
+    for runs in tried:
+        asked = runs[0]["asked"]
+        network = f"{asked['data']}, {TITLES[asked['network']]}, {_size(asked)}"
+        errors = found.setdefault((network, asked["validate"]), {})
+        errors[asked["rate"]] = mean(run["errors"][-1] for run in runs)
+    rows = []
+    for (network, held_out), errors in sorted(found.items()):
+        best = min(errors, key=lambda rate: errors[rate])
+        for rate, error in sorted(errors.items()):
+            mark = "**" if rate == best else ""
+            rows.append([network, held_out, f"{mark}{rate:g}{mark}", f"{mark}{error:.2f}{mark}"])
+    return markdown(["network", "held-out images", "learning rate", "held-out error"], rows)
+
+
+def table(runs: Sequence[Run]) -> str:
+    """A row a method: errors, changes of the last one from none and from the controls, ratios.
+
+    Only seeds that all methods have count; with one seed there is no change to tell.
+    """
+    by_method = _by_method(runs)
+    seeds = len(next(iter(by_method.values())))
+    last = {name: [run["errors"][-1] for run in own] for name, own in by_method.items()}
+    changes = {}
+    if seeds > 1:
+        for other in RIVALS:
+            if other in last:
+                rivals = [name for name in last if name not in ("none", other)]
+                changes[other] = {name: paired(last[name], last[other]) for name in rivals}
+    from_none = changes.get("none", {})
+    corrected = holm([one.p for one in from_none.values()])
+    p = dict(zip(from_none, corrected, strict=True))
+    beyond = _beyond_all(changes)
+    head = ["method", "last error", "best error", "change of the last", "± 95 %", "p (Holm)"]
+    controls = [other for other in CONTROLS if other in changes]
+    head += [f"from {other}" for other in controls]
+    if beyond:
+        head.append("p beyond all (Holm)")
+    head += ["largest ratio", "not finite"]
+    rows = []
+    for name, own in by_method.items():
+        row: list[object] = [name, f"{last[name][0]:.2f}"]
+        if seeds > 1:
+            row[1] = error_cell({"test_error": last[name]})
+        row.append(f"{mean(run['best'] for run in own):.2f}")
+        row.append(_change(from_none.get(name)))
+        row.append(_half_width(last[name], last["none"]) if name in from_none else "")
+        row.append(_p(p.get(name)))
+        row += [_change(changes[other].get(name)) for other in controls]
+        if beyond:
+            row.append(_p(beyond.get(name)))
+        row.append(f"{_largest(own, 'ratio_before')} → {_largest(own, 'ratio_after')}")
+        row.append(sum(not run["finite"] for run in own))
+        rows.append(row)
+    return markdown(head, rows)
+
+
+def _beyond_all(changes: Mapping[str, Mapping[str, Paired]]) -> dict[str, float]:
+    """Of each penalty the p of its difference from all rivals in one direction, corrected.
+
+    Args:
+        changes: By rivals, of each method. Where one of them was not run nothing is found.
+    """
+    if not set(RIVALS) <= changes.keys():
+        return {}
+    found = {}
+    for name in changes["none"]:
+        if name not in NO_PENALTY:
+            found[name] = of_all([changes[rival][name] for rival in RIVALS])
+    return dict(zip(found, holm([*found.values()]), strict=True))
+
+
+def _p(value: float | None) -> str:
+    return "" if value is None else f"{value:.2g}"
+
+
+def _half_width(method: Sequence[float], baseline: Sequence[float]) -> str:
+    """Of the 95 % interval of their mean difference."""
+    low, high = interval(method, baseline)
+    return f"{(high - low) / 2:.2f}"
+
+
+def _by_method(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """The runs of each method, on the seeds that all of them have, in the order of the tables."""
+    found: dict[str, dict[int, Run]] = {}
+    for one in runs:
+        name = one.get("method") or one["preset"]  # as it was called at first
+        found.setdefault(name, {})[one["seed"]] = one
+    common = sorted(set.intersection(*[set(own) for own in found.values()]))
+    if not common:
+        raise SystemExit("there is no seed that all methods have")
+    names = [name for name in CHOICES if name in found]
+    return {name: [found[name][seed] for seed in common] for name in names}
+
+
+def _change(one: Paired | None) -> str:
+    """A difference, its standard error and wins; nothing where there is none."""
+    if one is None:
+        return ""
+    return f"{one.mean:+.2f} ({one.error:.2f}), {one.wins}/{one.seeds}"
+
+
+def _largest(runs: Sequence[Mapping[str, Any]], when: str) -> str:
+    """The largest ratio of a layer, mean over the runs that have it."""
+    found = list(_largest_of_each(runs, when))
+    return f"{mean(found):.2f}" if found else "–"
+
+
+def _largest_of_each(runs: Sequence[Mapping[str, Any]], when: str) -> Iterator[float]:
+    for one in runs:
+        ratios = [ratio for ratio in one[when].values() if ratio is not None]
+        if ratios:
+            yield max(ratios)
