@@ -12,7 +12,7 @@ from evidence.comparisons import LEVEL, UNTRAINED, Result, key_of, setting_title
 from evidence.methods import PENALTIES
 from evidence.statistics import Correlation, Paired, clustered_rank_correlation, holm, paired
 
-CONTROLS = ("decay", "random", "length")
+AIMLESS = ("decay", "random", "length")
 """Weight decay only, noise of equal length, and growth alone: none of them aims at uniformity."""
 
 MATCHED = ("random", "length")
@@ -65,7 +65,7 @@ class Beyond:
     @property
     def rest(self) -> float:
         """The mean difference from the best of the controls: a badly tuned one proves nothing."""
-        return max(self.changes[control].mean for control in CONTROLS)
+        return max(self.changes[control].mean for control in AIMLESS)
 
     @property
     def trains(self) -> bool:
@@ -75,7 +75,7 @@ class Beyond:
     @property
     def is_clear(self) -> bool:
         """A gain, and lower than the controls and orthogonality by three standard errors each."""
-        rivals = [*CONTROLS]
+        rivals = [*AIMLESS]
         if self.method != "orthogonality":
             rivals.append("orthogonality")
         changes = [self.changes[rival] for rival in rivals if rival in self.changes]
@@ -91,14 +91,14 @@ def beyond_controls(results: Iterable[Result], methods: Sequence[str] = PENALTIE
     """Each of some methods in every setting that has it and all controls."""
     found, p, matched_p = [], [], []
     for own in by_setting(results):
-        if not set(CONTROLS) <= own.keys():
+        if not set(AIMLESS) <= own.keys():
             continue
         for name in methods:
             if name in own:
                 changes = _changes(own, name)
                 matched = _matched(own[name])
                 found.append(Beyond(setting_title(own[name]), own[name], changes, matched))
-                p.append(of_all([changes[control] for control in CONTROLS]))
+                p.append(of_all([changes[control] for control in AIMLESS]))
                 beside = [changes["decay"], *matched.values()]
                 matched_p.append(of_all(beside) if matched else 1.0)
     corrected = []
