@@ -139,7 +139,7 @@ def main() -> int:
         return 0
     folder = Path(args.out) / "cells"
     if args.resume_committed:
-        unpack(folder)
+        unpack(RESULTS / "cells.json", folder)
     study = Study(folder, args.jobs, time.monotonic() + 60 * args.minutes)
     try:
         tuned = {setting: study.tuned(setting, quick=args.quick) for setting in settings}
@@ -194,9 +194,9 @@ def listed(settings: Sequence[Setting], methods: Sequence[Method]) -> str:
     return "\n".join(lines)
 
 
-def unpack(folder: Path) -> None:
+def unpack(committed: Path, folder: Path) -> None:
     """Lay the committed cells where a study looks for its own; those that it has stay."""
-    for result in running.read(RESULTS / "cells.json"):
+    for result in running.read(committed):
         if not (folder / f"{result['name']}.json").exists():
             running.save(result, folder)
 
@@ -598,7 +598,7 @@ def report_table(story: Story, reported: Reported) -> str:
     )
     parts = [markdown(head, rows), legend, " ".join(lines)]
     if from_controls:
-        parts.append(controlled(from_none[0], from_controls, titles))
+        parts.append(controlled(from_none[0], from_controls, titles, "The chosen candidate"))
     return "\n\n".join(parts)
 
 
@@ -647,13 +647,16 @@ class Versus:
         )
 
 
-def controlled(chosen: Versus, others: Sequence[Versus], titles: Mapping[str, str]) -> str:
-    """What the chosen candidate gains beyond its controls.
+def controlled(
+    chosen: Versus, others: Sequence[Versus], titles: Mapping[str, str], called: str
+) -> str:
+    """What a candidate gains beyond its controls.
 
     Args:
         chosen: The candidate against no penalty.
         others: The candidate against each control.
         titles: Of the controls.
+        called: The candidate, in words.
     """
     lines = []
     gains = stand = chosen.better()
@@ -662,7 +665,7 @@ def controlled(chosen: Versus, others: Sequence[Versus], titles: Mapping[str, st
         left = len(gains & versus.better())
         middle = median(change.mean for change in versus.changes)
         lines.append(
-            f"The chosen candidate against {title}: {versus.counted()}, median {middle:+.2f} "
+            f"{called} against {title}: {versus.counted()}, median {middle:+.2f} "
             f"points; of its {len(gains)} gains over none {left} are gains over {title}, too."
         )
         stand = stand & versus.better()

@@ -517,7 +517,7 @@ def test_committed_cells_are_laid_beside_those_that_are_there(tmp_path):
     committed = json.loads((defaults.RESULTS / "cells.json").read_text())
     own = {**committed[0], "seconds": -1.0}
     running.save(own, tmp_path)
-    defaults.unpack(tmp_path)
+    defaults.unpack(defaults.RESULTS / "cells.json", tmp_path)
     assert len(list(tmp_path.glob("*.json"))) == len(committed)
     assert running.read(tmp_path / f"{own['name']}.json") == own
     last = committed[-1]

@@ -1,0 +1,162 @@
+"""``python -m evidence.retuned``: the default again, at rates and decays from wider grids.
+
+The report of ``python -m evidence.defaults`` takes the learning rates and decays that the plan's first
+run chose for weight decay only, many of them on an edge of their grids. Here are those of the second
+run, whose grids are widened until that is not so. The protocol is in evidence/README.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Final
+
+from evidence import cells as running
+from evidence.data import MissingDataError
+from evidence.defaults import (
+    OutOfTimeError,
+    Reported,
+    Study,
+    Versus,
+    candidates,
+    controlled,
+    controls_of,
+    report,
+    unpack,
+)
+from evidence.documents import quoted, save_all
+from evidence.grid import Trial
+from evidence.methods import METHODS, Method
+from evidence.plan import SETTINGS, Setting
+from evidence.statistics import beyond_two_errors
+from evidence.tables import error_cell, markdown
+
+FOLDER = Path(__file__).parent
+RESULTS = FOLDER / "results" / "defaults" / "retuned.json"
+PLAN = FOLDER / "results" / "cells.json"
+README = FOLDER / "README.md"
+MARKS = (
+    "<!-- retuned: written by `python -m evidence.retuned --commit` -->",
+    "<!-- end of retuned -->",
+)
+DEFAULT: Final = "full-1-0.02"
+SEEDS = tuple(range(120, 140))
+
+
+def main() -> int:
+    """Run what is left, print the table, and write it if asked to."""
+    args = _arguments()
+    settings = [setting for setting in SETTINGS if args.only in setting.name]
+    tuned = {setting: trial for setting, trial in chosen().items() if setting in settings}
+    missing = [setting.name for setting in settings if setting not in tuned]
+    if missing:
+        print(f"{PLAN} has no cell of weight decay only in {', '.join(missing)}", file=sys.stderr)
+        return 2
+    folder = Path(args.out) / "cells"
+    if args.resume_committed and RESULTS.exists():
+        unpack(RESULTS, folder)
+    study = Study(folder, args.jobs, time.monotonic() + 60 * args.minutes)
+    seeds = SEEDS[:3] if args.quick else SEEDS
+    try:
+        reported = report(study, settings, tuned, methods(), seeds)
+    except MissingDataError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except OutOfTimeError:
+        print("out of time; the same command goes on", file=sys.stderr)
+        return 3
+    text = table(reported)
+    print(text)
+    if args.commit:
+        save_all(study.used(), RESULTS)
+        running.write_whole(README, quoted(README.read_text(), text, MARKS))
+    return 0
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m evidence.retuned", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="three seeds")
+    parser.add_argument("--only", default="", help="settings whose names contain this")
+    parser.add_argument("--jobs", type=int, default=1, help="processes of one thread")
+    parser.add_argument(
+        "--minutes", type=float, default=float("inf"), help="start no cell after so long"
+    )
+    parser.add_argument("--commit", action="store_true", help="write evidence/results and README")
+    parser.add_argument(
+        "--resume-committed", action="store_true", help="take cells from evidence/results, too"
+    )
+    parser.add_argument("--out", default="out/evidence-retuned", help="folder for results")
+    args = parser.parse_args()
+    if args.commit and (args.quick or args.only):
+        parser.error("--commit takes all settings: leave out --quick and --only")
+    return args
+
+
+def methods() -> list[Method]:
+    """No penalty, the default, noise as long as its gradient, and its growth alone."""
+    default = next(method for method in candidates() if method.name == DEFAULT)
+    return [METHODS["decay"], default, *controls_of(default)]
+
+
+def chosen() -> Mapping[Setting, Trial]:
+    """What the plan's second run chose for weight decay only, in the settings that it has."""
+    by_name = {setting.name: setting for setting in SETTINGS}
+    found = {}
+    for result in running.read(PLAN):
+        name, _, method = result["name"].partition("--")
+        if method == "decay":
+            found[by_name[name]] = Trial(**result["chosen"])
+    return found
+
+
+def table(reported: Reported) -> str:
+    """A row a setting: errors, changes from no penalty, and the default's from its controls."""
+    titles = {method.name: method.title for method in methods()}
+    titles[DEFAULT] = "default"
+    others = [name for name in titles if name not in (DEFAULT, "decay")]
+    from_none = [Versus.of(reported, name, "decay") for name in (DEFAULT, *others)]
+    from_controls = [Versus.of(reported, DEFAULT, name) for name in others]
+    head = ["setting", "learning rate, decay", "none"]
+    head += [titles[versus.name] for versus in from_none]
+    head += [f"default minus {titles[name]}" for name in others]
+    rows = []
+    for i, (title, results) in enumerate(reported):
+        trial = results[0]["asked"]["trial"]
+        row: list[object] = [title, f"{trial['rate']:g}, {trial['decay']:g}"]
+        row.append(error_cell(results[0]))
+        for versus in (*from_none, *from_controls):
+            change = versus.changes[i]
+            row.append(f"{change.mean:+.2f} ({change.error:.2f})")
+        rows.append(row)
+    parts = [markdown(head, rows), _legend(reported), _counted(reported, from_none, titles)]
+    parts.append(controlled(from_none[0], from_controls, titles, "The default"))
+    return "\n\n".join(parts)
+
+
+def _legend(reported: Reported) -> str:
+    results = [result for _, of_setting in reported for result in of_setting]
+    hours = sum(result["seconds"] for result in results) / 3600
+    seeds = len(results[0]["test_error"])
+    return (
+        f"Test error in % over {seeds} seeds, mean (standard error); else paired differences in points "
+        f"(standard error). {hours:.1f} core hours."
+    )
+
+
+def _counted(reported: Reported, from_none: Sequence[Versus], titles: Mapping[str, str]) -> str:
+    """In how many settings each method is worse and better than no penalty, and by chance."""
+    lines = []
+    for number, versus in enumerate(from_none, 1):
+        broken = sum(results[number]["nonfinite"] for _, results in reported)
+        title = titles[versus.name]
+        lines.append(f"{title}: {versus.counted()}, {broken} runs not finite.")
+    chance = len(reported) * beyond_two_errors(len(reported[0][1][0]["test_error"]))
+    lines.append(f"Of equals {chance:.1f} would be worse by chance alone, and as many better.")
+    return " ".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
