@@ -1,8 +1,8 @@
-"""``python -m evidence.retuned``: the default again, at rates and decays from wider grids.
+"""``python -m evidence.retuned``: the default again where wider grids chose another rate or decay.
 
 The report of ``python -m evidence.defaults`` takes the learning rates and decays that the plan's first
-run chose for weight decay only, many of them on an edge of their grids. Here are those of the second
-run, whose grids are widened until that is not so. The protocol is in evidence/README.md.
+run chose for weight decay only. Where the second run, whose grids are widened, chose others, the report
+is made again with these; in all other settings it stays. The protocol is in evidence/README.md.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Final
 from evidence import cells as running
 from evidence.data import MissingDataError
 from evidence.defaults import (
+    FRESH,
     OutOfTimeError,
     Reported,
     Study,
@@ -24,6 +25,7 @@ from evidence.defaults import (
     candidates,
     controlled,
     controls_of,
+    in_order,
     report,
     unpack,
 )
@@ -35,6 +37,7 @@ from evidence.statistics import beyond_two_errors
 from evidence.tables import error_cell, markdown
 
 FOLDER = Path(__file__).parent
+COMMITTED = FOLDER / "results" / "defaults" / "cells.json"
 RESULTS = FOLDER / "results" / "defaults" / "retuned.json"
 PLAN = FOLDER / "results" / "cells.json"
 README = FOLDER / "README.md"
@@ -43,35 +46,41 @@ MARKS = (
     "<!-- end of retuned -->",
 )
 DEFAULT: Final = "full-1-0.02"
-SEEDS = tuple(range(120, 140))
 
 
 def main() -> int:
     """Run what is left, print the table, and write it if asked to."""
     args = _arguments()
-    settings = [setting for setting in SETTINGS if args.only in setting.name]
-    tuned = {setting: trial for setting, trial in chosen().items() if setting in settings}
-    missing = [setting.name for setting in settings if setting not in tuned]
+    settings = [setting for setting in in_order() if args.only in setting.name]
+    wider = chosen()
+    missing = [one.name for one in settings if one in SETTINGS and one not in wider]
     if missing:
         print(f"{PLAN} has no cell of weight decay only in {', '.join(missing)}", file=sys.stderr)
         return 2
     folder = Path(args.out) / "cells"
     if args.resume_committed and RESULTS.exists():
         unpack(RESULTS, folder)
+    unpack(COMMITTED, folder)
     study = Study(folder, args.jobs, time.monotonic() + 60 * args.minutes)
-    seeds = SEEDS[:3] if args.quick else SEEDS
+    seeds = FRESH[:3] if args.quick else FRESH
     try:
-        reported = report(study, settings, tuned, methods(), seeds)
+        former = {setting: study.tuned(setting, quick=False) for setting in settings}
+        tuned = {**former, **{one: wider[one] for one in settings if one in wider}}
+        changed = [setting for setting in settings if tuned[setting] != former[setting]]
+        again = report(study, changed, tuned, methods(), seeds)
+        made = study.used()
+        kept = [setting for setting in settings if setting not in changed]
+        others = report(study, kept, tuned, methods(), seeds)
     except MissingDataError as error:
         print(error, file=sys.stderr)
         return 2
     except OutOfTimeError:
         print("out of time; the same command goes on", file=sys.stderr)
         return 3
-    text = table(reported)
+    text = table(again, others)
     print(text)
     if args.commit:
-        save_all(study.used(), RESULTS)
+        save_all([one for one in made if "seeds" in one["asked"]], RESULTS)
         running.write_whole(README, quoted(README.read_text(), text, MARKS))
     return 0
 
@@ -112,18 +121,23 @@ def chosen() -> Mapping[Setting, Trial]:
     return found
 
 
-def table(reported: Reported) -> str:
-    """A row a setting: errors, changes from no penalty, and the default's from its controls."""
+def table(again: Reported, others: Reported) -> str:
+    """Errors, changes from no penalty, and the default's from its controls; then counts.
+
+    Args:
+        again: The settings with another learning rate or decay, a row each.
+        others: Those that stay as they were reported; they are counted, too.
+    """
     titles = {method.name: method.title for method in methods()}
     titles[DEFAULT] = "default"
-    others = [name for name in titles if name not in (DEFAULT, "decay")]
-    from_none = [Versus.of(reported, name, "decay") for name in (DEFAULT, *others)]
-    from_controls = [Versus.of(reported, DEFAULT, name) for name in others]
+    controls = [name for name in titles if name not in (DEFAULT, "decay")]
+    from_none = [Versus.of(again, name, "decay") for name in (DEFAULT, *controls)]
+    from_controls = [Versus.of(again, DEFAULT, name) for name in controls]
     head = ["setting", "learning rate, decay", "none"]
     head += [titles[versus.name] for versus in from_none]
-    head += [f"default minus {titles[name]}" for name in others]
+    head += [f"default minus {titles[name]}" for name in controls]
     rows = []
-    for i, (title, results) in enumerate(reported):
+    for i, (title, results) in enumerate(again):
         trial = results[0]["asked"]["trial"]
         row: list[object] = [title, f"{trial['rate']:g}, {trial['decay']:g}"]
         row.append(error_cell(results[0]))
@@ -131,9 +145,13 @@ def table(reported: Reported) -> str:
             change = versus.changes[i]
             row.append(f"{change.mean:+.2f} ({change.error:.2f})")
         rows.append(row)
-    parts = [markdown(head, rows), _legend(reported), _counted(reported, from_none, titles)]
-    parts.append(controlled(from_none[0], from_controls, titles, "The default"))
-    return "\n\n".join(parts)
+    every = [*again, *others]
+    from_none = [Versus.of(every, name, "decay") for name in (DEFAULT, *controls)]
+    from_controls = [Versus.of(every, DEFAULT, name) for name in controls]
+    counted = f"All {len(every)} settings, these in place of the former: "
+    counted += _counted(every, from_none, titles)
+    beyond = controlled(from_none[0], from_controls, titles, "The default")
+    return "\n\n".join([markdown(head, rows), _legend(again), counted, beyond])
 
 
 def _legend(reported: Reported) -> str:
