@@ -52,6 +52,11 @@ def main() -> int:
     """Run what is left, print the table, and write it if asked to."""
     args = _arguments()
     settings = [setting for setting in in_order() if args.only in setting.name]
+    if not settings:
+        print(
+            f"no setting's name contains {args.only!r}; one is {SETTINGS[0].name}", file=sys.stderr
+        )
+        return 2
     wider = chosen()
     missing = [one.name for one in settings if one in SETTINGS and one not in wider]
     if missing:

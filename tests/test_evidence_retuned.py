@@ -83,6 +83,12 @@ def test_it_waits_for_the_plan(called, tmp_path, monkeypatch, capsys):
     assert f"no cell of weight decay only in {CHANGED}" in capsys.readouterr().err
 
 
+def test_a_setting_that_is_not_there_is_told(called, capsys):
+    assert called("--only", "no-such") == 2
+    told = capsys.readouterr().err
+    assert f"no setting's name contains 'no-such'; one is {SETTINGS[0].name}" in told
+
+
 def test_a_part_is_not_committed(called, capsys):
     with pytest.raises(SystemExit):
         called("--commit", "--only", CHANGED)
