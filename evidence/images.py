@@ -40,7 +40,7 @@ import json
 import multiprocessing
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import get_args
@@ -116,29 +116,30 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--methods", nargs="+", default=[*METHODS], choices=CHOICES, metavar="METHOD"
     )
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
-    parser.add_argument("--steps", type=int, default=75_000)
+    from_0, from_1 = _whole_from(0), _whole_from(1)
+    parser.add_argument("--seeds", nargs="+", type=from_0, default=[0, 1, 2, 3, 4])
+    parser.add_argument("--steps", type=from_1, default=75_000)
     parser.add_argument("--rate", type=float, help="learning rate at first; else the recipe's")
     parser.add_argument(
         "--width",
-        type=int,
+        type=from_1,
         help="channels of the first block (published: 64), or dimensions of a ViT's token (256)",
     )
-    parser.add_argument("--images", type=int, default=0, help="training images; 0 takes all")
+    parser.add_argument("--images", type=from_0, default=0, help="training images; 0 takes all")
     parser.add_argument(
         "--validate",
-        type=int,
+        type=from_0,
         default=0,
         metavar="N",
         help="judge on so many held-out training images, not on the test images",
     )
     parser.add_argument(
-        "--test-every", type=int, default=500, help="steps between tests and checkpoints"
+        "--test-every", type=from_1, default=500, help="steps between tests and checkpoints"
     )
     parser.add_argument("--accelerator", default="auto")
     parser.add_argument("--devices", default="1")
     parser.add_argument("--precision", default="32-true")
-    parser.add_argument("--jobs", type=int, default=1, help="processes of one thread")
+    parser.add_argument("--jobs", type=from_1, default=1, help="processes of one thread")
     parser.add_argument(
         "--commit",
         action="store_true",
@@ -152,6 +153,8 @@ def _arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if (args.data is None) == (args.table is None):
         parser.error("say either --data, to train, or --table, to print what is there")
+    if args.rate is not None and not args.rate > 0:
+        parser.error("--rate is above 0")
     if args.devices != "1" and (args.jobs > 1 or "random" in args.methods):
         parser.error("--jobs, and the method random, take one device a run: --devices 1")
     args.seeds = list(dict.fromkeys(args.seeds))
@@ -172,6 +175,17 @@ def _arguments() -> argparse.Namespace:
         if len(args.seeds) < 2:
             parser.error("--commit takes two seeds or more; one with --validate")
     return args
+
+
+def _whole_from(least: int) -> Callable[[str], int]:
+    """What reads an argument that is a whole number, this or more."""
+
+    def whole(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text} is no whole number from {least}")
+        return int(text)
+
+    return whole
 
 
 def _settings(args: argparse.Namespace) -> Settings:

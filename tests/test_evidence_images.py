@@ -245,6 +245,11 @@ def test_what_cannot_be_trained_on_is_refused(monkeypatch):
         ("--data digits --commit --methods none mgd random", "add ['length']"),
         ("--data digits --methods none length --precision 16-mixed", "behind length would take"),
         ("--data digits --methods direction --precision 16", "take bf16-mixed or 32-true"),
+        ("--data digits --steps 0", "--steps: 0 is no whole number from 1"),
+        ("--data digits --test-every -2", "--test-every: -2 is no whole number from 1"),
+        ("--data digits --width 0", "--width: 0 is no whole number from 1"),
+        ("--data digits --validate -5", "--validate: -5 is no whole number from 0"),
+        ("--data digits --rate 0", "--rate is above 0"),
     ],
 )
 def test_a_line_that_cannot_be_run_is_refused(monkeypatch, capsys, line, told):
