@@ -71,6 +71,8 @@ def main() -> int:
     start = time.perf_counter()
     try:
         datasets = [load(source) for source in args.data]
+        for data in datasets:
+            _check(data)
     except MissingDataError as error:
         print(error, file=sys.stderr)
         return 2
@@ -93,7 +95,7 @@ def _arguments() -> argparse.Namespace:
         "--data",
         nargs="+",
         default=SHOWN,
-        help="mnist1d, digits, fashion-mnist, or a folder with its four idx files",
+        help="mnist1d, digits, fashion-mnist, cifar10, or a folder with four idx files or one .npz",
     )
     parser.add_argument(
         "--tune",
@@ -101,6 +103,16 @@ def _arguments() -> argparse.Namespace:
         help="redo the choice of settings instead, and print every trial",
     )
     return parser.parse_args()
+
+
+def _check(data: Data) -> None:
+    """Refuse data with too few images to train on, and others to tune on."""
+    count, needed = len(data.pool[1]), PLANS[_known(data)].images
+    if count <= needed:
+        raise MissingDataError(
+            f"{data.title} has {count} training images; the demo takes more than {needed}. "
+            "python -m evidence --data takes fewer."
+        )
 
 
 def _known(data: Data) -> str:

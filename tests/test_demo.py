@@ -117,13 +117,25 @@ def idx(values):
     return header + bytes(values.flatten().tolist())
 
 
-def test_a_folder_of_ones_own(demo, monkeypatch, capsys, tmp_path):
-    folder = tmp_path / "mine"
+def own(folder, count):
+    """A folder with so many training images, and 100 test images."""
     folder.mkdir()
-    for part, count in (("train", 1200), ("t10k", 100)):
-        images, labels = torch.randint(256, (count, 4, 4)), torch.arange(count) % 10
+    for part, size in (("train", count), ("t10k", 100)):
+        images, labels = torch.randint(256, (size, 4, 4)), torch.arange(size) % 10
         (folder / f"{part}-images-idx3-ubyte.gz").write_bytes(gzip.compress(idx(images)))
         (folder / f"{part}-labels-idx1-ubyte").write_bytes(idx(labels))
+    return folder
+
+
+def test_too_few_images_of_ones_own_are_told(demo, monkeypatch, capsys, tmp_path):
+    folder = own(tmp_path / "few", 900)
+    assert run(demo, monkeypatch, "--data", str(folder)) == 2
+    told = capsys.readouterr().err
+    assert "few has 900 training images; the demo takes more than 1000" in told
+
+
+def test_a_folder_of_ones_own(demo, monkeypatch, capsys, tmp_path):
+    folder = own(tmp_path / "mine", 1200)
     assert run(demo, monkeypatch, "--data", str(folder)) == 0
     printed = capsys.readouterr().out
     assert "mine: a ReLU network 16-64-64-10" in printed
