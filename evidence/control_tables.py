@@ -42,8 +42,8 @@ SPREADING = ("direction", "decoupled")
 
 
 def uniformity_table(results: Sequence[Result]) -> str:
-    """A row a penalty: in how many settings it gains, beyond what, and by how much."""
-    comparisons = compare(results)
+    """A row a penalty: in how many settings that have all controls it gains, beyond what, by how much."""
+    comparisons = with_controls(results)
     head = ["method", "settings", "gain over weight decay", "worse", "gain over all controls"]
     head += ["worse than all", "median difference from the best of them", "failing seeds"]
     rows: list[list[object]] = []
@@ -56,7 +56,7 @@ def uniformity_table(results: Sequence[Result]) -> str:
             beyond = Counter(one.verdict for one in own)
             row += [beyond["gain"], beyond["cost"]]
         row.append(f"{median(one.rest for one in own):+.2f}")
-        row.append(failing_seeds(results, name))
+        row.append(failing_seeds(comparisons, name))
         rows.append(row)
     told = (
         "Controls: weight decay only, a random direction as long as half-space MHE's gradient, and "
@@ -78,13 +78,15 @@ def _beyond_by_method(results: Sequence[Result]) -> dict[str, list[Beyond]]:
     return found
 
 
-def failing_seeds(results: Sequence[Result], name: str) -> int:
+def with_controls(results: Sequence[Result]) -> list[Comparison]:
+    """The comparisons with weight decay in settings that have all controls."""
+    settings = {one.setting for one in beyond_controls(results)}
+    return [one for one in compare(results) if one.setting in settings]
+
+
+def failing_seeds(comparisons: Sequence[Comparison], name: str) -> int:
     """Failing seeds of a method in all settings together."""
-    count = 0
-    for own in by_setting(results):
-        if {"decay", name} <= own.keys():
-            count += failing(own[name], own["decay"])
-    return count
+    return sum(failing(one.result, one.baseline) for one in of_method(comparisons, name))
 
 
 def matched_table(results: Sequence[Result]) -> str:

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 from typing import Any
 
-from evidence.comparisons import Comparison, Result, compare
-from evidence.control_tables import failing_seeds
+from evidence.comparisons import Comparison, Result
+from evidence.control_tables import failing_seeds, with_controls
 from evidence.methods import METHODS, PENALTIES
 from evidence.plan import SETTINGS
 from evidence.tables import CONDITIONS, of_method
@@ -28,10 +28,10 @@ KINDS = (
 def five_lines(results: Sequence[Result]) -> str:
     """Clear gains, gains over weight decay, what is left beyond controls, where, and what logs tell."""
     found = beyond_controls(results)
-    comparisons = compare(results)
+    comparisons = with_controls(results)
     lines = [
         _clear(clear_gains(found)),
-        _over_decay(results, comparisons, len({one.setting for one in found})),
+        _over_decay(comparisons, len({one.setting for one in found})),
         _beyond(found, comparisons),
         _where(found),
         _early(results),
@@ -58,15 +58,17 @@ def _clear(found: Sequence[Beyond]) -> str:
     )
 
 
-def _over_decay(results: Sequence[Result], comparisons: Sequence[Comparison], settings: int) -> str:
+def _over_decay(comparisons: Sequence[Comparison], settings: int) -> str:
     """Gains and losses against weight decay, and failing seeds."""
-    done = f"all {settings} settings" if settings == len(SETTINGS) else f"{settings} of 48 so far"
+    done = f"all {settings} settings"
+    if settings < len(SETTINGS):
+        done = f"{settings} of {len(SETTINGS)} so far"
     parts = []
     for name in PENALTIES:
         verdicts = Counter(one.verdict for one in of_method(comparisons, name))
         parts.append(
             f"{NAMES[name]} gains in {verdicts['gain']}, is worse in {verdicts['worse']}, and fails on "
-            f"{failing_seeds(results, name)} seeds"
+            f"{failing_seeds(comparisons, name)} seeds"
         )
     return f"**Against weight decay** ({done}, tuned by one rule): {'; '.join(parts)}."
 
