@@ -52,9 +52,9 @@ def _clear(found: Sequence[Beyond]) -> str:
     usual = {one.setting for one in found if one.result["asked"]["setting"]["scale"] == 1.0}
     return (
         f"**Clear gains in {len(settings)} settings**, {len(usual)} of them from PyTorch's own initial "
-        "scale: lower by three standard errors than weight decay, than both controls and than "
-        f"orthogonality; as {METHODS[best.method].title} in {best.setting}, {change.mean:+.2f} points "
-        f"({change.error:.2f}) from weight decay."
+        "scale: lower by three standard errors than weight decay and both controls, MHE and MGD than "
+        f"orthogonality, too; the first is {METHODS[best.method].title} in {best.setting}, "
+        f"{change.mean:+.2f} points ({change.error:.2f}) from weight decay."
     )
 
 
@@ -74,9 +74,9 @@ def _over_decay(comparisons: Sequence[Comparison], settings: int) -> str:
 
 
 def _beyond(found: Sequence[Beyond], comparisons: Sequence[Comparison]) -> str:
-    """What controls gain, and what penalties gain beyond them."""
+    """What controls gain, and what penalties gain beyond those that have no aim."""
     alone = []
-    for name in ("random", "length"):
+    for name in ("random", "length", "direction", "decoupled"):
         alone.append(sum(one.verdict == "gain" for one in of_method(comparisons, name)))
     parts, matched = [], []
     for name in PENALTIES:
@@ -86,8 +86,9 @@ def _beyond(found: Sequence[Beyond], comparisons: Sequence[Comparison]) -> str:
         matched.append(sum(one.matched_verdict == "gain" for one in own))
     return (
         "**Is it uniformity?** Noise of the same length gains over weight decay in "
-        f"{alone[0]} settings, growth of the norms alone in {alone[1]}. Beyond weight decay and both of "
-        f"them gain {', '.join(parts)}; beyond noise and growth of their own gradients, at their own "
+        f"{alone[0]} settings, growth of the norms alone in {alone[1]}, MHE's turns without growth in "
+        f"{alone[2]} (decoupled: {alone[3]}). Beyond weight decay, noise and growth gain "
+        f"{', '.join(parts)}; beyond noise and growth of their own gradients, at their own "
         f"settings, {', '.join(map(str, matched))}."
     )
 
@@ -130,7 +131,7 @@ def _early(results: Sequence[Result]) -> str:
     if found.high < 0:
         return (
             "**What you see early tells, the other way round**: (ratio − 1) × gradient share has a "
-            f"{told}: where a tuned penalty has spread the neurons early, it gains."
+            f"{told}: where a tuned penalty has spread the neurons early, it gains more."
         )
     return (
         "**What you see early does not tell whether it will help**: (ratio − 1) × gradient share has "

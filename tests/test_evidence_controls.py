@@ -257,6 +257,17 @@ def test_uniformity_gains_only_beyond_all_controls():
     assert second.endswith("|  |")
 
 
+def test_what_spreads_without_growth_is_judged_by_the_same_rule():
+    results = []
+    for number in range(1, 5):
+        results += of_setting(number, decay=9.0, random=8.0, length=8.0, half_mhe_2=7.0)
+        results += of_setting(number, direction=10.0, decoupled=7.0)
+    table = control_tables.uniformity_table(results)
+    assert "| MHE's direction alone | 4 | 0 | 4 | 0 | 4 |" in table
+    assert "| half-space MHE, s = 2, decoupled | 4 | 4 | 0 | 4 | 0 |" in table
+    assert "MHE's turns without growth in 0 (decoupled: 4)" in five_lines(results)
+
+
 def test_matched_controls_are_those_of_the_penalty_itself():
     results = []
     for number in range(1, 5):
