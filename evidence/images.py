@@ -259,13 +259,15 @@ def block() -> str:
         return "Not run."
     hours = sum(run["seconds"] for runs in results + tried for run in runs) / 3600
     legend = (
-        "Error in %, mean over seeds (standard error); changes of the last error in points (standard "
+        "Error in %, mean over seeds (standard error); best: the lowest of a run's tests, chosen by what "
+        "it is tested on, so nothing is judged by it; changes of the last error in points (standard "
         "error), and the seeds on which it is lower; ± 95 %: half the width of its 95 % interval, the "
         "smallest change that such seeds could have shown, uncorrected. p: paired t test against "
         "none, corrected for all methods of a table (Holm). p beyond all: the largest of those "
-        "against none, random and length, 1 if their signs differ, corrected for all penalties of a "
-        "table (Holm). Largest ratio: of a layer, half-space energy over that of random "
-        f"neurons, before → after training. {hours:.1f} core hours in all."
+        "against none, random and length (controls of half_mhe_2, whatever the penalty), 1 if their "
+        "signs differ, corrected for all penalties of a table (Holm). Largest ratio: of a layer, "
+        "half-space energy over that of random neurons, before → after training. "
+        f"{hours:.1f} core hours in all."
     )
     return "\n\n".join([legend, *parts])
 
