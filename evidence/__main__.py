@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from evidence import cells as running
 from evidence.data import MissingDataError
-from evidence.documents import page, quoted, write
+from evidence.documents import page, quoted, unpack, write
 from evidence.headline import five_lines
 from evidence.methods import CORE, METHODS, PENALTIES
 from evidence.plan import SCALES, TEST_SEEDS, TUNING_SEEDS, Cell, Setting, cells
@@ -43,7 +43,7 @@ def main() -> int:
         return 0
     folder = Path(args.out) / "cells"
     if args.resume_committed:
-        _unpack(folder)
+        unpack(RESULTS / "cells.json", folder)
     left = _not_kept(plan, folder, wanted)
     print(f"{len(plan)} cells, {len(plan) - len(left)} done before; results in {folder}")
     if not args.tables:
@@ -195,13 +195,6 @@ def _run(
                 raise error
             else:
                 bar.write(f"{cell.name} failed: {error}", file=sys.stderr)
-
-
-def _unpack(folder: Path) -> None:
-    """Lay the committed results where a run looks for its own."""
-    for result in running.read(RESULTS / "cells.json"):
-        if not (folder / f"{result['name']}.json").exists():
-            running.save(result, folder)
 
 
 if __name__ == "__main__":

@@ -22,10 +22,10 @@ from statistics import median
 import torch
 
 from evidence import cells as running
-from evidence.comparisons import setting_title
+from evidence.comparisons import LEVEL, setting_title
 from evidence.controls import RandomDirection
 from evidence.data import MissingDataError
-from evidence.documents import quoted, save_all
+from evidence.documents import quoted, save_all, unpack
 from evidence.grid import Trial
 from evidence.methods import HALF_MHE, METHODS, Method
 from evidence.plan import SETTINGS, TUNING_SEEDS, Cell, Setting
@@ -51,7 +51,6 @@ SHARE_LIMITS = (None, 1.0, 0.3, 0.1)
 SHARES = (0.02, 0.05, 0.1)
 LOWER_LIMITS = ((1.0, 0.05), (1.0, 0.02), (0.3, 0.05), (0.3, 0.02))
 """Coefficients and share limits that were added in full space after the second look."""
-LEVEL = 0.05
 
 DIGITS = Setting("digits", 500, 40, held_out=400)
 FASHION = Setting("fashion-mnist", 1000, 30)
@@ -192,13 +191,6 @@ def listed(settings: Sequence[Setting], methods: Sequence[Method]) -> str:
         "with suspects again on other seeds, and then the report"
     )
     return "\n".join(lines)
-
-
-def unpack(committed: Path, folder: Path) -> None:
-    """Lay the committed cells where a study looks for its own; those that it has stay."""
-    for result in running.read(committed):
-        if not (folder / f"{result['name']}.json").exists():
-            running.save(result, folder)
 
 
 class OutOfTimeError(Exception):

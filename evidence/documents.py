@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from evidence import control_tables, tables
-from evidence.cells import write_whole
+from evidence.cells import read, save, write_whole
 from evidence.comparisons import Comparison, Result, compare
 from evidence.pictures import controls_figure, ratio_and_gain_figure
 from evidence.uniformity import beyond_controls
@@ -69,6 +69,13 @@ def save_all(results: Sequence[Result], path: Path) -> None:
     """Write results as one JSON list, a line each."""
     lines = ",\n".join(json.dumps(one, allow_nan=False) for one in results)
     write_whole(path, f"[\n{lines}\n]\n")
+
+
+def unpack(committed: Path, folder: Path) -> None:
+    """Lay committed results where a run looks for its own; those that are there stay."""
+    for result in read(committed):
+        if not (folder / f"{result['name']}.json").exists():
+            save(result, folder)
 
 
 def quoted(text: str, block: str, marks: tuple[str, str] = MARKS) -> str:

@@ -27,9 +27,8 @@ from evidence.defaults import (
     controls_of,
     in_order,
     report,
-    unpack,
 )
-from evidence.documents import quoted, save_all
+from evidence.documents import quoted, save_all, unpack
 from evidence.grid import Trial
 from evidence.methods import METHODS, Method
 from evidence.plan import SETTINGS, Setting

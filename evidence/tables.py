@@ -58,13 +58,13 @@ def everywhere(comparisons: Sequence[Comparison]) -> list[str]:
     return [name for name in METHODS if count[name] > most / 2]
 
 
-def summary(comparisons: Sequence[Comparison], least: int = 1) -> str:
-    """In how many settings each method helps, of those compared in ``least`` settings or more."""
+def summary(comparisons: Sequence[Comparison]) -> str:
+    """In how many settings each method helps."""
     head = ["method", "settings", "gain", "null", "worse", "median", "best", "worst", "failures"]
     rows: list[list[object]] = []
     for name in METHODS:
         own = of_method(comparisons, name)
-        if len(own) < least:
+        if not own:
             continue
         verdicts = [one.verdict for one in own]
         change = [one.paired.mean for one in own]

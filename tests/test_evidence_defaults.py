@@ -15,8 +15,10 @@ import torch
 
 from evidence import cells as running
 from evidence import defaults, training
+from evidence.comparisons import LEVEL
 from evidence.data import load
 from evidence.defaults import CHOOSING, candidates, controls_of, eliminate, in_order
+from evidence.documents import unpack
 from evidence.grid import Trial
 from evidence.methods import METHODS
 from evidence.networks import Architecture, Networks
@@ -240,7 +242,7 @@ def summed_up(reported, place):
     for change, p in zip(changes, holm([change.p for change in changes]), strict=True):
         better += change.error > 0 and change.mean < -2 * change.error
         worse += change.worse
-        corrected += p < defaults.LEVEL and change.mean < 0
+        corrected += p < LEVEL and change.mean < 0
     largest = max(changes, key=lambda change: change.mean)
     return SimpleNamespace(
         better=better,
@@ -263,7 +265,7 @@ def test_the_readmes_say_what_is_left_beyond_the_controls(committed):
     assert not any(change.worse for one in versus for change in one.changes)
     stand = gains & random & growth
     p = [defaults._ps(one) for one in versus]
-    corrected = sum(one < defaults.LEVEL for one in holm([max(ps) for ps in zip(*p, strict=True)]))
+    corrected = sum(one < LEVEL for one in holm([max(ps) for ps in zip(*p, strict=True)]))
     at_scale_1 = set()
     for i, (_, results) in enumerate(reported):
         if results[0]["asked"]["setting"]["scale"] == 1.0:
@@ -517,7 +519,7 @@ def test_committed_cells_are_laid_beside_those_that_are_there(tmp_path):
     committed = json.loads((defaults.RESULTS / "cells.json").read_text())
     own = {**committed[0], "seconds": -1.0}
     running.save(own, tmp_path)
-    defaults.unpack(defaults.RESULTS / "cells.json", tmp_path)
+    unpack(defaults.RESULTS / "cells.json", tmp_path)
     assert len(list(tmp_path.glob("*.json"))) == len(committed)
     assert running.read(tmp_path / f"{own['name']}.json") == own
     last = committed[-1]
