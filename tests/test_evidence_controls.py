@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from statistics import mean
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from evidence.headline import five_lines
 from evidence.methods import CONTROLS, HALF_MHE, METHODS, unit_coefficient
 from evidence.methods import matched as controls_of
 from evidence.networks import Networks
+from evidence.pictures import controls_figure
 from evidence.plan import Setting
 from evidence.statistics import clustered_rank_correlation
 from evidence.tables import change_cell
@@ -198,18 +200,18 @@ def cell(setting, method, errors, *, early=(1.0, 0.0), first=None, edges=()):
     return found
 
 
-def around(mean, wobble=0.1):
+def around(middle, wobble=0.1):
     """Twenty errors of this mean, of which each method's differ a little."""
-    return [mean + wobble * math.sin(seed * (1 + mean)) + 0.5 * seed for seed in range(20)]
+    return [middle + wobble * math.sin(seed * (1 + middle)) + 0.5 * seed for seed in range(20)]
 
 
 def of_setting(number, **means):
-    return [cell(number, name, around(mean)) for name, mean in means.items()]
+    return [cell(number, name, around(middle)) for name, middle in means.items()]
 
 
 def matched(result, **means):
     """The result with matched controls of these means."""
-    controls = {name: {"test_error": around(mean)} for name, mean in means.items()}
+    controls = {name: {"test_error": around(middle)} for name, middle in means.items()}
     return result | {"matched": controls}
 
 
@@ -266,6 +268,61 @@ def test_what_spreads_without_growth_is_judged_by_the_same_rule():
     assert "| MHE's direction alone | 4 | 0 | 4 | 0 | 4 |" in table
     assert "| half-space MHE, s = 2, decoupled | 4 | 4 | 0 | 4 | 0 |" in table
     assert "MHE's turns without growth in 0 (decoupled: 4)" in five_lines(results)
+
+
+def test_the_picture_shows_mhe_above_the_line_where_it_gains_beyond_a_control():
+    """A dot's place is what a control gains, if anything, and what half-space MHE gains."""
+    results = of_setting(1, decay=9.0, random=8.0, length=10.0, half_mhe_2=7.0)
+    results += of_setting(2, decay=9.0, random=6.0, length=9.0, half_mhe_2=8.0)
+    errors = {}
+    for one in results:
+        number, _, name = one["name"].partition("--")
+        errors[name, number] = mean(one["test_error"])
+    panels = controls_figure(results).axes
+    for axes, control in zip(panels, ("random", "length"), strict=True):
+        first, *others = axes.containers  # all settings are at PyTorch's own scale
+        assert all(len(one.lines[0].get_xdata()) == 0 for one in others)
+        drawn = first.lines[0].get_xydata()
+        for (x, y), number in zip(drawn, "12", strict=True):
+            decay = errors["decay", number]
+            assert math.isclose(x, decay - min(decay, errors[control, number]), abs_tol=1e-9)
+            assert math.isclose(y, decay - errors["half_mhe_2", number], abs_tol=1e-9)
+
+
+def test_kinds_of_settings_are_told_apart():
+    results = []
+    for number, scale, half in ((1, 1.0, 7.0), (2, 1.0, 9.0), (3, 0.1, 7.0)):
+        own = of_setting(number, decay=9.0, random=9.0, length=9.0, half_mhe_2=half)
+        for one in own:
+            one["asked"]["setting"]["scale"] = scale
+        results += own
+    untrained = of_setting(4, decay=89.0, random=89.0, length=89.0, half_mhe_2=7.0)
+    table = control_tables.controls_by_condition([*results, *untrained])
+    assert "| weight decay alone trains | 3 | 2, -2.0" in table
+    assert "| PyTorch's initial scale | 2 | 1, -1.0" in table
+    assert "| initial scale 0.1 | 1 | 1, -2.0" in table
+    assert "AdamW" not in table
+    where = five_lines([*results, *untrained]).splitlines()[3]
+    assert "small initial weights (0.03 and 0.1) 1 of 1 (-2.0" in where
+    assert "PyTorch's own 1 of 2 (-1.0" in where
+
+
+def test_what_logs_tell_early_is_said_either_way():
+    said = []
+    for sign in (1.0, -1.0, 0.0):
+        results = []
+        for number in range(1, 13):
+            gain = sign * number if sign else 3.0 * math.sin(number * number)
+            seen = (1.0 + 0.1 * number, 0.5)
+            results += of_setting(number, decay=30.0, random=30.0, length=30.0)
+            for name in ("half_mhe_2", "mgd", "orthogonality"):
+                results.append(cell(number, name, around(30.0 - gain), early=seen))
+        said.append(five_lines(results).splitlines()[4].partition("**: ")[0])
+    assert said == [
+        "- **What you see early tells",
+        "- **What you see early tells, the other way round",
+        "- **What you see early does not tell whether it will help",
+    ]
 
 
 def test_matched_controls_are_those_of_the_penalty_itself():
