@@ -10,6 +10,7 @@ from evidence import control_tables, tables
 from evidence.cells import read, save, write_whole
 from evidence.comparisons import Comparison, Result, compare
 from evidence.pictures import controls_figure, ratio_and_gain_figure
+from evidence.plan import cells
 from evidence.uniformity import beyond_controls
 
 MARKS = ("<!-- evidence: written by `python -m evidence --commit` -->", "<!-- end of evidence -->")
@@ -43,12 +44,19 @@ def page(results: Sequence[Result]) -> str:
     beyond = control_tables.controls_by_setting(results)
     settings = tables.settings_table(comparisons)
     parts = [
-        f"{len(results)} cells in {count} settings, {seeds} test seeds each, {hours:.1f} core hours.",
+        f"{len(results)} of {len(cells())} cells, in {count} settings, {seeds} test seeds each, "
+        f"{hours:.1f} core hours, by {_codes(results)}.",
+        "**Clear gains:**",
         control_tables.clear_gains_table(results),
+        "**Beyond controls that are tuned as the penalties are:**",
         control_tables.uniformity_table(results),
+        "**Beyond controls of its own gradient, at its own trial:**",
         control_tables.matched_table(results),
+        "**Where:**",
         control_tables.controls_by_condition(results),
+        "**Against weight decay:**",
         tables.summary(comparisons),
+        "**Against each other** (p below 0.05 after Holm's correction for the settings):",
         tables.rivals_table(comparisons),
         "**Wider grids:**",
         control_tables.widening_table(results),
