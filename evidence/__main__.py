@@ -57,8 +57,8 @@ def main() -> int:
     if done:
         pictured = write(done, len(plan), target)
         if args.commit:
-            README.write_text(quoted(README.read_text(), five_lines(done)))
-            PAGE.write_text(quoted(PAGE.read_text(), page(done)))
+            running.write_whole(README, quoted(README.read_text(), five_lines(done)))
+            running.write_whole(PAGE, quoted(PAGE.read_text(), page(done)))
         picture = f", picture: {target / 'ratio.png'}" if pictured else ""
         print(f"\n{len(done)} of {len(plan)} cells; tables: {target / 'tables.md'}{picture}")
     return 0 if len(done) == len(plan) else 3

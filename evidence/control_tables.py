@@ -183,19 +183,21 @@ def _beyond_cells(own: Sequence[Beyond]) -> list[str]:
 def clear_gains_table(results: Sequence[Result]) -> str:
     """The settings in which a penalty is clearly lower than all controls and orthogonality."""
     head = ["setting", "method", "error", "weight decay", "random direction", "growth alone"]
-    head += ["orthogonality"]
+    head += ["orthogonality", "its own random direction", "its own growth"]
     rows = []
     for one in clear_gains(beyond_controls(results)):
         row = [one.setting, METHODS[one.method].title, error_cell(one.result)]
-        for rival in ("decay", "random", "length", "orthogonality"):
-            change = one.changes.get(rival)
+        changes = [one.changes.get(name) for name in ("decay", "random", "length", "orthogonality")]
+        changes += [one.matched.get(control) for control in MATCHED]
+        for change in changes:
             row.append("" if change is None else f"{change.mean:+.2f} ({change.error:.2f})")
         rows.append(row)
     if not rows:
         return f"**In no setting** is a penalty lower than all rivals by {CLEAR:g} standard errors."
     told = (
-        f"Paired differences in points (standard error), each beyond {CLEAR:g} standard errors; gains "
-        "over all controls after Holm's correction. PyTorch's own initial scale comes first."
+        f"Paired differences in points (standard error), all but the last two beyond {CLEAR:g} standard "
+        "errors; gains over all controls after Holm's correction. The last two are the controls of the "
+        "method's own gradient, at its own trial. PyTorch's own initial scale comes first."
     )
     return f"{markdown(head, rows)}\n\n{told}"
 

@@ -88,6 +88,7 @@ def _from_the_better(one: Beyond, control: str) -> Paired:
 
 def _draw_control(axes: Axes, found: Sequence[Beyond], control: str) -> None:
     """The panel of one control."""
+    drawn: list[float] = []
     groups: dict[str, list[Beyond]] = {"PyTorch's": [], "× 0.3": [], "× 0.1": [], "× 0.03": []}
     for one in found:
         scale = one.result["asked"]["setting"]["scale"]
@@ -95,8 +96,10 @@ def _draw_control(axes: Axes, found: Sequence[Beyond], control: str) -> None:
     for i, (title, own) in enumerate(groups.items()):
         gains = [-one.changes["decay"].mean for one in own]
         beyond = [_from_the_better(one, control) for one in own]
+        controlled = [gain + change.mean for gain, change in zip(gains, beyond, strict=True)]
+        drawn += [*gains, *controlled]
         axes.errorbar(
-            [gain + change.mean for gain, change in zip(gains, beyond, strict=True)],
+            controlled,
             gains,
             [2 * change.error for change in beyond],
             fmt="o",
@@ -105,8 +108,7 @@ def _draw_control(axes: Axes, found: Sequence[Beyond], control: str) -> None:
             linewidth=0.8,
             label=title,
         )
-    gains = [-one.changes["decay"].mean for one in found]
-    ends = [min(-0.5, 1.5 * min(gains)), max(1.0, 1.5 * max(gains))]
+    ends = [min(-0.5, 1.5 * min(drawn)), max(1.0, 1.5 * max(drawn))]
     axes.plot(ends, ends, color="0.6", linewidth=0.8, zorder=0)
     axes.set_xlim(*ends)
     axes.set_ylim(*ends)
