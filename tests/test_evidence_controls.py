@@ -246,7 +246,11 @@ def test_uniformity_gains_only_beyond_all_controls():
         assert five_lines(some) == five_lines(four)
     lines = five_lines(four).splitlines()
     assert len(lines) == 5
-    assert lines[0].startswith("- **Clear gains in 1 settings**, 1 of them from PyTorch's own")
+    told = (
+        "- **Clear gains of MHE or MGD in 1 settings**, 1 of them from PyTorch's own initial scale"
+    )
+    assert lines[0].startswith(told)
+    assert lines[0].endswith("Orthogonality itself is so beyond the other three in 1.")
     assert "half-space MHE gains in 3, is worse in 1, and fails on 0 seeds" in lines[1]
     assert "Noise of the same length gains over weight decay in 3 settings" in lines[2]
     assert "half-space MHE in 1 (worse than all in 1)" in lines[2]
