@@ -20,6 +20,7 @@ from evidence.statistics import Correlation, holm
 from evidence.tables import (
     CONDITIONS,
     change_cell,
+    difference_cell,
     edge_marks,
     error_cell,
     markdown,
@@ -175,7 +176,7 @@ def _beyond_cells(own: Sequence[Beyond]) -> list[str]:
     for one in own:
         if one.method == "half_mhe_2":
             changes = [one.changes[rival] for rival in ("random", "length")]
-            cells = [f"{change.mean:+.2f} ({change.error:.2f})" for change in changes]
+            cells = [difference_cell(change) for change in changes]
     gains = [METHODS[one.method].title for one in own if one.verdict == "gain"]
     return [*cells, ", ".join(gains)]
 
@@ -190,7 +191,7 @@ def clear_gains_table(results: Sequence[Result]) -> str:
         changes = [one.changes.get(name) for name in ("decay", "random", "length", "orthogonality")]
         changes += [one.matched.get(control) for control in MATCHED]
         for change in changes:
-            row.append("" if change is None else f"{change.mean:+.2f} ({change.error:.2f})")
+            row.append("" if change is None else difference_cell(change))
         rows.append(row)
     if not rows:
         return f"**In no setting** is a penalty lower than all rivals by {CLEAR:g} standard errors."

@@ -30,7 +30,7 @@ from evidence.grid import Trial
 from evidence.methods import HALF_MHE, METHODS, Method
 from evidence.plan import SETTINGS, TUNING_SEEDS, Cell, Setting
 from evidence.statistics import Paired, beyond_two_errors, holm, paired
-from evidence.tables import error_cell, markdown
+from evidence.tables import difference_cell, error_cell, markdown
 from evidence.training import train
 from lightning_hsu import Share
 from lightning_hsu._core.limits import SAFE_SHARE
@@ -164,6 +164,18 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m evidence.defaults", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="one tiny setting, to see it work")
     parser.add_argument("--list", action="store_true", help="print the settings and candidates")
+    add_options(parser)
+    parser.add_argument("--out", help="folder for results; the same folder goes on where it ended")
+    args = parser.parse_args()
+    if args.quick and args.commit:
+        parser.error("--commit takes the whole plan: leave out --quick")
+    if args.out is None:
+        args.out = "out/evidence-defaults-quick" if args.quick else "out/evidence-defaults"
+    return args
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Options of a command that makes a report."""
     parser.add_argument("--jobs", type=int, default=1, help="processes of one thread")
     parser.add_argument(
         "--minutes", type=float, default=float("inf"), help="start no cell after so long"
@@ -172,13 +184,6 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--resume-committed", action="store_true", help="take cells from evidence/results, too"
     )
-    parser.add_argument("--out", help="folder for results; the same folder goes on where it ended")
-    args = parser.parse_args()
-    if args.quick and args.commit:
-        parser.error("--commit takes the whole plan: leave out --quick")
-    if args.out is None:
-        args.out = "out/evidence-defaults-quick" if args.quick else "out/evidence-defaults"
-    return args
 
 
 def listed(settings: Sequence[Setting], methods: Sequence[Method]) -> str:
@@ -480,7 +485,7 @@ def bad_again(
         change = paired(result["test_error"], baseline["test_error"])
         failed = failures(result["test_error"], baseline["test_error"])
         if change.worse or result["nonfinite"] or failed:
-            words = f"{change.mean:+.2f} ({change.error:.2f})"
+            words = difference_cell(change)
             if failed:
                 words += f", {failed} seeds fail"
             if result["nonfinite"]:
@@ -564,34 +569,44 @@ def report_table(story: Story, reported: Reported) -> str:
     for i, (title, results) in enumerate(reported):
         row = [title, error_cell(results[0])]
         for versus in (*from_none, *from_controls):
-            change = versus.changes[i]
-            row.append(f"{change.mean:+.2f} ({change.error:.2f})")
+            row.append(difference_cell(versus.changes[i]))
         rows.append(row)
-    broken = dict.fromkeys(names, 0)
+    parts = [markdown(head, rows), legend(reported), counts(reported, from_none, titles)]
+    if from_controls:
+        parts.append(controlled(from_none[0], from_controls, titles, "The chosen candidate"))
+    return "\n\n".join(parts)
+
+
+def legend(reported: Reported) -> str:
+    """What the numbers of a report are, and how long they took."""
+    seeds = len(reported[0][1][0]["test_error"])
     seconds = 0.0
     for _, results in reported:
-        for result in results:
-            seconds += result["seconds"]
-        for name, result in zip(names, results[1:], strict=True):
-            broken[name] += result["nonfinite"]
-    lines = [
-        f"{titles[versus.name]}: {versus.counted()}, {broken[versus.name]} runs not finite."
-        for versus in from_none
-    ]
-    seeds = len(reported[0][1][0]["test_error"])
-    chance = len(reported) * beyond_two_errors(seeds)
+        seconds += sum(result["seconds"] for result in results)
+    return (
+        f"Test error in % over {seeds} seeds, mean (standard error); with a penalty the paired "
+        f"difference in points (standard error). {seconds / 3600:.1f} core hours for this table."
+    )
+
+
+def counts(reported: Reported, from_none: Sequence[Versus], titles: Mapping[str, str]) -> str:
+    """In how many settings each method is worse and better than no penalty, and by chance alone.
+
+    Args:
+        reported: The settings; after the result without a penalty come those of the methods.
+        from_none: Each method against no penalty, in the same order.
+        titles: Of the methods.
+    """
+    lines = []
+    for place, versus in enumerate(from_none, 1):
+        broken = sum(results[place]["nonfinite"] for _, results in reported)
+        lines.append(f"{titles[versus.name]}: {versus.counted()}, {broken} runs not finite.")
+    chance = len(reported) * beyond_two_errors(len(reported[0][1][0]["test_error"]))
     lines.append(
         f"Of a penalty that changes nothing {chance:.1f} settings would be worse by chance alone, "
         "and as many better."
     )
-    legend = (
-        f"Test error in % over {seeds} seeds, mean (standard error); with a penalty the paired "
-        f"difference in points (standard error). {seconds / 3600:.1f} core hours for this table."
-    )
-    parts = [markdown(head, rows), legend, " ".join(lines)]
-    if from_controls:
-        parts.append(controlled(from_none[0], from_controls, titles, "The chosen candidate"))
-    return "\n\n".join(parts)
+    return " ".join(lines)
 
 
 @dataclass(frozen=True)

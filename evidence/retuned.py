@@ -10,7 +10,8 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Final
 
@@ -18,28 +19,30 @@ from evidence import cells as running
 from evidence.data import MissingDataError
 from evidence.defaults import (
     FRESH,
+    README,
     OutOfTimeError,
     Reported,
     Study,
     Versus,
+    add_options,
     candidates,
     controlled,
     controls_of,
+    counts,
     in_order,
+    legend,
     report,
 )
 from evidence.documents import quoted, save_all, unpack
 from evidence.grid import Trial
 from evidence.methods import METHODS, Method
 from evidence.plan import SETTINGS, Setting
-from evidence.statistics import beyond_two_errors
-from evidence.tables import error_cell, markdown
+from evidence.tables import difference_cell, error_cell, markdown
 
 FOLDER = Path(__file__).parent
 COMMITTED = FOLDER / "results" / "defaults" / "cells.json"
 RESULTS = FOLDER / "results" / "defaults" / "retuned.json"
 PLAN = FOLDER / "results" / "cells.json"
-README = FOLDER / "README.md"
 MARKS = (
     "<!-- retuned: written by `python -m evidence.retuned --commit` -->",
     "<!-- end of retuned -->",
@@ -66,15 +69,13 @@ def main() -> int:
         unpack(RESULTS, folder)
     unpack(COMMITTED, folder)
     study = Study(folder, args.jobs, time.monotonic() + 60 * args.minutes)
-    seeds = FRESH[:3] if args.quick else FRESH
     try:
         former = {setting: study.tuned(setting, quick=False) for setting in settings}
         tuned = {**former, **{one: wider[one] for one in settings if one in wider}}
         changed = [setting for setting in settings if tuned[setting] != former[setting]]
-        again = report(study, changed, tuned, methods(), seeds)
-        made = study.used()
+        again = report(study, changed, tuned, methods(), FRESH)
         kept = [setting for setting in settings if setting not in changed]
-        others = report(study, kept, tuned, methods(), seeds)
+        others = report(study, kept, tuned, methods(), FRESH)
     except MissingDataError as error:
         print(error, file=sys.stderr)
         return 2
@@ -84,27 +85,19 @@ def main() -> int:
     text = table(again, others)
     print(text)
     if args.commit:
-        save_all([one for one in made if "seeds" in one["asked"]], RESULTS)
+        save_all(list(chain.from_iterable(results for _, results in again)), RESULTS)
         running.write_whole(README, quoted(README.read_text(), text, MARKS))
     return 0
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m evidence.retuned", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="three seeds")
     parser.add_argument("--only", default="", help="settings whose names contain this")
-    parser.add_argument("--jobs", type=int, default=1, help="processes of one thread")
-    parser.add_argument(
-        "--minutes", type=float, default=float("inf"), help="start no cell after so long"
-    )
-    parser.add_argument("--commit", action="store_true", help="write evidence/results and README")
-    parser.add_argument(
-        "--resume-committed", action="store_true", help="take cells from evidence/results, too"
-    )
+    add_options(parser)
     parser.add_argument("--out", default="out/evidence-retuned", help="folder for results")
     args = parser.parse_args()
-    if args.commit and (args.quick or args.only):
-        parser.error("--commit takes all settings: leave out --quick and --only")
+    if args.commit and args.only:
+        parser.error("--commit takes all settings: leave out --only")
     return args
 
 
@@ -146,38 +139,15 @@ def table(again: Reported, others: Reported) -> str:
         row: list[object] = [title, f"{trial['rate']:g}, {trial['decay']:g}"]
         row.append(error_cell(results[0]))
         for versus in (*from_none, *from_controls):
-            change = versus.changes[i]
-            row.append(f"{change.mean:+.2f} ({change.error:.2f})")
+            row.append(difference_cell(versus.changes[i]))
         rows.append(row)
     every = [*again, *others]
     from_none = [Versus.of(every, name, "decay") for name in (DEFAULT, *controls)]
     from_controls = [Versus.of(every, DEFAULT, name) for name in controls]
-    counted = f"All {len(every)} settings, these in place of the former: "
-    counted += _counted(every, from_none, titles)
+    counted = counts(every, from_none, titles)
+    counted = f"All {len(every)} settings, these in place of the former: {counted}"
     beyond = controlled(from_none[0], from_controls, titles, "The default")
-    return "\n\n".join([markdown(head, rows), _legend(again), counted, beyond])
-
-
-def _legend(reported: Reported) -> str:
-    results = [result for _, of_setting in reported for result in of_setting]
-    hours = sum(result["seconds"] for result in results) / 3600
-    seeds = len(results[0]["test_error"])
-    return (
-        f"Test error in % over {seeds} seeds, mean (standard error); else paired differences in points "
-        f"(standard error). {hours:.1f} core hours."
-    )
-
-
-def _counted(reported: Reported, from_none: Sequence[Versus], titles: Mapping[str, str]) -> str:
-    """In how many settings each method is worse and better than no penalty, and by chance."""
-    lines = []
-    for number, versus in enumerate(from_none, 1):
-        broken = sum(results[number]["nonfinite"] for _, results in reported)
-        title = titles[versus.name]
-        lines.append(f"{title}: {versus.counted()}, {broken} runs not finite.")
-    chance = len(reported) * beyond_two_errors(len(reported[0][1][0]["test_error"]))
-    lines.append(f"Of equals {chance:.1f} would be worse by chance alone, and as many better.")
-    return " ".join(lines)
+    return "\n\n".join([markdown(head, rows), legend(again), counted, beyond])
 
 
 if __name__ == "__main__":

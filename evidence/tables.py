@@ -256,6 +256,11 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
+def difference_cell(change: Paired) -> str:
+    """A paired difference and its standard error."""
+    return f"{change.mean:+.2f} ({change.error:.2f})"
+
+
 def error_cell(result: Result) -> str:
     """Mean test error and its standard error."""
     errors = result["test_error"]

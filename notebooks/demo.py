@@ -70,17 +70,20 @@ def main() -> int:
     torch.set_num_threads(1)  # faster for so small a network
     start = time.perf_counter()
     try:
-        datasets = [load(source) for source in args.data]
-        for data in datasets:
-            _check(data)
+        datasets = []
+        for source in args.data:
+            known = source if source in PLANS else "fashion-mnist"
+            data = load(source)
+            _check(data, PLANS[known])
+            datasets.append((data, known))
     except MissingDataError as error:
         print(error, file=sys.stderr)
         return 2
-    for data in datasets:
+    for data, known in datasets:
         if args.tune:
-            tune(data, PLANS[_known(data)])
+            tune(data, PLANS[known])
         else:
-            _show(data)
+            _show(data, known)
     if not args.tune:
         _print_legend()
     print(f"{time.perf_counter() - start:.0f} seconds")
@@ -105,9 +108,9 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _check(data: Data) -> None:
+def _check(data: Data, plan: Plan) -> None:
     """Refuse data with too few images to train on, and others to tune on."""
-    count, needed = len(data.pool[1]), PLANS[_known(data)].images
+    count, needed = len(data.pool[1]), plan.images
     if count <= needed:
         raise MissingDataError(
             f"{data.title} has {count} training images; the demo takes more than {needed}. "
@@ -115,17 +118,11 @@ def _check(data: Data) -> None:
         )
 
 
-def _known(data: Data) -> str:
-    """The data whose plan and settings are taken."""
-    return data.name if data.name in PLANS else "fashion-mnist"
-
-
-def _show(data: Data) -> None:
-    """Train on the data; print a table and draw a picture."""
-    known = _known(data)
+def _show(data: Data, known: str) -> None:
+    """Train on the data, with the settings of those of this name; print a table, draw a picture."""
     folder = OUT / data.name
     comparisons = _train(data, known, folder)
-    _print_table(data, PLANS[known], comparisons)
+    _print_table(data, known, comparisons)
     first = comparisons[0]
     picture = OUT / f"{data.name}.png"
     title = data.title
@@ -174,9 +171,9 @@ def _progress(settings: Settings, seed: int, outcome: Outcome, arm: Arm) -> str:
     )
 
 
-def _print_table(data: Data, plan: Plan, comparisons: list[Comparison]) -> None:
+def _print_table(data: Data, known: str, comparisons: list[Comparison]) -> None:
     """Print one table of all settings."""
-    known = _known(data)
+    plan = PLANS[known]
     where = "" if data.name == known else f" of {known}"
     layers = comparisons[0].runs["without"][0].before
     sizes = [layers[0].dimension, *(layer.neurons for layer in layers)]

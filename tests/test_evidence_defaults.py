@@ -9,6 +9,7 @@ from itertools import product
 from pathlib import Path
 from statistics import mean, median
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -540,23 +541,17 @@ def test_controls_are_asked_as_their_candidate_but_for_what_they_keep():
 
 @pytest.mark.filterwarnings("ignore:.*starts at zero")
 def test_goes_on_from_its_cells(tmp_path, monkeypatch, capsys):
-    calls = []
-    run = defaults.run
-
-    def counted(job):
-        calls.append(job)
-        return run(job)
-
-    monkeypatch.setattr(defaults, "run", counted)
+    run = Mock(wraps=defaults.run)
+    monkeypatch.setattr(defaults, "run", run)
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)  # of all tests after this
     arguments = ["--quick", "--out", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["evidence.defaults", *arguments])
     assert defaults.main() == 0
     first = capsys.readouterr().out
-    count = len(calls)
+    count = run.call_count
     assert count == len(list((tmp_path / "cells").glob("*.json"))) >= 5
     assert defaults.main() == 0
-    assert len(calls) == count
+    assert run.call_count == count
     tables = "| candidate |"
     again = capsys.readouterr().out
     assert again[again.index(tables) :] == first[first.index(tables) :]

@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -45,21 +46,16 @@ def test_the_default_is_the_callbacks_own():
 @pytest.mark.slow
 def test_only_what_was_chosen_otherwise_is_trained_anew(called, tmp_path, capsys, monkeypatch):
     """Of two settings one has another trial now; the other stays as it was reported."""
-    jobs = []
-    run = defaults.run
-
-    def counted(job):
-        jobs.append(job)
-        return run(job)
-
-    monkeypatch.setattr(defaults, "run", counted)
+    run = Mock(wraps=defaults.run)
+    monkeypatch.setattr(defaults, "run", run)
     arguments = ["--only", "digits-n500-e40-depth4", "--out", str(tmp_path)]
     assert called(*arguments) == 0
     printed = capsys.readouterr().out
     plan = json.loads(retuned.PLAN.read_text())
     (chosen,) = [one["chosen"] for one in plan if one["name"] == f"{CHANGED}--decay"]
-    assert len(jobs) == 4
-    for setting, _, trial, seeds, test in jobs:
+    assert run.call_count == 4
+    for call in run.call_args_list:
+        setting, _, trial, seeds, test = call.args[0]
         assert setting.name == CHANGED
         assert (trial.rate, trial.decay) == (chosen["rate"], chosen["decay"])
         assert (seeds, test) == (tuple(range(80, 100)), True)
@@ -71,7 +67,7 @@ def test_only_what_was_chosen_otherwise_is_trained_anew(called, tmp_path, capsys
     assert "All 2 settings, these in place of the former: default: worse by two" in table
     assert "Better than none and than both controls" in table
     assert called(*arguments) == 0
-    assert len(jobs) == 4
+    assert run.call_count == 4
     assert capsys.readouterr().out.endswith(table)
 
 
