@@ -26,6 +26,7 @@ from evidence.image_data import BATCH, Batches, loaded, moved
 from evidence.image_methods import callbacks
 from evidence.image_networks import build
 from lightning_hsu import HypersphericalUniformity, UniformityRegularizer
+from lightning_hsu.measures import RieszEnergy
 
 DECIDING = (
     "cifar",
@@ -46,6 +47,8 @@ LAST = "last.ckpt"
 """The name of a run's last checkpoint."""
 WARM_UP = 0.05
 """Of all steps, in which a ViT's learning rate rises."""
+MEASURED = RieszEnergy(s=2.0, half_space=True)
+"""Whose ratios are told before and after training, whatever is minimised."""
 
 
 @dataclass(frozen=True)
@@ -390,8 +393,8 @@ def _datasets(
 
 
 def ratios(network: nn.Module) -> dict[str, float | None]:
-    """Half-space ratios of all layers; None where they are not finite."""
+    """Half-space ratios of all layers, full-space of the head; None where they are not finite."""
     found: dict[str, float | None] = {}
-    for layer in UniformityRegularizer().attach(network).measure_layers():
+    for layer in UniformityRegularizer(MEASURED).attach(network).measure_layers():
         found[layer.name] = round(layer.ratio, 4) if math.isfinite(layer.ratio) else None
     return found

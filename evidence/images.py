@@ -266,7 +266,8 @@ def block() -> str:
         "none, corrected for all methods of a table (Holm). p beyond all: the largest of those "
         "against none, random and length (controls of half_mhe_2, whatever the penalty), 1 if their "
         "signs differ, corrected for all penalties of a table (Holm). Largest ratio: of a layer, "
-        "half-space energy over that of random neurons, before → after training. "
+        "half-space energy (the head's in full space) over that of random neurons, before → after "
+        "training. "
         f"{hours:.1f} core hours in all."
     )
     return "\n\n".join([legend, *parts])

@@ -307,6 +307,19 @@ def test_the_digest_is_of_all_modules_that_decide():
         assert {*imported} <= {*training.DECIDING, "cells", "errors"}
 
 
+def test_ratios_are_those_of_half_space_but_for_the_head():
+    torch.manual_seed(0)
+    network = build("cnn9", (1, 8, 8), 10, 4)
+    before = training.ratios(network)
+    with torch.no_grad():
+        for weight in (network.fc6.weight, network.score.weight):
+            weight[1] = -weight[0]
+    after = training.ratios(network)
+    assert [*before] == [layer.name for layer in UniformityRegularizer().attach(network).layers]
+    assert after["fc6"] > 10 * before["fc6"]
+    assert after["score"] < 2 * before["score"]
+
+
 def test_orthogonality_is_as_long_as_the_preset():
     torch.manual_seed(0)
     network = build("resnet18", (1, 28, 28), 10, 4)
