@@ -13,8 +13,8 @@ learning rate 0.1, a tenth of it after 0.4, 2/3 and 13/15 of 75000 steps. Runnin
 are PyTorch's (0.1 a step; 0.001 there). From its initial weights a learning rate of 0.1 throws the
 head so far that its probabilities saturate and the loss has no slope; weight decay then takes some
 2000 steps to bring it back. So it is in the published logs, too (github.com/wy1iu/MHE: the training
-loss leaves 9 after 1600 to 3100 of 42500 steps, without a penalty after 2200). ``--rate 0.02`` learns
-at once.
+loss leaves 9 after 1300 to 3000 of 42500 steps and is below that of a guess, ln 100, after 1600 to
+3100, without a penalty after 2100 and 2200). ``--rate 0.02`` learns at once.
 
 ResNet-18 is that of CIFAR: SGD with momentum 0.9, weight decay 5e-4, a learning rate of 0.1 that
 follows half a cosine. ``resnet18-plain`` has no batch norm, but biases and SkipInit. The ViT has
