@@ -231,13 +231,17 @@ def run(job: Job) -> None:
 
 
 def _run_beside(jobs: Sequence[Job], count: int) -> None:
-    """Run them in so many processes."""
+    """Run them in so many processes; when one fails, or Ctrl-C is hit, no other is begun."""
     running.keep_freed_memory()
     context = multiprocessing.get_context("spawn")
     workers = min(count, len(jobs))
     with ProcessPoolExecutor(workers, context, running.end_with, (os.getpid(),)) as pool:
-        for future in as_completed([pool.submit(run, job) for job in jobs]):
-            future.result()
+        try:
+            for future in as_completed([pool.submit(run, job) for job in jobs]):
+                future.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 def read_folder(folder: Path) -> list[Run]:

@@ -5,6 +5,8 @@ import json
 import math
 import re
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -650,6 +652,23 @@ def test_learning_rates_are_kept_and_the_best_is_bold(tmp_path, monkeypatch, cap
         f"| {network} | 100 | 0.1 | 25.00 |",
         "",
     ]
+
+
+def test_when_a_run_fails_no_other_is_begun(monkeypatch):
+    begun_with = []
+
+    def run(job):
+        begun_with.append(job)
+        if job == 0:
+            raise MissingDataError("gone")
+        time.sleep(0.3)
+
+    monkeypatch.setattr(images, "run", run)
+    monkeypatch.setattr(images, "ProcessPoolExecutor", lambda count, *_: ThreadPoolExecutor(count))
+    monkeypatch.setattr(running, "keep_freed_memory", lambda: None)
+    with pytest.raises(MissingDataError, match="gone"):
+        images._run_beside(range(8), 1)
+    assert 7 not in begun_with
 
 
 def test_its_own_readme_quotes_the_committed_images():
