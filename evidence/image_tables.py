@@ -84,7 +84,8 @@ def rates_table(tried: Sequence[Sequence[Run]]) -> str:
 def table(runs: Sequence[Run]) -> str:
     """A row a method: errors, changes of the last one from none and from the controls, ratios.
 
-    Only seeds that all methods have count; with one seed there is no change to tell.
+    Only seeds that all methods have count, and what that leaves out is said; with one seed there is
+    no change to tell.
     """
     by_method = _by_method(runs)
     seeds = len(next(iter(by_method.values())))
@@ -120,7 +121,9 @@ def table(runs: Sequence[Run]) -> str:
         row.append(f"{_largest(own, 'ratio_before')} → {_largest(own, 'ratio_after')}")
         row.append(sum(not run["finite"] for run in own))
         rows.append(row)
-    return markdown(head, rows)
+    left_out = len(runs) - seeds * len(by_method)
+    told = f"\n\nOnly seeds that all methods have count, {seeds}; runs left out: {left_out}."
+    return markdown(head, rows) + (told if left_out else "")
 
 
 def _beyond_all(changes: Mapping[str, Mapping[str, Paired]]) -> dict[str, float]:

@@ -245,8 +245,15 @@ def _run_beside(jobs: Sequence[Job], count: int) -> None:
 
 
 def read_folder(folder: Path) -> list[Run]:
-    """The runs whose results lie in a folder."""
-    found = [running.read(path) for path in sorted(folder.glob("*-*.json"))]
+    """The runs of one setting whose results lie in a folder."""
+    found: list[Run] = []
+    settings = {}
+    for path in sorted(folder.glob("*-*.json")):
+        found.append(running.read(path))
+        settings[path] = {**found[-1]["asked"], "method": None, "seed": None}
+        first = next(iter(settings))
+        if settings[path] != settings[first]:
+            raise SystemExit(f"{path} was made with other settings than {first}: take one away")
     if not found:
         raise SystemExit(f"{folder} holds no result of a run, such as none-0.json")
     return found

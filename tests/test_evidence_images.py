@@ -600,13 +600,26 @@ def test_what_is_beyond_all_is_corrected_for_the_penalties_alone():
 def test_only_seeds_that_all_methods_have_count():
     runs, _ = constructed()
     alike = table([one for one in runs if one["seed"] < 2])
-    assert table(runs[:-1]) == alike
+    assert "left out" not in alike
+    told = "Only seeds that all methods have count, 2; runs left out: 3."
+    assert table(runs[:-1]) == f"{alike}\n\n{told}"
     one_seed = table([one for one in runs if one["seed"] == 0]).splitlines()
     assert "from random" not in one_seed[0]
     assert one_seed[3].startswith("| half_mhe_2 | 19.00 | 18.00 |  |  |  |")
     assert "from random" not in table(runs[:6])
     with pytest.raises(SystemExit, match="no seed that all methods have"):
         table([runs[0], runs[4]])
+
+
+def test_runs_of_other_settings_are_not_in_one_table(tmp_path):
+    for run in constructed()[0]:
+        path = tmp_path / f"{run['method']}-{run['seed']}.json"
+        path.write_text(json.dumps(run))
+    assert len(read_folder(tmp_path)) == 12
+    run["asked"]["precision"] = "bf16-mixed"
+    path.write_text(json.dumps(run))
+    with pytest.raises(SystemExit, match=f"{path.name} was made with other settings than"):
+        read_folder(tmp_path)
 
 
 def test_a_section_says_what_was_run():
