@@ -54,7 +54,7 @@ from evidence.data import MissingDataError
 from evidence.documents import quoted, save_all
 from evidence.image_methods import CHOICES, METHODS
 from evidence.image_networks import WIDTHS
-from evidence.image_tables import RIVALS, Run, rates_table, section, table
+from evidence.image_tables import RIVALS, TITLES, Run, rates_table, section, table
 from evidence.image_training import RECIPES, Settings, check, first_step, refuse_others, train
 
 FOLDER = Path(__file__).parent
@@ -274,13 +274,18 @@ def block() -> str:
         "it is tested on, so nothing is judged by it; changes of the last error in points (standard "
         "error), and the seeds on which it is lower; ± 95 %: half the width of its 95 % interval, the "
         "smallest change that such seeds could have shown, uncorrected. p: paired t test against "
-        "none, corrected for all methods of a table (Holm). p beyond all: the largest of those "
-        "against none, random and length (controls of half_mhe_2, whatever the penalty), 1 if their "
-        "signs differ, corrected for all penalties of a table (Holm). Largest ratio: of a layer, "
-        "half-space energy (the head's in full space) over that of random neurons, before → after "
-        "training. "
-        f"{hours:.1f} core hours in all."
+        "none, corrected for all methods of a table (Holm), not over tables. random (a random "
+        "direction), length (growth alone) and direction (turns without growth) are made of "
+        "half_mhe_2, whatever the penalty beside them. p beyond all: the largest of those against "
+        "none, random and length, 1 if their signs differ, corrected for all penalties of a table "
+        "(Holm). Largest ratio: of a layer, half-space energy (the head's in full space) over that of "
+        "random neurons, before → after training. Not finite: runs with such weights at the end; they "
+        f"answer with one class, and their errors count as they are. {hours:.1f} core hours in all."
     )
+    networks = {runs[0]["asked"]["network"] for runs in results}
+    lacking = [title for network, title in TITLES.items() if network not in networks]
+    if lacking:
+        parts.insert(0, f"**No results yet:** {', '.join(lacking)}.")
     return "\n\n".join([legend, *parts])
 
 

@@ -20,7 +20,7 @@ from evidence import cells as running
 from evidence import image_data, images
 from evidence import image_training as training
 from evidence.data import MissingDataError
-from evidence.documents import quoted
+from evidence.documents import quoted, save_all
 from evidence.image_data import BATCH, Batches, moved
 from evidence.image_methods import callbacks, matched_coefficients, penalty
 from evidence.image_networks import WIDTHS, BasicBlock, TokenBatchNorm, build, neuron_layers
@@ -682,6 +682,21 @@ def test_when_a_run_fails_no_other_is_begun(monkeypatch):
     with pytest.raises(MissingDataError, match="gone"):
         images._run_beside(range(8), 1)
     assert 7 not in begun_with
+
+
+def test_the_readme_names_the_networks_without_results(tmp_path, monkeypatch):
+    monkeypatch.setattr(images, "RESULTS", tmp_path)
+    assert block() == "Not run."
+    runs = constructed()[0]
+    for network in WIDTHS:
+        for one in runs:
+            one["asked"]["network"] = network
+        save_all(runs, tmp_path / f"{network}.json")
+        told = block()
+        assert section(runs) in told
+        assert ("**No results yet:**" in told) == (network != "vit-bn")
+        if network == "resnet18-plain":
+            assert "**No results yet:** ViT, ViT with batch norm.\n" in told
 
 
 def test_its_own_readme_quotes_the_committed_images():
