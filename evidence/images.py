@@ -231,7 +231,7 @@ def run(job: Job) -> None:
 
 
 def _run_beside(jobs: Sequence[Job], count: int) -> None:
-    """Run them in so many processes; when one fails, or Ctrl-C is hit, no other is begun."""
+    """Run them in so many processes; after a failure or Ctrl-C all but the next are left."""
     running.keep_freed_memory()
     context = multiprocessing.get_context("spawn")
     workers = min(count, len(jobs))
