@@ -32,14 +32,15 @@ Run = dict[str, Any]
 def section(runs: Sequence[Run]) -> str:
     """The table of the runs of one setting under what they share."""
     asked = runs[0]["asked"]
-    seeds = len({run["seed"] for run in runs})
+    count = len({run["seed"] for run in runs})
+    seeds = "one seed" if count == 1 else f"{count} seeds"
     hours = sum(run["seconds"] for run in runs) / 3600
     judged = "test images"
     if asked["validate"]:
         judged = f"{asked['validate']} held-out images"
     head = (
         f"**{asked['data']}, {TITLES[asked['network']]}**, {_size(asked)}, "
-        f"learning rate {asked['rate']:g}, {seeds} seeds, judged on {judged}; "
+        f"learning rate {asked['rate']:g}, {seeds}, judged on {judged}; "
         f"{hours:.2f} core hours{_versions(runs)}."
     )
     return f"{head}\n\n{table(runs)}"
