@@ -85,16 +85,19 @@ def run(cell: Cell, tuning: Sequence[int], testing: Sequence[int]) -> Result:
     """Tune and test one cell on one core."""
     torch.set_num_threads(1)
     start = time.process_time()
-    data = _load(cell.setting.data)
-    tuned = tune(data, cell, tuning)
-    trials = [tuned.best]
-    if tuned.first_best != tuned.best:
-        trials.append(tuned.first_best)
-    tested = train(data, cell.setting, cell.method, trials, testing, test=True)
-    first = told(tested, len(trials) - 1)
+    tuned = tune(_load(cell.setting.data), cell, tuning)
     found = {
         "name": cell.name,
         "asked": asked(cell, tuning, testing),
+        **_of_tuning(tuned),
+        **_of_tests(cell, tuned, testing),
+    }
+    return found | ran(start)
+
+
+def _of_tuning(tuned: Tuned) -> Result:
+    """Every trial, and the one that was chosen."""
+    return {
         "trials": [asdict(trial) for trial in tuned.trials],
         "validation_error": _rounded(tuned.error),
         "tuning_nonfinite": int((~tuned.finite).sum()),
@@ -102,18 +105,27 @@ def run(cell: Cell, tuning: Sequence[int], testing: Sequence[int]) -> Result:
         "edges": edges(tuned.trials, tuned.best),
         "tuning_early_ratio": tuned.early_ratio,
         "tuning_early_share": tuned.early_share,
-        **told(tested),
     }
+
+
+def _of_tests(cell: Cell, tuned: Tuned, testing: Sequence[int]) -> Result:
+    """The best trial, its matched controls, and the best of the first trials if that is another."""
+    data = _load(cell.setting.data)
+    trials = [tuned.best]
+    if tuned.first_best != tuned.best:
+        trials.append(tuned.first_best)
+    tested = train(data, cell.setting, cell.method, trials, testing, test=True)
+    found = told(tested)
     for name, control in matched(cell.method).items():
-        tested = train(data, cell.setting, control, [tuned.best], testing, test=True)
-        found.setdefault("matched", {})[name] = told(tested)
+        beside = train(data, cell.setting, control, [tuned.best], testing, test=True)
+        found.setdefault("matched", {})[name] = told(beside)
     if tuned.first_best != tuned.best:
         found["first"] = {
             "chosen": asdict(tuned.first_best),
             "edges": edges(tuned.first, tuned.first_best),
-            **first,
+            **told(tested, trial=1),
         }
-    return found | ran(start)
+    return found
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 
 from evidence.comparisons import (
+    FAILS,
     LEVEL,
     UNTRAINED,
     Comparison,
@@ -60,8 +61,8 @@ def uniformity_table(results: Sequence[Result]) -> str:
         "Controls: weight decay only, a random direction as long as half-space MHE's gradient, and "
         "that gradient's growth alone. MHE's direction alone, and decoupled, spread neurons and make "
         "none longer. Gains over all controls are corrected for the three penalties together, and for "
-        "these two each by itself. Failing seeds: not finite, or an error above twice weight decay's "
-        "largest, or above 85 % where that is not."
+        "these two each by itself. "
+        f"Failing seeds have {FAILS}."
     )
     return f"{markdown(head, rows)}\n\n{told}"
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from evidence import control_tables, tables
 from evidence.cells import read, save, write_whole
-from evidence.comparisons import Comparison, Result, compare
+from evidence.comparisons import FAILS, Comparison, Result, compare
 from evidence.pictures import controls_figure, ratio_and_gain_figure
 from evidence.plan import cells
 from evidence.uniformity import beyond_controls
@@ -151,8 +151,6 @@ def legend(comparisons: Sequence[Comparison]) -> str:
         "only in points (standard error), seeds on which it is lower, \\*\\* where p < 0.05 after "
         f"Holm's correction for all {len(comparisons)} comparisons, \\* where only the uncorrected "
         "p is. ↑ and ↓: the best learning rate (r), weight decay (d) or strength (s) is the largest "
-        "or the smallest that was tried. Fail: seeds whose weights are not finite, or whose error is "
-        "above twice weight decay's largest, or above 85 % where that is not. Ratio: energy of the "
-        "hidden layers over that of random neurons, of the tuned network without a penalty, after "
-        "training."
+        f"or the smallest that was tried. Fail: seeds with {FAILS}. Ratio: energy of the hidden "
+        "layers over that of random neurons, of the tuned network without a penalty, after training."
     )

@@ -8,6 +8,7 @@ from statistics import mean, median
 from typing import Any
 
 from evidence.comparisons import (
+    FAILS,
     LEVEL,
     TITLES,
     UNTRAINED,
@@ -74,8 +75,8 @@ def summary(comparisons: Sequence[Comparison]) -> str:
         row.append(sum(one.failed for one in own))
         rows.append(row)
     failures = (
-        "Failures: a seed whose weights are not finite, or whose error is above twice weight decay's "
-        "largest, or above 85 % where that is not; or worse by two standard errors (uncorrected)."
+        f"Failures: a seed with {FAILS}; or worse than weight decay by two standard errors "
+        "(uncorrected)."
     )
     return f"{markdown(head, rows)}\n\n{failures}"
 
