@@ -11,6 +11,7 @@ from evidence.comparisons import Comparison, Result
 from evidence.control_tables import failing_seeds, with_controls
 from evidence.methods import METHODS, PENALTIES
 from evidence.plan import SETTINGS
+from evidence.statistics import Correlation
 from evidence.tables import CONDITIONS, of_method
 from evidence.uniformity import Beyond, beyond_controls, clear_gains, early_and_gain
 
@@ -131,15 +132,22 @@ def _of(found: Sequence[Beyond], holds: Callable[[Mapping[str, Any]], bool]) -> 
 def _early(results: Sequence[Result]) -> str:
     """The pre-registered test of what logs show early."""
     found = early_and_gain(results)
-    told = f"rank correlation {found.rho:+.2f}, 95 % interval {found.low:+.2f} to {found.high:+.2f}"
+    beyond = early_and_gain(results, rival="random")
     if found.low > 0:
-        return f"**What you see early tells**: (ratio − 1) × gradient share has a {told}."
-    if found.high < 0:
-        return (
-            "**What you see early tells, the other way round**: (ratio − 1) × gradient share has a "
-            f"{told}: where a tuned penalty has spread the neurons early, it gains more."
-        )
+        title = "What you see early tells a little"
+        meaning = ": where much is left to spread, and the penalty strong, it gains more"
+    elif found.high < 0:
+        title = "What you see early tells a little, the other way round"
+        meaning = ": where a tuned penalty has spread the neurons early, it gains more"
+    else:
+        title = "What you see early does not tell whether it will help"
+        meaning = ""
     return (
-        "**What you see early does not tell whether it will help**: (ratio − 1) × gradient share has "
-        f"a {told} with the gain. Compare with `coefficient=0`, over a few seeds."
+        f"**{title}**: the rank correlation of (ratio − 1) × gradient share with the gain over weight "
+        f"decay is {_told(found)}{meaning}; with the gain over noise {_told(beyond)}. Compare "
+        "with `coefficient=0`, over a few seeds."
     )
+
+
+def _told(found: Correlation) -> str:
+    return f"{found.rho:+.2f} (95 % interval {found.low:+.2f} to {found.high:+.2f})"

@@ -323,8 +323,8 @@ def test_what_logs_tell_early_is_said_either_way():
                 results.append(cell(number, name, around(30.0 - gain), early=seen))
         said.append(five_lines(results).splitlines()[4].partition("**: ")[0])
     assert said == [
-        "- **What you see early tells",
-        "- **What you see early tells, the other way round",
+        "- **What you see early tells a little",
+        "- **What you see early tells a little, the other way round",
         "- **What you see early does not tell whether it will help",
     ]
 
