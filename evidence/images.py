@@ -231,7 +231,7 @@ def run(job: Job) -> None:
 
 
 def _run_beside(jobs: Sequence[Job], count: int) -> None:
-    """Run them in so many processes; after a failure or Ctrl-C all but the next are left."""
+    """Run them in so many processes; after a failure or Ctrl-C no other job is handed out."""
     running.keep_freed_memory()
     context = multiprocessing.get_context("spawn")
     workers = min(count, len(jobs))
@@ -246,14 +246,12 @@ def _run_beside(jobs: Sequence[Job], count: int) -> None:
 
 def read_folder(folder: Path) -> list[Run]:
     """The runs of one setting whose results lie in a folder."""
-    found: list[Run] = []
-    settings = {}
-    for path in sorted(folder.glob("*-*.json")):
-        found.append(running.read(path))
-        settings[path] = {**found[-1]["asked"], "method": None, "seed": None}
-        first = next(iter(settings))
-        if settings[path] != settings[first]:
-            raise SystemExit(f"{path} was made with other settings than {first}: take one away")
+    paths = sorted(folder.glob("*-*.json"))
+    found: list[Run] = [running.read(path) for path in paths]
+    shared = [{**one["asked"], "method": None, "seed": None} for one in found]
+    for path, settings in zip(paths, shared, strict=True):
+        if settings != shared[0]:
+            raise SystemExit(f"{path} was made with other settings than {paths[0]}: take one away")
     if not found:
         raise SystemExit(f"{folder} holds no result of a run, such as none-0.json")
     return found
