@@ -93,7 +93,8 @@ def setting_title(result: Result) -> str:
 def failing(result: Result, decay: Result) -> int:
     """Test seeds whose weights are not finite, or whose error is above twice weight decay's largest.
 
-    Where weight decay trains on all seeds, one that hardly trains fails, too.
+    Where weight decay trains on all seeds, one that hardly trains fails, too. Results say of how many
+    seeds weights are not finite, not of which: where others fail as well, there may be more.
     """
     largest = max(decay["test_error"])
     count = 0

@@ -28,6 +28,7 @@ from evidence.data import MissingDataError
 from evidence.documents import quoted, save_all, unpack
 from evidence.grid import Trial
 from evidence.methods import HALF_MHE, METHODS, Method
+from evidence.options import add_options, with_folder
 from evidence.plan import SETTINGS, TUNING_SEEDS, Cell, Setting
 from evidence.statistics import Paired, beyond_two_errors, holm, paired
 from evidence.tables import difference_cell, error_cell, markdown
@@ -165,25 +166,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="one tiny setting, to see it work")
     parser.add_argument("--list", action="store_true", help="print the settings and candidates")
     add_options(parser)
-    parser.add_argument("--out", help="folder for results; the same folder goes on where it ended")
-    args = parser.parse_args()
-    if args.quick and args.commit:
-        parser.error("--commit takes the whole plan: leave out --quick")
-    if args.out is None:
-        args.out = "out/evidence-defaults-quick" if args.quick else "out/evidence-defaults"
-    return args
-
-
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Options of a command that makes a report."""
-    parser.add_argument("--jobs", type=int, default=1, help="processes of one thread")
-    parser.add_argument(
-        "--minutes", type=float, default=float("inf"), help="start no cell after so long"
-    )
-    parser.add_argument("--commit", action="store_true", help="write evidence/results and README")
-    parser.add_argument(
-        "--resume-committed", action="store_true", help="take cells from evidence/results, too"
-    )
+    return with_folder(parser, "out/evidence-defaults")
 
 
 def listed(settings: Sequence[Setting], methods: Sequence[Method]) -> str:

@@ -96,7 +96,7 @@ def _beyond(found: Sequence[Beyond], comparisons: Sequence[Comparison]) -> str:
         f"{alone[0]} settings, growth of the norms alone in {alone[1]}, MHE's turns without growth in "
         f"{alone[2]} (decoupled: {alone[3]}). Beyond weight decay, noise and growth gain "
         f"{', '.join(parts)}; beyond noise and growth of their own gradients, at their own "
-        f"settings, {', '.join(map(str, matched))}."
+        f"settings, {', '.join(map(str, matched))} (a test of its own, weight decay not among them)."
     )
 
 
@@ -134,10 +134,10 @@ def _early(results: Sequence[Result]) -> str:
     found = early_and_gain(results)
     beyond = early_and_gain(results, rival="random")
     if found.low > 0:
-        title = "What you see early tells a little"
+        title = f"What you see early tells {_how_much(found.rho)}"
         meaning = ": where much is left to spread, and the penalty strong, it gains more"
     elif found.high < 0:
-        title = "What you see early tells a little, the other way round"
+        title = f"What you see early tells {_how_much(found.rho)}, the other way round"
         meaning = ": where a tuned penalty has spread the neurons early, it gains more"
     else:
         title = "What you see early does not tell whether it will help"
@@ -147,6 +147,13 @@ def _early(results: Sequence[Result]) -> str:
         f"decay is {_told(found)}{meaning}; with the gain over noise {_told(beyond)}. Compare "
         "with `coefficient=0`, over a few seeds."
     )
+
+
+def _how_much(rho: float) -> str:
+    """How much a rank correlation tells: below 0.3 a tenth of the variance of ranks at most."""
+    if abs(rho) < 0.3:
+        return "a little"
+    return "something" if abs(rho) < 0.7 else "much"
 
 
 def _told(found: Correlation) -> str:

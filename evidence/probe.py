@@ -29,6 +29,7 @@ from evidence.documents import quoted, save_all
 from evidence.grid import Trial
 from evidence.methods import HALF_MHE, METHODS
 from evidence.networks import Networks, Piece
+from evidence.options import whole_or_quick
 from evidence.plan import SETTINGS, STRENGTHS, Cell, Setting
 from evidence.statistics import Correlation, interval, rank_correlation
 from evidence.tables import markdown
@@ -114,10 +115,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m evidence.probe", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="the settings of the digits only")
     parser.add_argument("--commit", action="store_true", help="write evidence/results and README")
-    args = parser.parse_args()
-    if args.quick and args.commit:
-        parser.error("--commit takes the whole plan: leave out --quick")
-    return args
+    return whole_or_quick(parser)
 
 
 def _probed(setting: Setting) -> running.Result:

@@ -24,7 +24,6 @@ from evidence.defaults import (
     Reported,
     Study,
     Versus,
-    add_options,
     candidates,
     controlled,
     controls_of,
@@ -36,6 +35,7 @@ from evidence.defaults import (
 from evidence.documents import quoted, save_all, unpack
 from evidence.grid import Trial
 from evidence.methods import METHODS, Method
+from evidence.options import add_options
 from evidence.plan import SETTINGS, Setting
 from evidence.tables import difference_cell, error_cell, markdown
 

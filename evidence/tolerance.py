@@ -25,6 +25,7 @@ from evidence.data import MissingDataError
 from evidence.documents import quoted, save_all
 from evidence.grid import Trial
 from evidence.methods import METHODS, Method
+from evidence.options import with_folder
 from evidence.plan import SETTINGS, Cell, Setting
 from evidence.statistics import interval, paired
 from evidence.tables import error_cell, markdown
@@ -83,13 +84,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m evidence.tolerance", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="one tiny setting, to see it work")
     parser.add_argument("--commit", action="store_true", help="write evidence/results and README")
-    parser.add_argument("--out", help="folder for results; the same folder goes on where it ended")
-    args = parser.parse_args()
-    if args.quick and args.commit:
-        parser.error("--commit takes the whole plan: leave out --quick")
-    if args.out is None:
-        args.out = "out/evidence-tolerance-quick" if args.quick else "out/evidence-tolerance"
-    return args
+    return with_folder(parser, "out/evidence-tolerance")
 
 
 def _method(tolerance: float | None) -> Method:

@@ -313,18 +313,25 @@ def test_kinds_of_settings_are_told_apart():
 
 def test_what_logs_tell_early_is_said_either_way():
     said = []
-    for sign in (1.0, -1.0, 0.0):
+    moves = [
+        lambda number: number,
+        lambda number: -number,
+        lambda number: number + 5.0 * math.sin(number * number),
+        lambda number: 3.0 * math.sin(number * number),
+    ]
+    for move in moves:
         results = []
         for number in range(1, 13):
-            gain = sign * number if sign else 3.0 * math.sin(number * number)
+            gain = move(number)
             seen = (1.0 + 0.1 * number, 0.5)
             results += of_setting(number, decay=30.0, random=30.0, length=30.0)
             for name in ("half_mhe_2", "mgd", "orthogonality"):
                 results.append(cell(number, name, around(30.0 - gain), early=seen))
         said.append(five_lines(results).splitlines()[4].partition("**: ")[0])
     assert said == [
-        "- **What you see early tells a little",
-        "- **What you see early tells a little, the other way round",
+        "- **What you see early tells much",
+        "- **What you see early tells much, the other way round",
+        "- **What you see early tells something",
         "- **What you see early does not tell whether it will help",
     ]
 
