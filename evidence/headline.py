@@ -95,8 +95,8 @@ def _beyond(found: Sequence[Beyond], comparisons: Sequence[Comparison]) -> str:
         "**Is it uniformity?** Noise of the same length gains over weight decay in "
         f"{alone[0]} settings, growth of the norms alone in {alone[1]}, MHE's turns without growth in "
         f"{alone[2]} (decoupled: {alone[3]}). Beyond weight decay, noise and growth gain "
-        f"{', '.join(parts)}; beyond noise and growth of their own gradients, at their own "
-        f"settings, {', '.join(map(str, matched))} (a test of its own, weight decay not among them)."
+        f"{', '.join(parts)}; beyond weight decay, and noise and growth of their own gradients at "
+        f"their own trials, {', '.join(map(str, matched))} (corrected by themselves)."
     )
 
 

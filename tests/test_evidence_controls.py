@@ -342,10 +342,14 @@ def test_matched_controls_are_those_of_the_penalty_itself():
         results += of_setting(number, decay=9.0, random=9.0, length=9.0)
         results.append(matched(cell(number, "half_mhe_2", around(7.0)), random=8.0, length=8.5))
         results.append(matched(cell(number, "mgd", around(7.0)), random=7.0, length=6.0))
+        worse = cell(number, "orthogonality", around(9.5))  # than weight decay alone
+        results.append(matched(worse, random=12.0, length=12.0))
     found = beyond_controls(results)
     assert {one.matched_verdict for one in found if one.method == "half_mhe_2"} == {"gain"}
-    assert {one.matched_verdict for one in found if one.method == "mgd"} == {"null"}
-    assert {one.verdict for one in found} == {"gain"}
+    for name in ("mgd", "orthogonality"):
+        assert {one.matched_verdict for one in found if one.method == name} == {"null"}
+    assert {one.verdict for one in found if one.method != "orthogonality"} == {"gain"}
+    assert "at their own trials, 4, 0, 0 (" in five_lines(results)
     table = control_tables.matched_table(results).splitlines()
     assert table[2] == "| half-space MHE, s = 2 | 4 | 4 | 0 | -1.00 | 4 | 0 | -1.49 | 4 | 0 |"
     assert table[3] == "| MGD | 4 | 0 | 0 | +0.00 | 0 | 4 | +1.00 | 0 | 0 |"
