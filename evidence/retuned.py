@@ -73,6 +73,9 @@ def main() -> int:
         former = {setting: study.tuned(setting, quick=False) for setting in settings}
         tuned = {**former, **{one: wider[one] for one in settings if one in wider}}
         changed = [setting for setting in settings if tuned[setting] != former[setting]]
+        if not changed:
+            print("wider grids chose the same rate and decay here: nothing is reported anew")
+            return 0
         again = report(study, changed, tuned, methods(), FRESH)
         kept = [setting for setting in settings if setting not in changed]
         others = report(study, kept, tuned, methods(), FRESH)

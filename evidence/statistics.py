@@ -12,7 +12,7 @@ from scipy import stats
 
 @dataclass(frozen=True)
 class Paired:
-    """A method against weight decay, seed by seed: the change of the test error, below 0 if better.
+    """A method against another, seed by seed: the change of the test error, below 0 if better.
 
     Args:
         mean: Mean difference, in points.

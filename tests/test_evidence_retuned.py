@@ -85,6 +85,13 @@ def test_a_setting_that_is_not_there_is_told(called, capsys):
     assert f"no setting's name contains 'no-such'; one is {SETTINGS[0].name}" in told
 
 
+def test_a_setting_that_stays_as_it_was_is_told(called, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(defaults, "run", lambda job: pytest.fail("nothing is to be trained"))
+    stays = "digits-n500-e40-depth2-scale1-adamw"
+    assert called("--only", stays, "--out", str(tmp_path)) == 0
+    assert "wider grids chose the same rate and decay here" in capsys.readouterr().out
+
+
 def test_a_part_is_not_committed(called, capsys):
     with pytest.raises(SystemExit):
         called("--commit", "--only", CHANGED)
