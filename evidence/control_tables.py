@@ -185,7 +185,7 @@ def _beyond_cells(own: Sequence[Beyond]) -> list[str]:
 def clear_gains_table(results: Sequence[Result]) -> str:
     """The settings in which a penalty is clearly lower than all controls and orthogonality."""
     head = ["setting", "method", "error", "weight decay", "random direction", "growth alone"]
-    head += ["orthogonality", "its own random direction", "its own growth"]
+    head += ["orthogonality", "its own random direction", "its own growth", "corrected"]
     rows = []
     for one in clear_gains(beyond_controls(results)):
         row = [one.setting, METHODS[one.method].title, error_cell(one.result)]
@@ -193,13 +193,14 @@ def clear_gains_table(results: Sequence[Result]) -> str:
         changes += [one.matched.get(control) for control in MATCHED]
         for change in changes:
             row.append("" if change is None else difference_cell(change))
-        rows.append(row)
+        rows.append([*row, one.verdict])
     if not rows:
         return f"**In no setting** is a penalty lower than all rivals by {CLEAR:g} standard errors."
     told = (
-        f"Paired differences in points (standard error), all but the last two beyond {CLEAR:g} standard "
-        "errors; gains over all controls after Holm's correction. The last two are the controls of the "
-        "method's own gradient, at its own trial. PyTorch's own initial scale comes first."
+        f"Paired differences in points (standard error), beyond {CLEAR:g} standard errors from weight "
+        "decay, both controls and orthogonality. *Its own* controls are those of the method's own gradient, "
+        "at its own trial. *Corrected*: whether it is a gain over weight decay and both controls after "
+        "Holm's correction for all penalties and settings. PyTorch's own initial scale comes first."
     )
     return f"{markdown(head, rows)}\n\n{told}"
 

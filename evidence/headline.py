@@ -44,25 +44,37 @@ def five_lines(results: Sequence[Result]) -> str:
 
 
 def _clear(found: Sequence[Beyond]) -> str:
-    """How many there are of MHE and MGD, the first of them, and how many of their rival."""
+    """How many there are of MHE and MGD, which from PyTorch's scale, and how many of their rival."""
     own = [one for one in found if one.method != RIVAL]
-    rivals = len(found) - len(own)
-    rival = f"{METHODS[RIVAL].title.capitalize()} itself is so beyond the other three in {rivals}."
-    if not own:
-        return (
-            "**In no setting** is MHE or MGD lower than weight decay, both controls and orthogonality "
-            f"by three standard errors. {rival}"
-        )
-    best = own[0]
-    change = best.changes["decay"]
-    settings = {one.setting for one in own}
-    usual = {one.setting for one in own if one.result["asked"]["setting"]["scale"] == 1.0}
-    return (
-        f"**Clear gains of MHE or MGD in {len(settings)} settings**, {len(usual)} of them from PyTorch's "
-        "own initial scale: lower by three standard errors than weight decay, both controls and "
-        f"orthogonality; the first is {METHODS[best.method].title} in {best.setting}, "
-        f"{change.mean:+.2f} points ({change.error:.2f}) from weight decay. {rival}"
+    rivals = [one for one in found if one.method == RIVAL]
+    rule = "lower by three standard errors than weight decay, both controls and orthogonality"
+    rival = (
+        f"{METHODS[RIVAL].title.capitalize()} is so beyond the other three in {_settings(rivals)} "
+        f"({_corrected(rivals)})."
     )
+    if not own:
+        return f"**In no setting** is MHE or MGD {rule}. {rival}"
+    usual = [one for one in own if one.result["asked"]["setting"]["scale"] == 1.0]
+    listed = []
+    for one in usual:
+        change = one.changes["decay"]
+        title = METHODS[one.method].title
+        listed.append(f"{title} in {one.setting}, {change.mean:+.2f} points ({change.error:.2f})")
+    told = f": {'; '.join(listed)}" if listed else ""
+    return (
+        f"**Clear gains of MHE or MGD in {_settings(own)} settings** ({_corrected(own)} after Holm's "
+        f"correction): {rule}. {_settings(usual)} ({_corrected(usual)}) of them are from PyTorch's own "
+        f"initial scale{told}. {rival}"
+    )
+
+
+def _settings(found: Sequence[Beyond]) -> int:
+    return len({one.setting for one in found})
+
+
+def _corrected(found: Sequence[Beyond]) -> int:
+    """The settings in which it is a gain over all controls after correction, too."""
+    return _settings([one for one in found if one.verdict == "gain"])
 
 
 def _over_decay(comparisons: Sequence[Comparison], settings: int) -> str:

@@ -74,13 +74,12 @@ class Beyond:
 
     @property
     def is_clear(self) -> bool:
-        """A gain, and lower than the controls and orthogonality by three standard errors each."""
+        """Lower than the controls and orthogonality by three standard errors each; uncorrected."""
         rivals = [*AIMLESS]
         if self.method != "orthogonality":
             rivals.append("orthogonality")
         changes = [self.changes[rival] for rival in rivals if rival in self.changes]
-        is_below = all(_is_clear(change) for change in changes)
-        return self.verdict == "gain" and len(changes) == len(rivals) and is_below
+        return len(changes) == len(rivals) and all(_is_clear(change) for change in changes)
 
 
 def _is_clear(change: Paired) -> bool:

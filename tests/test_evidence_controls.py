@@ -246,11 +246,9 @@ def test_uniformity_gains_only_beyond_all_controls():
         assert five_lines(some) == five_lines(four)
     lines = five_lines(four).splitlines()
     assert len(lines) == 5
-    told = (
-        "- **Clear gains of MHE or MGD in 1 settings**, 1 of them from PyTorch's own initial scale"
-    )
-    assert lines[0].startswith(told)
-    assert lines[0].endswith("Orthogonality itself is so beyond the other three in 1.")
+    assert lines[0].startswith("- **Clear gains of MHE or MGD in 1 settings** (1 after Holm's")
+    assert "1 (1) of them are from PyTorch's own initial scale: half-space MHE" in lines[0]
+    assert lines[0].endswith("Orthogonality is so beyond the other three in 1 (1).")
     assert "half-space MHE gains in 3, is worse in 1, and fails on 0 seeds" in lines[1]
     assert "Noise of the same length gains over weight decay in 3 settings" in lines[2]
     assert "half-space MHE in 1 (worse than all in 1)" in lines[2]
@@ -261,6 +259,21 @@ def test_uniformity_gains_only_beyond_all_controls():
     first, second = by_setting.splitlines()[2:]
     assert first.endswith("| half-space MHE, s = 2, orthogonality |")
     assert second.endswith("|  |")
+
+
+def test_what_is_clear_before_correction_and_not_after_it_is_told_apart():
+    noisy = [8.7 + 0.9 * math.sin(seed * seed) + 0.5 * seed for seed in range(20)]
+    results = [*of_setting(1, random=9.0, length=9.0, orthogonality=9.0)]
+    results.append(cell(1, "decay", [9.0 + 0.5 * seed for seed in range(20)]))
+    results.append(cell(1, "half_mhe_2", noisy))
+    for number in range(2, 20):  # what makes the correction strict
+        results += of_setting(number, decay=9.0, random=9.0, length=9.0, half_mhe_2=9.0)
+    (one,) = clear_gains(beyond_controls(results))
+    assert one.method == "half_mhe_2"
+    assert one.verdict == "null"
+    assert "in 1 settings** (0 after Holm's correction)" in five_lines(results)
+    assert "1 (0) of them are from PyTorch's own" in five_lines(results)
+    assert control_tables.clear_gains_table(results).splitlines()[2].endswith("| null |")
 
 
 def test_what_spreads_without_growth_is_judged_by_the_same_rule():
