@@ -142,12 +142,13 @@ def ratio_and_gain(
         comparisons: All of them.
         method: Its name.
         ratio: ``ratio_before`` training or ``ratio_after``.
-        relative: Whether the gain is a part of weight decay's error, or in points.
+        relative: Whether the gain is a part of weight decay's error, or in points; settings in which
+            that makes none are left out of the former.
     """
     ratios, gains = [], []
     for one in comparisons:
-        if one.method == method:
-            scale = mean(one.baseline["test_error"]) if relative else 1.0
+        scale = mean(one.baseline["test_error"]) if relative else 1.0
+        if one.method == method and scale > 0.0:
             ratios.append(mean_ratio(one.baseline, ratio))
             gains.append(-one.paired.mean / scale)
     return ratios, gains

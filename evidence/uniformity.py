@@ -160,7 +160,7 @@ def early_and_gain(
         methods: Whose cells are taken.
         below: Leave out settings in which weight decay alone has a larger error, in percent.
 
-    Settings that lack one of the cells are left out.
+    Settings that lack one of the cells, or in which the rival makes no error, are left out.
     """
     clusters = []
     for own in by_setting(results):
@@ -168,14 +168,16 @@ def early_and_gain(
             continue
         if mean(own["decay"]["test_error"]) >= below:
             continue
+        error = mean(own[rival]["test_error"])
+        if error == 0.0:  # no part of nothing
+            continue
         pairs = []
         for name in methods:
             if x == "without":
                 seen = _seen(own["decay"], "ratio")
             else:
                 seen = _seen(own[name], x)
-            gain = 1.0 - mean(own[name]["test_error"]) / mean(own[rival]["test_error"])
-            pairs.append((seen, gain))
+            pairs.append((seen, 1.0 - mean(own[name]["test_error"]) / error))
         if np.isfinite(pairs).all():
             clusters.append(pairs)
     return clustered_rank_correlation(clusters)

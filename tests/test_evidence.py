@@ -29,7 +29,7 @@ from evidence.headline import five_lines
 from evidence.methods import HALF_MHE, METHODS, unit_coefficient
 from evidence.networks import Architecture, Networks
 from evidence.plan import FAMILY, SETTINGS, TEST_SEEDS, TUNING_SEEDS, Cell, Setting, cells
-from evidence.statistics import holm, paired, rank_correlation
+from evidence.statistics import holm, interval, paired, rank_correlation
 from evidence.training import BATCH, Trained, _finite, train
 from lightning_hsu import UniformityRegularizer
 
@@ -397,6 +397,40 @@ def test_statistics_against_numbers_known_by_hand():
     chance = np.random.default_rng(1)
     none = rank_correlation(chance.normal(size=50), chance.normal(size=50), 2000)
     assert none.low < 0 < none.high
+
+
+def test_equal_differences_are_no_evidence_whatever_their_last_digits():
+    without = [10.1, 12.5, 9.48]
+    assert len({round(x + 0.2, 2) - x for x in without}) > 1  # as they are computed
+    found = paired([round(x + 0.2, 2) for x in without], without)
+    assert (found.error, found.p, found.wins) == (0.0, 1.0, 0)
+    assert math.isclose(found.mean, 0.2)
+    low, high = interval([round(x + 0.2, 2) for x in without], without)
+    assert low == high == found.mean
+
+
+@pytest.mark.parametrize(
+    ("x", "y"),
+    [
+        ([], []),
+        ([1.0], [2.0]),
+        ([1.0, 2.0, 3.0], [4.0] * 3),
+        ([1.0, math.nan, 3.0, 2.0], [1, 2, 3, 4]),
+    ],
+)
+def test_a_correlation_of_what_does_not_vary_is_not_known(x, y):
+    found = rank_correlation(x, y, 100)
+    assert all(math.isnan(value) for value in (found.rho, found.low, found.high))
+    assert found.count == len(x)
+
+
+def test_tables_of_settings_in_which_nothing_is_wrong(tmp_path):
+    found = results([0.0] * 6, [2.0] * 6)
+    for one in found:
+        one["test_error"] = [0.0] * 5
+    assert write(found, 12, tmp_path)
+    told = (tmp_path / "tables.md").read_text()
+    assert "| half-space MHE, s = 2 | 6 | 0 | 6 | 0 | +0.00 | +0.00 | +0.00 | 0 |" in told
 
 
 def begun(module, arguments, cwd):

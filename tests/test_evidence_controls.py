@@ -428,6 +428,17 @@ def test_what_is_seen_early_is_correlated_with_the_gain_beyond_a_rival():
     )
 
 
+def test_nothing_is_gained_over_a_rival_that_makes_no_error():
+    results = []
+    for number in range(1, 4):
+        own = {"early": (1.0 + 0.1 * number, 0.5)}
+        for name in ("decay", "random", "half_mhe_2", "mgd", "orthogonality"):
+            error = 0.0 if number == 3 else 10.0 + number
+            results.append(cell(number, name, [error] * 20, **own))
+    assert early_and_gain(results).count == 6
+    assert early_and_gain(results, rival="random").count == 6
+
+
 def test_clusters_are_resampled_whole():
     chance = torch.Generator().manual_seed(0)
     single = [[(float(a), float(b))] for a, b in torch.randn(30, 2, generator=chance)]
