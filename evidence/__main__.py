@@ -25,18 +25,39 @@ from evidence.training import BATCH
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parents[1] / "README.md"
 PAGE = Path(__file__).parents[1] / "docs" / "evidence.md"
+GOES_ON = "Cells that are done are kept: the same command, without --tables, goes on."
 
 
 def main() -> int:
     """Run what is left of the plan and write the tables of all that is there."""
     args = _arguments()
     try:
-        plan, tuning, testing = _plan(args)
-        by_data = sorted(plan, key=lambda cell: cell.setting.data)  # each is read once
-        wanted = {cell: running.asked(cell, tuning, testing) for cell in by_data}
+        return _done(args)
     except MissingDataError as error:
         print(error, file=sys.stderr)
         return 2
+    except OSError as error:
+        print(
+            f"{error}\n{args.out} cannot be used: make room, or name another --out", file=sys.stderr
+        )
+        return 2
+    except BrokenExecutor as error:
+        print(f"{error}\nWhere memory ran out, fewer --jobs take less. {GOES_ON}", file=sys.stderr)
+        return 3
+    except KeyboardInterrupt:
+        print(f"\n{GOES_ON}", file=sys.stderr)
+        return 130
+
+
+def _done(args: argparse.Namespace) -> int:
+    """Do what was asked for; 0 if nothing is left.
+
+    Raises:
+        MissingDataError: if the data is not there, or no cell is asked for.
+    """
+    plan, tuning, testing = _plan(args)
+    by_data = sorted(plan, key=lambda cell: cell.setting.data)  # each is read once
+    wanted = {cell: running.asked(cell, tuning, testing) for cell in by_data}
     if args.list:
         print("\n".join(cell.name for cell in plan))
         print(f"{len({cell.setting for cell in plan})} settings, {len(plan)} cells")
@@ -46,9 +67,18 @@ def main() -> int:
         unpack(RESULTS / "cells.json", folder)
     left = _not_kept(plan, folder, wanted)
     print(f"{len(plan)} cells, {len(plan) - len(left)} done before; results in {folder}")
+    others = [cell for cell in left if (folder / f"{cell.name}.json").exists()]
+    if others:
+        print(
+            f"Not taken: {len(others)} files there of other data, seeds or trials, or not whole. A run "
+            "writes over them; another --out keeps them.",
+            file=sys.stderr,
+        )
     if not args.tables:
         _run(left, tuning, testing, folder, args.jobs, args.minutes)
     still_left = set(_not_kept(plan, folder, wanted))
+    if still_left:
+        print(f"{len(still_left)} cells are left. {GOES_ON}", file=sys.stderr)
     if args.commit and still_left and not args.so_far:
         print(f"{len(still_left)} cells are missing: --so-far commits the others", file=sys.stderr)
         return 3
@@ -109,6 +139,8 @@ def _arguments() -> argparse.Namespace:
         "--out", help="folder for results; the same folder goes on where a run was ended"
     )
     args = parser.parse_args()
+    if args.data == "":
+        parser.error("--data is empty: name data or a folder, or leave it out for the whole plan")
     if args.quick and args.data:
         parser.error("--quick has data of its own: leave out --data")
     if args.commit and (args.quick or args.data or args.only):

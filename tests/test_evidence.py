@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import time
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -474,10 +475,43 @@ def test_goes_on_where_it_was_killed(tmp_path, monkeypatch, capsys):
     assert len(json.loads((out / "cells.json").read_text())) == 6
 
 
-def test_what_is_not_done_in_time_is_told(tmp_path, monkeypatch):
-    arguments = ["--quick", "--only", "decay", "--minutes", "0", "--jobs", "1", "--out", "other"]
-    monkeypatch.setattr(sys, "argv", ["evidence", *arguments])
+NONE_IS_RUN = ["evidence", "--quick", "--only", "decay", "--minutes", "0", "--jobs", "1"]
+
+
+def test_what_is_not_done_in_time_is_told(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [*NONE_IS_RUN, "--out", str(tmp_path)])
     assert main() == 3
+    assert "4 cells are left. Cells that are done are kept" in capsys.readouterr().err
+
+
+def test_what_a_run_would_write_over_is_told_first(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "cells" / "digits-n200-e4-depth2-scale1--decay.json"
+    running.save({"name": path.stem, "asked": {"setting": "of other data"}}, path.parent)
+    monkeypatch.setattr(sys, "argv", [*NONE_IS_RUN, "--out", str(tmp_path)])
+    assert main() == 3
+    told = capsys.readouterr().err
+    assert "Not taken: 1 files there of other data" in told
+    assert "another --out keeps them" in told
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "message"),
+    [
+        (KeyboardInterrupt(), 130, "the same command, without --tables, goes on"),
+        (BrokenProcessPool("A process ended."), 3, "fewer --jobs take less"),
+        (OSError(28, "No space left on device"), 2, "make room, or name another --out"),
+    ],
+)
+def test_what_ends_a_run_is_told_with_a_way_on(
+    tmp_path, monkeypatch, capsys, error, status, message
+):
+    def fails(*_):
+        raise error
+
+    monkeypatch.setattr("evidence.__main__._run", fails)
+    monkeypatch.setattr(sys, "argv", [*NONE_IS_RUN, "--out", str(tmp_path)])
+    assert main() == status
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.any_cpu
@@ -496,6 +530,8 @@ def test_a_cell_that_fails_is_told_and_does_not_end_the_others(tmp_path, capsys)
         (["--quick", "--data", "x"], "leave out --data"),
         (["--quick", "--jobs", "0"], "--jobs is 1 or more"),
         (["--quick", "--only", "nosuch"], "no cell's name contains 'nosuch'"),
+        (["--data", ""], "--data is empty"),
+        (["--quick", "--minutes", "0", "--out", __file__], "name another --out"),
     ],
 )
 def test_what_cannot_be_asked_for(monkeypatch, capsys, arguments, message):
