@@ -37,8 +37,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import multiprocessing
 import os
+import pickle
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -55,7 +57,15 @@ from evidence.documents import quoted, save_all
 from evidence.image_methods import CHOICES, METHODS
 from evidence.image_networks import WIDTHS
 from evidence.image_tables import RIVALS, TITLES, Run, rates_table, section, table
-from evidence.image_training import RECIPES, Settings, check, first_step, refuse_others, train
+from evidence.image_training import (
+    LAST,
+    RECIPES,
+    Settings,
+    check,
+    first_step,
+    refuse_others,
+    train,
+)
 
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER / "results" / "images"
@@ -65,6 +75,9 @@ MARKS = (
     "<!-- end of images -->",
 )
 
+LARGEST_SEED = 2**32 - 1
+"""That NumPy takes."""
+
 Job = tuple[Settings, str, int, Path]
 """Settings, method, seed, and the file of its result."""
 
@@ -72,7 +85,7 @@ Job = tuple[Settings, str, int, Path]
 def main() -> int:
     """Run what is left, print the table, and write it if asked to."""
     args = _arguments()
-    if args.table:
+    if args.table is not None:
         print(table(read_folder(Path(args.table))))
         return 0
     settings = _settings(args)
@@ -92,6 +105,14 @@ def main() -> int:
     except MissingDataError as error:
         print(error, file=sys.stderr)
         return 2
+    except OSError as error:
+        print(
+            f"{error}\n{args.out} cannot be used: make room, or name another --out", file=sys.stderr
+        )
+        return 2
+    except (KeyboardInterrupt, SystemExit):  # Lightning makes the first the second
+        print("\nThe same command goes on from the last checkpoints.", file=sys.stderr)
+        return 130
     if rank_zero_only.rank:
         return 0
     runs = [running.read(path) for *_, path in jobs]
@@ -153,8 +174,10 @@ def _arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if (args.data is None) == (args.table is None):
         parser.error("say either --data, to train, or --table, to print what is there")
-    if args.rate is not None and not args.rate > 0:
-        parser.error("--rate is above 0")
+    if args.rate is not None and not 0 < args.rate < math.inf:
+        parser.error("--rate is above 0 and finite")
+    if max(args.seeds) > LARGEST_SEED:
+        parser.error(f"--seeds are up to {LARGEST_SEED}")
     if args.devices != "1" and (args.jobs > 1 or "random" in args.methods):
         parser.error("--jobs, and the method random, take one device a run: --devices 1")
     args.seeds = list(dict.fromkeys(args.seeds))
@@ -209,14 +232,37 @@ def is_done(job: Job) -> bool:
     """Whether there is a result.
 
     Raises:
-        MissingDataError: if it, or its checkpoint, was made with other settings than are asked for.
+        MissingDataError: if it, or its checkpoint, is not whole or was made with other settings than
+            are asked for.
     """
     settings, method, seed, path = job
-    if not path.exists():
-        first_step(settings, method, seed, path.with_suffix(""))
-        return False
-    refuse_others(path, running.read(path)["asked"], settings.asked(method, seed))
-    return True
+    if path.exists():
+        refuse_others(path, result_in(path)["asked"], settings.asked(method, seed))
+        return True
+    folder = path.with_suffix("")
+    try:
+        first_step(settings, method, seed, folder)
+    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+        raise MissingDataError(
+            f"{folder / LAST} cannot be read: {error}\nPut a whole checkpoint in its place, if one "
+            "lies beside it, or remove it, and the run begins anew."
+        ) from None
+    return False
+
+
+def result_in(path: Path) -> Run:
+    """The result of a run that a file holds.
+
+    Raises:
+        MissingDataError: if it holds none.
+    """
+    try:
+        found = running.read(path)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict) or not {"asked", "seed", "errors"} <= found.keys():
+        raise MissingDataError(f"{path} holds no whole result of a run: remove it")
+    return found
 
 
 def run(job: Job) -> None:
@@ -247,7 +293,10 @@ def _run_beside(jobs: Sequence[Job], count: int) -> None:
 def read_folder(folder: Path) -> list[Run]:
     """The runs of one setting whose results lie in a folder."""
     paths = sorted(folder.glob("*-*.json"))
-    found: list[Run] = [running.read(path) for path in paths]
+    try:
+        found = [result_in(path) for path in paths]
+    except MissingDataError as error:
+        raise SystemExit(str(error)) from None
     shared = [{**one["asked"], "method": None, "seed": None} for one in found]
     for path, settings in zip(paths, shared, strict=True):
         if settings != shared[0]:

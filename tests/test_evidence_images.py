@@ -252,6 +252,8 @@ def test_what_cannot_be_trained_on_is_refused(monkeypatch):
         ("--data digits --width 0", "--width: 0 is no whole number from 1"),
         ("--data digits --validate -5", "--validate: -5 is no whole number from 0"),
         ("--data digits --rate 0", "--rate is above 0"),
+        ("--data digits --rate inf", "--rate is above 0 and finite"),
+        ("--data digits --seeds 0 4294967296", "--seeds are up to 4294967295"),
     ],
 )
 def test_a_line_that_cannot_be_run_is_refused(monkeypatch, capsys, line, told):
@@ -264,11 +266,55 @@ def test_a_line_that_cannot_be_run_is_refused(monkeypatch, capsys, line, told):
 def test_results_of_other_settings_are_not_taken(tmp_path):
     path = tmp_path / "none-0.json"
     assert not is_done((DIGITS, "none", 0, path))
-    path.write_text(json.dumps({"asked": DIGITS.asked("none", 0)}))
+    asked = DIGITS.asked("none", 0)
+    path.write_text(json.dumps({"asked": asked, "seed": 0, "errors": [90.0]}))
     assert is_done((DIGITS, "none", 0, path))
     other = replace(DIGITS, test_every=4)
     with pytest.raises(MissingDataError, match="with test_every = 2, not 4: name another --out"):
         is_done((other, "none", 0, path))
+
+
+@pytest.mark.parametrize("content", ["", '{"asked": {"data": "dig', "[1, 2]", '{"asked": {}}'])
+def test_a_result_that_is_not_whole_is_named(tmp_path, content):
+    path = tmp_path / "none-0.json"
+    path.write_text(content)
+    with pytest.raises(
+        MissingDataError, match=r"none-0\.json holds no whole result of a run: remove"
+    ):
+        is_done((DIGITS, "none", 0, path))
+    with pytest.raises(SystemExit, match=r"none-0\.json holds no whole result of a run: remove"):
+        read_folder(tmp_path)
+
+
+@pytest.mark.parametrize("size", [0, 1000])
+def test_a_checkpoint_that_is_not_whole_is_named(tmp_path, size):
+    last = tmp_path / "none-0" / training.LAST
+    last.parent.mkdir()
+    torch.save({"asked": DIGITS.asked("none", 0), "weights": torch.zeros(1000)}, last)
+    last.write_bytes(last.read_bytes()[:size])
+    with pytest.raises(MissingDataError, match="or remove it, and the run begins anew"):
+        is_done((DIGITS, "none", 0, tmp_path / "none-0.json"))
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "message"),
+    [
+        (KeyboardInterrupt(), 130, "The same command goes on from the last checkpoints"),
+        (SystemExit(1), 130, "The same command goes on from the last checkpoints"),
+        (OSError(28, "No space left on device"), 2, "make room, or name another --out"),
+    ],
+)
+def test_what_ends_runs_is_told_with_a_way_on(
+    tmp_path, monkeypatch, capsys, error, status, message
+):
+    def fails(_):
+        raise error
+
+    monkeypatch.setattr(images, "run", fails)
+    line = f"--data digits --methods none --seeds 0 --width 4 --out {tmp_path}"
+    monkeypatch.setattr(sys, "argv", ["images", *line.split()])
+    assert images.main() == status
+    assert message in capsys.readouterr().err
 
 
 @RESUMES
