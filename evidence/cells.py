@@ -1,4 +1,7 @@
-"""Run one cell: sixteen trials on the tuning seeds, then the best of them on the test seeds."""
+"""Run one cell: sixteen trials on the tuning seeds, wider ones while the best is on an edge, then test.
+
+The best trial is trained on the test seeds; so are controls of the penalty's own gradient.
+"""
 
 from __future__ import annotations
 
@@ -231,8 +234,12 @@ def save(result: Mapping[str, Any], folder: Path) -> None:
 def write_whole(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_suffix(".part").write_text(text)
-    path.with_suffix(".part").replace(path)
+    part = path.with_suffix(f".part-{os.getpid()}")  # another process may write it, too
+    try:
+        part.write_text(text)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def read(path: Path) -> Any:
@@ -249,7 +256,9 @@ def known(folder: Path, name: str, wanted: Result) -> Result | None:
     """The result of this name that a folder has, if it was asked as it is now."""
     try:
         found: Result = read(folder / f"{name}.json")
-    except (FileNotFoundError, json.JSONDecodeError):
+    except (FileNotFoundError, ValueError):  # not there, or not whole
+        return None
+    if not isinstance(found, dict):
         return None
     return found if _alike(found.get("asked"), json.loads(json.dumps(wanted))) else None
 

@@ -11,6 +11,7 @@ from argparse import Namespace
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -237,7 +238,7 @@ def _npz(path: Path, name: str, title: str) -> Data:
             found = []
             for names in NPZ_NAMES:
                 if set(names) <= set(archive.files):
-                    found = [torch.as_tensor(archive[part]) for part in names]
+                    found = [_tensor(archive[part]) for part in names]
                     break
     except (OSError, EOFError, ValueError, TypeError, zipfile.BadZipFile, zlib.error) as error:
         raise MissingDataError(f"{path} cannot be read: {error}") from None
@@ -245,6 +246,13 @@ def _npz(path: Path, name: str, title: str) -> Data:
         wanted = " or ".join(", ".join(one) for one in NPZ_NAMES)
         raise MissingDataError(f"{path} has {', '.join(archive.files)}; it needs {wanted}.")
     return _made(name, title, *found, channels_last=True)
+
+
+def _tensor(array: Any) -> Tensor:
+    """Of a NumPy array; PyTorch computes little with unsigned numbers of more than a byte."""
+    if array.dtype.kind == "u" and array.dtype.itemsize > 1:
+        array = array.astype("int64")
+    return torch.as_tensor(array)
 
 
 def _made(name: str, title: str, *arrays: Tensor, channels_last: bool = False) -> Data:
@@ -259,6 +267,12 @@ def _made(name: str, title: str, *arrays: Tensor, channels_last: bool = False) -
     images, labels, test_images, test_labels = arrays
     _check(title, "training", images, labels)
     _check(title, "test", test_images, test_labels)
+    classes = 1 + int(max(labels.max(), test_labels.max()))
+    if labels.unique().numel() < 2 or classes > len(images):
+        raise MissingDataError(
+            f"{title} has {len(images)} training images of {labels.unique().numel()} classes, and labels "
+            f"up to {classes - 1}: it takes two classes or more, numbered from 0."
+        )
     if images.shape[1:] != test_images.shape[1:]:
         size, test_size = (" x ".join(map(str, x.shape[1:])) for x in (images, test_images))
         raise MissingDataError(
@@ -285,6 +299,8 @@ def _check(title: str, what: str, images: Tensor, labels: Tensor) -> None:
             f"{title} has {what} images of shape {tuple(images.shape)}: "
             "(m, h, w), with channels, or rows."
         )
+    if images.is_complex() or labels.is_complex():
+        raise MissingDataError(f"{title} has {what} images or labels that are complex numbers.")
     finite = not images.is_floating_point() or images.isfinite().all()
     if not finite or images.min() == images.max():
         raise MissingDataError(
@@ -310,13 +326,17 @@ def _read(path: Path) -> Tensor:
 
 
 def _ways_out(folder: Path, missing: list[str]) -> str:
+    problem = f"No data in {folder}: missing {', '.join(missing)} (each plain or with .gz)."
+    if folder.is_file():
+        problem = f"{folder} is a file: name the folder that holds it."
     lines = [
-        f"No data in {folder}: missing {', '.join(missing)} (each plain or with .gz).",
+        problem,
         "Ways out:",
+        "  digits, fashion-mnist, mnist1d, cifar10 data that is known by name",
         "  apt-get install dataset-fashion-mnist   on Debian and Ubuntu, then the same again",
         "  make demo DATA=/your/folder             a folder that holds these four idx files, or one .npz",
         "  python -m evidence --data /your/folder  the same",
         "  make demo DATA=cifar10                  CIFAR-10, fetched once (139 MB)",
-        "  make demo                               scikit-learn's bundled digits, nothing to install",
+        "  make demo                               MNIST1D and digits, nothing to fetch",
     ]
     return "\n".join(lines)

@@ -13,11 +13,11 @@ import os
 import sys
 import time
 from collections.abc import Collection, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 
 import torch
 
@@ -226,11 +226,7 @@ class Study:
         if missing:
             self._check_time()
         if self._jobs > 1 and len(missing) > 1:
-            context = multiprocessing.get_context("spawn")
-            workers = min(self._jobs, len(missing))
-            with ProcessPoolExecutor(workers, context, running.end_with, (os.getpid(),)) as pool:
-                for result in pool.map(run, missing):
-                    running.save(result, self._folder)
+            self._run_beside(missing)
         else:
             for job in missing:
                 self._check_time()
@@ -242,6 +238,22 @@ class Study:
             self._used[result["name"]] = result
             found.append(result)
         return found
+
+    def _run_beside(self, missing: Sequence[Job]) -> None:
+        """Run cells in several processes, and save each when it is done; out of time, begin no other."""
+        context = multiprocessing.get_context("spawn")
+        workers = min(self._jobs, len(missing))
+        with ProcessPoolExecutor(workers, context, running.end_with, (os.getpid(),)) as pool:
+            futures = [pool.submit(run, job) for job in missing]
+            for future in as_completed(futures):
+                if future.cancelled():
+                    continue
+                running.save(future.result(), self._folder)
+                if time.monotonic() > self._end:
+                    for other in futures:
+                        other.cancel()
+        if any(future.cancelled() for future in futures):
+            raise OutOfTimeError
 
     def used(self) -> list[running.Result]:
         """All results that were asked for."""
@@ -381,7 +393,8 @@ class Story:
             if change.mean < -2 * change.error and change.error > 0:
                 self.gains[name] += 1
             self.ran[name] += 1
-            self.reduction[name] -= change.mean / (sum(without) / len(without))
+            if any(without):  # else nothing is left to reduce
+                self.reduction[name] -= change.mean / mean(without)
         return suspects, doubted
 
     def drop(self, name: str, setting: str, words: str) -> None:

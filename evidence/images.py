@@ -41,8 +41,9 @@ import math
 import multiprocessing
 import os
 import pickle
+import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import get_args
@@ -66,6 +67,7 @@ from evidence.image_training import (
     refuse_others,
     train,
 )
+from evidence.options import whole_from
 
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER / "results" / "images"
@@ -137,7 +139,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--methods", nargs="+", default=[*METHODS], choices=CHOICES, metavar="METHOD"
     )
-    from_0, from_1 = _whole_from(0), _whole_from(1)
+    from_0, from_1 = whole_from(0), whole_from(1)
     parser.add_argument("--seeds", nargs="+", type=from_0, default=[0, 1, 2, 3, 4])
     parser.add_argument("--steps", type=from_1, default=75_000)
     parser.add_argument("--rate", type=float, help="learning rate at first; else the recipe's")
@@ -198,17 +200,6 @@ def _arguments() -> argparse.Namespace:
         if len(args.seeds) < 2:
             parser.error("--commit takes two seeds or more; one with --validate")
     return args
-
-
-def _whole_from(least: int) -> Callable[[str], int]:
-    """What reads an argument that is a whole number, this or more."""
-
-    def whole(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text} is no whole number from {least}")
-        return int(text)
-
-    return whole
 
 
 def _settings(args: argparse.Namespace) -> Settings:
@@ -273,6 +264,7 @@ def run(job: Job) -> None:
     if rank_zero_only.rank:
         return
     running.write_whole(path, json.dumps(found, allow_nan=False))
+    shutil.rmtree(path.with_suffix(""), ignore_errors=True)  # its checkpoints, up to 180 MB
     print(f"{path.stem}: {found['errors'][-1]:.2f} % after {found['seconds']} s", flush=True)
 
 

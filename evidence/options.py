@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Options of a command that makes a report."""
-    parser.add_argument("--jobs", type=int, default=1, help="processes of one thread")
+    parser.add_argument("--jobs", type=whole_from(1), default=1, help="processes of one thread")
     parser.add_argument(
         "--minutes", type=float, default=float("inf"), help="start no cell after so long"
     )
@@ -32,3 +33,14 @@ def with_folder(parser: argparse.ArgumentParser, usual: str) -> argparse.Namespa
     if args.out is None:
         args.out = f"{usual}-quick" if args.quick else usual
     return args
+
+
+def whole_from(least: int) -> Callable[[str], int]:
+    """What reads an argument that is a whole number, this or more."""
+
+    def whole(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text} is no whole number from {least}")
+        return int(text)
+
+    return whole

@@ -12,6 +12,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -738,8 +739,25 @@ def test_a_result_asked_otherwise_is_not_taken(tmp_path):
     running.save({"name": cell.name, "asked": wanted}, tmp_path)
     assert running.kept(tmp_path, cell, wanted)
     assert not running.kept(tmp_path, cell, running.asked(cell, (1, 2), (3, 5)))
-    (tmp_path / f"{cell.name}.json").write_text("{")
-    assert not running.kept(tmp_path, cell, wanted)
+    for content in (b"{", b"", b"\xff\xfe", b"[1]", b"null"):
+        (tmp_path / f"{cell.name}.json").write_bytes(content)
+        assert not running.kept(tmp_path, cell, wanted)
+
+
+def test_a_file_is_written_whole_beside_another_process_that_writes_it(tmp_path, monkeypatch):
+    """Each has a part of its own, and none is left."""
+    monkeypatch.setattr(os, "getpid", Mock(side_effect=[1, 2]))
+    plain = Path.replace
+
+    def replace(part, path):
+        monkeypatch.setattr(Path, "replace", plain)
+        running.write_whole(path, "other")
+        return plain(part, path)
+
+    monkeypatch.setattr(Path, "replace", replace)
+    running.write_whole(tmp_path / "a.json", "own")
+    assert (tmp_path / "a.json").read_text() == "own"
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
 
 
 @pytest.mark.parametrize(("factor", "is_taken"), [(1 + 1e-6, True), (1 + 1e-3, False)])

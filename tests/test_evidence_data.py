@@ -126,6 +126,10 @@ def test_folders_of_ones_own(tmp_path):
         ({"y_train": np.array(["a"] * 30)}, "cannot be read"),
         ({"x_train": np.full((30, 4, 4, 3), np.nan)}, "the same, NaN or infinite"),
         ({"x_train": np.zeros((30, 4, 4, 3))}, "the same, NaN or infinite"),
+        ({"x_train": pixels(30, 4, 4, 3) * 1j}, "training images or labels that are complex"),
+        ({"y_test": np.arange(6) * 1j}, "test images or labels that are complex"),
+        ({"y_train": np.zeros(30)}, "30 training images of 1 classes"),
+        ({"y_test": np.arange(6) + 2**40}, r"labels up to 1\d+: it takes two classes or more"),
         ({"x_train": pixels(30, 2, 2, 2, 3)}, r"shape \(30, 2, 2, 2, 3\)"),
         ({"x_train": np.zeros((0, 4, 4, 3)), "y_train": np.zeros(0)}, r"shape \(0, 4, 4, 3\)"),
     ],
@@ -140,6 +144,19 @@ def test_data_that_cannot_be_trained_on(tmp_path, changes, message):
     np.savez(tmp_path / "mine.npz", **made | changes)
     with pytest.raises(MissingDataError, match=message):
         load(str(tmp_path))
+
+
+def test_pixels_of_two_bytes_are_read_and_a_file_is_no_folder(tmp_path):
+    made = {
+        "x_train": pixels(30, 4, 4).astype(np.uint16),
+        "y_train": (np.arange(30) % 5).astype(np.uint32),
+        "x_test": pixels(6, 4, 4).astype(np.uint64),
+        "y_test": np.arange(6),
+    }
+    np.savez(tmp_path / "mine.npz", **made)
+    assert load(str(tmp_path)).pool[0].equal(torch.tensor(made["x_train"].reshape(30, 16)).float())
+    with pytest.raises(MissingDataError, match=r"mine\.npz is a file: name the folder"):
+        load(str(tmp_path / "mine.npz"))
 
 
 def test_channels_first_two_archives_and_data_that_change(tmp_path):

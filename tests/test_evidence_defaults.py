@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import replace
 from itertools import product
@@ -27,6 +28,7 @@ from evidence.plan import SETTINGS, Setting, cells
 from evidence.statistics import holm, paired
 from evidence.training import train
 from lightning_hsu.measures.defaults import COEFFICIENT, DEFAULT_MEASURE, SHARE_LIMIT
+from tests.test_evidence import wait_for
 
 ROOT = Path(__file__).parents[1]
 TINY = Setting("digits", 200, 2, held_out=200)
@@ -555,6 +557,38 @@ def test_goes_on_from_its_cells(tmp_path, monkeypatch, capsys):
     tables = "| candidate |"
     again = capsys.readouterr().out
     assert again[again.index(tables) :] == first[first.index(tables) :]
+
+
+def test_cells_beside_each_other_are_saved_as_they_end_and_none_begins_out_of_time(
+    tmp_path, monkeypatch
+):
+    setting = Setting("digits", 200, 1)
+    jobs = [(setting, METHODS["decay"], Trial(0.1, 0.01), (seed,), True) for seed in range(4)]
+    monkeypatch.setattr(defaults, "_name", lambda job: f"cell-{job[3][0]}")
+    monkeypatch.setattr(defaults, "_asked", lambda job: {"seed": job[3][0]})
+    study = defaults.Study(tmp_path, jobs=2, end=math.inf)
+    futures, begun = [], []
+
+    class Pool(ThreadPoolExecutor):
+        def submit(self, *what):
+            futures.append(super().submit(*what))
+            return futures[-1]
+
+    def run(job):
+        (seed,) = job[3]
+        begun.append(seed)
+        study._end = -math.inf
+        if seed == 1:
+            wait_for(lambda: len(futures) == 4 and futures[3].cancelled())
+        return {"name": f"cell-{seed}", "asked": {"seed": seed}, "test_error": [1.0]}
+
+    monkeypatch.setattr(defaults, "run", run)
+    monkeypatch.setattr(defaults, "ProcessPoolExecutor", lambda *_: Pool(1))
+    with pytest.raises(defaults.OutOfTimeError):
+        study.results(jobs)
+    saved = {path.stem for path in tmp_path.glob("*.json")}
+    assert saved == {f"cell-{seed}" for seed in begun}
+    assert begun in ([0], [0, 1])
 
 
 def test_the_list_trains_nothing(monkeypatch, capsys):

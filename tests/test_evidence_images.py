@@ -780,6 +780,7 @@ def test_images_go_on_from_their_last_checkpoints_and_are_committed(tmp_path, mo
     assert images.main() == 0
     printed = capsys.readouterr().out
     assert re.search(r"\| half_mhe_2 \| \d+\.\d\d \(\d+\.\d\d\) \|", printed)
+    assert not (folder / "none-0").exists()  # its checkpoints are of no use any more
     found = {one["method"]: one for one in read_folder(folder) if one["seed"] == 0}
     assert all(len(one["errors"]) == 3 for one in found.values())
     assert found["none"]["ratio_before"] == found["half_mhe_2"]["ratio_before"]
