@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from statistics import mean
 from typing import Any
 
+from evidence.comparisons import LEVEL
 from evidence.image_data import BATCH
 from evidence.image_methods import CHOICES
 from evidence.statistics import Paired, holm, interval, paired
@@ -82,6 +83,46 @@ def rates_table(tried: Sequence[Sequence[Run]]) -> str:
     return markdown(["network", "held-out images", "learning rate", "held-out error"], rows)
 
 
+def overview(results: Sequence[Sequence[Run]]) -> str:
+    """A row a network: the error without a penalty, and each method's change of it.
+
+    Args:
+        results: The runs of each setting, all with none, random and length.
+    """
+    names: list[str] = []
+    for name in CHOICES:
+        if name != "none" and any(run["method"] == name for runs in results for run in runs):
+            names.append(name)
+    rows = []
+    for runs in results:
+        last = _last(_by_method(runs))
+        changes = {other: _changes(last, other) for other in RIVALS}
+        beyond = _beyond_all(changes)
+        gains = []
+        for name, p in beyond.items():
+            if p < LEVEL and changes["none"][name].mean < 0:
+                gains.append(name)
+        asked = runs[0]["asked"]
+        none = error_cell({"test_error": last["none"]})
+        row = [f"{asked['data']}, {TITLES[asked['network']]}", f"{asked['rate']:g}"]
+        row += [str(len(last["none"])), none]
+        row += [_change(changes["none"].get(name)) for name in names]
+        rows.append([*row, ", ".join(gains) or "none"])
+    head = ["network", "learning rate", "seeds", "no penalty", *names, "beyond all"]
+    return markdown(head, rows)
+
+
+def _last(by_method: Mapping[str, Sequence[Run]]) -> dict[str, list[float]]:
+    """Each method's last errors, seed by seed."""
+    return {name: [run["errors"][-1] for run in own] for name, own in by_method.items()}
+
+
+def _changes(last: Mapping[str, Sequence[float]], other: str) -> dict[str, Paired]:
+    """Paired differences of all methods but none from another."""
+    rivals = [name for name in last if name not in ("none", other)]
+    return {name: paired(last[name], last[other]) for name in rivals}
+
+
 def table(runs: Sequence[Run]) -> str:
     """A row a method: errors, changes of the last one from none and from the controls, ratios.
 
@@ -90,13 +131,10 @@ def table(runs: Sequence[Run]) -> str:
     """
     by_method = _by_method(runs)
     seeds = len(next(iter(by_method.values())))
-    last = {name: [run["errors"][-1] for run in own] for name, own in by_method.items()}
+    last = _last(by_method)
     changes = {}
     if seeds > 1:
-        for other in RIVALS:
-            if other in last:
-                rivals = [name for name in last if name not in ("none", other)]
-                changes[other] = {name: paired(last[name], last[other]) for name in rivals}
+        changes = {other: _changes(last, other) for other in RIVALS if other in last}
     from_none = changes.get("none", {})
     corrected = holm([one.p for one in from_none.values()])
     p = dict(zip(from_none, corrected, strict=True))

@@ -57,7 +57,7 @@ from evidence.data import MissingDataError
 from evidence.documents import quoted, save_all
 from evidence.image_methods import CHOICES, METHODS
 from evidence.image_networks import WIDTHS
-from evidence.image_tables import RIVALS, TITLES, Run, rates_table, section, table
+from evidence.image_tables import RIVALS, TITLES, Run, overview, rates_table, section, table
 from evidence.image_training import (
     LAST,
     RECIPES,
@@ -72,6 +72,7 @@ from evidence.options import whole_from
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER / "results" / "images"
 README = FOLDER / "README.md"
+PAGE = FOLDER.parent / "docs" / "evidence.md"
 MARKS = (
     "<!-- images: written by `python -m evidence.images --commit` -->",
     "<!-- end of images -->",
@@ -123,6 +124,7 @@ def main() -> int:
         folder = RESULTS / "rates" if settings.validate else RESULTS
         save_all(runs, folder / f"{settings.name}.json")
         running.write_whole(README, quoted(README.read_text(), block(), MARKS))
+        running.write_whole(PAGE, quoted(PAGE.read_text(), summary(), MARKS))
     return 0
 
 
@@ -296,6 +298,12 @@ def read_folder(folder: Path) -> list[Run]:
     if not found:
         raise SystemExit(f"{folder} holds no result of a run, such as none-0.json")
     return found
+
+
+def summary() -> str:
+    """What docs/evidence.md quotes: a row for each committed result."""
+    results = [running.read(path) for path in sorted(RESULTS.glob("*.json"))]
+    return overview(results) if results else "Not run."
 
 
 def block() -> str:

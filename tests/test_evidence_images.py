@@ -683,10 +683,17 @@ def test_a_section_says_what_was_run():
     assert "3.00 core hours, made by 3 versions of the code." in section(runs)
 
 
+def written_in(folder, monkeypatch):
+    """What --commit writes is written there."""
+    monkeypatch.setattr(images, "RESULTS", folder / "results")
+    for name in ("README", "PAGE"):
+        path = folder / f"{name}.md"
+        path.write_text("\n\n".join(["Before.", *images.MARKS, "After."]))
+        monkeypatch.setattr(images, name, path)
+
+
 def test_learning_rates_are_kept_and_the_best_is_bold(tmp_path, monkeypatch, capsys):
-    (tmp_path / "README.md").write_text("\n\n".join(["Before.", *images.MARKS, "After."]))
-    monkeypatch.setattr(images, "RESULTS", tmp_path / "results")
-    monkeypatch.setattr(images, "README", tmp_path / "README.md")
+    written_in(tmp_path, monkeypatch)
     held_out = {"0.01": 30.0, "0.02": 20.0, "0.1": 25.0}
 
     def run(job):
@@ -746,8 +753,23 @@ def test_the_readme_names_the_networks_without_results(tmp_path, monkeypatch):
 
 
 def test_its_own_readme_quotes_the_committed_images():
-    text = images.README.read_text()
-    assert quoted(text, block(), images.MARKS) == text
+    for path, told in ((images.README, block()), (images.PAGE, images.summary())):
+        text = path.read_text()
+        assert quoted(text, told, images.MARKS) == text
+
+
+def test_a_row_a_network_has_what_its_table_says(tmp_path, monkeypatch):
+    monkeypatch.setattr(images, "RESULTS", tmp_path)
+    assert images.summary() == "Not run."
+    runs = constructed()[0]
+    save_all(runs, tmp_path / "one.json")
+    head, _, row = images.summary().splitlines()
+    cells = row.split(" | ")
+    told = dict(zip(head.split(" | "), cells, strict=True))
+    for line in table(runs).splitlines()[2:]:
+        name, last, _, change, *_ = line.removeprefix("| ").split(" | ")
+        assert told["no penalty" if name == "none" else name] == (change or last)
+    assert cells[-1] == "none |"
 
 
 def test_the_readme_has_the_committed_runs_of_the_published_recipe(monkeypatch, capsys):
@@ -773,9 +795,7 @@ def test_images_go_on_from_their_last_checkpoints_and_are_committed(tmp_path, mo
         run.kill()
     assert not (folder / "length-1.json").exists()
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "README.md").write_text("\n\n".join(["Before.", *images.MARKS, "After."]))
-    monkeypatch.setattr(images, "RESULTS", tmp_path / "results")
-    monkeypatch.setattr(images, "README", tmp_path / "README.md")
+    written_in(tmp_path, monkeypatch)
     monkeypatch.setattr(sys, "argv", ["images", *arguments, "--jobs", "2", "--commit"])
     assert images.main() == 0
     printed = capsys.readouterr().out
@@ -788,6 +808,7 @@ def test_images_go_on_from_their_last_checkpoints_and_are_committed(tmp_path, mo
     told = printed[printed.index("**scikit") :].strip()
     written = (tmp_path / "README.md").read_text()
     assert told in written
+    assert images.summary() in images.PAGE.read_text()
     assert written.startswith("Before.")
     assert written.endswith("After.")
     (committed,) = (tmp_path / "results").glob("*.json")
