@@ -33,18 +33,28 @@ Run = dict[str, Any]
 def section(runs: Sequence[Run]) -> str:
     """The table of the runs of one setting under what they share."""
     asked = runs[0]["asked"]
-    count = len({run["seed"] for run in runs})
-    seeds = "one seed" if count == 1 else f"{count} seeds"
+    seeds = seeds_of(runs)
+    told = f"one seed ({seeds})"
+    if len({run["seed"] for run in runs}) > 1:
+        told = f"seeds {seeds}"
     hours = sum(run["seconds"] for run in runs) / 3600
     judged = "test images"
     if asked["validate"]:
         judged = f"{asked['validate']} held-out images"
     head = (
         f"**{asked['data']}, {TITLES[asked['network']]}**, {_size(asked)}, "
-        f"learning rate {asked['rate']:g}, {seeds}, judged on {judged}; "
+        f"learning rate {asked['rate']:g}, {told}, judged on {judged}; "
         f"{hours:.2f} core hours{_versions(runs)}."
     )
     return f"{head}\n\n{table(runs)}"
+
+
+def seeds_of(runs: Sequence[Run]) -> str:
+    """The seeds of runs in words: first and last, or each where some between them are missing."""
+    found = sorted({run["seed"] for run in runs})
+    if len(found) > 1 and found[-1] - found[0] == len(found) - 1:
+        return f"{found[0]} to {found[-1]}"
+    return ", ".join(map(str, found))
 
 
 def _size(asked: Mapping[str, Any]) -> str:
@@ -105,7 +115,7 @@ def overview(results: Sequence[Sequence[Run]]) -> str:
         asked = runs[0]["asked"]
         none = error_cell({"test_error": last["none"]})
         row = [f"{asked['data']}, {TITLES[asked['network']]}", f"{asked['rate']:g}"]
-        row += [str(len(last["none"])), none]
+        row += [seeds_of(runs), none]
         row += [_change(changes["none"].get(name)) for name in names]
         rows.append([*row, ", ".join(gains) or "none"])
     head = ["network", "learning rate", "seeds", "no penalty", *names, "beyond all"]

@@ -57,7 +57,16 @@ from evidence.data import MissingDataError
 from evidence.documents import quoted, save_all
 from evidence.image_methods import CHOICES, METHODS
 from evidence.image_networks import WIDTHS
-from evidence.image_tables import RIVALS, TITLES, Run, overview, rates_table, section, table
+from evidence.image_tables import (
+    RIVALS,
+    TITLES,
+    Run,
+    overview,
+    rates_table,
+    section,
+    seeds_of,
+    table,
+)
 from evidence.image_training import (
     LAST,
     RECIPES,
@@ -122,7 +131,7 @@ def main() -> int:
     print(f"\n{section(runs)}")
     if args.commit:
         folder = RESULTS / "rates" if settings.validate else RESULTS
-        save_all(runs, folder / f"{settings.name}.json")
+        keep(runs, folder, settings.name)
         running.write_whole(README, quoted(README.read_text(), block(), MARKS))
         running.write_whole(PAGE, quoted(PAGE.read_text(), summary(), MARKS))
     return 0
@@ -298,6 +307,16 @@ def read_folder(folder: Path) -> list[Run]:
     if not found:
         raise SystemExit(f"{folder} holds no result of a run, such as none-0.json")
     return found
+
+
+def keep(runs: Sequence[Run], folder: Path, name: str) -> None:
+    """Write the runs of a setting, in place of those of fewer of these seeds."""
+    seeds = {run["seed"] for run in runs}
+    for path in folder.glob(f"{name}-seeds*.json"):
+        if {run["seed"] for run in running.read(path)} <= seeds:
+            path.unlink()
+    told = seeds_of(runs).replace(", ", "+").replace(" ", "")
+    save_all(runs, folder / f"{name}-seeds{told}.json")
 
 
 def summary() -> str:

@@ -672,7 +672,7 @@ def test_a_section_says_what_was_run():
     head = section(constructed()[0]).splitlines()[0]
     assert head == (
         "**scikit-learn's digits, CNN-9**, width 4, 256 training images, 4 steps of 128 images, "
-        "learning rate 0.02, 3 seeds, judged on test images; 3.00 core hours."
+        "learning rate 0.02, seeds 0 to 2, judged on test images; 3.00 core hours."
     )
     runs = constructed()[0]
     for one in runs:
@@ -681,6 +681,18 @@ def test_a_section_says_what_was_run():
     runs[3]["code"] = ["one", "two"]
     del runs[5]["code"]
     assert "3.00 core hours, made by 3 versions of the code." in section(runs)
+
+
+def test_other_seeds_have_a_file_of_their_own_and_fewer_give_way_to_more(tmp_path):
+    def names_after(*seeds):
+        images.keep([made("none", seed, [1.0]) for seed in seeds], tmp_path, "a")
+        return sorted(path.name for path in tmp_path.iterdir())
+
+    assert names_after(0, 1) == ["a-seeds0to1.json"]
+    assert names_after(4) == ["a-seeds0to1.json", "a-seeds4.json"]
+    assert names_after(0, 1, 2, 4) == ["a-seeds0+1+2+4.json"]
+    assert names_after(5, 6, 7) == ["a-seeds0+1+2+4.json", "a-seeds5to7.json"]
+    assert names_after(1, 2) == ["a-seeds0+1+2+4.json", "a-seeds1to2.json", "a-seeds5to7.json"]
 
 
 def written_in(folder, monkeypatch):
@@ -709,7 +721,7 @@ def test_learning_rates_are_kept_and_the_best_is_bold(tmp_path, monkeypatch, cap
         assert images.main() == 0
     kept = sorted(path.name for path in (tmp_path / "results/rates").iterdir())
     start = "digits-cnn9-width4-steps4-rate"
-    assert kept == [f"{start}{rate}-n256-validate100.json" for rate in held_out]
+    assert kept == [f"{start}{rate}-n256-validate100-seeds1000.json" for rate in held_out]
     lines = (tmp_path / "README.md").read_text().splitlines()
     network = "scikit-learn's digits, CNN-9, width 4, 256 training images, 4 steps of 128 images"
     assert lines[lines.index("| --- | --- | --- | --- |") + 1 :][:4] == [
