@@ -17,6 +17,8 @@ from tqdm import tqdm
 from evidence import cells as running
 from evidence.data import MissingDataError
 from evidence.documents import page, quoted, unpack, write
+from evidence.errors import unusable
+from evidence.files import read, write_whole
 from evidence.headline import five_lines
 from evidence.methods import CORE, METHODS, PENALTIES
 from evidence.plan import SCALES, TEST_SEEDS, TUNING_SEEDS, Cell, Setting, cells
@@ -37,9 +39,7 @@ def main() -> int:
         print(error, file=sys.stderr)
         return 2
     except OSError as error:
-        print(
-            f"{error}\n{args.out} cannot be used: make room, or name another --out", file=sys.stderr
-        )
+        print(unusable(args.out, error), file=sys.stderr)
         return 2
     except BrokenExecutor as error:
         print(f"{error}\nWhere memory ran out, fewer --jobs take less. {GOES_ON}", file=sys.stderr)
@@ -82,13 +82,13 @@ def _done(args: argparse.Namespace) -> int:
     if args.commit and still_left and not args.so_far:
         print(f"{len(still_left)} cells are missing: --so-far commits the others", file=sys.stderr)
         return 3
-    done = [running.read(folder / f"{cell.name}.json") for cell in plan if cell not in still_left]
+    done = [read(folder / f"{cell.name}.json") for cell in plan if cell not in still_left]
     target = RESULTS if args.commit else Path(args.out)
     if done:
         pictured = write(done, len(plan), target)
         if args.commit:
-            running.write_whole(README, quoted(README.read_text(), five_lines(done)))
-            running.write_whole(PAGE, quoted(PAGE.read_text(), page(done)))
+            write_whole(README, quoted(README.read_text(), five_lines(done)))
+            write_whole(PAGE, quoted(PAGE.read_text(), page(done)))
         picture = f", picture: {target / 'ratio.png'}" if pictured else ""
         print(f"\n{len(done)} of {len(plan)} cells; tables: {target / 'tables.md'}{picture}")
     return 0 if len(done) == len(plan) else 3

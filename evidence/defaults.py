@@ -26,6 +26,7 @@ from evidence.comparisons import LEVEL, setting_title
 from evidence.controls import RandomDirection
 from evidence.data import MissingDataError
 from evidence.documents import quoted, save_all, unpack
+from evidence.files import read, write_whole
 from evidence.grid import Trial
 from evidence.methods import HALF_MHE, METHODS, Method
 from evidence.options import add_options, with_folder
@@ -157,7 +158,7 @@ def main() -> int:
     if args.commit:
         RESULTS.mkdir(parents=True, exist_ok=True)
         save_all(study.used(), RESULTS / "cells.json")
-        running.write_whole(README, quoted(README.read_text(), text, MARKS))
+        write_whole(README, quoted(README.read_text(), text, MARKS))
     return 0
 
 
@@ -216,7 +217,7 @@ class Study:
             self._check_time()
             print(f"tuning {setting.name}", flush=True)
             running.save(tune(cell), self._folder)
-        found = running.read(self._folder / f"{cell.name}.json")
+        found = read(self._folder / f"{cell.name}.json")
         self._used[cell.name] = found
         return Trial(**found["chosen"])
 

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from evidence import control_tables, tables
-from evidence.cells import read, save, write_whole
+from evidence.cells import save
 from evidence.comparisons import FAILS, Comparison, Result, compare
+from evidence.files import read, write_whole
 from evidence.pictures import controls_figure, ratio_and_gain_figure
 from evidence.plan import cells
 from evidence.uniformity import beyond_controls

@@ -105,7 +105,8 @@ def overview(results: Sequence[Sequence[Run]]) -> str:
             names.append(name)
     rows = []
     for runs in results:
-        last = _last(_by_method(runs))
+        by_method = _by_method(runs)
+        last = _last(by_method)
         changes = {other: _changes(last, other) for other in RIVALS}
         beyond = _beyond_all(changes)
         gains = []
@@ -115,7 +116,7 @@ def overview(results: Sequence[Sequence[Run]]) -> str:
         asked = runs[0]["asked"]
         none = error_cell({"test_error": last["none"]})
         row = [f"{asked['data']}, {TITLES[asked['network']]}", f"{asked['rate']:g}"]
-        row += [seeds_of(runs), none]
+        row += [seeds_of(by_method["none"]), none]
         row += [_change(changes["none"].get(name)) for name in names]
         rows.append([*row, ", ".join(gains) or "none"])
     head = ["network", "learning rate", "seeds", "no penalty", *names, "beyond all"]

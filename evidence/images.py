@@ -55,6 +55,8 @@ from evidence import cells as running
 from evidence.controls import Part
 from evidence.data import MissingDataError
 from evidence.documents import quoted, save_all
+from evidence.errors import unusable
+from evidence.files import read, write_whole
 from evidence.image_methods import CHOICES, METHODS
 from evidence.image_networks import WIDTHS
 from evidence.image_tables import (
@@ -118,22 +120,20 @@ def main() -> int:
         print(error, file=sys.stderr)
         return 2
     except OSError as error:
-        print(
-            f"{error}\n{args.out} cannot be used: make room, or name another --out", file=sys.stderr
-        )
+        print(unusable(args.out, error), file=sys.stderr)
         return 2
     except (KeyboardInterrupt, SystemExit):  # Lightning makes the first the second
         print("\nThe same command goes on from the last checkpoints.", file=sys.stderr)
         return 130
     if rank_zero_only.rank:
         return 0
-    runs = [running.read(path) for *_, path in jobs]
+    runs = [read(path) for *_, path in jobs]
     print(f"\n{section(runs)}")
     if args.commit:
         folder = RESULTS / "rates" if settings.validate else RESULTS
         keep(runs, folder, settings.name)
-        running.write_whole(README, quoted(README.read_text(), block(), MARKS))
-        running.write_whole(PAGE, quoted(PAGE.read_text(), summary(), MARKS))
+        write_whole(README, quoted(README.read_text(), block(), MARKS))
+        write_whole(PAGE, quoted(PAGE.read_text(), summary(), MARKS))
     return 0
 
 
@@ -259,7 +259,7 @@ def result_in(path: Path) -> Run:
         MissingDataError: if it holds none.
     """
     try:
-        found = running.read(path)
+        found = read(path)
     except ValueError:
         found = None
     if not isinstance(found, dict) or not {"asked", "seed", "errors"} <= found.keys():
@@ -274,7 +274,7 @@ def run(job: Job) -> None:
     found = train(settings, method, seed, path.with_suffix(""))
     if rank_zero_only.rank:
         return
-    running.write_whole(path, json.dumps(found, allow_nan=False))
+    write_whole(path, json.dumps(found, allow_nan=False))
     shutil.rmtree(path.with_suffix(""), ignore_errors=True)  # its checkpoints, up to 180 MB
     print(f"{path.stem}: {found['errors'][-1]:.2f} % after {found['seconds']} s", flush=True)
 
@@ -313,7 +313,7 @@ def keep(runs: Sequence[Run], folder: Path, name: str) -> None:
     """Write the runs of a setting, in place of those of fewer of these seeds."""
     seeds = {run["seed"] for run in runs}
     for path in folder.glob(f"{name}-seeds*.json"):
-        if {run["seed"] for run in running.read(path)} <= seeds:
+        if {run["seed"] for run in read(path)} <= seeds:
             path.unlink()
     told = seeds_of(runs).replace(", ", "+").replace(" ", "")
     save_all(runs, folder / f"{name}-seeds{told}.json")
@@ -321,14 +321,13 @@ def keep(runs: Sequence[Run], folder: Path, name: str) -> None:
 
 def summary() -> str:
     """What docs/evidence.md quotes: a row for each committed result."""
-    results = [running.read(path) for path in sorted(RESULTS.glob("*.json"))]
+    results = _committed("*.json")
     return overview(results) if results else "Not run."
 
 
 def block() -> str:
     """What the README quotes: the sections of all committed results, and the learning rates."""
-    results = [running.read(path) for path in sorted(RESULTS.glob("*.json"))]
-    tried = [running.read(path) for path in sorted(RESULTS.glob("rates/*.json"))]
+    results, tried = _committed("*.json"), _committed("rates/*.json")
     parts = [section(runs) for runs in results]
     if tried:
         parts.append(f"**Learning rates**, chosen without a penalty:\n\n{rates_table(tried)}")
@@ -353,6 +352,11 @@ def block() -> str:
     if lacking:
         parts.insert(0, f"**No results yet:** {', '.join(lacking)}.")
     return "\n\n".join([legend, *parts])
+
+
+def _committed(pattern: str) -> list[list[Run]]:
+    """The runs of each committed setting whose file matches."""
+    return [read(path) for path in sorted(RESULTS.glob(pattern))]
 
 
 if __name__ == "__main__":

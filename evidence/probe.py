@@ -26,6 +26,7 @@ from evidence import cells as running
 from evidence.comparisons import UNTRAINED
 from evidence.data import Data, MissingDataError
 from evidence.documents import quoted, save_all
+from evidence.files import read, write_whole
 from evidence.grid import Trial
 from evidence.methods import HALF_MHE, METHODS
 from evidence.networks import Networks, Piece
@@ -107,7 +108,7 @@ def main() -> int:
     print(f"\n{time.perf_counter() - start:.0f} s")
     if args.commit:
         save_all(probed, RESULTS)
-        running.write_whole(README, quoted(README.read_text(), table(probed), MARKS))
+        write_whole(README, quoted(README.read_text(), table(probed), MARKS))
     return 0
 
 
@@ -166,7 +167,7 @@ def _norms(piece: Piece) -> Tensor:
 @cache
 def _tunings() -> dict[str, running.Result]:
     """The plan's results by name."""
-    return {one["name"]: one for one in running.read(running.FIRST / "cells.json")}
+    return {one["name"]: one for one in read(running.FIRST / "cells.json")}
 
 
 def found_in(probed: Mapping[str, Any]) -> Found:

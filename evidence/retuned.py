@@ -15,7 +15,6 @@ from itertools import chain
 from pathlib import Path
 from typing import Final
 
-from evidence import cells as running
 from evidence.data import MissingDataError
 from evidence.defaults import (
     FRESH,
@@ -33,6 +32,7 @@ from evidence.defaults import (
     report,
 )
 from evidence.documents import quoted, save_all, unpack
+from evidence.files import read, write_whole
 from evidence.grid import Trial
 from evidence.methods import METHODS, Method
 from evidence.options import add_options
@@ -89,7 +89,7 @@ def main() -> int:
     print(text)
     if args.commit:
         save_all(list(chain.from_iterable(results for _, results in again)), RESULTS)
-        running.write_whole(README, quoted(README.read_text(), text, MARKS))
+        write_whole(README, quoted(README.read_text(), text, MARKS))
     return 0
 
 
@@ -114,7 +114,7 @@ def chosen() -> Mapping[Setting, Trial]:
     """What the plan's second run chose for weight decay only, in the settings that it has."""
     by_name = {setting.name: setting for setting in SETTINGS}
     found = {}
-    for result in running.read(PLAN):
+    for result in read(PLAN):
         name, _, method = result["name"].partition("--")
         if method == "decay":
             found[by_name[name]] = Trial(**result["chosen"])

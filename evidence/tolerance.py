@@ -23,6 +23,7 @@ from evidence import cells as running
 from evidence.comparisons import setting_title
 from evidence.data import MissingDataError
 from evidence.documents import quoted, save_all
+from evidence.files import read, write_whole
 from evidence.grid import Trial
 from evidence.methods import METHODS, Method
 from evidence.options import with_folder
@@ -76,7 +77,7 @@ def main() -> int:
     if args.commit:
         RESULTS.mkdir(parents=True, exist_ok=True)
         save_all(found, RESULTS / "cells.json")
-        running.write_whole(README, quoted(README.read_text(), table(found), MARKS))
+        write_whole(README, quoted(README.read_text(), table(found), MARKS))
     return 0
 
 
@@ -109,7 +110,7 @@ def _result(cell: Cell, trial: Trial, seeds: Sequence[int], folder: Path) -> run
             **running.ran(start),
         }
         running.save(result, folder)
-    found: running.Result = running.read(folder / f"{cell.name}.json")
+    found: running.Result = read(folder / f"{cell.name}.json")
     return found
 
 

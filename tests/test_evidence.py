@@ -26,6 +26,7 @@ from evidence.__main__ import _run, main
 from evidence.comparisons import compare, hypothesis
 from evidence.data import draw, load
 from evidence.documents import page, quoted, write
+from evidence.files import write_whole
 from evidence.grid import Trial
 from evidence.headline import five_lines
 from evidence.methods import HALF_MHE, METHODS, unit_coefficient
@@ -751,11 +752,11 @@ def test_a_file_is_written_whole_beside_another_process_that_writes_it(tmp_path,
 
     def replace(part, path):
         monkeypatch.setattr(Path, "replace", plain)
-        running.write_whole(path, "other")
+        write_whole(path, "other")
         return plain(part, path)
 
     monkeypatch.setattr(Path, "replace", replace)
-    running.write_whole(tmp_path / "a.json", "own")
+    write_whole(tmp_path / "a.json", "own")
     assert (tmp_path / "a.json").read_text() == "own"
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
 

@@ -21,6 +21,7 @@ from evidence.comparisons import LEVEL
 from evidence.data import load
 from evidence.defaults import CHOOSING, candidates, controls_of, eliminate, in_order
 from evidence.documents import unpack
+from evidence.files import read
 from evidence.grid import Trial
 from evidence.methods import METHODS
 from evidence.networks import Architecture, Networks
@@ -524,9 +525,9 @@ def test_committed_cells_are_laid_beside_those_that_are_there(tmp_path):
     running.save(own, tmp_path)
     unpack(defaults.RESULTS / "cells.json", tmp_path)
     assert len(list(tmp_path.glob("*.json"))) == len(committed)
-    assert running.read(tmp_path / f"{own['name']}.json") == own
+    assert read(tmp_path / f"{own['name']}.json") == own
     last = committed[-1]
-    assert running.read(tmp_path / f"{last['name']}.json") == last
+    assert read(tmp_path / f"{last['name']}.json") == last
 
 
 def test_controls_are_asked_as_their_candidate_but_for_what_they_keep():

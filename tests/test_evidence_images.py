@@ -21,6 +21,7 @@ from evidence import image_data, images
 from evidence import image_training as training
 from evidence.data import MissingDataError
 from evidence.documents import quoted, save_all
+from evidence.files import read, write_whole
 from evidence.image_data import BATCH, Batches, moved
 from evidence.image_methods import callbacks, matched_coefficients, penalty
 from evidence.image_networks import WIDTHS, BasicBlock, TokenBatchNorm, build, neuron_layers
@@ -352,7 +353,7 @@ def test_the_digest_is_of_all_modules_that_decide():
         source = (ROOT / f"evidence/{name}.py").read_text()
         imported = re.findall(r"from evidence\.(\w+) import", source)
         imported += re.findall(r"from evidence import (\w+)", source)
-        assert {*imported} <= {*training.DECIDING, "cells", "errors"}
+        assert {*imported} <= {*training.DECIDING, "cells", "errors", "files"}
 
 
 def test_ratios_are_those_of_half_space_but_for_the_head():
@@ -711,7 +712,7 @@ def test_learning_rates_are_kept_and_the_best_is_bold(tmp_path, monkeypatch, cap
     def run(job):
         settings, method, seed, path = job
         found = made(method, seed, [40.0, held_out[f"{settings.rate:g}"]])
-        running.write_whole(path, json.dumps(found | {"asked": settings.asked(method, seed)}))
+        write_whole(path, json.dumps(found | {"asked": settings.asked(method, seed)}))
 
     monkeypatch.setattr(images, "run", run)
     what = "--data digits --images 256 --width 4 --steps 4 --methods none --seeds 1000"
@@ -781,7 +782,10 @@ def test_a_row_a_network_has_what_its_table_says(tmp_path, monkeypatch):
     for line in table(runs).splitlines()[2:]:
         name, last, _, change, *_ = line.removeprefix("| ").split(" | ")
         assert told["no penalty" if name == "none" else name] == (change or last)
+    assert told["seeds"] == "0 to 2"
     assert cells[-1] == "none |"
+    save_all(runs[:-1], tmp_path / "one.json")  # one method has not the last seed
+    assert " | 0 to 1 | " in images.summary()
 
 
 def test_the_readme_has_the_committed_runs_of_the_published_recipe(monkeypatch, capsys):
@@ -824,7 +828,7 @@ def test_images_go_on_from_their_last_checkpoints_and_are_committed(tmp_path, mo
     assert written.startswith("Before.")
     assert written.endswith("After.")
     (committed,) = (tmp_path / "results").glob("*.json")
-    assert running.read(committed) == [
+    assert read(committed) == [
         json.loads((folder / f"{method}-{seed}.json").read_text())
         for seed in (0, 1)
         for method in ("none", "half_mhe_2", "random", "length")

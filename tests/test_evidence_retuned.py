@@ -8,9 +8,9 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from evidence import cells as running
 from evidence import defaults, retuned
 from evidence.documents import quoted
+from evidence.files import read
 from evidence.plan import SETTINGS
 from lightning_hsu import HypersphericalUniformity
 
@@ -128,4 +128,4 @@ def test_readme_says_what_the_committed_cells_give(called, tmp_path, monkeypatch
             f"worse in none of the 56, better in {gains} ({corrected} after Holm's correction), of "
             f"which {stand} ({left}) are gains over both controls"
         ) in told
-    assert len(running.read(retuned.RESULTS)) == 4 * changed < 4 * len(SETTINGS)
+    assert len(read(retuned.RESULTS)) == 4 * changed < 4 * len(SETTINGS)
