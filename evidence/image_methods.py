@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import product
 from typing import Any, cast, get_args
 
 import lightning.pytorch as pl
@@ -17,8 +18,22 @@ from lightning_hsu.presets import PRESETS, sphere_uniformity
 
 CONTROLLED = "half_mhe_2"
 """The preset that the controls are made of."""
-METHODS = ("none", CONTROLLED, "mgd", "orthogonality", "random", "direction", "length", "default")
-CHOICES = tuple(dict.fromkeys([*METHODS, *PRESETS]))
+CONTROLS = ("random", *get_args(Part))
+METHODS = ("none", CONTROLLED, "mgd", "orthogonality", *CONTROLS, "default")
+HAVE_OWN = ("mgd", "orthogonality", "default")
+"""The other penalties of which controls can be made: mgd_random, mgd_direction and so on."""
+OWN = tuple(f"{name}_{control}" for name, control in product(HAVE_OWN, CONTROLS))
+CHOICES = tuple(dict.fromkeys([*METHODS, *OWN, *PRESETS]))
+
+
+def parts_of(method: str) -> tuple[str, str | None]:
+    """The penalty behind a method, and which control of it the method is; None for itself."""
+    if method in CONTROLS:
+        return CONTROLLED, method
+    if method in OWN:
+        name, _, control = method.rpartition("_")
+        return name, control
+    return method, None
 
 
 class KeepHalf(pl.Callback):
@@ -67,17 +82,25 @@ class KeepHalf(pl.Callback):
 
 
 def penalty(method: str, network: nn.Module) -> HypersphericalUniformity | None:
-    """The callback of a method, or of what it controls; None where there is no penalty.
+    """The callback of a method, a random one for a random direction; None without a penalty.
 
     Args:
         method: Of :data:`CHOICES`.
         network: With its initial weights, to which orthogonality's coefficients are matched.
     """
-    if method == "none":
+    name, control = parts_of(method)
+    if name == "none":
         return None
-    if method == "default":
+    found = _penalty(name, network)
+    if control == "random":
+        found.measure = RandomDirection(found.measure)
+    return found
+
+
+def _penalty(name: str, network: nn.Module) -> HypersphericalUniformity:
+    if name == "default":
         return HypersphericalUniformity(verbose=False)
-    if method == "orthogonality":
+    if name == "orthogonality":
         hidden, head = matched_coefficients(Orthogonality(), network)
         return HypersphericalUniformity(
             Orthogonality(),
@@ -87,19 +110,15 @@ def penalty(method: str, network: nn.Module) -> HypersphericalUniformity | None:
             share_limit=None,
             verbose=False,
         )
-    if method in PRESETS:
-        return sphere_uniformity(method, verbose=False)
-    found = sphere_uniformity(CONTROLLED, verbose=False)
-    if method == "random":
-        found.measure = RandomDirection(found.measure)
-    return found
+    return sphere_uniformity(name, verbose=False)
 
 
 def callbacks(method: str, network: nn.Module) -> list[pl.Callback]:
     """All callbacks of a method, in the order in which they act."""
     found: list[pl.Callback] = []
-    if method in get_args(Part):
-        found.append(KeepHalf(cast(Part, method)))
+    control = parts_of(method)[1]
+    if control in get_args(Part):
+        found.append(KeepHalf(cast(Part, control)))
     acting = penalty(method, network)
     if acting is not None:
         found.append(acting)

@@ -8,7 +8,8 @@ from typing import Any
 
 from evidence.comparisons import LEVEL
 from evidence.image_data import BATCH
-from evidence.image_methods import CHOICES
+from evidence.image_methods import CHOICES, OWN, parts_of
+from evidence.image_training import RECIPES
 from evidence.statistics import Paired, holm, interval, paired
 from evidence.tables import error_cell, markdown
 from evidence.uniformity import of_all
@@ -17,7 +18,6 @@ CONTROLS = ("random", "length")
 """What methods are compared with beside none."""
 RIVALS = ("none", *CONTROLS)
 """What a penalty has to be beyond, for its gain to be uniformity's."""
-NO_PENALTY = (*RIVALS, "direction")
 TITLES = {
     "cnn9": "CNN-9",
     "resnet18": "ResNet-18",
@@ -43,7 +43,7 @@ def section(runs: Sequence[Run]) -> str:
         judged = f"{asked['validate']} held-out images"
     head = (
         f"**{asked['data']}, {TITLES[asked['network']]}**, {_size(asked)}, "
-        f"learning rate {asked['rate']:g}, {told}, judged on {judged}; "
+        f"learning rate {_rate(asked)}, {told}, judged on {judged}; "
         f"{hours:.2f} core hours{_versions(runs)}."
     )
     return f"{head}\n\n{table(runs)}"
@@ -64,6 +64,12 @@ def _size(asked: Mapping[str, Any]) -> str:
     )
 
 
+def _rate(asked: Mapping[str, Any]) -> str:
+    """The learning rate, and the weight decay where it is not the recipe's."""
+    found = f"{asked['rate']:g}"
+    return f"{found}, weight decay {asked['decay']:g}" if "decay" in asked else found
+
+
 def _versions(runs: Sequence[Run]) -> str:
     """How many versions of the code made the runs, if more than one; runs without one are of one."""
     found = set()
@@ -73,24 +79,29 @@ def _versions(runs: Sequence[Run]) -> str:
 
 
 def rates_table(tried: Sequence[Sequence[Run]]) -> str:
-    """A row a learning rate: the mean last error on held-out images; of a network the best is bold.
+    """A row a learning rate and weight decay: the mean last error on held-out images.
+
+    The best of a network on the same seeds is bold.
 
     Args:
-        tried: The runs of each rate, without a penalty.
+        tried: The runs of each rate and decay, without a penalty.
     """
-    found: dict[tuple[str, int], dict[float, float]] = {}
+    found: dict[tuple[str, int, str], dict[tuple[float, float], float]] = {}
     for runs in tried:
         asked = runs[0]["asked"]
         network = f"{asked['data']}, {TITLES[asked['network']]}, {_size(asked)}"
-        errors = found.setdefault((network, asked["validate"]), {})
-        errors[asked["rate"]] = mean(run["errors"][-1] for run in runs)
+        errors = found.setdefault((network, asked["validate"], seeds_of(runs)), {})
+        decay = asked.get("decay", RECIPES[asked["network"]].decay)
+        errors[asked["rate"], decay] = mean(run["errors"][-1] for run in runs)
     rows = []
-    for (network, held_out), errors in sorted(found.items()):
-        best = min(errors, key=lambda rate: errors[rate])
-        for rate, error in sorted(errors.items()):
-            mark = "**" if rate == best else ""
-            rows.append([network, held_out, f"{mark}{rate:g}{mark}", f"{mark}{error:.2f}{mark}"])
-    return markdown(["network", "held-out images", "learning rate", "held-out error"], rows)
+    for (network, held_out, seeds), errors in sorted(found.items()):
+        best = min(errors, key=lambda numbers: errors[numbers])
+        for numbers, error in sorted(errors.items()):
+            mark = "**" if numbers == best else ""
+            told = [f"{mark}{number:g}{mark}" for number in numbers]
+            rows.append([network, held_out, seeds, *told, f"{mark}{error:.2f}{mark}"])
+    head = ["network", "held-out images", "seeds", "learning rate", "weight decay"]
+    return markdown([*head, "held-out error"], rows)
 
 
 def overview(results: Sequence[Sequence[Run]]) -> str:
@@ -101,26 +112,32 @@ def overview(results: Sequence[Sequence[Run]]) -> str:
     """
     names: list[str] = []
     for name in CHOICES:
-        if name != "none" and any(run["method"] == name for runs in results for run in runs):
+        found = any(run["method"] == name for runs in results for run in runs)
+        if found and name not in ("none", *OWN):
             names.append(name)
     rows = []
     for runs in results:
         by_method = _by_method(runs)
         last = _last(by_method)
         changes = {other: _changes(last, other) for other in RIVALS}
-        beyond = _beyond_all(changes)
-        gains = []
-        for name, p in beyond.items():
-            if p < LEVEL and changes["none"][name].mean < 0:
-                gains.append(name)
+        gains = _gains(_beyond_all(changes), changes["none"])
+        beyond_own = _from_own(last)[1]
+        gains_own = _gains(beyond_own, changes["none"])
         asked = runs[0]["asked"]
         none = error_cell({"test_error": last["none"]})
-        row = [f"{asked['data']}, {TITLES[asked['network']]}", f"{asked['rate']:g}"]
+        row = [f"{asked['data']}, {TITLES[asked['network']]}", _rate(asked)]
         row += [seeds_of(by_method["none"]), none]
         row += [_change(changes["none"].get(name)) for name in names]
-        rows.append([*row, ", ".join(gains) or "none"])
-    head = ["network", "learning rate", "seeds", "no penalty", *names, "beyond all"]
+        row.append(", ".join(gains) or "none")
+        rows.append([*row, ", ".join(gains_own) or ("none" if beyond_own else "")])
+    head = ["network", "learning rate", "seeds", "no penalty", *names]
+    head += ["beyond all", "beyond all of its own"]
     return markdown(head, rows)
+
+
+def _gains(beyond: Mapping[str, float], changes: Mapping[str, Paired]) -> list[str]:
+    """The penalties that are lower than all they are compared with, after correction."""
+    return [name for name, p in beyond.items() if p < LEVEL and changes[name].mean < 0]
 
 
 def _last(by_method: Mapping[str, Sequence[Run]]) -> dict[str, list[float]]:
@@ -150,11 +167,14 @@ def table(runs: Sequence[Run]) -> str:
     corrected = holm([one.p for one in from_none.values()])
     p = dict(zip(from_none, corrected, strict=True))
     beyond = _beyond_all(changes)
+    own_changes, beyond_own = _from_own(last)
     head = ["method", "last error", "best error", "change of the last", "± 95 %", "p (Holm)"]
     controls = [other for other in CONTROLS if other in changes]
     head += [f"from {other}" for other in controls]
     if beyond:
         head.append("p beyond all (Holm)")
+    if beyond_own:
+        head += [*(f"from its own {control}" for control in CONTROLS), "p beyond its own (Holm)"]
     head += ["largest ratio", "not finite"]
     rows = []
     for name, own in by_method.items():
@@ -168,6 +188,9 @@ def table(runs: Sequence[Run]) -> str:
         row += [_change(changes[other].get(name)) for other in controls]
         if beyond:
             row.append(_p(beyond.get(name)))
+        if beyond_own:
+            row += [_change(one) for one in own_changes.get(name, [None] * len(CONTROLS))]
+            row.append(_p(beyond_own.get(name)))
         row.append(f"{_largest(own, 'ratio_before')} → {_largest(own, 'ratio_after')}")
         row.append(sum(not run["finite"] for run in own))
         rows.append(row)
@@ -186,9 +209,25 @@ def _beyond_all(changes: Mapping[str, Mapping[str, Paired]]) -> dict[str, float]
         return {}
     found = {}
     for name in changes["none"]:
-        if name not in NO_PENALTY:
+        if parts_of(name)[1] is None:
             found[name] = of_all([changes[rival][name] for rival in RIVALS])
     return dict(zip(found, holm([*found.values()]), strict=True))
+
+
+def _from_own(
+    last: Mapping[str, Sequence[float]],
+) -> tuple[dict[str, list[Paired]], dict[str, float]]:
+    """Of each penalty with controls of its own: its differences from them, and the p beyond all.
+
+    All are none and its own controls, as in :func:`_beyond_all`.
+    """
+    changes, found = {}, {}
+    for name, errors in last.items():
+        controls = [f"{name}_{control}" for control in CONTROLS]
+        if len(errors) > 1 and {"none", *controls} <= last.keys():
+            changes[name] = [paired(errors, last[control]) for control in controls]
+            found[name] = of_all([paired(errors, last["none"]), *changes[name]])
+    return changes, dict(zip(found, holm([*found.values()]), strict=True))
 
 
 def _p(value: float | None) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +107,7 @@ class Settings:
         width: Of the network.
         rate: Learning rate at first.
         steps: Of training.
+        decay: Weight decay; None is the recipe's.
         images: Training images; 0 takes all.
         validate: So many training images are held out, and judge in place of the test images.
         test_every: Steps between tests and checkpoints.
@@ -118,6 +119,7 @@ class Settings:
     width: int
     rate: float
     steps: int
+    decay: float | None = None
     images: int = 0
     validate: int = 0
     test_every: int = 500
@@ -130,8 +132,17 @@ class Settings:
         """In names of files."""
         count = f"n{self.images}" if self.images else "all"
         found = f"{loaded(self.data).name}-{self.network}-width{self.width}-steps{self.steps}"
-        found += f"-rate{self.rate:g}-{count}"
+        found += f"-rate{self.rate:g}"
+        if self.decay is not None:
+            found += f"-decay{self.decay:g}"
+        found += f"-{count}"
         return f"{found}-validate{self.validate}" if self.validate else found
+
+    @property
+    def recipe(self) -> Recipe:
+        """The network's, with the weight decay that was asked for."""
+        found = RECIPES[self.network]
+        return found if self.decay is None else replace(found, decay=self.decay)
 
     def asked(self, method: str, seed: int) -> dict[str, Any]:
         """What decides the numbers of a run."""
@@ -150,6 +161,8 @@ class Settings:
             "method": method,
             "seed": seed,
         }
+        if self.decay is not None:
+            found["decay"] = self.decay
         if self.data not in NAMED:  # a folder, whose content may change under its name
             found["content"] = data.digest
         return found
@@ -299,7 +312,7 @@ def train(settings: Settings, method: str, seed: int, folder: Path) -> dict[str,
     """
     first = first_step(settings, method, seed, folder)
     data = loaded(settings.data)
-    recipe = RECIPES[settings.network]
+    recipe = settings.recipe
     pl.seed_everything(seed, verbose=False)
     network = build(settings.network, data.shape, data.classes, settings.width)
     module = Classifier(network, recipe, settings.rate, settings.steps, seed)

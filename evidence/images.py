@@ -27,7 +27,8 @@ the coefficients of hidden layers and head at which its gradients are as long as
 at the initial weights); ``default``, the callback as it comes; and three controls of half_mhe_2:
 ``random`` (a random tangent direction at each step, row by row as long as its gradient),
 ``direction`` (its steps, with the norms that neurons would have without it) and ``length`` (steps
-without it, with the norms that neurons would have with it).
+without it, with the norms that neurons would have with it). ``mgd_random``, ``mgd_direction`` and so
+on are those of mgd, orthogonality and the default.
 
 Ended and called again it goes on from the last checkpoints, on the same batches and crops; what was
 made with other settings is refused. On several devices a few test images may count twice.
@@ -57,7 +58,7 @@ from evidence.data import MissingDataError
 from evidence.documents import quoted, save_all
 from evidence.errors import unusable
 from evidence.files import read, write_whole
-from evidence.image_methods import CHOICES, METHODS
+from evidence.image_methods import CHOICES, METHODS, parts_of
 from evidence.image_networks import WIDTHS
 from evidence.image_tables import (
     RIVALS,
@@ -154,6 +155,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", nargs="+", type=from_0, default=[0, 1, 2, 3, 4])
     parser.add_argument("--steps", type=from_1, default=75_000)
     parser.add_argument("--rate", type=float, help="learning rate at first; else the recipe's")
+    parser.add_argument("--decay", type=float, help="weight decay; else the recipe's")
     parser.add_argument(
         "--width",
         type=from_1,
@@ -189,13 +191,16 @@ def _arguments() -> argparse.Namespace:
         parser.error("say either --data, to train, or --table, to print what is there")
     if args.rate is not None and not 0 < args.rate < math.inf:
         parser.error("--rate is above 0 and finite")
+    if args.decay is not None and not 0 <= args.decay < math.inf:
+        parser.error("--decay is 0 or more and finite")
     if max(args.seeds) > LARGEST_SEED:
         parser.error(f"--seeds are up to {LARGEST_SEED}")
-    if args.devices != "1" and (args.jobs > 1 or "random" in args.methods):
+    controls = {name: parts_of(name)[1] for name in args.methods}
+    if args.devices != "1" and (args.jobs > 1 or "random" in controls.values()):
         parser.error("--jobs, and the method random, take one device a run: --devices 1")
     args.seeds = list(dict.fromkeys(args.seeds))
     args.methods = list(dict.fromkeys(args.methods))
-    halves = [name for name in args.methods if name in get_args(Part)]
+    halves = [name for name, control in controls.items() if control in get_args(Part)]
     if halves and args.precision in ("16", "16-mixed"):
         parser.error(
             f"--precision {args.precision} leaves out steps in which something overflows, which the "
@@ -214,12 +219,14 @@ def _arguments() -> argparse.Namespace:
 
 
 def _settings(args: argparse.Namespace) -> Settings:
-    """What all runs share; the network's own width and rate where none is asked for."""
+    """What all runs share; the network's own width, rate and decay where none is asked for."""
+    recipe = RECIPES[args.network]
     return Settings(
         data=args.data,
         network=args.network,
         width=args.width or WIDTHS[args.network],
-        rate=args.rate or RECIPES[args.network].rate,
+        rate=args.rate or recipe.rate,
+        decay=None if args.decay == recipe.decay else args.decay,
         steps=args.steps,
         images=args.images,
         validate=args.validate,
@@ -330,7 +337,8 @@ def block() -> str:
     results, tried = _committed("*.json"), _committed("rates/*.json")
     parts = [section(runs) for runs in results]
     if tried:
-        parts.append(f"**Learning rates**, chosen without a penalty:\n\n{rates_table(tried)}")
+        head = "**Learning rates and weight decays**, chosen without a penalty:"
+        parts.append(f"{head}\n\n{rates_table(tried)}")
     if not parts:
         return "Not run."
     hours = sum(run["seconds"] for runs in results + tried for run in runs) / 3600
@@ -343,9 +351,11 @@ def block() -> str:
         "direction), length (growth alone) and direction (turns without growth) are made of "
         "half_mhe_2, whatever the penalty beside them. p beyond all: the largest of those against "
         "none, random and length, 1 if their signs differ, corrected for all penalties of a table "
-        "(Holm). Largest ratio: of a layer, half-space energy (the head's in full space) over that of "
-        "random neurons, before → after training. Not finite: runs with such weights at the end; they "
-        f"answer with one class, and their errors count as they are. {hours:.1f} core hours in all."
+        "(Holm). Its own: controls of that penalty's own gradient (mgd_random and so on), where they "
+        "were run; p beyond its own likewise, corrected for the penalties that have such controls. "
+        "Largest ratio: of a layer, half-space energy (the head's in full space) over that of random "
+        "neurons, before → after training. Not finite: runs with such weights at the end; they answer "
+        f"with one class, and their errors count as they are. {hours:.1f} core hours in all."
     )
     networks = {runs[0]["asked"]["network"] for runs in results}
     lacking = [title for network, title in TITLES.items() if network not in networks]

@@ -19,6 +19,7 @@ from torch import nn
 from evidence import cells as running
 from evidence import image_data, images
 from evidence import image_training as training
+from evidence.controls import RandomDirection
 from evidence.data import MissingDataError
 from evidence.documents import quoted, save_all
 from evidence.files import read, write_whole
@@ -254,6 +255,10 @@ def test_what_cannot_be_trained_on_is_refused(monkeypatch):
         ("--data digits --validate -5", "--validate: -5 is no whole number from 0"),
         ("--data digits --rate 0", "--rate is above 0"),
         ("--data digits --rate inf", "--rate is above 0 and finite"),
+        ("--data digits --decay -1", "--decay is 0 or more and finite"),
+        ("--data digits --decay nan", "--decay is 0 or more and finite"),
+        ("--data digits --devices 2 --methods mgd_random", "take one device a run"),
+        ("--data digits --methods mgd_length --precision 16", "behind mgd_length would take"),
         ("--data digits --seeds 0 4294967296", "--seeds are up to 4294967295"),
     ],
 )
@@ -405,6 +410,44 @@ def test_each_method_is_what_it_says():
         first, second = callbacks(name, network)
         assert first.keep == name
         assert second.measure == half.measure
+
+
+@pytest.mark.parametrize("name", ["mgd", "orthogonality", "default"])
+def test_a_penalty_has_controls_of_its_own(name):
+    network = build("cnn9", (1, 8, 8), 10, 4)
+    own = penalty(name, network)
+    (random,) = callbacks(f"{name}_random", network)
+    assert random.measure == RandomDirection(own.measure)
+    for control in ("direction", "length"):
+        first, second = callbacks(f"{name}_{control}", network)
+        assert first.keep == control
+        assert second.measure == own.measure
+        for setting in ("coefficient", "head_coefficient", "share_limit", "step_limit"):
+            assert getattr(second, setting) == getattr(own, setting) == getattr(random, setting)
+
+
+def test_another_weight_decay_is_asked_for_named_and_used(monkeypatch):
+    usual = replace(DIGITS, network="resnet18", width=4)
+    other = replace(usual, decay=0.002)
+    assert "decay" not in usual.asked("none", 0)
+    assert other.asked("none", 0) == usual.asked("none", 0) | {"decay": 0.002}
+    assert other.name == usual.name.replace("-n256", "-decay0.002-n256")
+    assert usual.recipe == RECIPES["resnet18"]
+    assert other.recipe == replace(RECIPES["resnet18"], decay=0.002)
+    line = "images --data digits --network resnet18 --decay"
+    for told, found in (("5e-4", None), ("0.002", 0.002), ("0", 0.0)):
+        monkeypatch.setattr(sys, "argv", [*line.split(), told])
+        assert images._settings(images._arguments()).decay == found
+
+
+def test_a_run_takes_the_weight_decay_that_is_asked_for(tmp_path):
+    """With a decay of 1 / (learning rate) each weight is, but for the task's gradient, 0."""
+    plain = replace(DIGITS, steps=2, rate=1e-6, images=128)
+    strong = replace(plain, decay=1e6)
+    for settings in (plain, strong):
+        train(settings, "none", 0, tmp_path / settings.name)
+    kept, gone = (weights_of(tmp_path / one.name)["network.fc6.weight"] for one in (plain, strong))
+    assert float(gone.norm()) < 1e-2 * float(kept.norm())
 
 
 class Gradients(pl.Callback):
@@ -658,6 +701,33 @@ def test_only_seeds_that_all_methods_have_count():
         table([runs[0], runs[4]])
 
 
+def test_controls_of_its_own_are_compared_with_their_penalty_alone():
+    runs, last = constructed()
+    more = {
+        "mgd": [15.0, 16.0, 18.0],
+        "mgd_random": [16.0, 17.1, 18.8],
+        "mgd_length": [14.9, 16.3, 18.1],
+    }
+    for method, errors in more.items():
+        runs += [made(method, seed, [error]) for seed, error in enumerate(errors)]
+    rows = [line.removeprefix("| ").split(" | ") for line in table(runs).splitlines()]
+    at = rows[0].index("from its own random")
+    assert rows[0][at : at + 3] == [
+        "from its own random",
+        "from its own length",
+        "p beyond its own (Holm)",
+    ]
+    told = {row[0]: row[at : at + 3] for row in rows[2:]}
+    differences = [paired(more["mgd"], more[f"mgd_{name}"]) for name in ("random", "length")]
+    p = max(one.p for one in [*differences, paired(more["mgd"], last["none"])])
+    assert told.pop("mgd") == ["-0.97 (0.09), 3/3", "-0.10 (0.12), 2/3", f"{p:.2g}"]
+    assert {*map(tuple, told.values())} == {("", "", "")}
+    beyond = {row[0]: row[8] for row in rows[2:]}
+    assert beyond["mgd_random"] == beyond["mgd_length"] == ""  # no penalties
+    assert beyond["mgd"] != ""
+    assert "its own" not in table([run for run in runs if run["method"] != "mgd_length"])
+
+
 def test_runs_of_other_settings_are_not_in_one_table(tmp_path):
     for run in constructed()[0]:
         path = tmp_path / f"{run['method']}-{run['seed']}.json"
@@ -671,6 +741,10 @@ def test_runs_of_other_settings_are_not_in_one_table(tmp_path):
 
 def test_a_section_says_what_was_run():
     head = section(constructed()[0]).splitlines()[0]
+    decayed = constructed()[0]
+    for one in decayed:
+        one["asked"]["decay"] = 0.002
+    assert "learning rate 0.02, weight decay 0.002, seeds" in section(decayed)
     assert head == (
         "**scikit-learn's digits, CNN-9**, width 4, 256 training images, 4 steps of 128 images, "
         "learning rate 0.02, seeds 0 to 2, judged on test images; 3.00 core hours."
@@ -720,15 +794,21 @@ def test_learning_rates_are_kept_and_the_best_is_bold(tmp_path, monkeypatch, cap
     for rate in held_out:
         monkeypatch.setattr(sys, "argv", ["images", *line, "--rate", rate])
         assert images.main() == 0
+    more = ["--seeds", "1000", "1001", "--rate", "0.1", "--decay", "0.001"]
+    monkeypatch.setattr(sys, "argv", ["images", *line, *more])
+    assert images.main() == 0
     kept = sorted(path.name for path in (tmp_path / "results/rates").iterdir())
     start = "digits-cnn9-width4-steps4-rate"
-    assert kept == [f"{start}{rate}-n256-validate100-seeds1000.json" for rate in held_out]
+    expected = [f"{start}{rate}-n256-validate100-seeds1000.json" for rate in held_out]
+    expected.append(f"{start}0.1-decay0.001-n256-validate100-seeds1000to1001.json")
+    assert kept == sorted(expected)
     lines = (tmp_path / "README.md").read_text().splitlines()
     network = "scikit-learn's digits, CNN-9, width 4, 256 training images, 4 steps of 128 images"
-    assert lines[lines.index("| --- | --- | --- | --- |") + 1 :][:4] == [
-        f"| {network} | 100 | 0.01 | 30.00 |",
-        f"| {network} | 100 | **0.02** | **20.00** |",
-        f"| {network} | 100 | 0.1 | 25.00 |",
+    assert lines[lines.index("| --- | --- | --- | --- | --- | --- |") + 1 :][:5] == [
+        f"| {network} | 100 | 1000 | 0.01 | 0.0005 | 30.00 |",
+        f"| {network} | 100 | 1000 | **0.02** | **0.0005** | **20.00** |",
+        f"| {network} | 100 | 1000 | 0.1 | 0.0005 | 25.00 |",
+        f"| {network} | 100 | 1000 to 1001 | **0.1** | **0.001** | **25.00** |",
         "",
     ]
 
@@ -783,7 +863,7 @@ def test_a_row_a_network_has_what_its_table_says(tmp_path, monkeypatch):
         name, last, _, change, *_ = line.removeprefix("| ").split(" | ")
         assert told["no penalty" if name == "none" else name] == (change or last)
     assert told["seeds"] == "0 to 2"
-    assert cells[-1] == "none |"
+    assert cells[-2:] == ["none", " |"]
     save_all(runs[:-1], tmp_path / "one.json")  # one method has not the last seed
     assert " | 0 to 1 | " in images.summary()
 
