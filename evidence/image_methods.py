@@ -82,10 +82,11 @@ class KeepHalf(pl.Callback):
 
 
 def penalty(method: str, network: nn.Module) -> HypersphericalUniformity | None:
-    """The callback of a method, a random one for a random direction; None without a penalty.
+    """The callback that acts in a method, a random one for a random direction; None for none.
 
     Args:
-        method: Of :data:`CHOICES`.
+        method: Of :data:`CHOICES`. Controls that keep a half of the penalised step act by its whole:
+            what :class:`KeepHalf` leaves of it is in :func:`callbacks`.
         network: With its initial weights, to which orthogonality's coefficients are matched.
     """
     name, control = parts_of(method)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from statistics import mean
 from typing import Any
@@ -12,11 +13,9 @@ from evidence.image_methods import CHOICES, OWN, parts_of
 from evidence.image_training import RECIPES
 from evidence.statistics import Paired, holm, interval, paired
 from evidence.tables import error_cell, markdown
-from evidence.uniformity import of_all
+from evidence.uniformity import MATCHED, of_all
 
-CONTROLS = ("random", "length")
-"""What methods are compared with beside none."""
-RIVALS = ("none", *CONTROLS)
+RIVALS = ("none", *MATCHED)
 """What a penalty has to be beyond, for its gain to be uniformity's."""
 TITLES = {
     "cnn9": "CNN-9",
@@ -28,6 +27,16 @@ TITLES = {
 
 Run = dict[str, Any]
 """What JSON holds of a run."""
+
+
+def method_of(run: Run) -> str:
+    """The method of a run; at first it was called its preset."""
+    return str(run.get("method") or run["preset"])
+
+
+def has_rivals(runs: Sequence[Run]) -> bool:
+    """Whether none and both controls are among the methods of runs."""
+    return set(RIVALS) <= {method_of(run) for run in runs}
 
 
 def section(runs: Sequence[Run]) -> str:
@@ -104,6 +113,40 @@ def rates_table(tried: Sequence[Sequence[Run]]) -> str:
     return markdown([*head, "held-out error"], rows)
 
 
+def at_better_numbers(results: Sequence[Sequence[Run]]) -> list[str]:
+    """Tables of each method at the better of its learning rates and weight decays.
+
+    Args:
+        results: The runs of each setting. A table is made of settings on the same seeds that differ
+            in these numbers alone.
+    """
+    alike: dict[str, list[Sequence[Run]]] = {}
+    for runs in results:
+        shared = {**runs[0]["asked"], "rate": None, "decay": None, "method": None, "seed": None}
+        alike.setdefault(f"{json.dumps(shared, sort_keys=True)} {seeds_of(runs)}", []).append(runs)
+    return [_at_better(settings) for settings in alike.values() if len(settings) > 1]
+
+
+def _at_better(settings: Sequence[Sequence[Run]]) -> str:
+    """The table of each method in the setting in which its mean error is lowest."""
+    chosen: list[Run] = []
+    names: dict[str, list[str]] = {}
+    found = [(_rate(runs[0]["asked"]), _by_method(runs)) for runs in settings]
+    for name in CHOICES:
+        own = [(rate, by_method[name]) for rate, by_method in found if name in by_method]
+        if own:
+            rate, runs = min(own, key=lambda one: mean(run["errors"][-1] for run in one[1]))
+            chosen += runs
+            names.setdefault(rate, []).append(name)
+    asked = chosen[0]["asked"]
+    told = "; ".join(f"{', '.join(methods)} at {rate}" for rate, methods in names.items())
+    head = (
+        f"**{asked['data']}, {TITLES[asked['network']]}, each method at its better learning rate and "
+        f"weight decay** by the mean of these errors, seeds {seeds_of(chosen)}: {told}."
+    )
+    return f"{head}\n\n{table(chosen)}"
+
+
 def overview(results: Sequence[Sequence[Run]]) -> str:
     """A row a network: the error without a penalty, and each method's change of it.
 
@@ -115,23 +158,25 @@ def overview(results: Sequence[Sequence[Run]]) -> str:
         found = any(run["method"] == name for runs in results for run in runs)
         if found and name not in ("none", *OWN):
             names.append(name)
-    rows = []
+    rows, own = [], []
     for runs in results:
         by_method = _by_method(runs)
         last = _last(by_method)
         changes = {other: _changes(last, other) for other in RIVALS}
         gains = _gains(_beyond_all(changes), changes["none"])
         beyond_own = _from_own(last)[1]
-        gains_own = _gains(beyond_own, changes["none"])
+        own.append((beyond_own, _gains(beyond_own, changes["none"])))
         asked = runs[0]["asked"]
         none = error_cell({"test_error": last["none"]})
         row = [f"{asked['data']}, {TITLES[asked['network']]}", _rate(asked)]
         row += [seeds_of(by_method["none"]), none]
         row += [_change(changes["none"].get(name)) for name in names]
-        row.append(", ".join(gains) or "none")
-        rows.append([*row, ", ".join(gains_own) or ("none" if beyond_own else "")])
-    head = ["network", "learning rate", "seeds", "no penalty", *names]
-    head += ["beyond all", "beyond all of its own"]
+        rows.append([*row, ", ".join(gains) or "–"])
+    head = ["network", "learning rate", "seeds", "no penalty", *names, "beyond all"]
+    if any(beyond_own for beyond_own, _ in own):
+        head.append("beyond all of its own")
+        for row, (beyond_own, gains) in zip(rows, own, strict=True):
+            row.append((", ".join(gains) or "–") if beyond_own else "")
     return markdown(head, rows)
 
 
@@ -169,12 +214,12 @@ def table(runs: Sequence[Run]) -> str:
     beyond = _beyond_all(changes)
     own_changes, beyond_own = _from_own(last)
     head = ["method", "last error", "best error", "change of the last", "± 95 %", "p (Holm)"]
-    controls = [other for other in CONTROLS if other in changes]
+    controls = [other for other in MATCHED if other in changes]
     head += [f"from {other}" for other in controls]
     if beyond:
         head.append("p beyond all (Holm)")
     if beyond_own:
-        head += [*(f"from its own {control}" for control in CONTROLS), "p beyond its own (Holm)"]
+        head += [*(f"from its own {control}" for control in MATCHED), "p beyond its own (Holm)"]
     head += ["largest ratio", "not finite"]
     rows = []
     for name, own in by_method.items():
@@ -189,7 +234,7 @@ def table(runs: Sequence[Run]) -> str:
         if beyond:
             row.append(_p(beyond.get(name)))
         if beyond_own:
-            row += [_change(one) for one in own_changes.get(name, [None] * len(CONTROLS))]
+            row += [_change(one) for one in own_changes.get(name, [None] * len(MATCHED))]
             row.append(_p(beyond_own.get(name)))
         row.append(f"{_largest(own, 'ratio_before')} → {_largest(own, 'ratio_after')}")
         row.append(sum(not run["finite"] for run in own))
@@ -223,7 +268,7 @@ def _from_own(
     """
     changes, found = {}, {}
     for name, errors in last.items():
-        controls = [f"{name}_{control}" for control in CONTROLS]
+        controls = [f"{name}_{control}" for control in MATCHED]
         if len(errors) > 1 and {"none", *controls} <= last.keys():
             changes[name] = [paired(errors, last[control]) for control in controls]
             found[name] = of_all([paired(errors, last["none"]), *changes[name]])
@@ -244,8 +289,7 @@ def _by_method(runs: Sequence[Run]) -> dict[str, list[Run]]:
     """The runs of each method, on the seeds that all of them have, in the order of the tables."""
     found: dict[str, dict[int, Run]] = {}
     for one in runs:
-        name = one.get("method") or one["preset"]  # as it was called at first
-        found.setdefault(name, {})[one["seed"]] = one
+        found.setdefault(method_of(one), {})[one["seed"]] = one
     common = sorted(set.intersection(*[set(own) for own in found.values()]))
     if not common:
         raise SystemExit("there is no seed that all methods have")

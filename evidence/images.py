@@ -47,7 +47,7 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
-from typing import get_args
+from typing import cast, get_args
 
 import torch
 from lightning.pytorch.utilities import rank_zero_only
@@ -64,6 +64,9 @@ from evidence.image_tables import (
     RIVALS,
     TITLES,
     Run,
+    at_better_numbers,
+    has_rivals,
+    method_of,
     overview,
     rates_table,
     section,
@@ -101,7 +104,7 @@ def main() -> int:
     """Run what is left, print the table, and write it if asked to."""
     args = _arguments()
     if args.table is not None:
-        print(table(read_folder(Path(args.table))))
+        print(_printed(Path(args.table)))
         return 0
     settings = _settings(args)
     try:
@@ -132,7 +135,7 @@ def main() -> int:
     print(f"\n{section(runs)}")
     if args.commit:
         folder = RESULTS / "rates" if settings.validate else RESULTS
-        keep(runs, folder, settings.name)
+        keep(runs, folder, settings.name, replace=not settings.validate)
         write_whole(README, quoted(README.read_text(), block(), MARKS))
         write_whole(PAGE, quoted(PAGE.read_text(), summary(), MARKS))
     return 0
@@ -184,7 +187,9 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--out", default="out/images")
     parser.add_argument(
-        "--table", metavar="FOLDER", help="only print the table of the runs in a folder"
+        "--table",
+        metavar="PATH",
+        help="only print the table of the runs in a folder, or in a file of evidence/results/images",
     )
     args = parser.parse_args()
     if (args.data is None) == (args.table is None):
@@ -196,8 +201,9 @@ def _arguments() -> argparse.Namespace:
     if max(args.seeds) > LARGEST_SEED:
         parser.error(f"--seeds are up to {LARGEST_SEED}")
     controls = {name: parts_of(name)[1] for name in args.methods}
-    if args.devices != "1" and (args.jobs > 1 or "random" in controls.values()):
-        parser.error("--jobs, and the method random, take one device a run: --devices 1")
+    drawing = [name for name, control in controls.items() if control == "random"]
+    if args.devices != "1" and (args.jobs > 1 or drawing):
+        parser.error(f"--devices 1 is what {' and '.join(drawing or ['--jobs'])} can take")
     args.seeds = list(dict.fromkeys(args.seeds))
     args.methods = list(dict.fromkeys(args.methods))
     halves = [name for name, control in controls.items() if control in get_args(Part)]
@@ -211,8 +217,10 @@ def _arguments() -> argparse.Namespace:
             parser.error("--commit --validate keeps learning rates: take --methods none")
     elif args.commit:
         lacking = [name for name in RIVALS if name not in args.methods]
-        if lacking:
-            parser.error(f"--commit takes {', '.join(RIVALS)} beside others: add {lacking}")
+        if lacking and args.methods != ["none"]:
+            parser.error(
+                f"--commit takes {', '.join(RIVALS)} beside others: add {' '.join(lacking)}"
+            )
         if len(args.seeds) < 2:
             parser.error("--commit takes two seeds or more; one with --validate")
     return args
@@ -269,9 +277,21 @@ def result_in(path: Path) -> Run:
         found = read(path)
     except ValueError:
         found = None
-    if not isinstance(found, dict) or not {"asked", "seed", "errors"} <= found.keys():
+    if are_runs(found):
+        raise MissingDataError(f"{path} holds all runs of a table: --table {path} prints it")
+    if not is_run(found):
         raise MissingDataError(f"{path} holds no whole result of a run: remove it")
-    return found
+    return cast(Run, found)
+
+
+def is_run(found: object) -> bool:
+    """Whether something that was read is the result of a run."""
+    return isinstance(found, dict) and {"asked", "seed", "errors"} <= found.keys()
+
+
+def are_runs(found: object) -> bool:
+    """Whether something that was read is what --commit keeps of a setting."""
+    return isinstance(found, list) and bool(found) and all(map(is_run, found))
 
 
 def run(job: Job) -> None:
@@ -300,6 +320,19 @@ def _run_beside(jobs: Sequence[Job], count: int) -> None:
             raise
 
 
+def _printed(path: Path) -> str:
+    """The table of the runs in a folder, or of those that --commit has put in one file."""
+    if not path.is_file():
+        return table(read_folder(path))
+    try:
+        found = read(path)
+    except ValueError:
+        found = None
+    if not are_runs(found):
+        raise SystemExit(f"{path} holds no runs that --commit has kept")
+    return section(cast(list[Run], found))
+
+
 def read_folder(folder: Path) -> list[Run]:
     """The runs of one setting whose results lie in a folder."""
     paths = sorted(folder.glob("*-*.json"))
@@ -316,26 +349,38 @@ def read_folder(folder: Path) -> list[Run]:
     return found
 
 
-def keep(runs: Sequence[Run], folder: Path, name: str) -> None:
-    """Write the runs of a setting, in place of those of fewer of these seeds."""
-    seeds = {run["seed"] for run in runs}
-    for path in folder.glob(f"{name}-seeds*.json"):
-        if {run["seed"] for run in read(path)} <= seeds:
-            path.unlink()
+def keep(runs: Sequence[Run], folder: Path, name: str, replace: bool = True) -> None:
+    """Write the runs of a setting; what was kept of the same seeds, and is not among them, stays.
+
+    Args:
+        runs: With all methods on the same seeds.
+        folder: Of the committed results.
+        name: The setting's.
+        replace: Whether files all of whose runs are among these go.
+    """
     told = seeds_of(runs).replace(", ", "+").replace(" ", "")
-    save_all(runs, folder / f"{name}-seeds{told}.json")
+    kept = folder / f"{name}-seeds{told}.json"
+    new = {(method_of(one), one["seed"]) for one in runs}
+    older = []
+    for path in folder.glob(f"{name}-seeds*.json"):
+        others = [one for one in read(path) if (method_of(one), one["seed"]) not in new]
+        if path == kept:
+            older = others
+        elif replace and not others:
+            path.unlink()
+    save_all([*runs, *older], kept)
 
 
 def summary() -> str:
     """What docs/evidence.md quotes: a row for each committed result."""
-    results = _committed("*.json")
+    results = [runs for runs in _committed("*.json") if has_rivals(runs)]
     return overview(results) if results else "Not run."
 
 
 def block() -> str:
     """What the README quotes: the sections of all committed results, and the learning rates."""
     results, tried = _committed("*.json"), _committed("rates/*.json")
-    parts = [section(runs) for runs in results]
+    parts = [section(runs) for runs in results] + at_better_numbers(results)
     if tried:
         head = "**Learning rates and weight decays**, chosen without a penalty:"
         parts.append(f"{head}\n\n{rates_table(tried)}")
