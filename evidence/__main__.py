@@ -27,6 +27,7 @@ from evidence.training import BATCH
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parents[1] / "README.md"
 PAGE = Path(__file__).parents[1] / "docs" / "evidence.md"
+MINIATURE = "In miniature, to see that all of it works: it says nothing of any method."
 GOES_ON = "Cells that are done are kept: the same command, without --tables, goes on."
 
 
@@ -85,12 +86,16 @@ def _done(args: argparse.Namespace) -> int:
     done = [read(folder / f"{cell.name}.json") for cell in plan if cell not in still_left]
     target = RESULTS if args.commit else Path(args.out)
     if done:
-        pictured = write(done, len(plan), target)
+        remark = MINIATURE if args.quick else ""
+        pictures = write(done, len(plan), target, remark)
         if args.commit:
             write_whole(README, quoted(README.read_text(), five_lines(done)))
             write_whole(PAGE, quoted(PAGE.read_text(), page(done)))
-        picture = f", picture: {target / 'ratio.png'}" if pictured else ""
-        print(f"\n{len(done)} of {len(plan)} cells; tables: {target / 'tables.md'}{picture}")
+        print(f"\n{len(done)} of {len(plan)} cells; tables: {target / 'tables.md'}")
+        if pictures:
+            print(f"Pictures: {', '.join(map(str, pictures))}")
+        if remark:
+            print(remark)
     return 0 if len(done) == len(plan) else 3
 
 
@@ -112,12 +117,17 @@ def _arguments() -> argparse.Namespace:
         "fashion-mnist, mnist1d, or a folder with idx files, one .npz or CIFAR's python version",
     )
     parser.add_argument(
-        "--tables", action="store_true", help="run nothing, write the tables of what is there"
+        "--tables",
+        action="store_true",
+        help="run nothing, write the tables of what is there; with --resume-committed the committed ones",
     )
     parser.add_argument("--only", help="cells whose names contain this")
     parser.add_argument("--list", action="store_true", help="print the cells and stop")
     parser.add_argument(
-        "--jobs", type=int, default=os.cpu_count() or 1, help="processes, one core each"
+        "--jobs",
+        type=int,
+        default=os.cpu_count() or 1,
+        help="processes, one core each (default: all cores)",
     )
     parser.add_argument(
         "--minutes", type=float, default=float("inf"), help="start no cell after so long"
@@ -136,7 +146,9 @@ def _arguments() -> argparse.Namespace:
         help="take cells from evidence/results/cells.json, too",
     )
     parser.add_argument(
-        "--out", help="folder for results; the same folder goes on where a run was ended"
+        "--out",
+        help="folder for results (out/evidence; out/evidence-quick, out/evidence-own with --data); the "
+        "same folder goes on where a run was ended",
     )
     args = parser.parse_args()
     if args.data == "":

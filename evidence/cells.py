@@ -12,6 +12,7 @@ import os
 import platform
 import threading
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache, lru_cache
@@ -88,6 +89,8 @@ def described(setting: Setting) -> Result:
 def run(cell: Cell, tuning: Sequence[int], testing: Sequence[int]) -> Result:
     """Tune and test one cell on one core."""
     torch.set_num_threads(1)
+    # What is tried goes up to strengths that break training: which do, the errors show.
+    warnings.filterwarnings("ignore", "the penalty is too strong")
     start = time.process_time()
     tuned = tune(_load(cell.setting.data), cell, tuning)
     found = {

@@ -18,22 +18,35 @@ MARKS = ("<!-- evidence: written by `python -m evidence --commit` -->", "<!-- en
 """What stands before and after the tables in the main README."""
 
 
-def write(results: Sequence[Result], planned: int, folder: Path) -> bool:
+def write(
+    results: Sequence[Result], planned: int, folder: Path, remark: str = ""
+) -> tuple[Path, ...]:
     """Write cells.json, tables.md and, with five settings or more, ratio.png and controls.png.
 
+    Args:
+        results: Of the cells that are there.
+        planned: How many cells there would be.
+        folder: Where to.
+        remark: What is said before the tables.
+
     Returns:
-        Whether there are as many settings.
+        The pictures.
     """
     folder.mkdir(parents=True, exist_ok=True)
     save_all(results, folder / "cells.json")
     comparisons = compare(results)
-    (folder / "tables.md").write_text("\n\n".join(_sections(results, comparisons, planned)) + "\n")
-    enough = len({one.setting for one in comparisons}) >= 5
-    if enough:
-        ratio_and_gain_figure(comparisons).savefig(folder / "ratio.png", dpi=130)
-        if beyond_controls(results):
-            controls_figure(results).savefig(folder / "controls.png", dpi=130)
-    return enough
+    sections = _sections(results, comparisons, planned)
+    if remark:
+        sections.insert(1, f"**{remark}**")
+    (folder / "tables.md").write_text("\n\n".join(sections) + "\n")
+    if len({one.setting for one in comparisons}) < 5:
+        return ()
+    ratio, controls = folder / "ratio.png", folder / "controls.png"
+    ratio_and_gain_figure(comparisons).savefig(ratio, dpi=130)
+    if not beyond_controls(results):
+        return (ratio,)
+    controls_figure(results).savefig(controls, dpi=130)
+    return ratio, controls
 
 
 def page(results: Sequence[Result]) -> str:

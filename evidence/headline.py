@@ -50,7 +50,7 @@ def _clear(found: Sequence[Beyond]) -> str:
     rule = "lower by three standard errors than weight decay, both controls and orthogonality"
     rival = (
         f"{METHODS[RIVAL].title.capitalize()} is so beyond the other three in {_settings(rivals)} "
-        f"({_corrected(rivals)})."
+        f"({_corrected(rivals)} after correction)."
     )
     if not own:
         return f"**In no setting** is MHE or MGD {rule}. {rival}"
@@ -63,8 +63,8 @@ def _clear(found: Sequence[Beyond]) -> str:
     told = f": {'; '.join(listed)}" if listed else ""
     return (
         f"**Clear gains of MHE or MGD in {_settings(own)} settings** ({_corrected(own)} after Holm's "
-        f"correction): {rule}. {_settings(usual)} ({_corrected(usual)}) of them are from PyTorch's own "
-        f"initial scale{told}. {rival}"
+        f"correction): {rule}. {_settings(usual)} of them ({_corrected(usual)} after correction) are from "
+        f"PyTorch's own initial scale{told}. {rival}"
     )
 
 
@@ -93,7 +93,7 @@ def _over_decay(comparisons: Sequence[Comparison], settings: int) -> str:
 
 
 def _beyond(found: Sequence[Beyond], comparisons: Sequence[Comparison]) -> str:
-    """What controls gain, and what penalties gain beyond those that have no aim."""
+    """What controls gain, and which penalties are lower than those that have no aim."""
     alone = []
     for name in ("random", "length", "direction", "decoupled"):
         alone.append(sum(one.verdict == "gain" for one in of_method(comparisons, name)))
@@ -101,14 +101,15 @@ def _beyond(found: Sequence[Beyond], comparisons: Sequence[Comparison]) -> str:
     for name in PENALTIES:
         own = [one for one in found if one.method == name]
         verdicts = Counter(one.verdict for one in own)
-        parts.append(f"{NAMES[name]} in {verdicts['gain']} (worse than all in {verdicts['cost']})")
+        parts.append(f"{NAMES[name]} in {verdicts['gain']} (higher than all in {verdicts['cost']})")
         matched.append(sum(one.matched_verdict == "gain" for one in own))
     return (
         "**Is it uniformity?** Noise of the same length gains over weight decay in "
         f"{alone[0]} settings, growth of the norms alone in {alone[1]}, MHE's turns without growth in "
-        f"{alone[2]} (decoupled: {alone[3]}). Beyond weight decay, noise and growth gain "
-        f"{', '.join(parts)}; beyond weight decay, and noise and growth of their own gradients at "
-        f"their own trials, {', '.join(map(str, matched))} (corrected by themselves)."
+        f"{alone[2]} (decoupled: {alone[3]}). Lower than weight decay, noise and growth are "
+        f"{', '.join(parts)}; lower than weight decay, and than noise and growth of their own "
+        f"gradients with nothing tuned for these, in {', '.join(map(str, matched))} (a test with a "
+        "correction of its own)."
     )
 
 

@@ -132,7 +132,7 @@ def main() -> int:
     if rank_zero_only.rank:
         return 0
     runs = [read(path) for *_, path in jobs]
-    print(f"\n{section(runs)}")
+    print(f"\n{section(runs)}\n\nResults: {folder}")
     if args.commit:
         folder = RESULTS / "rates" if settings.validate else RESULTS
         keep(runs, folder, settings.name, replace=not settings.validate)
@@ -148,15 +148,24 @@ def _arguments() -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--data", help="cifar10, fashion-mnist, CIFAR-100's folder, any folder the harness reads"
+        "--data",
+        help="cifar10 (fetched once, 139 MB), fashion-mnist, digits, CIFAR-100's folder, or any folder "
+        "that the harness reads",
     )
-    parser.add_argument("--network", choices=[*WIDTHS], default="cnn9")
+    parser.add_argument("--network", choices=[*WIDTHS], default="cnn9", help="default: cnn9")
     parser.add_argument(
-        "--methods", nargs="+", default=[*METHODS], choices=CHOICES, metavar="METHOD"
+        "--methods",
+        nargs="+",
+        default=[*METHODS],
+        choices=CHOICES,
+        metavar="METHOD",
+        help=f"of {', '.join(CHOICES)} (default: {', '.join(METHODS)})",
     )
     from_0, from_1 = whole_from(0), whole_from(1)
-    parser.add_argument("--seeds", nargs="+", type=from_0, default=[0, 1, 2, 3, 4])
-    parser.add_argument("--steps", type=from_1, default=75_000)
+    parser.add_argument(
+        "--seeds", nargs="+", type=from_0, default=[0, 1, 2, 3, 4], help="default: 0 to 4"
+    )
+    parser.add_argument("--steps", type=from_1, default=75_000, help="default: 75000")
     parser.add_argument("--rate", type=float, help="learning rate at first; else the recipe's")
     parser.add_argument("--decay", type=float, help="weight decay; else the recipe's")
     parser.add_argument(
@@ -173,19 +182,21 @@ def _arguments() -> argparse.Namespace:
         help="judge on so many held-out training images, not on the test images",
     )
     parser.add_argument(
-        "--test-every", type=from_1, default=500, help="steps between tests and checkpoints"
+        "--test-every", type=from_1, default=500, help="steps between tests and checkpoints (500)"
     )
-    parser.add_argument("--accelerator", default="auto")
-    parser.add_argument("--devices", default="1")
-    parser.add_argument("--precision", default="32-true")
-    parser.add_argument("--jobs", type=from_1, default=1, help="processes of one thread")
+    parser.add_argument("--accelerator", default="auto", help="default: auto")
+    parser.add_argument("--devices", default="1", help="default: 1")
+    parser.add_argument("--precision", default="32-true", help="default: 32-true")
+    parser.add_argument("--jobs", type=from_1, default=1, help="processes of one thread (1)")
     parser.add_argument(
         "--commit",
         action="store_true",
         help="write evidence/results and README: methods with their controls, or, with --validate, "
         "how good a learning rate is without a penalty",
     )
-    parser.add_argument("--out", default="out/images")
+    parser.add_argument(
+        "--out", default="out/images", help="folder for results, one in it a setting (out/images)"
+    )
     parser.add_argument(
         "--table",
         metavar="PATH",

@@ -22,7 +22,7 @@ from torch import nn
 from evidence import cells as running
 from evidence import controls, tolerance, training
 from evidence import probe as probing
-from evidence.__main__ import _run, main
+from evidence.__main__ import MINIATURE, _run, main
 from evidence.comparisons import compare, hypothesis
 from evidence.data import draw, load
 from evidence.documents import page, quoted, write
@@ -431,9 +431,10 @@ def test_tables_of_settings_in_which_nothing_is_wrong(tmp_path):
     found = results([0.0] * 6, [2.0] * 6)
     for one in found:
         one["test_error"] = [0.0] * 5
-    assert write(found, 12, tmp_path)
+    assert write(found, 12, tmp_path, "A remark.") == (tmp_path / "ratio.png",)  # no controls
     told = (tmp_path / "tables.md").read_text()
     assert "| half-space MHE, s = 2 | 6 | 0 | 6 | 0 | +0.00 | +0.00 | +0.00 | 0 |" in told
+    assert told.splitlines()[2] == "**A remark.**"
 
 
 def begun(module, arguments, cwd):
@@ -471,7 +472,10 @@ def test_goes_on_where_it_was_killed(tmp_path, monkeypatch, capsys):
     assert 1 <= len(known) < 6
     monkeypatch.setattr(sys, "argv", ["evidence", *arguments])
     assert main() == 0
-    assert f"{len(known)} done before" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"{len(known)} done before" in printed
+    assert MINIATURE in printed
+    assert MINIATURE in (out / "tables.md").read_text()
     assert all(path.stat().st_mtime_ns == when for path, when in known.items())
     assert "6 of 6 cells, 5 comparisons" in (out / "tables.md").read_text()
     assert len(json.loads((out / "cells.json").read_text())) == 6
@@ -586,6 +590,7 @@ def test_tables_say_gain_null_and_worse(tmp_path):
     assert [one.failed for one in comparisons] == [False] * 4 + [True, False]
     assert hypothesis(comparisons, "half_mhe_2").rho == 1.0
     write(found, 12, tmp_path)
+    assert "remark" not in (tmp_path / "tables.md").read_text()
     assert "| half-space MHE, s = 2 | 6 | 4 | 1 | 1 |" in (tmp_path / "tables.md").read_text()
     assert (tmp_path / "ratio.png").stat().st_size > 10_000
 

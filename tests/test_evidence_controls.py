@@ -247,11 +247,16 @@ def test_uniformity_gains_only_beyond_all_controls():
     lines = five_lines(four).splitlines()
     assert len(lines) == 5
     assert lines[0].startswith("- **Clear gains of MHE or MGD in 1 settings** (1 after Holm's")
-    assert "1 (1) of them are from PyTorch's own initial scale: half-space MHE" in lines[0]
-    assert lines[0].endswith("Orthogonality is so beyond the other three in 1 (1).")
+    assert (
+        "1 of them (1 after correction) are from PyTorch's own initial scale: half-space"
+        in lines[0]
+    )
+    assert lines[0].endswith(
+        "Orthogonality is so beyond the other three in 1 (1 after correction)."
+    )
     assert "half-space MHE gains in 3, is worse in 1, and fails on 0 seeds" in lines[1]
     assert "Noise of the same length gains over weight decay in 3 settings" in lines[2]
-    assert "half-space MHE in 1 (worse than all in 1)" in lines[2]
+    assert "half-space MHE in 1 (higher than all in 1)" in lines[2]
     assert control_tables.clear_gains_table([*gain, *cost]).count("digits") == 2
     for text in (control_tables.clear_gains_table(growth), five_lines([*growth, *cost])):
         assert "**In no setting**" in text
@@ -272,7 +277,7 @@ def test_what_is_clear_before_correction_and_not_after_it_is_told_apart():
     assert one.method == "half_mhe_2"
     assert one.verdict == "null"
     assert "in 1 settings** (0 after Holm's correction)" in five_lines(results)
-    assert "1 (0) of them are from PyTorch's own" in five_lines(results)
+    assert "1 of them (0 after correction) are from PyTorch's own" in five_lines(results)
     assert control_tables.clear_gains_table(results).splitlines()[2].endswith("| null |")
 
 
@@ -362,7 +367,7 @@ def test_matched_controls_are_those_of_the_penalty_itself():
     for name in ("mgd", "orthogonality"):
         assert {one.matched_verdict for one in found if one.method == name} == {"null"}
     assert {one.verdict for one in found if one.method != "orthogonality"} == {"gain"}
-    assert "at their own trials, 4, 0, 0 (" in five_lines(results)
+    assert "with nothing tuned for these, in 4, 0, 0 (" in five_lines(results)
     table = control_tables.matched_table(results).splitlines()
     assert table[2] == "| half-space MHE, s = 2 | 4 | 4 | 0 | -1.00 | 4 | 0 | -1.49 | 4 | 0 |"
     assert table[3] == "| MGD | 4 | 0 | 0 | +0.00 | 0 | 4 | +1.00 | 0 | 0 |"
