@@ -106,6 +106,13 @@ def controls_of(method: Method) -> list[Method]:
     ]
 
 
+def direction_of(method: Method) -> Method:
+    """A candidate's own numbers with its turns, and without its growth: it spreads, and is no rival."""
+    return replace(
+        method, name=f"{method.name}-direction", title="direction alone", keep="direction"
+    )
+
+
 def is_safe(method: Method) -> bool:
     """Whether a candidate may be the default: whether little is added where the task says little.
 
@@ -145,7 +152,7 @@ def main() -> int:
     try:
         tuned = {setting: study.tuned(setting, quick=args.quick) for setting in settings}
         story = eliminate(study, settings, tuned, alive, seeds[0], seeds[1])
-        methods = [*reported_methods(story), *controls(story)]
+        methods = [*reported_methods(story), *controls(story), *direction(story)]
         reported = report(study, settings, tuned, methods, seeds[2])
     except MissingDataError as error:
         print(error, file=sys.stderr)
@@ -511,6 +518,11 @@ def controls(story: Story) -> list[Method]:
     return found
 
 
+def direction(story: Story) -> list[Method]:
+    """That of the chosen candidate alone; none if none is chosen."""
+    return [direction_of(one) for one in candidates() if one.name == story.chosen()]
+
+
 def report(
     study: Study,
     settings: Sequence[Setting],
@@ -553,7 +565,8 @@ def elimination_table(story: Story) -> str:
 
 def report_table(story: Story, reported: Reported) -> str:
     """What came out on fresh seeds."""
-    titles = {method.name: method.title for method in [*candidates(), *controls(story)]}
+    beside = [*controls(story), *direction(story)]
+    titles = {method.name: method.title for method in [*candidates(), *beside]}
     names = [one["asked"]["method"]["name"] for one in reported[0][1][1:]]
     from_none = [Versus.of(reported, name, "decay") for name in names]
     from_controls = []

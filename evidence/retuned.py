@@ -27,6 +27,7 @@ from evidence.defaults import (
     controlled,
     controls_of,
     counts,
+    direction_of,
     in_order,
     legend,
     report,
@@ -105,9 +106,9 @@ def _arguments() -> argparse.Namespace:
 
 
 def methods() -> list[Method]:
-    """No penalty, the default, noise as long as its gradient, and its growth alone."""
+    """No penalty, the default, noise as long as its gradient, its growth alone and its turns alone."""
     default = next(method for method in candidates() if method.name == DEFAULT)
-    return [METHODS["decay"], default, *controls_of(default)]
+    return [METHODS["decay"], default, *controls_of(default), direction_of(default)]
 
 
 def chosen() -> Mapping[Setting, Trial]:
@@ -130,8 +131,10 @@ def table(again: Reported, others: Reported) -> str:
     """
     titles = {method.name: method.title for method in methods()}
     titles[DEFAULT] = "default"
-    controls = [name for name in titles if name not in (DEFAULT, "decay")]
-    from_none = [Versus.of(again, name, "decay") for name in (DEFAULT, *controls)]
+    default = methods()[1]
+    controls = [method.name for method in controls_of(default)]
+    names = (DEFAULT, *controls, direction_of(default).name)
+    from_none = [Versus.of(again, name, "decay") for name in names]
     from_controls = [Versus.of(again, DEFAULT, name) for name in controls]
     head = ["setting", "learning rate, decay", "none"]
     head += [titles[versus.name] for versus in from_none]
@@ -145,7 +148,7 @@ def table(again: Reported, others: Reported) -> str:
             row.append(difference_cell(versus.changes[i]))
         rows.append(row)
     every = [*again, *others]
-    from_none = [Versus.of(every, name, "decay") for name in (DEFAULT, *controls)]
+    from_none = [Versus.of(every, name, "decay") for name in names]
     from_controls = [Versus.of(every, DEFAULT, name) for name in controls]
     counted = counts(every, from_none, titles)
     counted = f"All {len(every)} settings, these in place of the former: {counted}"

@@ -19,7 +19,14 @@ from evidence import cells as running
 from evidence import defaults, training
 from evidence.comparisons import LEVEL
 from evidence.data import load
-from evidence.defaults import CHOOSING, candidates, controls_of, eliminate, in_order
+from evidence.defaults import (
+    CHOOSING,
+    candidates,
+    controls_of,
+    direction_of,
+    eliminate,
+    in_order,
+)
 from evidence.documents import unpack
 from evidence.files import read
 from evidence.grid import Trial
@@ -37,6 +44,7 @@ OTHER = replace(TINY, scale=0.1)
 TRIAL = Trial(0.16, 0.01)
 LIMITED = next(one for one in candidates() if one.name == "half-1-0.1")
 RANDOM, GROWTH = controls_of(LIMITED)
+TURNS = direction_of(LIMITED)
 
 # For float64, as in test_evidence.py.
 CLOSE = {"rtol": 1e-7, "atol": 1e-9}
@@ -212,6 +220,7 @@ def committed(monkeypatch, tmp_path):
     tuned = {setting: study.tuned(setting, quick=False) for setting in settings}
     story = eliminate(study, settings, tuned, candidates(), CHOOSING, defaults.AGAIN)
     methods = [*defaults.reported_methods(story), *defaults.controls(story)]
+    methods += defaults.direction(story)
     return story, defaults.report(study, settings, tuned, methods, defaults.FRESH)
 
 
@@ -465,6 +474,7 @@ def test_gains_that_a_control_has_too_do_not_stand(control):
         study, story = story_of(gains | changes)
         settings = [TINY, OTHER]
         methods = [*defaults.reported_methods(story), *defaults.controls(story)]
+        methods += defaults.direction(story)
         tuned = dict.fromkeys(settings, TRIAL)
         reported = defaults.report(study, settings, tuned, methods, defaults.FRESH[:3])
         return defaults.report_table(story, reported)
@@ -482,6 +492,9 @@ def test_gains_that_a_control_has_too_do_not_stand(control):
     assert against(control, all_better, 2, "-1.10") in text
     assert "than both controls: 2 of 2** (2 after Holm's" in text
     assert f"| chosen minus {titles[control]} |" in text
+    assert "direction alone: " in text  # against none, and no rival of the chosen one
+    assert "minus direction alone" not in text
+    assert "against direction alone" not in text
 
     name = f"{chosen}-{control}"
     half = f"worse by two standard errors {none}, better in 1 (1)"
@@ -533,13 +546,14 @@ def test_committed_cells_are_laid_beside_those_that_are_there(tmp_path):
 def test_controls_are_asked_as_their_candidate_but_for_what_they_keep():
     asked = [
         defaults._asked((TINY, one, TRIAL, (1, 2), True))["method"]
-        for one in (LIMITED, RANDOM, GROWTH)
+        for one in (LIMITED, RANDOM, GROWTH, TURNS)
     ]
-    whole, random, growth = asked
+    whole, random, growth, turns = asked
     assert "keep" not in whole
     measure = f"RandomDirection(measure={whole['measure']})"
     assert random == {**whole, "name": RANDOM.name, "measure": measure}
     assert growth == {**whole, "name": GROWTH.name, "keep": "length"}
+    assert turns == {**whole, "name": TURNS.name, "keep": "direction"}
 
 
 @pytest.mark.filterwarnings("ignore:.*starts at zero")

@@ -31,15 +31,16 @@ def called(monkeypatch):
 
 @pytest.mark.usefixtures("shipped_defaults")
 def test_the_default_is_the_callbacks_own():
-    none, default, random, growth = retuned.methods()
+    none, default, random, growth, turns = retuned.methods()
     callback = HypersphericalUniformity()
     assert none.measure is None
-    for method in (default, random, growth):
+    for method in (default, random, growth, turns):
         assert method.coefficient == callback.coefficient
         assert method.share_limit == callback.share_limit
         assert method.share is None
-    assert repr(default.measure) == repr(growth.measure) == repr(callback.measure)
-    assert growth.keep == "length"
+    for method in (default, growth, turns):
+        assert repr(method.measure) == repr(callback.measure)
+    assert [growth.keep, turns.keep] == ["length", "direction"]
     assert repr(callback.measure) in repr(random.measure)
 
 
@@ -53,7 +54,7 @@ def test_only_what_was_chosen_otherwise_is_trained_anew(called, tmp_path, capsys
     printed = capsys.readouterr().out
     plan = json.loads(retuned.PLAN.read_text())
     (chosen,) = [one["chosen"] for one in plan if one["name"] == f"{CHANGED}--decay"]
-    assert run.call_count == 4
+    assert run.call_count == 5
     for call in run.call_args_list:
         setting, _, trial, seeds, test = call.args[0]
         assert setting.name == CHANGED
@@ -63,11 +64,11 @@ def test_only_what_was_chosen_otherwise_is_trained_anew(called, tmp_path, capsys
     rows = [line for line in table.splitlines() if line.startswith("| digits")]
     assert len(rows) == 1
     row = rf"\| {chosen['rate']:g}, {chosen['decay']:g} \| \d+\.\d\d \(\d\.\d\d\)"
-    assert re.search(row + r"( \| [+-]\d+\.\d\d \(\d+\.\d\d\)){5} \|", rows[0])
+    assert re.search(row + r"( \| [+-]\d+\.\d\d \(\d+\.\d\d\)){6} \|", rows[0])
     assert "All 2 settings, these in place of the former: default: worse by two" in table
     assert "Better than none and than both controls" in table
     assert called(*arguments) == 0
-    assert run.call_count == 4
+    assert run.call_count == 5
     assert capsys.readouterr().out.endswith(table)
 
 
@@ -128,4 +129,4 @@ def test_readme_says_what_the_committed_cells_give(called, tmp_path, monkeypatch
             f"worse in none of the 56, better in {gains} ({corrected} after Holm's correction), of "
             f"which {stand} ({left}) are gains over both controls"
         ) in told
-    assert len(read(retuned.RESULTS)) == 4 * changed < 4 * len(SETTINGS)
+    assert len(read(retuned.RESULTS)) == 5 * changed < 5 * len(SETTINGS)
