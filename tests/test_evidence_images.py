@@ -1022,7 +1022,8 @@ def test_images_go_on_from_their_last_checkpoints_and_are_committed(tmp_path, mo
     assert all(len(one["errors"]) == 3 for one in found.values())
     assert found["none"]["ratio_before"] == found["half_mhe_2"]["ratio_before"]
     assert found["none"]["ratio_after"] != found["half_mhe_2"]["ratio_after"]
-    told = printed[printed.index("**scikit") :].strip()
+    told, where = printed[printed.index("**scikit") :].strip().split("\n\nResults: ")
+    assert (tmp_path / where).samefile(folder)
     written = (tmp_path / "README.md").read_text()
     assert told in written
     assert images.summary() in images.PAGE.read_text()
@@ -1036,4 +1037,4 @@ def test_images_go_on_from_their_last_checkpoints_and_are_committed(tmp_path, mo
     ]  # fmt: skip
     monkeypatch.setattr(images, "run", None)  # nothing is left to do
     assert images.main() == 0
-    assert capsys.readouterr().out.strip() == told
+    assert capsys.readouterr().out.strip() == f"{told}\n\nResults: {where}"
