@@ -512,15 +512,19 @@ def reported_methods(story: Story) -> list[Method]:
 def controls(story: Story) -> list[Method]:
     """Those of the chosen candidate; none if none is chosen."""
     found = []
-    for method in candidates():
-        if method.name == story.chosen():
-            found += controls_of(method)
+    for method in _chosen(story):
+        found += controls_of(method)
     return found
 
 
 def direction(story: Story) -> list[Method]:
     """That of the chosen candidate alone; none if none is chosen."""
-    return [direction_of(one) for one in candidates() if one.name == story.chosen()]
+    return [direction_of(method) for method in _chosen(story)]
+
+
+def _chosen(story: Story) -> list[Method]:
+    """The chosen candidate; none if all that may be chosen are out."""
+    return [method for method in candidates() if method.name == story.chosen()]
 
 
 def report(

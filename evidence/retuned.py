@@ -129,13 +129,12 @@ def table(again: Reported, others: Reported) -> str:
         again: The settings with another learning rate or decay, a row each.
         others: Those that stay as they were reported; they are counted, too.
     """
+    none, default, *controls, direction = [method.name for method in methods()]
     titles = {method.name: method.title for method in methods()}
-    titles[DEFAULT] = "default"
-    default = methods()[1]
-    controls = [method.name for method in controls_of(default)]
-    names = (DEFAULT, *controls, direction_of(default).name)
-    from_none = [Versus.of(again, name, "decay") for name in names]
-    from_controls = [Versus.of(again, DEFAULT, name) for name in controls]
+    titles[default] = "default"
+    names = (default, *controls, direction)
+    from_none = [Versus.of(again, name, none) for name in names]
+    from_controls = [Versus.of(again, default, name) for name in controls]
     head = ["setting", "learning rate, decay", "none"]
     head += [titles[versus.name] for versus in from_none]
     head += [f"default minus {titles[name]}" for name in controls]
@@ -148,8 +147,8 @@ def table(again: Reported, others: Reported) -> str:
             row.append(difference_cell(versus.changes[i]))
         rows.append(row)
     every = [*again, *others]
-    from_none = [Versus.of(every, name, "decay") for name in names]
-    from_controls = [Versus.of(every, DEFAULT, name) for name in controls]
+    from_none = [Versus.of(every, name, none) for name in names]
+    from_controls = [Versus.of(every, default, name) for name in controls]
     counted = counts(every, from_none, titles)
     counted = f"All {len(every)} settings, these in place of the former: {counted}"
     beyond = controlled(from_none[0], from_controls, titles, "The default")

@@ -36,6 +36,7 @@ from evidence.plan import SETTINGS, Setting, cells
 from evidence.statistics import holm, paired
 from evidence.training import train
 from lightning_hsu.measures.defaults import COEFFICIENT, DEFAULT_MEASURE, SHARE_LIMIT
+from tests.pages import in_one_line
 from tests.test_evidence import wait_for
 
 ROOT = Path(__file__).parents[1]
@@ -283,18 +284,18 @@ def test_the_readmes_say_what_is_left_beyond_the_controls(committed):
     for i, (_, results) in enumerate(reported):
         if results[0]["asked"]["setting"]["scale"] == 1.0:
             at_scale_1.add(i)
-    page = " ".join((ROOT / "docs/evidence.md").read_text().split())
+    page = in_one_line("docs/evidence.md")
     assert (
         f"{len(stand)} of the {len(gains)} gains are also gains over a random direction of the same "
         f"length and over growth alone ({corrected} after Holm's correction)"
     ) in page
-    main = " ".join((ROOT / "README.md").read_text().split())
+    main = in_one_line("README.md")
     assert (
         f"{len(gains & random)} of the {len(gains)} gains are gains over a random direction of the "
         f"same length, too, {len(gains & growth)} over the growth that the penalty brings, without "
         f"its turns, and {len(stand)} ({corrected} after Holm's correction) over both"
     ) in main
-    own = " ".join(defaults.README.read_text().split())
+    own = in_one_line("evidence/README.md")
     assert f"{len(stand)} of the {len(gains)} gains stand against both controls" in own
     left = len(stand & at_scale_1)
     assert f"initial scale {left} of {len(gains & at_scale_1)} stand" in own
@@ -319,10 +320,10 @@ def test_readme_and_docs_say_what_the_committed_cells_give(committed):
         f"({former.part} in the mean of the settings, the default {default.part}), and was worse in "
         f"{former.worse}.",
     ]
-    said = " ".join((ROOT / "README.md").read_text().split())
+    said = in_one_line("README.md")
     for sentence in sentences:
         assert sentence in said
-    page = " ".join((ROOT / "docs/evidence.md").read_text().split())
+    page = in_one_line("docs/evidence.md")
     assert (
         f"in none of {len(reported)} settings (worst: {default.largest}) and gained in "
         f"{default.better} of them, {default.corrected} after Holm's correction"

@@ -13,6 +13,7 @@ from evidence.documents import quoted
 from evidence.files import read
 from evidence.plan import SETTINGS
 from lightning_hsu import HypersphericalUniformity
+from tests.pages import in_one_line
 
 CHANGED = "digits-n500-e40-depth4-scale0.3"
 
@@ -121,7 +122,7 @@ def test_readme_says_what_the_committed_cells_give(called, tmp_path, monkeypatch
     stand, left = re.search(beyond, table).groups()
     changed = table.count("\n| ") - 2
     for page in ("README.md", "docs/evidence.md"):
-        told = " ".join((retuned.FOLDER.parent / page).read_text().split())
+        told = in_one_line(page)
         assert (
             f"without a penalty ({changed} settings) the report was made again with these"
         ) in told
