@@ -2,7 +2,7 @@
 
 from collections import Counter
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 
 import pytest
 
@@ -12,6 +12,7 @@ from evidence.files import read
 from evidence.methods import PENALTIES
 from evidence.tables import CONDITIONS, of_method
 from evidence.uniformity import beyond_controls, clear_gains, early_and_gain
+from tests.pages import in_one_line
 
 ROOT = Path(__file__).parents[1]
 TITLES = {"half_mhe_2": "half-space MHE", "mgd": "MGD", "orthogonality": "orthogonality"}
@@ -40,10 +41,6 @@ def page():
 @pytest.fixture(scope="module")
 def readme():
     return in_one_line("README.md")
-
-
-def in_one_line(path):
-    return " ".join((ROOT / path).read_text().split())
 
 
 def listed(numbers):
@@ -171,6 +168,22 @@ def test_what_is_seen_early(results, page):
     noise = early_and_gain(results, rival="random")
     assert f"({minus(noise.rho)}, {minus(noise.low)} to {minus(noise.high)})" in page
     assert f"({minus(share.rho)}, {minus(share.low)} to {minus(share.high)})" in page
+
+
+def test_gains_on_cifar10(readme):
+    kept = ROOT / "evidence/results/images"
+    told = []
+    for name in (
+        "resnet18-width8-steps900-rate0.2-decay0.002",
+        "vit-bn-width32-steps700-rate0.008",
+    ):
+        errors = {}
+        for run in read(kept / f"cifar10-{name}-n10000-seeds5to14.json"):
+            errors.setdefault(run["method"], []).append(run["errors"][-1])
+        gains = [mean(errors["none"]) - mean(errors[name]) for name in PENALTIES]
+        told.append(listed([f"{gain:.1f}" for gain in gains]))
+    resnet, vit = told
+    assert f"without a penalty ({resnet} points) and with a ViT with batch norm ({vit})" in readme
 
 
 def test_the_demos_setting_in_the_whole_plan(results, readme):
